@@ -1,0 +1,188 @@
+"""Fill the parts of README and docs that stand elsewhere too: `python docs/fill.py`.
+
+A part lies between `<!-- begin NAME -->` and `<!-- end NAME -->`. A test fails when a file is
+not what this script would make of it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dtrain import catalog
+from dtrain.cli.main import _COMMANDS
+from dtrain.job.schema import job_schema
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ("README.md", "docs/job-file.md")
+
+
+def main() -> None:
+    """Rewrite what is stale."""
+    for name in FILES:
+        path = ROOT / name
+        before = path.read_text()
+        after = filled(before)
+        if after != before:
+            path.write_text(after)
+            print(f"rewrote {name}", file=sys.stderr)
+
+
+def filled(text: str) -> str:
+    """A document with every part made anew."""
+
+    def part(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{PARTS[match[2]]()}\n{match[3]}"
+
+    pattern = r"(<!-- begin ([\w-]+) -->)\n.*?(<!-- end \2 -->)"
+    return re.sub(pattern, part, text, flags=re.DOTALL)
+
+
+# -- README ------------------------------------------------------------------------------------
+
+
+def example() -> str:
+    """The job file and the task of the digits example, side by side."""
+    folder = ROOT / "examples" / "digits"
+    job, task = (folder / "job.yaml").read_text(), (folder / "task.py").read_text()
+    return (
+        "<table>\n"
+        "<tr><th>examples/digits/job.yaml</th><th>examples/digits/task.py</th></tr>\n"
+        f'<tr><td valign="top">\n\n```yaml\n{job}```\n\n</td>'
+        f'<td valign="top">\n\n```python\n{task}```\n\n</td></tr>\n'
+        "</table>"
+    )
+
+
+def matrix() -> str:
+    """Trainers x strategies x launchers: what works."""
+    rows = [("trainer", "launcher", *(f"`{name}`" for name in catalog.STRATEGIES))]
+    for trainer in catalog.TRAINERS:
+        cells = [cell(trainer, strategy) for strategy in catalog.STRATEGIES]
+        rows += [(f"`{trainer}`", f"`{launcher}`", *cells) for launcher in catalog.LAUNCHERS]
+    return table(rows)
+
+
+def cell(trainer: str, strategy: str) -> str:
+    """`yes`, `one node`, `its own` or `no`, from the catalog; the launcher makes no difference."""
+    if trainer == catalog.SCRIPT:
+        return "its own"
+    if catalog.pair_problem(trainer, strategy, 1) is not None:
+        return "no"
+    return "yes" if catalog.pair_problem(trainer, strategy, 2) is None else "one node"
+
+
+def strategies() -> str:
+    """What each strategy is."""
+    return "\n".join(f"- `{name}`: {fact.summary}" for name, fact in catalog.STRATEGIES.items())
+
+
+def commands() -> str:
+    """All commands, with their line of help."""
+    return table(
+        [("command", ""), *((f"`dtrain {name}`", text) for name, (_, text) in _COMMANDS.items())]
+    )
+
+
+# -- docs/job-file.md --------------------------------------------------------------------------
+
+
+def fields() -> str:
+    """Every field of job.yaml, section by section, from the JSON Schema."""
+    schema = job_schema()
+    required = [*schema["required"], *schema["oneOf"][0]["required"]]
+    return "\n\n".join(section(schema, schema["properties"], required, ""))
+
+
+def section(
+    schema: Mapping[str, Any], properties: Mapping[str, Any], required: list[str], prefix: str
+) -> Iterator[str]:
+    """The table of one section, then those of the sections in it."""
+    rows = [("field", "value", "default", "meaning")]
+    inner = []
+    for name, field in properties.items():
+        model = submodel(schema, field)
+        about = " ".join(field.get("description", (model or {}).get("description", "")).split())
+        if model is not None:
+            inner.append((f"{prefix}{name}", model, about))
+            continue
+        default = "**required**" if name in required else default_of(field)
+        rows.append((f"`{prefix}{name}`", value_of(field), default, about))
+    yield table(rows)
+    for path, model, about in inner:
+        yield f"### `{path}:`\n\n{about}"
+        yield from section(schema, model["properties"], model.get("required", []), f"{path}.")
+
+
+def submodel(schema: Mapping[str, Any], field: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The section behind a field, if it is one."""
+    for option in (field, *field.get("anyOf", []), *field.get("allOf", [])):
+        if "$ref" in option:
+            model: Mapping[str, Any] = schema["$defs"][option["$ref"].rpartition("/")[2]]
+            return model
+    return None
+
+
+def value_of(field: Mapping[str, Any]) -> str:
+    """What may be written, in words."""
+    options = [each for each in field.get("anyOf", []) if each.get("type") != "null"]
+    if len(options) > 1:
+        if any("pattern" in each for each in options):
+            return "a number, or `min:max`"
+        return " or ".join(value_of(each) for each in options)
+    if options:
+        return value_of(options[0])
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "enum" in field:
+        return " ".join(f"`{name}`" for name in field["enum"])
+    kind = field.get("type")
+    if isinstance(kind, list):
+        return "duration" if "90s" in field.get("examples", []) else "size"
+    words = {"string": "text", "boolean": "`true` or `false`", "object": "`name: value` lines"}
+    if kind == "array":
+        return "list of text"
+    if kind in words:
+        return words[kind]
+    return ("whole number" if kind == "integer" else "number") + bounds(field)
+
+
+def bounds(field: Mapping[str, Any]) -> str:
+    """`, 1 or more` and the like."""
+    if "exclusiveMinimum" in field:
+        return f" above {field['exclusiveMinimum']:g}"
+    return f", {field['minimum']:g} or more" if "minimum" in field else ""
+
+
+def default_of(field: Mapping[str, Any]) -> str:
+    """What holds when the field is left out."""
+    value = field.get("default")
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, list):
+        return f"`{value[0]}`" if len(set(value)) == 1 else f"`{value[0]}:{value[1]}`"
+    if isinstance(value, float):
+        return f"`{value:g}`"
+    return "-" if value is None else f"`{value}`"
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table; the first row is its head."""
+    escaped = [[text.replace("|", "\\|") for text in row] for row in rows]
+    escaped.insert(1, ["---"] * len(rows[0]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
+
+
+PARTS: Mapping[str, Callable[[], str]] = {
+    "example": example,
+    "matrix": matrix,
+    "strategies": strategies,
+    "commands": commands,
+    "fields": fields,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""dtrain: one training definition, launched anywhere, provably the same training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dtrain.callback import Callback
+from dtrain.task import Loss, Task
+
+if TYPE_CHECKING:
+    from dtrain.train.checks.api import check
+    from dtrain.train.script.checkpoint import Checkpoint as checkpoint
+    from dtrain.train.script.place import stopping
+    from dtrain.train.script.sampler import Sampler as sampler
+
+__all__ = [
+    "Callback",
+    "Loss",
+    "Task",
+    "check",
+    "checkpoint",
+    "rank",
+    "sampler",
+    "stopping",
+    "world_size",
+]
+__version__ = "0.1.0"
+
+# these bring torch with them, which the launch plane does without
+_LATER = {
+    "check": "dtrain.train.checks.api:check",
+    "checkpoint": "dtrain.train.script.checkpoint:Checkpoint",
+    "sampler": "dtrain.train.script.sampler:Sampler",
+    "stopping": "dtrain.train.script.place:stopping",
+}
+
+
+def rank() -> int:
+    """This process's number among all of the training, from 0; 0 outside of a launch."""
+    from dtrain.ranks import RankInfo
+
+    return RankInfo.from_env().rank
+
+
+def world_size() -> int:
+    """How many processes train; 1 outside of a launch."""
+    from dtrain.ranks import RankInfo
+
+    return RankInfo.from_env().world_size
+
+
+def __getattr__(name: str) -> Any:
+    """Import what comes with torch when it is first used."""
+    if name in _LATER:
+        import importlib
+
+        module, _, attribute = _LATER[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,303 @@
+"""What exists: launchers, strategies, trainers, loggers, and which of them go together.
+
+Facts only, no imports of what they name: the launch plane reads this without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dtrain.errors import PlanError
+
+
+@dataclass(frozen=True)
+class LauncherFact:
+    """A place where processes start."""
+
+    target: str
+    """`module:Class`, imported when used."""
+    summary: str
+    extra: str | None = None
+    """The pip extra it needs, if any."""
+    allocates: bool = False
+    """Nodes come with the cores that the job asks for, whatever this host has."""
+
+
+@dataclass(frozen=True)
+class StrategyFact:
+    """A way in which the processes share the work."""
+
+    target: str
+    summary: str
+    one_process: bool = False
+    """One process in all (`single`) or one per node (`dp`), whatever --procs says."""
+    multi_node: bool = True
+    virtual_shards: bool = False
+    """Deals `train.virtual_shards` evenly: the number of processes must divide it."""
+
+
+@dataclass(frozen=True)
+class TrainerFact:
+    """Whose loop runs."""
+
+    target: str
+    summary: str
+    strategies: tuple[str, ...]
+    extra: str | None = None
+    module: str | None = None
+    """What that extra brings, by the name that is imported."""
+
+
+SCRIPT = "script"
+"""The trainer of a job that has a script instead of a task."""
+OWN = "own"
+"""Stands for the strategy of a script: whatever it does by itself."""
+
+
+@dataclass(frozen=True)
+class LoggerFact:
+    """Where metrics go besides metrics.jsonl."""
+
+    target: str
+    summary: str
+    module: str | None = None
+    """The package it needs, as it is imported; None for none."""
+    extra: str | None = None
+
+
+LAUNCHERS: Mapping[str, LauncherFact] = {
+    "local": LauncherFact(
+        "dtrain.launchers.local:LocalLauncher", "this machine, as one node or several simulated"
+    ),
+    "torchrun": LauncherFact(
+        "dtrain.launchers.torchrun:TorchrunLauncher",
+        "this host is one node of the job; run the command on each host",
+    ),
+    "slurm": LauncherFact(
+        "dtrain.launchers.slurm:SlurmLauncher",
+        "one batch job of a Slurm cluster, with one node agent per node",
+        extra="slurm",
+        allocates=True,
+    ),
+    "ray": LauncherFact(
+        "dtrain.launchers.ray:RayLauncher",
+        "the nodes of a Ray cluster, one running or one of our own",
+        extra="ray",
+        allocates=True,
+    ),
+}
+
+STRATEGIES: Mapping[str, StrategyFact] = {
+    "single": StrategyFact(
+        "dtrain.train.strategies.single:SingleStrategy",
+        "one process, the reference for all others",
+        one_process=True,
+        multi_node=False,
+    ),
+    "dp": StrategyFact(
+        "dtrain.train.strategies.dp:DataParallelStrategy",
+        "nn.DataParallel: one process, one replica per device",
+        one_process=True,
+        multi_node=False,
+    ),
+    "ddp": StrategyFact(
+        "dtrain.train.strategies.ddp:DDPStrategy",
+        "DistributedDataParallel: one process per device, gradients all-reduced",
+    ),
+    "fsdp": StrategyFact(
+        "dtrain.train.strategies.fsdp:FSDPStrategy",
+        "FSDP2 fully_shard: parameters, gradients and optimizer state cut over the processes",
+    ),
+    "exact": StrategyFact(
+        "dtrain.train.strategies.exact:ExactStrategy",
+        "virtual shards added up in one fixed tree: the same bits on any number of processes",
+        virtual_shards=True,
+    ),
+}
+
+TRAINERS: Mapping[str, TrainerFact] = {
+    "native": TrainerFact(
+        "dtrain.train.trainers.native:NativeTrainer",
+        "dtrain's own loop",
+        strategies=("single", "dp", "ddp", "fsdp", "exact"),
+    ),
+    "lightning": TrainerFact(
+        "dtrain.train.trainers.lightning.trainer:LightningTrainer",
+        "Lightning's loop, hooks, callbacks and loggers, for a task or a LightningModule",
+        strategies=("single", "ddp", "fsdp", "exact"),
+        extra="lightning",
+        module="pytorch_lightning",
+    ),
+    SCRIPT: TrainerFact(
+        "dtrain.train.script.run:run_script",
+        "a Python file as it is, with its own loop, as under torchrun",
+        strategies=(),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ExportFact:
+    """A form in which a trained model is written."""
+
+    suffix: str
+    modules: tuple[str, ...] = ()
+    """The packages it needs, as they are imported."""
+    extra: str | None = None
+
+
+EXPORTS: Mapping[str, ExportFact] = {
+    "safetensors": ExportFact(".safetensors", ("safetensors",), "export"),
+    "torch-export": ExportFact(".pt2"),
+    "onnx": ExportFact(".onnx", ("onnx", "onnxscript", "onnxruntime"), "export"),
+    "keras": ExportFact(".keras", ("keras",), "keras"),
+}
+
+_LOGGERS = "dtrain.train.observe.loggers"
+
+LOGGERS: Mapping[str, LoggerFact] = {
+    "csv": LoggerFact(f"{_LOGGERS}:Csv", "train.csv and eval.csv in the run's folder"),
+    "tensorboard": LoggerFact(
+        f"{_LOGGERS}:TensorBoard",
+        "event files in the run's folder",
+        module="tensorboard",
+        extra="loggers",
+    ),
+    "mlflow": LoggerFact(
+        f"{_LOGGERS}:MLflow", "a tracking server, or a folder", module="mlflow", extra="mlflow"
+    ),
+    "wandb": LoggerFact(f"{_LOGGERS}:Wandb", "Weights & Biases", module="wandb", extra="wandb"),
+    "comet": LoggerFact(f"{_LOGGERS}:Comet", "Comet", module="comet_ml", extra="comet"),
+    "neptune": LoggerFact(f"{_LOGGERS}:Neptune", "Neptune", module="neptune", extra="neptune"),
+}
+
+ENTRY_POINT_GROUPS = {
+    "launcher": "dtrain.launchers",
+    "strategy": "dtrain.strategies",
+    "logger": "dtrain.loggers",
+}
+
+
+def find(kind: str, name: str) -> str:
+    """The `module:Class` behind a name, from the tables above or from an entry point.
+
+    Args:
+        kind: `launcher`, `strategy`, `trainer` or `logger`.
+        name: as written in job.yaml.
+
+    Raises:
+        PlanError: nothing of that kind has this name.
+    """
+    table: Mapping[str, Any] = _table(kind)
+    if name in table:
+        return str(table[name].target)
+    outside = _outside(kind)
+    if name in outside:
+        return outside[name]
+    raise PlanError(f"unknown {kind} {name!r}; known: {', '.join(names(kind))}")
+
+
+def names(kind: str) -> list[str]:
+    """Every name of a kind, built in and from entry points."""
+    return [*_table(kind), *(name for name in _outside(kind) if name not in _table(kind))]
+
+
+def load(kind: str, name: str) -> Any:
+    """Import and return the class behind a name; `PlanError` as in `find`."""
+    import importlib
+
+    module, _, attribute = find(kind, name).partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def export_problem(name: str) -> str | None:
+    """What an export lacks here, with its pip command; None when nothing. Imports nothing."""
+    from importlib.util import find_spec
+
+    fact = EXPORTS[name]
+    missing = [module for module in fact.modules if find_spec(module) is None]
+    if not missing:
+        return None
+    return f"--to {name} needs {' and '.join(missing)}: pip install 'dtrain[{fact.extra}]'"
+
+
+def logger_problem(name: str) -> str | None:
+    """Why a logger cannot be used with this Python; None when it can. Imports nothing."""
+    from importlib.util import find_spec
+
+    fact = LOGGERS.get(name)
+    if fact is None or fact.module is None or find_spec(fact.module) is not None:
+        return None
+    return f"logger {name!r} needs {fact.module}: pip install 'dtrain[{fact.extra}]'"
+
+
+def pair_problem(trainer: str, strategy: str, nodes: int) -> str | None:
+    """Why a trainer, a strategy and a node count do not go together; None when they do.
+
+    The sentence names the nearest combination that works.
+    """
+    if trainer == SCRIPT:
+        return None if strategy == OWN else _NO_STRATEGY.format(strategy)
+    trainer_fact = TRAINERS.get(trainer)
+    if trainer_fact is not None and strategy in STRATEGIES:
+        if strategy not in trainer_fact.strategies:
+            return (
+                f"trainer {trainer!r} has no strategy {strategy!r}; "
+                f"it has: {', '.join(trainer_fact.strategies)}"
+            )
+        if nodes > 1 and not STRATEGIES[strategy].multi_node:
+            return f"strategy {strategy!r} runs on one node, not {nodes}; use 'ddp' or --nodes 1"
+    return None
+
+
+_NO_STRATEGY = (
+    "a script shares its work by itself and has no strategy {0!r}: leave the strategy out, or "
+    "write the training as a task, which trainer 'native' trains under any"
+)
+
+
+def shard_problem(strategy: str, virtual_shards: int, world_sizes: Iterable[int]) -> str | None:
+    """Why a number of processes cannot share the virtual shards evenly; None when all can.
+
+    Args:
+        strategy: by name; most have no virtual shards.
+        virtual_shards: `train.virtual_shards`.
+        world_sizes: every number of processes that the launch may come to.
+    """
+    fact = STRATEGIES.get(strategy)
+    if fact is None or not fact.virtual_shards:
+        return None
+    for world_size in world_sizes:
+        if virtual_shards % world_size:
+            divisors = [n for n in range(1, virtual_shards + 1) if virtual_shards % n == 0]
+            below = [n for n in divisors if n < world_size][-1:]
+            near = below + [n for n in divisors if n > world_size][:1]
+            multiple = -(-virtual_shards // world_size) * world_size
+            return (
+                f"strategy {strategy!r} cuts every step into train.virtual_shards = "
+                f"{virtual_shards} parts, which {world_size} processes cannot share evenly; use "
+                f"{' or '.join(map(str, near))} processes, or --set "
+                f"train.virtual_shards={multiple} (which is another training)"
+            )
+    return None
+
+
+def _table(kind: str) -> Mapping[str, Any]:
+    tables: dict[str, Mapping[str, Any]] = {
+        "launcher": LAUNCHERS,
+        "strategy": STRATEGIES,
+        "trainer": TRAINERS,
+        "logger": LOGGERS,
+    }
+    return tables[kind]
+
+
+def _outside(kind: str) -> dict[str, str]:
+    group = ENTRY_POINT_GROUPS.get(kind)
+    if group is None:
+        return {}
+    from importlib.metadata import entry_points
+
+    return {point.name: point.value for point in entry_points(group=group)}

@@ -1,0 +1,90 @@
+"""`dtrain launch --array FIELD=VALUE,VALUE`: one run for each value."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dtrain.cli import options as shared
+
+if TYPE_CHECKING:
+    from dtrain.launchers.sweep import Element
+
+_VALUE = re.compile(r"""(?:[^,\[\]{}"']|\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*')+""")
+
+
+def launch(
+    job: str,
+    fields: tuple[str, ...],
+    options: dict[str, Any],
+    *,
+    at_once: int | None,
+    detach: bool,
+    quiet: bool,
+) -> int:
+    """Submit a run for each combination of values, and follow them; the exit code."""
+    from dtrain.launchers.sweep import drive_array
+
+    elements = prepare(job, fields, options)
+    launcher = _launcher(elements)
+    return drive_array(launcher, elements, click.echo, at_once=at_once, detach=detach, quiet=quiet)
+
+
+def show(job: str, fields: tuple[str, ...], at_once: int | None, options: dict[str, Any]) -> None:
+    """Print what would be launched: each run's values, and the script."""
+    elements = prepare(job, fields, options)
+    for element in elements:
+        click.echo(f"{element.plan.run_id}: {element.chosen}")
+    plans = [element.plan for element in elements]
+    click.echo("\n".join(_launcher(elements).preview_array(plans, at_once)))
+
+
+def prepare(job: str, fields: tuple[str, ...], options: dict[str, Any]) -> list[Element]:
+    """A plan for each combination of values, in order; errors as for `shared.prepare`."""
+    from dtrain.errors import UsageError
+    from dtrain.launchers.sweep import Element
+
+    choices = list(product(*(values(text) for text in fields)))
+    if len(set(choices)) != len(choices):
+        raise UsageError(f"--array: the same value twice: {', '.join(fields)}")
+    found: list[Element] = []
+    run_id = options["run_id"]
+    for index, chosen in enumerate(choices):
+        overrides = (*options["overrides"], *chosen)
+        if not run_id:
+            run_id = shared.prepare(job, {**options, "overrides": overrides}).plan.run_id
+        own = {"overrides": overrides, "run_id": f"{run_id}-{index}"}
+        prepared = shared.prepare(job, {**options, **own})
+        text = prepared.job.text
+        found.append(Element(prepared.plan, prepared.job.spec, text, ", ".join(chosen)))
+    return found
+
+
+def values(text: str) -> list[str]:
+    """`train.lr=0.1,0.01` → `train.lr=0.1` and `train.lr=0.01`; a list in brackets is one value.
+
+    Raises:
+        UsageError: it is not of this form.
+    """
+    from dtrain.errors import UsageError
+
+    field, _, listed = text.partition("=")
+    written = _VALUE.findall(listed)
+    found = [value.strip() for value in written]
+    if not field or not all(found) or not found or ",".join(written) != listed:
+        raise UsageError(f"--array {text}: expected FIELD=VALUE,VALUE,…, as train.lr=0.1,0.01")
+    return [f"{field}={value}" for value in found]
+
+
+def _launcher(elements: list[Element]) -> Any:
+    from dtrain.errors import UsageError
+    from dtrain.launchers import base
+
+    name = elements[0].plan.launcher
+    launcher = base.load(name)
+    if not hasattr(launcher, "start_array"):
+        raise UsageError(f"launcher {name!r} has no --array; launcher 'slurm' has")
+    return launcher

@@ -1,0 +1,30 @@
+"""`dtrain cancel`: end a run in order."""
+
+from __future__ import annotations
+
+import click
+
+from dtrain.cli import options as shared
+
+
+@click.command("cancel")
+@shared.run_argument
+@shared.runs_option
+@shared.json_option
+def command(run: str, runs: str, as_json: bool) -> None:
+    """End RUN (an id, a unique prefix, or `last`): its workers save and leave at the next step."""
+    from dtrain.launchers import base
+    from dtrain.plan import LaunchPlan
+
+    found = shared.find(run, runs)
+    plan = LaunchPlan.read(found)
+    was, _ = base.state_of(found)
+    if was == "running":
+        base.load(plan.launcher).cancel(found, plan.stop_timeout_s + 10)
+    state, _ = base.state_of(found)
+    if as_json:
+        shared.print_json({"id": found.id, "was": was, "state": state})
+    elif was == "running":
+        click.echo(f"{found.id}: {state}")
+    else:
+        click.echo(f"{found.id}: nothing to cancel, it is {state}")

@@ -1,0 +1,75 @@
+"""`dtrain launch`: plan, then start exactly that plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from dtrain.cli import options as shared
+
+
+@click.command("launch")
+@click.argument("job")
+@shared.script_arguments
+@shared.job_options
+@click.option("--dry-run", "--dryrun", is_flag=True, help="Show the plan and start nothing.")
+@click.option("--detach", is_flag=True, help="Submit and return; for launchers slurm and ray.")
+@click.option("-q", "--quiet", is_flag=True, help="Show only the end and what went wrong.")
+@click.option(
+    "--array",
+    multiple=True,
+    metavar="FIELD=V,V,…",
+    help="Launcher slurm: a run for each value, as one array; may be repeated.",
+)
+@click.option(
+    "--at-once",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="How many runs of an --array may run at a time.",
+)
+def command(
+    job: str,
+    dry_run: bool,
+    detach: bool,
+    quiet: bool,
+    array: tuple[str, ...],
+    at_once: int | None,
+    **options: Any,
+) -> int:
+    """Train JOB (a job.yaml, or a script): as one process or many, here or elsewhere.
+
+    What follows `--` is the command line of a script.
+    """
+    from dtrain.cli.plan import show
+
+    if array:
+        from dtrain.cli import array as arrays
+
+        if dry_run:
+            arrays.show(job, array, at_once, options)
+            return 0
+        return arrays.launch(job, array, options, at_once=at_once, detach=detach, quiet=quiet)
+    prepared = shared.prepare(job, options)
+    if dry_run:
+        show(prepared, as_json=False, explain=False)
+        return 0
+    return start(prepared, quiet, detach)
+
+
+def start(prepared: shared.Prepared, quiet: bool, detach: bool = False) -> int:
+    """Start a plan and follow it to its end, or only start it; the exit code."""
+    from dtrain.console.live import LiveConsole
+    from dtrain.errors import UsageError
+    from dtrain.launchers import base
+    from dtrain.launchers.drive import drive
+
+    plan = prepared.plan
+    can_detach = getattr(base.load(plan.launcher), "can_detach", None)
+    if detach and not (can_detach and can_detach(plan)):
+        raise UsageError(
+            f"launcher {plan.launcher!r} cannot --detach: its processes end with the command; "
+            "launcher 'slurm' can, and launcher 'ray' with --ray submit=job"
+        )
+    console = LiveConsole(plan, quiet=quiet)
+    return drive(plan, prepared.job.spec, prepared.job.text, console, detach=detach)

@@ -1,0 +1,101 @@
+"""`dtrain`: the group of all commands. Imports none of them until it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from dtrain.errors import DtrainError
+
+# name → (module, one line of help). The lines stand here so that `dtrain --help` imports no
+# command, no pydantic and no torch: it is the first thing that anybody tries.
+_COMMANDS = {
+    "launch": ("dtrain.cli.launch", "Train a job: as one process or many, here or elsewhere."),
+    "plan": (
+        "dtrain.cli.plan",
+        "Show every command, variable and file of a launch; start nothing.",
+    ),
+    "resume": ("dtrain.cli.resume", "Go on with a run from its newest good checkpoint."),
+    "runs": ("dtrain.cli.runs", "List the runs."),
+    "status": ("dtrain.cli.status", "How a run stands."),
+    "logs": ("dtrain.cli.logs", "Show what the ranks of a run wrote, and follow it."),
+    "why": ("dtrain.cli.why", "Why a run failed: the culprit, its error, what to try."),
+    "cancel": ("dtrain.cli.cancel", "End a run in order."),
+    "verify": ("dtrain.cli.verify", "Show that a job is the same training in every way to run it."),
+    "export": ("dtrain.cli.export", "Write a run's model for other programs, and check it."),
+    "schema": ("dtrain.cli.schema", "Print the JSON Schema of job.yaml, for editors."),
+}
+
+
+class _LazyGroup(click.Group):
+    """A group that imports a command when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(_COMMANDS[cmd_name][0]).command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], _COMMANDS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"No command {args[0]!r}.{hint}", ctx) from None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+def _version(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        click.echo(f"dtrain {version('dtrain')}")
+        ctx.exit()
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+        "max_content_width": 100,
+    },
+)
+@click.option("--version", is_flag=True, callback=_version, expose_value=False, is_eager=True)
+def cli() -> None:
+    """One training definition, launched anywhere, provably the same training, and hard to kill.
+
+    \b
+    dtrain launch job.yaml                       as job.yaml says
+    dtrain launch --nodes 2 --procs 2 job.yaml   two nodes simulated here, two ranks on each
+    dtrain launch --gpus 4 job.yaml              four GPUs of this machine
+    """
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Run the command line; errors meant for people are printed without a traceback."""
+    try:
+        status = cli.main(args=argv, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except DtrainError as error:
+        click.echo(f"dtrain: {error}" if "\n" not in str(error) else str(error), err=True)
+        sys.exit(error.exit_code)
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,124 @@
+"""`dtrain plan`: everything that a launch would do, and where each value came from."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dtrain.cli import options as shared
+
+if TYPE_CHECKING:
+    from dtrain.plan import Command, LaunchPlan
+
+
+@click.command("plan")
+@click.argument("job")
+@shared.script_arguments
+@shared.job_options
+@click.option("--explain", is_flag=True, help="Show where each value of the job came from.")
+@click.option("--write", is_flag=True, help="Write the run directory, to start workers by hand.")
+@shared.json_option
+def command(job: str, explain: bool, write: bool, as_json: bool, **options: Any) -> None:
+    """Show every command, variable and file of a launch of JOB; start nothing."""
+    prepared = shared.prepare(job, options)
+    if write:
+        from dtrain.launchers import base
+
+        base.prepare(prepared.plan, prepared.job.spec, prepared.job.text)
+    show(prepared, as_json, explain, written=write)
+
+
+def show(prepared: shared.Prepared, as_json: bool, explain: bool, *, written: bool = False) -> None:
+    """Print a plan, as text or JSON."""
+    plan = prepared.plan
+    if as_json:
+        value = {"plan": plan.to_json()}
+        if explain:
+            value["sources"] = prepared.job.sources
+        shared.print_json(value)
+        return
+    click.echo("\n".join([*_lines(plan, written), *_preview(plan)]))
+    if explain:
+        click.echo("\n".join(_explained(prepared)))
+
+
+def _preview(plan: LaunchPlan) -> list[str]:
+    """What only some launchers have to show: the script that is submitted."""
+    from dtrain.launchers import base
+
+    preview = getattr(base.load(plan.launcher), "preview", None)
+    return preview(plan) if preview else []
+
+
+def _lines(plan: LaunchPlan, written: bool) -> list[str]:
+    nodes = str(plan.nodes) if plan.min_nodes == plan.nodes else f"{plan.min_nodes}:{plan.nodes}"
+    what = f"{plan.trainer} × {plan.strategy} × {plan.launcher}"
+    ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
+    lines = [
+        f"run        {plan.run_id} (attempt {plan.attempt}): {what}",
+        f"size       {nodes} node(s) × {plan.procs_per_node} = {ranks} on {plan.device}, "
+        f"{plan.backend}, {plan.threads_per_proc} thread(s) each",
+    ]
+    if plan.replicas > 1:
+        lines.append(f"replicas   {plan.replicas} in the one process")
+    for node_rank, name in enumerate(plan.node_names):
+        first = node_rank * plan.procs_per_node
+        last = first + plan.procs_per_node - 1
+        spread = f"rank {first}" if first == last else f"ranks {first}-{last}"
+        lines.append(f"node {node_rank:<5} {name or '(named when it joins)'}: {spread}")
+    lines += [
+        f"rendezvous {_endpoint(plan)}, nodes wait {plan.join_timeout_s:.0f} s",
+        f"restarts   up to {plan.max_restarts}",
+        "files",
+        *(f"  {path}" for path in plan.files),
+        "environment of every worker, besides RANK, WORLD_SIZE and the like",
+        *(f"  {name}={value}" for name, value in plan.worker_env.items()),
+        "commands",
+        *(f"  {_command(each)}" for each in plan.commands if not each.by_hand),
+    ]
+    by_hand = [each for each in plan.commands if each.by_hand]
+    if by_hand:
+        lines += ["or by hand, without dtrain's agents"]
+        if not written:
+            lines.append(f"  # first, where all hosts see it: {_write_command(plan)}")
+        lines += [f"  {_command(each)}" for each in by_hand]
+    return lines
+
+
+def _endpoint(plan: LaunchPlan) -> str:
+    if not plan.rdzv_port:
+        return "on the first node of the job, at a port that is free there"
+    return f"{plan.rdzv_host}:{plan.rdzv_port}"
+
+
+def _write_command(plan: LaunchPlan) -> str:
+    return f"the same `dtrain plan` with --write --run-id {shlex.quote(plan.run_id)}"
+
+
+def _command(command: Command) -> str:
+    settings = [f"{name}={shlex.quote(value)}" for name, value in command.env.items()]
+    line = " ".join([*(["env", *settings] if settings else []), *map(shlex.quote, command.argv)])
+    return f"{line}  # on {command.where}"
+
+
+def _explained(prepared: shared.Prepared) -> list[str]:
+    lines = ["", "where each value came from"]
+    spec: Any = prepared.job.spec
+    width = max(len(field) for field in prepared.job.sources)
+    for field, source in prepared.job.sources.items():
+        lines.append(f"  {field:<{width}}  {_value(spec, field)!s:<12}  {source}")
+    return lines
+
+
+def _value(spec: Any, field: str) -> Any:
+    from dtrain.plan import masked
+
+    name = field.rpartition(".")[2]
+    value = spec
+    for part in field.split("."):
+        if value is None:
+            return None
+        value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+    return masked({name: value})[name] if field.startswith("launch.env.") else value

@@ -1,0 +1,46 @@
+"""`dtrain resume`: the next attempt of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dtrain.cli import options as shared
+
+if TYPE_CHECKING:
+    from dtrain.rundir import RunDir
+
+
+@click.command("resume")
+@shared.run_argument
+@shared.size_options
+@click.option("-q", "--quiet", is_flag=True, help="Show only the end and what went wrong.")
+def command(run: str, quiet: bool, **options: Any) -> int:
+    """Go on with RUN (an id, a unique prefix, or `last`) from its newest good checkpoint.
+
+    The run goes on as it was launched; flags change what they name, as its size.
+    """
+    from dtrain.cli.launch import start
+
+    found = shared.find(run, options["runs"])
+    _check(found, options)
+    return start(shared.prepare_again(found, options), quiet)
+
+
+def _check(run: RunDir, options: dict[str, Any]) -> None:
+    """Refuse what makes no sense; of several commands, one a node, only node 0's decides."""
+    from dtrain.errors import UsageError
+    from dtrain.launchers import base
+
+    if options["node_rank"] not in (None, "0"):
+        return
+    state, _ = base.state_of(run)
+    if state == "running":
+        raise UsageError(f"run {run.id} is still going; `dtrain cancel {run.id}` ends it")
+    if state == "succeeded" and not options["overrides"]:
+        raise UsageError(
+            f"run {run.id} has finished; to train on, give it a new end, as --set train.epochs=20"
+        )
+    if state == "lost":
+        base.conclude_lost(run)

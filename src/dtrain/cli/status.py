@@ -1,0 +1,88 @@
+"""`dtrain status`: how one run stands."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dtrain.cli import options as shared
+
+if TYPE_CHECKING:
+    from dtrain.rundir import RunDir
+
+
+@click.command("status")
+@shared.run_argument
+@shared.runs_option
+@shared.json_option
+def command(run: str, runs: str, as_json: bool) -> None:
+    """How RUN (an id, a unique prefix, or `last`) stands."""
+    row = summary(shared.find(run, runs))
+    if as_json:
+        shared.print_json(row)
+        return
+    for name, value in row.items():
+        if value not in (None, {}):
+            click.echo(f"{name.replace('_', ' '):<18} {_text(name, value)}")
+
+
+def summary(run: RunDir) -> dict[str, Any]:
+    """What is known of a run: its state, its place, its last metrics."""
+    from dtrain import rundir
+    from dtrain.launchers import base
+    from dtrain.launchers.base import Handle
+    from dtrain.plan import LaunchPlan
+
+    plan = LaunchPlan.read(run)
+    handle = Handle.read(run)
+    state, result = base.state_of(run)
+    last: dict[str, dict[str, Any]] = {}
+    for line in rundir.read_lines(run.metrics):
+        last[line["split"]] = line
+    finished: dict[str, Any] = {}
+    for event in rundir.read_lines(run.events):
+        if event["event"] == "finished":
+            finished = event
+    newest = max(last.values(), key=lambda line: line["step"], default=None)
+    return {
+        "id": run.id,
+        "state": state,
+        "exit_code": None if result is None else result.exit_code,
+        "attempt": base.newest_attempt(run) if handle else plan.attempt,
+        "launcher": plan.launcher,
+        "strategy": plan.strategy,
+        "trainer": plan.trainer,
+        "nodes": plan.nodes,
+        "world_size": plan.world_size,
+        "started": None if handle is None else handle.started,
+        "ended": None if result is None else result.ended,
+        "step": None if newest is None else newest["step"],
+        "train": _metrics(last.get("train")),
+        "eval": _metrics(last.get("eval")),
+        "parameters_sha256": finished.get("parameters_sha256"),
+        **_described(run, plan.launcher),
+        "path": str(run.path),
+    }
+
+
+def _described(run: RunDir, launcher: str) -> dict[str, str]:
+    """What only some launchers know: how the batch job stands."""
+    from dtrain.launchers import base
+
+    describe = getattr(base.load(launcher), "describe", None)
+    return describe(run) if describe else {}
+
+
+def _metrics(line: dict[str, Any] | None) -> dict[str, Any]:
+    hidden = ("time", "step", "epoch", "split")
+    return {name: value for name, value in (line or {}).items() if name not in hidden}
+
+
+def _text(name: str, value: Any) -> str:
+    if name in ("started", "ended"):
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    if isinstance(value, dict):
+        return "  ".join(f"{key} {number:.6g}" for key, number in value.items())
+    return str(value)

@@ -1,0 +1,155 @@
+"""`dtrain verify`: is it the same training, however it is run?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dtrain.cli import options as shared
+
+if TYPE_CHECKING:
+    from dtrain.verify.report import Report
+    from dtrain.verify.session import Session
+
+
+def _list(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> list[str]:
+    return [part.strip() for text in given for part in text.split(",") if part.strip()]
+
+
+def _numbers(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> list[int]:
+    numbers = []
+    for text in _list(context, option, given):
+        if not text.isdigit() or int(text) < 1:
+            raise click.BadParameter(f"{text!r} is not a number from 1 on", context, option)
+        numbers.append(int(text))
+    return numbers
+
+
+def _samples(_context: click.Context, _option: click.Parameter, given: str) -> int | str:
+    if given in ("all", "auto"):
+        return given
+    if not given.isdigit() or int(given) < 1:
+        raise click.BadParameter(f"{given!r} is not a number of samples, 'auto' or 'all'")
+    return int(given)
+
+
+@click.command("verify")
+@click.argument("job")
+@click.option(
+    "--steps",
+    default=5,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="K",
+    help="Optimizer steps of each run.",
+)
+@click.option(
+    "--strategy",
+    "strategies",
+    multiple=True,
+    callback=_list,
+    metavar="NAME,…",
+    help="Only these strategies.",
+)
+@click.option(
+    "--trainer",
+    "trainers",
+    multiple=True,
+    callback=_list,
+    metavar="NAME,…",
+    help="Only these trainers.",
+)
+@click.option(
+    "--launcher",
+    "launchers",
+    multiple=True,
+    callback=_list,
+    metavar="NAME,…",
+    help="Profiles, as for `dtrain launch`.",
+)
+@click.option(
+    "--procs", multiple=True, callback=_numbers, metavar="N,…", help="Processes per node, as 1,2,4."
+)
+@click.option("--nodes", multiple=True, callback=_numbers, metavar="N,…", help="Nodes, as 1,2.")
+@click.option("--gpus", is_flag=True, help="Give each process a GPU.")
+@click.option(
+    "--epoch-samples",
+    default="auto",
+    callback=_samples,
+    metavar="N|all",
+    help="Samples of an epoch. By default so few that the runs see a short last batch "
+    "and a second epoch.",
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Any field of job.yaml, as train.global_batch_size=32; may be repeated.",
+)
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Write the same as a page, with pictures.",
+)
+@click.option(
+    "--keep", type=click.Path(file_okay=False), metavar="DIR", help="Keep the run directories here."
+)
+@shared.json_option
+def command(html: str | None, as_json: bool, **options: Any) -> int:  # fmt: skip
+    """Run JOB for a few steps in every way this machine can; is each the same training?
+
+    Samples, losses, gradients and parameters are compared with those of a single process. What
+    differs is run again in fp64, where rounding all but disappears and a mistake does not.
+    Exit code 1 when any of them is another training.
+    """
+    from dtrain.verify.session import Session
+
+    with Session(**options) as session:
+        report = _quietly(session) if as_json else _aloud(session)
+    if as_json:
+        shared.print_json(report.to_json())
+    if html is not None:
+        from dtrain.verify import html as page
+
+        page.write(report, html)
+        if not as_json:
+            click.echo(f"written: {html}")
+    return 0 if report.same else 1
+
+
+def _quietly(session: Session) -> Report:
+    for _ in session.results():
+        pass
+    return session.report
+
+
+def _aloud(session: Session) -> Report:
+    from dtrain.verify import text
+
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns
+    colours = terminal and not os.environ.get("NO_COLOR")
+    paint = _paint if colours else text.plain
+    table = text.Table(session.pairs, width, paint)
+    if terminal:
+        click.echo("running the reference …", nl=False)
+    session.begin()
+    click.echo(("\r\x1b[K" if terminal else "") + text.opening(session.report))
+    click.echo("\n" + table.head())
+    results = session.results()
+    for pair in session.pairs:
+        if terminal:
+            click.echo(table.waiting(pair), nl=False)
+        click.echo(("\r\x1b[K" if terminal else "") + table.row(next(results)))
+    click.echo("\n" + text.closing(session.report, min(width, 100)))
+    return session.report
+
+
+def _paint(text: str, colour: str) -> str:
+    return click.style(text, fg=colour)

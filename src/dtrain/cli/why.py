@@ -1,0 +1,36 @@
+"""`dtrain why`: the verdict of a failed run."""
+
+from __future__ import annotations
+
+import click
+
+from dtrain.cli import options as shared
+
+
+@click.command("why")
+@shared.run_argument
+@shared.runs_option
+@click.option("--attempt", type=int, help="Which attempt; the newest unless said.")
+@shared.json_option
+def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
+    """Why RUN (an id, a unique prefix, or `last`) failed."""
+    from dtrain.errors import RunNotFound
+    from dtrain.launchers import base
+    from dtrain.node import verdict
+
+    found = shared.find(run, runs)
+    attempts = found.attempts()
+    if not attempts or (attempt is not None and attempt not in attempts):
+        raise RunNotFound(f"run {found.id} has no attempt {attempt or 0}; it has {attempts}")
+    number = attempts[-1] if attempt is None else attempt
+    verdicts = verdict.read(found, number) or verdict.judge(found, number)
+    state = base.state_of(found)[0] if number == attempts[-1] else "failed"
+    failed = state in ("failed", "lost") and verdicts is not None
+    if as_json:
+        shared.print_json(verdicts.to_json() if failed and verdicts else None)
+    elif failed and verdicts is not None:
+        click.echo(verdict.render(verdicts, found))
+    elif state == "lost":
+        click.echo(f"run {found.id} was ended from outside: its launcher was killed")
+    else:
+        click.echo(f"run {found.id} has not failed: it is {state}")

@@ -1,0 +1,184 @@
+"""What a person sees of a launch while it runs: rank 0's lines, the others' warnings, progress."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from dtrain import rundir
+from dtrain.console.fold import LineFolder
+from dtrain.console.tail import Follower
+from dtrain.node.failures import FAILURE_CLOSE, FAILURE_OPEN, is_collateral
+from dtrain.plan import LaunchPlan
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_FOLD_WINDOW_S = 0.3
+_SERIOUS = re.compile(r"^\d{4}-\d\d-\d\d \S+ (WARNING|ERROR|CRITICAL) ")
+# On a console the time is now, and what is said at INFO needs no level and no module.
+_STAMP = re.compile(r"^\d{4}-\d\d-\d\d \S+ (INFO \S+: )?")
+
+
+class LiveConsole:
+    """Follows the run directory: nothing of it depends on where the processes run."""
+
+    def __init__(self, plan: LaunchPlan, *, quiet: bool = False) -> None:
+        """Begin to follow.
+
+        Args:
+            plan: the launch.
+            quiet: show only what the launcher itself says.
+        """
+        self._plan = plan
+        self._quiet = quiet
+        self._logs: Follower[tuple[int, int]] = Follower()
+        self._records: Follower[str] = Follower()
+        self._records.add("events", plan.run.events)
+        self._records.add("metrics", plan.run.metrics)
+        self._known: set[tuple[int, int]] = set()
+        self._failing: set[int] = set()
+        self._failures: list[dict[str, Any]] = []
+        self._restart = 0
+        self._folder = LineFolder(plan.world_size, _FOLD_WINDOW_S, self._print)
+        self._bar: _Bar | None = None
+        if sys.stdout.isatty() and not quiet:
+            self._bar = _Bar()
+        self._records.skip_to_end()  # a resumed run has told its past already
+
+    def begin(self, text: str) -> None:
+        """Show what is about to happen, unless only the end is wanted."""
+        if not self._quiet:
+            self.say(text)
+
+    def tick(self) -> None:
+        """Show what is new."""
+        if self._quiet:
+            return
+        for source, line in self._records.poll():
+            record = rundir.parse_line(line)
+            if record is not None and source == "events":
+                self._event(record)
+            elif record is not None and self._bar is not None:
+                self._bar.metrics(record)
+        self._find_logs()
+        now = time.monotonic()
+        for (_, rank), line in self._logs.poll():
+            if self._is_shown(rank, line):
+                self._folder.feed(rank, _STAMP.sub("", line), now)
+        self._folder.flush(now)
+
+    def _find_logs(self) -> None:
+        """Follow what was not there before, in further attempts too: batch jobs are requeued."""
+        run, first = self._plan.run, self._plan.attempt
+        for attempt in range(first, max([first, *run.attempts()]) + 1):
+            logs = run.rank_logs(attempt)
+            for rank in sorted(logs):
+                if (attempt, rank) not in self._known:
+                    self._known.add((attempt, rank))
+                    self._logs.add((attempt, rank), logs[rank][1])
+
+    def say(self, text: str) -> None:
+        """Show a line of the launcher's own, after all that came before it."""
+        self._folder.flush(float("inf"))
+        self._print(text)
+
+    def close(self) -> None:
+        """Show the rest, and take the progress bar away."""
+        self.tick()
+        now = time.monotonic()
+        for (_, rank), line in self._logs.finish():
+            if not self._quiet and self._is_shown(rank, line):
+                self._folder.feed(rank, _STAMP.sub("", line), now)
+        self._folder.flush(float("inf"))
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _is_shown(self, rank: int, line: str) -> bool:
+        """Rank 0 speaks for all; of the others only warnings. Tracebacks are the verdict's."""
+        if line == FAILURE_OPEN:
+            self._failing.add(rank)
+        if rank in self._failing:
+            if line == FAILURE_CLOSE:
+                self._failing.discard(rank)
+            return False
+        return rank == 0 or _SERIOUS.match(line) is not None
+
+    def _event(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "training_started" and self._bar is not None:
+            self._bar.start(event.get("total_steps"))
+        elif kind == "waiting":
+            self.say(f"{event['what']}")
+        elif kind == "worker_failed":
+            self._failures.append(event)
+        elif kind == "workers_started" and event["restart"] > self._restart:
+            self._restart = event["restart"]
+            self._announce_restart()
+
+    def _announce_restart(self) -> None:
+        """Every node has reported the first failure that it saw; one of them is the cause."""
+        failures = [each for each in self._failures if each["restart"] == self._restart - 1]
+        if not failures:
+            return
+        cause = min(failures, key=lambda each: (is_collateral(each["what"]), each["time"]))
+        self.say(
+            f"rank {cause['rank']} on {cause['node']} failed: {cause['what'].splitlines()[0]}; "
+            f"restart {self._restart} of {cause['max_restarts']}"
+        )
+
+    def _print(self, text: str) -> None:
+        text = text.removeprefix("[rank 0] ")  # it speaks for all
+        if self._bar is not None:
+            self._bar.print(text)
+        else:
+            print(text, flush=True)
+
+
+class _Bar:
+    """The progress bar of a terminal; it stays below the lines."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(highlight=False)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def start(self, total_steps: int | None) -> None:
+        """Begin, or begin again after a restart."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[text]}"),
+                Remaining(),
+                console=self._console,
+                transient=True,
+                expand=True,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("", total=total_steps, text="")
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """Move to the step of a line of metrics.jsonl."""
+        if self._progress is None or self._task is None or line["split"] != "train":
+            return
+        text = f"epoch {line['epoch']}  loss {line['loss']:.4f}" if "loss" in line else ""
+        self._progress.update(self._task, completed=line["step"], text=text)
+
+    def print(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()

@@ -1,0 +1,106 @@
+"""Follow many growing files, line by line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key")
+
+_CHUNK = 1 << 16
+_LONGEST_LINE = 1 << 20
+_FILES_A_POLL = 64  # each is opened, which a shared file system feels: 8,000 ranks have 8,000 logs
+
+
+@dataclass
+class _File:
+    path: Path
+    position: int = 0
+    partial: bytes = b""
+
+    def size(self) -> int:
+        """Bytes in the file now; opened to ask, as NFS answers a bare stat from its cache."""
+        try:
+            with self.path.open("rb") as stream:
+                size = stream.seek(0, os.SEEK_END)
+        except OSError:
+            return self.position
+        if size < self.position:  # cut by someone: what comes is new
+            self.position, self.partial = 0, b""
+        return size
+
+    def read(self, until: int) -> list[str] | None:
+        """The lines that the next chunk finishes; None when there is nothing more."""
+        try:
+            with self.path.open("rb") as stream:
+                stream.seek(self.position)
+                chunk = stream.read(min(_CHUNK, until - self.position))
+        except OSError:
+            return None
+        if not chunk:
+            return None
+        self.position += len(chunk)
+        *lines, self.partial = (self.partial + chunk).split(b"\n")
+        if len(self.partial) > _LONGEST_LINE:  # a file of no lines must not fill memory
+            lines, self.partial = [*lines, self.partial], b""
+        return [_text(line) for line in lines]
+
+
+class Follower(Generic[Key]):
+    """Reads what is appended to files, which need not exist yet, in whole lines.
+
+    Memory stays below a chunk and an unfinished line for each file. A file that cannot be read
+    now is tried again at the next call.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Key, _File] = {}
+        self._turn = 0
+
+    def add(self, key: Key, path: Path) -> None:
+        """Follow a file from its beginning; `key` comes back with each of its lines."""
+        self._files[key] = _File(path)
+
+    def skip_to_end(self) -> None:
+        """Pass over all that the files hold now."""
+        for file in self._files.values():
+            file.position, file.partial = file.size(), b""
+
+    def poll(self) -> Iterator[tuple[Key, str]]:
+        """The lines finished since the last call; one cut short stays until it is whole.
+
+        The files take turns, and what is written while this runs is left for the next call: a
+        rank that never stops writing holds nobody up. Of many files a call looks at the first,
+        and in turn at some of the others.
+        """
+        keys = list(self._files)
+        if len(keys) > _FILES_A_POLL:
+            others, count = keys[1:], _FILES_A_POLL - 1
+            keys = [keys[0], *(others * 2)[self._turn : self._turn + count]]
+            self._turn = (self._turn + count) % len(others)
+        yield from self._read(keys)
+
+    def _read(self, keys: list[Key]) -> Iterator[tuple[Key, str]]:
+        behind = {key: self._files[key].size() for key in keys}
+        while behind:
+            for key, size in list(behind.items()):
+                lines = self._files[key].read(until=size)
+                if lines is None:
+                    del behind[key]
+                else:
+                    yield from ((key, line) for line in lines)
+
+    def finish(self) -> Iterator[tuple[Key, str]]:
+        """The rest, a last line without its end included."""
+        yield from self._read(list(self._files))
+        for key, file in self._files.items():
+            if file.partial:
+                yield key, _text(file.partial)
+                file.partial = b""
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode(errors="replace")

@@ -1,0 +1,107 @@
+"""The exceptions that reach a person, and the exit codes that go with them.
+
+::
+
+    DtrainError              exit 1   something went wrong; the message says what, where, what to do
+    ├── UsageError           exit 2   a flag or an argument that cannot be meant
+    ├── JobError             exit 2   job.yaml or a profile is wrong: one or more Problems
+    ├── PlanError            exit 2   the job is well formed but cannot be launched like this
+    ├── RunNotFound          exit 2   no run, or several, of that name
+    ├── LaunchError          exit 1   the launch could not be started
+    ├── CheckpointError      exit 1   a checkpoint cannot be written or trusted
+    └── BlamedError          exit 1   raised on all ranks, some of which are to blame
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+
+
+class DtrainError(Exception):
+    """Base of all errors meant for people: the CLI prints the message and never a traceback."""
+
+    exit_code = EXIT_FAILURE
+
+
+class UsageError(DtrainError):
+    """A flag or an argument that cannot be meant."""
+
+    exit_code = EXIT_USAGE
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in a file of the user's: where it is, which field, what is wrong."""
+
+    file: str
+    line: int | None
+    """1-based; None when the value did not come from a file (a flag, a missing file)."""
+    column: int | None
+    """1-based."""
+    field: str
+    """Dotted path of the field, as `train.global_batch_size`; empty for the whole file."""
+    message: str
+
+    def __str__(self) -> str:
+        place = self.file
+        if self.line is not None:
+            place += f":{self.line}"
+            if self.column is not None:
+                place += f":{self.column}"
+        field = f"{self.field}: " if self.field else ""
+        return f"{place}: {field}{self.message}"
+
+
+class JobError(DtrainError):
+    """job.yaml or a profile is wrong; carries every problem found, not just the first."""
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class PlanError(DtrainError):
+    """The job is well formed but cannot be launched as asked."""
+
+    exit_code = EXIT_USAGE
+
+
+class RunNotFound(DtrainError):
+    """No run, or more than one, answers to the name given."""
+
+    exit_code = EXIT_USAGE
+
+
+class LaunchError(DtrainError):
+    """The launch could not be started."""
+
+
+class CheckpointError(DtrainError):
+    """A checkpoint cannot be written, or none of those present can be trusted."""
+
+
+class BlamedError(DtrainError):
+    """Something that all ranks raise and some are to blame for.
+
+    Args:
+        message: the same on all ranks.
+        culprits: ranks that are to blame; empty when nobody can tell.
+        rank: this process's.
+    """
+
+    def __init__(self, message: str, culprits: Sequence[int], rank: int) -> None:
+        super().__init__(message)
+        self.culprits = list(culprits)
+        self.rank = rank
+        self.collateral = bool(culprits) and rank not in culprits
+        """Whether the cause is on another rank."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.culprits, self.rank)

@@ -1,0 +1,43 @@
+"""`python -m dtrain.export RUN_DIR --to FORMAT`: what `dtrain export` starts.
+
+A process of its own, since it imports torch and the user's task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from dtrain.errors import DtrainError
+
+
+def main() -> int:
+    """Export, and say what was written; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m dtrain.export", description=__doc__)
+    parser.add_argument("run_dir")
+    parser.add_argument("--to", required=True)
+    parser.add_argument("--step", type=int)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    # the exporters tell of their own deprecations and of packages that they do without
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    from dtrain.export.run import export
+    from dtrain.rundir import RunDir
+
+    try:
+        done = export(
+            RunDir(arguments.run_dir), arguments.to, step=arguments.step, output=arguments.output
+        )
+    except DtrainError as error:
+        print(f"dtrain: {error}" if "\n" not in str(error) else str(error), file=sys.stderr)
+        return error.exit_code
+    print("\n".join(done.lines()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

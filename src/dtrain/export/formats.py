@@ -1,0 +1,175 @@
+"""One function for each format: write the file, read it back, and compare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtrain.errors import DtrainError, UsageError
+from dtrain.export.model import Call, Trained, tensors_in
+
+_TOLERANCE = 1e-4
+"""Largest difference of outputs, in parts of the largest output; another order of additions
+gives about 1e-6."""
+
+_LARGE = 1_500_000_000
+"""Bytes of parameters from which an ONNX file keeps them in a file beside: it ends at 2 GB."""
+
+Writer = Callable[[Trained, Path], str]
+Runner = Callable[[Call], Sequence[torch.Tensor]]
+
+
+def of_model(name: str) -> Writer:
+    """The function of a format that holds the model's computation too."""
+    return {"torch-export": torch_export, "onnx": onnx, "keras": keras}[name]
+
+
+def safetensors(state: Mapping[str, Any], path: Path, about: dict[str, str]) -> str:
+    """Parameters and buffers by name; what they are compared with are the checkpoint's bytes."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    # copies: safetensors refuses tensors that share memory, as tied weights do
+    copies = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
+    save_file(copies, path, metadata={"format": "pt", **about})
+    read = load_file(path)
+    for name, value in tensors.items():
+        if name not in read or not _same_bits(value, read[name]):
+            raise DtrainError(f"{name} is not what it was after it was read back")
+    return f"all {len(tensors)} tensors are bit for bit those of the checkpoint"
+
+
+def torch_export(trained: Trained, path: Path) -> str:
+    """A `.pt2` file for `torch.export.load`."""
+    try:
+        program = _program(trained)
+        torch.export.save(program, path)
+    except Exception as error:  # of many kinds; the compiler says what it stumbled over
+        raise _refusal("torch.export", error) from error
+    module = torch.export.load(path).module()
+    return _compared(trained, lambda call: tensors_in(module(*call.args, **call.kwargs)))
+
+
+def onnx(trained: Trained, path: Path) -> str:
+    """An `.onnx` file, checked with onnxruntime."""
+    import onnxruntime
+
+    size = sum(p.numel() * p.element_size() for p in trained.model.parameters())
+    try:
+        made: Any = torch.onnx.export(_program(trained), dynamo=True, verbose=False)
+        made.save(path, external_data=size > _LARGE)
+    except Exception as error:
+        raise _refusal("torch.onnx", error) from error
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+
+    def run(call: Call) -> list[torch.Tensor]:
+        given = tensors_in([*call.args, *call.kwargs.values()])
+        outputs = session.run(None, dict(zip(names, [t.numpy() for t in given], strict=True)))
+        return [torch.from_numpy(output) for output in outputs]
+
+    return _compared(trained, run)
+
+
+def keras(trained: Trained, path: Path) -> str:
+    """A `.keras` file for `keras.saving.load_model`."""
+    import keras as library
+
+    if not isinstance(trained.model, library.Model):
+        raise UsageError(
+            f"the model is a {type(trained.model).__name__}, not a keras.Model; "
+            "--to torch-export writes any that torch can export"
+        )
+    trained.model.save(path)
+    loaded: Any = library.saving.load_model(path, compile=False)
+
+    def run(call: Call) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return tensors_in(loaded(*call.args, **{**call.kwargs, "training": False}))
+
+    return _compared(trained, run)
+
+
+def _program(trained: Trained) -> torch.export.ExportedProgram:
+    """The model's forward, for any number of samples where it allows that."""
+    call = trained.calls[0]
+    dynamic: Any = torch.utils._pytree.tree_map(
+        lambda value: _any_batch(value, call.num_samples), (call.args, call.kwargs)
+    )
+    names = list(_names(trained.model, call))
+    shapes = {**dict(zip(names, dynamic[0], strict=True)), **dynamic[1]}
+    with torch.no_grad():
+        return torch.export.export(
+            trained.model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False
+        )
+
+
+def _names(model: torch.nn.Module, call: Call) -> list[str]:
+    import inspect
+
+    bound = inspect.signature(model.forward).bind(*call.args)
+    return list(bound.arguments)
+
+
+def _any_batch(value: Any, num_samples: int) -> Any:
+    if isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == num_samples > 1:
+        return {0: torch.export.Dim.AUTO}
+    return None
+
+
+def _compared(trained: Trained, run: Runner) -> str:
+    """The largest difference over the calls; the first must work, others show other sizes.
+
+    Raises:
+        DtrainError: the outputs are not the model's.
+    """
+    worst, sizes = 0.0, []
+    for index, call in enumerate(trained.calls):
+        try:
+            outputs = run(call)
+        except Exception:
+            if index == 0:
+                raise
+            break  # of this number of samples only
+        worst = max(worst, _difference(call, outputs))
+        sizes.append(str(call.num_samples))
+    only = "" if len(sizes) == len(trained.calls) else f"; for {sizes[0]} samples at once only"
+    return (
+        f"outputs on {' and '.join(sizes)} samples of {trained.source}() differ by at most "
+        f"{worst:.1e}{only}"
+    )
+
+
+def _difference(call: Call, outputs: Sequence[torch.Tensor]) -> float:
+    if [tuple(t.shape) for t in outputs] != [tuple(t.shape) for t in call.outputs]:
+        raise DtrainError("the exported model gives outputs of other shapes than the model")
+    worst = 0.0
+    for mine, theirs in zip(call.outputs, outputs, strict=True):
+        gap = (mine.double() - theirs.double()).abs().max().item() if mine.numel() else 0.0
+        largest = mine.double().abs().max().item() if mine.numel() else 0.0
+        if not gap <= _TOLERANCE * max(largest, 1.0) or math.isnan(gap):
+            raise DtrainError(
+                f"the exported model is another: outputs differ by {gap:.1e}, and the largest is "
+                f"{largest:.1e}; nothing was kept"
+            )
+        worst = max(worst, gap)
+    return worst
+
+
+def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    flat = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (left, right)]
+    return bool(torch.equal(*flat))
+
+
+def _refusal(what: str, error: Exception) -> UsageError:
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return UsageError(
+        f"{what} cannot export this model: {first.strip()[:300]}; --to safetensors writes its "
+        "parameters"
+    )

@@ -1,0 +1,112 @@
+"""From a run to an exported file: checkpoint, model, a real batch, the format, the comparison."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dtrain import catalog
+from dtrain.errors import CheckpointError, UsageError
+from dtrain.export import formats
+from dtrain.export.model import Trained, trained_model
+from dtrain.job.spec import JobSpec
+from dtrain.plan import LaunchPlan
+from dtrain.rundir import RunDir
+from dtrain.train.checkpoint.files import read_checkpoint
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it was compared with the model."""
+
+    path: Path
+    checkpoint: str
+    """Name of the checkpoint."""
+    proof: str
+    """The comparison, in words."""
+    rejected: dict[str, str]
+    """Newer checkpoints that could not be used, by name, and why."""
+
+    def lines(self) -> list[str]:
+        """For people."""
+        passed_over = [f"{name} is not used: {why}" for name, why in self.rejected.items()]
+        size = self.path.stat().st_size / 1e6
+        wrote = f"wrote {self.path} from {self.checkpoint}, {size:.1f} MB"
+        return [*passed_over, wrote, f"checked: {self.proof}"]
+
+
+def export(run: RunDir, to: str, step: int | None = None, output: Path | None = None) -> Exported:
+    """Write a run's model in a format, once it is shown to be the same model.
+
+    Args:
+        run: its directory; only read.
+        to: a name of `catalog.EXPORTS`.
+        step: the checkpoint of that step; None: the newest that is whole.
+        output: the file; None: `<run>-<step>` with the format's suffix, in the current folder.
+
+    Raises:
+        CheckpointError: the run has no checkpoint, or none that can be used.
+        UsageError: the format or what it needs is missing, or the model does not allow it.
+        DtrainError: the exported model is another than the trained one.
+    """
+    fact = catalog.EXPORTS.get(to)
+    if fact is None:
+        raise UsageError(f"no format {to!r}; known: {', '.join(catalog.EXPORTS)}")
+    problem = catalog.export_problem(to)
+    if problem is not None:
+        raise UsageError(problem)
+    folder, tensors, rejected = _newest(run, step)
+    number = int(folder.name.removeprefix("step-"))
+    target = output or Path(f"{run.id}-{number}{fact.suffix}")
+    if not target.parent.is_dir():
+        raise UsageError(f"--output: there is no folder {target.parent}")
+    about = {"run": run.id, "step": str(number)}
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
+        written = Path(aside) / target.name
+        if to == "safetensors":
+            proof = formats.safetensors(tensors["model"], written, about)
+        else:
+            proof = formats.of_model(to)(_model(run, tensors["model"]), written)
+        for path in Path(aside).iterdir():  # ONNX keeps large weights in a file beside
+            shutil.move(path, target.parent / path.name)
+    return Exported(target, folder.name, proof, rejected)
+
+
+def _model(run: RunDir, state: dict[str, Any]) -> Trained:
+    plan = LaunchPlan.read(run)
+    spec = JobSpec.model_validate(yaml.safe_load(run.resolved.read_text()))
+    if not spec.task:
+        raise UsageError("this run is of a script, which knows its model alone: --to safetensors")
+    return trained_model(spec, plan.code_dir or plan.job_dir, state)
+
+
+def _newest(run: RunDir, step: int | None) -> tuple[Path, dict[str, Any], dict[str, str]]:
+    """(folder, tensors, rejected): the newest checkpoint that is whole, or that of a step."""
+    found = sorted(run.checkpoints.glob("step-????????*"), reverse=True)
+    folders = [folder for folder in found if folder.name.removeprefix("step-").isdigit()]
+    if not folders:
+        raise UsageError(
+            f"run {run.id} has no checkpoint; it is saved as job.yaml's checkpoint: "
+            "says, and at the end of training"
+        )
+    if step is not None:
+        steps = [int(folder.name.removeprefix("step-")) for folder in folders]
+        if step not in steps:
+            listed = ", ".join(map(str, sorted(steps)))
+            raise UsageError(f"--step {step}: run {run.id} has checkpoints of steps {listed}")
+        folders = [folders[steps.index(step)]]
+    rejected: dict[str, str] = {}
+    for folder in folders:
+        try:
+            tensors, _ = read_checkpoint(folder)
+        except CheckpointError as error:
+            rejected[folder.name] = str(error)
+            continue
+        return folder, tensors, rejected
+    listed = "".join(f"\n  {name}: {why}" for name, why in rejected.items())
+    raise CheckpointError(f"no checkpoint in {run.checkpoints} can be used:{listed}")

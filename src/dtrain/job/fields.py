@@ -1,0 +1,52 @@
+"""The kinds of values in job.yaml, with what people may write for them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from dtrain.job.injection import parse_injection
+from dtrain.job.units import (
+    parse_duration,
+    parse_real,
+    parse_size,
+    parse_whole,
+    refuse_yaml_boolean,
+)
+
+Duration = Annotated[
+    float,
+    Field(ge=0, json_schema_extra={"type": ["number", "string"], "examples": ["90s", "30m", "2h"]}),
+    BeforeValidator(parse_duration),
+]
+"""Seconds; written as a number of seconds or `90s`, `30m`, `2h`, `1d`, `1h30m`, `01:30:00`."""
+
+Size = Annotated[
+    int,
+    Field(ge=0, json_schema_extra={"type": ["integer", "string"], "examples": ["512MB", "16GB"]}),
+    BeforeValidator(parse_size),
+]
+"""Bytes; written as a number of bytes or `512MB`, `16GB`, `4GiB`."""
+
+Text = Annotated[str, BeforeValidator(refuse_yaml_boolean)]
+"""A string; explains when YAML has read `yes`, `no`, `on`, `off` as a boolean."""
+
+EnvText = Annotated[Text, WithJsonSchema({"type": ["string", "number"]})]
+"""A variable's value; the job loader keeps a bare number letter by letter."""
+
+
+def _checked_injection(value: Any) -> Any:
+    if isinstance(value, str):
+        parse_injection(value)
+    return value
+
+
+InjectionText = Annotated[str, BeforeValidator(_checked_injection)]
+"""`rank=1,step=5,kind=flip-gradient-bit,param=first.weight`, see `dtrain.job.injection`."""
+
+Natural = Annotated[int, Field(ge=0), BeforeValidator(parse_whole)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(parse_whole)]
+Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(parse_whole)]
+NonNegative = Annotated[float, Field(ge=0), BeforeValidator(parse_real)]
+Positive = Annotated[float, Field(gt=0), BeforeValidator(parse_real)]

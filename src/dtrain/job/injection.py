@@ -1,0 +1,98 @@
+"""Faults that are made on purpose: `rank=1,step=5,kind=flip-gradient-bit,param=first.weight`.
+
+Read here, where nothing of a training is known; made in `train.checks.inject`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+TENSOR_KINDS: Mapping[str, str] = {
+    "flip-gradient-bit": "one bit of the reduced gradient",
+    "flip-parameter-bit": "one bit of a parameter, after the step",
+    "flip-moment-bit": "one bit of the optimizer's state of a parameter, after the step",
+    "flip-buffer-bit": "one bit of a buffer, after the step",
+    "scale-gradient": "the reduced gradient of a parameter, times 1 + 1e-6",
+    "scale-parameter": "a parameter, times 1 + 1e-6",
+    "scale-moment": "the optimizer's state of a parameter, times 1 + 1e-6",
+    "scale-buffer": "a buffer, times 1 + 1e-6",
+    "swap-gradient-elements": "two elements of the reduced gradient change places",
+    "swap-parameter-elements": "two elements of a parameter change places",
+    "swap-moment-elements": "two elements of the optimizer's state change places",
+    "swap-buffer-elements": "two elements of a buffer change places",
+}
+OTHER_KINDS: Mapping[str, str] = {
+    "nan-loss": "the loss of the rank's first micro-batch is NaN",
+    "nan-gradient": "the rank's own gradient of a parameter is NaN, before it is reduced",
+    "skip-collective": "a collective that the task calls is left out",
+    "swap-collectives": "two collectives that the task calls change places",
+    "duplicate-sample": "the rank reads its first sample of the step instead of its last",
+    "drop-sample": "the rank does not read its last sample of the step",
+    "lr": "the rank's learning rate is 10 % larger",
+    "seed": "the rank has another seed, from the start",
+}
+KINDS: Mapping[str, str] = {**TENSOR_KINDS, **OTHER_KINDS}
+
+
+@dataclass(frozen=True)
+class Injection:
+    """One fault, on one rank, in one step."""
+
+    kind: str
+    rank: int
+    step: int = 1
+    """The optimizer step, counted from 1."""
+    param: str | None = None
+    """A parameter's or buffer's name; None: the first."""
+    element: int = 0
+    """Which element of it, counted row by row; swaps take the next one too."""
+    bit: int = 0
+    """Which bit of the element, from the lowest."""
+
+    @property
+    def action(self) -> str:
+        """`flip`, `scale` or `swap` of a fault in a tensor."""
+        return self.kind.split("-")[0]
+
+    @property
+    def target(self) -> str:
+        """`gradient`, `parameter`, `moment` or `buffer` of a fault in a tensor."""
+        return self.kind.split("-")[1]
+
+
+def parse_injection(text: str) -> Injection:
+    """The inverse of writing `rank=1,step=5,kind=…`.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    fields: dict[str, str | int] = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise ValueError(f"{part!r} is not NAME=VALUE; write rank=1,step=5,kind=nan-loss")
+        if name not in Injection.__dataclass_fields__:
+            raise ValueError(f"{name!r} is unknown; known: {', '.join(_FIELDS)}")
+        fields[name] = value if name in ("kind", "param") else _number(name, value)
+    missing = [name for name in ("kind", "rank") if name not in fields]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} missing; write rank=1,step=5,kind=nan-loss")
+    kind = str(fields["kind"])
+    if kind not in KINDS:
+        near = get_close_matches(kind, KINDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"kind {kind!r} is unknown; known: {', '.join(KINDS)}{hint}")
+    if fields.get("step", 1) == 0:
+        raise ValueError("steps are counted from 1")
+    return Injection(**fields)  # type: ignore[arg-type]
+
+
+_FIELDS = tuple(Injection.__dataclass_fields__)
+
+
+def _number(name: str, value: str) -> int:
+    if not value.isdigit():
+        raise ValueError(f"{name}={value} is not a whole number from 0 on")
+    return int(value)

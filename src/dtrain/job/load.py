@@ -1,0 +1,185 @@
+"""job.yaml, a profile's defaults and flags → one checked `JobSpec`, each value with its source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_origin
+
+from pydantic import ValidationError
+
+from dtrain.errors import JobError, Problem
+from dtrain.job.check import outside_problems
+from dtrain.job.explain import explain, submodel
+from dtrain.job.spec import JobSpec, Model, cross_problems
+from dtrain.job.written import Keys, Place, Written, dotted, shown_path
+from dtrain.job.yamlfile import in_file, read_text, read_yaml
+
+AnyModel = TypeVar("AnyModel", bound=Model)
+
+
+@dataclass(frozen=True)
+class LoadedJob:
+    """A job that has passed every check that needs nothing started."""
+
+    spec: JobSpec
+    text: str
+    """job.yaml as given."""
+    path: Path
+    sources: dict[str, str]
+    """Dotted field → where its value came from: `job.yaml:7`, `--set train.epochs=3`, `--nodes`,
+    `profile slurm (launchers/slurm.yaml:4)`, `default`."""
+
+
+def flag(spelling: str, value: Any) -> Written:
+    """A value given by a flag, for `load_job(flags=...)`: `flag("--nodes", "2:4")`."""
+    return Written.of(value, Place(spelling))
+
+
+def load_job(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    profile_launch: Mapping[str, Written] | None = None,
+    flags: Mapping[str, Written] | None = None,
+    job_dir: Path | None = None,
+    text: str | None = None,
+) -> LoadedJob:
+    """Read and check a job: flag > --set > job.yaml > profile > default.
+
+    Args:
+        path: the job file.
+        overrides: `FIELD=VALUE` texts of `--set`, values read as YAML.
+        profile_launch: the profile's `launch:` section, as `LoadedProfile.launch`.
+        flags: dotted field → `flag(spelling, value)`.
+        job_dir: what `task` and `data.paths` are relative to; None: the job file's folder.
+        text: the job itself, where there is no such file.
+
+    Raises:
+        JobError: every problem of the file, the flags and what they name, sorted by place.
+    """
+    path = Path(path)
+    shown = shown_path(path)
+    text = read_text(path, shown) if text is None else text
+    root, problems = read_root(text, shown, JobSpec)
+    base = Written({}, root.place)
+    if profile_launch:
+        base = Written(dict(profile_launch), root.place).under(("launch",))
+    root = root.over(base)
+    for override in overrides:
+        written, bad = _override(override)
+        problems += bad
+        root = written.over(root) if written else root
+    for field, value in (flags or {}).items():
+        root = value.under(tuple(field.split("."))).over(root)
+    root = numbers_as_text(root)
+    spec, wrong = validate(root, JobSpec)
+    problems += wrong
+    problems += [
+        root.place_of(keys).problem(dotted(keys), message)
+        for keys, message in cross_problems(root.plain())
+    ]
+    problems += outside_problems(root, job_dir or path.parent)
+    if problems or spec is None:
+        raise JobError(sort_problems(problems, shown))
+    said = spec.said()
+    sources = sources_of(spec, root)
+    sources = {name: source for name, source in sources.items() if name.split(".")[0] in said}
+    return LoadedJob(spec, text, path, sources)
+
+
+def read_root(
+    text: str, shown: str, model: type[Model], origin: str = ""
+) -> tuple[Written, list[Problem]]:
+    """The top section of a YAML file, and what is wrong with the YAML.
+
+    Raises:
+        JobError: there is no top section to go on with.
+    """
+    root, problems = read_yaml(text, in_file(shown, origin))
+    required = [name for name, field in model.model_fields.items() if field.is_required()]
+    if root is None and not problems:
+        problems = [Place(shown).problem("", f"empty; needed are: {', '.join(required)}")]
+    elif root is not None and not isinstance(root.value, dict):
+        kind = "a list" if isinstance(root.value, list) else "one value"
+        problems.append(root.place.problem("", f"expected `name: value` lines; found {kind}"))
+    if root is None or not isinstance(root.value, dict):
+        raise JobError(problems)
+    return _open_empty_sections(root, model), problems
+
+
+def validate(root: Written, model: type[AnyModel]) -> tuple[AnyModel | None, list[Problem]]:
+    """What is written as a spec, or every problem of single fields."""
+    try:
+        return model.model_validate(root.plain()), []
+    except ValidationError as error:
+        return None, explain(error, root, model)
+
+
+def sort_problems(problems: Sequence[Problem], first: str) -> list[Problem]:
+    """Problems without repetitions, those in the file `first` before others, then by place."""
+    return sorted(
+        dict.fromkeys(problems),
+        key=lambda p: (p.file != first, p.file, p.line or 0, p.column or 0, p.field),
+    )
+
+
+def sources_of(spec: Model, root: Written) -> dict[str, str]:
+    """Dotted leaf field → the source of its value, `default` where nothing is written."""
+    return dict(_sources(spec, root, ()))
+
+
+def _sources(value: Any, written: Written | None, keys: Keys) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Model):
+        parts = {name: getattr(value, name) for name in type(value).model_fields}
+    elif isinstance(value, dict) and value:
+        parts = value
+    else:
+        yield dotted(keys), written.place.source if written else "default"
+        return
+    for name, part in parts.items():
+        yield from _sources(part, written.get((name,)) if written else None, (*keys, name))
+
+
+def _open_empty_sections(root: Written, model: type[Model]) -> Written:
+    """Read `eval:` with nothing below it (all commented out, say) as an empty section."""
+    inside = dict(root.value)
+    for name, field in model.model_fields.items():
+        part = inside.get(name)
+        kind = get_origin(field.annotation) or field.annotation
+        if part is None or not isinstance(kind, type):
+            continue
+        if part.value is None and issubclass(kind, Model | dict):
+            part = replace(part, value={}, raw=None)
+        if isinstance(part.value, dict) and (section := submodel(field)):
+            part = _open_empty_sections(part, section)
+        inside[name] = part
+    return replace(root, value=inside)
+
+
+def _override(text: str) -> tuple[Written | None, list[Problem]]:
+    """`train.epochs=3` as a value at its field."""
+    field, equals, value = text.partition("=")
+    keys = tuple(field.strip().split("."))
+    shown = field if field.startswith("launch.env.") else text  # it may be a secret
+    place = Place(f"--set {shown}")
+    if not equals or not all(keys):
+        return None, [place.problem("", "expected FIELD=VALUE, as train.epochs=3")]
+    written, problems = read_yaml(value, lambda _: place)
+    if problems:
+        return None, problems
+    written = written or Written(None, place)
+    return replace(written, key=place).under(keys), []
+
+
+def numbers_as_text(root: Written) -> Written:
+    """Variables are text: `FLAG: 010` means the letters 010, not a number."""
+    env = root.get(("launch", "env"))
+    if env is None or not isinstance(env.value, dict):
+        return root
+    kept = {
+        name: replace(part, value=part.raw)
+        for name, part in env.value.items()
+        if isinstance(part.value, int | float) and not isinstance(part.value, bool) and part.raw
+    }
+    return replace(env, value=kept).under(("launch", "env")).over(root) if kept else root

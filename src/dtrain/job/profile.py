@@ -1,0 +1,148 @@
+"""Profiles: `launchers/NAME.yaml`, the facts of one place, found, extended and merged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dtrain import catalog
+from dtrain.assets import asset_dir
+from dtrain.errors import JobError, Problem
+from dtrain.job.load import numbers_as_text, read_root, sort_problems, sources_of, validate
+from dtrain.job.spec import Model, ProfileSpec
+from dtrain.job.units import found
+from dtrain.job.written import Place, Written, did_you_mean, shown_path
+from dtrain.job.yamlfile import read_text
+
+Layer = tuple[Path, Written, list[Problem]]
+
+
+@dataclass(frozen=True)
+class LoadedProfile:
+    """A profile merged over those it extends."""
+
+    spec: ProfileSpec
+    name: str
+    chain: list[Path]
+    """The files it was read from: its own, what that extends, and so on."""
+    sources: dict[str, str]
+    """Dotted field → `profile slurm (launchers/slurm.yaml:4)`, or `default`."""
+    launch: Mapping[str, Written]
+    """What its `launch:` section says and where, for `load_job`."""
+    options: Mapping[str, Written] = field(default_factory=dict)
+    """What its `options:` section says and where, for `checked_options`."""
+
+
+def load_profile(name: str, job_dir: str | os.PathLike[str]) -> LoadedProfile:
+    """Find a profile by name, and merge it over those it extends.
+
+    A file that extends its own name extends the next one of that name along the search path.
+
+    Args:
+        name: as given with `--launcher`.
+        job_dir: the job file's folder.
+
+    Raises:
+        JobError: there is no such profile, or the problems of its files, sorted by place.
+    """
+    folders = search_path(Path(job_dir))
+    layers = list(_layers(name, Place(f"--launcher {name}"), folders, folders, []))
+    root = layers[-1][1]
+    for _, nearer, _ in layers[-2::-1]:
+        root = nearer.over(root)
+    root = numbers_as_text(root)
+    spec, problems = validate(root, ProfileSpec)
+    problems += [problem for _, _, of_file in layers for problem in of_file]
+    launcher, known = root.get(("launcher",)), catalog.names("launcher")
+    if launcher and isinstance(launcher.value, str) and launcher.value not in known:
+        message = f"unknown; known: {', '.join(known)}{did_you_mean(launcher.value, known)}"
+        problems.append(launcher.place.problem("launcher", message))
+    if problems or spec is None:
+        raise JobError(sort_problems(problems, shown_path(layers[0][0])))
+    section = root.get(("launch",))
+    launch = section.value if section else {}
+    section = root.get(("options",))
+    options = section.value if section and isinstance(section.value, dict) else {}
+    return LoadedProfile(
+        spec, name, [path for path, _, _ in layers], sources_of(spec, root), launch, options
+    )
+
+
+def checked_options(
+    profile: LoadedProfile, flags: Mapping[str, Written], model: type[Model]
+) -> tuple[Model, dict[str, str]]:
+    """A launcher's options, from a profile and flags, and where each was written.
+
+    Raises:
+        JobError: every option that is unknown or wrong, with its place.
+    """
+    here = Place(f"--launcher {profile.name}")
+    given = {name: part for name, part in profile.options.items() if part.value is not None}
+    root = Written(dict(flags), here).over(Written(given, here))
+    options, problems = validate(root, model)
+    if problems or options is None:
+        raise JobError(sort_problems(problems, shown_path(profile.chain[0])))
+    return options, {name: place_text(part.place) for name, part in root.value.items()}
+
+
+def place_text(place: Place) -> str:
+    """`launchers/slurm.yaml:9:14`, or a flag."""
+    return str(place.problem("", "")).removesuffix(": ")
+
+
+def search_path(job_dir: Path) -> list[Path]:
+    """The folders that may hold profiles, nearest first, without repetitions."""
+    config = os.environ.get("XDG_CONFIG_HOME", "")
+    home = config if os.path.isabs(config) else os.path.expanduser("~/.config")
+    folders: dict[str, Path] = {}
+    for folder in (
+        Path("launchers"),
+        job_dir / "launchers",
+        Path(home, "dtrain", "launchers"),
+        asset_dir("launchers"),
+    ):
+        folders.setdefault(os.path.realpath(folder), folder.absolute())
+    return list(folders.values())
+
+
+def profile_names(folders: Sequence[Path]) -> list[str]:
+    """Every profile in these folders, by name."""
+    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+
+
+def _layers(
+    name: str, asked_by: Place, where: Sequence[Path], folders: Sequence[Path], above: list[Path]
+) -> Iterator[Layer]:
+    """A profile's file and, after it, those that it extends; `where` is searched for it."""
+    path = next((folder / f"{name}.yaml" for folder in where if _is_profile(folder, name)), None)
+    if path is None:
+        raise JobError([_not_found(name, asked_by, where, folders)])
+    if path in above:
+        circle = " → ".join(map(shown_path, [*above[above.index(path) :], path]))
+        raise JobError([asked_by.problem("extends", f"profiles extend in a circle: {circle}")])
+    shown = shown_path(path)
+    root, problems = read_root(
+        read_text(path, shown), shown, ProfileSpec, f"profile {Path(shown).stem}"
+    )
+    yield path, root, problems
+    extends = root.get(("extends",))
+    if extends is None or extends.value is None:
+        return
+    if not isinstance(extends.value, str):
+        message = f"expected the name of a profile; found {found(extends.plain())}"
+        raise JobError([extends.place.problem("extends", message)])
+    further = folders[folders.index(path.parent) + 1 :] if extends.value == name else folders
+    yield from _layers(extends.value, extends.place, further, folders, [*above, path])
+
+
+def _is_profile(folder: Path, name: str) -> bool:
+    return os.path.basename(name) == name and (folder / f"{name}.yaml").is_file()
+
+
+def _not_found(name: str, asked_by: Place, where: Sequence[Path], all_: Sequence[Path]) -> Problem:
+    near = did_you_mean(name, [known for known in profile_names(all_) if known != name])
+    searched = ", ".join(map(shown_path, where)) or "nothing, as this file is the last of its name"
+    field = "" if asked_by.line is None else "extends"
+    return asked_by.problem(field, f"there is no profile {name!r}; searched: {searched}{near}")

@@ -1,0 +1,27 @@
+"""The JSON Schema of job.yaml, for editors: completion, descriptions, red lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema
+
+from dtrain import catalog
+from dtrain.job.spec import JobSpec
+
+
+class _Generator(GenerateJsonSchema):
+    """Leaves out titles: a field's name says the same."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def job_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of job.yaml; trainers and strategies come from the catalog."""
+    schema = JobSpec.model_json_schema(schema_generator=_Generator)
+    for kind in ("trainer", "strategy"):
+        schema["properties"][kind]["enum"] = catalog.names(kind)
+    schema["required"] = ["name"]
+    schema["oneOf"] = [{"required": ["task", "train"]}, {"required": ["script"]}]
+    return {"$schema": _Generator.schema_dialect, **schema, "title": "job.yaml of dtrain"}

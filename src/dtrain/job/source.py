@@ -1,0 +1,213 @@
+"""A user's Python file, read without running it: which names it has, what a class's arguments are.
+
+The launch plane asks here whether a task can be found and called; importing the file would run
+the user's code, and torch with it, on a login node.
+"""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The keyword arguments that a constructor takes."""
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    anything: bool = False
+    """Whether it has `**kwargs`."""
+
+
+class Source:
+    """The module-level names of one Python file."""
+
+    def __init__(self, path: Path) -> None:
+        """Read and parse a file.
+
+        Raises:
+            SyntaxError: it is not Python.
+            OSError: it cannot be read.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the user's own literals: "\d" and the like
+            tree = ast.parse(path.read_bytes())
+        self.definitions: dict[str, list[Definition]] = {}
+        self.origins: dict[str, str] = {}
+        """Name → what it was imported from, as `dtrain.Task`."""
+        self.others: set[str] = set()
+        self.modules: list[str] = []
+        """What it imports when it is itself imported, in order."""
+        for statement in _statements(tree.body):
+            self._note(statement)
+        self.open_ended = "*" in self.origins or "__getattr__" in self.definitions
+        """Whether it may have more names than can be seen."""
+
+    def _note(self, statement: ast.stmt) -> None:
+        if isinstance(statement, Definition):
+            self.definitions.setdefault(statement.name, []).append(statement)
+        elif isinstance(statement, ast.Import):
+            self.modules += [alias.name for alias in statement.names]
+            for alias in statement.names:
+                top = alias.name.partition(".")[0]
+                self.origins[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(statement, ast.ImportFrom):
+            self.modules += [statement.module] if statement.module and not statement.level else []
+            for alias in statement.names:
+                self.origins[alias.asname or alias.name] = f"{statement.module}.{alias.name}"
+        elif isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
+            self.others |= {
+                node.id
+                for node in ast.walk(statement)
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+            }
+
+    def has(self, name: str) -> bool:
+        """Whether the file has this name, as far as can be seen."""
+        known = name in self.definitions or name in self.origins or name in self.others
+        return known or self.open_ended
+
+    def classes(self) -> list[str]:
+        """The classes defined in the file."""
+        return [n for n, found in self.definitions.items() if isinstance(found[-1], ast.ClassDef)]
+
+    def derives(self, name: str, base: str) -> bool:
+        """Whether a class of this file has a base of that name, at any depth that can be seen."""
+        found = self.definitions.get(name, [])
+        if len(found) != 1 or not isinstance(found[0], ast.ClassDef):
+            return False
+        bases = [ast.unparse(each) for each in found[0].bases]
+        origins = [self.origins.get(each, each).rpartition(".")[2] for each in bases]
+        above = [each for each in bases if each in self.definitions and each != name]
+        return base in origins or any(
+            self.definitions[each][0].lineno < found[0].lineno and self.derives(each, base)
+            for each in above
+        )
+
+    def arguments(self, name: str) -> Arguments | None:
+        """What calling this name takes; None when it cannot be told from this file alone."""
+        found = self.definitions.get(name, [])
+        if len(found) != 1:
+            return None
+        if isinstance(found[0], ast.ClassDef):
+            return self._of_class(found[0])
+        return _of_function(found[0], skip=0)
+
+    def _of_class(self, node: ast.ClassDef) -> Arguments | None:
+        dataclass_like = [_is_dataclass(decorator) for decorator in node.decorator_list]
+        if not all(dataclass_like) or node.keywords:
+            return None
+        methods = {m.name: m for m in node.body if isinstance(m, ast.FunctionDef)}
+        if "__new__" in methods:
+            return None
+        if "__init__" in methods:
+            return _of_function(methods["__init__"], skip=1)
+        inherited = self._inherited(node)
+        if inherited is None or not dataclass_like:
+            return inherited
+        return _of_fields(node, inherited)
+
+    def _inherited(self, node: ast.ClassDef) -> Arguments | None:
+        """The constructor of the first base that has one."""
+        for base in node.bases:
+            name = ast.unparse(base).partition("[")[0]
+            first, _, rest = name.partition(".")
+            origin = f"{self.origins.get(first, first)}{'.' + rest if rest else ''}"
+            if origin in _WITHOUT_CONSTRUCTOR:
+                continue
+            before = all(other.lineno < node.lineno for other in self.definitions.get(name, []))
+            arguments = self.arguments(name) if before else None  # or A(B), B(A) would not end
+            if arguments is None or arguments != Arguments():
+                return arguments
+        return Arguments()
+
+
+_WITHOUT_CONSTRUCTOR = {
+    "object",
+    "abc.ABC",
+    "typing.Generic",
+    "typing.Protocol",
+    "dtrain.Task",
+    "dtrain.task.Task",
+}
+
+
+def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements that run at import, those inside `if`, `try` and `with` too."""
+    for statement in body:
+        yield statement
+        if isinstance(statement, Definition):
+            continue
+        for block in ("body", "orelse", "finalbody"):
+            yield from _statements(getattr(statement, block, []))
+        for handler in getattr(statement, "handlers", []):
+            yield from _statements(handler.body)
+
+
+def _is_dataclass(decorator: ast.expr) -> bool:
+    if isinstance(decorator, ast.Call):
+        if any(keyword.arg == "init" for keyword in decorator.keywords):
+            return False
+        decorator = decorator.func
+    return ast.unparse(decorator) in ("dataclass", "dataclasses.dataclass")
+
+
+def _of_function(node: ast.FunctionDef | ast.AsyncFunctionDef, skip: int) -> Arguments | None:
+    """A signature's keyword arguments, without the first `skip` (self)."""
+    given = node.args
+    positional = [*given.posonlyargs, *given.args]
+    if node.decorator_list or len(given.posonlyargs) > skip or len(positional) < skip:
+        return None
+    names = [argument.arg for argument in positional]
+    plain = len(names) - len(given.defaults)
+    keyword_only = dict(zip((a.arg for a in given.kwonlyargs), given.kw_defaults, strict=True))
+    return Arguments(
+        required=(*names[skip:plain], *(n for n, d in keyword_only.items() if d is None)),
+        optional=(*names[max(skip, plain) :], *(n for n, d in keyword_only.items() if d)),
+        anything=given.kwarg is not None,
+    )
+
+
+def _of_fields(node: ast.ClassDef, inherited: Arguments) -> Arguments:
+    """A dataclass's fields on top of those it inherits."""
+    required = dict.fromkeys(inherited.required)
+    optional = dict.fromkeys(inherited.optional)
+    for line in node.body:
+        if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
+            continue
+        name, kind = line.target.id, ast.unparse(line.annotation)
+        if "ClassVar" in kind or "KW_ONLY" in kind:
+            continue
+        required.pop(name, None)
+        optional.pop(name, None)
+        options = _field_options(line.value)
+        if "init" in options:
+            continue
+        has_default = line.value is not None and (
+            options is _NO_FIELD or bool({"default", "default_factory"} & options)
+        )
+        (optional if has_default else required)[name] = None
+    return Arguments(tuple(required), tuple(optional), inherited.anything)
+
+
+_NO_FIELD: frozenset[str] = frozenset({"no field()"})
+
+
+def _field_options(value: ast.expr | None) -> frozenset[str]:
+    """The keywords of a `field(...)` call; a marker for any other default."""
+    if isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "dataclasses.field"):
+        return frozenset(keyword.arg for keyword in value.keywords if keyword.arg)
+    return _NO_FIELD
+
+
+def task_imports(reference: str, job_dir: Path) -> tuple[str, ...]:
+    """The modules that a task's or script's file imports; none where a module is named."""
+    file = reference if reference.endswith(".py") else reference.rpartition(":")[0]
+    path = job_dir / file
+    return tuple(Source(path).modules) if file.endswith(".py") and path.is_file() else ()

@@ -1,0 +1,210 @@
+"""YAML with places: text → `Written`, every problem at its line and column.
+
+Differs from PyYAML's YAML 1.1 where that surprises people: `1e-3` is a number, `2:4` and
+`1:30:00` are text and not base 60, `010` and dates are text. `yes` and `no` stay booleans; where
+text is wanted, whoever reads the value explains.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dtrain.errors import JobError, Problem
+from dtrain.job.written import Place, Written, did_you_mean
+
+_TAG = "tag:yaml.org,2002:"
+_MERGE = _TAG + "merge"
+_SCALARS = {_TAG + kind for kind in ("null", "bool", "int", "float", "str", "value")}
+
+Locate = Callable[[yaml.Mark], Place]
+
+_SYNTAX = (  # PyYAML's words, and ours
+    (r"'\\t' that cannot start", "a tab; YAML is indented with spaces"),
+    (
+        r"mapping values are not allowed",
+        "a `:` too many: put the text in quotes, or look at the "
+        "indentation of this line and the one above",
+    ),
+    (r"could not find expected ':'", "a `:` is missing after a key, or a quote is not closed"),
+    (r"unexpected end of stream", "the file ends inside quotes that begin here"),
+    (r"expected <block end>", "this line's indentation does not fit the lines above"),
+    (r"but found another document", "a second document begins here (`---`); one is allowed"),
+    (r"expected ',' or '[\]}]'", "a bracket is not closed, or a comma is missing"),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with numbers as people write them."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, at) for tag, at in rules if tag.split(":")[-1] not in ("int", "float", "timestamp")
+    ]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    _TAG + "int",
+    re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$"),
+    list("-+0123456789"),
+)
+_FLOAT = re.compile(
+    r"[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+"
+    r"|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
+)
+_Loader.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+0123456789."))
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which would write the text '1e-3' without quotes."""
+
+
+_Dumper.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+0123456789."))
+
+
+def dump_yaml(data: Any) -> str:
+    """Plain data as YAML that `read_yaml` and PyYAML both read back as it was."""
+    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False))
+
+
+def read_text(path: Path, shown: str) -> str:
+    """The text of a file that must be UTF-8.
+
+    Raises:
+        JobError: it is missing, a folder, not readable or not UTF-8; says which.
+    """
+    try:
+        raw = path.read_bytes()
+        return raw.decode("utf-8-sig")
+    except FileNotFoundError:
+        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        message = f"no such file{did_you_mean(path.name, siblings)}"
+    except IsADirectoryError:
+        message = "this is a folder; name the YAML file in it"
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        column = error.start - raw.rfind(b"\n", 0, error.start)
+        message = f"not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
+        raise JobError([Place(shown, line, column).problem("", message)]) from None
+    except OSError as error:
+        message = f"cannot be read: {error.strerror}"
+    raise JobError([Place(shown).problem("", message)])
+
+
+def read_yaml(text: str, locate: Locate) -> tuple[Written | None, list[Problem]]:
+    """Read one YAML document.
+
+    Args:
+        text: the document.
+        locate: from PyYAML's mark to the place that people are told.
+
+    Returns:
+        What is written, None when nothing could be read or nothing is there; and the problems.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, []
+        reader = _Reader(loader, locate)
+        written = reader.value(node, None)
+        return written, list(dict.fromkeys(reader.problems))
+    except yaml.MarkedYAMLError as error:
+        return None, [_syntax_problem(error, locate)]
+    except yaml.reader.ReaderError as error:
+        mark = _mark(text, error.position)
+        return None, [
+            locate(mark).problem("", f"character {text[error.position]!r} is not allowed")
+        ]
+    except RecursionError:
+        start = locate(_mark(text, 0))
+        return None, [start.problem("", "nested too deeply, or an alias that contains itself")]
+
+
+def in_file(shown: str, origin: str = "") -> Locate:
+    """Places in a file, named as people are told it."""
+    return lambda mark: Place(shown, mark.line + 1, mark.column + 1, origin)
+
+
+def _mark(text: str, position: int) -> yaml.Mark:
+    line = text.count("\n", 0, position)
+    column = position - text.rfind("\n", 0, position) - 1
+    return yaml.Mark("", position, line, column, None, 0)
+
+
+def _syntax_problem(error: yaml.MarkedYAMLError, locate: Locate) -> Problem:
+    words = f"{error.problem}"
+    mark = error.problem_mark or error.context_mark or _mark("", 0)
+    for pattern, message in _SYNTAX:
+        if re.search(pattern, words):
+            if "inside quotes" in message:
+                mark = error.context_mark or mark
+            return locate(mark).problem("", message)
+    return locate(mark).problem("", f"not YAML: {words}")
+
+
+class _Reader:
+    """Turns PyYAML's nodes into `Written`, and collects what is wrong on the way."""
+
+    def __init__(self, loader: _Loader, locate: Locate) -> None:
+        self.loader = loader
+        self.locate = locate
+        self.problems: list[Problem] = []
+
+    def value(self, node: yaml.Node, key: yaml.Node | None) -> Written:
+        place = self.locate(node.start_mark)
+        key_place = None if key is None else self.locate(key.start_mark)
+        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+            pairs = self.pairs(node)
+            inside = {name: self.value(part, at) for name, (at, part) in pairs.items()}
+            return Written(inside, place, key_place)
+        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+            return Written([self.value(part, None) for part in node.value], place, key_place)
+        raw = node.value if isinstance(node, yaml.ScalarNode) and node.style is None else None
+        return Written(self.scalar(node), place, key_place, raw)
+
+    def scalar(self, node: yaml.Node) -> Any:
+        try:
+            if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
+                return self.loader.construct_object(node)
+        except (ValueError, KeyError):
+            pass
+        tag = node.tag.replace(_TAG, "!!")
+        self.tell(node, f"a value of type {tag} is not understood here; write plain values")
+        return None
+
+    def pairs(self, node: yaml.MappingNode) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+        """name → (key, value), merge keys (`<<`) resolved: what is written here wins."""
+        own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for key, part in node.value:
+            if key.tag == _MERGE:
+                for source in part.value if isinstance(part, yaml.SequenceNode) else [part]:
+                    if isinstance(source, yaml.MappingNode):
+                        merged = {**self.pairs(source), **merged}
+                    else:
+                        self.tell(source, "only a section can be merged with `<<`")
+                continue
+            if not isinstance(key, yaml.ScalarNode) or key.tag != _TAG + "str":
+                self.tell(key, self.odd_key(key))
+            elif key.value in own:
+                first = own[key.value][0].start_mark
+                self.tell(key, f"{key.value!r} is given twice, first on line {first.line + 1}")
+            else:
+                own[key.value] = (key, part)
+        return {**merged, **own}
+
+    def odd_key(self, key: yaml.Node) -> str:
+        if not isinstance(key, yaml.ScalarNode):
+            return "a key must be one word; is a quote missing?"
+        word = key.value or "nothing"
+        reads = f", and YAML reads {word} as a boolean" if key.tag == _TAG + "bool" else ""
+        return f'a key must be text{reads}: put it in quotes, as "{word}"'
+
+    def tell(self, node: yaml.Node, message: str) -> None:
+        self.problems.append(self.locate(node.start_mark).problem("", message))

@@ -1,0 +1,1 @@
+"""Where processes start. Each launcher gets one `python -m dtrain.node RUN_DIR` to run per node."""

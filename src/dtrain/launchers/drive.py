@@ -1,0 +1,265 @@
+"""From a plan to an exit code: start it, follow it, stop it when asked, say how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from types import FrameType
+from typing import Any, Protocol
+
+from dtrain import catalog, rundir
+from dtrain.errors import DtrainError
+from dtrain.job.spec import JobSpec
+from dtrain.launchers import base
+from dtrain.launchers.base import Handle, Launch, Result, State
+from dtrain.node import failures, verdict
+from dtrain.node.failures import FailureRecord
+from dtrain.node.verdict import Verdict
+from dtrain.plan import LaunchPlan
+
+_TICK_S = 0.05
+_KILL_AFTER_S = 5.0  # past the workers' own stop_timeout
+
+
+class Console(Protocol):
+    """What a person sees of a launch while it runs."""
+
+    def begin(self, text: str) -> None:
+        """Show what is about to happen."""
+
+    def tick(self) -> None:
+        """Show what is new."""
+
+    def say(self, text: str) -> None:
+        """Show a line of the launcher's own."""
+
+    def close(self) -> None:
+        """Show the rest; nothing more will come."""
+
+
+class Stop:
+    """Ctrl-C and SIGTERM: the first asks the workers to leave in order, the second kills."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.count = 0
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        """Count a signal; the handler of all of them."""
+        self.signal = self.signal or number
+        self.count += 1
+
+
+class Stopping:
+    """Passes requests to stop on: the first in order, the second or a lack of patience by force."""
+
+    def __init__(self, stop: Stop, patience_s: float, say: Callable[[str], None]) -> None:
+        self._stop = stop
+        self._patience_s = patience_s
+        self._say = say
+        self._asked = 0
+        self._deadline = float("inf")
+
+    def pass_on(self, launches: Iterable[Launch]) -> None:
+        """Do what was asked for since the last call."""
+        launches = list(launches)
+        if self._stop.count and not self._asked:
+            self._asked = self._stop.count
+            self._deadline = time.monotonic() + self._patience_s + _KILL_AFTER_S
+            self._say("stopping: the workers leave at the next step; again to kill them now")
+            for launch in launches:
+                launch.stop()
+        if self._stop.count > max(self._asked, 1) or time.monotonic() > self._deadline:
+            for launch in launches:
+                launch.kill()
+
+
+def drive(
+    plan: LaunchPlan, job: JobSpec, job_text: str, console: Console, *, detach: bool = False
+) -> int:
+    """Write the run directory, start the plan, follow it to its end; the exit code.
+
+    0 when every rank ended 0, the culprit's exit code when one failed, 128 + N when stopped by
+    signal N. With `detach` 0 once it is started, by a launcher that can go on without us.
+
+    Raises:
+        LaunchError: the launch cannot be started.
+    """
+    base.prepare(plan, job, job_text)
+    run = plan.run
+    started = time.time()
+    console.begin(_opening(plan))
+    if plan.is_of_node_zero:
+        Handle.of_this_process(plan).write(run)
+    with stop_requests() as stop:
+        launch = _start(plan, started)
+        if detach:
+            base.keep_code(plan)
+            console.close()
+            console.say(f"submitted; `dtrain logs --follow {run.id}` shows it")
+            return 0
+        try:
+            base.keep_code(plan)
+            code = _follow(plan, launch, stop, console)
+        except DtrainError as error:  # found out by the launcher's own process
+            finish(plan, Result("failed", error.exit_code, started, time.time()), print_nothing)
+            raise
+        finally:
+            launch.kill()
+            console.close()
+    plan = replace(plan, attempt=base.newest_attempt(run))
+    state, code = _conclude(plan, code, stop, console)
+    if state == "succeeded":
+        console.say(_closing(plan, time.time() - started))
+    finish(plan, Result(state, code, started, time.time()), console.say)
+    return code
+
+
+def settle(plan: LaunchPlan, code: int, started: float, *, cancelled: bool = False) -> None:
+    """Write down how an attempt ended that nobody has followed to its end.
+
+    Args:
+        plan: with the attempt that was the last.
+        code: its exit code.
+        started: when the launch began.
+        cancelled: whether someone had asked for the end.
+    """
+    state, judged = _judge(plan, code, cancelled)
+    if judged is not None:
+        code = judged.exit_code
+    finish(plan, Result(state, code, started, time.time()), print_nothing)
+
+
+def print_nothing(_text: str) -> None:
+    """For who has nobody to tell."""
+
+
+def _start(plan: LaunchPlan, started: float) -> Launch:
+    """Start a plan; one that is refused has failed, and nothing of it is left to be cleaned up."""
+    try:
+        return base.load(plan.launcher).start(plan)
+    except DtrainError as error:
+        finish(plan, Result("failed", error.exit_code, started, time.time()), print_nothing)
+        raise
+
+
+def _opening(plan: LaunchPlan) -> str:
+    ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
+    nodes = "" if plan.nodes == 1 else f" on {plan.nodes} nodes"
+    again = f", attempt {plan.attempt}" if plan.attempt else ""
+    what = plan.trainer if plan.strategy == catalog.OWN else plan.strategy
+    return f"{plan.run_id}{again}: {what} by {plan.launcher}, {ranks}{nodes}; {plan.run_dir}"
+
+
+def _closing(plan: LaunchPlan, seconds: float) -> str:
+    """What came of it, with the digest by which two runs are compared at a glance."""
+    text = f"{plan.run_id}: succeeded in {seconds:.1f} s"
+    finished = _finished(plan)
+    if finished is None:
+        return text
+    return f"{text}{outcome(plan)}\nparameters sha256 {finished['parameters_sha256']}"
+
+
+def outcome(plan: LaunchPlan) -> str:
+    """` after 230 steps: accuracy 0.98`; nothing of a run whose training tells of no end."""
+    finished = _finished(plan)
+    if finished is None:
+        return ""
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in finished["metrics"].items())
+    return f" after {finished['steps']} steps: {metrics}"
+
+
+def _finished(plan: LaunchPlan) -> dict[str, Any] | None:
+    events = [e for e in rundir.read_lines(plan.run.events) if e["event"] == "finished"]
+    return events[-1] if events else None
+
+
+def _follow(plan: LaunchPlan, launch: Launch, stop: Stop, console: Console) -> int:
+    stopping = Stopping(stop, plan.stop_timeout_s, console.say)
+    while (code := launch.poll()) is None:
+        console.tick()
+        stopping.pass_on([launch])
+        time.sleep(_TICK_S)
+    return code
+
+
+def _conclude(plan: LaunchPlan, code: int, stop: Stop, console: Console) -> tuple[State, int]:
+    run = plan.run
+    if stop.signal is not None:
+        name = signal.Signals(stop.signal).name
+        console.say(f"stopped by {name}; the run is in {run.path}")
+        console.say(f"go on with: dtrain resume {run.id}")
+        return "cancelled", 128 + stop.signal
+    state, found = _judge(plan, code)
+    if state == "cancelled":
+        console.say(f"{run.id} was asked to stop from elsewhere")
+    if found is None:
+        return state, code
+    console.say(verdict.render(found, run))
+    return state, found.exit_code
+
+
+def _judge(plan: LaunchPlan, code: int, cancelled: bool = False) -> tuple[State, Verdict | None]:
+    """What an exit code means, and who is to blame for a failure, which is kept for `why`."""
+    if code == 0:
+        return "succeeded", None
+    judged = verdict.judge(plan.run, plan.attempt)
+    asked = code - 128 in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if cancelled or (judged is None and asked):
+        return "cancelled", None
+    found = judged or verdict.Verdict(_unexplained(plan, code))
+    with contextlib.suppress(OSError):  # a full disk is often why we are here
+        verdict.write(plan.run, plan.attempt, found)
+    return "failed", found
+
+
+def _unexplained(plan: LaunchPlan, code: int) -> FailureRecord:
+    """A record for a node that ended without one: what its own log says last."""
+    last_node = int(plan.commands[0].argv[-1])
+    log = plan.run.host_log(plan.attempt, last_node)
+    text = log.read_text(errors="replace").strip() if log.exists() else ""
+    message = f"the node process ended with code {code}"
+    if text:
+        message += f": {text.splitlines()[-1]}"
+    return FailureRecord(
+        kind="agent",
+        message=message,
+        exit_code=code if code > 0 else 128 - code,
+        node_rank=last_node,
+        node=plan.node_names[last_node],
+        time=time.time(),
+        log=str(log),
+    )
+
+
+def finish(plan: LaunchPlan, result: Result, say: Callable[[str], None]) -> None:
+    """Write down how an attempt ended, and clear away what nobody needs any more."""
+    run = plan.run
+    if not plan.is_of_node_zero:
+        return
+    run.secret_env.unlink(missing_ok=True)
+    shutil.rmtree(failures.spill(run, plan.attempt), ignore_errors=True)
+    rundir.note_event(run, "ended", state=result.state, exit_code=result.exit_code)
+    try:
+        result.write(run, plan.attempt)
+    except OSError as error:
+        say(f"cannot write {run.result(plan.attempt)}: {error.strerror}")
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Stop]:
+    """While it lasts, Ctrl-C and the like are counted instead of ending us."""
+    stop = Stop()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield stop
+    finally:
+        sys.stdout.flush()
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,162 @@
+"""What the driver has on each node: an actor that starts, watches and ends the node's process.
+
+Sent by value, and the standard library is all that it imports: a node needs no more than Ray to
+say what else it lacks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+# Run by the interpreter that is to train: what it has, and in which version.
+_LOOK = """
+import importlib.metadata as m, importlib.util as u, json, sys
+found = {}
+for name in sys.argv[1:]:
+    top = name.partition(".")[0]
+    try:
+        found[top] = m.version(top) if u.find_spec(name) else None
+    except m.PackageNotFoundError:
+        found[top] = "?"
+    except ModuleNotFoundError:
+        found[top] = None
+print(json.dumps(found))
+"""
+
+
+class NodeActor:
+    """One node of a run. Methods are called from several threads of the actor."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._listener: socket.socket | None = None
+        self._code: int | None = None
+        self._ended = threading.Event()
+        self._heard = time.monotonic()
+
+    def look(self, wish: dict[str, Any]) -> dict[str, Any]:
+        """What this node is and has.
+
+        Args:
+            wish: `python` or None, `packages`, `probe`: the run's probe folder.
+        """
+        python = wish["python"] or sys.executable
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "python": python,
+            "sees_run": _leave_word(wish["probe"]),
+            **_packages(python, wish["packages"]),
+        }
+
+    def listen(self, host: str, candidates: list[int]) -> int:
+        """Open the port of the rendezvous, the first of these that is free; 0 when none is."""
+        for port in candidates:
+            sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind((host, port))
+                sock.listen(2048)
+            except OSError:
+                sock.close()
+                continue
+            self._listener = sock
+            return port
+        return 0
+
+    def start(self, argv: list[str], cwd: str, log: str, lost_after_s: float) -> None:
+        """Start the node's process, which ends with this actor, however that ends."""
+        self._heard = time.monotonic()
+        threading.Thread(target=self._keep, args=(argv, cwd, log), daemon=True).start()
+        threading.Thread(target=self._fence, args=(lost_after_s,), daemon=True).start()
+
+    def beat(self, wait_s: float) -> int | None:
+        """Hear that the driver lives; the exit code as soon as there is one, None after a while."""
+        self._heard = time.monotonic()
+        self._ended.wait(wait_s)
+        return self._code
+
+    def signal(self, number: int) -> None:
+        """Pass a signal on to the node's process."""
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        if number == signal.SIGKILL:
+            os.killpg(process.pid, number)  # all that it forked dies with it
+        else:
+            process.send_signal(number)
+
+    def _keep(self, argv: list[str], cwd: str, log: str) -> None:
+        """Start the process and wait for it, in one thread: it dies with the thread's end."""
+        argv = [*argv, "--parent", str(os.getpid())]
+        keep = []
+        if self._listener is not None:
+            keep = [self._listener.fileno()]
+            argv += ["--listen-fd", str(keep[0])]
+        try:
+            with open(log, "ab") as file:
+                self._process = subprocess.Popen(
+                    argv,
+                    cwd=cwd if os.path.isdir(cwd) else None,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    pass_fds=keep,
+                    start_new_session=True,
+                )
+            if self._listener is not None:
+                self._listener.close()
+            code = self._process.wait()
+            self._code = code if code >= 0 else 128 - code
+        except OSError as error:
+            print(f"dtrain: cannot start {argv[0]}: {error}", file=sys.stderr)
+            self._code = 127
+        self._ended.set()
+
+    def _fence(self, lost_after_s: float) -> None:
+        """End the workers when nothing was heard for a while: the run goes on without us."""
+        while not self._ended.wait(min(1.0, lost_after_s / 4)):
+            if time.monotonic() - self._heard > lost_after_s:
+                self.signal(signal.SIGKILL)
+
+
+def _packages(python: str, names: list[str]) -> dict[str, Any]:
+    """`versions` of packages, None for one that is missing; `trouble` in asking."""
+    try:
+        done = subprocess.run(
+            [python, "-c", _LOOK, *names], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"versions": {}, "trouble": f"{python} cannot be run: {error}"}
+    if done.returncode != 0:
+        said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        return {"versions": {}, "trouble": f"{python} failed: {said}"}
+    return {"versions": json.loads(done.stdout), "trouble": ""}
+
+
+def _leave_word(folder: str) -> str:
+    """Look for the driver's file in the run directory, and leave one; the name of ours, or ``.
+
+    NFS may show a new file late, but shows it in a new listing.
+    """
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            if "driver" in os.listdir(folder):
+                mine = f"node-{socket.gethostname()}-{os.getpid()}"
+                with open(os.path.join(folder, mine), "w"):
+                    return mine
+        except OSError:
+            if not os.path.isdir(os.path.dirname(os.path.dirname(folder))):
+                return ""  # not even the run's folder
+        if time.monotonic() > deadline:
+            return ""
+        time.sleep(0.1)

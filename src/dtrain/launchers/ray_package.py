@@ -1,0 +1,108 @@
+"""What travels to the cluster with a Ray job: the code around the job file, and the plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+from dtrain import rundir, snapshot
+from dtrain.errors import LaunchError, PlanError
+from dtrain.jobdir import RayDir
+from dtrain.launchers.ray_options import RayOptions
+from dtrain.plan import LaunchPlan
+from dtrain.rundir import RunDir
+
+FOLDER = ".dtrain"
+_SHOWN = 3
+
+
+def pack(plan: LaunchPlan) -> Path:
+    """Make the folder that travels; its path.
+
+    Raises:
+        PlanError: it is larger than it may be; names the largest files.
+        OSError: it cannot be written.
+    """
+    run = plan.run
+    snapshot.copy_tree(plan.job_dir, run.code, plan.attempt)
+    link = snapshot.job_folder(run.code, plan.attempt)
+    tree = run.code / f"tree-{plan.attempt}"
+    _check_size(tree, RayOptions.of(plan.options))
+    inside = tree / FOLDER
+    inside.mkdir()
+    for path in (run.resolved, run.plan, *([] if run.secret_env.exists() else [run.job])):
+        shutil.copy2(path, inside / path.name)
+    (inside / "link.json").write_text(json.dumps(os.readlink(link)))
+    return tree
+
+
+def unpack(folder: Path) -> tuple[LaunchPlan, bool]:
+    """The plan of a job that has arrived; whether its run directory is the one it came from.
+
+    Args:
+        folder: `FOLDER` in the working directory of the job.
+
+    Raises:
+        LaunchError: the cluster has no place for the run directory.
+    """
+    text = (folder / "plan.json").read_text()
+    raw = json.loads(text)
+    there = RunDir(raw["run_dir"])
+    runs = raw["options"]["runs"]
+    if not runs and there.plan.exists() and there.plan.read_text() == text:
+        return LaunchPlan.read(there), True
+    if not runs:
+        raise LaunchError(
+            f"the cluster does not see the run directory {there.path}; say with option runs which "
+            "folder of the cluster all its nodes share"
+        )
+    run = RunDir(Path(runs) / there.id)
+    run.create()
+    RayDir(run).clear()
+    for path in (run.job, run.resolved, run.plan):
+        shutil.copy2(folder / path.name, path)
+    plan = LaunchPlan.read(run)
+    plan = _with_code(replace(plan, run_dir=str(run.path)), folder)
+    rundir.write_json(run.plan, plan.to_json())
+    return plan, False
+
+
+def _with_code(plan: LaunchPlan, folder: Path) -> LaunchPlan:
+    """The plan with its code on the shared disk: Ray's own copies are each node's, and vanish."""
+    code = plan.run.code
+    tree = code / f"tree-{plan.attempt}"
+    shutil.rmtree(tree, ignore_errors=True)
+    shutil.copytree(folder.parent, tree, ignore=shutil.ignore_patterns(FOLDER))
+    link = snapshot.job_folder(code, plan.attempt)
+    link.unlink(missing_ok=True)
+    link.symlink_to(json.loads((folder / "link.json").read_text()))
+    return replace(plan, job_dir=str(link), code_dir=str(link))
+
+
+def _check_size(tree: Path, options: RayOptions) -> None:
+    sizes: dict[str, int] = {}
+    for here, _, names in os.walk(tree):
+        for name in names:
+            path = Path(here, name)
+            inside = str(path.relative_to(tree))
+            if any(fnmatch(inside, pattern) for pattern in options.excludes):
+                path.unlink()  # it is a copy of ours, or a link
+            elif path.exists():
+                sizes[inside] = path.stat().st_size
+    total, limit = sum(sizes.values()), options.upload_limit
+    if total > limit:
+        largest = sorted(sizes.items(), key=lambda item: -item[1])[:_SHOWN]
+        listed = ", ".join(f"{name} ({_mib(size)})" for name, size in largest)
+        raise PlanError(
+            f"the code around the job is {_mib(total)}, more than travels with a Ray job "
+            f"(upload_limit: {_mib(limit)}); largest: {listed}; keep data elsewhere, or leave it "
+            "out with option excludes"
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 1024**2:.1f} MiB"

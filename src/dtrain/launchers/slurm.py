@@ -1,0 +1,288 @@
+"""Launcher `slurm`: one batch job, in which srun starts one node agent on each node."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from dtrain import rundir, snapshot
+from dtrain.errors import LaunchError, PlanError
+from dtrain.jobdir import JobDir
+from dtrain.launchers import (
+    base,
+    drive,
+    slurm_array,
+    slurm_end,
+    slurm_limits,
+    slurm_script,
+    slurm_submit,
+    slurm_watch,
+)
+from dtrain.launchers.base import Handle
+from dtrain.launchers.slurm_options import SlurmOptions
+from dtrain.launchers.slurm_watch import Job, Unreachable, Watcher
+from dtrain.node import failures
+from dtrain.node.failures import FailureRecord
+from dtrain.plan import Command, Facts, LaunchPlan
+from dtrain.rundir import RunDir
+
+
+class SlurmLauncher:
+    """Submits, and follows; the job goes on without us."""
+
+    options_model = SlurmOptions
+
+    def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
+        """See `Launcher.complete`."""
+        options = SlurmOptions.of(plan.options)
+        if options.submit == "submitit" and plan.min_nodes != plan.nodes:
+            raise PlanError("submitit takes one number of nodes, not MIN:MAX; use submit: sbatch")
+        if options.venv:
+            python = os.path.join(options.venv, "bin", "python")
+        else:
+            python = "python" if options.conda or _in_image(options) else facts.python
+        options = options.model_copy(update={"python": options.python or python})
+        plan = replace(
+            plan,
+            node_names=("",) * plan.nodes,
+            rdzv_host="",
+            rdzv_port=0,
+            options=options.model_dump(mode="json"),
+            code_dir=str(snapshot.job_folder(plan.run.code, plan.attempt))
+            if options.snapshot == "on"
+            else "",
+        )
+        slurm_script.flags(plan, options)  # refuses what cannot be meant
+        argv = tuple(slurm_submit.command(plan))
+        if options.submit == "submitit":
+            argv = ("submitit", *slurm_script.agent_command(plan, options))
+        script = str(JobDir(plan.run).script)
+        return replace(
+            plan, commands=(Command(where=facts.host, argv=argv),), files=(*plan.files, script)
+        )
+
+    def preview(self, plan: LaunchPlan) -> list[str]:
+        """The script, and what Slurm says of it where Slurm is at hand; for `dtrain plan`."""
+        here = shutil.which("sbatch")
+        plan, cut = slurm_limits.within_partition(plan) if here else (plan, "")
+        lines = ["script", *(f"  {line}" for line in slurm_script.render(plan).splitlines())]
+        if here:
+            said = [cut] if cut else []
+            lines += ["asked of Slurm", *(f"  {line}" for line in (*said, slurm_submit.test(plan)))]
+        return lines
+
+    def can_detach(self, plan: LaunchPlan) -> bool:
+        """Whether it goes on without this command: always, it is Slurm's."""
+        return True
+
+    def dependency_on(self, run: RunDir) -> str | None:
+        """What a job waits for that is to start after a run; None when it need not wait.
+
+        Raises:
+            PlanError: the run has no job, or it has failed.
+        """
+        state, _ = base.state_of(run)
+        handle = Handle.read(run)
+        if state == "succeeded":
+            return None
+        if handle is None or handle.job_id is None:
+            raise PlanError(f"--after {run.id}: it has no Slurm job, it is {state}")
+        if state != "running":
+            raise PlanError(f"--after {run.id}: it will not succeed, it is {state}")
+        return f"afterok:{handle.job_id}"
+
+    def start(self, plan: LaunchPlan) -> SlurmLaunch:
+        """See `Launcher.start`."""
+        plan, cut = slurm_limits.within_partition(plan)
+        with _told_of_refusal([plan]):
+            _write(plan, cut)
+            if plan.options["submit"] == "submitit":
+                from dtrain.launchers import slurm_submitit
+
+                job_id = slurm_submitit.submit(plan)
+            else:
+                job_id = slurm_submit.submit(plan)
+        handle = Handle.of_this_process(plan)
+        return _note_submitted(plan, job_id, handle, Watcher())
+
+    def preview_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
+        """The array's script, and that of its first element with what Slurm says of it."""
+        slurm_array.refuse_unlike(plans)
+        plans, _ = slurm_array.within_partition(plans)
+        script = slurm_array.render(plans, at_once).splitlines()
+        return ["script of the array", *(f"  {line}" for line in script), *self.preview(plans[0])]
+
+    def start_array(
+        self, plans: Sequence[LaunchPlan], at_once: int | None
+    ) -> Sequence[SlurmLaunch]:
+        """See `sweep.ArrayLauncher`."""
+        slurm_array.refuse_unlike(plans)
+        plans, cut = slurm_array.within_partition(plans)
+        with _told_of_refusal(plans):
+            for plan in plans:
+                _write(plan, cut)
+            job_ids = slurm_array.submit(plans, at_once)
+        watcher = slurm_watch.shared_watcher()
+        handles = [replace(Handle.of_this_process(plan), identity=None) for plan in plans]
+        return [
+            _note_submitted(plan, job_id, handle, watcher)
+            for plan, job_id, handle in zip(plans, job_ids, handles, strict=True)
+        ]
+
+    def is_running(self, run: RunDir) -> bool:
+        """See `Launcher.is_running`; of a job that has ended unseen, writes down how."""
+        handle = Handle.read(run)
+        if handle is None:
+            return False
+        if handle.host == socket.gethostname() and handle.is_alive():
+            return True
+        if handle.job_id is None:
+            return False
+        ended = JobDir(run).end(base.newest_attempt(run)).exists()
+        try:
+            job = slurm_watch.glance(handle.job_id, now=ended)
+        except Unreachable:
+            return True
+        if not job.is_over:
+            return True
+        plan = slurm_end.at_newest_attempt(LaunchPlan.read(run))
+        code = slurm_end.exit_code(plan, job)
+        cancelled = JobDir(run).cancel.exists()
+        drive.settle(plan, code, handle.started, cancelled=cancelled)
+        return False
+
+    def describe(self, run: RunDir) -> dict[str, str]:
+        """How the job stands in Slurm's eyes; for `dtrain status`."""
+        handle = Handle.read(run)
+        if handle is None or handle.job_id is None:
+            return {}
+        try:
+            return {"slurm": slurm_watch.glance(handle.job_id).words}
+        except LaunchError as error:
+            return {"slurm": f"job {handle.job_id}; {error}"}
+
+    def cancel(self, run: RunDir, timeout_s: float) -> None:
+        """See `Launcher.cancel`: by whoever follows the job, or by us when nobody does."""
+        handle = Handle.read(run)
+        if handle is None or not self.is_running(run):
+            return
+        if handle.host == socket.gethostname() and handle.is_alive():
+            os.kill(handle.pid, signal.SIGTERM)
+            if base.wait_until(lambda: not handle.is_alive(), timeout_s):
+                return
+        if handle.job_id is None:
+            return
+        launch = SlurmLaunch(LaunchPlan.read(run), handle.job_id, Watcher())
+        launch.stop()
+        if not base.wait_until(lambda: launch.poll() is not None, timeout_s):
+            launch.kill()
+            base.wait_until(lambda: launch.poll() is not None, timeout_s)
+        base.wait_until(lambda: base.state_of(run)[0] != "running", 10)
+
+
+class SlurmLaunch:
+    """A job in Slurm's hands."""
+
+    def __init__(self, plan: LaunchPlan, job_id: str, watcher: Watcher) -> None:
+        self._plan = plan
+        self._job_id = job_id
+        self._watcher = watcher
+        self.said = ""
+        """How the job stands, for people."""
+        self._killed = False
+
+    def poll(self) -> int | None:
+        """See `Launch.poll`."""
+        plan = slurm_end.at_newest_attempt(self._plan)
+        ended = JobDir(plan.run).end(plan.attempt).exists()
+        job = self._watcher.job(self._job_id, now=ended)
+        self._tell(job)
+        if job.hopeless is not None and not self._killed:
+            self._give_up(job, *job.hopeless)
+        return slurm_end.exit_code(plan, job) if job.is_over else None
+
+    def stop(self) -> None:
+        """See `Launch.stop`: the agents of a running job are asked, a waiting job is withdrawn."""
+        JobDir(self._plan.run).cancel.touch()
+        job = self._watcher.job(self._job_id, now=True)
+        if job.state == "RUNNING":
+            slurm_watch.ask("scancel", "--signal=TERM", self._job_id)
+        else:
+            slurm_watch.ask("scancel", self._job_id)
+
+    def kill(self) -> None:
+        """See `Launch.kill`."""
+        if self._killed or self._watcher.job(self._job_id).is_over:
+            return
+        self._killed = True
+        JobDir(self._plan.run).cancel.touch()
+        slurm_watch.ask("scancel", self._job_id)
+
+    def _tell(self, job: Job) -> None:
+        """Note for whoever watches that the job stands otherwise than before."""
+        trouble = self._watcher.trouble
+        text = f"Slurm does not answer: {trouble}; asking again" if trouble else job.words
+        quiet = not trouble and job.state in ("COMPLETING", "UNKNOWN", "COMPLETED", "FAILED")
+        if text != self.said and not quiet:
+            self.said = text
+            rundir.note_event(self._plan.run, "waiting", what=text)
+
+    def _give_up(self, job: Job, option: str, why: str) -> None:
+        """Withdraw a job that would wait for ever."""
+        names = [option] if option else ["time", "nodes", "cpus_per_node", "mem", "gpus"]
+        places = [slurm_submit.place_of(self._plan, name) for name in names]
+        where = "".join(f"; {place}" for place in places if place)
+        _record_refusal(self._plan, f"Slurm never starts it: {why} ({job.reason}){where}")
+        self.kill()
+        JobDir(self._plan.run).cancel.unlink(missing_ok=True)
+
+
+def _write(plan: LaunchPlan, cut: str) -> None:
+    """Everything that the job finds in its run directory."""
+    if cut:
+        rundir.write_json(plan.run.plan, plan.to_json())
+        rundir.note_event(plan.run, "waiting", what=cut)
+    slurm_submit.write(plan)
+    if plan.code_dir:
+        base.keep_code(plan)
+        snapshot.copy_tree(plan.job_dir, plan.run.code, plan.attempt)
+
+
+def _note_submitted(plan: LaunchPlan, job_id: str, handle: Handle, watcher: Watcher) -> SlurmLaunch:
+    replace(handle, job_id=job_id).write(plan.run)
+    rundir.note_event(plan.run, "submitted", job_id=job_id, attempt=plan.attempt)
+    return SlurmLaunch(plan, job_id, watcher)
+
+
+@contextlib.contextmanager
+def _told_of_refusal(plans: Sequence[LaunchPlan]) -> Iterator[None]:
+    """Keep for `dtrain why` that Slurm refused the job of these runs."""
+    try:
+        yield
+    except OSError as error:
+        raise LaunchError(f"cannot write {error.filename}: {error.strerror}") from error
+    except PlanError as error:
+        for plan in plans:
+            _record_refusal(plan, str(error))
+        raise
+
+
+def _in_image(options: SlurmOptions) -> bool:
+    return bool(options.apptainer or options.pyxis)
+
+
+def _record_refusal(plan: LaunchPlan, message: str) -> None:
+    FailureRecord(
+        kind="agent",
+        message=message,
+        exit_code=2,
+        node_rank=0,
+        node=failures.node_name(),
+        time=time.time(),
+    ).write(plan.run, plan.attempt)

@@ -1,0 +1,105 @@
+"""How a batch job ended: its exit code, and a record of what only Slurm knows."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+from dtrain import rundir
+from dtrain.jobdir import JobDir
+from dtrain.launchers import base
+from dtrain.launchers.slurm_watch import Job
+from dtrain.node import failures
+from dtrain.node.failures import FailureRecord, Kind
+from dtrain.plan import LaunchPlan
+
+_STOPPED = 128 + signal.SIGTERM
+
+_WORDS = {
+    "TIMEOUT": "the time limit came before the workers had left; raise signal_before",
+    "DEADLINE": "the job's deadline has passed",
+    "NODE_FAIL": "a node of the job failed, and Slurm did not start it again",
+    "BOOT_FAIL": "a node of the job did not boot",
+    "OUT_OF_MEMORY": "the job used more memory than it had asked for",
+    "PREEMPTED": "preempted by another job, and Slurm did not start it again",
+    "REVOKED": "revoked by Slurm",
+    "GONE": "Slurm has forgotten the job, and its first node has not said how it ended",
+}
+_KINDS: dict[str, Kind] = {
+    "NODE_FAIL": "node_lost",
+    "BOOT_FAIL": "node_lost",
+    "OUT_OF_MEMORY": "oom",
+}
+
+
+def exit_code(plan: LaunchPlan, job: Job) -> int:
+    """The exit code of a job that is over; what no node could tell is written down as a record.
+
+    Args:
+        plan: of the newest attempt.
+        job: as Slurm knows it.
+    """
+    folder = JobDir(plan.run)
+    end = rundir.read_json(folder.end(plan.attempt))
+    if end is not None and not end["left"]:
+        return int(end["exit_code"])
+    if folder.cancel.exists() or job.state == "CANCELLED":
+        return _STOPPED
+    records = failures.read_all(plan.run, plan.attempt)
+    if end is not None:
+        _record(plan, _why_not_again(plan, job))
+    elif job.state in _WORDS:
+        if not records or job.state in _KINDS:
+            _record(plan, _WORDS[job.state], _KINDS.get(job.state, "agent"))
+    elif not records:
+        _record(plan, f"job {job.job_id} ended with code {job.exit_code}: {_last_words(folder)}")
+    return job.exit_code or 1
+
+
+def _why_not_again(plan: LaunchPlan, job: Job) -> str:
+    if job.restarts >= int(plan.options["requeue"]):
+        return (
+            f"the job had to leave and was requeued {job.restarts} times already, as often as it "
+            "may be (option requeue)"
+        )
+    return "the job had to leave, and Slurm did not let it requeue itself"
+
+
+def _record(plan: LaunchPlan, message: str, kind: Kind = "agent") -> None:
+    endpoint = rundir.read_json(JobDir(plan.run).endpoint(plan.attempt)) or {}
+    FailureRecord(
+        kind=kind,
+        message=message,
+        exit_code=1,
+        node_rank=0,
+        node=str(endpoint.get("name", "the batch job")),
+        time=time.time(),
+        log=str(JobDir(plan.run).log),
+    ).write(plan.run, plan.attempt)
+
+
+def _last_words(folder: JobDir) -> str:
+    """The last thing that the batch script or the first node's process said; our own words first.
+
+    The log of the job holds what any node said before it had found its own.
+    """
+    said = [
+        line
+        for path in (folder.log, folder.node_log(0))
+        if path.exists()
+        for line in path.read_text(errors="replace").splitlines()
+        if line.strip()
+    ]
+    ours = [line.removeprefix("dtrain: ") for line in said if line.startswith("dtrain: ")]
+    nothing = (
+        "it has said nothing; the run folder: is it on all nodes, at the same path? "
+        f"{folder.path.parent}"
+    )
+    return (ours or said or [nothing])[-1]
+
+
+def at_newest_attempt(plan: LaunchPlan) -> LaunchPlan:
+    """The plan with the attempt that the job has come to."""
+    from dataclasses import replace
+
+    return replace(plan, attempt=base.newest_attempt(plan.run))

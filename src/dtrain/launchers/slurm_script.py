@@ -1,0 +1,191 @@
+"""The batch script of a plan: which flags, which commands, all of it quoted."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from dtrain.assets import asset_dir
+from dtrain.errors import PlanError
+from dtrain.job.units import parse_duration
+from dtrain.jobdir import JobDir
+from dtrain.launchers.slurm_options import FLAGS, SlurmOptions, own_flag_problem
+from dtrain.plan import LaunchPlan
+
+_WAIT_S = 10
+_PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]-]*")
+
+
+def render(plan: LaunchPlan) -> str:
+    """The whole script, from the packaged template or the user's own.
+
+    Raises:
+        PlanError: jinja2 is not installed, or the template cannot be read or filled.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise PlanError("launcher 'slurm' needs jinja2: pip install 'dtrain[slurm]'") from None
+    options = SlurmOptions.of(plan.options)
+    path = Path(options.template or asset_dir("slurm") / "job.sbatch.j2").expanduser()
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    try:
+        return environment.from_string(path.read_text()).render(values(plan, options))
+    except OSError as error:
+        raise PlanError(f"template {path} cannot be read: {error.strerror}") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise PlanError(f"template {path}:{error.lineno}: {error.message}") from error
+    except jinja2.TemplateError as error:
+        raise PlanError(f"template {path}: {error.message}") from error
+
+
+def values(plan: LaunchPlan, options: SlurmOptions) -> dict[str, Any]:
+    """What a template can use; texts are quoted for the place where they stand."""
+    return {
+        "run_id": plan.run_id,
+        "sbatch_options": [sbatch_option(name, value) for name, value in flags(plan, options)],
+        "setup_lines": setup_lines(options),
+        "srun_arguments": [*_sizes(plan), *map(shlex.quote, srun_arguments(plan, options))],
+        "agent_command": shlex.join(agent_command(plan, options)),
+        "requeue_file": shlex.quote(str(JobDir(plan.run).requeue(""))),
+    }
+
+
+def flags(plan: LaunchPlan, options: SlurmOptions) -> list[tuple[str, str | None]]:
+    """Every flag of sbatch, by its long name, with its value; None for one without a value.
+
+    Raises:
+        PlanError: one of `slurm:` is dtrain's own.
+    """
+    comment = f"dtrain run {plan.run_id}"
+    found: list[tuple[str, str | None]] = [
+        ("job-name", plan.run_id),
+        ("comment", f"{comment} {options.comment}" if options.comment else comment),
+        ("nodes", str(plan.nodes) if _is_fixed(plan) else f"{plan.min_nodes}-{plan.nodes}"),
+        # with it, Slurm gives the fewest nodes of a range, however many are free
+        *([("ntasks-per-node", "1")] if _is_fixed(plan) else []),
+        ("cpus-per-task", str(cpus_per_node(plan, options))),
+    ]
+    if plan.gpus_per_node and not options.gres:
+        found.append(("gpus-per-node", str(plan.gpus_per_node)))
+    for field, flag in FLAGS.items():
+        value = getattr(options, field)
+        if value is not None:
+            found.append((flag, value))
+    if options.mail:
+        found += [("mail-user", options.mail), ("mail-type", "END,FAIL,REQUEUE")]
+    found += [
+        ("signal", f"USR2@{_signal_before(options)}"),
+        ("requeue" if options.requeue else "no-requeue", None),
+        ("open-mode", "append"),
+    ]
+    return found + list(_further_flags(options))
+
+
+def _signal_before(options: SlurmOptions) -> int:
+    """Seconds; of a short time limit the half, for the workers to get anywhere at all."""
+    limit = parse_duration(options.time) if options.time else float("inf")
+    return max(1, int(min(options.signal_before, limit / 2)))
+
+
+def _further_flags(options: SlurmOptions) -> list[tuple[str, str | None]]:
+    found: list[tuple[str, str | None]] = []
+    for name, value in options.slurm.items():
+        problem = own_flag_problem(name)
+        if problem:
+            raise PlanError(f"--slurm {name}: {problem}")
+        flag = name.lstrip("-").replace("_", "-")
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
+            raise PlanError(f"--slurm {name!r}: not the long name of a flag of sbatch")
+        for each in value if isinstance(value, list) else [value]:
+            if each is not False:
+                found.append((flag, None if each is True else str(each)))
+    return found
+
+
+def cpus_per_node(plan: LaunchPlan, options: SlurmOptions) -> int:
+    """CPUs that a node's agent and all of its workers share."""
+    return options.cpus_per_node or plan.procs_per_node * plan.replicas
+
+
+def setup_lines(options: SlurmOptions) -> list[str]:
+    """Shell that makes the environment of the agents."""
+    lines = list(options.setup)
+    if options.modules:
+        lines.append(f"module load {shlex.join(options.modules)}")
+    if options.conda:
+        lines.append('. "$(conda info --base)/etc/profile.d/conda.sh"')
+        lines.append(f"conda activate {shlex.quote(options.conda)}")
+    if options.venv:
+        lines.append(f". {shlex.quote(options.venv + '/bin/activate')}")
+    return lines
+
+
+def _is_fixed(plan: LaunchPlan) -> bool:
+    return plan.min_nodes == plan.nodes
+
+
+def _sizes(plan: LaunchPlan) -> list[str]:
+    """How many nodes srun takes, as shell: of an elastic job, what this attempt was given."""
+    nodes = str(plan.nodes) if _is_fixed(plan) else '"$SLURM_JOB_NUM_NODES"'
+    return [f"--nodes={nodes}", f"--ntasks={nodes}"]
+
+
+def srun_arguments(plan: LaunchPlan, options: SlurmOptions) -> list[str]:
+    """One agent on each node, with all of the node's CPUs: srun does not take them from the job."""
+    found = [
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={cpus_per_node(plan, options)}",
+        "--kill-on-bad-exit=1",
+        # all end together; without it srun waits for ever for a node whose step daemon was killed
+        f"--wait={int(plan.stop_timeout_s) + _WAIT_S}",
+    ]
+    if options.pyxis:
+        mounts = ",".join(f"{folder}:{folder}" for folder in _shared_folders(plan))
+        found += [f"--container-image={options.pyxis}", f"--container-mounts={mounts}"]
+        found += options.container_args
+    return found
+
+
+def agent_command(plan: LaunchPlan, options: SlurmOptions) -> list[str]:
+    """What srun starts on each node."""
+    command = [options.python or "python", "-m", "dtrain.node", plan.run_dir]
+    if not options.apptainer:
+        return command
+    binds = [part for folder in _shared_folders(plan) for part in ("--bind", folder)]
+    return ["apptainer", "exec", *binds, *options.container_args, options.apptainer, *command]
+
+
+def _shared_folders(plan: LaunchPlan) -> list[str]:
+    """What a container must see besides its own files."""
+    return list(dict.fromkeys((str(plan.run.path), plan.job_dir)))
+
+
+def pattern(path: Path) -> str:
+    """A path as a file name pattern of Slurm: `%` stands for itself.
+
+    Raises:
+        PlanError: it holds a backslash, which takes their meaning from all patterns.
+    """
+    if "\\" in str(path):
+        raise PlanError(f"Slurm cannot write to a path with a backslash: {path}; use --runs DIR")
+    return str(path).replace("%", "%%")
+
+
+def sbatch_option(name: str, value: str | None) -> str:
+    """A flag as it stands in a `#SBATCH` line."""
+    return f"--{name}" if value is None else f"--{name}={_for_sbatch(value)}"
+
+
+def _for_sbatch(text: str) -> str:
+    """A value in a `#SBATCH` line: read by rules of sbatch, and never by a shell."""
+    if _PLAIN.fullmatch(text):
+        return text
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'

@@ -1,0 +1,101 @@
+"""Hand a batch job to Slurm, and say what it was that Slurm did not like."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+from dtrain import rundir
+from dtrain.errors import PlanError
+from dtrain.jobdir import JobDir
+from dtrain.launchers import slurm_script
+from dtrain.launchers.slurm_watch import ask
+from dtrain.plan import LaunchPlan
+
+# what sbatch says → the options that it may be about
+_ABOUT = (
+    (r"partition", ("partition",)),
+    (r"account", ("account", "partition")),
+    (r"qos", ("qos",)),
+    (r"time", ("time",)),
+    (r"memory", ("mem",)),
+    (r"generic resource|gres", ("gres", "gpus")),
+    (r"feature", ("constraint",)),
+    (r"reservation", ("reservation",)),
+    (r"dependency", ("dependency",)),
+    (r"node name", ("exclude",)),
+    (
+        r"node configuration|node count|processors|cpu",
+        ("gpus", "gres", "cpus_per_node", "mem", "nodes"),
+    ),
+    (r"option", ("slurm",)),
+)  # fmt: skip
+
+
+def command(plan: LaunchPlan, *more: str) -> list[str]:
+    """The sbatch command of a plan."""
+    folder = JobDir(plan.run)
+    output = f"--output={slurm_script.pattern(folder.log)}"
+    return ["sbatch", "--parsable", *more, output, str(folder.script)]
+
+
+def write(plan: LaunchPlan) -> None:
+    """Write the batch script, and make a place for the job's logs."""
+    folder = JobDir(plan.run)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    for wish in (folder.cancel, *folder.path.glob(folder.requeue("*").name)):
+        wish.unlink(missing_ok=True)
+    rundir.write_atomic(folder.script, slurm_script.render(plan), mode=0o755)
+
+
+def submit(plan: LaunchPlan) -> str:
+    """Submit the written script; the job's id.
+
+    Raises:
+        PlanError: Slurm refuses the job; says why in Slurm's words, and where that is written.
+    """
+    done = ask(*command(plan))
+    if done.returncode != 0:
+        raise PlanError(refusal(plan, done.stderr))
+    return done.stdout.strip().partition(";")[0]
+
+
+def test(plan: LaunchPlan) -> str:
+    """What Slurm says of the script without taking it: when and where, or why not."""
+    script = slurm_script.render(plan)
+    done = ask("sbatch", "--test-only", input_text=script)
+    if done.returncode != 0:
+        return refusal(plan, done.stderr)
+    said = re.sub(r"^sbatch: Job \d+ ", "", done.stderr.strip())
+    return f"Slurm would take it: {said}"
+
+
+def refusal(plan: LaunchPlan, said: str) -> str:
+    """Slurm's reason, and the place of the option that it is about."""
+    lines = [re.sub(r"^(sbatch: )?(error: )?", "", line) for line in said.strip().splitlines()]
+    reasons = [line.removeprefix("Batch job submission failed: ") for line in lines if line]
+    reason = "; ".join(dict.fromkeys(reasons)) or "no reason given"
+    return f"Slurm refuses the job: {reason}{about(plan, reason)}"
+
+
+def about(plan: LaunchPlan, reason: str) -> str:
+    """`\\n  FILE:LINE:COLUMN: OPTION: VALUE` for each option that a reason may be about."""
+    named: list[str] = []
+    for pattern, options in _ABOUT:
+        if re.search(pattern, reason, re.IGNORECASE):
+            named = [place for name in options if (place := place_of(plan, name))]
+        if named:
+            break
+    return "".join(f"\n  {place}" for place in named)
+
+
+def place_of(plan: LaunchPlan, name: str) -> str | None:
+    """Where an option of a plan was written, and what; None when nobody wrote it."""
+    source = plan.sources.get(name)
+    if source is None or source == "default":
+        return None
+    known = {"gpus": plan.gpus_per_node, "nodes": plan.nodes}
+    value = known.get(name, plan.options.get(name))
+    if value in (None, {}, []):
+        return None
+    return f"{source}: {name}: {shlex.quote(str(value))}"

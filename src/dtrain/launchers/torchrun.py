@@ -1,0 +1,86 @@
+"""Launcher `torchrun`: this command is one node of the job; it is run on each host.
+
+The node agents are dtrain's own. `dtrain plan` also prints the torchrun lines that start the
+same workers without them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dtrain.errors import PlanError
+from dtrain.launchers import base
+from dtrain.launchers.local import LocalLauncher, NodeProcess, node_command
+from dtrain.plan import Command, Facts, LaunchPlan
+
+
+class TorchrunLauncher(LocalLauncher):
+    """One node on this host; the others are started on theirs by the same command."""
+
+    def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
+        """See `Launcher.complete`."""
+        plan = base.with_options(plan, {"node_rank": None, "rdzv_endpoint": None})
+        node_rank = self._node_rank(plan)
+        host, port = self._endpoint(plan, facts)
+        plan = replace(
+            plan,
+            # several hosts write the same plan; each agent knows its own host's name
+            node_names=(facts.host,) if plan.nodes == 1 else ("",) * plan.nodes,
+            rdzv_host=host,
+            rdzv_port=port,
+            options={"node_rank": node_rank, "rdzv_endpoint": f"{host}:{port}"},
+        )
+        by_hand = tuple(self._torchrun(plan, facts, rank) for rank in range(plan.nodes))
+        return replace(plan, commands=(node_command(plan, facts, [node_rank]), *by_hand))
+
+    def start(self, plan: LaunchPlan) -> NodeProcess:
+        """See `Launcher.start`."""
+        is_head = plan.options["node_rank"] == 0
+        loopback = plan.rdzv_host in ("127.0.0.1", "localhost")
+        return NodeProcess(plan, ("127.0.0.1" if loopback else "") if is_head else None)
+
+    def _node_rank(self, plan: LaunchPlan) -> int:
+        node_rank = plan.options["node_rank"]
+        if node_rank is None:
+            if plan.nodes > 1:
+                raise PlanError(
+                    f"launcher 'torchrun' with {plan.nodes} nodes: say which one this host is "
+                    f"with --node-rank 0 … {plan.nodes - 1}"
+                )
+            return 0
+        if not 0 <= int(node_rank) < plan.nodes:
+            raise PlanError(
+                f"--node-rank {node_rank} does not exist among {plan.nodes} nodes "
+                f"(0 … {plan.nodes - 1})"
+            )
+        return int(node_rank)
+
+    def _endpoint(self, plan: LaunchPlan, facts: Facts) -> tuple[str, int]:
+        endpoint = plan.options["rdzv_endpoint"]
+        if endpoint is None:
+            if plan.nodes > 1:
+                raise PlanError(
+                    "launcher 'torchrun' with several nodes: say where node 0 is with "
+                    "--rdzv-endpoint HOST:PORT"
+                )
+            return "127.0.0.1", facts.free_port
+        host, _, port = str(endpoint).rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise PlanError(f"--rdzv-endpoint {endpoint!r} is not HOST:PORT, as head:29400")
+        return host.strip("[]"), int(port)
+
+    def _torchrun(self, plan: LaunchPlan, facts: Facts, node_rank: int) -> Command:
+        argv = (
+            "torchrun",
+            f"--nnodes={plan.nodes}",
+            f"--node-rank={node_rank}",
+            f"--nproc-per-node={plan.procs_per_node}",
+            f"--master-addr={plan.rdzv_host}",
+            f"--master-port={plan.rdzv_port}",
+            f"--max-restarts={plan.max_restarts}",
+            "-m",
+            "dtrain.worker",
+            plan.run_dir,
+        )
+        where = plan.node_names[node_rank] or f"node {node_rank}"
+        return Command(where=where, argv=argv, env=dict(plan.worker_env), by_hand=True)

@@ -1,0 +1,207 @@
+"""The node agent: torch's elastic agent, with workers forked by the node's fork server."""
+
+from __future__ import annotations
+
+import logging
+import select
+import signal
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+from torch.distributed.elastic.agent.server import SimpleElasticAgent, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalException
+
+from dtrain import rundir
+from dtrain.node import failures
+from dtrain.node.channel import Channel
+from dtrain.node.environment import worker_environment
+from dtrain.node.failures import FailureRecord
+from dtrain.node.rendezvous import NodeRendezvous
+from dtrain.plan import LaunchPlan
+
+log = logging.getLogger(__name__)
+
+# After one worker has failed the others' work is lost: this is for their failure records.
+_COLLATERAL_GRACE_S = 0.3
+_DEATH_S = 5.0  # a rank that hangs in the kernel must not keep the others from being told
+
+
+class NodeAgent(SimpleElasticAgent):
+    """Starts and watches one node's workers through the fork server."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        plan: LaunchPlan,
+        node_rank: int,
+        channel: Channel,
+        inherited: dict[str, str],
+    ) -> None:
+        """Prepare; see `agent_process.run_agent` for the arguments."""
+        super().__init__(spec, shutdown_timeout=int(plan.stop_timeout_s))
+        self.plan = plan
+        self.node_rank = node_rank
+        self.node = failures.node_name()
+        self._channel = channel
+        self._inherited = inherited
+        self._rendezvous_handler: NodeRendezvous = spec.rdzv_handler
+        self._running: dict[int, int] = {}
+        self._failed: dict[int, FailureRecord] = {}
+        self._oom_kills = failures.oom_kills()
+        self._restart = 0
+
+    # -- what torch's agent asks of us -------------------------------------------------------
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._restart = self._rendezvous_handler.round
+        self._failed.clear()
+        self._oom_kills = failures.oom_kills()
+        workers = worker_group.workers
+        self._channel.send(
+            {
+                "start": [
+                    {
+                        "run_dir": self.plan.run_dir,
+                        "log": self._log_of(worker.global_rank),
+                        "env": worker_environment(
+                            self.plan, worker_group, worker, self._restart, self._inherited
+                        ),
+                    }
+                    for worker in workers
+                ]
+            }
+        )
+        pids = self._await_started()
+        self._running = {pid: worker.local_rank for pid, worker in zip(pids, workers, strict=True)}
+        self._event("workers_started", pids=pids, restart=self._restart)
+        return dict(enumerate(pids))
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._hear(worker_group)
+        if self._failed:
+            if self._restart >= self.plan.max_restarts:
+                self._remaining_restarts = 0
+            return RunResult(
+                state=WorkerState.FAILED,
+                failures={
+                    local_rank: ProcessFailure(local_rank, record.pid or 0, record.exit_code, "")
+                    for local_rank, record in self._failed.items()
+                },
+            )
+        # A node that is done waits for the others: if one must restart, all do.
+        if not self._running and self._rendezvous_handler.all_done(done_here=True):
+            return RunResult(
+                state=WorkerState.SUCCEEDED,
+                return_values={worker.global_rank: None for worker in worker_group.workers},
+            )
+        return RunResult(state=WorkerState.HEALTHY)
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        """After a failure, ours or another node's: nothing of these workers is worth saving."""
+        self._wait_for_end(worker_group, _COLLATERAL_GRACE_S)
+        self._signal_all(signal.SIGKILL)
+        self._wait_for_end(worker_group, _DEATH_S)
+        if self._failed:
+            self._report_failure()
+        self._kill(worker_group)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        if isinstance(sys.exc_info()[1], SignalException):  # so the other nodes stop as well
+            self._rendezvous_handler.close_with(f"stopped by {death_sig.name}", signal=death_sig)
+        if self._running:
+            self._signal_all(death_sig)
+            self._wait_for_end(self._worker_group, timeout)
+            self._kill(self._worker_group)
+        self._rendezvous_handler.shutdown()
+
+    def _exit_barrier(self) -> None:
+        """All nodes are done already, see `_monitor_workers`."""
+        self._rendezvous_handler.leave()
+
+    # -- workers -----------------------------------------------------------------------------
+
+    def _await_started(self) -> list[int]:
+        """The pids of the workers just asked for; the server may still be importing torch."""
+        while True:
+            message = self._next_message()
+            if message is not None and "started" in message:
+                return list(message["started"])
+
+    def _next_message(self, wait_s: float = 1.0) -> dict[str, Any] | None:
+        select.select([self._channel], [], [], wait_s)
+        try:
+            return self._channel.receive()
+        except EOFError:
+            sys.exit("the node's fork server has ended")
+
+    def _hear(self, worker_group: WorkerGroup, wait_s: float = 0.0) -> None:
+        """Take in which workers have ended."""
+        message = self._next_message(wait_s)
+        while message is not None:
+            local_rank = self._running.pop(message.get("exited", 0), None)
+            if local_rank is not None and message["code"] != 0 and not message["killed"]:
+                rank = worker_group.workers[local_rank].global_rank
+                self._failed[local_rank] = self._record_of(rank, message)
+            message = self._next_message(0.0)
+
+    def _wait_for_end(self, worker_group: WorkerGroup, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self._running and (left := deadline - time.monotonic()) > 0:
+            self._hear(worker_group, min(left, 0.2))
+
+    def _kill(self, worker_group: WorkerGroup) -> None:
+        self._signal_all(signal.SIGKILL)
+        while self._running:
+            self._hear(worker_group, 0.2)
+
+    def _signal_all(self, number: int) -> None:
+        self._channel.send({"signal": 0, "number": int(number)})
+
+    def _log_of(self, rank: int) -> str:
+        return str(self.plan.run.rank_log(self.plan.attempt, self.node_rank, rank))
+
+    # -- failures ----------------------------------------------------------------------------
+
+    def _record_of(self, rank: int, message: dict[str, Any]) -> FailureRecord:
+        """The worker's own record if it left one for this restart, else what the kernel says."""
+        for own in failures.read_all(self.plan.run, self.plan.attempt, rank):
+            if own.pid == message["exited"]:
+                return own
+        record = failures.of_exit_status(
+            message["code"],
+            out_of_memory=failures.oom_kills() > self._oom_kills,
+            rank=rank,
+            node_rank=self.node_rank,
+            node=self.node,
+            restart=self._restart,
+            time=message["time"],
+            pid=message["exited"],
+            log=self._log_of(rank),
+        )
+        record.write(self.plan.run, self.plan.attempt)
+        return record
+
+    def _report_failure(self) -> None:
+        """Tell of the failure here that is a cause, or else of the first."""
+        first = min(
+            self._failed.values(),
+            key=lambda record: (failures.is_collateral(record.message), record.time),
+        )
+        what = f"{first.type}: {first.message}" if first.type else first.message
+        log.error("rank %s failed: %s", first.rank, what.splitlines()[0] if what else "")
+        self._event(
+            "worker_failed",
+            rank=first.rank,
+            what=what[:500],
+            restart=self._restart,
+            max_restarts=self.plan.max_restarts,
+        )
+        if self._restart >= self.plan.max_restarts:
+            self._rendezvous_handler.close_with(f"rank {first.rank} failed", asdict(first))
+
+    def _event(self, event: str, **fields: Any) -> None:
+        place = {"node_rank": self.node_rank, "node": self.node}
+        rundir.note_event(self.plan.run, event, **place, **fields)

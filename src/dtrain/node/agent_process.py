@@ -1,0 +1,143 @@
+"""The process of a node agent, from rendezvous to exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch.distributed.elastic.agent.server import WorkerSpec
+from torch.distributed.elastic.multiprocessing import SignalException
+
+from dtrain import rundir
+from dtrain.node import failures
+from dtrain.node.agent import NodeAgent
+from dtrain.node.channel import Channel
+from dtrain.node.failures import FailureRecord, Kind
+from dtrain.node.rendezvous import NodeRendezvous
+from dtrain.node.store import PeerFailed, RendezvousFailed, RendezvousSettings
+from dtrain.plan import LaunchPlan
+
+log = logging.getLogger(__name__)
+
+_MONITOR_S = 0.05
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+
+
+def run_agent(
+    plan: LaunchPlan,
+    node_rank: int,
+    channel: Channel,
+    listen_fd: int | None,
+    *,
+    inherited: dict[str, str],
+) -> int:
+    """Be the agent of one node until its workers have ended; the exit code of the node.
+
+    Args:
+        plan: the launch.
+        node_rank: the node that we are.
+        channel: to the node's fork server.
+        listen_fd: on the head, the socket that the launcher opened for the rendezvous.
+        inherited: what the workers inherit: the node's environment before the fork server set
+            its own to one thread.
+    """
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    for number in _STOPS:
+        signal.signal(number, _raise_signal)
+    os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # ranks follow from the node rank alone
+    os.environ["DTRAIN_NODE_NAME"] = plan.node_names[node_rank] or socket.gethostname()
+    try:
+        listener = None if listen_fd is None else socket.socket(fileno=listen_fd)
+        handler = NodeRendezvous(_settings(plan, node_rank), listener, _notice(plan, node_rank))
+        spec = WorkerSpec(
+            role="worker",
+            local_world_size=plan.procs_per_node,
+            rdzv_handler=handler,
+            entrypoint="dtrain.worker",
+            max_restarts=1_000_000,  # counted by rendezvous round, the same on all nodes
+            monitor_interval=_MONITOR_S,
+        )
+        try:
+            result = NodeAgent(spec, plan, node_rank, channel, inherited).run()
+        except RendezvousFailed as error:
+            handler.close_with(str(error))
+            raise
+        return int(result is None or result.is_failed())
+    except SignalException as error:
+        log.warning("stopped by %s", error.sigval.name)
+        return 128 + int(error.sigval)
+    except PeerFailed as error:
+        log.error("%s", error)
+        _record_peer(plan, node_rank, error)
+        return 1 if error.signal is None else 128 + error.signal
+    except RendezvousFailed as error:
+        log.error("%s", error)
+        _record_missing(plan, node_rank, error)
+        return 1
+
+
+def _settings(plan: LaunchPlan, node_rank: int) -> RendezvousSettings:
+    return RendezvousSettings(
+        run_id=f"{plan.run_id}/{plan.attempt}",
+        host=plan.rdzv_host,
+        port=plan.rdzv_port,
+        node_rank=node_rank,
+        node_name=failures.node_name(),
+        min_nodes=plan.min_nodes,
+        max_nodes=plan.nodes,
+        join_timeout_s=plan.join_timeout_s,
+        names=plan.node_names,
+    )
+
+
+def _notice(plan: LaunchPlan, node_rank: int) -> Callable[[str], None]:
+    def notice(text: str) -> None:
+        log.info("%s", text)
+        rundir.note_event(plan.run, "waiting", node_rank=node_rank, what=text)
+
+    return notice
+
+
+def _record_missing(plan: LaunchPlan, node_rank: int, error: RendezvousFailed) -> None:
+    """A node that did not come is the culprit; without one, this agent is."""
+    record = FailureRecord(
+        kind="agent",
+        message=str(error),
+        exit_code=1,
+        node_rank=node_rank,
+        node=failures.node_name(),
+        time=time.time(),
+        log=str(plan.run.agent_log(plan.attempt, node_rank)),
+    )
+    for missing in error.missing:
+        name = plan.node_names[missing]
+        kind: Kind = "node_missing" if missing != node_rank else "agent"
+        replace(record, kind=kind, node_rank=missing, node=name).write(plan.run, plan.attempt)
+    if not error.missing:
+        record.write(plan.run, plan.attempt)
+
+
+def _record_peer(plan: LaunchPlan, node_rank: int, error: PeerFailed) -> None:
+    """Keep what another node has told us: its records may be on a disk that we do not see."""
+    if error.signal is not None:
+        return
+    if error.record is None:
+        _record_missing(plan, node_rank, RendezvousFailed(str(error)))
+        return
+    told = FailureRecord.from_json(error.record)
+    known = failures.read_all(plan.run, plan.attempt)
+    if not any(record.rank == told.rank and record.pid == told.pid for record in known):
+        told.write(plan.run, plan.attempt)
+
+
+def _raise_signal(number: int, _frame: object) -> None:
+    for later in _STOPS:  # Slurm asks every process of the tree, and more than once
+        signal.signal(later, signal.SIG_IGN)
+    raise SignalException("asked to stop", signal.Signals(number))

@@ -1,0 +1,217 @@
+"""Failure records: one small JSON file for each worker or node that fails, written on the spot."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import sys
+import sysconfig
+import tempfile
+import time
+import traceback
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from dtrain import rundir
+from dtrain.errors import DtrainError
+from dtrain.rundir import RunDir
+
+Kind = Literal[
+    "exception", "exit", "signal", "oom", "node_missing", "node_lost", "agent", "collectives"
+]
+
+# Lines around a traceback in a rank's log: a console leaves out what the verdict will say.
+FAILURE_OPEN = "dtrain: this rank has failed:"
+FAILURE_CLOSE = "dtrain: end of the failure"
+
+# What a rank says when it is another one that went away. Texts of gloo, NCCL, c10d and TCPStore.
+_COLLATERAL = re.compile(
+    r"connection (was )?(closed|reset|refused)|closed by peer|broken pipe|socket timeout"
+    r"|timed out waiting|wait timeout|application timeout caused pair closure|remote process"
+    r"|nccl.*(remote error|abort)|connectfullmesh|peer has gone|unexpected eof|recvvalue|recvvector"
+    r"|store.*(timeout|closed)",
+    re.IGNORECASE,
+)
+
+_MAX_MESSAGE = 4000
+_OUR_OWN = str(Path(__file__).resolve().parent.parent)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One line of a traceback."""
+
+    file: str
+    line: int
+    function: str
+    code: str
+
+
+@dataclass(frozen=True)
+class FailureRecord:
+    """Why one worker, or one node, failed."""
+
+    kind: Kind
+    message: str
+    exit_code: int
+    """As a shell reports it: 128 + N for signal N."""
+    node_rank: int
+    node: str
+    """The node's name."""
+    rank: int | None = None
+    """None when a whole node failed."""
+    restart: int = 0
+    time: float = 0.0
+    """Seconds since the epoch, of the failing host's clock."""
+    pid: int | None = None
+    type: str = ""
+    """Name of the exception's class."""
+    frames: list[Frame] = field(default_factory=list)
+    """The traceback cut to the user's own lines, outermost first."""
+    traceback: str = ""
+    """The whole traceback."""
+    log: str = ""
+    """Path of the log that has more."""
+    collateral: bool = False
+    """Whether the process itself knew that another rank was to blame."""
+
+    @classmethod
+    def read(cls, path: Path) -> FailureRecord | None:
+        """The record in a file; None when there is none."""
+        raw = rundir.read_json(path)
+        return None if raw is None else cls.from_json(raw)
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> FailureRecord:
+        """The record that was written as this."""
+        return cls(**{**raw, "frames": [Frame(**frame) for frame in raw["frames"]]})
+
+    def write(self, run: RunDir, attempt: int) -> None:
+        """Write the record to its place in the run directory, or where that is full, aside."""
+        path = (
+            run.node_failure(attempt, self.node_rank)
+            if self.rank is None
+            else run.failure(attempt, self.rank)
+        )
+        try:
+            rundir.write_json(path, asdict(self))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                rundir.write_json(spill(run, attempt) / path.name, asdict(self))
+            with contextlib.suppress(OSError):  # stderr is a file on the same disk
+                print(f"dtrain: cannot write {path}: {error.strerror}", file=sys.stderr)
+
+
+def spill(run: RunDir, attempt: int) -> Path:
+    """Where records go when the run directory's disk is full, the likeliest cause of failing."""
+    return Path(tempfile.gettempdir()) / f"dtrain-{run.id}-{attempt}-failures"
+
+
+def read_all(run: RunDir, attempt: int, rank: int | None = None) -> list[FailureRecord]:
+    """Every failure record of an attempt, or of one rank in it."""
+    folders = (run.failures(attempt), spill(run, attempt))
+    name = "*.json" if rank is None else run.failure(attempt, rank).name
+    paths = [path for folder in folders for path in sorted(folder.glob(name))]
+    records = [FailureRecord.read(path) for path in paths]
+    return [record for record in records if record is not None]
+
+
+def of_exception(
+    error: BaseException, *, rank: int, node_rank: int, restart: int, log: str
+) -> FailureRecord:
+    """The record of an exception that ended a worker."""
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        kind: Kind = "exit"
+        message = f"sys.exit({error.code!r})"
+    else:
+        code, kind, message = 1, "exception", str(error)
+    return FailureRecord(
+        kind=kind,
+        message=message[:_MAX_MESSAGE],
+        exit_code=code,
+        node_rank=node_rank,
+        node=node_name(),
+        rank=rank,
+        restart=restart,
+        time=time.time(),
+        pid=os.getpid(),
+        type=type(error).__name__,
+        frames=user_frames(error.__traceback__, blank=isinstance(error, DtrainError)),
+        traceback="".join(traceback.format_exception(error)),
+        log=log,
+        collateral=getattr(error, "collateral", False),
+    )
+
+
+def of_exit_status(status: int, *, out_of_memory: bool, **place: Any) -> FailureRecord:
+    """The record of a worker that ended without a word: a signal, or `os._exit`.
+
+    Args:
+        status: as `os.waitstatus_to_exitcode` gives it: negative for a signal.
+        out_of_memory: whether the kernel killed for want of memory meanwhile.
+        **place: `rank`, `node_rank`, `node`, `restart`, `time`, `pid`, `log`.
+    """
+    if status >= 0:
+        return FailureRecord("exit", f"exited with code {status}", status, **place)
+    name = signal_name(-status)
+    if -status == signal.SIGKILL and out_of_memory:
+        message = "killed by the kernel: out of memory"
+        return FailureRecord("oom", message, 128 - status, **place)
+    return FailureRecord("signal", f"killed by {name}", 128 - status, **place)
+
+
+def user_frames(trace: TracebackType | None, *, blank: bool = False) -> list[Frame]:
+    """A traceback cut to the user's own lines: not dtrain's, the standard library's, packages'.
+
+    Where nothing is left (the error is in a library called by dtrain), the innermost frame is,
+    unless that is allowed to be `blank`.
+    """
+    frames = [
+        Frame(entry.filename, entry.lineno or 0, entry.name, (entry.line or "").strip())
+        for entry in traceback.extract_tb(trace)
+    ]
+    own = [frame for frame in frames if _is_users(frame.file)]
+    return own or ([] if blank else frames[-1:])
+
+
+def node_name() -> str:
+    """This node's name: what the launcher calls it, or the host name."""
+    return os.environ.get("DTRAIN_NODE_NAME") or socket.gethostname()
+
+
+def is_collateral(message: str) -> bool:
+    """Whether an error only says that another rank went away."""
+    return _COLLATERAL.search(message) is not None
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL` for 9."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory since it started."""
+    try:
+        text = Path("/proc/vmstat").read_text()
+    except OSError:
+        return 0
+    for line in text.splitlines():
+        if line.startswith("oom_kill "):
+            return int(line.split()[1])
+    return 0
+
+
+def _is_users(file: str) -> bool:
+    if file.startswith("<") or file.startswith(_OUR_OWN):
+        return False
+    paths = sysconfig.get_paths()
+    return not any(file.startswith(paths[kind]) for kind in ("stdlib", "purelib", "platlib"))

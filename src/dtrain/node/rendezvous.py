@@ -1,0 +1,316 @@
+"""How the node agents of one run find each other: a rendezvous handler for torch's agent.
+
+torch's own c10d handler polls once a second, orders nodes by address text, cannot say who is
+missing, and hands workers a store still holding the addresses of the dead (pytorch#135712).
+Here the node rank is the launcher's, a round completes as soon as the last node joins, who is
+missing is known by name, and every round has a store of its own.
+
+The head (node 0) serves the store. Round n is complete when the head writes its members;
+an agent that wants the workers started again joins round n + 1, which the others see as a
+node waiting, so they join too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistError, TCPStore
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+)
+
+from dtrain import ports
+from dtrain.node import store as stores
+from dtrain.node.store import PeerFailed, RendezvousFailed, RendezvousSettings
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.02
+_HEARTBEAT_S = 1.0
+_LEAVE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Member:
+    """One node of a round."""
+
+    node_rank: int
+    name: str
+    address: str
+
+
+class NodeRendezvous(RendezvousHandler):
+    """Meets the other node agents over one TCPStore on the head node."""
+
+    def __init__(
+        self,
+        settings: RendezvousSettings,
+        listener: socket.socket | None = None,
+        notice: Callable[[str], None] = log.info,
+    ) -> None:
+        """Connect to the store, or serve it.
+
+        Args:
+            settings: who we are and where the head is.
+            listener: on the head, a socket already listening on the port, so that nobody
+                can have taken it in between; None opens it.
+            notice: told in a sentence whom we are waiting for.
+
+        Raises:
+            RendezvousFailed: the head does not answer in time, the port is taken, or another
+                run answers there.
+        """
+        self.settings = settings
+        self.round = -1
+        self.members: list[Member] = []
+        self._notice = notice
+        self._is_head = settings.node_rank == 0
+        self._worker_store: TCPStore | None = None
+        self._heard: dict[int, tuple[int, float]] = {}
+        self._done_round = -1
+        self._paced = stores.Paced(settings.max_nodes)
+        self._stopped = threading.Event()
+        if self._is_head:
+            self._store = stores.serve(settings, listener)
+        else:
+            self._store = stores.connect(settings, notice)
+        self._address = ports.address_towards(settings.host, settings.port)
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    # -- what torch's agent calls ------------------------------------------------------------
+
+    def get_backend(self) -> str:
+        """The name under which the agent reports us."""
+        return "dtrain"
+
+    @property
+    def use_agent_store(self) -> bool:
+        """Workers use the store that the head made for this round."""
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Join the next round and wait until it is complete.
+
+        Raises:
+            RendezvousFailed: nodes are missing after the join timeout.
+            PeerFailed: a node gave up meanwhile.
+        """
+        number = self._join()
+        if self._is_head:
+            self._gather(number)
+        described = json.loads(self._wait_for(f"{number}/members"))
+        self.members = [Member(**member) for member in described["members"]]
+        self.round = number
+        place = [member.node_rank for member in self.members].index(self.settings.node_rank)
+        worker_store = RendezvousStoreInfo(self.settings.host, described["port"])
+        return RendezvousInfo(self._store, place, len(self.members), worker_store)
+
+    def num_nodes_waiting(self) -> int:
+        """How many nodes have joined the next round already.
+
+        Raises:
+            PeerFailed: a node gave up, or the head is gone.
+        """
+        return self._paced(f"{self.round + 1}/count", self._ask_waiting)
+
+    def _ask_waiting(self) -> int:
+        self._raise_if_closed()
+        return self._count(self.round + 1)
+
+    def is_closed(self) -> bool:
+        """Whether a node has given up."""
+        return bool(self._call(lambda: self._store.check(["closed"])))
+
+    def set_closed(self) -> None:
+        """Give up for all nodes."""
+        self.close_with("closed")
+
+    def get_run_id(self) -> str:
+        """The run's id."""
+        return self.settings.run_id
+
+    def shutdown(self) -> bool:
+        """Stop the heartbeat; the store goes with the process."""
+        self._stopped.set()
+        return True
+
+    # -- what our agent calls ----------------------------------------------------------------
+
+    def close_with(
+        self, reason: str, record: dict[str, Any] | None = None, signal: int | None = None
+    ) -> None:
+        """Tell all nodes to stop, and why; a head that is already gone needs no telling.
+
+        Args:
+            reason: in words.
+            record: the failure record of the cause, for nodes that do not share our disk.
+            signal: set when we were asked to stop and nothing failed.
+        """
+        me = self.settings.name_of(self.settings.node_rank)
+        closed = {"reason": f"{me}: {reason}", "record": record, "signal": signal}
+        try:
+            if self._store.add("closers", 1) == 1:  # the first reason is the cause
+                self._store.set("closed", json.dumps(closed))
+        except DistError:
+            log.info("the head is gone, nobody left to tell: %s", reason)
+
+    def all_done(self, *, done_here: bool) -> bool:
+        """Whether the workers of every node have succeeded in this round.
+
+        Args:
+            done_here: say so of ours, the first time that it is true.
+        """
+        if done_here and self._done_round != self.round:
+            self._done_round = self.round
+            self._call(lambda: self._store.add(f"{self.round}/done", 1))
+        key = f"{self.round}/done"
+        done = self._paced(key, lambda: int(self._call(lambda: self._store.add(key, 0))))
+        return done == len(self.members)
+
+    def leave(self) -> None:
+        """Leave for good; the head, whose store the others still read, leaves last."""
+        self._stopped.set()
+        with contextlib.suppress(DistError):  # the head may be gone before it has answered
+            left = self._store.add("left", 1)
+            deadline = time.monotonic() + _LEAVE_S
+            while self._is_head and left < len(self.members) and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+                left = self._store.add("left", 0)
+
+    # -- joining -----------------------------------------------------------------------------
+
+    def _join(self) -> int:
+        number = self.round + 1
+        if self.round < 0:  # a node that comes late joins the round that is open now
+            number = int(self._call(lambda: self._store.add("completed", 0)))
+        me = Member(self.settings.node_rank, self.settings.node_name, self._address)
+        if self._call(lambda: self._store.add(f"{number}/here/{me.node_rank}", 1)) > 1:
+            raise RendezvousFailed(
+                f"two agents both say that they are node {me.node_rank}; "
+                "each host needs its own --node-rank"
+            )
+        self._call(lambda: self._store.set(f"{number}/node/{me.node_rank}", json.dumps(asdict(me))))
+        self._call(lambda: self._store.add(f"{number}/count", 1))
+        return number
+
+    def _gather(self, number: int) -> None:
+        """On the head: wait for the nodes of a round, then write down who they are."""
+        settings = self.settings
+        started = time.monotonic()
+        enough_since: float | None = None
+        notice_at = started + stores.FIRST_NOTICE_S
+        while (count := self._count(number)) < settings.max_nodes:
+            self._raise_if_closed()
+            now = time.monotonic()
+            if count >= settings.min_nodes:
+                enough_since = enough_since or now
+                if now - enough_since >= settings.last_call_s:
+                    break
+            elif lost := self._lost(number):
+                raise RendezvousFailed(f"{self._named(lost)} was lost", lost)
+            elif now - started > settings.join_timeout_s:
+                missing = self._missing(number)
+                raise RendezvousFailed(
+                    f"{self._named(missing)} never joined: {count} of {settings.max_nodes} "
+                    f"nodes after {settings.join_timeout_s:.0f} s",
+                    missing,
+                )
+            if now >= notice_at:
+                self._say_who_is_missing(number, count, now - started)
+                notice_at = now + 2 * (now - started)
+            time.sleep(_POLL_S)
+        keys = [f"{number}/node/{rank}" for rank in self._joined(number)]
+        members = [json.loads(member) for member in self._store.multi_get(keys)]
+        described = {"members": members, "port": self._new_worker_store(number)}
+        self._store.add("completed", 1)
+        self._store.set(f"{number}/members", json.dumps(described))
+
+    def _say_who_is_missing(self, number: int, count: int, waited_s: float) -> None:
+        joined = ", ".join(self.settings.name_of(rank) for rank in self._joined(number))
+        self._notice(
+            f"{count}/{self.settings.max_nodes} nodes joined ({joined}); waiting for "
+            f"{self._named(self._missing(number))} since {waited_s:.0f} s"
+        )
+
+    def _new_worker_store(self, number: int) -> int:
+        """A store for the workers of one round; the last round's goes, its addresses are dead."""
+        key = f"{self.settings.run_id}/workers/{number}"
+        self._worker_store, port = stores.serve_anywhere(self.settings, key)
+        return port
+
+    # -- the store ---------------------------------------------------------------------------
+
+    def _wait_for(self, key: str) -> bytes:
+        """Wait for a key; the head itself ends a wait that has lasted too long."""
+        deadline = time.monotonic() + self.settings.join_timeout_s + 10
+        while True:
+            try:
+                self._store.wait([key], timedelta(seconds=1))
+                return bytes(self._store.get(key))
+            except DistError as error:
+                self._raise_if_closed()
+                if time.monotonic() > deadline:
+                    raise RendezvousFailed("the head did not complete the round", [0]) from error
+
+    def _raise_if_closed(self) -> None:
+        if self.is_closed():
+            closed = json.loads(self._store.get("closed"))
+            raise PeerFailed(closed["reason"], closed["record"], closed["signal"])
+
+    def _call(self, request: Callable[[], Any]) -> Any:
+        """Ask the store; a head that does not answer any more is a peer that failed."""
+        try:
+            return request()
+        except DistError as error:
+            raise PeerFailed(f"{self.settings.name_of(0)} is gone: {error}") from error
+
+    # -- who is there ------------------------------------------------------------------------
+
+    def _count(self, number: int) -> int:
+        return int(self._call(lambda: self._store.add(f"{number}/count", 0)))
+
+    def _joined(self, number: int) -> list[int]:
+        ranks = range(self.settings.max_nodes)
+        return [rank for rank in ranks if self._store.check([f"{number}/node/{rank}"])]
+
+    def _missing(self, number: int) -> list[int]:
+        joined = self._joined(number)
+        return [rank for rank in range(self.settings.max_nodes) if rank not in joined]
+
+    def _lost(self, number: int) -> list[int]:
+        """Nodes of the last round that have not joined this one and whose heart has stopped."""
+        now = time.monotonic()
+        lost = []
+        for member in self.members:
+            rank = member.node_rank
+            beat = int(self._store.add(f"beat/{rank}", 0))
+            last, since = self._heard.get(rank, (-1, now))
+            if beat != last:
+                last, since = beat, now
+            self._heard[rank] = (last, since)
+            silent = now - since > self.settings.lost_after_s
+            if silent and not self._store.check([f"{number}/node/{rank}"]):
+                lost.append(rank)
+        return lost
+
+    def _named(self, ranks: list[int]) -> str:
+        return ", ".join(self.settings.name_of(rank) for rank in ranks)
+
+    def _beat(self) -> None:
+        store = self._store.clone()  # a connection of its own: a waiting call holds the other's
+        while not self._stopped.wait(_HEARTBEAT_S):
+            try:
+                store.add(f"beat/{self.settings.node_rank}", 1)
+            except DistError:
+                return  # the head is gone; the main thread finds out by itself

@@ -1,0 +1,207 @@
+"""Who failed first, and why: all nodes' failure records made into one block of text.
+
+Runs on the launch plane, when nothing of the attempt runs any more, and later for `dtrain why`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from dtrain import rundir
+from dtrain.callring import parting, read_ring
+from dtrain.node import failures
+from dtrain.node.failures import FailureRecord
+from dtrain.rundir import RunDir
+
+MAX_LINES = 15
+_WIDTH = 110
+
+_ADVICE = {
+    "oom": "ask for more memory, or make micro_batch_size or data.workers smaller",
+    "node_missing": "check that the agent was started there and that it can reach the head node",
+    "node_lost": "look at that host; `dtrain resume` goes on from the last checkpoint",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a failed attempt."""
+
+    culprit: FailureRecord
+    alike: list[int] = field(default_factory=list)
+    """Other ranks that failed in just the same way, as all do when a disk is full."""
+    collateral: list[int] = field(default_factory=list)
+    """Ranks that failed because the culprit did."""
+    restarts: int = 0
+    """Restarts that were tried."""
+
+    @property
+    def exit_code(self) -> int:
+        """The culprit's exit status, as a shell reports it."""
+        return self.culprit.exit_code or 1
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json` and verdict.json."""
+        return {
+            "culprit": asdict(self.culprit),
+            "alike": self.alike,
+            "collateral": self.collateral,
+            "exit_code": self.exit_code,
+            "restarts": self.restarts,
+        }
+
+
+def judge(run: RunDir, attempt: int) -> Verdict | None:
+    """Read every failure record of an attempt and find the culprit; None when nothing failed.
+
+    Only the records of the last restart count: what was overcome before is not the cause.
+    """
+    records = failures.read_all(run, attempt)
+    if not records:
+        return None
+    last = max(record.restart for record in records)
+    records = [record for record in records if record.restart == last]
+    records += _parted(run, attempt, last, records)
+    first = min(records, key=_guilt)
+    error = _error_of(first)
+    same = [record for record in records if _error_of(record) == error]
+    others = [record for record in records if _error_of(record) != error]
+    culprit = min(same, key=lambda record: -1 if record.rank is None else record.rank)
+    return Verdict(
+        culprit,
+        alike=_ranks(record for record in same if record is not culprit),
+        collateral=_ranks(record for record in others if record.rank != culprit.rank),
+        restarts=last,
+    )
+
+
+def _parted(
+    run: RunDir, attempt: int, restart: int, records: list[FailureRecord]
+) -> list[FailureRecord]:
+    """A record of the rank whose collectives were not the others', where that is so."""
+    files = sorted(run.collectives(attempt, restart).glob("rank-*"))
+    found = parting({int(path.name.removeprefix("rank-")): read_ring(path) for path in files})
+    if found is None:
+        return []
+    hint = "" if found.decided else ", or the other way round: no majority says which is right"
+    message = (
+        f"its collectives are not the other ranks'{hint}\n"
+        f"number {found.number} is {found.call}\nelsewhere it is {found.others}"
+    )
+    own = [record for record in records if record.rank == found.rank]
+    first = min(records, key=_guilt)
+    place = own[0] if own else first
+    return [replace(place, kind="collectives", message=message, rank=found.rank, frames=[],
+                    exit_code=first.exit_code)]  # fmt: skip
+
+
+def write(run: RunDir, attempt: int, verdict: Verdict) -> None:
+    """Keep the verdict for `dtrain why`."""
+    rundir.write_json(run.verdict(attempt), verdict.to_json())
+
+
+def read(run: RunDir, attempt: int) -> Verdict | None:
+    """The verdict kept for an attempt; None when there is none."""
+    raw = rundir.read_json(run.verdict(attempt))
+    if raw is None:
+        return None
+    culprit = FailureRecord.from_json(raw["culprit"])
+    return Verdict(culprit, raw["alike"], raw["collateral"], raw["restarts"])
+
+
+def render(verdict: Verdict, run: RunDir) -> str:
+    """The block that people read: at most 15 lines."""
+    culprit = verdict.culprit
+    head = [_headline(culprit)]
+    tail = [f"  log: {_short(culprit.log)}"] if culprit.log else []
+    advice = _ADVICE.get(culprit.kind)
+    if advice:
+        tail.append(f"  try: {advice}")
+    if verdict.alike:
+        tail.append(f"  {_rank_list(verdict.alike)} failed in the same way")
+    if verdict.collateral:
+        what = "also failed, because of it" if len(verdict.collateral) > 1 else "failed with it"
+        tail.append(f"  {_rank_list(verdict.collateral)} {what}")
+    if verdict.restarts:
+        tail.append(f"  restarts: {verdict.restarts}, all that were allowed")
+    tail.append(f"  more: dtrain logs {run.id}{_rank_flag(culprit)} · dtrain resume {run.id}")
+    return "\n".join([*head, *_body(culprit, MAX_LINES - len(head) - len(tail)), *tail])
+
+
+def _error_of(record: FailureRecord) -> tuple[str, str, str, bool]:
+    return record.kind, record.type, record.message, record.collateral
+
+
+def _ranks(records: Iterable[FailureRecord]) -> list[int]:
+    return sorted(record.rank for record in records if record.rank is not None)
+
+
+def _guilt(record: FailureRecord) -> tuple[int, float]:
+    """Sort key: a cause before a consequence, then the earliest."""
+    if record.kind in ("node_missing", "node_lost"):
+        return (0, record.time)
+    if record.kind == "collectives":
+        return (1, 0.0)
+    if record.kind == "agent":
+        return (3, record.time)
+    says_so = record.kind == "exception" and failures.is_collateral(record.message)
+    if record.collateral or says_so:
+        return (2, record.time)
+    return (1, record.time)
+
+
+def _headline(culprit: FailureRecord) -> str:
+    if culprit.rank is None:
+        return f"FAILED: node {culprit.node_rank} ({culprit.node}): {_first_line(culprit.message)}"
+    where = f"rank {culprit.rank} on node {culprit.node_rank} ({culprit.node})"
+    if culprit.kind == "exception":
+        return f"FAILED: {where} raised {culprit.type}"
+    return f"FAILED: {where}: {_first_line(culprit.message)}"
+
+
+def _body(culprit: FailureRecord, room: int) -> list[str]:
+    lines: list[str] = []
+    for frame in culprit.frames[-3:]:
+        lines.append(f"  {_short(frame.file)}:{frame.line} in {frame.function}")
+        if frame.code:
+            lines.append(f"    {_cut(frame.code)}")
+    if culprit.kind == "collectives":
+        lines = [f"  {_cut(line)}" for line in culprit.message.splitlines()[1:]]
+    if culprit.kind == "exception":
+        message = [f"  {_cut(line)}" for line in culprit.message.splitlines() if line.strip()]
+        keep = max(1, room - len(lines))
+        if len(message) > keep:
+            message = [*message[: keep - 1], "  …"] if keep > 1 else message[:1]
+        lines += message or [f"  {culprit.type} without a message"]
+    return lines[-room:] if len(lines) > room else lines
+
+
+def _first_line(text: str) -> str:
+    return _cut(text.strip().splitlines()[0]) if text.strip() else "no message"
+
+
+def _cut(text: str) -> str:
+    text = text.rstrip()
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
+
+
+def _short(path: str) -> str:
+    """A path relative to where the user stands, when that is shorter."""
+    try:
+        relative = os.path.relpath(path)
+    except ValueError:
+        return path
+    return relative if len(relative) < len(path) and not relative.startswith("../..") else path
+
+
+def _rank_list(ranks: list[int]) -> str:
+    if len(ranks) > 12:
+        return f"{len(ranks)} other ranks"
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _rank_flag(culprit: FailureRecord) -> str:
+    return "" if culprit.rank is None else f" --rank {culprit.rank}"

@@ -1,0 +1,291 @@
+"""The launch plan: job, profile and flags resolved into every command, variable and file.
+
+`make_plan` is pure: what it must know of this machine comes in as `Facts`. `dtrain plan` prints
+a plan, `dtrain launch` starts exactly that object, and nodes and workers read it back from the
+run directory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from dtrain import catalog, ports, rundir
+from dtrain.errors import PlanError
+from dtrain.job.spec import JobSpec
+from dtrain.ranks import scrubbed
+from dtrain.rundir import RunDir
+
+# Imports of a task's file that may be done once per node, before the fork: they start no thread
+# and do not look at RANK. Four ranks importing scikit-learn at once take 4 s on 2 cores.
+FORK_SAFE = ("PIL", "numpy", "scipy", "sklearn", "torchvision")
+
+SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
+MASK = "(set, not shown)"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan depends on besides job, profile and flags."""
+
+    run_id: str
+    runs: str
+    """Absolute path of the folder of all runs."""
+    python: str
+    host: str
+    cores: int
+    free_port: int
+    """A port on which nobody listens here just now."""
+    attempt: int = 0
+    task_imports: tuple[str, ...] = ()
+    """Modules that the task's file imports."""
+
+    @classmethod
+    def gather(
+        cls,
+        run_id: str,
+        runs: str | os.PathLike[str],
+        attempt: int = 0,
+        task_imports: tuple[str, ...] = (),
+    ) -> Facts:
+        """Look around on this machine."""
+        return cls(
+            run_id=run_id,
+            runs=os.path.abspath(runs),
+            python=sys.executable,
+            host=socket.gethostname(),
+            cores=len(os.sched_getaffinity(0)),
+            free_port=ports.free_candidate("127.0.0.1", f"{run_id}/{attempt}"),
+            attempt=attempt,
+            task_imports=task_imports,
+        )
+
+
+@dataclass(frozen=True)
+class Command:
+    """One process that the launch starts, or that a person starts by hand."""
+
+    where: str
+    """The host or node it runs on."""
+    argv: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+    """Variables set on top of the environment it inherits."""
+    by_hand: bool = False
+    """Printed for a person to type; `launch` does not start it."""
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """Everything that a launch will do. Dead data: JSON-able, nothing started."""
+
+    run_id: str
+    run_dir: str
+    attempt: int
+    name: str
+    job_dir: str
+    """Folder of job.yaml, against which the task's file is found."""
+    launcher: str
+    profile: str
+    trainer: str
+    strategy: str
+    min_nodes: int
+    nodes: int
+    """The most nodes; equal to `min_nodes` unless elastic."""
+    node_names: tuple[str, ...]
+    procs_per_node: int
+    gpus_per_node: int
+    world_size: int
+    replicas: int
+    """Model replicas inside one process: above 1 for strategy `dp` only."""
+    device: str
+    backend: str
+    rdzv_host: str
+    rdzv_port: int
+    max_restarts: int
+    join_timeout_s: float
+    stop_timeout_s: float
+    collective_timeout_s: float
+    threads_per_proc: int
+    preload: tuple[str, ...]
+    worker_env: dict[str, str]
+    """Set for every worker; values of secret names are masked here."""
+    options: dict[str, Any]
+    """The launcher's own settings."""
+    code_dir: str = ""
+    """Where workers find the task, when that is not `job_dir` but a copy of it."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Where the launcher's settings were written: `launchers/slurm.yaml:9:14`, or a flag."""
+    commands: tuple[Command, ...] = ()
+    files: tuple[str, ...] = ()
+    """Files that the launch writes before it starts anything."""
+
+    @property
+    def run(self) -> RunDir:
+        """The run directory, made or not."""
+        return RunDir(self.run_dir)
+
+    @property
+    def is_of_node_zero(self) -> bool:
+        """Whether this launch answers for the run: of several commands, one a node, node 0's."""
+        return self.options.get("node_rank") in (None, 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as kept in plan.json and printed by `--json`."""
+        return asdict(self)
+
+    def placed(self, attempt: int, node_names: Sequence[str], host: str, port: int) -> LaunchPlan:
+        """The plan of an attempt whose nodes and rendezvous were found only when it began."""
+        nodes = len(node_names)
+        return replace(
+            self,
+            attempt=attempt,
+            node_names=tuple(node_names),
+            nodes=nodes,
+            min_nodes=nodes,
+            world_size=nodes * self.procs_per_node,
+            rdzv_host=host,
+            rdzv_port=port,
+        )
+
+    @classmethod
+    def read(cls, run: RunDir) -> LaunchPlan:
+        """The plan of a run, from its directory.
+
+        Raises:
+            PlanError: there is none, so this is not a run directory.
+        """
+        raw: dict[str, Any] | None = rundir.read_json(run.plan)
+        if raw is None:
+            raise PlanError(f"{run.path} is not a run directory: it has no plan.json")
+        for name in ("node_names", "preload", "files"):
+            raw[name] = tuple(raw[name])
+        raw["commands"] = tuple(
+            Command(**{**command, "argv": tuple(command["argv"])}) for command in raw["commands"]
+        )
+        return cls(**raw)
+
+
+def make_plan(
+    job: JobSpec,
+    *,
+    job_dir: str,
+    launcher: str,
+    profile: str,
+    options: Mapping[str, Any],
+    facts: Facts,
+    sources: Mapping[str, str] | None = None,
+) -> LaunchPlan:
+    """Resolve a job into a plan, without its commands: those are the launcher's to add.
+
+    Raises:
+        PlanError: the parts do not go together; says which, and the nearest that works.
+    """
+    launch = job.launch
+    min_nodes, nodes = launch.nodes
+    problem = catalog.pair_problem(job.trainer, job.strategy, nodes)
+    if problem:
+        raise PlanError(problem)
+    procs, replicas = _processes(job)
+    world_sizes = [procs * count for count in range(min_nodes, nodes + 1)]
+    problem = catalog.shard_problem(job.strategy, job.train.virtual_shards, world_sizes)
+    if problem:
+        raise PlanError(problem)
+    threads = _threads(launcher, options, facts.cores, nodes, procs * replicas)
+    run = RunDir(os.path.join(facts.runs, facts.run_id))
+    return LaunchPlan(
+        run_id=facts.run_id,
+        run_dir=str(run.path),
+        attempt=facts.attempt,
+        name=job.name,
+        job_dir=job_dir,
+        launcher=launcher,
+        profile=profile,
+        trainer=job.trainer,
+        strategy=job.strategy,
+        min_nodes=min_nodes,
+        nodes=nodes,
+        node_names=(),
+        procs_per_node=procs,
+        gpus_per_node=launch.gpus_per_node,
+        world_size=procs * nodes,
+        replicas=replicas,
+        device="cuda" if launch.gpus_per_node else "cpu",
+        backend="nccl" if launch.gpus_per_node else "gloo",
+        rdzv_host="127.0.0.1",
+        rdzv_port=facts.free_port,
+        max_restarts=launch.max_restarts,
+        join_timeout_s=launch.join_timeout,
+        stop_timeout_s=launch.stop_timeout,
+        collective_timeout_s=launch.collective_timeout,
+        threads_per_proc=threads,
+        preload=_preload(job, facts),
+        worker_env={
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONUNBUFFERED": "1",
+            **masked(launch.env),
+        },
+        options=dict(options),
+        sources=dict(sources or {}),
+        files=tuple(str(path) for path in (run.job, run.resolved, run.plan, run.handle, run.code)),
+    )
+
+
+def _processes(job: JobSpec) -> tuple[int, int]:
+    """(processes per node, replicas per process) of a job."""
+    launch = job.launch
+    asked = launch.procs_per_node
+    if launch.gpus_per_node and asked and asked > launch.gpus_per_node:
+        raise PlanError(
+            f"{asked} processes per node cannot share {launch.gpus_per_node} GPUs; "
+            f"use --procs {launch.gpus_per_node} or leave it out"
+        )
+    wanted = asked or launch.gpus_per_node or 1
+    strategy = catalog.STRATEGIES.get(job.strategy)
+    if strategy is None or not strategy.one_process:
+        return wanted, 1
+    if job.strategy == "single":
+        if wanted > 1:
+            raise PlanError(
+                f"strategy 'single' is one process, not {wanted}; use 'ddp', or leave out "
+                "--procs and --gpus"
+            )
+        return 1, 1
+    return 1, wanted
+
+
+def _threads(
+    launcher: str, options: Mapping[str, Any], cores_here: int, nodes: int, per_node: int
+) -> int:
+    """Threads of each of a node's `per_node` processes and replicas, so that all have a core."""
+    fact = catalog.LAUNCHERS.get(launcher)
+    cores = cores_here
+    if fact is not None and fact.allocates:
+        cores = options.get("cpus_per_node") or per_node
+    on_one_host = per_node * (nodes if launcher == "local" else 1)
+    return max(1, cores // on_one_host)
+
+
+def _preload(job: JobSpec, facts: Facts) -> tuple[str, ...]:
+    if job.launch.preload is not None:
+        return tuple(job.launch.preload)
+    return tuple(name for name in facts.task_imports if name.partition(".")[0] in FORK_SAFE)
+
+
+def masked(env: Mapping[str, str]) -> dict[str, str]:
+    """An environment fit to be shown: values of names that look secret are left out."""
+    return {name: MASK if SECRET_NAME.search(name) else value for name, value in env.items()}
+
+
+def secrets(job: JobSpec) -> dict[str, str]:
+    """The variables of a job that are never shown, with their values."""
+    return {name: value for name, value in job.launch.env.items() if SECRET_NAME.search(name)}
+
+
+def inherited_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment that nodes inherit: ours, without what another launcher left in it."""
+    return scrubbed(os.environ if environ is None else environ)

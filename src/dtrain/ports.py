@@ -1,0 +1,95 @@
+"""TCP ports that do not collide, and the network interface that leads to the head node."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from dtrain.errors import LaunchError
+
+_LOWEST, _HIGHEST = 15000, 32767
+_TRIES = 64
+
+
+def candidates(key: str) -> Iterator[int]:
+    """Ports to try for a key such as `run/attempt`, the same ones on every host.
+
+    Outside the range from which the kernel picks ports for outgoing connections, where any
+    connection may hold one, and spread by a hash: formulas such as "job id modulo" collide.
+    """
+    ephemeral_low, ephemeral_high = _ephemeral_range()
+    for attempt in range(_TRIES):
+        digest = hashlib.blake2b(f"{key}/{attempt}".encode(), digest_size=4).digest()
+        port = _LOWEST + int.from_bytes(digest, "big") % (_HIGHEST - _LOWEST)
+        if not ephemeral_low <= port <= ephemeral_high:
+            yield port
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on `host:port`; `OSError` when it is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(2048)  # every rank of a large job connects at once
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def listen_on_candidate(host: str, key: str) -> socket.socket:
+    """Listen on the first free candidate port of a key; it stays ours, as it is never closed.
+
+    Raises:
+        LaunchError: none of them can be had.
+    """
+    for port in candidates(key):
+        try:
+            return listen(host, port)
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise LaunchError(f"cannot listen on {host}: {error.strerror}") from error
+    raise LaunchError(f"no free port on {host} among {_TRIES} tried in {_LOWEST}-{_HIGHEST}")
+
+
+def free_candidate(host: str, key: str) -> int:
+    """The first candidate port of a key on which nobody listens; `LaunchError` if none is.
+
+    Only a look: whoever opens it later may find it taken, and must say so.
+    """
+    with listen_on_candidate(host, key) as listener:
+        return int(listener.getsockname()[1])
+
+
+def address_towards(host: str, port: int) -> str:
+    """Our own address on the interface that routes to `host`."""
+    infos = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+    family, kind, protocol, _, address = infos[0]
+    with socket.socket(family, kind, protocol) as sock:
+        sock.connect(address)  # a datagram socket: nothing is sent, only the route is chosen
+        return str(sock.getsockname()[0])
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface that holds an address, for GLOO_SOCKET_IFNAME."""
+    import psutil
+
+    if address.startswith("127."):
+        return "lo"
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in addresses):
+            return str(name)
+    return None
+
+
+def _ephemeral_range() -> tuple[int, int]:
+    try:
+        low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    except OSError:
+        return 32768, 60999
+    return int(low), int(high)

@@ -1,0 +1,164 @@
+"""Processes that cannot outlive their parent: fork, parent-death signal, process groups.
+
+Linux only. Nothing here imports torch, so both planes may use it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PF_EXITING = 4
+
+LATER = (signal.SIGTERM, signal.SIGUSR2)
+"""Requests to leave that a node holds back until it has agents; not those that it forks."""
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Ask the kernel to SIGKILL this process when its parent ends, however it ends.
+
+    Args:
+        parent_pid: the pid that the caller knows its parent to have. A parent that died before
+            the call would never be noticed by the kernel, so a different one ends us at once.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent_pid:
+        os._exit(128 + signal.SIGKILL)
+
+
+def fork_child(
+    run: Callable[[], int],
+    *,
+    stdout: int | None = None,
+    stderr: int | None = None,
+    keep_fds: Iterable[int] = (),
+) -> int:
+    """Fork a process that leads its own process group, dies with us, and runs `run`.
+
+    The caller must have one thread: a forked copy of a locked lock is locked for ever.
+
+    Args:
+        run: called in the child; its return value is the exit status. An exception is printed
+            to the child's stderr and ends it with status 1.
+        stdout: file descriptor to become the child's stdout; None keeps ours.
+        stderr: likewise for stderr.
+        keep_fds: descriptors above 2 that stay open in the child; all others are closed, so
+            that a pipe of ours reports its end when *we* end and not when the child does.
+
+    Returns:
+        The child's pid, which is also its process group id.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        with contextlib.suppress(OSError):  # the child does the same; whoever is first
+            os.setpgid(pid, pid)
+        return pid
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        die_with_parent(parent)
+        _reset_signals()
+        if stdout is not None:
+            os.dup2(stdout, 1)
+        if stderr is not None:
+            os.dup2(stderr, 2)
+        _close_all_but({0, 1, 2, *keep_fds})
+        status = run()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def kill_group(pgid: int, sig: int = signal.SIGKILL) -> bool:
+    """Send `sig` to every process of a group; False when no such process is left."""
+    try:
+        os.killpg(pgid, sig)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def identity(pid: int) -> str | None:
+    """A name for process `pid` that no later process will have; None when it has ended.
+
+    Pids are used again, and times of day shift when a clock is set: so the boot and the clock
+    tick in it at which the process started.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+    state, *fields = _after_name(stat)
+    return None if state in "ZX" else f"{boot}/{pid}/{fields[18]}"
+
+
+def is_ending(pid: int) -> bool:
+    """Whether a process is on its way out, or gone: a signal has nothing to do with it any more."""
+    try:
+        flags = _after_name(Path(f"/proc/{pid}/stat").read_text())[6]
+    except OSError:
+        return True
+    return bool(int(flags) & _PF_EXITING)
+
+
+def _after_name(stat: str) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; the name before may hold anything."""
+    return stat.rpartition(")")[2].split()
+
+
+def serve_under_submitit(command: list[str]) -> int:
+    """Run a node's process below one of submitit's, and pass on what Slurm asks of it.
+
+    A failure ends this process at once with the node's exit code, for srun to see.
+
+    Args:
+        command: of the node's process.
+    """
+    process = subprocess.Popen([*command, "--parent", str(os.getpid())])
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda number, _frame: process.send_signal(number))
+    code = process.wait()
+    if code != 0:
+        os._exit(code if code > 0 else 128 - code)
+    return 0
+
+
+def _reset_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    for sig in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGCHLD,
+        signal.SIGQUIT,
+        signal.SIGUSR2,
+    ):
+        signal.signal(sig, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)
+
+
+def _close_all_but(keep: set[int]) -> None:
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        if fd not in keep:
+            with contextlib.suppress(OSError):
+                os.close(fd)

@@ -1,0 +1,320 @@
+"""The run directory: every path in it, and how files are written there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dtrain.errors import LaunchError, RunNotFound
+
+ATTEMPT_VARIABLE = "DTRAIN_ATTEMPT"
+_HANDLE = "handle.json"
+
+
+class RunDir:
+    """One run's directory. Both planes meet here; nobody else spells a path in it."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+
+    def __repr__(self) -> str:
+        return f"RunDir({str(self.path)!r})"
+
+    @property
+    def id(self) -> str:
+        """The run's id: the directory's name, as `digits-k3v9ab`."""
+        return self.path.name
+
+    # -- of the run ------------------------------------------------------------------------
+
+    @property
+    def job(self) -> Path:
+        """job.yaml as the user gave it."""
+        return self.path / "job.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        """The job with every default and override filled in."""
+        return self.path / "resolved.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The launch plan, secrets by name only."""
+        return self.path / "plan.json"
+
+    @property
+    def secret_env(self) -> Path:
+        """Values of secret variables: readable by the owner only, removed at the end."""
+        return self.path / ".env.json"
+
+    @property
+    def handle(self) -> Path:
+        """Who runs it: launcher, pids with start times, host."""
+        return self.path / _HANDLE
+
+    @property
+    def code(self) -> Path:
+        """The code snapshot: git SHA, patch, untracked files."""
+        return self.path / "code"
+
+    @property
+    def metrics(self) -> Path:
+        """Metrics, one JSON object a line, written by rank 0."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """What happened to the run, one JSON object a line: started, saved, restarted, ended."""
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """All checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def slurm(self) -> Path:
+        """What belongs to the batch job, see `dtrain.jobdir`."""
+        return self.path / "slurm"
+
+    @property
+    def recording(self) -> Path:
+        """What each step did, in a run of `dtrain verify`."""
+        return self.path / "recording"
+
+    @property
+    def predictions(self) -> Path:
+        """What the trained model predicts; row i of each array is sample i of the eval data."""
+        return self.path / "predictions.npz"
+
+    def predictions_part(self, rank: int) -> Path:
+        """One rank's predictions, until rank 0 has joined all of them."""
+        return self.path / ".predictions" / f"rank-{rank:05d}"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint taken after optimizer step `step`."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    # -- of an attempt ---------------------------------------------------------------------
+
+    def attempt(self, attempt: int) -> Path:
+        """Everything that belongs to one try of the run."""
+        return self.path / "attempts" / str(attempt)
+
+    def attempts(self) -> list[int]:
+        """The attempts made so far, in order."""
+        folder = self.path / "attempts"
+        if not folder.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
+
+    def node(self, attempt: int, node_rank: int) -> Path:
+        """One node's logs."""
+        return self.attempt(attempt) / f"node-{node_rank}"
+
+    def agent_log(self, attempt: int, node_rank: int) -> Path:
+        """The node agent's own log."""
+        return self.node(attempt, node_rank) / "agent.log"
+
+    def host_log(self, attempt: int, node_rank: int) -> Path:
+        """What the fork server of a host says, by the last node that it serves."""
+        return self.node(attempt, node_rank) / "host.log"
+
+    def rank_log(self, attempt: int, node_rank: int, rank: int) -> Path:
+        """stdout and stderr of one worker, over all restarts of the attempt."""
+        return self.node(attempt, node_rank) / f"rank-{rank:05d}.log"
+
+    def rank_logs(self, attempt: int) -> dict[int, tuple[int, Path]]:
+        """rank → (node_rank, log path) for every worker log that exists."""
+        found: dict[int, tuple[int, Path]] = {}
+        for path in sorted(self.attempt(attempt).glob("node-*/rank-*.log")):
+            found[int(path.stem.removeprefix("rank-"))] = (
+                int(path.parent.name.removeprefix("node-")),
+                path,
+            )
+        return found
+
+    def failures(self, attempt: int) -> Path:
+        """Where workers and agents leave their failure records."""
+        return self.attempt(attempt) / "failures"
+
+    def failure(self, attempt: int, rank: int) -> Path:
+        """The failure record of one worker."""
+        return self.failures(attempt) / f"rank-{rank:05d}.json"
+
+    def collectives(self, attempt: int, restart: int) -> Path:
+        """Folder of the last collectives of every rank that failed in one restart."""
+        return self.attempt(attempt) / "collectives" / f"restart-{restart}"
+
+    def node_failure(self, attempt: int, node_rank: int) -> Path:
+        """The failure record of a whole node, as one that never joined."""
+        return self.failures(attempt) / f"node-{node_rank}.json"
+
+    def result(self, attempt: int) -> Path:
+        """How the attempt ended, written by the launcher's side once nothing runs any more."""
+        return self.attempt(attempt) / "result.json"
+
+    def verdict(self, attempt: int) -> Path:
+        """Who failed first and why, once the attempt has ended."""
+        return self.attempt(attempt) / "verdict.json"
+
+    # -- making and finding ----------------------------------------------------------------
+
+    def create(self) -> None:
+        """Make the directory and what is always in it.
+
+        Raises:
+            LaunchError: it cannot be made or written to; says which folder and why.
+        """
+        try:
+            (self.path / "attempts").mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise LaunchError(
+                f"cannot write the run directory {self.path}: {error.strerror}; "
+                "choose another place with --runs DIR"
+            ) from error
+
+
+def new_run_id(name: str) -> str:
+    """`<name>-<6 random characters>`, fit for a file name, a host name label and a Slurm job."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "run"
+    alphabet = "abcdefghjkmnpqrstuvwxyz23456789"  # none that are read for one another
+    return f"{slug}-{''.join(secrets.choice(alphabet) for _ in range(6))}"
+
+
+def list_runs(root: str | os.PathLike[str]) -> list[RunDir]:
+    """Every run below `root`, oldest first."""
+    folder = Path(root)
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if (path / "resolved.yaml").is_file()]
+    return [RunDir(path) for path in sorted(found, key=lambda path: path.stat().st_ctime_ns)]
+
+
+def find_run(name: str, root: str | os.PathLike[str]) -> RunDir:
+    """The run of that id, path, unique prefix, or the newest one for `last`.
+
+    Raises:
+        RunNotFound: none, or more than one, answers to the name.
+    """
+    if os.sep in name and (Path(name) / "resolved.yaml").is_file():
+        return RunDir(name)
+    runs = list_runs(root)
+    if not runs:
+        raise RunNotFound(f"no runs in {Path(root).absolute()}; say where with --runs DIR")
+    if name == "last":
+        # started last, not made last: a resumed run is the newest again
+        return max(runs, key=lambda run: _mtime(run.handle) or _mtime(run.resolved))
+    matches = [run for run in runs if run.id == name] or [
+        run for run in runs if run.id.startswith(name)
+    ]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        listed = ", ".join(run.id for run in matches[:6])
+        raise RunNotFound(f"{name!r} could be any of {len(matches)} runs: {listed}")
+    raise RunNotFound(f"no run {name!r} in {Path(root).absolute()}; `dtrain runs` lists them")
+
+
+def _mtime(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+# -- files -----------------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, data: str | bytes, mode: int = 0o644) -> None:
+    """Write a file so that a reader, or a crash, sees the old one or the new one, never a part.
+
+    Written aside in the same folder, fsynced, renamed, and the folder fsynced.
+    """
+    with replacing(path, mode) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path` at the end, as `write_atomic` does it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(fd, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+    fsync_dir(path.parent)
+
+
+def fsync_dir(path: Path) -> None:
+    """Make renames inside a folder survive a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_parent(path: Path) -> None:
+    """Make the folder that a file will be in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; the folder is made when it is missing."""
+    make_parent(path)
+    write_atomic(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a file; None when there is no such file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Append one JSON object as one line, in one write, so that lines never interleave."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(fd, json.dumps(value).encode() + b"\n")
+    finally:
+        os.close(fd)
+
+
+def note_event(run: RunDir, event: str, **fields: Any) -> None:
+    """Add an event to events.jsonl; what happened is not undone by a disk that is full."""
+    with contextlib.suppress(OSError):
+        append_line(run.events, {"time": time.time(), "event": event, **fields})
+
+
+def read_lines(path: Path) -> Iterator[Any]:
+    """The JSON objects of a .jsonl file; a last line cut short by a kill is passed over."""
+    if not path.exists():
+        return
+    with path.open() as file:
+        for line in file:
+            value = parse_line(line)
+            if value is not None:
+                yield value
+
+
+def parse_line(line: str) -> Any:
+    """The JSON object of one line; None when it was cut short."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None

@@ -1,0 +1,210 @@
+"""The server that forks ranks, as seen by the process that asks: start it, use it, end it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dtrain.testing.wire import Answer, Channel, Layout, Request
+
+if TYPE_CHECKING:
+    import pytest
+
+_START_S = 300.0
+_SLACK_S = 60.0
+"""What the server may need beyond a request's own limit: stacks, killing, a busy machine."""
+
+importing_main = False
+"""True while a server imports the caller's script."""
+_forked: Server | None = None
+_own: Server | None = None
+
+
+class ServerError(RuntimeError):
+    """The process that forks the ranks could not do its work."""
+
+
+class Server:
+    """The process that forks ranks, as seen by the process that asks it to.
+
+    Make one with `fork` or `start`.
+    """
+
+    def __init__(self, pid: int, channel: Channel, log_fd: int) -> None:
+        self.pid = pid
+        self.owner = os.getpid()
+        self.alive = True
+        self._channel = channel
+        self._log_fd = log_fd
+        self._ready = False
+        self._number = 0
+        self._lock = threading.Lock()
+
+    @classmethod
+    def fork(cls, items: Mapping[str, pytest.Function]) -> Server:
+        """A server that is a copy of this process: it has every test module imported.
+
+        Call it before anything was computed here: threads and locks do not survive a fork.
+        """
+        from dtrain.procs import fork_child
+        from dtrain.testing import server
+
+        ours, theirs = socket.socketpair()
+        log_fd = os.memfd_create("dtrain-ranks")
+        parent = os.getpid()
+        # A file object whose descriptor is closed behind its back might later write to, or
+        # close, whatever got the same number: so everything that is open stays open.
+        keep = server.open_fds() - {ours.fileno()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # for OpenBLAS's idle threads
+            pid = fork_child(
+                lambda: server.serve(Channel(theirs), parent, items),
+                stdout=log_fd,
+                stderr=log_fd,
+                keep_fds=keep,
+            )
+        theirs.close()
+        return cls(pid, Channel(ours), log_fd)
+
+    @classmethod
+    def start(cls) -> Server:
+        """A server in a new interpreter: from any process, whatever was computed there."""
+        import subprocess
+
+        ours, theirs = socket.socketpair()
+        log_fd = os.memfd_create("dtrain-ranks")
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; from dtrain.testing import server; "
+            f"server.main({theirs.fileno()}, {os.getpid()})"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.DEVNULL,
+            stdout=log_fd,
+            stderr=log_fd,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # ^C is for the caller; it tells us
+        )
+        process.returncode = 0  # waited for in close(), by pid
+        theirs.close()
+        return cls(process.pid, Channel(ours), log_fd)
+
+    def run(
+        self,
+        layout: Layout,
+        payload: bytes,
+        *,
+        nodeid: str | None,
+        is_item: bool,
+        timeout_s: float,
+        init: bool,
+        main: dict[str, Any] | None = None,
+    ) -> Answer:
+        """Run a body on every rank and wait until none is left.
+
+        Raises:
+            ServerError: the server died, or does not answer.
+        """
+        with self._lock:
+            self._await_ready()
+            self._number += 1
+            number = self._number
+            request = Request(number, layout, timeout_s, init, nodeid, payload, is_item)
+            try:
+                self._send(pickle.dumps((request, main)))
+                return self._answer(number, timeout_s + _SLACK_S)
+            except ServerError:
+                raise
+            except BaseException:  # ^C, or a timeout of someone else's
+                self._cancel(number)
+                raise
+
+    def close(self) -> None:
+        """End the server and whatever it runs, and wait for it."""
+        if os.getpid() != self.owner or not self.alive:
+            return
+        self.alive = False
+        self._channel.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+        os.close(self._log_fd)
+
+    def _await_ready(self) -> None:
+        if not self.alive:
+            raise ServerError("the process that forks ranks died in an earlier test")
+        if not self._ready:
+            self._receive(_START_S)
+            self._ready = True
+
+    def _answer(self, number: int, timeout_s: float) -> Answer:
+        while True:
+            answer: Answer = pickle.loads(self._receive(timeout_s))
+            if answer.number == number:
+                return answer
+
+    def _send(self, message: bytes) -> None:
+        try:
+            self._channel.send(message)
+        except OSError as error:
+            raise self._failure("died") from error
+
+    def _receive(self, timeout_s: float) -> bytes:
+        try:
+            message = self._channel.receive(timeout_s)
+        except TimeoutError as error:
+            raise self._failure(f"has not answered for {timeout_s:g} s") from error
+        if message is None:
+            raise self._failure("died")
+        return message
+
+    def _failure(self, what: str) -> ServerError:
+        size = os.fstat(self._log_fd).st_size
+        said = os.pread(self._log_fd, 4096, max(0, size - 4096)).decode(errors="replace")
+        self.close()
+        return ServerError(f"the process that forks ranks {what}\n{said}".rstrip())
+
+    def _cancel(self, number: int) -> None:
+        try:
+            self._channel.send(b"cancel")
+            self._answer(number, 5.0)
+        except BaseException:
+            self.close()
+
+
+def current_server() -> Server:
+    """The server that was forked for this pytest session, or one of this process's own."""
+    global _own
+    if _forked is not None and has_forked():
+        return _forked
+    if _own is None or not _own.alive or _own.owner != os.getpid():
+        _own = Server.start()
+        atexit.register(_own.close)
+    return _own
+
+
+def server_pids() -> set[int]:
+    """The servers that live on between calls: no leak."""
+    return {server.pid for server in (_forked, _own) if server is not None and server.alive}
+
+
+def has_forked() -> bool:
+    """Whether this pytest session has a server that was forked for it."""
+    return _forked is not None and _forked.owner == os.getpid()
+
+
+def use_forked(server: Server | None) -> Server | None:
+    """Make `run_ranks` use `server`; returns the one used before."""
+    global _forked
+    before, _forked = _forked, server
+    return before

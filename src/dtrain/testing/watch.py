@@ -1,0 +1,248 @@
+"""One request: fork its ranks, watch them, take their stacks, end them, collect what they said."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import os
+import pickle
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+from dtrain.procs import fork_child
+from dtrain.testing import body
+from dtrain.testing.wire import MASTER_ADDR, Answer, Channel, Outcome, RankResult, Request
+
+if TYPE_CHECKING:
+    import pytest
+
+GRACE_S = 1.0
+"""How long the others may go on after the first rank that did not pass."""
+_TICK_S = 1.0
+_STACKS_S = 1.0
+_HELPERS_S = 0.5
+_OUTPUT_LIMIT = 256 * 1024
+_STACK_SIGNAL = signal.SIGRTMAX - 3
+
+
+class _Rank:
+    """A forked rank: its process, and files in memory for all it says."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.result, self.stdout, self.stderr, self.stack = (
+            os.memfd_create(f"dtrain-{name}") for name in ("result", "stdout", "stderr", "stack")
+        )
+        self.pid = self.pidfd = -1
+        self.status: int | None = None
+        """Of waitpid, once the process was waited for."""
+        self.outcome: Outcome | None = None
+
+    def tell(self, outcome: Outcome) -> None:
+        """Note how the body ended; called in the rank, the last call counts."""
+        with open(self.result, "wb", closefd=False) as file:
+            file.write(pickle.dumps(outcome))
+
+    def told(self) -> Outcome | None:
+        """What the rank has told last, completely; None when nothing."""
+        data = io.BytesIO(_read(self.result))
+        last: Outcome | None = None
+        with contextlib.suppress(Exception):
+            while True:
+                last = pickle.load(data)
+        return last
+
+    def wait(self) -> int:
+        if self.status is None:
+            self.status = os.waitpid(self.pid, 0)[1]
+        return self.status
+
+    def kill(self, sig: int) -> None:
+        if self.status is None:
+            os.kill(self.pid, sig)
+
+    def close(self) -> None:
+        for fd in (self.result, self.stdout, self.stderr, self.stack, self.pidfd):
+            if fd >= 0:
+                os.close(fd)
+
+
+class Run:
+    """One request: a context within which its ranks exist."""
+
+    def __init__(
+        self, request: Request, items: Mapping[str, pytest.Function], inherited: set[int]
+    ) -> None:
+        self._request = request
+        self._item = items.get(request.nodeid or "")
+        self._inherited = inherited
+        self._first_failure: float | None = None
+
+    def __enter__(self) -> Run:
+        # Bound and never listening, so that nobody else is given the port, and rank 0 may bind it.
+        self._port_holder = socket.socket()
+        self._port_holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port_holder.bind((MASTER_ADDR, 0))
+        self._port: int = self._port_holder.getsockname()[1]
+        self._done, done = os.pipe()
+        self._poll = select.poll()
+        self._poll.register(self._done, select.POLLIN)
+        self._ranks = [_Rank(number) for number in range(self._request.layout.world_size)]
+        self._started = time.monotonic()
+        for rank in self._ranks:
+            self._fork(rank, done)
+        os.close(done)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for rank in self._ranks:
+            rank.close()
+        os.close(self._done)
+        self._port_holder.close()
+
+    def _fork(self, rank: _Rank, done: int) -> None:
+        rank.pid = fork_child(
+            partial(self._in_rank, rank, done),
+            stdout=rank.stdout,
+            stderr=rank.stderr,
+            keep_fds=[*self._inherited, rank.result, rank.stack, done],
+        )
+        rank.pidfd = os.pidfd_open(rank.pid)
+        self._poll.register(rank.pidfd, select.POLLIN)
+
+    def _in_rank(self, rank: _Rank, done: int) -> int:
+        faulthandler.enable(2)
+        faulthandler.register(_STACK_SIGNAL, file=rank.stack, all_threads=True)
+        body.run(rank.number, self._request, self._port, self._item, rank.tell)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(done, struct.pack("<I", rank.number))
+        outcome = rank.told()
+        while outcome and outcome.kind == "passed":
+            signal.pause()  # others may still need our sockets; we are killed when all are done
+        return 1
+
+    def until_done(self, channel: Channel, parent: int) -> Answer:
+        """Watch the ranks until all have reported or must be killed; leave no process."""
+        answer = Answer(self._request.number, self._request.layout)
+        self._poll.register(channel.fileno(), select.POLLIN)
+        while pending := [rank for rank in self._ranks if rank.outcome is None]:
+            left = self._limit() - time.monotonic()
+            if left <= 0:
+                if self._first_failure is None:
+                    answer.timed_out_s = self._request.timeout_s
+                _dump_stacks(pending)
+                break
+            ready = {fd for fd, _ in self._poll.poll(min(left, _TICK_S) * 1000)}
+            if channel.fileno() in ready or os.getppid() != parent:
+                break  # nobody waits for the answer any more
+            self._collect(pending, ready)
+        self._end()
+        answer.results = [_result(rank) for rank in self._ranks]
+        return answer
+
+    def _limit(self) -> float:
+        limit = self._started + self._request.timeout_s
+        if self._first_failure is None:
+            return limit
+        return min(limit, self._first_failure + GRACE_S)
+
+    def _collect(self, pending: list[_Rank], ready: set[int]) -> None:
+        """Take in what ranks have reported, and the ends of those that never will."""
+        reported: set[int] = set()
+        if self._done in ready:
+            data = os.read(self._done, 4096)
+            reported = {number for (number,) in struct.iter_unpack("<I", data)}
+            if not data:  # every rank is gone
+                self._poll.unregister(self._done)
+        new = []
+        for rank in pending:
+            if rank.pidfd not in ready and rank.number not in reported:
+                continue
+            rank.outcome = rank.told() or self._died(rank)
+            new.append(rank.outcome)
+            self._poll.unregister(rank.pidfd)
+        if self._first_failure is None and any(outcome.kind != "passed" for outcome in new):
+            self._first_failure = time.monotonic()
+
+    def _died(self, rank: _Rank) -> Outcome:
+        """The outcome of a rank that ended without a word.
+
+        It could not note the time. A death seen before any failure came before it; one seen
+        later may still be the cause of broken connections, which `report.judge` allows for.
+        """
+        status = os.waitstatus_to_exitcode(rank.wait())
+        if status < 0:
+            named = {int(sig): sig.name for sig in signal.Signals}
+            headline = f"killed by {named.get(-status, f'signal {-status}')}"
+        else:
+            headline = f"the process ended with exit status {status} in the middle of the body"
+        died_at = 0.0 if self._first_failure is None else time.monotonic()
+        return Outcome("died", died_at, headline)
+
+    def _end(self) -> None:
+        for rank in self._ranks:
+            rank.kill(signal.SIGKILL)
+        for rank in self._ranks:
+            rank.wait()
+        _end_orphans()
+
+
+def _result(rank: _Rank) -> RankResult:
+    outcome = rank.outcome or rank.told() or Outcome("killed", time.monotonic())
+    said = [_tail(fd) for fd in (rank.stdout, rank.stderr, rank.stack)]
+    return RankResult(rank.number, outcome, *said)
+
+
+def _dump_stacks(ranks: list[_Rank]) -> None:
+    """Have the ranks write their stacks, also when they are blocked in C."""
+    for rank in ranks:
+        rank.kill(_STACK_SIGNAL)
+    deadline = time.monotonic() + _STACKS_S
+    sizes: list[int] = []
+    while time.monotonic() < deadline:
+        time.sleep(0.02)
+        before, sizes = sizes, [os.fstat(rank.stack).st_size for rank in ranks]
+        if all(sizes) and sizes == before:
+            return
+
+
+def _end_orphans() -> None:
+    """End what the ranks left behind: it is our child now that its parent is dead.
+
+    Helpers such as multiprocessing's resource tracker clean up /dev/shm once their rank is gone,
+    so they get a moment.
+    """
+    started = time.monotonic()
+    while time.monotonic() < started + 10 * _HELPERS_S:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0]:
+                continue
+        except ChildProcessError:
+            return
+        if time.monotonic() > started + _HELPERS_S:
+            import psutil
+
+            for process in psutil.Process().children(recursive=True):
+                process.kill()
+        time.sleep(0.005)
+
+
+def _read(fd: int) -> bytes:
+    size = os.fstat(fd).st_size
+    return os.pread(fd, size, 0)
+
+
+def _tail(fd: int) -> str:
+    size = os.fstat(fd).st_size
+    start = max(0, size - _OUTPUT_LIMIT)
+    text = os.pread(fd, size - start, start).decode(errors="replace")
+    return f"[{start} bytes left out]\n{text}" if start else text

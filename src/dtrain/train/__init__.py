@@ -1,0 +1,1 @@
+"""The training plane: everything that runs inside a worker. torch lives here."""

@@ -1,0 +1,1 @@
+"""Never lose, never load rubbish."""

@@ -1,0 +1,217 @@
+"""One checkpoint on disk: written whole or not at all, and read only when every byte is right.
+
+Nothing in the common formats notices a flipped byte: torch.save files, safetensors and DCP shards
+load it without a word. So a manifest holds the size and xxh3-128 of every file, taken from the
+bytes as they were handed to the file and not from what the disk gave back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+
+from dtrain.errors import CheckpointError
+from dtrain.rundir import fsync_dir, write_atomic
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_PROGRESS = "progress.json"
+_CHUNK = 1 << 22
+
+
+def write_checkpoint(
+    final: Path, tensors: dict[str, Any], progress: dict[str, Any], about: dict[str, Any]
+) -> int:
+    """Write a checkpoint directory; it appears under its name complete or not at all.
+
+    Args:
+        final: its directory. One already there is replaced.
+        tensors: by file stem, what `torch.save` writes and `weights_only` can read.
+        progress: plain JSON.
+        about: plain JSON for people: versions, world size, time.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        OSError: as the file system says; nothing is left behind.
+    """
+    aside = final.with_name(f".{final.name}.aside-{secrets.token_hex(4)}")
+    aside.mkdir(parents=True)
+    try:
+        files = {}
+        for stem, value in tensors.items():
+            files[f"{stem}.pt"] = _write_tensors(aside / f"{stem}.pt", value)
+        files[_PROGRESS] = _write_text(aside / _PROGRESS, json.dumps(progress, indent=2) + "\n")
+        manifest = {"format": _FORMAT, "about": about, "files": files}
+        manifest["digest"] = _manifest_digest(manifest)
+        write_atomic(aside / MANIFEST, json.dumps(manifest, indent=2) + "\n")  # last, fsynced
+        _put_in_place(aside, final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return sum(entry["bytes"] for entry in files.values())
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Read every byte and compare it with the manifest.
+
+    Raises:
+        CheckpointError: says what is wrong, without the folder's name.
+    """
+    for name, entry in _read_manifest(folder)["files"].items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                raise CheckpointError(f"{name} has {size} bytes instead of {entry['bytes']}")
+            if _digest_file(path) != entry["xxh3_128"]:
+                raise CheckpointError(f"{name} is damaged: its xxh3 is not the manifest's")
+        except FileNotFoundError:
+            raise CheckpointError(f"{name} is missing") from None
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(tensors by file stem, on the CPU; progress) of a checkpoint, verified first.
+
+    Raises:
+        CheckpointError: it is damaged; says how, without the folder's name.
+    """
+    verify_checkpoint(folder)
+    tensors = {}
+    for path in sorted(folder.glob("*.pt")):
+        try:
+            tensors[path.stem] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            first = str(error).strip().splitlines()[:1]
+            raise CheckpointError(f"{path.name} cannot be read: {''.join(first)}") from error
+    return tensors, json.loads((folder / _PROGRESS).read_text())
+
+
+def copy_checkpoint(folder: Path, final: Path) -> None:
+    """Another name for a checkpoint, which outlives it: its files are never changed, so links do.
+
+    Raises:
+        OSError: as the file system says; what was there before is still there.
+    """
+    aside = final.with_name(f".{final.name}.aside-{secrets.token_hex(4)}")
+    try:
+        shutil.copytree(folder, aside, copy_function=_link)
+        _put_in_place(aside, final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not every file system has links
+        shutil.copy2(source, target)
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Delete what killed writers left aside."""
+    for path in checkpoints.glob(".step-*.aside-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class _HashingFile:
+    """A binary file that hashes what it is given.
+
+    A failed write is kept and raised by `check`, and later writes are dropped: torch's writer
+    ends the process when the file raises while it closes.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._failure: OSError | None = None
+        self.size = 0
+        self.digest = xxhash.xxh3_128()
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.digest.update(view)
+        self.size += len(view)
+        if self._failure is None:
+            try:
+                self._write_all(view)
+            except OSError as error:
+                self._failure = error
+        return len(view)
+
+    def _write_all(self, view: memoryview) -> None:
+        while view:  # one write(2) takes at most 2 GiB
+            view = view[self._file.write(view) :]
+
+    def flush(self) -> None:
+        """Nothing: `check` flushes once, before the fsync."""
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _write_tensors(path: Path, value: Any) -> dict[str, Any]:
+    with open(path, "wb", buffering=0) as raw:
+        file = _HashingFile(raw)
+        torch.save(value, file)
+        file.check()
+    return {"bytes": file.size, "xxh3_128": file.digest.hexdigest()}
+
+
+def _write_text(path: Path, text: str) -> dict[str, Any]:
+    write_atomic(path, text)
+    data = text.encode()
+    return {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+
+
+def _put_in_place(aside: Path, final: Path) -> None:
+    old = final.with_name(aside.name + "-old")
+    fsync_dir(aside)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(aside, final)
+    fsync_dir(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        digest = manifest.pop("digest")
+        if digest != _manifest_digest(manifest):
+            raise CheckpointError(f"{MANIFEST} is damaged: its own digest does not match")
+    except FileNotFoundError:
+        raise CheckpointError(f"{MANIFEST} is missing") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(f"{MANIFEST} is damaged: it is not the JSON we wrote") from None
+    except OSError as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read: {error.strerror}") from error
+    if manifest["format"] != _FORMAT:
+        raise CheckpointError(f"its format is {manifest['format']}, this dtrain reads {_FORMAT}")
+    return manifest
+
+
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    plain = {key: value for key, value in manifest.items() if key != "digest"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode())
+
+
+def _digest_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()

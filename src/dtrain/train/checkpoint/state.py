@@ -1,0 +1,167 @@
+"""Model and optimizer state by parameter name, so that it fits whatever the order or wrapper.
+
+An optimizer's own state is positional: swapping two layers of one shape in the model swaps
+Adam's moments without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dtrain.errors import CheckpointError
+
+_WRAPPERS = ("_orig_mod.",)
+"""Prefixes that torch.compile puts into names."""
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers added."""
+    for prefix in _WRAPPERS:
+        name = name.replace(prefix, "")
+    return name
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether ranks hold parts of the parameters: then all must ask for its state together."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def model_state(model: torch.nn.Module) -> dict[str, Any]:
+    """The model's state by plain name; the tensors are the live ones.
+
+    Those of which ranks hold parts are put together on rank 0, on the CPU, and None elsewhere.
+    """
+    return {plain_name(name): _gathered(value) for name, value in model.state_dict().items()}
+
+
+def load_model_state(model: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Put `model_state` back.
+
+    Raises:
+        CheckpointError: names or shapes differ; nothing has been changed then.
+    """
+    current = model.state_dict()
+    actual = {plain_name(name): name for name in current}
+    problems = [f"{name} is not in the checkpoint" for name in actual if name not in state]
+    problems += [f"{name} is not in the model" for name in state if name not in actual]
+    for name, value in state.items():
+        mine = current.get(actual.get(name, ""))
+        if isinstance(mine, torch.Tensor) and mine.shape != value.shape:
+            problems.append(f"{name} is {tuple(value.shape)}, in the model {tuple(mine.shape)}")
+    if problems:
+        raise CheckpointError(f"it does not fit the model: {_few(problems)}")
+    model.load_state_dict(
+        {actual[name]: _as_cut(value, current[actual[name]]) for name, value in state.items()}
+    )
+
+
+def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state, by plain parameter name instead of position; tensors as there.
+
+    Raises:
+        CheckpointError: it holds parameters that are not the model's.
+    """
+    groups = _group_names(model, optimizer)
+    names = [name for group in groups for name in group]
+    state = optimizer.state_dict()
+    return {
+        "state": {
+            names[index]: {key: _gathered(value) for key, value in values.items()}
+            for index, values in state["state"].items()
+        },
+        "groups": [
+            {**options, "params": group}
+            for options, group in zip(state["param_groups"], groups, strict=True)
+        ],
+    }
+
+
+def load_optimizer_state(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
+) -> None:
+    """Put `optimizer_state` back, whatever the order of parameters and groups is now.
+
+    Raises:
+        CheckpointError: the parameters are grouped in another way.
+    """
+    groups = _group_names(model, optimizer)
+    options_of = {frozenset(group["params"]): group for group in saved["groups"]}
+    names = [name for group in groups for name in group]
+    position = {name: index for index, name in enumerate(names)}
+    new_groups = []
+    for group in groups:
+        options = options_of.get(frozenset(group))
+        if options is None:
+            raise CheckpointError(
+                f"it does not fit the optimizer: no group of it holds exactly {_few(group)}"
+            )
+        new_groups.append({**options, "params": [position[name] for name in group]})
+    parameters = {plain_name(name): value for name, value in model.named_parameters()}
+    state = {
+        position[name]: {key: _as_cut(value, parameters[name]) for key, value in values.items()}
+        for name, values in saved["state"].items()
+        if name in position
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": new_groups})
+
+
+def parameters_sha256(model: torch.nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of all parameters, in the order of names.
+
+    The same however the parameters are cut; where they are, all ranks must call it together.
+    """
+    digest = hashlib.sha256()
+    parameters = {plain_name(name): value for name, value in model.named_parameters()}
+    for name in sorted(parameters):
+        tensor = _full(parameters[name].detach()).cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with all its parts; others as they are."""
+    full: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
+def _gathered(value: Any) -> Any:
+    """A tensor of which ranks hold parts, whole on rank 0 and None elsewhere; others as given."""
+    if not hasattr(value, "full_tensor"):
+        return value
+    full = _full(value.detach())
+    return full.cpu() if dist.get_rank() == 0 else None
+
+
+def _as_cut(value: Any, like: Any) -> Any:
+    """This rank's part of a whole tensor, where `like` is cut and has its shape."""
+    if not hasattr(like, "full_tensor") or getattr(value, "shape", None) != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mine = value.to(like.device)
+    return distribute_tensor(mine, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _group_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    names = {id(value): plain_name(name) for name, value in model.named_parameters()}
+    groups = []
+    for group in optimizer.param_groups:
+        strangers = [value for value in group["params"] if id(value) not in names]
+        if strangers:
+            raise CheckpointError(
+                f"the optimizer holds {len(strangers)} parameters that are not in the model (the "
+                f"first has shape {tuple(strangers[0].shape)}), so their state has no name; make "
+                "them parameters of the model"
+            )
+        groups.append([names[id(value)] for value in group["params"]])
+    return groups
+
+
+def _few(items: list[str], limit: int = 4) -> str:
+    rest = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return "; ".join(items[:limit]) + rest

@@ -1,0 +1,191 @@
+"""All checkpoints of a run: saved by agreement of all ranks, loaded from the newest good one."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dtrain.errors import CheckpointError
+from dtrain.rundir import RunDir
+from dtrain.train import collectives
+from dtrain.train.checkpoint.files import (
+    copy_checkpoint,
+    read_checkpoint,
+    remove_leftovers,
+    write_checkpoint,
+)
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-\d{8,}")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint that was read and is whole."""
+
+    folder: Path
+    tensors: dict[str, Any]
+    progress: dict[str, Any]
+    rejected: dict[str, str] = field(default_factory=dict)
+    """Newer checkpoints that could not be used, by name, and why."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run. Every method is called by every rank at the same moment."""
+
+    def __init__(self, run: RunDir, rank: int, keep: int) -> None:
+        self._run = run
+        self._rank = rank
+        self._keep = keep
+
+    def save(
+        self,
+        step: int,
+        tensors: Callable[[], dict[str, Any]],
+        progress: dict[str, Any],
+        about: dict[str, Any],
+    ) -> tuple[Path, int]:
+        """Write a checkpoint on rank 0; nobody goes on before it is on disk.
+
+        Args:
+            step: optimizer steps done.
+            tensors: gives rank 0 what to write, by file stem.
+            progress: plain JSON.
+            about: plain JSON for people.
+
+        Returns:
+            Its folder and the bytes written.
+
+        Raises:
+            CheckpointError: on every rank, when rank 0 could not write it.
+        """
+        folder = self._run.checkpoint(step)
+        size, problem = 0, None
+        cause: Exception | None = None
+        if self._rank == 0:
+            try:
+                remove_leftovers(self._run.checkpoints)
+                size = write_checkpoint(folder, tensors(), progress, about)
+                self._remove_old(folder)
+            except Exception as error:  # whatever it is, the other ranks wait to hear of it
+                cause, problem = error, _explain(folder, error)
+        size, problem = collectives.from_zero((size, problem))
+        if problem is not None:
+            raise CheckpointError(problem) from cause
+        return folder, size
+
+    def keep_as(self, folder: Path, name: str) -> None:
+        """Keep a checkpoint under another name too, which no later one pushes out.
+
+        Raises:
+            CheckpointError: on every rank, when rank 0 could not.
+        """
+        problem = None
+        if self._rank == 0:
+            try:
+                copy_checkpoint(folder, folder.with_name(name))
+            except OSError as error:
+                problem = _explain(folder.with_name(name), error)
+        problem = collectives.from_zero(problem)
+        if problem is not None:
+            raise CheckpointError(problem)
+
+    def load_newest(self, apply: Callable[[Loaded], None]) -> Loaded | None:
+        """Read and apply the newest checkpoint that is whole and fits on every rank.
+
+        Args:
+            apply: puts it into the training; raises `CheckpointError` before it changes
+                anything if it does not fit.
+
+        Returns:
+            What was applied; None when the run has no checkpoint.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none can be used; lists why.
+        """
+        rejected: dict[Path, str] = {}
+        for folder in collectives.from_zero(self._candidates()):
+            loaded, reason = self._try(folder, apply, rejected)
+            reasons = collectives.gather_to_all(reason)
+            failures = [f"rank {r}: {text}" for r, text in enumerate(reasons) if text is not None]
+            if not failures:
+                self._set_aside(rejected)
+                return loaded
+            same = len(set(reasons)) == 1
+            rejected[folder] = str(reasons[0]) if same else "; ".join(failures)
+            if self._rank == 0:
+                logger.warning("checkpoint %s is not used: %s", folder.name, rejected[folder])
+        if not rejected:
+            return None
+        listed = "".join(f"\n  {folder.name}: {why}" for folder, why in rejected.items())
+        raise CheckpointError(
+            f"none of the {len(rejected)} checkpoints in {self._run.checkpoints} can be used, and "
+            f"beginning again at step 0 would hide that:{listed}\n"
+            "move them away to begin again"
+        )
+
+    def _candidates(self) -> list[Path]:
+        """Newest first."""
+        if self._rank != 0 or not self._run.checkpoints.is_dir():
+            return []
+        found = [path for path in self._run.checkpoints.iterdir() if _NAME.fullmatch(path.name)]
+        return sorted(found, key=_step_of, reverse=True)
+
+    def _try(
+        self, folder: Path, apply: Callable[[Loaded], None], rejected: dict[Path, str]
+    ) -> tuple[Loaded | None, str | None]:
+        why = {path.name: reason for path, reason in rejected.items()}
+        try:
+            loaded = Loaded(folder, *read_checkpoint(folder), rejected=why)
+            apply(loaded)
+        except CheckpointError as error:
+            return None, str(error)
+        return loaded, None
+
+    def _set_aside(self, rejected: dict[Path, str]) -> None:
+        """Rename rejected checkpoints, or retention would count them and drop good ones."""
+        if self._rank != 0:
+            return
+        for folder in rejected:
+            aside = folder.with_name(f"{folder.name}.rejected")
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(folder, aside)
+            except OSError as error:
+                logger.warning("cannot rename %s: %s", folder, error.strerror)
+
+    def _remove_old(self, newest: Path) -> None:
+        """Keep the newest ones; what was just written always stays."""
+        others = [folder for folder in self._candidates() if folder != newest]
+        for folder in others[self._keep - 1 :]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _explain(folder: Path, error: Exception) -> str:
+    if isinstance(error, CheckpointError):
+        return f"cannot write checkpoint {folder}: {error}"
+    if not isinstance(error, OSError):
+        return f"cannot write checkpoint {folder}: {type(error).__name__}: {error}"
+    text = f"cannot write checkpoint {folder}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        try:
+            free = shutil.disk_usage(folder.parent).free
+        except OSError:
+            return text
+        text += (
+            f"; {free / 1e6:,.1f} MB are free there. Make room, or write less "
+            "(checkpoint.keep, checkpoint.every_steps); the checkpoints before it are intact"
+        )
+    return text

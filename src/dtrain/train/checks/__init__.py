@@ -1,0 +1,1 @@
+"""Are the replicas still one model? Comparisons before, during and between steps."""

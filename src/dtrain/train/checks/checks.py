@@ -1,0 +1,190 @@
+"""All checks of one training, as its loop calls them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dtrain.train import collectives
+from dtrain.train.checks.chain import CHAIN
+from dtrain.train.checks.errors import ReplicaError, Rollback
+from dtrain.train.checks.finite import FiniteGuard
+from dtrain.train.checks.inject import Injector
+from dtrain.train.checks.ledger import Ledger
+from dtrain.train.checks.locate import locate
+from dtrain.train.checks.still import Still
+from dtrain.train.checks.subject import BUFFERS, MOMENTS, PARAMETERS, Subject
+from dtrain.train.checks.unused import Unused
+from dtrain.train.context import TrainContext
+from dtrain.train.data.feed import Feed
+from dtrain.train.loss import LossModule
+from dtrain.train.observe.events import Events
+
+logger = logging.getLogger(__name__)
+
+
+class Checks:
+    """Compares the ranks every `checks.every` steps, and watches what cannot be compared.
+
+    Args:
+        context: of the training.
+        subject: what is trained.
+        loss: the task's loss over the model.
+        feed: the training data.
+        injector: faults made on purpose.
+        events: of the run.
+    """
+
+    def __init__(
+        self,
+        context: TrainContext,
+        subject: Subject,
+        loss: LossModule,
+        feed: Feed,
+        injector: Injector,
+        events: Events,
+    ) -> None:
+        spec = context.spec.checks
+        self._spec = spec
+        self._ranks = context.ranks
+        self._events = events
+        self._feed = feed
+        self._subject = subject
+        self._injector = injector
+        self._ledger = Ledger(subject) if spec.every and collectives.in_group() else None
+        self._still, self._still_buffers = _watches(subject, context)
+        self._unused = Unused(subject.parameters(), events, active=context.ranks.is_rank_zero)
+        self.finite = FiniteGuard(subject, loss, feed, context.spec, context.ranks, context.device)
+        self._agreed: int | None = None
+        """The step after which all ranks were last the same."""
+        self._compared: int | None = None
+        self._found: list[str] = []
+        self._watched = False
+        self._warned: set[str] = set()
+
+    def begin(self, step: int) -> None:
+        """Before the first step, after `step` steps done: what was built or loaded is the same."""
+        CHAIN.reset()
+        self._compare(step)
+        if self._subject.optimizer is not None and self._still is not None:
+            self._subject.optimizer.register_step_pre_hook(lambda *_: self._before_update())
+
+    def step_begins(self, step: int, epoch: int) -> None:
+        """Before the first forward of a step, counted from 1."""
+        self._injector.step_begins(step)
+        self.finite.begin(step, epoch)
+        if self._watched and self._still_buffers is not None:
+            self._found += self._still_buffers.look()
+
+    def step_ended(self, step: int, *, ends_epoch: bool) -> None:
+        """After a step, on all ranks.
+
+        Raises:
+            ReplicaError: ranks differ, and the policy is to stop.
+            Rollback: ranks differ, and the policy is to go back.
+            DtrainError: samples were read twice or not at all.
+        """
+        self._unused.step(step, ends_epoch=ends_epoch)
+        if self._watched:
+            self._end_watch(step)
+        every = self._spec.every
+        if every and step % every == 0:
+            self._feed.check()
+            self._compare(step)
+            self._begin_watch()
+        self._injector.between_steps(self._subject)
+
+    def before_save(self, step: int) -> None:
+        """Before a checkpoint: it holds what all ranks agree on; errors as of `step_ended`."""
+        if self._compared != step:
+            self._compare(step)
+
+    def _compare(self, step: int) -> None:
+        self._compared = step
+        if self._ledger is None:
+            return
+        words = self._ledger.words()
+        kinds = self._ledger.differing(words)
+        if not kinds:
+            self._agreed = step
+            return
+        mismatch = locate(self._subject, words, kinds)
+        self._act(step, mismatch.text, list(mismatch.culprits), kinds)
+
+    def _act(self, step: int, text: str, culprits: list[int], kinds: list[str]) -> None:
+        before = "" if self._agreed is None else f"were one model after step {self._agreed} and "
+        error = ReplicaError(
+            f"the replicas {before}are not one model after step {step}:\n{text}",
+            culprits,
+            self._ranks.rank,
+        )
+        key = repr((kinds, culprits))
+        if key not in self._warned:
+            self._warned.add(key)
+            self._events.write(
+                "replicas_differ", step=step, agreed=self._agreed, ranks=culprits, kinds=kinds,
+                detail=text,
+            )  # fmt: skip
+            if self._spec.on_mismatch == "warn" and self._ranks.is_rank_zero:
+                logger.warning("%s", error)
+        if self._spec.on_mismatch == "stop":
+            raise error
+        if self._spec.on_mismatch == "rollback":
+            raise Rollback(error)
+
+    # -- what is compared with itself --------------------------------------------------------
+
+    def _begin_watch(self) -> None:
+        for still in (self._still, self._still_buffers):
+            if still is not None:
+                still.begin()
+                self._watched = True
+
+    def _before_update(self) -> None:
+        if self._watched and self._still is not None:
+            self._found += self._still.look()
+
+    def _end_watch(self, step: int) -> None:
+        """Tell all ranks what any has found since the last comparison."""
+        self._watched = False
+        found, self._found = self._found, []
+        if collectives.in_group():
+            flag = torch.tensor(len(found))
+            dist.all_reduce(flag)
+            if not int(flag):
+                return
+        everyone = collectives.gather_to_all(found)
+        culprits = [rank for rank, theirs in enumerate(everyone) if theirs]
+        if not culprits:
+            return
+        lines = [
+            f"rank {rank} holds other bits than after step {step - 1}, though nothing of the "
+            f"training had changed them:\n{'; '.join(everyone[rank])}"
+            for rank in culprits
+        ]
+        self._act(step, "\n".join(lines), culprits, ["held"])
+
+
+def _watches(subject: Subject, context: TrainContext) -> tuple[Still | None, Still | None]:
+    """(what only an update may change, what only a forward may)."""
+    several = collectives.in_group() or context.local_devices > 1
+    if not context.spec.checks.every or not several:
+        return None, None
+    alone = subject.is_cut() or not collectives.in_group()
+    buffers = any(True for _ in subject.model.buffers())
+    return (
+        Still(subject, (PARAMETERS, MOMENTS)) if alone else None,
+        Still(subject, (BUFFERS,)) if buffers else None,
+    )
+
+
+def position_numbers(progress: Any) -> dict[str, Any]:
+    """The place in the training, which is the same on all ranks."""
+    return {
+        "step": progress.step,
+        "epoch": progress.position.epoch,
+        "samples consumed": progress.position.consumed,
+    }

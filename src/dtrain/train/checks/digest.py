@@ -1,0 +1,85 @@
+"""Digests of the bits of tensors: 64 bits that change with any element, its place or its sign.
+
+On the CPU xxh3, which runs at memory speed (27 ms for 1e8 fp32 elements). On a GPU a sum over
+all elements of the element times a factor that its position decides, in integers modulo 2**64.
+Both see what sums, norms and `torch.hash_tensor` do not: swapped elements and rows, flipped signs,
+NaN payloads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import xxhash
+
+_CHUNK = 1 << 24
+"""Elements at a time on a GPU: the factors take 8 bytes each."""
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX = 0xBF58476D1CE4E5B9 - (1 << 64)
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor, without its graph; all of it where it is not cut."""
+    here = tensor.detach()
+    return here.to_local() if hasattr(here, "to_local") else here
+
+
+def of_each(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """The digest of each tensor: of its bits, not of its shape or type."""
+    parts = [local(tensor) for tensor in tensors]
+    if all(part.device.type == "cpu" for part in parts):
+        return [xxhash.xxh3_64_intdigest(_bytes(part)) for part in parts]
+    sums = [weighted_sum(part).cpu() for part in parts]
+    return [xxhash.xxh3_64_intdigest(each.numpy().tobytes()) for each in sums]
+
+
+def of_all(tensors: Sequence[torch.Tensor]) -> int:
+    """One digest of all tensors, in order."""
+    parts = [local(tensor) for tensor in tensors]
+    digest = xxhash.xxh3_64()
+    if all(part.device.type == "cpu" for part in parts):
+        for part in parts:
+            digest.update(_bytes(part))
+        return digest.intdigest()
+    for each in torch.stack([weighted_sum(part).cpu() for part in parts]):
+        digest.update(each.numpy().tobytes())
+    return digest.intdigest()
+
+
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of a tensor, one integer for an element; flat."""
+    flat = tensor.contiguous().reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    return flat.view(_INTEGERS[flat.element_size()])
+
+
+def weighted_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Two sums over the elements' bits, each weighted by a hash of the position; int64, (2,).
+
+    A factor is odd, so any change of one element changes the first sum; two elements that change
+    places do so unless the difference of their factors, a random number, cancels theirs. The
+    second sum has other factors.
+    """
+    bits = as_integers(tensor)
+    total = torch.zeros(2, dtype=torch.int64, device=bits.device)
+    for start in range(0, len(bits), _CHUNK):
+        part = bits[start : start + _CHUNK].long()
+        place = torch.arange(start + 1, start + 1 + len(part), device=bits.device)
+        factor = place * _GOLDEN
+        factor = (factor ^ (factor >> 30)) * _MIX
+        factor = factor ^ (factor >> 27)
+        total[0] += (part * (factor | 1)).sum()
+        total[1] += (part * ((factor >> 32) | 1)).sum()
+    return total
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    view: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return view

@@ -1,0 +1,163 @@
+"""Who differs, in which tensor, in which element: found once the ledger's words differ.
+
+Slower than the ledger by far, and only ever run on a mismatch. Called by all ranks together.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dtrain.train import collectives
+from dtrain.train.checks import digest
+from dtrain.train.checks.chain import first_difference
+from dtrain.train.checks.ledger import KINDS
+from dtrain.train.checks.subject import COLLECTIVES, NUMBERS, Subject
+
+_MAX_KINDS = 4
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """What differs between ranks."""
+
+    kinds: tuple[str, ...]
+    culprits: tuple[int, ...]
+    """The ranks that differ from the majority; empty when there is no majority."""
+    text: str
+    """For people; several lines."""
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What a majority of the ranks holds, and who holds something else."""
+
+    reference: int
+    """A rank of the majority, or rank 0."""
+    others: tuple[int, ...]
+    """Ranks that hold something else than the reference."""
+    decided: bool
+    """Whether there is a majority."""
+
+    @property
+    def culprits(self) -> tuple[int, ...]:
+        """The ranks that differ from the majority; empty when there is none."""
+        return self.others if self.decided else ()
+
+
+def locate(subject: Subject, words: list[int], kinds: list[str]) -> Mismatch:
+    """Find who differs, and where.
+
+    Args:
+        subject: as for the ledger.
+        words: this rank's.
+        kinds: those that differ.
+    """
+    everyone = collectives.gather_to_all(words)
+    lines = []
+    first: Vote | None = None
+    for kind in kinds[:_MAX_KINDS]:
+        ballot = vote([theirs[KINDS.index(kind)] for theirs in everyone])
+        first = first or ballot
+        lines.append(f"{kind}: {_difference(subject, kind, ballot)}")
+    assert first is not None
+    return Mismatch(tuple(kinds), first.culprits, "\n".join([_who(first, len(everyone)), *lines]))
+
+
+def vote(values: Sequence[Any]) -> Vote:
+    """Who differs from the majority.
+
+    Args:
+        values: of all ranks.
+    """
+    (value, votes), *_ = Counter(values).most_common()
+    decided = 2 * votes > len(values)
+    reference = values.index(value) if decided else 0
+    others = tuple(rank for rank, theirs in enumerate(values) if theirs != values[reference])
+    return Vote(reference, others, decided)
+
+
+def _who(ballot: Vote, world_size: int) -> str:
+    ranks = ", ".join(map(str, ballot.others))
+    plural = "ranks" if len(ballot.others) > 1 else "rank"
+    if ballot.decided:
+        return f"{plural} {ranks} {'differ' if plural == 'ranks' else 'differs'} from the others"
+    if world_size == 2:
+        return "ranks 0 and 1 differ; with two ranks nobody can tell which is right"
+    return f"{plural} {ranks} and rank 0 differ; no majority says which is right"
+
+
+def _difference(subject: Subject, kind: str, ballot: Vote) -> str:
+    suspect = ballot.others[0]
+    if kind == COLLECTIVES:
+        return first_difference(ballot.reference, suspect)
+    if kind == NUMBERS:
+        return _numbers(subject, ballot.reference, suspect)
+    tensors = subject.tensors(kind)
+    mine = dict(zip(tensors, digest.of_each(tensors.values()), strict=True))
+    everyone = collectives.gather_to_all(mine)
+    ours, theirs = everyone[ballot.reference], everyone[suspect]
+    lacking = [*(ours.keys() - theirs.keys()), *(theirs.keys() - ours.keys())]
+    if lacking:
+        name = min(lacking)
+        has, lacks = (ballot.reference, suspect) if name in ours else (suspect, ballot.reference)
+        return f"{name} is there on rank {has} and not on rank {lacks}"
+    names = [name for name in ours if ours[name] != theirs[name]]
+    if not names:
+        return "the same by now"
+    more = f", and in {len(names) - 1} more tensors" if len(names) > 1 else ""
+    return element_difference(names[0], tensors[names[0]], ballot.reference, suspect) + more
+
+
+def _numbers(subject: Subject, reference: int, suspect: int) -> str:
+    everyone = collectives.gather_to_all(subject.counters())
+    ours, theirs = everyone[reference], everyone[suspect]
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    return "; ".join(
+        f"{name} is {theirs.get(name)} on rank {suspect} and {ours.get(name)} on rank {reference}"
+        for name in names
+    )
+
+
+def element_difference(name: str, tensor: torch.Tensor, reference: int, suspect: int) -> str:
+    """The first element of a tensor that differs between two ranks, with both values.
+
+    Called by all ranks.
+    """
+    mine = digest.local(tensor).contiguous()
+    other = mine.clone()
+    dist.broadcast(other, src=reference)
+    found = None
+    if dist.get_rank() == suspect:
+        found = _first_element(name, mine, other, reference, suspect)
+    return collectives.gather_to_all(found)[suspect] or ""
+
+
+def _first_element(
+    name: str, mine: torch.Tensor, other: torch.Tensor, reference: int, suspect: int
+) -> str:
+    places = (digest.as_integers(mine) != digest.as_integers(other)).nonzero().flatten()
+    first = int(places[0])
+    index = [int(i) for i in torch.unravel_index(torch.tensor(first), mine.shape)]
+    here, there = mine.reshape(-1)[first], other.reshape(-1)[first]
+    left, right = _shown(here), _shown(there)
+    if left == right:  # NaNs of other bits, say
+        left += f" (bits {int(digest.as_integers(here)):#x})"
+        right += f" (bits {int(digest.as_integers(there)):#x})"
+    place = f"{name}{index}" if index else name
+    return (
+        f"{place} is {left} on rank {suspect} and {right} on rank {reference} "
+        f"({len(places):,} of {mine.numel():,} elements)"
+    )
+
+
+def _shown(value: torch.Tensor) -> str:
+    if value.is_floating_point():
+        digits = {torch.float64: 17, torch.float32: 9}.get(value.dtype, 5)
+        return f"{value.item():.{digits}g}"
+    return str(value.item())

@@ -1,0 +1,193 @@
+"""The batches of one rank, in order: fetched in this process or by loader processes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from dtrain.job.spec import DataSpec
+from dtrain.procs import die_with_parent
+from dtrain.train.data.fetch import EVALUATION_EPOCH, Fetched, Request
+from dtrain.train.data.order import Order
+from dtrain.train.data.placement import GlobalBatch, pieces, shard
+from dtrain.train.seeding import derive_seed
+
+_Asked = TypeVar("_Asked")
+_Made = TypeVar("_Made")
+_Asked_contra = TypeVar("_Asked_contra", contravariant=True)
+_Made_co = TypeVar("_Made_co", covariant=True)
+
+_LOOK_AHEAD = 16_384
+"""Positions per call of the permutation: a position costs 3,000 ns in a call for 32, 90 in one for
+4,096 and 55 in one for 16,384."""
+
+
+def train_requests(
+    batches: Iterable[GlobalBatch], order: Order, split: Callable[[GlobalBatch], Sequence[range]]
+) -> Iterator[Request]:
+    """A rank's micro-batches of these global batches, looked up a growing chunk at a time.
+
+    The first chunk is the first micro-batch, so that training begins at once. `split` gives this
+    rank's micro-batches of a global batch, as positions in the epoch.
+    """
+    room, ahead = 1, 0
+    chunk: list[range] = []
+    epoch = 0
+    for batch in batches:
+        if batch.epoch != epoch:
+            yield from _look_up(order, epoch, chunk)
+            chunk, ahead, epoch = [], 0, batch.epoch
+        for part in split(batch):
+            chunk.append(part)
+            ahead += len(part)
+            if ahead >= room:
+                yield from _look_up(order, epoch, chunk)
+                chunk, ahead, room = [], 0, min(4 * room, _LOOK_AHEAD)
+    yield from _look_up(order, epoch, chunk)
+
+
+def _look_up(order: Order, epoch: int, parts: list[range]) -> Iterator[Request]:
+    if not parts:
+        return
+    positions = np.concatenate([np.arange(part.start, part.stop) for part in parts])
+    samples = order.epoch(epoch).at(positions)
+    start = 0
+    for part in parts:
+        stop = start + len(part)
+        yield Request(epoch, samples[start:stop])
+        start = stop
+
+
+def eval_requests(
+    num_samples: int, rank: int, world_size: int, batch_size: int | None
+) -> list[Request]:
+    """A rank's share of an evaluation set, contiguous, in batches; every sample once in all."""
+    return [
+        Request(EVALUATION_EPOCH, np.arange(part.start, part.stop))
+        for part in pieces(shard(num_samples, rank, world_size), batch_size)
+    ]
+
+
+def fixed_eval_requests(
+    num_samples: int, rank: int, world_size: int, batch_size: int | None
+) -> list[Request]:
+    """The same for batches that do not depend on the world size: ranks take whole ones."""
+    batches = pieces(range(num_samples), batch_size)
+    mine = shard(len(batches), rank, world_size)
+    return [
+        Request(EVALUATION_EPOCH, np.arange(part.start, part.stop))
+        for part in batches[mine.start : mine.stop]
+    ]
+
+
+class Source(Protocol[_Asked_contra, _Made_co]):
+    """Answers one request; it has `__getitems__`, a synonym, for torch's DataLoader."""
+
+    def fetch(self, request: _Asked_contra) -> _Made_co:
+        """What was asked for."""
+
+
+class Loader(Generic[_Asked, _Made]):
+    """Answers a sequence of requests in order, in this process or in `workers` others.
+
+    Args:
+        fetcher: answers one request.
+        spec: the job's `data:` section.
+        seed: of the loader processes; the global generators are never touched.
+        pin_memory: whether batches lie in page-locked memory.
+        lasting: keep loader processes between iterations, as for evaluation.
+    """
+
+    def __init__(
+        self,
+        fetcher: Source[_Asked, _Made],
+        spec: DataSpec,
+        seed: int,
+        *,
+        pin_memory: bool,
+        lasting: bool = False,
+    ) -> None:
+        self._fetcher = fetcher
+        self._pin_memory = pin_memory
+        self._requests = _Requests()
+        self._loader = None
+        if spec.workers > 0:
+            self._loader = torch.utils.data.DataLoader(
+                fetcher,
+                batch_sampler=self._requests,
+                num_workers=spec.workers,
+                collate_fn=_as_is,
+                prefetch_factor=spec.prefetch,
+                pin_memory=pin_memory,
+                persistent_workers=lasting,
+                multiprocessing_context="fork",
+                worker_init_fn=functools.partial(_begin_loader_process, os.getpid()),
+                generator=torch.Generator().manual_seed(derive_seed("loader", seed)),
+            )
+
+    def batches(self: Loader[Request, Fetched], requests: Iterable[Request]) -> Iterator[Any]:
+        """The batch of each request, in order."""
+        return (fetched.batch for fetched in self.fetched(requests))
+
+    def fetched(self, requests: Iterable[_Asked]) -> Iterator[_Made]:
+        """What was made for each request, in order."""
+        self._requests.current = requests
+        if self._loader is not None:
+            return iter(self._loader)
+        made = map(self._fetcher.fetch, requests)
+        return map(_pinned, made) if self._pin_memory else made
+
+    def close(self) -> None:
+        """End loader processes that outlast an iteration."""
+        self._loader = None
+
+
+class _Requests:
+    """The batch sampler of a DataLoader that is iterated several times over other requests."""
+
+    current: Iterable[Any] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.current)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _pinned(batch: Any) -> Any:
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    return pin_memory(batch)
+
+
+def _begin_loader_process(parent_pid: int, worker: int) -> None:
+    """Die with the training process, and leave signals that ask to stop to it.
+
+    A preemption signal often reaches every process of a job. Were loaders to obey it, the rank
+    would lose its batches before the checkpoint that the signal asks for.
+    """
+    die_with_parent(parent_pid)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with every tensor in it on `device`; containers keep their types."""
+    if device.type == "cpu":
+        return batch
+    if hasattr(batch, "to"):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return type(batch)((key, to_device(value, device)) for key, value in batch.items())
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch

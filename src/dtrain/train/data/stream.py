@@ -1,0 +1,210 @@
+"""Iterable data sets: every sample of the stream once, on any number of ranks and loader processes.
+
+Every process reads the whole stream, in blocks of one global batch, and keeps its own share: rank
+r takes its part of each block, loader process w of K the blocks w, w + K, … So the global order is
+the stream's order whatever the layout, provided that the data set gives every process the same
+stream: it must not look at its rank, and cannot look at the loader process, which is hidden from
+it. What it draws from global generators is seeded at every block, the same everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from dtrain.errors import DtrainError
+from dtrain.task import Task
+from dtrain.train.data.augmentation import Now, seed_for
+from dtrain.train.data.fetch import Collate, Fetched
+from dtrain.train.data.generators import global_generators
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether a data set can only be iterated: samples have no numbers."""
+    if isinstance(dataset, IterableDataset):
+        return True
+    return hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")
+
+
+def check_stream(dataset: Any) -> None:
+    """Make sure that a stream can be gone through once an epoch.
+
+    Raises:
+        DtrainError: it is an iterator, which ends for good.
+    """
+    if hasattr(dataset, "__next__"):
+        raise DtrainError(
+            f"train_dataset() returned {type(dataset).__name__}, an iterator, which can be gone "
+            "through only once; return an object whose __iter__ begins anew each time"
+        )
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where to begin in the first epoch."""
+
+    epoch: int
+    position: int
+    """Samples of the epoch that were consumed."""
+    state: Any
+    """The data set's own at that position; None to read through everything before."""
+
+
+@dataclass(frozen=True)
+class BlockRequest:
+    """One rank's micro-batches of a global batch of the stream."""
+
+    epoch: int
+    start: int
+    """Position in the epoch of the block's first sample."""
+    size: int
+    parts: tuple[range, ...]
+    """Positions, contiguous; the stream may end before them."""
+    with_state: bool
+
+
+class Block(NamedTuple):
+    """What a request came to."""
+
+    epoch: int
+    start: int
+    stop: int
+    """Where the block really ended."""
+    ends_epoch: bool
+    parts: list[Fetched]
+    state: Any
+    """The data set's at `stop`, if asked for and if it has one."""
+
+
+class StreamFetcher:
+    """Reads one process's blocks of a stream; requests come in order."""
+
+    def __init__(self, dataset: Any, task: Task, seed: int) -> None:
+        self.resume: Resume | None = None
+        """Set before the first request."""
+        self._dataset = dataset
+        self._collate: Collate = task.collate
+        self._seed = seed
+        self._pid = os.getpid()
+        self._reader: _Reader | None = None
+
+    def __getitems__(self, request: BlockRequest) -> Block:
+        """torch's DataLoader asks in this way for what its batch sampler gave."""
+        return self.fetch(request)
+
+    def fetch(self, request: BlockRequest) -> Block:
+        """Read up to the end of the block, and collate this rank's part of it."""
+        generators = global_generators()
+        if os.getpid() == self._pid:
+            outer = [generator.capture() for generator in generators]
+        else:  # a data set that deals itself out to loader processes would do so twice
+            outer = []
+            torch.utils.data._utils.worker._worker_info = None
+        try:
+            return self._read(request)
+        finally:
+            Now.key = None
+            for generator, state in zip(generators, outer, strict=False):
+                generator.restore(state)
+
+    def _read(self, request: BlockRequest) -> Block:
+        reader = self._reader_at(request)
+        rows = reader.rows(request.size, request.parts)
+        state = reader.state() if request.with_state else None
+        ends = reader.ends()
+        parts = []
+        for part in request.parts:
+            ids = np.arange(part.start, min(part.stop, reader.position))
+            if len(ids):
+                seed_for("collate", self._seed, request.epoch, part.start)
+                batch = self._collate([rows.pop(position) for position in ids.tolist()])
+                parts.append(Fetched(ids, batch))
+        return Block(request.epoch, request.start, reader.position, ends, parts, state)
+
+    def _reader_at(self, request: BlockRequest) -> _Reader:
+        """A reader that stands where the block begins, or at the end of the stream before."""
+        reader, resume = self._reader, self.resume
+        if reader is None or reader.epoch != request.epoch or reader.position > request.start:
+            if resume is None or resume.epoch != request.epoch or resume.state is None:
+                resume = Resume(request.epoch, 0, None)
+            reader = self._reader = _Reader(self._dataset, self._seed, resume)
+        while reader.position < request.start and not reader.ends():
+            reader.rows(min(request.size, request.start - reader.position), ())
+        return reader
+
+
+class _Reader:
+    """One pass over the stream.
+
+    The generators are seeded before the first sample of a block and again after it, by position:
+    that sample is read at the end of the block before, to learn whether there is one.
+    """
+
+    def __init__(self, dataset: Any, seed: int, resume: Resume) -> None:
+        self.epoch = resume.epoch
+        self.position = resume.position
+        self._dataset = dataset
+        self._seed = seed
+        self._ahead: list[Any] = []
+        """The sample at `position`, if it has been read."""
+        self._ended = False
+        self._iterator = self._begin(resume.state or {})
+
+    def rows(self, size: int, parts: tuple[range, ...]) -> dict[int, Any]:
+        """Go on by up to `size` samples; by position, those that the parts span."""
+        wanted = range(parts[0].start, parts[-1].stop) if parts else range(0)
+        rows = {}
+        for index in range(size):
+            if self.ends():
+                break
+            if self.position in wanted:
+                rows[self.position] = self._ahead[0]
+            self._ahead = []
+            self.position += 1
+            if index == 0:
+                self._reseed()
+            if index < size - 1:
+                self._ahead = self._next()
+        return rows
+
+    def ends(self) -> bool:
+        """Whether there is no sample at `position`."""
+        if not self._ahead and not self._ended:
+            self._reseed()
+            self._ahead = self._next()
+        return not self._ahead
+
+    def state(self) -> dict[str, Any] | None:
+        """The data set's own state, or its iterator's; None if it has none."""
+        for name, holder in (("iterator", self._iterator), ("dataset", self._dataset)):
+            if hasattr(holder, "state_dict") and hasattr(holder, "load_state_dict"):
+                return {name: copy.deepcopy(holder.state_dict())}
+        return None
+
+    def _begin(self, state: dict[str, Any]) -> Any:
+        if hasattr(self._dataset, "set_epoch"):
+            self._dataset.set_epoch(self.epoch)
+        self._reseed()
+        if "dataset" in state:
+            self._dataset.load_state_dict(state["dataset"])
+        iterator = iter(self._dataset)
+        if "iterator" in state:
+            iterator.load_state_dict(state["iterator"])
+        return iterator
+
+    def _next(self) -> list[Any]:
+        Now.key, Now.sample = (self._seed, self.epoch), self.position
+        try:
+            return [next(self._iterator)]
+        except StopIteration:
+            self._ended = True
+            return []
+
+    def _reseed(self) -> None:
+        seed_for("stream", self._seed, self.epoch, self.position)

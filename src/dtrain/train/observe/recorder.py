@@ -1,0 +1,226 @@
+"""Recording a training for `dtrain verify`, at the edge where the user's objects are used.
+
+What is recorded does not depend on what trainer and strategy believe: gradients are those that
+the user's optimizer was given, losses those that the user's `loss` returned, random numbers those
+that were drawn. A trainer has two calls to make, `read` and `step`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from dtrain.ranks import RankInfo
+from dtrain.recording import RankLine, StepRecord, Tensors, Wish, Writer
+from dtrain.rundir import RunDir
+from dtrain.task import Loss, Task
+from dtrain.train.checkpoint.state import plain_name
+from dtrain.train.data.permutation import Ids
+from dtrain.train.observe import adapt, digest
+
+Named = Iterable[tuple[str, torch.Tensor]]
+
+
+class Recorder:
+    """Watches one rank's task, and writes what each step did.
+
+    The task's own methods are wrapped, on the object: its class stays what it is.
+    """
+
+    def __init__(self, run: RunDir, ranks: RankInfo, task: Task, wish: Wish) -> None:
+        self._writer = Writer(run.recording, ranks.rank)
+        self._ranks = ranks
+        self._wish = wish
+        self._ids: list[list[int]] = []
+        self._losses: list[tuple[torch.Tensor, float | torch.Tensor | None]] = []
+        self._model: torch.nn.Module | None = None
+        self._facts: dict[str, Any] = {}
+        self._gradients = Tensors()
+        self._lr: list[float] = []
+        self._stepped = 0
+        self._random = ""
+        self._wrap(task)
+
+    @classmethod
+    def asked_for(cls, run: RunDir, ranks: RankInfo, task: Task) -> Recorder | None:
+        """A recorder when the environment asks for one, else None."""
+        wish = Wish.from_env(os.environ)
+        return None if wish is None else cls(run, ranks, task, wish)
+
+    # -- for trainers ------------------------------------------------------------------------
+
+    def read(self, ids: Ids) -> None:
+        """Take note of a micro-batch that this rank has read: its sample ids, in order."""
+        if not self._random:
+            self._random = digest.of_random_state()
+        self._ids.append(ids.tolist())
+
+    def step(
+        self,
+        step: int,
+        epoch: int,
+        *,
+        loss: float | None,
+        grad_norm: float | None,
+    ) -> None:
+        """Write what a step did. Called by all ranks at the step boundary.
+
+        Args:
+            step: optimizer steps done, this one included.
+            epoch: of the step's samples.
+            loss: of the whole global batch, as the trainer knows it.
+            grad_norm: of the reduced gradient before clipping, where that is known.
+        """
+        random = digest.of_random_state()
+        self._write_line(
+            step,
+            epoch=epoch,
+            ids=self._ids,
+            random=random,
+            drew=bool(self._random) and random != self._random,
+        )
+        self._write_record(step, loss=loss, grad_norm=grad_norm)
+        self._random = random
+        self._ids, self._losses, self._lr = [], [], []
+        self._gradients, self._stepped = Tensors(), 0
+
+    # -- around the task ---------------------------------------------------------------------
+
+    def _wrap(self, task: Task) -> None:
+        methods: dict[str, Callable[..., Any]] = {
+            name: getattr(task, name)
+            for name in ("model", "optimizer", "loss", "evaluate", "train_dataset", "eval_dataset")
+        }
+        wish, own = self._wish, vars(task)
+        own["model"] = lambda: self._watch_model(methods["model"]())
+        own["optimizer"] = lambda model: self._watch_optimizer(methods["optimizer"](model))
+        own["loss"] = self._watched_loss(self._in_precision(methods["loss"]))
+        own["evaluate"] = self._in_precision(methods["evaluate"])
+        own["train_dataset"] = lambda: self._shortened(methods["train_dataset"](), task)
+        own["eval_dataset"] = lambda: adapt.first_samples(
+            methods["eval_dataset"](), wish.max_eval_samples
+        )
+
+    def _shortened(self, dataset: Any, task: Task) -> Any:
+        """The first samples, unless the task has an order of its own, which is for all."""
+        if task.sample_order(0, 0) is None and task.sample_weights() is None:
+            dataset = adapt.first_samples(dataset, self._wish.max_train_samples)
+        with contextlib.suppress(TypeError):  # a stream
+            self._facts["num_samples"] = len(dataset)
+        return dataset
+
+    def _watch_model(self, model: Any) -> Any:
+        if not isinstance(model, torch.nn.Module):
+            return model
+        self._model = model
+        self._facts["dropout"] = adapt.dropouts(model)
+        self._facts["batch_norm"] = adapt.batch_norms(model)
+        if self._wish.fp64:
+            model.double()
+        if not self._wish.dropout:
+            adapt.stop_dropout(model)
+        if not self._wish.batch_norm:
+            adapt.freeze_batch_norm(model)
+        return model
+
+    def _watch_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        optimizer.register_step_pre_hook(self._before_update)
+        self._write_line(0, epoch=0, ids=[], random=digest.of_random_state(), drew=False)
+        self._write_record(0, loss=None, grad_norm=None)
+        return optimizer
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._stepped += 1
+        self._lr = [float(group["lr"]) for group in optimizer.param_groups]
+        self._gradients = self._tensors(
+            (name, parameter.grad)
+            for name, parameter in self._parameters()
+            if parameter.grad is not None
+        )
+
+    def _in_precision(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        if not self._wish.fp64:
+            return method
+
+        def in_double(model: torch.nn.Module, batch: Any) -> Any:
+            with adapt.double_by_default():
+                return method(model, adapt.to_double(batch))
+
+        return in_double
+
+    def _watched_loss(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(model: torch.nn.Module, batch: Any) -> Any:
+            value = method(model, batch)
+            if torch.is_grad_enabled():
+                total, weight = (
+                    (value.sum, value.weight) if isinstance(value, Loss) else (value, None)
+                )
+                self._losses.append((torch.as_tensor(total).detach(), weight))
+            return value
+
+        return watched
+
+    # -- writing -----------------------------------------------------------------------------
+
+    def _write_line(
+        self, step: int, *, epoch: int, ids: list[list[int]], random: str, drew: bool
+    ) -> None:
+        parameters = [parameter for _, parameter in self._parameters()]
+        in_parts = any(hasattr(parameter, "full_tensor") for parameter in parameters)
+        losses = [
+            (float(total), None if weight is None else float(weight))
+            for total, weight in self._losses
+        ]
+        self._writer.line(
+            RankLine(
+                step=step,
+                epoch=epoch,
+                ids=ids,
+                losses=losses,
+                stepped=self._stepped,
+                parameters=None if in_parts else digest.of_tensors(parameters),
+                buffers={name: digest.of_tensors([each]) for name, each in self._buffers()},
+                random=random,
+                drew=drew,
+            )
+        )
+
+    def _write_record(self, step: int, *, loss: float | None, grad_norm: float | None) -> None:
+        parameters = self._tensors(self._parameters())
+        if not self._ranks.is_rank_zero:
+            return
+        self._writer.step(
+            StepRecord(
+                step=step,
+                loss=loss,
+                grad_norm=grad_norm,
+                lr=self._lr,
+                gradients=self._gradients,
+                parameters=parameters,
+                buffers=self._tensors(self._buffers()),
+                facts=self._facts,
+            )
+        )
+
+    def _parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        assert self._model is not None
+        return [(plain_name(name), each) for name, each in self._model.named_parameters()]
+
+    def _buffers(self) -> list[tuple[str, torch.Tensor]]:
+        assert self._model is not None
+        return [(plain_name(name), each) for name, each in self._model.named_buffers()]
+
+    def _tensors(self, named: Named) -> Tensors:
+        """On rank 0; elsewhere empty, but every rank takes part in putting shards together."""
+        tensors = Tensors()
+        for name, tensor in named:
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            if self._ranks.is_rank_zero:
+                tensors.vectors[name] = digest.as_vector(name, whole)
+                tensors.digests[name] = digest.of_tensors([whole])
+                tensors.norms[name] = digest.norm_of(whole)
+        return tensors

@@ -1,0 +1,36 @@
+"""Running a script in a worker, as `python train.py` under torchrun would."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from dtrain.rundir import RunDir
+from dtrain.train.script.place import RUN_VARIABLE
+
+
+def run_script(script: Path, arguments: Sequence[str], run: RunDir) -> None:
+    """Run a file as the main program of this process; returns when it and its threads have ended.
+
+    Nothing is set up for it but the environment: no process group, no logging, no signals.
+
+    Args:
+        script: the file.
+        arguments: its command line.
+        run: where `dtrain.checkpoint` saves.
+    """
+    os.environ[RUN_VARIABLE] = str(run.path)
+    # The warning before a time limit: for who asks `dtrain.stopping()`, no reason to die.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    sys.argv[:] = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    main = ModuleType("__main__")
+    main.__file__ = str(script)
+    sys.modules["__main__"] = main  # where pickle, and processes that are spawned, look
+    exec(compile(script.read_bytes(), str(script), "exec"), vars(main))
+    threading._shutdown()  # type: ignore[attr-defined]  # os._exit, which follows, would not wait

@@ -1,0 +1,128 @@
+"""What a strategy does for one optimizer step; this base is also the whole of `single`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from dtrain.errors import UsageError
+from dtrain.train.context import TrainContext
+from dtrain.train.data.placement import GlobalBatch
+from dtrain.train.loss import LossModule, LossParts
+
+
+class Pending:
+    """Numbers on their way to being summed over all ranks."""
+
+    def __init__(
+        self,
+        vector: torch.Tensor,
+        work: Any = None,
+        read: Callable[[list[float]], list[float]] = list,
+    ) -> None:
+        self._vector = vector
+        self._work = work
+        self._read = read
+
+    def wait(self) -> list[float]:
+        """The sums, the same on every rank."""
+        if self._work is not None:
+            self._work.wait()
+        return self._read(self._vector.tolist())
+
+
+class Strategy:
+    """How the processes share the work of a step.
+
+    It is made before the model. `shard` comes between the model and its optimizer, `prepare`
+    before the first step. A step is: `start_step`; `loss` for each of the rank's `micro_batches`,
+    each followed by its backward; then `finish_backward`, after which every rank's gradients,
+    times `gradient_scale`, are those of the sum over all ranks' losses.
+    """
+
+    def __init__(self, context: TrainContext) -> None:
+        self.context = context
+        self.rank = context.ranks.rank
+        self.world_size = context.ranks.world_size
+        self.gradient_scale = 1.0
+        """What the reduction divides by."""
+        self._module: LossModule | None = None
+
+    def shard(self, module: LossModule) -> None:
+        """Cut the model's parameters into the ranks' parts, where a strategy does that.
+
+        Called with the model on its device, before its optimizer is made.
+        """
+
+    def prepare(self, module: LossModule) -> None:
+        """Take the loss over the model, which is on its device and not yet trained."""
+        self._module = module
+
+    def micro_batches(self, batch: GlobalBatch) -> tuple[range, ...]:
+        """The positions (in the epoch) of this rank's micro-batches; none for an idle rank."""
+        size = self.context.spec.train.micro_batch_size
+        return batch.micro_batches(self.rank, self.world_size, size)
+
+    def start_step(self, batch: GlobalBatch) -> None:
+        """Called by every rank before the first loss of a step, also by one without samples."""
+
+    def loss(self, batch: Any, num_samples: int, *, last: bool) -> LossParts:
+        """(sum, weight) of one micro-batch.
+
+        Args:
+            batch: on the device.
+            num_samples: samples in it.
+            last: whether this is the rank's last micro-batch of the step.
+        """
+        assert self._module is not None
+        result: LossParts = self._module(batch, num_samples)
+        return result
+
+    def finish_backward(self) -> None:
+        """Called by every rank after its last backward of a step, also by one without samples."""
+
+    def clip_gradients(
+        self, parameters: Iterable[torch.nn.Parameter], max_norm: float
+    ) -> torch.Tensor:
+        """Scale the reduced gradients down to a 2-norm of `max_norm`; the norm before, a scalar."""
+        norm: torch.Tensor = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        return norm
+
+    def finish_step(self) -> None:
+        """Called by every rank after the optimizer's step."""
+
+    def start_sum(self, values: Sequence[float | torch.Tensor]) -> Pending:
+        """Begin to sum a few scalars, in fp64, over all ranks.
+
+        Args:
+            values: the sum and the weight of this rank's losses in this step, then any others.
+        """
+        return Pending(self._vector(values))
+
+    def whole(self) -> AbstractContextManager[None]:
+        """A context in which every rank holds all parameters, as for evaluation.
+
+        Entered and left by all ranks together; ranks may call the model as often as they like.
+        """
+        return nullcontext()
+
+    def close(self) -> None:
+        """Let go of the wrapped model; a process group must not be taken down before."""
+        self._module = None
+
+    def _vector(self, values: Sequence[float | torch.Tensor]) -> torch.Tensor:
+        device = self.context.device
+        if device.type == "cpu":
+            return torch.tensor([float(value) for value in values], dtype=torch.float64)
+        parts = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
+        return torch.stack(parts)
+
+    def _require_one_process(self, name: str) -> None:
+        if self.world_size != 1:
+            raise UsageError(
+                f"strategy {name!r} trains in one process, but {self.world_size} were started; "
+                "use strategy 'ddp'"
+            )

@@ -1,0 +1,75 @@
+"""The parts of a model that FSDP gathers one at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import nn
+
+from dtrain.errors import DtrainError
+
+
+def units(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model: what its outermost `ModuleList`s and `Sequential`s hold.
+
+    A `ModuleList` within one is opened, anything else that has parameters is one block. What is
+    in no block (embeddings, a head) goes with the root. A block that shares a parameter with
+    something outside of it (tied weights) goes with the root as well.
+    """
+    found: dict[int, nn.Module] = {}
+    _collect(model, found)
+    uses: Counter[int] = Counter()
+    for module in model.modules():
+        uses.update(id(parameter) for parameter in module._parameters.values())
+    return [block for block in found.values() if _stands_alone(block, uses)]
+
+
+def _collect(module: nn.Module, found: dict[int, nn.Module]) -> None:
+    holds_blocks = isinstance(module, nn.ModuleList | nn.Sequential)
+    for child in module.children():
+        if not holds_blocks or isinstance(child, nn.ModuleList | nn.ModuleDict):
+            _collect(child, found)
+        elif next(child.parameters(), None) is not None:
+            found[id(child)] = child
+
+
+def _stands_alone(block: nn.Module, uses: Counter[int]) -> bool:
+    inside: Counter[int] = Counter()
+    for module in block.modules():
+        inside.update(id(parameter) for parameter in module._parameters.values())
+    return all(uses[key] == count for key, count in inside.items())
+
+
+def check_shardable(model: nn.Module) -> None:
+    """Make sure that FSDP can cut every parameter.
+
+    Raises:
+        DtrainError: names the parameters that it cannot cut.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 0:
+            raise DtrainError(
+                f"parameter {name} is a scalar, which strategy 'fsdp' cannot cut into parts; give "
+                f"it one dimension, as torch.tensor([{parameter.item():g}]), or use strategy 'ddp'"
+            )
+    blocks = units(model)
+    in_blocks = {parameter for block in blocks for parameter in block.parameters()}
+    rest = [parameter for parameter in model.parameters() if parameter not in in_blocks]
+    for parameters in ([list(block.parameters()) for block in blocks], [rest]):
+        for group in parameters:
+            _check_types(group, model)
+
+
+def _check_types(parameters: list[nn.Parameter], model: nn.Module) -> None:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    kinds: dict[torch.dtype, str] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            kinds.setdefault(parameter.dtype, names[parameter])
+    if len(kinds) > 1:
+        listed = ", ".join(f"{name} is {str(dtype)[6:]}" for dtype, name in kinds.items())
+        raise DtrainError(
+            f"strategy 'fsdp' needs one type of parameters in each block of the model: {listed}; "
+            "use one type, or strategy 'ddp'"
+        )

@@ -1,0 +1,55 @@
+"""Which parameters got a gradient in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+
+
+class Usage:
+    """Notes which parameters get a gradient, where the gradient itself does not tell.
+
+    FSDP fills in zeros for parameters that a rank did not use, so that all ranks reduce alike.
+    An optimizer treats a gradient of zero unlike none: AdamW decays the weight.
+
+    Args:
+        parameters: as the optimizer has them, by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self._parameters = dict(parameters)
+        self._used: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Begin to take notes. Called once, while the model's parameters are whole."""
+        for name, parameter in model.named_parameters():
+            if name in self._parameters:
+                parameter.register_post_accumulate_grad_hook(partial(self._note, name))
+
+    def clear(self) -> None:
+        """Begin a step."""
+        self._used.clear()
+
+    def flags(self) -> list[float]:
+        """For each parameter 1 if this rank used it in this step, else 0."""
+        return [float(name in self._used) for name in self._parameters]
+
+    def forget_unused(self, users: Sequence[float]) -> None:
+        """Take the gradient from parameters that nobody used.
+
+        Args:
+            users: for each parameter the sum of all ranks' flags.
+        """
+        if not any(users):
+            return  # a loss depends on some parameter, so the notes are not to be trusted
+        for parameter, count in zip(self._parameters.values(), users, strict=True):
+            if count == 0:
+                parameter.grad = None
+
+    def _note(self, name: str, parameter: torch.Tensor) -> None:
+        self._used.add(name)

@@ -1,0 +1,1 @@
+"""Lightning's loop, hooks, callbacks and loggers around dtrain's step."""

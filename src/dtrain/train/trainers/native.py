@@ -1,0 +1,53 @@
+"""dtrain's own training loop."""
+
+from __future__ import annotations
+
+import gc
+import logging
+
+from dtrain.train.checks.errors import Rollback
+from dtrain.train.checks.inject import Injector
+from dtrain.train.context import TrainContext, TrainResult
+from dtrain.train.trainers.training import Training
+
+logger = logging.getLogger(__name__)
+
+
+class NativeTrainer:
+    """Trains a task as its job says; the same training under every strategy and world size."""
+
+    def __init__(self, context: TrainContext) -> None:
+        self._context = context
+
+    def run(self) -> TrainResult:
+        """Train from the newest checkpoint, or from the start, to the end or until asked to stop.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be written, or none of those there can be used.
+            DtrainError: the task broke its contract, or a check failed; says where.
+        """
+        injector = Injector(self._context)
+        rollbacks = 0
+        while True:
+            training = Training(injector.seeded(self._context), injector)
+            try:
+                return self.drive(training)
+            except Rollback as wish:
+                rollbacks += 1
+                if rollbacks > self._context.spec.checks.max_rollbacks:
+                    raise wish.error from None
+                logger.warning("%s\ngoing back to the newest checkpoint", wish)
+            finally:
+                training.close()
+                del training
+                gc.collect()  # no DDP may outlive its process group: 6-8 % of gloo exits hang
+
+    def drive(self, training: Training) -> TrainResult:
+        """Do all of its steps, in a loop of our own."""
+        complete = training.begin()
+        if complete:
+            for step in training.steps():
+                complete = training.step(*step)
+                if not complete:
+                    break
+        return training.end(complete=complete)

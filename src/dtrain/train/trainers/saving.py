@@ -1,0 +1,155 @@
+"""What a checkpoint of the native trainer holds, and how it becomes a training again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtrain.errors import CheckpointError
+from dtrain.train import collectives
+from dtrain.train.checkpoint.state import (
+    is_sharded,
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+)
+from dtrain.train.checkpoint.store import CheckpointStore, Loaded
+from dtrain.train.context import TrainContext
+from dtrain.train.observe.events import Events
+from dtrain.train.seeding import RandomState, derive_seed, seed_everything
+from dtrain.train.trainers.callbacks import Callbacks
+from dtrain.train.trainers.progress import Progress
+from dtrain.train.trainers.step import Parts
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves and restores one training: parameters, optimizer, random numbers, position."""
+
+    def __init__(
+        self,
+        context: TrainContext,
+        parts: Parts,
+        callbacks: Callbacks,
+        data: dict[str, Any],
+        events: Events,
+    ) -> None:
+        self._context = context
+        self._parts = parts
+        self._callbacks = callbacks
+        self._data = data
+        self._events = events
+        keep = context.spec.checkpoint.keep
+        self._store = CheckpointStore(context.run, context.ranks.rank, keep)
+        self._random: dict[str, Any] | None = None
+        self.saved_step: int | None = None
+        """The step of the checkpoint written or read last."""
+        self.folder: Path | None = None
+        """That checkpoint."""
+
+    def save(self, progress: Progress) -> bool:
+        """Write a checkpoint unless this step's is there already; whether it was written.
+
+        Called by all ranks.
+        """
+        if self.saved_step == progress.step:
+            return False
+        started = time.monotonic()
+        random = collectives.gather_to_zero(RandomState.capture().to_saved())
+        saved = progress.to_saved(self._data)
+        saved["callbacks"] = self._callbacks.state_dict()
+        tensors = self._tensors(random) if is_sharded(self._parts.model) else None
+        self.folder, size = self._store.save(
+            progress.step, lambda: tensors or self._tensors(random), saved, self._about()
+        )
+        self.saved_step = progress.step
+        seconds = time.monotonic() - started
+        logger.info("saved %s: %.1f MB in %.2f s", self.folder.name, size / 1e6, seconds)
+        self._events.write(
+            "checkpoint_saved",
+            step=progress.step,
+            checkpoint=self.folder.name,
+            bytes=size,
+            seconds=round(seconds, 3),
+        )
+        return True
+
+    def keep_best(self) -> None:
+        """Keep the checkpoint written or read last as the best one. Called by all ranks."""
+        assert self.folder is not None
+        self._store.keep_as(self.folder, "best")
+
+    def resume(self) -> Progress | None:
+        """Continue from the newest good checkpoint; None when the run has none yet.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none can be used.
+        """
+        loaded = self._store.load_newest(self._apply)
+        if loaded is None:
+            return None
+        progress = Progress.from_saved(loaded.progress, self._data)
+        self.saved_step, self.folder = progress.step, loaded.folder
+        logger.info("resumed from %s, after %d steps", loaded.folder.name, progress.step)
+        self._events.write(
+            "resumed",
+            step=progress.step,
+            epoch=progress.position.epoch,
+            consumed=progress.position.consumed,
+            checkpoint=loaded.folder.name,
+            rejected=loaded.rejected,
+        )
+        return progress
+
+    def begin_random(self, progress: Progress) -> None:
+        """Seed this rank's generators, or continue where they were on the same world size."""
+        if self._random is not None:
+            RandomState.from_saved(self._random).restore()
+            return
+        seed = self._context.spec.seed
+        seed_everything(derive_seed("train", seed, self._context.ranks.rank, progress.step))
+
+    def _apply(self, loaded: Loaded) -> None:
+        """Put a checkpoint into the parts; the checks come before the changes."""
+        Progress.from_saved(loaded.progress, self._data)
+        try:
+            extras = loaded.tensors["extras"]
+            load_model_state(self._parts.model, loaded.tensors["model"])
+            load_optimizer_state(
+                self._parts.model, self._parts.optimizer, loaded.tensors["optimizer"]
+            )
+            if self._parts.scheduler is not None and extras["scheduler"] is not None:
+                self._parts.scheduler.load_state_dict(extras["scheduler"])
+            if self._parts.scaler is not None and extras["scaler"] is not None:
+                self._parts.scaler.load_state_dict(extras["scaler"])
+            self._callbacks.load_state_dict(loaded.progress.get("callbacks", {}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"it does not fit this training: {error!r}") from error
+        ranks, random = self._context.ranks, extras["random"]
+        self._random = random[ranks.rank] if len(random) == ranks.world_size else None
+
+    def _tensors(self, random: list[dict[str, Any]]) -> dict[str, Any]:
+        parts = self._parts
+        return {
+            "model": model_state(parts.model),
+            "optimizer": optimizer_state(parts.model, parts.optimizer),
+            "extras": {
+                "scheduler": None if parts.scheduler is None else parts.scheduler.state_dict(),
+                "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
+                "random": random,
+            },
+        }
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "time": time.time(),
+            "torch": torch.__version__,
+            "strategy": self._context.spec.strategy,
+            "world_size": self._context.ranks.world_size,
+        }

@@ -1,0 +1,95 @@
+"""From a task to the things that are trained, alike on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dtrain.errors import DtrainError
+from dtrain.train import collectives
+from dtrain.train.checks.start import compare_model, compare_optimizer
+from dtrain.train.context import TrainContext
+from dtrain.train.data.feed import Feed, MapFeed
+from dtrain.train.data.stream import is_stream
+from dtrain.train.data.stream_feed import StreamFeed
+from dtrain.train.loss import LossModule
+from dtrain.train.seeding import derive_seed, seed_everything
+from dtrain.train.strategies.base import Strategy
+from dtrain.train.trainers.progress import data_identity
+from dtrain.train.trainers.step import Parts, make_scaler
+
+
+def build_parts(context: TrainContext, strategy: Strategy) -> Parts:
+    """The model on its device, with loss, optimizer, scheduler and scaler.
+
+    Every method of the task runs with its own seed, the same on all ranks, so that none of them
+    changes what another draws.
+
+    Raises:
+        DtrainError: the task returned something that cannot be trained.
+    """
+    task, seed = context.task, context.spec.seed
+    seed_everything(derive_seed("model", seed))
+    model = task.model()
+    if not isinstance(model, torch.nn.Module):
+        raise DtrainError(f"model() returned {type(model).__name__}, not a torch.nn.Module")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise DtrainError("model() returned a model without trainable parameters")
+    model.to(context.device).train()
+    if collectives.in_group():
+        compare_model(model, broadcast=context.spec.checks.init == "broadcast")
+    loss = LossModule(model, task)
+    strategy.shard(loss)
+    seed_everything(derive_seed("optimizer", seed))
+    optimizer = task.optimizer(model)
+    compare_optimizer(model, optimizer)
+    scheduler = task.scheduler(optimizer)
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise DtrainError(
+            "scheduler() returned ReduceLROnPlateau, which is stepped with a metric; schedulers "
+            "are stepped after every optimizer step here, so take one that counts steps"
+        )
+    return Parts(
+        model, loss, optimizer, scheduler, make_scaler(context.spec.train.precision, context.device)
+    )
+
+
+def train_feed(context: TrainContext) -> Feed:
+    """The task's training data, as this rank takes part in it."""
+    spec = context.spec
+    seed_everything(derive_seed("train_dataset", spec.seed))
+    dataset = context.task.train_dataset()
+    kind = StreamFeed if is_stream(dataset) else MapFeed
+    return kind(dataset, context.task, spec, context.ranks, pin_memory=pins_memory(context))
+
+
+def feed_identity(feed: Feed) -> dict[str, Any]:
+    """What a position in this data depends on.
+
+    Raises:
+        DtrainError: it is not the same on all ranks.
+    """
+    identity = data_identity(feed.spec, feed.dataset, feed.course.num_samples, feed.order.name)
+    everyone = collectives.gather_to_all(identity)
+    for rank, theirs in enumerate(everyone):
+        other = [key for key in identity if theirs[key] != everyone[0][key]]
+        if other:
+            raise DtrainError(
+                f"train_dataset() is not the same on all ranks: {other[0]} is "
+                f"{everyone[0][other[0]]} on rank 0 and {theirs[other[0]]} on rank {rank}; every "
+                "rank must see the same data, dtrain gives each its part"
+            )
+    return identity
+
+
+def eval_dataset(context: TrainContext) -> Any:
+    """The task's evaluation data; None when it has none."""
+    seed_everything(derive_seed("eval_dataset", context.spec.seed))
+    return context.task.eval_dataset()
+
+
+def pins_memory(context: TrainContext) -> bool:
+    """Whether batches go through page-locked memory; `auto` means with a GPU."""
+    wish = context.spec.data.pin_memory
+    return context.device.type == "cuda" if wish == "auto" else bool(wish)

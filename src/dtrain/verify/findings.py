@@ -1,0 +1,249 @@
+"""What can be wrong with a training, and the facts that show it without any tolerance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dtrain.recording import Recording
+from dtrain.verify.pairs import Pair
+
+DATA = "step s trains on the same ordered list of samples, each once"
+START = "all processes begin with the parameters that the seed gives"
+LOSS = "a sample's loss does not depend on which process computes it"
+BATCH_NORM = "BatchNorm normalises over the whole batch"
+GRADIENT = "the gradient is (sum of everyone's sums) / (sum of everyone's weights)"
+CLIPPING = "clipping comes after the reduction"
+SCALER = "gradients are divided by the loss scale before anything uses them"
+SCHEDULE = "the learning rate is a function of optimizer steps alone"
+UPDATE = "there is one update per global batch, from that gradient and the optimizer's state"
+REPLICAS = "after a step every rank holds the same parameters"
+BUFFERS = "after a step every rank holds the buffers of one process"
+RANDOM = "ranks draw independent random numbers"
+EVALUATION = "every sample is evaluated exactly once"
+BITWISE = "what promises the same bits has the same bits"
+MODEL = "model() gives every process the same bare model"
+
+ENDED_EARLY = "the run ended before this step"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A clause of "the same training" that does not hold, and why."""
+
+    clause: str
+    found: str
+    """What was seen, in one sentence."""
+    likely: str
+    """The likely cause; empty where none is known."""
+    step: int
+    """The first step in which it was seen."""
+    tensor: str = ""
+
+
+def exact_findings(reference: Recording, other: Recording, pair: Pair) -> Iterator[Finding]:
+    """What needs no tolerance: names, samples, learning rates, updates, replicas.
+
+    Step by step, so that the first finding is the earliest.
+    """
+    yield from _names(reference, other)
+    yield from _start(reference, other)
+    for step in range(1, reference.last_step + 1):
+        if step not in other.steps:
+            yield Finding(UPDATE, ENDED_EARLY, "", step)
+            return
+        yield from _data(reference, other, pair, step)
+        yield from _schedule(reference, other, pair, step)
+        yield from _updates(reference, other, step)
+        yield from _replicas(other, step)
+        if not pair.is_exact:  # it seeds each shard anew, wherever that is computed
+            yield from _random(other, step)
+
+
+def _names(reference: Recording, other: Recording) -> Iterator[Finding]:
+    ours = set(reference.steps[0].parameters.vectors)
+    theirs = set(other.steps[0].parameters.vectors)
+    if ours == theirs:
+        return
+    wrapped = {name.removeprefix("module.") for name in theirs} == ours
+    strangers = sorted(ours ^ theirs)
+    yield Finding(
+        MODEL,
+        f"parameters have other names: {', '.join(strangers[:3])}",
+        "the model comes wrapped in DistributedDataParallel already (module.) and is wrapped a "
+        "second time: return the bare model"
+        if wrapped
+        else "the model is built differently in several processes",
+        0,
+        strangers[0],
+    )
+
+
+def _start(reference: Recording, other: Recording) -> Iterator[Finding]:
+    ours, theirs = (each.steps[0].parameters.digests for each in (reference, other))
+    different = [name for name in ours if name in theirs and ours[name] != theirs[name]]
+    if different:
+        yield Finding(
+            START,
+            f"{len(different)} of {len(ours)} parameters begin with other values",
+            "model() is seeded by rank or world size, or reads random numbers of its own",
+            0,
+            different[0],
+        )
+        return
+    digests = [line.parameters for line in other.lines(0)]
+    strangers = [rank for rank, each in enumerate(digests) if each != digests[0]]
+    if strangers:
+        yield Finding(
+            START,
+            f"model() gave {_ranks(strangers)} other initial values than rank 0",
+            "model() is seeded by rank: wrapping hides it, as rank 0's values are copied over",
+            0,
+        )
+
+
+def _data(reference: Recording, other: Recording, pair: Pair, step: int) -> Iterator[Finding]:
+    ours, theirs = reference.ids(step), other.ids(step)
+    if ours != theirs:
+        found, likely = _explain_data(reference, other, pair, step)
+        yield Finding(DATA, found, likely, step)
+
+
+def _explain_data(reference: Recording, other: Recording, pair: Pair, step: int) -> tuple[str, str]:
+    ours, theirs = reference.ids(step), other.ids(step)
+    ranks = [[i for part in line.ids for i in part] for line in other.lines(step)]
+    copies = len(ranks) > 1 and ranks[0] and all(part == ranks[0] for part in ranks[1:])
+    if step == 1 and copies:
+        return "all ranks read the same samples", "the data are not shared out between the ranks"
+    again = [i for i, count in Counter(theirs).items() if count > 1]
+    if again and set(theirs) != set(ours):
+        return (
+            f"samples {_few(again)} were read by several ranks",
+            "the order comes from each rank's own seed",
+        )
+    if again:
+        return (
+            f"samples {_few(again)} were read {max(Counter(theirs).values())} times",
+            "shares are padded to equal length by repeating samples (DistributedSampler)",
+        )
+    if Counter(ours) == Counter(theirs):
+        return "the same samples came in another order", "ranks deal them out in another order"
+    if set(theirs) < set(ours):
+        missing = [i for i in ours if i not in set(theirs)]
+        return (
+            f"samples {_few(missing)} were left out",
+            "shares are cut to equal length: samples that do not divide are dropped (drop_last)",
+        )
+    return _explain_position(reference, other, pair, step)
+
+
+def _explain_position(
+    reference: Recording, other: Recording, pair: Pair, step: int
+) -> tuple[str, str]:
+    """Where the samples come from instead, when they are those of another step."""
+    theirs = set(other.ids(step))
+    origin = next(
+        (s for s in reference.steps if s > 0 and theirs and theirs <= set(reference.ids(s))), None
+    )
+    found = "other samples were read"
+    if origin is not None:
+        found = f"the samples of step {origin} were read"
+    if pair.resume_after is not None and step == pair.resume_after + 1:
+        return found, "the resumed run went on at a wrong position of the data"
+    epochs = {line.epoch for line in reference.lines(step)}
+    if epochs != {0} and all(reference.ids(s) == other.ids(s) for s in range(1, step)):
+        return found, "a new epoch repeats the order of the one before (set_epoch forgotten)"
+    return found, "the order comes from another seed, or is another permutation"
+
+
+def _schedule(reference: Recording, other: Recording, pair: Pair, step: int) -> Iterator[Finding]:
+    ours, theirs = reference.steps[step].lr, other.steps[step].lr
+    if not ours or not theirs or ours == theirs:
+        return
+    found = f"the learning rate is {theirs[0]:.6g}, not {ours[0]:.6g}"
+    yield Finding(SCHEDULE, found, _explain_schedule(reference, theirs[0], pair, step), step)
+
+
+def _explain_schedule(reference: Recording, rate: float, pair: Pair, step: int) -> str:
+    rates = {s: record.lr[0] for s, record in reference.steps.items() if record.lr}
+    ratio = rate / rates[step] if rates.get(step) else 0.0
+    if step == 1 and abs(ratio - pair.parts) < 1e-9:
+        return f"it is multiplied by the {pair.parts} processes (linear scaling)"
+    if pair.resume_after is not None and step == pair.resume_after + 1:
+        return "the scheduler's state was not restored with the checkpoint"
+    matches = [s for s, each in rates.items() if abs(each - rate) <= 1e-12 * abs(rate)]
+    if any(s == 1 + (step - 1) * pair.parts for s in matches) or _runs_ahead(rates, rate, step):
+        return f"the scheduler is stepped once per process ({pair.parts}) instead of once per step"
+    if matches and max(matches) < step:
+        return "the scheduler is stepped too seldom"
+    return "the schedule depends on the number of processes"
+
+
+def _runs_ahead(rates: dict[int, float], rate: float, step: int) -> bool:
+    """Whether a rate lies where the schedule will be later."""
+    change = rates[step] - rates.get(step - 1, rates[step])
+    return change != 0 and (rate - rates[step]) / change >= 0.9
+
+
+def _updates(reference: Recording, other: Recording, step: int) -> Iterator[Finding]:
+    expected = max((line.stepped for line in reference.lines(step)), default=1)
+    counts = [line.stepped for line in other.lines(step)]
+    if all(count == expected for count in counts):
+        return
+    if len(set(counts)) > 1:
+        likely = "ranks decide on their own whether to skip an overflown fp16 step"
+        yield Finding(UPDATE, f"ranks made {counts} updates", likely, step)
+        return
+    likely = "the optimizer is stepped once per micro-batch or per process"
+    if counts[0] == 0:
+        likely = "the fp16 loss scale is wrong or lost: the gradient overflows"
+    elif expected == 0:
+        likely = "an fp16 step that overflows is not skipped"
+    found = f"the optimizer was stepped {counts[0]} times, not {expected}"
+    yield Finding(UPDATE, found, likely, step)
+
+
+def _replicas(other: Recording, step: int) -> Iterator[Finding]:
+    lines = other.lines(step)
+    strangers = [r for r, line in enumerate(lines) if line.parameters != lines[0].parameters]
+    if strangers:
+        yield Finding(
+            REPLICAS,
+            f"the parameters of {_ranks(strangers)} differ from rank 0's",
+            "gradients are not reduced: every rank trains on its own",
+            step,
+        )
+    for name, digest in lines[0].buffers.items():
+        strangers = [r for r, line in enumerate(lines) if line.buffers.get(name) != digest]
+        if strangers:
+            yield Finding(
+                BUFFERS,
+                f"buffer {name} of {_ranks(strangers)} differs from rank 0's",
+                "buffers are not synchronised",
+                step,
+                name,
+            )
+            return
+
+
+def _random(other: Recording, step: int) -> Iterator[Finding]:
+    lines = other.lines(step)
+    if len(lines) < 2 or not all(line.drew for line in lines):
+        return
+    if len({line.random for line in lines}) == 1:
+        yield Finding(
+            RANDOM,
+            "all ranks drew the same random numbers",
+            "every rank has the same seed: their dropout masks are copies of one another",
+            step,
+        )
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}"
+
+
+def _few(ids: list[int]) -> str:
+    more = f" and {len(ids) - 4} more" if len(ids) > 4 else ""
+    return ", ".join(map(str, ids[:4])) + more

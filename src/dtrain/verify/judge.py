@@ -1,0 +1,243 @@
+"""Is it the same training? From recordings to a verdict on each pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from dtrain.errors import DtrainError
+from dtrain.recording import Recording, Wish
+from dtrain.verify import causes
+from dtrain.verify.causes import Case
+from dtrain.verify.compare import L1, L2, Comparison, Excess, compare
+from dtrain.verify.findings import (
+    BATCH_NORM,
+    BITWISE,
+    ENDED_EARLY,
+    RANDOM,
+    SCALER,
+    Finding,
+    exact_findings,
+)
+from dtrain.verify.lab import Lab, RunFailed, Stopped
+from dtrain.verify.pairs import REFERENCE, Pair
+
+Verdict = Literal["same", "rounding", "different", "failed"]
+
+_BEYOND_ROUNDING = 0.5
+"""No first gradient in bf16 or fp16 is off by half of itself for want of digits."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one pair."""
+
+    pair: Pair
+    verdict: Verdict
+    level: str | None
+    """The highest of L0 … L3 that it reached; None when not even the samples are the same."""
+    largest: Excess | None = None
+    """The largest difference of gradients or parameters; None with nothing to measure."""
+    first: Excess | None = None
+    """The first difference of any size."""
+    finding: Finding | None = None
+    """What is wrong; only with `different`."""
+    failure: str = ""
+    """The run's own verdict, where it failed."""
+    shrinks: float | None = None
+    """By how much the difference shrinks in fp64; None when that was not needed."""
+    without_dropout: bool = False
+    """Whether it was compared with dropout off, as ranks draw other random numbers than one."""
+    bits_of: str = ""
+    """Another pair with the same bits, where that is promised."""
+    comparison: Comparison | None = field(default=None, repr=False)
+    recording: Recording | None = field(default=None, repr=False)
+
+    @property
+    def passed(self) -> bool:
+        """Whether this is the same training."""
+        return self.verdict in ("same", "rounding")
+
+
+class Judge:
+    """Compares pairs with the single-process reference of one job."""
+
+    def __init__(self, lab: Lab, reference: Pair = REFERENCE) -> None:
+        """Run the reference.
+
+        Raises:
+            RunFailed: the job does not even run as one process.
+        """
+        self.lab = lab
+        self._reference = reference
+        try:
+            self.reference = lab.record(reference)
+        except RunFailed as error:
+            raise RunFailed(f"the job does not run as one process:\n{error}") from None
+        if not self.reference.steps:
+            raise RunFailed("the job trained, but recorded nothing to compare with")
+        self._bits: dict[Pair, tuple[Pair, Recording]] = {}
+
+    def judge(self, pairs: Sequence[Pair]) -> Iterator[Result]:
+        """The result of each pair, as soon as there is one."""
+        for pair in pairs:
+            try:
+                result = self._judge(pair)
+            except Stopped:
+                raise
+            except RunFailed as error:
+                result = self._failed(pair, error)
+            except DtrainError as error:
+                result = Result(pair, "failed", None, failure=str(error))
+            yield self._with_bits(result)
+
+    def _judge(self, pair: Pair) -> Result:
+        other = self.lab.record(pair)
+        if not other.steps:
+            return Result(pair, "failed", None, failure=f"trainer {pair.trainer!r} records nothing")
+        finding = next(exact_findings(self.reference, other, pair), None)
+        comparison = compare(self.reference, other)
+        result = Result(
+            pair,
+            "different",
+            None,
+            largest=comparison.largest if comparison.steps else None,
+            first=comparison.first if comparison.steps else None,
+            finding=finding,
+            comparison=comparison,
+            recording=other,
+        )
+        if finding is not None:
+            return replace(result, level=_data_level(self.reference, other))
+        if comparison.identical and comparison.excess(L1) is None:
+            return replace(result, verdict="same", level="L3")
+        if comparison.excess(L2) is None and not comparison.suspicious:
+            return replace(result, verdict="same", level="L2")
+        if _draws(self.reference):
+            return self._without_dropout(result)
+        return self._in_fp64(result, self.lab.wish)
+
+    def _failed(self, pair: Pair, error: RunFailed) -> Result:
+        """A run that failed; it may have recorded before why it is another training."""
+        result = Result(pair, "failed", None, failure=str(error), recording=error.recording)
+        if error.recording is None:
+            return result
+        found = exact_findings(self.reference, error.recording, pair)
+        finding = next((each for each in found if each.found != ENDED_EARLY), None)
+        if finding is None:
+            return result
+        return replace(result, verdict="different", finding=finding)
+
+    def _without_dropout(self, result: Result) -> Result:
+        """Compare again without dropout: its masks are other numbers in another layout."""
+        wish = replace(self.lab.wish, dropout=False)
+        reference, other = self._both(result.pair, wish)
+        comparison = compare(reference, other)
+        result = replace(
+            result,
+            without_dropout=True,
+            largest=comparison.largest,
+            first=comparison.first,
+            comparison=comparison,
+        )
+        if _draws(reference):
+            likely = "the model draws them outside of dropout; strategy 'exact' keys them by shard"
+            finding = Finding(RANDOM, "random numbers are drawn in other places too", likely, 1)
+            return replace(result, level="L0", finding=finding)
+        if comparison.identical and comparison.excess(L1) is None:
+            return replace(result, verdict="same", level="L3")
+        if comparison.excess(L2) is None and not comparison.suspicious:
+            return replace(result, verdict="same", level="L2")
+        return self._in_fp64(result, wish)
+
+    def _in_fp64(self, result: Result, wish: Wish) -> Result:
+        """Tell rounding, which shrinks with the machine epsilon, from another training."""
+        wish = replace(wish, fp64=True)
+        try:
+            reference, other = self._both(result.pair, wish)
+        except RunFailed as error:
+            text = f"it differs, and cannot be run in fp64 to see why:\n{error}"
+            return replace(result, verdict="failed", level="L0", failure=text)
+        exact = compare(reference, other)
+        assert result.largest is not None
+        result = replace(result, shrinks=_shrinks(result.largest.value, exact.largest.value))
+        excess = exact.excess(L1)
+        if excess is None:
+            scaler = self._only_in_low_precision(result)
+            if scaler is not None:
+                return replace(result, level="L0", finding=scaler)
+            within = result.comparison is not None and result.comparison.excess(L2) is None
+            if within:  # it was only looked at for a single tensor
+                return replace(result, verdict="same", level="L2")
+            return replace(result, verdict="rounding", level="L1")
+        case = Case(reference, other, result.pair, self.lab.spec, excess)
+        finding = self._batch_norm(case, wish) or causes.explain(case)
+        return replace(result, level="L0", finding=finding)
+
+    def _only_in_low_precision(self, result: Result) -> Finding | None:
+        """A difference that fp64 does not have, but too large for rounding."""
+        precision = self.lab.spec.train.precision
+        if precision == "fp32" or result.comparison is None:
+            return None
+        first = result.comparison.steps[0].gradients
+        if first.relative <= _BEYOND_ROUNDING:
+            return None
+        found = f"the first gradient is off by {first.relative:.1e}, though not in fp64"
+        return Finding(SCALER, found, f"the loss scaling or autocast of {precision}", 1)
+
+    def _batch_norm(self, case: Case, wish: Wish) -> Finding | None:
+        """Whether BatchNorm is all that is the matter: without its batch statistics it agrees."""
+        names = self.reference.steps[0].facts.get("batch_norm") or []
+        if not names:
+            return None
+        reference, other = self._both(case.pair, replace(wish, batch_norm=False))
+        if compare(reference, other).excess(L1) is not None:
+            return None
+        likely = (
+            f"BatchNorm ({', '.join(names[:3])}) normalises over each process's own samples: with "
+            "its statistics frozen all agrees. Use SyncBatchNorm, or a norm over features"
+        )
+        return Finding(BATCH_NORM, str(case), likely, case.step, case.shown.tensor)
+
+    def _both(self, pair: Pair, wish: Wish) -> tuple[Recording, Recording]:
+        return self.lab.record(self._reference, wish), self.lab.record(pair, wish)
+
+    def _with_bits(self, result: Result) -> Result:
+        """L3 where the same bits are promised: the same processes again, or `exact` on any."""
+        pair, recording = result.pair, result.recording
+        if recording is None or not result.passed:
+            return result
+        key = replace(pair.twin, title=None)
+        if pair.is_exact:
+            key = replace(key, procs=1)
+        if key not in self._bits:
+            self._bits[key] = (pair, recording)
+            return result
+        twin, theirs = self._bits[key]
+        comparison = compare(theirs, recording)
+        if comparison.identical:
+            return replace(result, level="L3", bits_of=twin.name)
+        if pair.gpus:  # not promised: atomics add in any order
+            return result
+        found = f"the bits differ from those of {twin.name}"
+        likely = "something depends on the launcher, on timing, or was not restored at resume"
+        first = comparison.first
+        step, tensor = (first.step, first.tensor) if first else (1, "")
+        finding = Finding(BITWISE, found, likely, step, tensor)
+        return replace(result, verdict="different", finding=finding)
+
+
+def _draws(reference: Recording) -> bool:
+    """Whether the model draws random numbers; asked of one process, which seeds but once."""
+    return any(line.drew for step in reference.ranks for line in reference.lines(step))
+
+
+def _data_level(reference: Recording, other: Recording) -> str | None:
+    steps = range(1, reference.last_step + 1)
+    same = all(reference.ids(step) == other.ids(step) for step in steps)
+    return "L0" if same else None
+
+
+def _shrinks(native: float, fp64: float) -> float:
+    return native / fp64 if fp64 > 0 else float("inf")

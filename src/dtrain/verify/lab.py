@@ -1,0 +1,231 @@
+"""Runs a job in one way or another, recorded, and brings the recordings back."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from dtrain import recording, rundir
+from dtrain.errors import DtrainError, UsageError
+from dtrain.job.load import LoadedJob, load_job
+from dtrain.job.profile import LoadedProfile, load_profile
+from dtrain.job.spec import ChecksSpec, JobSpec
+from dtrain.launchers import base
+from dtrain.launchers.base import Result
+from dtrain.launchers.drive import drive
+from dtrain.plan import Facts, LaunchPlan, make_plan
+from dtrain.recording import Recording, Wish
+from dtrain.rundir import RunDir
+from dtrain.verify.pairs import REFERENCE, Pair
+
+_COLLECTIVE_TIMEOUT_S = 300.0
+"""A rank that waits so long for others in a run of a few steps waits for ever."""
+
+
+class RunFailed(DtrainError):
+    """A run of the job failed; the message is its verdict."""
+
+    def __init__(self, message: str, recording: Recording | None = None) -> None:
+        super().__init__(message)
+        self.recording = recording
+        """What was recorded until then; None where nothing was."""
+
+
+class Stopped(DtrainError):
+    """Somebody asked to stop."""
+
+    exit_code = 130
+
+
+class _Silent:
+    """A console that keeps what the launcher says."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def begin(self, text: str) -> None:
+        """Not shown."""
+
+    def tick(self) -> None:
+        """Not shown."""
+
+    def say(self, text: str) -> None:
+        """Kept."""
+        self.said.append(text)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class Lab:
+    """One job, and the recordings of it made so far. A context manager: it leaves no runs behind.
+
+    Args:
+        job: path of job.yaml.
+        overrides: settings for all runs, as `--set` takes them.
+        steps: optimizer steps of each run.
+        max_train_samples: of the training data, so that an epoch ends within the run; None: all.
+        max_eval_samples: of the evaluation data; None: all.
+        keep: where the run directories stay; None: in a temporary folder that goes at the end.
+    """
+
+    def __init__(
+        self,
+        job: str | Path,
+        *,
+        overrides: Sequence[str] = (),
+        steps: int = 5,
+        max_train_samples: int | None = None,
+        max_eval_samples: int | None = None,
+        keep: str | Path | None = None,
+    ) -> None:
+        self._path = Path(job).absolute()
+        self._overrides = tuple(overrides)
+        self._keep = None if keep is None else Path(keep).absolute()
+        self._made: Path | None = None
+        self._recordings: dict[tuple[Pair, Wish], Recording | RunFailed] = {}
+        self.steps = steps
+        self.wish = Wish(max_train_samples=max_train_samples, max_eval_samples=max_eval_samples)
+        """What all runs are asked for; a run may be asked for more."""
+        self.spec: JobSpec = self._load(REFERENCE)[0].spec
+        """The job as its reference runs it."""
+        if self.spec.script is not None:
+            raise UsageError("dtrain verify compares tasks; it cannot see into a script's own loop")
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        if self._made is not None:
+            shutil.rmtree(self._made, ignore_errors=True)
+
+    def check(self, pair: Pair) -> None:
+        """Make sure that a pair can be planned; nothing is started or written.
+
+        Raises:
+            JobError, PlanError: it cannot; says why.
+        """
+        job, profile = self._load(pair)
+        self._plan(recorded(job.spec, pair, self.wish, self.steps), profile, "check", "runs", 0)
+
+    def record(self, pair: Pair, wish: Wish | None = None) -> Recording:
+        """The recording of a pair, from an earlier run or a new one.
+
+        Raises:
+            RunFailed: the run failed, with its verdict.
+            Stopped: it was asked to stop.
+            JobError, PlanError: the job cannot be run in this way.
+        """
+        key = (pair, wish or self.wish)
+        if key not in self._recordings:
+            self._recordings[key] = self._run(*key)
+        known = self._recordings[key]
+        if isinstance(known, RunFailed):
+            raise known
+        return known
+
+    def _load(self, pair: Pair) -> tuple[LoadedJob, LoadedProfile]:
+        profile = load_profile(pair.launcher, self._path.parent)
+        job = load_job(self._path, [*self._overrides, *pair.overrides], profile.launch)
+        return job, profile
+
+    def _run(self, pair: Pair, wish: Wish) -> Recording | RunFailed:
+        job, profile = self._load(pair)
+        run = RunDir(self._folder() / rundir.new_run_id(job.spec.name))
+        ends = [self.steps] if pair.resume_after is None else [pair.resume_after, self.steps]
+        try:
+            for attempt, end in enumerate(ends):
+                spec = recorded(job.spec, pair, wish, end)
+                said = self._attempt(run, attempt, spec, job.text, profile)
+                if said is not None:
+                    partly = recording.read(run).complete(pair.world_size)
+                    return RunFailed(said, partly if 0 in partly.steps else None)
+            return recording.read(run)
+        finally:
+            if self._keep is None:
+                shutil.rmtree(run.path, ignore_errors=True)
+
+    def _attempt(
+        self, run: RunDir, attempt: int, spec: JobSpec, text: str, profile: LoadedProfile
+    ) -> str | None:
+        """Run to the end; what was said when it failed, else None."""
+        plan = self._plan(spec, profile, run.id, run.path.parent, attempt)
+        with contextlib.suppress(OSError):  # no snapshot of the code, ten times over
+            run.code.mkdir(parents=True, exist_ok=True)
+        console = _Silent()
+        if drive(plan, spec, text, console) == 0:
+            return None
+        result = Result.read(run, attempt)
+        if result is not None and result.state == "cancelled":
+            raise Stopped("stopped")
+        return "\n".join(console.said)
+
+    def _plan(
+        self, spec: JobSpec, profile: LoadedProfile, run_id: str, runs: str | Path, attempt: int
+    ) -> LaunchPlan:
+        facts = Facts.gather(run_id, runs, attempt)
+        launcher = profile.spec.launcher
+        plan = make_plan(
+            spec,
+            job_dir=str(self._path.parent),
+            launcher=launcher,
+            profile=profile.name,
+            options=profile.spec.options,
+            facts=facts,
+        )
+        return base.load(launcher).complete(plan, facts)
+
+    def _folder(self) -> Path:
+        """Where the runs go; made with the first."""
+        if self._keep is not None:
+            return self._keep
+        if self._made is None:
+            self._made = Path(tempfile.mkdtemp(prefix="dtrain-verify-"))
+        return self._made
+
+
+# What the checks would stop at, verify wants to see and name.
+_QUIET = ChecksSpec(every=0, on_mismatch="warn", init="broadcast", on_nan="warn")
+
+
+def recorded(spec: JobSpec, pair: Pair, wish: Wish, steps: int) -> JobSpec:
+    """The job as a pair runs it: its training is the job's own, what goes on around it is not."""
+    train: dict[str, object] = {"epochs": None, "steps": steps, "early_stopping": None}
+    if pair.micro_batch_size is not None:
+        train["micro_batch_size"] = pair.micro_batch_size
+    launch = spec.launch
+    return spec.model_copy(
+        update={
+            "trainer": pair.trainer,
+            "strategy": pair.strategy,
+            "train": spec.train.model_copy(update=train),
+            "data": spec.data.model_copy(
+                update={} if pair.workers is None else {"workers": pair.workers}
+            ),
+            "eval": spec.eval.model_copy(update={"every_steps": None, "every_epochs": None}),
+            "checkpoint": spec.checkpoint.model_copy(
+                update={"every_steps": None, "every_epochs": None, "every": None, "keep": 1}
+            ),
+            "checks": _QUIET,
+            "log": spec.log.model_copy(update={"every_steps": 1, "loggers": []}),
+            "launch": launch.model_copy(
+                update={
+                    "nodes": (pair.nodes, pair.nodes),
+                    "procs_per_node": pair.procs,
+                    "gpus_per_node": pair.procs if pair.gpus else 0,
+                    "max_restarts": 0,
+                    "collective_timeout": min(launch.collective_timeout, _COLLECTIVE_TIMEOUT_S),
+                    "env": {**launch.env, **wish.to_env()},
+                }
+            ),
+        }
+    )

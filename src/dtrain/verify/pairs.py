@@ -1,0 +1,174 @@
+"""What is compared: one trainer, one strategy, one launcher and a number of processes each."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from dtrain import catalog
+from dtrain.errors import PlanError
+
+_MODULE_OF_EXTRA = {"lightning": "pytorch_lightning"}
+"""Extras whose module is not named after them."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One way to run the job."""
+
+    strategy: str
+    procs: int = 1
+    """Processes per node; for `dp`, replicas in the one process."""
+    nodes: int = 1
+    trainer: str = "native"
+    launcher: str = "local"
+    gpus: bool = False
+    """Whether each process has a GPU."""
+    micro_batch_size: int | None = None
+    """Samples per forward pass; None: as in the job."""
+    workers: int | None = None
+    """Loader processes per rank; None: as in the job."""
+    resume_after: int | None = None
+    """Stop after so many steps and go on in a second attempt; None: in one go."""
+    overrides: tuple[str, ...] = ()
+    """Further settings of the job, as `--set` takes them."""
+    title: str | None = None
+    """What people call it; None: made of the above."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        fact = catalog.STRATEGIES.get(self.strategy)
+        return self.nodes * (1 if fact is not None and fact.one_process else self.procs)
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts a global batch is cut: ranks, or replicas of `dp`."""
+        return self.nodes * self.procs
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the same bits are promised on any number of processes."""
+        return self.strategy == "exact"
+
+    @property
+    def name(self) -> str:
+        """For people: `ddp ×4`, `lightning ddp 2 nodes ×2 by slurm`."""
+        if self.title is not None:
+            return self.title
+        words = [] if self.trainer == "native" else [self.trainer]
+        words.append(self.strategy)
+        if self.nodes > 1:
+            words.append(f"{self.nodes} nodes")
+        if self.parts > 1:
+            words.append(f"×{self.procs}")
+        if self.gpus:
+            words.append("GPU")
+        if self.launcher != "local":
+            words.append(f"by {self.launcher}")
+        text = " ".join(words)
+        if self.micro_batch_size is not None:
+            text += f", micro {self.micro_batch_size}"
+        if self.workers is not None:
+            text += f", {self.workers} loaders"
+        return text if self.resume_after is None else f"{text}, resumed"
+
+    @property
+    def twin(self) -> Pair:
+        """The same processes started in the plainest way: what must agree with this bit for bit."""
+        return replace(self, launcher="local", nodes=1, procs=self.parts, resume_after=None)
+
+
+REFERENCE = Pair("single")
+
+
+def all_pairs(batch: int, steps: int, trainers: Sequence[str] = ()) -> list[Pair]:
+    """Everything that this machine can run, for a job with `batch` samples a step.
+
+    Args:
+        batch: global batch size.
+        steps: steps of each run.
+        trainers: only these; empty: every trainer that is installed.
+    """
+    pairs: list[Pair] = []
+    for trainer, fact in catalog.TRAINERS.items():
+        if (trainer in trainers) if trainers else _installed(fact.extra):
+            for strategy in fact.strategies:
+                pairs += _of_strategy(trainer, strategy, batch, steps)
+    return [pair for pair in pairs if pair != REFERENCE]
+
+
+def _of_strategy(trainer: str, strategy: str, batch: int, steps: int) -> Iterator[Pair]:
+    pair = Pair(strategy, trainer=trainer)
+    if strategy == "single":
+        yield pair
+    elif strategy == "exact":
+        yield pair
+        yield replace(pair, procs=2)
+        yield replace(pair, procs=4)
+    elif strategy != "ddp" or trainer != "native":
+        yield replace(pair, procs=2)
+    else:
+        yield replace(pair, procs=2)
+        yield replace(pair, procs=4)
+        yield replace(pair, procs=2, nodes=2)
+        yield replace(pair, procs=2, launcher="torchrun")
+        yield accumulating(replace(pair, procs=2), batch)
+        if steps > 1:
+            yield replace(pair, procs=2, resume_after=(steps + 1) // 2)
+
+
+def accumulating(pair: Pair, batch: int) -> Pair:
+    """The pair with about three unequal micro-batches a step, read by two loader processes."""
+    share = -(-batch // pair.parts)
+    return replace(pair, micro_batch_size=max(1, -(-share // 3)), workers=2)
+
+
+def chosen(
+    *,
+    trainers: Sequence[str],
+    strategies: Sequence[str],
+    launchers: Sequence[str],
+    nodes: Sequence[int],
+    procs: Sequence[int],
+    gpus: bool,
+) -> list[Pair]:
+    """Every combination of what was asked for that can be.
+
+    Raises:
+        PlanError: none can be, or something asked for does not exist; says why.
+    """
+    _check("trainer", trainers)
+    _check("strategy", strategies)
+    found: dict[Pair, None] = {}
+    problems: list[str] = []
+    for trainer in trainers or ("native",):
+        for strategy in strategies or catalog.TRAINERS[trainer].strategies:
+            for node_count in nodes or (1,):
+                problem = catalog.pair_problem(trainer, strategy, node_count)
+                if problem is not None:
+                    problems.append(problem)
+                    continue
+                for size in _sizes(strategy, procs):
+                    for launcher in launchers or ("local",):
+                        found[Pair(strategy, size, node_count, trainer, launcher, gpus)] = None
+    found.pop(replace(REFERENCE, gpus=gpus), None)
+    if not found:
+        raise PlanError("; ".join(dict.fromkeys(problems)) or "nothing to compare with itself")
+    return list(found)
+
+
+def _sizes(strategy: str, asked: Sequence[int]) -> Sequence[int]:
+    if strategy == "single":
+        return (1,)
+    return asked or ((2,) if strategy == "dp" else (2, 4))
+
+
+def _check(kind: str, names: Iterable[str]) -> None:
+    for name in names:
+        catalog.find(kind, name)
+
+
+def _installed(extra: str | None) -> bool:
+    return extra is None or importlib.util.find_spec(_MODULE_OF_EXTRA.get(extra, extra)) is not None

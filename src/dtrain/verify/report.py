@@ -1,0 +1,83 @@
+"""What a whole `dtrain verify` found, as plain data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dtrain.recording import Recording
+from dtrain.verify.compare import Excess
+from dtrain.verify.judge import Result
+
+
+@dataclass
+class Report:
+    """All pairs of one job."""
+
+    job: str
+    """The job's name."""
+    steps: int
+    """Optimizer steps of each run."""
+    samples: int | None
+    """Samples of an epoch of these runs; None: of a stream, nobody knows."""
+    reference: str
+    """The pair with which all others are compared."""
+    recording: Recording
+    """Of the reference."""
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def same(self) -> bool:
+        """Whether every pair is the same training."""
+        return all(result.passed for result in self.results)
+
+    def to_json(self) -> dict[str, Any]:
+        """As printed by `--json`; differences that are infinite or unknown are null."""
+        return {
+            "job": self.job,
+            "steps": self.steps,
+            "samples_per_epoch": self.samples,
+            "same": self.same,
+            "reference": {"pair": self.reference, "loss": losses(self.recording)},
+            "pairs": [_row(result) for result in self.results],
+        }
+
+
+def losses(recording: Recording | None) -> list[float | None]:
+    """The loss of each step, as the trainer reported it."""
+    if recording is None:
+        return []
+    return [_finite(record.loss) for step, record in sorted(recording.steps.items()) if step]
+
+
+def _row(result: Result) -> dict[str, Any]:
+    pair = result.pair
+    return {
+        "pair": pair.name,
+        "trainer": pair.trainer,
+        "strategy": pair.strategy,
+        "launcher": pair.launcher,
+        "nodes": pair.nodes,
+        "procs": pair.procs,
+        "verdict": result.verdict,
+        "level": result.level,
+        "largest_difference": _excess(result.largest),
+        "first_difference": _excess(result.first),
+        "shrinks_in_fp64": _finite(result.shrinks),
+        "without_dropout": result.without_dropout,
+        "same_bits_as": result.bits_of or None,
+        "finding": None if result.finding is None else asdict(result.finding),
+        "failure": result.failure or None,
+        "loss": losses(result.recording),
+    }
+
+
+def _excess(excess: Excess | None) -> dict[str, Any] | None:
+    if excess is None:
+        return None
+    return {**asdict(excess), "value": _finite(excess.value)}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

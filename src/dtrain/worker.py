@@ -1,0 +1,30 @@
+"""`python -m dtrain.worker RUN_DIR`: one rank of a run, placed by the torchrun variables.
+
+dtrain's node agents fork workers instead of running this, but it is the same code, so
+`torchrun … -m dtrain.worker RUN_DIR`, typed by hand, is the same training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+
+def main() -> None:
+    """Train, then leave at once; never returns."""
+    parser = argparse.ArgumentParser(prog="python -m dtrain.worker", description=__doc__)
+    parser.add_argument("run_dir", help="run directory with resolved.yaml and plan.json")
+    arguments = parser.parse_args()
+
+    from dtrain.node.bootstrap import run_worker
+    from dtrain.rundir import RunDir
+
+    status = run_worker(RunDir(arguments.run_dir))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

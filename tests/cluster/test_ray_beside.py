@@ -1,0 +1,63 @@
+"""Ray beside other things: Ray Tune above a launch, and a Ray cluster inside a Slurm job."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from launching import TINY, status, the_run, until
+from raying import RayCluster, needs_ray
+from slurming import submit
+
+from cluster import Cluster
+from dtrain.launchers import ray_sbatch
+from dtrain.rundir import list_runs
+
+SEARCH = Path(__file__).resolve().parents[2] / "examples" / "ray_tune" / "search.py"
+
+
+def test_tune_sees_the_metrics_of_its_trials(ray: RayCluster, tmp_path: Path) -> None:
+    command = [sys.executable, str(SEARCH), "--address", ray.address, "--trials", "2"]
+    done = subprocess.run(
+        [*command, "--epochs", "1", "--runs", str(tmp_path / "runs")],
+        cwd=tmp_path, env={**os.environ, "RAY_TRAIN_V2_ENABLED": "1"},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    runs = list_runs(tmp_path / "runs")
+    assert len(runs) == 2
+    told = {line for line in done.stdout.splitlines() if line.startswith("lr ")}
+    for run in runs:
+        (line,) = [
+            line
+            for line in map(json.loads, run.metrics.read_text().splitlines())
+            if line["split"] == "eval"
+        ]
+        assert any(text.endswith(f"accuracy {line['accuracy']:.4f}") for text in told), told
+    assert "best: lr" in done.stdout
+
+
+def test_a_ray_cluster_inside_a_slurm_job(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    needs_ray()
+    launch = ["--nodes", "1", "--procs", "2", "--runs", str(tmp_path / "runs"), str(TINY)]
+    script = tmp_path / "job.sbatch"
+    log = tmp_path / "log"
+    script.write_text(ray_sbatch.render(["--nodes", "1", "--cpus", "2", "--", *launch]))
+    job = submit(slurm_cluster, f"--output={log}", f"--chdir={tmp_path}", str(script))
+
+    def is_over() -> bool:
+        return not slurm_cluster.run(["squeue", "-h", "-j", job], check=False).stdout.strip()
+
+    try:
+        until("the job's end", is_over, 240)
+    finally:
+        slurm_cluster.run(["scancel", job], check=False)
+        slurm_cluster.wait_idle()
+    said = log.read_text(errors="replace") if log.exists() else "no log"
+    assert list_runs(tmp_path / "runs"), said[-3000:]
+    assert status(the_run(tmp_path))["state"] == "succeeded", said[-3000:]
+    assert not list(tmp_path.glob(".ray-token-*"))
+    assert not list(Path("/tmp").glob(f"ray-{job}-*"))

@@ -1,0 +1,120 @@
+"""`dtrain launch --array`: runs as the elements of one Slurm array, each a run of its own."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from launching import SLOW, TINY, dtrain, events, metrics, started, status, until, wait_for
+from slurming import job_of, sha
+
+from cluster import Cluster
+from dtrain.rundir import RunDir
+
+ONE = ("--launcher", "slurm")
+SEEDS = ("--array", "seed=1,2,3", "--run-id", "sweep")
+
+
+def runs_of(folder: Path) -> list[RunDir]:
+    return [RunDir(folder / "runs" / f"sweep-{index}") for index in range(3)]
+
+
+def reached(run: RunDir, step: int) -> None:
+    def at() -> bool:
+        return any(line["step"] >= step for line in metrics(run))
+
+    until(f"step {step} of {run.id}", at, 60)
+
+
+def test_an_element_that_is_requeued_goes_on_alone(slurm: Cluster, tmp_path: Path) -> None:
+    alone = []
+    for seed in (2, 3):
+        cwd = tmp_path / f"seed-{seed}"
+        cwd.mkdir()
+        more = ("--set", f"seed={seed}", "--set", "args.pause=0", "--run-id", "alone")
+        assert dtrain("launch", *SLOW, *more, TINY, cwd=cwd).returncode == 0
+        alone.append(sha(RunDir(cwd / "runs" / "alone")))
+    slower = ("--set", "args.pause=0.2")
+    with started("launch", *ONE, *SLOW, *slower, *SEEDS, TINY, cwd=tmp_path) as process:
+        still, by_hand, by_itself = runs_of(tmp_path)
+        reached(by_hand, 5)
+        slurm.run(["scontrol", "requeue", job_of(by_hand)])
+        reached(by_itself, 5)  # the last one has the id of the whole array, besides its own
+        slurm.run(["scancel", "--signal=USR2", job_of(by_itself)])
+        shown = slurm.run(["squeue", "--array", "--noheader", "--format=%F %K %j %k"]).stdout
+        output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    array = job_of(still).removesuffix("_0")
+    assert [job_of(run) for run in runs_of(tmp_path)] == [f"{array}_{index}" for index in range(3)]
+    assert f"{array} 1 sweep dtrain runs sweep-0 to sweep-2" in shown
+    assert [run.attempts() for run in runs_of(tmp_path)] == [[0], [0, 1], [0, 1]]
+    assert [sha(by_hand), sha(by_itself)] == alone
+    for run in (by_hand, by_itself):
+        assert events(run, "training_started")[1]["resumed_from"] >= 5
+    for index in range(3):
+        assert f"sweep-{index} (seed={index + 1}): succeeded after 60 steps" in output
+    assert status(by_hand)["state"] == "succeeded"
+
+
+def test_one_element_is_cancelled_and_then_all(slurm: Cluster, tmp_path: Path) -> None:
+    more = ("--at-once", "1", *SLOW, "--set", "args.pause=0.5")
+    with started("launch", *ONE, *more, *SEEDS, TINY, cwd=tmp_path) as process:
+        first, second, third = runs_of(tmp_path)
+        reached(first, 2)
+        assert "waiting for other runs of its array" in status(third)["slurm"]
+        assert "cancelled" in dtrain("cancel", second.id, cwd=tmp_path).stdout
+        assert (status(first)["state"], status(third)["state"]) == ("running", "running")
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert [status(run)["state"] for run in runs_of(tmp_path)] == ["cancelled"] * 3
+    assert events(first, "stopped")  # it saved and left
+    assert "sweep-1 (seed=2): cancelled" in output
+
+
+def test_a_failed_element_fails_the_command_and_is_resumed_alone(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    wrong = ("--array", "args.misbehave=null,raise", "--set", "args.rank=0", "--run-id", "sweep")
+    done = dtrain("launch", *ONE, *wrong, TINY, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert "sweep-1 (args.misbehave=raise): failed; dtrain why sweep-1" in done.stdout
+    assert "FAILED: rank 0" in dtrain("why", "sweep-1", cwd=tmp_path).stdout
+    again = ("resume", "sweep-1", "--set", "args.misbehave=null")
+    assert dtrain(*again, cwd=tmp_path).returncode == 0
+    assert status(RunDir(tmp_path / "runs" / "sweep-0"))["attempt"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--array", "seed=1,2", "-p", "nowhere"), "Invalid partition name specified"),
+        (("--array", "launch.nodes=1,2"), "differ in --nodes=2, --nodes=1; launch them one by one"),
+        (("--array", "seed"), "--array seed: expected FIELD=VALUE,VALUE"),
+        (("--array", "seed=1,1"), "the same value twice"),
+        (("--array", "no.such=1"), "no"),
+        (("--array", "seed=1,2", "--launcher", "local"), "'local' has no --array"),
+    ],
+)
+def test_what_cannot_be_an_array_is_refused(
+    slurm: Cluster, tmp_path: Path, arguments: tuple[str, ...], told: str
+) -> None:
+    done = dtrain("launch", *ONE, *arguments, TINY, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "running" not in dtrain("runs", cwd=tmp_path).stdout
+
+
+def test_an_array_of_thirty(slurm: Cluster, tmp_path: Path) -> None:
+    """As one array; each is held, so that none costs more than its submission."""
+    many = ("--array", "seed=" + ",".join(map(str, range(30))), "--run-id", "many")
+    shown = dtrain("launch", *ONE, *many, "--dry-run", "--at-once", "4", TINY, cwd=tmp_path).stdout
+    assert "#SBATCH --array=0-29%4" in shown
+    assert "Slurm would take it" in shown
+    done = dtrain("launch", *ONE, *many, "--slurm", "hold", "--detach", TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    listed = slurm.run(["squeue", "--array", "--noheader", "--format=%i %j"]).stdout
+    assert len([line for line in listed.splitlines() if line.endswith(" many")]) == 30
+    assert wait_for(lambda: dtrain("runs", cwd=tmp_path).stdout.count("running") == 30, 20)

@@ -1,0 +1,447 @@
+"""Launcher `slurm` on a real cluster: the contract of all launchers, and what only Slurm does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from secrets import token_hex
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dist"))
+
+from launching import (
+    DIGITS,
+    DTRAIN,
+    OFTEN,
+    SLOW,
+    TINY,
+    dtrain,
+    events,
+    recorded,
+    started,
+    status,
+    the_run,
+    until,
+    wait_for_step,
+)
+from slurming import TWO, goes_on, job_of, once, sha, submit
+from test_launcher_contract import (
+    Started,
+    Way,
+    test_a_failure_is_named_on_every_console,
+    test_cancel_ends_all_of_it_in_order_and_resume_goes_on,
+    test_it_trains_on_the_asked_ranks_with_the_agreed_environment,
+)
+
+from cluster import Cluster
+from dtrain.rundir import RunDir
+
+__all__ = [
+    "test_a_failure_is_named_on_every_console",
+    "test_cancel_ends_all_of_it_in_order_and_resume_goes_on",
+    "test_it_trains_on_the_asked_ranks_with_the_agreed_environment",
+]
+
+
+@pytest.fixture
+def way(slurm: Cluster) -> Way:
+    @contextmanager
+    def launch(cwd: Path, *arguments: str, **env: str) -> Iterator[Started]:
+        with started("launch", *TWO, *arguments, TINY, cwd=cwd, env=env) as process:
+            yield [process]
+
+    if slurm.spec.mode == "ports":
+        return Way(launch, ("127.0.0.2", "127.0.0.3"))
+    return Way(launch, ("n0", "n1"), address="10.77.1.1", interface="eth0")
+
+
+# ---------------------------------------------------------------------- the same training
+
+
+def test_digits_on_two_nodes_is_the_training_of_one_machine(slurm: Cluster, tmp_path: Path) -> None:
+    shorter = ("--set", "train.steps=20", "--procs", "2", "--nodes", "2", DIGITS)
+    made = {}
+    by_submitit(tmp_path)
+    for launcher in ("local", "slurm", "by-submitit"):
+        made[launcher] = recorded(tmp_path / launcher, "--launcher", launcher, *shorter)
+    here, local = made.pop("local")
+    for there, remote in made.values():
+        assert local.last_step == remote.last_step == 20
+        assert [local.ids(step) for step in range(1, 21)] == [remote.ids(s) for s in range(1, 21)]
+        assert status(here)["parameters_sha256"] == status(there)["parameters_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("example", "shorter"),
+    [("lightning", ("--set", "train.epochs=1")), ("script", ("--", "--epochs", "1"))],
+)
+def test_what_people_bring(
+    slurm: Cluster, tmp_path: Path, example: str, shorter: tuple[str, ...]
+) -> None:
+    job = DIGITS.parents[1] / example / "job.yaml"
+    done = dtrain("launch", *TWO, job, *shorter, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    run = the_run(tmp_path)
+    assert set(run.rank_logs(0)) == {0, 1, 2, 3}
+    assert [event["step"] for event in events(run, "checkpoint_saved")][-1] == 23
+
+
+def by_submitit(folder: Path) -> tuple[str, ...]:
+    """A profile in a folder of ours; the flags that choose it."""
+    place = Path(os.environ["XDG_CONFIG_HOME"]) / "dtrain" / "launchers"
+    place.mkdir(parents=True)
+    text = "launcher: slurm\nextends: slurm\noptions:\n  submit: submitit\n"
+    (place / "by-submitit.yaml").write_text(text)
+    return ("--launcher", "by-submitit", "--nodes", "2", "--procs", "2")
+
+
+def left_and_resumed(run: RunDir, reason: str) -> None:
+    (left,) = events(run, "stopped")
+    assert left["reason"] == reason, left
+    first, second = events(run, "training_started")
+    assert first["resumed_from"] is None
+    assert second["resumed_from"] == left["step"] >= 5
+
+
+def test_a_preempted_run_saves_and_goes_on(slurm: Cluster, tmp_path: Path, unbroken: str) -> None:
+    def disturb(run: RunDir) -> None:
+        slurm.run(
+            ["sbatch", "-o", "/dev/null", "-p", "high", "-N4", "--exclusive", "--wrap", "sleep 1"]
+        )
+
+    run, output = goes_on(tmp_path, disturb, "-p", "low")
+    left_and_resumed(run, "SIGUSR2")  # this cluster has preempt_send_user_signal
+    assert sha(run) == unbroken
+    assert "pending" in output
+
+
+def test_a_run_that_is_requeued_by_hand_goes_on(
+    slurm: Cluster, tmp_path: Path, unbroken: str
+) -> None:
+    run, _ = goes_on(tmp_path, lambda run: void(slurm, "scontrol", "requeue", job_of(run)))
+    left_and_resumed(run, "SIGTERM")
+    assert sha(run) == unbroken
+
+
+def test_an_elastic_run_takes_what_is_free_and_goes_on_at_another_size(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    blocker = submit(slurm, "-N2", "--exclusive", "--wrap", "sleep 600")
+    slurm.wait_job(blocker, ["RUNNING"])
+
+    def disturb(run: RunDir) -> None:
+        slurm.run(["scancel", blocker])
+        slurm.run(["scontrol", "requeuehold", job_of(run)])  # else it takes the first two nodes
+        slurm.wait_idle()
+        slurm.run(["scontrol", "release", job_of(run)])
+
+    run, _ = goes_on(tmp_path, disturb, "--nodes", "2:4", *OFTEN)
+    first, second = events(run, "training_started")
+    assert (first["world_size"], second["world_size"]) == (4, 8)
+    assert second["resumed_from"] >= 2
+
+
+def test_a_time_above_the_partitions_limit_is_made_of_several_attempts(
+    slurm: Cluster, tmp_path: Path, unbroken: str
+) -> None:
+    """The limit is 2 minutes, and comes a minute sooner; Slurm looks every 30 s."""
+
+    def disturb(run: RunDir) -> None:
+        end = (datetime.now() + timedelta(seconds=60)).isoformat(timespec="seconds")
+        slurm.run(["scontrol", "update", f"JobId={job_of(run)}", f"EndTime={end}"])
+
+    slower = ("-p", "short", "-t", "20h", "--set", "args.pause=0.6")  # 36 s: longer than the tick
+    run, output = goes_on(tmp_path, disturb, *slower, attempts=None)
+    said = "partition short gives 0-00:02:00 at a time, not 0-20:00:00: the job goes on over"
+    assert said in output
+    again = events(run, "training_started")[1:]
+    for left, after in zip(events(run, "stopped"), again, strict=True):
+        assert left["reason"] == "SIGUSR2"
+        assert after["resumed_from"] == left["step"] > 0
+    assert sha(run) == unbroken
+
+
+def test_a_time_above_the_partitions_limit_of_a_job_that_may_not_go_on_is_refused(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    done = dtrain("launch", *once(tmp_path), "-p", "short", "-t", "5h", TINY, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout
+    assert "Slurm never starts it: " in done.stdout  # PartitionTimeLimit, or PartitionConfig
+    assert "(Partition" in done.stdout
+    assert "--time: time: 0-05:00:00" in done.stdout
+
+
+def test_submitted_by_submitit_it_goes_on_too(
+    slurm: Cluster, tmp_path: Path, unbroken: str
+) -> None:
+    run, _ = goes_on(
+        tmp_path,
+        lambda run: void(slurm, "scancel", "--signal=USR2", job_of(run)),
+        *by_submitit(tmp_path),
+    )
+    left_and_resumed(run, "SIGUSR2")
+    assert sha(run) == unbroken
+    refused = dtrain("launch", "--launcher", "by-submitit", "-p", "nowhere", TINY, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "Invalid partition name specified\n  --partition: partition: now" in refused.stderr
+
+
+def void(slurm: Cluster, *command: str) -> None:
+    slurm.run(list(command))
+
+
+def test_a_run_is_not_requeued_more_often_than_it_may_be(slurm: Cluster, tmp_path: Path) -> None:
+    with started("launch", *once(tmp_path), *SLOW, TINY, cwd=tmp_path) as process:
+        run = wait_for_step(tmp_path, 5)
+        slurm.run(["scancel", "--signal=USR2", job_of(run)])
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1, output
+    assert "as often as it may be" in output
+    assert dtrain("resume", run.id, "--set", "args.pause=0", cwd=tmp_path).returncode == 0
+
+
+def test_a_node_that_loses_power_is_replaced(
+    breakable: Cluster, tmp_path: Path, unbroken: str
+) -> None:
+    run, _ = goes_on(tmp_path, lambda run: breakable.power_off("n1"), *OFTEN)
+    _, second = events(run, "training_started")
+    assert second["resumed_from"] >= 2
+    assert events(run, "attempt_started")[1]["nodes"] == ["n0", "n2"]
+    assert sha(run) == unbroken
+
+
+@pytest.mark.parametrize("node", ["n0", "n1"])
+def test_ranks_of_a_node_taken_for_dead_end_by_themselves(
+    breakable: Cluster, tmp_path: Path, unbroken: str, node: str
+) -> None:
+    """Their node computes on, and would write into the same run."""
+    run, _ = goes_on(tmp_path, lambda run: breakable.cut(node), *OFTEN)
+    assert sha(run) == unbroken
+
+    def gone() -> bool:
+        listed = breakable.run(["ps", "-eo", "args"], host=node).stdout
+        ours = [line for line in listed.splitlines() if "-m dtrain.node" in line]
+        return all(line.startswith("srun ") for line in ours)  # Slurm's own, which waits for all
+
+    until(f"the old ranks on {node} to end", gone, 60)
+
+
+def test_a_node_whose_own_name_is_on_loopback(breakable: Cluster, tmp_path: Path) -> None:
+    """As Debian installs it: `127.0.1.1 HOSTNAME` in /etc/hosts of each node."""
+    for node in breakable.nodes:
+        mine = tmp_path / f"hosts-{node}"
+        edit = f"sed 's/^[0-9.]* {node}$/127.0.1.1 {node}/' /etc/hosts > {mine}"
+        command = f"{edit} && mount --bind {mine} /etc/hosts && getent hosts {node}"
+        assert breakable.run(["bash", "-c", command], host=node).stdout.startswith("127.0.1.1")
+    done = dtrain("launch", *TWO, "--set", f"args.env_to={tmp_path}", TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    env = json.loads((tmp_path / "0.json").read_text())
+    assert (env["MASTER_ADDR"], env["GLOO_SOCKET_IFNAME"]) == ("10.77.1.1", "eth0")
+
+
+# ---------------------------------------------------------------------- the job's life
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason", "place"),
+    [
+        (("-p", "nowhere"), "Invalid partition name specified", "--partition: partition: nowhere"),
+        (("--gpus", "9"), "Requested node configuration is not available", "--gpus: gpus: 9"),
+        (("--slurm", "mem-per-cpu=900G"), "Memory specification", ""),
+        (("--nodes", "9"), "(Partition", "--nodes: nodes: 9"),
+    ],
+)
+def test_what_slurm_cannot_give_is_refused_with_its_reason(
+    slurm: Cluster, tmp_path: Path, arguments: tuple[str, ...], reason: str, place: str
+) -> None:
+    done = dtrain("launch", "--launcher", "slurm", *arguments, TINY, cwd=tmp_path)
+    output = done.stdout + done.stderr
+    assert done.returncode == 2, output
+    assert reason in output
+    assert place in output
+    assert "Traceback" not in output
+    run = the_run(tmp_path)
+    assert status(run)["state"] == "failed"
+    assert reason in dtrain("why", cwd=tmp_path).stdout
+
+
+def test_the_place_of_what_is_refused_is_a_line_of_the_profile(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    place = tmp_path / "launchers"
+    place.mkdir()
+    text = "launcher: slurm\nextends: slurm\noptions:\n  partition: nowhere\n"
+    (place / "site.yaml").write_text(text)
+    done = dtrain("launch", "--launcher", "site", TINY, cwd=tmp_path)
+    assert "launchers/site.yaml:4:14: partition: nowhere" in done.stderr
+    done = dtrain("plan", "--launcher", "site", TINY, cwd=tmp_path)
+    assert "Slurm refuses the job: invalid partition specified: nowhere" in done.stdout
+    (place / "site.yaml").write_text(text.replace("nowhere", "main"))
+    done = dtrain("plan", "--launcher", "site", TINY, cwd=tmp_path)
+    assert "Slurm would take it: to start at" in done.stdout
+
+
+def test_a_detached_run_is_followed_and_cancelled_from_elsewhere(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    done = dtrain("launch", "--detach", *TWO, *SLOW, TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with started("logs", "--follow", cwd=tmp_path) as follower:
+        run = wait_for_step(tmp_path, 3)
+        assert "running on" in status(run)["slurm"]
+        cancelled = json.loads(dtrain("cancel", "--json", cwd=tmp_path).stdout)
+        output = follower.communicate(timeout=60)[0]
+    assert cancelled == {"id": run.id, "was": "running", "state": "cancelled"}
+    assert follower.returncode == 143, output
+    assert "step 3/60" in output
+    assert events(run, "stopped")
+
+
+def test_a_waiting_job_says_why_and_can_be_withdrawn(slurm: Cluster, tmp_path: Path) -> None:
+    slurm.run(["sbatch", "-o", "/dev/null", "-N4", "--exclusive", "--wrap", "sleep 600"])
+    dtrain("launch", "--detach", *TWO, TINY, cwd=tmp_path)
+    run = the_run(tmp_path)
+    until("a reason", lambda: "nodes to become free" in status(run)["slurm"])
+    cancelled = json.loads(dtrain("cancel", "--json", cwd=tmp_path).stdout)
+    assert cancelled["state"] == "cancelled"
+
+
+def test_a_killed_command_does_not_end_its_job(slurm: Cluster, tmp_path: Path) -> None:
+    secret = token_hex(16)
+    arguments = (*TWO, *SLOW, "--env", f"MY_TOKEN={secret}")
+    with started("launch", *arguments, TINY, cwd=tmp_path) as process:
+        run = wait_for_step(tmp_path, 3)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    shown = slurm.run(["scontrol", "show", "job", job_of(run)]).stdout
+    shown += slurm.run(["scontrol", "write", "batch_script", job_of(run), "-"]).stdout
+    assert secret not in shown
+    assert f"dtrain run {run.id}" in shown
+    assert status(run)["state"] == "running"
+    assert dtrain("logs", "--follow", cwd=tmp_path).returncode == 0
+    assert status(run)["state"] == "succeeded"
+    files = [path for path in run.path.rglob("*") if path.is_file()]
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def test_a_job_trains_the_code_of_its_submission(slurm: Cluster, tmp_path: Path) -> None:
+    shutil.copytree(TINY.parent, tmp_path / "job")
+    job, task = tmp_path / "job" / "job.yaml", tmp_path / "job" / "task.py"
+    for snapshot, code in (("on", 0), ("off", 1)):
+        shutil.copy(TINY.parent / "task.py", task)
+        place = tmp_path / "job" / "launchers"
+        place.mkdir(exist_ok=True)
+        (place / "site.yaml").write_text(
+            f"launcher: slurm\nextends: slurm\noptions:\n  snapshot: {snapshot}\n"
+        )
+        held = ("--slurm", "hold")
+        arguments = ("--launcher", "site", "--detach", "--run-id", snapshot, *held)
+        done = dtrain("launch", *arguments, job, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        run = RunDir(tmp_path / "runs" / snapshot)
+        task.write_text("raise RuntimeError('edited since')\n")
+        slurm.run(["scontrol", "release", job_of(run)])
+        assert dtrain("logs", "--follow", snapshot, cwd=tmp_path).returncode == code
+
+
+def test_a_run_starts_after_another(slurm: Cluster, tmp_path: Path) -> None:
+    one = ("--launcher", "slurm", "--detach")
+    dtrain("launch", *one, "--run-id", "first", *SLOW, TINY, cwd=tmp_path)
+    done = dtrain("launch", *one, "--run-id", "second", "--after", "first", TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    second = RunDir(tmp_path / "runs" / "second")
+    until("a reason", lambda: "waiting for another job" in status(second)["slurm"])
+    assert dtrain("logs", "--follow", "second", cwd=tmp_path).returncode == 0
+    first = RunDir(tmp_path / "runs" / "first")
+    assert events(first, "finished")[0]["time"] < events(second, "training_started")[0]["time"]
+
+
+def test_from_inside_another_job(slurm: Cluster, tmp_path: Path) -> None:
+    inner = [*DTRAIN, "launch", *TWO, "-p", "main", str(TINY)]
+    done = slurm.run(
+        ["salloc", "-N1", "srun", "--export=ALL,RANK=7,MASTER_ADDR=nowhere", *inner],
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert status(the_run(tmp_path))["state"] == "succeeded"
+
+
+def test_hostile_names(slurm: Cluster, tmp_path: Path) -> None:
+    folder = tmp_path / 'it\'s "so"; $(touch gone) `x` 100%j\nnext'
+    shutil.copytree(TINY.parent, folder)
+    name = '--name=a\'b "c"; $(touch gone)'
+    comment = "comment=--slurm"
+    done = dtrain(
+        "launch", *TWO, name, "-p", "main", "--env", "ODD=$(touch gone)'\"\n;", "--set",
+        f"args.env_to={json.dumps(str(folder))}", "job.yaml", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((folder / "3.json").read_text())["ODD"] == "$(touch gone)'\"\n;"
+    assert not list(tmp_path.rglob("gone"))
+    refused = dtrain("plan", *TWO, "--slurm", comment, "job.yaml", cwd=folder)
+    assert "comment: is set by dtrain; use option comment" in refused.stderr
+
+
+def test_many_jobs_are_told_of_by_one_command(slurm: Cluster, tmp_path: Path) -> None:
+    """Thirty, submitted in a row; `dtrain runs` asks Slurm once for all of them."""
+    count = 30
+    for number in range(count):
+        arguments = ("--detach", "--slurm", "hold", "--run-id", f"run-{number}")
+        assert not dtrain(
+            "launch", "--launcher", "slurm", *arguments, TINY, cwd=tmp_path
+        ).returncode
+    shim = tmp_path / "bin"
+    shim.mkdir()
+    real = shutil.which("squeue")
+    (shim / "squeue").write_text(f'#!/bin/sh\necho x >> {tmp_path}/calls\nexec {real} "$@"\n')
+    (shim / "squeue").chmod(0o755)
+    env = {"PATH": f"{shim}:{os.environ['PATH']}"}
+    listed = dtrain("runs", cwd=tmp_path, env=env).stdout
+    assert listed.count("running") == count
+    assert (tmp_path / "calls").read_text().count("x") <= 3
+
+
+def test_the_script_is_clean(slurm: Cluster, tmp_path: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    dtrain("launch", "--detach", "--slurm", "hold", *TWO, TINY, cwd=tmp_path)
+    script = the_run(tmp_path).slurm / "job.sbatch"
+    done = subprocess.run(["shellcheck", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_agents_without_slurms_commands_are_requeued_too(
+    slurm: Cluster, tmp_path: Path, unbroken: str
+) -> None:
+    """As in a container: its files are another system's, and have no scontrol in them."""
+    if os.getuid() != 0:
+        pytest.skip("takes root to hide files from the agents")
+    hide = "".join(
+        f"mount --bind /dev/null {shutil.which(name)}\n"
+        for name in ("scontrol", "squeue", "scancel", "sbatch", "srun", "sacct")
+    )
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$hidden" ] || hidden=1 exec unshare -m "$0" "$@"\nset -e\n{hide}'
+        f'! scontrol --version 2>/dev/null\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    (tmp_path / "launchers").mkdir()
+    text = f"launcher: slurm\nextends: slurm\noptions:\n  python: {python}\n"
+    (tmp_path / "launchers" / "boxed.yaml").write_text(text)
+    boxed = ("--launcher", "boxed")
+    run, _ = goes_on(
+        tmp_path, lambda run: void(slurm, "scancel", "--signal=USR2", job_of(run)), *boxed
+    )
+    left_and_resumed(run, "SIGUSR2")
+    assert sha(run) == unbroken

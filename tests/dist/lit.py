@@ -1,0 +1,125 @@
+"""LightningModules as their users write them, on small data that keeps a diary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import MeanAbsoluteError
+
+
+class Points(Dataset[Any]):
+    def __init__(self, n: int) -> None:
+        draw = torch.Generator().manual_seed(1)
+        self.x = torch.randn(n, 6, generator=draw)
+        self.y = torch.sin(self.x.sum(dim=1, keepdim=True))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        return self.x[i], self.y[i], i
+
+
+class Lit(pl.LightningModule):
+    """A module with its own loaders; the loaders' batch size and order are not the job's."""
+
+    def __init__(self, n: int = 50, held_out: int = 21, lr: float = 0.1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1))
+        self.error = MeanAbsoluteError()
+        self.seen: list[list[int]] = [[]]
+        self.heard: list[str] = []
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Points(self.hparams["n"]), batch_size=3, shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(Points(self.hparams["held_out"]), batch_size=4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y, ids = batch
+        self.seen[-1] += ids.tolist()
+        loss = nn.functional.mse_loss(self(x), y)
+        self.log("train_loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        self.log("one", 1.0, on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.heard.append(f"step {self.global_step} epoch {self.current_epoch} batch {batch_idx}")
+        self.seen.append([])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y, ids = batch
+        out = self(x)
+        self.error(out, y)
+        self.log_dict({"val_loss": nn.functional.mse_loss(out, y), "id": ids.float().mean()})
+        self.log("one", 1.0, sync_dist=True)
+        self.log("error", self.error)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("from_the_end", 2.0)
+        self.heard.append("validated")
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams["lr"], momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}  # by epochs
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+        self.called: list[str] = []
+
+    def prepare_data(self) -> None:
+        self.called.append("prepare_data")
+
+    def setup(self, stage: str) -> None:
+        self.called.append(f"setup {stage}")
+        self.data = Points(self.n)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.data, batch_size=7)
+
+
+class Several(Lit):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.parameters(), lr=1.0) for _ in range(2)]
+
+
+class Manual(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class OwnSampler(Lit):
+    def train_dataloader(self) -> Any:
+        class Backwards(torch.utils.data.Sampler[int]):
+            def __iter__(self) -> Any:
+                return iter(range(49, -1, -1))
+
+        return DataLoader(Points(50), batch_size=3, sampler=Backwards())
+
+
+class NoLoss(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None
+
+
+class WithCallbacks(Lit):
+    """Lightning's own callbacks, as a module brings them."""
+
+    def configure_callbacks(self) -> Any:
+        best = pl.callbacks.ModelCheckpoint(monitor="val_loss", filename="best-{epoch}")
+        self.stopper = pl.callbacks.EarlyStopping(monitor="one", patience=2)  # always 1.0
+        return [best, self.stopper, pl.callbacks.LearningRateMonitor()]

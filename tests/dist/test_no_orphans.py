@@ -1,0 +1,110 @@
+"""Nothing outlives a launch: whatever is killed, no process is left after 5 seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from launching import (
+    TINY,
+    alive,
+    descendants,
+    dtrain,
+    events,
+    started,
+    the_run,
+    wait_for,
+    wait_for_step,
+    worker_pids,
+)
+
+from dtrain.rundir import RunDir
+
+LONG = (
+    "launch", "--nodes", "2", "--procs", "2", "--set", "train.steps=100000",
+    "--set", "args.pause=0.02", "--set", "data.workers=1", "--set", "launch.stop_timeout=20s", TINY,
+)  # fmt: skip
+
+
+def agent_pid(run: RunDir, node_rank: int) -> int:
+    return next(e["pid"] for e in events(run, "agent_started") if e["node_rank"] == node_rank)
+
+
+def server_pid(run: RunDir) -> int:
+    return psutil.Process(agent_pid(run, 0)).ppid()
+
+
+WHO: dict[str, Callable[[RunDir, int], int]] = {
+    "the command": lambda _run, cli: cli,
+    "the fork server": lambda run, _cli: server_pid(run),
+    "the head's agent": lambda run, _cli: agent_pid(run, 0),
+    "another agent": lambda run, _cli: agent_pid(run, 1),
+    "a worker": lambda run, _cli: worker_pids(run)[3],
+}
+
+
+@pytest.mark.parametrize("who", WHO)
+def test_kill_9_leaves_nothing(tmp_path: Path, who: str) -> None:
+    with started(*LONG, cwd=tmp_path) as process:
+        run = wait_for_step(tmp_path, 3)
+        below = [psutil.Process(process.pid), *descendants(process.pid)]
+        # the command, the fork server, two agents, four workers, each with a loader
+        assert len(below) >= 12
+        os.kill(WHO[who](run, process.pid), signal.SIGKILL)
+        if who == "the command":
+            process.wait(5)
+        assert wait_for(lambda: not any(map(alive, below)), 5), [p for p in below if alive(p)]
+        output, _ = process.communicate(timeout=10)
+    assert process.returncode == -9 if who == "the command" else 137
+    if who != "the command":
+        assert "FAILED: " in output
+    state = dtrain("status", cwd=tmp_path).stdout
+    assert ("lost" if who == "the command" else "failed") in state
+
+
+def test_ctrl_c_ends_in_order_and_says_where_the_run_is(tmp_path: Path) -> None:
+    with started(*LONG, cwd=tmp_path) as process:
+        run = wait_for_step(tmp_path, 3)
+        below = descendants(process.pid)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+        assert not any(map(alive, below))
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    assert f"stopped by SIGINT; the run is in {run.path}" in output
+    assert f"go on with: dtrain resume {run.id}" in output
+    assert events(run, "stopped")
+    assert list(run.checkpoints.iterdir()), "the workers left without saving"
+    assert "cancelled" in dtrain("status", cwd=tmp_path).stdout
+
+
+def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
+    """A worker that does not leave when asked is not waited for any longer."""
+    hang = ("--set", "args.misbehave=hang", "--set", "args.at=3", "--set", "args.rank=0")
+    with started(*LONG[:-1], *hang, TINY, cwd=tmp_path) as process:
+        wait_for_step(tmp_path, 1)
+        below = descendants(process.pid)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            assert wait_for(lambda: process.poll() is not None, 1.0) or process.poll() is None
+        output, _ = process.communicate(timeout=15)
+        assert wait_for(lambda: not any(map(alive, below)), 5)
+    assert process.returncode == 130
+    assert "again to kill them now" in output
+
+
+def test_cancel_from_another_terminal(tmp_path: Path) -> None:
+    with started(*LONG, cwd=tmp_path) as process:
+        run = wait_for_step(tmp_path, 2)
+        below = descendants(process.pid)
+        done = dtrain("cancel", run.id[:6], cwd=tmp_path)
+        assert done.stdout == f"{run.id}: cancelled\n"
+        process.communicate(timeout=10)
+        assert not any(map(alive, below))
+    assert process.returncode == 143
+    again = dtrain("cancel", cwd=tmp_path)
+    assert again.stdout == f"{the_run(tmp_path).id}: nothing to cancel, it is cancelled\n"

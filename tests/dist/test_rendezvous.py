@@ -1,0 +1,172 @@
+"""Node agents find each other, and say who is missing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+from torch.distributed import TCPStore
+
+from dtrain import ports
+from dtrain.node.rendezvous import NodeRendezvous
+from dtrain.node.store import Paced, PeerFailed, RendezvousFailed, RendezvousSettings
+
+
+def settings(node_rank: int, port: int, **changes: object) -> RendezvousSettings:
+    base = RendezvousSettings(
+        run_id="run/0",
+        host="127.0.0.1",
+        port=port,
+        node_rank=node_rank,
+        node_name=f"host-{node_rank}",
+        min_nodes=2,
+        max_nodes=2,
+        join_timeout_s=20,
+        names=("host-0", "host-1", "host-2"),
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+@contextmanager
+def nodes(count: int, **changes: object) -> Iterator[list[NodeRendezvous]]:
+    port = ports.free_candidate("127.0.0.1", "test-rendezvous")
+    changes = {"min_nodes": count, "max_nodes": count, **changes}
+    made = [NodeRendezvous(settings(rank, port, **changes)) for rank in range(count)]
+    try:
+        yield made
+    finally:
+        for node in reversed(made):
+            node.shutdown()
+
+
+def meet(made: list[NodeRendezvous]) -> list[tuple[int, int, int]]:
+    with ThreadPoolExecutor(len(made)) as pool:
+        infos = list(pool.map(NodeRendezvous.next_rendezvous, made))
+    return [(i.rank, i.world_size, i.bootstrap_store_info.master_port) for i in infos]
+
+
+def test_ranks_are_the_launchers_and_every_round_has_a_store_of_its_own() -> None:
+    with nodes(3) as made:
+        first = meet(made)
+        assert [(rank, size) for rank, size, _ in first] == [(0, 3), (1, 3), (2, 3)]
+        assert all(node.num_nodes_waiting() == 0 for node in made)
+        worker_store = TCPStore("127.0.0.1", first[0][2], is_master=False)
+        worker_store.set("address", "of the dead")
+        second = meet(made)
+        assert len({port for *_, port in second}) == 1
+        fresh = TCPStore("127.0.0.1", second[0][2], is_master=False)
+        assert not fresh.check(["address"])
+
+
+def test_a_node_that_wants_a_restart_is_seen_waiting_by_the_others() -> None:
+    with nodes(2) as made:
+        meet(made)
+        again = threading.Thread(target=made[1].next_rendezvous)
+        again.start()
+        try:
+            for _ in range(200):
+                if made[0].num_nodes_waiting():
+                    break
+                threading.Event().wait(0.05)
+            assert made[0].num_nodes_waiting() == 1
+        finally:
+            made[0].next_rendezvous()
+            again.join(20)
+        assert [node.round for node in made] == [1, 1]
+
+
+def test_a_missing_node_is_named_before_and_at_the_timeout() -> None:
+    port = ports.free_candidate("127.0.0.1", "test-missing")
+    said: list[str] = []
+    head = NodeRendezvous(settings(0, port, join_timeout_s=4), notice=said.append)
+    try:
+        with pytest.raises(
+            RendezvousFailed, match=r"node 1 \(host-1\) never joined: 1 of 2"
+        ) as info:
+            head.next_rendezvous()
+    finally:
+        head.shutdown()
+    assert info.value.missing == [1]
+    assert said[0].startswith("1/2 nodes joined (node 0 (host-0)); waiting for node 1 (host-1)")
+
+
+def test_a_head_that_cannot_be_reached_is_named() -> None:
+    port = ports.free_candidate("127.0.0.1", "test-unreachable")
+    with pytest.raises(RendezvousFailed, match=rf"node 0 \(host-0\) at 127.0.0.1:{port}") as info:
+        NodeRendezvous(settings(1, port, join_timeout_s=0.5))
+    assert info.value.missing == [0]
+
+
+def test_a_busy_port_says_what_to_do() -> None:
+    with ports.listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(RendezvousFailed, match=rf"port {port}.*--rdzv-endpoint"):
+            NodeRendezvous(settings(0, port))
+
+
+def test_two_agents_of_one_rank_are_told_apart() -> None:
+    with nodes(2) as made:
+        twin = NodeRendezvous(settings(1, made[0].settings.port))
+        with ThreadPoolExecutor(3) as pool:
+            waiting = [pool.submit(node.next_rendezvous) for node in made]
+            waiting.append(pool.submit(twin.next_rendezvous))
+            with pytest.raises(RendezvousFailed, match="two agents both say that they are node 1"):
+                [future.result(20) for future in waiting]
+        twin.shutdown()
+
+
+def test_another_runs_store_is_refused() -> None:
+    with nodes(2) as made, pytest.raises(RendezvousFailed, match="run 'run/0' answers at"):
+        NodeRendezvous(settings(1, made[0].settings.port, run_id="other/0"))
+
+
+def test_giving_up_is_heard_by_all() -> None:
+    with nodes(2) as made:
+        meet(made)
+        made[1].close_with("rank 3 failed")
+        with pytest.raises(PeerFailed, match=r"node 1 \(host-1\): rank 3 failed"):
+            made[0].num_nodes_waiting()
+
+
+def test_a_node_whose_heart_has_stopped_is_lost() -> None:
+    with nodes(2, lost_after_s=2.0) as made:
+        meet(made)
+        made[1].shutdown()
+        with pytest.raises(RendezvousFailed, match=r"node 1 \(host-1\) was lost") as info:
+            made[0].next_rendezvous()
+        assert info.value.missing == [1]
+
+
+def test_elastic_goes_on_with_fewer_after_the_last_call() -> None:
+    with nodes(2, min_nodes=1, max_nodes=3, last_call_s=0.5) as made:
+        assert [(rank, size) for rank, size, _ in meet(made)] == [(0, 2), (1, 2)]
+
+
+def test_all_are_done_only_when_every_node_is() -> None:
+    with nodes(2) as made:
+        meet(made)
+        assert not made[0].all_done(done_here=True)
+        assert not made[0].all_done(done_here=True)
+        assert made[1].all_done(done_here=True)
+        assert made[0].all_done(done_here=True)
+
+
+def test_of_many_nodes_each_asks_the_head_less_often() -> None:
+    assert (Paced(50).pause_s, Paced(1050).pause_s) == (0, 1.0)
+    with nodes(2) as made:
+        meet(made)
+        assert made[0].num_nodes_waiting() == 0
+        made[0]._paced.pause_s = 3600.0
+        again = threading.Thread(target=made[1].next_rendezvous)
+        again.start()
+        try:
+            made[0]._wait_for("1/node/1")
+            assert made[0].num_nodes_waiting() == 0  # as it was told a moment ago
+        finally:
+            made[0].next_rendezvous()
+            again.join()
+        assert made[0].num_nodes_waiting() == 0  # of the next round

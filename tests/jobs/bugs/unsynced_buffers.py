@@ -1,0 +1,11 @@
+"""Nobody takes care of the buffers: every rank keeps its own."""
+
+from handmade import Handmade, install
+
+
+class Buggy(Handmade):
+    def finish_step(self):
+        pass
+
+
+install(Buggy)

@@ -1,0 +1,320 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dtrain import catalog
+from dtrain.errors import JobError
+from dtrain.job.load import flag, load_job
+from dtrain.job.source import Arguments, Source
+
+JOB = "name: digits\ntask: {task}\ntrain:\n  epochs: 1\n  global_batch_size: 8\n"
+Check = Callable[..., list[str]]
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
+    monkeypatch.chdir(tmp_path)
+
+    def check(task: str = "task.py:Digits", extra: str = "", **flags: object) -> list[str]:
+        (tmp_path / "job.yaml").write_text(JOB.format(task=task) + extra)
+        given = {f"launch.{name}": flag(f"--{name}", value) for name, value in flags.items()}
+        try:
+            load_job("job.yaml", flags=given)
+        except JobError as error:
+            return [str(problem) for problem in error.problems]
+        return []
+
+    (tmp_path / "task.py").write_text("class Digits: pass\nclass Letters: pass\n")
+    return check
+
+
+# -- trainer, strategy, paths ------------------------------------------------------------------
+
+
+def test_unknown_names(check: Check) -> None:
+    strategies, trainers = (", ".join(catalog.names(kind)) for kind in ("strategy", "trainer"))
+    assert check(extra="strategy: ddpp\ntrainer: nativ\n") == [
+        f"job.yaml:6:11: strategy: unknown; known: {strategies}; did you mean 'ddp'?",
+        f"job.yaml:7:10: trainer: unknown; known: {trainers}; did you mean 'native'?",
+    ]
+
+
+def test_pairs_that_cannot_work(check: Check) -> None:
+    message = "strategy: strategy 'single' runs on one node, not 2; use 'ddp' or --nodes 1"
+    extra = "strategy: single\nlaunch: {nodes: 1:2}\n"
+    assert check(extra=extra) == [f"job.yaml:6:11: {message}"]
+    assert check(extra="strategy: single\n", nodes="2") == [f"job.yaml:6:11: {message}"]
+    assert check(extra="strategy: single\nlaunch: {nodes: 2}\n", nodes=1) == []
+    assert len(check(extra="strategy: single\nlaunch: {nodes: many}\n")) == 1
+
+
+def test_paths_must_exist(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "digits.csv").touch()
+    extra = f"data:\n  paths:\n  - data\n  - data/digit.csv\n  - {tmp_path}/data\n  - ../x\n"
+    assert check(extra=extra) == [
+        "job.yaml:9:5: data.paths[1]: no such file or folder: data/digit.csv; "
+        "did you mean 'digits.csv'?",
+        "job.yaml:11:5: data.paths[3]: no such file or folder: ../x",
+    ]
+
+
+# -- the task's file ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("tsak.py:Digits", "no such file: tsak.py; did you mean 'task.py'?"),
+        ("task.py:Digit", "task.py has no class 'Digit'; it has: Digits, Letters; "
+         "did you mean 'Digits'?"),
+        ("task.py", "expected a file or module and a class, as task.py:Class; found 'task.py'"),
+        ("'task.py:'", "expected a file or module and a class, as task.py:Class; found 'task.py:'"),
+        ("Digits", "expected a file or module and a class, as file.py:Class; found 'Digits'"),
+        ("':Digits'", "expected a file or module and a class, as file.py:Class; found ':Digits'"),
+        ("folder.py:Digits", "no such file: folder.py"),
+        ("no.such.module:Digits", "no such module: no.such.module"),
+        ("package.sub:Digit", "package/sub.py has no class 'Digit'; it has: Digits; "
+         "did you mean 'Digits'?"),
+        ("package.nosuch:Digits", "no such module: package.nosuch"),
+        ("os.path.x:Digits", "no such module: os.path.x"),
+    ],
+)  # fmt: skip
+def test_a_task_that_is_not_there(check: Check, tmp_path: Path, task: str, message: str) -> None:
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("raise SystemExit('this ran')\n")
+    (tmp_path / "package" / "sub.py").write_text("class Digits: pass\n")
+    assert check(task) == [f"job.yaml:2:7: task: {message}"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "class Digits: pass",
+        "def Digits(): pass",
+        "Digits = make()",
+        "Digits: type = make()",
+        "A, (Digits, C) = make()",
+        "from elsewhere import Digits",
+        "from elsewhere import Letters as Digits",
+        "import elsewhere as Digits",
+        "from elsewhere import *",
+        "def __getattr__(name): ...",
+        "try:\n    import x\nexcept ImportError:\n    class Digits: pass",
+        "if True:\n    pass\nelse:\n    class Digits: pass",
+    ],
+)
+def test_ways_to_have_the_class(check: Check, tmp_path: Path, text: str) -> None:
+    (tmp_path / "task.py").write_text(text + "\n")
+    assert check() == []
+
+
+@pytest.mark.parametrize("text", ["def f():\n    class Digits: pass", "Digits: int", "'\\d'"])
+def test_ways_not_to_have_it(check: Check, tmp_path: Path, text: str) -> None:
+    (tmp_path / "task.py").write_text(text + "\n")
+    assert check() == ["job.yaml:2:7: task: task.py has no class 'Digits'"]
+
+
+def test_a_syntax_error_is_told_at_its_own_place(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text("x = 1\nclass Digits(:\n")
+    (problem,) = check()
+    assert problem.startswith("task.py:2:14: the task's file is not Python: ")
+    for raw in (b"x = '\xff'\n", b"x = 1\x00\n"):
+        (tmp_path / "task.py").write_bytes(raw)
+        (problem,) = check()
+        assert "task.py" in problem
+
+
+def test_modules_are_found_without_running_any(check: Check, tmp_path: Path) -> None:
+    for name in ("mine", "mine/inner"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('this ran')\n")
+    (tmp_path / "mine" / "inner" / "sub.py").write_text("class Digits: pass\n")
+    (tmp_path / "bare").mkdir()  # a namespace package: no __init__.py
+    (tmp_path / "bare" / "sub.py").write_text("class Digits: pass\n")
+    for task in ("mine.inner.sub:Digits", "bare.sub:Digits", "json.decoder:JSONDecoder"):
+        assert check(task) == []
+    assert "mine" not in sys.modules
+
+
+def test_nothing_of_the_users_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text("import torch\nopen('ran', 'w')\nclass Digits: pass\n")
+    (tmp_path / "job.yaml").write_text(JOB.format(task="task:Digits"))
+    code = (
+        "import sys; from dtrain.job.load import load_job; load_job('job.yaml');"
+        "sys.exit(bool({'torch', 'task'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "ran").exists()
+
+
+# -- arguments ---------------------------------------------------------------------------------
+
+
+def test_unknown_and_missing_arguments(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text(
+        "class Digits:\n    def __init__(self, lr, width=64, *, depth, seed=0): ...\n"
+    )
+    assert check(extra="args: {widht: 3, depth: 1}\n") == [
+        "job.yaml:6:1: args.lr: missing; Digits needs this argument",
+        "job.yaml:6:8: args.widht: Digits has no such argument; it takes: lr, depth, width, seed; "
+        "did you mean 'width'?",
+    ]
+    assert check() == [
+        "job.yaml:2:7: args.depth: missing; Digits needs this argument",
+        "job.yaml:2:7: args.lr: missing; Digits needs this argument",
+    ]
+    assert check(extra="args: {lr: 1, depth: 1, seed: 2}\n") == []
+
+
+def test_a_class_without_arguments(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text("from dtrain import Task\nclass Digits(Task): pass\n")
+    assert check(extra="args: {lr: 3}\n") == [
+        "job.yaml:6:8: args.lr: Digits has no such argument; it takes none"
+    ]
+
+
+FIELDS = """\
+import dataclasses
+from dataclasses import KW_ONLY, dataclass, field
+from typing import ClassVar
+from dtrain.task import Task
+@dataclass
+class Base(Task):
+    lr: float
+    width: int = 64
+    total: ClassVar[int] = 3
+    hidden: int = field(init=False, default=3)
+@dataclasses.dataclass(frozen=True)
+class Digits(Base):
+    width: int = 32
+    _: KW_ONLY
+    names: list = field(default_factory=list)
+    depth: int
+    kept: int = dataclasses.field(repr=False)
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("class A:\n def __init__(self, a, b=1, **rest): ...", Arguments(("a",), ("b",), True)),
+        ("class A:\n def __init__(self, *rest, c=None, d): ...", Arguments(("d",), ("c",))),
+        ("class A:\n def __init__(*all): ...", None),
+        ("class A:\n def __init__(self, a, /, b): ...", None),
+        ("class A:\n @wrapped\n def __init__(self): ...", None),
+        ("class A:\n def __new__(cls, a): ...", None),
+        ("@registered\nclass A: ...", None),
+        ("class A(metaclass=M): ...", None),
+        ("class A(Unknown): ...", None),
+        ("class A(A): ...", None),
+        ("from torch import nn\nclass A(nn.Module): ...", None),
+        ("import abc\nclass A(abc.ABC): ...", Arguments()),
+        ("from typing import Generic, T\nclass A(Generic[T]): ...", Arguments()),
+        ("import dtrain\nclass A(dtrain.Task): ...", Arguments()),
+        ("class B:\n def __init__(self, a): ...\nclass A(B): ...", Arguments(("a",))),
+        ("class A(B): ...\nclass B(A): ...", None),
+        ("if x:\n class A: ...\nelse:\n class A: ...", None),
+        ("def A(a, b=2): ...", Arguments(("a",), ("b",))),
+        ("A = make()", None),
+        ("from dataclasses import dataclass\n@dataclass(init=False)\nclass A:\n a: int", None),
+        (FIELDS.replace("Digits", "A"), Arguments(("lr", "depth", "kept"), ("width", "names"))),
+    ],
+)
+def test_what_a_constructor_takes(tmp_path: Path, text: str, expected: Arguments | None) -> None:
+    (tmp_path / "x.py").write_text(text + "\n")
+    assert Source(tmp_path / "x.py").arguments("A") == expected
+
+
+# -- scripts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ("", ""),
+        ("arguments: [--lr, '0.1']\nlaunch: {nodes: 2}\n", ""),
+        ("strategy: ddp\n", "job.yaml:3:11: strategy: a script shares its work by itself"),
+        ("trainer: native\n", "job.yaml:3:10: strategy: trainer 'native' trains a task, and a"),
+        ("train: {steps: 3}\n", "job.yaml:3:1: train: has no meaning with a script"),
+        ("arguments: [3]\n", "job.yaml:3:13: arguments[0]: expected text; found the number 3"),
+    ],
+)
+def test_a_script_has_few_fields(
+    lines: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text("print('hello')\n")
+    (tmp_path / "job.yaml").write_text(f"name: mine\nscript: train.py\n{lines}")
+    if not problem:
+        job = load_job("job.yaml")
+        assert (job.spec.trainer, job.spec.strategy) == ("script", catalog.OWN)
+        assert set(job.spec.said()) == {"name", "script", "arguments", "launch"}
+        return
+    with pytest.raises(JobError) as caught:
+        load_job("job.yaml")
+    assert str(caught.value).startswith(problem)
+
+
+def test_a_script_is_there_and_is_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text("print('hello'\n")
+    for script, problem in (
+        ("train.py", "train.py:1:6: the script's file is not Python: '(' was never closed"),
+        ("trian.py", "job.yaml:2:9: script: no such file: trian.py; did you mean 'train.py'?"),
+    ):
+        (tmp_path / "job.yaml").write_text(f"name: mine\nscript: {script}\n")
+        with pytest.raises(JobError) as caught:
+            load_job("job.yaml")
+        assert str(caught.value) == problem
+
+
+def test_a_task_has_no_command_line(check: Check) -> None:
+    problem = "job.yaml:6:1: arguments: only a script has a command line; a task has args"
+    assert check(extra="arguments: [--lr]\n")[0].replace(":12:", ":1:") == problem
+
+
+# -- lightning ---------------------------------------------------------------------------------
+
+LIT = """
+import pytorch_lightning as pl
+
+class Base(pl.LightningModule):
+    pass
+
+class Digits(Base):
+    pass
+"""
+
+
+def test_a_lightning_module_needs_its_trainer(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text(LIT)
+    message = "Digits is a LightningModule; it needs trainer: lightning, which has single, ddp"
+    (problem,) = check()
+    assert problem.startswith(f"job.yaml:2:7: task: {message}")
+    assert check(extra="trainer: lightning\n") == []
+    (problem,) = check(extra="trainer: lightning\nstrategy: dp\n")
+    assert "trainer 'lightning' has no strategy 'dp'; it has: single, ddp, fsdp" in problem
+
+
+def test_what_of_lightnings_trainer_the_job_decides(check: Check) -> None:
+    section = "lightning: {trainer: {max_epochs: 3, profiler: simple}}\n"
+    assert check(extra=f"trainer: lightning\n{section}") == [
+        "job.yaml:7:35: lightning.trainer.max_epochs: is decided by the job: use train.epochs"
+    ]
+    (problem,) = check(extra=section)
+    assert problem.endswith("lightning: is for trainer lightning; set that, or leave this out")
+
+
+def test_a_missing_extra_is_one_line(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    fact = replace(catalog.TRAINERS["lightning"], module="not_installed_anywhere")
+    monkeypatch.setitem(catalog.TRAINERS, "lightning", fact)  # type: ignore[arg-type]
+    assert check(extra="trainer: lightning\n") == [
+        "job.yaml:6:10: strategy: trainer 'lightning' needs a package: "
+        "pip install 'dtrain[lightning]'"
+    ]

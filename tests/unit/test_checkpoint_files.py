@@ -1,0 +1,170 @@
+"""One checkpoint on disk: whole or not there, and every kind of damage is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dtrain.errors import CheckpointError
+from dtrain.train.checkpoint import files
+from dtrain.train.checkpoint.files import read_checkpoint, remove_leftovers, write_checkpoint
+from dtrain.train.checkpoint.state import load_model_state, model_state, parameters_sha256
+
+TENSORS = {"model": {"w": torch.arange(1000.0)}, "extras": {"scheduler": None, "n": [1, 2.5]}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "checkpoints" / "step-00000008"
+    write_checkpoint(path, TENSORS, {"step": 8}, {"world_size": 2})
+    return path
+
+
+def test_what_was_written_is_read(folder: Path) -> None:
+    tensors, progress = read_checkpoint(folder)
+    assert progress == {"step": 8}
+    assert torch.equal(tensors["model"]["w"], TENSORS["model"]["w"])
+    assert tensors["extras"] == TENSORS["extras"]
+    assert sorted(os.listdir(folder.parent)) == [folder.name]  # nothing aside
+
+
+def edit(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda folder: _rewrite(folder / name, change)
+
+
+def _rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        pytest.param(edit("model.pt", flip), "model.pt is damaged: its xxh3", id="bit in a tensor"),
+        pytest.param(edit("extras.pt", lambda d: d[:-1]), "extras.pt has", id="short"),
+        pytest.param(edit("model.pt", lambda d: d + b"x"), "model.pt has", id="long"),
+        pytest.param(edit("progress.json", flip), "progress.json is damaged", id="position"),
+        pytest.param(lambda f: (f / "extras.pt").unlink(), "extras.pt is missing", id="file gone"),
+        pytest.param(
+            lambda f: (f / "manifest.json").unlink(), "manifest.json is missing", id="no manifest"
+        ),
+        pytest.param(
+            edit("manifest.json", lambda d: d[:50]),
+            "manifest.json is damaged",
+            id="half a manifest",
+        ),
+        pytest.param(
+            edit("manifest.json", lambda d: d.replace(b'"world_size": 2', b'"world_size": 3')),
+            "manifest.json is damaged: its own digest",
+            id="manifest edited",
+        ),
+        pytest.param(
+            edit("manifest.json", lambda d: b"[]"), "manifest.json is damaged", id="other JSON"
+        ),
+    ],
+)
+def test_damage(folder: Path, damage: Callable[[Path], Any], words: str) -> None:
+    damage(folder)
+    with pytest.raises(CheckpointError, match=words):
+        read_checkpoint(folder)
+
+
+def test_every_single_byte_of_the_manifest_counts(folder: Path) -> None:
+    path = folder / "manifest.json"
+    good = path.read_bytes()
+    for index in range(len(good)):
+        path.write_bytes(good[:index] + bytes([good[index] ^ 1]) + good[index + 1 :])
+        try:
+            tensors, progress = read_checkpoint(folder)
+        except CheckpointError:
+            continue
+        # only what JSON does not read may change unseen: the blanks between values
+        assert good[index : index + 1].isspace()
+        assert progress == {"step": 8}
+        assert torch.equal(tensors["model"]["w"], TENSORS["model"]["w"])
+
+
+def test_objects_that_would_have_to_be_unpickled_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "step-00000001"
+    write_checkpoint(path, {"model": Path("x")}, {}, {})
+    with pytest.raises(CheckpointError, match=r"model.pt cannot be read: Weights only load failed"):
+        read_checkpoint(path)
+
+
+def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_FORMAT", 2)
+    write_checkpoint(tmp_path / "step-00000001", {}, {}, {})
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="its format is 2, this dtrain reads 1"):
+        read_checkpoint(tmp_path / "step-00000001")
+
+
+def test_a_failed_write_leaves_the_old_one_and_nothing_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(folder, TENSORS, {"step": 9}, {})
+    monkeypatch.undo()
+    assert sorted(os.listdir(folder.parent)) == [folder.name]
+    assert read_checkpoint(folder)[1] == {"step": 8}
+
+
+def test_writing_again_replaces(folder: Path) -> None:
+    write_checkpoint(folder, TENSORS, {"step": 9}, {})
+    assert read_checkpoint(folder)[1] == {"step": 9}
+    assert sorted(os.listdir(folder.parent)) == [folder.name]
+
+
+def test_leftovers_are_removed(folder: Path) -> None:
+    for name in (".step-00000009.aside-12ab", ".step-00000009.aside-12ab-old"):
+        (folder.parent / name).mkdir()
+    remove_leftovers(folder.parent)
+    assert sorted(os.listdir(folder.parent)) == [folder.name]
+
+
+def test_the_manifest_is_for_people_too(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["about"] == {"world_size": 2}
+    assert set(manifest["files"]) == {"model.pt", "extras.pt", "progress.json"}
+    assert manifest["files"]["model.pt"]["bytes"] == (folder / "model.pt").stat().st_size
+
+
+def test_the_digest_of_parameters_sees_names_types_shapes_and_bytes() -> None:
+    def digest(**parameters: torch.Tensor) -> str:
+        model = nn.Module()
+        for name, value in parameters.items():
+            model.register_parameter(name, nn.Parameter(value))
+        return parameters_sha256(model)
+
+    one = digest(a=torch.zeros(2, 3), b=torch.ones(2))
+    assert one == digest(b=torch.ones(2), a=torch.zeros(2, 3))  # in the order of names
+    others = [
+        digest(a=torch.zeros(3, 2), b=torch.ones(2)),
+        digest(a=torch.zeros(2, 3), c=torch.ones(2)),
+        digest(a=torch.zeros(2, 3).double(), b=torch.ones(2)),
+        digest(a=-torch.zeros(2, 3), b=torch.ones(2)),
+    ]
+    assert len({one, *others}) == 5
+
+
+def test_a_model_state_that_does_not_fit_changes_nothing() -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 3)
+    before = model.weight.clone()
+    with pytest.raises(CheckpointError, match=r"weight is \(3, 2\), in the model \(2, 2\)"):
+        load_model_state(model, model_state(other))
+    assert torch.equal(model.weight, before)

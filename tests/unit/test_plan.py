@@ -1,0 +1,164 @@
+"""The plan: everything that a launch would do, and nothing started."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning  # noqa: F401  sets variables once, which a test would seem to leave behind
+
+from dtrain import catalog
+from dtrain.errors import PlanError
+from dtrain.job.spec import JobSpec
+from dtrain.launchers import base
+from dtrain.plan import MASK, Facts, LaunchPlan, make_plan, masked, secrets
+from dtrain.rundir import write_json
+
+FACTS = Facts("digits-abc234", "/runs", "/usr/bin/python3", "laptop", cores=8, free_port=16000)
+
+
+def job(**fields: Any) -> JobSpec:
+    return JobSpec.model_validate(
+        {"name": "digits", "task": "task.py:T", "train": {"epochs": 1, "global_batch_size": 8}}
+        | fields
+    )
+
+
+def plan_of(spec: JobSpec, launcher: str = "local", **options: Any) -> LaunchPlan:
+    made = make_plan(
+        spec, job_dir="/job", launcher=launcher, profile=launcher, options=options, facts=FACTS
+    )
+    return base.load(launcher).complete(made, FACTS)
+
+
+def test_two_simulated_nodes() -> None:
+    plan = plan_of(job(launch={"nodes": 2, "procs_per_node": 2}))
+    assert (plan.world_size, plan.node_names) == (4, ("node-0", "node-1"))
+    assert plan.threads_per_proc == 2
+    assert plan.worker_env["OMP_NUM_THREADS"] == "2"
+    assert (plan.device, plan.backend) == ("cpu", "gloo")
+    (command,) = plan.commands
+    assert command.argv == (
+        "/usr/bin/python3", "-m", "dtrain.node", "/runs/digits-abc234",
+        "--node-rank", "0", "--node-rank", "1",
+    )  # fmt: skip
+
+
+def test_gpus_make_the_processes() -> None:
+    plan = plan_of(job(launch={"gpus_per_node": 4}))
+    assert (plan.procs_per_node, plan.device, plan.backend) == (4, "cuda", "nccl")
+    assert plan.node_names == ("laptop",)
+
+
+def test_dp_is_one_process_with_replicas() -> None:
+    plan = plan_of(job(strategy="dp", launch={"procs_per_node": 4}))
+    assert (plan.procs_per_node, plan.replicas, plan.world_size) == (1, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"strategy": "single", "launch": {"procs_per_node": 2}}, "'single' is one process, not 2"),
+        (
+            {"strategy": "single", "launch": {"nodes": 2}},
+            "'single' runs on one node, not 2; use 'ddp'",
+        ),
+        ({"strategy": "dp", "launch": {"nodes": 2}}, "'dp' runs on one node"),
+        (
+            {"launch": {"gpus_per_node": 2, "procs_per_node": 4}},
+            "4 processes per node cannot share 2",
+        ),
+    ],
+)
+def test_what_does_not_go_together(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        plan_of(job(**fields))
+
+
+def test_a_plan_survives_its_json(tmp_path: Path) -> None:
+    plan = replace(plan_of(job(launch={"nodes": "1:2"}), launcher="local"), run_dir=str(tmp_path))
+    write_json(plan.run.plan, plan.to_json())
+    assert LaunchPlan.read(plan.run) == plan
+    with pytest.raises(PlanError, match="not a run directory"):
+        LaunchPlan.read(type(plan.run)(tmp_path / "nothing"))
+
+
+def test_secrets_are_shown_by_name_only() -> None:
+    env = {"WANDB_API_KEY": "s3cret", "MY_TOKEN": "t0ken", "LEVEL": "3"}
+    spec = job(launch={"env": env})
+    text = json.dumps(plan_of(spec).to_json())
+    assert "s3cret" not in text
+    assert "t0ken" not in text
+    assert masked(env) == {"WANDB_API_KEY": MASK, "MY_TOKEN": MASK, "LEVEL": "3"}
+    assert secrets(spec) == {"WANDB_API_KEY": "s3cret", "MY_TOKEN": "t0ken"}
+
+
+def test_torchrun_on_one_host_needs_no_options() -> None:
+    plan = plan_of(job(launch={"procs_per_node": 4}), "torchrun")
+    assert (plan.rdzv_host, plan.rdzv_port) == ("127.0.0.1", 16000)
+    start, by_hand = plan.commands
+    assert start.argv[-2:] == ("--node-rank", "0")
+    assert by_hand.argv[:4] == ("torchrun", "--nnodes=1", "--node-rank=0", "--nproc-per-node=4")
+    assert by_hand.argv[-3:] == ("-m", "dtrain.worker", "/runs/digits-abc234")
+
+
+def test_torchrun_on_several_hosts_writes_the_same_plan_but_for_the_node() -> None:
+    spec = job(launch={"nodes": 2, "procs_per_node": 4})
+    first = plan_of(spec, "torchrun", node_rank=0, rdzv_endpoint="head:29400")
+    second = plan_of(spec, "torchrun", node_rank=1, rdzv_endpoint="head:29400")
+    assert (first.rdzv_host, first.rdzv_port) == ("head", 29400)
+    same = {"options", "commands"}
+    assert {k: v for k, v in first.to_json().items() if k not in same} == {
+        k: v for k, v in second.to_json().items() if k not in same
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"which one this host is with --node-rank 0 … 1"),
+        ({"node_rank": 0}, r"--rdzv-endpoint HOST:PORT"),
+        ({"node_rank": 2}, r"--node-rank 2 does not exist among 2 nodes"),
+        ({"node_rank": 0, "rdzv_endpoint": "head"}, r"'head' is not HOST:PORT"),
+        ({"node_rank": 0, "rdzv_endpoint": "head:99999"}, r"is not HOST:PORT"),
+        ({"nodes_rank": 0}, r"has no option 'nodes_rank'; did you mean 'node_rank'\?"),
+    ],
+)
+def test_torchrun_says_which_flag_is_missing(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        plan_of(job(launch={"nodes": 2}), "torchrun", **options)
+
+
+def test_catalog_names_what_it_does_not_have() -> None:
+    with pytest.raises(PlanError, match="unknown launcher 'slum'; known: local, torchrun"):
+        catalog.find("launcher", "slum")
+    for kind in ("launcher", "strategy", "trainer"):
+        for name in catalog.names(kind):
+            assert catalog.load(kind, name)
+
+
+def test_safe_imports_of_the_task_are_done_once_per_node() -> None:
+    facts = replace(FACTS, task_imports=("torch", "sklearn.datasets", "pytorch_lightning", "numpy"))
+
+    def preload(**launch: Any) -> tuple[str, ...]:
+        made = make_plan(
+            job(launch=launch), job_dir="/job", launcher="local", profile="local", options={},
+            facts=facts,
+        )  # fmt: skip
+        return made.preload
+
+    assert preload() == ("sklearn.datasets", "numpy")
+    assert preload(preload=[]) == ()
+    assert preload(preload=["mine"]) == ("mine",)
+
+
+def test_the_imports_of_a_task_are_read_without_importing_it(tmp_path: Path) -> None:
+    from dtrain.job.source import task_imports
+
+    text = "import torch, os.path as p\nfrom sklearn.datasets import a\nfrom . import b\n1/0\n"
+    (tmp_path / "task.py").write_text(text + "try:\n    import numpy\nexcept ImportError: ...\n")
+    assert task_imports("task.py:T", tmp_path) == ("torch", "os.path", "sklearn.datasets", "numpy")
+    assert task_imports("package.module:T", tmp_path) == ()

@@ -1,0 +1,109 @@
+"""What fits on which node of a Ray cluster, in words; the job's mirror; the batch script."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from dtrain.errors import LaunchError, PlanError
+from dtrain.launchers import ray_driver, ray_mirror, ray_place, ray_sbatch
+from dtrain.launchers.ray_options import RayOptions
+from dtrain.launchers.ray_place import Wish
+from dtrain.rundir import RunDir
+
+
+def node(number: int, *, alive: bool = True, host: str = "vm", **total: float) -> dict[str, object]:
+    return {
+        "Alive": alive,
+        "NodeID": f"id{number}",
+        "NodeName": f"10.0.0.{number}",
+        "NodeManagerAddress": f"10.0.0.{number}",
+        "NodeManagerHostname": host,
+        "NodeManagerPort": 1,
+        "Resources": total,
+        "Labels": {"zone": "a"},
+    }
+
+
+def test_nodes_are_in_the_order_of_their_addresses_and_named_by_host_where_that_tells() -> None:
+    nodes = [node(10, host="x"), node(9), node(2), node(3, alive=False)]
+    assert [view.name for view in ray_place.views(nodes, {})] == ["10.0.0.2", "10.0.0.9", "x"]
+
+
+def test_what_is_short_is_told_by_node() -> None:
+    nodes = [node(1, CPU=8, GPU=4), node(2, CPU=2)]
+    views = ray_place.views(nodes, {"id1": {"CPU": 8, "GPU": 1}, "id2": {"CPU": 2}})
+    wish = Wish(1, 2, {"CPU": 4, "GPU": 2}, {})
+    assert ray_place.choose(wish, views) == 0
+    assert ray_place.could(wish, views) == 1
+    assert ray_place.shortage(wish, views).splitlines() == [
+        "asked: 1 to 2 nodes with 4 CPU, 2 GPU each; 0 of the cluster's 2 can take it",
+        "  10.0.0.1 (10.0.0.1): free 8 of 8 CPU, 1 of 4 GPU; 1 GPU short",
+        "  10.0.0.2 (10.0.0.2): free 2 of 2 CPU; 2 CPU short; 2 GPU short",
+    ]
+    wrong_zone = Wish(1, 1, {"CPU": 1}, {"zone": "b"})
+    assert "label zone is a" in ray_place.shortage(wrong_zone, views)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"adress": "x:1"}, "adress"),
+        ({"submit": "job"}, "needs the address"),
+        ({"runs": "/shared"}, "--runs says where"),
+        ({"relaunch": -1}, "relaunch"),
+    ],
+)
+def test_options_that_cannot_be_meant(options: dict[str, object], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        RayOptions.of(options)
+
+
+def test_a_run_is_mirrored_line_by_line_and_twice_is_as_good_as_once(tmp_path: Path) -> None:
+    there, here = RunDir(tmp_path / "there"), RunDir(tmp_path / "here")
+    there.create()
+    here.create()
+    log = there.rank_log(0, 0, 0)
+    log.parent.mkdir(parents=True)
+    out = io.StringIO()
+    mirror = ray_mirror.Mirror(there, out)
+    for text in ("one\nzw\xf6", "lf\n"):
+        with log.open("a", encoding="utf-8") as file:
+            file.write(text)
+        there.events.write_text(text)
+        mirror.send()
+    for _ in range(2):
+        ray_mirror.apply(here, "of the program itself\n" + out.getvalue())
+        assert here.rank_log(0, 0, 0).read_bytes() == log.read_bytes()
+    outside = '@dtrain {"path": "../outside", "text": "x"}\n'
+    ray_mirror.apply(here, outside)
+    assert not (tmp_path / "outside").exists()
+
+
+def test_the_batch_script_holds_a_cluster_with_a_token() -> None:
+    script = ray_sbatch.render(
+        ["--nodes", "2", "--cpus", "8", "--gpus", "4", "--slurm", "time=60", "--setup", "module x",
+         "--", "--nodes", "2", "job file.yaml"]
+    )  # fmt: skip
+    for line in ("#SBATCH --nodes=2", "#SBATCH --cpus-per-task=8", "#SBATCH --gpus-per-node=4",
+                 "#SBATCH --time=60", "module x"):  # fmt: skip
+        assert line in script.splitlines()
+    assert "--launcher ray --nodes 2 'job file.yaml' --address" in script
+    assert "RAY_AUTH_MODE=token" in script
+    assert "ray stop" not in script
+
+
+@pytest.mark.parametrize(
+    ("address", "loopback"),
+    [("127.0.0.7:6379", True), ("192.0.2.1:6379", False), ("no.such.host.invalid:1", False)],
+)
+def test_which_clusters_need_a_token_most(address: str, loopback: bool) -> None:
+    assert ray_driver.is_loopback(address) is loopback
+
+
+@pytest.mark.parametrize("address", ["head", "http://head:8265", "ray://head:10001", ":6379"])
+def test_what_is_no_address_of_a_head(address: str) -> None:
+    with pytest.raises(LaunchError, match="is not HOST:PORT"):
+        ray_driver.reach(address)

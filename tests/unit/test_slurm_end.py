@@ -1,0 +1,111 @@
+"""What becomes of a batch job when an agent ends, and what is made of a job that is over."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain import rundir
+from dtrain.job.spec import JobSpec
+from dtrain.jobdir import JobDir
+from dtrain.launchers import base, slurm_end
+from dtrain.launchers.slurm_watch import Job
+from dtrain.node import failures, verdict
+from dtrain.node.slurm import Place, conclude
+from dtrain.plan import Facts, LaunchPlan, make_plan
+
+STOPPED = 128 + signal.SIGTERM
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> LaunchPlan:
+    train = {"epochs": 1, "global_batch_size": 8}
+    job = JobSpec.model_validate({"name": "digits", "task": "task.py:T", "train": train})
+    facts = Facts("digits-abc", str(tmp_path), "python3", "laptop", cores=8, free_port=16000)
+    options: dict[str, Any] = {"requeue": 2}
+    made = make_plan(
+        job, job_dir="/job", launcher="slurm", profile="slurm", options=options, facts=facts
+    )
+    made = base.load("slurm").complete(made, facts)
+    made.run.slurm.mkdir(parents=True)
+    return made
+
+
+def end(plan: LaunchPlan, status: int, *, asked: bool = True, node_rank: int = 0) -> int:
+    return conclude(Place(plan, node_rank, None), status, asked)
+
+
+def test_a_node_that_was_asked_to_leave_ends_well_and_wants_to_go_on(plan: LaunchPlan) -> None:
+    plan.run.secret_env.touch()
+    assert end(plan, STOPPED) == 0
+    assert JobDir(plan.run).requeue(0).exists()
+    assert plan.run.secret_env.exists()  # the next attempt needs it
+
+
+def test_other_nodes_say_nothing_of_the_job(plan: LaunchPlan) -> None:
+    assert end(plan, STOPPED, node_rank=1) == 0
+    assert end(plan, 3, asked=False, node_rank=1) == 3
+    assert not list(plan.run.slurm.iterdir())
+
+
+def test_a_job_that_failed_or_was_cancelled_does_not_go_on(plan: LaunchPlan) -> None:
+    assert end(plan, 3, asked=False) == 3
+    JobDir(plan.run).cancel.touch()
+    plan.run.secret_env.touch()
+    assert end(plan, STOPPED) == 0
+    assert not JobDir(plan.run).requeue(0).exists()
+    assert not plan.run.secret_env.exists()
+
+
+def test_it_does_not_go_on_for_ever(plan: LaunchPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert end(plan, STOPPED) == 0
+    assert not JobDir(plan.run).requeue(2).exists()
+    assert slurm_end.exit_code(plan, Job("7", "COMPLETED", restarts=2)) == 1
+    (record,) = failures.read_all(plan.run, 0)
+    assert "requeued 2 times already, as often as it may be" in record.message
+
+
+def test_a_node_taken_for_dead_leaves_the_next_attempt_alone(plan: LaunchPlan) -> None:
+    rundir.write_json(JobDir(plan.run).endpoint(1), {"host": "elsewhere"})
+    end(plan, STOPPED)
+    assert not JobDir(plan.run).requeue(0).exists()
+    assert not JobDir(plan.run).end(0).exists()
+
+
+@pytest.mark.parametrize(
+    ("job", "kind", "words"),
+    [
+        (Job("7", "NODE_FAIL", exit_code=1), "node_lost", "a node of the job failed"),
+        (Job("7", "OUT_OF_MEMORY", exit_code=253), "oom", "more memory than it had asked for"),
+        (Job("7", "TIMEOUT"), "agent", "the time limit came before the workers had left"),
+        (Job("7", "PREEMPTED"), "agent", "preempted by another job"),
+        (Job("7", "GONE"), "agent", "Slurm has forgotten the job"),
+        (Job("7", "FAILED", exit_code=9), "agent", "job 7 ended with code 9: srun: no such thing"),
+    ],
+)
+def test_what_only_slurm_knows_is_written_down(
+    plan: LaunchPlan, job: Job, kind: str, words: str
+) -> None:
+    JobDir(plan.run).log.write_text("loading\nsrun: no such thing\n")
+    assert slurm_end.exit_code(plan, job) == (job.exit_code or 1)
+    judged = verdict.judge(plan.run, 0)
+    assert judged is not None
+    assert judged.culprit.kind == kind
+    assert words in verdict.render(judged, plan.run)
+
+
+def test_the_first_nodes_word_is_believed(plan: LaunchPlan) -> None:
+    end(plan, 3, asked=False)
+    assert slurm_end.exit_code(plan, Job("7", "FAILED", exit_code=1)) == 3
+    end(replace(plan, attempt=1), 0, asked=False)
+    assert slurm_end.exit_code(replace(plan, attempt=1), Job("7", "COMPLETED")) == 0
+
+
+def test_a_cancelled_job_has_not_failed(plan: LaunchPlan) -> None:
+    assert slurm_end.exit_code(plan, Job("7", "CANCELLED")) == STOPPED
+    assert not failures.read_all(plan.run, 0)

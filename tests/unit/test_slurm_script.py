@@ -1,0 +1,348 @@
+"""The batch script and what goes into it: the whole text, quoting, and every option."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.assets import asset_dir
+from dtrain.cli import array
+from dtrain.cli import options as cli_options
+from dtrain.errors import JobError, PlanError, UsageError
+from dtrain.job.profile import load_profile
+from dtrain.job.spec import JobSpec
+from dtrain.launchers import base, slurm_array, slurm_limits, slurm_script, slurm_submit
+from dtrain.launchers.slurm_options import SlurmOptions
+from dtrain.plan import Facts, LaunchPlan, make_plan
+
+FACTS = Facts("digits-abc234", "/runs", "/usr/bin/python3", "laptop", cores=8, free_port=16000)
+JOB: dict[str, Any] = {
+    "name": "digits", "task": "task.py:T", "train": {"epochs": 1, "global_batch_size": 8},
+}  # fmt: skip
+
+GOLDEN = """\
+#!/bin/bash
+# Run digits-abc234 of dtrain, made by `dtrain launch`. Starts one node agent on each node.
+#SBATCH --job-name=digits-abc234
+#SBATCH --comment="dtrain run digits-abc234 for the paper"
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=16
+#SBATCH --gpus-per-node=4
+#SBATCH --partition=gpu
+#SBATCH --account=physics
+#SBATCH --time=0-20:00:00
+#SBATCH --mem=64G
+#SBATCH --mail-user=me@example.org
+#SBATCH --mail-type=END,FAIL,REQUEUE
+#SBATCH --signal=USR2@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --exclusive
+#SBATCH --nice=100
+
+set -e
+ulimit -n 4096
+module load cuda/12.4 'odd name'
+. /envs/train/bin/activate
+set +e
+
+trap : TERM USR2 # the agents leave in order, and the shell waits for them
+srun \\
+  --nodes=2 \\
+  --ntasks=2 \\
+  --ntasks-per-node=1 \\
+  --cpus-per-task=16 \\
+  --kill-on-bad-exit=1 \\
+  --wait=40 \\
+  /envs/train/bin/python -m dtrain.node /runs/digits-abc234
+status=$?
+
+# The first agent leaves this file when the training is to go on in another attempt.
+job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+if [ -e /runs/digits-abc234/slurm/requeue-"${SLURM_RESTART_COUNT:-0}" ] &&
+  [ "$(squeue -h -j "$job" -o %T)" = RUNNING ]; then
+  scontrol requeue "$job"
+fi
+exit "$status"
+"""
+
+
+def plan_of(
+    facts: Facts = FACTS, launch: dict[str, Any] | None = None, **options: Any
+) -> LaunchPlan:
+    job = JobSpec.model_validate({**JOB, "launch": launch or {"nodes": 2}})
+    made = make_plan(
+        job, job_dir="/job", launcher="slurm", profile="slurm", options=options, facts=facts
+    )
+    return base.load("slurm").complete(made, facts)
+
+
+def test_the_whole_script() -> None:
+    plan = plan_of(
+        launch={"nodes": 2, "gpus_per_node": 4}, partition="gpu", account="physics", time="20h",
+        mem="64G", cpus_per_node=16, comment="for the paper", mail="me@example.org",
+        slurm={"exclusive": True, "nice": "100", "spread-job": False},
+        setup=["ulimit -n 4096"], modules=["cuda/12.4", "odd name"], venv="/envs/train",
+    )  # fmt: skip
+    assert slurm_script.render(plan) == GOLDEN
+    assert plan.threads_per_proc == 4
+    assert (plan.rdzv_host, plan.rdzv_port, plan.node_names) == ("", 0, ("", ""))
+
+
+def test_every_profile_option_is_known_and_has_its_default() -> None:
+    profile = load_profile("slurm", ".")
+    options = {name: value for name, value in profile.spec.options.items() if value is not None}
+    assert set(profile.spec.options) == set(SlurmOptions.model_fields)
+    assert SlurmOptions.model_validate({**options, "signal_before": 120.0}) == SlurmOptions()
+
+
+def test_containers() -> None:
+    apptainer = plan_of(apptainer="image.sif", container_args=["--nv"])
+    assert (
+        "  apptainer exec --bind /runs/digits-abc234 --bind /job --nv image.sif "
+        "python -m dtrain.node /runs/digits-abc234\n"
+    ) in slurm_script.render(apptainer)
+    pyxis = slurm_script.render(plan_of(pyxis="nvcr.io#nvidia/pytorch:25.01"))
+    assert "  '--container-image=nvcr.io#nvidia/pytorch:25.01' \\\n" in pyxis
+    assert "--container-mounts=/runs/digits-abc234:/runs/digits-abc234,/job:/job" in pyxis
+    with pytest.raises(PlanError, match="two ways to run one container"):
+        plan_of(apptainer="a", pyxis="b")
+
+
+HOSTILE = ["a b", "it's", 'so "so"', "a;touch gone", "$(touch gone)", "`touch gone`", "a\\b", "#x",
+           "100%j", "--flag"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_the_shell_sees_values_as_they_are(text: str, tmp_path: Path) -> None:
+    """The script run by bash, with an srun that tells what it was given."""
+    for name in ("srun", "squeue", "scontrol", "module"):
+        command = 'printf "%s\\0" "$@" > "$(dirname "$0")"/$(basename "$0").argv\n'
+        (tmp_path / name).write_text("#!/bin/bash\n" + command)
+        (tmp_path / name).chmod(0o755)
+    runs = str(tmp_path / text.replace("\\", "/"))
+    options = {"modules": [text], "python": text, "pyxis": text, "comment": text}
+    plan = plan_of(replace(FACTS, runs=runs), **options)
+    script = slurm_script.render(plan)
+    done = subprocess.run(
+        ["bash", "-c", script], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, cwd=tmp_path,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    srun = (tmp_path / "srun.argv").read_text().split("\0")
+    assert srun[-5:] == [text, "-m", "dtrain.node", f"{runs}/digits-abc234", ""]
+    assert f"--container-image={text}" in srun
+    assert (tmp_path / "module.argv").read_text().split("\0") == ["load", text, ""]
+    assert not list(tmp_path.rglob("gone"))
+
+
+@pytest.mark.parametrize("name", ["partition", "comment", "time"])
+def test_a_line_break_cannot_come_out_of_a_directive(name: str) -> None:
+    with pytest.raises(PlanError, match=r"line break|a duration"):
+        plan_of(**{name: "x\ntouch gone"})
+    with pytest.raises(PlanError, match="line break"):
+        plan_of(slurm={"nice": "1\ntouch gone"})
+
+
+def test_no_secret_in_script_or_command() -> None:
+    plan = plan_of(launch={"nodes": 1, "env": {"MY_TOKEN": "s3cret", "LEVEL": "4"}})
+    assert "s3cret" not in slurm_script.render(plan) + json.dumps(plan.to_json())
+    assert not any("--export" in text for text in plan.commands[0].argv)
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    plan = plan_of(replace(FACTS, runs="/it's a (b); c"), modules=["a b"], setup=["true"])
+    done = subprocess.run(
+        ["shellcheck", "-"], input=slurm_script.render(plan), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_template_of_ones_own(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.j2"
+    packaged = (asset_dir("slurm") / "job.sbatch.j2").read_text()
+    mine.write_text(packaged.replace("#!/bin/bash", "#!/bin/bash -l"))
+    assert slurm_script.render(plan_of(template=str(mine))).startswith("#!/bin/bash -l\n")
+    mine.write_text("{{ partition_of_mine }}")
+    with pytest.raises(PlanError, match=r"mine.j2: 'partition_of_mine' is undefined"):
+        slurm_script.render(plan_of(template=str(mine)))
+    mine.write_text("one\n{% if %}")
+    with pytest.raises(PlanError, match=r"mine.j2:2: "):
+        slurm_script.render(plan_of(template=str(mine)))
+    with pytest.raises(PlanError, match="cannot be read: No such file"):
+        slurm_script.render(plan_of(template=str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"partion": "gpu"}, r"option partion: .*it has: submit, partition"),
+        ({"time": 90}, "say it with a unit"),
+        ({"time": "90"}, "say it with a unit"),
+        (
+            {"slurm": {"partition": "x"}},
+            "--slurm partition: is an option of its own: say partition",
+        ),
+        ({"slurm": {"ntasks": "4"}}, "--slurm ntasks: is set by dtrain; use --procs"),
+        ({"slurm": {"a b": "4"}}, "not the long name of a flag"),
+    ],
+)
+def test_what_is_refused_in_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        plan_of(**options)
+
+
+def test_an_elastic_job_takes_what_it_is_given() -> None:
+    script = slurm_script.render(plan_of(launch={"nodes": "2:4"}))
+    assert "#SBATCH --nodes=2-4\n" in script
+    assert "#SBATCH --ntasks-per-node" not in script, "with which Slurm gives the fewest"
+    assert '  --nodes="$SLURM_JOB_NUM_NODES" \\\n  --ntasks="$SLURM_JOB_NUM_NODES" \\\n' in script
+
+
+def test_elastic_submitit_and_backslash_are_refused() -> None:
+    with pytest.raises(PlanError, match="one number of nodes"):
+        plan_of(launch={"nodes": "1:2"}, submit="submitit")
+    with pytest.raises(PlanError, match="path with a backslash"):
+        plan_of(replace(FACTS, runs="/a\\b"))
+
+
+def test_a_short_time_limit_leaves_the_workers_half_of_it() -> None:
+    assert "#SBATCH --signal=USR2@60\n" in slurm_script.render(plan_of(time="2m"))
+    assert "#SBATCH --signal=USR2@120\n" in slurm_script.render(plan_of(time="5m"))
+
+
+PARTITIONS = """\
+PartitionName=quick Default=NO MaxTime=00:30:00 State=UP
+PartitionName=day Default=YES MaxTime=1-00:00:00 State=UP
+PartitionName=ever Default=NO MaxTime=UNLIMITED State=UP
+"""
+
+
+@pytest.mark.parametrize(
+    ("partition", "asked", "given"),
+    [
+        ("quick", "4h", "0-00:30:00"),
+        ("quick", "20m", "0-00:20:00"),
+        ("quick,day", "40h", "1-00:00:00"),
+        (None, "40h", "1-00:00:00"),
+        ("day,ever", "40h", "1-16:00:00"),
+        ("unknown", "40h", "1-16:00:00"),
+    ],
+)
+def test_a_time_limit_above_that_of_the_partition_is_cut(
+    monkeypatch: pytest.MonkeyPatch, partition: str | None, asked: str, given: str
+) -> None:
+    def ask(*argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(argv, 0, PARTITIONS, "")
+
+    monkeypatch.setattr(slurm_limits, "ask", ask)
+    plan = plan_of(partition=partition, time=asked)
+    cut, said = slurm_limits.within_partition(plan)
+    assert cut.options["time"] == given
+    assert bool(said) == (cut != plan)
+    monkeypatch.setattr(
+        slurm_limits, "ask", lambda *argv: subprocess.CompletedProcess(argv, 1, PARTITIONS, "away")
+    )
+    assert slurm_limits.within_partition(plan) == (plan, "")
+
+
+ARRAY = """\
+#!/bin/bash
+# Runs it's-0 to it's-2 of dtrain: each has its own script.
+#SBATCH --job-name="it's"
+#SBATCH --comment="dtrain runs it's-0 to it's-2"
+#SBATCH --array=0-2%2
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=1
+#SBATCH --signal=USR2@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --nice=100
+
+exec '/runs/it'"'"'s-'"$SLURM_ARRAY_TASK_ID"/slurm/job.sbatch
+"""
+
+
+def test_the_script_of_an_array() -> None:
+    plans = [plan_of(replace(FACTS, run_id=f"it's-{n}"), slurm={"nice": "100"}) for n in range(3)]
+    slurm_array.refuse_unlike(plans)
+    assert slurm_array.render(plans, 2) == ARRAY
+    with pytest.raises(PlanError, match="--array takes submit: sbatch"):
+        slurm_array.refuse_unlike([plan_of(submit="submitit")])
+    with pytest.raises(PlanError, match="differ in --nice=100"):
+        slurm_array.refuse_unlike([*plans, plan_of()])
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a.b=1,2", ["a.b=1", "a.b=2"]),
+        ("a=[1, 2],[3]", ["a=[1, 2]", "a=[3]"]),
+        ("a='x,y',\"z, w\",{k: 1, l: 2}", ["a='x,y'", 'a="z, w"', "a={k: 1, l: 2}"]),
+        ("a=b=c", ["a=b=c"]),
+    ],
+)
+def test_the_values_of_an_array(text: str, found: list[str]) -> None:
+    assert array.values(text) == found
+
+
+@pytest.mark.parametrize("text", ["a", "a=", "=1", "a=1,,2", "a=1,", "a=[1", "a='1,2"])
+def test_wrong_values_of_an_array(text: str) -> None:
+    with pytest.raises(UsageError, match="expected FIELD=VALUE"):
+        array.values(text)
+
+
+def test_time_as_slurm_writes_it() -> None:
+    for written, limit in (("90m", "0-01:30:00"), ("30:00", "0-00:30:00"), ("2-00:00:00",) * 2):
+        assert SlurmOptions(time=written).time == limit
+
+
+def test_wrong_options_are_told_with_their_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "launchers").mkdir()
+    (tmp_path / "launchers" / "site.yaml").write_text(
+        "launcher: slurm\nextends: slurm\noptions:\n  partion: gpu\n  time: 90\n  account: 1234\n"
+    )
+    profile = load_profile("site", tmp_path)
+    with pytest.raises(JobError) as caught:
+        cli_options._settings(base.load("slurm"), profile, {"slurm": ("nice=1",)}, "runs")
+    first, second = str(caught.value).splitlines()
+    assert first == "launchers/site.yaml:4:3: partion: unknown; did you mean 'partition'?"
+    assert second.startswith("launchers/site.yaml:5:9: time: say it with a unit")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "sbatch: error: Batch job submission failed: Invalid account or account/partition "
+            "combination specified\n",
+            "Slurm refuses the job: Invalid account or account/partition combination specified"
+            "\n  -p: partition: gpu",
+        ),
+        (
+            "sbatch: error: Memory specification can not be satisfied\nsbatch: error: Batch job "
+            "submission failed: Requested node configuration is not available\n",
+            "Slurm refuses the job: Memory specification can not be satisfied; Requested node "
+            "configuration is not available\n  launchers/site.yaml:7:8: mem: 900G",
+        ),
+        ("", "Slurm refuses the job: no reason given"),
+    ],
+)
+def test_a_refusal_is_told_in_slurms_words_with_the_place(said: str, told: str) -> None:
+    plan = plan_of(partition="gpu", mem="900G")
+    plan = replace(plan, sources={"partition": "-p", "mem": "launchers/site.yaml:7:8"})
+    assert slurm_submit.refusal(plan, said) == told

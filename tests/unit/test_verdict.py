@@ -1,0 +1,162 @@
+"""The verdict: the right culprit, in at most 15 lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dtrain.node import failures, verdict
+from dtrain.node.failures import FailureRecord, Frame
+from dtrain.rundir import RunDir
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    made = RunDir(tmp_path / "digits-abc234")
+    made.create()
+    return made
+
+
+def record(rank: int | None, **fields: object) -> FailureRecord:
+    base: dict[str, object] = {
+        "kind": "exception",
+        "message": "boom",
+        "exit_code": 1,
+        "node_rank": (rank or 0) // 2,
+        "node": f"node-{(rank or 0) // 2}",
+        "rank": rank,
+        "time": 100.0,
+        "type": "ValueError",
+    }
+    return FailureRecord(**{**base, **fields})  # type: ignore[arg-type]
+
+
+COLLATERAL = (
+    "[/src/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1728.",
+    "[/src/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:15260: Connection reset by peer",
+    "Timed out waiting 8000ms for recv operation to complete",
+    "NCCL error: remote process exited or there was a network error",
+    "recvValueWithTimeout failed on SocketImpl",
+)
+
+
+@pytest.mark.parametrize("message", COLLATERAL)
+def test_a_victim_that_died_first_is_not_the_culprit(run: RunDir, message: str) -> None:
+    record(0, message=message, type="RuntimeError", time=99.0).write(run, 0)
+    record(3, time=100.0).write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert found.culprit.rank == 3
+    assert found.collateral == [0]
+
+
+def test_the_earliest_of_several_causes(run: RunDir) -> None:
+    for rank, when in ((0, 3.0), (1, 1.0), (2, 2.0)):
+        record(rank, time=when, message=f"boom {rank}").write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert found.culprit.rank == 1
+    assert found.collateral == [0, 2]
+
+
+def test_when_all_fail_alike_the_lowest_rank_speaks(run: RunDir) -> None:
+    for rank, when in ((0, 3.0), (1, 1.0), (2, 2.0)):
+        record(rank, time=when).write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert (found.culprit.rank, found.alike, found.collateral) == (0, [1, 2], [])
+    assert "ranks 1, 2 failed in the same way" in verdict.render(found, run)
+
+
+def test_a_lost_node_comes_before_what_it_caused(run: RunDir) -> None:
+    record(0, time=1.0, message="boom").write(run, 0)
+    record(None, kind="node_lost", node_rank=1, node="node-1", exit_code=137, time=2.0).write(
+        run, 0
+    )
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert (found.culprit.node, found.exit_code, found.collateral) == ("node-1", 137, [0])
+
+
+def test_failures_that_a_restart_overcame_do_not_count(run: RunDir) -> None:
+    record(0, time=1.0, restart=0).write(run, 0)
+    record(2, time=9.0, restart=1).write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert found.culprit.rank == 2
+    assert found.restarts == 1
+
+
+def test_nothing_failed(run: RunDir) -> None:
+    assert verdict.judge(run, 0) is None
+
+
+def test_the_block_has_at_most_15_lines(run: RunDir) -> None:
+    frames = [
+        Frame(f"/home/me/task_{k}.py", k, f"function_{k}", "x = " + "y" * 300) for k in range(9)
+    ]
+    message = "\n".join(f"line {k} " + "z" * 400 for k in range(50))
+    record(3, frames=frames, message=message, log="/runs/x/rank-00003.log", restart=2).write(run, 0)
+    for rank in range(40):
+        if rank != 3:
+            record(rank, message="Connection closed by peer", restart=2).write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    text = verdict.render(found, run)
+    lines = text.splitlines()
+    assert len(lines) <= verdict.MAX_LINES
+    assert max(map(len, lines)) <= 115
+    assert lines[0] == "FAILED: rank 3 on node 1 (node-1) raised ValueError"
+    assert "line 0" in text
+    assert "39 other ranks" in text
+    assert "rank-00003.log" in text
+
+
+def test_kept_and_read_back(run: RunDir) -> None:
+    record(1, frames=[Frame("a.py", 1, "f", "g()")]).write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    verdict.write(run, 0, found)
+    assert verdict.read(run, 0) == found
+
+
+def test_of_exception_keeps_the_users_frames() -> None:
+    def users() -> None:
+        raise ValueError("bad value")
+
+    try:
+        users()
+    except ValueError as error:
+        made = failures.of_exception(error, rank=1, node_rank=0, restart=0, log="")
+    assert made.type == "ValueError"
+    assert [frame.function for frame in made.frames][-1] == "users"
+    assert "bad value" in made.traceback
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0, 0), (3, 3), ("text", 1), (None, 0)])
+def test_sys_exit_keeps_its_code(code: object, expected: int) -> None:
+    made = failures.of_exception(SystemExit(code), rank=0, node_rank=0, restart=0, log="")
+    assert made.exit_code == expected
+    assert made.kind == "exit"
+
+
+def test_a_kill_with_the_kernel_short_of_memory_is_oom() -> None:
+    place = {"rank": 0, "node_rank": 0, "node": "n", "time": 1.0}
+    assert failures.of_exit_status(-9, out_of_memory=True, **place).kind == "oom"
+    assert failures.of_exit_status(-9, out_of_memory=False, **place).message == "killed by SIGKILL"
+    assert failures.of_exit_status(-11, out_of_memory=True, **place).exit_code == 139
+    assert failures.of_exit_status(3, out_of_memory=False, **place).exit_code == 3
+
+
+def test_a_record_that_cannot_be_written_is_kept_aside(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "aside"))
+    run.failures(0).parent.mkdir(parents=True)
+    run.failures(0).write_text("a file where the folder should be")
+    record(1).write(run, 0)
+    assert "cannot write" in capsys.readouterr().err
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert found.culprit.rank == 1
