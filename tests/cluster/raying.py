@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dist"))
 
 from launching import until
 
-from dtrain.launchers.ray_cluster import free_port, ray_start
+from dtrain.launchers.ray_cluster import ray_start
+from dtrain.ports import free_candidate
 
 WANTING = "for want of Ray"
 _UP = b"Ray runtime started"
@@ -49,8 +50,8 @@ class RayCluster:
         self.folder = Path(tempfile.mkdtemp(prefix="dtr-", dir="/tmp"))
         self.cpus, self._count, self._first = cpus, nodes, first
         self.nodes: dict[int, subprocess.Popen[bytes]] = {}
-        self._port = free_port(self.ip(0))
-        self._dashboard = free_port("127.0.0.1")
+        self._port = free_candidate(self.ip(0), f"{self.folder}/gcs")
+        self._dashboard = free_candidate("127.0.0.1", f"{self.folder}/dashboard")
         (self.folder / "token").write_text("b" * 64)
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
         self.env = {
@@ -126,7 +127,7 @@ class RayCluster:
         return [
             "--head",
             f"--port={self._port}",
-            f"--ray-client-server-port={free_port(self.ip(0))}",
+            f"--ray-client-server-port={free_candidate(self.ip(0), f'{self.folder}/client')}",
             "--include-dashboard=true",
             "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self._dashboard}",

@@ -13,6 +13,7 @@ from launching import (
     OFTEN,
     SLOW,
     TINY,
+    command_of,
     descendants,
     dtrain,
     events,
@@ -28,7 +29,7 @@ from dtrain.rundir import RunDir
 
 
 def driver_of(process: subprocess.Popen[str]) -> psutil.Process:
-    (driver,) = [p for p in descendants(process.pid) if "ray_driver" in " ".join(p.cmdline())]
+    (driver,) = [p for p in descendants(process.pid) if "ray_driver" in command_of(p)]
     return driver
 
 
@@ -124,14 +125,14 @@ def test_a_command_killed_while_its_cluster_starts_leaves_nothing(tmp_path: Path
     needs_ray()
     with started("launch", "--launcher", "ray", TINY, cwd=tmp_path) as process:
         until("a node that starts", lambda: starting(process), 60)
-        (keeper,) = [p for p in descendants(process.pid) if "ray_cluster" in " ".join(p.cmdline())]
+        (keeper,) = [p for p in descendants(process.pid) if "ray_cluster" in command_of(p)]
         folder = Path(json.loads(keeper.cmdline()[-1])["folder"])
         assert folder.is_dir()
     until("its folder to be gone", lambda: not folder.exists(), 20)
 
 
 def starting(process: subprocess.Popen[str]) -> bool:
-    return any("ray.scripts.scripts" in " ".join(p.cmdline()) for p in descendants(process.pid))
+    return any("ray.scripts.scripts" in command_of(p) for p in descendants(process.pid))
 
 
 def raylets(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -77,6 +77,14 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
+def command_of(process: psutil.Process) -> str:
+    """Its command line; empty when it has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def alive(process: psutil.Process) -> bool:
     """Whether a process still runs; one that is only waiting to be reaped does not."""
     try:

@@ -19,7 +19,7 @@ import pytest
 from launching import wait_for
 from training import job, lines, train
 
-from dtrain import catalog
+from dtrain import catalog, ports
 from dtrain.job.load import load_job
 from dtrain.job.spec import JobSpec
 
@@ -124,9 +124,7 @@ def test_mlflow_server(tmp_path: Path) -> None:
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
     """A real server on loopback, in a process group of its own, which ends with the test."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = ports.free_candidate("127.0.0.1", str(folder))
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
     command += ["--default-artifact-root", str(folder / "artifacts")]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.testing import body, report
+from dtrain.testing.watch import hold_port
 from dtrain.testing.wire import Answer, Channel, Kind, Layout, Outcome, RankResult
 
 MISUSES = """
@@ -115,6 +116,16 @@ def test_the_plugin_imports_no_torch() -> None:
         "sys.exit(bool({'torch', 'numpy', 'psutil'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_held_port_is_rank_0s_on_every_address() -> None:
+    with hold_port() as holder, socket.socket() as other, socket.socket() as rank_0:
+        port = holder.getsockname()[1]
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.2", port))
+        rank_0.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        rank_0.bind(("", port))
+        rank_0.listen()
 
 
 def test_layout_gives_torchruns_variables() -> None:

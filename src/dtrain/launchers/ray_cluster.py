@@ -15,7 +15,6 @@ import secrets
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from typing import Any
 import psutil
 
 from dtrain.errors import LaunchError
+from dtrain.ports import free_candidate
 
 _PR_SET_CHILD_SUBREAPER = 36
 _OBJECT_STORE = 78_643_200  # the least that Ray takes; nothing of ours goes through it
@@ -135,12 +135,13 @@ def end_descendants() -> None:
 
 
 def _start(spec: dict[str, Any]) -> dict[str, str]:
-    host, port = "127.0.0.2", free_port("127.0.0.2")
-    dashboard = free_port("127.0.0.1") if spec["dashboard"] else 0
+    host = "127.0.0.2"
+    port, client = (free_candidate(host, f"{spec['folder']}/{what}") for what in ("gcs", "client"))
+    dashboard = free_candidate("127.0.0.1", spec["folder"]) if spec["dashboard"] else 0
     head = [
         "--head",
         f"--port={port}",
-        f"--ray-client-server-port={free_port(host)}",
+        f"--ray-client-server-port={client}",
         f"--include-dashboard={'true' if dashboard else 'false'}",
         "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard or 8265}",
@@ -221,13 +222,6 @@ def _own_gpus(number: int, count: int) -> dict[str, str]:
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     return " ".join([line for line in lines if line][-3:])
-
-
-def free_port(host: str) -> int:
-    """A port on which nobody listens just now."""
-    with socket.socket() as sock:
-        sock.bind((host, 0))
-        return int(sock.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from dtrain.procs import fork_child
 from dtrain.testing import body
-from dtrain.testing.wire import MASTER_ADDR, Answer, Channel, Outcome, RankResult, Request
+from dtrain.testing.wire import Answer, Channel, Outcome, RankResult, Request
 
 if TYPE_CHECKING:
     import pytest
@@ -75,6 +75,21 @@ class _Rank:
                 os.close(fd)
 
 
+def hold_port() -> socket.socket:
+    """A port that nobody else is given, and that rank 0 may bind: bound, and never listening.
+
+    On every address, as torch's store listens on all: a port held on one of them alone may be
+    given to a listener or a connection on another, and rank 0 cannot have it then.
+    """
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    holder = socket.socket(family)
+    if family == socket.AF_INET6:
+        holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("", 0))
+    return holder
+
+
 class Run:
     """One request: a context within which its ranks exist."""
 
@@ -87,10 +102,7 @@ class Run:
         self._first_failure: float | None = None
 
     def __enter__(self) -> Run:
-        # Bound and never listening, so that nobody else is given the port, and rank 0 may bind it.
-        self._port_holder = socket.socket()
-        self._port_holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._port_holder.bind((MASTER_ADDR, 0))
+        self._port_holder = hold_port()
         self._port: int = self._port_holder.getsockname()[1]
         self._done, done = os.pipe()
         self._poll = select.poll()
