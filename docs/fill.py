@@ -75,6 +75,15 @@ def cell(trainer: str, strategy: str) -> str:
     return "yes" if catalog.pair_problem(trainer, strategy, 2) is None else "one node"
 
 
+def refusals() -> str:
+    """What the planner says of every other combination."""
+    trainers = [trainer for trainer in catalog.TRAINERS if trainer != catalog.SCRIPT]
+    pairs = [(trainer, strategy) for trainer in trainers for strategy in catalog.STRATEGIES]
+    said = [catalog.pair_problem(*pair, nodes) for nodes in (1, 2) for pair in pairs]
+    said.append(catalog.pair_problem(catalog.SCRIPT, "ddp", 1))
+    return "\n".join(f"- {text}" for text in dict.fromkeys(said) if text)
+
+
 def strategies() -> str:
     """What each strategy is."""
     return "\n".join(f"- `{name}`: {fact.summary}" for name, fact in catalog.STRATEGIES.items())
@@ -179,6 +188,7 @@ def table(rows: list[tuple[str, ...]]) -> str:
 PARTS: Mapping[str, Callable[[], str]] = {
     "example": example,
     "matrix": matrix,
+    "refusals": refusals,
     "strategies": strategies,
     "commands": commands,
     "fields": fields,
