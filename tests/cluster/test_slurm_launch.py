@@ -80,15 +80,9 @@ def test_digits_on_two_nodes_is_the_training_of_one_machine(slurm: Cluster, tmp_
         assert status(here)["parameters_sha256"] == status(there)["parameters_sha256"]
 
 
-@pytest.mark.parametrize(
-    ("example", "shorter"),
-    [("lightning", ("--set", "train.epochs=1")), ("script", ("--", "--epochs", "1"))],
-)
-def test_what_people_bring(
-    slurm: Cluster, tmp_path: Path, example: str, shorter: tuple[str, ...]
-) -> None:
-    job = DIGITS.parents[1] / example / "job.yaml"
-    done = dtrain("launch", *TWO, job, *shorter, cwd=tmp_path)
+def test_a_lightning_module(slurm: Cluster, tmp_path: Path) -> None:
+    job = DIGITS.parents[1] / "lightning" / "job.yaml"
+    done = dtrain("launch", *TWO, job, "--set", "train.epochs=1", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     run = the_run(tmp_path)
     assert set(run.rank_logs(0)) == {0, 1, 2, 3}

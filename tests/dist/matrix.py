@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from launching import TINY, dtrain, the_run
+from launching import TINY, dtrain, events, the_run
 
 from dtrain import catalog
 
@@ -20,7 +20,7 @@ Rows = dict[str, list[str]]
 
 def told(launcher: str) -> Rows:
     """What README says of a launcher."""
-    rows = [line.split("|")[1:-1] for line in README.splitlines() if f"| `{launcher}` |" in line]
+    rows = [line.split("|")[1:-1] for line in README.splitlines() if f" | `{launcher}` |" in line]
     return {row[0].strip(" `"): [cell.strip() for cell in row[2:]] for row in rows}
 
 
@@ -86,5 +86,7 @@ def by_itself(cwd: Path, profile: str, nodes: int) -> str:
     size = ("--nodes", str(nodes), "--procs", str(2 // nodes))
     done = dtrain("launch", "--launcher", profile, *size, SCRIPT, "--", "--epochs", "1", cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert set(the_run(cwd).rank_logs(0)) == {0, 1}
+    run = the_run(cwd)
+    assert set(run.rank_logs(0)) == {0, 1}
+    assert [event["step"] for event in events(run, "checkpoint_saved")][-1] == 23
     return "its own"
