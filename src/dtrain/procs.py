@@ -20,6 +20,8 @@ _PF_EXITING = 4
 
 LATER = (signal.SIGTERM, signal.SIGUSR2)
 """Requests to leave that a node holds back until it has agents; not those that it forks."""
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+"""All requests to leave."""
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -42,6 +44,7 @@ def fork_child(
     stdout: int | None = None,
     stderr: int | None = None,
     keep_fds: Iterable[int] = (),
+    hold: Iterable[int] = (),
 ) -> int:
     """Fork a process that leads its own process group, dies with us, and runs `run`.
 
@@ -54,6 +57,7 @@ def fork_child(
         stderr: likewise for stderr.
         keep_fds: descriptors above 2 that stay open in the child; all others are closed, so
             that a pipe of ours reports its end when *we* end and not when the child does.
+        hold: signals that wait, blocked, until `run` has handlers for them and unblocks them.
 
     Returns:
         The child's pid, which is also its process group id.
@@ -61,8 +65,10 @@ def fork_child(
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, hold)
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         with contextlib.suppress(OSError):  # the child does the same; whoever is first
             os.setpgid(pid, pid)
         return pid
@@ -71,6 +77,7 @@ def fork_child(
         os.setpgid(0, 0)
         die_with_parent(parent)
         _reset_signals()
+        signal.pthread_sigmask(signal.SIG_SETMASK, (before - {*LATER}) | {*hold})
         if stdout is not None:
             os.dup2(stdout, 1)
         if stderr is not None:
@@ -153,7 +160,6 @@ def _reset_signals() -> None:
     ):
         signal.signal(sig, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)
 
 
 def _close_all_but(keep: set[int]) -> None:

@@ -37,6 +37,33 @@ def test_a_dying_process_is_told_from_one_that_runs() -> None:
     assert procs.is_ending(child.pid)
 
 
+HELD = """
+import os, signal, time
+from dtrain.procs import STOPS, fork_child
+
+def child():
+    deadline, told = time.monotonic() + 20, []
+    while not signal.sigpending() >= {*STOPS} and time.monotonic() < deadline:
+        time.sleep(0.001)
+    for number in STOPS:
+        signal.signal(number, lambda number, _frame: told.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    return len(told)
+
+for _ in range(20):
+    pid = fork_child(child, hold=STOPS)
+    for number in STOPS:
+        os.kill(pid, number)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == len(STOPS), status
+assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+"""
+
+
+def test_a_child_hears_what_it_was_asked_before_it_could_listen() -> None:
+    subprocess.run([sys.executable, "-c", HELD], check=True, timeout=30)
+
+
 SCRIPT = """
 import os, sys
 from dtrain.procs import fork_child

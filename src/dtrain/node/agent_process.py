@@ -21,11 +21,11 @@ from dtrain.node.failures import FailureRecord, Kind
 from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.store import PeerFailed, RendezvousFailed, RendezvousSettings
 from dtrain.plan import LaunchPlan
+from dtrain.procs import STOPS
 
 log = logging.getLogger(__name__)
 
 _MONITOR_S = 0.05
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 def run_agent(
@@ -49,11 +49,12 @@ def run_agent(
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    for number in _STOPS:
+    for number in STOPS:
         signal.signal(number, _raise_signal)
     os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # ranks follow from the node rank alone
     os.environ["DTRAIN_NODE_NAME"] = plan.node_names[node_rank] or socket.gethostname()
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # what came meanwhile is heard now
         listener = None if listen_fd is None else socket.socket(fileno=listen_fd)
         handler = NodeRendezvous(_settings(plan, node_rank), listener, _notice(plan, node_rank))
         spec = WorkerSpec(
@@ -138,6 +139,6 @@ def _record_peer(plan: LaunchPlan, node_rank: int, error: PeerFailed) -> None:
 
 
 def _raise_signal(number: int, _frame: object) -> None:
-    for later in _STOPS:  # Slurm asks every process of the tree, and more than once
+    for later in STOPS:  # Slurm asks every process of the tree, and more than once
         signal.signal(later, signal.SIG_IGN)
     raise SignalException("asked to stop", signal.Signals(number))

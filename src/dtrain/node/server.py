@@ -30,7 +30,7 @@ from dtrain.callring import Ring
 from dtrain.node import failures
 from dtrain.node.channel import Channel
 from dtrain.plan import LaunchPlan
-from dtrain.procs import LATER, fork_child, is_ending, kill_group
+from dtrain.procs import LATER, STOPS, fork_child, is_ending, kill_group
 from dtrain.ranks import RankInfo
 from dtrain.rundir import RunDir
 
@@ -143,6 +143,7 @@ class ForkServer:
             stdout=log,
             stderr=log,
             keep_fds=keep,
+            hold=STOPS,
         )
         os.close(log)
         theirs.close()
