@@ -102,6 +102,12 @@ def kill_group(pgid: int, sig: int = signal.SIGKILL) -> bool:
     return True
 
 
+def ignore_stops() -> None:
+    """Pass over further requests to leave: this process is leaving already."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def identity(pid: int) -> str | None:
     """A name for process `pid` that no later process will have; None when it has ended.
 

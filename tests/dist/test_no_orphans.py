@@ -47,6 +47,24 @@ WHO: dict[str, Callable[[RunDir, int], int]] = {
 }
 
 
+def test_a_node_that_is_asked_while_it_leaves_already_lets_its_workers_save(tmp_path: Path) -> None:
+    """Node 1 leaves since node 0 does; a request of its own must not cut that short."""
+    with started(*LONG, "--set", "args.pause=1", cwd=tmp_path) as process:
+        run = wait_for_step(tmp_path, 1)
+        os.kill(agent_pid(run, 0), signal.SIGTERM)
+        assert wait_for(lambda: ignores(agent_pid(run, 1), signal.SIGTERM), 10)
+        os.kill(agent_pid(run, 1), signal.SIGTERM)
+        output = process.communicate(timeout=60)[0]
+    (left,) = events(run, "stopped")
+    (saved,) = events(run, "checkpoint_saved")
+    assert saved["step"] == left["step"], output
+
+
+def ignores(pid: int, number: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.partition("SigIgn:")[2].split()[0], 16) & 1 << number - 1)
+
+
 @pytest.mark.parametrize("who", WHO)
 def test_kill_9_leaves_nothing(tmp_path: Path, who: str) -> None:
     with started(*LONG, cwd=tmp_path) as process:

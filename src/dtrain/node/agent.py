@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from torch.distributed.elastic.agent.server import SimpleElasticAgent, WorkerGroup, WorkerSpec
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalException
 
 from dtrain import rundir
@@ -20,7 +20,9 @@ from dtrain.node.channel import Channel
 from dtrain.node.environment import worker_environment
 from dtrain.node.failures import FailureRecord
 from dtrain.node.rendezvous import NodeRendezvous
+from dtrain.node.store import PeerFailed
 from dtrain.plan import LaunchPlan
+from dtrain.procs import ignore_stops
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +122,15 @@ class NodeAgent(SimpleElasticAgent):
     def _exit_barrier(self) -> None:
         """All nodes are done already, see `_monitor_workers`."""
         self._rendezvous_handler.leave()
+
+    def _invoke_run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        try:
+            return super()._invoke_run(role)
+        except PeerFailed:
+            # Another node leaves, and so do we. Whoever asked it asks us too, perhaps only now:
+            # that must not cut short the wait for workers that still save.
+            ignore_stops()
+            raise
 
     # -- workers -----------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from dtrain.node.failures import FailureRecord, Kind
 from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.store import PeerFailed, RendezvousFailed, RendezvousSettings
 from dtrain.plan import LaunchPlan
-from dtrain.procs import STOPS
+from dtrain.procs import STOPS, ignore_stops
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +139,5 @@ def _record_peer(plan: LaunchPlan, node_rank: int, error: PeerFailed) -> None:
 
 
 def _raise_signal(number: int, _frame: object) -> None:
-    for later in STOPS:  # Slurm asks every process of the tree, and more than once
-        signal.signal(later, signal.SIG_IGN)
+    ignore_stops()  # Slurm asks every process of the tree, and more than once
     raise SignalException("asked to stop", signal.Signals(number))
