@@ -33,7 +33,7 @@ from launching import (
     until,
     wait_for_step,
 )
-from slurming import TWO, goes_on, job_of, once, sha, submit
+from slurming import TWO, by_submitit, goes_on, job_of, once, sha, submit
 from test_launcher_contract import (
     Started,
     Way,
@@ -70,7 +70,7 @@ def way(slurm: Cluster) -> Way:
 def test_digits_on_two_nodes_is_the_training_of_one_machine(slurm: Cluster, tmp_path: Path) -> None:
     shorter = ("--set", "train.steps=20", "--procs", "2", "--nodes", "2", DIGITS)
     made = {}
-    by_submitit(tmp_path)
+    by_submitit()
     for launcher in ("local", "slurm", "by-submitit"):
         made[launcher] = recorded(tmp_path / launcher, "--launcher", launcher, *shorter)
     here, local = made.pop("local")
@@ -93,15 +93,6 @@ def test_what_people_bring(
     run = the_run(tmp_path)
     assert set(run.rank_logs(0)) == {0, 1, 2, 3}
     assert [event["step"] for event in events(run, "checkpoint_saved")][-1] == 23
-
-
-def by_submitit(folder: Path) -> tuple[str, ...]:
-    """A profile in a folder of ours; the flags that choose it."""
-    place = Path(os.environ["XDG_CONFIG_HOME"]) / "dtrain" / "launchers"
-    place.mkdir(parents=True)
-    text = "launcher: slurm\nextends: slurm\noptions:\n  submit: submitit\n"
-    (place / "by-submitit.yaml").write_text(text)
-    return ("--launcher", "by-submitit", "--nodes", "2", "--procs", "2")
 
 
 def left_and_resumed(run: RunDir, reason: str) -> None:
@@ -186,7 +177,7 @@ def test_submitted_by_submitit_it_goes_on_too(
     run, _ = goes_on(
         tmp_path,
         lambda run: void(slurm, "scancel", "--signal=USR2", job_of(run)),
-        *by_submitit(tmp_path),
+        *("--launcher", by_submitit()),
     )
     left_and_resumed(run, "SIGUSR2")
     assert sha(run) == unbroken

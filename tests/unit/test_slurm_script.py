@@ -17,7 +17,14 @@ from dtrain.cli import options as cli_options
 from dtrain.errors import JobError, PlanError, UsageError
 from dtrain.job.profile import load_profile
 from dtrain.job.spec import JobSpec
-from dtrain.launchers import base, slurm_array, slurm_limits, slurm_script, slurm_submit
+from dtrain.launchers import (
+    base,
+    slurm_array,
+    slurm_limits,
+    slurm_script,
+    slurm_submit,
+    slurm_submitit,
+)
 from dtrain.launchers.slurm_options import SlurmOptions
 from dtrain.plan import Facts, LaunchPlan, make_plan
 
@@ -186,7 +193,7 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"partion": "gpu"}, r"option partion: .*it has: submit, partition"),
+        ({"partion": "gpu"}, r"option partion: .*it has: submit, executor, partition"),
         ({"time": 90}, "say it with a unit"),
         ({"time": "90"}, "say it with a unit"),
         (
@@ -278,10 +285,72 @@ def test_the_script_of_an_array() -> None:
     plans = [plan_of(replace(FACTS, run_id=f"it's-{n}"), slurm={"nice": "100"}) for n in range(3)]
     slurm_array.refuse_unlike(plans)
     assert slurm_array.render(plans, 2) == ARRAY
-    with pytest.raises(PlanError, match="--array takes submit: sbatch"):
-        slurm_array.refuse_unlike([plan_of(submit="submitit")])
     with pytest.raises(PlanError, match="differ in --nice=100"):
         slurm_array.refuse_unlike([*plans, plan_of()])
+
+
+BY_SUBMITIT = """\
+#!/bin/bash
+
+# Parameters
+#SBATCH --array=0-2%2
+#SBATCH --comment='dtrain runs it'"'"'s-0 to it'"'"'s-2'
+#SBATCH --cpus-per-task=1
+#SBATCH --job-name='it'"'"'s'
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output='/runs/it'"'"'s-%a/slurm/job.log'
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+
+# setup
+
+set -e
+# by hand
+module load cuda
+set +e
+
+trap : TERM USR2 # the agents leave in order, and the shell waits for them
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output '/runs/it'"'"'s-0/slurm/%A_%a_%t_log.out' --nodes=2 --ntasks=2 \
+--ntasks-per-node=1 --cpus-per-task=1 --kill-on-bad-exit=1 --wait=40 /usr/bin/python3 -u -m \
+submitit.core._submit '/runs/it'"'"'s-0/slurm'
+
+
+# teardown
+status=$?
+
+# The first agent leaves this file when the training is to go on in another attempt.
+job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+if [ -e '/runs/it'"'"'s-'"$SLURM_ARRAY_TASK_ID"/slurm/requeue-"${SLURM_RESTART_COUNT:-0}" ] &&
+  [ "$(squeue -h -j "$job" -o %T)" = RUNNING ]; then
+  scontrol requeue "$job"
+fi
+exit "$status"
+""".replace(" \\\n-", " -").replace(" \\\nsub", " sub")
+
+
+def test_the_script_of_an_array_by_submitit() -> None:
+    pytest.importorskip("submitit")
+    setup = {"submit": "submitit", "setup": ["# by hand", "module load cuda"]}
+    plans = [plan_of(replace(FACTS, run_id=f"it's-{n}"), **setup) for n in range(3)]
+    slurm_array.refuse_unlike(plans)
+    assert slurm_array.render(plans, 2) == BY_SUBMITIT.rstrip("\n")
+    assert "#SBATCH --array=0-2%3\n" in slurm_array.render(plans, None)
+    assert "--array" not in slurm_array.render(plans[:1], 2)  # submitit makes none of one
+    slower = plan_of(launch={"nodes": 2, "stop_timeout": "50s"}, **setup)
+    with pytest.raises(PlanError, match="differ in --wait=60, --wait=40; launch them one by one"):
+        slurm_array.refuse_unlike([*plans, slower])
+
+
+def test_a_template_without_srun_is_refused_for_submitit(tmp_path: Path) -> None:
+    (tmp_path / "own.j2").write_text("#!/bin/bash\nmpirun {{ agent_command }}\n")
+    plan = plan_of(submit="submitit", template=str(tmp_path / "own.j2"))
+    with pytest.raises(PlanError, match="for submitit it needs #SBATCH lines, then a line `srun"):
+        slurm_submitit.parameters(plan)
 
 
 @pytest.mark.parametrize(

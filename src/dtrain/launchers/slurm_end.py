@@ -52,7 +52,9 @@ def exit_code(plan: LaunchPlan, job: Job) -> int:
         if not records or job.state in _KINDS:
             _record(plan, _WORDS[job.state], _KINDS.get(job.state, "agent"))
     elif not records:
-        _record(plan, f"job {job.job_id} ended with code {job.exit_code}: {_last_words(folder)}")
+        _record(
+            plan, f"job {job.job_id} ended with code {job.exit_code}: {_last_words(folder, job)}"
+        )
     return job.exit_code or 1
 
 
@@ -78,14 +80,14 @@ def _record(plan: LaunchPlan, message: str, kind: Kind = "agent") -> None:
     ).write(plan.run, plan.attempt)
 
 
-def _last_words(folder: JobDir) -> str:
+def _last_words(folder: JobDir, job: Job) -> str:
     """The last thing that the batch script or the first node's process said; our own words first.
 
     The log of the job holds what any node said before it had found its own.
     """
     said = [
         line
-        for path in (folder.log, folder.node_log(0))
+        for path in (folder.log, folder.submitit_log(job.job_id), folder.node_log(0))
         if path.exists()
         for line in path.read_text(errors="replace").splitlines()
         if line.strip()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from dtrain.job.fields import Count, Duration, Natural, Text
 from dtrain.job.units import found, parse_duration
@@ -64,6 +64,8 @@ class SlurmOptions(LauncherOptions):
 
     submit: Literal["sbatch", "submitit"] = "sbatch"
     """How the job is submitted."""
+    executor: Literal["slurm", "local", "debug"] = "slurm"
+    """Of submitit: the cluster, or this machine, see `slurm_here`."""
     partition: SlurmText | None = None
     """Partition, or several with commas."""
     account: SlurmText | None = None
@@ -116,6 +118,13 @@ class SlurmOptions(LauncherOptions):
     """Whether workers import a copy of the code taken at submission."""
     template: Text | None = None
     """Path of a template to use instead of the packaged one."""
+
+    @field_validator("executor")
+    @classmethod
+    def _of_submitit(cls, value: str, info: ValidationInfo) -> str:
+        if value != "slurm" and info.data.get("submit") == "sbatch":
+            raise ValueError(f"{value} is an executor of submitit: say submit: submitit too")
+        return value
 
     @model_validator(mode="after")
     def _one_container(self) -> SlurmOptions:

@@ -40,12 +40,13 @@ def command(plan: LaunchPlan, *more: str) -> list[str]:
 
 
 def write(plan: LaunchPlan) -> None:
-    """Write the batch script, and make a place for the job's logs."""
+    """Make a place for the job's logs, and write the batch script unless submitit writes one."""
     folder = JobDir(plan.run)
     folder.path.mkdir(parents=True, exist_ok=True)
     for wish in (folder.cancel, *folder.path.glob(folder.requeue("*").name)):
         wish.unlink(missing_ok=True)
-    rundir.write_atomic(folder.script, slurm_script.render(plan), mode=0o755)
+    if plan.options["submit"] == "sbatch":
+        rundir.write_atomic(folder.script, slurm_script.render(plan), mode=0o755)
 
 
 def submit(plan: LaunchPlan) -> str:
@@ -60,9 +61,8 @@ def submit(plan: LaunchPlan) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def test(plan: LaunchPlan) -> str:
-    """What Slurm says of the script without taking it: when and where, or why not."""
-    script = slurm_script.render(plan)
+def test(plan: LaunchPlan, script: str) -> str:
+    """What Slurm says of a plan's script without taking it: when and where, or why not."""
     done = ask("sbatch", "--test-only", input_text=script)
     if done.returncode != 0:
         return refusal(plan, done.stderr)
