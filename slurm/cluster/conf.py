@@ -41,7 +41,9 @@ TCPTimeout=1
 BatchStartTimeout=10
 # From TERM to KILL; 30 by default.
 KillWait=2
-UnkillableStepTimeout=20
+# A step that could not tell the controller of its end tries again after 60 s; sooner than that the
+# node would be drained.
+UnkillableStepTimeout=90
 InactiveLimit=0
 # Finished jobs can be asked for 5 minutes without accounting.
 MinJobAge=300

@@ -25,6 +25,7 @@ from launching import (
 from slurming import TWO, goes_on, job_of, needs_slurm, sha
 
 from cluster import Cluster
+from dtrain.jobdir import JobDir
 from dtrain.rundir import RunDir
 
 
@@ -62,11 +63,13 @@ def ours(cluster: Cluster, node: str) -> dict[str, str]:
 # ---------------------------------------------------------------------- Slurm's daemons
 
 
-def test_while_the_controller_is_away_following_waits(fragile: Cluster, tmp_path: Path) -> None:
-    def saved() -> bool:
-        state = fragile.files.state / "job_state"
-        return state.exists() and state.stat().st_mtime > (run.handle.stat().st_mtime + 3)
+def saved(cluster: Cluster, run: RunDir) -> bool:
+    """Whether the controller would know after its death that the job of a run has started."""
+    state = cluster.files.state / "job_state"
+    return state.exists() and state.stat().st_mtime > run.handle.stat().st_mtime + 3
 
+
+def test_while_the_controller_is_away_following_waits(fragile: Cluster, tmp_path: Path) -> None:
     def told() -> list[str]:
         words = [event["what"] for event in events(run, "waiting")]
         return [what for what in words if what.startswith("Slurm does not answer: ")]
@@ -74,7 +77,7 @@ def test_while_the_controller_is_away_following_waits(fragile: Cluster, tmp_path
     longer = ("--set", "args.pause=0.2", "--set", "train.steps=150")
     with started("launch", *TWO, *longer, TINY, cwd=tmp_path) as launch:
         run = wait_for_step(tmp_path, 5)
-        until("the controller to save that the job runs", saved, 30)
+        until("the controller to save that the job runs", lambda: saved(fragile, run), 30)
         fragile.kill_ctl()
         with started("logs", "--follow", run.id, cwd=tmp_path) as follower:
             try:
@@ -87,6 +90,26 @@ def test_while_the_controller_is_away_following_waits(fragile: Cluster, tmp_path
             assert follower.wait(120) == 0
         assert launch.wait(60) == 0
     assert run.attempts() == [0]
+
+
+def test_a_controller_that_comes_back_after_the_end_costs_a_minute(
+    fragile: Cluster, tmp_path: Path
+) -> None:
+    """Slurm's own: a step that could not tell it of its end tries again after 60 s."""
+    log = fragile.files.log / "slurmd-n0.log"
+    with started("launch", *TWO, *SLOW, TINY, cwd=tmp_path) as launch:
+        run = wait_for_step(tmp_path, 5)
+        until("the controller to save that the job runs", lambda: saved(fragile, run), 30)
+        fragile.kill_ctl()
+        try:
+            until("the end of training", JobDir(run).end(0).exists, 60)
+            until("the step to notice", lambda: "failed sending step compl" in log.read_text(), 60)
+            assert launch.poll() is None
+        finally:
+            fragile.start_ctl()
+        assert launch.wait(120) == 0
+    assert run.attempts() == [0]
+    fragile.wait_idle()  # nor is a node drained
 
 
 def test_a_node_whose_daemon_was_killed_is_replaced(
