@@ -247,7 +247,7 @@ def test_a_node_whose_own_name_is_on_loopback(breakable: Cluster, tmp_path: Path
     [
         (("-p", "nowhere"), "Invalid partition name specified", "--partition: partition: nowhere"),
         (("--gpus", "9"), "Requested node configuration is not available", "--gpus: gpus: 9"),
-        (("--slurm", "mem-per-cpu=900G"), "Memory specification", ""),
+        (("--slurm", "mem-per-cpu=900G"), "Memory specification", "--slurm: mem-per-cpu: 900G"),
         (("--nodes", "9"), "(Partition", "--nodes: nodes: 9"),
     ],
 )

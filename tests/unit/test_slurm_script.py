@@ -346,6 +346,14 @@ def test_the_script_of_an_array_by_submitit() -> None:
         slurm_array.refuse_unlike([*plans, slower])
 
 
+@pytest.mark.parametrize("runs", ["/100%j", "/one\ntwo"])
+def test_a_path_that_submitit_cannot_use_is_refused(runs: str) -> None:
+    pytest.importorskip("submitit")
+    plan = plan_of(replace(FACTS, runs=runs), submit="submitit")
+    with pytest.raises(PlanError, match="submitit cannot use a path with a % or a line break"):
+        slurm_submitit.render([plan], slurm_submitit.parameters(plan))
+
+
 def test_a_template_without_srun_is_refused_for_submitit(tmp_path: Path) -> None:
     (tmp_path / "own.j2").write_text("#!/bin/bash\nmpirun {{ agent_command }}\n")
     plan = plan_of(submit="submitit", template=str(tmp_path / "own.j2"))
@@ -408,10 +416,25 @@ def test_wrong_options_are_told_with_their_places(
             "Slurm refuses the job: Memory specification can not be satisfied; Requested node "
             "configuration is not available\n  launchers/site.yaml:7:8: mem: 900G",
         ),
+        (
+            "sbatch: error: Invalid --mem specification\n",
+            "Slurm refuses the job: Invalid --mem specification"
+            "\n  launchers/site.yaml:7:8: mem: 900G",
+        ),
+        (
+            "sbatch: unrecognized option '--no-such=1'\n",
+            "Slurm refuses the job: unrecognized option '--no-such=1'\n  --slurm: no_such: 1",
+        ),
+        (
+            "sbatch: error: Invalid node name specified\n",
+            "Slurm refuses the job: Invalid node name specified\n  --slurm: nodelist: n9",
+        ),
         ("", "Slurm refuses the job: no reason given"),
     ],
 )
 def test_a_refusal_is_told_in_slurms_words_with_the_place(said: str, told: str) -> None:
-    plan = plan_of(partition="gpu", mem="900G")
-    plan = replace(plan, sources={"partition": "-p", "mem": "launchers/site.yaml:7:8"})
+    plan = plan_of(partition="gpu", mem="900G", slurm={"no_such": "1", "nodelist": "n9"})
+    further = {"slurm.no_such": "--slurm", "slurm.nodelist": "--slurm"}
+    places = {"partition": "-p", "mem": "launchers/site.yaml:7:8", **further}
+    plan = replace(plan, sources=places)
     assert slurm_submit.refusal(plan, said) == told

@@ -93,10 +93,12 @@ def _last_words(folder: JobDir, job: Job) -> str:
         if line.strip()
     ]
     ours = [line.removeprefix("dtrain: ") for line in said if line.startswith("dtrain: ")]
-    nothing = (
-        "it has said nothing; the run folder: is it on all nodes, at the same path? "
-        f"{folder.path.parent}"
-    )
+    nothing = "it has said nothing; did a set-up line end it?"
+    if not folder.log.exists():
+        nothing = (
+            "it has said nothing; the run folder: is it on all nodes, at the same path? "
+            f"{folder.path.parent}"
+        )
     return (ours or said or [nothing])[-1]
 
 

@@ -72,14 +72,14 @@ def start(plan: LaunchPlan) -> Launch:
         LaunchError: it cannot be started.
     """
     submitit = slurm_submitit.library()
-    options = SlurmOptions.of(plan.options)
+    options, folder = SlurmOptions.of(plan.options), slurm_submitit.folder_of(plan)
     if options.executor == "debug":
-        debugged = submitit.DebugExecutor(plan.run.slurm).submit(start_node, plan.run_dir)
+        debugged = submitit.DebugExecutor(folder).submit(start_node, plan.run_dir)
         if error := debugged.exception():  # asked for its result first, it would start pdb
             raise error
         node: NodeProcess = debugged.result()
         return node
-    executor = submitit.LocalExecutor(plan.run.slurm, python=slurm_submitit.python_of(options))
+    executor = submitit.LocalExecutor(folder, python=slurm_submitit.python_of(options))
     executor.update_parameters(timeout_min=_NO_LIMIT_MIN, gpus_per_node=plan.gpus_per_node)
     # a Ctrl-C is ours to pass on; what comes meanwhile waits for us
     signal.pthread_sigmask(signal.SIG_BLOCK, _FROM_TERMINAL)

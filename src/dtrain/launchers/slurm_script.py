@@ -133,7 +133,8 @@ def setup_lines(options: SlurmOptions) -> list[str]:
     if options.modules:
         lines.append(f"module load {shlex.join(options.modules)}")
     if options.conda:
-        lines.append('. "$(conda info --base)/etc/profile.d/conda.sh"')
+        lines.append("conda_base=$(conda info --base)")
+        lines.append('. "$conda_base/etc/profile.d/conda.sh"')
         lines.append(f"conda activate {shlex.quote(options.conda)}")
     if options.venv:
         lines.append(f". {shlex.quote(options.venv + '/bin/activate')}")

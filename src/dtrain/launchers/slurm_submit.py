@@ -12,23 +12,22 @@ from dtrain.launchers import slurm_script
 from dtrain.launchers.slurm_watch import ask
 from dtrain.plan import LaunchPlan
 
-# what sbatch says → the options that it may be about
+# what sbatch says → the options that it may be about; `slurm.X` is flag X among the further ones
 _ABOUT = (
     (r"partition", ("partition",)),
     (r"account", ("account", "partition")),
     (r"qos", ("qos",)),
     (r"time", ("time",)),
-    (r"memory", ("mem",)),
+    (r"memory|--mem\b", ("mem", "slurm.mem-per-cpu", "slurm.mem-per-gpu")),
     (r"generic resource|gres", ("gres", "gpus")),
     (r"feature", ("constraint",)),
     (r"reservation", ("reservation",)),
     (r"dependency", ("dependency",)),
-    (r"node name", ("exclude",)),
+    (r"node name", ("exclude", "slurm.nodelist")),
     (
         r"node configuration|node count|processors|cpu",
         ("gpus", "gres", "cpus_per_node", "mem", "nodes"),
     ),
-    (r"option", ("slurm",)),
 )  # fmt: skip
 
 
@@ -80,13 +79,14 @@ def refusal(plan: LaunchPlan, said: str) -> str:
 
 def about(plan: LaunchPlan, reason: str) -> str:
     """`\\n  FILE:LINE:COLUMN: OPTION: VALUE` for each option that a reason may be about."""
-    named: list[str] = []
-    for pattern, options in _ABOUT:
-        if re.search(pattern, reason, re.IGNORECASE):
-            named = [place for name in options if (place := place_of(plan, name))]
+    further = {f"slurm.{flag}": f"--{flag.replace('_', '-')}" for flag in plan.options["slurm"]}
+    said = [name for name, flag in further.items() if flag in reason]
+    guesses = [options for pattern, options in _ABOUT if re.search(pattern, reason, re.IGNORECASE)]
+    for options in (said, *guesses):
+        named = [place for name in options if (place := place_of(plan, name))]
         if named:
-            break
-    return "".join(f"\n  {place}" for place in named)
+            return "".join(f"\n  {place}" for place in named)
+    return ""
 
 
 def place_of(plan: LaunchPlan, name: str) -> str | None:
@@ -94,8 +94,9 @@ def place_of(plan: LaunchPlan, name: str) -> str | None:
     source = plan.sources.get(name)
     if source is None or source == "default":
         return None
-    known = {"gpus": plan.gpus_per_node, "nodes": plan.nodes}
+    further = {f"slurm.{flag}": value for flag, value in plan.options["slurm"].items()}
+    known = {"gpus": plan.gpus_per_node or None, "nodes": plan.nodes, **further}
     value = known.get(name, plan.options.get(name))
     if value in (None, {}, []):
         return None
-    return f"{source}: {name}: {shlex.quote(str(value))}"
+    return f"{source}: {name.removeprefix('slurm.')}: {shlex.quote(str(value))}"

@@ -7,11 +7,13 @@ it knows only sacct, and takes a requeued job for failed.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from dtrain.errors import LaunchError, PlanError
@@ -64,7 +66,7 @@ def render(plans: Sequence[LaunchPlan], told: dict[str, Any]) -> str:
     from submitit.slurm import slurm
 
     options = SlurmOptions.of(plans[0].options)
-    folder = plans[0].run.slurm
+    folder = folder_of(plans[0])
     command = f"{python_of(options)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     if len(plans) > 1:
         told = {**told, "map_count": len(plans)}
@@ -80,8 +82,8 @@ def _submit(plans: Sequence[LaunchPlan], told: dict[str, Any]) -> list[str]:
     options = SlurmOptions.of(plans[0].options)
     commands = [slurm_script.agent_command(plan, options) for plan in plans]
     try:
-        with _environment(slurm_env()):
-            executor = submitit.SlurmExecutor(plans[0].run.slurm, python=python_of(options))
+        with _environment(slurm_env()), contextlib.redirect_stderr(io.StringIO()):  # we tell it
+            executor = submitit.SlurmExecutor(folder_of(plans[0]), python=python_of(options))
             executor.update_parameters(**told)
             jobs = executor.map_array(serve_under_submitit, commands)
             return [str(job.job_id) for job in jobs]
@@ -100,6 +102,20 @@ def library() -> Any:
     except ImportError:
         raise PlanError("submit: submitit needs it: pip install 'dtrain[slurm]'") from None
     return submitit
+
+
+def folder_of(plan: LaunchPlan) -> Path:
+    """Where submitit keeps its files.
+
+    Raises:
+        PlanError: submitit would take a part of the path for a pattern, or of a line for a command.
+    """
+    folder = JobDir(plan.run).path
+    if "%" in str(folder) or not str(folder).isprintable():
+        raise PlanError(
+            f"submitit cannot use a path with a % or a line break: {str(folder)!r}; use --runs DIR"
+        )
+    return folder
 
 
 def python_of(options: SlurmOptions) -> str:
