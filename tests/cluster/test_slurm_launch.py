@@ -123,9 +123,11 @@ def test_a_run_that_is_requeued_by_hand_goes_on(
     assert sha(run) == unbroken
 
 
+@pytest.mark.parametrize("by", ["sbatch", "submitit"])
 def test_an_elastic_run_takes_what_is_free_and_goes_on_at_another_size(
-    slurm: Cluster, tmp_path: Path
+    slurm: Cluster, tmp_path: Path, by: str
 ) -> None:
+    way = ("--launcher", "slurm" if by == "sbatch" else by_submitit())
     blocker = submit(slurm, "-N2", "--exclusive", "--wrap", "sleep 600")
     slurm.wait_job(blocker, ["RUNNING"])
 
@@ -135,7 +137,7 @@ def test_an_elastic_run_takes_what_is_free_and_goes_on_at_another_size(
         slurm.wait_idle()
         slurm.run(["scontrol", "release", job_of(run)])
 
-    run, _ = goes_on(tmp_path, disturb, "--nodes", "2:4", *OFTEN)
+    run, _ = goes_on(tmp_path, disturb, *way, "--nodes", "2:4", *OFTEN)
     first, second = events(run, "training_started")
     assert (first["world_size"], second["world_size"]) == (4, 8)
     assert second["resumed_from"] >= 2

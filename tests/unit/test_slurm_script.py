@@ -216,9 +216,14 @@ def test_an_elastic_job_takes_what_it_is_given() -> None:
     assert '  --nodes="$SLURM_JOB_NUM_NODES" \\\n  --ntasks="$SLURM_JOB_NUM_NODES" \\\n' in script
 
 
-def test_elastic_submitit_and_backslash_are_refused() -> None:
-    with pytest.raises(PlanError, match="one number of nodes"):
-        plan_of(launch={"nodes": "1:2"}, submit="submitit")
+def test_an_elastic_job_by_submitit_leaves_the_number_of_nodes_to_slurm() -> None:
+    told = slurm_submitit.parameters(plan_of(launch={"nodes": "1:2"}, submit="submitit"))
+    assert told["additional_parameters"]["nodes"] == "1-2"
+    given = '"$SLURM_JOB_NUM_NODES"'
+    assert told["setup"][-1] == f"export SLURM_NNODES={given} SLURM_NTASKS={given}"
+
+
+def test_a_backslash_is_refused() -> None:
     with pytest.raises(PlanError, match="path with a backslash"):
         plan_of(replace(FACTS, runs="/a\\b"))
 
@@ -312,10 +317,11 @@ module load cuda
 set +e
 
 trap : TERM USR2 # the agents leave in order, and the shell waits for them
+export SLURM_NNODES=2 SLURM_NTASKS=2
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output '/runs/it'"'"'s-0/slurm/%A_%a_%t_log.out' --nodes=2 --ntasks=2 \
+srun --unbuffered --output '/runs/it'"'"'s-0/slurm/%A_%a_%t_log.out' \
 --ntasks-per-node=1 --cpus-per-task=1 --kill-on-bad-exit=1 --wait=40 /usr/bin/python3 -u -m \
 submitit.core._submit '/runs/it'"'"'s-0/slurm'
 

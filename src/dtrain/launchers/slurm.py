@@ -51,8 +51,6 @@ class SlurmLauncher:
         options = options.model_copy(update={"python": options.python or python})
         if options.executor != "slurm":
             return slurm_here.complete(plan, facts, options)
-        if options.submit == "submitit" and plan.min_nodes != plan.nodes:
-            raise PlanError("submitit takes one number of nodes, not MIN:MAX; use submit: sbatch")
         plan = replace(
             plan,
             node_names=("",) * plan.nodes,

@@ -64,7 +64,11 @@ def values(
         "run_id": plan.run_id,
         "sbatch_options": [sbatch_option(name, value) for name, value in flags(plan, options)],
         "setup_lines": setup_lines(options),
-        "srun_arguments": [*_sizes(plan), *map(shlex.quote, srun_arguments(plan, options))],
+        "srun_arguments": [
+            f"--nodes={nodes_as_shell(plan)}",
+            f"--ntasks={nodes_as_shell(plan)}",
+            *map(shlex.quote, srun_arguments(plan, options)),
+        ],
         "agent_command": shlex.join(agent_command(plan, options)),
         "requeue_file": requeue_file or shlex.quote(str(JobDir(plan.run).requeue(""))),
     }
@@ -145,10 +149,9 @@ def _is_fixed(plan: LaunchPlan) -> bool:
     return plan.min_nodes == plan.nodes
 
 
-def _sizes(plan: LaunchPlan) -> list[str]:
-    """How many nodes srun takes, as shell: of an elastic job, what this attempt was given."""
-    nodes = str(plan.nodes) if _is_fixed(plan) else '"$SLURM_JOB_NUM_NODES"'
-    return [f"--nodes={nodes}", f"--ntasks={nodes}"]
+def nodes_as_shell(plan: LaunchPlan) -> str:
+    """How many nodes srun takes: of an elastic job, what this attempt was given."""
+    return str(plan.nodes) if _is_fixed(plan) else '"$SLURM_JOB_NUM_NODES"'
 
 
 def srun_arguments(plan: LaunchPlan, options: SlurmOptions) -> list[str]:

@@ -141,20 +141,17 @@ def parameters(plan: LaunchPlan, requeue_file: str | None = None) -> dict[str, A
             raise PlanError(f"--slurm {name}: submitit takes a flag only once")
         flags[name] = True if value is None else value
     flags["output"] = slurm_script.pattern(JobDir(plan.run).log)
-    own = {name: flags.pop(name) for name in ("nodes", "comment", "time") if name in flags}
+    nodes = slurm_script.nodes_as_shell(plan)
     setup, teardown = _around_srun(slurm_script.render(plan, requeue_file), options)
     return {
         "job_name": flags.pop("job-name"),
-        "nodes": int(own.pop("nodes")),
-        "time": own.pop("time", None),  # else it asks for 5 minutes
+        "nodes": plan.nodes,  # the most; Slurm is told what the flags say
+        "time": flags.pop("time", None),  # else it asks for 5 minutes
         "wckey": None,
-        "additional_parameters": {**flags, **own},
-        "setup": setup,
-        "srun_args": [
-            f"--nodes={plan.nodes}",
-            f"--ntasks={plan.nodes}",
-            *slurm_script.srun_arguments(plan, options),
-        ],
+        "additional_parameters": flags,
+        # srun reads these; its arguments are quoted, and the number of nodes may be the attempt's
+        "setup": [*setup, f"export SLURM_NNODES={nodes} SLURM_NTASKS={nodes}"],
+        "srun_args": slurm_script.srun_arguments(plan, options),
         "teardown": teardown,
         "stderr_to_stdout": True,
     }
