@@ -85,6 +85,7 @@ def test_nothing_of_it_outlives_the_command(tmp_path: Path) -> None:
     assert process.returncode == 1, output
     assert "submitit's process ended without a result" in output
     assert status(run)["state"] == "failed"
+    assert "submitit's process ended without a result" in dtrain("why", cwd=tmp_path).stdout
 
 
 @pytest.mark.parametrize(
@@ -132,9 +133,14 @@ def test_wrong_options_are_told_with_their_place(
     assert told in done.stderr
 
 
-def test_a_set_up_line_that_fails_ends_it(tmp_path: Path, place: Path) -> None:
+def test_what_cannot_be_started_is_named(tmp_path: Path, place: Path) -> None:
     path = place / "locally.yaml"
     path.write_text(path.read_text().replace("export SET_UP=", "no-such-module "))
     done = dtrain("launch", "--launcher", "locally", TINY, cwd=tmp_path)
     assert done.returncode == 127, done.stdout + done.stderr
     assert "no-such-module: command not found" in done.stdout
+    path.write_text("launcher: slurm\nextends: debugly\noptions:\n  python: /no/python\n")
+    done = dtrain("launch", "--launcher", "locally", TINY, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "cannot start /no/python: there is no such program here" in done.stderr
+    assert "/no/python: there is no such program here" in dtrain("why", cwd=tmp_path).stdout

@@ -99,7 +99,7 @@ class SlurmLauncher:
             _keep_code(plan)
             return slurm_here.start(plan)
         plan, cut = slurm_limits.within_partition(plan)
-        with _told_of_refusal([plan]):
+        with _files_written():
             _write(plan, cut)
             by = slurm_submitit if plan.options["submit"] == "submitit" else slurm_submit
             job_id = by.submit(plan)
@@ -116,7 +116,7 @@ class SlurmLauncher:
         """See `sweep.ArrayLauncher`."""
         slurm_array.refuse_unlike(plans)
         plans, cut = slurm_array.within_partition(plans)
-        with _told_of_refusal(plans):
+        with _files_written():
             for plan in plans:
                 _write(plan, cut)
             job_ids = slurm_array.submit(plans, at_once)
@@ -258,16 +258,12 @@ def _note_submitted(plan: LaunchPlan, job_id: str, handle: Handle, watcher: Watc
 
 
 @contextlib.contextmanager
-def _told_of_refusal(plans: Sequence[LaunchPlan]) -> Iterator[None]:
-    """Keep for `dtrain why` that Slurm refused the job of these runs."""
+def _files_written() -> Iterator[None]:
+    """Say which file could not be written."""
     try:
         yield
     except OSError as error:
         raise LaunchError(f"cannot write {error.filename}: {error.strerror}") from error
-    except PlanError as error:
-        for plan in plans:
-            _record_refusal(plan, str(error))
-        raise
 
 
 def _in_image(options: SlurmOptions) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 from dataclasses import replace
 from typing import Any
@@ -73,6 +74,8 @@ def start(plan: LaunchPlan) -> Launch:
     """
     submitit = slurm_submitit.library()
     options, folder = SlurmOptions.of(plan.options), slurm_submitit.folder_of(plan)
+    if options.python and shutil.which(options.python) is None:
+        raise LaunchError(f"cannot start {options.python}: there is no such program here")
     if options.executor == "debug":
         debugged = submitit.DebugExecutor(folder).submit(start_node, plan.run_dir)
         if error := debugged.exception():  # asked for its result first, it would start pdb
