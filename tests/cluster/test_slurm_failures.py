@@ -28,6 +28,12 @@ from cluster import Cluster
 from dtrain.jobdir import JobDir
 from dtrain.rundir import RunDir
 
+_SYSTEM = "/usr/local/bin:/usr/bin:/bin"
+
+
+def void(cluster: Cluster, *command: str) -> None:
+    cluster.run(list(command))
+
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Cluster]:
@@ -133,6 +139,24 @@ def test_a_killed_step_daemon_costs_no_training(
     assert sha(run) == unbroken
     assert sorted({line["step"] for line in metrics(run)}) == list(range(1, 61))
     assert not ours_of(fragile, "n1", "-m dtrain.")
+
+
+def test_nodes_without_slurms_commands_are_requeued_by_who_follows(
+    fragile: Cluster, tmp_path: Path, unbroken: str
+) -> None:
+    hidden = [path for name in ("scontrol", "squeue") if (path := shutil.which(name, path=_SYSTEM))]
+    try:
+        for path in hidden:
+            for node in fragile.nodes:
+                fragile.run(["mount", "--bind", "/dev/null", path], host=node)
+        leave = ["scancel", "--signal=USR2"]
+        run, _ = goes_on(tmp_path, lambda run: void(fragile, *leave, job_of(run)))
+    finally:
+        for path in hidden:
+            for node in fragile.nodes:
+                fragile.run(["umount", path], host=node)
+    assert "squeue: Permission denied" in JobDir(run).log.read_text()
+    assert sha(run) == unbroken
 
 
 # ---------------------------------------------------------------------- files

@@ -189,6 +189,7 @@ class SlurmLaunch:
         self.said = ""
         """How the job stands, for people."""
         self._killed = False
+        self._put_back: set[int] = set()
 
     def poll(self) -> int | None:
         """See `Launch.poll`."""
@@ -198,7 +199,9 @@ class SlurmLaunch:
         self._tell(job)
         if job.hopeless is not None and not self._killed:
             self._give_up(job, *job.hopeless)
-        return slurm_end.exit_code(plan, job) if job.is_over else None
+        if not job.is_over or self._requeued(plan, job):
+            return None
+        return slurm_end.exit_code(plan, job)
 
     def stop(self) -> None:
         """See `Launch.stop`: the agents of a running job are asked, a waiting job is withdrawn."""
@@ -216,6 +219,14 @@ class SlurmLaunch:
         self._killed = True
         JobDir(self._plan.run).cancel.touch()
         slurm_watch.ask("scancel", self._job_id)
+
+    def _requeued(self, plan: LaunchPlan, job: Job) -> bool:
+        """Put a job back into the queue that could not do it itself; whether that was so."""
+        if job.restarts in self._put_back or not slurm_end.was_to_go_on(plan, job):
+            return False
+        self._put_back.add(job.restarts)
+        self._watcher.forget(self._job_id)
+        return slurm_watch.ask("scontrol", "requeue", self._job_id).returncode == 0
 
     def _tell(self, job: Job) -> None:
         """Note for whoever watches that the job stands otherwise than before."""

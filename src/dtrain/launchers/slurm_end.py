@@ -32,6 +32,22 @@ _KINDS: dict[str, Kind] = {
 }
 
 
+def was_to_go_on(plan: LaunchPlan, job: Job) -> bool:
+    """Whether a job has ended that its first node wanted to be put back into the queue.
+
+    Its batch script does that, unless the nodes have none of Slurm's commands.
+    """
+    folder = JobDir(plan.run)
+    end = rundir.read_json(folder.end(plan.attempt))
+    return bool(
+        job.state == "COMPLETED"
+        and end is not None
+        and end["left"]
+        and folder.requeue(job.restarts).exists()
+        and not folder.cancel.exists()
+    )
+
+
 def exit_code(plan: LaunchPlan, job: Job) -> int:
     """The exit code of a job that is over; what no node could tell is written down as a record.
 
