@@ -382,7 +382,7 @@ def test_hostile_names(slurm: Cluster, tmp_path: Path) -> None:
     assert json.loads((folder / "3.json").read_text())["ODD"] == "$(touch gone)'\"\n;"
     assert not list(tmp_path.rglob("gone"))
     refused = dtrain("plan", *TWO, "--slurm", comment, "job.yaml", cwd=folder)
-    assert "comment: is set by dtrain; use option comment" in refused.stderr
+    assert "comment: cannot be set here; use option comment" in refused.stderr
 
 
 def test_many_jobs_are_told_of_by_one_command(slurm: Cluster, tmp_path: Path) -> None:

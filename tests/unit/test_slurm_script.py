@@ -200,7 +200,9 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
             {"slurm": {"partition": "x"}},
             "--slurm partition: is an option of its own: say partition",
         ),
-        ({"slurm": {"ntasks": "4"}}, "--slurm ntasks: is set by dtrain; use --procs"),
+        ({"slurm": {"ntasks": "4"}}, "--slurm ntasks: cannot be set here; use --procs"),
+        ({"slurm": {"test-only": True}}, "test-only: cannot be set here; use `dtrain plan`"),
+        ({"slurm": {"wait": True}}, "wait: cannot be set here; use nothing: without --detach"),
         ({"slurm": {"a b": "4"}}, "not the long name of a flag"),
     ],
 )
@@ -384,6 +386,14 @@ def test_the_values_of_an_array(text: str, found: list[str]) -> None:
 def test_wrong_values_of_an_array(text: str) -> None:
     with pytest.raises(UsageError, match="expected FIELD=VALUE"):
         array.values(text)
+
+
+def test_a_flag_of_sbatch_that_is_given_twice_is_passed_on_twice() -> None:
+    given = ("nice=1", "exclusive", "gres-flags=a", "gres-flags=b")
+    found = cli_options._flags_of_sbatch(given)
+    assert found == {"nice": "1", "exclusive": True, "gres-flags": ["a", "b"]}
+    script = slurm_script.render(plan_of(slurm=found))
+    assert "#SBATCH --gres-flags=a\n#SBATCH --gres-flags=b\n" in script
 
 
 def test_time_as_slurm_writes_it() -> None:

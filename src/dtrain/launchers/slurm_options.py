@@ -147,7 +147,7 @@ FLAGS = {
     "dependency": "dependency",
 }
 
-# flags that dtrain sets itself → what to use instead
+# flags that dtrain sets itself, or that would break it → what to use instead
 _OURS = {
     "nodes": "--nodes",
     "ntasks": "--procs",
@@ -164,6 +164,8 @@ _OURS = {
     "comment": "option comment",
     "wrap": "option setup",
     "parsable": "nothing: dtrain needs it so",
+    "test-only": "`dtrain plan`",
+    "wait": "nothing: without --detach the command waits",
 }
 
 
@@ -173,4 +175,4 @@ def own_flag_problem(name: str) -> str | None:
     if plain in FLAGS.values():
         field = next(field for field, flag in FLAGS.items() if flag == plain)
         return f"is an option of its own: say {field} instead"
-    return f"is set by dtrain; use {_OURS[plain]}" if plain in _OURS else None
+    return f"cannot be set here; use {_OURS[plain]}" if plain in _OURS else None
