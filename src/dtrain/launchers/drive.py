@@ -156,7 +156,7 @@ def refused(plan: LaunchPlan, error: DtrainError, started: float) -> None:
         error: why.
         started: when the launch began.
     """
-    if not failures.read_all(plan.run, plan.attempt):
+    if plan.is_of_node_zero and not failures.read_all(plan.run, plan.attempt):
         FailureRecord(
             kind="agent",
             message=str(error),
