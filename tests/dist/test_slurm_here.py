@@ -57,7 +57,7 @@ def interrupt_from_terminal(pid: int) -> None:
 
 def test_nothing_of_it_outlives_the_command(tmp_path: Path) -> None:
     """Ctrl-C, `dtrain cancel` and kill -9 of the command; kill -9 of submitit's process."""
-    slower = ("--set", "args.pause=0.2", "--launcher", "locally", "--procs", "2")
+    slower = ("--set", "args.pause=0.5", "--launcher", "locally", "--procs", "2")
     with started("launch", *SLOW, *slower, TINY, cwd=tmp_path) as process:
         run = wait_for_step(tmp_path, 2)
         interrupt_from_terminal(process.pid)
@@ -66,19 +66,19 @@ def test_nothing_of_it_outlives_the_command(tmp_path: Path) -> None:
     assert status(run)["state"] == "cancelled"
 
     with started("resume", cwd=tmp_path) as process:
-        until("training", lambda: len(events(run, "training_started")) == 2)
+        until("training", lambda: len(events(run, "training_started")) == 2, 60)
         assert dtrain("cancel", cwd=tmp_path).returncode == 0
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM, output
     assert [event["reason"] for event in events(run, "stopped")] == ["SIGTERM"] * 2
 
     with started("resume", cwd=tmp_path) as process:  # whose end sees that all has ended
-        until("training", lambda: len(events(run, "training_started")) == 3)
+        until("training", lambda: len(events(run, "training_started")) == 3, 60)
         process.kill()
     assert status(run)["state"] == "lost"
 
     with started("resume", cwd=tmp_path) as process:
-        until("training", lambda: len(events(run, "training_started")) == 4)
+        until("training", lambda: len(events(run, "training_started")) == 4, 60)
         (below,) = psutil.Process(process.pid).children()
         below.kill()
         output = process.communicate(timeout=60)[0]
