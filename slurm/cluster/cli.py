@@ -83,6 +83,14 @@ def _add_up(commands: Commands) -> None:
     up.add_argument("--nodes", type=int, default=4)
     up.add_argument("--gpus-per-node", type=int, default=0, help="pretended")
     up.add_argument(
+        "--node",
+        action="append",
+        default=[],
+        dest="unlike",
+        metavar="'NAME CPUs=N …'",
+        help="nodes that are not alike: each with what it claims, as slurm.conf says it",
+    )
+    up.add_argument(
         "--accounting", action="store_true", help="with a database, so that sacct works"
     )
     up.add_argument("--mode", choices=("auto", *MODES), default="auto")

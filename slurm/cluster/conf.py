@@ -41,7 +41,9 @@ TCPTimeout=1
 BatchStartTimeout=10
 # From TERM to KILL; 30 by default.
 KillWait=2
-UnkillableStepTimeout=20
+# A step that could not tell the controller of its end tries again after 60 s; sooner than that the
+# node would be drained.
+UnkillableStepTimeout=90
 InactiveLimit=0
 # Finished jobs can be asked for 5 minutes without accounting.
 MinJobAge=300
@@ -110,12 +112,16 @@ def slurm_conf(spec: Spec, files: Files) -> str:
     ) + ("\n" + _PARTITIONS)
 
 
-def gres_conf(devices: list[Path]) -> str:
+def gres_conf(spec: Spec, devices: list[Path]) -> str:
     """A line for each GPU; Slurm 22.05 wants a device file with each.
 
     The flag keeps variables of other makers' GPUs out of jobs.
     """
-    return "".join(f"Name=gpu Flags=nvidia_gpu_env File={path}\n" for path in devices)
+    return "".join(
+        f"NodeName={name} Name=gpu Flags=nvidia_gpu_env File={path}\n"
+        for name, count in spec.gpus.items()
+        for path in devices[:count]
+    )
 
 
 def cgroup_conf() -> str:
@@ -213,15 +219,13 @@ def _accounting(spec: Spec, files: Files) -> str:
 
 
 def _nodes(spec: Spec) -> str:
-    gpus = f" Gres=gpu:{spec.gpus_per_node}" if spec.gpus_per_node else ""
-    claim = f"CPUs={spec.cpus_per_node} RealMemory={spec.memory_mb}{gpus} State=UNKNOWN"
     lines = []
-    for index, name in enumerate(spec.node_names):
+    for index, (name, claim) in enumerate(spec.claims.items()):
         where = f"NodeAddr={node_ip(index)}"
         if spec.mode == "ports":
             port = Addresses.of(spec).slurmd(index)
             where = f"NodeHostname=localhost NodeAddr={name} Port={port}"
-        lines.append(f"NodeName={name} {where} {claim}\n")
+        lines.append(f"NodeName={name} {where} {claim} State=UNKNOWN\n")
     return "".join(lines)
 
 

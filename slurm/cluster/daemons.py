@@ -145,7 +145,7 @@ class Daemons:
     def _write_files(self) -> None:
         spec, files = self.state.spec, self.files
         (files.etc / "hosts").write_text(conf.hosts(spec))
-        (files.etc / "gres.conf").write_text(conf.gres_conf(self._devices()))
+        (files.etc / "gres.conf").write_text(conf.gres_conf(spec, self._devices()))
         files.slurm_conf.write_text(conf.slurm_conf(spec, files))
         if spec.memory_limits:
             (files.etc / "cgroup.conf").write_text(conf.cgroup_conf())
@@ -155,8 +155,8 @@ class Daemons:
             secret.write_text(conf.slurmdbd_conf(spec, files))
 
     def _devices(self) -> list[Path]:
-        """A character device for each GPU: made where we may, else some that are everywhere."""
-        count = self.state.spec.gpus_per_node
+        """A character device for each GPU of a node: made where we may, else what is everywhere."""
+        count = max(self.state.spec.gpus.values())
         made = [self.files.dev / f"nvidia{index}" for index in range(count)]
         null = os.makedev(1, 3)
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +39,9 @@ class Spec:
     node_prefix: str = "n"
     """What the nodes' names begin with. Clusters with memory limits share the machine's cgroups,
     which are named after the nodes: give each its own."""
+    unlike: Sequence[str] = ()
+    """Instead of `nodes` that are all alike, each with its name and what it claims, as slurm.conf
+    says it: `fat3 CPUs=4 RealMemory=2048 Gres=gpu:2 Feature=a100`."""
     mode: str = "auto"
     port: int | None = None
     """In mode `ports`, the first of the ports taken. None: some that are free."""
@@ -49,6 +54,9 @@ class Spec:
     def __post_init__(self) -> None:
         if self.mode not in ("auto", *MODES):
             raise ClusterError(f"no mode {self.mode!r}: one of auto, {', '.join(MODES)}")
+        object.__setattr__(self, "unlike", tuple(self.unlike))
+        if self.unlike:
+            self._check_unlike()
         if not 1 <= self.nodes <= 100:
             raise ClusterError(f"{self.nodes} nodes: from 1 to 100 can be had")
         if not 0 <= self.gpus_per_node <= 64:
@@ -56,12 +64,41 @@ class Spec:
         if self.port is not None and not 1024 <= self.port <= 65000:
             raise ClusterError(f"port {self.port}: from 1024 to 65000 can be had")
 
+    def _check_unlike(self) -> None:
+        object.__setattr__(self, "nodes", len(self.unlike))
+        if self.mode == "ports":
+            raise ClusterError("unlike nodes take hosts of their own, not mode ports")
+        for line in self.unlike:
+            name, _, claim = line.partition(" ")
+            if not re.fullmatch(r"[a-z][a-z0-9-]{0,8}", name) or "CPUs=" not in claim:
+                raise ClusterError(
+                    f"node {line!r}: a name of at most 9 small letters, digits and dashes, then "
+                    "what it claims, as `fat3 CPUs=4 RealMemory=2048`"
+                )
+
     @property
     def node_names(self) -> list[str]:
         """As Slurm knows them; without hosts files of their own, names that need no resolving."""
+        if self.unlike:
+            return [line.partition(" ")[0] for line in self.unlike]
         if self.mode == "ports":
             return [f"127.0.0.{2 + index}" for index in range(self.nodes)]
         return [f"{self.node_prefix}{index}" for index in range(self.nodes)]
+
+    @property
+    def claims(self) -> dict[str, str]:
+        """What each node claims to have, in the words of slurm.conf, by its name."""
+        if self.unlike:
+            return {name: claim for name, _, claim in (line.partition(" ") for line in self.unlike)}
+        gpus = f" Gres=gpu:{self.gpus_per_node}" if self.gpus_per_node else ""
+        claim = f"CPUs={self.cpus_per_node} RealMemory={self.memory_mb}{gpus}"
+        return dict.fromkeys(self.node_names, claim)
+
+    @property
+    def gpus(self) -> dict[str, int]:
+        """How many GPUs each node claims, by its name."""
+        found = {name: re.search(r"gpu:(\d+)", claim) for name, claim in self.claims.items()}
+        return {name: int(match[1]) if match else 0 for name, match in found.items()}
 
     @property
     def cgroups(self) -> list[Path]:

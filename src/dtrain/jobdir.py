@@ -38,6 +38,10 @@ class JobDir:
         """What the batch script and srun said."""
         return self.path / "job.log"
 
+    def submitit_log(self, job_id: str) -> Path:
+        """What srun said, as submitit names it, when submitit has submitted the job."""
+        return self.path / f"{job_id}_0_log.out"
+
     def node_log(self, node_rank: int) -> Path:
         """What a node's process said, over all attempts."""
         return self.path / f"node-{node_rank}.log"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,15 @@ def once(folder: Path) -> tuple[str, ...]:
     place.mkdir()
     (place / "once.yaml").write_text("launcher: slurm\nextends: slurm\noptions:\n  requeue: 0\n")
     return ("--launcher", "once", "--nodes", "1", "--procs", "1")
+
+
+def by_submitit() -> str:
+    """Write a profile of that name; needs the fixture `slurm`, which says where it is found."""
+    place = Path(os.environ["XDG_CONFIG_HOME"]) / "dtrain" / "launchers"
+    place.mkdir(parents=True)
+    text = "launcher: slurm\nextends: slurm\noptions:\n  submit: submitit\n"
+    (place / "by-submitit.yaml").write_text(text)
+    return "by-submitit"
 
 
 def goes_on(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from launching import SLOW, TINY, dtrain, events, metrics, started, status, until, wait_for
-from slurming import job_of, sha
+from slurming import by_submitit, job_of, sha
 
 from cluster import Cluster
 from dtrain.rundir import RunDir
@@ -16,8 +16,26 @@ ONE = ("--launcher", "slurm")
 SEEDS = ("--array", "seed=1,2,3", "--run-id", "sweep")
 
 
+@pytest.fixture(params=["sbatch", "submitit"])
+def by(slurm: Cluster, request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """The flags of each way to submit."""
+    return ONE if request.param == "sbatch" else ("--launcher", by_submitit())
+
+
 def runs_of(folder: Path) -> list[RunDir]:
     return [RunDir(folder / "runs" / f"sweep-{index}") for index in range(3)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The parameters of the last two elements when nothing disturbs them."""
+    found = []
+    for seed in (2, 3):
+        cwd = tmp_path_factory.mktemp(f"seed-{seed}")
+        more = ("--set", f"seed={seed}", "--set", "args.pause=0", "--run-id", "alone")
+        assert dtrain("launch", *SLOW, *more, TINY, cwd=cwd).returncode == 0
+        found.append(sha(RunDir(cwd / "runs" / "alone")))
+    return found
 
 
 def reached(run: RunDir, step: int) -> None:
@@ -27,16 +45,11 @@ def reached(run: RunDir, step: int) -> None:
     until(f"step {step} of {run.id}", at, 60)
 
 
-def test_an_element_that_is_requeued_goes_on_alone(slurm: Cluster, tmp_path: Path) -> None:
-    alone = []
-    for seed in (2, 3):
-        cwd = tmp_path / f"seed-{seed}"
-        cwd.mkdir()
-        more = ("--set", f"seed={seed}", "--set", "args.pause=0", "--run-id", "alone")
-        assert dtrain("launch", *SLOW, *more, TINY, cwd=cwd).returncode == 0
-        alone.append(sha(RunDir(cwd / "runs" / "alone")))
+def test_an_element_that_is_requeued_goes_on_alone(
+    slurm: Cluster, tmp_path: Path, by: tuple[str, ...], alone: list[str]
+) -> None:
     slower = ("--set", "args.pause=0.2")
-    with started("launch", *ONE, *SLOW, *slower, *SEEDS, TINY, cwd=tmp_path) as process:
+    with started("launch", *by, *SLOW, *slower, *SEEDS, TINY, cwd=tmp_path) as process:
         still, by_hand, by_itself = runs_of(tmp_path)
         reached(by_hand, 5)
         slurm.run(["scontrol", "requeue", job_of(by_hand)])
@@ -57,9 +70,11 @@ def test_an_element_that_is_requeued_goes_on_alone(slurm: Cluster, tmp_path: Pat
     assert status(by_hand)["state"] == "succeeded"
 
 
-def test_one_element_is_cancelled_and_then_all(slurm: Cluster, tmp_path: Path) -> None:
+def test_one_element_is_cancelled_and_then_all(
+    slurm: Cluster, tmp_path: Path, by: tuple[str, ...]
+) -> None:
     more = ("--at-once", "1", *SLOW, "--set", "args.pause=0.5")
-    with started("launch", *ONE, *more, *SEEDS, TINY, cwd=tmp_path) as process:
+    with started("launch", *by, *more, *SEEDS, TINY, cwd=tmp_path) as process:
         first, second, third = runs_of(tmp_path)
         reached(first, 2)
         assert "waiting for other runs of its array" in status(third)["slurm"]
@@ -74,10 +89,10 @@ def test_one_element_is_cancelled_and_then_all(slurm: Cluster, tmp_path: Path) -
 
 
 def test_a_failed_element_fails_the_command_and_is_resumed_alone(
-    slurm: Cluster, tmp_path: Path
+    slurm: Cluster, tmp_path: Path, by: tuple[str, ...]
 ) -> None:
     wrong = ("--array", "args.misbehave=null,raise", "--set", "args.rank=0", "--run-id", "sweep")
-    done = dtrain("launch", *ONE, *wrong, TINY, cwd=tmp_path)
+    done = dtrain("launch", *by, *wrong, TINY, cwd=tmp_path)
     assert done.returncode == 1, done.stdout
     assert "sweep-1 (args.misbehave=raise): failed; dtrain why sweep-1" in done.stdout
     assert "FAILED: rank 0" in dtrain("why", "sweep-1", cwd=tmp_path).stdout

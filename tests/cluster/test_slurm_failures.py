@@ -25,7 +25,14 @@ from launching import (
 from slurming import TWO, goes_on, job_of, needs_slurm, sha
 
 from cluster import Cluster
+from dtrain.jobdir import JobDir
 from dtrain.rundir import RunDir
+
+_SYSTEM = "/usr/local/bin:/usr/bin:/bin"
+
+
+def void(cluster: Cluster, *command: str) -> None:
+    cluster.run(list(command))
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +69,26 @@ def ours(cluster: Cluster, node: str) -> dict[str, str]:
 # ---------------------------------------------------------------------- Slurm's daemons
 
 
-def test_while_the_controller_is_away_following_waits(fragile: Cluster, tmp_path: Path) -> None:
-    def saved() -> bool:
-        state = fragile.files.state / "job_state"
-        return state.exists() and state.stat().st_mtime > (run.handle.stat().st_mtime + 3)
+def saved(cluster: Cluster, run: RunDir) -> bool:
+    """Whether the controller would know after its death that the job of a run has started."""
+    state = cluster.files.state / "job_state"
+    return state.exists() and state.stat().st_mtime > run.handle.stat().st_mtime + 3
+
+
+def test_while_the_controller_is_away_the_run_ends_and_following_waits(
+    fragile: Cluster, tmp_path: Path
+) -> None:
+    """It comes back after the end; a step that could not tell it of its end tries again in 60 s."""
+    log = fragile.files.log / "slurmd-n0.log"
 
     def told() -> list[str]:
         words = [event["what"] for event in events(run, "waiting")]
         return [what for what in words if what.startswith("Slurm does not answer: ")]
 
-    longer = ("--set", "args.pause=0.2", "--set", "train.steps=150")
-    with started("launch", *TWO, *longer, TINY, cwd=tmp_path) as launch:
+    slower = ("--set", "args.pause=0.2", "--set", "train.steps=100")
+    with started("launch", *TWO, *slower, TINY, cwd=tmp_path) as launch:
         run = wait_for_step(tmp_path, 5)
-        until("the controller to save that the job runs", saved, 30)
+        until("the controller to save that the job runs", lambda: saved(fragile, run), 30)
         fragile.kill_ctl()
         with started("logs", "--follow", run.id, cwd=tmp_path) as follower:
             try:
@@ -82,11 +96,15 @@ def test_while_the_controller_is_away_following_waits(fragile: Cluster, tmp_path
                 now = status(run)
                 assert (now["state"], launch.poll(), follower.poll()) == ("running", None, None)
                 assert "Unable to contact slurm controller" in now["slurm"]
+                until("the end of training", JobDir(run).end(0).exists, 90)
+                until("the step to fail", lambda: "failed sending step compl" in log.read_text())
+                assert (launch.poll(), follower.poll()) == (None, None)
             finally:
                 fragile.start_ctl()
             assert follower.wait(120) == 0
         assert launch.wait(60) == 0
     assert run.attempts() == [0]
+    fragile.wait_idle()  # no node is drained either
 
 
 def test_a_node_whose_daemon_was_killed_is_replaced(
@@ -121,6 +139,24 @@ def test_a_killed_step_daemon_costs_no_training(
     assert sha(run) == unbroken
     assert sorted({line["step"] for line in metrics(run)}) == list(range(1, 61))
     assert not ours_of(fragile, "n1", "-m dtrain.")
+
+
+def test_nodes_without_slurms_commands_are_requeued_by_who_follows(
+    fragile: Cluster, tmp_path: Path, unbroken: str
+) -> None:
+    hidden = [path for name in ("scontrol", "squeue") if (path := shutil.which(name, path=_SYSTEM))]
+    try:
+        for path in hidden:
+            for node in fragile.nodes:
+                fragile.run(["mount", "--bind", "/dev/null", path], host=node)
+        leave = ["scancel", "--signal=USR2"]
+        run, _ = goes_on(tmp_path, lambda run: void(fragile, *leave, job_of(run)))
+    finally:
+        for path in hidden:
+            for node in fragile.nodes:
+                fragile.run(["umount", path], host=node)
+    assert "squeue: Permission denied" in JobDir(run).log.read_text()
+    assert sha(run) == unbroken
 
 
 # ---------------------------------------------------------------------- files

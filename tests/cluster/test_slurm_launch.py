@@ -33,7 +33,7 @@ from launching import (
     until,
     wait_for_step,
 )
-from slurming import TWO, goes_on, job_of, once, sha, submit
+from slurming import TWO, by_submitit, goes_on, job_of, once, sha, submit
 from test_launcher_contract import (
     Started,
     Way,
@@ -70,7 +70,7 @@ def way(slurm: Cluster) -> Way:
 def test_digits_on_two_nodes_is_the_training_of_one_machine(slurm: Cluster, tmp_path: Path) -> None:
     shorter = ("--set", "train.steps=20", "--procs", "2", "--nodes", "2", DIGITS)
     made = {}
-    by_submitit(tmp_path)
+    by_submitit()
     for launcher in ("local", "slurm", "by-submitit"):
         made[launcher] = recorded(tmp_path / launcher, "--launcher", launcher, *shorter)
     here, local = made.pop("local")
@@ -87,15 +87,6 @@ def test_a_lightning_module(slurm: Cluster, tmp_path: Path) -> None:
     run = the_run(tmp_path)
     assert set(run.rank_logs(0)) == {0, 1, 2, 3}
     assert [event["step"] for event in events(run, "checkpoint_saved")][-1] == 23
-
-
-def by_submitit(folder: Path) -> tuple[str, ...]:
-    """A profile in a folder of ours; the flags that choose it."""
-    place = Path(os.environ["XDG_CONFIG_HOME"]) / "dtrain" / "launchers"
-    place.mkdir(parents=True)
-    text = "launcher: slurm\nextends: slurm\noptions:\n  submit: submitit\n"
-    (place / "by-submitit.yaml").write_text(text)
-    return ("--launcher", "by-submitit", "--nodes", "2", "--procs", "2")
 
 
 def left_and_resumed(run: RunDir, reason: str) -> None:
@@ -126,9 +117,11 @@ def test_a_run_that_is_requeued_by_hand_goes_on(
     assert sha(run) == unbroken
 
 
+@pytest.mark.parametrize("by", ["sbatch", "submitit"])
 def test_an_elastic_run_takes_what_is_free_and_goes_on_at_another_size(
-    slurm: Cluster, tmp_path: Path
+    slurm: Cluster, tmp_path: Path, by: str
 ) -> None:
+    way = ("--launcher", "slurm" if by == "sbatch" else by_submitit())
     blocker = submit(slurm, "-N2", "--exclusive", "--wrap", "sleep 600")
     slurm.wait_job(blocker, ["RUNNING"])
 
@@ -138,7 +131,7 @@ def test_an_elastic_run_takes_what_is_free_and_goes_on_at_another_size(
         slurm.wait_idle()
         slurm.run(["scontrol", "release", job_of(run)])
 
-    run, _ = goes_on(tmp_path, disturb, "--nodes", "2:4", *OFTEN)
+    run, _ = goes_on(tmp_path, disturb, *way, "--nodes", "2:4", *OFTEN)
     first, second = events(run, "training_started")
     assert (first["world_size"], second["world_size"]) == (4, 8)
     assert second["resumed_from"] >= 2
@@ -180,7 +173,7 @@ def test_submitted_by_submitit_it_goes_on_too(
     run, _ = goes_on(
         tmp_path,
         lambda run: void(slurm, "scancel", "--signal=USR2", job_of(run)),
-        *by_submitit(tmp_path),
+        *("--launcher", by_submitit()),
     )
     left_and_resumed(run, "SIGUSR2")
     assert sha(run) == unbroken
@@ -250,7 +243,7 @@ def test_a_node_whose_own_name_is_on_loopback(breakable: Cluster, tmp_path: Path
     [
         (("-p", "nowhere"), "Invalid partition name specified", "--partition: partition: nowhere"),
         (("--gpus", "9"), "Requested node configuration is not available", "--gpus: gpus: 9"),
-        (("--slurm", "mem-per-cpu=900G"), "Memory specification", ""),
+        (("--slurm", "mem-per-cpu=900G"), "Memory specification", "--slurm: mem-per-cpu: 900G"),
         (("--nodes", "9"), "(Partition", "--nodes: nodes: 9"),
     ],
 )
@@ -383,7 +376,7 @@ def test_hostile_names(slurm: Cluster, tmp_path: Path) -> None:
     assert json.loads((folder / "3.json").read_text())["ODD"] == "$(touch gone)'\"\n;"
     assert not list(tmp_path.rglob("gone"))
     refused = dtrain("plan", *TWO, "--slurm", comment, "job.yaml", cwd=folder)
-    assert "comment: is set by dtrain; use option comment" in refused.stderr
+    assert "comment: cannot be set here; use option comment" in refused.stderr
 
 
 def test_many_jobs_are_told_of_by_one_command(slurm: Cluster, tmp_path: Path) -> None:

@@ -109,3 +109,34 @@ def test_the_first_nodes_word_is_believed(plan: LaunchPlan) -> None:
 def test_a_cancelled_job_has_not_failed(plan: LaunchPlan) -> None:
     assert slurm_end.exit_code(plan, Job("7", "CANCELLED")) == STOPPED
     assert not failures.read_all(plan.run, 0)
+
+
+def test_only_a_job_that_left_to_go_on_is_put_back(plan: LaunchPlan) -> None:
+    done = Job("7", "COMPLETED")
+    assert not slurm_end.was_to_go_on(plan, done)
+    end(plan, STOPPED)
+    assert slurm_end.was_to_go_on(plan, done)
+    assert not slurm_end.was_to_go_on(plan, Job("7", "CANCELLED"))
+    assert not slurm_end.was_to_go_on(plan, Job("7", "COMPLETED", restarts=1))
+    JobDir(plan.run).cancel.touch()
+    assert not slurm_end.was_to_go_on(plan, done)
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [(True, "did a set-up line end it?"), (False, "is it on all nodes, at the same path?")],
+)
+def test_a_job_that_has_said_nothing(plan: LaunchPlan, log: bool, words: str) -> None:
+    if log:
+        JobDir(plan.run).log.touch()
+    slurm_end.exit_code(plan, Job("7", "FAILED", exit_code=7))
+    (record,) = failures.read_all(plan.run, 0)
+    assert words in record.message
+
+
+def test_what_srun_said_under_submitit_is_read_too(plan: LaunchPlan) -> None:
+    JobDir(plan.run).log.write_text("srun: error: task 1 failed\n")
+    JobDir(plan.run).submitit_log("7_1").write_text("dtrain: n1 has no run folder\nbye\n")
+    slurm_end.exit_code(plan, Job("7_1", "FAILED", exit_code=1))
+    (record,) = failures.read_all(plan.run, 0)
+    assert record.message == "job 7_1 ended with code 1: n1 has no run folder"

@@ -17,7 +17,14 @@ from dtrain.cli import options as cli_options
 from dtrain.errors import JobError, PlanError, UsageError
 from dtrain.job.profile import load_profile
 from dtrain.job.spec import JobSpec
-from dtrain.launchers import base, slurm_array, slurm_limits, slurm_script, slurm_submit
+from dtrain.launchers import (
+    base,
+    slurm_array,
+    slurm_limits,
+    slurm_script,
+    slurm_submit,
+    slurm_submitit,
+)
 from dtrain.launchers.slurm_options import SlurmOptions
 from dtrain.plan import Facts, LaunchPlan, make_plan
 
@@ -186,14 +193,16 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"partion": "gpu"}, r"option partion: .*it has: submit, partition"),
+        ({"partion": "gpu"}, r"option partion: .*it has: submit, executor, partition"),
         ({"time": 90}, "say it with a unit"),
         ({"time": "90"}, "say it with a unit"),
         (
             {"slurm": {"partition": "x"}},
             "--slurm partition: is an option of its own: say partition",
         ),
-        ({"slurm": {"ntasks": "4"}}, "--slurm ntasks: is set by dtrain; use --procs"),
+        ({"slurm": {"ntasks": "4"}}, "--slurm ntasks: cannot be set here; use --procs"),
+        ({"slurm": {"test-only": True}}, "test-only: cannot be set here; use `dtrain plan`"),
+        ({"slurm": {"wait": True}}, "wait: cannot be set here; use nothing: without --detach"),
         ({"slurm": {"a b": "4"}}, "not the long name of a flag"),
     ],
 )
@@ -209,9 +218,14 @@ def test_an_elastic_job_takes_what_it_is_given() -> None:
     assert '  --nodes="$SLURM_JOB_NUM_NODES" \\\n  --ntasks="$SLURM_JOB_NUM_NODES" \\\n' in script
 
 
-def test_elastic_submitit_and_backslash_are_refused() -> None:
-    with pytest.raises(PlanError, match="one number of nodes"):
-        plan_of(launch={"nodes": "1:2"}, submit="submitit")
+def test_an_elastic_job_by_submitit_leaves_the_number_of_nodes_to_slurm() -> None:
+    told = slurm_submitit.parameters(plan_of(launch={"nodes": "1:2"}, submit="submitit"))
+    assert told["additional_parameters"]["nodes"] == "1-2"
+    given = '"$SLURM_JOB_NUM_NODES"'
+    assert told["setup"][-1] == f"export SLURM_NNODES={given} SLURM_NTASKS={given}"
+
+
+def test_a_backslash_is_refused() -> None:
     with pytest.raises(PlanError, match="path with a backslash"):
         plan_of(replace(FACTS, runs="/a\\b"))
 
@@ -278,10 +292,81 @@ def test_the_script_of_an_array() -> None:
     plans = [plan_of(replace(FACTS, run_id=f"it's-{n}"), slurm={"nice": "100"}) for n in range(3)]
     slurm_array.refuse_unlike(plans)
     assert slurm_array.render(plans, 2) == ARRAY
-    with pytest.raises(PlanError, match="--array takes submit: sbatch"):
-        slurm_array.refuse_unlike([plan_of(submit="submitit")])
     with pytest.raises(PlanError, match="differ in --nice=100"):
         slurm_array.refuse_unlike([*plans, plan_of()])
+
+
+BY_SUBMITIT = """\
+#!/bin/bash
+
+# Parameters
+#SBATCH --array=0-2%2
+#SBATCH --comment='dtrain runs it'"'"'s-0 to it'"'"'s-2'
+#SBATCH --cpus-per-task=1
+#SBATCH --job-name='it'"'"'s'
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output='/runs/it'"'"'s-%a/slurm/job.log'
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+
+# setup
+
+set -e
+# by hand
+module load cuda
+set +e
+
+trap : TERM USR2 # the agents leave in order, and the shell waits for them
+export SLURM_NNODES=2 SLURM_NTASKS=2
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output '/runs/it'"'"'s-0/slurm/%A_%a_%t_log.out' \
+--ntasks-per-node=1 --cpus-per-task=1 --kill-on-bad-exit=1 --wait=40 /usr/bin/python3 -u -m \
+submitit.core._submit '/runs/it'"'"'s-0/slurm'
+
+
+# teardown
+status=$?
+
+# The first agent leaves this file when the training is to go on in another attempt.
+job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+if [ -e '/runs/it'"'"'s-'"$SLURM_ARRAY_TASK_ID"/slurm/requeue-"${SLURM_RESTART_COUNT:-0}" ] &&
+  [ "$(squeue -h -j "$job" -o %T)" = RUNNING ]; then
+  scontrol requeue "$job"
+fi
+exit "$status"
+""".replace(" \\\n-", " -").replace(" \\\nsub", " sub")
+
+
+def test_the_script_of_an_array_by_submitit() -> None:
+    pytest.importorskip("submitit")
+    setup = {"submit": "submitit", "setup": ["# by hand", "module load cuda"]}
+    plans = [plan_of(replace(FACTS, run_id=f"it's-{n}"), **setup) for n in range(3)]
+    slurm_array.refuse_unlike(plans)
+    assert slurm_array.render(plans, 2) == BY_SUBMITIT.rstrip("\n")
+    assert "#SBATCH --array=0-2%3\n" in slurm_array.render(plans, None)
+    assert "--array" not in slurm_array.render(plans[:1], 2)  # submitit makes none of one
+    slower = plan_of(launch={"nodes": 2, "stop_timeout": "50s"}, **setup)
+    with pytest.raises(PlanError, match="differ in --wait=60, --wait=40; launch them one by one"):
+        slurm_array.refuse_unlike([*plans, slower])
+
+
+@pytest.mark.parametrize("runs", ["/100%j", "/one\ntwo"])
+def test_a_path_that_submitit_cannot_use_is_refused(runs: str) -> None:
+    pytest.importorskip("submitit")
+    plan = plan_of(replace(FACTS, runs=runs), submit="submitit")
+    with pytest.raises(PlanError, match="submitit cannot use a path with a % or a line break"):
+        slurm_submitit.render([plan], slurm_submitit.parameters(plan))
+
+
+def test_a_template_without_srun_is_refused_for_submitit(tmp_path: Path) -> None:
+    (tmp_path / "own.j2").write_text("#!/bin/bash\nmpirun {{ agent_command }}\n")
+    plan = plan_of(submit="submitit", template=str(tmp_path / "own.j2"))
+    with pytest.raises(PlanError, match="for submitit it needs #SBATCH lines, then a line `srun"):
+        slurm_submitit.parameters(plan)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +386,14 @@ def test_the_values_of_an_array(text: str, found: list[str]) -> None:
 def test_wrong_values_of_an_array(text: str) -> None:
     with pytest.raises(UsageError, match="expected FIELD=VALUE"):
         array.values(text)
+
+
+def test_a_flag_of_sbatch_that_is_given_twice_is_passed_on_twice() -> None:
+    given = ("nice=1", "exclusive", "gres-flags=a", "gres-flags=b")
+    found = cli_options._flags_of_sbatch(given)
+    assert found == {"nice": "1", "exclusive": True, "gres-flags": ["a", "b"]}
+    script = slurm_script.render(plan_of(slurm=found))
+    assert "#SBATCH --gres-flags=a\n#SBATCH --gres-flags=b\n" in script
 
 
 def test_time_as_slurm_writes_it() -> None:
@@ -339,10 +432,25 @@ def test_wrong_options_are_told_with_their_places(
             "Slurm refuses the job: Memory specification can not be satisfied; Requested node "
             "configuration is not available\n  launchers/site.yaml:7:8: mem: 900G",
         ),
+        (
+            "sbatch: error: Invalid --mem specification\n",
+            "Slurm refuses the job: Invalid --mem specification"
+            "\n  launchers/site.yaml:7:8: mem: 900G",
+        ),
+        (
+            "sbatch: unrecognized option '--no-such=1'\n",
+            "Slurm refuses the job: unrecognized option '--no-such=1'\n  --slurm: no_such: 1",
+        ),
+        (
+            "sbatch: error: Invalid node name specified\n",
+            "Slurm refuses the job: Invalid node name specified\n  --slurm: nodelist: n9",
+        ),
         ("", "Slurm refuses the job: no reason given"),
     ],
 )
 def test_a_refusal_is_told_in_slurms_words_with_the_place(said: str, told: str) -> None:
-    plan = plan_of(partition="gpu", mem="900G")
-    plan = replace(plan, sources={"partition": "-p", "mem": "launchers/site.yaml:7:8"})
+    plan = plan_of(partition="gpu", mem="900G", slurm={"no_such": "1", "nodelist": "n9"})
+    further = {"slurm.no_such": "--slurm", "slurm.nodelist": "--slurm"}
+    places = {"partition": "-p", "mem": "launchers/site.yaml:7:8", **further}
+    plan = replace(plan, sources=places)
     assert slurm_submit.refusal(plan, said) == told

@@ -50,6 +50,8 @@ def command(
             arrays.show(job, array, at_once, options)
             return 0
         return arrays.launch(job, array, options, at_once=at_once, detach=detach, quiet=quiet)
+    if at_once:
+        raise click.UsageError("--at-once is for runs of an --array, and there is none")
     prepared = shared.prepare(job, options)
     if dry_run:
         show(prepared, as_json=False, explain=False)

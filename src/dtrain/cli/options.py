@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -222,7 +222,7 @@ def _settings(
     for text in given.get("ray", ()):
         flags |= _option_of_profile("--ray", text)
     if "slurm" in given and not isinstance(given["slurm"], dict):
-        flags["slurm"] = flag("--slurm", dict(_pair(text) for text in given["slurm"]))
+        flags["slurm"] = flag("--slurm", _flags_of_sbatch(given["slurm"]))
     if "after" in given:
         dependency = launcher.dependency_on(find(given["after"], str(runs)))
         if dependency:
@@ -253,10 +253,13 @@ def _kept(before: LaunchPlan, spelling: str) -> tuple[str, ...]:
     return tuple(f"{name}={json.dumps(before.options[name])}" for name in names)
 
 
-def _pair(text: str) -> tuple[str, Any]:
-    """`nice=100` → (nice, 100); `exclusive` → (exclusive, True)."""
-    name, equals, value = text.partition("=")
-    return name, value if equals else True
+def _flags_of_sbatch(texts: Iterable[str]) -> dict[str, Any]:
+    """`nice=100` → {nice: 100}; `exclusive` → {exclusive: True}; a list of what is given again."""
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        found.setdefault(name, []).append(value if equals else True)
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
 
 
 def _sizes_from(job: LoadedJob) -> dict[str, str]:

@@ -75,6 +75,8 @@ def checked_options(
 ) -> tuple[Model, dict[str, str]]:
     """A launcher's options, from a profile and flags, and where each was written.
 
+    Of a section, as `slurm:`, also where each of its entries was: `slurm.nodelist`.
+
     Raises:
         JobError: every option that is unknown or wrong, with its place.
     """
@@ -84,7 +86,11 @@ def checked_options(
     options, problems = validate(root, model)
     if problems or options is None:
         raise JobError(sort_problems(problems, shown_path(profile.chain[0])))
-    return options, {name: place_text(part.place) for name, part in root.value.items()}
+    sources = {name: place_text(part.place) for name, part in root.value.items()}
+    for name, part in root.value.items():
+        if isinstance(part.value, dict):
+            sources |= {f"{name}.{key}": place_text(one.place) for key, one in part.value.items()}
+    return options, sources
 
 
 def place_text(place: Place) -> str:

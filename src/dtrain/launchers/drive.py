@@ -107,7 +107,7 @@ def drive(
             base.keep_code(plan)
             code = _follow(plan, launch, stop, console)
         except DtrainError as error:  # found out by the launcher's own process
-            finish(plan, Result("failed", error.exit_code, started, time.time()), print_nothing)
+            refused(plan, error, started)
             raise
         finally:
             launch.kill()
@@ -144,8 +144,28 @@ def _start(plan: LaunchPlan, started: float) -> Launch:
     try:
         return base.load(plan.launcher).start(plan)
     except DtrainError as error:
-        finish(plan, Result("failed", error.exit_code, started, time.time()), print_nothing)
+        refused(plan, error, started)
         raise
+
+
+def refused(plan: LaunchPlan, error: DtrainError, started: float) -> None:
+    """Write down that a launch has failed for a reason that no node has told.
+
+    Args:
+        plan: the launch.
+        error: why.
+        started: when the launch began.
+    """
+    if plan.is_of_node_zero and not failures.read_all(plan.run, plan.attempt):
+        FailureRecord(
+            kind="agent",
+            message=str(error),
+            exit_code=error.exit_code,
+            node_rank=0,
+            node=failures.node_name(),
+            time=time.time(),
+        ).write(plan.run, plan.attempt)
+    finish(plan, Result("failed", error.exit_code, started, time.time()), print_nothing)
 
 
 def _opening(plan: LaunchPlan) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import time
@@ -19,12 +18,16 @@ from dtrain.launchers import (
     drive,
     slurm_array,
     slurm_end,
+    slurm_here,
     slurm_limits,
     slurm_script,
+    slurm_show,
     slurm_submit,
+    slurm_submitit,
     slurm_watch,
 )
-from dtrain.launchers.base import Handle
+from dtrain.launchers.base import Handle, Launch
+from dtrain.launchers.local import LocalLauncher
 from dtrain.launchers.slurm_options import SlurmOptions
 from dtrain.launchers.slurm_watch import Job, Unreachable, Watcher
 from dtrain.node import failures
@@ -41,13 +44,13 @@ class SlurmLauncher:
     def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
         """See `Launcher.complete`."""
         options = SlurmOptions.of(plan.options)
-        if options.submit == "submitit" and plan.min_nodes != plan.nodes:
-            raise PlanError("submitit takes one number of nodes, not MIN:MAX; use submit: sbatch")
         if options.venv:
             python = os.path.join(options.venv, "bin", "python")
         else:
             python = "python" if options.conda or _in_image(options) else facts.python
         options = options.model_copy(update={"python": options.python or python})
+        if options.executor != "slurm":
+            return slurm_here.complete(plan, facts, options)
         plan = replace(
             plan,
             node_names=("",) * plan.nodes,
@@ -59,27 +62,20 @@ class SlurmLauncher:
             else "",
         )
         slurm_script.flags(plan, options)  # refuses what cannot be meant
-        argv = tuple(slurm_submit.command(plan))
-        if options.submit == "submitit":
-            argv = ("submitit", *slurm_script.agent_command(plan, options))
-        script = str(JobDir(plan.run).script)
-        return replace(
-            plan, commands=(Command(where=facts.host, argv=argv),), files=(*plan.files, script)
-        )
+        if options.submit == "submitit":  # which writes a script of its own
+            argv = ["submitit", *slurm_script.agent_command(plan, options)]
+        else:
+            argv = slurm_submit.command(plan)
+            plan = replace(plan, files=(*plan.files, str(JobDir(plan.run).script)))
+        return replace(plan, commands=(Command(where=facts.host, argv=tuple(argv)),))
 
     def preview(self, plan: LaunchPlan) -> list[str]:
         """The script, and what Slurm says of it where Slurm is at hand; for `dtrain plan`."""
-        here = shutil.which("sbatch")
-        plan, cut = slurm_limits.within_partition(plan) if here else (plan, "")
-        lines = ["script", *(f"  {line}" for line in slurm_script.render(plan).splitlines())]
-        if here:
-            said = [cut] if cut else []
-            lines += ["asked of Slurm", *(f"  {line}" for line in (*said, slurm_submit.test(plan)))]
-        return lines
+        return slurm_show.run(plan)
 
     def can_detach(self, plan: LaunchPlan) -> bool:
-        """Whether it goes on without this command: always, it is Slurm's."""
-        return True
+        """Whether it goes on without this command: if it is Slurm's."""
+        return bool(plan.options["executor"] == "slurm")
 
     def dependency_on(self, run: RunDir) -> str | None:
         """What a job waits for that is to start after a run; None when it need not wait.
@@ -97,26 +93,22 @@ class SlurmLauncher:
             raise PlanError(f"--after {run.id}: it will not succeed, it is {state}")
         return f"afterok:{handle.job_id}"
 
-    def start(self, plan: LaunchPlan) -> SlurmLaunch:
+    def start(self, plan: LaunchPlan) -> Launch:
         """See `Launcher.start`."""
+        if plan.options["executor"] != "slurm":
+            _keep_code(plan)
+            return slurm_here.start(plan)
         plan, cut = slurm_limits.within_partition(plan)
-        with _told_of_refusal([plan]):
+        with _files_written():
             _write(plan, cut)
-            if plan.options["submit"] == "submitit":
-                from dtrain.launchers import slurm_submitit
-
-                job_id = slurm_submitit.submit(plan)
-            else:
-                job_id = slurm_submit.submit(plan)
+            by = slurm_submitit if plan.options["submit"] == "submitit" else slurm_submit
+            job_id = by.submit(plan)
         handle = Handle.of_this_process(plan)
         return _note_submitted(plan, job_id, handle, Watcher())
 
     def preview_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
-        """The array's script, and that of its first element with what Slurm says of it."""
-        slurm_array.refuse_unlike(plans)
-        plans, _ = slurm_array.within_partition(plans)
-        script = slurm_array.render(plans, at_once).splitlines()
-        return ["script of the array", *(f"  {line}" for line in script), *self.preview(plans[0])]
+        """The array's script, and what Slurm says of it; for `dtrain launch --dry-run`."""
+        return slurm_show.array(plans, at_once)
 
     def start_array(
         self, plans: Sequence[LaunchPlan], at_once: int | None
@@ -124,7 +116,7 @@ class SlurmLauncher:
         """See `sweep.ArrayLauncher`."""
         slurm_array.refuse_unlike(plans)
         plans, cut = slurm_array.within_partition(plans)
-        with _told_of_refusal(plans):
+        with _files_written():
             for plan in plans:
                 _write(plan, cut)
             job_ids = slurm_array.submit(plans, at_once)
@@ -140,10 +132,10 @@ class SlurmLauncher:
         handle = Handle.read(run)
         if handle is None:
             return False
+        if handle.job_id is None:  # not submitted yet, or on this machine
+            return handle.is_alive()
         if handle.host == socket.gethostname() and handle.is_alive():
             return True
-        if handle.job_id is None:
-            return False
         ended = JobDir(run).end(base.newest_attempt(run)).exists()
         try:
             job = slurm_watch.glance(handle.job_id, now=ended)
@@ -172,12 +164,13 @@ class SlurmLauncher:
         handle = Handle.read(run)
         if handle is None or not self.is_running(run):
             return
+        if handle.job_id is None:
+            LocalLauncher().cancel(run, timeout_s)
+            return
         if handle.host == socket.gethostname() and handle.is_alive():
             os.kill(handle.pid, signal.SIGTERM)
             if base.wait_until(lambda: not handle.is_alive(), timeout_s):
                 return
-        if handle.job_id is None:
-            return
         launch = SlurmLaunch(LaunchPlan.read(run), handle.job_id, Watcher())
         launch.stop()
         if not base.wait_until(lambda: launch.poll() is not None, timeout_s):
@@ -196,6 +189,7 @@ class SlurmLaunch:
         self.said = ""
         """How the job stands, for people."""
         self._killed = False
+        self._put_back: set[int] = set()
 
     def poll(self) -> int | None:
         """See `Launch.poll`."""
@@ -205,7 +199,9 @@ class SlurmLaunch:
         self._tell(job)
         if job.hopeless is not None and not self._killed:
             self._give_up(job, *job.hopeless)
-        return slurm_end.exit_code(plan, job) if job.is_over else None
+        if not job.is_over or self._requeued(plan, job):
+            return None
+        return slurm_end.exit_code(plan, job)
 
     def stop(self) -> None:
         """See `Launch.stop`: the agents of a running job are asked, a waiting job is withdrawn."""
@@ -223,6 +219,14 @@ class SlurmLaunch:
         self._killed = True
         JobDir(self._plan.run).cancel.touch()
         slurm_watch.ask("scancel", self._job_id)
+
+    def _requeued(self, plan: LaunchPlan, job: Job) -> bool:
+        """Put a job back into the queue that could not do it itself; whether that was so."""
+        if job.restarts in self._put_back or not slurm_end.was_to_go_on(plan, job):
+            return False
+        self._put_back.add(job.restarts)
+        self._watcher.forget(self._job_id)
+        return slurm_watch.ask("scontrol", "requeue", self._job_id).returncode == 0
 
     def _tell(self, job: Job) -> None:
         """Note for whoever watches that the job stands otherwise than before."""
@@ -249,6 +253,10 @@ def _write(plan: LaunchPlan, cut: str) -> None:
         rundir.write_json(plan.run.plan, plan.to_json())
         rundir.note_event(plan.run, "waiting", what=cut)
     slurm_submit.write(plan)
+    _keep_code(plan)
+
+
+def _keep_code(plan: LaunchPlan) -> None:
     if plan.code_dir:
         base.keep_code(plan)
         snapshot.copy_tree(plan.job_dir, plan.run.code, plan.attempt)
@@ -261,16 +269,12 @@ def _note_submitted(plan: LaunchPlan, job_id: str, handle: Handle, watcher: Watc
 
 
 @contextlib.contextmanager
-def _told_of_refusal(plans: Sequence[LaunchPlan]) -> Iterator[None]:
-    """Keep for `dtrain why` that Slurm refused the job of these runs."""
+def _files_written() -> Iterator[None]:
+    """Say which file could not be written."""
     try:
         yield
     except OSError as error:
         raise LaunchError(f"cannot write {error.filename}: {error.strerror}") from error
-    except PlanError as error:
-        for plan in plans:
-            _record_refusal(plan, str(error))
-        raise
 
 
 def _in_image(options: SlurmOptions) -> bool:

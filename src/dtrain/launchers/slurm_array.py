@@ -1,7 +1,8 @@
 """`--array`: several runs as the elements of one Slurm array.
 
-Each element is a run of its own, with its own directory, id and batch script; the script that is
-submitted only starts the one that belongs to the element.
+Each element is a run of its own, with its own directory and id. By sbatch each has its own batch
+script, and the script that is submitted only starts the one that belongs to the element; by
+submitit all share one, see `slurm_submitit`.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dtrain import rundir
 from dtrain.errors import PlanError
 from dtrain.jobdir import JobDir
-from dtrain.launchers import slurm_limits, slurm_script, slurm_submit
+from dtrain.launchers import slurm_limits, slurm_script, slurm_submit, slurm_submitit
 from dtrain.launchers.slurm_options import SlurmOptions
 from dtrain.launchers.slurm_watch import ask
 from dtrain.plan import LaunchPlan
@@ -38,13 +39,14 @@ def refuse_unlike(plans: Sequence[LaunchPlan]) -> None:
     """Refuse what cannot be one array.
 
     Raises:
-        PlanError: elements ask Slurm for different things, or submitit is to submit them.
+        PlanError: elements ask Slurm for different things, or it is not Slurm that runs them.
     """
-    if plans[0].options["submit"] == "submitit":
-        raise PlanError("submit: submitit submits one run at a time; --array takes submit: sbatch")
-    first = _flags(plans[0])
+    executor = plans[0].options["executor"]
+    if executor != "slurm":
+        raise PlanError(f"--array takes executor: slurm, not {executor}")
+    first = _shared(plans[0])
     for plan in plans[1:]:
-        flags = _flags(plan)
+        flags = _shared(plan)
         if flags != first:
             differ = [flag for flag in (*flags, *first) if (flag in flags) != (flag in first)]
             shown = ", ".join(slurm_script.sbatch_option(*flag) for flag in differ)
@@ -60,10 +62,11 @@ def submit(plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
     Raises:
         PlanError: Slurm refuses the array.
     """
+    if plans[0].options["submit"] == "submitit":
+        return slurm_submitit.submit_array(plans, _of_array(plans, at_once))
     script = JobDir(plans[0].run).array_script
     rundir.write_atomic(script, render(plans, at_once), mode=0o755)
-    logs = _of_element(plans, JobDir(plans[0].run).log, "%a")
-    done = ask("sbatch", "--parsable", f"--output={logs}", str(script))
+    done = ask("sbatch", "--parsable", f"--output={_logs(plans)}", str(script))
     if done.returncode != 0:
         raise PlanError(slurm_submit.refusal(plans[0], done.stderr))
     array = done.stdout.strip().partition(";")[0]
@@ -72,18 +75,17 @@ def submit(plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
 
 def render(plans: Sequence[LaunchPlan], at_once: int | None) -> str:
     """The script of the array."""
-    run_id = array_id(plans)
-    runs = f"{run_id}-0 to {run_id}-{len(plans) - 1}"
+    if plans[0].options["submit"] == "submitit":
+        return slurm_submitit.render(plans, _of_array(plans, at_once))
     flags = [
-        ("job-name", run_id),
-        ("comment", f"dtrain runs {runs}"),
+        ("job-name", array_id(plans)),
+        ("comment", _comment(plans)),
         ("array", f"0-{len(plans) - 1}" + (f"%{at_once}" if at_once else "")),
         *_flags(plans[0]),
     ]
     lines = [f"#SBATCH {slurm_script.sbatch_option(*flag)}" for flag in flags]
-    folder = shlex.quote(f"{plans[0].run.path.parent}/{run_id}-")
-    start = f'exec {folder}"$SLURM_ARRAY_TASK_ID"/slurm/{JobDir(plans[0].run).script.name}'
-    about = f"# Runs {runs} of dtrain: each has its own script."
+    start = f"exec {_as_shell(plans, JobDir(plans[0].run).script)}"
+    about = f"# Runs {_ids(plans)} of dtrain: each has its own script."
     return "\n".join(["#!/bin/bash", about, *lines, "", start, ""])
 
 
@@ -92,11 +94,50 @@ def array_id(plans: Sequence[LaunchPlan]) -> str:
     return plans[0].run_id.removesuffix("-0")
 
 
-def _of_element(plans: Sequence[LaunchPlan], path: Path, index: str) -> str:
-    """A path in the run directory of the first element as the pattern of every element's."""
-    run = plans[0].run.path
+def _ids(plans: Sequence[LaunchPlan]) -> str:
+    return f"{array_id(plans)}-0 to {array_id(plans)}-{len(plans) - 1}"
+
+
+def _comment(plans: Sequence[LaunchPlan]) -> str:
+    return f"dtrain runs {_ids(plans)}"
+
+
+def _of_array(plans: Sequence[LaunchPlan], at_once: int | None) -> dict[str, Any]:
+    """The parameters of submitit in which an array is unlike its first run alone."""
+    if len(plans) == 1:  # submitit makes no array of it
+        return slurm_submitit.parameters(plans[0])
+    requeue_file = _as_shell(plans, JobDir(plans[0].run).requeue(""))
+    told = slurm_submitit.parameters(plans[0], requeue_file)
+    flags = {"comment": _comment(plans), "output": _logs(plans)}
+    return {
+        **told,
+        "job_name": array_id(plans),
+        "array_parallelism": at_once or len(plans),
+        "additional_parameters": {**told["additional_parameters"], **flags},
+    }
+
+
+def _logs(plans: Sequence[LaunchPlan]) -> str:
+    """Where Slurm writes what the script of each element says."""
+    run, log = plans[0].run.path, JobDir(plans[0].run).log
     folder = slurm_script.pattern(run.with_name(array_id(plans)))
-    return f"{folder}-{index}/{path.relative_to(run)}"
+    return f"{folder}-%a/{log.relative_to(run)}"
+
+
+def _as_shell(plans: Sequence[LaunchPlan], path: Path) -> str:
+    """A path in the run directory of the first element as every element's script has its own."""
+    run = plans[0].run.path
+    folder = shlex.quote(f"{run.with_name(array_id(plans))}-")
+    return f'{folder}"$SLURM_ARRAY_TASK_ID"/{path.relative_to(run)}'
+
+
+def _shared(plan: LaunchPlan) -> list[tuple[str, str | None]]:
+    """What is the same for all elements: what Slurm is asked for, and what one script says."""
+    options = SlurmOptions.of(plan.options)
+    if options.submit == "sbatch":
+        return _flags(plan)
+    arguments = slurm_script.srun_arguments(plan, options)
+    return [*_flags(plan), *((argument.removeprefix("--"), None) for argument in arguments)]
 
 
 def _flags(plan: LaunchPlan) -> list[tuple[str, str | None]]:

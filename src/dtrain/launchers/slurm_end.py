@@ -32,6 +32,22 @@ _KINDS: dict[str, Kind] = {
 }
 
 
+def was_to_go_on(plan: LaunchPlan, job: Job) -> bool:
+    """Whether a job has ended that its first node wanted to be put back into the queue.
+
+    Its batch script does that, unless the nodes have none of Slurm's commands.
+    """
+    folder = JobDir(plan.run)
+    end = rundir.read_json(folder.end(plan.attempt))
+    return bool(
+        job.state == "COMPLETED"
+        and end is not None
+        and end["left"]
+        and folder.requeue(job.restarts).exists()
+        and not folder.cancel.exists()
+    )
+
+
 def exit_code(plan: LaunchPlan, job: Job) -> int:
     """The exit code of a job that is over; what no node could tell is written down as a record.
 
@@ -52,7 +68,9 @@ def exit_code(plan: LaunchPlan, job: Job) -> int:
         if not records or job.state in _KINDS:
             _record(plan, _WORDS[job.state], _KINDS.get(job.state, "agent"))
     elif not records:
-        _record(plan, f"job {job.job_id} ended with code {job.exit_code}: {_last_words(folder)}")
+        _record(
+            plan, f"job {job.job_id} ended with code {job.exit_code}: {_last_words(folder, job)}"
+        )
     return job.exit_code or 1
 
 
@@ -78,23 +96,25 @@ def _record(plan: LaunchPlan, message: str, kind: Kind = "agent") -> None:
     ).write(plan.run, plan.attempt)
 
 
-def _last_words(folder: JobDir) -> str:
+def _last_words(folder: JobDir, job: Job) -> str:
     """The last thing that the batch script or the first node's process said; our own words first.
 
     The log of the job holds what any node said before it had found its own.
     """
     said = [
         line
-        for path in (folder.log, folder.node_log(0))
+        for path in (folder.log, folder.submitit_log(job.job_id), folder.node_log(0))
         if path.exists()
         for line in path.read_text(errors="replace").splitlines()
         if line.strip()
     ]
     ours = [line.removeprefix("dtrain: ") for line in said if line.startswith("dtrain: ")]
-    nothing = (
-        "it has said nothing; the run folder: is it on all nodes, at the same path? "
-        f"{folder.path.parent}"
-    )
+    nothing = "it has said nothing; did a set-up line end it?"
+    if not folder.log.exists():
+        nothing = (
+            "it has said nothing; the run folder: is it on all nodes, at the same path? "
+            f"{folder.path.parent}"
+        )
     return (ours or said or [nothing])[-1]
 
 

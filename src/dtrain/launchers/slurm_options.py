@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from dtrain.job.fields import Count, Duration, Natural, Text
 from dtrain.job.units import found, parse_duration
@@ -64,6 +64,8 @@ class SlurmOptions(LauncherOptions):
 
     submit: Literal["sbatch", "submitit"] = "sbatch"
     """How the job is submitted."""
+    executor: Literal["slurm", "local", "debug"] = "slurm"
+    """Of submitit: the cluster, or this machine, see `slurm_here`."""
     partition: SlurmText | None = None
     """Partition, or several with commas."""
     account: SlurmText | None = None
@@ -117,6 +119,13 @@ class SlurmOptions(LauncherOptions):
     template: Text | None = None
     """Path of a template to use instead of the packaged one."""
 
+    @field_validator("executor")
+    @classmethod
+    def _of_submitit(cls, value: str, info: ValidationInfo) -> str:
+        if value != "slurm" and info.data.get("submit") == "sbatch":
+            raise ValueError(f"{value} is an executor of submitit: say submit: submitit too")
+        return value
+
     @model_validator(mode="after")
     def _one_container(self) -> SlurmOptions:
         if self.apptainer and self.pyxis:
@@ -138,7 +147,7 @@ FLAGS = {
     "dependency": "dependency",
 }
 
-# flags that dtrain sets itself → what to use instead
+# flags that dtrain sets itself, or that would break it → what to use instead
 _OURS = {
     "nodes": "--nodes",
     "ntasks": "--procs",
@@ -155,6 +164,8 @@ _OURS = {
     "comment": "option comment",
     "wrap": "option setup",
     "parsable": "nothing: dtrain needs it so",
+    "test-only": "`dtrain plan`",
+    "wait": "nothing: without --detach the command waits",
 }
 
 
@@ -164,4 +175,4 @@ def own_flag_problem(name: str) -> str | None:
     if plain in FLAGS.values():
         field = next(field for field, flag in FLAGS.items() if flag == plain)
         return f"is an option of its own: say {field} instead"
-    return f"is set by dtrain; use {_OURS[plain]}" if plain in _OURS else None
+    return f"cannot be set here; use {_OURS[plain]}" if plain in _OURS else None

@@ -18,8 +18,12 @@ _WAIT_S = 10
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]-]*")
 
 
-def render(plan: LaunchPlan) -> str:
+def render(plan: LaunchPlan, requeue_file: str | None = None) -> str:
     """The whole script, from the packaged template or the user's own.
+
+    Args:
+        plan: of the run, or of the first of those that share the script.
+        requeue_file: see `values`.
 
     Raises:
         PlanError: jinja2 is not installed, or the template cannot be read or filled.
@@ -37,7 +41,7 @@ def render(plan: LaunchPlan) -> str:
         keep_trailing_newline=True,
     )
     try:
-        return environment.from_string(path.read_text()).render(values(plan, options))
+        return environment.from_string(path.read_text()).render(values(plan, options, requeue_file))
     except OSError as error:
         raise PlanError(f"template {path} cannot be read: {error.strerror}") from error
     except jinja2.TemplateSyntaxError as error:
@@ -46,15 +50,27 @@ def render(plan: LaunchPlan) -> str:
         raise PlanError(f"template {path}: {error.message}") from error
 
 
-def values(plan: LaunchPlan, options: SlurmOptions) -> dict[str, Any]:
-    """What a template can use; texts are quoted for the place where they stand."""
+def values(
+    plan: LaunchPlan, options: SlurmOptions, requeue_file: str | None = None
+) -> dict[str, Any]:
+    """What a template can use; texts are quoted for the place where they stand.
+
+    Args:
+        plan: of the run, or of the first of those that share the script.
+        options: the launcher's own.
+        requeue_file: as shell, where the script is shared by several runs; None: the plan's.
+    """
     return {
         "run_id": plan.run_id,
         "sbatch_options": [sbatch_option(name, value) for name, value in flags(plan, options)],
         "setup_lines": setup_lines(options),
-        "srun_arguments": [*_sizes(plan), *map(shlex.quote, srun_arguments(plan, options))],
+        "srun_arguments": [
+            f"--nodes={nodes_as_shell(plan)}",
+            f"--ntasks={nodes_as_shell(plan)}",
+            *map(shlex.quote, srun_arguments(plan, options)),
+        ],
         "agent_command": shlex.join(agent_command(plan, options)),
-        "requeue_file": shlex.quote(str(JobDir(plan.run).requeue(""))),
+        "requeue_file": requeue_file or shlex.quote(str(JobDir(plan.run).requeue(""))),
     }
 
 
@@ -121,7 +137,8 @@ def setup_lines(options: SlurmOptions) -> list[str]:
     if options.modules:
         lines.append(f"module load {shlex.join(options.modules)}")
     if options.conda:
-        lines.append('. "$(conda info --base)/etc/profile.d/conda.sh"')
+        lines.append("conda_base=$(conda info --base)")
+        lines.append('. "$conda_base/etc/profile.d/conda.sh"')
         lines.append(f"conda activate {shlex.quote(options.conda)}")
     if options.venv:
         lines.append(f". {shlex.quote(options.venv + '/bin/activate')}")
@@ -132,10 +149,9 @@ def _is_fixed(plan: LaunchPlan) -> bool:
     return plan.min_nodes == plan.nodes
 
 
-def _sizes(plan: LaunchPlan) -> list[str]:
-    """How many nodes srun takes, as shell: of an elastic job, what this attempt was given."""
-    nodes = str(plan.nodes) if _is_fixed(plan) else '"$SLURM_JOB_NUM_NODES"'
-    return [f"--nodes={nodes}", f"--ntasks={nodes}"]
+def nodes_as_shell(plan: LaunchPlan) -> str:
+    """How many nodes srun takes: of an elastic job, what this attempt was given."""
+    return str(plan.nodes) if _is_fixed(plan) else '"$SLURM_JOB_NUM_NODES"'
 
 
 def srun_arguments(plan: LaunchPlan, options: SlurmOptions) -> list[str]:

@@ -12,23 +12,22 @@ from dtrain.launchers import slurm_script
 from dtrain.launchers.slurm_watch import ask
 from dtrain.plan import LaunchPlan
 
-# what sbatch says → the options that it may be about
+# what sbatch says → the options that it may be about; `slurm.X` is flag X among the further ones
 _ABOUT = (
     (r"partition", ("partition",)),
     (r"account", ("account", "partition")),
     (r"qos", ("qos",)),
     (r"time", ("time",)),
-    (r"memory", ("mem",)),
+    (r"memory|--mem\b", ("mem", "slurm.mem-per-cpu", "slurm.mem-per-gpu")),
     (r"generic resource|gres", ("gres", "gpus")),
     (r"feature", ("constraint",)),
     (r"reservation", ("reservation",)),
     (r"dependency", ("dependency",)),
-    (r"node name", ("exclude",)),
+    (r"node name", ("exclude", "slurm.nodelist")),
     (
         r"node configuration|node count|processors|cpu",
         ("gpus", "gres", "cpus_per_node", "mem", "nodes"),
     ),
-    (r"option", ("slurm",)),
 )  # fmt: skip
 
 
@@ -40,12 +39,13 @@ def command(plan: LaunchPlan, *more: str) -> list[str]:
 
 
 def write(plan: LaunchPlan) -> None:
-    """Write the batch script, and make a place for the job's logs."""
+    """Make a place for the job's logs, and write the batch script unless submitit writes one."""
     folder = JobDir(plan.run)
     folder.path.mkdir(parents=True, exist_ok=True)
     for wish in (folder.cancel, *folder.path.glob(folder.requeue("*").name)):
         wish.unlink(missing_ok=True)
-    rundir.write_atomic(folder.script, slurm_script.render(plan), mode=0o755)
+    if plan.options["submit"] == "sbatch":
+        rundir.write_atomic(folder.script, slurm_script.render(plan), mode=0o755)
 
 
 def submit(plan: LaunchPlan) -> str:
@@ -60,9 +60,8 @@ def submit(plan: LaunchPlan) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def test(plan: LaunchPlan) -> str:
-    """What Slurm says of the script without taking it: when and where, or why not."""
-    script = slurm_script.render(plan)
+def test(plan: LaunchPlan, script: str) -> str:
+    """What Slurm says of a plan's script without taking it: when and where, or why not."""
     done = ask("sbatch", "--test-only", input_text=script)
     if done.returncode != 0:
         return refusal(plan, done.stderr)
@@ -80,13 +79,14 @@ def refusal(plan: LaunchPlan, said: str) -> str:
 
 def about(plan: LaunchPlan, reason: str) -> str:
     """`\\n  FILE:LINE:COLUMN: OPTION: VALUE` for each option that a reason may be about."""
-    named: list[str] = []
-    for pattern, options in _ABOUT:
-        if re.search(pattern, reason, re.IGNORECASE):
-            named = [place for name in options if (place := place_of(plan, name))]
+    further = {f"slurm.{flag}": f"--{flag.replace('_', '-')}" for flag in plan.options["slurm"]}
+    said = [name for name, flag in further.items() if flag in reason]
+    guesses = [options for pattern, options in _ABOUT if re.search(pattern, reason, re.IGNORECASE)]
+    for options in (said, *guesses):
+        named = [place for name in options if (place := place_of(plan, name))]
         if named:
-            break
-    return "".join(f"\n  {place}" for place in named)
+            return "".join(f"\n  {place}" for place in named)
+    return ""
 
 
 def place_of(plan: LaunchPlan, name: str) -> str | None:
@@ -94,8 +94,9 @@ def place_of(plan: LaunchPlan, name: str) -> str | None:
     source = plan.sources.get(name)
     if source is None or source == "default":
         return None
-    known = {"gpus": plan.gpus_per_node, "nodes": plan.nodes}
+    further = {f"slurm.{flag}": value for flag, value in plan.options["slurm"].items()}
+    known = {"gpus": plan.gpus_per_node or None, "nodes": plan.nodes, **further}
     value = known.get(name, plan.options.get(name))
     if value in (None, {}, []):
         return None
-    return f"{source}: {name}: {shlex.quote(str(value))}"
+    return f"{source}: {name.removeprefix('slurm.')}: {shlex.quote(str(value))}"

@@ -7,11 +7,16 @@ it knows only sacct, and takes a requeued job for failed.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
-from collections.abc import Iterator
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from dtrain.errors import PlanError
+from dtrain.errors import LaunchError, PlanError
 from dtrain.jobdir import JobDir
 from dtrain.launchers import slurm_script, slurm_submit
 from dtrain.launchers.slurm_options import SlurmOptions
@@ -25,71 +30,144 @@ def submit(plan: LaunchPlan) -> str:
 
     Raises:
         PlanError: submitit is not installed, or Slurm refuses the job.
+        LaunchError: there is no Slurm here.
+    """
+    return _submit([plan], parameters(plan))[0]
+
+
+def submit_array(plans: Sequence[LaunchPlan], told: dict[str, Any]) -> list[str]:
+    """Submit runs as one array of submitit's, whose files are in the folder of the first run.
+
+    Args:
+        plans: of the elements, in order.
+        told: the parameters that all share.
+
+    Returns:
+        The job ids of the elements.
+
+    Raises:
+        PlanError: submitit is not installed, or Slurm refuses the array.
+        LaunchError: there is no Slurm here.
+    """
+    job_ids = _submit(plans, told)
+    for plan, job_id in zip(plans[1:], job_ids[1:], strict=True):
+        log = JobDir(plan.run).submitit_log(job_id)
+        log.symlink_to(JobDir(plans[0].run).submitit_log(job_id))
+    return job_ids
+
+
+def render(plans: Sequence[LaunchPlan], told: dict[str, Any]) -> str:
+    """The script that submitit makes of these parameters.
+
+    Raises:
+        PlanError: submitit is not installed.
+    """
+    library()
+    from submitit.slurm import slurm
+
+    options = SlurmOptions.of(plans[0].options)
+    folder = folder_of(plans[0])
+    command = f"{python_of(options)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    if len(plans) > 1:
+        told = {**told, "map_count": len(plans)}
+    return slurm._make_sbatch_string(command=command, folder=folder, **told)
+
+
+def _submit(plans: Sequence[LaunchPlan], told: dict[str, Any]) -> list[str]:
+    submitit = library()
+    from submitit.core.utils import FailedJobError
+
+    if shutil.which("srun") is None:
+        raise LaunchError("there is no srun here: launcher 'slurm' runs where Slurm's commands are")
+    options = SlurmOptions.of(plans[0].options)
+    commands = [slurm_script.agent_command(plan, options) for plan in plans]
+    try:
+        with _environment(slurm_env()), contextlib.redirect_stderr(io.StringIO()):  # we tell it
+            executor = submitit.SlurmExecutor(folder_of(plans[0]), python=python_of(options))
+            executor.update_parameters(**told)
+            jobs = executor.map_array(serve_under_submitit, commands)
+            return [str(job.job_id) for job in jobs]
+    except FailedJobError as error:
+        raise PlanError(slurm_submit.refusal(plans[0], _said_by_sbatch(str(error)))) from None
+
+
+def library() -> Any:
+    """The package submitit.
+
+    Raises:
+        PlanError: it is not installed.
     """
     try:
         import submitit
-        from submitit.core.utils import FailedJobError
     except ImportError:
         raise PlanError("submit: submitit needs it: pip install 'dtrain[slurm]'") from None
-    options = SlurmOptions.of(plan.options)
-    command = slurm_script.agent_command(plan, options)
-    try:
-        with _environment(slurm_env()):
-            executor = submitit.SlurmExecutor(plan.run.slurm, python=command_python(options))
-            executor.update_parameters(**parameters(plan, options))
-            return str(executor.submit(serve_under_submitit, command).job_id)
-    except FailedJobError as error:
-        raise PlanError(slurm_submit.refusal(plan, _said_by_sbatch(str(error)))) from None
+    return submitit
 
 
-def command_python(options: SlurmOptions) -> str:
+def folder_of(plan: LaunchPlan) -> Path:
+    """Where submitit keeps its files.
+
+    Raises:
+        PlanError: submitit would take a part of the path for a pattern, or of a line for a command.
+    """
+    folder = JobDir(plan.run).path
+    if "%" in str(folder) or not str(folder).isprintable():
+        raise PlanError(
+            f"submitit cannot use a path with a % or a line break: {str(folder)!r}; use --runs DIR"
+        )
+    return folder
+
+
+def python_of(options: SlurmOptions) -> str:
     """The interpreter of submitit's own process, outside of any container."""
-    import shlex
-    import sys
-
     inside = options.apptainer or options.pyxis
     return shlex.quote(sys.executable if inside or not options.python else options.python)
 
 
-def parameters(plan: LaunchPlan, options: SlurmOptions) -> dict[str, Any]:
+def parameters(plan: LaunchPlan, requeue_file: str | None = None) -> dict[str, Any]:
     """What submitit's executor is told: our flags, our arguments of srun, our lines around it.
 
+    Args:
+        plan: of the run, or of the first of an array.
+        requeue_file: of an array, see `slurm_script.values`.
+
     Raises:
-        PlanError: a flag is given several times, which submitit cannot do.
+        PlanError: a flag is given several times, or the template has no srun to replace.
     """
+    options = SlurmOptions.of(plan.options)
     flags: dict[str, Any] = {}
     for name, value in slurm_script.flags(plan, options):
         if name in flags:
             raise PlanError(f"--slurm {name}: submitit takes a flag only once")
         flags[name] = True if value is None else value
     flags["output"] = slurm_script.pattern(JobDir(plan.run).log)
-    own = {name: flags.pop(name) for name in ("nodes", "comment", "time") if name in flags}
-    lines = slurm_script.render(plan).split("srun \\\n")
+    nodes = slurm_script.nodes_as_shell(plan)
+    setup, teardown = _around_srun(slurm_script.render(plan, requeue_file), options)
     return {
         "job_name": flags.pop("job-name"),
-        "nodes": int(own.pop("nodes")),
-        **({"time": own.pop("time")} if "time" in own else {}),
-        "additional_parameters": {**flags, **own},
-        "setup": lines[0].splitlines()[_first_of_setup(lines[0]) :],
-        "srun_args": [
-            f"--nodes={plan.nodes}",
-            f"--ntasks={plan.nodes}",
-            *slurm_script.srun_arguments(plan, options),
-        ],
-        "teardown": lines[1].splitlines()[_after_srun(lines[1]) :],
+        "nodes": plan.nodes,  # the most; Slurm is told what the flags say
+        "time": flags.pop("time", None),  # else it asks for 5 minutes
+        "wckey": None,
+        "additional_parameters": flags,
+        # srun reads these; its arguments are quoted, and the number of nodes may be the attempt's
+        "setup": [*setup, f"export SLURM_NNODES={nodes} SLURM_NTASKS={nodes}"],
+        "srun_args": slurm_script.srun_arguments(plan, options),
+        "teardown": teardown,
         "stderr_to_stdout": True,
     }
 
 
-def _first_of_setup(text: str) -> int:
-    """The number of the line after the last directive."""
-    lines = text.splitlines()
-    return max(number for number, line in enumerate(lines) if line.startswith("#")) + 1
-
-
-def _after_srun(text: str) -> int:
-    """The number of the line that keeps the exit code of srun."""
-    return text.splitlines().index("status=$?")
+def _around_srun(script: str, options: SlurmOptions) -> tuple[list[str], list[str]]:
+    """The lines of a batch script between its directives and srun, and those after srun."""
+    before, _, after = script.partition("srun \\\n")
+    lines, rest = before.splitlines(), after.splitlines()
+    directives = [index for index, line in enumerate(lines) if line.startswith("#SBATCH")]
+    if not directives or "status=$?" not in rest:
+        raise PlanError(
+            f"template {options.template}: for submitit it needs #SBATCH lines, then a line "
+            "`srun \\` and after its end one with `status=$?`, as the packaged one has"
+        )
+    return lines[directives[-1] + 1 :], rest[rest.index("status=$?") :]
 
 
 def _said_by_sbatch(text: str) -> str:

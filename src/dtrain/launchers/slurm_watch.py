@@ -216,6 +216,10 @@ class Watcher:
             self._ask()
         return self._known[job_id]
 
+    def forget(self, job_id: str) -> None:
+        """Ask at once when next asked for this job: we have changed how it stands."""
+        self._known.pop(job_id, None)
+
     def _ask(self) -> None:
         before: Mapping[str, Job] = dict(self._known)
         self._asked_at = time.monotonic()

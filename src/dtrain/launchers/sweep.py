@@ -10,7 +10,7 @@ from typing import Protocol
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base, drive
-from dtrain.launchers.base import Handle, Launch, Result
+from dtrain.launchers.base import Handle, Launch
 from dtrain.plan import LaunchPlan
 
 _TICK_S = 0.2
@@ -77,8 +77,7 @@ def drive_array(
         launches = launcher.start_array(plans, at_once)
     except DtrainError as error:
         for plan in plans:
-            refused = Result("failed", error.exit_code, started, time.time())
-            drive.finish(plan, refused, drive.print_nothing)
+            drive.refused(plan, error, started)
         raise
     if detach:
         say(f"submitted {len(plans)} runs; `dtrain runs` lists them")
