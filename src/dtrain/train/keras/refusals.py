@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
-
 from dtrain.errors import DtrainError
 
 _MEANS = ("sum_over_batch_size", "mean")
@@ -24,8 +22,6 @@ def refuse_what_differs(model: Any) -> None:
         raise DtrainError(
             "compile(jit_compile=True) is for fit, and dtrain does not compile models; leave it out"
         )
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        _refuse_statistics(model)
 
 
 def _refuse_losses(model: Any) -> None:
@@ -60,15 +56,3 @@ def _refuse_optimizer(optimizer: Any) -> None:
             "the optimizer has use_ema, whose averages fit puts into the model at its end; there "
             "is nothing like it here yet: leave it out"
         )
-
-
-def _refuse_statistics(model: Any) -> None:
-    import keras
-
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization):
-            raise DtrainError(
-                f"layer {layer.name!r} keeps statistics of its own process's samples, which "
-                "differ between processes; use GroupNormalization or LayerNormalization, or one "
-                "process (--strategy single)"
-            )

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dtrain.train.keras.statistics import buffers_of
+
 
 @contextlib.contextmanager
 def replicated(model: Any) -> Iterator[None]:
@@ -22,18 +24,23 @@ def replicated(model: Any) -> Iterator[None]:
         return
     import keras
 
-    tensors = dict(_parameters(model))
-    mapping = [(v, tensors[v.path]) for v in model.variables if v.value.is_floating_point()]
-    first = mapping[0][1]
+    tensors, buffers = dict(_parameters(model)), buffers_of(model)
+    weights = [(v, tensors[v.path]) for v in model.variables if v.path in tensors]
+    first = weights[0][1]
     on_device = contextlib.nullcontext()
     if first.device.type == "cuda":
         on_device = keras.device(f"gpu:{first.device.index}")
-    with on_device, keras.StatelessScope(state_mapping=mapping):
+    with on_device, keras.StatelessScope(state_mapping=[*weights, *buffers]) as scope:
         yield
+    with torch.no_grad():
+        for variable, tensor in buffers:
+            tensor.copy_(scope.get_current_value(variable))
 
 
 def _parameters(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Path of a variable → the replica's tensor: Keras keeps all of them in one ParameterDict."""
     for module in model.modules():
         if isinstance(module, torch.nn.ParameterDict):
-            yield from module._former_parameters.items()
+            for path, tensor in module._former_parameters.items():
+                if tensor.is_floating_point():  # the others are seeds, which are keyed
+                    yield path, tensor

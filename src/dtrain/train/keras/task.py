@@ -16,6 +16,7 @@ from dtrain.train.keras.optimizer import KerasOptimizer
 from dtrain.train.keras.random import Draws
 from dtrain.train.keras.refusals import refuse_what_differs
 from dtrain.train.keras.replica import replicated
+from dtrain.train.keras.statistics import as_buffers
 
 
 class KerasTask(Task):
@@ -65,6 +66,7 @@ class KerasTask(Task):
             batch = self.collate([_first(self.train_dataset())])
             model(keras.utils.unpack_x_y_sample_weight(batch)[0])
         refuse_what_differs(model)
+        as_buffers(model)
         self._draws = Draws(model)
         return model
 
