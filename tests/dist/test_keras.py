@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 from dtrain import catalog
-from dtrain.errors import DtrainError
+from dtrain.errors import DtrainError, JobError
 from dtrain.job.spec import JobSpec
 from dtrain.keras import KerasTask
 from dtrain.ranks import RankInfo
@@ -196,3 +196,176 @@ def test_another_backend_is_refused() -> None:
         DtrainError, match=r"Keras runs on backend 'jax'.*--env KERAS_BACKEND=torch"
     ):
         Odd(small).model()
+
+
+BUILD = """
+import keras
+import numpy as np
+
+MASKS = []
+
+class Seen(keras.layers.Dropout):
+    def call(self, inputs, training=False):
+        outputs = super().call(inputs, training=training)
+        if training:
+            MASKS.append((outputs == 0).detach().numpy())
+        return outputs
+
+def build(epochs_seen=None):
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(200, 8)).astype("float32")
+    y = x.sum(axis=1, keepdims=True)
+    layers = [keras.layers.Dense(16), Seen(0.5), keras.layers.BatchNormalization()]
+    model = keras.Sequential([keras.Input((8,)), *layers, keras.layers.Dense(1)])
+    model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"])
+    told = [
+        keras.callbacks.ReduceLROnPlateau(patience=1, min_delta=1e9, factor=0.5, min_lr=1e-3),
+        keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * (0.9 if epoch else 1.0)),
+        keras.callbacks.TerminateOnNaN(),
+        keras.callbacks.CSVLogger("epochs.csv"),
+        keras.callbacks.ModelCheckpoint("best.keras", save_best_only=True),
+    ]
+    return model, {"x": x, "y": y, "validation_split": 0.1, "callbacks": told}
+"""
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_a_function_its_callbacks_and_its_dropout(tmp_path: Path) -> None:
+    """Whole, and resumed in the middle of an epoch: the same bits, learning rate and files."""
+    use_torch()
+    (tmp_path / "built.py").write_text(BUILD)
+
+    def trained(folder: str, steps: int) -> tuple[TrainResult, Any]:
+        task = load_task("built.py:build", {}, tmp_path)
+        sections = {"eval": {"every_epochs": 1}, "data": {"shuffle": True}}
+        return train(tmp_path / folder, task, steps, **sections)
+
+    result, whole = trained("whole", 9)  # three epochs of 180 samples
+    import built  # type: ignore[import-not-found]
+
+    shape = [mask.shape for mask in built.MASKS]
+    masks: list[Any] = [None, None]
+    dist.all_gather_object(masks, built.MASKS)
+    assert [mask.shape for mask in masks[0]] == shape
+    assert not any(np.array_equal(a, b) for a, b in zip(*masks, strict=True))
+    rates = [0.01, 0.01 * 0.9 * 0.5, 0.01 * 0.9 * 0.5 * 0.9 * 0.5]  # as each epoch left it
+    assert float(whole.optimizer.learning_rate) == pytest.approx(rates[2])
+
+    trained("parts", 4)
+    again, model = trained("parts", 9)
+    assert again.parameters_sha256 == result.parameters_sha256
+    assert gap(model.get_weights(), whole.get_weights()) == 0.0
+    assert float(model.optimizer.learning_rate) == float(whole.optimizer.learning_rate)
+    assert again.metrics == result.metrics
+    dist.barrier()
+    one, other = (tmp_path / name / "epochs.csv" for name in ("whole", "parts"))
+    assert one.read_text() == other.read_text()
+    lines = one.read_text().splitlines()
+    assert lines[0] == "epoch,learning_rate,loss,val_loss,val_mae"
+    assert len(lines) == 4
+    assert [float(line.split(",")[1]) for line in lines[1:]] == pytest.approx(rates)
+    assert (tmp_path / "whole" / "best.keras").is_file()
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_exact_is_the_same_on_one_process(tmp_path: Path) -> None:
+    """With dropout and BatchNormalization: the parameters, and the statistics of the forward."""
+    use_torch()
+    (tmp_path / "built.py").write_text(BUILD)
+
+    def trained(folder: Path) -> Any:
+        task = load_task("built.py:build", {}, tmp_path)
+        return train(folder, task, 5, strategy="exact", eval={"every_epochs": 1})[1]
+
+    two = trained(tmp_path / "two").get_weights()
+    with pytest.MonkeyPatch.context() as patch:  # each rank by itself, as if there were no other
+        patch.setattr(dist, "is_initialized", lambda: False)
+        patch.setattr(RankInfo, "from_env", staticmethod(RankInfo))
+        one = trained(tmp_path / f"one-{os.environ['RANK']}").get_weights()
+    assert gap(one, two) == 0.0
+
+
+@pytest.mark.ranks(1, timeout=240)
+def test_what_fit_takes_as_data() -> None:
+    use_torch()
+    import keras
+
+    from dtrain.train.keras.data import as_dataset
+
+    x, y = np.arange(20.0).reshape(10, 2), np.arange(10)
+
+    class Batches(keras.utils.PyDataset):  # type: ignore[misc]
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Any:
+            part = slice(4 * index, 4 * index + 4)
+            return {"a": x[part]}, y[part]
+
+    rows = as_dataset(Batches())
+    assert len(rows) == 10
+    assert [int(row[1]) for row in rows.__getitems__([9, 0, 5, 4])] == [9, 0, 5, 4]
+    assert rows[7][0]["a"].tolist() == [14.0, 15.0]
+
+    def batches() -> Any:
+        while True:
+            yield from ((x[i : i + 4], y[i : i + 4]) for i in (0, 4, 8))
+
+    stream = as_dataset(batches, steps_per_epoch=3)
+    assert [[int(row[1]) for row in stream] for _ in range(2)] == [[*range(10)]] * 2
+    with pytest.raises(DtrainError, match="can be gone through only once"):
+        as_dataset(batches())
+    nested = as_dataset(({"a": x, "b": y}, y))
+    assert len(nested) == 10
+    assert int(nested[3][0]["b"]) == 3
+    with pytest.raises(DtrainError, match=r"different numbers of samples: \[9, 10\]"):
+        as_dataset(({"a": x, "b": y[1:]}, y))
+    loader = torch.utils.data.DataLoader(TensorDataset(torch.tensor(y)), shuffle=True)
+    assert as_dataset(loader) is loader.dataset
+    loader = torch.utils.data.DataLoader(loader.dataset, collate_fn=list)
+    with pytest.raises(DtrainError, match="sampler or a collate_fn of its own"):
+        as_dataset(loader)
+
+
+@pytest.mark.ranks(1, timeout=240)
+def test_what_a_function_or_a_callback_cannot_ask_for(tmp_path: Path) -> None:
+    use_torch()
+    (tmp_path / "made.py").write_text(
+        "import keras\n"
+        "def made(**fit):\n"
+        "    model = keras.Sequential([keras.layers.Dense(1)])\n"
+        "    model.compile('sgd', 'mse')\n"
+        "    return (model, {'x': [1.0], **fit}) if fit.pop('data', True) else model\n"
+    )
+    for args, said in (
+        ({"data": False}, "made returned a Keras model without its data: return model, {'x': x"),
+        ({"epochs": 3}, "made returned 'epochs' for fit; that is train.epochs of the job"),
+        ({"z": 3}, "made returned 'z' for fit; it may return x, y, sample_weight"),
+    ):
+        with pytest.raises(JobError) as told:
+            load_task("made.py:made", args, tmp_path)
+        assert said in str(told.value)
+    import keras
+
+    from dtrain.train.keras.callbacks import KerasCallbacks
+
+    class Tests(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_test_end(self, logs: Any = None) -> None: ...
+
+    calls = keras.callbacks
+    for each, said in (
+        (calls.BackupAndRestore(tmp_path), "BackupAndRestore is not used here; instead: the job's"),
+        (calls.EarlyStopping(restore_best_weights=True), "use checkpoint.best of the job"),
+        (Tests(), r"Tests has on_test_end\(\), which is never called here"),
+    ):
+        with pytest.raises(DtrainError, match=said):
+            KerasCallbacks([each])
+    task = Odd(small)
+    task.callbacks = lambda: [calls.EarlyStopping("accuracy")]  # type: ignore[method-assign]
+    with pytest.raises(DtrainError, match="EarlyStopping watches 'accuracy', and after epoch 1"):
+        train(tmp_path / "a", task, steps=2, strategy="single")
+    task = Odd(small)
+    task.callbacks = lambda: [calls.EarlyStopping("loss", patience=1, min_delta=9.0)]  # type: ignore[method-assign]
+    result, _ = train(tmp_path / "b", task, steps=9, strategy="single")
+    assert result.steps == 2
+    assert result.stopped_early

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from dtrain.errors import Problem
@@ -32,7 +32,7 @@ def keras_problems(root: Written, place: Place, file: Path, source: Source) -> I
         file: the task's.
         source: what is in it.
     """
-    if importlib.util.find_spec("keras") is None:
+    if find_spec("keras") is None:
         yield place.problem("task", "the task needs keras: pip install 'dtrain[keras]'")
     yield from _strategy_problems(root)
     yield from _backend_problems(root, place)

@@ -31,7 +31,6 @@ from dtrain.train.context import StopFlag, TrainContext
 from dtrain.train.load import load_task
 from dtrain.train.observe.logs import setup_logging
 from dtrain.train.observe.recorder import Recorder
-from dtrain.train.seeding import derive_seed, seed_everything
 
 
 def run_worker(run: RunDir, ring: Ring | None = None) -> int:
@@ -71,10 +70,7 @@ def _train(run: RunDir, ranks: RankInfo, ring: Ring | None) -> int:
     chain.install(ring)  # before the task can take `from torch.distributed import all_reduce`
     code_dir = Path(plan.code_dir or plan.job_dir)
     os.environ.setdefault("KERAS_BACKEND", "torch")  # read once, when a task imports keras
-    seed_everything(
-        derive_seed("task", spec.seed)
-    )  # what its constructor draws is alike everywhere
-    task = load_task(spec.task, spec.args, code_dir, spec.trainer)
+    task = load_task(spec.task, spec.args, code_dir, spec.trainer, spec.seed)
     context = TrainContext(
         spec=spec,
         run=run,

@@ -16,7 +16,7 @@ from typing import Any
 
 from dtrain.errors import JobError, Problem
 from dtrain.task import Task
-from dtrain.train.seeding import RandomState
+from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 
 _REQUIRED = ("model", "train_dataset", "loss", "optimizer")
 _OPTIONAL = (
@@ -36,6 +36,7 @@ def load_task(
     args: Mapping[str, Any],
     job_dir: str | os.PathLike[str],
     trainer: str = "native",
+    seed: int = 0,
 ) -> Task:
     """Import and construct a task.
 
@@ -44,6 +45,7 @@ def load_task(
         args: keyword arguments of the constructor.
         job_dir: the folder of job.yaml; it is importable from here on, as is a file's own.
         trainer: `lightning` takes a LightningModule too.
+        seed: the job's; what the constructor draws is the same on every rank.
 
     Returns:
         The task. An object of another class with a task's methods is adapted: methods it lacks
@@ -56,6 +58,7 @@ def load_task(
     """
     factory = load_class("task", reference, job_dir)
     name = reference.rpartition(":")[2]
+    seed_everything(derive_seed("task", seed))  # after the imports, which may draw too
     if _is_lightning_module(factory):
         _check_arguments(factory, name, args)
         return _of_lightning(factory, name, args, trainer)
