@@ -25,7 +25,6 @@ from dtrain.rundir import RunDir
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.load import load_task
 from dtrain.train.loss import LossModule
-from dtrain.train.seeding import derive_seed, seed_everything
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "keras"
 STEPS = 30  # one epoch of 23 steps, whose last has 29 samples, and 7 more
@@ -44,11 +43,10 @@ def use_torch() -> None:
 def fitted() -> tuple[list[Any], dict[str, float]]:
     """Weights and metrics after `model.fit`, which is not told that there are ranks."""
     use_torch()
-    task = load_task("task.py:Digits", {}, EXAMPLE)
+    task = load_task("task.py:digits", {}, EXAMPLE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "is_initialized", lambda: False)
         patch.setattr(dist, "is_available", lambda: False)
-        seed_everything(derive_seed("model", 0))
         model, (x, y) = task.compiled(), task.train_data()
         for part in (slice(None), slice(7 * 64)):
             model.fit(x[part], y[part], batch_size=64, epochs=1, shuffle=False, verbose=0)
@@ -75,7 +73,7 @@ def train(
     spec = JobSpec.model_validate(
         {
             "name": "k",
-            "task": "task.py:Digits",
+            "task": "task.py:digits",
             "trainer": trainer,
             "train": {"steps": steps, "global_batch_size": 64, "micro_batch_size": 20},
             "data": {"shuffle": False},
