@@ -151,18 +151,22 @@ class Odd(KerasTask):
         return TensorDataset(torch.ones(8, 3), torch.ones(8, 1))
 
 
-def small(*layers: Any, loss: Any = "mse", metrics: Any = ()) -> Any:
+def small(*layers: Any, optimizer: Any = "sgd", loss: Any = "mse", **how: Any) -> Any:
     import keras
 
     model = keras.Sequential([*layers, keras.layers.Dense(1)])
-    model.compile("sgd", loss, metrics=list(metrics))
+    model.compile(optimizer, loss, **how)
     return model
 
 
 @pytest.mark.ranks(2, timeout=240)
-def test_what_cannot_be_trained_is_told() -> None:
+def test_what_cannot_be_trained_is_told(tmp_path: Path) -> None:
+    """Other backends only Keras itself can name where they are installed, so it is made to."""
     use_torch()
     import keras
+
+    with pytest.raises(DtrainError, match=r"strategy 'fsdp' cannot cut .*; use 'ddp'"):
+        train(tmp_path, steps=1, strategy="fsdp")
 
     def not_compiled() -> Any:
         return keras.Sequential([keras.layers.Dense(1)])
@@ -171,24 +175,20 @@ def test_what_cannot_be_trained_is_told() -> None:
         Odd(not_compiled).model()
     with pytest.raises(DtrainError, match="reduction='sum', whose size depends on how"):
         Odd(lambda: small(loss=keras.losses.MeanSquaredError(reduction="sum"))).model()
+    adam = keras.optimizers.Adam
+    for optimizer, said in (
+        (adam(gradient_accumulation_steps=2), "give train.micro_batch_size"),
+        (adam(use_ema=True), "the optimizer has use_ema"),
+        (keras.optimizers.LossScaleOptimizer(adam()), "give train.precision: fp16"),
+    ):
+        with pytest.raises(DtrainError, match=said):
+            Odd(lambda made=optimizer: small(optimizer=made)).model()
+    with pytest.raises(DtrainError, match=r"compile\(jit_compile=True\) is for fit"):
+        Odd(lambda: small(jit_compile=True)).model()
     task = Odd(lambda: small(metrics=[keras.metrics.AUC()]))
     model = task.model()
     with pytest.raises(DtrainError, match=r"metric 'auc' \(AUC\) is not a mean over samples"):
         task.evaluate(model, [torch.ones(8, 3), torch.ones(8, 1)])
-
-
-@pytest.mark.ranks(2, timeout=240)
-def test_fsdp_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DtrainError, match=r"strategy 'fsdp' cannot cut .*; use 'ddp'"):
-        train(tmp_path, steps=1, strategy="fsdp")
-
-
-@pytest.mark.ranks(1, timeout=240)
-def test_another_backend_is_refused() -> None:
-    """Keras can say so only where the other framework is installed, so it is made to say so."""
-    use_torch()
-    import keras
-
     keras.config.backend = lambda: "jax"
     with pytest.raises(
         DtrainError, match=r"Keras runs on backend 'jax'.*--env KERAS_BACKEND=torch"
