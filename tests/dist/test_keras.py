@@ -284,7 +284,7 @@ def test_exact_is_the_same_on_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks(1, timeout=240)
-def test_what_fit_takes_as_data() -> None:
+def test_what_fit_takes_as_data(tmp_path: Path) -> None:
     use_torch()
     import keras
 
@@ -323,6 +323,23 @@ def test_what_fit_takes_as_data() -> None:
     loader = torch.utils.data.DataLoader(loader.dataset, collate_fn=list)
     with pytest.raises(DtrainError, match="sampler or a collate_fn of its own"):
         as_dataset(loader)
+
+    def trained(name: str, data: Any, steps_per_epoch: int | None = None) -> list[Any]:
+        task = Odd(lambda: small(keras.Input((3,))))
+        task.train_data, task.steps_per_epoch = lambda: data, steps_per_epoch  # type: ignore[method-assign]
+        seen = {"train": {"epochs": 2, "global_batch_size": 4}, "strategy": "single"}
+        weights: list[Any] = train(tmp_path / name, task, **seen)[1].get_weights()
+        return weights
+
+    inputs, targets = torch.arange(30.0).reshape(10, 3) / 30, torch.ones(10, 1)
+
+    def pairs() -> Any:
+        yield from zip(inputs.split(5), targets.split(5), strict=True)
+
+    plain = trained("arrays", (inputs, targets))
+    assert gap(trained("generator", pairs, 2), plain) == 0.0
+    loader = torch.utils.data.DataLoader(TensorDataset(inputs, targets), batch_size=3)
+    assert gap(trained("loader", loader), plain) == 0.0
 
 
 @pytest.mark.ranks(1, timeout=240)
