@@ -19,6 +19,18 @@ class Session(Protocol):
         """Epochs that are complete."""
 
     @property
+    def batch_size(self) -> int:
+        """Samples of the step that was just done, of all processes."""
+
+    @property
+    def evaluation_follows(self) -> bool:
+        """Whether an evaluation comes after the step that was just done."""
+
+    @property
+    def over(self) -> bool:
+        """Whether no step follows, as far as the job says."""
+
+    @property
     def rank(self) -> int:
         """This process's number."""
 
@@ -38,7 +50,8 @@ class Session(Protocol):
         """Put a number into the next line of training metrics."""
 
     def stop(self, reason: str) -> None:
-        """End training as complete: after an evaluation at once, else after the next step.
+        """End training as complete: after an evaluation or an epoch at once, else after the next
+        step.
 
         It is enough that one process asks.
         """

@@ -318,3 +318,63 @@ def test_a_missing_extra_is_one_line(check: Check, monkeypatch: pytest.MonkeyPat
         "job.yaml:6:10: strategy: trainer 'lightning' needs a package: "
         "pip install 'dtrain[lightning]'"
     ]
+
+
+# -- Keras -------------------------------------------------------------------------------------
+
+KERAS = """
+from dtrain.keras import KerasTask
+
+class Base(KerasTask):
+    pass
+
+class Digits(Base):
+    def compiled(self):
+        model.compile("adam", "mse", jit_compile=True, steps_per_execution=2)
+"""
+FUNCTION = """
+def Digits():
+    import keras
+    return model, {"x": x}
+"""
+
+
+@pytest.mark.parametrize("source", [KERAS.partition("    def")[0] + "    pass", FUNCTION])
+def test_what_a_keras_model_cannot_be_trained_with(
+    source: str, check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    (tmp_path / "task.py").write_text(source)
+    assert check() == []
+    assert check(extra="strategy: fsdp\n") == [
+        "job.yaml:6:11: strategy: strategy 'fsdp' cannot cut the variables of Keras; use 'ddp': "
+        "single, dp, ddp and exact work"
+    ]
+    backend = "and dtrain trains with 'torch': leave it unset, or give --env KERAS_BACKEND=torch"
+    assert check(extra="launch: {env: {KERAS_BACKEND: jax}}\n") == [
+        f"job.yaml:6:31: launch.env.KERAS_BACKEND: KERAS_BACKEND is 'jax', {backend}"
+    ]
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
+    assert check() == [
+        f"job.yaml:2:7: task: KERAS_BACKEND is 'tensorflow' in the environment, {backend}"
+    ]
+    assert check(extra="launch: {env: {KERAS_BACKEND: torch}}\n") == []
+
+
+def test_what_compile_cannot_be_given(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text(KERAS)
+    compiled, executed = check()
+    assert compiled == (
+        "task.py:9:38: compile(jit_compile=True) is for fit, and dtrain does not compile models; "
+        "leave it out"
+    )
+    assert executed == (
+        "task.py:9:56: compile(steps_per_execution=2): Keras has it for other backends only"
+    )
+
+
+def test_keras_is_needed(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "task.py").write_text(FUNCTION)
+    monkeypatch.setattr("dtrain.job.keras.find_spec", lambda name: None)
+    message = "the task needs keras: pip install 'dtrain[keras]'"
+    assert check() == [f"job.yaml:2:7: task: {message}"]

@@ -55,7 +55,7 @@ def trained_model(spec: JobSpec, job_dir: str, state: dict[str, Any]) -> Trained
         UsageError: the task never calls the model itself, so that there is nothing to export.
         CheckpointError: the checkpoint does not fit the model.
     """
-    task = load_task(spec.task, spec.args, job_dir)
+    task = load_task(spec.task, spec.args, job_dir, seed=spec.seed)
     seed_everything(derive_seed("model", spec.seed))
     model = task.model()
     load_model_state(model, state)

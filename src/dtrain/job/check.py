@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dtrain import catalog
 from dtrain.errors import Problem
+from dtrain.job.keras import is_keras, keras_problems
 from dtrain.job.source import Source
 from dtrain.job.spec import JobSpec
 from dtrain.job.units import parse_nodes
@@ -170,6 +171,8 @@ def _class_problems(root: Written, place: Place, file: Path, name: str) -> Itera
             catalog.TRAINERS["lightning"].strategies
         )
         yield place.problem("task", f"{name} is a LightningModule; it needs {near}")
+    if is_keras(source, name):
+        yield from keras_problems(root, place, file, source)
     yield from _argument_problems(root, source, name)
 
 

@@ -38,6 +38,7 @@ class Source:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the user's own literals: "\d" and the like
             tree = ast.parse(path.read_bytes())
+        self._tree = tree
         self.definitions: dict[str, list[Definition]] = {}
         self.origins: dict[str, str] = {}
         """Name → what it was imported from, as `dtrain.Task`."""
@@ -89,6 +90,24 @@ class Source:
             self.definitions[each][0].lineno < found[0].lineno and self.derives(each, base)
             for each in above
         )
+
+    def imports(self, module: str) -> bool:
+        """Whether a module, or a part of it, is imported anywhere in the file."""
+        names: list[str] = []
+        for node in ast.walk(self._tree):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.append(node.module or "")
+        return any(name.partition(".")[0] == module for name in names)
+
+    def calls(self, method: str) -> Iterator[ast.Call]:
+        """Every call of a method of that name, of whatever object."""
+        for node in ast.walk(self._tree):
+            called = node.func if isinstance(node, ast.Call) else None
+            if isinstance(called, ast.Attribute) and called.attr == method:
+                assert isinstance(node, ast.Call)
+                yield node
 
     def arguments(self, name: str) -> Arguments | None:
         """What calling this name takes; None when it cannot be told from this file alone."""

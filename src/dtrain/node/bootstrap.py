@@ -70,7 +70,7 @@ def _train(run: RunDir, ranks: RankInfo, ring: Ring | None) -> int:
     chain.install(ring)  # before the task can take `from torch.distributed import all_reduce`
     code_dir = Path(plan.code_dir or plan.job_dir)
     os.environ.setdefault("KERAS_BACKEND", "torch")  # read once, when a task imports keras
-    task = load_task(spec.task, spec.args, code_dir, spec.trainer)
+    task = load_task(spec.task, spec.args, code_dir, spec.trainer, spec.seed)
     context = TrainContext(
         spec=spec,
         run=run,

@@ -16,6 +16,7 @@ from typing import Any
 
 from dtrain.errors import JobError, Problem
 from dtrain.task import Task
+from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 
 _REQUIRED = ("model", "train_dataset", "loss", "optimizer")
 _OPTIONAL = (
@@ -35,6 +36,7 @@ def load_task(
     args: Mapping[str, Any],
     job_dir: str | os.PathLike[str],
     trainer: str = "native",
+    seed: int = 0,
 ) -> Task:
     """Import and construct a task.
 
@@ -43,10 +45,11 @@ def load_task(
         args: keyword arguments of the constructor.
         job_dir: the folder of job.yaml; it is importable from here on, as is a file's own.
         trainer: `lightning` takes a LightningModule too.
+        seed: the job's; what the constructor draws is the same on every rank.
 
     Returns:
         The task. An object of another class with a task's methods is adapted: methods it lacks
-        that have a default get it.
+        that have a default get it. What a function returned for Keras's `fit` is a `KerasTask`.
 
     Raises:
         JobError: no such file, module or class, arguments that do not fit its constructor, or a
@@ -55,10 +58,17 @@ def load_task(
     """
     factory = load_class("task", reference, job_dir)
     name = reference.rpartition(":")[2]
+    seed_everything(derive_seed("task", seed))  # after the imports, which may draw too
     if _is_lightning_module(factory):
         _check_arguments(factory, name, args)
         return _of_lightning(factory, name, args, trainer)
-    return _as_task(_construct(factory, name, args), name)
+    before = RandomState.capture()
+    made = _construct(factory, name, args)
+    if _is_of_keras(made):
+        from dtrain.train.keras.given import Given
+
+        return Given(functools.partial(factory, **args), made, name, before)
+    return _as_task(made, name)
 
 
 def load_class(field: str, reference: str, job_dir: str | os.PathLike[str]) -> Callable[..., Any]:
@@ -94,6 +104,13 @@ def _of_lightning(factory: Any, name: str, args: Mapping[str, Any], trainer: str
     from dtrain.train.trainers.lightning.module import ModuleTask
 
     return ModuleTask(functools.partial(factory, **args), name)
+
+
+def _is_of_keras(made: Any) -> bool:
+    """Whether it is a Keras model, alone or with what `fit` takes; asked as for Lightning."""
+    keras = sys.modules.get("keras")
+    first = made[0] if isinstance(made, tuple) and made else made
+    return keras is not None and isinstance(first, keras.Model)
 
 
 def _from_file(path: Path) -> ModuleType:
@@ -140,6 +157,8 @@ def _make_importable(folder: Path) -> None:
 
 def _construct(factory: Callable[..., Any], name: str, args: Mapping[str, Any]) -> Any:
     _check_arguments(factory, name, args)
+    if "keras" in sys.modules and inspect.isfunction(factory):
+        sys.modules["keras"].utils.clear_session()  # names count up, and checkpoints go by name
     return factory(**args)
 
 

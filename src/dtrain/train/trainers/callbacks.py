@@ -32,6 +32,8 @@ class View:
         self._parts = parts
         self.progress = Progress()
         self.log = log
+        self.batch_size = 0
+        self.evaluation_follows = self.over = False
         self.keep_best: Callable[[], None] = lambda: None
         self.ending: str | None = None
         """Why training is to end, where this process asks for it."""
@@ -97,7 +99,9 @@ class Callbacks:
         self.view = View(context, parts, log)
         self._all: dict[str, Callback] = {}
         self._loaded: dict[str, Any] = {}
-        for index, each in enumerate(context.task.callbacks() or ()):
+        given = list(context.task.callbacks() or ())
+        adapt = getattr(context.task, "as_callbacks", None)  # a task of a library has that one's
+        for index, each in enumerate(adapt(given) if adapt else given):
             if not isinstance(each, Callback):
                 kind = type(each).__name__
                 raise DtrainError(f"callbacks() returned a {kind}, not a dtrain.Callback")
@@ -124,15 +128,20 @@ class Callbacks:
         self.view.progress = progress
         self._tell(lambda each: each.on_start(self.view))
 
-    def step(self, loss: float, *, ends_epoch: bool) -> None:
-        """After a step."""
+    def step(self, loss: float, *, ends_epoch: bool) -> bool:
+        """After a step; whether training is to end, agreed by all ranks where an epoch ends."""
         self._tell(lambda each: each.on_step(self.view, loss))
-        if ends_epoch:
-            self._tell(lambda each: each.on_epoch(self.view))
+        if not ends_epoch:
+            return False
+        self._tell(lambda each: each.on_epoch(self.view))
+        return self._agreed()
 
     def evaluated(self, metrics: Mapping[str, float]) -> bool:
         """After an evaluation; whether training is to end, agreed by all ranks."""
         self._tell(lambda each: each.on_eval(self.view, metrics))
+        return self._agreed()
+
+    def _agreed(self) -> bool:
         reason = self.view.ending
         if self._of_user:
             reason = next((r for r in collectives.gather_to_all(reason) if r is not None), None)

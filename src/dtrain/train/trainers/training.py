@@ -78,6 +78,7 @@ class Training:
 
     def begin(self) -> bool:
         """Before the first step: what the process before us still owed; False to leave."""
+        self._look_ahead()
         self.callbacks.start(self._progress)
         return not self._owes_evaluation() or self._evaluate()
 
@@ -160,9 +161,21 @@ class Training:
         if batch.ends_epoch:
             self._data.check()
         self._checks.step_ended(progress.step, ends_epoch=batch.ends_epoch)
-        self.callbacks.step(outcome.loss, ends_epoch=batch.ends_epoch)
+        self._look_ahead(batch.size)
+        ends = self.callbacks.step(outcome.loss, ends_epoch=batch.ends_epoch)
         self._report.step(progress, batch, outcome, lr)
-        return self._between_steps(*wishes)
+        leave, save, end = wishes
+        return self._between_steps(leave, save, end + ends)
+
+    def _look_ahead(self, batch_size: int = 0) -> None:
+        """Let callbacks know what comes after the step that was just done."""
+        view, progress = self.callbacks.view, self._progress
+        view.batch_size = batch_size
+        view.over = progress.stopped_early or self._data.course.over(
+            progress.step, progress.position.epoch
+        )
+        due = view.over or self._schedule.evaluation_due(progress)
+        view.evaluation_follows = self._evaluator is not None and due
 
     def _record(self, epoch: int, outcome: StepOutcome) -> None:
         """Tell the recorder of `dtrain verify` of a step; nobody else wants to know."""

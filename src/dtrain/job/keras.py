@@ -1,0 +1,78 @@
+"""What of a Keras model can be told from its source: where it cannot be trained as asked."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from dtrain.errors import Problem
+from dtrain.job.source import Source
+from dtrain.job.written import Place, Written, shown_path
+
+_BACKEND = "KERAS_BACKEND"
+
+
+def is_keras(source: Source, name: str) -> bool:
+    """Whether a name is a Keras task: a KerasTask, or a function where Keras is imported."""
+    if source.derives(name, "KerasTask"):
+        return True
+    found = source.definitions.get(name, [])
+    return len(found) == 1 and isinstance(found[0], ast.FunctionDef) and source.imports("keras")
+
+
+def keras_problems(root: Written, place: Place, file: Path, source: Source) -> Iterator[Problem]:
+    """Everything that a Keras task cannot be asked for, with what works.
+
+    Args:
+        root: the job as written.
+        place: of the task in it.
+        file: the task's.
+        source: what is in it.
+    """
+    if find_spec("keras") is None:
+        yield place.problem("task", "the task needs keras: pip install 'dtrain[keras]'")
+    yield from _strategy_problems(root)
+    yield from _backend_problems(root, place)
+    for call in source.calls("compile"):
+        for keyword in call.keywords:
+            message = _compile_problem(keyword)
+            if message:
+                spot = Place(shown_path(file), keyword.lineno, keyword.col_offset + 1)
+                yield spot.problem("", message)
+
+
+def _strategy_problems(root: Written) -> Iterator[Problem]:
+    strategy = root.get(("strategy",))
+    if strategy is not None and strategy.value == "fsdp":
+        message = (
+            "strategy 'fsdp' cannot cut the variables of Keras; use 'ddp': single, dp, ddp and "
+            "exact work"
+        )
+        yield strategy.place.problem("strategy", message)
+
+
+def _backend_problems(root: Written, place: Place) -> Iterator[Problem]:
+    """Of the job's variables, else this process's own, which workers inherit."""
+    given = root.get(("launch", "env", _BACKEND))
+    backend = given.value if given else os.environ.get(_BACKEND, "torch")
+    if backend != "torch":
+        where = f"launch.env.{_BACKEND}" if given else "task"
+        message = (
+            f"{_BACKEND} is {backend!r}{'' if given else ' in the environment'}, and dtrain trains "
+            f"with 'torch': leave it unset, or give --env {_BACKEND}=torch"
+        )
+        yield (given.place if given else place).problem(where, message)
+
+
+def _compile_problem(keyword: ast.keyword) -> str | None:
+    value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+    if keyword.arg == "jit_compile" and value is True:
+        return (
+            "compile(jit_compile=True) is for fit, and dtrain does not compile models; leave it out"
+        )
+    if keyword.arg == "steps_per_execution" and isinstance(value, int) and value > 1:
+        return f"compile(steps_per_execution={value}): Keras has it for other backends only"
+    return None
