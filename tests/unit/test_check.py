@@ -1,3 +1,4 @@
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -300,6 +301,26 @@ def test_a_lightning_module_needs_its_trainer(check: Check, tmp_path: Path) -> N
     assert check(extra="trainer: lightning\n") == []
     (problem,) = check(extra="trainer: lightning\nstrategy: dp\n")
     assert "trainer 'lightning' has no strategy 'dp'; it has: single, ddp, fsdp" in problem
+
+
+def test_lightnings_other_package(
+    check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = "import lightning as L\nclass Digits(L.LightningModule): pass\n"
+    (tmp_path / "task.py").write_text(other)
+    assert check(extra="trainer: lightning\n") == []
+    (problem,) = check()
+    assert "Digits is a LightningModule; it needs trainer: lightning" in problem
+    found = importlib.util.find_spec
+    gone = lambda name, *more: None if name == "lightning" else found(name, *more)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", gone)
+    assert check(extra="trainer: lightning\n") == [
+        "job.yaml:2:7: task: task.py imports lightning, which is not installed: pip install "
+        "lightning, or import pytorch_lightning instead, which is the same code"
+    ]
+    either = "try:\n    import lightning as L\nexcept ImportError:\n    import pytorch_lightning\n"
+    (tmp_path / "task.py").write_text(either + "class Digits(L.LightningModule): pass\n")
+    assert check(extra="trainer: lightning\n") == []
 
 
 def test_what_of_lightnings_trainer_the_job_decides(check: Check) -> None:

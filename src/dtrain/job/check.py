@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dtrain import catalog
 from dtrain.errors import Problem
-from dtrain.job.source import Source
+from dtrain.job.source import Source, is_installed
 from dtrain.job.spec import JobSpec
 from dtrain.job.units import parse_nodes
 from dtrain.job.written import Place, Written, did_you_mean, dotted, shown_path
@@ -170,7 +170,21 @@ def _class_problems(root: Written, place: Place, file: Path, name: str) -> Itera
             catalog.TRAINERS["lightning"].strategies
         )
         yield place.problem("task", f"{name} is a LightningModule; it needs {near}")
+    if _text(root, "trainer") == "lightning":
+        yield from _package_problems(place, source, shown)
     yield from _argument_problems(root, source, name)
+
+
+def _package_problems(place: Place, source: Source, shown: str) -> Iterator[Problem]:
+    """Lightning is one code in two packages, and only one of them may be here."""
+    imported = {module.partition(".")[0] for module in source.modules} & {*catalog.LIGHTNING}
+    if imported and not any(is_installed(package) for package in imported):
+        package = min(imported)
+        here = [other for other in catalog.LIGHTNING if is_installed(other)]
+        hint = f", or import {here[0]} instead, which is the same code" if here else ""
+        pip = package.replace("_", "-")
+        message = f"{shown} imports {package}, which is not installed: pip install {pip}{hint}"
+        yield place.problem("task", message)
 
 
 def _readable(file: Path, place: Place, field: str) -> tuple[Source | None, list[Problem]]:

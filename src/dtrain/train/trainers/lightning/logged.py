@@ -10,13 +10,13 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torchmetrics import Metric
 
 from dtrain.errors import DtrainError
 from dtrain.task import Loss
 from dtrain.train import collectives
+from dtrain.train.trainers.lightning.library import pl
 
 Means = dict[str, tuple[float, float]]
 """By name: sum and weight."""

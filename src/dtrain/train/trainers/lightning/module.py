@@ -6,9 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, WeightedRandomSampler
 from torch.utils.data.dataloader import default_collate
 
@@ -17,6 +15,7 @@ from dtrain.ranks import RankInfo
 from dtrain.task import Loss, Task
 from dtrain.train import collectives
 from dtrain.train.data.permutation import Ids
+from dtrain.train.trainers.lightning.library import is_overridden, pl
 from dtrain.train.trainers.lightning.logged import Logged
 
 _OWN_STEP = (

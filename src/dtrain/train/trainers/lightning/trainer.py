@@ -6,14 +6,13 @@ import logging
 import warnings
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.trainer import call
 
 from dtrain.callback import Callback
 from dtrain.errors import DtrainError, UsageError
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.load import load_class
+from dtrain.train.trainers.lightning.library import PACKAGE, call, pl
 from dtrain.train.trainers.lightning.loader import StepLoader
 from dtrain.train.trainers.lightning.logged import Logged
 from dtrain.train.trainers.lightning.module import ModuleTask
@@ -43,6 +42,13 @@ class LightningTrainer(NativeTrainer):
         given = list(task.callbacks() or ())
         self._theirs = [each for each in given if isinstance(each, pl.Callback)]
         ours = [each for each in given if not isinstance(each, pl.Callback)]
+        for each in ours:
+            if not isinstance(each, Callback):
+                kind = f"{type(each).__module__}.{type(each).__name__}"
+                raise DtrainError(
+                    f"callbacks() returned a {kind}, which is a callback neither of dtrain nor of "
+                    f"{PACKAGE}"
+                )
         task.callbacks = lambda: ours  # type: ignore[method-assign]
 
     def drive(self, training: Training) -> TrainResult:
@@ -79,7 +85,7 @@ class _Drive(pl.Callback):
     def run(self, callbacks: list[pl.Callback]) -> TrainResult:
         training, module = self._training, self._module
         # which devices there are, and what else could be installed
-        logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+        logging.getLogger(f"{PACKAGE}.utilities.rank_zero").setLevel(logging.WARNING)
         loader = StepLoader(training, self._begin, self._end, shows_batch=self._task is not None)
         self._loader = loader
         self._trainer = trainer = self._make_trainer(callbacks)
@@ -93,7 +99,7 @@ class _Drive(pl.Callback):
             training.data.watchers.append(self._task.reads)
         with warnings.catch_warnings():
             # of the loaders of its own that Lightning would make
-            warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+            warnings.filterwarnings("ignore", module="pytorch_lightning|lightning")
             trainer.fit(module, train_dataloaders=loader)
         return self._result or training.end(complete=self._complete)
 
@@ -262,6 +268,6 @@ def _made(make: Any, kind: type, args: dict[str, Any]) -> Any:
     made = make(**args)
     if not isinstance(made, kind):
         raise DtrainError(
-            f"lightning.data_module is a {type(made).__name__}, not a {kind.__name__}"
+            f"lightning.data_module is a {type(made).__name__}, not a {kind.__name__} of {PACKAGE}"
         )
     return made
