@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,35 @@ def test_resumed_in_the_middle_of_an_epoch_on_another_number_of_ranks(tmp_path: 
         torch.testing.assert_close(tail[0].parameters[name], value, rtol=0, atol=1e-6)
 
 
+def by_lightning(module: Any, parameters: dict[str, torch.Tensor]) -> tuple[set[str], Any]:
+    """What Lightning alone, in one process, knows after a fit; and of a model's validation."""
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Slurm, and of loader processes it would like to have
+        trainer = lit.pl.Trainer(accelerator="cpu", max_epochs=1, **dict.fromkeys(quiet, False))
+        trainer.fit(module)
+        known = set(trainer.callback_metrics)
+        module.load_state_dict(parameters)
+        trainer.validate(module, verbose=False)
+    return known, {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), [("Lit", {}), ("TwoSets", {}), ("TwoSets", {"by_name": True})]
+)
+def test_metrics_have_the_names_and_values_that_lightning_gives_them(
+    name: str, args: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of one validation loader and of several, over uneven ranks."""
+    done = run_ranks(fit, 3, tmp_path, name=name, args=args, train={"epochs": 2})[1]
+    names, expected = by_lightning(getattr(lit, name)(**args), done.parameters)
+    assert set(done.metrics) == names
+    assert {name: done.metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    validated = [text for text in done.heard if text.startswith("set")]
+    if name == "TwoSets":  # of 21 and 5 samples, of which rank 1 has 7 and 2
+        assert validated == ["set 0 batch 0", "set 0 batch 1", "set 1 batch 0"] * 2
+
+
 def test_a_data_module(tmp_path: Path) -> None:
     data = {"data_module": "lit.py:Data", "data_args": {"n": 50}}
     done = fit(tmp_path, "single", lightning=data)
@@ -202,6 +232,14 @@ def test_callbacks_of_lightnings_own(tmp_path: Path) -> None:
         ("Several", {}, r"configure_optimizers\(\) of Several returned 2 optimizers"),
         ("Manual", {}, "Manual has automatic_optimization = False"),
         ("OwnSampler", {}, r"train_dataloader\(\) of OwnSampler has a Backwards"),
+        ("OwnBatches", {}, r"train_dataloader\(\) of OwnBatches has a list"),
+        ("Drawn", {}, r"has a RandomSampler \(num_samples 20, replacement True\)"),
+        ("Batched", {}, "Batched: a loader with batch_size=None"),
+        ("PartByASampler", {}, r"val_dataloader\(\) of PartByASampler has a SubsetRandomSampler"),
+        ("NoIndex", {}, r"returned 2 loaders, but validation_step\(\) has no .* dataloader_idx"),
+        ("OneName", {}, r"self.log\('loss'\) has one name for two validation loaders"),
+        ("OneMetric", {}, "'error/dataloader_idx_1'.* has one object of torchmetrics for two"),
+        ("Sums", {}, r"self.log\('count', reduce_fx=sum\): epochs and evaluations have means"),
         ("NoLoss", {}, r"training_step\(\) of NoLoss returned NoneType"),
         ("Lit", {"lightning": {"trainer": {"logr": 1}}}, "lightning.trainer: .*logr"),
     ],

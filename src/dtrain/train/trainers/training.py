@@ -20,7 +20,7 @@ from dtrain.train.data.placement import Course, GlobalBatch
 from dtrain.train.observe.events import Events
 from dtrain.train.strategies.base import Strategy
 from dtrain.train.trainers.callbacks import Callbacks
-from dtrain.train.trainers.evaluation import Evaluator
+from dtrain.train.trainers.evaluation import Evaluators
 from dtrain.train.trainers.predictions import Predictions, predicts
 from dtrain.train.trainers.progress import Progress, Schedule
 from dtrain.train.trainers.report import Report
@@ -280,8 +280,8 @@ def _just(evaluate: Evaluation) -> dict[str, float] | None:
     return evaluate()
 
 
-def _make_evaluator(context: TrainContext) -> Evaluator | None:
+def _make_evaluator(context: TrainContext) -> Evaluators | None:
     dataset = eval_dataset(context)
     if dataset is None:
         return None
-    return Evaluator(context, dataset, pin_memory=pins_memory(context))
+    return Evaluators(context, dataset, pin_memory=pins_memory(context))

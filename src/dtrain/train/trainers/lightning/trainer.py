@@ -218,10 +218,12 @@ class _Drive(pl.Callback):
         call._call_lightning_module_hook(self._trainer, hook)
 
     def _publish(self, metrics: dict[str, float]) -> None:
-        trainer = self._trainer
-        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
+        trainer, forked = self._trainer, self._logged.forked
+        named = {forked.get(name, name): value for name, value in metrics.items()}
+        known = {name: torch.tensor(value) for name, value in {**metrics, **named}.items()}
+        trainer.callback_metrics.update(known)
         for each in trainer.loggers:
-            each.log_metrics(metrics, step=trainer.global_step)
+            each.log_metrics(named, step=trainer.global_step)
 
 
 class _States(Callback):
