@@ -35,6 +35,7 @@ class Lit(pl.LightningModule):
         self.error = MeanAbsoluteError()
         self.seen: list[list[int]] = [[]]
         self.heard: list[str] = []
+        self.epochs: list[float] = []
 
     def train_dataloader(self) -> Any:
         return DataLoader(Points(self.hparams["n"]), batch_size=3, shuffle=True)
@@ -56,6 +57,9 @@ class Lit(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.heard.append(f"step {self.global_step} epoch {self.current_epoch} batch {batch_idx}")
         self.seen.append([])
+
+    def on_train_epoch_end(self) -> None:
+        self.epochs.append(float(self.trainer.callback_metrics["train_loss_epoch"]))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, y, ids = batch

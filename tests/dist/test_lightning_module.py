@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ class Done:
     seen: list[list[int]]
     heard: list[str]
     metrics: dict[str, float]
+    epochs: list[float]
+    """The mean loss of each epoch."""
 
 
 def fit(folder: Path, strategy: str = "ddp", name: str = "Lit", **sections: Any) -> Done:
@@ -77,7 +80,7 @@ def fit(folder: Path, strategy: str = "ddp", name: str = "Lit", **sections: Any)
     whole = {n: v.full_tensor() if hasattr(v, "full_tensor") else v for n, v in state.items()}
     values = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
     parameters = {name: value.detach().clone() for name, value in whole.items()}
-    return Done(result, parameters, module.seen[:-1], module.heard, values)
+    return Done(result, parameters, module.seen[:-1], module.heard, values, module.epochs)
 
 
 def by_hand(parameters: dict[str, torch.Tensor], epochs: int = 3) -> nn.Module:
@@ -160,6 +163,8 @@ def test_resumed_in_the_middle_of_an_epoch_on_another_number_of_ranks(tmp_path: 
         for parts in zip(*(each.seen for each in ranks), strict=True)
     ]
     assert steps == whole.seen
+    for each in tail:  # of epoch 1 the means of all its steps, before the cut too
+        assert [head[0].epochs[0], *each.epochs] == pytest.approx(whole.epochs, rel=1e-6)
     for name, value in whole.parameters.items():
         torch.testing.assert_close(tail[0].parameters[name], value, rtol=0, atol=1e-6)
 
@@ -197,6 +202,12 @@ def test_a_data_module(tmp_path: Path) -> None:
     data = {"data_module": "lit.py:Data", "data_args": {"n": 50}}
     done = fit(tmp_path, "single", lightning=data)
     check_like_by_hand(done)
+
+
+@pytest.mark.parametrize("train", [{"epochs": 1}, {"epochs": None, "steps": 2}])
+def test_its_loader_processes_end_with_it(train: dict[str, Any], tmp_path: Path) -> None:
+    fit(tmp_path, "single", train={**train, "micro_batch_size": 3}, data={"workers": 1})
+    assert multiprocessing.active_children() == []
 
 
 def test_arguments_of_the_trainer(tmp_path: Path) -> None:

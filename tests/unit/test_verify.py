@@ -257,6 +257,19 @@ def test_everything_that_a_machine_can_run() -> None:
     assert "ddp ×2, resumed" not in [pair.name for pair in all_pairs(64, 1, ["native"])]
 
 
+def test_of_a_lightning_module_one_process_of_lightning_is_the_reference() -> None:
+    reference = Pair("single", trainer="lightning")
+    names = [pair.name for pair in all_pairs(64, 5, ["lightning"], reference)]
+    assert reference.name not in names
+    assert {"lightning ddp ×2, resumed", "lightning ddp 2 nodes ×2", "lightning exact"} <= set(
+        names
+    )
+    assert "lightning ddp ×2, resumed" not in [p.name for p in all_pairs(64, 5, ["lightning"])]
+    assert choose(reference=reference, strategies=["single", "fsdp"], procs=[2]) == [
+        "lightning fsdp ×2"
+    ]
+
+
 def choose(**asked: Any) -> list[str]:
     nothing: dict[str, Any] = dict.fromkeys(
         ("trainers", "strategies", "launchers", "nodes", "procs"), ()

@@ -215,6 +215,19 @@ def _argument_problems(root: Written, source: Source, name: str) -> Iterator[Pro
             yield place.problem(f"args.{word}", f"missing; {name} needs this argument")
 
 
+def task_derives(task: str, base: str, folder: Path) -> bool:
+    """Whether the class that a job names is seen to have a base of that name; it is not imported.
+
+    Args:
+        task: as in job.yaml.
+        base: the last part of its name.
+        folder: where job.yaml lies.
+    """
+    target, _, name = task.rpartition(":")
+    file = folder / target if target.endswith(".py") else _module_file(target, folder)
+    return file is not None and file.is_file() and Source(file).derives(name, base)
+
+
 def _module_file(module: str, folder: Path) -> Path | None:
     """The file of a dotted module, found by its path alone: no parent package is imported."""
     where: Sequence[str] | None = None

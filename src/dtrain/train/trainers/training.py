@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from dtrain import catalog
@@ -123,7 +123,7 @@ class Training:
         """What is read."""
         return self._data
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> Generator[Step, None, None]:
         """Each remaining global batch, with this rank's micro-batches of it and their number.
 
         Each is to be given to `step` before the next is taken.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,18 +87,33 @@ class Logged:
         Called by all ranks.
         """
         found, self._epoch = self._epoch, {}
-        return _means(collectives.gather_to_all(found))
+        return self._agreed(found)
+
+    def epoch_so_far(self) -> Means:
+        """The sums of the epoch until now, over all ranks. Called by all ranks."""
+        return _sums(collectives.gather_to_all(self._epoch))
+
+    def go_on(self, sums: Mapping[str, Sequence[float]]) -> None:
+        """Begin with sums of the same epoch, which only one rank is given."""
+        self._epoch = {name: (total, weight) for name, (total, weight) in sums.items()}
 
     def of_evaluation(self) -> dict[str, float]:
         """What the end of an evaluation says beyond its batches. Called by all ranks."""
         found, self._evaluation = self._evaluation, {}
-        metrics = _means(collectives.gather_to_all(found))
+        metrics = self._agreed(found)
         names = {name for each in collectives.gather_to_all(list(self._metrics)) for name in each}
         metrics |= {name: float(self._of_name(name).compute()) for name in sorted(names)}
         for each in self._metrics.values():  # one may have several names
             each.reset()
         self._metrics = {}
         return metrics
+
+    def _agreed(self, mine: Means) -> dict[str, float]:
+        """The means; a rank that had no samples learns here what is logged, and its names."""
+        everyone = collectives.gather_to_all((mine, self.forked))
+        for _, forked in everyone:
+            self.forked |= forked
+        return _means([means for means, _ in everyone])
 
     def _of_name(self, name: str) -> Metric:
         if name not in self._metrics:
@@ -185,9 +200,13 @@ def _number(value: Any) -> float:
 
 
 def _means(everyone: list[Means]) -> dict[str, float]:
+    return {name: total / weight for name, (total, weight) in _sums(everyone).items() if weight}
+
+
+def _sums(everyone: list[Means]) -> Means:
     sums: Means = {}
     for means in everyone:
         for name, (total, weight) in means.items():
             before = sums.get(name, (0.0, 0.0))
             sums[name] = before[0] + total, before[1] + weight
-    return {name: total / weight for name, (total, weight) in sums.items() if weight}
+    return sums

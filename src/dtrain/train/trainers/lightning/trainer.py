@@ -17,6 +17,7 @@ from dtrain.train.trainers.lightning.loader import StepLoader
 from dtrain.train.trainers.lightning.logged import Logged
 from dtrain.train.trainers.lightning.module import ModuleTask
 from dtrain.train.trainers.lightning.place import Processes
+from dtrain.train.trainers.lightning.states import EpochSums, States
 from dtrain.train.trainers.native import NativeTrainer
 from dtrain.train.trainers.training import Training
 
@@ -100,7 +101,10 @@ class _Drive(pl.Callback):
         with warnings.catch_warnings():
             # of the loaders of its own that Lightning would make
             warnings.filterwarnings("ignore", module="pytorch_lightning|lightning")
-            trainer.fit(module, train_dataloaders=loader)
+            try:
+                trainer.fit(module, train_dataloaders=loader)
+            finally:
+                loader.close()
         return self._result or training.end(complete=self._complete)
 
     def _make_trainer(self, callbacks: list[pl.Callback]) -> pl.Trainer:
@@ -146,7 +150,11 @@ class _Drive(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give Lightning's callbacks, the module's own too, what a checkpoint holds for them."""
-        self._training.callbacks.add("lightning", _States(trainer))
+        first = self._context.ranks.is_rank_zero
+        self._training.callbacks.add("lightning", States(trainer))
+        self._training.callbacks.add(
+            "lightning.log", EpochSums(self._logged, self._training.progress, first=first)
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What the process before us still owed."""
@@ -155,8 +163,9 @@ class _Drive(pl.Callback):
             self._end()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Metrics of the epoch, over all ranks."""
-        self._publish(self._logged.of_epoch())
+        """Metrics of the epoch, over all ranks; not of one that is left in the middle."""
+        if self._complete:
+            self._publish(self._logged.of_epoch())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Inside of the fit, whose end takes things apart."""
@@ -224,46 +233,6 @@ class _Drive(pl.Callback):
         trainer.callback_metrics.update(known)
         for each in trainer.loggers:
             each.log_metrics(named, step=trainer.global_step)
-
-
-class _States(Callback):
-    """What Lightning's callbacks remember, in dtrain's checkpoints."""
-
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self._trainer = trainer
-
-    def state_dict(self) -> dict[str, Any]:
-        """Of those that have some."""
-        states: dict[str, Any] = _plain(call._call_callbacks_state_dict(self._trainer))
-        return states
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Callback`."""
-        checkpoint = {"callbacks": _live(state), "pytorch-lightning_version": pl.__version__}
-        call._call_callbacks_load_state_dict(self._trainer, checkpoint)
-
-
-_TENSOR = "a tensor"
-
-
-def _live(value: Any) -> Any:
-    """What `_plain` was given, with tensors on the CPU."""
-    if isinstance(value, dict):
-        if set(value) == {_TENSOR}:
-            return torch.tensor(value[_TENSOR])
-        return {key: _live(each) for key, each in value.items()}
-    return [_live(each) for each in value] if isinstance(value, list) else value
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, torch.Tensor):
-        return {_TENSOR: value.tolist()}
-    return value if value is None or isinstance(value, bool | int | float) else str(value)
 
 
 def _made(make: Any, kind: type, args: dict[str, Any]) -> Any:
