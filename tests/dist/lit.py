@@ -181,6 +181,19 @@ class Sums(Lit):
         return super().training_step(batch, batch_idx)
 
 
+class OwnSchedule(Lit):
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step()
+
+
+class Hooked(Lit):
+    def on_after_backward(self) -> None:
+        raise AssertionError
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        raise AssertionError
+
+
 class NoLoss(Lit):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return None

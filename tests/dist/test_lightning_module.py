@@ -242,6 +242,7 @@ def test_callbacks_of_lightnings_own(tmp_path: Path) -> None:
     [
         ("Several", {}, r"configure_optimizers\(\) of Several returned 2 optimizers"),
         ("Manual", {}, "Manual has automatic_optimization = False"),
+        ("OwnSchedule", {}, r"OwnSchedule overrides lr_scheduler_step\(\), but the step is dtrain"),
         ("OwnSampler", {}, r"train_dataloader\(\) of OwnSampler has a Backwards"),
         ("OwnBatches", {}, r"train_dataloader\(\) of OwnBatches has a list"),
         ("Drawn", {}, r"has a RandomSampler \(num_samples 20, replacement True\)"),
@@ -260,6 +261,16 @@ def test_what_cannot_be_is_told(
 ) -> None:
     with pytest.raises(DtrainError, match=message):
         fit(tmp_path, "single", name, **sections)
+
+
+def test_hooks_that_are_not_called_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(tmp_path, "single", "Hooked", train={"epochs": 1})
+    (told,) = [each for each in caplog.messages if "does not call" in each]
+    assert (
+        "Hooked has on_after_backward(), on_save_checkpoint(), which dtrain does not call" in told
+    )
 
 
 def test_under_native_it_says_which_trainer() -> None:

@@ -332,6 +332,49 @@ def test_what_of_lightnings_trainer_the_job_decides(check: Check) -> None:
     assert problem.endswith("lightning: is for trainer lightning; set that, or leave this out")
 
 
+def test_a_module_that_makes_its_own_steps_is_for_a_script(check: Check, tmp_path: Path) -> None:
+    init = (
+        "  def __init__(self):\n    super().__init__()\n    self.automatic_optimization = False\n"
+    )
+    text = f"import lightning as L\nclass Digits(L.LightningModule):\n{init}"
+    (tmp_path / "task.py").write_text(text)
+    (problem,) = check(extra="trainer: lightning\n")
+    assert "Digits has automatic_optimization = False: it makes its own steps" in problem
+    assert problem.endswith("Run it with a Trainer of its own, as script: train.py")
+
+
+def test_an_argument_that_lightnings_trainer_does_not_have(check: Check) -> None:
+    section = "lightning: {trainer: {logr: true, callbacks: [], profiler: simple}}\n"
+    assert check(extra=f"trainer: lightning\n{section}") == [
+        "job.yaml:7:23: lightning.trainer.logr: Lightning's Trainer has no such argument; did you "
+        "mean 'logger'?",
+        "job.yaml:7:46: lightning.trainer.callbacks: is decided by the job: return them from "
+        "configure_callbacks() or callbacks()",
+    ]
+
+
+def test_a_data_module_is_looked_at_as_a_task_is(check: Check, tmp_path: Path) -> None:
+    text = "import lightning as L\nclass Data(L.LightningDataModule):\n  def setup(self, s): ...\n"
+    (tmp_path / "data.py").write_text(text + "class More(Data):\n  def __init__(self, n): ...\n")
+
+    def problems(section: str) -> list[str]:
+        return check(extra=f"trainer: lightning\nlightning: {{data_module: {section}}}\n")
+
+    assert problems("'data.py:Data'") == []
+    assert problems("'data.py:More', data_args: {n: 3}") == []
+    assert problems("'dta.py:Data'") == [
+        "job.yaml:7:26: lightning.data_module: no such file: dta.py; did you mean 'data.py'?"
+    ]
+    assert problems("'data.py:Date'") == [
+        "job.yaml:7:26: lightning.data_module: data.py has no class 'Date'; it has: Data, More; "
+        "did you mean 'Data'?"
+    ]
+    (problem,) = problems("'data.py:Data', data_args: {n: 3}")
+    assert problem.endswith("lightning.data_args.n: Data has no such argument; it takes none")
+    (problem,) = problems("'data.py:More'")
+    assert problem.endswith("lightning.data_args.n: missing; More needs this argument")
+
+
 def test_a_missing_extra_is_one_line(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     fact = replace(catalog.TRAINERS["lightning"], module="not_installed_anywhere")
     monkeypatch.setitem(catalog.TRAINERS, "lightning", fact)  # type: ignore[arg-type]

@@ -23,6 +23,10 @@ from dtrain.verify.findings import DATA, ENDED_EARLY, Finding, exact_findings
 from dtrain.verify.judge import Result
 from dtrain.verify.pairs import REFERENCE, Pair, all_pairs, chosen
 from dtrain.verify.report import Report
+from dtrain.verify.session import Session
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "tests" / "jobs" / "tiny" / "job.yaml"
 
 # -- recordings ------------------------------------------------------------------------------
 
@@ -268,6 +272,16 @@ def test_of_a_lightning_module_one_process_of_lightning_is_the_reference() -> No
     assert choose(reference=reference, strategies=["single", "fsdp"], procs=[2]) == [
         "lightning fsdp ×2"
     ]
+
+
+def test_which_trainer_a_job_is_compared_with(tmp_path: Path) -> None:
+    job = ROOT / "examples" / "lightning" / "job.yaml"
+    with Session(job, strategies=["ddp"], procs=[2]) as session:
+        assert [pair.name for pair in session.pairs] == ["lightning ddp ×2"]
+    with pytest.raises(PlanError, match="LitDigits is a LightningModule, which trainer 'native'"):
+        Session(job, trainers=["lightning", "native"])
+    with Session(TINY, overrides=["trainer=lightning"], strategies=["ddp"], procs=[2]) as session:
+        assert [pair.name for pair in session.pairs] == ["ddp ×2"]
 
 
 def choose(**asked: Any) -> list[str]:

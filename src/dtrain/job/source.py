@@ -91,6 +91,18 @@ class Source:
             for each in above
         )
 
+    def sets_on_self(self, name: str, attribute: str, value: object) -> bool:
+        """Whether a method of this class sets an attribute to a constant: `self.a = False`."""
+        found = self.definitions.get(name, [])
+        return any(
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Constant)
+            and node.value.value is value
+            and any(ast.unparse(target) == f"self.{attribute}" for target in node.targets)
+            for definition in found
+            for node in ast.walk(definition)
+        )
+
     def arguments(self, name: str) -> Arguments | None:
         """What calling this name takes; None when it cannot be told from this file alone."""
         found = self.definitions.get(name, [])
@@ -136,6 +148,9 @@ _WITHOUT_CONSTRUCTOR = {
     "typing.Protocol",
     "dtrain.Task",
     "dtrain.task.Task",
+    "pytorch_lightning.LightningDataModule",
+    "lightning.LightningDataModule",
+    "lightning.pytorch.LightningDataModule",
 }
 
 

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from dtrain import recording, rundir
 from dtrain.errors import DtrainError, UsageError
-from dtrain.job.check import task_derives
+from dtrain.job.classes import task_derives
 from dtrain.job.load import LoadedJob, load_job
 from dtrain.job.profile import LoadedProfile, load_profile
 from dtrain.job.spec import ChecksSpec, JobSpec

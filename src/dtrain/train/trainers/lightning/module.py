@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,23 @@ _OWN_STEP = (
     "backward",
     "configure_gradient_clipping",
     "optimizer_zero_grad",
+    "lr_scheduler_step",
 )
+
+_NOT_CALLED = (
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "transfer_batch_to_device",
+    "on_save_checkpoint",
+    "on_load_checkpoint",
+)
+"""Hooks of a LightningModule that Lightning's own loop would call."""
+
+logger = logging.getLogger(__name__)
 
 
 class ModuleTask(Task):
@@ -66,16 +83,24 @@ class ModuleTask(Task):
         module = self._make()
         if not module.automatic_optimization:
             raise UsageError(
-                f"{self.name} has automatic_optimization = False: it makes its own steps, which "
-                "nobody else can then see to; run it as a script with a Trainer of its own"
+                f"{self.name} has automatic_optimization = False: it makes its own steps, and "
+                "here the step is dtrain's. Run it with a Trainer of its own, as script: train.py"
             )
         for name in _OWN_STEP:
             if is_overridden(name, module, pl.LightningModule):
                 raise UsageError(
                     f"{self.name} overrides {name}(), but the step is dtrain's here "
-                    "(train.clip_grad_norm, train.precision); run it as a script with a Trainer of "
-                    "its own"
+                    "(train.clip_grad_norm, train.precision). Run it with a Trainer of its own, as "
+                    "script: train.py"
                 )
+        unheard = [name for name in _NOT_CALLED if is_overridden(name, module, pl.LightningModule)]
+        if unheard and RankInfo.from_env().is_rank_zero:
+            logger.warning(
+                "%s has %s, which dtrain does not call: the step, the device and the checkpoints "
+                "are its own",
+                self.name,
+                ", ".join(f"{name}()" for name in unheard),
+            )
         self.module = module
         self._training_step = module.training_step
         self._configure_optimizers = module.configure_optimizers
@@ -159,8 +184,8 @@ class ModuleTask(Task):
         if len(optimizers) != 1 or len(self._schedulers) > 1:
             raise UsageError(
                 f"configure_optimizers() of {self.name} returned {len(optimizers)} optimizers and "
-                f"{len(self._schedulers)} schedulers; one of each is trained here: run it as a "
-                "script with a Trainer of its own"
+                f"{len(self._schedulers)} schedulers; one of each is trained here. Run it with a "
+                "Trainer of its own, as script: train.py"
             )
         return optimizers[0]
 
