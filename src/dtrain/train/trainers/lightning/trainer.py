@@ -12,6 +12,7 @@ from dtrain.callback import Callback
 from dtrain.errors import DtrainError, UsageError
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.load import load_class
+from dtrain.train.trainers.callbacks import listed
 from dtrain.train.trainers.lightning.library import PACKAGE, call, pl
 from dtrain.train.trainers.lightning.loader import StepLoader
 from dtrain.train.trainers.lightning.logged import Logged
@@ -40,16 +41,14 @@ class LightningTrainer(NativeTrainer):
                 task.data_module = _made(make, pl.LightningDataModule, spec.data_args)
         elif spec.data_module is not None:
             raise UsageError("lightning.data_module is for a LightningModule; a task has data")
-        given = list(task.callbacks() or ())
+        given = listed(task.callbacks())
         self._theirs = [each for each in given if isinstance(each, pl.Callback)]
         ours = [each for each in given if not isinstance(each, pl.Callback)]
         for each in ours:
             if not isinstance(each, Callback):
-                kind = f"{type(each).__module__}.{type(each).__name__}"
-                raise DtrainError(
-                    f"callbacks() returned a {kind}, which is a callback neither of dtrain nor of "
-                    f"{PACKAGE}"
-                )
+                origin, name = type(each).__module__.partition(".callbacks")[0], type(each).__name__
+                known = f"dtrain or {PACKAGE}"
+                raise DtrainError(f"callbacks() returned a {name} of {origin}, not one of {known}")
         task.callbacks = lambda: ours  # type: ignore[method-assign]
 
     def drive(self, training: Training) -> TrainResult:
