@@ -50,6 +50,9 @@ class TrainerFact:
     """What that extra brings, by the name that is imported."""
 
 
+LIGHTNING = ("pytorch_lightning", "lightning")
+"""The packages that Lightning comes in, by the names that are imported."""
+
 SCRIPT = "script"
 """The trainer of a job that has a script instead of a task."""
 OWN = "own"
@@ -124,11 +127,11 @@ TRAINERS: Mapping[str, TrainerFact] = {
         strategies=("single", "dp", "ddp", "fsdp", "exact"),
     ),
     "lightning": TrainerFact(
-        "dtrain.train.trainers.lightning.trainer:LightningTrainer",
+        "dtrain.train.trainers.lightning:make_trainer",
         "Lightning's loop, hooks, callbacks and loggers, for a task or a LightningModule",
         strategies=("single", "ddp", "fsdp", "exact"),
         extra="lightning",
-        module="pytorch_lightning",
+        module=LIGHTNING[0],
     ),
     SCRIPT: TrainerFact(
         "dtrain.train.script.run:run_script",

@@ -273,7 +273,11 @@ def _threads(
 def _preload(job: JobSpec, facts: Facts) -> tuple[str, ...]:
     if job.launch.preload is not None:
         return tuple(job.launch.preload)
-    return tuple(name for name in facts.task_imports if name.partition(".")[0] in FORK_SAFE)
+    safe = FORK_SAFE + (catalog.LIGHTNING if job.trainer == "lightning" else ())
+    names = [name for name in facts.task_imports if name.partition(".")[0] in safe]
+    if job.trainer == "lightning" and not any(name.startswith(catalog.LIGHTNING) for name in names):
+        names.append(catalog.LIGHTNING[0])
+    return tuple(names)
 
 
 def masked(env: Mapping[str, str]) -> dict[str, str]:

@@ -7,7 +7,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SubsetRandomSampler
+from torch.utils.data.dataloader import default_collate
 from torchmetrics import MeanAbsoluteError
 
 
@@ -34,6 +35,7 @@ class Lit(pl.LightningModule):
         self.error = MeanAbsoluteError()
         self.seen: list[list[int]] = [[]]
         self.heard: list[str] = []
+        self.epochs: list[float] = []
 
     def train_dataloader(self) -> Any:
         return DataLoader(Points(self.hparams["n"]), batch_size=3, shuffle=True)
@@ -55,6 +57,9 @@ class Lit(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.heard.append(f"step {self.global_step} epoch {self.current_epoch} batch {batch_idx}")
         self.seen.append([])
+
+    def on_train_epoch_end(self) -> None:
+        self.epochs.append(float(self.trainer.callback_metrics["train_loss_epoch"]))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, y, ids = batch
@@ -91,6 +96,45 @@ class Data(pl.LightningDataModule):
         return DataLoader(self.data, batch_size=7)
 
 
+class TwoSets(Lit):
+    """Two validation loaders that make their batches in different ways."""
+
+    def __init__(self, by_name: bool = False) -> None:
+        super().__init__()
+        self.by_name = by_name
+        self.errors = nn.ModuleList([MeanAbsoluteError(), MeanAbsoluteError()])
+
+    def val_dataloader(self) -> Any:
+        doubled = lambda samples: [2 * column for column in default_collate(samples)]  # noqa: E731
+        other = DataLoader(Points(5), batch_size=2, collate_fn=doubled)
+        loaders = {"a": super().val_dataloader(), "b": other}
+        return loaders if self.by_name else list(loaders.values())
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        x, y, ids = batch
+        out = self(x)
+        self.heard.append(f"set {dataloader_idx} batch {batch_idx}")
+        self.errors[dataloader_idx](out, y)
+        self.log("error", self.errors[dataloader_idx])
+        self.log("val_loss", nn.functional.mse_loss(out, y), on_step=True, on_epoch=True)
+        self.log(f"id_{dataloader_idx}", ids.double().mean(), add_dataloader_idx=False)
+
+
+class OneName(TwoSets):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        self.log("loss", 1.0, add_dataloader_idx=False)
+
+
+class OneMetric(TwoSets):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        self.log("error", self.error)
+
+
+class NoIndex(TwoSets):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        raise AssertionError
+
+
 class Several(Lit):
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD(self.parameters(), lr=1.0) for _ in range(2)]
@@ -109,6 +153,45 @@ class OwnSampler(Lit):
                 return iter(range(49, -1, -1))
 
         return DataLoader(Points(50), batch_size=3, sampler=Backwards())
+
+
+class OwnBatches(Lit):
+    def train_dataloader(self) -> Any:
+        return DataLoader(Points(50), batch_sampler=[[0, 1], [2]])
+
+
+class PartByASampler(Lit):
+    def val_dataloader(self) -> Any:
+        return DataLoader(Points(50), sampler=SubsetRandomSampler(range(5)))
+
+
+class Drawn(Lit):
+    def train_dataloader(self) -> Any:
+        return DataLoader(Points(50), sampler=RandomSampler(Points(50), True, num_samples=20))
+
+
+class Batched(Lit):
+    def train_dataloader(self) -> Any:
+        return DataLoader(Points(50), batch_size=None)
+
+
+class Sums(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.log("count", 1.0, on_epoch=True, reduce_fx="sum")
+        return super().training_step(batch, batch_idx)
+
+
+class OwnSchedule(Lit):
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step()
+
+
+class Hooked(Lit):
+    def on_after_backward(self) -> None:
+        raise AssertionError
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        raise AssertionError
 
 
 class NoLoss(Lit):

@@ -140,9 +140,31 @@ class Wrong(Regression):
         return [print]
 
 
+class NoList(Regression):
+    def callbacks(self) -> Any:
+        return Callback()
+
+
+class LogsText(Regression):
+    def callbacks(self) -> list[Any]:
+        told = Callback()
+        told.on_step = lambda session, loss: session.log("text", "no number")  # type: ignore
+        return [told]
+
+
 def test_mistakes_are_told(tmp_path: Path) -> None:
     with pytest.raises(DtrainError, match="callbacks\\(\\) returned a builtin_function_or_method"):
         train(job("single"), tmp_path / "a", kind=Wrong)
+    with pytest.raises(DtrainError, match=r"callbacks\(\) returned a Callback, not a list of them"):
+        train(job("single"), tmp_path / "d", kind=NoList)
+    message = r"session.log\('text', 'no number'\): it takes a number"
+    with pytest.raises(DtrainError, match=message):
+        train(job("single"), tmp_path / "e", kind=LogsText)
+    foreign = (
+        "returned a builtin_function_or_method of builtins, not one of dtrain or pytorch_light"
+    )
+    with pytest.raises(DtrainError, match=foreign):
+        train(job("single"), tmp_path / "f", kind=Wrong, trainer_class=LightningTrainer)
     best = {"checkpoint": {"best": {"metric": "accuracy"}}}
     with pytest.raises(UsageError, match=r"checkpoint\.best needs a task with eval_dataset"):
         train(job("single", **best), tmp_path / "b")

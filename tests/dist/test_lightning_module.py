@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ class Done:
     seen: list[list[int]]
     heard: list[str]
     metrics: dict[str, float]
+    epochs: list[float]
+    """The mean loss of each epoch."""
 
 
 def fit(folder: Path, strategy: str = "ddp", name: str = "Lit", **sections: Any) -> Done:
@@ -76,7 +80,7 @@ def fit(folder: Path, strategy: str = "ddp", name: str = "Lit", **sections: Any)
     whole = {n: v.full_tensor() if hasattr(v, "full_tensor") else v for n, v in state.items()}
     values = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
     parameters = {name: value.detach().clone() for name, value in whole.items()}
-    return Done(result, parameters, module.seen[:-1], module.heard, values)
+    return Done(result, parameters, module.seen[:-1], module.heard, values, module.epochs)
 
 
 def by_hand(parameters: dict[str, torch.Tensor], epochs: int = 3) -> nn.Module:
@@ -159,14 +163,51 @@ def test_resumed_in_the_middle_of_an_epoch_on_another_number_of_ranks(tmp_path: 
         for parts in zip(*(each.seen for each in ranks), strict=True)
     ]
     assert steps == whole.seen
+    for each in tail:  # of epoch 1 the means of all its steps, before the cut too
+        assert [head[0].epochs[0], *each.epochs] == pytest.approx(whole.epochs, rel=1e-6)
     for name, value in whole.parameters.items():
         torch.testing.assert_close(tail[0].parameters[name], value, rtol=0, atol=1e-6)
+
+
+def by_lightning(module: Any, parameters: dict[str, torch.Tensor]) -> tuple[set[str], Any]:
+    """What Lightning alone, in one process, knows after a fit; and of a model's validation."""
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Slurm, and of loader processes it would like to have
+        trainer = lit.pl.Trainer(accelerator="cpu", max_epochs=1, **dict.fromkeys(quiet, False))
+        trainer.fit(module)
+        known = set(trainer.callback_metrics)
+        module.load_state_dict(parameters)
+        trainer.validate(module, verbose=False)
+    return known, {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), [("Lit", {}), ("TwoSets", {}), ("TwoSets", {"by_name": True})]
+)
+def test_metrics_have_the_names_and_values_that_lightning_gives_them(
+    name: str, args: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of one validation loader and of several, over uneven ranks."""
+    done = run_ranks(fit, 3, tmp_path, name=name, args=args, train={"epochs": 2})[1]
+    names, expected = by_lightning(getattr(lit, name)(**args), done.parameters)
+    assert set(done.metrics) == names
+    assert {name: done.metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    validated = [text for text in done.heard if text.startswith("set")]
+    if name == "TwoSets":  # of 21 and 5 samples, of which rank 1 has 7 and 2
+        assert validated == ["set 0 batch 0", "set 0 batch 1", "set 1 batch 0"] * 2
 
 
 def test_a_data_module(tmp_path: Path) -> None:
     data = {"data_module": "lit.py:Data", "data_args": {"n": 50}}
     done = fit(tmp_path, "single", lightning=data)
     check_like_by_hand(done)
+
+
+@pytest.mark.parametrize("train", [{"epochs": 1}, {"epochs": None, "steps": 2}])
+def test_its_loader_processes_end_with_it(train: dict[str, Any], tmp_path: Path) -> None:
+    fit(tmp_path, "single", train={**train, "micro_batch_size": 3}, data={"workers": 1})
+    assert multiprocessing.active_children() == []
 
 
 def test_arguments_of_the_trainer(tmp_path: Path) -> None:
@@ -201,7 +242,16 @@ def test_callbacks_of_lightnings_own(tmp_path: Path) -> None:
     [
         ("Several", {}, r"configure_optimizers\(\) of Several returned 2 optimizers"),
         ("Manual", {}, "Manual has automatic_optimization = False"),
+        ("OwnSchedule", {}, r"OwnSchedule overrides lr_scheduler_step\(\), but the step is dtrain"),
         ("OwnSampler", {}, r"train_dataloader\(\) of OwnSampler has a Backwards"),
+        ("OwnBatches", {}, r"train_dataloader\(\) of OwnBatches has a list"),
+        ("Drawn", {}, r"has a RandomSampler \(num_samples 20, replacement True\)"),
+        ("Batched", {}, "Batched: a loader with batch_size=None"),
+        ("PartByASampler", {}, r"val_dataloader\(\) of PartByASampler has a SubsetRandomSampler"),
+        ("NoIndex", {}, r"returned 2 loaders, but validation_step\(\) has no .* dataloader_idx"),
+        ("OneName", {}, r"self.log\('loss'\) has one name for two validation loaders"),
+        ("OneMetric", {}, "'error/dataloader_idx_1'.* has one object of torchmetrics for two"),
+        ("Sums", {}, r"self.log\('count', reduce_fx=sum\): epochs and evaluations have means"),
         ("NoLoss", {}, r"training_step\(\) of NoLoss returned NoneType"),
         ("Lit", {"lightning": {"trainer": {"logr": 1}}}, "lightning.trainer: .*logr"),
     ],
@@ -211,6 +261,16 @@ def test_what_cannot_be_is_told(
 ) -> None:
     with pytest.raises(DtrainError, match=message):
         fit(tmp_path, "single", name, **sections)
+
+
+def test_hooks_that_are_not_called_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(tmp_path, "single", "Hooked", train={"epochs": 1})
+    (told,) = [each for each in caplog.messages if "does not call" in each]
+    assert (
+        "Hooked has on_after_backward(), on_save_checkpoint(), which dtrain does not call" in told
+    )
 
 
 def test_under_native_it_says_which_trainer() -> None:

@@ -1,3 +1,4 @@
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -302,6 +303,26 @@ def test_a_lightning_module_needs_its_trainer(check: Check, tmp_path: Path) -> N
     assert "trainer 'lightning' has no strategy 'dp'; it has: single, ddp, fsdp" in problem
 
 
+def test_lightnings_other_package(
+    check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = "import lightning as L\nclass Digits(L.LightningModule): pass\n"
+    (tmp_path / "task.py").write_text(other)
+    assert check(extra="trainer: lightning\n") == []
+    (problem,) = check()
+    assert "Digits is a LightningModule; it needs trainer: lightning" in problem
+    found = importlib.util.find_spec
+    gone = lambda name, *more: None if name == "lightning" else found(name, *more)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", gone)
+    assert check(extra="trainer: lightning\n") == [
+        "job.yaml:2:7: task: task.py imports lightning, which is not installed: pip install "
+        "lightning, or import pytorch_lightning instead, which is the same code"
+    ]
+    either = "try:\n    import lightning as L\nexcept ImportError:\n    import pytorch_lightning\n"
+    (tmp_path / "task.py").write_text(either + "class Digits(L.LightningModule): pass\n")
+    assert check(extra="trainer: lightning\n") == []
+
+
 def test_what_of_lightnings_trainer_the_job_decides(check: Check) -> None:
     section = "lightning: {trainer: {max_epochs: 3, profiler: simple}}\n"
     assert check(extra=f"trainer: lightning\n{section}") == [
@@ -309,6 +330,49 @@ def test_what_of_lightnings_trainer_the_job_decides(check: Check) -> None:
     ]
     (problem,) = check(extra=section)
     assert problem.endswith("lightning: is for trainer lightning; set that, or leave this out")
+
+
+def test_a_module_that_makes_its_own_steps_is_for_a_script(check: Check, tmp_path: Path) -> None:
+    init = (
+        "  def __init__(self):\n    super().__init__()\n    self.automatic_optimization = False\n"
+    )
+    text = f"import lightning as L\nclass Digits(L.LightningModule):\n{init}"
+    (tmp_path / "task.py").write_text(text)
+    (problem,) = check(extra="trainer: lightning\n")
+    assert "Digits has automatic_optimization = False: it makes its own steps" in problem
+    assert problem.endswith("Run it with a Trainer of its own, as script: train.py")
+
+
+def test_an_argument_that_lightnings_trainer_does_not_have(check: Check) -> None:
+    section = "lightning: {trainer: {logr: true, callbacks: [], profiler: simple}}\n"
+    assert check(extra=f"trainer: lightning\n{section}") == [
+        "job.yaml:7:23: lightning.trainer.logr: Lightning's Trainer has no such argument; did you "
+        "mean 'logger'?",
+        "job.yaml:7:46: lightning.trainer.callbacks: is decided by the job: return them from "
+        "configure_callbacks() or callbacks()",
+    ]
+
+
+def test_a_data_module_is_looked_at_as_a_task_is(check: Check, tmp_path: Path) -> None:
+    text = "import lightning as L\nclass Data(L.LightningDataModule):\n  def setup(self, s): ...\n"
+    (tmp_path / "data.py").write_text(text + "class More(Data):\n  def __init__(self, n): ...\n")
+
+    def problems(section: str) -> list[str]:
+        return check(extra=f"trainer: lightning\nlightning: {{data_module: {section}}}\n")
+
+    assert problems("'data.py:Data'") == []
+    assert problems("'data.py:More', data_args: {n: 3}") == []
+    assert problems("'dta.py:Data'") == [
+        "job.yaml:7:26: lightning.data_module: no such file: dta.py; did you mean 'data.py'?"
+    ]
+    assert problems("'data.py:Date'") == [
+        "job.yaml:7:26: lightning.data_module: data.py has no class 'Date'; it has: Data, More; "
+        "did you mean 'Data'?"
+    ]
+    (problem,) = problems("'data.py:Data', data_args: {n: 3}")
+    assert problem.endswith("lightning.data_args.n: Data has no such argument; it takes none")
+    (problem,) = problems("'data.py:More'")
+    assert problem.endswith("lightning.data_args.n: missing; More needs this argument")
 
 
 def test_a_missing_extra_is_one_line(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:

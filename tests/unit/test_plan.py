@@ -143,22 +143,28 @@ def test_catalog_names_what_it_does_not_have() -> None:
 def test_safe_imports_of_the_task_are_done_once_per_node() -> None:
     facts = replace(FACTS, task_imports=("torch", "sklearn.datasets", "pytorch_lightning", "numpy"))
 
-    def preload(**launch: Any) -> tuple[str, ...]:
+    def preload(facts: Facts = facts, trainer: str = "native", **launch: Any) -> tuple[str, ...]:
         made = make_plan(
-            job(launch=launch), job_dir="/job", launcher="local", profile="local", options={},
-            facts=facts,
+            job(launch=launch, trainer=trainer), job_dir="/job", launcher="local", profile="local",
+            options={}, facts=facts,
         )  # fmt: skip
         return made.preload
 
     assert preload() == ("sklearn.datasets", "numpy")
     assert preload(preload=[]) == ()
     assert preload(preload=["mine"]) == ("mine",)
+    # of Lightning's two packages the one that the task is written with
+    assert preload(trainer="lightning") == ("sklearn.datasets", "pytorch_lightning", "numpy")
+    assert preload(FACTS, "lightning") == ("pytorch_lightning",)
+    other = replace(FACTS, task_imports=("lightning.pytorch",))
+    assert preload(other, "lightning") == ("lightning.pytorch",)
 
 
 def test_the_imports_of_a_task_are_read_without_importing_it(tmp_path: Path) -> None:
     from dtrain.job.source import task_imports
 
     text = "import torch, os.path as p\nfrom sklearn.datasets import a\nfrom . import b\n1/0\n"
+    text += "try:\n    import no_such_package\nexcept ImportError: ...\n"
     (tmp_path / "task.py").write_text(text + "try:\n    import numpy\nexcept ImportError: ...\n")
     assert task_imports("task.py:T", tmp_path) == ("torch", "os.path", "sklearn.datasets", "numpy")
     assert task_imports("package.module:T", tmp_path) == ()

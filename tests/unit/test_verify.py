@@ -23,6 +23,10 @@ from dtrain.verify.findings import DATA, ENDED_EARLY, Finding, exact_findings
 from dtrain.verify.judge import Result
 from dtrain.verify.pairs import REFERENCE, Pair, all_pairs, chosen
 from dtrain.verify.report import Report
+from dtrain.verify.session import Session
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "tests" / "jobs" / "tiny" / "job.yaml"
 
 # -- recordings ------------------------------------------------------------------------------
 
@@ -255,6 +259,29 @@ def test_everything_that_a_machine_can_run() -> None:
     assert "ddp ×2, micro 11, 2 loaders" in names
     assert "ddp ×2, resumed" in names
     assert "ddp ×2, resumed" not in [pair.name for pair in all_pairs(64, 1, ["native"])]
+
+
+def test_of_a_lightning_module_one_process_of_lightning_is_the_reference() -> None:
+    reference = Pair("single", trainer="lightning")
+    names = [pair.name for pair in all_pairs(64, 5, ["lightning"], reference)]
+    assert reference.name not in names
+    assert {"lightning ddp ×2, resumed", "lightning ddp 2 nodes ×2", "lightning exact"} <= set(
+        names
+    )
+    assert "lightning ddp ×2, resumed" not in [p.name for p in all_pairs(64, 5, ["lightning"])]
+    assert choose(reference=reference, strategies=["single", "fsdp"], procs=[2]) == [
+        "lightning fsdp ×2"
+    ]
+
+
+def test_which_trainer_a_job_is_compared_with(tmp_path: Path) -> None:
+    job = ROOT / "examples" / "lightning" / "job.yaml"
+    with Session(job, strategies=["ddp"], procs=[2]) as session:
+        assert [pair.name for pair in session.pairs] == ["lightning ddp ×2"]
+    with pytest.raises(PlanError, match="LitDigits is a LightningModule, which trainer 'native'"):
+        Session(job, trainers=["lightning", "native"])
+    with Session(TINY, overrides=["trainer=lightning"], strategies=["ddp"], procs=[2]) as session:
+        assert [pair.name for pair in session.pairs] == ["ddp ×2"]
 
 
 def choose(**asked: Any) -> list[str]:

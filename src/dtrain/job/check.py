@@ -5,20 +5,18 @@ Nothing of the user's is imported or run, and nothing is started.
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.util
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from dtrain import catalog
 from dtrain.errors import Problem
-from dtrain.job.keras import is_keras, keras_problems
-from dtrain.job.source import Source
+from dtrain.job.classes import class_problems, readable, similar
+from dtrain.job.lightning import OURS, trainer_arguments
 from dtrain.job.spec import JobSpec
 from dtrain.job.units import parse_nodes
-from dtrain.job.written import Place, Written, did_you_mean, dotted, shown_path
+from dtrain.job.written import Written, did_you_mean, dotted, shown_path
 
 
 def outside_problems(root: Written, folder: Path) -> list[Problem]:
@@ -32,8 +30,9 @@ def outside_problems(root: Written, folder: Path) -> list[Problem]:
         *_name_problems(root),
         *_pair_problems(root),
         *_logger_problems(root),
+        *_lightning_problems(root),
         *_path_problems(root, folder),
-        *_task_problems(root, folder),
+        *class_problems(root, folder, _text(root, "trainer")),
         *_script_problems(root, folder),
     ]
 
@@ -102,9 +101,9 @@ def _script_problems(root: Written, folder: Path) -> Iterator[Problem]:
         return
     file = folder / script
     if not file.is_file():
-        yield place.problem("script", f"no such file: {shown_path(file)}{_similar(file)}")
+        yield place.problem("script", f"no such file: {shown_path(file)}{similar(file)}")
         return
-    yield from _readable(file, place, "script")[1]
+    yield from readable(file, place, "script")[1]
 
 
 def _logger_problems(root: Written) -> Iterator[Problem]:
@@ -119,114 +118,24 @@ def _logger_problems(root: Written) -> Iterator[Problem]:
             yield entry.place.problem(dotted(("log", "loggers", index)), problem)
 
 
+def _lightning_problems(root: Written) -> Iterator[Problem]:
+    """Arguments that Lightning's Trainer does not have; it is read, not imported."""
+    field = ("lightning", "trainer")
+    written = root.get(field)
+    given = written.value if written and isinstance(written.value, dict) else {}
+    known = trainer_arguments() if given else []
+    for name in given:
+        if known and name not in known and name not in OURS:
+            message = f"Lightning's Trainer has no such argument{did_you_mean(name, known)}"
+            place = given[name].key or given[name].place
+            yield place.problem(dotted((*field, name)), message)
+
+
 def _path_problems(root: Written, folder: Path) -> Iterator[Problem]:
     written = root.get(("data", "paths"))
     paths = written.value if written and isinstance(written.value, list) else []
     for index, part in enumerate(paths):
         if isinstance(part.value, str) and not os.path.lexists(folder / part.value):
             path = folder / part.value
-            message = f"no such file or folder: {shown_path(path)}{_similar(path)}"
+            message = f"no such file or folder: {shown_path(path)}{similar(path)}"
             yield part.place.problem(dotted(("data", "paths", index)), message)
-
-
-def _similar(path: Path) -> str:
-    siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-    return did_you_mean(path.name, [name for name in siblings if name != path.name])
-
-
-def _task_problems(root: Written, folder: Path) -> Iterator[Problem]:
-    task = _text(root, "task")
-    if task is None or root.get(("task",)) is None:
-        return
-    place = root.place_of(("task",))
-    target, colon, name = task.rpartition(":")
-    if not colon or not target or not name.isidentifier():
-        example = f"{task.rstrip(':')}:Class" if task.endswith((".py", ".py:")) else "file.py:Class"
-        message = f"expected a file or module and a class, as {example}; found {task!r}"
-        yield place.problem("task", message)
-        return
-    file = folder / target if target.endswith(".py") else _module_file(target, folder)
-    if file is None or not file.is_file():
-        near = _similar(folder / target) if file else ""
-        what = f"file: {shown_path(file)}" if file else f"module: {target}"
-        yield place.problem("task", f"no such {what}{near}")
-    elif file.suffix == ".py":
-        yield from _class_problems(root, place, file, name)
-
-
-def _class_problems(root: Written, place: Place, file: Path, name: str) -> Iterator[Problem]:
-    shown = shown_path(file)
-    source, problems = _readable(file, place, "task")
-    yield from problems
-    if source is None:
-        return
-    if not source.has(name):
-        classes = source.classes()
-        listed = f"; it has: {', '.join(classes)}" if classes else ""
-        near = did_you_mean(name, classes)
-        yield place.problem("task", f"{shown} has no class {name!r}{listed}{near}")
-        return
-    if source.derives(name, "LightningModule") and _text(root, "trainer") == "native":
-        near = "trainer: lightning, which has " + ", ".join(
-            catalog.TRAINERS["lightning"].strategies
-        )
-        yield place.problem("task", f"{name} is a LightningModule; it needs {near}")
-    if is_keras(source, name):
-        yield from keras_problems(root, place, file, source)
-    yield from _argument_problems(root, source, name)
-
-
-def _readable(file: Path, place: Place, field: str) -> tuple[Source | None, list[Problem]]:
-    shown = shown_path(file)
-    try:
-        return Source(file), []
-    except SyntaxError as error:
-        spot = Place(shown, error.lineno, error.offset)
-        return None, [spot.problem("", f"the {field}'s file is not Python: {error.msg}")]
-    except (OSError, ValueError) as error:
-        return None, [place.problem(field, f"{shown} cannot be read: {error}")]
-
-
-def _argument_problems(root: Written, source: Source, name: str) -> Iterator[Problem]:
-    written, takes = root.get(("args",)), source.arguments(name)
-    given = written.value if written else {}
-    if takes is None or not isinstance(given, dict):
-        return
-    known = [*takes.required, *takes.optional]
-    unknown = [] if takes.anything else [word for word in given if word not in known]
-    for word in unknown:
-        listed = f"it takes: {', '.join(known)}" if known else "it takes none"
-        message = f"{name} has no such argument; {listed}{did_you_mean(word, known)}"
-        yield (given[word].key or given[word].place).problem(f"args.{word}", message)
-    for word in takes.required:
-        if word not in given:
-            place = root.place_of(("args", word) if written else ("task",))
-            yield place.problem(f"args.{word}", f"missing; {name} needs this argument")
-
-
-def _module_file(module: str, folder: Path) -> Path | None:
-    """The file of a dotted module, found by its path alone: no parent package is imported."""
-    where: Sequence[str] | None = None
-    name, origin = "", None
-    for part in module.split("."):
-        name = f"{name}.{part}" if name else part
-        spec = _find_spec(name, where, folder)
-        if spec is None:
-            return None
-        where = spec.submodule_search_locations or ()
-        origin = spec.origin
-    return Path(origin) if origin else None
-
-
-def _find_spec(
-    name: str, where: Sequence[str] | None, folder: Path
-) -> importlib.machinery.ModuleSpec | None:
-    if where is None:
-        here = importlib.machinery.PathFinder.find_spec(name, [str(folder.absolute())])
-        if here is not None:
-            return here
-    for finder in sys.meta_path:
-        spec = finder.find_spec(name, where)
-        if spec is not None:
-            return spec
-    return None

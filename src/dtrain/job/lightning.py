@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from dtrain.catalog import LIGHTNING
 
 _LAUNCH = "use --nodes, --procs and --gpus"
 _CHECKPOINT = "use the checkpoint: section; a ModelCheckpoint of your own is kept too"
-_OURS = {
+OURS = {
     "accelerator": _LAUNCH,
     "devices": _LAUNCH,
     "num_nodes": _LAUNCH,
@@ -29,6 +34,19 @@ _OURS = {
     "callbacks": "return them from configure_callbacks() or callbacks()",
     "default_root_dir": "it is in the run's directory",
 }
+"""Arguments that are not the user's to give, and what to do instead."""
+
+
+def trainer_arguments() -> list[str]:
+    """The arguments of Lightning's Trainer, read from its file; none where that cannot be done."""
+    spec = importlib.util.find_spec(LIGHTNING[0])
+    if spec is None or spec.origin is None:
+        return []
+    file = Path(spec.origin).parent / "trainer" / "trainer.py"
+    for node in ast.walk(ast.parse(file.read_bytes())) if file.is_file() else ():
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            return [each.arg for each in (*node.args.args[1:], *node.args.kwonlyargs)]
+    return []
 
 
 def lightning_problems(job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
@@ -40,7 +58,7 @@ def lightning_problems(job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], st
         return [(("lightning",), "is for trainer lightning; set that, or leave this out")]
     given = section.get("trainer")
     return [
-        (("lightning", "trainer", name), f"is decided by the job: {_OURS[name]}")
+        (("lightning", "trainer", name), f"is decided by the job: {OURS[name]}")
         for name in (given if isinstance(given, Mapping) else ())
-        if name in _OURS
+        if name in OURS
     ]

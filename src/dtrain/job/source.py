@@ -7,6 +7,7 @@ the user's code, and torch with it, on a login node.
 from __future__ import annotations
 
 import ast
+import importlib.util
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -109,6 +110,18 @@ class Source:
                 assert isinstance(node, ast.Call)
                 yield node
 
+    def sets_on_self(self, name: str, attribute: str, value: object) -> bool:
+        """Whether a method of this class sets an attribute to a constant: `self.a = False`."""
+        found = self.definitions.get(name, [])
+        return any(
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Constant)
+            and node.value.value is value
+            and any(ast.unparse(target) == f"self.{attribute}" for target in node.targets)
+            for definition in found
+            for node in ast.walk(definition)
+        )
+
     def arguments(self, name: str) -> Arguments | None:
         """What calling this name takes; None when it cannot be told from this file alone."""
         found = self.definitions.get(name, [])
@@ -154,6 +167,9 @@ _WITHOUT_CONSTRUCTOR = {
     "typing.Protocol",
     "dtrain.Task",
     "dtrain.task.Task",
+    "pytorch_lightning.LightningDataModule",
+    "lightning.LightningDataModule",
+    "lightning.pytorch.LightningDataModule",
 }
 
 
@@ -226,7 +242,15 @@ def _field_options(value: ast.expr | None) -> frozenset[str]:
 
 
 def task_imports(reference: str, job_dir: Path) -> tuple[str, ...]:
-    """The modules that a task's or script's file imports; none where a module is named."""
+    """The modules that a task's or script's file imports and that are installed here; none where
+    a module is named."""
     file = reference if reference.endswith(".py") else reference.rpartition(":")[0]
     path = job_dir / file
-    return tuple(Source(path).modules) if file.endswith(".py") and path.is_file() else ()
+    names = Source(path).modules if file.endswith(".py") and path.is_file() else []
+    return tuple(name for name in names if is_installed(name))
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module's package is installed; a mere folder of that name is none."""
+    spec = importlib.util.find_spec(module.partition(".")[0])
+    return spec is not None and spec.origin is not None

@@ -17,6 +17,7 @@ from typing import Any
 from dtrain.errors import JobError, Problem
 from dtrain.task import Task
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
+from dtrain.train.trainers import lightning
 
 _REQUIRED = ("model", "train_dataset", "loss", "optimizer")
 _OPTIONAL = (
@@ -59,9 +60,12 @@ def load_task(
     factory = load_class("task", reference, job_dir)
     name = reference.rpartition(":")[2]
     seed_everything(derive_seed("task", seed))  # after the imports, which may draw too
-    if _is_lightning_module(factory):
+    package = _lightning_package(factory)
+    if package is not None:
         _check_arguments(factory, name, args)
-        return _of_lightning(factory, name, args, trainer)
+        if trainer != "lightning":
+            raise _problem("task", f"{name} is a LightningModule; set trainer: lightning")
+        return _of_lightning(functools.partial(factory, **args), name, package)
     before = RandomState.capture()
     made = _construct(factory, name, args)
     if _is_of_keras(made):
@@ -91,19 +95,23 @@ def load_class(field: str, reference: str, job_dir: str | os.PathLike[str]) -> C
     return made
 
 
-def _is_lightning_module(factory: Any) -> bool:
-    """Asked without an import of Lightning: whoever derives from it has done that."""
-    lightning = sys.modules.get("pytorch_lightning")
-    known = inspect.isclass(factory) and lightning is not None
-    return known and issubclass(factory, lightning.LightningModule)  # type: ignore[union-attr]
+def _lightning_package(factory: Any) -> str | None:
+    """The package whose LightningModule a class derives from; None when it does from neither.
+
+    Asked without an import of Lightning: whoever derives from it has done that.
+    """
+    for base in getattr(factory, "__mro__", ()):
+        package: str = base.__module__.removesuffix(".core.module")
+        if base.__name__ == "LightningModule" and package in lightning.PACKAGES:
+            return package
+    return None
 
 
-def _of_lightning(factory: Any, name: str, args: Mapping[str, Any], trainer: str) -> Task:
-    if trainer != "lightning":
-        raise _problem("task", f"{name} is a LightningModule; set trainer: lightning")
+def _of_lightning(make: Callable[..., Any], name: str, package: str) -> Task:
+    lightning.want(package)
     from dtrain.train.trainers.lightning.module import ModuleTask
 
-    return ModuleTask(functools.partial(factory, **args), name)
+    return ModuleTask(make, name)
 
 
 def _is_of_keras(made: Any) -> bool:

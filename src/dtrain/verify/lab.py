@@ -6,11 +6,13 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 from dtrain import recording, rundir
 from dtrain.errors import DtrainError, UsageError
+from dtrain.job.classes import task_derives
 from dtrain.job.load import LoadedJob, load_job
 from dtrain.job.profile import LoadedProfile, load_profile
 from dtrain.job.spec import ChecksSpec, JobSpec
@@ -95,6 +97,8 @@ class Lab:
         """The job as its reference runs it."""
         if self.spec.script is not None:
             raise UsageError("dtrain verify compares tasks; it cannot see into a script's own loop")
+        self.reference = REFERENCE if self._is_task() else replace(REFERENCE, trainer="lightning")
+        """What the others are compared with."""
 
     def __enter__(self) -> Lab:
         return self
@@ -132,6 +136,11 @@ class Lab:
         if isinstance(known, RunFailed):
             raise known
         return known
+
+    def _is_task(self) -> bool:
+        """Whether every trainer can train it; a LightningModule has only its own."""
+        spec, folder = self.spec, self._path.parent
+        return spec.trainer != "lightning" or task_derives(str(spec.task), "Task", folder)
 
     def _load(self, pair: Pair) -> tuple[LoadedJob, LoadedProfile]:
         profile = load_profile(pair.launcher, self._path.parent)

@@ -83,31 +83,35 @@ class Pair:
 REFERENCE = Pair("single")
 
 
-def all_pairs(batch: int, steps: int, trainers: Sequence[str] = ()) -> list[Pair]:
+def all_pairs(
+    batch: int, steps: int, trainers: Sequence[str] = (), reference: Pair = REFERENCE
+) -> list[Pair]:
     """Everything that this machine can run, for a job with `batch` samples a step.
 
     Args:
         batch: global batch size.
         steps: steps of each run.
         trainers: only these; empty: every trainer that is installed.
+        reference: what all are compared with; its trainer is tried in more ways than others.
     """
     pairs: list[Pair] = []
     for trainer, fact in catalog.TRAINERS.items():
         if (trainer in trainers) if trainers else _installed(fact.extra):
             for strategy in fact.strategies:
-                pairs += _of_strategy(trainer, strategy, batch, steps)
-    return [pair for pair in pairs if pair != REFERENCE]
+                pair = Pair(strategy, trainer=trainer)
+                pairs += _of_strategy(pair, batch, steps, whole=trainer == reference.trainer)
+    return [pair for pair in pairs if pair != reference]
 
 
-def _of_strategy(trainer: str, strategy: str, batch: int, steps: int) -> Iterator[Pair]:
-    pair = Pair(strategy, trainer=trainer)
+def _of_strategy(pair: Pair, batch: int, steps: int, *, whole: bool) -> Iterator[Pair]:
+    strategy = pair.strategy
     if strategy == "single":
         yield pair
     elif strategy == "exact":
         yield pair
         yield replace(pair, procs=2)
         yield replace(pair, procs=4)
-    elif strategy != "ddp" or trainer != "native":
+    elif strategy != "ddp" or not whole:
         yield replace(pair, procs=2)
     else:
         yield replace(pair, procs=2)
@@ -133,8 +137,9 @@ def chosen(
     nodes: Sequence[int],
     procs: Sequence[int],
     gpus: bool,
+    reference: Pair = REFERENCE,
 ) -> list[Pair]:
-    """Every combination of what was asked for that can be.
+    """Every combination of what was asked for that can be, besides the reference.
 
     Raises:
         PlanError: none can be, or something asked for does not exist; says why.
@@ -143,7 +148,7 @@ def chosen(
     _check("strategy", strategies)
     found: dict[Pair, None] = {}
     problems: list[str] = []
-    for trainer in trainers or ("native",):
+    for trainer in trainers or (reference.trainer,):
         for strategy in strategies or catalog.TRAINERS[trainer].strategies:
             for node_count in nodes or (1,):
                 problem = catalog.pair_problem(trainer, strategy, node_count)
@@ -153,7 +158,7 @@ def chosen(
                 for size in _sizes(strategy, procs):
                     for launcher in launchers or ("local",):
                         found[Pair(strategy, size, node_count, trainer, launcher, gpus)] = None
-    found.pop(replace(REFERENCE, gpus=gpus), None)
+    found.pop(replace(reference, gpus=gpus), None)
     if not found:
         raise PlanError("; ".join(dict.fromkeys(problems)) or "nothing to compare with itself")
     return list(found)

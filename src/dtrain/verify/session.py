@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
+from dtrain.errors import PlanError
 from dtrain.verify.judge import Judge, Result
 from dtrain.verify.lab import Lab
 from dtrain.verify.pairs import REFERENCE, Pair, all_pairs, chosen
@@ -50,7 +51,8 @@ class Session:
     ) -> None:
         self._lab = Lab(job, overrides=overrides, steps=steps, keep=keep)
         batch = self._lab.spec.train.global_batch_size
-        self._reference = replace(REFERENCE, gpus=gpus)
+        self._reference = replace(self._lab.reference, gpus=gpus)
+        trainers = self._trainers(trainers)
         if pairs is not None:
             self.pairs = list(pairs)
         elif strategies or launchers or nodes or procs or gpus:
@@ -61,9 +63,10 @@ class Session:
                 nodes=nodes,
                 procs=procs,
                 gpus=gpus,
+                reference=self._reference,
             )
         else:
-            self.pairs = all_pairs(batch, steps, trainers)
+            self.pairs = all_pairs(batch, steps, trainers, self._reference)
         self._shorten(batch, epoch_samples)
         for pair in self.pairs:
             self._lab.check(pair)
@@ -110,6 +113,19 @@ class Session:
         for result in self._judge.judge(self.pairs):
             self.report.results.append(result)
             yield result
+
+    def _trainers(self, asked: Sequence[str]) -> Sequence[str]:
+        """Those asked for; of a LightningModule, the only one that can train it."""
+        only = self._reference.trainer
+        if only == REFERENCE.trainer:
+            return asked
+        for trainer in asked:
+            if trainer != only:
+                raise PlanError(
+                    f"{self._lab.spec.task} is a LightningModule, which trainer {trainer!r} cannot "
+                    f"train: it is compared with one process of trainer {only!r}"
+                )
+        return (only,)
 
     def _shorten(self, batch: int, epoch_samples: int | str) -> None:
         """Let the runs' epochs end early: two full batches and a short one for all processes."""

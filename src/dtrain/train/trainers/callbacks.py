@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,17 @@ from dtrain.train.trainers.step import Parts
 logger = logging.getLogger(__name__)
 
 
+def listed(callbacks: Any) -> list[Any]:
+    """What `Task.callbacks` returned, as a list.
+
+    Raises:
+        DtrainError: it is none.
+    """
+    if not isinstance(callbacks, Iterable | None):
+        raise DtrainError(f"callbacks() returned a {type(callbacks).__name__}, not a list of them")
+    return list(callbacks or ())
+
+
 class View:
     """See `dtrain.callback.Session`."""
 
@@ -31,7 +42,7 @@ class View:
         self._context = context
         self._parts = parts
         self.progress = Progress()
-        self.log = log
+        self._log = log
         self.batch_size = 0
         self.evaluation_follows = self.over = False
         self.keep_best: Callable[[], None] = lambda: None
@@ -68,6 +79,17 @@ class View:
         """See `Session`."""
         return self._context.run.path
 
+    def log(self, name: str, value: float) -> None:
+        """See `Session`.
+
+        Raises:
+            DtrainError: it is no number.
+        """
+        try:
+            self._log(name, float(value))
+        except (TypeError, ValueError):
+            raise DtrainError(f"session.log({name!r}, {value!r}): it takes a number") from None
+
     def stop(self, reason: str) -> None:
         """See `Session`."""
         self.ending = self.ending or reason
@@ -99,7 +121,7 @@ class Callbacks:
         self.view = View(context, parts, log)
         self._all: dict[str, Callback] = {}
         self._loaded: dict[str, Any] = {}
-        given = list(context.task.callbacks() or ())
+        given = listed(context.task.callbacks())
         adapt = getattr(context.task, "as_callbacks", None)  # a task of a library has that one's
         for index, each in enumerate(adapt(given) if adapt else given):
             if not isinstance(each, Callback):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from dtrain.errors import DtrainError
+from dtrain.task import Task
 from dtrain.train import collectives
 from dtrain.train.context import TrainContext
 from dtrain.train.data.fetch import Fetcher, Request, check_dataset
@@ -29,6 +30,51 @@ class _Tally:
 
     totals: list[float | torch.Tensor] = field(default_factory=list)
     weights: list[float | torch.Tensor] = field(default_factory=list)
+
+
+class Sections:
+    """Evaluation data in several sections; each has a task of its own that evaluates it."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks = tasks
+
+
+class Evaluators:
+    """Evaluates a model on all of a task's evaluation data, section after section.
+
+    So every rank has a share of each section, and all agree on the metrics of each.
+    """
+
+    def __init__(self, context: TrainContext, data: Any, *, pin_memory: bool) -> None:
+        tasks = data.tasks if isinstance(data, Sections) else [None]
+        self._each = [
+            Evaluator(context, data, pin_memory=pin_memory)
+            if task is None
+            else Evaluator(replace(context, task=task), task.eval_dataset(), pin_memory=pin_memory)
+            for task in tasks
+        ]
+        self.num_samples = sum(each.num_samples for each in self._each)
+
+    def __call__(
+        self,
+        model: torch.nn.Module,
+        predictions: Predictions | None = None,
+        *,
+        measure: bool = True,
+    ) -> dict[str, float] | None:
+        """See `Evaluator`."""
+        found: dict[str, float] = {}
+        for evaluator in self._each:
+            metrics = evaluator(model, predictions, measure=measure)
+            if metrics is None:
+                return None
+            found |= metrics
+        return found
+
+    def close(self) -> None:
+        """End the loader processes."""
+        for each in self._each:
+            each.close()
 
 
 class Evaluator:

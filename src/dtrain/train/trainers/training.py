@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from dtrain import catalog
@@ -20,7 +20,7 @@ from dtrain.train.data.placement import Course, GlobalBatch
 from dtrain.train.observe.events import Events
 from dtrain.train.strategies.base import Strategy
 from dtrain.train.trainers.callbacks import Callbacks
-from dtrain.train.trainers.evaluation import Evaluator
+from dtrain.train.trainers.evaluation import Evaluators
 from dtrain.train.trainers.predictions import Predictions, predicts
 from dtrain.train.trainers.progress import Progress, Schedule
 from dtrain.train.trainers.report import Report
@@ -124,7 +124,7 @@ class Training:
         """What is read."""
         return self._data
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> Generator[Step, None, None]:
         """Each remaining global batch, with this rank's micro-batches of it and their number.
 
         Each is to be given to `step` before the next is taken.
@@ -293,8 +293,8 @@ def _just(evaluate: Evaluation) -> dict[str, float] | None:
     return evaluate()
 
 
-def _make_evaluator(context: TrainContext) -> Evaluator | None:
+def _make_evaluator(context: TrainContext) -> Evaluators | None:
     dataset = eval_dataset(context)
     if dataset is None:
         return None
-    return Evaluator(context, dataset, pin_memory=pins_memory(context))
+    return Evaluators(context, dataset, pin_memory=pins_memory(context))

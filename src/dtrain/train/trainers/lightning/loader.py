@@ -59,3 +59,12 @@ class StepLoader:
             if batch.ends_epoch:
                 return
         self._ended()
+
+    def close(self) -> None:
+        """Let go of the steps that nobody takes any more.
+
+        Lightning's objects refer to each other in circles, and so keep this one; its loader
+        processes, which leave a signal to end to us, would be waited for for ever.
+        """
+        self._steps.close()
+        self.current = None

@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.model_helpers import is_overridden
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, WeightedRandomSampler
-from torch.utils.data.dataloader import default_collate
 
 from dtrain.errors import DtrainError, UsageError
 from dtrain.ranks import RankInfo
 from dtrain.task import Loss, Task
 from dtrain.train import collectives
 from dtrain.train.data.permutation import Ids
+from dtrain.train.trainers.evaluation import Sections
+from dtrain.train.trainers.lightning.library import is_overridden, pl
+from dtrain.train.trainers.lightning.loaders import (
+    dataset_of,
+    described,
+    flat,
+    sampler_of,
+    takes_all,
+    weights_of,
+)
 from dtrain.train.trainers.lightning.logged import Logged
+from dtrain.train.trainers.lightning.optimizers import EveryFew, configured
 
 _OWN_STEP = (
     "optimizer_step",
     "backward",
     "configure_gradient_clipping",
     "optimizer_zero_grad",
+    "lr_scheduler_step",
 )
+
+_NOT_CALLED = (
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "transfer_batch_to_device",
+    "on_save_checkpoint",
+    "on_load_checkpoint",
+)
+"""Hooks of a LightningModule that Lightning's own loop would call."""
+
+logger = logging.getLogger(__name__)
 
 
 class ModuleTask(Task):
@@ -37,9 +61,11 @@ class ModuleTask(Task):
 
     def __init__(self, make: Callable[[], pl.LightningModule], name: str) -> None:
         self._make = make
-        self._name = name
+        self.name = name
         self.module: pl.LightningModule | None = None
         self.data_module: pl.LightningDataModule | None = None
+        self.loader: int | None = None
+        """Which of several validation loaders is looked at."""
         self._logged: Logged | None = None
         self._samples: Any = None
         self._prepared = False
@@ -57,16 +83,24 @@ class ModuleTask(Task):
         module = self._make()
         if not module.automatic_optimization:
             raise UsageError(
-                f"{self._name} has automatic_optimization = False: it makes its own steps, which "
-                "nobody else can then see to; run it as a script with a Trainer of its own"
+                f"{self.name} has automatic_optimization = False: it makes its own steps, and "
+                "here the step is dtrain's. Run it with a Trainer of its own, as script: train.py"
             )
         for name in _OWN_STEP:
             if is_overridden(name, module, pl.LightningModule):
                 raise UsageError(
-                    f"{self._name} overrides {name}(), but the step is dtrain's here "
-                    "(train.clip_grad_norm, train.precision); run it as a script with a Trainer of "
-                    "its own"
+                    f"{self.name} overrides {name}(), but the step is dtrain's here "
+                    "(train.clip_grad_norm, train.precision). Run it with a Trainer of its own, as "
+                    "script: train.py"
                 )
+        unheard = [name for name in _NOT_CALLED if is_overridden(name, module, pl.LightningModule)]
+        if unheard and RankInfo.from_env().is_rank_zero:
+            logger.warning(
+                "%s has %s, which dtrain does not call: the step, the device and the checkpoints "
+                "are its own",
+                self.name,
+                ", ".join(f"{name}()" for name in unheard),
+            )
         self.module = module
         self._training_step = module.training_step
         self._configure_optimizers = module.configure_optimizers
@@ -80,36 +114,39 @@ class ModuleTask(Task):
         """
         loader = self._loader("train_dataloader")
         if loader is None:
-            raise UsageError(f"{self._name} has no train_dataloader(), and there is no data module")
-        sampler = getattr(loader, "sampler", None)
-        known = (RandomSampler, SequentialSampler, WeightedRandomSampler)
-        stream = isinstance(loader.dataset, torch.utils.data.IterableDataset)
-        if not stream and not isinstance(sampler, known):
+            raise UsageError(f"{self.name} has no train_dataloader(), and there is no data module")
+        dataset = dataset_of(self, self.name, loader)
+        sampler = sampler_of(loader)
+        self._weights = weights_of(sampler)
+        if self._weights is None and not takes_all(sampler):
             raise UsageError(
-                f"train_dataloader() of {self._name} has a {type(sampler).__name__}; the order of "
+                f"train_dataloader() of {self.name} has a {described(sampler)}; the order of "
                 "samples is dtrain's: leave the sampler out, or write a task with sample_order()"
             )
-        self._weights = sampler.weights if isinstance(sampler, WeightedRandomSampler) else None
-        return self._dataset_of(loader)
+        return dataset
 
     def sample_weights(self) -> Any:
         """Those of a WeightedRandomSampler."""
         return self._weights
 
     def eval_dataset(self) -> Any:
-        """The data set of the validation loader; None without one."""
+        """The data set of the validation loader, or those of several; None without one.
+
+        Raises:
+            UsageError: there are several, and the module does not tell them apart.
+        """
         assert self.module is not None
         if not is_overridden("validation_step", self.module, pl.LightningModule):
             return None
-        loader = self._loader("val_dataloader")
-        if isinstance(loader, list | tuple):
-            if len(loader) > 1:
-                raise UsageError(
-                    f"val_dataloader() of {self._name} returned {len(loader)} loaders; one is "
-                    "evaluated here: join their data sets"
-                )
-            loader = loader[0] if loader else None
-        return None if loader is None else self._dataset_of(loader)
+        loaders = flat(self._loader("val_dataloader"))
+        if len(loaders) < 2:
+            return _evaluated(self, self.name, loaders[0]) if loaders else None
+        if not _takes(self.module.validation_step, "dataloader_idx"):
+            raise UsageError(
+                f"val_dataloader() of {self.name} returned {len(loaders)} loaders, but "
+                "validation_step() has no argument dataloader_idx"
+            )
+        return Sections([_LoaderTask(self, index, each) for index, each in enumerate(loaders)])
 
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         """What `training_step` returned: a mean over the batch's samples."""
@@ -120,7 +157,7 @@ class ModuleTask(Task):
         loss = returned.get("loss") if isinstance(returned, dict) else returned
         if not isinstance(loss, torch.Tensor):
             raise DtrainError(
-                f"training_step() of {self._name} returned {type(returned).__name__}; it must "
+                f"training_step() of {self.name} returned {type(returned).__name__}; it must "
                 "return the loss, a mean over its batch, or a dict with it"
             )
         return loss
@@ -129,8 +166,12 @@ class ModuleTask(Task):
         """What `validation_step` logs, as weighted means."""
         assert self._logged is not None
         assert self.module is not None
-        with self._logged.batch() as logged:
-            _called(self.module.validation_step, self._on_device(batch), 0)
+        step = self.module.validation_step
+        with self._logged.batch(self.loader) as (number, logged):
+            given: tuple[Any, ...] = (self._on_device(batch, self.loader or 0), number)
+            if _takes(step, "dataloader_idx"):
+                given = (*given, self.loader or 0)
+            _called(step, *given)
         return dict(logged)
 
     def optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -139,12 +180,12 @@ class ModuleTask(Task):
         Raises:
             UsageError: it returns several.
         """
-        optimizers, self._schedulers = _configured(self._configure_optimizers())
+        optimizers, self._schedulers = configured(self._configure_optimizers())
         if len(optimizers) != 1 or len(self._schedulers) > 1:
             raise UsageError(
-                f"configure_optimizers() of {self._name} returned {len(optimizers)} optimizers and "
-                f"{len(self._schedulers)} schedulers; one of each is trained here: run it as a "
-                "script with a Trainer of its own"
+                f"configure_optimizers() of {self.name} returned {len(optimizers)} optimizers and "
+                f"{len(self._schedulers)} schedulers; one of each is trained here. Run it with a "
+                "Trainer of its own, as script: train.py"
             )
         return optimizers[0]
 
@@ -156,7 +197,7 @@ class ModuleTask(Task):
         wish = wish if isinstance(wish, dict) else {"scheduler": wish}
         if wish.get("interval", "epoch") == "step" and wish.get("frequency", 1) == 1:
             return wish["scheduler"]
-        return EveryFew(wish["scheduler"], self, wish)
+        return EveryFew(wish, self.steps_between)
 
     # -- the trainer -------------------------------------------------------------------------
 
@@ -179,10 +220,10 @@ class ModuleTask(Task):
             return every
         return None if self._steps_per_epoch is None else every * self._steps_per_epoch
 
-    def _on_device(self, batch: Any) -> Any:
+    def _on_device(self, batch: Any, loader: int = 0) -> Any:
         assert self.module is not None
-        batch = self.module.on_before_batch_transfer(batch, 0)
-        return self.module.on_after_batch_transfer(batch, 0)
+        batch = self.module.on_before_batch_transfer(batch, loader)
+        return self.module.on_after_batch_transfer(batch, loader)
 
     def _loader(self, method: str) -> Any:
         source = self.data_module or self.module
@@ -203,73 +244,44 @@ class ModuleTask(Task):
         collectives.gather_to_all(None)
         source.setup("fit")
 
-    def _dataset_of(self, loader: Any) -> Any:
-        if not isinstance(loader, DataLoader):
-            raise UsageError(
-                f"{self._name}: a loader is a {type(loader).__name__}; the data set is taken out "
-                "of a torch DataLoader here"
-            )
-        vars(self).pop("collate", None)
-        if loader.collate_fn is not default_collate:
-            self.collate = loader.collate_fn  # type: ignore[method-assign]
-        return loader.dataset
+
+class _LoaderTask(Task):
+    """One of several validation loaders."""
+
+    def __init__(self, owner: ModuleTask, index: int, loader: Any) -> None:
+        self._owner = owner
+        self._index = index
+        self._dataset = _evaluated(self, owner.name, loader)
+
+    def eval_dataset(self) -> Any:
+        """Its data set."""
+        return self._dataset
+
+    def evaluate(self, model: torch.nn.Module, batch: Any) -> Any:
+        """See `ModuleTask.evaluate`."""
+        self._owner.loader = self._index
+        return self._owner.evaluate(model, batch)
 
 
-class EveryFew:
-    """A scheduler that is stepped after every so many steps: Lightning counts epochs too."""
-
-    def __init__(self, scheduler: Any, task: ModuleTask, wish: dict[str, Any]) -> None:
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise UsageError(
-                "configure_optimizers() returned ReduceLROnPlateau, which is stepped with a "
-                "metric; take a scheduler that counts steps or epochs"
-            )
-        self.scheduler = scheduler
-        self._task, self._wish = task, wish
-        self._count = 0
-
-    @property
-    def last_epoch(self) -> Any:
-        """See the scheduler."""
-        return self.scheduler.last_epoch
-
-    def step(self) -> None:
-        """After an optimizer step."""
-        between = self._task.steps_between(self._wish)
-        if between is None:
-            raise UsageError(
-                "a scheduler by epochs needs data of a known length; use interval step"
-            )
-        self._count += 1
-        if self._count % between == 0:
-            self.scheduler.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Of the scheduler, and the count."""
-        return {"scheduler": self.scheduler.state_dict(), "count": self._count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.scheduler.load_state_dict(state["scheduler"])
-        self._count = state["count"]
+def _evaluated(task: Task, name: str, loader: Any) -> Any:
+    dataset, sampler = dataset_of(task, name, loader), sampler_of(loader)
+    if not takes_all(sampler):
+        raise UsageError(
+            f"val_dataloader() of {name} has a {described(sampler)}; all samples of its data set "
+            "are evaluated here, once: give it a Subset of the data instead"
+        )
+    return dataset
 
 
-def _called(step: Any, batch: Any, batch_index: int) -> Any:
-    """A step, which may leave out the index."""
-    takes_index = len(inspect.signature(step).parameters) > 1
-    return step(batch, batch_index) if takes_index else step(batch)
+def _takes(step: Any, name: str) -> bool:
+    """Whether a step has an argument of this name, or takes any."""
+    parameters = inspect.signature(step).parameters
+    return name in parameters or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
 
 
-def _configured(given: Any) -> tuple[list[Any], list[Any]]:
-    """Optimizers and schedulers, of the many things that `configure_optimizers` may return."""
-    if isinstance(given, torch.optim.Optimizer):
-        return [given], []
-    if isinstance(given, dict):
-        scheduler = given.get("lr_scheduler")
-        return [given["optimizer"]], [] if scheduler is None else [scheduler]
-    if not isinstance(given, list | tuple):
-        raise UsageError(f"configure_optimizers() returned {type(given).__name__}")
-    if len(given) == 2 and isinstance(given[0], list | tuple):
-        return list(given[0]), list(given[1])
-    pairs = [_configured(each) for each in given]
-    return [o for optimizers, _ in pairs for o in optimizers], [s for _, ss in pairs for s in ss]
+def _called(step: Any, *given: Any) -> Any:
+    """A step, which may leave out the batch's index."""
+    parameters = inspect.signature(step).parameters.values()
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        return step(*given)
+    return step(*given[: len(parameters)])

@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 import xxhash
-from pytorch_lightning import Trainer
-from pytorch_lightning.plugins.environments import ClusterEnvironment
-from pytorch_lightning.plugins.io import TorchCheckpointIO
-from pytorch_lightning.strategies import DDPStrategy
-from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.types import LRSchedulerConfig
 
 from dtrain.errors import CheckpointError
 from dtrain.ranks import RankInfo
 from dtrain.rundir import replacing, write_atomic
 from dtrain.train.checkpoint.state import model_state, optimizer_state
+from dtrain.train.trainers.lightning.library import (
+    ClusterEnvironment,
+    DDPStrategy,
+    LRSchedulerConfig,
+    TorchCheckpointIO,
+    pl,
+    rank_zero_only,
+)
 from dtrain.train.trainers.training import Training
 
 
@@ -91,7 +93,7 @@ class Processes(DDPStrategy):
         self.set_world_ranks()
         rank_zero_only.rank = self.global_rank
 
-    def setup(self, trainer: Trainer) -> None:
+    def setup(self, trainer: pl.Trainer) -> None:
         """Model and optimizer are where they belong."""
         assert self.accelerator is not None
         self.accelerator.setup(trainer)

@@ -6,18 +6,19 @@ import logging
 import warnings
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.trainer import call
 
 from dtrain.callback import Callback
 from dtrain.errors import DtrainError, UsageError
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.load import load_class
+from dtrain.train.trainers.callbacks import listed
+from dtrain.train.trainers.lightning.library import PACKAGE, call, pl
 from dtrain.train.trainers.lightning.loader import StepLoader
 from dtrain.train.trainers.lightning.logged import Logged
 from dtrain.train.trainers.lightning.module import ModuleTask
 from dtrain.train.trainers.lightning.place import Processes
+from dtrain.train.trainers.lightning.states import EpochSums, States
 from dtrain.train.trainers.native import NativeTrainer
 from dtrain.train.trainers.training import Training
 
@@ -40,9 +41,14 @@ class LightningTrainer(NativeTrainer):
                 task.data_module = _made(make, pl.LightningDataModule, spec.data_args)
         elif spec.data_module is not None:
             raise UsageError("lightning.data_module is for a LightningModule; a task has data")
-        given = list(task.callbacks() or ())
+        given = listed(task.callbacks())
         self._theirs = [each for each in given if isinstance(each, pl.Callback)]
         ours = [each for each in given if not isinstance(each, pl.Callback)]
+        for each in ours:
+            if not isinstance(each, Callback):
+                origin, name = type(each).__module__.partition(".callbacks")[0], type(each).__name__
+                known = f"dtrain or {PACKAGE}"
+                raise DtrainError(f"callbacks() returned a {name} of {origin}, not one of {known}")
         task.callbacks = lambda: ours  # type: ignore[method-assign]
 
     def drive(self, training: Training) -> TrainResult:
@@ -79,7 +85,7 @@ class _Drive(pl.Callback):
     def run(self, callbacks: list[pl.Callback]) -> TrainResult:
         training, module = self._training, self._module
         # which devices there are, and what else could be installed
-        logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+        logging.getLogger(f"{PACKAGE}.utilities.rank_zero").setLevel(logging.WARNING)
         loader = StepLoader(training, self._begin, self._end, shows_batch=self._task is not None)
         self._loader = loader
         self._trainer = trainer = self._make_trainer(callbacks)
@@ -93,8 +99,11 @@ class _Drive(pl.Callback):
             training.data.watchers.append(self._task.reads)
         with warnings.catch_warnings():
             # of the loaders of its own that Lightning would make
-            warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
-            trainer.fit(module, train_dataloaders=loader)
+            warnings.filterwarnings("ignore", module="pytorch_lightning|lightning")
+            try:
+                trainer.fit(module, train_dataloaders=loader)
+            finally:
+                loader.close()
         return self._result or training.end(complete=self._complete)
 
     def _make_trainer(self, callbacks: list[pl.Callback]) -> pl.Trainer:
@@ -140,7 +149,11 @@ class _Drive(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give Lightning's callbacks, the module's own too, what a checkpoint holds for them."""
-        self._training.callbacks.add("lightning", _States(trainer))
+        first = self._context.ranks.is_rank_zero
+        self._training.callbacks.add("lightning", States(trainer))
+        self._training.callbacks.add(
+            "lightning.log", EpochSums(self._logged, self._training.progress, first=first)
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What the process before us still owed."""
@@ -149,8 +162,9 @@ class _Drive(pl.Callback):
             self._end()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Metrics of the epoch, over all ranks."""
-        self._publish(self._logged.of_epoch())
+        """Metrics of the epoch, over all ranks; not of one that is left in the middle."""
+        if self._complete:
+            self._publish(self._logged.of_epoch())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Inside of the fit, whose end takes things apart."""
@@ -212,56 +226,18 @@ class _Drive(pl.Callback):
         call._call_lightning_module_hook(self._trainer, hook)
 
     def _publish(self, metrics: dict[str, float]) -> None:
-        trainer = self._trainer
-        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
+        trainer, forked = self._trainer, self._logged.forked
+        named = {forked.get(name, name): value for name, value in metrics.items()}
+        known = {name: torch.tensor(value) for name, value in {**metrics, **named}.items()}
+        trainer.callback_metrics.update(known)
         for each in trainer.loggers:
-            each.log_metrics(metrics, step=trainer.global_step)
-
-
-class _States(Callback):
-    """What Lightning's callbacks remember, in dtrain's checkpoints."""
-
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self._trainer = trainer
-
-    def state_dict(self) -> dict[str, Any]:
-        """Of those that have some."""
-        states: dict[str, Any] = _plain(call._call_callbacks_state_dict(self._trainer))
-        return states
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Callback`."""
-        checkpoint = {"callbacks": _live(state), "pytorch-lightning_version": pl.__version__}
-        call._call_callbacks_load_state_dict(self._trainer, checkpoint)
-
-
-_TENSOR = "a tensor"
-
-
-def _live(value: Any) -> Any:
-    """What `_plain` was given, with tensors on the CPU."""
-    if isinstance(value, dict):
-        if set(value) == {_TENSOR}:
-            return torch.tensor(value[_TENSOR])
-        return {key: _live(each) for key, each in value.items()}
-    return [_live(each) for each in value] if isinstance(value, list) else value
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, torch.Tensor):
-        return {_TENSOR: value.tolist()}
-    return value if value is None or isinstance(value, bool | int | float) else str(value)
+            each.log_metrics(named, step=trainer.global_step)
 
 
 def _made(make: Any, kind: type, args: dict[str, Any]) -> Any:
     made = make(**args)
     if not isinstance(made, kind):
         raise DtrainError(
-            f"lightning.data_module is a {type(made).__name__}, not a {kind.__name__}"
+            f"lightning.data_module is a {type(made).__name__}, not a {kind.__name__} of {PACKAGE}"
         )
     return made

@@ -1,0 +1,68 @@
+"""What `configure_optimizers` of a module may return, and when its scheduler is stepped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dtrain.errors import UsageError
+
+Wish = dict[str, Any]
+"""A scheduler as Lightning's dict has it: `scheduler`, `interval`, `frequency`."""
+
+
+class EveryFew:
+    """A scheduler that is stepped after every so many steps: Lightning counts epochs too."""
+
+    def __init__(self, wish: Wish, steps_between: Callable[[Wish], int | None]) -> None:
+        scheduler = wish["scheduler"]
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise UsageError(
+                "configure_optimizers() returned ReduceLROnPlateau, which is stepped with a "
+                "metric; take a scheduler that counts steps or epochs"
+            )
+        self.scheduler = scheduler
+        self._wish, self._steps_between = wish, steps_between
+        self._count = 0
+
+    @property
+    def last_epoch(self) -> Any:
+        """See the scheduler."""
+        return self.scheduler.last_epoch
+
+    def step(self) -> None:
+        """After an optimizer step."""
+        between = self._steps_between(self._wish)
+        if between is None:
+            raise UsageError(
+                "a scheduler by epochs needs data of a known length; use interval step"
+            )
+        self._count += 1
+        if self._count % between == 0:
+            self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the scheduler, and the count."""
+        return {"scheduler": self.scheduler.state_dict(), "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.scheduler.load_state_dict(state["scheduler"])
+        self._count = state["count"]
+
+
+def configured(given: Any) -> tuple[list[Any], list[Any]]:
+    """Optimizers and schedulers, of the many things that `configure_optimizers` may return."""
+    if isinstance(given, torch.optim.Optimizer):
+        return [given], []
+    if isinstance(given, dict):
+        scheduler = given.get("lr_scheduler")
+        return [given["optimizer"]], [] if scheduler is None else [scheduler]
+    if not isinstance(given, list | tuple):
+        raise UsageError(f"configure_optimizers() returned {type(given).__name__}")
+    if len(given) == 2 and isinstance(given[0], list | tuple):
+        return list(given[0]), list(given[1])
+    pairs = [configured(each) for each in given]
+    return [o for optimizers, _ in pairs for o in optimizers], [s for _, ss in pairs for s in ss]
