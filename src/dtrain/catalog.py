@@ -23,6 +23,8 @@ class LauncherFact:
     """The pip extra it needs, if any."""
     allocates: bool = False
     """Nodes come with the cores that the job asks for, whatever this host has."""
+    urls: bool = False
+    """Whether runs may be kept at a URL, by nodes that share no disk."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ class LoggerFact:
 
 LAUNCHERS: Mapping[str, LauncherFact] = {
     "local": LauncherFact(
-        "dtrain.launchers.local:LocalLauncher", "this machine, as one node or several simulated"
+        "dtrain.launchers.local:LocalLauncher",
+        "this machine, as one node or several simulated",
+        urls=True,
     ),
     "torchrun": LauncherFact(
         "dtrain.launchers.torchrun:TorchrunLauncher",
@@ -86,6 +90,7 @@ LAUNCHERS: Mapping[str, LauncherFact] = {
         "the nodes of a Ray cluster, one running or one of our own",
         extra="ray",
         allocates=True,
+        urls=True,
     ),
 }
 
@@ -231,6 +236,18 @@ def logger_problem(name: str) -> str | None:
     if fact is None or fact.module is None or find_spec(fact.module) is not None:
         return None
     return f"logger {name!r} needs {fact.module}: pip install 'dtrain[{fact.extra}]'"
+
+
+def url_problem(launcher: str) -> str | None:
+    """Why runs by a launcher cannot be kept at a URL; None when they can."""
+    fact = LAUNCHERS.get(launcher)
+    if fact is None or fact.urls:
+        return None
+    able = " and ".join(repr(name) for name, each in LAUNCHERS.items() if each.urls)
+    return (
+        f"launcher {launcher!r} needs a folder for --runs, one that all nodes share; "
+        f"launchers {able} take a URL"
+    )
 
 
 def pair_problem(trainer: str, strategy: str, nodes: int) -> str | None:

@@ -55,6 +55,19 @@ class RunDir:
         return self.path / ".env.json"
 
     @property
+    def url_file(self) -> Path:
+        """Holds `url`."""
+        return self.path / ".url"
+
+    @property
+    def url(self) -> str | None:
+        """Where this directory has its lasting copy; None for a run that is kept in it alone."""
+        try:
+            return self.url_file.read_text()
+        except FileNotFoundError:
+            return None
+
+    @property
     def handle(self) -> Path:
         """Who runs it: launcher, pids with start times, host."""
         return self.path / _HANDLE
@@ -199,17 +212,22 @@ def list_runs(root: str | os.PathLike[str]) -> list[RunDir]:
     return [RunDir(path) for path in sorted(found, key=lambda path: path.stat().st_ctime_ns)]
 
 
-def find_run(name: str, root: str | os.PathLike[str]) -> RunDir:
+def find_run(name: str, root: str | os.PathLike[str], shown: str = "") -> RunDir:
     """The run of that id, path, unique prefix, or the newest one for `last`.
+
+    Args:
+        name: what a person wrote.
+        root: folder of all runs.
+        shown: how a person calls it, when that is not its path.
 
     Raises:
         RunNotFound: none, or more than one, answers to the name.
     """
     if os.sep in name and (Path(name) / "resolved.yaml").is_file():
         return RunDir(name)
-    runs = list_runs(root)
+    runs, where = list_runs(root), shown or str(Path(root).absolute())
     if not runs:
-        raise RunNotFound(f"no runs in {Path(root).absolute()}; say where with --runs DIR")
+        raise RunNotFound(f"no runs in {where}; say where with --runs DIR")
     if name == "last":
         # started last, not made last: a resumed run is the newest again
         return max(runs, key=lambda run: _mtime(run.handle) or _mtime(run.resolved))
@@ -221,7 +239,7 @@ def find_run(name: str, root: str | os.PathLike[str]) -> RunDir:
     if matches:
         listed = ", ".join(run.id for run in matches[:6])
         raise RunNotFound(f"{name!r} could be any of {len(matches)} runs: {listed}")
-    raise RunNotFound(f"no run {name!r} in {Path(root).absolute()}; `dtrain runs` lists them")
+    raise RunNotFound(f"no run {name!r} in {where}; `dtrain runs` lists them")
 
 
 def _mtime(path: Path) -> int:

@@ -59,8 +59,11 @@ def command(
 def _follow(run: RunDir, view: _View, newer: bool) -> int:
     """Show what comes until the run has ended, of `newer` attempts too; the run's exit code."""
     from dtrain.launchers import base
+    from dtrain.remote.runs import refresher
 
+    refresh = refresher(run)
     while (stand := base.state_of(run))[0] in ("running", "prepared"):
+        refresh()
         view.show_new()
         if newer:
             view.move_on()

@@ -23,8 +23,8 @@ runs_option = click.option(
     default="runs",
     envvar="DTRAIN_RUNS",
     show_default=True,
-    metavar="DIR",
-    help="Folder of all runs.",
+    metavar="DIR|URL",
+    help="Folder of all runs, or a URL, as s3://bucket/runs.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 script_arguments = click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- …]")
@@ -154,7 +154,7 @@ def prepare_again(run: RunDir, options: dict[str, Any]) -> Prepared:
     from dtrain.plan import LaunchPlan
 
     before = LaunchPlan.read(run)
-    job_dir = Path(before.job_dir)
+    job_dir = _job_dir(before)
     profile = load_profile(before.profile, job_dir)
     job = load_job(run.resolved, options["overrides"], {}, written_flags(options), job_dir=job_dir)
     job = base.with_secrets(job, run)
@@ -166,11 +166,27 @@ def prepare_again(run: RunDir, options: dict[str, Any]) -> Prepared:
         profile,
         options,
         run_id=run.id,
-        runs=run.path.parent,
+        runs=before.run_url.rpartition("/")[0] or run.path.parent,
         job_dir=job_dir,
         attempt=base.next_attempt(run),
     )
     return Prepared(plan, job, profile)
+
+
+def _job_dir(before: LaunchPlan) -> Path:
+    """The folder of a run's job; on a host that does not have it, the copy kept at the URL."""
+    from dtrain.errors import UsageError
+    from dtrain.launchers import travel
+
+    here = Path(before.job_dir)
+    if here.is_dir() or not before.run_url:
+        return here
+    kept = travel.unpack(before.run)
+    if kept is None:
+        raise UsageError(
+            f"the job's folder {here} is not on this host, and its code not at the URL"
+        )
+    return kept
 
 
 def make(
@@ -294,9 +310,26 @@ def _number(text: str) -> Any:
 
 def find(name: str, runs: str) -> RunDir:
     """The run that a person named; `RunNotFound` when there is none."""
+    from dtrain.remote.place import is_url
     from dtrain.rundir import find_run
 
-    return find_run(name, runs)
+    return find_run(name, here(runs, name), runs if is_url(runs) else "")
+
+
+def here(runs: str, name: str | None = None) -> str:
+    """The folder of all runs; of runs at a URL, one of this host with what is new of them.
+
+    Args:
+        runs: folder or URL.
+        name: of the run that is meant; None: all, without their logs.
+    """
+    from dtrain.remote.place import is_url
+
+    if not is_url(runs):
+        return runs
+    from dtrain.remote.runs import fetch
+
+    return str(fetch(runs, name))
 
 
 def print_json(value: Any) -> None:

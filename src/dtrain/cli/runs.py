@@ -18,7 +18,7 @@ def command(runs: str, as_json: bool) -> None:
     from dtrain.cli.status import summary
     from dtrain.rundir import list_runs
 
-    rows = [summary(run) for run in list_runs(runs)]
+    rows = [summary(run) for run in list_runs(shared.here(runs))]
     if as_json:
         shared.print_json(rows)
     elif not rows:

@@ -63,6 +63,7 @@ def summary(run: RunDir) -> dict[str, Any]:
         "eval": _metrics(last.get("eval")),
         "parameters_sha256": finished.get("parameters_sha256"),
         **_described(run, plan.launcher),
+        "url": run.url,
         "path": str(run.path),
     }
 

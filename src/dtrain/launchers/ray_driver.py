@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,8 @@ def _drive(plan: LaunchPlan) -> int:
 def _drive_as_job(folder: Path) -> int:
     from dtrain.launchers.ray_mirror import Mirror, tell
     from dtrain.launchers.ray_package import unpack
+    from dtrain.remote.mirror import STARTING
+    from dtrain.remote.runs import kept, leave
 
     try:
         plan, is_shared = unpack(folder)
@@ -81,9 +84,17 @@ def _drive_as_job(folder: Path) -> int:
     mirror = Mirror(plan.run, sys.stdout)
     mirror.start()
     try:
-        return _drive(plan)
+        with kept(plan.run, partial(_warn, plan.run), but=STARTING):
+            code = _drive(plan)
     finally:
         mirror.end()
+    if plan.run_url:
+        leave(plan.run)
+    return code
+
+
+def _warn(run: RunDir, text: str) -> None:
+    rundir.note_event(run, "waiting", what=text)
 
 
 class Driver:
