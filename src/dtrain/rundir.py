@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dtrain.errors import LaunchError, RunNotFound
+from dtrain.errors import LaunchError
 
 ATTEMPT_VARIABLE = "DTRAIN_ATTEMPT"
 _HANDLE = "handle.json"
@@ -210,40 +210,6 @@ def list_runs(root: str | os.PathLike[str]) -> list[RunDir]:
         return []
     found = [path for path in folder.iterdir() if (path / "resolved.yaml").is_file()]
     return [RunDir(path) for path in sorted(found, key=lambda path: path.stat().st_ctime_ns)]
-
-
-def find_run(name: str, root: str | os.PathLike[str], shown: str = "") -> RunDir:
-    """The run of that id, path, unique prefix, or the newest one for `last`.
-
-    Args:
-        name: what a person wrote.
-        root: folder of all runs.
-        shown: how a person calls it, when that is not its path.
-
-    Raises:
-        RunNotFound: none, or more than one, answers to the name.
-    """
-    if os.sep in name and (Path(name) / "resolved.yaml").is_file():
-        return RunDir(name)
-    runs, where = list_runs(root), shown or str(Path(root).absolute())
-    if not runs:
-        raise RunNotFound(f"no runs in {where}; say where with --runs DIR")
-    if name == "last":
-        # started last, not made last: a resumed run is the newest again
-        return max(runs, key=lambda run: _mtime(run.handle) or _mtime(run.resolved))
-    matches = [run for run in runs if run.id == name] or [
-        run for run in runs if run.id.startswith(name)
-    ]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        listed = ", ".join(run.id for run in matches[:6])
-        raise RunNotFound(f"{name!r} could be any of {len(matches)} runs: {listed}")
-    raise RunNotFound(f"no run {name!r} in {where}; `dtrain runs` lists them")
-
-
-def _mtime(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 # -- files -----------------------------------------------------------------------------------

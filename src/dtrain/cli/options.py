@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from dtrain.cli.finding import find, job_dir_of
+
 if TYPE_CHECKING:
     from dtrain.job.load import LoadedJob
     from dtrain.job.profile import LoadedProfile
@@ -154,7 +156,7 @@ def prepare_again(run: RunDir, options: dict[str, Any]) -> Prepared:
     from dtrain.plan import LaunchPlan
 
     before = LaunchPlan.read(run)
-    job_dir = _job_dir(before)
+    job_dir = job_dir_of(before)
     profile = load_profile(before.profile, job_dir)
     job = load_job(run.resolved, options["overrides"], {}, written_flags(options), job_dir=job_dir)
     job = base.with_secrets(job, run)
@@ -171,22 +173,6 @@ def prepare_again(run: RunDir, options: dict[str, Any]) -> Prepared:
         attempt=base.next_attempt(run),
     )
     return Prepared(plan, job, profile)
-
-
-def _job_dir(before: LaunchPlan) -> Path:
-    """The folder of a run's job; on a host that does not have it, the copy kept at the URL."""
-    from dtrain.errors import UsageError
-    from dtrain.launchers import travel
-
-    here = Path(before.job_dir)
-    if here.is_dir() or not before.run_url:
-        return here
-    kept = travel.unpack(before.run)
-    if kept is None:
-        raise UsageError(
-            f"the job's folder {here} is not on this host, and its code not at the URL"
-        )
-    return kept
 
 
 def make(
@@ -306,30 +292,6 @@ def written_flags(options: dict[str, Any]) -> dict[str, Any]:
 
 def _number(text: str) -> Any:
     return int(text) if text.lstrip("-").isdigit() else text
-
-
-def find(name: str, runs: str) -> RunDir:
-    """The run that a person named; `RunNotFound` when there is none."""
-    from dtrain.remote.place import is_url
-    from dtrain.rundir import find_run
-
-    return find_run(name, here(runs, name), runs if is_url(runs) else "")
-
-
-def here(runs: str, name: str | None = None) -> str:
-    """The folder of all runs; of runs at a URL, one of this host with what is new of them.
-
-    Args:
-        runs: folder or URL.
-        name: of the run that is meant; None: all, without their logs.
-    """
-    from dtrain.remote.place import is_url
-
-    if not is_url(runs):
-        return runs
-    from dtrain.remote.runs import fetch
-
-    return str(fetch(runs, name))
 
 
 def print_json(value: Any) -> None:

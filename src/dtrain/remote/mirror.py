@@ -28,6 +28,7 @@ STARTING = ("job.yaml", "resolved.yaml", "plan.json", "handle.json")
 LAUNCH = (*STARTING, "attempts/*/result.json", "attempts/*/verdict.json")
 """What it writes of a run that goes on without it."""
 LOGS = ("*.log*",)
+CODE = ("code/*",)
 _NEVER = ("checkpoints/*", "code/tree-*/*", "code/job-*", BEAT)
 _PAUSE_S, _BEAT_S = 5.0, 20.0
 
@@ -61,11 +62,12 @@ class Mirror:
         finally:
             self._remember()
 
-    def pull(self, but: Sequence[str] = ()) -> None:
+    def pull(self, only: Sequence[str] = (), but: Sequence[str] = ()) -> None:
         """Copy what is new at the URL to here.
 
         Args:
-            but: patterns of files that are not wanted now.
+            only: patterns of the files that are wanted; none: all.
+            but: patterns of files that are not.
 
         Raises:
             PlaceError: the URL does not answer.
@@ -73,7 +75,10 @@ class Mirror:
         try:
             for name, about in sorted(self._place.files().items()):
                 version = _version(about)
-                if _matches(name, ("checkpoints/*", ".*", *but)) or self._seen.get(name) == version:
+                wanted = not only or _matches(name, only)
+                if not wanted or _matches(name, ("checkpoints/*", ".*", *but)):
+                    continue
+                if self._seen.get(name) == version:
                     continue
                 self._pull(name, about)
                 self._seen[name] = version

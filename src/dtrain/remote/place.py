@@ -44,7 +44,7 @@ class Place:
         Raises:
             PlanError: it is not such a URL, or the package for it is missing.
         """
-        self.url = url.rstrip("/")
+        self.url = url if url.endswith("://") else url.rstrip("/")
         self._fs, self._root = _open(self.url)
         self._is_local = "file" in _protocols(self._fs)
 

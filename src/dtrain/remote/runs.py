@@ -15,7 +15,7 @@ from typing import Any
 
 from dtrain import procs, rundir
 from dtrain.errors import RunNotFound
-from dtrain.remote.mirror import BEAT, LAUNCH, LOGS, Mirror, Pusher, changed_at
+from dtrain.remote.mirror import BEAT, CODE, LAUNCH, LOGS, Mirror, Pusher, changed_at
 from dtrain.remote.place import Place, PlaceError
 from dtrain.rundir import RunDir
 
@@ -58,7 +58,7 @@ def join(run: RunDir, url: str) -> None:
     Place(url.rpartition("/")[0]).check()
     rundir.write_atomic(run.url_file, url, mode=0o600)
     (run.path / _AHEAD).touch()
-    Mirror(run, url).pull(LOGS)
+    Mirror(run, url).pull(but=(*CODE, *LOGS))
 
 
 def leave(run: RunDir) -> None:
@@ -97,6 +97,13 @@ def kept(
             say(f"not all of the run could be written: {trouble}; it is in {run.path}")
         else:
             _tidy(run)
+
+
+def bring_code(run: RunDir) -> None:
+    """Bring the copies of a run's code to this host, where it is kept at a URL."""
+    url = run.url
+    if url is not None:
+        Mirror(run, url).pull(only=("code/tree-*.tar",))
 
 
 def push(run: RunDir, only: Sequence[str] = ()) -> None:
@@ -176,7 +183,7 @@ def _bring(run: RunDir, url: str, without_logs: bool) -> None:
         ahead.unlink()
     run.create()
     rundir.write_atomic(run.url_file, url, mode=0o600)
-    Mirror(run, url).pull(LOGS if without_logs else ())
+    Mirror(run, url).pull(but=(*CODE, *LOGS) if without_logs else CODE)
 
 
 def _is_meant(run_id: str, name: str, ids: dict[str, Any]) -> bool:
