@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 from dtrain.errors import CheckpointError, PlanError
+from dtrain.launchers import ray_news
 from dtrain.launchers.ray_apart import take_news
 from dtrain.launchers.ray_news import News
 from dtrain.node.failures import FailureRecord
@@ -289,3 +293,32 @@ def test_a_node_tells_the_driver_all_that_is_new_once(tmp_path: Path) -> None:
     assert record.log == str(driver.rank_log(0, 1, 2))
     take_news(driver, [{"name": "../../escaped", "bytes": b""}])
     assert not (tmp_path / "escaped").exists()
+
+
+def test_what_a_killed_actor_has_left_is_removed_by_the_next_on_that_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DTRAIN_STAGING", str(tmp_path))
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.add(__file__, "plan.json")
+    code = (
+        "import os, sys; from dtrain.launchers import ray_news;"
+        "print(ray_news.settle('run-1', sys.stdin.buffer.read())); sys.stdout.flush(); os._exit(1)"
+    )
+    command = [sys.executable, "-c", code]
+    killed = subprocess.run(command, input=buffer.getvalue(), stdout=subprocess.PIPE, check=False)
+    left = Path(killed.stdout.decode().strip())
+    assert (left / "plan.json").is_file()
+    os.utime(left.parent, (1, 1))
+    mine = Path(ray_news.settle("run-1", buffer.getvalue()))
+    assert not left.parent.exists()
+    os.utime(mine.parent, (1, 1))
+    ray_news._remove_orphans(str(tmp_path))
+    assert (mine / "plan.json").is_file()  # its owner lives
+    ray_news.remove(str(mine))
+    assert not list(tmp_path.iterdir())
+    for lock in ray_news._locks:
+        assert lock is not None
+        os.close(lock)
+    ray_news._locks.clear()

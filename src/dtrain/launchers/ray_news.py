@@ -6,16 +6,19 @@ Sent by value with the actor: only the standard library is imported here.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import shutil
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
 _MOST_AT_ONCE = 4 << 20
 _MOST_OF_A_FILE = 64 << 20  # what is larger and written anew each time is no record of a run
+_NEW_S = 5.0
 _LINES = (".jsonl",)
 _GROWING = (".log",)
 
@@ -30,9 +33,10 @@ def settle(run_id: str, package: bytes) -> str:
     root = os.environ.get("DTRAIN_STAGING") or tempfile.gettempdir()
     os.makedirs(root, exist_ok=True)
     _remove_orphans(root)
-    folder = os.path.join(root, f"{_prefix()}{os.getpid()}", run_id)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder, mode=0o700)
+    own = tempfile.mkdtemp(prefix=_prefix(), dir=root)
+    _locks.append(_locked(own))
+    folder = os.path.join(own, run_id)
+    os.mkdir(folder, mode=0o700)
     with tarfile.open(fileobj=io.BytesIO(package)) as archive:
         safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
         archive.extractall(folder, **safe)  # type: ignore[arg-type]
@@ -45,16 +49,35 @@ def remove(folder: str) -> None:
     shutil.rmtree(os.path.dirname(folder), ignore_errors=True)
 
 
+_locks: list[int | None] = []
+"""Held while this process lives, however it ends."""
+
+
 def _prefix() -> str:
-    return f"dtrain-{os.getuid()}-"
+    return f"dtrain-node-{os.getuid()}-"
+
+
+def _locked(folder: str) -> int | None:
+    """A lock on a folder, which ends with this process; None when another has it."""
+    lock = os.open(os.path.join(folder, ".lock"), os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
 
 
 def _remove_orphans(root: str) -> None:
     """Remove the directories of actors that were killed."""
     for name in os.listdir(root):
-        pid = name[len(_prefix()) :] if name.startswith(_prefix()) else ""
-        if pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
-            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+        folder = os.path.join(root, name)
+        with contextlib.suppress(OSError):
+            is_new = time.time() - os.stat(folder).st_mtime < _NEW_S  # and not locked yet
+            lock = None if is_new or not name.startswith(_prefix()) else _locked(folder)
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
 
 
 class News:

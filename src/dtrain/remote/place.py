@@ -117,19 +117,32 @@ class Place:
 
     def _must(self, action: Callable[[], _Value]) -> _Value:
         try:
-            return _again(action)
+            return self._again(action)
         except Exception as error:  # each library behind fsspec has its own
             raise _explained(self.url, error) from error
 
     def _do(self, action: Callable[[], _Value], missing: _Value) -> _Value:
         with contextlib.suppress(FileNotFoundError):
             try:
-                return _again(action)
+                return self._again(action)
             except FileNotFoundError:
                 raise
             except Exception as error:
                 raise _explained(self.url, error) from error
         return missing
+
+    def _again(self, action: Callable[[], _Value]) -> _Value:
+        """Do something that a network may break; some tries."""
+        for pause_s in () if self._is_local else _PAUSES_S:
+            try:
+                return action()
+            except (FileNotFoundError, PermissionError, NotImplementedError):
+                raise
+            except Exception as error:
+                if _lacks_credentials(error) or _nobody_there(error):
+                    raise
+            time.sleep(pause_s)
+        return action()
 
 
 def _open(url: str) -> tuple[Any, str]:
@@ -173,20 +186,6 @@ def _package(scheme: str) -> str:
 
 def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
-
-
-def _again(action: Callable[[], _Value]) -> _Value:
-    """Do something that a network may break; some tries."""
-    for pause_s in _PAUSES_S:
-        try:
-            return action()
-        except (FileNotFoundError, PermissionError, NotImplementedError):
-            raise
-        except Exception as error:
-            if _lacks_credentials(error) or _nobody_there(error):
-                raise
-        time.sleep(pause_s)
-    return action()
 
 
 def _explained(url: str, error: Exception) -> PlaceError:
