@@ -87,6 +87,8 @@ def test_nodes_that_share_no_folder_train_are_killed_and_go_on(
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"parameters sha256 {unbroken}" in done.stdout
     assert [line["step"] for line in metrics(run_here())][-1] == 60
+    placed = [event["nodes"] for event in events(run_here(), "attempt_started")]
+    assert placed == [[ray.ip(7), ray.ip(8)]] * 3
     for folder in folders[:2]:
         assert not list(folder.rglob("model.pt"))  # cleared away, also by those that were killed
     told = b"".join(Place(RUNS).read(name) or b"" for name in Place(RUNS).files())

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import pytest
 
+from dtrain.cli.main import main
 from dtrain.errors import LaunchError, PlanError
+from dtrain.job.profile import checked_options, load_profile
+from dtrain.job.written import Place, Written
 from dtrain.launchers import ray_driver, ray_mirror, ray_place, ray_sbatch
 from dtrain.launchers.ray_options import RayOptions
 from dtrain.launchers.ray_place import Wish
 from dtrain.rundir import RunDir
+
+TINY = Path(__file__).resolve().parents[1] / "jobs" / "tiny" / "job.yaml"
 
 
 def node(number: int, *, alive: bool = True, host: str = "vm", **total: float) -> dict[str, object]:
@@ -61,6 +67,31 @@ def test_options_that_cannot_be_meant(options: dict[str, object], said: str) -> 
         RayOptions.of(options)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("submit=job",), "--launcher ray: submit: job needs the address"),
+        (("runs=s3://bucket/runs",), "runs is for submit: job"),
+        (("adress=x:1", "relaunch=-1"), "--ray adress: adress: unknown; did you mean 'address'?"),
+    ],
+)
+def test_such_options_are_told_by_the_command(
+    flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--launcher", "ray", *(f"--ray={flag}" for flag in flags), str(TINY)])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_mapping_that_a_flag_says_is_known_for_the_flags() -> None:
+    """Or the next attempt would go on without it."""
+    profile = load_profile("ray", TINY.parent)
+    flag = Written({"gear": Written(1, Place("--ray resources"))}, Place("--ray resources"))
+    _, sources = checked_options(profile, {"resources": flag}, RayOptions)
+    assert sources["resources"] == "--ray resources"
+
+
 def test_a_run_is_mirrored_line_by_line_and_twice_is_as_good_as_once(tmp_path: Path) -> None:
     there, here = RunDir(tmp_path / "there"), RunDir(tmp_path / "here")
     there.create()
@@ -90,9 +121,8 @@ def test_the_batch_script_holds_a_cluster_with_a_token() -> None:
     for line in ("#SBATCH --nodes=2", "#SBATCH --cpus-per-task=8", "#SBATCH --gpus-per-node=4",
                  "#SBATCH --time=60", "module x"):  # fmt: skip
         assert line in script.splitlines()
-    assert "--launcher ray --nodes 2 'job file.yaml' --address" in script
-    assert "RAY_AUTH_MODE=token" in script
-    assert "ray stop" not in script
+    ours = f"exec {sys.executable} -m dtrain.launchers.ray_in_slurm --cpus=8 --gpus=4 -- "
+    assert script.splitlines()[-1] == f"{ours}--nodes 2 'job file.yaml'"
 
 
 @pytest.mark.parametrize(

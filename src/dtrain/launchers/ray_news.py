@@ -18,7 +18,7 @@ from typing import Any
 
 _MOST_AT_ONCE = 4 << 20
 _MOST_OF_A_FILE = 64 << 20  # what is larger and written anew each time is no record of a run
-_NEW_S = 5.0
+_NEW_S, _GONE_S = 5.0, 5.0
 _LINES = (".jsonl",)
 _GROWING = (".log",)
 
@@ -45,8 +45,12 @@ def settle(run_id: str, package: bytes) -> str:
 
 
 def remove(folder: str) -> None:
-    """Remove what `settle` has made."""
-    shutil.rmtree(os.path.dirname(folder), ignore_errors=True)
+    """Remove what `settle` has made, where workers that were killed may still be writing."""
+    own = os.path.dirname(folder)
+    deadline = time.monotonic() + _GONE_S
+    while os.path.exists(own) and time.monotonic() < deadline:
+        shutil.rmtree(own, ignore_errors=True)
+        time.sleep(0.05)
 
 
 _locks: list[int | None] = []

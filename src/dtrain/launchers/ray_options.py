@@ -42,11 +42,11 @@ class RayOptions(LauncherOptions):
     dashboard: Switch = "off"
     """Whether a cluster of our own has Ray's dashboard, on loopback."""
     runs: Text | None = None
-    """With `submit: job`: the folder of all runs on the cluster."""
+    """With `submit: job`: the folder or URL of all runs on the cluster."""
     excludes: list[Text] = Field(default_factory=list)
-    """With `submit: job`: patterns of files that do not travel."""
+    """Patterns of files that do not travel, with `submit: job` or to nodes that share no folder."""
     upload_limit: Size = 100 * 1024**2
-    """With `submit: job`: the most bytes that travel."""
+    """The most bytes that travel so."""
     runtime_env: dict[str, Any] = Field(default_factory=dict)
     """With `submit: job`: further fields of Ray's runtime_env."""
 
