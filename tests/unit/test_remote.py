@@ -6,23 +6,28 @@ import importlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
+from dtrain import snapshot
 from dtrain.errors import CheckpointError, PlanError
-from dtrain.launchers import ray_news
+from dtrain.launchers import ray_news, travel
 from dtrain.launchers.ray_apart import take_news
 from dtrain.launchers.ray_news import News
 from dtrain.node.failures import FailureRecord
+from dtrain.plan import LaunchPlan
 from dtrain.remote import mirror
 from dtrain.remote.checkpoints import RemoteCheckpoints
 from dtrain.remote.mirror import Mirror, Pusher
+from dtrain.remote.parts import RemoteParts
 from dtrain.remote.place import Place, PlaceError
 from dtrain.remote.runs import fetch, staging
 from dtrain.rundir import RunDir, append_line, list_runs, write_json
@@ -322,3 +327,39 @@ def test_what_a_killed_actor_has_left_is_removed_by_the_next_on_that_host(
         assert lock is not None
         os.close(lock)
     ray_news._locks.clear()
+
+
+def test_parts_of_ranks_meet_at_the_url(url: str, tmp_path: Path) -> None:
+    a, b = run_at(url, tmp_path / "a"), run_at(url, tmp_path / "b")
+    part = b.predictions_part(1)
+    part.mkdir(parents=True)
+    (part / "0").write_bytes(b"rows of rank 1")
+    theirs, ours = RemoteParts.of(b, "predictions"), RemoteParts.of(a, "predictions")
+    assert theirs is not None
+    assert ours is not None
+    theirs.give(part)
+    ours.take([a.predictions_part(1)])
+    assert (a.predictions_part(1) / "0").read_bytes() == b"rows of rank 1"
+    assert not [path for path in (tmp_path / "there").rglob("*") if path.is_file()]
+
+
+def test_code_travels_as_one_file(tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    (job / "inner").mkdir(parents=True)
+    (job / "job.yaml").touch()
+    (job / "inner" / "part.py").write_text("x = 1")
+    (job / "big.bin").write_bytes(bytes(2 << 20))  # the copy of the code has a link to it
+    run = RunDir(tmp_path / "runs" / "run-1")
+    run.create()
+    snapshot.copy_tree(job, run.code, 0)
+    plan = cast(LaunchPlan, SimpleNamespace(run=run, attempt=0))
+    with pytest.raises(PlanError, match=r"upload_limit: 1.0 MiB\); largest: big.bin"):
+        travel.pack(plan, 1 << 20, [])
+    package = travel.pack(plan, 4 << 20, ["*.yaml"])
+    assert package.name == "tree-0.tar"
+    shutil.rmtree(job)
+    found = travel.unpack(run)
+    assert found is not None
+    assert sorted(path.name for path in found.rglob("*.*")) == ["big.bin", "part.py"]
+    assert (found / "big.bin").stat().st_size == 2 << 20
+    assert not found.is_relative_to(tmp_path / "runs")
