@@ -86,7 +86,8 @@ def test_nodes_that_share_no_folder_train_are_killed_and_go_on(
 
     monkeypatch.setenv("DTRAIN_STAGING", str(folders[3]))
     shutil.rmtree(job.parent)  # another laptop has no such folder
-    done = dtrain("resume", "--runs", RUNS, *keys, cwd=tmp_path, timeout=300)
+    quick = ("--set", "checkpoint.every_steps=25", "--set", "args.pause=0")
+    done = dtrain("resume", "--runs", RUNS, *keys, *quick, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"parameters sha256 {unbroken}" in done.stdout
     assert [line["step"] for line in metrics(run_here())][-1] == 60

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -137,3 +139,14 @@ def test_which_clusters_need_a_token_most(address: str, loopback: bool) -> None:
 def test_what_is_no_address_of_a_head(address: str) -> None:
     with pytest.raises(LaunchError, match="is not HOST:PORT"):
         ray_driver.reach(address)
+
+
+def test_outside_slurm_nothing_is_started_and_nothing_is_left(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dtrain.launchers.ray_in_slurm", "--cpus=1", "--", "job.yaml"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "dtrain: this is no job of Slurm: hand the script to sbatch\n"
+    assert not list(tmp_path.iterdir())

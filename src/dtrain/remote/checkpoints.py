@@ -62,7 +62,7 @@ class RemoteCheckpoints:
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(put, manifest["files"] if files is None else files))
-        there = self._place.files(inside)
+        there = self._place.files(folder.name)
         for name, entry in manifest["files"].items():
             about: Any = there.get(f"{inside}/{name}", {})
             if about.get("size") != entry["bytes"]:
@@ -71,7 +71,7 @@ class RemoteCheckpoints:
                     f"instead of {entry['bytes']}"
                 )
         self._place.write(f"{folder.name}/{MANIFEST}", text)
-        self._clear(folder.name, but=inside)
+        self._clear(folder.name, there, but=inside)
 
     def fetch(self, folder: Path) -> None:
         """Bring a checkpoint to this host, unless that very one is here.
@@ -98,7 +98,7 @@ class RemoteCheckpoints:
         for file in manifest["files"]:
             self._place.copy(f"{name}/{inside}/{file}", f"{to}/{inside}/{file}")
         self._place.write(f"{to}/{MANIFEST}", text)
-        self._clear(to, but=f"{to}/{inside}")
+        self._clear(to, self._place.files(to), but=f"{to}/{inside}")
 
     def reject(self, name: str) -> None:
         """Take a checkpoint that cannot be used for none from now on; its files stay."""
@@ -110,16 +110,13 @@ class RemoteCheckpoints:
     def remove(self, name: str) -> None:
         """Remove a checkpoint."""
         self._place.remove(f"{name}/{MANIFEST}")  # first: from now on there is none
-        for file in self._place.files(name):
-            self._place.remove(file)
+        self._place.remove(*self._place.files(name))
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers have left."""
         found = list(self._place.files())
         kept = {n.split("/")[0] for n in found if n.rpartition("/")[2] in (MANIFEST, _REJECTED)}
-        for name in found:
-            if name.split("/")[0] not in kept:
-                self._place.remove(name)
+        self._place.remove(*(name for name in found if name.split("/")[0] not in kept))
 
     def _bring(self, folder: Path, manifest: bytes) -> None:
         try:
@@ -145,11 +142,10 @@ class RemoteCheckpoints:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
-    def _clear(self, name: str, but: str) -> None:
+    def _clear(self, name: str, files: Iterable[str], but: str) -> None:
         """Remove the files of an earlier checkpoint of the same name."""
-        for file in self._place.files(name):
-            if "/" in file.removeprefix(f"{name}/") and not file.startswith(f"{but}/"):
-                self._place.remove(file)
+        inside = [file for file in files if "/" in file.removeprefix(f"{name}/")]
+        self._place.remove(*(file for file in inside if not file.startswith(f"{but}/")))
 
 
 @contextmanager

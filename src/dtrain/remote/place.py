@@ -108,9 +108,13 @@ class Place:
             os.makedirs(os.path.dirname(self._path(to)), exist_ok=True)
         self._must(lambda: self._fs.cp_file(self._path(name), self._path(to)))
 
-    def remove(self, name: str) -> None:
-        """Remove a file; one that is not there is no error."""
-        self._do(lambda: self._fs.rm_file(self._path(name)), None)
+    def remove(self, *names: str) -> None:
+        """Remove files; one that is not there is no error."""
+        paths = [self._path(name) for name in names]
+        if len(paths) == 1:
+            self._do(lambda: self._fs.rm_file(paths[0]), None)
+        elif paths:  # in one request, where the place has that
+            self._do(lambda: self._fs.rm(paths), None)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root

@@ -47,6 +47,7 @@ class CheckpointStore:
         self._rank = rank
         self._keep = keep
         self._remote = RemoteCheckpoints.of(run)
+        self._has_saved = False
 
     def save(
         self,
@@ -77,8 +78,10 @@ class CheckpointStore:
                 remove_leftovers(self._run.checkpoints)
                 size = write_checkpoint(folder, tensors(), progress, about)
                 if self._remote is not None:
-                    self._remote.remove_leftovers()
+                    if not self._has_saved:
+                        self._remote.remove_leftovers()
                     self._remote.upload(folder)
+                    self._has_saved = True
                 self._remove_old(folder)
             except Exception as error:  # whatever it is, the other ranks wait to hear of it
                 cause, problem = error, _explain(folder, error)
