@@ -95,7 +95,8 @@ def test_nodes_that_share_no_folder_train_are_killed_and_go_on(
     assert placed == [[ray.ip(7), ray.ip(8)]] * 3
     for folder in folders[:2]:
         assert not list(folder.rglob("model.pt"))  # cleared away, also by those that were killed
-    told = b"".join(Place(RUNS).read(name) or b"" for name in Place(RUNS).files())
+    place = Place(RUNS)
+    told = b"".join(place.read(name) or b"" for name in place.files())
     assert server.env["AWS_SECRET_ACCESS_KEY"].encode() not in told
 
 

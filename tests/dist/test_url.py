@@ -39,8 +39,8 @@ def test_a_killed_run_goes_on_from_another_host(
     with started(
         "launch", "--runs", RUNS, *SLOW, *OFTEN, "--procs", "2", TINY, cwd=tmp_path
     ) as process:
-        saved = f"{RUNS}/*/checkpoints/step-*/manifest.json"
-        until("a checkpoint", lambda: Place(RUNS).matching(saved.removeprefix(f"{RUNS}/")), 90)
+        place = Place(RUNS)
+        until("a checkpoint", lambda: place.matching("*/checkpoints/step-*/manifest.json"), 90)
         process.kill()
         process.communicate(timeout=30)
     lost = dtrain("status", "--runs", RUNS, "--json", cwd=tmp_path)
@@ -62,7 +62,7 @@ def test_a_killed_run_goes_on_from_another_host(
     made = dtrain("export", "--to", "safetensors", "--output", out, "--runs", RUNS, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert out.exists()
-    everything = b"".join(Place(RUNS).read(name) or b"" for name in Place(RUNS).files())
+    everything = b"".join(place.read(name) or b"" for name in place.files())
     assert not [key for key in KEYS.values() if key.encode() in everything]
 
 
