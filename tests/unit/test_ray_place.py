@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.cli.main import main
-from dtrain.errors import LaunchError, PlanError
+from dtrain.errors import PlanError
 from dtrain.job.profile import checked_options, load_profile
 from dtrain.job.written import Place, Written
 from dtrain.launchers import ray_driver, ray_mirror, ray_place, ray_sbatch
@@ -74,6 +74,10 @@ def test_options_that_cannot_be_meant(options: dict[str, object], said: str) -> 
     [
         (("submit=job",), "--launcher ray: submit: job needs the address"),
         (("runs=s3://bucket/runs",), "runs is for submit: job"),
+        (("address=head",), "'head' is not HOST:PORT of a Ray cluster's head"),
+        (("address=http://head:8265",), "for the dashboard's URL say submit: job"),
+        (("address=ray://head:10001",), "is not HOST:PORT"),
+        (("address=':6379'",), "is not HOST:PORT"),
         (("adress=x:1", "relaunch=-1"), "--ray adress: adress: unknown; did you mean 'address'?"),
     ],
 )
@@ -133,12 +137,6 @@ def test_the_batch_script_holds_a_cluster_with_a_token() -> None:
 )
 def test_which_clusters_need_a_token_most(address: str, loopback: bool) -> None:
     assert ray_driver.is_loopback(address) is loopback
-
-
-@pytest.mark.parametrize("address", ["head", "http://head:8265", "ray://head:10001", ":6379"])
-def test_what_is_no_address_of_a_head(address: str) -> None:
-    with pytest.raises(LaunchError, match="is not HOST:PORT"):
-        ray_driver.reach(address)
 
 
 def test_outside_slurm_nothing_is_started_and_nothing_is_left(tmp_path: Path) -> None:

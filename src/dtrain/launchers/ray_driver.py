@@ -130,7 +130,7 @@ class Driver:
     @contextlib.contextmanager
     def _cluster(self) -> Iterator[str]:
         if self._options.address:
-            yield os.environ.get("RAY_ADDRESS", "") if self._in_job else self._options.address
+            yield os.environ.get("RAY_ADDRESS", "auto") if self._in_job else self._options.address
             return
         from dtrain.launchers.ray_cluster import OwnCluster
         from dtrain.launchers.ray_place import Wish
@@ -272,14 +272,9 @@ def reach(address: str, timeout_s: float = _REACH_S) -> None:
     """See that somebody listens at `HOST:PORT`.
 
     Raises:
-        LaunchError: nobody does, or it is no such address.
+        LaunchError: nobody does.
     """
     host, _, port = address.rpartition(":")
-    if "://" in address or not host or not port.isdigit():
-        raise LaunchError(
-            f"{address!r} is not HOST:PORT of a Ray cluster's head, as 10.0.0.5:6379; for the "
-            "dashboard's URL say submit: job"
-        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
     except OSError as error:

@@ -10,6 +10,16 @@ from dtrain.job.fields import Count, Duration, Natural, Positive, Size, Text
 from dtrain.launchers.options import LauncherOptions, Switch
 
 
+def require_address(text: str) -> None:
+    """See that a text is HOST:PORT; `ValueError` when it is not, for people."""
+    host, _, port = text.rpartition(":")
+    if "://" in text or not host or not port.isdigit():
+        raise ValueError(
+            f"{text!r} is not HOST:PORT of a Ray cluster's head, as 10.0.0.5:6379; for the "
+            "dashboard's URL say submit: job"
+        )
+
+
 class RayOptions(LauncherOptions):
     """What a profile says in `options:`; launchers/ray.yaml tells of each."""
 
@@ -54,6 +64,8 @@ class RayOptions(LauncherOptions):
     def _of_one_door(self) -> RayOptions:
         if self.submit == "job" and not self.address:
             raise ValueError("submit: job needs the address of a cluster's dashboard")
+        if self.submit == "driver" and self.address not in (None, "auto"):
+            require_address(str(self.address))
         if self.submit == "driver" and self.runs:
             raise ValueError("runs is for submit: job; here --runs says where runs are")
         return self

@@ -33,7 +33,7 @@ class RemoteCheckpoints:
 
     def __init__(self, run: RunDir, url: str) -> None:
         self._run = run
-        self._place = Place(f"{url}/checkpoints")
+        self._place = Place(f"{url}/checkpoints", patient=True)
 
     @classmethod
     def of(cls, run: RunDir) -> RemoteCheckpoints | None:

@@ -17,6 +17,7 @@ from dtrain.errors import DtrainError, PlanError
 _Value = TypeVar("_Value")
 
 _PAUSES_S = (0.5, 2.0, 5.0)
+_PATIENT_S = (*_PAUSES_S, 15.0, 30.0)
 _EXTRAS = {"s3fs": "pip install 'dtrain[s3]'"}
 # A server that is not there is found out in seconds, not in botocore's minutes.
 _S3_OPTIONS = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 3}}
@@ -38,14 +39,20 @@ class Place:
     let us in.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, patient: bool = False) -> None:
         """Open it; nothing is asked of it yet.
+
+        Args:
+            url: of the folder.
+            patient: whether a place that is away for a minute is waited for: what is at stake is
+                a training, not a command.
 
         Raises:
             PlanError: it is not such a URL, or the package for it is missing.
         """
         self.url = url if url.endswith("://") else url.rstrip("/")
         self._fs, self._root = _open(self.url)
+        self._patient = patient
         self._is_local = "file" in _protocols(self._fs)
 
     def check(self) -> None:
@@ -137,13 +144,14 @@ class Place:
 
     def _again(self, action: Callable[[], _Value]) -> _Value:
         """Do something that a network may break; some tries."""
-        for pause_s in () if self._is_local else _PAUSES_S:
+        pauses = _PATIENT_S if self._patient else _PAUSES_S
+        for pause_s in () if self._is_local else pauses:
             try:
                 return action()
             except (FileNotFoundError, PermissionError, NotImplementedError):
                 raise
             except Exception as error:
-                if _lacks_credentials(error) or _nobody_there(error):
+                if _lacks_credentials(error) or (_nobody_there(error) and not self._patient):
                     raise
             time.sleep(pause_s)
         return action()

@@ -14,6 +14,7 @@ from typing import Any
 
 from dtrain.errors import CheckpointError
 from dtrain.remote.checkpoints import RemoteCheckpoints
+from dtrain.remote.place import PlaceError
 from dtrain.rundir import RunDir
 from dtrain.train import collectives
 from dtrain.train.checkpoint.files import (
@@ -200,6 +201,8 @@ def _step_of(folder: Path) -> int:
 
 
 def _explain(folder: Path, error: Exception) -> str:
+    if isinstance(error, PlaceError):
+        return f"cannot write checkpoint {folder.name}: {error}"
     if isinstance(error, CheckpointError):
         return f"cannot write checkpoint {folder}: {error}"
     if not isinstance(error, OSError):
