@@ -25,6 +25,7 @@ from dtrain.launchers.ray_news import News
 from dtrain.node.failures import FailureRecord
 from dtrain.plan import LaunchPlan
 from dtrain.remote import mirror
+from dtrain.remote import place as place_module
 from dtrain.remote.checkpoints import RemoteCheckpoints
 from dtrain.remote.mirror import Mirror, Pusher
 from dtrain.remote.parts import RemoteParts
@@ -363,3 +364,26 @@ def test_code_travels_as_one_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in found.rglob("*.*")) == ["big.bin", "part.py"]
     assert (found / "big.bin").stat().st_size == 2 << 20
     assert not found.is_relative_to(tmp_path / "runs")
+
+
+class EndpointConnectionError(Exception):
+    """Named as botocore's."""
+
+
+@pytest.mark.parametrize(("patient", "tries"), [(False, 1), (True, 3)])
+def test_a_checkpoint_waits_for_a_place_that_is_away_and_a_command_does_not(
+    url: str, monkeypatch: pytest.MonkeyPatch, patient: bool, tries: int
+) -> None:
+    monkeypatch.setattr(place_module, "_PATIENT_S", (0.0, 0.0))
+    place = Place(url, patient=patient)
+    place._is_local = False
+    asked: list[str] = []
+
+    def away(path: str, _data: bytes) -> None:
+        asked.append(path)
+        raise EndpointConnectionError("nobody listens")
+
+    monkeypatch.setattr(place._fs, "pipe_file", away)
+    with pytest.raises(PlaceError, match="cannot be reached: nobody listens"):
+        place.write("x", b"")
+    assert len(asked) == tries
