@@ -23,6 +23,8 @@ class LauncherFact:
     """The pip extra it needs, if any."""
     allocates: bool = False
     """Nodes come with the cores that the job asks for, whatever this host has."""
+    urls: bool = False
+    """Whether runs may be kept at a URL, by nodes that share no disk."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class LoggerFact:
 
 LAUNCHERS: Mapping[str, LauncherFact] = {
     "local": LauncherFact(
-        "dtrain.launchers.local:LocalLauncher", "this machine, as one node or several simulated"
+        "dtrain.launchers.local:LocalLauncher",
+        "this machine, as one node or several simulated",
+        urls=True,
     ),
     "torchrun": LauncherFact(
         "dtrain.launchers.torchrun:TorchrunLauncher",
@@ -89,6 +93,7 @@ LAUNCHERS: Mapping[str, LauncherFact] = {
         "the nodes of a Ray cluster, one running or one of our own",
         extra="ray",
         allocates=True,
+        urls=True,
     ),
 }
 
@@ -176,6 +181,13 @@ LOGGERS: Mapping[str, LoggerFact] = {
     "neptune": LoggerFact(f"{_LOGGERS}:Neptune", "Neptune", module="neptune", extra="neptune"),
 }
 
+_TABLES: Mapping[str, Mapping[str, Any]] = {
+    "launcher": LAUNCHERS,
+    "strategy": STRATEGIES,
+    "trainer": TRAINERS,
+    "logger": LOGGERS,
+}
+
 ENTRY_POINT_GROUPS = {
     "launcher": "dtrain.launchers",
     "strategy": "dtrain.strategies",
@@ -193,7 +205,7 @@ def find(kind: str, name: str) -> str:
     Raises:
         PlanError: nothing of that kind has this name.
     """
-    table: Mapping[str, Any] = _table(kind)
+    table: Mapping[str, Any] = _TABLES[kind]
     if name in table:
         return str(table[name].target)
     outside = _outside(kind)
@@ -204,7 +216,7 @@ def find(kind: str, name: str) -> str:
 
 def names(kind: str) -> list[str]:
     """Every name of a kind, built in and from entry points."""
-    return [*_table(kind), *(name for name in _outside(kind) if name not in _table(kind))]
+    return [*_TABLES[kind], *(name for name in _outside(kind) if name not in _TABLES[kind])]
 
 
 def load(kind: str, name: str) -> Any:
@@ -234,6 +246,18 @@ def logger_problem(name: str) -> str | None:
     if fact is None or fact.module is None or find_spec(fact.module) is not None:
         return None
     return f"logger {name!r} needs {fact.module}: pip install 'dtrain[{fact.extra}]'"
+
+
+def url_problem(launcher: str) -> str | None:
+    """Why runs by a launcher cannot be kept at a URL; None when they can."""
+    fact = LAUNCHERS.get(launcher)
+    if fact is None or fact.urls:
+        return None
+    able = " and ".join(repr(name) for name, each in LAUNCHERS.items() if each.urls)
+    return (
+        f"launcher {launcher!r} needs a folder for --runs, one that all nodes share; "
+        f"launchers {able} take a URL"
+    )
 
 
 def pair_problem(trainer: str, strategy: str, nodes: int) -> str | None:
@@ -285,16 +309,6 @@ def shard_problem(strategy: str, virtual_shards: int, world_sizes: Iterable[int]
                 f"train.virtual_shards={multiple} (which is another training)"
             )
     return None
-
-
-def _table(kind: str) -> Mapping[str, Any]:
-    tables: dict[str, Mapping[str, Any]] = {
-        "launcher": LAUNCHERS,
-        "strategy": STRATEGIES,
-        "trainer": TRAINERS,
-        "logger": LOGGERS,
-    }
-    return tables[kind]
 
 
 def _outside(kind: str) -> dict[str, str]:

@@ -19,6 +19,8 @@ from dtrain import catalog, ports, rundir
 from dtrain.errors import PlanError
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import scrubbed
+from dtrain.remote.place import is_url
+from dtrain.remote.runs import staging
 from dtrain.rundir import RunDir
 
 # Imports of a task's file that may be done once per node, before the fork: they start no thread
@@ -35,7 +37,7 @@ class Facts:
 
     run_id: str
     runs: str
-    """Absolute path of the folder of all runs."""
+    """Absolute path of the folder of all runs, on this host."""
     python: str
     host: str
     cores: int
@@ -44,6 +46,8 @@ class Facts:
     attempt: int = 0
     task_imports: tuple[str, ...] = ()
     """Modules that the task's file imports."""
+    runs_url: str = ""
+    """Where all runs are kept, when that is a URL."""
 
     @classmethod
     def gather(
@@ -54,9 +58,11 @@ class Facts:
         task_imports: tuple[str, ...] = (),
     ) -> Facts:
         """Look around on this machine."""
+        url = os.fspath(runs).rstrip("/") if is_url(runs) else ""
         return cls(
             run_id=run_id,
-            runs=os.path.abspath(runs),
+            runs=str(staging(url)) if url else os.path.abspath(runs),
+            runs_url=url,
             python=sys.executable,
             host=socket.gethostname(),
             cores=len(os.sched_getaffinity(0)),
@@ -123,6 +129,8 @@ class LaunchPlan:
     commands: tuple[Command, ...] = ()
     files: tuple[str, ...] = ()
     """Files that the launch writes before it starts anything."""
+    run_url: str = ""
+    """Where the run is kept, when that is a URL; `run_dir` is then a copy, one on each host."""
 
     @property
     def run(self) -> RunDir:
@@ -154,7 +162,7 @@ class LaunchPlan:
 
     @classmethod
     def read(cls, run: RunDir) -> LaunchPlan:
-        """The plan of a run, from its directory.
+        """The plan of a run, from its directory, which need not be where it was made.
 
         Raises:
             PlanError: there is none, so this is not a run directory.
@@ -167,6 +175,10 @@ class LaunchPlan:
         raw["commands"] = tuple(
             Command(**{**command, "argv": tuple(command["argv"])}) for command in raw["commands"]
         )
+        made_in, raw["run_dir"] = raw["run_dir"], str(run.path)
+        code = raw["code_dir"]
+        if code.startswith(f"{made_in}/"):
+            raw["code_dir"] = raw["run_dir"] + code.removeprefix(made_in)
         return cls(**raw)
 
 
@@ -196,10 +208,15 @@ def make_plan(
     if problem:
         raise PlanError(problem)
     threads = _threads(launcher, options, facts.cores, nodes, procs * replicas)
+    if facts.runs_url:
+        problem = catalog.url_problem(launcher)
+        if problem:
+            raise PlanError(problem)
     run = RunDir(os.path.join(facts.runs, facts.run_id))
     return LaunchPlan(
         run_id=facts.run_id,
         run_dir=str(run.path),
+        run_url=f"{facts.runs_url}/{facts.run_id}" if facts.runs_url else "",
         attempt=facts.attempt,
         name=job.name,
         job_dir=job_dir,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dtrain.errors import LaunchError, RunNotFound
+from dtrain.errors import LaunchError
 
 ATTEMPT_VARIABLE = "DTRAIN_ATTEMPT"
 _HANDLE = "handle.json"
@@ -53,6 +53,19 @@ class RunDir:
     def secret_env(self) -> Path:
         """Values of secret variables: readable by the owner only, removed at the end."""
         return self.path / ".env.json"
+
+    @property
+    def url_file(self) -> Path:
+        """Holds `url`."""
+        return self.path / ".url"
+
+    @property
+    def url(self) -> str | None:
+        """Where this directory has its lasting copy; None for a run that is kept in it alone."""
+        try:
+            return self.url_file.read_text()
+        except FileNotFoundError:
+            return None
 
     @property
     def handle(self) -> Path:
@@ -197,35 +210,6 @@ def list_runs(root: str | os.PathLike[str]) -> list[RunDir]:
         return []
     found = [path for path in folder.iterdir() if (path / "resolved.yaml").is_file()]
     return [RunDir(path) for path in sorted(found, key=lambda path: path.stat().st_ctime_ns)]
-
-
-def find_run(name: str, root: str | os.PathLike[str]) -> RunDir:
-    """The run of that id, path, unique prefix, or the newest one for `last`.
-
-    Raises:
-        RunNotFound: none, or more than one, answers to the name.
-    """
-    if os.sep in name and (Path(name) / "resolved.yaml").is_file():
-        return RunDir(name)
-    runs = list_runs(root)
-    if not runs:
-        raise RunNotFound(f"no runs in {Path(root).absolute()}; say where with --runs DIR")
-    if name == "last":
-        # started last, not made last: a resumed run is the newest again
-        return max(runs, key=lambda run: _mtime(run.handle) or _mtime(run.resolved))
-    matches = [run for run in runs if run.id == name] or [
-        run for run in runs if run.id.startswith(name)
-    ]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        listed = ", ".join(run.id for run in matches[:6])
-        raise RunNotFound(f"{name!r} could be any of {len(matches)} runs: {listed}")
-    raise RunNotFound(f"no run {name!r} in {Path(root).absolute()}; `dtrain runs` lists them")
-
-
-def _mtime(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 # -- files -----------------------------------------------------------------------------------

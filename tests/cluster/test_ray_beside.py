@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launching import TINY, status, the_run, until
+from launching import TINY, events, status, the_run, until
 from raying import RayCluster, needs_ray
 from slurming import submit
 
@@ -42,22 +42,23 @@ def test_tune_sees_the_metrics_of_its_trials(ray: RayCluster, tmp_path: Path) ->
 
 def test_a_ray_cluster_inside_a_slurm_job(slurm_cluster: Cluster, tmp_path: Path) -> None:
     needs_ray()
-    launch = ["--nodes", "1", "--procs", "2", "--runs", str(tmp_path / "runs"), str(TINY)]
+    launch = ["--nodes", "2", "--procs", "1", "--runs", str(tmp_path / "runs"), str(TINY)]
     script = tmp_path / "job.sbatch"
     log = tmp_path / "log"
-    script.write_text(ray_sbatch.render(["--nodes", "1", "--cpus", "2", "--", *launch]))
+    script.write_text(ray_sbatch.render(["--nodes", "2", "--cpus", "2", "--", *launch]))
     job = submit(slurm_cluster, f"--output={log}", f"--chdir={tmp_path}", str(script))
 
     def is_over() -> bool:
         return not slurm_cluster.run(["squeue", "-h", "-j", job], check=False).stdout.strip()
 
     try:
-        until("the job's end", is_over, 240)
+        until("the job's end", is_over, 300)
     finally:
         slurm_cluster.run(["scancel", job], check=False)
         slurm_cluster.wait_idle()
     said = log.read_text(errors="replace") if log.exists() else "no log"
     assert list_runs(tmp_path / "runs"), said[-3000:]
     assert status(the_run(tmp_path))["state"] == "succeeded", said[-3000:]
-    assert not list(tmp_path.glob(".ray-token-*"))
-    assert not list(Path("/tmp").glob(f"ray-{job}-*"))
+    (began,) = events(the_run(tmp_path), "attempt_started")
+    assert len(set(began["nodes"])) == 2
+    assert not list(tmp_path.glob(".ray-*"))  # the token

@@ -15,7 +15,7 @@ from dtrain.errors import PlanError
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base
 from dtrain.plan import MASK, Facts, LaunchPlan, make_plan, masked, secrets
-from dtrain.rundir import write_json
+from dtrain.rundir import RunDir, write_json
 
 FACTS = Facts("digits-abc234", "/runs", "/usr/bin/python3", "laptop", cores=8, free_port=16000)
 
@@ -168,3 +168,21 @@ def test_the_imports_of_a_task_are_read_without_importing_it(tmp_path: Path) -> 
     (tmp_path / "task.py").write_text(text + "try:\n    import numpy\nexcept ImportError: ...\n")
     assert task_imports("task.py:T", tmp_path) == ("torch", "os.path", "sklearn.datasets", "numpy")
     assert task_imports("package.module:T", tmp_path) == ()
+
+
+def test_a_run_directory_may_be_moved(tmp_path: Path) -> None:
+    made = plan_of(job())
+    before = replace(made, run_dir=str(tmp_path / "a"), code_dir=str(tmp_path / "a/code/job-0"))
+    write_json(before.run.plan, before.to_json())
+    (tmp_path / "a").rename(tmp_path / "b")
+    after = LaunchPlan.read(RunDir(tmp_path / "b"))
+    assert (after.run_dir, after.code_dir) == (str(tmp_path / "b"), str(tmp_path / "b/code/job-0"))
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_launchers_that_need_a_shared_folder_take_no_url(launcher: str) -> None:
+    facts = replace(FACTS, runs_url="s3://bucket/runs")
+    with pytest.raises(PlanError, match="launchers 'local' and 'ray' take a URL"):
+        make_plan(
+            job(), job_dir="/job", launcher=launcher, profile=launcher, options={}, facts=facts
+        )

@@ -15,18 +15,18 @@ ENDS = [sys.executable, "-c", "import sys; sys.exit(int(sys.argv[1] == '--parent
 def test_a_node_that_hears_nothing_ends_its_workers(tmp_path: Path) -> None:
     actor = NodeActor()
     actor.start(SLEEP, str(tmp_path), str(tmp_path / "log"), lost_after_s=0.5)
-    assert actor.beat(30) == 137  # one beat, and then silence
+    assert actor.beat(30) == (137, [])  # one beat, and then silence
 
 
 def test_beats_keep_it_alive_and_bring_the_exit_code(tmp_path: Path) -> None:
     actor = NodeActor()
     actor.start(SLEEP, str(tmp_path), str(tmp_path / "log"), lost_after_s=2)
-    assert [actor.beat(0.3) for _ in range(10)] == [None] * 10
+    assert [actor.beat(0.3) for _ in range(10)] == [(None, [])] * 10
     actor.signal(15)
-    assert actor.beat(30) == 143
+    assert actor.beat(30) == (143, [])
     ended = NodeActor()
     ended.start(ENDS, str(tmp_path), str(tmp_path / "log"), lost_after_s=60)
-    assert ended.beat(30) == 7
+    assert ended.beat(30) == (7, [])
 
 
 def test_what_a_node_lacks(tmp_path: Path) -> None:

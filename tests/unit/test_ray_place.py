@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from dtrain.errors import LaunchError, PlanError
+from dtrain.cli.main import main
+from dtrain.errors import PlanError
+from dtrain.job.profile import checked_options, load_profile
+from dtrain.job.written import Place, Written
 from dtrain.launchers import ray_driver, ray_mirror, ray_place, ray_sbatch
 from dtrain.launchers.ray_options import RayOptions
 from dtrain.launchers.ray_place import Wish
 from dtrain.rundir import RunDir
+
+TINY = Path(__file__).resolve().parents[1] / "jobs" / "tiny" / "job.yaml"
 
 
 def node(number: int, *, alive: bool = True, host: str = "vm", **total: float) -> dict[str, object]:
@@ -61,6 +69,35 @@ def test_options_that_cannot_be_meant(options: dict[str, object], said: str) -> 
         RayOptions.of(options)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("submit=job",), "--launcher ray: submit: job needs the address"),
+        (("runs=s3://bucket/runs",), "runs is for submit: job"),
+        (("address=head",), "'head' is not HOST:PORT of a Ray cluster's head"),
+        (("address=http://head:8265",), "for the dashboard's URL say submit: job"),
+        (("address=ray://head:10001",), "is not HOST:PORT"),
+        (("address=':6379'",), "is not HOST:PORT"),
+        (("adress=x:1", "relaunch=-1"), "--ray adress: adress: unknown; did you mean 'address'?"),
+    ],
+)
+def test_such_options_are_told_by_the_command(
+    flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--launcher", "ray", *(f"--ray={flag}" for flag in flags), str(TINY)])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_mapping_that_a_flag_says_is_known_for_the_flags() -> None:
+    """Or the next attempt would go on without it."""
+    profile = load_profile("ray", TINY.parent)
+    flag = Written({"gear": Written(1, Place("--ray resources"))}, Place("--ray resources"))
+    _, sources = checked_options(profile, {"resources": flag}, RayOptions)
+    assert sources["resources"] == "--ray resources"
+
+
 def test_a_run_is_mirrored_line_by_line_and_twice_is_as_good_as_once(tmp_path: Path) -> None:
     there, here = RunDir(tmp_path / "there"), RunDir(tmp_path / "here")
     there.create()
@@ -90,9 +127,8 @@ def test_the_batch_script_holds_a_cluster_with_a_token() -> None:
     for line in ("#SBATCH --nodes=2", "#SBATCH --cpus-per-task=8", "#SBATCH --gpus-per-node=4",
                  "#SBATCH --time=60", "module x"):  # fmt: skip
         assert line in script.splitlines()
-    assert "--launcher ray --nodes 2 'job file.yaml' --address" in script
-    assert "RAY_AUTH_MODE=token" in script
-    assert "ray stop" not in script
+    ours = f"exec {sys.executable} -m dtrain.launchers.ray_in_slurm --cpus=8 --gpus=4 -- "
+    assert script.splitlines()[-1] == f"{ours}--nodes 2 'job file.yaml'"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +139,12 @@ def test_which_clusters_need_a_token_most(address: str, loopback: bool) -> None:
     assert ray_driver.is_loopback(address) is loopback
 
 
-@pytest.mark.parametrize("address", ["head", "http://head:8265", "ray://head:10001", ":6379"])
-def test_what_is_no_address_of_a_head(address: str) -> None:
-    with pytest.raises(LaunchError, match="is not HOST:PORT"):
-        ray_driver.reach(address)
+def test_outside_slurm_nothing_is_started_and_nothing_is_left(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dtrain.launchers.ray_in_slurm", "--cpus=1", "--", "job.yaml"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "dtrain: this is no job of Slurm: hand the script to sbatch\n"
+    assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dtrain import rundir
+from dtrain.cli import finding
 from dtrain.errors import LaunchError, RunNotFound
 from dtrain.rundir import RunDir
 
@@ -27,22 +28,22 @@ def test_hostile_folders(tmp_path: Path, name: str) -> None:
     run = make(tmp_path / name, "digits-abc234")
     rundir.write_json(run.handle, {"a": 1})
     assert rundir.read_json(run.handle) == {"a": 1}
-    assert rundir.find_run("digits", tmp_path / name).path == run.path
+    assert finding.find_run("digits", tmp_path / name).path == run.path
 
 
 def test_found_by_id_prefix_path_and_last(tmp_path: Path) -> None:
     first = make(tmp_path, "digits-aaa222")
     second = make(tmp_path, "digits-aab222")
     third = make(tmp_path, "text-ccc222")
-    assert rundir.find_run("digits-aaa222", tmp_path).path == first.path
-    assert rundir.find_run("text", tmp_path).path == third.path
-    assert rundir.find_run(str(second.path), "elsewhere").path == second.path
+    assert finding.find_run("digits-aaa222", tmp_path).path == first.path
+    assert finding.find_run("text", tmp_path).path == third.path
+    assert finding.find_run(str(second.path), "elsewhere").path == second.path
     with pytest.raises(RunNotFound, match=r"any of 2 runs: digits-aaa222, digits-aab222"):
-        rundir.find_run("digits", tmp_path)
+        finding.find_run("digits", tmp_path)
     with pytest.raises(RunNotFound, match="no run 'nix'"):
-        rundir.find_run("nix", tmp_path)
+        finding.find_run("nix", tmp_path)
     with pytest.raises(RunNotFound, match="no runs in"):
-        rundir.find_run("last", tmp_path / "empty")
+        finding.find_run("last", tmp_path / "empty")
 
 
 def test_last_is_the_one_started_last(tmp_path: Path) -> None:
@@ -50,13 +51,13 @@ def test_last_is_the_one_started_last(tmp_path: Path) -> None:
     rundir.write_json(second.handle, {})
     rundir.write_json(first.handle, {})
     os.utime(second.handle, (1, 1))
-    assert rundir.find_run("last", tmp_path).path == first.path
+    assert finding.find_run("last", tmp_path).path == first.path
 
 
 def test_an_id_is_not_taken_for_a_prefix_of_another(tmp_path: Path) -> None:
     exact = make(tmp_path, "job")
     make(tmp_path, "job-2")
-    assert rundir.find_run("job", tmp_path).path == exact.path
+    assert finding.find_run("job", tmp_path).path == exact.path
 
 
 def test_atomic_writes_never_show_a_part(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from dtrain.cli import options as shared
+from dtrain.cli.finding import find
 
 
 @click.command("cancel")
@@ -16,7 +17,7 @@ def command(run: str, runs: str, as_json: bool) -> None:
     from dtrain.launchers import base
     from dtrain.plan import LaunchPlan
 
-    found = shared.find(run, runs)
+    found = find(run, runs)
     plan = LaunchPlan.read(found)
     was, _ = base.state_of(found)
     if was == "running":

@@ -6,6 +6,7 @@ import click
 
 from dtrain import catalog
 from dtrain.cli import options as shared
+from dtrain.cli.finding import find
 
 
 @click.command("export")
@@ -22,7 +23,7 @@ def command(run: str, runs: str, to: str, step: int | None, output: str | None) 
 
     from dtrain.errors import UsageError
 
-    found = shared.find(run, runs)
+    found = find(run, runs)
     problem = catalog.export_problem(to)
     if problem is not None:
         raise UsageError(problem)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dtrain.cli import options as shared
+from dtrain.cli.finding import find
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +43,7 @@ def command(
     """
     from dtrain.errors import RunNotFound
 
-    found = shared.find(run, runs)
+    found = find(run, runs)
     attempts = found.attempts()
     number = attempt if attempt is not None else (attempts[-1] if attempts else 0)
     newer = follow and attempt is None
@@ -59,8 +60,11 @@ def command(
 def _follow(run: RunDir, view: _View, newer: bool) -> int:
     """Show what comes until the run has ended, of `newer` attempts too; the run's exit code."""
     from dtrain.launchers import base
+    from dtrain.remote.runs import refresher
 
+    refresh = refresher(run)
     while (stand := base.state_of(run))[0] in ("running", "prepared"):
+        refresh()
         view.show_new()
         if newer:
             view.move_on()

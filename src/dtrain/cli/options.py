@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from dtrain.cli.finding import find, job_dir_of
+
 if TYPE_CHECKING:
     from dtrain.job.load import LoadedJob
     from dtrain.job.profile import LoadedProfile
@@ -23,8 +25,8 @@ runs_option = click.option(
     default="runs",
     envvar="DTRAIN_RUNS",
     show_default=True,
-    metavar="DIR",
-    help="Folder of all runs.",
+    metavar="DIR|URL",
+    help="Folder of all runs, or a URL, as s3://bucket/runs.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 script_arguments = click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- …]")
@@ -154,7 +156,7 @@ def prepare_again(run: RunDir, options: dict[str, Any]) -> Prepared:
     from dtrain.plan import LaunchPlan
 
     before = LaunchPlan.read(run)
-    job_dir = Path(before.job_dir)
+    job_dir = job_dir_of(before)
     profile = load_profile(before.profile, job_dir)
     job = load_job(run.resolved, options["overrides"], {}, written_flags(options), job_dir=job_dir)
     job = base.with_secrets(job, run)
@@ -166,7 +168,7 @@ def prepare_again(run: RunDir, options: dict[str, Any]) -> Prepared:
         profile,
         options,
         run_id=run.id,
-        runs=run.path.parent,
+        runs=before.run_url.rpartition("/")[0] or run.path.parent,
         job_dir=job_dir,
         attempt=base.next_attempt(run),
     )
@@ -293,13 +295,6 @@ def written_flags(options: dict[str, Any]) -> dict[str, Any]:
 
 def _number(text: str) -> Any:
     return int(text) if text.lstrip("-").isdigit() else text
-
-
-def find(name: str, runs: str) -> RunDir:
-    """The run that a person named; `RunNotFound` when there is none."""
-    from dtrain.rundir import find_run
-
-    return find_run(name, runs)
 
 
 def print_json(value: Any) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtrain.cli import options as shared
+from dtrain.cli.finding import find
 
 if TYPE_CHECKING:
     from dtrain.rundir import RunDir
@@ -23,7 +24,7 @@ def command(run: str, quiet: bool, **options: Any) -> int:
     """
     from dtrain.cli.launch import start
 
-    found = shared.find(run, options["runs"])
+    found = find(run, options["runs"])
     _check(found, options)
     return start(shared.prepare_again(found, options), quiet)
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from dtrain.cli import options as shared
+from dtrain.cli.finding import here
 
 
 @click.command("runs")
@@ -18,7 +19,7 @@ def command(runs: str, as_json: bool) -> None:
     from dtrain.cli.status import summary
     from dtrain.rundir import list_runs
 
-    rows = [summary(run) for run in list_runs(runs)]
+    rows = [summary(run) for run in list_runs(here(runs))]
     if as_json:
         shared.print_json(rows)
     elif not rows:

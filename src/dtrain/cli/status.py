@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtrain.cli import options as shared
+from dtrain.cli.finding import find
 
 if TYPE_CHECKING:
     from dtrain.rundir import RunDir
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @shared.json_option
 def command(run: str, runs: str, as_json: bool) -> None:
     """How RUN (an id, a unique prefix, or `last`) stands."""
-    row = summary(shared.find(run, runs))
+    row = summary(find(run, runs))
     if as_json:
         shared.print_json(row)
         return
@@ -63,6 +64,7 @@ def summary(run: RunDir) -> dict[str, Any]:
         "eval": _metrics(last.get("eval")),
         "parameters_sha256": finished.get("parameters_sha256"),
         **_described(run, plan.launcher),
+        "url": run.url,
         "path": str(run.path),
     }
 

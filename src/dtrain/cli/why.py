@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from dtrain.cli import options as shared
+from dtrain.cli.finding import find
 
 
 @click.command("why")
@@ -18,7 +19,7 @@ def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
     from dtrain.launchers import base
     from dtrain.node import verdict
 
-    found = shared.find(run, runs)
+    found = find(run, runs)
     attempts = found.attempts()
     if not attempts or (attempt is not None and attempt not in attempts):
         raise RunNotFound(f"run {found.id} has no attempt {attempt or 0}; it has {attempts}")

@@ -16,6 +16,7 @@ from dtrain.export import formats
 from dtrain.export.model import Trained, trained_model
 from dtrain.job.spec import JobSpec
 from dtrain.plan import LaunchPlan
+from dtrain.remote.checkpoints import RemoteCheckpoints
 from dtrain.rundir import RunDir
 from dtrain.train.checkpoint.files import read_checkpoint
 
@@ -87,7 +88,9 @@ def _model(run: RunDir, state: dict[str, Any]) -> Trained:
 
 def _newest(run: RunDir, step: int | None) -> tuple[Path, dict[str, Any], dict[str, str]]:
     """(folder, tensors, rejected): the newest checkpoint that is whole, or that of a step."""
-    found = sorted(run.checkpoints.glob("step-????????*"), reverse=True)
+    remote = RemoteCheckpoints.of(run)
+    here = run.checkpoints.glob("step-????????*") if remote is None else remote.folders()
+    found = sorted(here, reverse=True)
     folders = [folder for folder in found if folder.name.removeprefix("step-").isdigit()]
     if not folders:
         raise UsageError(
@@ -103,6 +106,8 @@ def _newest(run: RunDir, step: int | None) -> tuple[Path, dict[str, Any], dict[s
     rejected: dict[str, str] = {}
     for folder in folders:
         try:
+            if remote is not None:
+                remote.fetch(folder)
             tensors, _ = read_checkpoint(folder)
         except CheckpointError as error:
             rejected[folder.name] = str(error)

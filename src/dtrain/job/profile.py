@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from dtrain import catalog
 from dtrain.assets import asset_dir
 from dtrain.errors import JobError, Problem
@@ -85,12 +87,25 @@ def checked_options(
     root = Written(dict(flags), here).over(Written(given, here))
     options, problems = validate(root, model)
     if problems or options is None:
+        problems = problems or _between_options(root, model)
         raise JobError(sort_problems(problems, shown_path(profile.chain[0])))
-    sources = {name: place_text(part.place) for name, part in root.value.items()}
+    # a mapping of a flag, as `labels`, is laid over the profile's and is the flag's from then on
+    written = {name: flags.get(name, part) for name, part in root.value.items()}
+    sources = {name: place_text(part.place) for name, part in written.items()}
     for name, part in root.value.items():
         if isinstance(part.value, dict):
             sources |= {f"{name}.{key}": place_text(one.place) for key, one in part.value.items()}
     return options, sources
+
+
+def _between_options(root: Written, model: type[Model]) -> list[Problem]:
+    """What is wrong with options that are right each by itself."""
+    try:
+        model.model_validate(root.plain())
+    except ValidationError as error:
+        said = [detail["msg"].removeprefix("Value error, ") for detail in error.errors()]
+        return [root.place.problem("", text) for text in said]
+    return []
 
 
 def place_text(place: Place) -> str:

@@ -14,11 +14,12 @@ import yaml
 
 from dtrain import catalog, procs, rundir, snapshot
 from dtrain import plan as plans
-from dtrain.errors import LaunchError
+from dtrain.errors import LaunchError, PlanError
 from dtrain.job.load import LoadedJob
 from dtrain.job.spec import JobSpec
 from dtrain.job.yamlfile import dump_yaml
 from dtrain.plan import Facts, LaunchPlan
+from dtrain.remote import runs as remote
 from dtrain.rundir import RunDir
 
 State = Literal["running", "succeeded", "failed", "cancelled", "lost", "prepared"]
@@ -145,9 +146,13 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str) -> None:
     """Write the run directory: everything that nodes and workers will read.
 
     Raises:
+        PlanError: the URL of runs cannot be written to, or the job's secrets would stand there.
         LaunchError: it cannot be written; says which folder and why.
     """
     run = plan.run
+    if plan.run_url:
+        _refuse_secrets(job, job_text)
+        remote.begin(run, plan.run_url)
     run.create()
     secrets = plans.secrets(job)
     shown = job.model_copy(
@@ -165,6 +170,15 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str) -> None:
             f"cannot write the run directory {run.path}: {error.strerror}; "
             "choose another place with --runs DIR"
         ) from error
+
+
+def _refuse_secrets(job: JobSpec, job_text: str) -> None:
+    written = [name for name, value in plans.secrets(job).items() if value and value in job_text]
+    if written:
+        raise PlanError(
+            f"the job file holds the value of {', '.join(written)}, and would stand beside the run "
+            f"at its URL: take it out, and give it with --env {written[0]}"
+        )
 
 
 def keep_code(plan: LaunchPlan) -> None:
@@ -251,8 +265,6 @@ def with_options(plan: LaunchPlan, known: dict[str, Any]) -> LaunchPlan:
         PlanError: an option is not among `known`.
     """
     from difflib import get_close_matches
-
-    from dtrain.errors import PlanError
 
     for name in plan.options:
         if name not in known:

@@ -21,6 +21,8 @@ from dtrain.node import failures, verdict
 from dtrain.node.failures import FailureRecord
 from dtrain.node.verdict import Verdict
 from dtrain.plan import LaunchPlan
+from dtrain.remote import runs as remote
+from dtrain.remote.mirror import LAUNCH
 
 _TICK_S = 0.05
 _KILL_AFTER_S = 5.0  # past the workers' own stop_timeout
@@ -91,6 +93,11 @@ def drive(
         LaunchError: the launch cannot be started.
     """
     base.prepare(plan, job, job_text)
+    with remote.kept(plan.run, console.say, only=_answered_for(plan)):
+        return _drive(plan, console, detach)
+
+
+def _drive(plan: LaunchPlan, console: Console, detach: bool) -> int:
     run = plan.run
     started = time.time()
     console.begin(_opening(plan))
@@ -120,6 +127,15 @@ def drive(
     return code
 
 
+def _answered_for(plan: LaunchPlan) -> tuple[str, ...]:
+    """Patterns of the files that are ours to keep at a run's URL: none for all.
+
+    Of a run that goes on without us, whoever drives it keeps the others.
+    """
+    can_detach = getattr(base.load(plan.launcher), "can_detach", None)
+    return LAUNCH if can_detach and can_detach(plan) else ()
+
+
 def settle(plan: LaunchPlan, code: int, started: float, *, cancelled: bool = False) -> None:
     """Write down how an attempt ended that nobody has followed to its end.
 
@@ -133,6 +149,7 @@ def settle(plan: LaunchPlan, code: int, started: float, *, cancelled: bool = Fal
     if judged is not None:
         code = judged.exit_code
     finish(plan, Result(state, code, started, time.time()), print_nothing)
+    remote.push(plan.run, LAUNCH)
 
 
 def print_nothing(_text: str) -> None:
@@ -173,7 +190,8 @@ def _opening(plan: LaunchPlan) -> str:
     nodes = "" if plan.nodes == 1 else f" on {plan.nodes} nodes"
     again = f", attempt {plan.attempt}" if plan.attempt else ""
     what = plan.trainer if plan.strategy == catalog.OWN else plan.strategy
-    return f"{plan.run_id}{again}: {what} by {plan.launcher}, {ranks}{nodes}; {plan.run_dir}"
+    where = plan.run_url or plan.run_dir
+    return f"{plan.run_id}{again}: {what} by {plan.launcher}, {ranks}{nodes}; {where}"
 
 
 def _closing(plan: LaunchPlan, seconds: float) -> str:
@@ -212,7 +230,7 @@ def _conclude(plan: LaunchPlan, code: int, stop: Stop, console: Console) -> tupl
     run = plan.run
     if stop.signal is not None:
         name = signal.Signals(stop.signal).name
-        console.say(f"stopped by {name}; the run is in {run.path}")
+        console.say(f"stopped by {name}; the run is in {plan.run_url or run.path}")
         console.say(f"go on with: dtrain resume {run.id}")
         return "cancelled", 128 + stop.signal
     state, found = _judge(plan, code)

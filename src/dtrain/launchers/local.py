@@ -15,6 +15,7 @@ from dtrain.errors import LaunchError, UsageError
 from dtrain.launchers import base
 from dtrain.launchers.base import Handle
 from dtrain.plan import Command, Facts, LaunchPlan
+from dtrain.remote.runs import is_silent
 from dtrain.rundir import RunDir
 
 
@@ -35,7 +36,9 @@ class LocalLauncher:
     def is_running(self, run: RunDir) -> bool:
         """See `Launcher.is_running`."""
         handle = Handle.read(run)
-        return handle is not None and handle.is_alive()
+        if handle is None or not handle.is_alive():
+            return False
+        return handle.host == socket.gethostname() or not is_silent(run)
 
     def cancel(self, run: RunDir, timeout_s: float) -> None:
         """See `Launcher.cancel`: the driver ends its nodes, and dies with them if it must."""

@@ -14,7 +14,7 @@ from dtrain import plan as plans
 from dtrain import procs, snapshot
 from dtrain.errors import LaunchError, PlanError
 from dtrain.jobdir import RayDir
-from dtrain.launchers import base, ray_jobs, ray_word
+from dtrain.launchers import base, ray_jobs, ray_word, travel
 from dtrain.launchers.base import Launch
 from dtrain.launchers.local import LocalLauncher
 from dtrain.launchers.ray_options import RayOptions
@@ -76,6 +76,8 @@ class RayLauncher:
             try:
                 base.keep_code(plan)
                 snapshot.copy_tree(plan.job_dir, plan.run.code, plan.attempt)
+                if plan.run_url:
+                    travel.pack(plan, plan.options["upload_limit"], plan.options["excludes"])
             except OSError as error:
                 raise LaunchError(f"cannot write {error.filename}: {error.strerror}") from error
         return DriverProcess(plan)

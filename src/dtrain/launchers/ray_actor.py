@@ -1,7 +1,7 @@
 """What the driver has on each node: an actor that starts, watches and ends the node's process.
 
-Sent by value, and the standard library is all that it imports: a node needs no more than Ray to
-say what else it lacks.
+Sent by value with `ray_news`, and the standard library is all that they import: a node needs no
+more than Ray to say what else it lacks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import sys
 import threading
 import time
 from typing import Any
+
+from dtrain.launchers import ray_news
+from dtrain.launchers.ray_news import News
 
 # Run by the interpreter that is to train: what it has, and in which version.
 _LOOK = """
@@ -30,6 +33,16 @@ for name in sys.argv[1:]:
         found[top] = None
 print(json.dumps(found))
 """
+# Whether the place of runs can be written to from here.
+_REACH = """
+import sys
+from dtrain.errors import DtrainError
+from dtrain.remote.place import Place
+try:
+    Place(sys.argv[1]).check()
+except DtrainError as error:
+    sys.exit(str(error))
+"""
 
 
 class NodeActor:
@@ -41,21 +54,38 @@ class NodeActor:
         self._code: int | None = None
         self._ended = threading.Event()
         self._heard = time.monotonic()
+        self._folder = ""
+        self._news: News | None = None
 
     def look(self, wish: dict[str, Any]) -> dict[str, Any]:
         """What this node is and has.
 
         Args:
-            wish: `python` or None, `packages`, `probe`: the run's probe folder.
+            wish: `python` or None, `packages`, and `probe`, the run's probe folder, or where
+                nodes share no disk `url`, the place of runs, with the variables `env`.
         """
         python = wish["python"] or sys.executable
-        return {
+        found = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "python": python,
-            "sees_run": _leave_word(wish["probe"]),
+            "sees_run": _leave_word(wish["probe"]) if wish["probe"] else "",
             **_packages(python, wish["packages"]),
         }
+        if wish.get("url") and not found["trouble"] and None not in found["versions"].values():
+            found["trouble"] = _trouble_at(wish["url"], python, wish["env"])
+        return found
+
+    def settle(self, run_id: str, package: bytes) -> str:
+        """Make a run directory for this node alone; its path. See `ray_news`."""
+        self._folder = ray_news.settle(run_id, package)
+        self._news = ray_news.News(self._folder)
+        return self._folder
+
+    def leave(self) -> None:
+        """Remove this node's run directory."""
+        if self._folder:
+            ray_news.remove(self._folder)
 
     def listen(self, host: str, candidates: list[int]) -> int:
         """Open the port of the rendezvous, the first of these that is free; 0 when none is."""
@@ -78,11 +108,16 @@ class NodeActor:
         threading.Thread(target=self._keep, args=(argv, cwd, log), daemon=True).start()
         threading.Thread(target=self._fence, args=(lost_after_s,), daemon=True).start()
 
-    def beat(self, wait_s: float) -> int | None:
-        """Hear that the driver lives; the exit code as soon as there is one, None after a while."""
+    def beat(self, wait_s: float) -> tuple[int | None, list[dict[str, Any]]]:
+        """Hear that the driver lives; the exit code, and what is new in a directory of our own.
+
+        The exit code is None after a while without one, and until all that is new has been told.
+        """
         self._heard = time.monotonic()
         self._ended.wait(wait_s)
-        return self._code
+        code = self._code
+        news = self._news.collect() if self._news is not None else []
+        return (None if news else code), news
 
     def signal(self, number: int) -> None:
         """Pass a signal on to the node's process."""
@@ -102,6 +137,7 @@ class NodeActor:
             keep = [self._listener.fileno()]
             argv += ["--listen-fd", str(keep[0])]
         try:
+            os.makedirs(os.path.dirname(log), exist_ok=True)
             with open(log, "ab") as file:
                 self._process = subprocess.Popen(
                     argv,
@@ -126,6 +162,24 @@ class NodeActor:
         while not self._ended.wait(min(1.0, lost_after_s / 4)):
             if time.monotonic() - self._heard > lost_after_s:
                 self.signal(signal.SIGKILL)
+
+
+def _trouble_at(url: str, python: str, env: dict[str, str]) -> str:
+    """Why the place of runs cannot be written to from here; empty when it can."""
+    try:
+        done = subprocess.run(
+            [python, "-c", _REACH, url],
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return f"{url} does not answer"
+    if done.returncode == 0:
+        return ""
+    return (done.stderr.strip().splitlines() or ["no reason given"])[-1]
 
 
 def _packages(python: str, names: list[str]) -> dict[str, Any]:

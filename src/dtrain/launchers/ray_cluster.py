@@ -28,10 +28,12 @@ import psutil
 from dtrain.errors import LaunchError
 from dtrain.ports import free_candidate
 
-_PR_SET_CHILD_SUBREAPER = 36
+SUBREAPER = 36
+"""PR_SET_CHILD_SUBREAPER."""
 _OBJECT_STORE = 78_643_200  # the least that Ray takes; nothing of ours goes through it
 _START_S = 180.0
-_UP = b"Ray runtime started"
+UP_TEXT = b"Ray runtime started"
+"""What `ray start` says of a node that is up."""
 
 
 class OwnCluster:
@@ -103,7 +105,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the cluster is needed while workers leave in order
     # what Ray's processes leave behind becomes ours, and so is found
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
     spec = json.loads(sys.argv[1])
     try:
         up = _start(spec)
@@ -162,17 +164,17 @@ def _bring_up(spec: dict[str, Any], number: int, more: list[str]) -> None:
     for tries_left in (2, 1, 0):
         process, log = _start_node(spec, number, more)
         deadline = time.monotonic() + _START_S
-        while _UP not in log.read_bytes():
+        while UP_TEXT not in log.read_bytes():
             if select.select([sys.stdin], [], [], 0.05)[0]:
                 raise LaunchError("nobody waits for it any more")
             if time.monotonic() > deadline:
-                raise LaunchError(f"not up after {_START_S:.0f} s: {_last_words(log)}")
+                raise LaunchError(f"not up after {_START_S:.0f} s: {last_words(log)}")
             if process.poll() is not None:
                 break
         else:
             return
         if not tries_left:
-            raise LaunchError(f"it ended: {_last_words(log)}")
+            raise LaunchError(f"it ended: {last_words(log)}")
 
 
 def _start_node(
@@ -219,7 +221,8 @@ def _own_gpus(number: int, count: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(devices[number * count : (number + 1) * count])}
 
 
-def _last_words(log: Path) -> str:
+def last_words(log: Path) -> str:
+    """The last lines that a node of Ray has said."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     return " ".join([line for line in lines if line][-3:])
 

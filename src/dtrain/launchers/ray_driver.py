@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,8 @@ def _drive(plan: LaunchPlan) -> int:
 def _drive_as_job(folder: Path) -> int:
     from dtrain.launchers.ray_mirror import Mirror, tell
     from dtrain.launchers.ray_package import unpack
+    from dtrain.remote.mirror import STARTING
+    from dtrain.remote.runs import kept, leave
 
     try:
         plan, is_shared = unpack(folder)
@@ -81,9 +84,17 @@ def _drive_as_job(folder: Path) -> int:
     mirror = Mirror(plan.run, sys.stdout)
     mirror.start()
     try:
-        return _drive(plan)
+        with kept(plan.run, partial(_warn, plan.run), but=STARTING):
+            code = _drive(plan)
     finally:
         mirror.end()
+    if plan.run_url:
+        leave(plan.run)
+    return code
+
+
+def _warn(run: RunDir, text: str) -> None:
+    rundir.note_event(run, "waiting", what=text)
 
 
 class Driver:
@@ -119,7 +130,7 @@ class Driver:
     @contextlib.contextmanager
     def _cluster(self) -> Iterator[str]:
         if self._options.address:
-            yield os.environ.get("RAY_ADDRESS", "") if self._in_job else self._options.address
+            yield os.environ.get("RAY_ADDRESS", "auto") if self._in_job else self._options.address
             return
         from dtrain.launchers.ray_cluster import OwnCluster
         from dtrain.launchers.ray_place import Wish
@@ -261,14 +272,9 @@ def reach(address: str, timeout_s: float = _REACH_S) -> None:
     """See that somebody listens at `HOST:PORT`.
 
     Raises:
-        LaunchError: nobody does, or it is no such address.
+        LaunchError: nobody does.
     """
     host, _, port = address.rpartition(":")
-    if "://" in address or not host or not port.isdigit():
-        raise LaunchError(
-            f"{address!r} is not HOST:PORT of a Ray cluster's head, as 10.0.0.5:6379; for the "
-            "dashboard's URL say submit: job"
-        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
     except OSError as error:

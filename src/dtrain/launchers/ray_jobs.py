@@ -64,10 +64,10 @@ def submit(plan: LaunchPlan) -> JobLaunch:
         DtrainError: it is too large, has secrets that cannot travel, or is refused.
     """
     options = RayOptions.of(plan.options)
-    if options.runs and plan.run.secret_env.exists():
+    if (options.runs or plan.run_url) and plan.run.secret_env.exists():
         raise PlanError(
             "secret variables cannot travel with a Ray job, whose files others can read: set "
-            "them on the cluster, or share the run directory with it"
+            "them on the cluster, or have it share the folder of runs"
         )
     try:
         folder = ray_package.pack(plan)
@@ -186,7 +186,7 @@ class JobLaunch:
             info = self._server().get_job_info(self._job_id)
             self._message = (info.message or "").strip().splitlines()[0] if info.message else ""
             status = str(getattr(info.status, "value", info.status))
-            if self._options.runs or status == "FAILED":
+            if self._options.runs or self._plan.run_url or status == "FAILED":
                 ray_mirror.apply(self._plan.run, self._server().get_job_logs(self._job_id))
             self._status = status
         except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from dtrain import ports, rundir
 from dtrain.errors import LaunchError
 from dtrain.jobdir import RayDir
-from dtrain.launchers import ray_actor
+from dtrain.launchers import ray_actor, ray_apart, ray_news
 from dtrain.launchers.ray_options import RayOptions
 from dtrain.launchers.ray_place import NodeView, Wish
 from dtrain.launchers.ray_watch import Outcome, Watch, first_line
 from dtrain.node import failures
 from dtrain.node.failures import FailureRecord
 from dtrain.plan import LaunchPlan
+from dtrain.rundir import RunDir
 
 _ANSWER_S = 120.0  # for an actor's process to start, on a busy host
+_LEAVE_S = 10.0
 _PACKAGES = ("dtrain.node", "torch")
 
 
@@ -86,7 +89,9 @@ class Nodes:
         wish = {
             "python": self._options.python,
             "packages": list(_PACKAGES),
-            "probe": str(probe),
+            "probe": "" if self._plan.run_url else str(probe),
+            "url": self._plan.run_url.rpartition("/")[0],
+            "env": ray_apart.variables(self._plan) if self._plan.run_url else {},
         }
         looks = self._ask({k: actor.look.remote(wish) for k, actor in enumerate(self.actors)})
         problems = _problems(self._plan, self.names, list(looks.values()), probe)
@@ -104,7 +109,9 @@ class Nodes:
         rundir.note_event(
             self._plan.run, "attempt_started", attempt=self._attempt, nodes=self.names
         )
-        self._ask({rank: self._start(rank, look) for rank, look in looks.items()})
+        folders = self._settled()
+        started = {r: self._start(r, look, folders[r]) for r, look in looks.items()}
+        self._ask(started)
 
     def watch(self, stops: Callable[[], int], troubled: Callable[[], bool]) -> Outcome:
         """Follow all nodes to their end.
@@ -114,7 +121,8 @@ class Nodes:
             troubled: whether the cluster itself is lost.
         """
         grace_s = self._plan.stop_timeout_s + 5
-        watch = Watch(self.actors, self.views, grace_s, self._options.lost_after)
+        take = partial(ray_apart.take_news, self._plan.run)
+        watch = Watch(self.actors, self.views, grace_s, self._options.lost_after, take)
         return watch.run(stops, troubled)
 
     def record_lost(self, outcome: Outcome) -> None:
@@ -154,6 +162,9 @@ class Nodes:
 
     def end(self) -> None:
         """Kill the actors, and what they have started with them."""
+        if self._plan.run_url:
+            left = [actor.leave.remote() for actor in self.actors]
+            ray.wait(left, num_returns=len(left), timeout=_LEAVE_S)
         for actor in self.actors:
             ray.kill(actor)
 
@@ -169,12 +180,18 @@ class Nodes:
             raise LaunchError(f"no free port on {self.names[0]} among {len(candidates)} tried")
         return host, int(port)
 
-    def _start(self, rank: int, look: dict[str, Any]) -> Any:
-        run = self._plan.run
+    def _settled(self) -> dict[int, RunDir]:
+        """Each node's run directory: the one that all share, or one that is made there."""
+        if not self._plan.run_url:
+            return dict.fromkeys(range(len(self.actors)), self._plan.run)
+        package = ray.put(ray_apart.package(self._plan, self._attempt))
+        made = {k: a.settle.remote(self._plan.run_id, package) for k, a in enumerate(self.actors)}
+        return {rank: RunDir(path) for rank, path in self._ask(made).items()}
+
+    def _start(self, rank: int, look: dict[str, Any], run: RunDir) -> Any:
         argv = [look["python"], "-m", "dtrain.node", str(run.path), "--node-rank", str(rank)]
         argv += ["--attempt", str(self._attempt)]
         log = run.host_log(self._attempt, rank)
-        rundir.make_parent(log)
         lost_after = self._options.lost_after
         return self.actors[rank].start.remote(argv, os.getcwd(), str(log), lost_after)
 
@@ -194,6 +211,7 @@ class Nodes:
 
 def _actor(plan: LaunchPlan, group: PlacementGroup, bundle: int) -> Any:
     each = dict(Wish.of(plan).each)
+    cloudpickle.register_pickle_by_value(ray_news)
     cloudpickle.register_pickle_by_value(ray_actor)
     return (
         ray.remote(ray_actor.NodeActor)
@@ -233,6 +251,8 @@ def _problems(
         lines = [f"{name} has torch {torch}" for name, torch in zip(names, torches, strict=True)]
         return _listed("the nodes have different versions of torch", lines, "make them alike")
     seen = os.listdir(probe)
+    if plan.run_url:
+        return ""
     blind = [name for name, look in zip(names, looks, strict=True) if look["sees_run"] not in seen]
     if blind:
         return _listed(

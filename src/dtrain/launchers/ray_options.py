@@ -10,6 +10,16 @@ from dtrain.job.fields import Count, Duration, Natural, Positive, Size, Text
 from dtrain.launchers.options import LauncherOptions, Switch
 
 
+def require_address(text: str) -> None:
+    """See that a text is HOST:PORT; `ValueError` when it is not, for people."""
+    host, _, port = text.rpartition(":")
+    if "://" in text or not host or not port.isdigit():
+        raise ValueError(
+            f"{text!r} is not HOST:PORT of a Ray cluster's head, as 10.0.0.5:6379; for the "
+            "dashboard's URL say submit: job"
+        )
+
+
 class RayOptions(LauncherOptions):
     """What a profile says in `options:`; launchers/ray.yaml tells of each."""
 
@@ -42,11 +52,11 @@ class RayOptions(LauncherOptions):
     dashboard: Switch = "off"
     """Whether a cluster of our own has Ray's dashboard, on loopback."""
     runs: Text | None = None
-    """With `submit: job`: the folder of all runs on the cluster."""
+    """With `submit: job`: the folder or URL of all runs on the cluster."""
     excludes: list[Text] = Field(default_factory=list)
-    """With `submit: job`: patterns of files that do not travel."""
+    """Patterns of files that do not travel, with `submit: job` or to nodes that share no folder."""
     upload_limit: Size = 100 * 1024**2
-    """With `submit: job`: the most bytes that travel."""
+    """The most bytes that travel so."""
     runtime_env: dict[str, Any] = Field(default_factory=dict)
     """With `submit: job`: further fields of Ray's runtime_env."""
 
@@ -54,6 +64,8 @@ class RayOptions(LauncherOptions):
     def _of_one_door(self) -> RayOptions:
         if self.submit == "job" and not self.address:
             raise ValueError("submit: job needs the address of a cluster's dashboard")
+        if self.submit == "driver" and self.address not in (None, "auto"):
+            require_address(str(self.address))
         if self.submit == "driver" and self.runs:
             raise ValueError("runs is for submit: job; here --runs says where runs are")
         return self

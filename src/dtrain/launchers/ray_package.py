@@ -6,18 +6,19 @@ import json
 import os
 import shutil
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 
 from dtrain import rundir, snapshot
-from dtrain.errors import LaunchError, PlanError
+from dtrain.errors import LaunchError
 from dtrain.jobdir import RayDir
+from dtrain.launchers import travel
 from dtrain.launchers.ray_options import RayOptions
 from dtrain.plan import LaunchPlan
+from dtrain.remote.place import is_url
+from dtrain.remote.runs import join, staging
 from dtrain.rundir import RunDir
 
 FOLDER = ".dtrain"
-_SHOWN = 3
 
 
 def pack(plan: LaunchPlan) -> Path:
@@ -31,7 +32,8 @@ def pack(plan: LaunchPlan) -> Path:
     snapshot.copy_tree(plan.job_dir, run.code, plan.attempt)
     link = snapshot.job_folder(run.code, plan.attempt)
     tree = run.code / f"tree-{plan.attempt}"
-    _check_size(tree, RayOptions.of(plan.options))
+    options = RayOptions.of(plan.options)
+    travel.check_size(tree, options.upload_limit, options.excludes)
     inside = tree / FOLDER
     inside.mkdir()
     for path in (run.resolved, run.plan, *([] if run.secret_env.exists() else [run.job])):
@@ -52,22 +54,28 @@ def unpack(folder: Path) -> tuple[LaunchPlan, bool]:
     text = (folder / "plan.json").read_text()
     raw = json.loads(text)
     there = RunDir(raw["run_dir"])
-    runs = raw["options"]["runs"]
+    runs = raw["run_url"].rpartition("/")[0] or raw["options"]["runs"]
     if not runs and there.plan.exists() and there.plan.read_text() == text:
         return LaunchPlan.read(there), True
     if not runs:
         raise LaunchError(
             f"the cluster does not see the run directory {there.path}; say with option runs which "
-            "folder of the cluster all its nodes share"
+            "folder of the cluster all its nodes share, or a URL"
         )
-    run = RunDir(Path(runs) / there.id)
+    url = f"{runs.rstrip('/')}/{there.id}" if is_url(runs) else ""
+    root = staging(runs)  # that of the command that has sent us may be on this very host
+    run = RunDir((root.with_name(f"{root.name}.job") if url else Path(runs)) / there.id)
     run.create()
+    if url:
+        join(run, url)
     RayDir(run).clear()
     for path in (run.job, run.resolved, run.plan):
         shutil.copy2(folder / path.name, path)
-    plan = LaunchPlan.read(run)
-    plan = _with_code(replace(plan, run_dir=str(run.path)), folder)
+    plan = _with_code(replace(LaunchPlan.read(run), run_url=url), folder)
     rundir.write_json(run.plan, plan.to_json())
+    if url:
+        options = RayOptions.of(plan.options)
+        travel.pack(plan, options.upload_limit, options.excludes)
     return plan, False
 
 
@@ -81,28 +89,3 @@ def _with_code(plan: LaunchPlan, folder: Path) -> LaunchPlan:
     link.unlink(missing_ok=True)
     link.symlink_to(json.loads((folder / "link.json").read_text()))
     return replace(plan, job_dir=str(link), code_dir=str(link))
-
-
-def _check_size(tree: Path, options: RayOptions) -> None:
-    sizes: dict[str, int] = {}
-    for here, _, names in os.walk(tree):
-        for name in names:
-            path = Path(here, name)
-            inside = str(path.relative_to(tree))
-            if any(fnmatch(inside, pattern) for pattern in options.excludes):
-                path.unlink()  # it is a copy of ours, or a link
-            elif path.exists():
-                sizes[inside] = path.stat().st_size
-    total, limit = sum(sizes.values()), options.upload_limit
-    if total > limit:
-        largest = sorted(sizes.items(), key=lambda item: -item[1])[:_SHOWN]
-        listed = ", ".join(f"{name} ({_mib(size)})" for name, size in largest)
-        raise PlanError(
-            f"the code around the job is {_mib(total)}, more than travels with a Ray job "
-            f"(upload_limit: {_mib(limit)}); largest: {listed}; keep data elsewhere, or leave it "
-            "out with option excludes"
-        )
-
-
-def _mib(size: int) -> str:
-    return f"{size / 1024**2:.1f} MiB"

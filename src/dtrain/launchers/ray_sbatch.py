@@ -36,7 +36,6 @@ def render(arguments: Sequence[str]) -> str:
     parser.add_argument("--setup", action="append", default=[], metavar="LINE", help="of shell")
     parser.add_argument("launch", nargs="+", help="arguments of `dtrain launch --launcher ray`")
     given = parser.parse_args(arguments)
-    python = shlex.quote(sys.executable)
     flags = [f"nodes={given.nodes}", f"cpus-per-task={given.cpus}", *given.slurm]
     if given.gpus:
         flags.insert(0, f"gpus-per-node={given.gpus}")
@@ -50,10 +49,12 @@ def render(arguments: Sequence[str]) -> str:
     return environment.from_string(template).render(
         sbatch_options=[f"--{flag}" for flag in flags],
         setup_lines=given.setup,
-        python=python,
-        cpus=given.cpus,
-        gpus=given.gpus,
-        launch_command=f"{python} -m dtrain launch --launcher ray {shlex.join(given.launch)}",
+        command=shlex.join(
+            [
+                *(sys.executable, "-m", "dtrain.launchers.ray_in_slurm"),
+                *(f"--cpus={given.cpus}", f"--gpus={given.gpus}", "--", *given.launch),
+            ]
+        ),
     )
 
 

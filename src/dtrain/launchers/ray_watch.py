@@ -41,6 +41,7 @@ class Watch:
         views: Sequence[NodeView],
         grace_s: float,
         lost_after_s: float,
+        take_news: Callable[[list[dict[str, Any]]], None],
     ) -> None:
         """Prepare.
 
@@ -49,12 +50,14 @@ class Watch:
             views: the nodes that they are on.
             grace_s: how long nodes may take to leave when one has failed, or all are asked to.
             lost_after_s: how long a node may be silent.
+            take_news: given what is new in the directory of a node that has one of its own.
         """
         self._actors = actors
         self._views = views
         self._outcome = Outcome()
         self._lost_after_s = lost_after_s
         self._grace_s = grace_s
+        self._take_news = take_news
         self._beats: dict[Any, int] = {}
         self._good = dict.fromkeys(range(len(self._actors)), time.monotonic())
         self._asked = 0
@@ -83,7 +86,7 @@ class Watch:
 
     def _hear(self, rank: int, ref: Any) -> None:
         try:
-            code = ray.get(ref)
+            code, news = ray.get(ref)
         except ActorUnavailableError as error:
             if answers(self._views[rank]):
                 time.sleep(0.1)  # Ray says next what became of it; do not ask in a tight loop
@@ -96,6 +99,7 @@ class Watch:
             self._lose(rank, f"{why} ({first_line(error)})")
         else:
             self._good[rank] = time.monotonic()
+            self._take_news(news)
             if code is None:
                 self._send(rank)
                 return

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.errors import CheckpointError
+from dtrain.remote.checkpoints import RemoteCheckpoints
+from dtrain.remote.place import PlaceError
 from dtrain.rundir import RunDir
 from dtrain.train import collectives
 from dtrain.train.checkpoint.files import (
@@ -45,6 +47,8 @@ class CheckpointStore:
         self._run = run
         self._rank = rank
         self._keep = keep
+        self._remote = RemoteCheckpoints.of(run)
+        self._has_saved = False
 
     def save(
         self,
@@ -74,6 +78,11 @@ class CheckpointStore:
             try:
                 remove_leftovers(self._run.checkpoints)
                 size = write_checkpoint(folder, tensors(), progress, about)
+                if self._remote is not None:
+                    if not self._has_saved:
+                        self._remote.remove_leftovers()
+                    self._remote.upload(folder)
+                    self._has_saved = True
                 self._remove_old(folder)
             except Exception as error:  # whatever it is, the other ranks wait to hear of it
                 cause, problem = error, _explain(folder, error)
@@ -91,7 +100,10 @@ class CheckpointStore:
         problem = None
         if self._rank == 0:
             try:
-                copy_checkpoint(folder, folder.with_name(name))
+                if self._remote is None:
+                    copy_checkpoint(folder, folder.with_name(name))
+                else:
+                    self._remote.copy(folder.name, name)
             except OSError as error:
                 problem = _explain(folder.with_name(name), error)
         problem = collectives.from_zero(problem)
@@ -112,7 +124,8 @@ class CheckpointStore:
             CheckpointError: there are checkpoints, but none can be used; lists why.
         """
         rejected: dict[Path, str] = {}
-        for folder in collectives.from_zero(self._candidates()):
+        names = [folder.name for folder in self._candidates()] if self._rank == 0 else []
+        for folder in (self._run.checkpoints / name for name in collectives.from_zero(names)):
             loaded, reason = self._try(folder, apply, rejected)
             reasons = collectives.gather_to_all(reason)
             failures = [f"rank {r}: {text}" for r, text in enumerate(reasons) if text is not None]
@@ -127,14 +140,21 @@ class CheckpointStore:
             return None
         listed = "".join(f"\n  {folder.name}: {why}" for folder, why in rejected.items())
         raise CheckpointError(
-            f"none of the {len(rejected)} checkpoints in {self._run.checkpoints} can be used, and "
+            f"none of the {len(rejected)} checkpoints in {self._where} can be used, and "
             f"beginning again at step 0 would hide that:{listed}\n"
             "move them away to begin again"
         )
 
+    @property
+    def _where(self) -> str:
+        url = self._run.url
+        return str(self._run.checkpoints) if url is None else f"{url}/checkpoints"
+
     def _candidates(self) -> list[Path]:
         """Newest first."""
-        if self._rank != 0 or not self._run.checkpoints.is_dir():
+        if self._remote is not None:
+            return sorted(self._remote.folders(), key=_step_of, reverse=True)
+        if not self._run.checkpoints.is_dir():
             return []
         found = [path for path in self._run.checkpoints.iterdir() if _NAME.fullmatch(path.name)]
         return sorted(found, key=_step_of, reverse=True)
@@ -144,6 +164,8 @@ class CheckpointStore:
     ) -> tuple[Loaded | None, str | None]:
         why = {path.name: reason for path, reason in rejected.items()}
         try:
+            if self._remote is not None:
+                self._remote.fetch(folder)
             loaded = Loaded(folder, *read_checkpoint(folder), rejected=why)
             apply(loaded)
         except CheckpointError as error:
@@ -155,6 +177,9 @@ class CheckpointStore:
         if self._rank != 0:
             return
         for folder in rejected:
+            if self._remote is not None:
+                self._remote.reject(folder.name)
+                continue
             aside = folder.with_name(f"{folder.name}.rejected")
             try:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -166,6 +191,8 @@ class CheckpointStore:
         """Keep the newest ones; what was just written always stays."""
         others = [folder for folder in self._candidates() if folder != newest]
         for folder in others[self._keep - 1 :]:
+            if self._remote is not None:
+                self._remote.remove(folder.name)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -174,6 +201,8 @@ def _step_of(folder: Path) -> int:
 
 
 def _explain(folder: Path, error: Exception) -> str:
+    if isinstance(error, PlaceError):
+        return f"cannot write checkpoint {folder.name}: {error}"
     if isinstance(error, CheckpointError):
         return f"cannot write checkpoint {folder}: {error}"
     if not isinstance(error, OSError):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from dtrain.errors import DtrainError
+from dtrain.remote.parts import RemoteParts
 from dtrain.rundir import replacing
 from dtrain.task import Task
 from dtrain.train import collectives
@@ -88,6 +89,9 @@ class Predictions:
             DtrainError: ranks predicted different things, or rank 0 cannot see a rank's files.
         """
         self._close()
+        shared = RemoteParts.of(self._context.run, "predictions")
+        if shared is not None and self._rows:
+            shared.give(self._folder)
         everyone = collectives.gather_to_all((self._rows, self._columns))
         rows = {rank: rows for rank, (rows, _) in enumerate(everyone) if rows > 0}
         columns = [everyone[rank][1] for rank in rows]
@@ -98,6 +102,8 @@ class Predictions:
                     f"{_differing(theirs, columns[0])} on rank {rank}; all rows are alike"
                 )
         if self._context.ranks.is_rank_zero:
+            if shared is not None:
+                shared.take([self._context.run.predictions_part(rank) for rank in rows])
             self._join(rows, columns[0])
             shutil.rmtree(self._folder.parent, ignore_errors=True)
 

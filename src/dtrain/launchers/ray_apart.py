@@ -1,0 +1,80 @@
+"""The driver's side of nodes that share no disk with it: what they are given, what they tell.
+
+The driver has the run's directory, which goes to its URL from there; each node has one of its
+own, made of a package, and tells what is new in it with every beat.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from dtrain import rundir
+from dtrain.jobdir import RayDir
+from dtrain.plan import MASK, LaunchPlan
+from dtrain.rundir import RunDir
+
+
+def variables(plan: LaunchPlan) -> dict[str, str]:
+    """The job's variables, secret ones too, with which workers reach the place of runs."""
+    secret: dict[str, str] = rundir.read_json(plan.run.secret_env) or {}
+    return {**{n: v for n, v in plan.worker_env.items() if v != MASK}, **secret}
+
+
+def package(plan: LaunchPlan, attempt: int) -> bytes:
+    """A tar file of all that a node needs to take part in an attempt.
+
+    Files of the run's folder itself are in it: workers go on with metrics of earlier attempts.
+    """
+    run = plan.run
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        hidden = [path for path in (run.url_file, run.secret_env) if path.exists()]
+        here = [path for path in run.path.glob("[!.]*") if path.is_file()] + hidden
+        placement = RayDir(run).placement(attempt)
+        for path in (*sorted(here), placement, *sorted((run.path / "tensorboard").rglob("*"))):
+            archive.add(path, str(path.relative_to(run.path)), recursive=False)
+        code = run.code / f"tree-{plan.attempt}.tar"
+        if code.exists():
+            _add_code(archive, code)
+    return buffer.getvalue()
+
+
+def take_news(run: RunDir, news: list[dict[str, Any]]) -> None:
+    """Put what a node has told into the driver's run directory."""
+    for piece in news:
+        path = run.path / piece["name"]
+        if not path.resolve().is_relative_to(run.path.resolve()):
+            continue
+        rundir.make_parent(path)
+        if piece.get("lines"):
+            with path.open("ab") as file:
+                file.write(piece["bytes"])
+        elif "at" in piece:
+            with path.open("r+b" if path.exists() else "w+b") as file:
+                file.seek(piece["at"])
+                file.write(piece["bytes"])
+        else:
+            rundir.write_atomic(path, _relocated(piece["bytes"], path, run))
+
+
+def _relocated(data: bytes, path: Path, run: RunDir) -> bytes:
+    """A failure record with the path of its log here, not on the node."""
+    if path.parent.name != "failures":
+        return data
+    record = json.loads(data)
+    inside = record["log"].partition(f"/{run.id}/")[2]
+    if inside:
+        record["log"] = str(run.path / inside)
+    return json.dumps(record, indent=2).encode()
+
+
+def _add_code(archive: tarfile.TarFile, code: Path) -> None:
+    with tarfile.open(code) as inner:
+        for member in inner:
+            content = inner.extractfile(member) if member.isfile() else None
+            member.name = f"code/{member.name}"
+            archive.addfile(member, content)
