@@ -99,6 +99,15 @@ def test_what_only_slurm_knows_is_written_down(
     assert words in verdict.render(judged, plan.run)
 
 
+def test_another_nodes_failure_is_not_the_first_nodes_wish(plan: LaunchPlan) -> None:
+    """srun asks the first node to leave when another has failed."""
+    JobDir(plan.run).log.write_text("dtrain: n1 has no run folder\nsrun: Terminating step\n")
+    end(plan, STOPPED)
+    assert slurm_end.exit_code(plan, Job("7", "FAILED", exit_code=1)) == 1
+    (record,) = failures.read_all(plan.run, 0)
+    assert "n1 has no run folder" in record.message
+
+
 def test_the_first_nodes_word_is_believed(plan: LaunchPlan) -> None:
     end(plan, 3, asked=False)
     assert slurm_end.exit_code(plan, Job("7", "FAILED", exit_code=1)) == 3

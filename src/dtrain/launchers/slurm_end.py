@@ -62,7 +62,7 @@ def exit_code(plan: LaunchPlan, job: Job) -> int:
     if folder.cancel.exists() or job.state == "CANCELLED":
         return _STOPPED
     records = failures.read_all(plan.run, plan.attempt)
-    if end is not None:
+    if end is not None and job.state != "FAILED":  # then another node has failed, and it had to
         _record(plan, _why_not_again(plan, job))
     elif job.state in _WORDS:
         if not records or job.state in _KINDS:
