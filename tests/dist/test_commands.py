@@ -139,8 +139,15 @@ def test_launch_executes_the_plan_that_was_printed(tmp_path: Path) -> None:
     arguments = ("--run-id", "planned", "--procs", "2", TINY)
     printed = json.loads(dtrain("plan", "--json", *arguments, cwd=tmp_path).stdout)["plan"]
     assert dtrain("launch", "-q", *arguments, cwd=tmp_path).returncode == 0
-    kept = json.loads((tmp_path / "runs/planned/plan.json").read_text())
-    assert kept == printed
+    run = RunDir(tmp_path / "runs" / "planned")
+    assert json.loads(run.plan.read_text()) == printed
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    for command in (("launch",), ("plan", "--write")):
+        again = dtrain(*command, "--set", "seed=5", *arguments, cwd=tmp_path)
+        assert again.returncode == 2
+        advice = "go on with: dtrain resume planned, or give another --run-id"
+        assert again.stderr == f"dtrain: run planned exists; {advice}\n"
+    assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 
 
 def test_the_torchrun_line_works_as_printed(tmp_path: Path) -> None:
@@ -158,6 +165,9 @@ def test_the_torchrun_line_works_as_printed(tmp_path: Path) -> None:
     assert [step["step"] for step in metrics(run)] == list(range(1, 13))
     assert "step 12/12" in done.stdout
     assert set(run.rank_logs(0)) == {0, 1}
+    mixed = dtrain("launch", "--run-id", "by-hand", TINY, cwd=tmp_path)
+    assert mixed.returncode == 2
+    assert "run by-hand exists" in mixed.stderr
 
 
 @pytest.mark.parametrize(

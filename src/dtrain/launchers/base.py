@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -14,10 +15,11 @@ import yaml
 
 from dtrain import catalog, procs, rundir, snapshot
 from dtrain import plan as plans
-from dtrain.errors import LaunchError
+from dtrain.errors import LaunchError, UsageError
 from dtrain.job.load import LoadedJob
 from dtrain.job.spec import JobSpec
 from dtrain.job.yamlfile import dump_yaml
+from dtrain.launchers import told
 from dtrain.plan import Facts, LaunchPlan
 from dtrain.rundir import RunDir
 
@@ -104,6 +106,15 @@ class Handle:
         """Write handle.json."""
         rundir.write_json(run.handle, asdict(self))
 
+    def claim(self, run: RunDir) -> None:
+        """Write handle.json, of several processes only one; FileExistsError for the others."""
+        aside = run.handle.with_name(f".{run.handle.name}.{secrets.token_hex(8)}")
+        rundir.write_json(aside, asdict(self))
+        try:
+            os.link(aside, run.handle)  # a rename would replace what another has just written
+        finally:
+            aside.unlink()
+
     def is_alive(self) -> bool:
         """Whether the driver still runs. From another host that cannot be seen: True there."""
         if self.host != socket.gethostname():
@@ -141,30 +152,62 @@ def load(name: str) -> Launcher:
     return launcher
 
 
-def prepare(plan: LaunchPlan, job: JobSpec, job_text: str) -> None:
+def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None = None) -> None:
     """Write the run directory: everything that nodes and workers will read.
 
+    Args:
+        plan: the launch.
+        job: what is trained.
+        job_text: job.yaml as given.
+        handle: of who is to drive the run, written before all else: of several launches with
+            one run id only one gets any further.
+
     Raises:
+        UsageError: this is a new launch, and the run exists; nothing is written.
         LaunchError: it cannot be written; says which folder and why.
     """
-    run = plan.run
+    run, is_new = plan.run, plan.attempt == 0
+    if is_new and _exists(plan):
+        raise _run_exists(run)
     run.create()
-    secrets = plans.secrets(job)
+    hidden = plans.secrets(job)
     shown = job.model_copy(
         update={"launch": job.launch.model_copy(update={"env": plans.masked(job.launch.env)})}
     )
     try:
+        if handle is not None:
+            handle.claim(run) if is_new else handle.write(run)
         run.attempt(plan.attempt).mkdir(parents=True, exist_ok=True)
-        rundir.write_atomic(run.job, job_text, mode=0o600 if secrets else 0o644)
+        rundir.write_atomic(run.job, job_text, mode=0o600 if hidden else 0o644)
         rundir.write_atomic(run.resolved, dump_yaml(shown.said()))
         rundir.write_json(run.plan, plan.to_json())
-        if secrets:
-            rundir.write_atomic(run.secret_env, json.dumps(secrets), mode=0o600)
+        if hidden:
+            rundir.write_atomic(run.secret_env, json.dumps(hidden), mode=0o600)
+    except FileExistsError:
+        raise _run_exists(run) from None
     except OSError as error:
+        if handle is not None and is_new:
+            run.handle.unlink(missing_ok=True)  # nothing was started
         raise LaunchError(
             f"cannot write the run directory {run.path}: {error.strerror}; "
             "choose another place with --runs DIR"
         ) from error
+
+
+def _exists(plan: LaunchPlan) -> bool:
+    """Whether a run of this id was launched before, by a command or by hand.
+
+    Of several commands, one a node, only node 0's can tell another launch from its own.
+    """
+    if not plan.is_of_node_zero:
+        return Result.read(plan.run, 0) is not None
+    return Handle.read(plan.run) is not None or told.has_trained(plan.run)
+
+
+def _run_exists(run: RunDir) -> UsageError:
+    return UsageError(
+        f"run {run.id} exists; go on with: dtrain resume {run.id}, or give another --run-id"
+    )
 
 
 def keep_code(plan: LaunchPlan) -> None:

@@ -88,20 +88,19 @@ def drive(
     signal N. With `detach` 0 once it is started, by a launcher that can go on without us.
 
     Raises:
+        UsageError: there is such a run already.
         LaunchError: the launch cannot be started.
     """
-    base.prepare(plan, job, job_text)
-    run = plan.run
     started = time.time()
-    console.begin(_opening(plan))
-    if plan.is_of_node_zero:
-        Handle.of_this_process(plan).write(run)
     with stop_requests() as stop:
+        handle = Handle.of_this_process(plan) if plan.is_of_node_zero else None
+        base.prepare(plan, job, job_text, handle)
+        console.begin(_opening(plan))
         launch = _start(plan, started)
         if detach:
             base.keep_code(plan)
             console.close()
-            console.say(f"submitted; `dtrain logs --follow {run.id}` shows it")
+            console.say(f"submitted; `dtrain logs --follow {plan.run_id}` shows it")
             return 0
         try:
             base.keep_code(plan)
@@ -112,11 +111,11 @@ def drive(
         finally:
             launch.kill()
             console.close()
-    plan = replace(plan, attempt=base.newest_attempt(run))
-    state, code = _conclude(plan, code, stop, console)
-    if state == "succeeded":
-        console.say(_closing(plan, time.time() - started))
-    finish(plan, Result(state, code, started, time.time()), console.say)
+        plan = replace(plan, attempt=base.newest_attempt(plan.run))
+        state, code = _conclude(plan, code, stop, console)
+        if state == "succeeded":
+            console.say(_closing(plan, time.time() - started))
+        finish(plan, Result(state, code, started, time.time()), console.say)
     return code
 
 

@@ -69,14 +69,16 @@ def drive_array(
     plans = [element.plan for element in elements]
     tell = drive.print_nothing if quiet else say
     started = time.time()
-    for element in elements:
-        base.prepare(element.plan, element.job, element.job_text)
-        replace(Handle.of_this_process(element.plan), identity=None).write(element.plan.run)
-        tell(f"{element.plan.run_id}: {element.chosen}")
+    written: list[LaunchPlan] = []
     try:
+        for element in elements:
+            handle = replace(Handle.of_this_process(element.plan), identity=None)
+            base.prepare(element.plan, element.job, element.job_text, handle)
+            written.append(element.plan)
+            tell(f"{element.plan.run_id}: {element.chosen}")
         launches = launcher.start_array(plans, at_once)
     except DtrainError as error:
-        for plan in plans:
+        for plan in written:
             refused = Result("failed", error.exit_code, started, time.time())
             drive.finish(plan, refused, drive.print_nothing)
         raise
