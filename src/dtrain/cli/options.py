@@ -150,13 +150,14 @@ def prepare_again(run: RunDir, options: dict[str, Any]) -> Prepared:
     """An existing run and flags → a plan for its next attempt; errors as for `prepare`."""
     from dtrain.job.load import load_job
     from dtrain.job.profile import load_profile
-    from dtrain.launchers import base
+    from dtrain.launchers import base, told
     from dtrain.plan import LaunchPlan
 
     before = LaunchPlan.read(run)
     job_dir = Path(before.job_dir)
     profile = load_profile(before.profile, job_dir)
-    job = load_job(run.resolved, options["overrides"], {}, written_flags(options), job_dir=job_dir)
+    inherited = told.accepted_job(run)
+    job = load_job(inherited, options["overrides"], {}, written_flags(options), job_dir=job_dir)
     job = base.with_secrets(job, run)
     given = {k: v for k, v in options.items() if v is not None and (v or k not in before.options)}
     options = {**before.options, **given}

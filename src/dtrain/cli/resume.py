@@ -25,7 +25,9 @@ def command(run: str, quiet: bool, **options: Any) -> int:
 
     found = shared.find(run, options["runs"])
     _check(found, options)
-    return start(shared.prepare_again(found, options), quiet)
+    prepared = shared.prepare_again(found, options)
+    _refuse_to_end_before(found, prepared.job.spec.train.steps)
+    return start(prepared, quiet)
 
 
 def _check(run: RunDir, options: dict[str, Any]) -> None:
@@ -44,3 +46,16 @@ def _check(run: RunDir, options: dict[str, Any]) -> None:
         )
     if state == "lost":
         base.conclude_lost(run)
+
+
+def _refuse_to_end_before(run: RunDir, end: int | None) -> None:
+    """Refuse an end that the newest checkpoint is past; the workers see to one given in epochs."""
+    from dtrain.errors import UsageError
+
+    names = (path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*"))
+    newest = max((int(name) for name in names if name.isdigit()), default=0)
+    if end is not None and end < newest:
+        raise UsageError(
+            f"run {run.id} has a checkpoint of step {newest}, which is past train.steps={end}; "
+            "give it a later end"
+        )

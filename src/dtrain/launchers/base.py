@@ -86,15 +86,7 @@ class Handle:
     @classmethod
     def of_this_process(cls, plan: LaunchPlan) -> Handle:
         """A handle that names this process as the driver."""
-        pid = os.getpid()
-        return cls(
-            launcher=plan.launcher,
-            attempt=plan.attempt,
-            host=socket.gethostname(),
-            pid=pid,
-            identity=procs.identity(pid),
-            started=time.time(),
-        )
+        return cls(plan.launcher, plan.attempt, started=time.time(), **procs.this_process())
 
     @classmethod
     def read(cls, run: RunDir) -> Handle | None:
@@ -179,7 +171,8 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
             handle.claim(run) if is_new else handle.write(run)
         run.attempt(plan.attempt).mkdir(parents=True, exist_ok=True)
         rundir.write_atomic(run.job, job_text, mode=0o600 if hidden else 0o644)
-        rundir.write_atomic(run.resolved, dump_yaml(shown.said()))
+        for path in (run.resolved, run.resolved_of(plan.attempt)):
+            rundir.write_atomic(path, dump_yaml(shown.said()))
         rundir.write_json(run.plan, plan.to_json())
         if hidden:
             rundir.write_atomic(run.secret_env, json.dumps(hidden), mode=0o600)
@@ -223,14 +216,19 @@ def state_of(run: RunDir) -> tuple[State, Result | None]:
     """How the newest attempt of a run stands."""
     handle = Handle.read(run)
     if handle is None:
-        return "prepared", None
+        from dtrain.launchers import by_hand
+
+        return by_hand.state_of(run)
     result = Result.read(run, newest_attempt(run))
     if result is not None:
         return result.state, result
     if load(handle.launcher).is_running(run):
         return "running", None
     result = Result.read(run, newest_attempt(run))  # written by whoever saw the end first
-    return ("lost" if result is None else result.state), result
+    if result is None:
+        run.secret_env.unlink(missing_ok=True)  # whoever would have removed it was killed
+        return "lost", None
+    return result.state, result
 
 
 def newest_attempt(run: RunDir) -> int:
@@ -270,8 +268,7 @@ def next_attempt(run: RunDir) -> int:
 
     Where node 0 has begun it already, it is the one that is going.
     """
-    handle = Handle.read(run)
-    if handle is None:
+    if Handle.read(run) is None and not told.has_trained(run):
         return 0
     newest = newest_attempt(run)
     return newest if state_of(run)[0] == "running" else newest + 1

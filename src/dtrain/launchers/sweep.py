@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from dtrain.errors import DtrainError
@@ -72,7 +72,7 @@ def drive_array(
     written: list[LaunchPlan] = []
     try:
         for element in elements:
-            handle = replace(Handle.of_this_process(element.plan), identity=None)
+            handle = Handle.of_this_process(element.plan)  # until the array is submitted
             base.prepare(element.plan, element.job, element.job_text, handle)
             written.append(element.plan)
             tell(f"{element.plan.run_id}: {element.chosen}")
