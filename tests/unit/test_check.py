@@ -9,7 +9,7 @@ import pytest
 from dtrain import catalog
 from dtrain.errors import JobError
 from dtrain.job.load import flag, load_job
-from dtrain.job.source import Arguments, Source
+from dtrain.job.source import Arguments, Source, does_nothing
 
 JOB = "name: digits\ntask: {task}\ntrain:\n  epochs: 1\n  global_batch_size: 8\n"
 Check = Callable[..., list[str]]
@@ -318,3 +318,19 @@ def test_a_missing_extra_is_one_line(check: Check, monkeypatch: pytest.MonkeyPat
         "job.yaml:6:10: strategy: trainer 'lightning' needs a package: "
         "pip install 'dtrain[lightning]'"
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "idle"),
+    [
+        ('"""Says what."""\nimport os\nBatch = list[int]\nclass A: ...\n', True),
+        ("def main(): ...\nmain()\n", False),
+        ("def main(): ...\ncode = main()\n", False),
+        ("def main(): ...\nif __name__ == '__main__':\n    main()\n", False),
+        ("for step in range(3):\n    pass\n", False),
+        ("def (\n", False),
+    ],
+)
+def test_a_script_that_does_nothing(tmp_path: Path, text: str, idle: bool) -> None:
+    (tmp_path / "x.py").write_text(text)
+    assert does_nothing(tmp_path / "x.py") == idle
