@@ -47,8 +47,8 @@ def command(
     """
     from dtrain.cli.plan import show
 
-    if (explain or as_json) and not dry_run:
-        raise click.UsageError("--explain and --json are of --dry-run, which starts nothing")
+    if (explain or as_json) and (array or not dry_run):
+        raise click.UsageError("--explain and --json are of --dry-run for one run")
     if array:
         from dtrain.cli import array as arrays
 

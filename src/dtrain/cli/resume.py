@@ -30,7 +30,8 @@ def command(run: str, dry_run: bool, quiet: bool, **options: Any) -> int:
     found = shared.find(run, options["runs"])
     state = _check(found, options)
     prepared = shared.prepare_again(found, options)
-    _refuse_to_end_before(found, prepared.job.spec.train.steps)
+    spec = prepared.job.spec
+    _refuse_to_end_before(found, spec.train.steps if spec.script is None else None)
     if dry_run:
         show(prepared, as_json=False, explain=False)
         return 0

@@ -159,9 +159,9 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
         LaunchError: it cannot be written; says which folder and why.
     """
     run, is_new = plan.run, plan.attempt == 0
+    run.create()
     if is_new and _exists(plan):
         raise _run_exists(run)
-    run.create()
     hidden = plans.secrets(job)
     shown = job.model_copy(
         update={"launch": job.launch.model_copy(update={"env": plans.masked(job.launch.env)})}
@@ -171,11 +171,11 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
             handle.claim(run) if is_new else handle.write(run)
         run.attempt(plan.attempt).mkdir(parents=True, exist_ok=True)
         rundir.write_atomic(run.job, job_text, mode=0o600 if hidden else 0o644)
-        for path in (run.resolved, run.resolved_of(plan.attempt)):
-            rundir.write_atomic(path, dump_yaml(shown.said()))
         rundir.write_json(run.plan, plan.to_json())
         if hidden:
             rundir.write_atomic(run.secret_env, json.dumps(hidden), mode=0o600)
+        for path in (run.resolved_of(plan.attempt), run.resolved):  # the last makes it a run
+            rundir.write_atomic(path, dump_yaml(shown.said()))
     except FileExistsError:
         raise _run_exists(run) from None
     except OSError as error:
