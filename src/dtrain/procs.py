@@ -9,11 +9,13 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _PF_EXITING = 4
@@ -121,6 +123,12 @@ def identity(pid: int) -> str | None:
         return None
     state, *fields = _after_name(stat)
     return None if state in "ZX" else f"{boot}/{pid}/{fields[18]}"
+
+
+def this_process() -> dict[str, Any]:
+    """Host, pid and identity of this process, for who wants to know later whether it lives."""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "identity": identity(pid)}
 
 
 def is_ending(pid: int) -> bool:

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 from dtrain.errors import LaunchError
 
 ATTEMPT_VARIABLE = "DTRAIN_ATTEMPT"
-_HANDLE = "handle.json"
 
 
 class RunDir:
@@ -70,7 +69,7 @@ class RunDir:
     @property
     def handle(self) -> Path:
         """Who runs it: launcher, pids with start times, host."""
-        return self.path / _HANDLE
+        return self.path / "handle.json"
 
     @property
     def code(self) -> Path:
@@ -121,6 +120,10 @@ class RunDir:
         """Everything that belongs to one try of the run."""
         return self.path / "attempts" / str(attempt)
 
+    def resolved_of(self, attempt: int) -> Path:
+        """The job as one attempt had it; `resolved` is that of the newest."""
+        return self.attempt(attempt) / "resolved.yaml"
+
     def attempts(self) -> list[int]:
         """The attempts made so far, in order."""
         folder = self.path / "attempts"
@@ -148,10 +151,8 @@ class RunDir:
         """rank → (node_rank, log path) for every worker log that exists."""
         found: dict[int, tuple[int, Path]] = {}
         for path in sorted(self.attempt(attempt).glob("node-*/rank-*.log")):
-            found[int(path.stem.removeprefix("rank-"))] = (
-                int(path.parent.name.removeprefix("node-")),
-                path,
-            )
+            node_rank = int(path.parent.name.removeprefix("node-"))
+            found[int(path.stem.removeprefix("rank-"))] = (node_rank, path)
         return found
 
     def failures(self, attempt: int) -> Path:
@@ -291,8 +292,7 @@ def read_lines(path: Path) -> Iterator[Any]:
         return
     with path.open() as file:
         for line in file:
-            value = parse_line(line)
-            if value is not None:
+            if (value := parse_line(line)) is not None:
                 yield value
 
 

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import TINY, dtrain, metrics, started, the_run, wait_for_step
+from launching import DIGITS, TINY, dtrain, metrics, started, the_run, wait_for_step
 
 from dtrain.rundir import RunDir
+
+DIGITS_TASK = DIGITS.with_name("task.py")
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +80,20 @@ def test_logs_fold_and_select(folder: Path, run: RunDir) -> None:
     assert {"rank": 1, "line": "hello there"} in [json.loads(line) for line in lines]
     missing = dtrain("logs", "--rank", "9", cwd=folder)
     assert missing.returncode == 2
-    assert "ranks: [0, 1, 2, 3]" in missing.stderr
+    assert missing.stderr.endswith("has no such log; ranks: [0, 1, 2, 3]\n")
+    missing = dtrain("logs", "--node", "5", cwd=folder)
+    assert "no such log; nodes: [0, 1]; ranks: [0, 1, 2, 3]" in missing.stderr
 
 
 def test_why_of_a_run_that_did_not_fail(folder: Path, run: RunDir) -> None:
-    assert dtrain("why", cwd=folder).stdout == f"run {run.id} has not failed: it is succeeded\n"
+    assert dtrain("why", cwd=folder).stdout == f"run {run.id} has not failed: it succeeded\n"
     assert dtrain("why", "--json", cwd=folder).stdout == "null\n"
 
 
-def test_resume_of_a_finished_run_says_what_to_do(folder: Path) -> None:
+def test_resume_of_a_finished_run_says_what_to_do(folder: Path, run: RunDir) -> None:
+    longer = dtrain("resume", "--dry-run", "--set", "train.steps=20", cwd=folder)
+    assert longer.stdout.startswith(f"run        {run.id} (attempt 1): "), longer.stderr
+    assert run.attempts() == [0]
     done = dtrain("resume", cwd=folder)
     assert done.returncode == 2
     assert "--set train.epochs=20" in done.stderr
@@ -112,35 +119,70 @@ def test_follow_ends_with_the_run_and_with_its_code(tmp_path: Path) -> None:
     assert "step 19/100" in followed.stdout
 
 
-def test_head_of_logs_is_no_error(folder: Path) -> None:
-    command = f"{sys.executable} -m dtrain logs | head -1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, capture_output=True, text=True, check=False
+def in_shell(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`dtrain COMMAND` as a shell runs it; the exit code is dtrain's."""
+    text = f"{sys.executable} -m dtrain {command}; exit ${{PIPESTATUS[0]}}"
+    return subprocess.run(
+        ["bash", "-c", text], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode in (0, 1)  # 1 is click's for a reader that has gone
+
+
+@pytest.mark.parametrize("command", ["logs", "status", f"plan {TINY}", "--help"])
+def test_a_reader_that_leaves_is_no_error(folder: Path, command: str) -> None:
+    done = in_shell(f"{command} | true", folder)
+    assert done.returncode in (0, 128 + 13)  # 0 when it was quicker than its reader
     assert done.stderr == ""
+
+
+def test_a_full_console_is_told_in_a_line(folder: Path) -> None:
+    for command in ("status", "--help"):
+        done = in_shell(f"{command} > /dev/full", folder)
+        assert done.returncode == 1
+        assert done.stderr == "dtrain: cannot print: No space left on device\n"
+
+
+def test_a_training_goes_on_when_nobody_reads_or_the_console_is_full(tmp_path: Path) -> None:
+    read = in_shell(f"launch --run-id read {TINY} | head -1", tmp_path)
+    full = in_shell(f"launch --run-id full {TINY} > /dev/full", tmp_path)
+    assert (read.returncode, full.returncode) == (0, 0), read.stderr + full.stderr
+    assert read.stderr + full.stderr == ""
+    for run in (RunDir(tmp_path / "runs" / name) for name in ("read", "full")):
+        assert [step["step"] for step in metrics(run)] == list(range(1, 13))
+        assert json.loads(run.result(0).read_text())["state"] == "succeeded"
 
 
 def test_plan_starts_and_writes_nothing(tmp_path: Path) -> None:
     before = dict(os.environ)
     plan = dtrain("plan", "--nodes", "2", "--procs", "2", "--env", "MY_TOKEN=s3cret", "--explain",
                   TINY, cwd=tmp_path, env={"X": "1"})  # fmt: skip
-    dry = dtrain("launch", "--dry-run", "--nodes=2", "--nproc_per_node", "2", TINY, cwd=tmp_path)
+    dry = dtrain("launch", "--dry-run", "--explain", "--nodes=2", "--procs-per-node", "2",
+                 "--set", "launch.join-timeout=77s", TINY, cwd=tmp_path)  # fmt: skip
     assert (plan.returncode, dry.returncode) == (0, 0), plan.stderr + dry.stderr
     assert os.listdir(tmp_path) == []
     assert "s3cret" not in plan.stdout
     assert "MY_TOKEN=(set, not shown)" in plan.stdout
     assert "node 1     node-1: ranks 2-3" in dry.stdout
     assert "-m dtrain.node" in dry.stdout
+    assert "nodes wait 77 s" in dry.stdout
+    assert "where each value came from" in dry.stdout
     assert before == dict(os.environ)
 
 
 def test_launch_executes_the_plan_that_was_printed(tmp_path: Path) -> None:
     arguments = ("--run-id", "planned", "--procs", "2", TINY)
-    printed = json.loads(dtrain("plan", "--json", *arguments, cwd=tmp_path).stdout)["plan"]
+    dry = dtrain("launch", "--dry-run", "--json", *arguments, cwd=tmp_path)
+    printed = json.loads(dry.stdout)["plan"]
+    assert printed == json.loads(dtrain("plan", "--json", *arguments, cwd=tmp_path).stdout)["plan"]
     assert dtrain("launch", "-q", *arguments, cwd=tmp_path).returncode == 0
-    kept = json.loads((tmp_path / "runs/planned/plan.json").read_text())
-    assert kept == printed
+    run = RunDir(tmp_path / "runs" / "planned")
+    assert json.loads(run.plan.read_text()) == printed
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    for command in (("launch",), ("plan", "--write")):
+        again = dtrain(*command, "--set", "seed=5", *arguments, cwd=tmp_path)
+        assert again.returncode == 2
+        advice = "go on with: dtrain resume planned, or give another --run-id"
+        assert again.stderr == f"dtrain: run planned exists; {advice}\n"
+    assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 
 
 def test_the_torchrun_line_works_as_printed(tmp_path: Path) -> None:
@@ -149,15 +191,24 @@ def test_the_torchrun_line_works_as_printed(tmp_path: Path) -> None:
     assert printed.returncode == 0, printed.stderr
     (line,) = [each.strip() for each in printed.stdout.splitlines() if " torchrun " in each]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        line, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PATH": path}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    with started("logs", "--follow", "by-hand", cwd=tmp_path) as follow:
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+            env={**os.environ, "PATH": path}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        followed, _ = follow.communicate(timeout=30)
+    assert follow.returncode == 0, followed
+    assert "step 12/12" in followed
+    told = json.loads(dtrain("status", "by-hand", "--json", cwd=tmp_path).stdout)
+    assert (told["state"], told["exit_code"], told["step"]) == ("succeeded", 0, 12)
     run = RunDir(tmp_path / "runs" / "by-hand")
     assert [step["step"] for step in metrics(run)] == list(range(1, 13))
     assert "step 12/12" in done.stdout
     assert set(run.rank_logs(0)) == {0, 1}
+    mixed = dtrain("launch", "--run-id", "by-hand", TINY, cwd=tmp_path)
+    assert mixed.returncode == 2
+    assert "run by-hand exists" in mixed.stderr
 
 
 @pytest.mark.parametrize(
@@ -169,6 +220,8 @@ def test_the_torchrun_line_works_as_printed(tmp_path: Path) -> None:
         (["--nodes", "two"], "--nodes"),
         (["--launcher", "slum"], "there is no profile 'slum'"),
         (["--run-id", "../x"], "cannot be the name of a folder"),
+        (["--name", ""], "--name"),
+        (["--json"], "--dry-run"),
         (["--env", "NOT_SET_ANYWHERE"], "--env NOT_SET_ANYWHERE=VALUE"),
     ],
 )
@@ -182,10 +235,15 @@ def test_what_cannot_be_is_told_before_anything_starts(
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("arguments", [["lanch"], ["launch"], ["launch", "--nodez", "2", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["lanch"], ["launch"], ["launch", "--nodez", "2", "x"], ["launch", str(DIGITS_TASK)]],
+)
 def test_usage_errors_are_2(tmp_path: Path, arguments: list[str]) -> None:
     done = dtrain(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     if arguments == ["lanch"]:
         assert "Did you mean 'launch'?" in done.stderr
+    if arguments[-1] == str(DIGITS_TASK):
+        assert f"does nothing when it is run, it only defines; launch {DIGITS}" in done.stderr

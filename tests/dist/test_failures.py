@@ -9,7 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import TINY, dtrain, events, started, the_run, wait_for, wait_for_step, worker_pids
+from launching import (
+    TINY,
+    dtrain,
+    events,
+    metrics,
+    started,
+    the_run,
+    wait_for,
+    wait_for_step,
+    worker_pids,
+)
 
 from dtrain.node.verdict import MAX_LINES
 
@@ -56,6 +66,29 @@ def test_the_culprit_is_named(tmp_path: Path, misbehave: str, headline: str, cod
     assert told["exit_code"] == code
     status = json.loads(dtrain("status", "--json", cwd=tmp_path).stdout)
     assert (status["state"], status["exit_code"]) == ("failed", code)
+
+
+def test_a_run_that_a_worker_left_is_not_finished_and_goes_on(tmp_path: Path) -> None:
+    arguments = ("--set", "args.misbehave=term", "--set", "args.once=asked", TINY)
+    done = dtrain("launch", "--procs", "2", *arguments, cwd=tmp_path)
+    assert done.returncode == 128 + 15, done.stdout + done.stderr
+    run = the_run(tmp_path)
+    (left,) = events(run, "stopped")
+    assert 3 <= left["step"] < 12
+    stopped = f"{run.id} was asked to stop by SIGTERM to rank 1 after step {left['step']}\n"
+    assert f"{stopped}go on with: dtrain resume {run.id}\n" in done.stdout
+    assert dtrain("why", cwd=tmp_path).stdout.startswith(stopped)
+    status = json.loads(dtrain("status", "--json", cwd=tmp_path).stdout)
+    assert (status["state"], status["exit_code"]) == ("cancelled", 143)
+    done = dtrain("resume", "--set", "train.steps=2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"step {left['step']}, which is past train.steps=2; give it a later end" in done.stderr
+    done = dtrain("resume", "--set", "seed=5", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "it is of other data (seed was 0, is 5); with --set seed=0 it fits" in done.stdout
+    done = dtrain("resume", cwd=tmp_path)  # as it was before the one that was refused
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [step["step"] for step in metrics(run)] == list(range(1, 13))
 
 
 def memory_cgroup() -> Path | None:

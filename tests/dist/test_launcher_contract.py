@@ -167,15 +167,18 @@ def test_a_killed_command_is_lost_and_can_be_resumed_at_another_size(tmp_path: P
     arguments = (
         "--set", "train.steps=400", "--set", "args.pause=0.05", "--set", "checkpoint.every_steps=2",
     )  # fmt: skip
-    with local(tmp_path, *arguments) as processes:
+    with local(tmp_path, "--env", "MY_TOKEN=s3cret", *arguments) as processes:
         run = wait_for_step(tmp_path, 5)
         processes[0].send_signal(signal.SIGKILL)
         finish(processes, 10)
+    assert run.secret_env.exists()
     assert "lost" in dtrain("status", cwd=tmp_path).stdout
+    assert not run.secret_env.exists()
     assert "ended from outside" in dtrain("why", cwd=tmp_path).stdout
+    end = metrics(run)[-1]["step"] + 4
     done = dtrain(
-        "resume", "--nodes", "1", "--procs", "1", "--set", "train.steps=8",
+        "resume", "--nodes", "1", "--procs", "1", "--set", f"train.steps={end}",
         "--set", "args.pause=0", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line["step"] for line in metrics(run)][-1] == 8
+    assert [line["step"] for line in metrics(run)][-1] == end

@@ -126,3 +126,28 @@ def test_cancel_from_another_terminal(tmp_path: Path) -> None:
     assert process.returncode == 143
     again = dtrain("cancel", cwd=tmp_path)
     assert again.stdout == f"{the_run(tmp_path).id}: nothing to cancel, it is cancelled\n"
+
+
+def test_ctrl_c_during_the_imports_does_not_wait_for_them(tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text(
+        "import pathlib, threading\npathlib.Path('importing').touch()\nthreading.Event().wait()\n"
+    )
+    slow = ("--set", "launch.preload=[endless]", "--set", "launch.stop_timeout=600s", TINY)
+    with started("launch", "--procs", "2", *slow, cwd=tmp_path,
+                 env={"PYTHONPATH": str(tmp_path)}) as process:  # fmt: skip
+        assert wait_for((tmp_path / "importing").exists, 90)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    run = the_run(tmp_path)
+    assert events(run, "agent_started")
+    assert not events(run, "workers_started")
+    assert "Traceback" not in run.host_log(0, 0).read_text()
+
+
+def test_ctrl_c_before_anything_has_begun_is_no_traceback(tmp_path: Path) -> None:
+    """Of our imports click is the first that takes long; here it is where Ctrl-C comes."""
+    (tmp_path / "click.py").write_text("import os; os.kill(os.getpid(), 2); print('went on')\n")
+    done = dtrain("launch", TINY, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

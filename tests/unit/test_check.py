@@ -10,7 +10,7 @@ import pytest
 from dtrain import catalog
 from dtrain.errors import JobError
 from dtrain.job.load import flag, load_job
-from dtrain.job.source import Arguments, Source
+from dtrain.job.source import Arguments, Source, does_nothing
 
 JOB = "name: digits\ntask: {task}\ntrain:\n  epochs: 1\n  global_batch_size: 8\n"
 Check = Callable[..., list[str]]
@@ -442,3 +442,19 @@ def test_keras_is_needed(check: Check, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("dtrain.job.keras.find_spec", lambda name: None)
     message = "the task needs keras: pip install 'dtrain[keras]'"
     assert check() == [f"job.yaml:2:7: task: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "idle"),
+    [
+        ('"""Says what."""\nimport os\nBatch = list[int]\nclass A: ...\n', True),
+        ("def main(): ...\nmain()\n", False),
+        ("def main(): ...\ncode = main()\n", False),
+        ("def main(): ...\nif __name__ == '__main__':\n    main()\n", False),
+        ("for step in range(3):\n    pass\n", False),
+        ("def (\n", False),
+    ],
+)
+def test_a_script_that_does_nothing(tmp_path: Path, text: str, idle: bool) -> None:
+    (tmp_path / "x.py").write_text(text)
+    assert does_nothing(tmp_path / "x.py") == idle

@@ -74,7 +74,8 @@ status=$?
 # The first agent leaves this file when the training is to go on in another attempt. Where another
 # node has failed, srun asks the first to leave as well: that is no reason to begin again.
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
-if [ "$status" = 0 ] && [ -e /runs/digits-abc234/slurm/requeue-"${SLURM_RESTART_COUNT:-0}" ] &&
+if [ "$status" = 0 ] &&
+  [ -e /runs/digits-abc234/slurm/requeue-"${SLURM_RESTART_COUNT:-0}" ] &&
   [ "$(squeue -h -j "$job" -o %T)" = RUNNING ]; then
   scontrol requeue "$job"
 fi
@@ -335,7 +336,8 @@ status=$?
 # The first agent leaves this file when the training is to go on in another attempt. Where another
 # node has failed, srun asks the first to leave as well: that is no reason to begin again.
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
-if [ "$status" = 0 ] && [ -e '/runs/it'"'"'s-'"$SLURM_ARRAY_TASK_ID"/slurm/requeue-"${SLURM_RESTART_COUNT:-0}" ] &&
+if [ "$status" = 0 ] &&
+  [ -e '/runs/it'"'"'s-'"$SLURM_ARRAY_TASK_ID"/slurm/requeue-"${SLURM_RESTART_COUNT:-0}" ] &&
   [ "$(squeue -h -j "$job" -o %T)" = RUNNING ]; then
   scontrol requeue "$job"
 fi

@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 
-from dtrain.errors import CheckpointError, UsageError
+from dtrain.errors import CheckpointError, DtrainError, UsageError
 from dtrain.job.spec import EarlyStoppingSpec, JobSpec
 from dtrain.train.data.placement import Course, Position
 from dtrain.train.trainers.early_stopping import EarlyStopping
-from dtrain.train.trainers.progress import Progress, Schedule, data_identity
+from dtrain.train.trainers.progress import (
+    Progress,
+    Schedule,
+    data_identity,
+    refuse_to_end_before,
+)
 
 
 def spec(**sections: Any) -> JobSpec:
@@ -87,6 +92,20 @@ def test_a_position_is_of_its_data_only() -> None:
     ):
         with pytest.raises(CheckpointError, match="other data"):
             Progress.from_saved(saved, other)
+
+
+def test_a_refused_seed_says_how_it_fits() -> None:
+    dataset = [0] * 10
+    saved = Progress().to_saved(data_identity(spec(seed=3), dataset, 10))
+    with pytest.raises(CheckpointError, match=r"seed was 3, is 5\); with --set seed=3 it fits"):
+        Progress.from_saved(saved, data_identity(spec(seed=5), dataset, 10))
+
+
+def test_a_checkpoint_past_the_end_is_refused() -> None:
+    refuse_to_end_before(12, 12)
+    refuse_to_end_before(12, None)  # a stream
+    with pytest.raises(DtrainError, match="of step 12, and the training is to end after step 8"):
+        refuse_to_end_before(12, 8)
 
 
 def test_a_data_set_may_identify_itself() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtrain.cli import options as shared
+from dtrain.console import out
 
 if TYPE_CHECKING:
     from dtrain.launchers.sweep import Element
@@ -30,7 +31,7 @@ def launch(
 
     elements = prepare(job, fields, options)
     launcher = _launcher(elements)
-    return drive_array(launcher, elements, click.echo, at_once=at_once, detach=detach, quiet=quiet)
+    return drive_array(launcher, elements, out.say, at_once=at_once, detach=detach, quiet=quiet)
 
 
 def show(job: str, fields: tuple[str, ...], at_once: int | None, options: dict[str, Any]) -> None:

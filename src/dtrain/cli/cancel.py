@@ -14,13 +14,17 @@ from dtrain.cli.finding import find
 @shared.json_option
 def command(run: str, runs: str, as_json: bool) -> None:
     """End RUN (an id, a unique prefix, or `last`): its workers save and leave at the next step."""
+    from dtrain.errors import UsageError
     from dtrain.launchers import base
+    from dtrain.launchers.base import Handle
     from dtrain.plan import LaunchPlan
 
     found = find(run, runs)
     plan = LaunchPlan.read(found)
     was, _ = base.state_of(found)
     if was == "running":
+        if Handle.read(found) is None:
+            raise UsageError(f"run {found.id} was started by hand; stop it where it was started")
         base.load(plan.launcher).cancel(found, plan.stop_timeout_s + 10)
     state, _ = base.state_of(found)
     if as_json:

@@ -14,6 +14,8 @@ from dtrain.cli import options as shared
 @shared.script_arguments
 @shared.job_options
 @click.option("--dry-run", "--dryrun", is_flag=True, help="Show the plan and start nothing.")
+@click.option("--explain", is_flag=True, help="With --dry-run: where each value came from.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
 @click.option("--detach", is_flag=True, help="Submit and return; for launchers slurm and ray.")
 @click.option("-q", "--quiet", is_flag=True, help="Show only the end and what went wrong.")
 @click.option(
@@ -31,6 +33,8 @@ from dtrain.cli import options as shared
 def command(
     job: str,
     dry_run: bool,
+    explain: bool,
+    as_json: bool,
     detach: bool,
     quiet: bool,
     array: tuple[str, ...],
@@ -43,6 +47,8 @@ def command(
     """
     from dtrain.cli.plan import show
 
+    if (explain or as_json) and (array or not dry_run):
+        raise click.UsageError("--explain and --json are of --dry-run for one run")
     if array:
         from dtrain.cli import array as arrays
 
@@ -54,7 +60,7 @@ def command(
         raise click.UsageError("--at-once is for runs of an --array, and there is none")
     prepared = shared.prepare(job, options)
     if dry_run:
-        show(prepared, as_json=False, explain=False)
+        show(prepared, as_json, explain)
         return 0
     return start(prepared, quiet, detach)
 

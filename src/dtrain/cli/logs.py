@@ -52,8 +52,11 @@ def command(
         return _follow(found, view, newer)
     view.show_history()
     if not view.seen and (rank or node):
-        have = sorted(found.rank_logs(number))
-        raise RunNotFound(f"attempt {number} of {found.id} has no such log; ranks: {have}")
+        logs = found.rank_logs(number)
+        have = f"ranks: {sorted(logs)}"
+        if node:
+            have = f"nodes: {sorted({of_node for of_node, _ in logs.values()})}; {have}"
+        raise RunNotFound(f"attempt {number} of {found.id} has no such log; {have}")
     return 0
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
-from dtrain.errors import DtrainError
+from dtrain.console import out
+from dtrain.errors import EXIT_FAILURE, DtrainError
 
 # name → (module, one line of help). The lines stand here so that `dtrain --help` imports no
 # command, no pydantic and no torch: it is the first thing that anybody tries.
@@ -32,6 +36,14 @@ _COMMANDS = {
 
 class _LazyGroup(click.Group):
     """A group that imports a command when it is called."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _readers_may_leave():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _readers_may_leave():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -57,6 +69,18 @@ class _LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@contextlib.contextmanager
+def _readers_may_leave() -> Iterator[None]:
+    """End like any program whose reader has left, as in `dtrain logs | head -1`; click says 1."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        if not out.is_gone(error):
+            raise
+        out.give_up()
+        raise click.exceptions.Exit(128 + signal.SIGPIPE) from None
 
 
 def _version(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
@@ -88,6 +112,7 @@ def cli() -> None:
 
 def main(argv: list[str] | None = None) -> Any:
     """Run the command line; errors meant for people are printed without a traceback."""
+    out.open_closed()
     try:
         status = cli.main(args=argv, standalone_mode=False)
     except click.ClickException as error:
@@ -96,6 +121,20 @@ def main(argv: list[str] | None = None) -> Any:
     except click.exceptions.Abort:
         sys.exit(130)
     except DtrainError as error:
-        click.echo(f"dtrain: {error}" if "\n" not in str(error) else str(error), err=True)
+        _complain(f"dtrain: {error}" if "\n" not in str(error) else str(error))
         sys.exit(error.exit_code)
+    except OSError as error:
+        if out.is_gone(error):
+            out.give_up()
+            _complain(f"dtrain: cannot print: {error.strerror}")
+        elif error.filename is not None:
+            _complain(f"dtrain: {error.filename}: {error.strerror}")
+        else:
+            raise
+        sys.exit(EXIT_FAILURE)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be gone as well
+        click.echo(text, err=True)

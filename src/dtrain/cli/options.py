@@ -50,8 +50,10 @@ _LAUNCHER_OPTIONS = (
 
 _SIZE_OPTIONS = (
     click.option("--nodes", "--nnodes", metavar="N|MIN:MAX", help="Number of nodes."),
-    click.option("--gpus", metavar="N", help="GPUs per node; 0 trains on the CPU."),
-    click.option("--procs", "--nproc-per-node", metavar="N", help="Processes per node."),
+    click.option("--gpus", "--gpus-per-node", metavar="N",
+                 help="GPUs per node; 0 trains on the CPU."),
+    click.option("--procs", "--nproc-per-node", "--procs-per-node", metavar="N",
+                 help="Processes per node."),
     click.option("--strategy", metavar="NAME", help="How processes share the work."),
     click.option("--max-restarts", metavar="N", help="Restarts of failed workers."),
     click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE",
@@ -141,10 +143,15 @@ def _script_job(path: str) -> str | None:
     if not path.endswith(".py"):
         return None
     from dtrain.errors import UsageError
+    from dtrain.job.source import does_nothing
     from dtrain.job.yamlfile import dump_yaml
 
     if not Path(path).is_file():
         raise UsageError(f"there is no script {path}")
+    if does_nothing(Path(path)):
+        beside = Path(path).with_name("job.yaml")
+        name = str(beside) if beside.is_file() else "the job.yaml that names its task"
+        raise UsageError(f"{path} does nothing when it is run, it only defines; launch {name}")
     return dump_yaml({"name": Path(path).stem, "script": Path(path).name})
 
 
@@ -152,13 +159,14 @@ def prepare_again(run: RunDir, options: dict[str, Any]) -> Prepared:
     """An existing run and flags → a plan for its next attempt; errors as for `prepare`."""
     from dtrain.job.load import load_job
     from dtrain.job.profile import load_profile
-    from dtrain.launchers import base
+    from dtrain.launchers import base, told
     from dtrain.plan import LaunchPlan
 
     before = LaunchPlan.read(run)
     job_dir = job_dir_of(before)
     profile = load_profile(before.profile, job_dir)
-    job = load_job(run.resolved, options["overrides"], {}, written_flags(options), job_dir=job_dir)
+    inherited = told.accepted_job(run)
+    job = load_job(inherited, options["overrides"], {}, written_flags(options), job_dir=job_dir)
     job = base.with_secrets(job, run)
     given = {k: v for k, v in options.items() if v is not None and (v or k not in before.options)}
     options = {**before.options, **given}

@@ -10,32 +10,47 @@ from dtrain.cli import options as shared
 from dtrain.cli.finding import find
 
 if TYPE_CHECKING:
+    from dtrain.launchers.base import State
     from dtrain.rundir import RunDir
 
 
 @click.command("resume")
 @shared.run_argument
 @shared.size_options
+@click.option("--dry-run", "--dryrun", is_flag=True, help="Show the plan and start nothing.")
 @click.option("-q", "--quiet", is_flag=True, help="Show only the end and what went wrong.")
-def command(run: str, quiet: bool, **options: Any) -> int:
+def command(run: str, dry_run: bool, quiet: bool, **options: Any) -> int:
     """Go on with RUN (an id, a unique prefix, or `last`) from its newest good checkpoint.
 
     The run goes on as it was launched; flags change what they name, as its size.
     """
     from dtrain.cli.launch import start
+    from dtrain.cli.plan import show
+    from dtrain.launchers import base
 
     found = find(run, options["runs"])
-    _check(found, options)
-    return start(shared.prepare_again(found, options), quiet)
+    state = _check(found, options)
+    prepared = shared.prepare_again(found, options)
+    spec = prepared.job.spec
+    _refuse_to_end_before(found, spec.train.steps if spec.script is None else None)
+    if dry_run:
+        show(prepared, as_json=False, explain=False)
+        return 0
+    if state == "lost":
+        base.conclude_lost(found)
+    return start(prepared, quiet)
 
 
-def _check(run: RunDir, options: dict[str, Any]) -> None:
-    """Refuse what makes no sense; of several commands, one a node, only node 0's decides."""
+def _check(run: RunDir, options: dict[str, Any]) -> State | None:
+    """The run's state; refuse what makes no sense.
+
+    Of several commands, one a node, only node 0's decides.
+    """
     from dtrain.errors import UsageError
     from dtrain.launchers import base
 
     if options["node_rank"] not in (None, "0"):
-        return
+        return None
     state, _ = base.state_of(run)
     if state == "running":
         raise UsageError(f"run {run.id} is still going; `dtrain cancel {run.id}` ends it")
@@ -43,5 +58,17 @@ def _check(run: RunDir, options: dict[str, Any]) -> None:
         raise UsageError(
             f"run {run.id} has finished; to train on, give it a new end, as --set train.epochs=20"
         )
-    if state == "lost":
-        base.conclude_lost(run)
+    return state
+
+
+def _refuse_to_end_before(run: RunDir, end: int | None) -> None:
+    """Refuse an end that the newest checkpoint is past; the workers see to one given in epochs."""
+    from dtrain.errors import UsageError
+
+    names = (path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*"))
+    newest = max((int(name) for name in names if name.isdigit()), default=0)
+    if end is not None and end < newest:
+        raise UsageError(
+            f"run {run.id} has a checkpoint of step {newest}, which is past train.steps={end}; "
+            "give it a later end"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,7 @@ def command(html: str | None, as_json: bool, **options: Any) -> int:  # fmt: ski
     """
     from dtrain.verify.session import Session
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # there are folders to clear away
     with Session(**options) as session:
         report = _quietly(session) if as_json else _aloud(session)
     if as_json:

@@ -7,6 +7,13 @@ import click
 from dtrain.cli import options as shared
 from dtrain.cli.finding import find
 
+_STANDS = {
+    "succeeded": "it succeeded",
+    "running": "it is running",
+    "prepared": "it has not been started",
+    "failed": "nothing is known of that attempt",
+}
+
 
 @click.command("why")
 @shared.run_argument
@@ -16,7 +23,8 @@ from dtrain.cli.finding import find
 def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
     """Why RUN (an id, a unique prefix, or `last`) failed."""
     from dtrain.errors import RunNotFound
-    from dtrain.launchers import base
+    from dtrain.launchers import base, told
+    from dtrain.launchers.base import Result
     from dtrain.node import verdict
 
     found = find(run, runs)
@@ -25,7 +33,11 @@ def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
         raise RunNotFound(f"run {found.id} has no attempt {attempt or 0}; it has {attempts}")
     number = attempts[-1] if attempt is None else attempt
     verdicts = verdict.read(found, number) or verdict.judge(found, number)
-    state = base.state_of(found)[0] if number == attempts[-1] else "failed"
+    if number == attempts[-1]:
+        state = base.state_of(found)[0]
+    else:
+        result = Result.read(found, number)
+        state = "failed" if result is None else result.state
     failed = state in ("failed", "lost") and verdicts is not None
     if as_json:
         shared.print_json(verdicts.to_json() if failed and verdicts else None)
@@ -33,5 +45,7 @@ def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
         click.echo(verdict.render(verdicts, found))
     elif state == "lost":
         click.echo(f"run {found.id} was ended from outside: its launcher was killed")
+    elif state == "cancelled":
+        click.echo(told.how_stopped(found, number))
     else:
-        click.echo(f"run {found.id} has not failed: it is {state}")
+        click.echo(f"run {found.id} has not failed: {_STANDS[state]}")

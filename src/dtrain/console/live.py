@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dtrain import rundir
+from dtrain.console import out
 from dtrain.console.fold import LineFolder
 from dtrain.console.tail import Follower
 from dtrain.node.failures import FAILURE_CLOSE, FAILURE_OPEN, is_collateral
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _FOLD_WINDOW_S = 0.3
+_WIDEST_BAR = 100
 _SERIOUS = re.compile(r"^\d{4}-\d\d-\d\d \S+ (WARNING|ERROR|CRITICAL) ")
 # On a console the time is now, and what is said at INFO needs no level and no module.
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\d \S+ (INFO \S+: )?")
@@ -132,10 +134,11 @@ class LiveConsole:
 
     def _print(self, text: str) -> None:
         text = text.removeprefix("[rank 0] ")  # it speaks for all
-        if self._bar is not None:
+        if self._bar is None:
+            out.say(text)
+            return
+        with out.unless_gone():
             self._bar.print(text)
-        else:
-            print(text, flush=True)
 
 
 class _Bar:
@@ -145,6 +148,8 @@ class _Bar:
         from rich.console import Console
 
         self._console = Console(highlight=False)
+        if self._console.width > _WIDEST_BAR:
+            self._console.width = _WIDEST_BAR  # lines above it are not wrapped, see `print`
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 

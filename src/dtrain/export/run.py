@@ -15,6 +15,7 @@ from dtrain.errors import CheckpointError, UsageError
 from dtrain.export import formats
 from dtrain.export.model import Trained, trained_model
 from dtrain.job.spec import JobSpec
+from dtrain.launchers.told import accepted_job
 from dtrain.plan import LaunchPlan
 from dtrain.remote.checkpoints import RemoteCheckpoints
 from dtrain.rundir import RunDir
@@ -80,7 +81,7 @@ def export(run: RunDir, to: str, step: int | None = None, output: Path | None = 
 
 def _model(run: RunDir, state: dict[str, Any]) -> Trained:
     plan = LaunchPlan.read(run)
-    spec = JobSpec.model_validate(yaml.safe_load(run.resolved.read_text()))
+    spec = JobSpec.model_validate(yaml.safe_load(accepted_job(run).read_text()))
     if not spec.task:
         raise UsageError("this run is of a script, which knows its model alone: --to safetensors")
     return trained_model(spec, plan.code_dir or plan.job_dir, state)

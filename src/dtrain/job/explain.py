@@ -16,6 +16,7 @@ from dtrain.job.units import found
 from dtrain.job.written import Keys, Written, did_you_mean, dotted, suggest
 
 _EXPECTED = {
+    "string_too_short": "some text",
     "string_type": "text",
     "dict_type": "a section of `name: value` lines",
     "model_type": "a section of `name: value` lines",

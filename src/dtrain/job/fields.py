@@ -32,6 +32,9 @@ Size = Annotated[
 Text = Annotated[str, BeforeValidator(refuse_yaml_boolean)]
 """A string; explains when YAML has read `yes`, `no`, `on`, `off` as a boolean."""
 
+Name = Annotated[str, Field(min_length=1), BeforeValidator(refuse_yaml_boolean)]
+"""A string that is not empty."""
+
 EnvText = Annotated[Text, WithJsonSchema({"type": ["string", "number"]})]
 """A variable's value; the job loader keeps a bare number letter by letter."""
 

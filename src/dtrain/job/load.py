@@ -161,6 +161,8 @@ def _override(text: str) -> tuple[Written | None, list[Problem]]:
     """`train.epochs=3` as a value at its field."""
     field, equals, value = text.partition("=")
     keys = tuple(field.strip().split("."))
+    if keys[0] != "args" and keys[:2] != ("launch", "env"):  # there the names are the user's own
+        keys = tuple(key.replace("-", "_") for key in keys)
     shown = field if field.startswith("launch.env.") else text  # it may be a secret
     place = Place(f"--set {shown}")
     if not equals or not all(keys):

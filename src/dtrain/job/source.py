@@ -254,3 +254,24 @@ def is_installed(module: str) -> bool:
     """Whether a module's package is installed; a mere folder of that name is none."""
     spec = importlib.util.find_spec(module.partition(".")[0])
     return spec is not None and spec.origin is not None
+
+
+_DEFINES = (ast.Import, ast.ImportFrom, ast.Pass, *Definition.__args__)
+
+
+def does_nothing(path: Path) -> bool:
+    """Whether a file that is run only imports and defines things; False when it is no Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            body = ast.parse(path.read_bytes()).body
+        except SyntaxError:
+            return False
+    return all(isinstance(each, _DEFINES) or _is_constant(each) for each in body)
+
+
+def _is_constant(statement: ast.stmt) -> bool:
+    """Whether this is a text, or names a value that nothing is called for."""
+    if not isinstance(statement, ast.Expr | ast.Assign | ast.AnnAssign):
+        return False
+    return not any(isinstance(node, ast.Call | ast.Await) for node in ast.walk(statement))

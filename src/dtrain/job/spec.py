@@ -23,6 +23,7 @@ from dtrain.job.fields import (
     Duration,
     EnvText,
     InjectionText,
+    Name,
     Natural,
     NonNegative,
     Positive,
@@ -217,7 +218,7 @@ class LaunchSpec(Model):
 class JobSpec(Model):
     """A task, its arguments, and how it is trained. Says nothing of any cluster."""
 
-    name: Text
+    name: Name
     """Name of the run; the run directory is `runs/<name>-<id>`."""
     task: Text
     """`file.py:Class`, relative to job.yaml, or `package.module:Class`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -14,10 +15,11 @@ import yaml
 
 from dtrain import catalog, procs, rundir, snapshot
 from dtrain import plan as plans
-from dtrain.errors import LaunchError, PlanError
+from dtrain.errors import LaunchError, PlanError, UsageError
 from dtrain.job.load import LoadedJob
 from dtrain.job.spec import JobSpec
 from dtrain.job.yamlfile import dump_yaml
+from dtrain.launchers import told
 from dtrain.plan import Facts, LaunchPlan
 from dtrain.remote import runs as remote
 from dtrain.rundir import RunDir
@@ -85,15 +87,7 @@ class Handle:
     @classmethod
     def of_this_process(cls, plan: LaunchPlan) -> Handle:
         """A handle that names this process as the driver."""
-        pid = os.getpid()
-        return cls(
-            launcher=plan.launcher,
-            attempt=plan.attempt,
-            host=socket.gethostname(),
-            pid=pid,
-            identity=procs.identity(pid),
-            started=time.time(),
-        )
+        return cls(plan.launcher, plan.attempt, started=time.time(), **procs.this_process())
 
     @classmethod
     def read(cls, run: RunDir) -> Handle | None:
@@ -104,6 +98,15 @@ class Handle:
     def write(self, run: RunDir) -> None:
         """Write handle.json."""
         rundir.write_json(run.handle, asdict(self))
+
+    def claim(self, run: RunDir) -> None:
+        """Write handle.json, of several processes only one; FileExistsError for the others."""
+        aside = run.handle.with_name(f".{run.handle.name}.{secrets.token_hex(8)}")
+        rundir.write_json(aside, asdict(self))
+        try:
+            os.link(aside, run.handle)  # a rename would replace what another has just written
+        finally:
+            aside.unlink()
 
     def is_alive(self) -> bool:
         """Whether the driver still runs. From another host that cannot be seen: True there."""
@@ -142,30 +145,47 @@ def load(name: str) -> Launcher:
     return launcher
 
 
-def prepare(plan: LaunchPlan, job: JobSpec, job_text: str) -> None:
+def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None = None) -> None:
     """Write the run directory: everything that nodes and workers will read.
 
+    Args:
+        plan: the launch.
+        job: what is trained.
+        job_text: job.yaml as given.
+        handle: of who is to drive the run, written before all else: of several launches with
+            one run id only one gets any further.
+
     Raises:
+        UsageError: this is a new launch, and the run exists; nothing is written.
         PlanError: the URL of runs cannot be written to, or the job's secrets would stand there.
         LaunchError: it cannot be written; says which folder and why.
     """
-    run = plan.run
+    run, is_new = plan.run, plan.attempt == 0
     if plan.run_url:
         _refuse_secrets(job, job_text)
         remote.begin(run, plan.run_url)
     run.create()
-    secrets = plans.secrets(job)
+    if is_new and _exists(plan):
+        raise _run_exists(run)
+    hidden = plans.secrets(job)
     shown = job.model_copy(
         update={"launch": job.launch.model_copy(update={"env": plans.masked(job.launch.env)})}
     )
     try:
+        if handle is not None:
+            handle.claim(run) if is_new else handle.write(run)
         run.attempt(plan.attempt).mkdir(parents=True, exist_ok=True)
-        rundir.write_atomic(run.job, job_text, mode=0o600 if secrets else 0o644)
-        rundir.write_atomic(run.resolved, dump_yaml(shown.said()))
+        rundir.write_atomic(run.job, job_text, mode=0o600 if hidden else 0o644)
         rundir.write_json(run.plan, plan.to_json())
-        if secrets:
-            rundir.write_atomic(run.secret_env, json.dumps(secrets), mode=0o600)
+        if hidden:
+            rundir.write_atomic(run.secret_env, json.dumps(hidden), mode=0o600)
+        for path in (run.resolved_of(plan.attempt), run.resolved):  # the last makes it a run
+            rundir.write_atomic(path, dump_yaml(shown.said()))
+    except FileExistsError:
+        raise _run_exists(run) from None
     except OSError as error:
+        if handle is not None and is_new:
+            run.handle.unlink(missing_ok=True)  # nothing was started
         raise LaunchError(
             f"cannot write the run directory {run.path}: {error.strerror}; "
             "choose another place with --runs DIR"
@@ -181,6 +201,22 @@ def _refuse_secrets(job: JobSpec, job_text: str) -> None:
         )
 
 
+def _exists(plan: LaunchPlan) -> bool:
+    """Whether a run of this id was launched before, by a command or by hand.
+
+    Of several commands, one a node, only node 0's can tell another launch from its own.
+    """
+    if not plan.is_of_node_zero:
+        return Result.read(plan.run, 0) is not None
+    return Handle.read(plan.run) is not None or told.has_trained(plan.run)
+
+
+def _run_exists(run: RunDir) -> UsageError:
+    return UsageError(
+        f"run {run.id} exists; go on with: dtrain resume {run.id}, or give another --run-id"
+    )
+
+
 def keep_code(plan: LaunchPlan) -> None:
     """Take the snapshot of the code, once a run; while the nodes import torch, so it costs nothing.
 
@@ -194,14 +230,19 @@ def state_of(run: RunDir) -> tuple[State, Result | None]:
     """How the newest attempt of a run stands."""
     handle = Handle.read(run)
     if handle is None:
-        return "prepared", None
+        from dtrain.launchers import by_hand
+
+        return by_hand.state_of(run)
     result = Result.read(run, newest_attempt(run))
     if result is not None:
         return result.state, result
     if load(handle.launcher).is_running(run):
         return "running", None
     result = Result.read(run, newest_attempt(run))  # written by whoever saw the end first
-    return ("lost" if result is None else result.state), result
+    if result is None:
+        run.secret_env.unlink(missing_ok=True)  # whoever would have removed it was killed
+        return "lost", None
+    return result.state, result
 
 
 def newest_attempt(run: RunDir) -> int:
@@ -241,8 +282,7 @@ def next_attempt(run: RunDir) -> int:
 
     Where node 0 has begun it already, it is the one that is going.
     """
-    handle = Handle.read(run)
-    if handle is None:
+    if Handle.read(run) is None and not told.has_trained(run):
         return 0
     newest = newest_attempt(run)
     return newest if state_of(run)[0] == "running" else newest + 1

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from dtrain import catalog, rundir
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
-from dtrain.launchers import base
+from dtrain.launchers import base, told
 from dtrain.launchers.base import Handle, Launch, Result, State
 from dtrain.node import failures, verdict
 from dtrain.node.failures import FailureRecord
@@ -90,36 +90,35 @@ def drive(
     signal N. With `detach` 0 once it is started, by a launcher that can go on without us.
 
     Raises:
+        UsageError: there is such a run already.
         LaunchError: the launch cannot be started.
     """
-    base.prepare(plan, job, job_text)
-    with remote.kept(plan.run, console.say, only=_answered_for(plan)):
-        return _drive(plan, console, detach)
-
-
-def _drive(plan: LaunchPlan, console: Console, detach: bool) -> int:
-    run = plan.run
     started = time.time()
-    console.begin(_opening(plan))
-    if plan.is_of_node_zero:
-        Handle.of_this_process(plan).write(run)
     with stop_requests() as stop:
-        launch = _start(plan, started)
-        if detach:
-            base.keep_code(plan)
-            console.close()
-            console.say(f"submitted; `dtrain logs --follow {run.id}` shows it")
-            return 0
-        try:
-            base.keep_code(plan)
-            code = _follow(plan, launch, stop, console)
-        except DtrainError as error:  # found out by the launcher's own process
-            refused(plan, error, started)
-            raise
-        finally:
-            launch.kill()
-            console.close()
-    plan = replace(plan, attempt=base.newest_attempt(run))
+        handle = Handle.of_this_process(plan) if plan.is_of_node_zero else None
+        base.prepare(plan, job, job_text, handle)
+        with remote.kept(plan.run, console.say, only=_answered_for(plan)):
+            return _drive(plan, console, stop, started, detach)
+
+
+def _drive(plan: LaunchPlan, console: Console, stop: Stop, started: float, detach: bool) -> int:
+    console.begin(_opening(plan))
+    launch = _start(plan, started)
+    if detach:
+        base.keep_code(plan)
+        console.close()
+        console.say(f"submitted; `dtrain logs --follow {plan.run_id}` shows it")
+        return 0
+    try:
+        base.keep_code(plan)
+        code = _follow(plan, launch, stop, console)
+    except DtrainError as error:  # found out by the launcher's own process
+        refused(plan, error, started)
+        raise
+    finally:
+        launch.kill()
+        console.close()
+    plan = replace(plan, attempt=base.newest_attempt(plan.run))
     state, code = _conclude(plan, code, stop, console)
     if state == "succeeded":
         console.say(_closing(plan, time.time() - started))
@@ -145,9 +144,7 @@ def settle(plan: LaunchPlan, code: int, started: float, *, cancelled: bool = Fal
         started: when the launch began.
         cancelled: whether someone had asked for the end.
     """
-    state, judged = _judge(plan, code, cancelled)
-    if judged is not None:
-        code = judged.exit_code
+    state, code, _ = _judge(plan, code, cancelled)
     finish(plan, Result(state, code, started, time.time()), print_nothing)
     remote.push(plan.run, LAUNCH)
 
@@ -233,27 +230,35 @@ def _conclude(plan: LaunchPlan, code: int, stop: Stop, console: Console) -> tupl
         console.say(f"stopped by {name}; the run is in {plan.run_url or run.path}")
         console.say(f"go on with: dtrain resume {run.id}")
         return "cancelled", 128 + stop.signal
-    state, found = _judge(plan, code)
+    state, code, found = _judge(plan, code)
     if state == "cancelled":
-        console.say(f"{run.id} was asked to stop from elsewhere")
-    if found is None:
-        return state, code
-    console.say(verdict.render(found, run))
-    return state, found.exit_code
+        console.say(told.how_stopped(run, plan.attempt))
+    if found is not None:
+        console.say(verdict.render(found, run))
+    return state, code
 
 
-def _judge(plan: LaunchPlan, code: int, cancelled: bool = False) -> tuple[State, Verdict | None]:
-    """What an exit code means, and who is to blame for a failure, which is kept for `why`."""
+def _judge(
+    plan: LaunchPlan, code: int, cancelled: bool = False
+) -> tuple[State, int, Verdict | None]:
+    """What an exit code means, and who is to blame for a failure, which is kept for `why`.
+
+    The exit code comes back as the run's: all ranks may end with 0 because one of them was asked
+    to leave, and a rank that failed knows better than its node.
+    """
     if code == 0:
-        return "succeeded", None
+        stopped = told.stopped(plan.run, plan.attempt)
+        if stopped is None:
+            return "succeeded", 0, None
+        return "cancelled", told.exit_code(stopped), None
     judged = verdict.judge(plan.run, plan.attempt)
     asked = code - 128 in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     if cancelled or (judged is None and asked):
-        return "cancelled", None
+        return "cancelled", code, None
     found = judged or verdict.Verdict(_unexplained(plan, code))
     with contextlib.suppress(OSError):  # a full disk is often why we are here
         verdict.write(plan.run, plan.attempt, found)
-    return "failed", found
+    return "failed", found.exit_code, found
 
 
 def _unexplained(plan: LaunchPlan, code: int) -> FailureRecord:

@@ -93,7 +93,8 @@ class NodeProcess:
 
     def poll(self) -> int | None:
         """See `Launch.poll`."""
-        return self._process.poll()
+        code = self._process.poll()
+        return code if code is None or code >= 0 else 128 - code
 
     def stop(self) -> None:
         """See `Launch.stop`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from dtrain.errors import DtrainError
@@ -69,14 +69,16 @@ def drive_array(
     plans = [element.plan for element in elements]
     tell = drive.print_nothing if quiet else say
     started = time.time()
-    for element in elements:
-        base.prepare(element.plan, element.job, element.job_text)
-        replace(Handle.of_this_process(element.plan), identity=None).write(element.plan.run)
-        tell(f"{element.plan.run_id}: {element.chosen}")
+    written: list[LaunchPlan] = []
     try:
+        for element in elements:
+            handle = Handle.of_this_process(element.plan)  # until the array is submitted
+            base.prepare(element.plan, element.job, element.job_text, handle)
+            written.append(element.plan)
+            tell(f"{element.plan.run_id}: {element.chosen}")
         launches = launcher.start_array(plans, at_once)
     except DtrainError as error:
-        for plan in plans:
+        for plan in written:
             drive.refused(plan, error, started)
         raise
     if detach:

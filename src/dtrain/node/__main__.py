@@ -45,6 +45,8 @@ def main() -> None:
     if not arguments.node_rank:
         _log_in(RunDir(arguments.run_dir))
     plan = LaunchPlan.read(RunDir(arguments.run_dir))
+    if arguments.attempt is None and len(arguments.node_rank or ()) == plan.nodes:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)  # no other node waits to be told
     if arguments.attempt is not None:
         plan = plan.placed(**read_json(RayDir(plan.run).placement(arguments.attempt)))
         inherited = _without_ray(inherited)

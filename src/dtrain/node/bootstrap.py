@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from dtrain import catalog, rundir
+from dtrain import catalog, procs, rundir
 from dtrain.callring import Ring
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
@@ -46,6 +46,7 @@ def run_worker(run: RunDir, ring: Ring | None = None) -> int:
     """
     ranks = RankInfo.from_env()
     faulthandler.enable()
+    _tell(run, ranks, "worker_started", process=procs.this_process())
     status = 1
     try:
         status = _train(run, ranks, ring)
@@ -53,7 +54,18 @@ def run_worker(run: RunDir, ring: Ring | None = None) -> int:
         status = _last_words(error, run, ranks)
     # os._exit skips these, and experiment trackers send their last data in them
     atexit._run_exitfuncs()
+    _tell(run, ranks, "worker_ended", exit_code=status)
     return status
+
+
+def _tell(run: RunDir, ranks: RankInfo, event: str, **facts: Any) -> None:
+    """By hand there is no agent: rank 0 tells that it has begun, and how it has ended."""
+    if ranks.is_rank_zero and not _has_agent():
+        rundir.note_event(run, event, restart=ranks.restart, **facts)
+
+
+def _has_agent() -> bool:
+    return "DTRAIN_NODE_NAME" in os.environ
 
 
 def _train(run: RunDir, ranks: RankInfo, ring: Ring | None) -> int:
@@ -62,7 +74,7 @@ def _train(run: RunDir, ranks: RankInfo, ring: Ring | None) -> int:
     attempt = int(os.environ.get(rundir.ATTEMPT_VARIABLE, plan.attempt))
     if spec.script is not None:
         return _run_script(plan, spec, ring)
-    setup_logging(run, ranks, attempt, own_file="DTRAIN_NODE_NAME" not in os.environ)
+    setup_logging(run, ranks, attempt, own_file=not _has_agent())
     torch.set_num_threads(plan.threads_per_proc)
     stop = _stop_on_signals()
     device = _device(plan, ranks)

@@ -67,6 +67,10 @@ class _Agent:
     status: int | None = None
 
 
+class _AskedToStop(BaseException):
+    """Ends the imports for workers that will not be started."""
+
+
 class ForkServer:
     """Forks agents and workers of one host, and reaps them."""
 
@@ -88,6 +92,7 @@ class ForkServer:
         self._run_agent = run_agent
         self._agents: list[_Agent] = []
         self._stop_signal: int | None = None
+        self._is_importing = False
         self.is_superseded: Callable[[], bool] = lambda: False
         """Asked now and then: whether the launch has begun again without us."""
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -107,7 +112,8 @@ class ForkServer:
         if listen_fd is not None:
             os.close(listen_fd)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)
-        self._import_for_workers()
+        with contextlib.suppress(_AskedToStop):
+            self._import_for_workers()
         while any(agent.status is None for agent in self._agents):
             self._wait()
             self._reap()
@@ -118,6 +124,10 @@ class ForkServer:
         return max(agent.status or 0 for agent in self._agents)
 
     def _import_for_workers(self) -> None:
+        """Import what workers need, unless we are asked to stop: then there will be none."""
+        self._is_importing = True
+        if self._stop_signal is not None:
+            raise _AskedToStop
         plan = self.plan
         targets = [catalog.find("trainer", plan.trainer)]
         if plan.strategy != catalog.OWN:
@@ -131,6 +141,7 @@ class ForkServer:
         gc.collect()
         gc.freeze()
         _require_one_thread(plan.preload)
+        self._is_importing = False
 
     # -- agents ------------------------------------------------------------------------------
 
@@ -160,6 +171,9 @@ class ForkServer:
         for agent in self._agents:
             if agent.status is None:
                 kill_group(agent.pid, sig)
+        if self._is_importing:
+            self._is_importing = False
+            raise _AskedToStop
 
     # -- the loop ----------------------------------------------------------------------------
 
@@ -231,6 +245,8 @@ class ForkServer:
                     break  # it has ended; the next reap says how
                 if request is None:
                     break
+                if "start" in request and self.asked_to_stop:
+                    continue  # its agent has been asked too, and what workers need is not here
                 if "start" in request:
                     started = [self._fork_worker(agent, worker) for worker in request["start"]]
                     _send(agent.channel, {"started": started})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import TensorDataset
 
-from dtrain.errors import CheckpointError
+from dtrain.errors import CheckpointError, DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.train.data.permutation import PERMUTATION_VERSION
 from dtrain.train.data.placement import Position
@@ -59,9 +60,13 @@ class Progress:
             if saved["data"].get(key) != value
         ]
         if changed:
-            raise CheckpointError(
-                f"it is of other data ({'; '.join(changed)}), so its position means nothing here"
-            )
+            back = [
+                f"--set {field}={json.dumps(saved['data'][key])}"
+                for key, field in _FIELDS.items()
+                if key in saved["data"] and saved["data"][key] != data.get(key)
+            ]
+            mend = f"with {' '.join(back)} it fits" if back else "its position means nothing here"
+            raise CheckpointError(f"it is of other data ({'; '.join(changed)}); {mend}")
         return cls(
             step=saved["step"],
             position=Position(saved["epoch"], saved["consumed"]),
@@ -70,6 +75,27 @@ class Progress:
             predicted_step=saved.get("predicted_step"),
             stopped_early=saved["stopped_early"],
             feed=saved.get("feed", {}),
+        )
+
+
+_FIELDS = {"seed": "seed", "shuffle": "data.shuffle"}
+"""What of a data's identity is written in job.yaml, and where."""
+
+
+def refuse_to_end_before(step: int, end: int | None) -> None:
+    """Refuse a course that a checkpoint is past.
+
+    Args:
+        step: of the checkpoint; 0 without one.
+        end: the last step of the course; None when nobody knows it.
+
+    Raises:
+        DtrainError: it ends before.
+    """
+    if end is not None and step > end:
+        raise DtrainError(
+            f"the checkpoint is of step {step}, and the training is to end after step {end}; give "
+            "it a later end, as --set train.epochs=20, or launch a new run"
         )
 
 

@@ -22,7 +22,7 @@ from dtrain.train.strategies.base import Strategy
 from dtrain.train.trainers.callbacks import Callbacks
 from dtrain.train.trainers.evaluation import Evaluators
 from dtrain.train.trainers.predictions import Predictions, predicts
-from dtrain.train.trainers.progress import Progress, Schedule
+from dtrain.train.trainers.progress import Progress, Schedule, refuse_to_end_before
 from dtrain.train.trainers.report import Report
 from dtrain.train.trainers.saving import Saver
 from dtrain.train.trainers.setup import (
@@ -62,6 +62,7 @@ class Training:
         self._saver = Saver(context, self._parts, self.callbacks, identity, events)
         resumed = self._saver.resume()
         self._progress = resumed or Progress()
+        refuse_to_end_before(self._progress.step, self._data.course.total_steps)
         self._data.load_state_dict(self._progress.feed)
         self._strategy.prepare(self._parts.loss)
         subject = self._parts.subject(lambda: position_numbers(self._progress))

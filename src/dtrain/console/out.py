@@ -1,0 +1,49 @@
+"""Where lines for people go, and what happens when nobody takes them any more."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+
+_STDOUT = 1
+_GONE = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
+
+
+def say(text: str) -> None:
+    """Print a line, for who has more to do than to print; see `unless_gone`."""
+    with unless_gone():
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def unless_gone() -> Iterator[None]:
+    """Print in here what may be lost: a training does not end because nobody reads on.
+
+    When the console is gone or full, this and all that is printed later is dropped.
+    """
+    try:
+        yield
+    except OSError:
+        give_up()
+
+
+def give_up() -> None:
+    """Let what is printed from now on, and what is in the buffers still, go nowhere."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, _STDOUT)
+    os.close(sink)
+
+
+def is_gone(error: OSError) -> bool:
+    """Whether an error is of the console, which has no name, and not of a file."""
+    return error.filename is None and error.errno in _GONE
+
+
+def open_closed() -> None:
+    """Where we were started with a closed stdout or stderr, let what is printed go nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as we live

@@ -1,0 +1,50 @@
+"""How a run stands that no command of ours drives: its workers were started by hand."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from dtrain import rundir
+from dtrain.launchers import told
+from dtrain.launchers.base import Handle, Result, State
+from dtrain.node import failures, verdict
+from dtrain.plan import LaunchPlan
+from dtrain.rundir import RunDir
+
+_ATTEMPT = 0  # by hand there is only one
+
+
+def state_of(run: RunDir) -> tuple[State, Result | None]:
+    """The state by what rank 0 has told of itself, and by the failure records of all ranks."""
+    started, ended = _newest(run, "worker_started"), _newest(run, "worker_ended")
+    if started is None:
+        return "prepared", None
+    if ended is not None and ended["time"] < started["time"]:
+        ended = None  # it was started again, by torchrun or by hand
+    state, code = _judge(run, started, ended)
+    if state == "running":
+        return state, None
+    run.secret_env.unlink(missing_ok=True)
+    if state == "lost":
+        return state, None
+    return state, Result(state, code, started["time"], (ended or {"time": time.time()})["time"])
+
+
+def _judge(run: RunDir, started: dict[str, Any], ended: dict[str, Any] | None) -> tuple[State, int]:
+    """The state, and the exit code of what has ended."""
+    if ended is not None and ended["exit_code"] == 0:
+        stopped = told.stopped(run, _ATTEMPT)
+        return ("succeeded", 0) if stopped is None else ("cancelled", told.exit_code(stopped))
+    found = verdict.judge(run, _ATTEMPT)
+    newest = max((each.time for each in failures.read_all(run, _ATTEMPT)), default=0.0)
+    if found is not None and newest > started["time"]:
+        again = found.restarts < LaunchPlan.read(run).max_restarts
+        return ("running", 0) if again else ("failed", found.exit_code)
+    process = Handle("torchrun", _ATTEMPT, started=started["time"], **started["process"])
+    return ("running" if process.is_alive() else "lost"), 1
+
+
+def _newest(run: RunDir, kind: str) -> dict[str, Any] | None:
+    events = [event for event in rundir.read_lines(run.events) if event["event"] == kind]
+    return events[-1] if events else None

@@ -1,0 +1,62 @@
+"""What the training has told of itself: the events that rank 0 writes."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from dtrain import rundir
+from dtrain.rundir import RunDir
+
+_TRAINING = ("training_started", "stopped", "finished")
+_BEGUN = ("training_started", "worker_started")
+
+
+def last_word(run: RunDir, attempt: int) -> dict[str, Any] | None:
+    """The newest event of an attempt's training; None of a script, and before it has begun."""
+    return next((e for e in reversed(_events(run)) if e["attempt"] == attempt), None)
+
+
+def stopped(run: RunDir, attempt: int) -> dict[str, Any] | None:
+    """The event of a training that was asked to leave before its end; None of any other."""
+    word = last_word(run, attempt)
+    return word if word is not None and word["event"] == "stopped" else None
+
+
+def exit_code(stopped: dict[str, Any]) -> int:
+    """That of a training that left because of a signal."""
+    known = signal.Signals.__members__
+    return 128 + known.get(stopped["reason"], signal.SIGTERM)
+
+
+def how_stopped(run: RunDir, attempt: int) -> str:
+    """What people are told of an attempt that was asked to leave."""
+    event = stopped(run, attempt)
+    who = "from elsewhere" if event is None else f"by {event['reason']} to rank {event['rank']}"
+    after = "" if event is None else f" after step {event['step']}"
+    return f"{run.id} was asked to stop {who}{after}\ngo on with: dtrain resume {run.id}"
+
+
+def accepted_job(run: RunDir) -> Path:
+    """The resolved job of the last attempt that trained, or else of the newest.
+
+    One that was refused, because its checkpoint is of other data, must not be what the next
+    inherits. A batch job makes further attempts with the job that it was given.
+    """
+    trained = max((event["attempt"] for event in _events(run)), default=None)
+    kept = (
+        run.resolved_of(each)
+        for each in reversed(run.attempts())
+        if trained is None or each <= trained
+    )
+    return next((path for path in kept if path.exists()), run.resolved)
+
+
+def has_trained(run: RunDir) -> bool:
+    """Whether a training, or a worker by hand, has begun in this run."""
+    return any(event["event"] in _BEGUN for event in rundir.read_lines(run.events))
+
+
+def _events(run: RunDir) -> list[dict[str, Any]]:
+    return [event for event in rundir.read_lines(run.events) if event["event"] in _TRAINING]

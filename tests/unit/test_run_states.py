@@ -1,0 +1,137 @@
+"""One launch for each run id, and how a run stands by what it has left behind."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain import procs, rundir
+from dtrain.errors import LaunchError, UsageError
+from dtrain.job.spec import JobSpec
+from dtrain.launchers import base, told
+from dtrain.launchers.base import Handle, Result
+from dtrain.node.failures import FailureRecord
+from dtrain.plan import Facts, LaunchPlan, make_plan
+
+TRAIN = {"epochs": 1, "global_batch_size": 8}
+JOB = JobSpec.model_validate({"name": "digits", "task": "task.py:T", "train": TRAIN})
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> LaunchPlan:
+    facts = Facts("digits-abc", str(tmp_path), "python3", "laptop", cores=8, free_port=16000)
+    made = make_plan(
+        JOB, job_dir="/job", launcher="local", profile="local", options={}, facts=facts
+    )
+    return base.load("local").complete(made, facts)
+
+
+def launch(plan: LaunchPlan, text: str = "name: digits\n") -> None:
+    base.prepare(plan, JOB, text, Handle.of_this_process(plan))
+
+
+def test_of_launches_at_once_with_one_id_one_goes_on(plan: LaunchPlan) -> None:
+    texts = [f"name: digits # {number}\n" for number in range(8)]
+    with ThreadPoolExecutor(len(texts)) as threads:
+        launches = {text: threads.submit(launch, plan, text) for text in texts}
+    refusals = {text: each.exception() for text, each in launches.items()}
+    (winner,) = [text for text, refusal in refusals.items() if refusal is None]
+    assert plan.run.job.read_text() == winner
+    for text in set(texts) - {winner}:
+        assert isinstance(refusals[text], UsageError)
+        assert "go on with: dtrain resume digits-abc" in str(refusals[text])
+
+
+def test_a_plan_may_be_written_before_and_a_further_attempt_follows(plan: LaunchPlan) -> None:
+    base.prepare(plan, JOB, "name: digits\n")
+    launch(plan)
+    launch(replace(plan, attempt=1))
+    with pytest.raises(UsageError):
+        launch(plan)
+
+
+def test_another_node_of_the_same_launch_is_not_refused(plan: LaunchPlan) -> None:
+    launch(plan)
+    other = replace(plan, options={"node_rank": 1})
+    base.prepare(other, JOB, "name: digits\n")
+    Result("succeeded", 0, 0.0, 1.0).write(plan.run, 0)
+    with pytest.raises(UsageError, match="digits-abc exists"):
+        base.prepare(other, JOB, "name: digits\n")
+
+
+def test_a_launch_that_could_not_be_written_leaves_the_id_free(plan: LaunchPlan) -> None:
+    plan.run.plan.mkdir(parents=True)  # so that it cannot be a file
+    with pytest.raises(LaunchError, match="cannot write the run directory"):
+        launch(plan)
+    plan.run.plan.rmdir()
+    launch(plan)
+
+
+def test_a_run_that_was_started_by_hand_is_not_launched_over(plan: LaunchPlan) -> None:
+    base.prepare(plan, JOB, "name: digits\n")
+    rundir.note_event(plan.run, "training_started", attempt=0)
+    with pytest.raises(UsageError, match="digits-abc exists"):
+        launch(plan)
+
+
+def tell(plan: LaunchPlan, event: str, **facts: Any) -> None:
+    """As rank 0 does when its worker was started by hand."""
+    rundir.note_event(plan.run, event, attempt=0, restart=0, **facts)
+
+
+def fail(plan: LaunchPlan) -> None:
+    record = FailureRecord("exit", "sys.exit(3)", 3, 0, "here", rank=1, time=time.time())
+    record.write(plan.run, 0)
+
+
+def state(plan: LaunchPlan) -> tuple[str, int | None]:
+    found, result = base.state_of(plan.run)
+    return found, None if result is None else result.exit_code
+
+
+def test_the_state_of_a_run_by_hand_is_what_it_tells(plan: LaunchPlan) -> None:
+    base.prepare(plan, JOB, "name: digits\n")
+    plan.run.secret_env.touch()
+    assert state(plan) == ("prepared", None)
+    tell(plan, "worker_started", process=procs.this_process())
+    tell(plan, "training_started")
+    assert state(plan) == ("running", None)
+    assert plan.run.secret_env.exists()
+    fail(plan)
+    assert state(plan) == ("failed", 3)
+    assert not plan.run.secret_env.exists()
+    gone = {**procs.this_process(), "identity": "of a process that has ended"}
+    tell(plan, "worker_started", process=gone)  # the same line was typed again
+    assert state(plan) == ("lost", None)
+    tell(plan, "stopped", reason="SIGINT", rank=0, step=3)
+    tell(plan, "worker_ended", exit_code=0)
+    assert state(plan) == ("cancelled", 130)
+    tell(plan, "worker_started", process=gone)
+    tell(plan, "finished")
+    tell(plan, "worker_ended", exit_code=0)
+    assert state(plan) == ("succeeded", 0)
+
+
+def test_a_failure_by_hand_that_torchrun_restarts_is_not_the_end(plan: LaunchPlan) -> None:
+    base.prepare(replace(plan, max_restarts=1), JOB, "name: digits\n")
+    tell(plan, "worker_started", process=procs.this_process())
+    fail(plan)
+    tell(plan, "worker_ended", exit_code=1)
+    assert state(plan) == ("running", None)
+
+
+def test_what_the_next_attempt_inherits_is_of_the_last_that_trained(plan: LaunchPlan) -> None:
+    run = plan.run
+    launch(plan)
+    assert told.accepted_job(run) == run.resolved_of(0)
+    launch(replace(plan, attempt=1))
+    assert told.accepted_job(run) == run.resolved_of(1)  # none has trained: what was tried last
+    tell(plan, "training_started")
+    assert told.accepted_job(run) == run.resolved_of(0)
+    rundir.note_event(run, "training_started", attempt=3)  # a batch job has made it by itself
+    assert told.accepted_job(run) == run.resolved_of(1)
