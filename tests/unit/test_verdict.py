@@ -51,6 +51,44 @@ def test_a_victim_that_died_first_is_not_the_culprit(run: RunDir, message: str) 
     assert found.collateral == [0]
 
 
+TIMEOUT = "Application timeout caused pair closure"
+
+
+def test_who_did_not_come_is_the_culprit_not_who_waited(run: RunDir) -> None:
+    frame = Frame("/home/me/task.py", 7, "loss", "lock.acquire()")
+    message = "did not come to the collective that the others waited for (10 s)"
+    record(0, message=TIMEOUT, time=1.0).write(run, 0)
+    record(1, kind="absent", type="", message=message, frames=[frame], time=2.0).write(run, 0)
+    record(2, message=COLLATERAL[0], time=1.0).write(run, 0)
+    record(3, kind="absent", type="", message=message, collateral=True).write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert (found.culprit.rank, found.collateral) == (1, [0, 2, 3])
+    text = verdict.render(found, run)
+    assert text.startswith(f"FAILED: rank 1 on node 0 (node-0) {message}")
+    assert "/home/me/task.py:7 in loss\n    lock.acquire()" in text
+
+
+def test_who_still_ran_is_not_blamed_for_what_another_did(run: RunDir) -> None:
+    record(0, message=TIMEOUT, time=1.0).write(run, 0)
+    record(1, kind="absent", message="did not come", time=2.0).write(run, 0)
+    record(3, time=3.0).write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert (found.culprit.rank, found.collateral) == (3, [0])
+
+
+def test_nobody_is_blamed_when_all_waited(run: RunDir) -> None:
+    record(0, message=COLLATERAL[0], time=1.0).write(run, 0)
+    record(1, message=TIMEOUT, time=2.0).write(run, 0)
+    record(2, kind="absent", message="did not come", collateral=True, time=2.0).write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert (found.culprit.rank, found.collateral) == (None, [0, 1, 2])
+    head = "FAILED: the ranks waited for one another in a collective until it timed out"
+    assert verdict.render(found, run).startswith(head)
+
+
 def test_the_earliest_of_several_causes(run: RunDir) -> None:
     for rank, when in ((0, 3.0), (1, 1.0), (2, 2.0)):
         record(rank, time=when, message=f"boom {rank}").write(run, 0)
