@@ -17,6 +17,7 @@ from typing import Any
 
 from dtrain import catalog, ports, rundir
 from dtrain.errors import PlanError
+from dtrain.job.injection import parse_injection
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import scrubbed
 from dtrain.rundir import RunDir
@@ -189,12 +190,13 @@ def make_plan(
     min_nodes, nodes = launch.nodes
     problem = catalog.pair_problem(job.trainer, job.strategy, nodes)
     if problem:
-        raise PlanError(problem)
+        raise PlanError(problem, ("strategy", "trainer", "launch.nodes"))
     procs, replicas = _processes(job)
     world_sizes = [procs * count for count in range(min_nodes, nodes + 1)]
     problem = catalog.shard_problem(job.strategy, job.train.virtual_shards, world_sizes)
     if problem:
-        raise PlanError(problem)
+        raise PlanError(problem, (*_SIZES, "strategy"))
+    _refuse_absent_ranks(job, procs * nodes, facts.attempt)
     threads = _threads(launcher, options, facts.cores, nodes, procs * replicas)
     run = RunDir(os.path.join(facts.runs, facts.run_id))
     return LaunchPlan(
@@ -235,6 +237,20 @@ def make_plan(
     )
 
 
+_SIZES = ("launch.procs_per_node", "launch.gpus_per_node", "launch.nodes")
+
+
+def _refuse_absent_ranks(job: JobSpec, world_size: int, attempt: int) -> None:
+    """A fault on purpose is on a rank that there is; only the first attempt has any."""
+    for fault in map(parse_injection, [] if attempt else job.checks.inject):
+        if fault.rank >= world_size:
+            ranks = f"{world_size} ranks, 0 to {world_size - 1}" if world_size > 1 else "rank 0"
+            raise PlanError(
+                f"{fault.kind} on rank {fault.rank}: there will be only {ranks}",
+                ("checks.inject",),
+            )
+
+
 def _processes(job: JobSpec) -> tuple[int, int]:
     """(processes per node, replicas per process) of a job."""
     launch = job.launch
@@ -242,7 +258,8 @@ def _processes(job: JobSpec) -> tuple[int, int]:
     if launch.gpus_per_node and asked and asked > launch.gpus_per_node:
         raise PlanError(
             f"{asked} processes per node cannot share {launch.gpus_per_node} GPUs; "
-            f"use --procs {launch.gpus_per_node} or leave it out"
+            f"use --procs {launch.gpus_per_node} or leave it out",
+            _SIZES,
         )
     wanted = asked or launch.gpus_per_node or 1
     strategy = catalog.STRATEGIES.get(job.strategy)
@@ -252,7 +269,8 @@ def _processes(job: JobSpec) -> tuple[int, int]:
         if wanted > 1:
             raise PlanError(
                 f"strategy 'single' is one process, not {wanted}; use 'ddp', or leave out "
-                "--procs and --gpus"
+                "--procs and --gpus",
+                (*_SIZES, "strategy"),
             )
         return 1, 1
     return 1, wanted

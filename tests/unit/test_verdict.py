@@ -151,6 +151,15 @@ def test_the_block_has_at_most_15_lines(run: RunDir) -> None:
     assert "rank-00003.log" in text
 
 
+def test_what_another_try_would_meet_again_is_not_to_be_resumed(run: RunDir) -> None:
+    record(1).write(run, 0)
+    record(0, time=1.0, type="UsageError", message="no such parameter").write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert "resume" not in verdict.render(found, run)
+    assert "resume" in verdict.render(verdict.Verdict(record(1)), run)
+
+
 def test_kept_and_read_back(run: RunDir) -> None:
     record(1, frames=[Frame("a.py", 1, "f", "g()")]).write(run, 0)
     found = verdict.judge(run, 0)

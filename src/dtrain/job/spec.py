@@ -29,6 +29,7 @@ from dtrain.job.fields import (
     Seed,
     Text,
 )
+from dtrain.job.injection import late_faults
 from dtrain.job.lightning import lightning_problems
 from dtrain.job.loggers import LOGGER_SCHEMA, LoggerEntry, checked_logger
 from dtrain.job.script import SCRIPT_FIELDS, completed, meaningless
@@ -287,6 +288,7 @@ def cross_problems(job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
     if isinstance(micro, int | float) and isinstance(batch, int | float) and micro > batch:
         text = f"{micro} samples per forward pass are more than global_batch_size, {batch}"
         problems.append((("train", "micro_batch_size"), text))
+    problems += late_faults(job)
     during = [evaluation.get("every_steps"), evaluation.get("every_epochs")]
     if train.get("early_stopping") is not None and during == [None, None]:
         text = "needs evaluations during training; give eval.every_steps or eval.every_epochs"

@@ -18,6 +18,8 @@ from dtrain.rundir import RunDir
 
 MAX_LINES = 15
 _WIDTH = 110
+_NOT_TO_RESUME = ("UsageError", "NeverMadeError")
+"""Errors that another try makes again."""
 _VICTIM = 2
 """Guilt of a rank that failed because another did."""
 
@@ -147,7 +149,8 @@ def render(verdict: Verdict, run: RunDir) -> str:
         tail.append(f"  {_rank_list(verdict.collateral)} {what}")
     if verdict.restarts:
         tail.append(f"  restarts: {verdict.restarts}, all that were allowed")
-    tail.append(f"  more: dtrain logs {run.id}{_rank_flag(culprit)} · dtrain resume {run.id}")
+    resume = "" if culprit.type in _NOT_TO_RESUME else f" · dtrain resume {run.id}"
+    tail.append(f"  more: dtrain logs {run.id}{_rank_flag(culprit)}{resume}")
     return "\n".join([*head, *_body(culprit, MAX_LINES - len(head) - len(tail)), *tail])
 
 
