@@ -96,7 +96,7 @@ def late_faults(job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
     """Faults in steps that the training does not have: pairs of a field and a sentence."""
     train, checks = job["train"], job.get("checks")
     steps, texts = train.get("steps"), checks.get("inject") if isinstance(checks, Mapping) else None
-    problems = []
+    problems: list[tuple[tuple[str, ...], str]] = []
     for text in texts if isinstance(steps, int) and isinstance(texts, list) else []:
         with contextlib.suppress(ValueError, AttributeError):  # told where the field is checked
             fault = parse_injection(text)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from dtrain import recording, rundir
+from dtrain import catalog, recording, rundir
 from dtrain.errors import DtrainError, UsageError
 from dtrain.job.load import LoadedJob, load_job
 from dtrain.job.profile import LoadedProfile, load_profile
@@ -86,7 +87,7 @@ class Lab:
         self._path = Path(job).absolute()
         self._overrides = tuple(overrides)
         self._keep = None if keep is None else Path(keep).absolute()
-        self._made: Path | None = None
+        self._made: dict[str | None, Path] = {}
         self._recordings: dict[tuple[Pair, Wish], Recording | RunFailed] = {}
         self.steps = steps
         self.wish = Wish(max_train_samples=max_train_samples, max_eval_samples=max_eval_samples)
@@ -105,8 +106,8 @@ class Lab:
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        if self._made is not None:
-            shutil.rmtree(self._made, ignore_errors=True)
+        for folder in self._made.values():
+            shutil.rmtree(folder, ignore_errors=True)
 
     def check(self, pair: Pair) -> None:
         """Make sure that a pair can be planned; nothing is started or written.
@@ -140,7 +141,7 @@ class Lab:
 
     def _run(self, pair: Pair, wish: Wish) -> Recording | RunFailed:
         job, profile = self._load(pair)
-        run = RunDir(self._folder() / rundir.new_run_id(job.spec.name))
+        run = RunDir(self._folder(pair) / rundir.new_run_id(job.spec.name))
         ends = [self.steps] if pair.resume_after is None else [pair.resume_after, self.steps]
         try:
             for attempt, end in enumerate(ends):
@@ -184,13 +185,19 @@ class Lab:
         )
         return base.load(launcher).complete(plan, facts)
 
-    def _folder(self) -> Path:
-        """Where the runs go; made with the first."""
+    def _folder(self, pair: Pair) -> Path:
+        """Where the runs of a launcher go; made with the first.
+
+        The temporary folder is on this host alone: a cluster's nodes see the one we stand in, as
+        they see `runs`.
+        """
         if self._keep is not None:
             return self._keep
-        if self._made is None:
-            self._made = Path(tempfile.mkdtemp(prefix="dtrain-verify-"))
-        return self._made
+        fact = catalog.LAUNCHERS.get(pair.launcher)
+        where = os.getcwd() if fact is None or fact.allocates else None
+        if where not in self._made:
+            self._made[where] = Path(tempfile.mkdtemp(prefix="dtrain-verify-", dir=where))
+        return self._made[where]
 
 
 # What the checks would stop at, verify wants to see and name.
