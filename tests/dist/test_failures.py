@@ -136,7 +136,7 @@ def test_a_node_that_never_joins_is_named_before_the_timeout(tmp_path: Path) -> 
     assert process.returncode == 1
     assert "1/2 nodes joined" in output
     lines = block(output)
-    assert lines[0].startswith("FAILED: node 1 (")
+    assert lines[0].startswith("FAILED: node 1: node 1 ")
     assert "never joined: 1 of 2 nodes after 8 s" in lines[0]
 
 

@@ -196,6 +196,14 @@ def test_a_kill_with_the_kernel_short_of_memory_is_oom() -> None:
     assert failures.of_exit_status(3, out_of_memory=False, **place).exit_code == 3
 
 
+def test_words_for_a_node_without_a_name_and_for_an_end() -> None:
+    missing = record(None, kind="node_missing", node_rank=1, node="", message="node 1 never joined")
+    head = verdict.render(verdict.Verdict(missing), RunDir("x")).splitlines()[0]
+    assert head == "FAILED: node 1: node 1 never joined"
+    assert failures.how_it_ended(-9) == "was killed by SIGKILL"
+    assert failures.how_it_ended(3) == "ended with code 3"
+
+
 def test_a_record_that_cannot_be_written_is_kept_aside(
     run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -221,6 +221,11 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+def how_it_ended(status: int) -> str:
+    """`was killed by SIGKILL` or `ended with code 3`, of a status that is negative for signals."""
+    return f"was killed by {signal_name(-status)}" if status < 0 else f"ended with code {status}"
+
+
 def oom_kills() -> int:
     """How many processes the kernel has killed for want of memory since it started."""
     try:

@@ -180,12 +180,17 @@ def _headline(culprit: FailureRecord) -> str:
     if culprit.kind == "timeout":
         return f"FAILED: {culprit.message}"
     if culprit.rank is None:
-        return f"FAILED: node {culprit.node_rank} ({culprit.node}): {_first_line(culprit.message)}"
-    where = f"rank {culprit.rank} on node {culprit.node_rank} ({culprit.node})"
+        return f"FAILED: {_node_of(culprit)}: {_first_line(culprit.message)}"
+    where = f"rank {culprit.rank} on {_node_of(culprit)}"
     if culprit.kind == "exception":
         return f"FAILED: {where} raised {culprit.type}"
     colon = "" if culprit.kind == "absent" else ":"
     return f"FAILED: {where}{colon} {_first_line(culprit.message)}"
+
+
+def _node_of(culprit: FailureRecord) -> str:
+    """`node 1 (name)`; a node that never came may have no name."""
+    return f"node {culprit.node_rank}" + (f" ({culprit.node})" if culprit.node else "")
 
 
 def _body(culprit: FailureRecord, room: int) -> list[str]:
