@@ -18,6 +18,7 @@ from dtrain.job.source import Source
 from dtrain.job.spec import JobSpec
 from dtrain.job.units import parse_nodes
 from dtrain.job.written import Place, Written, did_you_mean, dotted, shown_path
+from dtrain.task import REQUIRED
 
 
 def outside_problems(root: Written, folder: Path) -> list[Problem]:
@@ -170,6 +171,7 @@ def _class_problems(root: Written, place: Place, file: Path, name: str) -> Itera
             catalog.TRAINERS["lightning"].strategies
         )
         yield place.problem("task", f"{name} is a LightningModule; it needs {near}")
+    yield from _method_problems(source, name, shown)
     yield from _argument_problems(root, source, name)
 
 
@@ -182,6 +184,17 @@ def _readable(file: Path, place: Place, field: str) -> tuple[Source | None, list
         return None, [spot.problem("", f"the {field}'s file is not Python: {error.msg}")]
     except (OSError, ValueError) as error:
         return None, [place.problem(field, f"{shown} cannot be read: {error}")]
+
+
+def _method_problems(source: Source, name: str, shown: str) -> Iterator[Problem]:
+    """What a class that is visibly meant as a task lacks of one."""
+    members = source.members(name)
+    missing = [method for method in REQUIRED if members is not None and method not in members]
+    if members is not None and 0 < len(missing) < len(REQUIRED):
+        node = source.definitions[name][0]
+        lacks = " and ".join(f"{method}()" for method in missing)
+        message = f"class {name} has no {lacks}; a task needs {', '.join(REQUIRED)}"
+        yield Place(shown, node.lineno, node.col_offset + 1).problem("", message)
 
 
 def _argument_problems(root: Written, source: Source, name: str) -> Iterator[Problem]:

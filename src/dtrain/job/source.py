@@ -38,6 +38,13 @@ class Source:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the user's own literals: "\d" and the like
             tree = ast.parse(path.read_bytes())
+        words = {getattr(n, name, "") for n in ast.walk(tree) for name in ("attr", "id", "name")}
+        self._is_plain = not words & _DYNAMIC
+        self._attributes = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        }
         self.definitions: dict[str, list[Definition]] = {}
         self.origins: dict[str, str] = {}
         """Name → what it was imported from, as `dtrain.Task`."""
@@ -90,6 +97,31 @@ class Source:
             for each in above
         )
 
+    def members(self, name: str) -> set[str] | None:
+        """What a class may have of its own, beside what `Task` has; None when nobody can tell."""
+        found = self.definitions.get(name, [])
+        if len(found) != 1 or not isinstance(found[0], ast.ClassDef) or not self._is_plain:
+            return None
+        node = found[0]
+        if node.keywords or not all(_is_dataclass(each) for each in node.decorator_list):
+            return None
+        members = self._attributes | _names_in(node)
+        for base in node.bases:
+            if self._origin(base) in _WITHOUT_CONSTRUCTOR:
+                continue
+            above = ast.unparse(base)
+            before = all(other.lineno < node.lineno for other in self.definitions.get(above, []))
+            inherited = self.members(above) if before else None
+            if inherited is None:
+                return None
+            members |= inherited
+        return members
+
+    def _origin(self, base: ast.expr) -> str:
+        """What a base class is, as `dtrain.Task`."""
+        first, _, rest = ast.unparse(base).partition("[")[0].partition(".")
+        return f"{self.origins.get(first, first)}{'.' + rest if rest else ''}"
+
     def arguments(self, name: str) -> Arguments | None:
         """What calling this name takes; None when it cannot be told from this file alone."""
         found = self.definitions.get(name, [])
@@ -117,9 +149,7 @@ class Source:
         """The constructor of the first base that has one."""
         for base in node.bases:
             name = ast.unparse(base).partition("[")[0]
-            first, _, rest = name.partition(".")
-            origin = f"{self.origins.get(first, first)}{'.' + rest if rest else ''}"
-            if origin in _WITHOUT_CONSTRUCTOR:
+            if self._origin(base) in _WITHOUT_CONSTRUCTOR:
                 continue
             before = all(other.lineno < node.lineno for other in self.definitions.get(name, []))
             arguments = self.arguments(name) if before else None  # or A(B), B(A) would not end
@@ -127,6 +157,9 @@ class Source:
                 return arguments
         return Arguments()
 
+
+_DYNAMIC = {"setattr", "vars", "__dict__", "__getattr__", "__getattribute__", "exec"}
+"""Words by which a class may get methods that cannot be seen."""
 
 _WITHOUT_CONSTRUCTOR = {
     "object",
@@ -148,6 +181,21 @@ def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _statements(getattr(statement, block, []))
         for handler in getattr(statement, "handlers", []):
             yield from _statements(handler.body)
+
+
+def _names_in(node: ast.ClassDef) -> set[str]:
+    """Every name that a class's body may bind."""
+    names: set[str] = set()
+    for statement in _statements(node.body):
+        if isinstance(statement, Definition):
+            names.add(statement.name)
+            continue
+        for part in ast.walk(statement):
+            if isinstance(part, ast.alias):
+                names.add((part.asname or part.name).partition(".")[0])
+            elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                names.add(part.id)
+    return names
 
 
 def _is_dataclass(decorator: ast.expr) -> bool:
