@@ -168,7 +168,7 @@ class Lab:
         result = Result.read(run, attempt)
         if result is not None and result.state == "cancelled":
             raise Stopped("stopped")
-        return "\n".join(console.said)
+        return _said("\n".join(console.said), stays=self._keep is not None)
 
     def _plan(
         self, spec: JobSpec, profile: LoadedProfile, run_id: str, runs: str | Path, attempt: int
@@ -196,8 +196,20 @@ class Lab:
         fact = catalog.LAUNCHERS.get(pair.launcher)
         where = os.getcwd() if fact is None or fact.allocates else None
         if where not in self._made:
-            self._made[where] = Path(tempfile.mkdtemp(prefix="dtrain-verify-", dir=where))
+            try:
+                self._made[where] = Path(tempfile.mkdtemp(prefix="dtrain-verify-", dir=where))
+            except OSError as error:
+                why = f"{error.strerror}: {error.filename}"
+                raise UsageError(f"no place for the runs ({why}); say one: --keep DIR") from None
         return self._made[where]
+
+
+def _said(text: str, *, stays: bool) -> str:
+    """A verdict without the ways to a run that will be gone when it is read."""
+    if stays:
+        return text
+    lines = [line for line in text.splitlines() if not line.startswith(("  log: ", "  more: "))]
+    return "\n".join([*lines, "  more: `--keep DIR` keeps the run and its logs"])
 
 
 # What the checks would stop at, verify wants to see and name.
