@@ -28,7 +28,7 @@ _LINE = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>
 
 def answer() -> None:
     """Answer from now on, in this process and in those that it forks."""
-    faulthandler.register(SIGNAL, all_threads=False)
+    faulthandler.register(SIGNAL, file=2, all_threads=False)
 
 
 def ask(logs: Iterable[Path], send: Callable[[], None]) -> dict[Path, list[Frame]]:

@@ -57,7 +57,6 @@ class Injector:
         self._waiting = [fault for fault in faults if fault.rank == self._rank]
         self._step = 0
         self._names: list[str] = []
-        self._armed = False
 
     def seeded(self, context: TrainContext) -> TrainContext:
         """The context, with another seed where that is the fault."""
@@ -87,7 +86,7 @@ class Injector:
             subject.optimizer.register_step_pre_hook(lambda *_: self._before_update(subject))
         for fault in self._waiting:
             if fault.kind in ("skip-collective", "swap-collectives"):
-                CHAIN.tamper = _Tamper(self, fault)
+                CHAIN.tamper = _Tamper(self, fault.kind)
 
     def step_begins(self, step: int) -> None:
         """Before the first forward of a step, counted from 1."""
@@ -97,9 +96,8 @@ class Injector:
         """After the last step: an error on all ranks if a fault was never made on one."""
         if not self._faults:
             return
-        held = CHAIN.tamper.unfinished() if isinstance(CHAIN.tamper, _Tamper) else []
         CHAIN.tamper = None
-        refuse_unmade([*self._waiting, *held], last_step, self._rank)
+        refuse_unmade(self._waiting, last_step, self._rank)
 
     def between_steps(self, subject: Subject) -> None:
         """After a step and its checks: make faults in what stays."""
@@ -212,14 +210,10 @@ class _NaNBackward(torch.autograd.Function):
 class _Tamper:
     """Leaves out a collective of the task's, or makes it change places with the next."""
 
-    def __init__(self, injector: Injector, fault: Injection) -> None:
+    def __init__(self, injector: Injector, kind: str) -> None:
         self._injector = injector
-        self._fault = fault
+        self._kind = kind
         self._held: Callable[[], Any] | None = None
-
-    def unfinished(self) -> list[Injection]:
-        """The fault, if a collective still waits for the one to change places with."""
-        return [] if self._held is None else [self._fault]
 
     def __call__(self, users: bool, call: Callable[[], Any]) -> Any:
         if not users:
@@ -229,8 +223,8 @@ class _Tamper:
             result = call()
             held()
             return result
-        if self._injector.due(self._fault.kind):
-            if self._fault.kind == "swap-collectives":
+        if self._injector.due(self._kind):
+            if self._kind == "swap-collectives":
                 self._held = call
             return None
         return call()

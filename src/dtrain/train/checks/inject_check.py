@@ -95,10 +95,8 @@ def _unmade(fault: Injection, last_step: int) -> str:
     why = f"nothing came by in step {fault.step} in which it could be made"
     if fault.step > last_step:
         why = f"training ended after step {last_step}"
-    elif fault.kind == "skip-collective":
+    elif fault.kind in ("skip-collective", "swap-collectives"):
         why = f"the task called no collective itself in step {fault.step}"
-    elif fault.kind == "swap-collectives":
-        why = f"the task did not call two collectives itself from step {fault.step} on"
     return f"--inject {fault.kind}: never made on rank {fault.rank}: {why}"
 
 
