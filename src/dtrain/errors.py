@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +68,24 @@ class JobError(DtrainError):
 
 
 class PlanError(DtrainError):
-    """The job is well formed but cannot be launched as asked."""
+    """The job is well formed but cannot be launched as asked.
+
+    Args:
+        message: what does not go together, and what would.
+        fields: dotted fields of the job that it is about, first the one to change.
+    """
 
     exit_code = EXIT_USAGE
+
+    def __init__(self, message: str, fields: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.fields = tuple(fields)
+
+    def placed(self, sources: Mapping[str, str]) -> PlanError:
+        """The error with the place where the first of its fields that is written stands."""
+        places = [sources.get(field, "default") for field in self.fields]
+        place = next((place for place in places if place != "default"), None)
+        return PlanError(f"{place}: {self}") if place else self
 
 
 class RunNotFound(DtrainError):

@@ -8,7 +8,6 @@ run directory.
 from __future__ import annotations
 
 import os
-import re
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,18 +16,16 @@ from typing import Any
 
 from dtrain import catalog, ports, rundir
 from dtrain.errors import PlanError
+from dtrain.job.injection import parse_injection
 from dtrain.job.spec import JobSpec
-from dtrain.ranks import scrubbed
 from dtrain.remote.place import is_url
 from dtrain.remote.runs import staging
 from dtrain.rundir import RunDir
+from dtrain.variables import masked
 
 # Imports of a task's file that may be done once per node, before the fork: they start no thread
 # and do not look at RANK. Four ranks importing scikit-learn at once take 4 s on 2 cores.
 FORK_SAFE = ("PIL", "numpy", "scipy", "sklearn", "torchvision")
-
-SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
-MASK = "(set, not shown)"
 
 
 @dataclass(frozen=True)
@@ -201,12 +198,13 @@ def make_plan(
     min_nodes, nodes = launch.nodes
     problem = catalog.pair_problem(job.trainer, job.strategy, nodes)
     if problem:
-        raise PlanError(problem)
+        raise PlanError(problem, ("strategy", "trainer", "launch.nodes"))
     procs, replicas = _processes(job)
     world_sizes = [procs * count for count in range(min_nodes, nodes + 1)]
     problem = catalog.shard_problem(job.strategy, job.train.virtual_shards, world_sizes)
     if problem:
-        raise PlanError(problem)
+        raise PlanError(problem, (*_SIZES, "strategy"))
+    _refuse_absent_ranks(job, procs * nodes, facts.attempt)
     threads = _threads(launcher, options, facts.cores, nodes, procs * replicas)
     if facts.runs_url:
         problem = catalog.url_problem(launcher)
@@ -252,6 +250,20 @@ def make_plan(
     )
 
 
+_SIZES = ("launch.procs_per_node", "launch.gpus_per_node", "launch.nodes")
+
+
+def _refuse_absent_ranks(job: JobSpec, world_size: int, attempt: int) -> None:
+    """A fault on purpose is on a rank that there is; only the first attempt has any."""
+    for fault in map(parse_injection, [] if attempt else job.checks.inject):
+        if fault.rank >= world_size:
+            ranks = f"{world_size} ranks, 0 to {world_size - 1}" if world_size > 1 else "rank 0"
+            raise PlanError(
+                f"{fault.kind} on rank {fault.rank}: there will be only {ranks}",
+                ("checks.inject",),
+            )
+
+
 def _processes(job: JobSpec) -> tuple[int, int]:
     """(processes per node, replicas per process) of a job."""
     launch = job.launch
@@ -259,7 +271,8 @@ def _processes(job: JobSpec) -> tuple[int, int]:
     if launch.gpus_per_node and asked and asked > launch.gpus_per_node:
         raise PlanError(
             f"{asked} processes per node cannot share {launch.gpus_per_node} GPUs; "
-            f"use --procs {launch.gpus_per_node} or leave it out"
+            f"use --procs {launch.gpus_per_node} or leave it out",
+            _SIZES,
         )
     wanted = asked or launch.gpus_per_node or 1
     strategy = catalog.STRATEGIES.get(job.strategy)
@@ -269,7 +282,8 @@ def _processes(job: JobSpec) -> tuple[int, int]:
         if wanted > 1:
             raise PlanError(
                 f"strategy 'single' is one process, not {wanted}; use 'ddp', or leave out "
-                "--procs and --gpus"
+                "--procs and --gpus",
+                (*_SIZES, "strategy"),
             )
         return 1, 1
     return 1, wanted
@@ -295,18 +309,3 @@ def _preload(job: JobSpec, facts: Facts) -> tuple[str, ...]:
     if job.trainer == "lightning" and not any(name.startswith(catalog.LIGHTNING) for name in names):
         names.append(catalog.LIGHTNING[0])
     return tuple(names)
-
-
-def masked(env: Mapping[str, str]) -> dict[str, str]:
-    """An environment fit to be shown: values of names that look secret are left out."""
-    return {name: MASK if SECRET_NAME.search(name) else value for name, value in env.items()}
-
-
-def secrets(job: JobSpec) -> dict[str, str]:
-    """The variables of a job that are never shown, with their values."""
-    return {name: value for name, value in job.launch.env.items() if SECRET_NAME.search(name)}
-
-
-def inherited_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment that nodes inherit: ours, without what another launcher left in it."""
-    return scrubbed(os.environ if environ is None else environ)

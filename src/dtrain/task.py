@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     import torch
 
 
+REQUIRED = ("model", "train_dataset", "loss", "optimizer")
+"""Methods that every task has."""
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss as a sum and the weight it is the sum of.

@@ -86,16 +86,21 @@ class Case:
     culprit: int
     every: int
     mismatch: str = "stop"
+    steps: int = STEPS
+    place: str | None = None
+    """Where in a tensor, as `,param=…`; None: where the table's faults are."""
 
     def spec(self) -> JobSpec:
         """The job."""
         fault = f"kind={self.kind},rank={self.culprit},step={STEP}{self._place()}"
         checks = {"every": self.every, "inject": [fault], "on_mismatch": self.mismatch}
-        train = {"steps": STEPS, "global_batch_size": 48, "virtual_shards": 12}
+        train = {"steps": self.steps, "global_batch_size": 48, "virtual_shards": 12}
         job = {"name": "t", "task": "t:T", "strategy": self.strategy}
         return JobSpec.model_validate({**job, "train": train, "checks": checks})
 
     def _place(self) -> str:
+        if self.place is not None:
+            return self.place
         if self.kind == "nan-gradient":
             return ",param=first.weight"
         if self.kind not in TENSOR_KINDS:

@@ -97,6 +97,15 @@ def test_the_replicas_of_one_process_have_one_copy_that_is_watched(tmp_path: Pat
         check(case, ranks)
 
 
+def test_a_fault_as_it_is_by_default_stays_until_the_default_comparison(tmp_path: Path) -> None:
+    kinds = [kind for kind in KINDS if kind.startswith("flip-") and "buffer" not in kind]
+    cases = [Case("ddp", kind, 1, 50, steps=60, place="") for kind in kinds]
+    for ranks in outcomes(cases, 3, tmp_path):
+        assert "one model after step 0 and are not one model after step 50" in ranks[1].text, ranks
+        assert [each.collateral for each in ranks] == [True, False, True], ranks
+        assert re.search(r"parameters: first\.weight\[\d+, \d\] is", ranks[1].text), ranks
+
+
 def test_the_document_shows_what_is_caught() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "dist" / "faulty.py"],

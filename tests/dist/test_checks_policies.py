@@ -382,6 +382,8 @@ def test_an_injected_fault_ends_in_a_verdict(tmp_path: Path) -> None:
     [
         ("rank=1,kind=flip-parameter-bitt", "did you mean 'flip-parameter-bit'?"),
         ("rank=1", "kind missing"),
+        ("rank=2,kind=lr", "--inject: lr on rank 2: there will be only 2 ranks, 0 to 1"),
+        ("rank=1,kind=lr,step=999", "lr in step 999: the last is 12, of train.steps"),
     ],
 )
 def test_a_fault_that_cannot_be_meant_is_told_before_anything_starts(

@@ -91,6 +91,24 @@ def test_a_run_that_a_worker_left_is_not_finished_and_goes_on(tmp_path: Path) ->
     assert [step["step"] for step in metrics(run)] == list(range(1, 13))
 
 
+def test_a_rank_that_hangs_is_named_and_not_who_waited_for_it(tmp_path: Path) -> None:
+    """On another node, which hears only that the head has given up."""
+    done = dtrain(
+        "launch", "--nodes", "2", "--set", "args.misbehave=hang",
+        "--set", "launch.collective_timeout=10s", TINY, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = block(done.stdout)
+    assert lines[0] == (
+        "FAILED: rank 1 on node 1 (node-1) did not come to the collective that the others waited "
+        "for (10 s)"
+    )
+    assert len(lines) <= MAX_LINES
+    assert any("task.py" in line and "in wait_forever" in line for line in lines)
+    assert "  rank 0 failed with it" in lines
+    assert any(line.strip().startswith("log: ") and "rank-00001.log" in line for line in lines)
+
+
 def memory_cgroup() -> Path | None:
     """A place where this process may make memory cgroups."""
     for root in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")):
@@ -151,7 +169,7 @@ def test_a_node_that_never_joins_is_named_before_the_timeout(tmp_path: Path) -> 
     assert process.returncode == 1
     assert "1/2 nodes joined" in output
     lines = block(output)
-    assert lines[0].startswith("FAILED: node 1 (")
+    assert lines[0].startswith("FAILED: node 1: node 1 ")
     assert "never joined: 1 of 2 nodes after 8 s" in lines[0]
 
 

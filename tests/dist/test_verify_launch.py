@@ -84,6 +84,8 @@ def test_a_job_that_does_not_run_at_all(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.startswith("the job does not run as one process:\nFAILED: rank 0 ")
+    assert done.stderr.endswith("\n  more: `--keep DIR` keeps the run and its logs\n")
+    assert "log:" not in done.stderr  # it is gone
     assert "Traceback" not in done.stderr
 
 

@@ -10,7 +10,9 @@ import pytest
 from dtrain import catalog
 from dtrain.errors import JobError
 from dtrain.job.load import flag, load_job
-from dtrain.job.source import Arguments, Source, does_nothing
+from dtrain.job.script import does_nothing
+from dtrain.job.source import Arguments, Source
+from dtrain.task import REQUIRED
 
 JOB = "name: digits\ntask: {task}\ntrain:\n  epochs: 1\n  global_batch_size: 8\n"
 Check = Callable[..., list[str]]
@@ -178,6 +180,56 @@ def test_a_class_without_arguments(check: Check, tmp_path: Path) -> None:
     assert check(extra="args: {lr: 3}\n") == [
         "job.yaml:6:8: args.lr: Digits has no such argument; it takes none"
     ]
+
+
+TASK = "from dtrain import Task\n{0}class Digits({1}):\n    def model(self): ...\n{2}"
+REST = "".join(f"    def {name}(self, *args): ...\n" for name in REQUIRED[1:])
+
+
+@pytest.mark.parametrize(
+    ("above", "bases", "body", "missing"),
+    [
+        ("", "Task", REST, ""),
+        ("", "Task", "    loss = optimizer = train_dataset = model\n", ""),
+        ("", "Task", REST.replace("def loss", "def los"), "loss()"),
+        ("", "", "    def loss(self): ...\n", "train_dataset() and optimizer()"),
+        (f"class Base(Task):\n{REST}", "Base", "", ""),
+        ("class Base(Task):\n    pass\n", "Base", "", "train_dataset() and loss() and optimizer()"),
+        ("from elsewhere import Base\n", "Base", "", ""),
+        ("", "Task", "    def __getattr__(self, name): ...\n", ""),
+        ("", "Task", "    def __init__(self): setattr(self, 'loss', 1)\n", ""),
+        ("def wrap(c): return c\n@wrap\n", "Task", "", ""),
+        ("", "Task", f"    if True:\n    {REST.replace('    def', '        def', 3)[4:]}", ""),
+    ],
+)
+def test_a_task_without_a_method_that_all_have(
+    check: Check, tmp_path: Path, above: str, bases: str, body: str, missing: str
+) -> None:
+    text = TASK.format(above, bases, body)
+    (tmp_path / "task.py").write_text(text)
+    line = text[: text.index("class Digits")].count("\n") + 1
+    needs = "a task needs model, train_dataset, loss, optimizer"
+    told = [f"task.py:{line}:1: class Digits has no {missing}; {needs}"]
+    assert check() == (told if missing else [])
+
+
+# -- variables ---------------------------------------------------------------------------------
+
+
+def test_names_of_variables(check: Check) -> None:
+    message = "a variable's name is some text without `=`; found"
+    extra = "launch:\n  env:\n    A: 1\n    A=B: 2\n    '': 3\n"
+    assert check(extra=extra) == [
+        f"job.yaml:9:10: launch.env.A=B: {message} 'A=B'",
+        f"job.yaml:10:9: launch.env.: {message} ''",
+    ]
+    for field in ("launch.env.", "launch.env.A=B"):
+        with pytest.raises(JobError, match=message):
+            load_job("job.yaml", flags={field: flag("--env x", "1")})
+    check()
+    given = {"launch.env.A.B": flag("--env A.B", "1")}
+    job = load_job("job.yaml", ["launch.env.C.D=2"], flags=given)
+    assert job.spec.launch.env == {"A.B": "1", "C.D": "2"}
 
 
 FIELDS = """\

@@ -14,8 +14,9 @@ from dtrain import catalog
 from dtrain.errors import PlanError
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base
-from dtrain.plan import MASK, Facts, LaunchPlan, make_plan, masked, secrets
+from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.rundir import RunDir, write_json
+from dtrain.variables import MASK, masked, secret
 
 FACTS = Facts("digits-abc234", "/runs", "/usr/bin/python3", "laptop", cores=8, free_port=16000)
 
@@ -93,7 +94,7 @@ def test_secrets_are_shown_by_name_only() -> None:
     assert "s3cret" not in text
     assert "t0ken" not in text
     assert masked(env) == {"WANDB_API_KEY": MASK, "MY_TOKEN": MASK, "LEVEL": "3"}
-    assert secrets(spec) == {"WANDB_API_KEY": "s3cret", "MY_TOKEN": "t0ken"}
+    assert secret(env) == {"WANDB_API_KEY": "s3cret", "MY_TOKEN": "t0ken"}
 
 
 def test_torchrun_on_one_host_needs_no_options() -> None:

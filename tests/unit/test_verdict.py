@@ -51,6 +51,44 @@ def test_a_victim_that_died_first_is_not_the_culprit(run: RunDir, message: str) 
     assert found.collateral == [0]
 
 
+TIMEOUT = "Application timeout caused pair closure"
+
+
+def test_who_did_not_come_is_the_culprit_not_who_waited(run: RunDir) -> None:
+    frame = Frame("/home/me/task.py", 7, "loss", "lock.acquire()")
+    message = "did not come to the collective that the others waited for (10 s)"
+    record(0, message=TIMEOUT, time=1.0).write(run, 0)
+    record(1, kind="absent", type="", message=message, frames=[frame], time=2.0).write(run, 0)
+    record(2, message=COLLATERAL[0], time=1.0).write(run, 0)
+    record(3, kind="absent", type="", message=message, collateral=True).write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert (found.culprit.rank, found.collateral) == (1, [0, 2, 3])
+    text = verdict.render(found, run)
+    assert text.startswith(f"FAILED: rank 1 on node 0 (node-0) {message}")
+    assert "/home/me/task.py:7 in loss\n    lock.acquire()" in text
+
+
+def test_who_still_ran_is_not_blamed_for_what_another_did(run: RunDir) -> None:
+    record(0, message=TIMEOUT, time=1.0).write(run, 0)
+    record(1, kind="absent", message="did not come", time=2.0).write(run, 0)
+    record(3, time=3.0).write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert (found.culprit.rank, found.collateral) == (3, [0])
+
+
+def test_nobody_is_blamed_when_all_waited(run: RunDir) -> None:
+    record(0, message=COLLATERAL[0], time=1.0).write(run, 0)
+    record(1, message=TIMEOUT, time=2.0).write(run, 0)
+    record(2, kind="absent", message="did not come", collateral=True, time=2.0).write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert (found.culprit.rank, found.collateral) == (None, [0, 1, 2])
+    head = "FAILED: the ranks waited for one another in a collective until it timed out"
+    assert verdict.render(found, run).startswith(head)
+
+
 def test_the_earliest_of_several_causes(run: RunDir) -> None:
     for rank, when in ((0, 3.0), (1, 1.0), (2, 2.0)):
         record(rank, time=when, message=f"boom {rank}").write(run, 0)
@@ -113,6 +151,15 @@ def test_the_block_has_at_most_15_lines(run: RunDir) -> None:
     assert "rank-00003.log" in text
 
 
+def test_what_another_try_would_meet_again_is_not_to_be_resumed(run: RunDir) -> None:
+    record(1).write(run, 0)
+    record(0, time=1.0, type="UsageError", message="no such parameter").write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert "resume" not in verdict.render(found, run)
+    assert "resume" in verdict.render(verdict.Verdict(record(1)), run)
+
+
 def test_kept_and_read_back(run: RunDir) -> None:
     record(1, frames=[Frame("a.py", 1, "f", "g()")]).write(run, 0)
     found = verdict.judge(run, 0)
@@ -147,6 +194,14 @@ def test_a_kill_with_the_kernel_short_of_memory_is_oom() -> None:
     assert failures.of_exit_status(-9, out_of_memory=False, **place).message == "killed by SIGKILL"
     assert failures.of_exit_status(-11, out_of_memory=True, **place).exit_code == 139
     assert failures.of_exit_status(3, out_of_memory=False, **place).exit_code == 3
+
+
+def test_words_for_a_node_without_a_name_and_for_an_end() -> None:
+    missing = record(None, kind="node_missing", node_rank=1, node="", message="node 1 never joined")
+    head = verdict.render(verdict.Verdict(missing), RunDir("x")).splitlines()[0]
+    assert head == "FAILED: node 1: node 1 never joined"
+    assert failures.how_it_ended(-9) == "was killed by SIGKILL"
+    assert failures.how_it_ended(3) == "ended with code 3"
 
 
 def test_a_record_that_cannot_be_written_is_kept_aside(

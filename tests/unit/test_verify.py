@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
+from dtrain.cli.verify import command
 from dtrain.errors import PlanError, UsageError
 from dtrain.recording import RankLine, Recording, StepRecord, Tensors, Wish, Writer, read
 from dtrain.rundir import RunDir, append_line
@@ -21,7 +23,7 @@ from dtrain.verify import html, svg, text
 from dtrain.verify.compare import L2, Comparison, compare
 from dtrain.verify.findings import DATA, ENDED_EARLY, Finding, exact_findings
 from dtrain.verify.judge import Result
-from dtrain.verify.pairs import REFERENCE, Pair, all_pairs, chosen
+from dtrain.verify.pairs import REFERENCE, Pair, all_pairs, chosen, clusters_here
 from dtrain.verify.report import Report
 from dtrain.verify.session import Session
 
@@ -282,6 +284,32 @@ def test_which_trainer_a_job_is_compared_with(tmp_path: Path) -> None:
         Session(job, trainers=["lightning", "native"])
     with Session(TINY, overrides=["trainer=lightning"], strategies=["ddp"], procs=[2]) as session:
         assert [pair.name for pair in session.pairs] == ["ddp ×2"]
+
+
+def test_clusters_that_are_known_here_have_a_row_each(tmp_path: Path) -> None:
+    names = [pair.name for pair in all_pairs(64, 5, clusters=["slurm", "ray"])]
+    assert {"ddp ×2 by slurm", "ddp ×2 by ray"} <= set(names)
+    assert clusters_here({"PATH": str(tmp_path)}) == []
+    assert clusters_here({"PATH": str(tmp_path), "RAY_ADDRESS": "127.0.0.1:6379"}) == ["ray"]
+    sinfo = tmp_path / "sinfo"
+    for status, found in ((1, []), (0, ["slurm"])):
+        sinfo.write_text(f"#!/bin/sh\nexit {status}\n")
+        sinfo.chmod(0o755)
+        assert clusters_here({"PATH": str(tmp_path)}) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--html", "/nope/x.html", "job.yaml"], "no such folder: /nope"),
+        (["--gpus", "2", "job.yaml"], "--procs 2 says how many there are"),
+        (["job.yaml", "other.yaml"], "one job at a time"),
+    ],
+)
+def test_what_verify_cannot_do_is_told_before_it_trains(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(command, arguments)
+    assert done.exit_code == 2
+    assert message in done.output
 
 
 def choose(**asked: Any) -> list[str]:

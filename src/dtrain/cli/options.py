@@ -143,7 +143,7 @@ def _script_job(path: str) -> str | None:
     if not path.endswith(".py"):
         return None
     from dtrain.errors import UsageError
-    from dtrain.job.source import does_nothing
+    from dtrain.job.script import does_nothing
     from dtrain.job.yamlfile import dump_yaml
 
     if not Path(path).is_file():
@@ -194,6 +194,7 @@ def make(
     attempt: int = 0,
 ) -> LaunchPlan:
     """A plan complete with its commands; `PlanError` when the parts do not go together."""
+    from dtrain.errors import PlanError
     from dtrain.job.source import task_imports
     from dtrain.launchers import base
     from dtrain.plan import Facts, make_plan
@@ -205,15 +206,18 @@ def make(
     facts = Facts.gather(
         run_id, runs, attempt, task_imports(job.spec.script or job.spec.task, job_dir)
     )
-    plan = make_plan(
-        job.spec,
-        job_dir=str(job_dir),
-        launcher=profile.spec.launcher,
-        profile=profile.name,
-        options=settings,
-        facts=facts,
-        sources=sources,
-    )
+    try:
+        plan = make_plan(
+            job.spec,
+            job_dir=str(job_dir),
+            launcher=profile.spec.launcher,
+            profile=profile.name,
+            options=settings,
+            facts=facts,
+            sources=sources,
+        )
+    except PlanError as error:
+        raise error.placed(job.sources) from None
     return launcher.complete(plan, facts)
 
 

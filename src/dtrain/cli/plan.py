@@ -113,7 +113,7 @@ def _explained(prepared: shared.Prepared) -> list[str]:
 
 
 def _value(spec: Any, field: str) -> Any:
-    from dtrain.plan import masked
+    from dtrain.variables import masked
 
     name = field.rpartition(".")[2]
     value = spec

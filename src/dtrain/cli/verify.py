@@ -38,8 +38,30 @@ def _samples(_context: click.Context, _option: click.Parameter, given: str) -> i
     return int(given)
 
 
+def _one_job(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> str:
+    numbers = [text for text in given if text.isdigit()]
+    if len(given) > 1 and numbers:
+        raise click.UsageError(
+            f"{numbers[0]} is no job; --gpus takes no number here: it gives each process a GPU, "
+            f"and --procs {numbers[0]} says how many there are"
+        )
+    if len(given) > 1:
+        raise click.UsageError(f"one job at a time, not {' '.join(given)}")
+    return given[0]
+
+
+def _writable(context: click.Context, option: click.Parameter, given: str | None) -> str | None:
+    if given is not None:
+        folder = os.path.dirname(os.path.abspath(given))
+        if not os.path.isdir(folder):
+            raise click.BadParameter(f"no such folder: {folder}", context, option)
+        if not os.access(given if os.path.exists(given) else folder, os.W_OK):
+            raise click.BadParameter(f"cannot be written: {given}", context, option)
+    return given
+
+
 @click.command("verify")
-@click.argument("job")
+@click.argument("job", nargs=-1, required=True, callback=_one_job, metavar="JOB")
 @click.option(
     "--steps",
     default=5,
@@ -95,6 +117,7 @@ def _samples(_context: click.Context, _option: click.Parameter, given: str) -> i
 @click.option(
     "--html",
     type=click.Path(dir_okay=False),
+    callback=_writable,
     metavar="FILE",
     help="Write the same as a page, with pictures.",
 )

@@ -14,6 +14,7 @@ from dtrain.errors import Problem
 from dtrain.job.keras import is_keras, keras_problems
 from dtrain.job.source import Source, is_installed
 from dtrain.job.written import Keys, Place, Written, did_you_mean, dotted, shown_path
+from dtrain.task import REQUIRED
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,10 @@ def _class_problems(named: _Named, file: Path, name: str, trainer: str | None) -
                 f"{name} has automatic_optimization = False: it makes its own steps, and here the "
                 "step is dtrain's. Run it with a Trainer of its own, as script: train.py"
             )
-    if named.field == ("task",) and is_keras(source, name):
-        yield from keras_problems(named.root, named.place, file, source)
+    if named.field == ("task",):
+        yield from _method_problems(source, name, shown)
+        if is_keras(source, name):
+            yield from keras_problems(named.root, named.place, file, source)
     yield from _argument_problems(named, source, name)
 
 
@@ -109,6 +112,17 @@ def _package_problems(named: _Named, source: Source, shown: str) -> Iterator[Pro
         yield named.problem(
             f"{shown} imports {package}, which is not installed: pip install {pip}{hint}"
         )
+
+
+def _method_problems(source: Source, name: str, shown: str) -> Iterator[Problem]:
+    """What a class that is visibly meant as a task lacks of one."""
+    members = source.members(name)
+    missing = [method for method in REQUIRED if members is not None and method not in members]
+    if members is not None and 0 < len(missing) < len(REQUIRED):
+        node = source.definitions[name][0]
+        lacks = " and ".join(f"{method}()" for method in missing)
+        message = f"class {name} has no {lacks}; a task needs {', '.join(REQUIRED)}"
+        yield Place(shown, node.lineno, node.col_offset + 1).problem("", message)
 
 
 def _argument_problems(named: _Named, source: Source, name: str) -> Iterator[Problem]:

@@ -39,6 +39,16 @@ EnvText = Annotated[Text, WithJsonSchema({"type": ["string", "number"]})]
 """A variable's value; the job loader keeps a bare number letter by letter."""
 
 
+def _checked_name(value: Any) -> Any:
+    if isinstance(value, str) and (not value or set(value) & set("=\0")):
+        raise ValueError(f"a variable's name is some text without `=`; found {value!r}")
+    return value
+
+
+EnvName = Annotated[str, BeforeValidator(_checked_name)]
+"""A variable's name."""
+
+
 def _checked_injection(value: Any) -> Any:
     if isinstance(value, str):
         parse_injection(value)

@@ -5,9 +5,11 @@ Read here, where nothing of a training is known; made in `train.checks.inject`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 TENSOR_KINDS: Mapping[str, str] = {
     "flip-gradient-bit": "one bit of the reduced gradient",
@@ -48,8 +50,9 @@ class Injection:
     """A parameter's or buffer's name; None: the first."""
     element: int = 0
     """Which element of it, counted row by row; swaps take the next one too."""
-    bit: int = 0
-    """Which bit of the element, from the lowest."""
+    bit: int | None = None
+    """Which bit of the element, from the lowest; None: the highest of its mantissa, in the first
+    element from `element` on that is not zero."""
 
     @property
     def action(self) -> str:
@@ -87,6 +90,20 @@ def parse_injection(text: str) -> Injection:
     if fields.get("step", 1) == 0:
         raise ValueError("steps are counted from 1")
     return Injection(**fields)  # type: ignore[arg-type]
+
+
+def late_faults(job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    """Faults in steps that the training does not have: pairs of a field and a sentence."""
+    train, checks = job["train"], job.get("checks")
+    steps, texts = train.get("steps"), checks.get("inject") if isinstance(checks, Mapping) else None
+    problems: list[tuple[tuple[str, ...], str]] = []
+    for text in texts if isinstance(steps, int) and isinstance(texts, list) else []:
+        with contextlib.suppress(ValueError, AttributeError):  # told where the field is checked
+            fault = parse_injection(text)
+            if fault.step > steps:
+                why = f"{fault.kind} in step {fault.step}: the last is {steps}, of train.steps"
+                problems.append((("checks", "inject"), why))
+    return problems
 
 
 _FIELDS = tuple(Injection.__dataclass_fields__)

@@ -71,7 +71,7 @@ def load_job(
         problems += bad
         root = written.over(root) if written else root
     for field, value in (flags or {}).items():
-        root = value.under(tuple(field.split("."))).over(root)
+        root = value.under(_keys_of(field)).over(root)
     root = numbers_as_text(root)
     spec, wrong = validate(root, JobSpec)
     problems += wrong
@@ -160,18 +160,23 @@ def _open_empty_sections(root: Written, model: type[Model]) -> Written:
 def _override(text: str) -> tuple[Written | None, list[Problem]]:
     """`train.epochs=3` as a value at its field."""
     field, equals, value = text.partition("=")
-    keys = tuple(field.strip().split("."))
+    keys = _keys_of(field.strip())
     if keys[0] != "args" and keys[:2] != ("launch", "env"):  # there the names are the user's own
         keys = tuple(key.replace("-", "_") for key in keys)
     shown = field if field.startswith("launch.env.") else text  # it may be a secret
     place = Place(f"--set {shown}")
-    if not equals or not all(keys):
+    if not equals or not all(keys[:2]) or not (keys[-1] or keys[:2] == ("launch", "env")):
         return None, [place.problem("", "expected FIELD=VALUE, as train.epochs=3")]
     written, problems = read_yaml(value, lambda _: place)
     if problems:
         return None, problems
     written = written or Written(None, place)
     return replace(written, key=place).under(keys), []
+
+
+def _keys_of(field: str) -> tuple[str, ...]:
+    """`train.epochs` as the way to the value; a variable's name may have dots in it."""
+    return tuple(field.split(".", 2 if field.startswith("launch.env.") else -1))
 
 
 def numbers_as_text(root: Written) -> Written:

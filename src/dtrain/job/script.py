@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dtrain import catalog
+from dtrain.job.source import Definition
 
 SCRIPT_FIELDS = ("name", "script", "arguments", "launch")
 """All that such a job says."""
@@ -37,3 +41,24 @@ def completed(job: Any) -> Any:
 def meaningless(job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
     """Fields of a job with a script that would do nothing: pairs of a field and a sentence."""
     return [((field,), _UP_TO_THE_SCRIPT) for field in job if field not in _ALLOWED]
+
+
+_DEFINES = (ast.Import, ast.ImportFrom, ast.Pass, *Definition.__args__)
+
+
+def does_nothing(path: Path) -> bool:
+    """Whether a file that is run only imports and defines things; False when it is no Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            body = ast.parse(path.read_bytes()).body
+        except SyntaxError:
+            return False
+    return all(isinstance(each, _DEFINES) or _is_constant(each) for each in body)
+
+
+def _is_constant(statement: ast.stmt) -> bool:
+    """Whether this is a text, or names a value that nothing is called for."""
+    if not isinstance(statement, ast.Expr | ast.Assign | ast.AnnAssign):
+        return False
+    return not any(isinstance(node, ast.Call | ast.Await) for node in ast.walk(statement))

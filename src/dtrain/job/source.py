@@ -40,6 +40,13 @@ class Source:
             warnings.simplefilter("ignore")  # of the user's own literals: "\d" and the like
             tree = ast.parse(path.read_bytes())
         self._tree = tree
+        words = {getattr(n, name, "") for n in ast.walk(tree) for name in ("attr", "id", "name")}
+        self._is_plain = not words & _DYNAMIC
+        self._attributes = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        }
         self.definitions: dict[str, list[Definition]] = {}
         self.origins: dict[str, str] = {}
         """Name → what it was imported from, as `dtrain.Task`."""
@@ -122,6 +129,31 @@ class Source:
             for node in ast.walk(definition)
         )
 
+    def members(self, name: str) -> set[str] | None:
+        """What a class may have of its own, beside what `Task` has; None when nobody can tell."""
+        found = self.definitions.get(name, [])
+        if len(found) != 1 or not isinstance(found[0], ast.ClassDef) or not self._is_plain:
+            return None
+        node = found[0]
+        if node.keywords or not all(_is_dataclass(each) for each in node.decorator_list):
+            return None
+        members = self._attributes | _names_in(node)
+        for base in node.bases:
+            if self._origin(base) in _WITHOUT_CONSTRUCTOR:
+                continue
+            above = ast.unparse(base)
+            before = all(other.lineno < node.lineno for other in self.definitions.get(above, []))
+            inherited = self.members(above) if before else None
+            if inherited is None:
+                return None
+            members |= inherited
+        return members
+
+    def _origin(self, base: ast.expr) -> str:
+        """What a base class is, as `dtrain.Task`."""
+        first, _, rest = ast.unparse(base).partition("[")[0].partition(".")
+        return f"{self.origins.get(first, first)}{'.' + rest if rest else ''}"
+
     def arguments(self, name: str) -> Arguments | None:
         """What calling this name takes; None when it cannot be told from this file alone."""
         found = self.definitions.get(name, [])
@@ -149,9 +181,7 @@ class Source:
         """The constructor of the first base that has one."""
         for base in node.bases:
             name = ast.unparse(base).partition("[")[0]
-            first, _, rest = name.partition(".")
-            origin = f"{self.origins.get(first, first)}{'.' + rest if rest else ''}"
-            if origin in _WITHOUT_CONSTRUCTOR:
+            if self._origin(base) in _WITHOUT_CONSTRUCTOR:
                 continue
             before = all(other.lineno < node.lineno for other in self.definitions.get(name, []))
             arguments = self.arguments(name) if before else None  # or A(B), B(A) would not end
@@ -159,6 +189,9 @@ class Source:
                 return arguments
         return Arguments()
 
+
+_DYNAMIC = {"setattr", "vars", "__dict__", "__getattr__", "__getattribute__", "exec"}
+"""Words by which a class may get methods that cannot be seen."""
 
 _WITHOUT_CONSTRUCTOR = {
     "object",
@@ -183,6 +216,21 @@ def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _statements(getattr(statement, block, []))
         for handler in getattr(statement, "handlers", []):
             yield from _statements(handler.body)
+
+
+def _names_in(node: ast.ClassDef) -> set[str]:
+    """Every name that a class's body may bind."""
+    names: set[str] = set()
+    for statement in _statements(node.body):
+        if isinstance(statement, Definition):
+            names.add(statement.name)
+            continue
+        for part in ast.walk(statement):
+            if isinstance(part, ast.alias):
+                names.add((part.asname or part.name).partition(".")[0])
+            elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                names.add(part.id)
+    return names
 
 
 def _is_dataclass(decorator: ast.expr) -> bool:
@@ -254,24 +302,3 @@ def is_installed(module: str) -> bool:
     """Whether a module's package is installed; a mere folder of that name is none."""
     spec = importlib.util.find_spec(module.partition(".")[0])
     return spec is not None and spec.origin is not None
-
-
-_DEFINES = (ast.Import, ast.ImportFrom, ast.Pass, *Definition.__args__)
-
-
-def does_nothing(path: Path) -> bool:
-    """Whether a file that is run only imports and defines things; False when it is no Python."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            body = ast.parse(path.read_bytes()).body
-        except SyntaxError:
-            return False
-    return all(isinstance(each, _DEFINES) or _is_constant(each) for each in body)
-
-
-def _is_constant(statement: ast.stmt) -> bool:
-    """Whether this is a text, or names a value that nothing is called for."""
-    if not isinstance(statement, ast.Expr | ast.Assign | ast.AnnAssign):
-        return False
-    return not any(isinstance(node, ast.Call | ast.Await) for node in ast.walk(statement))

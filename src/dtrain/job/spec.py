@@ -21,6 +21,7 @@ from pydantic import (
 from dtrain.job.fields import (
     Count,
     Duration,
+    EnvName,
     EnvText,
     InjectionText,
     Name,
@@ -30,6 +31,7 @@ from dtrain.job.fields import (
     Seed,
     Text,
 )
+from dtrain.job.injection import late_faults
 from dtrain.job.lightning import lightning_problems
 from dtrain.job.loggers import LOGGER_SCHEMA, LoggerEntry, checked_logger
 from dtrain.job.script import SCRIPT_FIELDS, completed, meaningless
@@ -207,7 +209,7 @@ class LaunchSpec(Model):
     """How long workers may take to leave in order when asked to, before they are killed."""
     collective_timeout: Duration = 1800.0
     """How long a rank waits in one collective for the others before it gives up."""
-    env: dict[str, EnvText] = Field(default_factory=dict)
+    env: dict[EnvName, EnvText] = Field(default_factory=dict)
     """Environment variables of every worker. Values of names that look secret are never shown."""
     preload: list[Text] | None = None
     """Modules imported once per node before the workers are forked, which must not start threads.
@@ -288,6 +290,7 @@ def cross_problems(job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
     if isinstance(micro, int | float) and isinstance(batch, int | float) and micro > batch:
         text = f"{micro} samples per forward pass are more than global_batch_size, {batch}"
         problems.append((("train", "micro_batch_size"), text))
+    problems += late_faults(job)
     during = [evaluation.get("every_steps"), evaluation.get("every_epochs")]
     if train.get("early_stopping") is not None and during == [None, None]:
         text = "needs evaluations during training; give eval.every_steps or eval.every_epochs"

@@ -13,8 +13,7 @@ from typing import Any, Literal, Protocol
 
 import yaml
 
-from dtrain import catalog, procs, rundir, snapshot
-from dtrain import plan as plans
+from dtrain import catalog, procs, rundir, snapshot, variables
 from dtrain.errors import LaunchError, PlanError, UsageError
 from dtrain.job.load import LoadedJob
 from dtrain.job.spec import JobSpec
@@ -167,9 +166,9 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
     run.create()
     if is_new and _exists(plan):
         raise _run_exists(run)
-    hidden = plans.secrets(job)
+    hidden = variables.secret(job.launch.env)
     shown = job.model_copy(
-        update={"launch": job.launch.model_copy(update={"env": plans.masked(job.launch.env)})}
+        update={"launch": job.launch.model_copy(update={"env": variables.masked(job.launch.env)})}
     )
     try:
         if handle is not None:
@@ -193,7 +192,11 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
 
 
 def _refuse_secrets(job: JobSpec, job_text: str) -> None:
-    written = [name for name, value in plans.secrets(job).items() if value and value in job_text]
+    written = [
+        name
+        for name, value in variables.secret(job.launch.env).items()
+        if value and value in job_text
+    ]
     if written:
         raise PlanError(
             f"the job file holds the value of {', '.join(written)}, and would stand beside the run "
@@ -268,9 +271,9 @@ def with_secrets(job: LoadedJob, run: RunDir) -> LoadedJob:
     """
     given = (yaml.safe_load(run.job.read_text()).get("launch") or {}).get("env") or {}
     env = {
-        name: str(given.get(name, value)) if value == plans.MASK else value
+        name: str(given.get(name, value)) if value == variables.MASK else value
         for name, value in job.spec.launch.env.items()
-        if value != plans.MASK or name in given
+        if value != variables.MASK or name in given
     }
     launch = job.spec.launch.model_copy(update={"env": env})
     text = run.job.read_text()

@@ -266,7 +266,7 @@ def _unexplained(plan: LaunchPlan, code: int) -> FailureRecord:
     last_node = int(plan.commands[0].argv[-1])
     log = plan.run.host_log(plan.attempt, last_node)
     text = log.read_text(errors="replace").strip() if log.exists() else ""
-    message = f"the node process ended with code {code}"
+    message = f"the node process {failures.how_it_ended(code)}"
     if text:
         message += f": {text.splitlines()[-1]}"
     return FailureRecord(

@@ -9,7 +9,6 @@ import subprocess
 from dataclasses import replace
 from typing import Any
 
-from dtrain import plan as plans
 from dtrain import ports, procs, rundir
 from dtrain.errors import LaunchError, UsageError
 from dtrain.launchers import base
@@ -17,6 +16,7 @@ from dtrain.launchers.base import Handle
 from dtrain.plan import Command, Facts, LaunchPlan
 from dtrain.remote.runs import is_silent
 from dtrain.rundir import RunDir
+from dtrain.variables import inherited_env
 
 
 class LocalLauncher:
@@ -78,7 +78,7 @@ class NodeProcess:
             with log_path.open("ab") as log:
                 self._process: subprocess.Popen[bytes] = subprocess.Popen(
                     argv,
-                    env={**plans.inherited_env(), **command.env},
+                    env={**inherited_env(), **command.env},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

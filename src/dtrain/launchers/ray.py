@@ -10,7 +10,6 @@ import subprocess
 import time
 from dataclasses import replace
 
-from dtrain import plan as plans
 from dtrain import procs, snapshot
 from dtrain.errors import LaunchError, PlanError
 from dtrain.jobdir import RayDir
@@ -23,6 +22,7 @@ from dtrain.node import failures
 from dtrain.node.failures import FailureRecord
 from dtrain.plan import Command, Facts, LaunchPlan
 from dtrain.rundir import RunDir
+from dtrain.variables import inherited_env
 
 _LAST_WORDS_S = 3.0
 _HERE = LocalLauncher()  # a driver that is a process of this host's
@@ -114,7 +114,7 @@ class DriverProcess:
         self._folder = RayDir(plan.run)
         self._stopped = False
         (command,) = plan.commands
-        env = {**plans.inherited_env(), "RAY_USAGE_STATS_ENABLED": "0"}
+        env = {**inherited_env(), "RAY_USAGE_STATS_ENABLED": "0"}
         try:
             with self._folder.log.open("ab") as log:
                 self._process = subprocess.Popen(

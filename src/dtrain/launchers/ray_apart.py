@@ -14,8 +14,9 @@ from typing import Any
 
 from dtrain import rundir
 from dtrain.jobdir import RayDir
-from dtrain.plan import MASK, LaunchPlan
+from dtrain.plan import LaunchPlan
 from dtrain.rundir import RunDir
+from dtrain.variables import MASK
 
 
 def variables(plan: LaunchPlan) -> dict[str, str]:

@@ -152,7 +152,7 @@ class Nodes:
         said = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
         FailureRecord(
             kind="agent",
-            message=f"the node process ended with code {code}: {(said or ['no word'])[-1]}",
+            message=f"the node process {failures.how_it_ended(code)}: {(said or ['no word'])[-1]}",
             exit_code=code,
             node_rank=rank,
             node=self.names[rank],

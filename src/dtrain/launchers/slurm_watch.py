@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dtrain.errors import LaunchError
-from dtrain.plan import inherited_env
+from dtrain.variables import inherited_env
 
 _FIELDS = ("JobArrayID", "State", "Reason", "NodeList", "exit_code", "RestartCnt")
 _FORMAT = ",".join(f"{name}:|" for name in _FIELDS)

@@ -90,7 +90,7 @@ def _log_in(run: RunDir) -> None:
 
 def _without_ray(environ: dict[str, str]) -> dict[str, str]:
     """An environment without what a raylet's own job, and Ray, have put there."""
-    from dtrain.plan import inherited_env
+    from dtrain.variables import inherited_env
 
     clean = inherited_env(environ)
     return {name: value for name, value in clean.items() if not name.startswith("RAY_")}
@@ -100,7 +100,7 @@ def _serve_in_job(plan: LaunchPlan, environ: dict[str, str]) -> int:
     """Be one node of a batch job; the exit code."""
     from dtrain.errors import LaunchError
     from dtrain.node import slurm
-    from dtrain.plan import inherited_env
+    from dtrain.variables import inherited_env
 
     try:
         slurm.refuse_endless(plan)

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.agent.server import SimpleElasticAgent, WorkerGroup, WorkerSpec
@@ -15,7 +16,7 @@ from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, 
 from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalException
 
 from dtrain import rundir
-from dtrain.node import failures
+from dtrain.node import failures, stacks
 from dtrain.node.channel import Channel
 from dtrain.node.environment import worker_environment
 from dtrain.node.failures import FailureRecord
@@ -52,6 +53,7 @@ class NodeAgent(SimpleElasticAgent):
         self._rendezvous_handler: NodeRendezvous = spec.rdzv_handler
         self._running: dict[int, int] = {}
         self._failed: dict[int, FailureRecord] = {}
+        self._absent: list[FailureRecord] = []
         self._oom_kills = failures.oom_kills()
         self._restart = 0
 
@@ -60,6 +62,7 @@ class NodeAgent(SimpleElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._restart = self._rendezvous_handler.round
         self._failed.clear()
+        self._absent.clear()
         self._oom_kills = failures.oom_kills()
         workers = worker_group.workers
         self._channel.send(
@@ -104,6 +107,9 @@ class NodeAgent(SimpleElasticAgent):
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         """After a failure, ours or another node's: nothing of these workers is worth saving."""
         self._wait_for_end(worker_group, _COLLATERAL_GRACE_S)
+        causes = [f for f in self._failed.values() if not failures.is_collateral(f.message)]
+        if self._running and not causes:
+            self._note_absent(worker_group)
         self._signal_all(signal.SIGKILL)
         self._wait_for_end(worker_group, _DEATH_S)
         if self._failed:
@@ -111,7 +117,10 @@ class NodeAgent(SimpleElasticAgent):
         self._kill(worker_group)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        if isinstance(sys.exc_info()[1], SignalException):  # so the other nodes stop as well
+        why = sys.exc_info()[1]
+        if isinstance(why, PeerFailed) and why.signal is None:
+            self._stop_workers(self._worker_group)
+        if isinstance(why, SignalException):  # so the other nodes stop as well
             self._rendezvous_handler.close_with(f"stopped by {death_sig.name}", signal=death_sig)
         if self._running:
             self._signal_all(death_sig)
@@ -195,12 +204,47 @@ class NodeAgent(SimpleElasticAgent):
         record.write(self.plan.run, self.plan.attempt)
         return record
 
+    def _note_absent(self, worker_group: WorkerGroup) -> None:
+        """Keep which ranks still run now that others have given up, and where they are.
+
+        The verdict decides whether they are to blame: one node does not know what happened on
+        the others.
+        """
+        ranks = {pid: worker_group.workers[at].global_rank for pid, at in self._running.items()}
+        logs = {pid: Path(self._log_of(rank)) for pid, rank in ranks.items()}
+        answers = stacks.ask(logs.values(), lambda: self._ask_for_stacks(list(ranks)))
+        for pid, rank in ranks.items():
+            stack = answers[logs[pid]]
+            record = FailureRecord(
+                kind="absent",
+                message="did not come to the collective that the others waited for "
+                f"({self.plan.collective_timeout_s:g} s)",
+                exit_code=1,
+                node_rank=self.node_rank,
+                node=self.node,
+                rank=rank,
+                restart=self._restart,
+                time=time.time(),
+                pid=pid,
+                frames=(failures.users_own(stack) or stack[:1])[::-1],
+                log=str(logs[pid]),
+                collateral=stacks.waits_or_leaves(stack),
+            )
+            record.write(self.plan.run, self.plan.attempt)
+            self._absent += [] if record.collateral else [record]
+
+    def _ask_for_stacks(self, pids: list[int]) -> None:
+        for pid in pids:
+            self._channel.send({"signal": pid, "number": int(stacks.SIGNAL)})
+
     def _report_failure(self) -> None:
         """Tell of the failure here that is a cause, or else of the first."""
         first = min(
             self._failed.values(),
             key=lambda record: (failures.is_collateral(record.message), record.time),
         )
+        if self._absent and failures.is_timeout(first.message):
+            first = self._absent[0]
         what = f"{first.type}: {first.message}" if first.type else first.message
         log.error("rank %s failed: %s", first.rank, what.splitlines()[0] if what else "")
         self._event(

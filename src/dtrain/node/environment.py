@@ -10,7 +10,8 @@ from torch.distributed.elastic.agent.server import WorkerGroup
 
 from dtrain import ports, rundir
 from dtrain.node import failures
-from dtrain.plan import MASK, LaunchPlan
+from dtrain.plan import LaunchPlan
+from dtrain.variables import MASK
 
 
 def worker_environment(

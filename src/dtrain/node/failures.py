@@ -22,7 +22,16 @@ from dtrain.errors import DtrainError
 from dtrain.rundir import RunDir
 
 Kind = Literal[
-    "exception", "exit", "signal", "oom", "node_missing", "node_lost", "agent", "collectives"
+    "exception",
+    "exit",
+    "signal",
+    "oom",
+    "node_missing",
+    "node_lost",
+    "agent",
+    "collectives",
+    "absent",  # it still ran when the others had given up waiting
+    "timeout",  # all waited for one another
 ]
 
 # Lines around a traceback in a rank's log: a console leaves out what the verdict will say.
@@ -35,6 +44,11 @@ _COLLATERAL = re.compile(
     r"|timed out waiting|wait timeout|application timeout caused pair closure|remote process"
     r"|nccl.*(remote error|abort)|connectfullmesh|peer has gone|unexpected eof|recvvalue|recvvector"
     r"|store.*(timeout|closed)",
+    re.IGNORECASE,
+)
+
+_TIMEOUT = re.compile(
+    r"timed out|(wait|socket|operation) timeout|application timeout caused pair closure",
     re.IGNORECASE,
 )
 
@@ -176,8 +190,12 @@ def user_frames(trace: TracebackType | None, *, blank: bool = False) -> list[Fra
         Frame(entry.filename, entry.lineno or 0, entry.name, (entry.line or "").strip())
         for entry in traceback.extract_tb(trace)
     ]
-    own = [frame for frame in frames if _is_users(frame.file)]
-    return own or ([] if blank else frames[-1:])
+    return users_own(frames) or ([] if blank else frames[-1:])
+
+
+def users_own(frames: list[Frame]) -> list[Frame]:
+    """Those of some calls that are the user's own."""
+    return [frame for frame in frames if _is_users(frame.file)]
 
 
 def node_name() -> str:
@@ -190,12 +208,22 @@ def is_collateral(message: str) -> bool:
     return _COLLATERAL.search(message) is not None
 
 
+def is_timeout(message: str) -> bool:
+    """Whether an error says that another rank did not come in time."""
+    return is_collateral(message) and _TIMEOUT.search(message) is not None
+
+
 def signal_name(number: int) -> str:
     """`SIGKILL` for 9."""
     try:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def how_it_ended(status: int) -> str:
+    """`was killed by SIGKILL` or `ended with code 3`, of a status that is negative for signals."""
+    return f"was killed by {signal_name(-status)}" if status < 0 else f"ended with code {status}"
 
 
 def oom_kills() -> int:

@@ -27,7 +27,7 @@ from typing import Any
 
 from dtrain import catalog, rundir
 from dtrain.callring import Ring
-from dtrain.node import failures
+from dtrain.node import failures, stacks
 from dtrain.node.channel import Channel
 from dtrain.plan import LaunchPlan
 from dtrain.procs import LATER, STOPS, fork_child, is_ending, kill_group
@@ -103,6 +103,7 @@ class ForkServer:
         Args:
             listen_fd: the socket on which node 0 is to serve the rendezvous, already listening.
         """
+        stacks.answer()
         signal.signal(signal.SIGCHLD, lambda *_: None)  # the wakeup fd is what we wait on
         for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(sig, self._ask_to_stop)

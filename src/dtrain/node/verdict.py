@@ -18,11 +18,16 @@ from dtrain.rundir import RunDir
 
 MAX_LINES = 15
 _WIDTH = 110
+_NOT_TO_RESUME = ("UsageError", "NeverMadeError")
+"""Errors that another try makes again."""
+_VICTIM = 2
+"""Guilt of a rank that failed because another did."""
 
 _ADVICE = {
     "oom": "ask for more memory, or make micro_batch_size or data.workers smaller",
     "node_missing": "check that the agent was started there and that it can reach the head node",
     "node_lost": "look at that host; `dtrain resume` goes on from the last checkpoint",
+    "timeout": "look for a collective that not all ranks call, and at the network between them",
 }
 
 
@@ -65,7 +70,12 @@ def judge(run: RunDir, attempt: int) -> Verdict | None:
     last = max(record.restart for record in records)
     records = [record for record in records if record.restart == last]
     records += _parted(run, attempt, last, records)
+    records = _without_bystanders(records)
     first = min(records, key=_guilt)
+    if len(records) > 1 and _only_waited(records):
+        message = "the ranks waited for one another in a collective until it timed out"
+        nobody = replace(first, kind="timeout", rank=None, type="", message=message)
+        return Verdict(nobody, collateral=_ranks(records), restarts=last)
     error = _error_of(first)
     same = [record for record in records if _error_of(record) == error]
     others = [record for record in records if _error_of(record) != error]
@@ -76,6 +86,18 @@ def judge(run: RunDir, attempt: int) -> Verdict | None:
         collateral=_ranks(record for record in others if record.rank != culprit.rank),
         restarts=last,
     )
+
+
+def _without_bystanders(records: list[FailureRecord]) -> list[FailureRecord]:
+    """The records without those of ranks that still ran, unless the others only waited for them."""
+    ended = [record for record in records if record.kind != "absent"]
+    return records if not ended or _only_waited(ended) else ended
+
+
+def _only_waited(records: list[FailureRecord]) -> bool:
+    """Whether all failed because a collective was not answered in time."""
+    victims = all(_guilt(record)[0] >= _VICTIM for record in records)
+    return victims and any(failures.is_timeout(record.message) for record in records)
 
 
 def _parted(
@@ -127,7 +149,8 @@ def render(verdict: Verdict, run: RunDir) -> str:
         tail.append(f"  {_rank_list(verdict.collateral)} {what}")
     if verdict.restarts:
         tail.append(f"  restarts: {verdict.restarts}, all that were allowed")
-    tail.append(f"  more: dtrain logs {run.id}{_rank_flag(culprit)} · dtrain resume {run.id}")
+    resume = "" if culprit.type in _NOT_TO_RESUME else f" · dtrain resume {run.id}"
+    tail.append(f"  more: dtrain logs {run.id}{_rank_flag(culprit)}{resume}")
     return "\n".join([*head, *_body(culprit, MAX_LINES - len(head) - len(tail)), *tail])
 
 
@@ -149,17 +172,25 @@ def _guilt(record: FailureRecord) -> tuple[int, float]:
         return (3, record.time)
     says_so = record.kind == "exception" and failures.is_collateral(record.message)
     if record.collateral or says_so:
-        return (2, record.time)
+        return (_VICTIM, record.time)
     return (1, record.time)
 
 
 def _headline(culprit: FailureRecord) -> str:
+    if culprit.kind == "timeout":
+        return f"FAILED: {culprit.message}"
     if culprit.rank is None:
-        return f"FAILED: node {culprit.node_rank} ({culprit.node}): {_first_line(culprit.message)}"
-    where = f"rank {culprit.rank} on node {culprit.node_rank} ({culprit.node})"
+        return f"FAILED: {_node_of(culprit)}: {_first_line(culprit.message)}"
+    where = f"rank {culprit.rank} on {_node_of(culprit)}"
     if culprit.kind == "exception":
         return f"FAILED: {where} raised {culprit.type}"
-    return f"FAILED: {where}: {_first_line(culprit.message)}"
+    colon = "" if culprit.kind == "absent" else ":"
+    return f"FAILED: {where}{colon} {_first_line(culprit.message)}"
+
+
+def _node_of(culprit: FailureRecord) -> str:
+    """`node 1 (name)`; a node that never came may have no name."""
+    return f"node {culprit.node_rank}" + (f" ({culprit.node})" if culprit.node else "")
 
 
 def _body(culprit: FailureRecord, room: int) -> list[str]:

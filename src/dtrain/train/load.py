@@ -15,11 +15,10 @@ from types import ModuleType
 from typing import Any
 
 from dtrain.errors import JobError, Problem
-from dtrain.task import Task
+from dtrain.task import REQUIRED, Task
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 from dtrain.train.trainers import lightning
 
-_REQUIRED = ("model", "train_dataset", "loss", "optimizer")
 _OPTIONAL = (
     "scheduler",
     "eval_dataset",
@@ -181,9 +180,9 @@ def _check_arguments(factory: Callable[..., Any], name: str, args: Mapping[str, 
 
 def _as_task(made: Any, name: str) -> Task:
     if isinstance(made, Task):
-        missing = [m for m in _REQUIRED if getattr(type(made), m) is getattr(Task, m)]
+        missing = [m for m in REQUIRED if getattr(type(made), m) is getattr(Task, m)]
     else:
-        missing = [m for m in _REQUIRED if not callable(getattr(made, m, None))]
+        missing = [m for m in REQUIRED if not callable(getattr(made, m, None))]
     if missing:
         raise _problem("task", f"{name} lacks {', '.join(f'{m}()' for m in missing)}")
     return made if isinstance(made, Task) else _Adapted(made)
@@ -194,7 +193,7 @@ class _Adapted(Task):
 
     def __init__(self, made: Any) -> None:
         self.adapted = made
-        for method in (*_REQUIRED, *_OPTIONAL):
+        for method in (*REQUIRED, *_OPTIONAL):
             if callable(getattr(made, method, None)):
                 setattr(self, method, getattr(made, method))
 

@@ -29,9 +29,11 @@ td.number { font-variant-numeric: tabular-nums; }
 .green { color: var(--good); } .red { color: var(--bad); font-weight: 600; }
 .yellow { color: var(--odd); }
 dl { display: grid; grid-template-columns: 5rem 1fr; gap: .1rem .6rem; margin: .3rem 0 1.2rem; }
-dt { color: var(--soft); } dd { margin: 0; } pre { overflow-x: auto; }
+dt { color: var(--soft); } dd { margin: 0; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 .cards { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
+figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; padding: .5rem;
+  width: fit-content; max-width: 100%; box-sizing: border-box; }
 figcaption { font-size: .85rem; color: var(--soft); }
 svg { max-width: 100%; height: auto; font: 11px system-ui, sans-serif; }
 svg text { fill: var(--soft); } .right { text-anchor: end; } .middle { text-anchor: middle; }
@@ -97,9 +99,9 @@ def _table(report: Report) -> str:
     ]
     for result in report.results:
         words, colour = text.verdict_of(result)
-        largest = "" if result.largest is None else text.number(result.largest.value)
+        largest = "-" if result.largest is None else text.number(result.largest.value)
         rows.append(
-            f"<tr><td>{escape(result.pair.name)}</td><td>{result.level or ''}</td>"
+            f"<tr><td>{escape(result.pair.name)}</td><td>{result.level or '-'}</td>"
             f'<td class="number">{largest}</td><td>{escape(text.where(result))}</td>'
             f'<td class="{colour}">{escape(words)}</td></tr>'
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from dtrain import recording, rundir
+from dtrain import catalog, recording, rundir
 from dtrain.errors import DtrainError, UsageError
 from dtrain.job.classes import task_derives
 from dtrain.job.load import LoadedJob, load_job
@@ -88,7 +89,7 @@ class Lab:
         self._path = Path(job).absolute()
         self._overrides = tuple(overrides)
         self._keep = None if keep is None else Path(keep).absolute()
-        self._made: Path | None = None
+        self._made: dict[str | None, Path] = {}
         self._recordings: dict[tuple[Pair, Wish], Recording | RunFailed] = {}
         self.steps = steps
         self.wish = Wish(max_train_samples=max_train_samples, max_eval_samples=max_eval_samples)
@@ -109,8 +110,8 @@ class Lab:
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        if self._made is not None:
-            shutil.rmtree(self._made, ignore_errors=True)
+        for folder in self._made.values():
+            shutil.rmtree(folder, ignore_errors=True)
 
     def check(self, pair: Pair) -> None:
         """Make sure that a pair can be planned; nothing is started or written.
@@ -149,7 +150,7 @@ class Lab:
 
     def _run(self, pair: Pair, wish: Wish) -> Recording | RunFailed:
         job, profile = self._load(pair)
-        run = RunDir(self._folder() / rundir.new_run_id(job.spec.name))
+        run = RunDir(self._folder(pair) / rundir.new_run_id(job.spec.name))
         ends = [self.steps] if pair.resume_after is None else [pair.resume_after, self.steps]
         try:
             for attempt, end in enumerate(ends):
@@ -176,7 +177,7 @@ class Lab:
         result = Result.read(run, attempt)
         if result is not None and result.state == "cancelled":
             raise Stopped("stopped")
-        return "\n".join(console.said)
+        return _said("\n".join(console.said), stays=self._keep is not None)
 
     def _plan(
         self, spec: JobSpec, profile: LoadedProfile, run_id: str, runs: str | Path, attempt: int
@@ -193,13 +194,31 @@ class Lab:
         )
         return base.load(launcher).complete(plan, facts)
 
-    def _folder(self) -> Path:
-        """Where the runs go; made with the first."""
+    def _folder(self, pair: Pair) -> Path:
+        """Where the runs of a launcher go; made with the first.
+
+        The temporary folder is on this host alone: a cluster's nodes see the one we stand in, as
+        they see `runs`.
+        """
         if self._keep is not None:
             return self._keep
-        if self._made is None:
-            self._made = Path(tempfile.mkdtemp(prefix="dtrain-verify-"))
-        return self._made
+        fact = catalog.LAUNCHERS.get(pair.launcher)
+        where = os.getcwd() if fact is None or fact.allocates else None
+        if where not in self._made:
+            try:
+                self._made[where] = Path(tempfile.mkdtemp(prefix="dtrain-verify-", dir=where))
+            except OSError as error:
+                why = f"{error.strerror}: {error.filename}"
+                raise UsageError(f"no place for the runs ({why}); say one: --keep DIR") from None
+        return self._made[where]
+
+
+def _said(text: str, *, stays: bool) -> str:
+    """A verdict without the ways to a run that will be gone when it is read."""
+    if stays:
+        return text
+    lines = [line for line in text.splitlines() if not line.startswith(("  log: ", "  more: "))]
+    return "\n".join([*lines, "  more: `--keep DIR` keeps the run and its logs"])
 
 
 # What the checks would stop at, verify wants to see and name.

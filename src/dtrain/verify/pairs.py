@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dtrain import catalog
@@ -11,6 +14,7 @@ from dtrain.errors import PlanError
 
 _MODULE_OF_EXTRA = {"lightning": "pytorch_lightning"}
 """Extras whose module is not named after them."""
+_ANSWER_S = 10.0  # Slurm's own commands try for minutes to reach a controller that is gone
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,11 @@ REFERENCE = Pair("single")
 
 
 def all_pairs(
-    batch: int, steps: int, trainers: Sequence[str] = (), reference: Pair = REFERENCE
+    batch: int,
+    steps: int,
+    trainers: Sequence[str] = (),
+    reference: Pair = REFERENCE,
+    clusters: Sequence[str] = (),
 ) -> list[Pair]:
     """Everything that this machine can run, for a job with `batch` samples a step.
 
@@ -93,6 +101,7 @@ def all_pairs(
         steps: steps of each run.
         trainers: only these; empty: every trainer that is installed.
         reference: what all are compared with; its trainer is tried in more ways than others.
+        clusters: launchers whose cluster can be reached, see `clusters_here`.
     """
     pairs: list[Pair] = []
     for trainer, fact in catalog.TRAINERS.items():
@@ -100,6 +109,9 @@ def all_pairs(
             for strategy in fact.strategies:
                 pair = Pair(strategy, trainer=trainer)
                 pairs += _of_strategy(pair, batch, steps, whole=trainer == reference.trainer)
+    ddp = replace(reference, strategy="ddp", procs=2)
+    if ddp in pairs:
+        pairs += [replace(ddp, launcher=cluster) for cluster in clusters]
     return [pair for pair in pairs if pair != reference]
 
 
@@ -121,6 +133,21 @@ def _of_strategy(pair: Pair, batch: int, steps: int, *, whole: bool) -> Iterator
         yield accumulating(replace(pair, procs=2), batch)
         if steps > 1:
             yield replace(pair, procs=2, resume_after=(steps + 1) // 2)
+
+
+def clusters_here(environ: Mapping[str, str]) -> list[str]:
+    """The launchers whose cluster is known here: Slurm's commands answer, Ray's address is set."""
+    found = []
+    if shutil.which("sinfo", path=environ.get("PATH")):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            asked = ["sinfo", "--noheader"]
+            told = subprocess.run(
+                asked, env=dict(environ), capture_output=True, timeout=_ANSWER_S, check=False
+            )
+            found += ["slurm"] if told.returncode == 0 else []
+    if environ.get("RAY_ADDRESS") and _installed("ray"):
+        found.append("ray")
+    return found
 
 
 def accumulating(pair: Pair, batch: int) -> Pair:

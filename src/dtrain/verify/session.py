@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import TracebackType
 from dtrain.errors import PlanError
 from dtrain.verify.judge import Judge, Result
 from dtrain.verify.lab import Lab
-from dtrain.verify.pairs import REFERENCE, Pair, all_pairs, chosen
+from dtrain.verify.pairs import REFERENCE, Pair, all_pairs, chosen, clusters_here
 from dtrain.verify.report import Report
 
 
@@ -66,7 +67,8 @@ class Session:
                 reference=self._reference,
             )
         else:
-            self.pairs = all_pairs(batch, steps, trainers, self._reference)
+            clusters = clusters_here(os.environ)
+            self.pairs = all_pairs(batch, steps, trainers, self._reference, clusters)
         self._shorten(batch, epoch_samples)
         for pair in self.pairs:
             self._lab.check(pair)

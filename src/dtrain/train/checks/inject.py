@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from dtrain.task import Loss, Task
 from dtrain.train.checkpoint.state import plain_name
 from dtrain.train.checks import digest
 from dtrain.train.checks.chain import CHAIN
+from dtrain.train.checks.inject_check import is_named, refuse_impossible, refuse_unmade
 from dtrain.train.checks.subject import BUFFERS, GRADIENTS, MOMENTS, PARAMETERS, Subject
 from dtrain.train.context import TrainContext
 from dtrain.train.data.feed import Feed, Watch
@@ -50,10 +52,11 @@ class Injector:
                 raise UsageError(
                     f"--inject: rank {fault.rank} is not one of {context.ranks.world_size}"
                 )
-        self._waiting = [fault for fault in faults if fault.rank == context.ranks.rank]
+        self._faults = faults
+        self._rank = context.ranks.rank
+        self._waiting = [fault for fault in faults if fault.rank == self._rank]
         self._step = 0
         self._names: list[str] = []
-        self._armed = False
 
     def seeded(self, context: TrainContext) -> TrainContext:
         """The context, with another seed where that is the fault."""
@@ -63,8 +66,18 @@ class Injector:
             context, spec=context.spec.model_copy(update={"seed": context.spec.seed + 1})
         )
 
-    def begin(self, task: Task, subject: Subject) -> None:
-        """Before the first step: put hooks where faults will be made."""
+    def begin(self, task: Task, subject: Subject, total_steps: int | None) -> None:
+        """Before the first step: put hooks where faults will be made.
+
+        Args:
+            task: that is trained.
+            subject: likewise.
+            total_steps: of the training; None: nobody knows.
+
+        Raises:
+            UsageError: on all ranks: a fault that cannot be made in this training.
+        """
+        refuse_impossible(self._faults, subject, total_steps)
         if not self._waiting:
             return
         self._names = [name for name, _ in subject.model.named_parameters()]
@@ -78,6 +91,13 @@ class Injector:
     def step_begins(self, step: int) -> None:
         """Before the first forward of a step, counted from 1."""
         self._step = step
+
+    def end(self, last_step: int) -> None:
+        """After the last step: an error on all ranks if a fault was never made on one."""
+        if not self._faults:
+            return
+        CHAIN.tamper = None
+        refuse_unmade(self._waiting, last_step, self._rank)
 
     def between_steps(self, subject: Subject) -> None:
         """After a step and its checks: make faults in what stays."""
@@ -166,13 +186,10 @@ class Injector:
     def _parameter(self, fault: Injection, model: torch.nn.Module) -> torch.Tensor:
         """A parameter as the model holds it now: a replica of `dp` has plain tensors."""
         for name in self._names:
-            if _is_named(plain_name(name), fault.param):
+            if is_named(plain_name(name), fault.param):
                 found: torch.Tensor = functools.reduce(getattr, name.split("."), model)
                 return found
-        raise UsageError(
-            f"--inject {fault.kind}: there is no parameter {fault.param!r}; there are: "
-            f"{', '.join(self._names[:8])}"
-        )
+        raise AssertionError(fault)  # refused before the first step
 
 
 class _NaNBackward(torch.autograd.Function):
@@ -222,7 +239,7 @@ def _changed_loss(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) ->
 def _tamper_tensor(fault: Injection, subject: Subject) -> None:
     """Change the tensor that the fault names, or the first in which it makes a difference."""
     tensors = subject.tensors(_TARGETS[fault.target])
-    wanted = {name: each for name, each in tensors.items() if _is_named(name, fault.param)}
+    wanted = {name: each for name, each in tensors.items() if is_named(name, fault.param)}
     for tensor in wanted.values():
         if _tampered(fault, digest.local(tensor)):
             return
@@ -246,13 +263,18 @@ def _tampered(fault: Injection, tensor: torch.Tensor) -> bool:
         if len(unequal):
             first += int(unequal[0])
             flat[[first, first + 1]] = flat[[first + 1, first]]
-    elif first < len(before):
+    elif fault.bit is not None and first < len(before):
         digest.as_integers(flat)[first] ^= 1 << fault.bit
+    elif len(filled := flat[first:].nonzero()):
+        digest.as_integers(flat)[first + int(filled[0])] ^= 1 << _lasting_bit(flat)
     return not torch.equal(before, digest.as_integers(flat))
 
 
-def _is_named(name: str, param: str | None) -> bool:
-    return param is None or name == param or name.startswith(f"{param}.")
+def _lasting_bit(tensor: torch.Tensor) -> int:
+    """The highest of the mantissa: a low one may be rounded away before the next comparison."""
+    if not tensor.is_floating_point():
+        return 0
+    return -int(math.log2(torch.finfo(tensor.dtype).eps)) - 1
 
 
 def _other_samples(fault: Injection, request: Request) -> Request:

@@ -69,7 +69,7 @@ class Training:
         self.around_evaluation: Callable[[Evaluation], dict[str, float] | None] = _just
         """Calls an evaluation; for a trainer that has more to do then."""
         self._injector = injector
-        injector.begin(context.task, subject)
+        injector.begin(context.task, subject, self._data.course.total_steps)
         self._checks = Checks(context, subject, self._parts.loss, self._data, injector, events)
         self._checks.begin(self._progress.step)
         guard = self._checks.finite
@@ -91,6 +91,7 @@ class Training:
         """
         if not (complete and self._evaluate_at_end()):
             return self._leave()
+        self._injector.end(self._progress.step)
         self._save()
         self.callbacks.end()
         result = self._result(parameters_sha256=parameters_sha256(self._parts.model))
