@@ -40,7 +40,7 @@ SlurmctldTimeout=10
 TCPTimeout=1
 BatchStartTimeout=10
 # From TERM to KILL; 30 by default.
-KillWait=2
+KillWait=5
 # A step that could not tell the controller of its end tries again after 60 s; sooner than that the
 # node would be drained.
 UnkillableStepTimeout=90
