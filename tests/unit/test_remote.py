@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -30,7 +31,7 @@ from dtrain.remote.checkpoints import RemoteCheckpoints
 from dtrain.remote.mirror import Mirror, Pusher
 from dtrain.remote.parts import RemoteParts
 from dtrain.remote.place import Place, PlaceError
-from dtrain.remote.runs import fetch, staging
+from dtrain.remote.runs import begin, fetch, is_silent, staging
 from dtrain.rundir import RunDir, append_line, list_runs, write_json
 from dtrain.train.checkpoint.files import read_checkpoint
 from dtrain.train.checkpoint.store import CheckpointStore
@@ -152,6 +153,37 @@ def test_runs_are_found_by_name_newest_last_and_those_removed_go(
         path.unlink()
     assert [run.id for run in list_runs(fetch(url))] == ["b-1"]
     assert folder == staging(url) != staging(f"{url}2")
+
+
+def test_a_run_that_has_not_been_heard_of_for_two_minutes_is_lost(url: str, tmp_path: Path) -> None:
+    run = run_at(url, tmp_path / "here")
+    assert not is_silent(run)
+    for seconds, silent in ((100, False), (130, True)):
+        write_json(run.path / mirror.BEAT, {"time": time.time() - seconds})
+        assert is_silent(run) == silent
+
+
+def test_copies_that_nobody_has_looked_at_for_two_weeks_go(url: str, tmp_path: Path) -> None:
+    folder = tmp_path / "staging"
+    for run_id, days, ahead in (("old", 15, False), ("new", 13, False), ("unwritten", 15, True)):
+        run = run_at(url, folder, run_id)
+        run.resolved.touch()
+        if ahead:
+            (run.path / ".ahead").touch()
+        os.utime(run.path, (0, time.time() - days * 86400))
+    begin(RunDir(folder / "now"), f"{url}/now")
+    assert sorted(path.name for path in folder.iterdir()) == ["new", "now", "unwritten"]
+
+
+def test_a_large_file_that_is_written_anew_stays_on_its_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_news, "_MOST_OF_A_FILE", 100)
+    news = News(str(tmp_path))
+    (tmp_path / "small.bin").write_bytes(b"x" * 100)
+    (tmp_path / "large.bin").write_bytes(b"x" * 101)
+    assert [piece["name"] for piece in news.collect()] == ["small.bin"]
+    assert news.collect() == []
 
 
 # ---------------------------------------------------------------------- checkpoints
