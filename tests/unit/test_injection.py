@@ -1,10 +1,14 @@
-"""Reading `--inject`."""
+"""Reading `--inject`, and on whose collectives it acts."""
 
 from __future__ import annotations
+
+import sys
+from typing import Any
 
 import pytest
 
 from dtrain.job.injection import KINDS, Injection, parse_injection
+from dtrain.train.checks import chain
 
 
 def test_a_fault_in_full() -> None:
@@ -32,3 +36,10 @@ def test_every_kind_can_be_named(kind: str) -> None:
 def test_what_is_wrong_is_said(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         parse_injection(text)
+
+
+@pytest.mark.parametrize(("folder", "users"), [("/home/me", True), (chain._LIBRARIES, False)])
+def test_a_collective_of_a_library_is_not_the_tasks(folder: str, users: bool) -> None:
+    found: dict[str, Any] = {"look": chain._caller, "sys": sys}
+    exec(compile("told = look(sys._getframe())", f"{folder}/lightning/trainer.py", "exec"), found)
+    assert found["told"] == ("lightning/trainer.py:1", users)

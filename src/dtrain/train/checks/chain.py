@@ -47,6 +47,8 @@ _KEPT = 256
 """How many of the last calls are kept in words, to name the first that differs."""
 
 _TORCH = str(Path(torch.__file__).parent)
+_LIBRARIES = str(Path(torch.__file__).parents[1])
+"""Where packages are installed: a collective of Lightning's own is not the task's."""
 _PACKAGE = str(Path(__file__).resolve().parents[2])
 
 Call = Callable[[], Any]
@@ -175,7 +177,7 @@ def _caller(frame: FrameType | None) -> tuple[str, bool]:
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith(_TORCH) and not file.startswith("<"):
-            users = not file.startswith(_PACKAGE)
+            users = not file.startswith((_PACKAGE, _LIBRARIES))
             return f"{'/'.join(Path(file).parts[-2:])}:{frame.f_lineno}", users
         frame = frame.f_back
     return "torch", False
