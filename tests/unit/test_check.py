@@ -431,7 +431,7 @@ def test_a_missing_extra_is_one_line(check: Check, monkeypatch: pytest.MonkeyPat
     fact = replace(catalog.TRAINERS["lightning"], module="not_installed_anywhere")
     monkeypatch.setitem(catalog.TRAINERS, "lightning", fact)  # type: ignore[arg-type]
     assert check(extra="trainer: lightning\n") == [
-        "job.yaml:6:10: strategy: trainer 'lightning' needs a package: "
+        "job.yaml:6:10: trainer: trainer 'lightning' needs a package: "
         "pip install 'dtrain[lightning]'"
     ]
 

@@ -69,11 +69,13 @@ def _pair_problems(root: Written) -> Iterator[Problem]:
     except ValueError:
         most = 1
     problem = trainer and strategy and _pair_problem(root, trainer, strategy, most)
-    problem = problem or _missing_extra(trainer)
+    missing = _missing_extra(trainer)
     if problem:
         said = [root.get((field,)) for field in ("strategy", "trainer")]
         place = next((written.place for written in (*said, nodes) if written), root.place)
         yield place.problem("strategy", problem)
+    elif missing:
+        yield root.place_of(("trainer",)).problem("trainer", missing)
 
 
 def _pair_problem(root: Written, trainer: str, strategy: str, nodes: int) -> str | None:
