@@ -153,6 +153,7 @@ def answers(port: int) -> bool:
 
 # wandb keeps records as LevelDB logs: blocks of 32 KiB, each part with checksum, length and kind.
 READ_WANDB = """
+import time
 from wandb.proto.wandb_internal_pb2 import Record
 def records(data):
     at, whole = 7, b""
@@ -161,21 +162,33 @@ def records(data):
             at += 32768 - at % 32768
             continue
         size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + 7 + size > len(data):
+            return  # it is being written
         whole += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):
             yield Record.FromString(whole)
             whole = b""
+def all_records():
+    return [
+        record
+        for path in sorted(Path(sys.argv[1]).glob("wandb/offline-run-*/*.wandb"))
+        for record in records(path.read_bytes())
+    ]
+def ends():
+    return sum(record.WhichOneof("record_type") == "exit" for record in all_records())
+deadline = time.monotonic() + 60
+while ends() < 2 and time.monotonic() < deadline:
+    time.sleep(0.1)  # a process of wandb's own writes, on a busy machine after finish() too
 steps, config, runs = [], {}, []
-for path in sorted(Path(sys.argv[1]).glob("wandb/offline-run-*/*.wandb")):
-    for record in records(path.read_bytes()):
-        if record.WhichOneof("record_type") == "run":
-            runs.append(record.run.run_id)
-            items = record.run.config.update
-            config.update({i.key or i.nested_key[0]: i.value_json for i in items})
-        if record.WhichOneof("record_type") == "history":
-            row = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item}
-            steps += [row["step"]] * ("train/loss" in row)
+for record in all_records():
+    if record.WhichOneof("record_type") == "run":
+        runs.append(record.run.run_id)
+        items = record.run.config.update
+        config.update({i.key or i.nested_key[0]: i.value_json for i in items})
+    if record.WhichOneof("record_type") == "history":
+        row = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item}
+        steps += [row["step"]] * ("train/loss" in row)
 print(json.dumps([steps, sorted(set(runs)), config]))
 """
 
@@ -303,7 +316,7 @@ def test_a_faulty_logger_never_stops_training(
     when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fact = catalog.LoggerFact(f"{__name__}:Faulty", "")
-    monkeypatch.setattr(catalog, "LOGGERS", {**catalog.LOGGERS, "faulty": fact})
+    monkeypatch.setitem(catalog.LOGGERS, "faulty", fact)  # type: ignore[arg-type]
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # torch sets it for good
     plain = train(job(args={"dropout": 0.5}), tmp_path / "plain")
     log = {"every_steps": 1, "loggers": [{"faulty": {"when": when}}, "csv"]}
