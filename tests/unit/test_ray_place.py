@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from dtrain.cli import options
 from dtrain.cli.main import main
 from dtrain.errors import PlanError
 from dtrain.job.profile import checked_options, load_profile
@@ -96,6 +99,15 @@ def test_a_mapping_that_a_flag_says_is_known_for_the_flags() -> None:
     flag = Written({"gear": Written(1, Place("--ray resources"))}, Place("--ray resources"))
     _, sources = checked_options(profile, {"resources": flag}, RayOptions)
     assert sources["resources"] == "--ray resources"
+
+
+def test_what_a_flag_said_of_the_launcher_is_said_again_at_a_resume() -> None:
+    said = {"resources": "--ray resources", "resources.gear": "--ray resources"}
+    before: Any = SimpleNamespace(
+        options={"resources": {"gear": 1}, "memory": 5},
+        sources={**said, "memory": "launchers/site.yaml:4:11"},
+    )
+    assert options._kept(before, "--ray") == ('resources={"gear": 1}',)
 
 
 def test_a_run_is_mirrored_line_by_line_and_twice_is_as_good_as_once(tmp_path: Path) -> None:

@@ -263,7 +263,8 @@ def _kept(before: LaunchPlan, spelling: str) -> tuple[str, ...]:
     """What `_option_of_profile` was given when a run was launched."""
     import json
 
-    names = [name for name, place in before.sources.items() if place.startswith(f"{spelling} ")]
+    places = {name: before.sources.get(name, "") for name in before.options}
+    names = [name for name, place in places.items() if place.startswith(f"{spelling} ")]
     return tuple(f"{name}={json.dumps(before.options[name])}" for name in names)
 
 
