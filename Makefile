@@ -17,15 +17,18 @@ demo: $(VENV)/.demo
 	$(BIN)/dtrain launch --nodes 2 --procs 2 examples/digits/job.yaml
 
 # The clusters' tests mostly wait for a cluster, so they run beside the others; they are shown last.
-CLUSTER := tests/cluster
+RAY := $(wildcard tests/cluster/test_ray_*.py)
+SLURM := $(wildcard tests/cluster/test_slurm_*.py)
 test: $(VENV)/.dev slurm
 ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
 else
-	@$(BIN)/python -m pytest $(CLUSTER) > $(VENV)/cluster.log 2>&1 & cluster=$$!; \
-	$(BIN)/python -m pytest tests --ignore $(CLUSTER); others=$$?; \
-	wait $$cluster || others=$$?; \
-	cat $(VENV)/cluster.log; exit $$others
+	@$(BIN)/python -m pytest $(SLURM) > $(VENV)/slurm.log 2>&1 & slurm=$$!; \
+	$(BIN)/python -m pytest $(RAY) > $(VENV)/ray.log 2>&1 & ray=$$!; \
+	$(BIN)/python -m pytest tests --ignore tests/cluster; failed=$$?; \
+	wait $$ray || failed=$$?; \
+	wait $$slurm || failed=$$?; \
+	cat $(VENV)/ray.log $(VENV)/slurm.log; exit $$failed
 endif
 
 # What of Slurm cannot be installed is told, and its tests are skipped.

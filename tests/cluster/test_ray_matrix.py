@@ -1,4 +1,4 @@
-"""The cells of README's matrix that need a cluster: see `tests/dist/matrix.py`."""
+"""The cells of README's matrix that need Ray: see `tests/dist/matrix.py`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,6 @@ from pathlib import Path
 import pytest
 from matrix import shown, told
 from raying import RayCluster
-
-from cluster import Cluster
-
-
-def test_the_matrix_is_what_launches_on_slurm_show(slurm: Cluster, tmp_path: Path) -> None:
-    assert shown(tmp_path, "slurm", "slurm") == told("slurm")
 
 
 def test_the_matrix_is_what_launches_on_ray_show(
