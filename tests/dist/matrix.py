@@ -33,7 +33,7 @@ def shown(cwd: Path, launcher: str, profile: str, *, nodes: int = 2) -> Rows:
         profile: the profile to launch with.
         nodes: over how many nodes the two ranks can be spread from this host.
     """
-    trained = {("native", "single")}  # the reference of `dtrain verify`, here and elsewhere
+    trained = {("native", "single")} if launcher == "local" else set()  # verify's reference
     one, several = [], []
     for name, fact in catalog.STRATEGIES.items():
         (several if fact.multi_node else one).append(name)
