@@ -4,11 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format clean help slurm slurm-cluster
+.PHONY: demo test unit fuzz check format clean help slurm slurm-cluster
 
 help:
 	@echo "make demo           install into $(VENV), then train the digits example on 2 nodes x 2 ranks"
 	@echo "make test           install into $(VENV), then run all tests"
+	@echo "make unit           the tests of one process each, in a minute"
+	@echo "make fuzz           try the tests that draw their examples on others, until Ctrl-C"
 	@echo "make check          format, lint, types"
 	@echo "make slurm-cluster  start a real Slurm cluster on this machine, until Ctrl-C"
 	@echo "make format         rewrite the sources as 'make check' wants them"
@@ -16,20 +18,19 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/dtrain launch --nodes 2 --procs 2 examples/digits/job.yaml
 
-# The clusters' tests mostly wait for a cluster, so they run beside the others; they are shown last.
-RAY := $(wildcard tests/cluster/test_ray_*.py)
-SLURM := $(wildcard tests/cluster/test_slurm_*.py)
+# More workers than cores: many tests wait, for a cluster or for time to pass.
+WORKERS ?= 5
+# Compiled, since PYTHONDONTWRITEBYTECODE may be set: each cold node would compile dtrain, for 0.4 s.
 test: $(VENV)/.dev slurm
-ifdef TESTS
-	$(BIN)/python -m pytest $(TESTS)
-else
-	@$(BIN)/python -m pytest $(SLURM) > $(VENV)/slurm.log 2>&1 & slurm=$$!; \
-	$(BIN)/python -m pytest $(RAY) > $(VENV)/ray.log 2>&1 & ray=$$!; \
-	$(BIN)/python -m pytest tests --ignore tests/cluster; failed=$$?; \
-	wait $$ray || failed=$$?; \
-	wait $$slurm || failed=$$?; \
-	cat $(VENV)/ray.log $(VENV)/slurm.log; exit $$failed
-endif
+	@$(BIN)/python -m compileall -q src slurm/cluster
+	$(BIN)/python -m pytest $(or $(TESTS),-n $(WORKERS) tests)
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 3 tests/unit
+
+# Until Ctrl-C: other examples each time, and more of them.
+fuzz: $(VENV)/.dev
+	while $(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=fuzz tests; do :; done
 
 # What of Slurm cannot be installed is told, and its tests are skipped.
 slurm:

@@ -185,7 +185,7 @@ class Cluster:
         out = self.run(["sinfo", "-h", "-N", "-p", "main", "-o", "%N %T"]).stdout
         return {name: state for name, state in map(str.split, out.splitlines())}
 
-    def wait_node(self, node: str, states: Iterable[str], timeout_s: float = 60.0) -> str:
+    def wait_node(self, node: str, states: Iterable[str], timeout_s: float = 180.0) -> str:
         """Until it is in one of these states (`down` is also `down*`, the same and silent)."""
         wanted = set(states)
 
@@ -196,7 +196,7 @@ class Cluster:
         what = f"node {node} to be {' or '.join(sorted(wanted))}"
         return wait_until(what, there, timeout_s, step_s=0.2)
 
-    def wait_idle(self, timeout_s: float = 60.0) -> None:
+    def wait_idle(self, timeout_s: float = 180.0) -> None:
         """Until every node is idle."""
 
         def idle() -> bool:
@@ -209,7 +209,7 @@ class Cluster:
         out = self.run(["scontrol", "show", "job", str(job_id), "--oneliner"]).stdout
         return dict(pair.split("=", 1) for pair in out.split() if "=" in pair)
 
-    def wait_job(self, job_id: int | str, states: Iterable[str], timeout_s: float = 60.0) -> str:
+    def wait_job(self, job_id: int | str, states: Iterable[str], timeout_s: float = 180.0) -> str:
         """Until its JobState is one of these: RUNNING, COMPLETED, …"""
         wanted = set(states)
 

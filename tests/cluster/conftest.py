@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dist"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "slurm"))
-
-import raying
-import slurming
-from launching import SLOW, TINY, dtrain, status, the_run, until
-from raying import RayCluster, needs_ray
-from slurming import needs_slurm
-
 from cluster import Cluster
+from support import warm
+from support.launch import SLOW, TINY, dtrain, status, the_run, until
+from support.ray_cluster import WANTING as WANTING_RAY
+from support.ray_cluster import RayCluster, needs_ray
+from support.slurm_cluster import WANTING as WANTING_SLURM
+from support.slurm_cluster import needs_slurm
 
 
 @pytest.fixture(scope="session")
@@ -33,14 +29,27 @@ def slurm_cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
+def profiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of a user's own profiles; with those here nodes are warm, see `support.warm`."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    folder = tmp_path / "config" / "dtrain" / "launchers"
+    folder.mkdir(parents=True)
+    if not warm.is_cold:
+        python = warm.programs() / "python"
+        for name in ("slurm", "ray"):
+            text = f"launcher: {name}\nextends: {name}\noptions:\n  python: {python}\n"
+            (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+@pytest.fixture
 def slurm(
-    slurm_cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    slurm_cluster: Cluster, monkeypatch: pytest.MonkeyPatch, profiles: Path
 ) -> Iterator[Cluster]:
     """The cluster, with its commands on our PATH, and idle again at the end."""
     for name, value in slurm_cluster.outside().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     yield slurm_cluster
     slurm_cluster.run(["scancel", "--user", "root"], check=False)
     slurm_cluster.wait_idle()
@@ -58,7 +67,9 @@ def ray_cluster() -> Iterator[RayCluster]:
 
 
 @pytest.fixture
-def ray(ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayCluster]:
+def ray(
+    ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch, profiles: Path
+) -> Iterator[RayCluster]:
     """The cluster, with its token in our environment; nothing of ours is left on any node."""
     for name, value in ray_cluster.env.items():
         if name != "HOME":
@@ -80,7 +91,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def breakable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def breakable(monkeypatch: pytest.MonkeyPatch, profiles: Path) -> Iterator[Cluster]:
     """Three nodes of our own, with a network that can be broken."""
     needs_slurm()
     with Cluster(nodes=3, slurmd_timeout_s=3) as cluster:
@@ -93,7 +104,7 @@ def breakable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
-    for wanting in (slurming.WANTING, raying.WANTING):
+    for wanting in (WANTING_SLURM, WANTING_RAY):
         count = sum(wanting in str(report.longrepr) for report in skipped)
         if count:
             terminalreporter.write_line(f"{count} tests skipped {wanting}", yellow=True)

@@ -8,15 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launching import TINY, events, status, the_run, until
-from raying import RayCluster, needs_ray
-from slurming import submit
-
 from cluster import Cluster
 from dtrain.launchers import ray_sbatch
 from dtrain.rundir import list_runs
+from support import EXAMPLES
+from support.launch import TINY, events, status, the_run, until
+from support.ray_cluster import RayCluster, needs_ray
+from support.slurm_cluster import submit
 
-SEARCH = Path(__file__).resolve().parents[2] / "examples" / "ray_tune" / "search.py"
+SEARCH = EXAMPLES / "ray_tune" / "search.py"
 
 
 def test_tune_sees_the_metrics_of_its_trials(ray: RayCluster, tmp_path: Path) -> None:

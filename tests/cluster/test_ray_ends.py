@@ -9,7 +9,9 @@ from pathlib import Path
 from random import Random
 
 import psutil
-from launching import (
+
+from dtrain.rundir import RunDir
+from support.launch import (
     OFTEN,
     SLOW,
     TINY,
@@ -23,9 +25,7 @@ from launching import (
     until,
     wait_for_step,
 )
-from raying import RayCluster, needs_ray, on
-
-from dtrain.rundir import RunDir
+from support.ray_cluster import RayCluster, needs_ray, on
 
 
 def driver_of(process: subprocess.Popen[str]) -> psutil.Process:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from launching import TINY, dtrain, started, until
-from raying import RayCluster, on
 
 import dtrain as package
+from support.launch import TINY, dtrain, started, until
+from support.ray_cluster import RayCluster, on
 
 SOURCE = Path(package.__file__).parents[1]
 GEAR = ("--ray", "resources={gear: 1}")
@@ -22,6 +22,7 @@ def refused(cwd: Path, *arguments: str | Path, job: Path = TINY, **env: str) -> 
     done = dtrain("launch", *arguments, job, cwd=cwd, env=env)
     assert done.returncode in (1, 2), done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr, done.stdout
     return done.stderr
 
 

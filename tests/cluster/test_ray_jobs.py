@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from launching import OFTEN, SLOW, TINY, dtrain, metrics, started, status, the_run, until, wait_for
-from raying import RayCluster
+from support import warm
+from support.launch import (
+    OFTEN,
+    SLOW,
+    TINY,
+    dtrain,
+    metrics,
+    started,
+    status,
+    the_run,
+    until,
+    wait_for,
+)
+from support.ray_cluster import RayCluster
 
 
 def as_job(cluster: RayCluster, runs: Path | None = None) -> tuple[str, ...]:
     where = ("--launcher", "ray", "--address", cluster.dashboard, "--ray", "submit=job")
     away = () if runs is None else ("--ray", f"runs={runs}")
-    return (*where, "--ray", f"python={sys.executable}", *away, "--nodes", "2", "--procs", "2")
+    return (
+        *where,
+        "--ray",
+        f"python={warm.programs() / 'python'}",
+        *away,
+        "--nodes",
+        "2",
+        "--procs",
+        "2",
+    )
 
 
 def test_it_goes_on_without_us_and_is_found_again(

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import (
+
+from dtrain.rundir import RunDir
+from support.contract import LauncherContract, Started, Way
+from support.launch import (
     DIGITS,
     OFTEN,
     SLOW,
@@ -25,32 +28,18 @@ from launching import (
     wait_for_step,
     worker_pids,
 )
-from raying import RayCluster, on
-from test_launcher_contract import (
-    Started,
-    Way,
-    test_a_failure_is_named_on_every_console,
-    test_cancel_ends_all_of_it_in_order_and_resume_goes_on,
-    test_it_trains_on_the_asked_ranks_with_the_agreed_environment,
-)
-
-from dtrain.rundir import RunDir
-
-__all__ = [
-    "test_a_failure_is_named_on_every_console",
-    "test_cancel_ends_all_of_it_in_order_and_resume_goes_on",
-    "test_it_trains_on_the_asked_ranks_with_the_agreed_environment",
-]
+from support.ray_cluster import RayCluster, on
 
 
-@pytest.fixture
-def way(ray: RayCluster) -> Way:
-    @contextmanager
-    def launch(cwd: Path, *arguments: str, **env: str) -> Iterator[Started]:
-        with started("launch", *on(ray), *arguments, TINY, cwd=cwd, env=env) as process:
-            yield [process]
+class TestContract(LauncherContract):
+    @pytest.fixture
+    def way(self, ray: RayCluster) -> Way:
+        @contextmanager
+        def launch(cwd: Path, *arguments: str, **env: str) -> Iterator[Started]:
+            with started("launch", *on(ray), *arguments, TINY, cwd=cwd, env=env) as process:
+                yield [process]
 
-    return Way(launch, (ray.ip(0), ray.ip(1)), address=ray.ip(0))
+        return Way(launch, (ray.ip(0), ray.ip(1)), address=ray.ip(0))
 
 
 # ---------------------------------------------------------------------- the same training

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from launching import OFTEN, SLOW, TINY, dtrain, events, metrics, started, until
-from raying import RayCluster, on
-from s3ing import BUCKET, S3, make_bucket
 
 from dtrain.remote.place import Place
 from dtrain.remote.runs import staging
 from dtrain.rundir import RunDir, list_runs
+from support import warm
+from support.launch import OFTEN, SLOW, TINY, dtrain, events, metrics, started, until
+from support.ray_cluster import RayCluster, on
+from support.s3 import BUCKET, S3, make_bucket
 
 RUNS = f"s3://{BUCKET}/ray"
 GEAR = ("--ray", "resources={gear: 1}")
@@ -114,7 +114,7 @@ def test_a_ray_job_keeps_its_run_at_a_url(
     for name, value in {**server.env, "DTRAIN_STAGING": str(tmp_path / "laptop")}.items():
         monkeypatch.setenv(name, value)
     where = ("--launcher", "ray", "--address", ray.dashboard, "--ray", "submit=job")
-    python = ("--ray", f"python={sys.executable}", "--nodes", "2", "--procs", "2")
+    python = ("--ray", f"python={warm.programs() / 'python'}", "--nodes", "2", "--procs", "2")
     url = f"s3://{BUCKET}/jobs"
     sent = dtrain(
         "launch", "--detach", *where, *python, "--runs", url, *SLOW, TINY, cwd=tmp_path, timeout=180

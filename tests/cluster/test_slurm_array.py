@@ -6,11 +6,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from launching import SLOW, TINY, dtrain, events, metrics, started, status, until, wait_for
-from slurming import by_submitit, job_of, sha
 
 from cluster import Cluster
 from dtrain.rundir import RunDir
+from support.launch import SLOW, TINY, dtrain, events, metrics, started, status, until, wait_for
+from support.slurm_cluster import by_submitit, job_of, sha
 
 ONE = ("--launcher", "slurm")
 SEEDS = ("--array", "seed=1,2,3", "--run-id", "sweep")

@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster.spec import Files, State
-from launching import until
-from slurming import needs_slurm, submit
 
 from cluster import Cluster, ClusterError, CommandError, missing, needs, processes
+from cluster.spec import Files, State
+from support import ROOT
+from support.launch import until
+from support.slurm_cluster import needs_slurm, submit
 
-TOOL = Path(__file__).resolve().parents[2] / "slurm" / "cluster"
+TOOL = ROOT / "slurm" / "cluster"
 SLEEP = ["--wrap", "exec sleep 600"]
 
 pytestmark = pytest.mark.usefixtures("leak_guard")

@@ -10,7 +10,11 @@ from pathlib import Path
 from secrets import token_hex
 
 import pytest
-from launching import (
+
+from cluster import Cluster
+from dtrain.jobdir import JobDir
+from dtrain.rundir import RunDir
+from support.launch import (
     OFTEN,
     SLOW,
     TINY,
@@ -22,11 +26,7 @@ from launching import (
     until,
     wait_for_step,
 )
-from slurming import TWO, goes_on, job_of, needs_slurm, sha
-
-from cluster import Cluster
-from dtrain.jobdir import JobDir
-from dtrain.rundir import RunDir
+from support.slurm_cluster import TWO, goes_on, job_of, needs_slurm, sha
 
 _SYSTEM = "/usr/local/bin:/usr/bin:/bin"
 

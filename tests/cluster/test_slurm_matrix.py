@@ -1,12 +1,11 @@
-"""The cells of README's matrix that need Slurm: see `tests/dist/matrix.py`."""
+"""The cells of README's matrix that need Slurm: see `tests/support/matrix.py`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from matrix import shown, told
-
 from cluster import Cluster
+from support.matrix import shown, told
 
 
 def test_the_matrix_is_what_launches_on_slurm_show(slurm: Cluster, tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import SLOW, TINY, dtrain, events, metrics, started, the_run, wait_for_step
-from slurming import job_of, needs_slurm
 
 from cluster import Cluster, needs
+from support.launch import SLOW, TINY, dtrain, events, metrics, started, the_run, wait_for_step
+from support.slurm_cluster import job_of, needs_slurm
 
 UNLIKE = (
     "thin-9 CPUs=2 RealMemory=1024 Feature=slow",

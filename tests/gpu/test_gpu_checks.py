@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from dtrain.train.checks import digest
+from support import JOBS
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-TINY = Path(__file__).resolve().parents[1] / "jobs" / "tiny" / "job.yaml"
+TINY = JOBS / "tiny" / "job.yaml"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

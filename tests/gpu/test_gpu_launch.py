@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from dtrain.rundir import RunDir, list_runs
+from support import EXAMPLES
 
-JOB = Path(__file__).resolve().parents[2] / "examples" / "digits" / "job.yaml"
+JOB = EXAMPLES / "digits" / "job.yaml"
 ONE_GPU = ("--gpus", "1", "--procs", "1")
 
 

@@ -1,0 +1,128 @@
+"""Damaged checkpoints, changed models, full disks: no wrong is loaded, no good is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.errors import CheckpointError
+from dtrain.testing import RankError, run_ranks
+from support.trainings import Outcome, job, lines, train
+
+
+def run(world_size: int, folder: Path, **sections: Any) -> list[Outcome]:
+    args = sections.pop("args", {})
+    sections.setdefault("checkpoint", {"every_steps": 4, "keep": 3})
+    strategy = "ddp" if world_size > 1 else "single"
+    return run_ranks(train, world_size, job(strategy, args, **sections), folder)
+
+
+def flip(path: Path, offset: int = -100) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset % len(data)] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def crashed(tmp_path: Path) -> Path:
+    """A run of two ranks that was killed after step 9, with checkpoints of steps 4 and 8."""
+    run(2, tmp_path, args={"crash_after": 9})
+    return tmp_path
+
+
+def test_a_damaged_checkpoint_is_seen_and_the_older_one_used(
+    crashed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    unbroken = run(2, tmp_path_factory.mktemp("unbroken"))
+    flip(crashed / "checkpoints" / "step-00000008" / "model.pt", 1000)
+    outcomes = run(2, crashed)
+    (resumed,) = [line for line in lines(crashed, "events") if line["event"] == "resumed"]
+    assert resumed["step"] == 4
+    reason = "model.pt is damaged: its xxh3 is not the manifest's"
+    assert resumed["rejected"] == {"step-00000008": reason}
+    assert outcomes[0].result is not None
+    assert unbroken[0].result is not None
+    assert outcomes[0].result.parameters_sha256 == unbroken[0].result.parameters_sha256
+    # the bad one is out of the way, and was written anew
+    kept = sorted(path.name for path in (crashed / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000008", "step-00000008.rejected", "step-00000010"]
+
+
+def test_when_none_can_be_used_training_does_not_begin_again(crashed: Path) -> None:
+    for folder in (crashed / "checkpoints").iterdir():
+        flip(folder / "model.pt", 1000)
+    with pytest.raises(RankError) as caught:
+        run(2, crashed)
+    assert isinstance(caught.value.__cause__, CheckpointError)
+    message = str(caught.value.__cause__)
+    assert "none of the 2 checkpoints" in message
+    for step in (4, 8):
+        assert f"step-{step:08d}: model.pt is damaged" in message
+    assert len(list((crashed / "checkpoints").glob("step-????????"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"args": {"width": 17}}, "first.weight is (16, 6), in the model (17, 6)"),
+        ({"args": {"spare": "never"}}, "spare.weight is not in the checkpoint"),
+        ({"args": {"n": 51}}, "num_samples was 50, is 51"),
+        ({"seed": 4}, "seed was 3, is 4"),
+    ],
+)
+def test_another_model_or_other_data_is_refused(
+    crashed: Path, change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(RankError) as caught:
+        run(2, crashed, **change)
+    assert words in str(caught.value.__cause__)
+
+
+def test_a_leftover_of_a_killed_writer_is_ignored_and_removed(crashed: Path) -> None:
+    leftover = crashed / "checkpoints" / ".step-00000012.aside-0011"
+    leftover.mkdir()
+    (leftover / "model.pt").write_bytes(b"half")
+    run(2, crashed)
+    assert not leftover.exists()
+    (resumed,) = [line for line in lines(crashed, "events") if line["event"] == "resumed"]
+    assert resumed["step"] == 8
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 600 kB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a small tmpfs here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_clear_error_and_the_old_checkpoint_stays(small_disk: Path) -> None:
+    # 200 kB each: parameters and momentum
+    args = {"width": 3000}
+    with pytest.raises(RankError) as caught:
+        run(2, small_disk, args=args, checkpoint={"every_steps": 2, "keep": 5})
+    error = caught.value.__cause__
+    assert isinstance(error, CheckpointError)
+    assert "No space left on device" in str(error)
+    assert "MB are free there" in str(error)
+    assert str(small_disk / "checkpoints" / "step-") in str(error)
+    checkpoints = sorted(path.name for path in (small_disk / "checkpoints").iterdir())
+    assert checkpoints
+    assert all(name.startswith("step-") for name in checkpoints)  # nothing half-written
+    (small_disk / "checkpoints" / checkpoints[0] / "model.pt").read_bytes()
+    manifest = json.loads(
+        (small_disk / "checkpoints" / checkpoints[-1] / "manifest.json").read_text()
+    )
+    assert manifest["about"]["world_size"] == 2

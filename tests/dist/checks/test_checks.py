@@ -1,0 +1,115 @@
+"""The ledger on real trainings: every kind of fault is found, and who, where and when."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtrain.job.injection import KINDS, TENSOR_KINDS
+from support import ROOT
+from support.faults import DATA, NAN, STEP, Case, Outcome, applies, outcomes
+
+IN_TENSORS = {kind: kind.split("-")[1] for kind in TENSOR_KINDS}
+EXPECTED = {
+    "lr": r"learning rate and counters: lr is 0\.010\d+ on rank {c} and 0\.009\d+",
+    "seed": r"the seed is \d on rank \d and \d on rank \d",
+    "nan-loss": r"the loss of step 5 is nan: rank {c}'s, micro-batch 1 of \d+, samples \d+",
+    "nan-gradient": r"nearest to the loss first\.weight: from first\.weight of rank {c}, micro",
+    "duplicate-sample": r"rank {c}, step 5: read sample \d+ instead of sample \d+ \(position \d+\)",
+    "drop-sample": r"rank {c}, step 5: did not read sample \d+ \(position \d+\)",
+    "swap-collectives": r"collectives: number \d+ is all_reduce\(float32\[\]\) at "
+    r"support/faults\.py:",
+}
+ELEMENT = {"flip": "1 of 96", "scale": "of 96", "swap": "2 of 96"}
+
+
+def faults(strategy: str, world_size: int, every: int) -> list[Case]:
+    """Every kind that the interval can show, on the first rank and on the last."""
+    kinds = [kind for kind in KINDS if applies(strategy, kind) and kind != "skip-collective"]
+    held = strategy in ("fsdp", "dp")
+    kinds = [kind for kind in kinds if not (held and IN_TENSORS.get(kind) == "gradient")]
+    if every > 1:  # what is compared with itself is watched after each comparison only
+        kinds = [
+            k for k in kinds if IN_TENSORS.get(k) != "buffer" and not (held and k in IN_TENSORS)
+        ]
+    culprits = [0] if strategy == "dp" else [0, world_size - 1]
+    return [Case(strategy, kind, culprit, every) for kind in kinds for culprit in culprits]
+
+
+def after(case: Case) -> int:
+    """The step whose check shows a fault of step 5."""
+    first = STEP if IN_TENSORS.get(case.kind, "gradient") == "gradient" else STEP + 1
+    return -(-first // case.every) * case.every
+
+
+def check(case: Case, ranks: list[Outcome]) -> None:
+    """Every rank has ended, the right one is blamed, and the right place named."""
+    assert all(each.error for each in ranks), (case, ranks)
+    mine, blamed = ranks[case.culprit], [not each.collateral for each in ranks]
+    alone = [rank == case.culprit for rank in range(len(ranks))]
+    if case.kind in NAN:
+        unknown = case.kind == "nan-gradient" and case.strategy == "fsdp"
+        assert unknown or blamed == alone, (case, ranks)
+        assert unknown or re.search(EXPECTED[case.kind].format(c=case.culprit), mine.text), mine
+        return
+    compared = case.kind not in DATA and "holds other bits" not in mine.text
+    undecided = compared and len(ranks) == 2
+    assert blamed == ([True, True] if undecided else alone), (case, ranks)
+    if undecided and case.kind != "seed":
+        assert "with two ranks nobody can tell which is right" in mine.text, (case, mine)
+    if case.kind in TENSOR_KINDS:
+        check_tensor(case, mine)
+    else:
+        pattern = EXPECTED[case.kind].format(c=r"\d" if undecided else case.culprit)
+        if case.kind != "lr" or not undecided:
+            assert re.search(pattern, mine.text), (case, mine)
+
+
+def check_tensor(case: Case, mine: Outcome) -> None:
+    assert f"after step {after(case)}" in mine.text, (case, mine)
+    target = IN_TENSORS[case.kind]
+    if target == "buffer" or case.strategy in ("fsdp", "dp"):
+        kind = {"buffer": "buffers", "moment": "optimizer state", "parameter": "parameters"}[target]
+        name = "norm.running_mean" if target == "buffer" else "first.weight"
+        assert f"rank {case.culprit} holds other bits than" in mine.text, (case, mine)
+        assert f"{kind}: {name}" in mine.text, (case, mine)
+        return
+    action = case.kind.split("-")[0]
+    place = r"first\.weight\[\d+, \d\]" if action == "scale" else r"first\.weight\[1, \d\]"
+    assert re.search(rf"parameters: {place} is .*{ELEMENT[action]} elements", mine.text), mine
+
+
+@pytest.mark.parametrize(("world_size", "every"), [(2, 1), (3, 1), (4, 1), (3, 3)])
+@pytest.mark.parametrize("strategy", ["ddp", "exact", "fsdp"])
+def test_every_fault_is_found(tmp_path: Path, strategy: str, world_size: int, every: int) -> None:
+    cases = faults(strategy, world_size, every)
+    for case, ranks in zip(cases, outcomes(cases, world_size, tmp_path), strict=True):
+        check(case, ranks)
+
+
+def test_the_replicas_of_one_process_have_one_copy_that_is_watched(tmp_path: Path) -> None:
+    cases = faults("dp", 1, 1)
+    assert len(cases) > 10
+    for case, ranks in zip(cases, outcomes(cases, 1, tmp_path), strict=True):
+        check(case, ranks)
+
+
+def test_a_fault_as_it_is_by_default_stays_until_the_default_comparison(tmp_path: Path) -> None:
+    kinds = [kind for kind in KINDS if kind.startswith("flip-") and "buffer" not in kind]
+    cases = [Case("ddp", kind, 1, 50, steps=60, place="") for kind in kinds]
+    for ranks in outcomes(cases, 3, tmp_path):
+        assert "one model after step 0 and are not one model after step 50" in ranks[1].text, ranks
+        assert [each.collateral for each in ranks] == [True, False, True], ranks
+        assert re.search(r"parameters: first\.weight\[\d+, \d\] is", ranks[1].text), ranks
+
+
+def test_the_document_shows_what_is_caught() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "support" / "faults.py"],
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() in (ROOT / "docs" / "checks.md").read_text()

@@ -1,0 +1,82 @@
+"""A fault on purpose is made, or it is said why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dtrain.errors import DtrainError
+from dtrain.job.spec import JobSpec
+from dtrain.ranks import RankInfo
+from dtrain.rundir import RunDir
+from dtrain.testing import run_ranks
+from dtrain.train.checks import chain
+from dtrain.train.context import TrainContext
+from dtrain.train.trainers.native import NativeTrainer
+from support.faults import Talkative
+
+
+class Silent(Talkative):
+    """Calls no collective itself, and its model has no buffers; 4 steps an epoch."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        x, y = batch
+        return (model(x) - y).square().mean()
+
+
+EARLY = {
+    "kind=lr,step=40": "--inject lr on rank 1: step 40 is beyond the last, 8",
+    "kind=flip-parameter-bit,param=middle": "there is no parameter 'middle'; there are: 0.weight,",
+    "kind=flip-moment-bit,param=0.bias,element=16": "element 16 is not one of 0.bias's 16",
+    "kind=swap-gradient-elements,param=2.weight,element=15": "element 16 is not one of 2.weight's",
+    "kind=nan-gradient,element=96": "element 96 is not one of any parameter's 96",
+    "kind=flip-gradient-bit,bit=32": "bit 32 is not one of an element's 32",
+    "kind=scale-buffer": "the model has no buffers",
+}
+LATE = {
+    "kind=skip-collective,step=3": "the task called no collective itself in step 3",
+    "kind=swap-collectives,step=3": "the task called no collective itself in step 3",
+}
+
+
+def said(faults: list[str], folder: Path) -> list[tuple[str, bool, int]]:
+    """Of a training with each fault on rank 1: its error, whose it is, and the steps done."""
+    torch.set_num_threads(1)
+    told = []
+    for number, fault in enumerate(faults):
+        run = RunDir(folder / str(number))
+        run.create()
+        spec = JobSpec.model_validate(
+            {
+                "name": "t", "task": "t:T",
+                "train": {"epochs": 2, "global_batch_size": 48},
+                "checks": {"inject": [f"rank=1,{fault}"]},
+                "log": {"every_steps": 1},
+            }
+        )  # fmt: skip
+        chain.install()
+        ranks = RankInfo.from_env()
+        context = TrainContext(spec, run, ranks, 0, Silent(), torch.device("cpu"))
+        with pytest.raises(DtrainError) as caught:
+            NativeTrainer(context).run()
+        steps = run.metrics.read_text().count("\n") if run.metrics.exists() else 0
+        told.append((str(caught.value), getattr(caught.value, "collateral", False), steps))
+    return told
+
+
+def test_a_fault_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    expected = EARLY | LATE
+    results = run_ranks(said, 2, list(expected), tmp_path)
+    for rank, told in enumerate(results):
+        for (fault, message), (text, collateral, steps) in zip(expected.items(), told, strict=True):
+            assert message in text, (fault, text)
+            assert "\n" not in text
+            assert collateral == (fault in LATE and rank == 0), fault
+            assert (steps == 0) == (fault in EARLY), fault

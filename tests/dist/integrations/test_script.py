@@ -1,0 +1,101 @@
+"""A plain script, launched as it is: three shapes that people write, and a crash."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from support import ROOT
+from support.launch import dtrain, events, started, the_run
+
+EXAMPLE = ROOT / "examples" / "script" / "job.yaml"
+SCRIPTS = ROOT / "tests" / "jobs" / "scripts"
+TWO_BY_TWO = ("--nodes", "2", "--procs", "2")
+
+
+def log_of(folder: Path, rank: int) -> str:
+    _, path = the_run(folder).rank_logs(0)[rank]
+    return path.read_text()
+
+
+def test_a_hand_written_loop_goes_on_after_a_crash_in_the_middle_of_an_epoch(
+    tmp_path: Path,
+) -> None:
+    crash = ("--", "--epochs", "3", "--crash-at", "15")
+    done = dtrain("launch", *TWO_BY_TWO, EXAMPLE, *crash, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "rank 1 on node-0 failed: RuntimeError: a crash on purpose at step 15" in done.stdout
+    assert "epoch 3: 9" in done.stdout  # in per cent
+    run = the_run(tmp_path)
+    assert [event["step"] for event in events(run, "resumed")] == [10]
+    # 23 steps an epoch, each sample once: 10 came before the crash, 13 after
+    assert [event["step"] for event in events(run, "checkpoint_saved")][-1] == 3 * 23
+    again = dtrain("resume", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "has finished" in again.stderr
+
+
+def test_a_script_that_fails_has_a_verdict(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        "import os, sys, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    raise KeyError(sys.argv[1])\n"
+        "dist.barrier()\n"
+    )
+    done = dtrain("launch", "--procs", "2", "train.py", "--", "of my own", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"FAILED: rank 1 on node 0 ({os.uname().nodename}) raised KeyError" in done.stdout
+    assert "train.py:4 in <module>" in done.stdout
+    assert "of my own" in done.stdout
+
+
+def test_an_accelerate_script(tmp_path: Path) -> None:
+    done = dtrain("launch", *TWO_BY_TWO, SCRIPTS / "with_accelerate.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "accelerate 4 processes, 2 batches each, one model True" in log_of(tmp_path, 0)
+
+
+def test_a_lightning_script_that_steps_two_optimizers_by_itself(tmp_path: Path) -> None:
+    sizes = ("--", "--devices", "2", "--nodes", "2")
+    script = SCRIPTS / "with_lightning.py"
+    done = dtrain("launch", *TWO_BY_TWO, script, *sizes, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    sums = set()
+    for rank in range(4):  # two batches for each rank, two steps each
+        _, found, rest = log_of(tmp_path, rank).partition(f"lightning rank {rank} of 4, 4 steps, ")
+        assert found
+        sums.add(rest.split()[0])
+    assert len(sums) == 1, "one model on all ranks"
+
+
+def test_what_it_prints_is_shown_at_once(tmp_path: Path) -> None:
+    """The script waits until we have seen its line."""
+    (tmp_path / "waits.py").write_text(
+        "import pathlib, sys, time\n"
+        "print('here')\n"
+        "for _ in range(600):\n"
+        "    if pathlib.Path('seen').exists(): sys.exit()\n"
+        "    time.sleep(0.05)\n"
+        "sys.exit('not seen within 30 s')\n"
+    )
+    with started("launch", "--procs", "1", "waits.py", cwd=tmp_path) as process:
+        assert any("here" in line for line in process.stdout or ())
+        (tmp_path / "seen").touch()
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def test_asked_to_stop_it_saves_and_goes_on_by_resume(tmp_path: Path) -> None:
+    launch = ("launch", "--procs", "2", EXAMPLE, "--", "--epochs", "100000")
+    with started(*launch, cwd=tmp_path) as process:
+        for line in process.stdout or ():
+            if "epoch 2:" in line:
+                break
+        assert dtrain("cancel", cwd=tmp_path).returncode == 0
+        process.communicate(timeout=60)
+    run = the_run(tmp_path)
+    saved = events(run, "checkpoint_saved")[-1]["step"]
+    done = dtrain("resume", "--set", "arguments=[--epochs, '2']", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert [event["step"] for event in events(run, "resumed")] == [saved]

@@ -1,0 +1,249 @@
+"""runs, status, logs, plan and resume as a person uses them, on one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtrain.rundir import RunDir
+from support.launch import DIGITS, TINY, dtrain, metrics, started, the_run, wait_for_step
+
+DIGITS_TASK = DIGITS.with_name("task.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run of 2×2 ranks that all say the same."""
+    cwd = tmp_path_factory.mktemp("commands")
+    done = dtrain(
+        "launch", "--nodes", "2", "--procs", "2", "--set", "args.say=hello there", TINY, cwd=cwd
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (cwd / "console.txt").write_text(done.stdout)
+    return cwd
+
+
+@pytest.fixture
+def run(folder: Path) -> RunDir:
+    return the_run(folder)
+
+
+def test_the_console_shows_rank_0_and_folds_the_rest(folder: Path) -> None:
+    text = (folder / "console.txt").read_text()
+    assert "step 12/12" in text
+    assert "evaluation after step 12: loss" in text
+    assert text.count("logged: hello there") == 1
+    assert text.count("warned: hello there") == 1
+    assert "[ranks 0-3] WARNING tiny: logged: hello there" in text
+    assert text.count("\nhello there") == 1, "what others print stays in their files"
+
+
+def test_runs(folder: Path, run: RunDir) -> None:
+    lines = dtrain("runs", cwd=folder).stdout.splitlines()
+    assert lines[0].split() == ["RUN", "STATE", "STEP", "RANKS", "STRATEGY", "LAUNCHER", "STARTED"]
+    assert lines[1].split()[:6] == [run.id, "succeeded", "12", "4", "ddp", "local"]
+    (row,) = json.loads(dtrain("runs", "--json", cwd=folder).stdout)
+    assert row["id"] == run.id
+    assert dtrain("runs", "--runs", "none", cwd=folder).stdout == "no runs in none\n"
+
+
+@pytest.mark.parametrize("name", ["last", "tiny", "ID", "PATH"])
+def test_status_by_any_name(folder: Path, run: RunDir, name: str) -> None:
+    name = {"ID": run.id, "PATH": str(run.path)}.get(name, name)
+    status = json.loads(dtrain("status", name, "--json", cwd=folder).stdout)
+    assert status["id"] == run.id
+    assert status["eval"]["loss"] == pytest.approx(metrics(run, "eval")[-1]["loss"])
+    assert "state              succeeded\n" in dtrain("status", name, cwd=folder).stdout
+
+
+def test_an_unknown_run(folder: Path) -> None:
+    done = dtrain("status", "nix", cwd=folder)
+    assert done.returncode == 2
+    assert done.stderr.startswith("dtrain: no run 'nix' in ")
+
+
+def test_logs_fold_and_select(folder: Path, run: RunDir) -> None:
+    text = dtrain("logs", cwd=folder).stdout
+    assert "[ranks 0-3] hello there" in text
+    assert text.count("hello there") == 3
+    only = dtrain("logs", "--rank", "3", cwd=folder).stdout
+    assert "[rank 3] hello there" in only
+    assert "[rank 0]" not in only
+    node = dtrain("logs", "--node", "1", cwd=folder).stdout
+    assert "[ranks 2-3] hello there" in node
+    lines = dtrain("logs", "--rank", "1", "--json", cwd=folder).stdout.splitlines()
+    assert {"rank": 1, "line": "hello there"} in [json.loads(line) for line in lines]
+    missing = dtrain("logs", "--rank", "9", cwd=folder)
+    assert missing.returncode == 2
+    assert missing.stderr.endswith("has no such log; ranks: [0, 1, 2, 3]\n")
+    missing = dtrain("logs", "--node", "5", cwd=folder)
+    assert "no such log; nodes: [0, 1]; ranks: [0, 1, 2, 3]" in missing.stderr
+
+
+def test_why_of_a_run_that_did_not_fail(folder: Path, run: RunDir) -> None:
+    assert dtrain("why", cwd=folder).stdout == f"run {run.id} has not failed: it succeeded\n"
+    assert dtrain("why", "--json", cwd=folder).stdout == "null\n"
+
+
+def test_resume_of_a_finished_run_says_what_to_do(folder: Path, run: RunDir) -> None:
+    longer = dtrain("resume", "--dry-run", "--set", "train.steps=20", cwd=folder)
+    assert longer.stdout.startswith(f"run        {run.id} (attempt 1): "), longer.stderr
+    assert run.attempts() == [0]
+    done = dtrain("resume", cwd=folder)
+    assert done.returncode == 2
+    assert "--set train.epochs=20" in done.stderr
+
+
+def test_the_run_directory_has_all_of_it(run: RunDir) -> None:
+    for path in (run.job, run.resolved, run.plan, run.handle, run.metrics, run.events, run.code):
+        assert path.exists(), path
+    assert run.job.read_text() == TINY.read_text()
+    assert json.loads((run.code / "git.json").read_text())["git"] in (True, False)
+    assert not run.secret_env.exists()
+
+
+def test_follow_ends_with_the_run_and_with_its_code(tmp_path: Path) -> None:
+    arguments = ("--set", "args.misbehave=exit", "--set", "args.at=20", "--set", "args.pause=0.05",
+                 "--set", "train.steps=100")  # fmt: skip
+    with started("launch", "--procs", "2", *arguments, TINY, cwd=tmp_path) as process:
+        wait_for_step(tmp_path, 2)
+        followed = dtrain("logs", "--follow", cwd=tmp_path)
+        process.communicate(timeout=30)
+    assert followed.returncode == process.returncode == 3
+    assert "step 2/100" in followed.stdout
+    assert "step 19/100" in followed.stdout
+
+
+def in_shell(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`dtrain COMMAND` as a shell runs it; the exit code is dtrain's."""
+    text = f"{sys.executable} -m dtrain {command}; exit ${{PIPESTATUS[0]}}"
+    return subprocess.run(
+        ["bash", "-c", text], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("command", ["logs", "status", f"plan {TINY}", "--help"])
+def test_a_reader_that_leaves_is_no_error(folder: Path, command: str) -> None:
+    done = in_shell(f"{command} | true", folder)
+    assert done.returncode in (0, 128 + 13)  # 0 when it was quicker than its reader
+    assert done.stderr == ""
+
+
+def test_a_full_console_is_told_in_a_line(folder: Path) -> None:
+    for command in ("status", "--help"):
+        done = in_shell(f"{command} > /dev/full", folder)
+        assert done.returncode == 1
+        assert done.stderr == "dtrain: cannot print: No space left on device\n"
+
+
+def test_a_training_goes_on_when_nobody_reads_or_the_console_is_full(tmp_path: Path) -> None:
+    read = in_shell(f"launch --run-id read {TINY} | head -1", tmp_path)
+    full = in_shell(f"launch --run-id full {TINY} > /dev/full", tmp_path)
+    assert (read.returncode, full.returncode) == (0, 0), read.stderr + full.stderr
+    assert read.stderr + full.stderr == ""
+    for run in (RunDir(tmp_path / "runs" / name) for name in ("read", "full")):
+        assert [step["step"] for step in metrics(run)] == list(range(1, 13))
+        assert json.loads(run.result(0).read_text())["state"] == "succeeded"
+
+
+def test_plan_starts_and_writes_nothing(tmp_path: Path) -> None:
+    before = dict(os.environ)
+    plan = dtrain("plan", "--nodes", "2", "--procs", "2", "--env", "MY_TOKEN=s3cret", "--explain",
+                  TINY, cwd=tmp_path, env={"X": "1"})  # fmt: skip
+    dry = dtrain("launch", "--dry-run", "--explain", "--nodes=2", "--procs-per-node", "2",
+                 "--set", "launch.join-timeout=77s", TINY, cwd=tmp_path)  # fmt: skip
+    assert (plan.returncode, dry.returncode) == (0, 0), plan.stderr + dry.stderr
+    assert os.listdir(tmp_path) == []
+    assert "s3cret" not in plan.stdout
+    assert "MY_TOKEN=(set, not shown)" in plan.stdout
+    assert "node 1     node-1: ranks 2-3" in dry.stdout
+    assert "-m dtrain.node" in dry.stdout
+    assert "nodes wait 77 s" in dry.stdout
+    assert "where each value came from" in dry.stdout
+    assert before == dict(os.environ)
+
+
+def test_launch_executes_the_plan_that_was_printed(tmp_path: Path) -> None:
+    arguments = ("--run-id", "planned", "--procs", "2", TINY)
+    dry = dtrain("launch", "--dry-run", "--json", *arguments, cwd=tmp_path)
+    printed = json.loads(dry.stdout)["plan"]
+    assert printed == json.loads(dtrain("plan", "--json", *arguments, cwd=tmp_path).stdout)["plan"]
+    assert dtrain("launch", "-q", *arguments, cwd=tmp_path).returncode == 0
+    run = RunDir(tmp_path / "runs" / "planned")
+    assert json.loads(run.plan.read_text()) == printed
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    for command in (("launch",), ("plan", "--write")):
+        again = dtrain(*command, "--set", "seed=5", *arguments, cwd=tmp_path)
+        assert again.returncode == 2
+        advice = "go on with: dtrain resume planned, or give another --run-id"
+        assert again.stderr == f"dtrain: run planned exists; {advice}\n"
+    assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+
+
+def test_the_torchrun_line_works_as_printed(tmp_path: Path) -> None:
+    arguments = ("--launcher", "torchrun", "--procs", "2", "--run-id", "by-hand", TINY)
+    printed = dtrain("plan", "--write", *arguments, cwd=tmp_path)
+    assert printed.returncode == 0, printed.stderr
+    (line,) = [each.strip() for each in printed.stdout.splitlines() if " torchrun " in each]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with started("logs", "--follow", "by-hand", cwd=tmp_path) as follow:
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+            env={**os.environ, "PATH": path}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        followed, _ = follow.communicate(timeout=30)
+    assert follow.returncode == 0, followed
+    assert "step 12/12" in followed
+    told = json.loads(dtrain("status", "by-hand", "--json", cwd=tmp_path).stdout)
+    assert (told["state"], told["exit_code"], told["step"]) == ("succeeded", 0, 12)
+    run = RunDir(tmp_path / "runs" / "by-hand")
+    assert [step["step"] for step in metrics(run)] == list(range(1, 13))
+    assert "step 12/12" in done.stdout
+    assert set(run.rank_logs(0)) == {0, 1}
+    mixed = dtrain("launch", "--run-id", "by-hand", TINY, cwd=tmp_path)
+    assert mixed.returncode == 2
+    assert "run by-hand exists" in mixed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "train.global_batch_sise=3"], "did you mean"),
+        (["--strategy", "dpp"], "ddp"),
+        (["--strategy", "single", "--procs", "2"], "strategy 'single' is one process, not 2"),
+        (["--nodes", "two"], "--nodes"),
+        (["--launcher", "slum"], "there is no profile 'slum'"),
+        (["--run-id", "../x"], "cannot be the name of a folder"),
+        (["--name", ""], "--name"),
+        (["--json"], "--dry-run"),
+        (["--env", "NOT_SET_ANYWHERE"], "--env NOT_SET_ANYWHERE=VALUE"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_starts(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = dtrain("launch", *arguments, TINY, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["lanch"], ["launch"], ["launch", "--nodez", "2", "x"], ["launch", str(DIGITS_TASK)]],
+)
+def test_usage_errors_are_2(tmp_path: Path, arguments: list[str]) -> None:
+    done = dtrain(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    if arguments == ["lanch"]:
+        assert "Did you mean 'launch'?" in done.stderr
+    if arguments[-1] == str(DIGITS_TASK):
+        assert f"does nothing when it is run, it only defines; launch {DIGITS}" in done.stderr

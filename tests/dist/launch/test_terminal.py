@@ -1,0 +1,57 @@
+"""What a person sees on a terminal: lines, a progress bar below, and nothing of it in a pipe."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+from pathlib import Path
+
+import pytest
+
+from support.launch import DTRAIN, TINY
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def on_a_terminal(columns: int, *arguments: str, cwd: Path, **env: str) -> tuple[int, str]:
+    """Run a command with a terminal of its own; its exit code and all that it printed."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(
+        [*DTRAIN, *arguments], cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs,
+        env={**os.environ, "TERM": "xterm-256color", **env},
+    )  # fmt: skip
+    os.close(theirs)
+    chunks = []
+    try:
+        while chunk := os.read(ours, 1 << 16):
+            chunks.append(chunk)
+    except OSError:
+        pass  # the other end is closed: the process has ended
+    os.close(ours)
+    return process.wait(30), b"".join(chunks).decode(errors="replace")
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_a_progress_bar_that_fits(tmp_path: Path, columns: int) -> None:
+    code, raw = on_a_terminal(
+        columns, "launch", "--procs", "2", "--set", "args.pause=0.05", str(TINY), cwd=tmp_path
+    )
+    assert code == 0, raw
+    text = ESCAPES.sub("", raw).replace("\r", "\n")
+    bars = [line for line in text.split("\n") if "━" in line or re.search(r"step +\d+/12 ", line)]
+    assert any("loss" in line for line in bars)
+    assert max(len(line) for line in bars if "━" in line) <= min(columns, 100)
+    assert "step 12/12 epoch 2: loss" in text
+    assert "succeeded in" in text
+
+
+def test_no_colour_when_asked(tmp_path: Path) -> None:
+    code, raw = on_a_terminal(80, "launch", "--procs", "1", str(TINY), cwd=tmp_path, NO_COLOR="1")
+    assert code == 0
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", raw), "a colour in spite of NO_COLOR"

@@ -1,0 +1,96 @@
+"""Runs at a URL, on a real S3 server: kept there, found and gone on with from another host."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dtrain.remote.place import Place
+from dtrain.rundir import list_runs
+from support.launch import OFTEN, SLOW, TINY, dtrain, started, until
+from support.s3 import BUCKET, KEYS, S3, make_bucket
+
+RUNS = f"s3://{BUCKET}/runs"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    with S3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3:
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DTRAIN_STAGING", str(tmp_path / "here"))
+    return server
+
+
+def test_a_killed_run_goes_on_from_another_host(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = ("--set", "args.pause=0", "--procs", "2", TINY)
+    whole = dtrain("launch", *SLOW, *quick, cwd=tmp_path)
+    make_bucket()
+    with started(
+        "launch", "--runs", RUNS, *SLOW, *OFTEN, "--procs", "2", TINY, cwd=tmp_path
+    ) as process:
+        place = Place(RUNS)
+        until("a checkpoint", lambda: place.matching("*/checkpoints/step-*/manifest.json"), 90)
+        process.kill()
+        process.communicate(timeout=30)
+    lost = dtrain("status", "--runs", RUNS, "--json", cwd=tmp_path)
+    assert json.loads(lost.stdout)["state"] == "lost"  # and what was not there yet is pushed
+    monkeypatch.setenv("DTRAIN_STAGING", str(tmp_path / "elsewhere"))
+    on = dtrain("resume", "--runs", RUNS, "--set", "args.pause=0", cwd=tmp_path)
+    assert on.returncode == 0, on.stdout + on.stderr
+    assert "resumed from step-" in on.stdout
+    assert on.stdout.splitlines()[-1] == whole.stdout.splitlines()[-1]  # the same parameters
+    here, elsewhere = (list_runs(next((tmp_path / n).glob("s3-*"))) for n in ("here", "elsewhere"))
+    assert here[0].id == elsewhere[0].id
+    assert not list(elsewhere[0].checkpoints.glob("step-*"))  # they are at the URL
+    (row,) = json.loads(dtrain("runs", "--runs", RUNS, "--json", cwd=tmp_path).stdout)
+    assert (row["state"], row["step"], row["attempt"]) == ("succeeded", 60, 1)
+    assert f"{RUNS}/{row['id']}" == row["url"]
+    logs = dtrain("logs", "--runs", RUNS, "--rank", "1", "--attempt", "0", cwd=tmp_path)
+    assert logs.returncode == 0, logs.stderr
+    out = tmp_path / "model.safetensors"
+    made = dtrain("export", "--to", "safetensors", "--output", out, "--runs", RUNS, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert out.exists()
+    everything = b"".join(place.read(name) or b"" for name in place.files())
+    assert not [key for key in KEYS.values() if key.encode() in everything]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "said"),
+    [
+        (("--runs", "s3://nobodys-bucket/runs"), {}, "is not there: The specified bucket does not"),
+        (("--runs", RUNS), {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "cannot be reached"),
+        (("--runs", RUNS), {name: "" for name in KEYS}, "does not let us in"),
+        (("--runs", "s4://bucket/runs"), {}, "Protocol not known: s4"),
+        (("--runs", RUNS, "--launcher", "slurm"), {}, "launchers 'local' and 'ray' take a URL"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_starts(
+    s3: S3, tmp_path: Path, arguments: tuple[str, ...], env: dict[str, str], said: str
+) -> None:
+    done = dtrain("launch", *arguments, TINY, cwd=tmp_path, env=env)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_commands_that_read_a_url_that_does_not_answer(s3: S3, tmp_path: Path) -> None:
+    away = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    done = dtrain("status", "--runs", RUNS, cwd=tmp_path, env=away)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "cannot be reached" in done.stderr
+    done = dtrain("why", "nix", "--runs", f"s3://{BUCKET}/empty", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"no runs in s3://{BUCKET}/empty" in done.stderr

@@ -1,0 +1,161 @@
+"""`dtrain verify` as a person uses it, with real launches; and what docs/same-training.md shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import ROOT
+from support.launch import TINY, descendants, dtrain, events, metrics, started, the_run, wait_for
+
+BUGS = ROOT / "tests" / "jobs" / "bugs"
+TEXT = ROOT / "examples" / "text" / "job.yaml"
+DOCUMENT = ROOT / "docs" / "same-training.md"
+
+TIMEOUT_S = 900  # of a dozen launches, each 4 s on a free machine
+
+
+def runs_in(temporary: Path) -> list[Path]:
+    """The runs that `verify` has left behind; torch leaves an empty folder of its own."""
+    return list(temporary.glob("dtrain-*"))
+
+
+def test_a_bug_that_is_launched_is_found_and_shown(tmp_path: Path) -> None:
+    done = dtrain(
+        "verify", "--strategy", "ddp", "--procs", "2", "--set", "launch.preload=[mean_of_means]",
+        "--html", "page.html", BUGS / "job.yaml",
+        cwd=tmp_path, timeout=TIMEOUT_S, env={"PYTHONPATH": str(BUGS), "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"^ddp ×2 +L0 .* DIFFERENT$", done.stdout, re.MULTILINE), done.stdout
+    assert "ddp ×2 is a different training from step 1 on" in done.stdout
+    assert "a mean of means: ranks hold weights of" in done.stdout
+    assert "mean of means" in (tmp_path / "page.html").read_text()
+    assert runs_in(tmp_path) == []
+
+
+def test_a_pair_that_fails_is_told_with_its_verdict(tmp_path: Path) -> None:
+    done = dtrain(
+        "verify", "--json", "--steps", "2", "--strategy", "ddp", "--procs", "2", "--keep", "kept",
+        "--set", "args.misbehave=raise", "--set", "args.at=2", TINY,
+        cwd=tmp_path, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["same"] is False
+    assert len(report["reference"]["loss"]) == 2
+    (pair,) = report["pairs"]
+    assert (pair["pair"], pair["verdict"], pair["level"]) == ("ddp ×2", "failed", None)
+    assert pair["failure"].startswith("FAILED: rank 1 on node 0")
+    assert "does not like this batch" in pair["failure"]
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategy", "dpp"], "unknown strategy 'dpp'"),
+        (["--strategy", "dp", "--nodes", "2"], "strategy 'dp' runs on one node"),
+        (["--procs", "two"], "'two' is not a number from 1 on"),
+        (["--epoch-samples", "few"], "'few' is not a number of samples"),
+        (["--set", "train.stepz=3"], "did you mean 'steps'"),
+        (["--launcher", "slum", "--steps", "1"], "there is no profile 'slum'"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_starts(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = dtrain("verify", *arguments, TINY, cwd=tmp_path, env={"TMPDIR": str(tmp_path)})
+    assert done.returncode == 2, done.stdout
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_job_that_does_not_run_at_all(tmp_path: Path) -> None:
+    done = dtrain(
+        "verify", "--set", "args.misbehave=raise", "--set", "args.rank=0", TINY, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("the job does not run as one process:\nFAILED: rank 0 ")
+    assert done.stderr.endswith("\n  more: `--keep DIR` keeps the run and its logs\n")
+    assert "log:" not in done.stderr  # it is gone
+    assert "Traceback" not in done.stderr
+
+
+def test_interrupted_it_leaves_nothing(tmp_path: Path) -> None:
+    environment = {"TMPDIR": str(tmp_path)}
+    with started("verify", "--set", "args.pause=0.2", TINY, cwd=tmp_path, env=environment) as it:
+        assert wait_for(lambda: list(tmp_path.glob("*/*/events.jsonl")), 60)
+        below = descendants(it.pid)
+        it.send_signal(signal.SIGINT)
+        output, _ = it.communicate(timeout=60)
+    assert it.returncode == 130, output
+    assert "Traceback" not in output
+    assert wait_for(lambda: not any(process.is_running() for process in below), 20)
+    assert runs_in(tmp_path) == []
+
+
+def test_the_text_example_trains(tmp_path: Path) -> None:
+    small = ("width=16", "depth=1", "length=32", "modules=10")
+    settings = [part for each in small for part in ("--set", f"args.{each}")]
+    done = dtrain("launch", *settings, "--set", "train.steps=6", TEXT, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = the_run(tmp_path)
+    assert len(events(run, "finished")) == 1
+    (evaluation,) = metrics(run, "eval")
+    assert 4 < evaluation["bits_per_byte"] < 8.2, "better than guessing among 256"
+
+
+# -- docs/same-training.md -------------------------------------------------------------------
+
+
+def shown() -> Iterator[tuple[str, str]]:
+    """The (command, output) of every block of the document that shows one."""
+    blocks = re.findall(r"^```text\n\$ ([^\n]*)\n(.*?)^```$", DOCUMENT.read_text(), re.M | re.S)
+    yield from blocks
+
+
+def comparable(output: str) -> list[Any]:
+    """What is the same on every machine: pairs, verdicts, levels, causes; not how many digits.
+
+    Whether a difference of rounding is within L2 or is shown to be rounding in fp64 depends on
+    the machine's matrix library.
+    """
+    rows: list[Any] = []
+    in_table = False
+    for line in output.splitlines():
+        cells = re.split(r"  +", line.strip())
+        if cells[0] == "pair":
+            in_table = True
+        elif in_table and len(cells) > 1:
+            level = "L1 or L2" if cells[1] in ("L1", "L2") else cells[1]
+            rows.append((cells[0], level, cells[-1].replace("rounding", "same")))
+        else:
+            in_table = False
+            rows.append(re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?", "0", line))
+    return [row for row in rows if not (isinstance(row, str) and "by rounding" in row) and row]
+
+
+@pytest.mark.parametrize("command", [command for command, _ in shown()])
+def test_the_document_shows_what_comes_out(command: str, tmp_path: Path) -> None:
+    expected = dict(shown())[command]
+    name, *arguments = command.split()
+    assert name == "dtrain"
+    paths = [str(ROOT / part) if part.endswith(".yaml") else part for part in arguments]
+    done = dtrain(*paths, cwd=tmp_path, timeout=TIMEOUT_S, env={"COLUMNS": "100"})
+    assert done.returncode == (1 if "DIFFERENT" in expected else 0), done.stdout + done.stderr
+    assert comparable(done.stdout) == comparable(expected), done.stdout
+
+
+def test_the_document_shows_some() -> None:
+    commands = [command for command, _ in shown()]
+    assert any("examples/digits" in command for command in commands)
+    assert any("examples/text" in command for command in commands)

@@ -1,0 +1,202 @@
+"""Trainings with a fault made on purpose, and what the checks make of them.
+
+`python tests/support/faults.py` prints the table of docs/checks.md: every kind of fault under every
+strategy, made on the last of three ranks, and what is found out about it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dtrain import Task
+from dtrain.errors import DtrainError
+from dtrain.job.injection import KINDS, TENSOR_KINDS
+from dtrain.job.spec import JobSpec
+from dtrain.ranks import RankInfo
+from dtrain.rundir import RunDir
+from dtrain.testing import run_ranks
+from dtrain.train.checks import chain
+from dtrain.train.context import TrainContext
+from dtrain.train.trainers.native import NativeTrainer
+
+STEP = 5
+"""When a fault is made; an epoch has 4 steps."""
+STEPS = 9
+NAN = ("nan-loss", "nan-gradient")
+DATA = ("duplicate-sample", "drop-sample")
+STRATEGIES = ("ddp", "exact", "fsdp", "dp")
+
+
+class Net(nn.Module):
+    """Two layers with a BatchNorm between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 16)
+        self.norm = nn.BatchNorm1d(16)
+        self.last = nn.Linear(16, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.last(torch.tanh(self.norm(self.first(x))))
+        return out
+
+
+class Talkative(Task):
+    """Regression that makes two collectives of one shape in each loss."""
+
+    def model(self) -> nn.Module:
+        return Net()
+
+    def train_dataset(self) -> Any:
+        x = torch.randn(192, 6, generator=torch.Generator().manual_seed(1))
+        return torch.utils.data.TensorDataset(x, x.sum(dim=1, keepdim=True))
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        x, y = batch
+        if dist.is_initialized() and torch.is_grad_enabled():
+            largest, smallest = x.max(), -x.min()
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+            dist.all_reduce(smallest, op=dist.ReduceOp.MAX)
+        return (model(x) - y).square().mean()
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training with a fault."""
+
+    strategy: str
+    kind: str
+    culprit: int
+    every: int
+    mismatch: str = "stop"
+    steps: int = STEPS
+    place: str | None = None
+    """Where in a tensor, as `,param=…`; None: where the table's faults are."""
+
+    def spec(self) -> JobSpec:
+        """The job."""
+        fault = f"kind={self.kind},rank={self.culprit},step={STEP}{self._place()}"
+        checks = {"every": self.every, "inject": [fault], "on_mismatch": self.mismatch}
+        train = {"steps": self.steps, "global_batch_size": 48, "virtual_shards": 12}
+        job = {"name": "t", "task": "t:T", "strategy": self.strategy}
+        return JobSpec.model_validate({**job, "train": train, "checks": checks})
+
+    def _place(self) -> str:
+        if self.place is not None:
+            return self.place
+        if self.kind == "nan-gradient":
+            return ",param=first.weight"
+        if self.kind not in TENSOR_KINDS:
+            return ""
+        if "-buffer" in self.kind:
+            return ",param=norm.running_mean,element=3,bit=10"
+        return ",param=first.weight,element=7,bit=10"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What ended a training on one rank."""
+
+    error: str = ""
+    """The class of the error; empty when there was none."""
+    text: str = ""
+    collateral: bool = False
+
+
+def train(case: Case, folder: Path, replicas: int = 1) -> Outcome:
+    """One training on this rank."""
+    torch.set_num_threads(1)
+    run = RunDir(folder)
+    run.create()
+    ranks = RankInfo() if case.strategy == "dp" else RankInfo.from_env()
+    chain.install()
+    context = TrainContext(case.spec(), run, ranks, 0, Talkative(), torch.device("cpu"), replicas)
+    try:
+        NativeTrainer(context).run()
+    except DtrainError as error:
+        return Outcome(type(error).__name__, str(error), getattr(error, "collateral", False))
+    finally:
+        chain.CHAIN.tamper = None
+        if ranks.is_rank_zero:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return Outcome()
+
+
+def train_each(cases: list[Case], folder: Path, replicas: int = 1) -> list[Outcome]:
+    """One training after the other, in the same processes."""
+    return [train(case, folder / str(number), replicas) for number, case in enumerate(cases)]
+
+
+def outcomes(cases: list[Case], world_size: int, folder: Path) -> list[list[Outcome]]:
+    """For each case what every rank made of it; the cases have one strategy."""
+    if cases[0].strategy == "dp":
+        return [[outcome] for outcome in run_ranks(train_each, 1, cases, folder, 2)[0]]
+    ranks = run_ranks(train_each, world_size, cases, folder, timeout=300)
+    return [list(each) for each in zip(*ranks, strict=True)]
+
+
+# -- the table of docs/checks.md ---------------------------------------------------------------
+
+
+def found(case: Case, ranks: list[Outcome]) -> str:
+    """What is found out, in a few words."""
+    blamed = [rank for rank, each in enumerate(ranks) if each.error and not each.collateral]
+    if not blamed:
+        return "not seen"
+    mine = ranks[blamed[0]]
+    known = blamed == [case.culprit] and "is not known" not in mine.text
+    parts = ["rank"] if len(ranks) > 1 and known else []
+    if re.search(r"\w\[[\d, ]+\] is ", mine.text):
+        parts += ["tensor", "element"]
+    elif "holds other bits" in mine.text or "nearest to the loss" in mine.text:
+        parts += ["tensor"]
+    parts += ["line"] if "all_reduce" in mine.text else []
+    parts += ["values"] if re.search(r"(lr|seed) is ", mine.text) else []
+    parts += ["samples"] if re.search(r"samples? \d", mine.text) else []
+    return ", ".join(parts)
+
+
+def applies(strategy: str, kind: str) -> bool:
+    """Whether a fault of a kind can be made: one process has no other rank."""
+    return strategy != "dp" or kind not in ("lr", "seed", "swap-collectives", "skip-collective")
+
+
+def table(folder: Path) -> Iterator[str]:
+    """The lines of the table."""
+    cells = {}
+    for strategy in STRATEGIES:
+        kinds = [kind for kind in KINDS if applies(strategy, kind) and kind != "skip-collective"]
+        culprit, every = (0 if strategy == "dp" else 2), 1
+        cases = [Case(strategy, kind, culprit, every) for kind in kinds]
+        results = outcomes(cases, 3, folder / strategy)
+        for case, ranks in zip(cases, results, strict=True):
+            cells[strategy, case.kind] = found(case, ranks)
+    yield "| fault | " + " | ".join(f"`{name}`" for name in STRATEGIES) + " |"
+    yield "| --- " * (len(STRATEGIES) + 1) + "|"
+    for kind in KINDS:
+        row = [cells.get((strategy, kind), "-") for strategy in STRATEGIES]
+        if any(cell != "-" for cell in row):
+            yield f"| `{kind}`: {KINDS[kind]} | " + " | ".join(row) + " |"
+
+
+if __name__ == "__main__":
+    sys.modules["support.faults"] = sys.modules["__main__"]
+    with tempfile.TemporaryDirectory() as place:
+        print("\n".join(table(Path(place))), flush=True)

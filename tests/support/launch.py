@@ -1,0 +1,182 @@
+"""Helpers of the tests that launch: real CLI processes, and what they leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dtrain import recording
+from dtrain.rundir import RunDir, list_runs
+from support import EXAMPLES, JOBS, warm
+
+TINY = JOBS / "tiny" / "job.yaml"
+DIGITS = EXAMPLES / "digits" / "job.yaml"
+DTRAIN = [sys.executable, "-m", "dtrain"]
+SLOW = ("--set", "args.pause=0.05", "--set", "train.steps=60")
+OFTEN = ("--set", "checkpoint.every_steps=2")
+
+
+def dtrain(
+    *arguments: str | Path, cwd: Path, timeout: float = 120, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    command = [*DTRAIN, *map(str, arguments)]
+    with warm.Popen(
+        command,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", **(env or {})},
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+@contextlib.contextmanager
+def started(
+    *arguments: str | Path, cwd: Path, env: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """A command while it runs; at the end it and all below it are gone, or the test fails."""
+    process = warm.Popen(
+        [*DTRAIN, *map(str, arguments)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **(env or {})},
+    )
+    try:
+        yield process
+    finally:
+        below = descendants(process.pid)
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=30)
+        left = [p for p in below if alive(p)]
+        if left and not wait_for(lambda: not any(map(alive, left)), 10):
+            for survivor in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    survivor.kill()
+            raise AssertionError(f"left behind: {left}")
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """Every process below one."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def command_of(process: psutil.Process) -> str:
+    """Its command line; empty when it has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether a process still runs; one that is only waiting to be reaped does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_for(condition: Callable[[], Any], timeout: float) -> Any:
+    """Poll until the condition is true; its value, or the last false one when time is up."""
+    deadline = time.monotonic() + timeout
+    tick = threading.Event()
+    while not (value := condition()) and time.monotonic() < deadline:
+        tick.wait(0.02)
+    return value
+
+
+def until(what: str, look: Callable[[], object], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not look():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain for {what}"
+        time.sleep(0.05)
+
+
+def status(run: RunDir) -> dict[str, Any]:
+    done = dtrain("status", run.id, "--json", cwd=run.path.parents[1])
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def recorded(cwd: Path, *arguments: str | Path) -> tuple[RunDir, recording.Recording]:
+    """A launch to its end in a folder of its own, and what each of its steps did."""
+    cwd.mkdir()
+    wish = ("--env", f"{recording.VARIABLE}={{}}")
+    done = dtrain("launch", *wish, *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = the_run(cwd)
+    return run, recording.read(run)
+
+
+def the_run(folder: Path) -> RunDir:
+    """The one run below `folder/runs`."""
+    (run,) = list_runs(folder / "runs")
+    return run
+
+
+def events(run: RunDir, kind: str | None = None) -> list[dict[str, Any]]:
+    """The run's events, of one kind or all."""
+    if not run.events.exists():
+        return []
+    lines = [json.loads(line) for line in run.events.read_text().splitlines()]
+    return [line for line in lines if kind is None or line["event"] == kind]
+
+
+def metrics(run: RunDir, split: str = "train") -> list[dict[str, Any]]:
+    """The run's metrics of one split."""
+    if not run.metrics.exists():
+        return []
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+def wait_for_step(folder: Path, step: int, timeout: float = 60) -> RunDir:
+    """Wait until the run in a folder has done a step."""
+
+    def reached() -> bool:
+        runs = list_runs(folder / "runs")
+        return bool(runs) and any(line["step"] >= step for line in metrics(runs[0]))
+
+    assert wait_for(reached, timeout), f"no step {step} after {timeout} s"
+    return the_run(folder)
+
+
+def worker_pids(run: RunDir) -> dict[int, int]:
+    """rank → pid of the workers started last."""
+    pids: dict[int, int] = {}
+    per_node: dict[int, list[int]] = {}
+    for event in events(run, "workers_started"):
+        per_node[event["node_rank"]] = event["pids"]
+    for node_rank in sorted(per_node):
+        for pid in per_node[node_rank]:
+            pids[len(pids)] = pid
+    return pids
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    """Signal one process that a test started."""
+    os.kill(pid, number)

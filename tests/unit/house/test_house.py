@@ -1,0 +1,49 @@
+"""The house keeps its own rules."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib.metadata import version
+
+import dtrain
+from support import ROOT
+
+
+def test_every_test_file_is_collected(request) -> None:  # type: ignore[no-untyped-def]
+    """pytest passes over folders named `dist` unless told otherwise."""
+    recursed = request.config.getini("norecursedirs")
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        kind, *folders = path.relative_to(ROOT / "tests").parts[:-1]
+        assert kind in {"unit", "dist", "gpu", "cluster"}, path
+        assert not {kind, *folders} & set(recursed), path
+
+
+def test_one_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert project == dtrain.__version__ == version("dtrain")
+    (newest, *_) = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest == project
+
+
+def test_files_have_one_rooms_worth_of_work() -> None:
+    long = {
+        path.relative_to(ROOT): count
+        for path in (ROOT / "src").rglob("*.py")
+        if (count := path.read_text().count("\n")) > 320
+    }
+    assert not long
+
+
+def test_public_names() -> None:
+    assert dtrain.__all__ == [
+        "Callback",
+        "Loss",
+        "Task",
+        "check",
+        "checkpoint",
+        "rank",
+        "sampler",
+        "stopping",
+        "world_size",
+    ]

@@ -1,0 +1,388 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtrain.errors import JobError
+from dtrain.job.load import LoadedJob, flag, load_job
+from dtrain.job.spec import JobSpec
+from dtrain.job.yamlfile import dump_yaml, in_file, read_yaml
+
+HEAD = "name: digits\ntask: task.py:Digits\ntrain:\n  epochs: 1\n  global_batch_size: 8\n"
+Load = Callable[..., LoadedJob]
+Wrong = Callable[..., list[str]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "task.py").write_text("class Digits:\n    def __init__(self, **args): ...\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def load(folder: Path) -> Load:
+    def load(text: str | bytes, *overrides: str, **rest: Any) -> LoadedJob:
+        (folder / "job.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_job("job.yaml", overrides, **rest)
+
+    return load
+
+
+@pytest.fixture
+def wrong(load: Load) -> Wrong:
+    def wrong(text: str | bytes, *overrides: str, **rest: Any) -> list[str]:
+        with pytest.raises(JobError) as caught:
+            load(text, *overrides, **rest)
+        return [str(problem) for problem in caught.value.problems]
+
+    return wrong
+
+
+# -- what is read ------------------------------------------------------------------------------
+
+
+def test_units_and_numbers_as_people_write_them(load: Load) -> None:
+    spec = load(
+        HEAD
+        + "  clip_grad_norm: 1e-3\n  steps: 1e4\n"
+        + "args: {lr: 1e-3, many: 1_000, date: 2026-11-22, ratio: 1:30, code: 010, hex: 0x10}\n"
+        + "checkpoint: {every: 30m}\n"
+        + "launch: {nodes: 2:4, join_timeout: 1:30:00, stop_timeout: 90}\n"
+    ).spec
+    assert spec.args == {
+        "lr": 0.001,
+        "many": 1000,
+        "date": "2026-11-22",
+        "ratio": "1:30",
+        "code": "010",
+        "hex": 16,
+    }
+    assert (spec.train.clip_grad_norm, spec.train.steps) == (0.001, 10_000)
+    assert spec.checkpoint.every == 1800
+    assert spec.launch.nodes == (2, 4)
+    assert (spec.launch.join_timeout, spec.launch.stop_timeout) == (5400, 90)
+
+
+def test_variables_stay_letter_by_letter(load: Load) -> None:
+    spec = load(
+        HEAD + "launch:\n  env: {A: 010, B: 1e-3, C: 7, D: 'yes'}\n", "launch.env.E=0x1f"
+    ).spec
+    assert spec.launch.env == {"A": "010", "B": "1e-3", "C": "7", "D": "yes", "E": "0x1f"}
+
+
+def test_an_empty_section_is_an_empty_section(load: Load) -> None:
+    text = HEAD + "eval:\n  # every_steps: 5\nargs:\nlaunch:\n  env:\n  nodes: 2\n"
+    spec = load(text, profile_launch={"max_restarts": flag("p", 3)}).spec
+    assert spec.eval.every_steps is None
+    assert (spec.args, spec.launch.env, spec.launch.max_restarts) == ({}, {}, 3)
+
+
+def test_anchors_and_merge_keys(load: Load) -> None:
+    job = load(HEAD + "args:\n  a: &a {x: 1, y: 2}\n  b: {<<: *a, y: 3}\n  c: *a\n")
+    assert job.spec.args == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"x": 1, "y": 2}}
+    assert job.sources["args.b.x"] == "job.yaml:7"
+
+
+def test_the_text_is_kept_as_given(load: Load) -> None:
+    text = "# my job\r\n" + HEAD + "# end"
+    assert load(text).text == text
+
+
+# -- precedence and sources --------------------------------------------------------------------
+
+
+def test_flag_over_set_over_job_over_profile_over_default(load: Load) -> None:
+    profile = {
+        "nodes": flag("site.yaml", 9),
+        "max_restarts": flag("site.yaml", 5),
+        "env": flag("site.yaml", {"A": "site", "B": "site"}),
+    }
+    job = load(
+        HEAD + "launch:\n  nodes: 2\n  procs_per_node: 2\n  env: {A: job}\n",
+        "launch.procs_per_node=3",
+        "train.epochs=7",
+        "args.opt.betas=[0.9, 0.99]",
+        profile_launch=profile,
+        flags={"launch.nodes": flag("--nodes", "3:4"), "launch.env.C": flag("--env C", "flag")},
+    )
+    assert job.spec.launch.nodes == (3, 4)
+    assert job.spec.launch.env == {"A": "job", "B": "site", "C": "flag"}
+    assert job.spec.args == {"opt": {"betas": [0.9, 0.99]}}
+    expected = {
+        "name": "job.yaml:1",
+        "train.epochs": "--set train.epochs=7",
+        "train.global_batch_size": "job.yaml:5",
+        "train.early_stopping": "default",
+        "args.opt.betas": "--set args.opt.betas=[0.9, 0.99]",
+        "launch.nodes": "--nodes",
+        "launch.procs_per_node": "--set launch.procs_per_node=3",
+        "launch.max_restarts": "site.yaml",
+        "launch.join_timeout": "default",
+        "launch.env.A": "job.yaml:9",
+        "launch.env.B": "site.yaml",
+        "launch.env.C": "--env C",
+        "launch.preload": "default",
+    }
+    assert {field: job.sources[field] for field in expected} == expected
+
+
+def test_a_variables_value_is_not_in_its_source(load: Load) -> None:
+    job = load(HEAD, "launch.env.API_KEY=hunter2")
+    assert job.spec.launch.env == {"API_KEY": "hunter2"}
+    assert "hunter2" not in str(job.sources)
+
+
+def test_every_leaf_has_a_source(load: Load) -> None:
+    sources = load(HEAD).sources
+
+    def leaves(value: Any, above: str = "") -> set[str]:
+        if not isinstance(value, dict) or not value:
+            return {above.rstrip(".")}
+        return {leaf for name in value for leaf in leaves(value[name], f"{above}{name}.")}
+
+    spec = load(HEAD).spec
+    assert set(sources) == leaves(spec.model_dump())
+
+
+# -- problems, one by one ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("epochs: 3", "6:1: epochs: unknown here; it belongs under train"),
+        ("every_steps: 3", "6:1: every_steps: unknown here; it belongs under eval or under "
+         "checkpoint or under log"),
+        ("  global_batchsize: 3", "6:3: train.global_batchsize: unknown; did you mean "
+         "'global_batch_size'?"),
+        ("  max-epochs: 3", "6:3: train.max-epochs: unknown; did you mean 'epochs'?"),
+        ("gpus: 3", "6:1: gpus: unknown; did you mean 'gpus_per_node'? It belongs under launch"),
+        ("num_workers: 3", "6:1: num_workers: unknown; did you mean 'workers'? It belongs under "
+         "data"),
+        ("log: {zzz: 1}", "6:7: log.zzz: unknown; log has: every_steps, loggers"),
+        ("  precision: FP61", "6:14: train.precision: expected one of fp32, bf16, fp16; found the "
+         "text 'FP61'; did you mean 'fp16'?"),
+        ("  precision: 16", "6:14: train.precision: expected one of fp32, bf16, fp16; found the "
+         "number 16"),
+        ("  micro_batch_size: yes", "6:21: train.micro_batch_size: expected a whole number; found "
+         "yes, which YAML reads as true"),
+        ("  micro_batch_size: 2.5", "6:21: train.micro_batch_size: expected a whole number; found "
+         "the number 2.5"),
+        ("  micro_batch_size: '2'", "6:21: train.micro_batch_size: expected a whole number; found "
+         "the text '2'"),
+        ("  micro_batch_size: 0", "6:21: train.micro_batch_size: must be at least 1; found the "
+         "number 0"),
+        ("  micro_batch_size: 9", "6:21: train.micro_batch_size: 9 samples per forward pass are "
+         "more than global_batch_size, 8"),
+        ("  clip_grad_norm: 0", "6:19: train.clip_grad_norm: must be more than 0; found the "
+         "number 0"),
+        ("  early_stopping: {}", "6:3: train.early_stopping: needs evaluations during training; "
+         "give eval.every_steps or eval.every_epochs"),
+        ("seed: -1", "6:7: seed: must be at least 0; found the number -1"),
+        ("data: {shuffle: 1}", "6:17: data.shuffle: expected true or false; found the number 1"),
+        ("data: {pin_memory: atuo}", "6:20: data.pin_memory: expected one of true, false, auto; "
+         "found the text 'atuo'; did you mean 'auto'?"),
+        ("data: 3", "6:7: data: expected a section of `name: value` lines; found the number 3"),
+        ("data: {workers: }", "6:16: data.workers: expected a whole number; found nothing"),
+        ("args: [1]", "6:7: args: expected a section of `name: value` lines; found a list"),
+        ("launch: {preload: torch}", "6:19: launch.preload: expected a list; found the text "
+         "'torch'"),
+        ("launch: {preload: [a, 3]}", "6:23: launch.preload[1]: expected text; found the number 3; "
+         'put it in quotes: "3"'),
+        ("launch: {nodes: 4:2}", "6:17: launch.nodes: 4:2 means min:max, and 4 is more than 2"),
+        ("launch: {nodes: 0:2}", "6:17: launch.nodes: must be at least 1; found the text '0:2'"),
+        ("launch: {join_timeout: 3 fortnights}", "6:24: launch.join_timeout: expected a duration: "
+         "seconds, or as 90s, 30m, 2h, 1d, 1h30m, 01:30:00; found the text '3 fortnights'"),
+        ("launch: {env: {A: on}}", "6:19: launch.env.A: expected text; found on, which YAML reads "
+         'as true; put it in quotes: "on"'),
+        ("name: again", "6:1: 'name' is given twice, first on line 1"),
+        ("3: x", '6:1: a key must be text: put it in quotes, as "3"'),
+        ("on: x", "6:1: a key must be text, and YAML reads on as a boolean: put it in quotes, as "
+         '"on"'),
+        ("[a, b]: x", "6:1: a key must be one word; is a quote missing?"),
+        ("args: {a: !!python/name:os.system x}", "6:11: a value of type !!python/name:os.system is "
+         "not understood here; write plain values"),
+        ("args: {a: !mine {b: 1}}", "6:11: a value of type !mine is not understood here; write "
+         "plain values"),
+        ("args: {a: !!int x}", "6:11: a value of type !!int is not understood here; write plain "
+         "values"),
+        ("args: {<<: 3}", "6:12: only a section can be merged with `<<`"),
+    ],
+)  # fmt: skip
+def test_a_problem_and_its_place(wrong: Wrong, extra: str, message: str) -> None:
+    assert wrong(HEAD + extra + "\n") == [f"job.yaml:{message}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", ": empty; needed are: name, task, train"),
+        ("# nothing\n", ": empty; needed are: name, task, train"),
+        ("- a\n", ":1:1: expected `name: value` lines; found a list"),
+        ("digits\n", ":1:1: expected `name: value` lines; found one value"),
+        ("name: a\n\ttask: b\n", ":2:1: a tab; YAML is indented with spaces"),
+        ("name: a: b\n", ":1:8: a `:` too many: put the text in quotes, or look at the "
+         "indentation of this line and the one above"),
+        ("train:\n    a: 1\n  b: 2\n", ":3:3: this line's indentation does not fit the lines "
+         "above"),
+        ("name: 'a\n", ":1:7: the file ends inside quotes that begin here"),
+        ("a: [1, 2\nb: 3\n", ":2:2: a bracket is not closed, or a comma is missing"),
+        ("a: 1\n---\nb: 2\n", ":2:1: a second document begins here (`---`); one is allowed"),
+        ("name: *who\n", ":1:7: not YAML: found undefined alias 'who'"),
+        ("a: &x [*x]\n", ":1:1: nested too deeply, or an alias that contains itself"),
+        ("[" * 1500, ":1:1: nested too deeply, or an alias that contains itself"),
+        ("name: a\x00b\n", ":1:8: character '\\x00' is not allowed"),
+        (b"name: a\ntask: caf\xe9\n", ":2:10: not UTF-8 (byte 0xe9); save the file as UTF-8"),
+    ],
+)  # fmt: skip
+def test_what_is_no_yaml(wrong: Wrong, text: str | bytes, message: str) -> None:
+    assert wrong(text) == [f"job.yaml{message}"]
+
+
+def test_utf8_with_a_byte_order_mark_is_fine(load: Load) -> None:
+    assert load(b"\xef\xbb\xbf" + HEAD.encode()).spec.name == "digits"
+
+
+def test_missing_fields_point_at_their_section(wrong: Wrong) -> None:
+    assert wrong("seed: 1\ntrain:\n  epochs: 1\n") == [
+        "job.yaml:1:1: name: missing: Name of the run; the run directory is `runs/<name>-<id>`",
+        "job.yaml:1:1: task: missing: `file.py:Class`, relative to job.yaml, or "
+        "`package.module:Class`",
+        "job.yaml:2:1: train.global_batch_size: missing: Samples per optimizer step, over all "
+        "processes",
+    ]
+    endless = wrong(HEAD.replace("  epochs: 1\n", ""))
+    assert endless == ["job.yaml:3:1: train: give epochs or steps, or training would never end"]
+
+
+def test_a_misspelt_key_is_one_problem_not_two(wrong: Wrong) -> None:
+    assert wrong(HEAD.replace("train:", "trian:")) == [
+        "job.yaml:3:1: trian: unknown; did you mean 'train'?"
+    ]
+    assert len(wrong(HEAD.replace("epochs", "epoch").replace("global_batch", "globl_batch"))) == 2
+
+
+def test_all_problems_at_once_sorted_by_place(wrong: Wrong) -> None:
+    text = "name: no\ntask: task.py:Digit\ntrain:\n  epochs: 1\n  global_batch_size: x\nlr: 1\n"
+    problems = wrong(
+        text,
+        "train.epochs",
+        "train.precision=bf61",
+        "args.q=[1",
+        flags={"launch.nodes": flag("--nodes", "many")},
+    )
+    assert [problem.partition(": ")[0] for problem in problems] == [
+        "job.yaml:1:7",
+        "job.yaml:2:7",
+        "job.yaml:5:22",
+        "job.yaml:6:1",
+        "--nodes",
+        "--set args.q=[1",
+        "--set train.epochs",
+        "--set train.precision=bf61",
+    ]
+
+
+def test_set_goes_through_the_same_checks(wrong: Wrong) -> None:
+    place = "--set train.lr=0.1: train.lr: "
+    assert wrong(HEAD + "args: {lr: 1}\n", "train.lr=0.1") == [
+        place + "unknown here; as an argument of the task it is args.lr"
+    ]
+    assert wrong(HEAD, "train.lr=0.1")[0].startswith(place + "unknown; train has: epochs, steps")
+    assert wrong(HEAD, "name=yes") == [
+        "--set name=yes: name: expected text; found yes, which YAML reads as true; "
+        'put it in quotes: "yes"'
+    ]
+    for text in ("train.epochs", "=3", "train..epochs=3", ""):
+        assert wrong(HEAD, text) == [f"--set {text}: expected FIELD=VALUE, as train.epochs=3"]
+
+
+def test_a_missing_file_and_a_folder(folder: Path) -> None:
+    (folder / "job.yaml").write_text(HEAD)
+    cases = {
+        "jbo.yaml": "jbo.yaml: no such file; did you mean 'job.yaml'?",
+        "nowhere/job.yaml": "nowhere/job.yaml: no such file",
+        ".": ".: this is a folder; name the YAML file in it",
+        "job.yaml/x": "job.yaml/x: cannot be read: Not a directory",
+    }
+    for path, message in cases.items():
+        with pytest.raises(JobError) as caught:
+            load_job(path)
+        assert str(caught.value) == message
+        assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["with space", "quo'te\"", "semi;colon", "new\nline", "ünï"])
+def test_hostile_folders(folder: Path, name: str) -> None:
+    inner = folder / name
+    inner.mkdir()
+    (inner / "ta sk;.py").write_text("class Digits: pass\n")
+    (inner / "job.yaml").write_text(HEAD.replace("task.py:Digits", "'ta sk;.py:Digits'"))
+    job = load_job(inner / "job.yaml", job_dir=inner)
+    assert "\n" not in job.sources["name"]
+    (inner / "job.yaml").write_text("name: a\n")
+    with pytest.raises(JobError) as caught:
+        load_job(inner / "job.yaml")
+    assert all("\n" not in str(problem) for problem in caught.value.problems)
+
+
+# -- the spec by itself ------------------------------------------------------------------------
+
+
+def test_a_spec_survives_being_written_and_read(load: Load, folder: Path) -> None:
+    text = HEAD + "args: {lr: '1e-3', d: 1e-7}\nlaunch: {nodes: 2:4, env: {A: 1e-3}}\n"
+    spec = load(text, "train.early_stopping.patience=2", "eval.every_steps=5").spec
+    written = dump_yaml(spec.model_dump(mode="json"))
+    assert JobSpec.model_validate(yaml.safe_load(written)) == spec
+    (folder / "resolved.yaml").write_text(written)
+    assert load_job("resolved.yaml").spec == spec
+
+
+def test_a_spec_made_in_python_is_checked_between_fields_too() -> None:
+    good = {"name": "a", "task": "t.py:T", "train": {"epochs": 1, "global_batch_size": 4}}
+    assert JobSpec.model_validate(good).train.epochs == 1
+    with pytest.raises(ValueError, match="give epochs or steps"):
+        JobSpec.model_validate({**good, "train": {"global_batch_size": 4}})
+
+
+def test_the_launch_plane_does_not_import_torch(folder: Path) -> None:
+    (folder / "task.py").write_text("import torch\nclass Digits(torch.nn.Module): pass\n")
+    (folder / "job.yaml").write_text(HEAD)
+    code = (
+        "import sys; from dtrain.job.load import load_job; load_job('job.yaml');"
+        "import dtrain.job.schema; sys.exit('torch' in sys.modules or 'task' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == 0
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(plain)
+def test_plain_data_survives_dump_and_read(data: Any) -> None:
+    written, problems = read_yaml(dump_yaml(data), in_file("f"))
+    assert problems == []
+    assert (written.plain() if written else None) == data
+
+
+@given(st.text(alphabet="ab:- \n\t#'\"[]{},&*!|>%@`0123e.\\\x85", max_size=30))
+def test_any_text_is_read_or_refused_with_a_place(text: str) -> None:
+    written, problems = read_yaml(text, in_file("f"))
+    for problem in problems:
+        assert problem.line is not None
+        assert 1 <= problem.line <= text.count("\n") + text.count("\x85") + 2
+        assert problem.column is not None
+    assert written is None or written.plain() is None or not problems or written.place.line
