@@ -23,7 +23,9 @@ WORKERS ?= 5
 # Compiled, since PYTHONDONTWRITEBYTECODE may be set: each cold node would compile dtrain, for 0.4 s.
 test: $(VENV)/.dev slurm
 	@$(BIN)/python -m compileall -q src slurm/cluster
-	$(BIN)/python -m pytest $(or $(TESTS),-n $(WORKERS) tests)
+	@rm -f $(VENV)/.pytest-exit
+	$(BIN)/python -m pytest $(or $(TESTS),-n $(WORKERS) tests) || \
+	  { echo $$? > $(VENV)/.pytest-exit; false; }
 
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 3 tests/unit

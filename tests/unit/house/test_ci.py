@@ -45,10 +45,18 @@ def test_failures_are_tried_again(
 ) -> None:
     pytester.makepyfile(test_it=SUITE.format(flaky=flaky, wrong=wrong))
     assert subprocess.run([sys.executable, "-m", "pytest", "-q"], check=False).returncode == 1
-    done = subprocess.run([sys.executable, AGAIN], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, AGAIN, "1"], capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stdout
     assert set(said) <= set(done.stdout.splitlines())
 
 
-def test_a_run_that_broke_before_its_tests_fails(pytester: pytest.Pytester) -> None:
-    assert subprocess.run([sys.executable, AGAIN], check=False).returncode == 1
+@pytest.mark.parametrize("status", ["", "2", "3"])
+def test_a_run_that_broke_off_is_not_tried_again(pytester: pytest.Pytester, status: str) -> None:
+    """Though it had noted a failure that would pass now: of the other tests nothing is known."""
+    pytester.makepyfile(test_it=SUITE.format(flaky=1, wrong=0))
+    assert subprocess.run([sys.executable, "-m", "pytest", "-q"], check=False).returncode == 1
+    assert subprocess.run([sys.executable, AGAIN, status], check=False).returncode == 1
+
+
+def test_without_a_failure_noted_there_is_nothing_to_try(pytester: pytest.Pytester) -> None:
+    assert subprocess.run([sys.executable, AGAIN, "1"], check=False).returncode == 1
