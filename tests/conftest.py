@@ -31,6 +31,10 @@ os.environ.pop("PYTHONUNBUFFERED", None)
 _THREADS = os.environ.get("OMP_NUM_THREADS")
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Threads that wait for others of a parallel region sleep. With more processes than cores, those
+# that turn in a loop instead take the cores from whom they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 pytest_plugins = ["pytester"]
 
 # The same examples in every run; `make fuzz` looks for others.

@@ -1,16 +1,9 @@
-"""Trainings with a fault made on purpose, and what the checks make of them.
-
-`python tests/support/faults.py` prints the table of docs/checks.md: every kind of fault under every
-strategy, made on the last of three ranks, and what is found out about it.
-"""
+"""Trainings with a fault made on purpose, and what the checks make of them."""
 
 from __future__ import annotations
 
 import re
 import shutil
-import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +14,7 @@ from torch import nn
 
 from dtrain import Task
 from dtrain.errors import DtrainError
-from dtrain.job.injection import KINDS, TENSOR_KINDS
+from dtrain.job.injection import TENSOR_KINDS
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.rundir import RunDir
@@ -152,11 +145,8 @@ def outcomes(cases: list[Case], world_size: int, folder: Path) -> list[list[Outc
     return [list(each) for each in zip(*ranks, strict=True)]
 
 
-# -- the table of docs/checks.md ---------------------------------------------------------------
-
-
 def found(case: Case, ranks: list[Outcome]) -> str:
-    """What is found out, in a few words."""
+    """What is found out, in the words of docs/checks.md."""
     blamed = [rank for rank, each in enumerate(ranks) if each.error and not each.collateral]
     if not blamed:
         return "not seen"
@@ -176,27 +166,3 @@ def found(case: Case, ranks: list[Outcome]) -> str:
 def applies(strategy: str, kind: str) -> bool:
     """Whether a fault of a kind can be made: one process has no other rank."""
     return strategy != "dp" or kind not in ("lr", "seed", "swap-collectives", "skip-collective")
-
-
-def table(folder: Path) -> Iterator[str]:
-    """The lines of the table."""
-    cells = {}
-    for strategy in STRATEGIES:
-        kinds = [kind for kind in KINDS if applies(strategy, kind) and kind != "skip-collective"]
-        culprit, every = (0 if strategy == "dp" else 2), 1
-        cases = [Case(strategy, kind, culprit, every) for kind in kinds]
-        results = outcomes(cases, 3, folder / strategy)
-        for case, ranks in zip(cases, results, strict=True):
-            cells[strategy, case.kind] = found(case, ranks)
-    yield "| fault | " + " | ".join(f"`{name}`" for name in STRATEGIES) + " |"
-    yield "| --- " * (len(STRATEGIES) + 1) + "|"
-    for kind in KINDS:
-        row = [cells.get((strategy, kind), "-") for strategy in STRATEGIES]
-        if any(cell != "-" for cell in row):
-            yield f"| `{kind}`: {KINDS[kind]} | " + " | ".join(row) + " |"
-
-
-if __name__ == "__main__":
-    sys.modules["support.faults"] = sys.modules["__main__"]
-    with tempfile.TemporaryDirectory() as place:
-        print("\n".join(table(Path(place))), flush=True)

@@ -208,6 +208,7 @@ def ray_start(address: str, folder: Path, resources: dict[str, float]) -> list[s
         "--min-worker-port=0",
         "--max-worker-port=0",
         "--dashboard-agent-listen-port=0",
+        "--include-log-monitor=false",  # a process a node; our driver asks for no logs
         f"--temp-dir={folder}",
     ]
 

@@ -18,6 +18,8 @@ from dtrain.rundir import RunDir
 
 MAX_LINES = 15
 _WIDTH = 110
+_HEADLINE = 400
+"""What is wrong is said whole, with the place that comes last; other lines are cut to `_WIDTH`."""
 _NOT_TO_RESUME = ("UsageError", "NeverMadeError")
 """Errors that another try makes again."""
 _VICTIM = 2
@@ -211,12 +213,12 @@ def _body(culprit: FailureRecord, room: int) -> list[str]:
 
 
 def _first_line(text: str) -> str:
-    return _cut(text.strip().splitlines()[0]) if text.strip() else "no message"
+    return _cut(text.strip().splitlines()[0], _HEADLINE) if text.strip() else "no message"
 
 
-def _cut(text: str) -> str:
+def _cut(text: str, width: int = _WIDTH) -> str:
     text = text.rstrip()
-    return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _short(path: str) -> str:

@@ -11,7 +11,16 @@ import psutil
 import pytest
 
 from support import warm
-from support.launch import DTRAIN, TINY, descendants, dtrain, started, the_run, wait_for_step
+from support.launch import (
+    DTRAIN,
+    TINY,
+    descendants,
+    dtrain,
+    started,
+    the_run,
+    wait_for,
+    wait_for_step,
+)
 
 COMMANDS = {
     "help": ["--help"],
@@ -57,7 +66,7 @@ def test_a_cold_one_is_a_new_interpreter_and_trains_alike(
         folder.mkdir()
         monkeypatch.setattr(warm, "is_cold", is_cold)
         with started("launch", "--procs", "2", TINY, cwd=folder) as process:
-            own = psutil.Process(process.pid).cmdline()
+            own = wait_for(psutil.Process(process.pid).cmdline, 10)  # exec clears it, then sets it
             assert (own[1:3] == DTRAIN[1:]) == is_cold
             process.communicate(timeout=60)
         status = dtrain("status", the_run(folder).id, "--json", cwd=folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,8 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path, package: str) -> set[str]:
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Every module that a file imports, in functions too, but not under TYPE_CHECKING."""
     tree = ast.parse(path.read_text())
     skipped = {
@@ -96,7 +98,7 @@ def imports(path: Path, package: str) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+    return frozenset(found)
 
 
 MODULES = modules()
@@ -117,7 +119,7 @@ def is_in(module: str, prefix: str) -> bool:
 
 
 def ours(path: Path, module: str) -> set[str]:
-    return {name for name in imports(path, module) if name in MODULES and name != module}
+    return {name for name in imports(path) if name in MODULES and name != module}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "dtrain"])
@@ -140,7 +142,7 @@ def test_launch_plane_never_imports_torch(module: str) -> None:
         if current in seen:
             continue
         seen.add(current)
-        found = imports(MODULES[current], current)
+        found = imports(MODULES[current])
         heavy = {name.split(".")[0] for name in found} & HEAVY
         # task.collate is called by workers only, the next by who says `submit: submitit`; both
         # imports stand inside, as that of Ray jobs does. The driver of launcher `ray` is a process

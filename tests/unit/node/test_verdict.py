@@ -151,6 +151,15 @@ def test_the_block_has_at_most_15_lines(run: RunDir) -> None:
     assert "rank-00003.log" in text
 
 
+def test_the_place_at_the_end_of_what_is_wrong_is_not_cut_off(run: RunDir) -> None:
+    why = "Slurm never starts it: the partition never has so many nodes (PartitionNodeLimit)"
+    message = f"{why}; sites/large.yaml:14:10: nodes: 4096; --time: time: 30 days"
+    record(None, kind="agent", message=message).write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert verdict.render(found, run).splitlines()[0].endswith(message)
+
+
 def test_what_another_try_would_meet_again_is_not_to_be_resumed(run: RunDir) -> None:
     record(1).write(run, 0)
     record(0, time=1.0, type="UsageError", message="no such parameter").write(run, 0)
