@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+from support import ROOT
 
 _TOGETHER = {
     "tests/cluster/test_ray_": "a Ray cluster",
@@ -13,12 +16,6 @@ _TOGETHER = {
     "tests/cluster/test_slurm_": "another Slurm cluster",
 }
 """Groups of files by how their names begin; the first that fits."""
-
-_FILES = (
-    "test_commands", "test_export", "test_lightning_launch", "test_testing_ranks", "test_url",
-    "test_verify_bugs", "test_wheel",
-)  # fmt: skip
-"""Each makes something once for all of its tests."""
 
 
 class Groups(LoadScopeScheduling):
@@ -37,4 +34,10 @@ class Groups(LoadScopeScheduling):
         for beginning, group in _TOGETHER.items():
             if file.startswith(beginning):
                 return group
-        return file if file.rpartition("/")[2].removesuffix(".py") in _FILES else nodeid
+        return file if _has_fixtures_of_its_own(file) else nodeid
+
+
+@functools.cache
+def _has_fixtures_of_its_own(file: str) -> bool:
+    """Whether a file makes something once for all of its tests."""
+    return 'scope="module"' in (ROOT / file).read_text()

@@ -118,8 +118,11 @@ class NodeAgent(SimpleElasticAgent):
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         why = sys.exc_info()[1]
-        if isinstance(why, PeerFailed) and why.signal is None:
-            self._stop_workers(self._worker_group)
+        if isinstance(why, PeerFailed):
+            if why.signal is None:
+                self._stop_workers(self._worker_group)
+            else:
+                death_sig = signal.Signals(why.signal)  # our workers note the same reason
         if isinstance(why, SignalException):  # so the other nodes stop as well
             self._rendezvous_handler.close_with(f"stopped by {death_sig.name}", signal=death_sig)
         if self._running:

@@ -63,6 +63,15 @@ def test_a_node_that_is_asked_while_it_leaves_already_lets_its_workers_save(tmp_
     assert saved["step"] == left["step"], output
 
 
+def test_ranks_of_another_node_note_the_signal_that_one_node_was_asked_by(tmp_path: Path) -> None:
+    with started(*LONG, cwd=tmp_path) as process:
+        run = wait_for_step(tmp_path, 1)
+        os.kill(agent_pid(run, 1), signal.SIGUSR2)
+        output = process.communicate(timeout=60)[0]
+    (left,) = events(run, "stopped")
+    assert (left["rank"], left["reason"]) == (0, "SIGUSR2"), output
+
+
 def ignores(pid: int, number: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     return bool(int(status.partition("SigIgn:")[2].split()[0], 16) & 1 << number - 1)
