@@ -84,7 +84,7 @@ def test_a_lost_head_is_told(tmp_path: Path) -> None:
     needs_ray()
     with RayCluster(2, 2, first=60) as cluster:
         env = {name: value for name, value in cluster.env.items() if name != "HOME"}
-        where = (*on(cluster), "--ray", "lost_after=8")  # meanwhile Ray in the driver takes a core
+        where = (*on(cluster), "--ray", "lost_after=8")  # until then Ray keeps a core busy
         with started("launch", *where, *SLOW, *OFTEN, TINY, cwd=tmp_path, env=env) as process:
             wait_for_step(tmp_path, 5)
             cluster.kill(0)

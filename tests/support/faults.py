@@ -14,7 +14,7 @@ from torch import nn
 
 from dtrain import Task
 from dtrain.errors import DtrainError
-from dtrain.job.injection import TENSOR_KINDS
+from dtrain.job.injection import KINDS, TENSOR_KINDS
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.rundir import RunDir
@@ -163,6 +163,9 @@ def found(case: Case, ranks: list[Outcome]) -> str:
     return ", ".join(parts)
 
 
-def applies(strategy: str, kind: str) -> bool:
-    """Whether a fault of a kind can be made: one process has no other rank."""
-    return strategy != "dp" or kind not in ("lr", "seed", "swap-collectives", "skip-collective")
+def kinds_of(strategy: str) -> list[str]:
+    """The faults that can be made, without the one that hangs: one process has no other rank."""
+    not_made = {"skip-collective"}
+    if strategy == "dp":
+        not_made |= {"lr", "seed", "swap-collectives"}
+    return [kind for kind in KINDS if kind not in not_made]

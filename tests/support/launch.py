@@ -111,7 +111,7 @@ def wait_for(condition: Callable[[], Any], timeout: float) -> Any:
         ended = time.monotonic()
         if value or ended > deadline:
             return value
-        time.sleep(max(0.02, 4 * (ended - began)))
+        time.sleep(min(max(0.02, 4 * (ended - began)), deadline - ended))
 
 
 def until(what: str, look: Callable[[], object], timeout_s: float = 30.0) -> None:

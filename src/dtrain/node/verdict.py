@@ -19,7 +19,7 @@ from dtrain.rundir import RunDir
 MAX_LINES = 15
 _WIDTH = 110
 _HEADLINE = 400
-"""What is wrong is said whole, with the place that comes last; other lines are cut to `_WIDTH`."""
+"""The first line has room for the place, which comes last; others are cut to `_WIDTH`."""
 _NOT_TO_RESUME = ("UsageError", "NeverMadeError")
 """Errors that another try makes again."""
 _VICTIM = 2
