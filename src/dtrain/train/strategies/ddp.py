@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,20 +15,17 @@ from dtrain.train.loss import NO_SAMPLES, LossModule, LossParts
 from dtrain.train.strategies.base import Pending, Strategy
 from dtrain.train.strategies.refusals import refuse_sparse
 
-logger = logging.getLogger(__name__)
-
 _BROADCAST_BYTES = 250 * 1024 * 1024  # as DDP itself
 
 
 class DDPStrategy(Strategy):
     """torch's DDP, with three of its edges taken off.
 
-    - A rank without samples, and a step whose gradients are not reduced during backward, join
-      DDP's own reduction with a loss of zero over all parameters (`NO_SAMPLES`): the collectives
-      are the same in every step.
-    - Parameters without a gradient: the first step shows whether there are any. If so, every
-      step reduces after backward, where a parameter that nobody used keeps no gradient, as in one
-      process. Where it shows only later, that step's reduction is completed with zeros.
+    - A rank without samples joins DDP's own reduction with a loss of zero over all parameters
+      (`NO_SAMPLES`): the collectives are the same in every step.
+    - Parameters without a gradient, in any step and on any rank: they join the reduction with
+      zeros after backward, and one that no rank used keeps no gradient, as in one process. No
+      step depends on what an earlier one met, so that a resumed run has the same bits.
     - DDP lays its buckets out anew after the first backward, which changes the order of addition
       on 3 and more ranks: a resumed run would differ in the last bit. A backward of the zero
       loss before training makes that layout depend on the model alone.
@@ -41,14 +37,14 @@ class DDPStrategy(Strategy):
         super().__init__(context)
         self.gradient_scale = float(self.world_size)
         self._ddp: DistributedDataParallel | None = None
+        self._counting: _CountingLoss | None = None
+        """What DDP wraps."""
         self._buffers: list[torch.Tensor] = []
-        self._parameters: dict[str, torch.nn.Parameter] = {}
-        self._first_step = True
-        self._some_unused = False
-        self._met_unused = False
-        """Whether this rank has met unused parameters and the others may not know yet."""
-        self._reducing: torch.Tensor | None = None
-        """The loss whose backward reduces the gradients of this step; None if none does."""
+        self._parameters: list[torch.nn.Parameter] = []
+        self._has_samples = False
+        """Whether this rank has a loss in this step."""
+        self._before: list[int] = []
+        """Addresses of the gradients before the last micro-batch of this step."""
 
     def prepare(self, module: LossModule) -> None:
         """Wrap the loss."""
@@ -57,38 +53,37 @@ class DDPStrategy(Strategy):
             return
         refuse_sparse(module.model, "ddp")
         self._buffers = list(module.model.buffers())
-        self._parameters = {
-            name: parameter
-            for name, parameter in module.model.named_parameters()
-            if parameter.requires_grad
-        }
+        self._parameters = [p for p in module.model.parameters() if p.requires_grad]
+        self._counting = _CountingLoss(module, like=self._parameters[0])
         self._ddp = DistributedDataParallel(
-            module, init_sync=False, gradient_as_bucket_view=True, **_no_buffer_sync()
+            self._counting, init_sync=False, gradient_as_bucket_view=True, **_no_buffer_sync()
         )
         self._settle_buckets()
 
     def loss(self, batch: Any, num_samples: int, *, last: bool) -> LossParts:
         """(sum, weight) of one micro-batch; the last one's backward reduces the gradients."""
-        if self._ddp is None or not last or self._reduces_after_backward:
+        if self._ddp is None or not last:
             return super().loss(batch, num_samples, last=last)
+        self._has_samples = True
+        self._before = [_address(parameter.grad) for parameter in self._parameters]
         result: LossParts = self._ddp(batch, num_samples)
-        self._reducing = result[0]
         return result
 
     def finish_backward(self) -> None:
-        """Make sure that the gradients are reduced, also where backward did not do it."""
-        if self._ddp is None:
+        """Reduce what backward left over: DDP waits for every parameter on every rank."""
+        if self._counting is None:
             return
-        if self._reduces_after_backward:
-            used = {name: p.grad is not None for name, p in self._parameters.items()}
-            self._join_with_zero()
-            self._forget_unused(used)
-        elif self._reducing is None:
-            self._join_with_zero()
+        used = [parameter.grad is not None for parameter in self._parameters]
+        if self._has_samples:
+            # DDP replaces each gradient that backward brings by its own memory
+            pairs = zip(self._parameters, self._before, strict=True)
+            missing = [p for p, before in pairs if _address(p.grad) == before]
+            self._counting.join(missing, uses_all=all(used))
         else:
-            self._complete_reduction(self._reducing)
-        self._first_step = False
-        self._reducing = None
+            self._join_without_samples()
+        if self._counting.some_unused_everywhere():
+            self._forget_unused(used)
+        self._has_samples = False
 
     def finish_step(self) -> None:
         """Give every rank the first rank's buffers, as DDP does before each forward.
@@ -100,105 +95,86 @@ class DDPStrategy(Strategy):
             dist._broadcast_coalesced(group, self._buffers, _BROADCAST_BYTES, 0)
 
     def start_sum(self, values: Sequence[float | torch.Tensor]) -> Pending:
-        """Begin an all-reduce of a few scalars, in fp64, and of one of our own."""
+        """Begin an all-reduce of a few scalars, in fp64."""
         if self._ddp is None:
             return super().start_sum(values)
-        vector = self._vector([*values, float(self._met_unused)])
-        return Pending(vector, dist.all_reduce(vector, async_op=True), self._hear)
+        vector = self._vector(values)
+        return Pending(vector, dist.all_reduce(vector, async_op=True))
 
     def close(self) -> None:
         """Let go of DDP: gloo hangs in 6-8 % of exits that take the group down before it."""
         super().close()
-        self._ddp = None
+        self._ddp = self._counting = None
         self._buffers = []
-        self._parameters = {}
-        self._reducing = None
-
-    @property
-    def _reduces_after_backward(self) -> bool:
-        return self._first_step or self._some_unused
+        self._parameters = []
 
     def _settle_buckets(self) -> None:
         """Let DDP lay out its buckets now; it does so at the first forward after a backward."""
         assert self._ddp is not None
-        self._join_with_zero()
+        assert self._counting is not None
+        self._join_without_samples()
         # Gone before the new layout: DDP would turn them into views, and divides a view by W
         # where it multiplies anything else by 1/W, which differs in the last bit for W = 3.
-        for parameter in self._parameters.values():
+        for parameter in self._counting.parameters():
             parameter.grad = None
         with self._ddp.no_sync():
             self._ddp(NO_SAMPLES, 0)
 
-    def _join_with_zero(self) -> None:
+    def _join_without_samples(self) -> None:
         assert self._ddp is not None
+        assert self._counting is not None
         zero, _ = self._ddp(NO_SAMPLES, 0)
         zero.backward()
+        self._counting.join([], uses_all=None)
 
-    def _forget_unused(self, used: dict[str, bool]) -> None:
+    def _forget_unused(self, used: list[bool]) -> None:
         """Take back the zero gradient of parameters that no rank used."""
-        device = next(iter(self._parameters.values())).device
-        flags = [*map(int, used.values()), int(any(used.values()))]
-        *users, active = _summed(torch.tensor(flags, device=device))
-        counts = dict(zip(used, users, strict=True))
-        for name, count in counts.items():
+        users = torch.tensor(used, dtype=torch.int32, device=self.context.device)
+        dist.all_reduce(users)
+        for parameter, count in zip(self._parameters, users.tolist(), strict=True):
             if count == 0:
-                self._parameters[name].grad = None
-        missing = [name for name, count in counts.items() if count < active]
-        if missing and not self._some_unused:
-            self._some_unused = True
-            self._warn(missing)
-
-    def _complete_reduction(self, loss: torch.Tensor) -> None:
-        """Reduce what backward left over: DDP waits for every parameter on every rank."""
-        assert self._ddp is not None
-        try:
-            self._ddp._check_reducer_finalized()
-        except RuntimeError:
-            used = _leaves(loss)
-            unused = {name: p for name, p in self._parameters.items() if p not in used}
-            torch.stack([p.sum().float() * 0 for p in unused.values()]).sum().backward()
-            self._ddp._check_reducer_finalized()
-            self._met_unused = True
-            self._warn(list(unused))
-
-    def _hear(self, sums: list[float]) -> list[float]:
-        """Switch to reducing after backward together, once any rank has met unused parameters."""
-        *values, met_unused = sums
-        self._some_unused = self._some_unused or met_unused > 0
-        return values
-
-    def _warn(self, names: list[str]) -> None:
-        if self.rank == 0 or self._met_unused:
-            logger.warning(
-                "parameters without a gradient in some step on some rank: %s. From now on "
-                "gradients are reduced after backward instead of during it, which is slower; "
-                "requires_grad_(False) on parameters that are never used avoids that",
-                _shortened(names),
-            )
+                parameter.grad = None
 
 
-def _leaves(loss: torch.Tensor) -> set[torch.Tensor]:
-    """The parameters in the graph of a loss."""
-    found, seen, ahead = set(), set(), [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(node.variable)
-        ahead += [following for following, _ in node.next_functions]
-    return found
+class _CountingLoss(torch.nn.Module):
+    """The loss, and a parameter whose gradient counts ranks while DDP reduces it.
+
+    So all ranks learn at no further exchange whether some parameter may have no gradient
+    anywhere. It is the first parameter, in the bucket that DDP reduces last.
+    """
+
+    def __init__(self, loss: LossModule, like: torch.Tensor) -> None:
+        super().__init__()
+        # in the type of another one: each type has its own buckets
+        self.counts = torch.nn.Parameter(torch.zeros(2, dtype=like.dtype, device=like.device))
+        self.loss = loss
+
+    def forward(self, batch: Any, num_samples: int) -> LossParts:
+        result: LossParts = self.loss(batch, num_samples)
+        return result
+
+    def join(self, missing: Iterable[torch.nn.Parameter], *, uses_all: bool | None) -> None:
+        """End the reduction of this step.
+
+        Args:
+            missing: parameters to which backward brought no gradient, and which count as zero.
+            uses_all: whether all of this rank's parameters have one; None without samples.
+        """
+        mine = self.counts.new_tensor([uses_all is False, uses_all is True])
+        # the gradient is exactly 0 even where a parameter is infinite
+        zeros = [parameter.sum().reshape(()).float() * 0 for parameter in missing]
+        torch.stack([(self.counts * mine).sum().float(), *zeros]).sum().backward()
+
+    def some_unused_everywhere(self) -> bool:
+        """Whether every rank with samples lacks gradients; the same on all ranks."""
+        assert self.counts.grad is not None
+        lacking, complete = self.counts.grad.tolist()
+        self.counts.grad = None
+        return bool(lacking > 0 and complete == 0)
 
 
-def _summed(flags: torch.Tensor) -> list[int]:
-    dist.all_reduce(flags)
-    return list(flags.tolist())
-
-
-def _shortened(names: list[str], limit: int = 5) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
+def _address(gradient: torch.Tensor | None) -> int:
+    return -1 if gradient is None else gradient.data_ptr()
 
 
 def _no_buffer_sync() -> dict[str, bool]:
