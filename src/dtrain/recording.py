@@ -32,8 +32,13 @@ class Wish:
 
     fp64: bool = False
     """Model, data and arithmetic in double precision."""
-    dropout: bool = True
-    """False: every dropout of the model lets everything through."""
+    own_noise: bool = True
+    """False: dropout lets everything through, and what `loss` and `evaluate` draw at random
+    belongs to the sample, not to the process that computes it."""
+    by_sample: bool = False
+    """Whether every micro-batch is one sample."""
+    frozen: tuple[str, ...] = ()
+    """Attributes of the task that stay as they were before the first step."""
     batch_norm: bool = True
     """False: BatchNorm normalises by its running statistics, which stay as they are."""
     max_train_samples: int | None = None
@@ -49,7 +54,10 @@ class Wish:
     def from_env(cls, environ: Mapping[str, str]) -> Wish | None:
         """What the environment asks for; None when it asks for no recording."""
         text = environ.get(VARIABLE)
-        return cls(**json.loads(text)) if text else None
+        if not text:
+            return None
+        wish = json.loads(text)
+        return cls(**{**wish, "frozen": tuple(wish["frozen"])})
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,6 @@ class StepRecord:
     """As the trainer reports it."""
     grad_norm: float | None
     """Of the reduced gradient before clipping; None without clipping."""
-    lr: list[float]
-    """Of each parameter group, in this step."""
     gradients: Tensors
     """As the optimizer got them; empty when it was not stepped."""
     parameters: Tensors
@@ -96,14 +102,14 @@ class StepRecord:
     buffers: Tensors
     """After the step."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """`dropout` and `batch_norm`: names of such modules; from step 1 on `num_samples`, of an
-    epoch, unless the data are a stream."""
+    """`batch_norm`: names of such modules; from step 1 on `num_samples`, of an epoch, unless the
+    data are a stream."""
 
     def write(self, folder: Path) -> None:
         """Write the record to its file in a recording."""
         tensors = {"gradients": self.gradients, "parameters": self.parameters}
         tensors["buffers"] = self.buffers
-        plain = ("step", "loss", "grad_norm", "lr", "facts")
+        plain = ("step", "loss", "grad_norm", "facts")
         meta = {
             **{name: getattr(self, name) for name in plain},
             "lengths": {k: {n: len(v) for n, v in t.vectors.items()} for k, t in tensors.items()},
@@ -149,6 +155,15 @@ class RankLine:
     """Digest of this rank's parameters after the step; None when it holds only a part."""
     buffers: dict[str, str]
     """Digest of each of this rank's buffers after the step."""
+    lr: list[float]
+    """Of each parameter group, in this step, as this rank's optimizer had it."""
+    gradients: str | None
+    """Digest of the gradients that this rank's optimizer was given; None when they are parts."""
+    state: dict[str, str]
+    """Digest of each attribute of the task, after the step."""
+    draws: list[str]
+    """Lines that drew random numbers in `loss`, as `randn_like at task.py:12`; only without
+    `Wish.own_noise`."""
     random: str
     """Digest of the state of the rank's random generators after the step."""
     drew: bool
@@ -183,6 +198,23 @@ class Recording:
     def lines(self, step: int) -> list[RankLine]:
         """Every rank's newest line of a step, in rank order."""
         return [lines[-1] for _, lines in sorted(self.ranks.get(step, {}).items())]
+
+    def draws(self) -> list[str]:
+        """Lines that drew random numbers in `loss`, on any rank in any step."""
+        lines = [line for step in self.ranks for line in self.lines(step)]
+        return sorted({place for line in lines for place in line.draws})
+
+    def changing_state(self) -> tuple[str, ...]:
+        """Attributes of the task that some step changed on some rank."""
+        begun = self.lines(0)
+        changed = {
+            name
+            for step in self.steps
+            for before, after in zip(begun, self.lines(step), strict=False)
+            for name, value in before.state.items()
+            if after.state.get(name) != value
+        }
+        return tuple(sorted(changed))
 
     def ids(self, step: int) -> list[int]:
         """The ordered global batch of a step: the ranks' parts, one after the other."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dtrain.recording import Recording
@@ -12,6 +12,7 @@ from dtrain.verify.pairs import Pair
 DATA = "step s trains on the same ordered list of samples, each once"
 START = "all processes begin with the parameters that the seed gives"
 LOSS = "a sample's loss does not depend on which process computes it"
+STATE = "what changes from step to step is in the checkpoint, and changes once a step"
 BATCH_NORM = "BatchNorm normalises over the whole batch"
 GRADIENT = "the gradient is (sum of everyone's sums) / (sum of everyone's weights)"
 CLIPPING = "clipping comes after the reduction"
@@ -24,6 +25,9 @@ RANDOM = "ranks draw independent random numbers"
 EVALUATION = "every sample is evaluated exactly once"
 BITWISE = "what promises the same bits has the same bits"
 MODEL = "model() gives every process the same bare model"
+
+OTHER_GENERATORS = ("random at", "numpy.random at")
+"""How a place is told that draws from a generator that is not torch's."""
 
 ENDED_EARLY = "the run ended before this step"
 
@@ -97,7 +101,7 @@ def _start(reference: Recording, other: Recording) -> Iterator[Finding]:
     if strangers:
         yield Finding(
             START,
-            f"model() gave {_ranks(strangers)} other initial values than rank 0",
+            f"the initial values of {_differing(digests)}",
             "model() is seeded by rank: wrapping hides it, as rank 0's values are copied over",
             0,
         )
@@ -158,20 +162,37 @@ def _explain_position(
 
 
 def _schedule(reference: Recording, other: Recording, pair: Pair, step: int) -> Iterator[Finding]:
-    ours, theirs = reference.steps[step].lr, other.steps[step].lr
-    if not ours or not theirs or ours == theirs:
+    ours = reference.lines(step)[0].lr
+    lines = [(rank, line.lr) for rank, line in enumerate(other.lines(step)) if line.lr]
+    wrong = [(rank, theirs) for rank, theirs in lines if ours and theirs != ours]
+    if not wrong:
         return
-    found = f"the learning rate is {theirs[0]:.6g}, not {ours[0]:.6g}"
-    yield Finding(SCHEDULE, found, _explain_schedule(reference, theirs[0], pair, step), step)
+    _, theirs = wrong[0]
+    group = next((g for g, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y), 0)
+    of_group = f" of group {group}" if len(ours) > 1 else ""
+    where = "" if len(wrong) == len(lines) else f" on {_ranks([rank for rank, _ in wrong])}"
+    found = f"the learning rate{of_group} is {theirs[group]:.6g}{where}, not {ours[group]:.6g}"
+    if where:
+        likely = f"something sets it on {_ranks([rank for rank, _ in wrong])} alone"
+    else:
+        likely = _explain_schedule(reference, other, group, pair, step)
+    yield Finding(SCHEDULE, found, likely, step)
 
 
-def _explain_schedule(reference: Recording, rate: float, pair: Pair, step: int) -> str:
-    rates = {s: record.lr[0] for s, record in reference.steps.items() if record.lr}
+def _explain_schedule(
+    reference: Recording, other: Recording, group: int, pair: Pair, step: int
+) -> str:
+    rate = other.lines(step)[0].lr[group]
+    known = {s: reference.lines(s)[0].lr for s in reference.steps}
+    rates = {s: each[group] for s, each in known.items() if each}
     ratio = rate / rates[step] if rates.get(step) else 0.0
     if step == 1 and abs(ratio - pair.parts) < 1e-9:
         return f"it is multiplied by the {pair.parts} processes (linear scaling)"
     if pair.resume_after is not None and step == pair.resume_after + 1:
         return "the scheduler's state was not restored with the checkpoint"
+    calls = [max(len(line.losses) for line in each.lines(step)) for each in (reference, other)]
+    if calls[0] != calls[1]:
+        return "the scheduler is stepped in loss(), once for each of its calls"
     matches = [s for s, each in rates.items() if abs(each - rate) <= 1e-12 * abs(rate)]
     if any(s == 1 + (step - 1) * pair.parts for s in matches) or _runs_ahead(rates, rate, step):
         return f"the scheduler is stepped once per process ({pair.parts}) instead of once per step"
@@ -208,10 +229,14 @@ def _replicas(other: Recording, step: int) -> Iterator[Finding]:
     lines = other.lines(step)
     strangers = [r for r, line in enumerate(lines) if line.parameters != lines[0].parameters]
     if strangers:
+        alike = len({line.gradients for line in lines}) == 1
         yield Finding(
             REPLICAS,
-            f"the parameters of {_ranks(strangers)} differ from rank 0's",
-            "gradients are not reduced: every rank trains on its own",
+            f"the parameters of {_differing([line.parameters for line in lines])}",
+            "the same gradient is applied in another way: other settings of the optimizer, or a "
+            "write to the parameters"
+            if alike
+            else "gradients are not reduced: every rank trains on its own",
             step,
         )
     for name, digest in lines[0].buffers.items():
@@ -219,7 +244,7 @@ def _replicas(other: Recording, step: int) -> Iterator[Finding]:
         if strangers:
             yield Finding(
                 BUFFERS,
-                f"buffer {name} of {_ranks(strangers)} differs from rank 0's",
+                f"buffer {name} of {_differing([line.buffers.get(name) for line in lines])}",
                 "buffers are not synchronised",
                 step,
                 name,
@@ -238,6 +263,15 @@ def _random(other: Recording, step: int) -> Iterator[Finding]:
             "every rank has the same seed: their dropout masks are copies of one another",
             step,
         )
+
+
+def _differing(digests: Sequence[str | None]) -> str:
+    """Which ranks are not as the most are; where there is no majority, none is blamed."""
+    counts = Counter(digests)
+    (usual, most), *_ = counts.most_common()
+    if most <= len(digests) // 2 or len(digests) == 2:
+        return "the ranks differ from one another"
+    return f"{_ranks([r for r, each in enumerate(digests) if each != usual])} differ from the rest"
 
 
 def _ranks(ranks: list[int]) -> str:

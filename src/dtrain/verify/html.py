@@ -110,10 +110,7 @@ def _table(report: Report) -> str:
 
 def _reasons(report: Report) -> list[str]:
     parts = []
-    for result in report.results:
-        remark = text.remark(result)
-        if remark is None:
-            continue
+    for remark in text.remarks(report.results):
         parts.append(f"<h2>{escape(remark.headline)}</h2>")
         if remark.details:
             cells = (f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in remark.details.items())

@@ -15,7 +15,7 @@ from dtrain.verify.findings import (
     BATCH_NORM,
     BITWISE,
     ENDED_EARLY,
-    RANDOM,
+    OTHER_GENERATORS,
     SCALER,
     Finding,
     exact_findings,
@@ -47,8 +47,11 @@ class Result:
     """The run's own verdict, where it failed."""
     shrinks: float | None = None
     """By how much the difference shrinks in fp64; None when that was not needed."""
-    without_dropout: bool = False
-    """Whether it was compared with dropout off, as ranks draw other random numbers than one."""
+    fixed_noise: bool = False
+    """Whether it was compared without dropout and with random numbers that belong to the samples,
+    as ranks draw other ones than one process does."""
+    draws: tuple[str, ...] = ()
+    """Lines that draw random numbers in `loss`; only with `fixed_noise`."""
     bits_of: str = ""
     """Another pair with the same bits, where that is promised."""
     comparison: Comparison | None = field(default=None, repr=False)
@@ -115,7 +118,7 @@ class Judge:
         if comparison.excess(L2) is None and not comparison.suspicious:
             return replace(result, verdict="same", level="L2")
         if _draws(self.reference):
-            return self._without_dropout(result)
+            return self._with_fixed_noise(result)
         return self._in_fp64(result, self.lab.wish)
 
     def _failed(self, pair: Pair, error: RunFailed) -> Result:
@@ -129,22 +132,23 @@ class Judge:
             return result
         return replace(result, verdict="different", finding=finding)
 
-    def _without_dropout(self, result: Result) -> Result:
-        """Compare again without dropout: its masks are other numbers in another layout."""
-        wish = replace(self.lab.wish, dropout=False)
+    def _with_fixed_noise(self, result: Result) -> Result:
+        """Compare again with random numbers that do not depend on the layout."""
+        wish = replace(self.lab.wish, own_noise=False)
+        draws = self.lab.record(self._reference, wish).draws()
+        if any(place.startswith(OTHER_GENERATORS) for place in draws):
+            # theirs cannot be dealt out to the samples of a call, so a call has one sample
+            wish = replace(wish, by_sample=True)
         reference, other = self._both(result.pair, wish)
         comparison = compare(reference, other)
         result = replace(
             result,
-            without_dropout=True,
+            fixed_noise=True,
+            draws=tuple(draws),
             largest=comparison.largest,
             first=comparison.first,
             comparison=comparison,
         )
-        if _draws(reference):
-            likely = "the model draws them outside of dropout; strategy 'exact' keys them by shard"
-            finding = Finding(RANDOM, "random numbers are drawn in other places too", likely, 1)
-            return replace(result, level="L0", finding=finding)
         if comparison.identical and comparison.excess(L1) is None:
             return replace(result, verdict="same", level="L3")
         if comparison.excess(L2) is None and not comparison.suspicious:
@@ -172,7 +176,13 @@ class Judge:
                 return replace(result, verdict="same", level="L2")
             return replace(result, verdict="rounding", level="L1")
         case = Case(reference, other, result.pair, self.lab.spec, excess)
-        finding = self._batch_norm(case, wish) or causes.explain(case)
+        finding = (
+            self._batch_norm(case, wish)
+            or causes.sum_for_mean(case)
+            or self._state_in_task(case, wish)
+            or self._by_sample(case, wish)
+            or causes.explain(case)
+        )
         return replace(result, level="L0", finding=finding)
 
     def _only_in_low_precision(self, result: Result) -> Finding | None:
@@ -199,6 +209,29 @@ class Judge:
             "its statistics frozen all agrees. Use SyncBatchNorm, or a norm over features"
         )
         return Finding(BATCH_NORM, str(case), likely, case.step, case.shown.tensor)
+
+    def _state_in_task(self, case: Case, wish: Wish) -> Finding | None:
+        """Whether attributes of the task are the matter: kept as they were, all agrees."""
+        names = self.reference.changing_state()
+        if not names:
+            return None
+        try:
+            reference, other = self._both(case.pair, replace(wish, frozen=names))
+        except RunFailed:
+            return None
+        if compare(reference, other).excess(L1) is not None:
+            return None
+        return causes.state_in_task(case, names)
+
+    def _by_sample(self, case: Case, wish: Wish) -> Finding | None:
+        """Where the losses differ: compare those of single samples, which tell the rank."""
+        if not causes.losses_differ(case):
+            return None
+        try:
+            reference, other = self._both(case.pair, replace(wish, by_sample=True))
+        except RunFailed:  # as with BatchNorm, which needs two
+            return None
+        return causes.loss_by_sample(case, reference, other)
 
     def _both(self, pair: Pair, wish: Wish) -> tuple[Recording, Recording]:
         return self.lab.record(self._reference, wish), self.lab.record(pair, wish)

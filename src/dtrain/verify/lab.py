@@ -228,8 +228,8 @@ _QUIET = ChecksSpec(every=0, on_mismatch="warn", init="broadcast", on_nan="warn"
 def recorded(spec: JobSpec, pair: Pair, wish: Wish, steps: int) -> JobSpec:
     """The job as a pair runs it: its training is the job's own, what goes on around it is not."""
     train: dict[str, object] = {"epochs": None, "steps": steps, "early_stopping": None}
-    if pair.micro_batch_size is not None:
-        train["micro_batch_size"] = pair.micro_batch_size
+    if pair.micro_batch_size is not None or wish.by_sample:
+        train["micro_batch_size"] = 1 if wish.by_sample else pair.micro_batch_size
     launch = spec.launch
     return spec.model_copy(
         update={

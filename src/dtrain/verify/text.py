@@ -41,7 +41,7 @@ class Table:
         """
         self._paint = paint
         name = max([len(_HEADS[0]), *(len(pair.name) for pair in pairs)])
-        fixed = name + len(_HEADS[1]) + 8 + len("same w/o dropout") + 2 * 4
+        fixed = name + len(_HEADS[1]) + 8 + len("same, noise fixed") + 2 * 4
         where = max(len(_HEADS[3]), min(48, width - fixed))
         self._widths = (name, len(_HEADS[1]), 8, where)
 
@@ -73,9 +73,9 @@ def verdict_of(result: Result) -> tuple[str, str]:
         return "FAILED", "red"
     if result.verdict == "different":
         return "DIFFERENT", "red"
-    if result.without_dropout:
-        return "same w/o dropout", "yellow"
     text = "same" if result.verdict == "same" else "rounding"
+    if result.fixed_noise:
+        return f"{text}, noise fixed", "green"
     return (f"{text} = {result.bits_of}" if result.bits_of else text), "green"
 
 
@@ -88,8 +88,7 @@ def opening(report: Report) -> str:
 def closing(report: Report, width: int) -> str:
     """What the levels mean, what is wrong and why, and the sum of it."""
     blocks = ["\n".join(wrap("; ".join(LEVELS), width))]
-    remarks = [remark(result) for result in report.results]
-    blocks += [each.text(width) for each in remarks if each is not None]
+    blocks += [each.text(width) for each in remarks(report.results)]
     bad = [result for result in report.results if not result.passed]
     count = len(report.results)
     if not bad:
@@ -136,29 +135,63 @@ class Remark:
         return "\n".join([*lines, *(f"  {line}" for line in self.raw.splitlines())])
 
 
-def remark(result: Result) -> Remark | None:
-    """What there is to say about a pair; None where its row says it all."""
-    name, finding = result.pair.name, result.finding
+def remarks(results: Sequence[Result]) -> list[Remark]:
+    """What there is to say besides the rows; of pairs with one cause, once."""
+    alike: dict[object, list[Result]] = {}
+    for result in results:
+        alike.setdefault(_cause(result), []).append(result)
+    made = [_remark(group) for group in alike.values()]
+    return [each for each in made if each is not None]
+
+
+def _cause(result: Result) -> object:
+    """Equal for results of which the same is to be said."""
     if result.verdict == "failed":
-        return Remark(f"{name} failed", raw=result.failure)
+        return "failed", result.failure
+    if result.finding is not None:
+        return "different", result.finding.clause, result.finding.likely
+    if result.fixed_noise:
+        return "noise"
+    return result.verdict
+
+
+def _remark(results: Sequence[Result]) -> Remark | None:
+    first, names = results[0], _names([result.pair.name for result in results])
+    finding, one = first.finding, len(results) == 1
+    if first.verdict == "failed":
+        return Remark(f"{names} failed", raw=first.failure)
     if finding is not None:
-        when = "from the start" if finding.step == 0 else f"from step {finding.step} on"
+        step = min(result.finding.step for result in results if result.finding is not None)
+        when = "from the start" if step == 0 else f"from step {step} on"
+        which = "is a different training" if one else "are different trainings"
         details = {"broken": finding.clause, "found": finding.found, "likely": finding.likely}
         return Remark(
-            f"{name} is a different training {when}",
+            f"{names} {which} {when}",
             {label: value for label, value in details.items() if value},
-            raw=result.failure,
+            raw=first.failure,
         )
-    if result.without_dropout:
+    if first.fixed_noise:
+        was = "was" if one else "were"
+        where = f" ({', '.join(first.draws[:3])})" if first.draws else ""
         return Remark(
-            f"{name} was compared with dropout off: in another layout the ranks draw other random "
-            "numbers. Strategy 'exact' draws the same in every layout"
+            f"{names} {was} compared with noise fixed: without dropout, and with random numbers of "
+            f"loss(){where} that belong to the sample. In another layout the ranks draw other "
+            "numbers, which is no mistake. Strategy 'exact' draws the same in every layout"
         )
-    if result.verdict == "rounding":
-        shrinks = result.shrinks or 0.0
+    if first.verdict == "rounding":
+        shrinks = min(result.shrinks or 0.0 for result in results)
         times = f"{shrinks:.0e} times" if math.isfinite(shrinks) else "to nothing"
-        return Remark(f"{name} differs by rounding: in fp64 the difference shrinks {times}")
+        differ = "differs" if one else "differ"
+        return Remark(f"{names} {differ} by rounding: in fp64 the difference shrinks {times}")
     return None
+
+
+def _names(names: Sequence[str]) -> str:
+    """`ddp ×2, ddp ×4 and 3 more`."""
+    if len(names) > 4:
+        return f"{'; '.join(names[:3])} and {len(names) - 3} more"
+    *others, last = names
+    return f"{'; '.join(others)} and {last}" if others else last
 
 
 def _cut(text: str, width: int) -> str:

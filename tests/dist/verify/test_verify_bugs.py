@@ -245,7 +245,7 @@ def test_the_same_job_without_a_bug_passes(judges: Any, pair: Pair, job: tuple[s
 
 def test_dropout_is_no_bug_but_said(judges: Any) -> None:
     result = of_one(judges(("args.dropout=0.3",)), DDP)
-    assert (result.verdict, result.without_dropout) == ("same", True), result
+    assert (result.verdict, result.fixed_noise) == ("same", True), result
     assert result.level in ("L1", "L2")
 
 

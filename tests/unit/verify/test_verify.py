@@ -48,7 +48,6 @@ def step(number: int, scale: float = 1.0, **changes: Any) -> StepRecord:
         step=number,
         loss=2.0 / (number + 1),
         grad_norm=None,
-        lr=[0.1],
         gradients=tensors(a=[scale, 2.0 * scale], b=[[3.0 * scale]]),
         parameters=tensors(a=[1.0, 1.0], b=[[float(number)]]),
         buffers=Tensors(),
@@ -59,7 +58,7 @@ def step(number: int, scale: float = 1.0, **changes: Any) -> StepRecord:
 def line(number: int, ids: list[list[int]], **changes: Any) -> RankLine:
     made = RankLine(
         step=number, epoch=0, ids=ids, losses=[(1.0, 2.0)], stepped=1, parameters="p",
-        buffers={}, random="r", drew=False,
+        buffers={}, lr=[0.1], gradients="g", state={}, draws=[], random="r", drew=False,
     )  # fmt: skip
     return replace(made, **changes)
 
@@ -138,9 +137,9 @@ def test_dropout_is_found_and_stopped_wherever_it_hides() -> None:
             "none": nn.Dropout(0.0),
         }
     )
-    assert adapt.dropouts(model) == ["drop", "attention", "recurrent"]
     adapt.stop_dropout(model)
-    assert adapt.dropouts(model) == []
+    rates = model["drop"].p, model["attention"].dropout, model["recurrent"].dropout
+    assert rates == (0.0, 0.0, 0.0)
     ones = torch.ones(100)
     assert torch.equal(model["drop"](ones), ones)
 
@@ -351,7 +350,7 @@ def report() -> Report:
         good,
         replace(good, pair=Pair("exact", procs=2), level="L3", bits_of="exact"),
         replace(good, pair=Pair("dp", procs=2), verdict="rounding", level="L1", shrinks=6e8),
-        replace(good, pair=Pair("fsdp", procs=2), without_dropout=True),
+        replace(good, pair=Pair("fsdp", procs=2), fixed_noise=True),
         replace(good, pair=Pair("ddp", procs=4), verdict="different", level=None, finding=finding),
         Result(Pair("ddp", procs=8), "failed", None, failure="FAILED: rank 7\n  no memory"),
     ]
@@ -367,7 +366,7 @@ def test_the_table_fits_the_terminal(width: int) -> None:
     assert lines[1].split() == ["ddp", "×2", "L2", "0", "-", "same"]
     assert lines[2].endswith("same = exact")
     assert lines[3].endswith("rounding")
-    assert lines[4].endswith("same w/o dropout")
+    assert lines[4].endswith("same, noise fixed")
     assert lines[5].split() == ["ddp", "×4", "-", "0", "step", "3", "DIFFERENT"]
     assert lines[6].endswith("FAILED")
 

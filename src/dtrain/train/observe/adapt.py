@@ -23,15 +23,6 @@ def first_samples(dataset: Any, limit: int | None) -> Any:
     return Subset(dataset, range(limit))
 
 
-def dropouts(model: torch.nn.Module) -> list[str]:
-    """Names of the modules that drop something while training."""
-    return [
-        name or type(module).__name__
-        for name, module in model.named_modules()
-        if any(value > 0 for value in _drop_rates(module).values())
-    ]
-
-
 def stop_dropout(model: torch.nn.Module) -> None:
     """Set every rate of dropout to 0: of dropout modules, and attributes named after it."""
     for module in model.modules():

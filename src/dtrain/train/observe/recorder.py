@@ -21,6 +21,8 @@ from dtrain.task import Loss, Task
 from dtrain.train.checkpoint.state import plain_name
 from dtrain.train.data.permutation import Ids
 from dtrain.train.observe import adapt, digest
+from dtrain.train.observe.attributes import Attributes
+from dtrain.train.observe.noise import Draws, FixedNoise
 
 Named = Iterable[tuple[str, torch.Tensor]]
 
@@ -40,9 +42,16 @@ class Recorder:
         self._model: torch.nn.Module | None = None
         self._facts: dict[str, Any] = {}
         self._gradients = Tensors()
+        self._given: str | None = None
+        """Digest of the gradients that this rank's optimizer was given."""
         self._lr: list[float] = []
         self._stepped = 0
         self._random = ""
+        self._attributes = Attributes(task, wish.frozen)
+        self._noise = None if wish.own_noise else FixedNoise(by_sample=wish.by_sample)
+        self._step_context = contextlib.ExitStack()
+        """Open from the first loss of a step to the end of its last backward."""
+        self._draws = Draws()
         self._wrap(task)
 
     @classmethod
@@ -86,7 +95,7 @@ class Recorder:
         self._write_record(step, loss=loss, grad_norm=grad_norm)
         self._random = random
         self._ids, self._losses, self._lr = [], [], []
-        self._gradients, self._stepped = Tensors(), 0
+        self._gradients, self._given, self._stepped = Tensors(), None, 0
 
     # -- around the task ---------------------------------------------------------------------
 
@@ -99,7 +108,7 @@ class Recorder:
         own["model"] = lambda: self._watch_model(methods["model"]())
         own["optimizer"] = lambda model: self._watch_optimizer(methods["optimizer"](model))
         own["loss"] = self._watched_loss(self._in_precision(methods["loss"]))
-        own["evaluate"] = self._in_precision(methods["evaluate"])
+        own["evaluate"] = self._watched_evaluation(self._in_precision(methods["evaluate"]))
         own["train_dataset"] = lambda: self._shortened(methods["train_dataset"](), task)
         own["eval_dataset"] = lambda: adapt.first_samples(
             methods["eval_dataset"](), wish.max_eval_samples
@@ -117,11 +126,10 @@ class Recorder:
         if not isinstance(model, torch.nn.Module):
             return model
         self._model = model
-        self._facts["dropout"] = adapt.dropouts(model)
         self._facts["batch_norm"] = adapt.batch_norms(model)
         if self._wish.fp64:
             model.double()
-        if not self._wish.dropout:
+        if not self._wish.own_noise:
             adapt.stop_dropout(model)
         if not self._wish.batch_norm:
             adapt.freeze_batch_norm(model)
@@ -129,18 +137,19 @@ class Recorder:
 
     def _watch_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         optimizer.register_step_pre_hook(self._before_update)
+        self._attributes.keep()
         self._write_line(0, epoch=0, ids=[], random=digest.of_random_state(), drew=False)
         self._write_record(0, loss=None, grad_norm=None)
         return optimizer
 
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._step_context.close()
         self._stepped += 1
         self._lr = [float(group["lr"]) for group in optimizer.param_groups]
-        self._gradients = self._tensors(
-            (name, parameter.grad)
-            for name, parameter in self._parameters()
-            if parameter.grad is not None
-        )
+        gradients = [(name, p.grad) for name, p in self._parameters() if p.grad is not None]
+        self._gradients = self._tensors(gradients)
+        if not any(hasattr(each, "full_tensor") for _, each in gradients):
+            self._given = digest.of_tensors(each for _, each in gradients)
 
     def _in_precision(self, method: Callable[..., Any]) -> Callable[..., Any]:
         if not self._wish.fp64:
@@ -154,13 +163,35 @@ class Recorder:
 
     def _watched_loss(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def watched(model: torch.nn.Module, batch: Any) -> Any:
-            value = method(model, batch)
-            if torch.is_grad_enabled():
-                total, weight = (
-                    (value.sum, value.weight) if isinstance(value, Loss) else (value, None)
-                )
-                self._losses.append((torch.as_tensor(total).detach(), weight))
+            if not torch.is_grad_enabled():
+                return method(model, batch)
+            self._attributes.put_back()
+            value = self._with_fixed_noise(method, model, batch)
+            total, weight = (value.sum, value.weight) if isinstance(value, Loss) else (value, None)
+            self._losses.append((torch.as_tensor(total).detach(), weight))
             return value
+
+        return watched
+
+    def _with_fixed_noise(self, method: Callable[..., Any], *given: Any) -> Any:
+        """Call `loss`; what backward computes again draws the same as long as the step lasts."""
+        if self._noise is None:
+            return method(*given)
+        self._step_context.close()
+        self._step_context.enter_context(self._noise)
+        self._noise.begin(given[-1])
+        watching = contextlib.nullcontext() if self._losses else self._draws.watching()
+        with watching:
+            return method(*given)
+
+    def _watched_evaluation(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(model: torch.nn.Module, batch: Any) -> Any:
+            self._attributes.put_back()
+            if self._noise is None:
+                return method(model, batch)
+            with self._noise:
+                self._noise.begin(batch)
+                return method(model, batch)
 
         return watched
 
@@ -184,10 +215,18 @@ class Recorder:
                 stepped=self._stepped,
                 parameters=None if in_parts else digest.of_tensors(parameters),
                 buffers={name: digest.of_tensors([each]) for name, each in self._buffers()},
+                lr=self._lr,
+                gradients=self._given,
+                state=self._attributes.digests(self._model),
+                draws=self._places(),
                 random=random,
                 drew=drew,
             )
         )
+
+    def _places(self) -> list[str]:
+        drawn = set() if self._noise is None else self._noise.places
+        return sorted(drawn | self._draws.places)
 
     def _write_record(self, step: int, *, loss: float | None, grad_norm: float | None) -> None:
         parameters = self._tensors(self._parameters())
@@ -198,7 +237,6 @@ class Recorder:
                 step=step,
                 loss=loss,
                 grad_norm=grad_norm,
-                lr=self._lr,
                 gradients=self._gradients,
                 parameters=parameters,
                 buffers=self._tensors(self._buffers()),

@@ -1,0 +1,63 @@
+"""What a task keeps in its attributes, for `dtrain verify`: does a step change it?"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from dtrain.task import Task
+from dtrain.train.observe import digest
+
+
+class Attributes:
+    """The data that a task object holds, besides the model, the optimizer and data sets.
+
+    Args:
+        task: or what stands for an object that does not derive from `Task`.
+        frozen: attributes that stay as they were when `keep` was called.
+    """
+
+    def __init__(self, task: Task, frozen: tuple[str, ...]) -> None:
+        self._held = vars(getattr(task, "adapted", task))
+        self._frozen = frozen
+        self._kept: dict[str, Any] = {}
+
+    def keep(self) -> None:
+        """Take note of the frozen ones as they are now."""
+        self._kept = {
+            name: copy.deepcopy(self._held[name]) for name in self._frozen if name in self._held
+        }
+
+    def put_back(self) -> None:
+        """Give the frozen ones the values that they had."""
+        for name, value in self._kept.items():
+            self._held[name] = copy.deepcopy(value)
+
+    def digests(self, model: torch.nn.Module | None) -> dict[str, str]:
+        """Of each attribute's value, by name.
+
+        Args:
+            model: what is trained; an attribute that holds it is left out.
+        """
+        trained = {id(each) for each in model.parameters()} if model is not None else set()
+        return {
+            name: digest.of_value(value)
+            for name, value in self._held.items()
+            if not (callable(value) and not isinstance(value, torch.nn.Module))
+            and not _is_data(value)
+            and not _holds(value, trained)
+        }
+
+
+def _is_data(value: Any) -> bool:
+    """Whether it is a data set or an optimizer: large, or compared in another place."""
+    known = torch.utils.data.Dataset | torch.utils.data.DataLoader | torch.optim.Optimizer
+    return isinstance(value, known)
+
+
+def _holds(value: Any, trained: set[int]) -> bool:
+    if isinstance(value, torch.nn.Module):
+        return any(id(each) in trained for each in value.parameters())
+    return id(value) in trained
