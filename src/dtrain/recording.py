@@ -160,7 +160,7 @@ class RankLine:
     gradients: str | None
     """Digest of the gradients that this rank's optimizer was given; None when they are parts."""
     state: dict[str, str]
-    """Digest of each attribute of the task, after the step."""
+    """Type and digest of each attribute of the task, after the step."""
     draws: list[str]
     """Lines that drew random numbers in `loss`, as `randn_like at task.py:12`; only without
     `Wish.own_noise`."""
@@ -204,17 +204,16 @@ class Recording:
         lines = [line for step in self.ranks for line in self.lines(step)]
         return sorted({place for line in lines for place in line.draws})
 
-    def changing_state(self) -> tuple[str, ...]:
-        """Attributes of the task that some step changed on some rank."""
+    def changing_state(self) -> dict[str, str]:
+        """Attributes of the task that some step changed on some rank, with their types."""
         begun = self.lines(0)
-        changed = {
-            name
+        return {
+            name: value.split()[0]
             for step in self.steps
             for before, after in zip(begun, self.lines(step), strict=False)
             for name, value in before.state.items()
             if after.state.get(name) != value
         }
-        return tuple(sorted(changed))
 
     def ids(self, step: int) -> list[int]:
         """The ordered global batch of a step: the ranks' parts, one after the other."""

@@ -118,6 +118,19 @@ def state_in_task(case: Case, names: Sequence[str]) -> Finding:
     )
 
 
+def generator_in_task(case: Case, names: Sequence[str]) -> Finding:
+    """That the task draws from generators which it keeps itself.
+
+    Args:
+        case: the pair.
+        names: of the attributes that hold them.
+    """
+    attributes = f"attribute{'s' if len(names) > 1 else ''} {_few(list(names))}"
+    likely = "its numbers go by how often it was asked on this rank, and are the same on all "
+    likely += "ranks; draw from torch's own generator, which dtrain seeds for each rank"
+    return _finding(case, f"the task has a generator of its own: {attributes}", likely, STATE)
+
+
 def loss_by_sample(case: Case, reference: Recording, other: Recording) -> Finding:
     """Which rank computes other losses, from recordings whose micro-batches are single samples."""
     right = {

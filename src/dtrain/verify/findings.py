@@ -26,6 +26,8 @@ EVALUATION = "every sample is evaluated exactly once"
 BITWISE = "what promises the same bits has the same bits"
 MODEL = "model() gives every process the same bare model"
 
+GENERATORS = ("Generator", "Random", "RandomState")
+"""Types of generators that a task may keep: torch's, NumPy's and Python's."""
 OTHER_GENERATORS = ("random at", "numpy.random at")
 """How a place is told that draws from a generator that is not torch's."""
 

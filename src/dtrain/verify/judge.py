@@ -15,6 +15,7 @@ from dtrain.verify.findings import (
     BATCH_NORM,
     BITWISE,
     ENDED_EARLY,
+    GENERATORS,
     OTHER_GENERATORS,
     SCALER,
     Finding,
@@ -212,16 +213,18 @@ class Judge:
 
     def _state_in_task(self, case: Case, wish: Wish) -> Finding | None:
         """Whether attributes of the task are the matter: kept as they were, all agrees."""
-        names = self.reference.changing_state()
-        if not names:
+        changing = self.reference.changing_state()
+        if not changing:
             return None
+        names = tuple(sorted(changing))
         try:
             reference, other = self._both(case.pair, replace(wish, frozen=names))
         except RunFailed:
             return None
-        if compare(reference, other).excess(L1) is not None:
-            return None
-        return causes.state_in_task(case, names)
+        if compare(reference, other).excess(L1) is None:
+            return causes.state_in_task(case, names)
+        generators = [name for name in names if changing[name] in GENERATORS]
+        return causes.generator_in_task(case, generators) if generators else None
 
     def _by_sample(self, case: Case, wish: Wish) -> Finding | None:
         """Where the losses differ: compare those of single samples, which tell the rank."""

@@ -1,34 +1,17 @@
 """A catalogue of seeded bugs: `verify` flags each with the right class and names its cause.
 
-Each is a module in tests/jobs/bugs that changes one line of a training. The trainings are real
-(gloo processes, dtrain's trainer, its recordings); only the launcher is left out, which brings a
-run from four seconds to one: test_verify_launch.py has that part.
+Each is a module in tests/jobs/bugs that changes one line of how a training is done. What people
+write into a task is in test_verify_tasks.py, what only a launcher brings in test_verify_launch.py.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from dtrain.job.profile import LoadedProfile
-from dtrain.job.spec import JobSpec
-from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
-from dtrain.testing import run_ranks
-from dtrain.train.context import TrainContext
-from dtrain.train.load import load_task
-from dtrain.train.observe.recorder import Recorder
-from dtrain.train.strategies import ddp, dp, single
-from dtrain.train.trainers.native import NativeTrainer
 from dtrain.verify.compare import L1, compare
 from dtrain.verify.findings import (
     BATCH_NORM,
@@ -47,46 +30,11 @@ from dtrain.verify.findings import (
     UPDATE,
 )
 from dtrain.verify.judge import Judge, Result
-from dtrain.verify.lab import Lab
 from dtrain.verify.pairs import REFERENCE, Pair
 from support import JOBS
+from support.warm_lab import WarmLab
 
-IMPORTED_ONCE = (ddp, dp, single)  # not in every rank
 BUGS = JOBS / "bugs"
-
-
-def train(spec: JobSpec, run: Path, attempt: int, replicas: int) -> str | None:
-    """What a worker does; the traceback when it fails."""
-    torch.set_num_threads(1)
-    sys.path.insert(0, str(BUGS))
-    os.environ.update(spec.launch.env)
-    for module in spec.launch.preload or ():
-        importlib.import_module(module)
-    try:
-        place, ranks = RunDir(run), RankInfo.from_env()
-        task = load_task(spec.task, spec.args, BUGS)
-        recorder = Recorder.asked_for(place, ranks, task)
-        cpu = torch.device("cpu")
-        context = TrainContext(
-            spec, place, ranks, attempt, task, cpu, replicas, recorder=recorder
-        )  # fmt: skip
-        NativeTrainer(context).run()
-    except Exception:
-        return traceback.format_exc()
-    return None
-
-
-class WarmLab(Lab):
-    """Runs in processes forked from the test's own server instead of being launched."""
-
-    def _attempt(
-        self, run: RunDir, attempt: int, spec: JobSpec, text: str, profile: LoadedProfile
-    ) -> str | None:
-        run.create()
-        procs = spec.launch.procs_per_node or 1
-        ranks = 1 if spec.strategy == "dp" else procs
-        said = run_ranks(train, ranks, spec, run.path, attempt, procs)
-        return next((each for each in said if each is not None), None)
 
 
 @pytest.fixture(scope="module")

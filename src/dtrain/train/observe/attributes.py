@@ -26,29 +26,35 @@ class Attributes:
 
     def keep(self) -> None:
         """Take note of the frozen ones as they are now."""
-        self._kept = {
-            name: copy.deepcopy(self._held[name]) for name in self._frozen if name in self._held
-        }
+        self._kept = {name: _copy(self._held[name]) for name in self._frozen if name in self._held}
 
     def put_back(self) -> None:
         """Give the frozen ones the values that they had."""
         for name, value in self._kept.items():
-            self._held[name] = copy.deepcopy(value)
+            self._held[name] = _copy(value)
 
     def digests(self, model: torch.nn.Module | None) -> dict[str, str]:
-        """Of each attribute's value, by name.
+        """Of each attribute its type and the digest of its value, by name.
 
         Args:
             model: what is trained; an attribute that holds it is left out.
         """
         trained = {id(each) for each in model.parameters()} if model is not None else set()
         return {
-            name: digest.of_value(value)
+            name: f"{type(value).__name__} {digest.of_value(value)}"
             for name, value in self._held.items()
             if not (callable(value) and not isinstance(value, torch.nn.Module))
             and not _is_data(value)
             and not _holds(value, trained)
         }
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Generator):  # which cannot be copied as other objects are
+        made = torch.Generator(device=value.device)
+        made.set_state(value.get_state())
+        return made
+    return copy.deepcopy(value)
 
 
 def _is_data(value: Any) -> bool:

@@ -41,6 +41,8 @@ class Recorder:
         self._losses: list[tuple[torch.Tensor, float | torch.Tensor | None]] = []
         self._model: torch.nn.Module | None = None
         self._facts: dict[str, Any] = {}
+        self._begun: str | None = None
+        """Digest of the parameters as `model` made them."""
         self._gradients = Tensors()
         self._given: str | None = None
         """Digest of the gradients that this rank's optimizer was given."""
@@ -126,6 +128,7 @@ class Recorder:
         if not isinstance(model, torch.nn.Module):
             return model
         self._model = model
+        self._begun = digest.of_tensors(model.parameters())
         self._facts["batch_norm"] = adapt.batch_norms(model)
         if self._wish.fp64:
             model.double()
@@ -202,6 +205,7 @@ class Recorder:
     ) -> None:
         parameters = [parameter for _, parameter in self._parameters()]
         in_parts = any(hasattr(parameter, "full_tensor") for parameter in parameters)
+        made = self._begun if step == 0 else None if in_parts else digest.of_tensors(parameters)
         losses = [
             (float(total), None if weight is None else float(weight))
             for total, weight in self._losses
@@ -213,7 +217,7 @@ class Recorder:
                 ids=ids,
                 losses=losses,
                 stepped=self._stepped,
-                parameters=None if in_parts else digest.of_tensors(parameters),
+                parameters=made,
                 buffers={name: digest.of_tensors([each]) for name, each in self._buffers()},
                 lr=self._lr,
                 gradients=self._given,
