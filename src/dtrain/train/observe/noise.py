@@ -40,16 +40,24 @@ class FixedNoise(TorchDispatchMode):
     def __init__(self, *, by_sample: bool) -> None:
         super().__init__()
         self._by_sample = by_sample
+        self._calls = 0
         self._keys: list[int] = []
         """Of the samples of this call."""
+        self._draws = 0
+        """Of this call."""
+        self._known: dict[int, tuple[list[int], int]] = {}
+        """Keys and number of each draw, by the state that torch's generator had. A layer that is
+        computed again in backward has that state back, maybe after the next call."""
         self.places: set[str] = set()
         """Where was drawn, as `randn_like at task.py:12`."""
 
     def begin(self, batch: Any) -> None:
         """Before the task's code runs on a batch."""
-        self._keys = _sample_keys(batch)
+        self._keys, self._draws = _sample_keys(batch), 0
+        self._calls += 1
         alone = self._keys if self._by_sample else []
         seed_everything(derive_seed("noise", *alone))
+        torch.manual_seed(self._calls)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -58,28 +66,41 @@ class FixedNoise(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator"):
             return func(*args, **kwargs)
         self.places.add(f"{func._schema.name.partition('::')[2]} at {_user_line()}")
-        # From the generator, so that a layer that is computed again in backward draws the same.
-        word = int(torch.randint(2**62, ()))
+        state = xxhash.xxh3_64_intdigest(torch.get_rng_state().numpy().data)
+        if state not in self._known:
+            self._known[state] = self._keys, self._draws
+            self._draws += 1
+        torch.rand(())
         after = torch.get_rng_state()
         try:
-            return self._draw(func, args, kwargs, word)
+            return _draw(func, args, kwargs, *self._known[state])
         finally:
             torch.set_rng_state(after)
 
-    def _draw(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], word: int) -> Any:
-        count = len(self._keys)
-        given = (*args, *kwargs.values())
-        if not any(_has_rows(each, count) for each in given):
-            torch.manual_seed(derive_seed("noise", word))
-            return func(*args, **kwargs)
-        made = []
-        for index, key in enumerate(self._keys):
-            torch.manual_seed(derive_seed("noise", word, key))
-            parts = [_part(each, index, count) for each in args]
-            made.append(func(*parts, **{k: _part(v, index, count) for k, v in kwargs.items()}))
-        if func._schema.is_mutable:
-            return args[0]
-        return tree_map(lambda *parts: torch.cat(parts), *made)
+
+def _draw(
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any], keys: list[int], number: int
+) -> Any:
+    """Run an operator on each sample's part, or whole where it has none.
+
+    Args:
+        func, args, kwargs: of the operator.
+        keys: of the samples.
+        number: of the draw in its call of the task.
+    """
+    count = len(keys)
+    given = (*args, *kwargs.values())
+    if not any(_has_rows(each, count) for each in given):
+        torch.manual_seed(derive_seed("noise", number))
+        return func(*args, **kwargs)
+    made = []
+    for index, key in enumerate(keys):
+        torch.manual_seed(derive_seed("noise", number, key))
+        parts = [_part(each, index, count) for each in args]
+        made.append(func(*parts, **{k: _part(v, index, count) for k, v in kwargs.items()}))
+    if func._schema.is_mutable:
+        return args[0]
+    return tree_map(lambda *parts: torch.cat(parts), *made)
 
 
 def _has_rows(value: Any, count: int) -> bool:
