@@ -6,62 +6,28 @@ Works on recordings in fp64, where rounding is out of the way: a factor of 2 is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from dtrain.job.spec import JobSpec
 from dtrain.recording import Recording, StepRecord, Tensors, Vector
-from dtrain.verify.compare import L1, Distance, Excess, apart, relative
+from dtrain.verify import losses
+from dtrain.verify.case import Case, few
+from dtrain.verify.compare import L1, apart
 from dtrain.verify.findings import (
     BUFFERS,
     CLIPPING,
     EVALUATION,
     GRADIENT,
-    LOSS,
     SCALER,
-    STATE,
     UPDATE,
     Finding,
 )
-from dtrain.verify.pairs import Pair
 
 _CLIPPED = 1 - 1e-4
 """A clipped gradient is as long as the limit, but for torch's 1e-6 against a division by 0."""
 
 _FACTOR = 1e-6
 """A gradient counts as a multiple of another when what is left over is this small beside it."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A pair that differs from the reference, and where it first does."""
-
-    reference: Recording
-    other: Recording
-    pair: Pair
-    spec: JobSpec
-    excess: Excess
-
-    @property
-    def step(self) -> int:
-        """The first step that differs."""
-        return self.excess.step
-
-    @property
-    def shown(self) -> Excess:
-        """What differs, as people want to know it: of a loss, the gradients."""
-        if self.excess.what not in ("loss", "gradient norm"):
-            return self.excess
-        ours, theirs = (each.steps[self.step].gradients for each in (self.reference, self.other))
-        distance = Distance.between(ours, theirs)
-        return Excess(self.step, "gradients", distance.tensor, distance.relative)
-
-    def __str__(self) -> str:
-        """`the gradients are off by 1.2e-02, most of it in first.weight`."""
-        where = f", most of it in {self.shown.tensor}" if self.shown.tensor else ""
-        return f"the {self.shown.what} are off by {self.shown.value:.1e}{where}"
 
 
 def explain(case: Case) -> Finding:
@@ -74,116 +40,15 @@ def explain(case: Case) -> Finding:
     return _buffers(case) if what == "buffers" else _evaluation(case)
 
 
-def losses_differ(case: Case) -> bool:
-    """Whether the losses of the step's samples do not add up to the same."""
-    if case.excess.what not in ("loss", "gradient norm", "gradients"):
-        return False
-    return _apart_in_loss(case) > L1.parameters
-
-
-def sum_for_mean(case: Case) -> Finding | None:
-    """Whether `loss` returns a scalar that is a sum: then that, and no mean, is the same."""
-    if not losses_differ(case):
-        return None
-    sums = []
-    for recording in (case.reference, case.other):
-        losses = [loss for line in recording.lines(case.step) for loss in line.losses]
-        if any(weight is not None for _, weight in losses):
-            return None
-        sums.append(math.fsum(total for total, _ in losses))
-    if relative(*sums) > L1.parameters:
-        return None
-    counts = [len(part) for line in case.other.lines(case.step) for part in line.ids]
-    found = f"the scalars that loss() returns for {_few([float(n) for n in counts])} samples add "
-    found += "up to the one for all of them"
-    return _finding(case, found, "loss() returns a sum, not a mean: return Loss(sum, n)", LOSS)
-
-
-def state_in_task(case: Case, names: Sequence[str]) -> Finding:
-    """That attributes of the task are the matter.
-
-    Args:
-        case: the pair.
-        names: of the attributes that change from step to step.
-    """
-    attributes = f"attribute{'s' if len(names) > 1 else ''} {_few(list(names))}"
-    likely = f"state in the task: {attributes}. "
-    if case.pair.resume_after is not None:
-        likely += "Checkpoints hold it only if the task has state_dict() and load_state_dict()"
-    else:
-        likely += "It changes with every call of loss(), and other layouts make more or fewer "
-        likely += "calls: change it once per step, as in a callback's step_ended"
-    return _finding(
-        case, f"all agrees when the task's {attributes} stay as they are", likely, STATE
-    )
-
-
-def generator_in_task(case: Case, names: Sequence[str]) -> Finding:
-    """That the task draws from generators which it keeps itself.
-
-    Args:
-        case: the pair.
-        names: of the attributes that hold them.
-    """
-    attributes = f"attribute{'s' if len(names) > 1 else ''} {_few(list(names))}"
-    likely = "its numbers go by how often it was asked on this rank, and are the same on all "
-    likely += "ranks; draw from torch's own generator, which dtrain seeds for each rank"
-    return _finding(case, f"the task has a generator of its own: {attributes}", likely, STATE)
-
-
-def loss_by_sample(case: Case, reference: Recording, other: Recording) -> Finding:
-    """Which rank computes other losses, from recordings whose micro-batches are single samples."""
-    right = {
-        i: loss for each in _losses_of_samples(reference, case.step) for i, loss in each.items()
-    }
-    theirs = _losses_of_samples(other, case.step)
-    wrong = [
-        [i for i, loss in losses.items() if relative(right.get(i), loss) > L1.parameters]
-        for losses in theirs
-    ]
-    ranks = [rank for rank, samples in enumerate(wrong) if samples]
-    if not ranks:
-        found = f"{_loss_text(case)}, though each alone is the same"
-        likely = "loss() looks at the whole local batch, or returns a mean of something else than "
-        likely += "samples (tokens, positives): then return Loss(sum, weight)"
-        return _finding(case, found, likely, LOSS)
-    sample = wrong[ranks[0]][0]
-    found = f"the loss of sample {sample} is {theirs[ranks[0]][sample]:.6g} on rank {ranks[0]}, "
-    found += f"not {right[sample]:.6g}"
-    likely = "the model or loss() reads its rank or world size"
-    if 0 not in ranks:
-        likely += f", or something else is particular to rank{'s' if len(ranks) > 1 else ''} "
-        likely += ", ".join(map(str, ranks))
-    return _finding(case, found, likely, LOSS)
-
-
-def _losses_of_samples(recording: Recording, step: int) -> list[dict[int, float]]:
-    """For each rank the losses of its samples in a step, of micro-batches of one sample."""
-    return [
-        {ids[0]: total for ids, (total, _) in zip(line.ids, line.losses, strict=False)}
-        for line in recording.lines(step)
-    ]
-
-
-def _apart_in_loss(case: Case) -> float:
-    sums = _loss_sum(case.reference, case.step), _loss_sum(case.other, case.step)
-    return 0.0 if None in sums else relative(*sums)
-
-
-def _loss_text(case: Case) -> str:
-    return f"the summed loss of the same samples differs by {_apart_in_loss(case):.1e} of itself"
-
-
 def _gradient(case: Case) -> Finding:
-    if losses_differ(case):
-        likely = "the model reads its rank or world size, or looks at the whole local batch"
-        return _finding(case, _loss_text(case), likely, LOSS)
+    if losses.losses_differ(case):
+        return losses.unknown(case)
     return (
         _by_factor(case)
         or _by_some_parameters(case)
         or _by_clipping(case)
         or _by_unequal_parts(case)
-        or _finding(case, str(case), _unknown(case))
+        or case.finding(str(case), _unknown(case))
     )
 
 
@@ -201,7 +66,7 @@ def _by_clipping(case: Case) -> Finding | None:
         return None
     found = f"the gradient, clipped to {limit:g}, has a norm of {theirs:.4g}"
     likely = "each rank clips its own gradient before the reduction"
-    return _finding(case, found, likely, CLIPPING)
+    return case.finding(found, likely, CLIPPING)
 
 
 def _by_factor(case: Case) -> Finding | None:
@@ -210,7 +75,7 @@ def _by_factor(case: Case) -> Finding | None:
         return None
     found = f"the gradient is {_number(factor)} times the reference's"
     clause, likely = _meaning(factor, case)
-    return _finding(case, found, likely, clause)
+    return case.finding(found, likely, clause)
 
 
 def _meaning(factor: float, case: Case) -> tuple[str, str]:
@@ -247,8 +112,8 @@ def _by_some_parameters(case: Case) -> Finding | None:
     bad = [name for name in ours.vectors if _is_apart(ours, theirs, name)]
     if not 0 < len(bad) < len(ours.vectors):
         return None
-    found = f"{len(bad)} of {len(ours.vectors)} parameters have another gradient: {_few(bad)}"
-    return _finding(case, found, "their gradients are not reduced, or reduced twice")
+    found = f"{len(bad)} of {len(ours.vectors)} parameters have another gradient: {few(bad)}"
+    return case.finding(found, "their gradients are not reduced, or reduced twice")
 
 
 def _by_unequal_parts(case: Case) -> Finding | None:
@@ -256,21 +121,21 @@ def _by_unequal_parts(case: Case) -> Finding | None:
     sizes = _weights_of_ranks(case.other, case.step)
     if sizes is None or len(set(sizes)) == 1 or case.pair.micro_batch_size is not None:
         return None
-    likely = f"a mean of means: ranks hold weights of {_few(sizes)} but count alike"
-    return _finding(case, str(case), likely)
+    likely = f"a mean of means: ranks hold weights of {few(sizes)} but count alike"
+    return case.finding(str(case), likely)
 
 
 def _update(case: Case) -> Finding:
     found = str(case)
     if case.pair.resume_after is not None and case.step == case.pair.resume_after + 1:
         likely = "the optimizer's state was not restored with the checkpoint"
-        return _finding(case, found, likely, UPDATE)
+        return case.finding(found, likely, UPDATE)
     factor = _multiple(*(_moves(each, case.step) for each in (case.reference, case.other)))
     likely = "the optimizer's settings or state depend on the number of processes"
     if factor is not None and abs(factor - 1) > _FACTOR:
         likely = f"parameters move {_number(factor)} times as far from the same gradient: "
         likely += "updated more than once, or with another learning rate"
-    return _finding(case, found, likely, UPDATE)
+    return case.finding(found, likely, UPDATE)
 
 
 def _buffers(case: Case) -> Finding:
@@ -297,10 +162,6 @@ def _evaluation(case: Case) -> Finding:
 
 
 # -- numbers ---------------------------------------------------------------------------------
-
-
-def _finding(case: Case, found: str, likely: str, clause: str = GRADIENT) -> Finding:
-    return Finding(clause, found, likely, case.step, case.shown.tensor)
 
 
 def _gradients(case: Case) -> tuple[Tensors, Tensors]:
@@ -357,20 +218,6 @@ def _is_apart(ours: Tensors, theirs: Tensors, name: str) -> bool:
     return difference > L1.parameters * ours.norm()
 
 
-def _loss_sum(recording: Recording, step: int) -> float | None:
-    """The sum over all samples of a step, as the task's loss gave it; None if it cannot be told."""
-    sums = []
-    for line in recording.lines(step):
-        if all(weight is not None for _, weight in line.losses):
-            sums += [total for total, _ in line.losses]
-        elif len(line.losses) == len(line.ids):
-            calls = zip(line.losses, line.ids, strict=True)
-            sums += [mean * len(ids) for (mean, _), ids in calls]
-        else:
-            return None
-    return math.fsum(sums)
-
-
 def _weights_of_ranks(recording: Recording, step: int) -> list[float] | None:
     """Each rank's weight in a step: what the loss returned, or the number of samples."""
     weights = []
@@ -390,9 +237,3 @@ def _weight(recording: Recording, step: int) -> float:
 
 def _number(value: float) -> str:
     return f"{value:.6g}"
-
-
-def _few(items: list[str] | list[float], limit: int = 4) -> str:
-    texts = [item if isinstance(item, str) else f"{item:.4g}" for item in items]
-    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
-    return ", ".join(texts[:limit]) + more

@@ -8,8 +8,8 @@ from typing import Literal
 
 from dtrain.errors import DtrainError
 from dtrain.recording import Recording, Wish
-from dtrain.verify import causes
-from dtrain.verify.causes import Case
+from dtrain.verify import causes, losses
+from dtrain.verify.case import Case
 from dtrain.verify.compare import L1, L2, Comparison, Excess, compare
 from dtrain.verify.findings import (
     BATCH_NORM,
@@ -179,7 +179,7 @@ class Judge:
         case = Case(reference, other, result.pair, self.lab.spec, excess)
         finding = (
             self._batch_norm(case, wish)
-            or causes.sum_for_mean(case)
+            or losses.sum_for_mean(case)
             or self._state_in_task(case, wish)
             or self._by_sample(case, wish)
             or causes.explain(case)
@@ -222,19 +222,19 @@ class Judge:
         except RunFailed:
             return None
         if compare(reference, other).excess(L1) is None:
-            return causes.state_in_task(case, names)
+            return losses.state_in_task(case, names)
         generators = [name for name in names if changing[name] in GENERATORS]
-        return causes.generator_in_task(case, generators) if generators else None
+        return losses.generator_in_task(case, generators) if generators else None
 
     def _by_sample(self, case: Case, wish: Wish) -> Finding | None:
         """Where the losses differ: compare those of single samples, which tell the rank."""
-        if not causes.losses_differ(case):
+        if not losses.losses_differ(case):
             return None
         try:
             reference, other = self._both(case.pair, replace(wish, by_sample=True))
         except RunFailed:  # as with BatchNorm, which needs two
             return None
-        return causes.loss_by_sample(case, reference, other)
+        return losses.loss_by_sample(case, reference, other)
 
     def _both(self, pair: Pair, wish: Wish) -> tuple[Recording, Recording]:
         return self.lab.record(self._reference, wish), self.lab.record(pair, wish)

@@ -14,10 +14,8 @@ from support.warm_lab import WarmLab
 
 PAIRS = (
     Pair("dp", procs=2),
-    Pair("ddp", procs=3, micro_batch_size=3),
-    Pair("ddp", procs=2, resume_after=2),
+    Pair("ddp", procs=2, micro_batch_size=3, resume_after=2),
     Pair("fsdp", procs=2),
-    Pair("exact"),
     Pair("exact", procs=2),
 )
 NOISY = {

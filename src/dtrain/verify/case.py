@@ -1,0 +1,53 @@
+"""A pair of trainings that differ, as what looks for the cause is given it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dtrain.job.spec import JobSpec
+from dtrain.recording import Recording
+from dtrain.verify.compare import Distance, Excess
+from dtrain.verify.findings import GRADIENT, Finding
+from dtrain.verify.pairs import Pair
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pair that differs from the reference, and where it first does."""
+
+    reference: Recording
+    other: Recording
+    pair: Pair
+    spec: JobSpec
+    excess: Excess
+
+    @property
+    def step(self) -> int:
+        """The first step that differs."""
+        return self.excess.step
+
+    @property
+    def shown(self) -> Excess:
+        """What differs, as people want to know it: of a loss, the gradients."""
+        if self.excess.what not in ("loss", "gradient norm"):
+            return self.excess
+        ours, theirs = (each.steps[self.step].gradients for each in (self.reference, self.other))
+        distance = Distance.between(ours, theirs)
+        return Excess(self.step, "gradients", distance.tensor, distance.relative)
+
+    def __str__(self) -> str:
+        """`the gradients are off by 1.2e-02, most of it in first.weight`."""
+        where = f", most of it in {self.shown.tensor}" if self.shown.tensor else ""
+        return f"the {self.shown.what} are off by {self.shown.value:.1e}{where}"
+
+    def finding(self, found: str, likely: str, clause: str = GRADIENT) -> Finding:
+        """What is to be said of this pair."""
+        return Finding(clause, found, likely, self.step, self.shown.tensor)
+
+
+def few(items: Sequence[str | float], limit: int = 4) -> str:
+    """The first of them in words: `3, 2, 2, 1 and 4 more`."""
+    texts = [item if isinstance(item, str) else f"{item:.4g}" for item in items]
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
