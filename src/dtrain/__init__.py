@@ -9,11 +9,13 @@ from dtrain.task import Loss, Task
 
 if TYPE_CHECKING:
     from dtrain.train.checks.api import check
+    from dtrain.train.ema import EMA
     from dtrain.train.script.checkpoint import Checkpoint as checkpoint
     from dtrain.train.script.place import stopping
     from dtrain.train.script.sampler import Sampler as sampler
 
 __all__ = [
+    "EMA",
     "Callback",
     "Loss",
     "Task",
@@ -28,6 +30,7 @@ __version__ = "0.1.0"
 
 # these bring torch with them, which the launch plane does without
 _LATER = {
+    "EMA": "dtrain.train.ema:EMA",
     "check": "dtrain.train.checks.api:check",
     "checkpoint": "dtrain.train.script.checkpoint:Checkpoint",
     "sampler": "dtrain.train.script.sampler:Sampler",

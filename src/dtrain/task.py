@@ -118,6 +118,25 @@ class Task:
         """A list of `dtrain.Callback`, told of steps, evaluations and checkpoints."""
         return []
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the task itself remembers from step to step, such as a counter or a teacher.
+
+        It is kept in checkpoints, so that a resumed training goes on with it. It must be the same
+        on all processes: count optimizer steps, not calls of `loss`. Whoever writes this method
+        writes `load_state_dict` too. Averages of `dtrain.EMA` are kept without it.
+
+        Returns:
+            Tensors, numbers, str and None, in dicts, lists and tuples.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`, called before the first step of a resumed training.
+
+        Args:
+            state: what `state_dict` returned; what was on the model's device is there again.
+        """
+
     def collate(self, samples: list[Any]) -> Any:
         """Make one batch of a list of samples; torch's default_collate unless overridden."""
         from torch.utils.data import default_collate

@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument("run_dir")
     parser.add_argument("--to", required=True)
     parser.add_argument("--step", type=int)
+    parser.add_argument("--averaged", action="store_true")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     # the exporters tell of their own deprecations and of packages that they do without
@@ -31,7 +32,11 @@ def main() -> int:
 
     try:
         done = export(
-            RunDir(arguments.run_dir), arguments.to, step=arguments.step, output=arguments.output
+            RunDir(arguments.run_dir),
+            arguments.to,
+            step=arguments.step,
+            output=arguments.output,
+            averaged=arguments.averaged,
         )
     except DtrainError as error:
         print(f"dtrain: {error}" if "\n" not in str(error) else str(error), file=sys.stderr)

@@ -16,6 +16,7 @@ from dtrain.task import Task
 from dtrain.train.checkpoint.state import load_model_state
 from dtrain.train.data.fetch import EVALUATION_EPOCH, Fetcher, Request
 from dtrain.train.data.stream import is_stream
+from dtrain.train.ema import averages_of
 from dtrain.train.load import load_task
 from dtrain.train.seeding import derive_seed, seed_everything
 
@@ -59,6 +60,8 @@ def trained_model(spec: JobSpec, job_dir: str, state: dict[str, Any]) -> Trained
     seed_everything(derive_seed("model", spec.seed))
     model = task.model()
     load_model_state(model, state)
+    for average in averages_of(model):
+        average.start()  # the task evaluates it, and it is to have these weights
     return called(task, model)
 
 
@@ -87,18 +90,20 @@ def _batches(task: Task) -> tuple[str, list[tuple[int, Any]]]:
 
 
 def _call(task: Task, model: torch.nn.Module, batch: Any, num_samples: int) -> Call:
-    """The first call of the model in the task's `evaluate`."""
+    """The first call of the model in the task's `evaluate`, or of the task's average of it."""
     seen: list[Call] = []
 
     def note(_: Any, args: Any, kwargs: Any, output: Any) -> None:
         seen.append(Call(args, kwargs, tensors_in(output), num_samples))
 
-    handle = model.register_forward_hook(note, with_kwargs=True)
+    averages = [each.model for each in averages_of(model) if each.source is model]
+    handles = [each.register_forward_hook(note, with_kwargs=True) for each in (model, *averages)]
     try:
         with torch.no_grad():
             task.evaluate(model, batch)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     if not seen or not seen[0].outputs:
         raise UsageError(
             "the task never calls the model itself, as model(x) that returns tensors, but its "

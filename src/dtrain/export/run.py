@@ -42,7 +42,14 @@ class Exported:
         return [*passed_over, wrote, f"checked: {self.proof}"]
 
 
-def export(run: RunDir, to: str, step: int | None = None, output: Path | None = None) -> Exported:
+def export(
+    run: RunDir,
+    to: str,
+    step: int | None = None,
+    output: Path | None = None,
+    *,
+    averaged: bool = False,
+) -> Exported:
     """Write a run's model in a format, once it is shown to be the same model.
 
     Args:
@@ -50,6 +57,7 @@ def export(run: RunDir, to: str, step: int | None = None, output: Path | None = 
         to: a name of `catalog.EXPORTS`.
         step: the checkpoint of that step; None: the newest that is whole.
         output: the file; None: `<run>-<step>` with the format's suffix, in the current folder.
+        averaged: take the weights that `dtrain.EMA` has averaged.
 
     Raises:
         CheckpointError: the run has no checkpoint, or none that can be used.
@@ -68,15 +76,27 @@ def export(run: RunDir, to: str, step: int | None = None, output: Path | None = 
     if not target.parent.is_dir():
         raise UsageError(f"--output: there is no folder {target.parent}")
     about = {"run": run.id, "step": str(number)}
+    state = _averaged(tensors) if averaged else tensors["model"]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
         written = Path(aside) / target.name
         if to == "safetensors":
-            proof = formats.safetensors(tensors["model"], written, about)
+            proof = formats.safetensors(state, written, about)
         else:
-            proof = formats.of_model(to)(_model(run, tensors["model"]), written)
+            proof = formats.of_model(to)(_model(run, state), written)
         for path in Path(aside).iterdir():  # ONNX keeps large weights in a file beside
             shutil.move(path, target.parent / path.name)
     return Exported(target, folder.name, proof, rejected)
+
+
+def _averaged(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The first average of the whole model."""
+    for owner, state in tensors.get("kept", {"states": {}})["states"].items():
+        if owner.startswith("EMA.") and state["weights"].keys() == tensors["model"].keys():
+            weights: dict[str, Any] = state["weights"]
+            return weights
+    raise UsageError(
+        "--averaged: the checkpoint holds no average of the model, which a task with dtrain.EMA has"
+    )
 
 
 def _model(run: RunDir, state: dict[str, Any]) -> Trained:

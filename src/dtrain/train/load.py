@@ -27,6 +27,8 @@ _OPTIONAL = (
     "sample_weights",
     "sample_order",
     "callbacks",
+    "state_dict",
+    "load_state_dict",
     "collate",
 )
 

@@ -156,3 +156,51 @@ def test_a_missing_package_is_one_line_with_its_pip_command(
     with pytest.raises(UsageError) as said:
         export(trained, "none")
     assert str(said.value) == "--to none needs no_such_package: pip install 'dtrain[export]'"
+
+
+AVERAGED = """
+import torch
+from torch.utils.data import TensorDataset
+
+import dtrain
+
+
+class Averaged(dtrain.Task):
+    def model(self):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        self.ema = dtrain.EMA(model, 0.9)
+        return model
+
+    def train_dataset(self):
+        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+        return TensorDataset(x, x.sum(dim=1, keepdim=True))
+
+    eval_dataset = train_dataset
+
+    def loss(self, model, batch):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    def evaluate(self, model, batch):
+        return {"loss": self.loss(self.ema.model, batch)}
+
+    def optimizer(self, model):
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+"""
+
+
+def test_averaged_weights(trained: RunDir, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--averaged: the checkpoint holds no average of the mod"):
+        export(trained, "torch-export", averaged=True)
+    (tmp_path / "task.py").write_text(AVERAGED)
+    job = "name: a\ntask: task.py:Averaged\ntrain: {steps: 8, global_batch_size: 16}\n"
+    (tmp_path / "job.yaml").write_text(job)
+    size = ["--strategy", "single", "--procs", "1", "--run-id", "averaged"]
+    done = dtrain("launch", "job.yaml", *size, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = dtrain("export", "averaged", "--to", "torch-export", "--averaged", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = read_checkpoint(RunDir(tmp_path / "runs" / "averaged").checkpoint(8))[0]
+    average = kept["kept"]["states"]["EMA.0"]["weights"]
+    assert not torch.equal(average["0.weight"], kept["model"]["0.weight"])
+    module = torch.export.load(tmp_path / "averaged-8.pt2").module()
+    assert all(torch.equal(each, average[name]) for name, each in module.state_dict().items())

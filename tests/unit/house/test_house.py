@@ -37,6 +37,7 @@ def test_files_have_one_rooms_worth_of_work() -> None:
 
 def test_public_names() -> None:
     assert dtrain.__all__ == [
+        "EMA",
         "Callback",
         "Loss",
         "Task",

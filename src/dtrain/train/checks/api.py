@@ -40,7 +40,7 @@ def check(
     """Make sure that all ranks still hold the same model, bit for bit; called by all of them.
 
     Compares gradients, parameters, optimizer state, learning rate and loss scale in one exchange
-    of 96 bytes. Buffers that differ, as BatchNorm's statistics do under DDP, are told once and are
+    of 112 bytes. Buffers that differ, as BatchNorm's statistics do under DDP, are told once and are
     no error. Costs nothing in one process.
 
     Args:

@@ -15,6 +15,7 @@ from dtrain.train.checks.finite import FiniteGuard
 from dtrain.train.checks.inject import Injector
 from dtrain.train.checks.ledger import Ledger
 from dtrain.train.checks.locate import locate
+from dtrain.train.checks.notices import BufferWrites, tell_batch_norm
 from dtrain.train.checks.still import Still
 from dtrain.train.checks.subject import BUFFERS, MOMENTS, PARAMETERS, Subject
 from dtrain.train.checks.unused import Unused
@@ -24,6 +25,9 @@ from dtrain.train.loss import LossModule
 from dtrain.train.observe.events import Events
 
 logger = logging.getLogger(__name__)
+
+_FIRST_LOOKS = 3
+"""Steps at the start in which it is looked which rank writes which buffer."""
 
 
 class Checks:
@@ -49,6 +53,7 @@ class Checks:
     ) -> None:
         spec = context.spec.checks
         self._spec = spec
+        self._context = context
         self._ranks = context.ranks
         self._events = events
         self._feed = feed
@@ -56,11 +61,13 @@ class Checks:
         self._injector = injector
         self._ledger = Ledger(subject) if spec.every and collectives.in_group() else None
         self._still, self._still_buffers = _watches(subject, context)
+        writes = BufferWrites(subject.model, events, context)
+        self._writes = writes if self._ledger is not None and writes.needed else None
+        self._first_looks = 0
         self._unused = Unused(subject.parameters(), events, active=context.ranks.is_rank_zero)
         self.finite = FiniteGuard(subject, loss, feed, context.spec, context.ranks, context.device)
         self._agreed: int | None = None
         """The step after which all ranks were last the same."""
-        self._compared: int | None = None
         self._found: list[str] = []
         self._watched = False
         self._warned: set[str] = set()
@@ -68,16 +75,27 @@ class Checks:
     def begin(self, step: int) -> None:
         """Before the first step, after `step` steps done: what was built or loaded is the same."""
         CHAIN.reset()
+        tell_batch_norm(self._subject.model, self._context, self._events)
         self._compare(step)
-        if self._subject.optimizer is not None and self._still is not None:
+        self._first_looks = step + _FIRST_LOOKS
+        watched = self._still is not None or self._writes is not None
+        if self._subject.optimizer is not None and watched:
             self._subject.optimizer.register_step_pre_hook(lambda *_: self._before_update())
 
-    def step_begins(self, step: int, epoch: int) -> None:
-        """Before the first forward of a step, counted from 1."""
+    def step_begins(self, step: int, epoch: int, *, idle: bool) -> None:
+        """Before the first forward of a step, counted from 1.
+
+        Args:
+            step: the step.
+            epoch: of its samples.
+            idle: whether this rank has no samples in it.
+        """
         self._injector.step_begins(step)
         self.finite.begin(step, epoch)
         if self._watched and self._still_buffers is not None:
             self._found += self._still_buffers.look()
+        if self._writes is not None and (self._watched or step <= self._first_looks):
+            self._writes.begin(idle=idle)
 
     def step_ended(self, step: int, *, ends_epoch: bool) -> None:
         """After a step, on all ranks.
@@ -88,6 +106,8 @@ class Checks:
             DtrainError: samples were read twice or not at all.
         """
         self._unused.step(step, ends_epoch=ends_epoch)
+        if self._writes is not None:
+            self._writes.end(step)
         if self._watched:
             self._end_watch(step)
         every = self._spec.every
@@ -98,12 +118,13 @@ class Checks:
         self._injector.between_steps(self._subject)
 
     def before_save(self, step: int) -> None:
-        """Before a checkpoint: it holds what all ranks agree on; errors as of `step_ended`."""
-        if self._compared != step:
-            self._compare(step)
+        """Before a checkpoint: it holds what all ranks agree on; errors as of `step_ended`.
+
+        Also where this step was compared: callbacks have been told of it since.
+        """
+        self._compare(step)
 
     def _compare(self, step: int) -> None:
-        self._compared = step
         if self._ledger is None:
             return
         words = self._ledger.words()
@@ -146,6 +167,8 @@ class Checks:
     def _before_update(self) -> None:
         if self._watched and self._still is not None:
             self._found += self._still.look()
+        if self._writes is not None:
+            self._writes.before_update()
 
     def _end_watch(self, step: int) -> None:
         """Tell all ranks what any has found since the last comparison."""

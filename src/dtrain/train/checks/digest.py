@@ -8,7 +8,8 @@ NaN payloads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import xxhash
@@ -48,6 +49,18 @@ def of_all(tensors: Sequence[torch.Tensor]) -> int:
     for each in torch.stack([weighted_sum(part).cpu() for part in parts]):
         digest.update(each.numpy().tobytes())
     return digest.intdigest()
+
+
+def of_leaves(leaves: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Of each tensor its type and shape, and its digest; of each plain value its type, and it."""
+    tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
+    digests = dict(zip(tensors, of_each(tensors.values()), strict=True))
+    return {
+        name: (f"{leaf.dtype} {tuple(leaf.shape)}", str(digests[name]))
+        if name in tensors
+        else (type(leaf).__name__, repr(leaf))
+        for name, leaf in leaves.items()
+    }
 
 
 def as_integers(tensor: torch.Tensor) -> torch.Tensor:

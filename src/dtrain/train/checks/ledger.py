@@ -1,10 +1,10 @@
 """The ledger: a few integers that say whether all ranks still hold the same, compared at once.
 
 Each rank brings one 64-bit word for each kind of thing (gradients, parameters, optimizer state,
-buffers, numbers, collectives). The largest of all ranks' words and of their complements come back
-from one all-reduce of 96 bytes, whatever the size of the model or of the world: a kind is the
-same everywhere exactly if its largest word is the smallest too. Only when it is not, more is
-exchanged, see `locate`.
+buffers, numbers, collectives, what the task keeps). The largest of all ranks' words and of their
+complements come back from one all-reduce of 112 bytes, whatever the size of the model or of the
+world: a kind is the same everywhere exactly if its largest word is the smallest too. Only when it
+is not, more is exchanged, see `locate`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from dtrain.train.checks.subject import (
     BUFFERS,
     COLLECTIVES,
     GRADIENTS,
+    KEPT,
     MOMENTS,
     NUMBERS,
     PARAMETERS,
     Subject,
 )
 
-KINDS = (NUMBERS, COLLECTIVES, GRADIENTS, PARAMETERS, MOMENTS, BUFFERS)
+KINDS = (NUMBERS, COLLECTIVES, GRADIENTS, PARAMETERS, MOMENTS, BUFFERS, KEPT)
 """Causes before their consequences: another rate makes other parameters."""
 
 
@@ -61,6 +62,9 @@ class Ledger:
             return CHAIN.value
         if kind == NUMBERS:
             return xxhash.xxh3_64_intdigest(repr(self.subject.counters()).encode())
+        if kind == KEPT:
+            facts = digest.of_leaves(self.subject.kept())
+            return xxhash.xxh3_64_intdigest(repr(sorted(facts.items())).encode()) if facts else 0
         if self._cut and kind in (GRADIENTS, PARAMETERS, MOMENTS):
             return 0
         tensors = list(self.subject.tensors(kind).values())

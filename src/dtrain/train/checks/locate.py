@@ -6,7 +6,7 @@ Slower than the ledger by far, and only ever run on a mismatch. Called by all ra
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from dtrain.train import collectives
 from dtrain.train.checks import digest
 from dtrain.train.checks.chain import first_difference
 from dtrain.train.checks.ledger import KINDS
-from dtrain.train.checks.subject import COLLECTIVES, NUMBERS, Subject
+from dtrain.train.checks.subject import COLLECTIVES, KEPT, NUMBERS, Subject
 
 _MAX_KINDS = 4
 
@@ -98,20 +98,43 @@ def _difference(subject: Subject, kind: str, ballot: Vote) -> str:
         return first_difference(ballot.reference, suspect)
     if kind == NUMBERS:
         return _numbers(subject, ballot.reference, suspect)
-    tensors = subject.tensors(kind)
-    mine = dict(zip(tensors, digest.of_each(tensors.values()), strict=True))
-    everyone = collectives.gather_to_all(mine)
-    ours, theirs = everyone[ballot.reference], everyone[suspect]
+    if kind == KEPT:
+        return _leaf(subject.kept(), "entries", ballot.reference, suspect) + _COUNT_STEPS
+    return _leaf(subject.tensors(kind), "tensors", ballot.reference, suspect)
+
+
+_COUNT_STEPS = (
+    "\nwhat a task keeps is to be the same on all ranks: change it once a step (in on_step of a "
+    "dtrain.Callback), since ranks call loss() on samples of their own, and not equally often"
+)
+
+
+def _leaf(leaves: Mapping[str, Any], what: str, reference: int, suspect: int) -> str:
+    """The first that differs, with both values, and how many more."""
+    everyone = collectives.gather_to_all(digest.of_leaves(leaves))
+    ours, theirs = everyone[reference], everyone[suspect]
     lacking = [*(ours.keys() - theirs.keys()), *(theirs.keys() - ours.keys())]
     if lacking:
         name = min(lacking)
-        has, lacks = (ballot.reference, suspect) if name in ours else (suspect, ballot.reference)
+        has, lacks = (reference, suspect) if name in ours else (suspect, reference)
         return f"{name} is there on rank {has} and not on rank {lacks}"
     names = [name for name in ours if ours[name] != theirs[name]]
     if not names:
         return "the same by now"
-    more = f", and in {len(names) - 1} more tensors" if len(names) > 1 else ""
-    return element_difference(names[0], tensors[names[0]], ballot.reference, suspect) + more
+    name = names[0]
+    more = f", and in {len(names) - 1} more {what}" if len(names) > 1 else ""
+    kinds = {each[name][0] if name in each else None for each in everyone}
+    if len(kinds) == 1 and isinstance(leaves[name], torch.Tensor):
+        return element_difference(name, leaves[name], reference, suspect) + more
+    return _values(name, theirs[name], suspect, ours[name], reference) + more
+
+
+def _values(
+    name: str, theirs: tuple[str, str], suspect: int, ours: tuple[str, str], reference: int
+) -> str:
+    """Two values, or the types of them where those differ."""
+    part = 1 if theirs[0] == ours[0] else 0
+    return f"{name} is {theirs[part]} on rank {suspect} and {ours[part]} on rank {reference}"
 
 
 def _numbers(subject: Subject, reference: int, suspect: int) -> str:

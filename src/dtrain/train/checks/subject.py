@@ -18,6 +18,7 @@ GRADIENTS = "gradients"
 PARAMETERS = "parameters"
 MOMENTS = "optimizer state"
 BUFFERS = "buffers"
+KEPT = "task state"
 
 TENSORS = (GRADIENTS, PARAMETERS, MOMENTS, BUFFERS)
 
@@ -36,6 +37,8 @@ class Subject:
     scaler: torch.amp.GradScaler | None = None
     numbers: Callable[[], Mapping[str, Any]] = field(default=dict)
     """Further numbers that are the same on all ranks, as the position in the data."""
+    kept: Callable[[], Mapping[str, Any]] = field(default=dict)
+    """Tensors and plain values that the task keeps, by name."""
 
     def tensors(self, kind: str) -> Named:
         """All tensors of a kind by name, in the model's order."""

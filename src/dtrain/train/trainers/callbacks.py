@@ -140,6 +140,11 @@ class Callbacks:
             if name in self._all and not evaluates:
                 raise UsageError(f"{field} needs a task with eval_dataset()")
 
+    @property
+    def each(self) -> list[Callback]:
+        """All of them."""
+        return list(self._all.values())
+
     def add(self, name: str, callback: Callback) -> None:
         """One more, of a trainer; what a checkpoint held for it is given to it."""
         self._all[name] = callback

@@ -8,6 +8,7 @@ import logging
 from dtrain.train.checks.errors import Rollback
 from dtrain.train.checks.inject import Injector
 from dtrain.train.context import TrainContext, TrainResult
+from dtrain.train.trainers.kept import Kept
 from dtrain.train.trainers.training import Training
 
 logger = logging.getLogger(__name__)
@@ -27,9 +28,10 @@ class NativeTrainer:
             DtrainError: the task broke its contract, or a check failed; says where.
         """
         injector = Injector(self._context)
+        kept = Kept(self._context)
         rollbacks = 0
         while True:
-            training = Training(injector.seeded(self._context), injector)
+            training = Training(injector.seeded(self._context), injector, kept)
             try:
                 return self.drive(training)
             except Rollback as wish:

@@ -23,6 +23,7 @@ from dtrain.train.context import TrainContext
 from dtrain.train.observe.events import Events
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 from dtrain.train.trainers.callbacks import Callbacks
+from dtrain.train.trainers.kept import Kept
 from dtrain.train.trainers.progress import Progress
 from dtrain.train.trainers.step import Parts
 
@@ -37,17 +38,21 @@ class Saver:
         context: TrainContext,
         parts: Parts,
         callbacks: Callbacks,
+        kept: Kept,
         data: dict[str, Any],
         events: Events,
     ) -> None:
         self._context = context
         self._parts = parts
         self._callbacks = callbacks
+        self._kept = kept
         self._data = data
         self._events = events
         keep = context.spec.checkpoint.keep
         self._store = CheckpointStore(context.run, context.ranks.rank, keep)
         self._random: dict[str, Any] | None = None
+        self._told: list[str] = []
+        """What a checkpoint and this training do not both have, in words."""
         self.saved_step: int | None = None
         """The step of the checkpoint written or read last."""
         self.folder: Path | None = None
@@ -105,6 +110,10 @@ class Saver:
             checkpoint=loaded.folder.name,
             rejected=loaded.rejected,
         )
+        for each in self._told:
+            self._events.write("state_not_restored", step=progress.step, detail=each)
+            if self._context.ranks.is_rank_zero:
+                logger.warning("checkpoint %s: %s", loaded.folder.name, each)
         return progress
 
     def begin_random(self, progress: Progress) -> None:
@@ -129,6 +138,7 @@ class Saver:
             if self._parts.scaler is not None and extras["scaler"] is not None:
                 self._parts.scaler.load_state_dict(extras["scaler"])
             self._callbacks.load_state_dict(loaded.progress.get("callbacks", {}))
+            self._told = self._kept.load(loaded.tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"it does not fit this training: {error!r}") from error
         ranks, random = self._context.ranks, extras["random"]
@@ -139,6 +149,7 @@ class Saver:
         return {
             "model": model_state(parts.model),
             "optimizer": optimizer_state(parts.model, parts.optimizer),
+            **self._kept.to_saved(),
             "extras": {
                 "scheduler": None if parts.scheduler is None else parts.scheduler.state_dict(),
                 "scaler": None if parts.scaler is None else parts.scaler.state_dict(),

@@ -32,9 +32,11 @@ class Parts:
     scaler: torch.amp.GradScaler | None
     """Only with fp16."""
 
-    def subject(self, numbers: Callable[[], Mapping[str, Any]]) -> Subject:
-        """What of it is compared between ranks, with further numbers."""
-        return Subject(self.model, self.optimizer, self.scheduler, self.scaler, numbers)
+    def subject(
+        self, numbers: Callable[[], Mapping[str, Any]], kept: Callable[[], Mapping[str, Any]]
+    ) -> Subject:
+        """What of it is compared between ranks, with further numbers, and what the task keeps."""
+        return Subject(self.model, self.optimizer, self.scheduler, self.scaler, numbers, kept)
 
 
 @dataclass(frozen=True)

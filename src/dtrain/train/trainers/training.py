@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+import torch
+
 from dtrain import catalog
 from dtrain.train import collectives
 from dtrain.train.checkpoint.state import parameters_sha256
@@ -21,6 +23,7 @@ from dtrain.train.observe.events import Events
 from dtrain.train.strategies.base import Strategy
 from dtrain.train.trainers.callbacks import Callbacks
 from dtrain.train.trainers.evaluation import Evaluators
+from dtrain.train.trainers.kept import Kept
 from dtrain.train.trainers.predictions import Predictions, predicts
 from dtrain.train.trainers.progress import Progress, Schedule, refuse_to_end_before
 from dtrain.train.trainers.report import Report
@@ -43,7 +46,7 @@ Evaluation = Callable[[], dict[str, float] | None]
 class Training:
     """One training in one process, from set-up to result."""
 
-    def __init__(self, context: TrainContext, injector: Injector) -> None:
+    def __init__(self, context: TrainContext, injector: Injector, kept: Kept) -> None:
         self._started = time.monotonic()
         self._context = context
         spec = context.spec
@@ -58,14 +61,16 @@ class Training:
         evaluates = self._evaluator is not None
         self.callbacks = Callbacks(context, self._parts, self._report.note, evaluates=evaluates)
         self.callbacks.view.keep_best = self._keep_best
+        self._kept = kept
+        kept.begin(self._parts.model, self.callbacks.each)
         identity = feed_identity(self._data)
-        self._saver = Saver(context, self._parts, self.callbacks, identity, events)
+        self._saver = Saver(context, self._parts, self.callbacks, kept, identity, events)
         resumed = self._saver.resume()
         self._progress = resumed or Progress()
         refuse_to_end_before(self._progress.step, self._data.course.total_steps)
         self._data.load_state_dict(self._progress.feed)
         self._strategy.prepare(self._parts.loss)
-        subject = self._parts.subject(lambda: position_numbers(self._progress))
+        subject = self._parts.subject(lambda: position_numbers(self._progress), kept.leaves)
         self.around_evaluation: Callable[[Evaluation], dict[str, float] | None] = _just
         """Calls an evaluation; for a trainer that has more to do then."""
         self._injector = injector
@@ -150,9 +155,11 @@ class Training:
         progress = self._progress
         lr = self._parts.optimizer.param_groups[0]["lr"]
         self._strategy.start_step(batch)
-        self._checks.step_begins(batch.step + 1, batch.epoch)
+        self._checks.step_begins(batch.step + 1, batch.epoch, idle=num_micro_batches == 0)
         signals = (*self._wishes(), batch.fingerprint)
         outcome = self._step(micro_batches, num_micro_batches, batch.size, signals)
+        if not outcome.skipped:
+            self._kept.update()
         *wishes, places = outcome.signals
         self._data.agree(batch, places)
         progress.step += 1
@@ -227,7 +234,7 @@ class Training:
         last = self._data.course.over(progress.step, progress.position.epoch)
         predictions = self._predictions() if last else None
         with self._strategy.whole():
-            evaluate = functools.partial(self._evaluator, self._parts.model, predictions)
+            evaluate = functools.partial(self._evaluator, self._evaluated, predictions)
             metrics = self.around_evaluation(evaluate)
         if metrics is None:
             return False
@@ -254,10 +261,14 @@ class Training:
             return True
         assert self._evaluator is not None
         with self._strategy.whole():  # stopped early: nobody knew before that it was the last
-            if self._evaluator(self._parts.model, predictions, measure=False) is None:
+            if self._evaluator(self._evaluated, predictions, measure=False) is None:
                 return False
         self._predicted()
         return True
+
+    @property
+    def _evaluated(self) -> torch.nn.Module:
+        return self._kept.evaluated(self._parts.model)
 
     def _predictions(self) -> Predictions | None:
         if self._evaluator is None or not predicts(self._context.task):

@@ -41,7 +41,13 @@ class LightningTrainer(NativeTrainer):
                 task.data_module = _made(make, pl.LightningDataModule, spec.data_args)
         elif spec.data_module is not None:
             raise UsageError("lightning.data_module is for a LightningModule; a task has data")
-        given = listed(task.callbacks())
+        self._theirs: list[pl.Callback] = []
+        given = task.callbacks
+        task.callbacks = lambda: self._ours(given())  # type: ignore[method-assign]
+
+    def _ours(self, callbacks: Any) -> list[Callback]:
+        """Those of dtrain; Lightning's are put aside for its Trainer."""
+        given = listed(callbacks)
         self._theirs = [each for each in given if isinstance(each, pl.Callback)]
         ours = [each for each in given if not isinstance(each, pl.Callback)]
         for each in ours:
@@ -49,7 +55,7 @@ class LightningTrainer(NativeTrainer):
                 origin, name = type(each).__module__.partition(".callbacks")[0], type(each).__name__
                 known = f"dtrain or {PACKAGE}"
                 raise DtrainError(f"callbacks() returned a {name} of {origin}, not one of {known}")
-        task.callbacks = lambda: ours  # type: ignore[method-assign]
+        return ours
 
     def drive(self, training: Training) -> TrainResult:
         """Let Lightning's fit loop do all steps."""

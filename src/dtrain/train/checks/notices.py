@@ -1,0 +1,151 @@
+"""What is no error, and yet not what one process would do: said once, with what to do.
+
+A warning of rank 0 and an event each.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch.nn.modules.batchnorm import _NormBase
+
+from dtrain.train import collectives
+from dtrain.train.checkpoint.state import plain_name
+from dtrain.train.checks import digest
+from dtrain.train.context import TrainContext
+from dtrain.train.observe import adapt
+from dtrain.train.observe.events import Events
+
+logger = logging.getLogger(__name__)
+
+_COPIED = ("ddp", "fsdp")
+"""Strategies that give every rank the first one's buffers after each step."""
+
+
+def tell_batch_norm(model: torch.nn.Module, context: TrainContext, events: Events) -> None:
+    """Say that a BatchNorm normalises over a part of the step's samples, where it does.
+
+    Args:
+        model: in `train()`.
+        context: of the training.
+        events: of the run.
+    """
+    strategy = context.spec.strategy
+    replicas = context.local_devices if strategy == "dp" else context.ranks.world_size
+    modules = dict(model.named_modules())
+    names = [name for name in adapt.batch_norms(model) if modules.get(name, model).training]
+    if strategy not in (*_COPIED, "dp") or replicas < 2 or not names:
+        return
+    names = [plain_name(name) for name in names]
+    events.write("batch_norm", modules=names, parts=replicas)
+    if not context.ranks.is_rank_zero:
+        return
+    logger.warning(
+        "BatchNorm (%s) normalises over each %s's own samples, so that the training depends on "
+        "their number, %d: %s",
+        _few(names), "replica" if strategy == "dp" else "process", replicas,
+        remedy(strategy, context.device.type),
+    )  # fmt: skip
+
+
+def remedy(strategy: str, device: str) -> str:
+    """What to do about a BatchNorm, where it is."""
+    norm = "a norm over features (GroupNorm, LayerNorm), or strategy 'exact'"
+    if device == "cpu":
+        return f"use {norm} (torch's SyncBatchNorm works on GPUs only)"
+    convert = "torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) in model()"
+    moved = "strategy 'ddp' and " if strategy == "dp" else ""
+    return f"use {moved}{convert}; or {norm}"
+
+
+class BufferWrites:
+    """Finds buffers that some ranks change in a step, and others do not.
+
+    All ranks are given the first one's buffers after each step, so the others' writes are lost.
+    Where all ranks write, as BatchNorm does, that is known and nothing is said; and nothing is
+    asked of ranks without samples.
+    """
+
+    def __init__(self, model: torch.nn.Module, events: Events, context: TrainContext) -> None:
+        self._model = model
+        self._events = events
+        self._rank = context.ranks.rank
+        self._norms = {id(m) for m in model.modules() if isinstance(m, _NormBase)}
+        self._told: set[str] = set()
+        self._idle = False
+        self._before: dict[str, int] | None = None
+        self._written: list[str] = []
+        self.needed = context.spec.strategy in _COPIED and bool(self._buffers())
+        """Whether there is anything to look at."""
+
+    def begin(self, *, idle: bool) -> None:
+        """Before a step's first forward.
+
+        Args:
+            idle: whether this rank has no samples in it.
+        """
+        self._idle, self._written = idle, []
+        self._before = self._digests()
+
+    def before_update(self) -> None:
+        """After its last forward, before ranks are given other buffers."""
+        if self._before is not None:
+            now = self._digests()
+            self._written = [name for name, each in self._before.items() if now.get(name) != each]
+
+    def end(self, step: int) -> None:
+        """After a step, on all ranks; says what was found."""
+        if self._before is None:
+            return
+        self._before = None
+        everyone = collectives.gather_to_all(None if self._idle else self._written)
+        active = [rank for rank, written in enumerate(everyone) if written is not None]
+        names = {name: None for written in everyone for name in written or ()}
+        alike: dict[tuple[int, ...], list[str]] = {}
+        for name in names:
+            writers = tuple(rank for rank in active if name in (everyone[rank] or ()))
+            if len(writers) < len(active) and name not in self._told:
+                alike.setdefault(writers, []).append(name)
+        for writers, found in alike.items():
+            self._told.update(found)
+            self._tell(step, found, writers, [rank for rank in active if rank not in writers])
+
+    def _tell(
+        self, step: int, names: list[str], writers: Iterable[int], others: Iterable[int]
+    ) -> None:
+        lost = [rank for rank in writers if rank != 0]
+        self._events.write(
+            "buffer_of_some_ranks", step=step, buffers=names, ranks=list(writers), lost=lost
+        )
+        if self._rank != 0:
+            return
+        end = f"what {_ranks(lost)} wrote is lost" if lost else "its write is everybody's"
+        logger.warning(
+            "in step %d %s changed the buffer %s, and %s did not. After each step all ranks are "
+            "given rank 0's buffers: %s. A buffer is to be changed on all ranks alike",
+            step, _ranks(writers), _few(names), _ranks(others), end,
+        )  # fmt: skip
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return {
+            plain_name(f"{prefix}.{name}" if prefix else name): buffer
+            for prefix, module in self._model.named_modules()
+            if id(module) not in self._norms
+            for name, buffer in module.named_buffers(recurse=False)
+        }
+
+    def _digests(self) -> dict[str, int]:
+        buffers = self._buffers()
+        return dict(zip(buffers, digest.of_each(buffers.values()), strict=True))
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    numbers = list(ranks)
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _few(names: list[str], limit: int = 5) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

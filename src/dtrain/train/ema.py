@@ -1,0 +1,159 @@
+"""`dtrain.EMA`: an exponential moving average of the weights."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dtrain.callback import Callback
+from dtrain.errors import DtrainError
+from dtrain.train.checkpoint.state import is_sharded, load_model_state, model_state
+
+_MADE: weakref.WeakSet[EMA] = weakref.WeakSet()
+_NUMBERS = itertools.count()
+
+
+class EMA(Callback):
+    """An exponential moving average of a model's weights, as torch's `AveragedModel` keeps it.
+
+    The trainer updates it once after each optimizer step, and keeps it in checkpoints. After the
+    first step it is the weights; after each later one, `decay` of itself and the rest of the
+    weights. There are two ways to have one:
+
+    - `callbacks()` returns `[dtrain.EMA(decay=0.999)]`: the averaged model is what `evaluate` and
+      `predict` are given.
+    - the task keeps `self.ema = dtrain.EMA(model, 0.999)`, made in `model()` or `optimizer()`, and
+      uses `self.ema.model` where it likes: in `evaluate`, or in `loss` as a teacher.
+
+    Args:
+        model: the task's model, or a part of it; None: the one that `model()` returns.
+        decay: how much of the average stays in each step, from 0 to 1.
+        use_buffers: whether buffers, such as BatchNorm's statistics, are averaged as well; else
+            they are the model's. Buffers of whole numbers always are the model's.
+
+    Raises:
+        DtrainError: an argument is something else.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | None = None,
+        decay: float = 0.999,
+        *,
+        use_buffers: bool = True,
+    ) -> None:
+        if model is not None and not isinstance(model, torch.nn.Module):
+            raise DtrainError(
+                f"dtrain.EMA({model!r}): the model comes first, as in dtrain.EMA(model, 0.999); "
+                "in callbacks() it is dtrain.EMA(decay=0.999)"
+            )
+        if not 0 <= decay <= 1:
+            raise DtrainError(f"dtrain.EMA: decay is {decay}; it is a number from 0 to 1")
+        self.decay = decay
+        self.use_buffers = use_buffers
+        self.source = model
+        """The module that is averaged; None before it is known."""
+        self._given = model is not None
+        self._averaged: AveragedModel | None = None
+        self.number = next(_NUMBERS)
+        _MADE.add(self)
+
+    @property
+    def model(self) -> Any:
+        """The averaged model, in `eval()` and without gradients; to be called, not to be changed.
+
+        Raises:
+            DtrainError: there is none yet, or its weights cannot be averaged.
+        """
+        return self._average().module
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """Be what evaluates instead of a model. For the trainer.
+
+        Raises:
+            DtrainError: it averages another one.
+        """
+        if not self._given and self.source is not model:
+            self.source, self._averaged = model, None
+        if self.source is not model:
+            raise DtrainError(
+                "callbacks() returned a dtrain.EMA of a part of the model, and evaluation is of "
+                "the whole; keep that one in the task only, and give callbacks() none of it"
+            )
+
+    def start(self) -> None:
+        """Begin with the weights as they are now. For the trainer, before the first step."""
+        average = self._average()
+        assert self.source is not None
+        _refuse_parts(self.source)
+        for mine, theirs in zip(_tensors(average.module), _tensors(self.source), strict=True):
+            mine.data = theirs.detach().clone()
+        average.n_averaged.zero_()
+
+    def update(self) -> None:
+        """Take the weights in. For the trainer, after each optimizer step."""
+        average = self._average()
+        assert self.source is not None
+        average.update_parameters(self.source)
+        pairs = zip(average.module.buffers(), self.source.buffers(), strict=True)
+        for mine, theirs in pairs:
+            if not mine.is_floating_point():  # an average of counters would be cut down
+                mine.copy_(theirs)
+
+    def kept(self) -> dict[str, Any]:
+        """What checkpoints hold of it."""
+        average = self._average()
+        return {"updates": int(average.n_averaged), "weights": model_state(average.module)}
+
+    def load_kept(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `kept`.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        average = self._average()
+        load_model_state(average.module, state["weights"])
+        average.n_averaged.fill_(state["updates"])
+
+    def _average(self) -> AveragedModel:
+        if self._averaged is not None:
+            return self._averaged
+        if self.source is None:
+            raise DtrainError("dtrain.EMA without a model has none before training begins")
+        _refuse_parts(self.source)
+        average = get_ema_multi_avg_fn(self.decay)
+        try:
+            made = AveragedModel(self.source, multi_avg_fn=average, use_buffers=self.use_buffers)
+        except (RuntimeError, TypeError) as error:
+            raise DtrainError(f"dtrain.EMA cannot copy the model: {error}") from error
+        if list(model_state(made.module)) != list(model_state(self.source)):
+            raise DtrainError(
+                f"dtrain.EMA cannot copy the model: copy.deepcopy of a {type(self.source).__name__}"
+                " holds other tensors, as with a model of Keras"
+            )
+        self._averaged = made
+        made.module.requires_grad_(False).eval()
+        return made
+
+
+def averages_of(model: torch.nn.Module) -> list[EMA]:
+    """Those that average this model or a part of it, in the order in which they were made."""
+    parts = {id(module) for module in model.modules()}
+    return sorted((e for e in _MADE if id(e.source) in parts), key=lambda each: each.number)
+
+
+def _refuse_parts(model: torch.nn.Module) -> None:
+    if is_sharded(model):
+        raise DtrainError(
+            "strategy 'fsdp' cuts the weights into one part per process, and dtrain.EMA averages "
+            "whole ones; use strategy 'ddp', or 'exact'"
+        )
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())

@@ -1,0 +1,195 @@
+"""What a training remembers besides model and optimizer: the task's own state, and averages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from dtrain.errors import CheckpointError, DtrainError
+from dtrain.task import Task
+from dtrain.train.checkpoint.leaves import changed, leaves, plain
+from dtrain.train.checks import digest
+from dtrain.train.context import TrainContext
+from dtrain.train.ema import EMA, averages_of
+
+_TASK = "task"
+_FILE = "kept"
+
+
+class Kept:
+    """The state of one task and of its averages, for checkpoints and comparisons.
+
+    Args:
+        context: of the training.
+
+    Raises:
+        DtrainError: the task has only one of `state_dict` and `load_state_dict`.
+    """
+
+    def __init__(self, context: TrainContext) -> None:
+        self._task = context.task
+        self._device = context.device
+        self._has_state = _has_state(self._task)
+        self._averages: dict[str, EMA] = {}
+        self._evaluated: EMA | None = None
+        self._rolls_back = context.spec.checks.on_mismatch == "rollback"
+        self._first: dict[str, Any] | None = None
+        """The task's state before the first of all steps, where it may have to go back to that."""
+
+    def begin(self, model: torch.nn.Module, callbacks: Iterable[Any]) -> None:
+        """Take the averages of a model that was just built, and begin from the first state.
+
+        Args:
+            model: the task's.
+            callbacks: of the training, some of which may be averages.
+
+        Raises:
+            DtrainError: a checkpoint could not hold the task's state; or averages cannot be kept.
+        """
+        listed = [each for each in callbacks if isinstance(each, EMA)]
+        for each in listed:
+            each.attach(model)
+        found = averages_of(model)
+        self._refuse_strangers(found)
+        self._averages = {f"EMA.{index}": each for index, each in enumerate(found)}
+        self._evaluated = _evaluated(listed)
+        for each in found:
+            each.start()
+        state = self.state().get(_TASK, {})  # refused now rather than at the first save
+        if self._first is not None:
+            self._task.load_state_dict(changed(self._first, _TASK, _copied))
+        elif self._has_state and self._rolls_back:
+            self._first = changed(state, _TASK, _copied)
+
+    def evaluated(self, model: torch.nn.Module) -> torch.nn.Module:
+        """What is evaluated: the model, or its average where `callbacks()` asks for that."""
+        averaged: torch.nn.Module | None = self._evaluated and self._evaluated.model
+        return model if averaged is None else averaged
+
+    def update(self) -> None:
+        """After an optimizer step."""
+        for each in self._averages.values():
+            each.update()
+
+    def state(self) -> dict[str, Any]:
+        """The state of each owner that has some; the tensors are the live ones.
+
+        Raises:
+            DtrainError: a checkpoint could not hold it.
+        """
+        states: dict[str, Any] = {name: each.kept() for name, each in self._averages.items()}
+        if self._has_state:
+            given = self._task.state_dict()
+            if not isinstance(given, Mapping):
+                raise DtrainError(f"state_dict() of the task returned {type(given).__name__}")
+            states[_TASK] = given
+        return {owner: plain(each, owner) for owner, each in states.items() if each}
+
+    def leaves(self) -> dict[str, Any]:
+        """All that it holds, by name."""
+        return _leaves(self.state())
+
+    def to_saved(self) -> dict[str, Any]:
+        """By file stem, what a checkpoint holds of it; nothing where there is nothing."""
+        state = self.state()
+        moved = [name for name, each in _leaves(state).items() if not _on_cpu(each)]
+        return {_FILE: {"states": state, "on_device": moved}} if state else {}
+
+    def load(self, tensors: Mapping[str, Any]) -> list[str]:
+        """The inverse of `to_saved`; a task of which it holds nothing goes on as it is, and an
+        average begins with the weights, which are loaded before.
+
+        Args:
+            tensors: of a checkpoint, by file stem.
+
+        Returns:
+            What was not put back, in words.
+
+        Raises:
+            CheckpointError: the task, or an average, cannot take it.
+        """
+        saved = tensors.get(_FILE, {"states": {}, "on_device": []})
+        there, mine = set(saved["on_device"]), self.state()
+
+        def placed(name: str, leaf: Any) -> Any:
+            return leaf.to(self._device) if name in there else leaf
+
+        states = {owner: changed(each, owner, placed) for owner, each in saved["states"].items()}
+        told = [
+            f"it holds no state of {_words(each)}, which begins afresh"
+            for each in mine
+            if each not in states
+        ]
+        for owner, average in self._averages.items():
+            if owner not in states:
+                average.start()
+        for owner, state in states.items():
+            if owner not in mine and not (owner == _TASK and self._has_state):
+                told.append(f"it holds state of {_words(owner)}, which has none any more")
+            else:
+                told += self._load(owner, state)
+        return told
+
+    def _load(self, owner: str, state: dict[str, Any]) -> list[str]:
+        """Put the state of one owner back; what of it did not come in, in words."""
+        wanted = digest.of_leaves(leaves(state, owner))  # before anybody may change it
+        if owner != _TASK:
+            self._averages[owner].load_kept(state)
+            return []
+        try:
+            self._task.load_state_dict(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"load_state_dict() of the task failed: {error!r}") from error
+        now = digest.of_leaves(leaves(self.state().get(owner, {}), owner))
+        lost = [name for name, fact in wanted.items() if now.get(name) != fact]
+        return [f"load_state_dict() of the task left {name} other than saved" for name in lost]
+
+    def _refuse_strangers(self, found: list[EMA]) -> None:
+        """An average that a task keeps, of something else than its model, would stay as it is."""
+        task = getattr(self._task, "adapted", self._task)
+        for name, each in vars(task).items():
+            if isinstance(each, EMA) and each not in found and each.source is not None:
+                raise DtrainError(
+                    f"the task's {name} is a dtrain.EMA of a {type(each.source).__name__} that is "
+                    "no part of the model that model() returned, so that nobody trains it"
+                )
+
+
+def _has_state(task: Task) -> bool:
+    """Whether a task has state of its own."""
+    pair = ("state_dict", "load_state_dict")
+    own = [n for n in pair if n in vars(task) or getattr(type(task), n) is not getattr(Task, n)]
+    if len(own) == 1:
+        other = pair[1 - pair.index(own[0])]
+        raise DtrainError(
+            f"the task has {own[0]}() but no {other}(): what it remembers would be lost in a "
+            "resume. Write both, or none"
+        )
+    return bool(own)
+
+
+def _evaluated(listed: list[EMA]) -> EMA | None:
+    if len(listed) > 1:
+        raise DtrainError(
+            f"callbacks() returned {len(listed)} of dtrain.EMA, and evaluation is of one; keep "
+            "the others in the task, as self.ema = dtrain.EMA(model, 0.999)"
+        )
+    return listed[0] if listed else None
+
+
+def _leaves(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for owner, each in state.items() for k, v in leaves(each, owner).items()}
+
+
+def _copied(name: str, leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _on_cpu(leaf: Any) -> bool:
+    return not isinstance(leaf, torch.Tensor) or leaf.device.type == "cpu"
+
+
+def _words(owner: str) -> str:
+    return "the task" if owner == _TASK else owner
