@@ -135,6 +135,13 @@ class LaunchPlan:
         return RunDir(self.run_dir)
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """What is imported before the workers are forked: the trainer, the strategy, `preload`."""
+        named = [("trainer", self.trainer), ("strategy", self.strategy)]
+        targets = [catalog.find(kind, name) for kind, name in named if name != catalog.OWN]
+        return (*(target.partition(":")[0] for target in targets), *self.preload)
+
+    @property
     def is_of_node_zero(self) -> bool:
         """Whether this launch answers for the run: of several commands, one a node, node 0's."""
         return self.options.get("node_rank") in (None, 0)

@@ -19,6 +19,8 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _PF_EXITING = 4
+_SAFE_THREADS = ("jemalloc_bg_thd",)
+"""Of libraries that see to forks themselves: jemalloc comes with pyarrow, which pandas imports."""
 
 LATER = (signal.SIGTERM, signal.SIGUSR2)
 """Requests to leave that a node holds back until it has agents; not those that it forks."""
@@ -93,6 +95,15 @@ def fork_child(
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
+
+
+def threads_lost_by_fork() -> int:
+    """How many threads of this process a fork would lose, and perhaps a lock with them."""
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            names.append((task / "comm").read_text().strip())
+    return sum(name not in _SAFE_THREADS for name in names) - 1
 
 
 def kill_group(pgid: int, sig: int = signal.SIGKILL) -> bool:

@@ -50,6 +50,16 @@ class Wish:
         """The variable that asks a worker for it."""
         return {VARIABLE: json.dumps(asdict(self))}
 
+    def beyond(self, usual: Wish) -> str:
+        """What it asks for besides what is usual, for people: `again in fp64`; empty: nothing."""
+        said = {
+            "fp64": "in fp64", "own_noise": "with noise fixed", "by_sample": "sample by sample",
+            "batch_norm": "BatchNorm frozen", "frozen": "the task's state kept",
+        }  # fmt: skip
+        mine, others = asdict(self), asdict(usual)
+        changes = [text for name, text in said.items() if mine[name] != others[name]]
+        return "" if self == usual else " ".join(["again", ", ".join(changes)]).rstrip()
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Wish | None:
         """What the environment asks for; None when it asks for no recording."""

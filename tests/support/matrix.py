@@ -50,7 +50,7 @@ def shown(cwd: Path, launcher: str, profile: str, *, nodes: int = 2) -> Rows:
 def verified(cwd: Path, strategies: str, *arguments: str) -> set[tuple[str, str]]:
     """The trainers and strategies that were launched and are the same training."""
     done = dtrain(
-        "verify", "--json", "--steps", "2", "--trainer", "native,lightning",
+        "verify", "--json", "--only", "--steps", "2", "--trainer", "native,lightning",
         "--strategy", strategies, *arguments, TINY,
         cwd=cwd, timeout=400, env={"TMPDIR": str(cwd)},
     )  # fmt: skip

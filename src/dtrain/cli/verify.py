@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +15,7 @@ from dtrain.cli import options as shared
 
 if TYPE_CHECKING:
     from dtrain.verify.report import Report
-    from dtrain.verify.session import Session
+    from dtrain.verify.session import Progress, Session
 
 
 def _list(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> list[str]:
@@ -98,7 +99,17 @@ def _writable(context: click.Context, option: click.Parameter, given: str | None
     "--procs", multiple=True, callback=_numbers, metavar="N,…", help="Processes per node, as 1,2,4."
 )
 @click.option("--nodes", multiple=True, callback=_numbers, metavar="N,…", help="Nodes, as 1,2.")
+@click.option(
+    "--only",
+    is_flag=True,
+    help="Only what the options above name: no rows with micro-batches, resumed, and by `exact`.",
+)
 @click.option("--gpus", is_flag=True, help="Give each process a GPU.")
+@click.option(
+    "--deep",
+    is_flag=True,
+    help="Run everything in fp64, where a mistake of one part in a million is no rounding.",
+)
 @click.option(
     "--epoch-samples",
     default="auto",
@@ -135,8 +146,10 @@ def command(html: str | None, as_json: bool, **options: Any) -> int:  # fmt: ski
     from dtrain.verify.session import Session
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # there are folders to clear away
-    with Session(**options) as session:
-        report = _quietly(session) if as_json else _aloud(session)
+    waiting = _Waiting()
+    shows = not as_json and sys.stdout.isatty()
+    with Session(**options, watch=waiting.show if shows else None) as session:
+        report = _quietly(session) if as_json else _aloud(session, waiting)
     if as_json:
         shared.print_json(report.to_json())
     if html is not None:
@@ -154,26 +167,45 @@ def _quietly(session: Session) -> Report:
     return session.report
 
 
-def _aloud(session: Session) -> Report:
+def _aloud(session: Session, waiting: _Waiting) -> Report:
     from dtrain.verify import text
 
-    terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns
-    colours = terminal and not os.environ.get("NO_COLOR")
-    paint = _paint if colours else text.plain
-    table = text.Table(session.pairs, width, paint)
-    if terminal:
-        click.echo("running the reference …", nl=False)
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    table = text.Table(session.pairs, width, _paint if colours else text.plain)
     session.begin()
-    click.echo(("\r\x1b[K" if terminal else "") + text.opening(session.report))
-    click.echo("\n" + table.head())
-    results = session.results()
-    for pair in session.pairs:
-        if terminal:
-            click.echo(table.waiting(pair), nl=False)
-        click.echo(("\r\x1b[K" if terminal else "") + table.row(next(results)))
-    click.echo("\n" + text.closing(session.report, min(width, 100)))
+    waiting.echo(text.opening(session.report))
+    waiting.echo("\n" + table.head())
+    for result in session.results():
+        waiting.echo(table.row(result))
+    waiting.echo("\n" + text.closing(session.report, min(width, 100)))
     return session.report
+
+
+class _Waiting:
+    """The last line of a terminal: what runs, and for how long."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._began = 0.0
+        self._shown = ""
+
+    def show(self, progress: Progress) -> None:
+        """Write it anew where it has changed."""
+        from dtrain.verify import text
+
+        if progress != self._progress:
+            self._progress, self._began = progress, time.monotonic()
+        width = shutil.get_terminal_size().columns
+        line = text.waiting(progress, time.monotonic() - self._began, width)
+        if line != self._shown:
+            click.echo(f"\r\x1b[K{line}", nl=False)
+            self._shown = line
+
+    def echo(self, line: str) -> None:
+        """Write a line in its place."""
+        click.echo(("\r\x1b[K" if self._shown else "") + line)
+        self._shown = ""
 
 
 def _paint(text: str, colour: str) -> str:

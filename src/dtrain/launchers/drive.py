@@ -16,7 +16,7 @@ from dtrain import catalog, rundir
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base, told
-from dtrain.launchers.base import Handle, Launch, Result, State
+from dtrain.launchers.base import Handle, Launch, Launcher, Result, State
 from dtrain.node import failures, verdict
 from dtrain.node.failures import FailureRecord
 from dtrain.node.verdict import Verdict
@@ -82,12 +82,19 @@ class Stopping:
 
 
 def drive(
-    plan: LaunchPlan, job: JobSpec, job_text: str, console: Console, *, detach: bool = False
+    plan: LaunchPlan,
+    job: JobSpec,
+    job_text: str,
+    console: Console,
+    *,
+    detach: bool = False,
+    launcher: Launcher | None = None,
 ) -> int:
     """Write the run directory, start the plan, follow it to its end; the exit code.
 
     0 when every rank ended 0, the culprit's exit code when one failed, 128 + N when stopped by
-    signal N. With `detach` 0 once it is started, by a launcher that can go on without us.
+    signal N. With `detach` 0 once it is started, by a launcher that can go on without us. With
+    `launcher`, that one starts it: the plan's, but made by the caller.
 
     Raises:
         UsageError: there is such a run already.
@@ -98,12 +105,16 @@ def drive(
         handle = Handle.of_this_process(plan) if plan.is_of_node_zero else None
         base.prepare(plan, job, job_text, handle)
         with remote.kept(plan.run, console.say, only=_answered_for(plan)):
-            return _drive(plan, console, stop, started, detach)
+            return _drive(
+                plan, launcher or base.load(plan.launcher), console, stop, started, detach
+            )
 
 
-def _drive(plan: LaunchPlan, console: Console, stop: Stop, started: float, detach: bool) -> int:
+def _drive(
+    plan: LaunchPlan, launcher: Launcher, console: Console, stop: Stop, started: float, detach: bool
+) -> int:
     console.begin(_opening(plan))
-    launch = _start(plan, started)
+    launch = _start(plan, launcher, started)
     if detach:
         base.keep_code(plan)
         console.close()
@@ -153,10 +164,10 @@ def print_nothing(_text: str) -> None:
     """For who has nobody to tell."""
 
 
-def _start(plan: LaunchPlan, started: float) -> Launch:
+def _start(plan: LaunchPlan, launcher: Launcher, started: float) -> Launch:
     """Start a plan; one that is refused has failed, and nothing of it is left to be cleaned up."""
     try:
-        return base.load(plan.launcher).start(plan)
+        return launcher.start(plan)
     except DtrainError as error:
         refused(plan, error, started)
         raise

@@ -6,8 +6,10 @@ import os
 import signal
 import socket
 import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from dtrain import ports, procs, rundir
 from dtrain.errors import LaunchError, UsageError
@@ -19,8 +21,29 @@ from dtrain.rundir import RunDir
 from dtrain.variables import inherited_env
 
 
+class Process(Protocol):
+    """A node process in the hands of whoever started it."""
+
+    def poll(self) -> int | None:
+        """Its exit status once it has ended, negative for a signal."""
+
+    def send_signal(self, number: int) -> None:
+        """Signal it."""
+
+    def kill(self) -> None:
+        """End it and wait for that."""
+
+
+Spawn = Callable[[Sequence[str], Mapping[str, str], Path, socket.socket | None], Process]
+"""(command, environment, log, socket on which node 0 serves the rendezvous) → a node process."""
+
+
 class LocalLauncher:
     """One fork server for all nodes: 4 ranks on 2 nodes cost one import of torch, not two."""
+
+    def __init__(self, spawn: Spawn | None = None) -> None:
+        """With `spawn`, it starts the node process; else that is a new interpreter."""
+        self._spawn = spawn
 
     def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
         """See `Launcher.complete`."""
@@ -31,7 +54,7 @@ class LocalLauncher:
 
     def start(self, plan: LaunchPlan) -> NodeProcess:
         """See `Launcher.start`."""
-        return NodeProcess(plan, listen_host="127.0.0.1")
+        return NodeProcess(plan, "127.0.0.1", self._spawn)
 
     def is_running(self, run: RunDir) -> bool:
         """See `Launcher.is_running`."""
@@ -56,40 +79,29 @@ class LocalLauncher:
 class NodeProcess:
     """A `python -m dtrain.node` of our own on this host."""
 
-    def __init__(self, plan: LaunchPlan, listen_host: str | None) -> None:
+    def __init__(
+        self, plan: LaunchPlan, listen_host: str | None, spawn: Spawn | None = None
+    ) -> None:
         """Start the plan's node command.
 
         Args:
             plan: the launch.
             listen_host: where to open the rendezvous port before anything starts, so that
                 nobody can take it in between; None when the head is another host.
+            spawn: what starts it; None: a new interpreter.
         """
-        self._plan = plan
         command = next(command for command in plan.commands if not command.by_hand)
-        argv = [*command.argv, "--parent", str(os.getpid())]
-        keep: list[int] = []
-        if listen_host is not None:
-            listener = _listen(listen_host, plan.rdzv_port)
-            keep = [listener.detach()]
-            argv += ["--listen-fd", str(keep[0])]
-        log_path = plan.run.host_log(plan.attempt, int(command.argv[-1]))
+        log = plan.run.host_log(plan.attempt, int(command.argv[-1]))
+        env = {**inherited_env(), **command.env}
+        listener = None if listen_host is None else _listen(listen_host, plan.rdzv_port)
         try:
-            rundir.make_parent(log_path)
-            with log_path.open("ab") as log:
-                self._process: subprocess.Popen[bytes] = subprocess.Popen(
-                    argv,
-                    env={**inherited_env(), **command.env},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=keep,
-                    start_new_session=True,  # a Ctrl-C is ours to pass on
-                )
+            rundir.make_parent(log)
+            self._process = (spawn or _Interpreter)(command.argv, env, log, listener)
         except OSError as error:
-            raise LaunchError(f"cannot start {argv[0]}: {error.strerror}") from error
+            raise LaunchError(f"cannot start {command.argv[0]}: {error.strerror}") from error
         finally:
-            for fd in keep:
-                os.close(fd)
+            if listener is not None:
+                listener.close()
 
     def poll(self) -> int | None:
         """See `Launch.poll`."""
@@ -104,8 +116,35 @@ class NodeProcess:
     def kill(self) -> None:
         """See `Launch.kill`: agents and workers die with their fork server."""
         if self._process.poll() is None:
-            procs.kill_group(self._process.pid)
-            self._process.wait()
+            self._process.kill()
+
+
+class _Interpreter(subprocess.Popen[bytes]):
+    """A node process in a new interpreter."""
+
+    def __init__(
+        self, argv: Sequence[str], env: Mapping[str, str], log: Path, listener: socket.socket | None
+    ) -> None:
+        keep = [] if listener is None else [listener.fileno()]
+        with log.open("ab") as file:
+            super().__init__(
+                [
+                    *argv,
+                    *("--parent", str(os.getpid())),
+                    *(part for fd in keep for part in ("--listen-fd", str(fd))),
+                ],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                pass_fds=keep,
+                start_new_session=True,  # a Ctrl-C is ours to pass on
+            )
+
+    def kill(self) -> None:
+        """End its group and wait for that."""
+        procs.kill_group(self.pid)
+        self.wait()
 
 
 def node_command(plan: LaunchPlan, facts: Facts, node_ranks: Any) -> Command:

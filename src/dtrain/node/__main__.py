@@ -9,6 +9,7 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
     from dtrain.plan import LaunchPlan
     from dtrain.rundir import RunDir
 
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""numpy's and torch's thread pools start at import, and a fork must see one thread."""
 
-def main() -> None:
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Serve this host's nodes until they have ended; never returns."""
     parser = argparse.ArgumentParser(prog="python -m dtrain.node", description=main.__doc__)
     parser.add_argument("run_dir", help="run directory with resolved.yaml and plan.json")
@@ -26,7 +30,7 @@ def main() -> None:
     parser.add_argument("--attempt", type=int, help="whose placement.json says where we are")
     parser.add_argument("--parent", type=int, help="pid of the parent to die with")
     parser.add_argument("--listen-fd", type=int, help="socket on which node 0 serves the store")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     from dtrain.procs import LATER, die_with_parent
 
@@ -35,9 +39,7 @@ def main() -> None:
     # asked to leave while we import: heard when there is somebody to tell, see ForkServer.serve
     signal.pthread_sigmask(signal.SIG_BLOCK, LATER)
     inherited = dict(os.environ)
-    # numpy's and torch's thread pools start at import, and a fork must see one thread.
-    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    os.environ["MKL_NUM_THREADS"] = "1"
+    os.environ.update(ONE_THREAD)
     from dtrain.jobdir import RayDir
     from dtrain.plan import LaunchPlan
     from dtrain.rundir import RunDir, read_json

@@ -1,4 +1,4 @@
-"""Messages between the fork server of a node and its agents, over a socket pair.
+"""Messages between a process that forks others and who asks it to, over a socket pair.
 
 One JSON object a message; SOCK_SEQPACKET keeps their bounds.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 _LARGEST = 1 << 20
+_MOST_FILES = 8
 
 
 class Channel:
@@ -31,11 +33,11 @@ class Channel:
         """For select and for keeping it open over a fork."""
         return self.sock.fileno()
 
-    def send(self, message: dict[str, Any]) -> None:
-        """Send one message; `OSError` when the other end is gone."""
+    def send(self, message: dict[str, Any], files: Sequence[int] = ()) -> None:
+        """Send one message, and descriptors with it; `OSError` when the other end is gone."""
         self.sock.setblocking(True)
         try:
-            self.sock.send(json.dumps(message).encode())
+            socket.send_fds(self.sock, [json.dumps(message).encode()], files)
         finally:
             self.sock.setblocking(False)
 
@@ -45,16 +47,19 @@ class Channel:
         Raises:
             EOFError: the other end is gone.
         """
+        return self.receive_with_files()[0]
+
+    def receive_with_files(self) -> tuple[dict[str, Any] | None, list[int]]:
+        """The next message as `receive` has it, and the descriptors that came with it."""
         try:
-            raw = self.sock.recv(_LARGEST)
+            raw, files, _, _ = socket.recv_fds(self.sock, _LARGEST, _MOST_FILES)
         except BlockingIOError:
-            return None
+            return None, []
         except ConnectionResetError as error:
             raise EOFError from error
         if not raw:
             raise EOFError
-        message: dict[str, Any] = json.loads(raw)
-        return message
+        return json.loads(raw), files
 
     def close(self) -> None:
         """Close this end."""

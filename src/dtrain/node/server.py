@@ -25,17 +25,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dtrain import catalog, rundir
+from dtrain import rundir
 from dtrain.callring import Ring
 from dtrain.node import failures, stacks
 from dtrain.node.channel import Channel
 from dtrain.plan import LaunchPlan
-from dtrain.procs import LATER, STOPS, fork_child, is_ending, kill_group
+from dtrain.procs import LATER, STOPS, fork_child, is_ending, kill_group, threads_lost_by_fork
 from dtrain.ranks import RankInfo
 from dtrain.rundir import RunDir
 
-# Imported before the first worker is forked, besides the trainer's and the strategy's own.
-_WORKER_MODULES = ("dtrain.node.bootstrap", "torch._dynamo")
+WORKER_MODULES = ("dtrain.node.bootstrap", "torch._dynamo")
+"""Imported before the first worker is forked, besides those of the plan."""
 
 
 @dataclass(frozen=True)
@@ -129,19 +129,14 @@ class ForkServer:
         self._is_importing = True
         if self._stop_signal is not None:
             raise _AskedToStop
-        plan = self.plan
-        targets = [catalog.find("trainer", plan.trainer)]
-        if plan.strategy != catalog.OWN:
-            targets.append(catalog.find("strategy", plan.strategy))
-        ours = [target.partition(":")[0] for target in targets]
-        for module in (*_WORKER_MODULES, *ours, *plan.preload):
+        for module in (*WORKER_MODULES, *self.plan.modules):
             self._reap()  # an agent may fail while we import; do not find out only afterwards
             importlib.import_module(module)
         # A collection in a forked worker would write to, and so copy, every object imported
         # here: 0.7-2.6 s in each of 4 ranks at once, measured.
         gc.collect()
         gc.freeze()
-        _require_one_thread(plan.preload)
+        _require_one_thread(self.plan.preload)
         self._is_importing = False
 
     # -- agents ------------------------------------------------------------------------------
@@ -309,10 +304,10 @@ def _last_restart(plan: LaunchPlan) -> int:
 
 
 def _require_one_thread(preloaded: tuple[str, ...]) -> None:
-    threads = len(os.listdir("/proc/self/task"))
-    if threads > 1:
+    lost = threads_lost_by_fork()
+    if lost:
         cause = f"; preloading {', '.join(preloaded)} started them" if preloaded else ""
         print(
-            f"dtrain: the fork server has {threads} threads{cause}; forked workers may hang",
+            f"dtrain: the fork server has {lost + 1} threads{cause}; forked workers may hang",
             file=sys.stderr,
         )

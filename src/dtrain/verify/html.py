@@ -80,7 +80,8 @@ def page(report: Report) -> str:
             f"<h1>{escape(report.job)}: {verdict}</h1>",
             f"<p>{escape(text.opening(report))}.</p>",
             _table(report),
-            f"<p>{escape('; '.join(text.LEVELS))}.</p>",
+            f"<p>{escape(text.levels(report))}.</p>",
+            *(f"<p>{escape(each)}.</p>" for each in text.left_out(report)),
             *_reasons(report),
             "<h2>Loss</h2><p>Grey and broad: the reference. Where a pair trains alike, its curve "
             "lies in the middle.</p>",

@@ -46,6 +46,8 @@ class Result:
     """What is wrong; only with `different`."""
     failure: str = ""
     """The run's own verdict, where it failed."""
+    reason: str = ""
+    """Of that, the error itself in one line."""
     shrinks: float | None = None
     """By how much the difference shrinks in fp64; None when that was not needed."""
     fixed_noise: bool = False
@@ -75,10 +77,12 @@ class Judge:
         """
         self.lab = lab
         self._reference = reference
+        self._tolerance = L1 if lab.wish.fp64 else L2
         try:
             self.reference = lab.record(reference)
         except RunFailed as error:
-            raise RunFailed(f"the job does not run as one process:\n{error}") from None
+            how = " in fp64" if lab.wish.fp64 else ""
+            raise RunFailed(f"the job does not run as one process{how}:\n{error}") from None
         if not self.reference.steps:
             raise RunFailed("the job trained, but recorded nothing to compare with")
         self._bits: dict[Pair, tuple[Pair, Recording]] = {}
@@ -93,7 +97,7 @@ class Judge:
             except RunFailed as error:
                 result = self._failed(pair, error)
             except DtrainError as error:
-                result = Result(pair, "failed", None, failure=str(error))
+                result = Result(pair, "failed", None, failure=str(error), reason=str(error))
             yield self._with_bits(result)
 
     def _judge(self, pair: Pair) -> Result:
@@ -114,17 +118,18 @@ class Judge:
         )
         if finding is not None:
             return replace(result, level=_data_level(self.reference, other))
-        if comparison.identical and comparison.excess(L1) is None:
-            return replace(result, verdict="same", level="L3")
-        if comparison.excess(L2) is None and not comparison.suspicious:
-            return replace(result, verdict="same", level="L2")
+        level = self._level(comparison)
+        if level is not None:
+            return replace(result, verdict="same", level=level)
         if _draws(self.reference):
             return self._with_fixed_noise(result)
         return self._in_fp64(result, self.lab.wish)
 
     def _failed(self, pair: Pair, error: RunFailed) -> Result:
         """A run that failed; it may have recorded before why it is another training."""
-        result = Result(pair, "failed", None, failure=str(error), recording=error.recording)
+        result = Result(
+            pair, "failed", None, failure=str(error), reason=error.reason, recording=error.recording
+        )
         if error.recording is None:
             return result
         found = exact_findings(self.reference, error.recording, pair)
@@ -150,11 +155,17 @@ class Judge:
             first=comparison.first,
             comparison=comparison,
         )
-        if comparison.identical and comparison.excess(L1) is None:
-            return replace(result, verdict="same", level="L3")
-        if comparison.excess(L2) is None and not comparison.suspicious:
-            return replace(result, verdict="same", level="L2")
+        level = self._level(comparison)
+        if level is not None:
+            return replace(result, verdict="same", level=level)
         return self._in_fp64(result, wish)
+
+    def _level(self, comparison: Comparison) -> str | None:
+        """The highest level that a comparison shows by itself; None: it must be looked into."""
+        if comparison.identical and comparison.excess(L1) is None:
+            return "L3"
+        within = comparison.excess(self._tolerance) is None and not comparison.suspicious
+        return self._tolerance.level if within else None
 
     def _in_fp64(self, result: Result, wish: Wish) -> Result:
         """Tell rounding, which shrinks with the machine epsilon, from another training."""
@@ -166,7 +177,8 @@ class Judge:
             return replace(result, verdict="failed", level="L0", failure=text)
         exact = compare(reference, other)
         assert result.largest is not None
-        result = replace(result, shrinks=_shrinks(result.largest.value, exact.largest.value))
+        if not self.lab.wish.fp64:
+            result = replace(result, shrinks=_shrinks(result.largest.value, exact.largest.value))
         excess = exact.excess(L1)
         if excess is None:
             scaler = self._only_in_low_precision(result)

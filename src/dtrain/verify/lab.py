@@ -6,8 +6,9 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -16,14 +17,17 @@ from dtrain.errors import DtrainError, UsageError
 from dtrain.job.classes import task_derives
 from dtrain.job.load import LoadedJob, load_job
 from dtrain.job.profile import LoadedProfile, load_profile
+from dtrain.job.source import task_imports
 from dtrain.job.spec import ChecksSpec, JobSpec
 from dtrain.launchers import base
 from dtrain.launchers.base import Result
 from dtrain.launchers.drive import drive
+from dtrain.node import verdict
 from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.recording import Recording, Wish
 from dtrain.rundir import RunDir
 from dtrain.verify.pairs import REFERENCE, Pair
+from dtrain.verify.warmth import Warmth
 
 _COLLECTIVE_TIMEOUT_S = 300.0
 """A rank that waits so long for others in a run of a few steps waits for ever."""
@@ -32,10 +36,12 @@ _COLLECTIVE_TIMEOUT_S = 300.0
 class RunFailed(DtrainError):
     """A run of the job failed; the message is its verdict."""
 
-    def __init__(self, message: str, recording: Recording | None = None) -> None:
+    def __init__(self, message: str, recording: Recording | None = None, reason: str = "") -> None:
         super().__init__(message)
         self.recording = recording
         """What was recorded until then; None where nothing was."""
+        self.reason = reason
+        """The culprit's own error in one line."""
 
 
 class Stopped(DtrainError):
@@ -45,16 +51,18 @@ class Stopped(DtrainError):
 
 
 class _Silent:
-    """A console that keeps what the launcher says."""
+    """A console that keeps what the launcher says, and passes on that time passes."""
 
-    def __init__(self) -> None:
+    def __init__(self, tick: Callable[[], None]) -> None:
         self.said: list[str] = []
+        self._tick = tick
 
     def begin(self, text: str) -> None:
         """Not shown."""
 
     def tick(self) -> None:
-        """Not shown."""
+        """Passed on."""
+        self._tick()
 
     def say(self, text: str) -> None:
         """Kept."""
@@ -91,6 +99,11 @@ class Lab:
         self._keep = None if keep is None else Path(keep).absolute()
         self._made: dict[str | None, Path] = {}
         self._recordings: dict[tuple[Pair, Wish], Recording | RunFailed] = {}
+        self.watch: Callable[[Pair, Wish], None] = lambda _pair, _wish: None
+        """Called now and then with what runs."""
+        self._tick: Callable[[], None] = lambda: None
+        self._warmth: Warmth | None = None
+        self._loaded: dict[tuple[str, tuple[str, ...]], tuple[LoadedJob, LoadedProfile]] = {}
         self.steps = steps
         self.wish = Wish(max_train_samples=max_train_samples, max_eval_samples=max_eval_samples)
         """What all runs are asked for; a run may be asked for more."""
@@ -110,8 +123,15 @@ class Lab:
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
+        if self._warmth is not None:
+            self._warmth.close()
         for folder in self._made.values():
             shutil.rmtree(folder, ignore_errors=True)
+
+    def warm_up(self, pairs: Sequence[Pair]) -> None:
+        """Begin to import, while the reference runs, what the processes of these will need."""
+        own = [pair for pair in pairs if not pair.overrides]  # those may import others
+        self._warmth = Warmth(self._planned(self.reference), map(self._planned, own))
 
     def check(self, pair: Pair) -> None:
         """Make sure that a pair can be planned; nothing is started or written.
@@ -119,8 +139,7 @@ class Lab:
         Raises:
             JobError, PlanError: it cannot; says why.
         """
-        job, profile = self._load(pair)
-        self._plan(recorded(job.spec, pair, self.wish, self.steps), profile, "check", "runs", 0)
+        self._planned(pair)
 
     def record(self, pair: Pair, wish: Wish | None = None) -> Recording:
         """The recording of a pair, from an earlier run or a new one.
@@ -143,12 +162,22 @@ class Lab:
         spec, folder = self.spec, self._path.parent
         return spec.trainer != "lightning" or task_derives(str(spec.task), "Task", folder)
 
+    def _planned(self, pair: Pair) -> LaunchPlan:
+        job, profile = self._load(pair)
+        spec = recorded(job.spec, pair, self.wish, self.steps)
+        return self._plan(spec, profile, "check", "runs", 0)
+
     def _load(self, pair: Pair) -> tuple[LoadedJob, LoadedProfile]:
-        profile = load_profile(pair.launcher, self._path.parent)
-        job = load_job(self._path, [*self._overrides, *pair.overrides], profile.launch)
-        return job, profile
+        key = (pair.launcher, pair.overrides)
+        if key not in self._loaded:
+            profile = load_profile(pair.launcher, self._path.parent)
+            overrides = [*self._overrides, *pair.overrides]
+            self._loaded[key] = load_job(self._path, overrides, profile.launch), profile
+        return self._loaded[key]
 
     def _run(self, pair: Pair, wish: Wish) -> Recording | RunFailed:
+        self._tick = partial(self.watch, pair, wish)
+        self._tick()
         job, profile = self._load(pair)
         run = RunDir(self._folder(pair) / rundir.new_run_id(job.spec.name))
         ends = [self.steps] if pair.resume_after is None else [pair.resume_after, self.steps]
@@ -158,7 +187,8 @@ class Lab:
                 said = self._attempt(run, attempt, spec, job.text, profile)
                 if said is not None:
                     partly = recording.read(run).complete(pair.world_size)
-                    return RunFailed(said, partly if 0 in partly.steps else None)
+                    why = _reason(run, attempt) or said.splitlines()[0]
+                    return RunFailed(said, partly if 0 in partly.steps else None, why)
             return recording.read(run)
         finally:
             if self._keep is None:
@@ -171,8 +201,9 @@ class Lab:
         plan = self._plan(spec, profile, run.id, run.path.parent, attempt)
         with contextlib.suppress(OSError):  # no snapshot of the code, ten times over
             run.code.mkdir(parents=True, exist_ok=True)
-        console = _Silent()
-        if drive(plan, spec, text, console) == 0:
+        console = _Silent(self._tick)
+        launcher = None if self._warmth is None else self._warmth.launcher(plan)
+        if drive(plan, spec, text, console, launcher=launcher) == 0:
             return None
         result = Result.read(run, attempt)
         if result is not None and result.state == "cancelled":
@@ -182,7 +213,8 @@ class Lab:
     def _plan(
         self, spec: JobSpec, profile: LoadedProfile, run_id: str, runs: str | Path, attempt: int
     ) -> LaunchPlan:
-        facts = Facts.gather(run_id, runs, attempt)
+        imports = task_imports(str(spec.task), self._path.parent)
+        facts = Facts.gather(run_id, runs, attempt, imports)
         launcher = profile.spec.launcher
         plan = make_plan(
             spec,
@@ -211,6 +243,12 @@ class Lab:
                 why = f"{error.strerror}: {error.filename}"
                 raise UsageError(f"no place for the runs ({why}); say one: --keep DIR") from None
         return self._made[where]
+
+
+def _reason(run: RunDir, attempt: int) -> str:
+    """The culprit's own error in one line; empty when nobody knows."""
+    found = verdict.read(run, attempt)
+    return "" if found is None else found.culprit.message.strip().partition("\n")[0]
 
 
 def _said(text: str, *, stays: bool) -> str:

@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 
 from dtrain import catalog
 from dtrain.errors import PlanError
+from dtrain.job.spec import TrainSpec
 
 _MODULE_OF_EXTRA = {"lightning": "pytorch_lightning"}
 """Extras whose module is not named after them."""
+ENOUGH = 2
+"""Samples that BatchNorm wants at least in a forward pass; most jobs give it many more."""
 _ANSWER_S = 10.0  # Slurm's own commands try for minutes to reach a controller that is gone
 
 
@@ -88,17 +91,13 @@ REFERENCE = Pair("single")
 
 
 def all_pairs(
-    batch: int,
-    steps: int,
     trainers: Sequence[str] = (),
     reference: Pair = REFERENCE,
     clusters: Sequence[str] = (),
 ) -> list[Pair]:
-    """Everything that this machine can run, for a job with `batch` samples a step.
+    """Everything that this machine can run in one go, besides the reference.
 
     Args:
-        batch: global batch size.
-        steps: steps of each run.
         trainers: only these; empty: every trainer that is installed.
         reference: what all are compared with; its trainer is tried in more ways than others.
         clusters: launchers whose cluster can be reached, see `clusters_here`.
@@ -108,14 +107,14 @@ def all_pairs(
         if (trainer in trainers) if trainers else _installed(fact.extra):
             for strategy in fact.strategies:
                 pair = Pair(strategy, trainer=trainer)
-                pairs += _of_strategy(pair, batch, steps, whole=trainer == reference.trainer)
+                pairs += _of_strategy(pair, whole=trainer == reference.trainer)
     ddp = replace(reference, strategy="ddp", procs=2)
     if ddp in pairs:
         pairs += [replace(ddp, launcher=cluster) for cluster in clusters]
     return [pair for pair in pairs if pair != reference]
 
 
-def _of_strategy(pair: Pair, batch: int, steps: int, *, whole: bool) -> Iterator[Pair]:
+def _of_strategy(pair: Pair, *, whole: bool) -> Iterator[Pair]:
     strategy = pair.strategy
     if strategy == "single":
         yield pair
@@ -130,9 +129,6 @@ def _of_strategy(pair: Pair, batch: int, steps: int, *, whole: bool) -> Iterator
         yield replace(pair, procs=4)
         yield replace(pair, procs=2, nodes=2)
         yield replace(pair, procs=2, launcher="torchrun")
-        yield accumulating(replace(pair, procs=2), batch)
-        if steps > 1:
-            yield replace(pair, procs=2, resume_after=(steps + 1) // 2)
 
 
 def clusters_here(environ: Mapping[str, str]) -> list[str]:
@@ -150,10 +146,70 @@ def clusters_here(environ: Mapping[str, str]) -> list[str]:
     return found
 
 
-def accumulating(pair: Pair, batch: int) -> Pair:
-    """The pair with about three unequal micro-batches a step, read by two loader processes."""
-    share = -(-batch // pair.parts)
-    return replace(pair, micro_batch_size=max(1, -(-share // 3)), workers=2)
+def with_more(
+    pairs: Sequence[Pair], train: TrainSpec, steps: int, reference: Pair = REFERENCE
+) -> tuple[list[Pair], dict[Pair, str]]:
+    """The pairs and what finds mistakes that they miss, of the fewest processes among them.
+
+    Micro-batches and loader processes show what depends on the number of forward passes, a resume
+    what no checkpoint has, and `exact` shows by bits what tolerances hide.
+
+    Returns:
+        The pairs, each once; and those that are left out, with the reason.
+    """
+    least = min(pairs, key=lambda pair: _plainness(pair, reference))
+    more = [accumulating(least, train)]
+    if steps > 1:
+        more.append(replace(least, resume_after=(steps + 1) // 2))
+    exact = replace(least, strategy="exact")
+    problem = _exact_problem(exact, train)
+    if problem is None:
+        more.append(exact)
+    left_out = {} if problem is None or exact in pairs else {exact: problem}
+    return list(dict.fromkeys([*pairs, *more])), left_out
+
+
+def _plainness(pair: Pair, reference: Pair) -> tuple[object, ...]:
+    """The least is the plainest pair of several processes."""
+    return (
+        pair.parts == 1,
+        pair.trainer != reference.trainer,
+        pair.strategy != "ddp",
+        pair.parts,
+        pair.nodes,
+        pair.launcher != REFERENCE.launcher,
+    )
+
+
+def _exact_problem(pair: Pair, train: TrainSpec) -> str | None:
+    """Why `exact` cannot run so, as far as that is known beforehand; None when it may."""
+    if pair.gpus:
+        return "on GPUs bits are not promised"
+    return catalog.pair_problem(pair.trainer, pair.strategy, pair.nodes) or catalog.shard_problem(
+        pair.strategy, train.virtual_shards, [pair.world_size]
+    )
+
+
+def accumulating(pair: Pair, train: TrainSpec) -> Pair:
+    """The pair with about three unequal micro-batches a step, read by two loader processes.
+
+    None of them has one sample alone, where a process has four or more.
+    """
+    parts = train.virtual_shards if pair.is_exact else pair.parts
+    least, most = train.global_batch_size // parts, -(-train.global_batch_size // parts)
+    about = max(1, -(-most // 3))
+    good = (
+        size
+        for shares in ((most, least, least - 1), (most, least))  # a short batch may have one less
+        for size in range(max(ENOUGH, about), most)
+        if all(last_piece(share, size) >= ENOUGH for share in shares)
+    )
+    return replace(pair, micro_batch_size=next(good, about), workers=2)
+
+
+def last_piece(samples: int, size: int) -> int:
+    """How many samples are in the last piece, when so many are cut into pieces of `size`."""
+    return samples % size or min(size, samples)
 
 
 def chosen(

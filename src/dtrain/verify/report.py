@@ -26,6 +26,10 @@ class Report:
     recording: Recording
     """Of the reference."""
     results: list[Result] = field(default_factory=list)
+    deep: bool = False
+    """Whether everything ran in fp64."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """By name: pairs that nobody asked for and that this job cannot be run as, and why."""
 
     @property
     def same(self) -> bool:
@@ -37,10 +41,12 @@ class Report:
         return {
             "job": self.job,
             "steps": self.steps,
+            "deep": self.deep,
             "samples_per_epoch": self.samples,
             "same": self.same,
             "reference": {"pair": self.reference, "loss": losses(self.recording)},
             "pairs": [_row(result) for result in self.results],
+            "left_out": [{"pair": name, "why": why} for name, why in self.left_out.items()],
         }
 
 

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 from dtrain.errors import PlanError
+from dtrain.recording import Wish
 from dtrain.verify.judge import Judge, Result
 from dtrain.verify.lab import Lab
-from dtrain.verify.pairs import REFERENCE, Pair, all_pairs, chosen, clusters_here
+from dtrain.verify.lengths import epoch_samples as lengths
+from dtrain.verify.pairs import (
+    ENOUGH,
+    REFERENCE,
+    Pair,
+    all_pairs,
+    chosen,
+    clusters_here,
+    with_more,
+)
 from dtrain.verify.report import Report
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What runs at this moment."""
+
+    row: int
+    """Of the table, from 1 on; 0 while the reference runs for the first time."""
+    rows: int
+    pair: str
+    """The row's pair, or the reference."""
+    again: str = ""
+    """What runs once more, and with what change; empty the first time."""
 
 
 class Session:
@@ -22,13 +45,16 @@ class Session:
         job: path of job.yaml.
         steps: optimizer steps of each run.
         strategies, trainers, launchers, nodes, procs: what to run; where all are empty,
-            everything that this machine can.
+            everything that this machine can. With micro-batches, resumed, and by `exact` as well.
+        only: nothing besides what these name.
         gpus: give each process a GPU.
+        deep: run everything in fp64, where no difference counts as rounding.
         epoch_samples: train on the first so many samples; `auto`: so few that five steps see a
             short last batch, unequal shares and a second epoch; `all`.
         overrides: settings of the job, as `--set` takes them.
         keep: where run directories stay; None: nowhere.
         pairs: exactly these, instead of what the above would give.
+        watch: called now and then while something runs.
 
     Raises:
         JobError, PlanError: the job is wrong, or cannot be run in any of the ways asked for.
@@ -44,19 +70,24 @@ class Session:
         launchers: Sequence[str] = (),
         nodes: Sequence[int] = (),
         procs: Sequence[int] = (),
+        only: bool = False,
         gpus: bool = False,
+        deep: bool = False,
         epoch_samples: int | str = "auto",
         overrides: Sequence[str] = (),
         keep: str | Path | None = None,
         pairs: Sequence[Pair] | None = None,
+        watch: Callable[[Progress], None] | None = None,
     ) -> None:
         self._lab = Lab(job, overrides=overrides, steps=steps, keep=keep)
-        batch = self._lab.spec.train.global_batch_size
+        if watch is not None:
+            self._lab.watch = lambda pair, wish: watch(self._progress(pair, wish))
+        train = self._lab.spec.train
         self._reference = replace(self._lab.reference, gpus=gpus)
         trainers = self._trainers(trainers)
         if pairs is not None:
             self.pairs = list(pairs)
-        elif strategies or launchers or nodes or procs or gpus:
+        elif strategies or launchers or nodes or procs or gpus or only:
             self.pairs = chosen(
                 trainers=trainers,
                 strategies=strategies,
@@ -67,9 +98,15 @@ class Session:
                 reference=self._reference,
             )
         else:
-            clusters = clusters_here(os.environ)
-            self.pairs = all_pairs(batch, steps, trainers, self._reference, clusters)
-        self._shorten(batch, epoch_samples)
+            self.pairs = all_pairs(trainers, self._reference, clusters_here(os.environ))
+        asked_for = set(self.pairs) if only or pairs is not None or "exact" in strategies else set()
+        self._left_out: dict[Pair, str] = {}
+        if not only and pairs is None:
+            self.pairs, self._left_out = with_more(self.pairs, train, steps, self._reference)
+        self._optional = {pair for pair in self.pairs if _may_be_impossible(pair)} - asked_for
+        self._done = 0
+        self._lab.wish = replace(self._lab.wish, fp64=deep)
+        self._shorten(epoch_samples)
         for pair in self.pairs:
             self._lab.check(pair)
         self._judge: Judge | None = None
@@ -99,6 +136,7 @@ class Session:
             RunFailed: the job does not even run as one process.
         """
         if self._judge is None:
+            self._lab.warm_up(self.pairs)
             self._judge = Judge(self._lab, self._reference)
             self._report = Report(
                 job=self._lab.spec.name,
@@ -106,6 +144,8 @@ class Session:
                 samples=self._judge.reference.steps[1].facts.get("num_samples"),
                 reference=self._reference.name,
                 recording=self._judge.reference,
+                deep=self._lab.wish.fp64,
+                left_out={pair.name: why for pair, why in self._left_out.items()},
             )
 
     def results(self) -> Iterator[Result]:
@@ -113,8 +153,21 @@ class Session:
         self.begin()
         assert self._judge is not None
         for result in self._judge.judge(self.pairs):
+            self._done += 1
+            if result.verdict == "failed" and result.pair in self._optional:
+                self.report.left_out[result.pair.name] = result.reason
+                continue
             self.report.results.append(result)
             yield result
+
+    def _progress(self, pair: Pair, wish: Wish) -> Progress:
+        rows = len(self.pairs)
+        if self._judge is None:
+            return Progress(0, rows, pair.name)
+        again = wish.beyond(self._lab.wish)
+        if pair == self._reference:
+            again = f"the reference {again}"
+        return Progress(self._done + 1, rows, self.pairs[self._done].name, again)
 
     def _trainers(self, asked: Sequence[str]) -> Sequence[str]:
         """Those asked for; of a LightningModule, the only one that can train it."""
@@ -129,13 +182,18 @@ class Session:
                 )
         return (only,)
 
-    def _shorten(self, batch: int, epoch_samples: int | str) -> None:
-        """Let the runs' epochs end early: two full batches and a short one for all processes."""
+    def _shorten(self, epoch_samples: int | str) -> None:
+        """Let the runs' epochs end early, unless all samples are asked for."""
         if epoch_samples == "all":
             return
-        most = max(pair.parts for pair in self.pairs)
-        rest = min(2 * most + 1, max(1, batch - 1))  # so that shares are unequal and none is empty
-        samples = 2 * batch + rest if isinstance(epoch_samples, str) else epoch_samples
+        train, evaluated = lengths(self._lab.spec, [self._reference, *self.pairs])
         self._lab.wish = replace(
-            self._lab.wish, max_train_samples=samples, max_eval_samples=batch + rest
+            self._lab.wish,
+            max_train_samples=train if isinstance(epoch_samples, str) else epoch_samples,
+            max_eval_samples=evaluated,
         )
+
+
+def _may_be_impossible(pair: Pair) -> bool:
+    """Whether some jobs that train cannot be trained so: sparse gradients, a norm of one sample."""
+    return pair.is_exact or (pair.micro_batch_size or ENOUGH) < ENOUGH

@@ -10,13 +10,15 @@ from textwrap import wrap
 from dtrain.verify.judge import Result
 from dtrain.verify.pairs import Pair
 from dtrain.verify.report import Report
+from dtrain.verify.session import Progress
 
-LEVELS = (
+_LEVELS = (
     "L0 same samples",
     "L1 same in fp64",
     "L2 same up to the last digits of fp32",
     "L3 same bits",
 )
+_DEEP_LEVELS = ("L0 same samples", "L1 same in fp64", "L3 same bits in fp64")
 _HEADS = ("pair", "level", "largest", "first difference", "verdict")
 
 Paint = Callable[[str, str], str]
@@ -40,18 +42,15 @@ class Table:
             paint: how a verdict gets its colour.
         """
         self._paint = paint
-        name = max([len(_HEADS[0]), *(len(pair.name) for pair in pairs)])
-        fixed = name + len(_HEADS[1]) + 8 + len("same, noise fixed") + 2 * 4
-        where = max(len(_HEADS[3]), min(48, width - fixed))
+        left = width - len(_HEADS[1]) - 8 - len("same, noise fixed") - 2 * 4
+        longest = max([len(_HEADS[0]), *(len(pair.name) for pair in pairs)])
+        name = min(longest, max(len(_HEADS[0]), left - len(_HEADS[3])))
+        where = max(len(_HEADS[3]), min(48, left - name))
         self._widths = (name, len(_HEADS[1]), 8, where)
 
     def head(self) -> str:
         """The line above the rows."""
         return self._line([*_HEADS])
-
-    def waiting(self, pair: Pair) -> str:
-        """Instead of a row, while the pair runs."""
-        return f"{pair.name.ljust(self._widths[0])}  …"
 
     def row(self, result: Result) -> str:
         """The row of a pair."""
@@ -65,6 +64,15 @@ class Table:
             _cut(cell, width).ljust(width) for cell, width in zip(cells, self._widths, strict=False)
         ]
         return "  ".join([*padded, cells[-1]]).rstrip()
+
+
+def waiting(progress: Progress, seconds: float, width: int) -> str:
+    """What stands below the rows while something runs: `row 3 of 11  ddp ×4  5 s`."""
+    place = f"row {progress.row} of {progress.rows}" if progress.row else "reference"
+    before, after = f"{place}  ", f"  {seconds:.0f} s"
+    if progress.again:
+        after = f"  {progress.again}{after}"
+    return f"{before}{_cut(progress.pair, max(1, width - 1 - len(before + after)))}{after}"
 
 
 def verdict_of(result: Result) -> tuple[str, str]:
@@ -82,13 +90,15 @@ def verdict_of(result: Result) -> tuple[str, str]:
 def opening(report: Report) -> str:
     """What is about to be compared."""
     samples = "" if report.samples is None else f", epochs of {report.samples} samples"
-    return f"{report.job}: {report.steps} steps{samples}; the reference is {report.reference}"
+    deep = " in fp64" if report.deep else ""
+    return f"{report.job}: {report.steps} steps{deep}{samples}; the reference is {report.reference}"
 
 
 def closing(report: Report, width: int) -> str:
     """What the levels mean, what is wrong and why, and the sum of it."""
-    blocks = ["\n".join(wrap("; ".join(LEVELS), width))]
+    blocks = ["\n".join(wrap(levels(report), width))]
     blocks += [each.text(width) for each in remarks(report.results)]
+    blocks += ["\n".join(wrap(each, width)) for each in left_out(report)]
     bad = [result for result in report.results if not result.passed]
     count = len(report.results)
     if not bad:
@@ -96,6 +106,19 @@ def closing(report: Report, width: int) -> str:
     else:
         blocks.append(f"{len(bad)} of {count} are not the same training")
     return "\n\n".join(blocks)
+
+
+def levels(report: Report) -> str:
+    """What the levels mean."""
+    return "; ".join(_DEEP_LEVELS if report.deep else _LEVELS)
+
+
+def left_out(report: Report) -> list[str]:
+    """A sentence for each reason why rows are left out that nobody asked for."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in report.left_out.items():
+        by_reason.setdefault(why, []).append(name)
+    return [f"left out: {', '.join(names)} ({why})" for why, names in by_reason.items()]
 
 
 def number(value: float) -> str:

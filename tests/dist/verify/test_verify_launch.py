@@ -12,13 +12,30 @@ from typing import Any
 
 import pytest
 
+from dtrain.recording import Wish
+from dtrain.rundir import list_runs
+from dtrain.verify.findings import GRADIENT
+from dtrain.verify.lab import Lab
+from dtrain.verify.lengths import epoch_samples
+from dtrain.verify.pairs import Pair, accumulating
 from support import ROOT
-from support.launch import TINY, descendants, dtrain, events, metrics, started, the_run, wait_for
+from support.launch import (
+    TINY,
+    alive,
+    descendants,
+    dtrain,
+    events,
+    metrics,
+    started,
+    the_run,
+    wait_for,
+)
 
 BUGS = ROOT / "tests" / "jobs" / "bugs"
 TEXT = ROOT / "examples" / "text" / "job.yaml"
 DOCUMENT = ROOT / "docs" / "same-training.md"
 
+DDP_2 = ("--strategy", "ddp", "--procs", "2")
 TIMEOUT_S = 900  # of a dozen launches, each 4 s on a free machine
 
 
@@ -29,7 +46,7 @@ def runs_in(temporary: Path) -> list[Path]:
 
 def test_a_bug_that_is_launched_is_found_and_shown(tmp_path: Path) -> None:
     done = dtrain(
-        "verify", "--strategy", "ddp", "--procs", "2", "--set", "launch.preload=[mean_of_means]",
+        "verify", *DDP_2, "--only", "--set", "launch.preload=[mean_of_means]",
         "--html", "page.html", BUGS / "job.yaml",
         cwd=tmp_path, timeout=TIMEOUT_S, env={"PYTHONPATH": str(BUGS), "TMPDIR": str(tmp_path)},
     )  # fmt: skip
@@ -43,7 +60,7 @@ def test_a_bug_that_is_launched_is_found_and_shown(tmp_path: Path) -> None:
 
 def test_a_pair_that_fails_is_told_with_its_verdict(tmp_path: Path) -> None:
     done = dtrain(
-        "verify", "--json", "--steps", "2", "--strategy", "ddp", "--procs", "2", "--keep", "kept",
+        "verify", "--json", "--steps", "2", *DDP_2, "--only", "--keep", "kept",
         "--set", "args.misbehave=raise", "--set", "args.at=2", TINY,
         cwd=tmp_path, timeout=TIMEOUT_S,
     )  # fmt: skip
@@ -56,6 +73,79 @@ def test_a_pair_that_fails_is_told_with_its_verdict(tmp_path: Path) -> None:
     assert pair["failure"].startswith("FAILED: rank 1 on node 0")
     assert "does not like this batch" in pair["failure"]
     assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def verified(cwd: Path, *arguments: str | Path) -> dict[str, dict[str, Any]]:
+    """What `--json` says of each row of the job with the bugs, by name."""
+    report = reported(cwd, *arguments, BUGS / "job.yaml")
+    return {pair["pair"]: pair for pair in report["pairs"]}
+
+
+def reported(cwd: Path, *arguments: str | Path) -> dict[str, Any]:
+    done = dtrain(
+        "verify", "--json", *arguments, cwd=cwd, timeout=TIMEOUT_S, env={"PYTHONPATH": str(BUGS)}
+    )
+    assert done.stdout, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def test_what_one_row_misses_is_found_by_those_that_come_with_it(tmp_path: Path) -> None:
+    bug = ("--set", "launch.preload=[momentum_lost]")
+    rows = verified(tmp_path, *DDP_2, *bug)
+    assert {name: row["verdict"] for name, row in rows.items()} == {
+        "ddp ×2": "same",
+        "ddp ×2, micro 3, 2 loaders": "same",
+        "ddp ×2, resumed": "different",
+        "exact ×2": "same",
+    }
+    assert list(verified(tmp_path, *DDP_2, *bug, "--only")) == ["ddp ×2"]
+
+
+def test_a_millionth_is_seen_in_fp64(tmp_path: Path) -> None:
+    asked = (*DDP_2, "--only", "--set", "launch.preload=[a_millionth_more]")
+    assert verified(tmp_path, *asked)["ddp ×2"]["verdict"] == "same"
+    row = verified(tmp_path, *asked, "--deep")["ddp ×2"]
+    assert (row["verdict"], row["level"], row["shrinks_in_fp64"]) == ("different", "L0", None)
+    assert row["finding"]["clause"] == GRADIENT
+    assert 1e-8 < row["largest_difference"]["value"] < 1e-5
+
+
+def test_a_job_without_a_bug_is_the_same_in_fp64(tmp_path: Path) -> None:
+    report = reported(tmp_path, "--deep", *DDP_2, BUGS / "job.yaml")
+    assert report["deep"] is True
+    levels = {row["pair"]: (row["verdict"], row["level"]) for row in report["pairs"]}
+    assert levels == {
+        "ddp ×2": ("same", "L1"),
+        "ddp ×2, micro 3, 2 loaders": ("same", "L1"),
+        "ddp ×2, resumed": ("same", "L3"),
+        "exact ×2": ("same", "L1"),
+    }
+
+
+def test_what_exact_cannot_train_is_left_out_unless_it_was_asked_for(tmp_path: Path) -> None:
+    job = ("--set", "launch.preload=[sparse]", BUGS / "job.yaml")
+    report = reported(tmp_path, "--strategy", "dp", "--procs", "2", *job)
+    assert report["same"] is True
+    assert len(report["pairs"]) == 3
+    ((left_out),) = report["left_out"]
+    assert left_out["pair"] == "exact ×2"
+    assert left_out["why"].startswith("table makes sparse gradients")
+    asked_for = reported(tmp_path, "--only", "--strategy", "exact", "--procs", "2", *job)
+    assert [row["verdict"] for row in asked_for["pairs"]] == ["failed"]
+
+
+def test_batch_norm_trains_in_shards_and_micro_batches() -> None:
+    """20 samples are 8 shards of 2 or 3; a short batch of 9 would leave one alone in most."""
+    job = ("args.norm=true", "train.global_batch_size=20")
+    with Lab(BUGS / "job.yaml", overrides=job) as lab:
+        pairs = [Pair("exact", procs=2), accumulating(Pair("ddp", procs=2), lab.spec.train)]
+        train, evaluated = epoch_samples(lab.spec, pairs)
+        lab.wish = Wish(max_train_samples=train, max_eval_samples=evaluated)
+        lab.warm_up(pairs)
+        for pair in pairs:
+            recording = lab.record(pair)
+            assert recording.last_step == 5
+            assert len(recording.ids(3)) < 20, "there was a short batch"
 
 
 @pytest.mark.parametrize(
@@ -101,6 +191,23 @@ def test_interrupted_it_leaves_nothing(tmp_path: Path) -> None:
     assert "Traceback" not in output
     assert wait_for(lambda: not any(process.is_running() for process in below), 20)
     assert runs_in(tmp_path) == []
+
+
+def test_killed_it_leaves_no_process(tmp_path: Path) -> None:
+    """Neither of the row that runs nor the server from which that was forked."""
+    asked = (*DDP_2, "--only", "--keep", "kept", "--set", "args.pause=0.2")
+    with started("verify", *asked, TINY, cwd=tmp_path) as it:
+        assert wait_for(lambda: workers_of_ddp(tmp_path / "kept"), 60)
+        below = descendants(it.pid)
+        assert len(below) >= 5  # server, node, agent, two ranks
+        it.send_signal(signal.SIGKILL)
+        it.communicate(timeout=60)
+        assert wait_for(lambda: not any(map(alive, below)), 20)
+
+
+def workers_of_ddp(kept: Path) -> bool:
+    starts = [event for run in list_runs(kept) for event in events(run, "workers_started")]
+    return any(len(start["pids"]) == 2 for start in starts)
 
 
 def test_the_text_example_trains(tmp_path: Path) -> None:

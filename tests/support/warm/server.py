@@ -27,7 +27,7 @@ from dtrain import procs
 
 _LARGEST = 1 << 20
 _STRATEGIES = ("ddp", "dp", "exact", "fsdp", "single")
-_WITH_TORCH = ("dtrain.node", "dtrain.export")
+_WITH_TORCH = ("dtrain.node", "dtrain.node.warm", "dtrain.export")
 _NAMESPACES = ("net", "uts", "ipc", "pid", "mnt")
 """`mnt` last: it brings another /proc."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36

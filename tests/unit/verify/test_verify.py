@@ -6,7 +6,7 @@ import math
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,16 +16,28 @@ from torch import nn
 
 from dtrain.cli.verify import command
 from dtrain.errors import PlanError, UsageError
+from dtrain.job.spec import JobSpec, TrainSpec
+from dtrain.launchers.local import LocalLauncher
 from dtrain.recording import RankLine, Recording, StepRecord, Tensors, Wish, Writer, read
 from dtrain.rundir import RunDir, append_line
+from dtrain.train.data.placement import GlobalBatch
 from dtrain.train.observe import adapt, digest
-from dtrain.verify import html, svg, text
+from dtrain.verify import html, svg, text, warmth
 from dtrain.verify.compare import L2, Comparison, compare
 from dtrain.verify.findings import DATA, ENDED_EARLY, Finding, exact_findings
 from dtrain.verify.judge import Result
-from dtrain.verify.pairs import REFERENCE, Pair, all_pairs, chosen, clusters_here
+from dtrain.verify.lengths import epoch_samples
+from dtrain.verify.pairs import (
+    REFERENCE,
+    Pair,
+    accumulating,
+    all_pairs,
+    chosen,
+    clusters_here,
+    with_more,
+)
 from dtrain.verify.report import Report
-from dtrain.verify.session import Session
+from dtrain.verify.session import Progress, Session
 from support import ROOT
 
 TINY = ROOT / "tests" / "jobs" / "tiny" / "job.yaml"
@@ -252,24 +264,22 @@ def test_a_run_that_ended_early() -> None:
 
 
 def test_everything_that_a_machine_can_run() -> None:
-    pairs = all_pairs(64, 5, ["native"])
-    names = [pair.name for pair in pairs]
-    assert REFERENCE not in pairs
+    with Session(TINY, trainers=["native"]) as session:
+        names = [pair.name for pair in session.pairs]
+        assert REFERENCE not in session.pairs
     assert len(set(names)) == len(names)
     assert {"dp ×2", "ddp ×2", "ddp ×4", "ddp 2 nodes ×2", "ddp ×2 by torchrun"} <= set(names)
-    assert "ddp ×2, micro 11, 2 loaders" in names
-    assert "ddp ×2, resumed" in names
-    assert "ddp ×2, resumed" not in [pair.name for pair in all_pairs(64, 1, ["native"])]
+    assert {"ddp ×2, micro 4, 2 loaders", "ddp ×2, resumed", "exact ×4"} <= set(names)
+    with Session(TINY, trainers=["native"], steps=1) as session:
+        assert "ddp ×2, resumed" not in [pair.name for pair in session.pairs]
 
 
 def test_of_a_lightning_module_one_process_of_lightning_is_the_reference() -> None:
     reference = Pair("single", trainer="lightning")
-    names = [pair.name for pair in all_pairs(64, 5, ["lightning"], reference)]
+    names = [pair.name for pair in all_pairs(["lightning"], reference)]
     assert reference.name not in names
-    assert {"lightning ddp ×2, resumed", "lightning ddp 2 nodes ×2", "lightning exact"} <= set(
-        names
-    )
-    assert "lightning ddp ×2, resumed" not in [p.name for p in all_pairs(64, 5, ["lightning"])]
+    assert {"lightning ddp 2 nodes ×2", "lightning exact"} <= set(names)
+    assert "lightning ddp 2 nodes ×2" not in [p.name for p in all_pairs(["lightning"])]
     assert choose(reference=reference, strategies=["single", "fsdp"], procs=[2]) == [
         "lightning fsdp ×2"
     ]
@@ -277,16 +287,17 @@ def test_of_a_lightning_module_one_process_of_lightning_is_the_reference() -> No
 
 def test_which_trainer_a_job_is_compared_with(tmp_path: Path) -> None:
     job = ROOT / "examples" / "lightning" / "job.yaml"
-    with Session(job, strategies=["ddp"], procs=[2]) as session:
+    with Session(job, strategies=["ddp"], procs=[2], only=True) as session:
         assert [pair.name for pair in session.pairs] == ["lightning ddp ×2"]
     with pytest.raises(PlanError, match="LitDigits is a LightningModule, which trainer 'native'"):
         Session(job, trainers=["lightning", "native"])
-    with Session(TINY, overrides=["trainer=lightning"], strategies=["ddp"], procs=[2]) as session:
+    chosen = {"strategies": ["ddp"], "procs": [2], "only": True}
+    with Session(TINY, overrides=["trainer=lightning"], **chosen) as session:
         assert [pair.name for pair in session.pairs] == ["ddp ×2"]
 
 
 def test_clusters_that_are_known_here_have_a_row_each(tmp_path: Path) -> None:
-    names = [pair.name for pair in all_pairs(64, 5, clusters=["slurm", "ray"])]
+    names = [pair.name for pair in all_pairs(clusters=["slurm", "ray"])]
     assert {"ddp ×2 by slurm", "ddp ×2 by ray"} <= set(names)
     assert clusters_here({"PATH": str(tmp_path)}) == []
     assert clusters_here({"PATH": str(tmp_path), "RAY_ADDRESS": "127.0.0.1:6379"}) == ["ray"]
@@ -337,6 +348,138 @@ def test_what_cannot_be_is_said(asked: dict[str, Any], message: str) -> None:
         choose(**asked)
 
 
+def rows(job: Path = TINY, **asked: Any) -> list[str]:
+    with Session(job, **asked) as session:
+        return [pair.name for pair in session.pairs]
+
+
+def test_what_is_chosen_comes_with_what_finds_more() -> None:
+    more = ["ddp ×2, micro 4, 2 loaders", "ddp ×2, resumed", "exact ×2"]
+    assert rows(strategies=["ddp"], procs=[2]) == ["ddp ×2", *more]
+    assert rows(procs=[4, 2], strategies=["exact", "ddp"]) == [
+        "exact ×4", "exact ×2", "ddp ×4", "ddp ×2", *more[:2],
+    ]  # fmt: skip
+    assert rows(trainers=["lightning"], strategies=["fsdp"], procs=[2]) == [
+        "lightning fsdp ×2", "lightning fsdp ×2, micro 4, 2 loaders",
+        "lightning fsdp ×2, resumed", "lightning exact ×2",
+    ]  # fmt: skip
+    assert rows(strategies=["ddp"], procs=[2], steps=1)[2:] == ["exact ×2"]
+    assert rows(strategies=["ddp"], procs=[2], only=True) == ["ddp ×2"]
+    assert rows(only=True) == [
+        "dp ×2",
+        "ddp ×2",
+        "ddp ×4",
+        "fsdp ×2",
+        "fsdp ×4",
+        "exact ×2",
+        "exact ×4",
+    ]
+
+
+def test_what_exact_cannot_is_known_beforehand() -> None:
+    train = TrainSpec(global_batch_size=16)
+    for pair, why in (
+        (Pair("ddp", procs=3), "which 3 processes cannot share evenly"),
+        (Pair("ddp", procs=2, gpus=True), "on GPUs bits are not promised"),
+    ):
+        pairs, left_out = with_more([pair], train, 5)
+        assert [each.strategy for each in pairs] == ["ddp"] * 3
+        ((exact, reason),) = left_out.items()
+        assert (exact.strategy, exact.procs) == ("exact", pair.procs)
+        assert why in reason
+    asked_for = [Pair("ddp", procs=3), Pair("exact", procs=3)]
+    assert with_more(asked_for, train, 5)[1] == {}
+
+
+@pytest.mark.parametrize(("batch", "micro"), [(64, 11), (16, 4), (12, 3), (8, 2), (6, 1), (2, 1)])
+def test_micro_batches_have_two_samples_where_there_are_four(batch: int, micro: int) -> None:
+    pair = accumulating(Pair("ddp", procs=2), TrainSpec(global_batch_size=batch))
+    assert pair.micro_batch_size == micro
+
+
+# -- how long epochs are ---------------------------------------------------------------------
+
+ROWS = [
+    REFERENCE,
+    Pair("dp", procs=2),
+    Pair("ddp", procs=2),
+    Pair("ddp", procs=4),
+    Pair("exact", procs=2),
+]
+
+
+def forward_passes(start: int, stop: int, pair: Pair, spec: JobSpec) -> list[int]:
+    """How many samples each has, as the trainer places them."""
+    batch = GlobalBatch(0, 0, start, stop)
+    parts = spec.train.virtual_shards if pair.is_exact else pair.world_size
+    passes = [
+        len(piece)
+        for part in range(parts)
+        for piece in batch.micro_batches(part, parts, pair.micro_batch_size)
+    ]
+    cut = pair.parts // pair.world_size
+    return [size // cut for size in passes] if pair.strategy == "dp" else passes
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 12, 16, 24, 32, 50, 64, 1000])
+def test_no_forward_pass_of_a_short_batch_has_one_sample_alone(batch: int) -> None:
+    spec = JobSpec(name="n", task="t", train=TrainSpec(global_batch_size=batch, steps=5))
+    pairs = [*ROWS, accumulating(ROWS[2], spec.train)]
+    train, evaluated = epoch_samples(spec, pairs)
+    assert 2 * batch <= train <= 3 * batch
+    assert batch < evaluated <= 2 * batch
+    if batch == 1:
+        return
+    assert train % batch != 0, "there is a short batch"
+    for pair in pairs:
+        enough = min(2, *forward_passes(0, batch, pair, spec))
+        if batch >= 24:
+            assert min(forward_passes(2 * batch, train, pair, spec)) >= enough, pair.name
+    if batch >= 12:
+        assert (train - 2 * batch) % 2, "shares are unequal"
+
+
+# -- which launches are warm -----------------------------------------------------------------
+
+
+class FakeServer:
+    """Notes what it should import, and starts nothing."""
+
+    made: ClassVar[list[list[str]]] = []
+    spawn = None
+
+    def __init__(self, modules: list[str]) -> None:
+        self.made.append(modules)
+
+    def is_ready(self) -> bool:
+        return len(self.made) == 1
+
+    def close(self) -> None:
+        self.made.clear()
+
+
+def test_all_but_the_reference_are_warm_with_a_server_for_each_trainer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(warmth, "WarmServer", FakeServer)
+    with Session(TINY, trainers=["native", "lightning"]) as session:
+        plans = {pair.name: session._lab._planned(pair) for pair in session.pairs}
+        reference = session._lab._planned(REFERENCE)
+    made = warmth.Warmth(reference, plans.values())
+    ((imported),) = FakeServer.made
+    assert len(set(imported)) == len(imported)
+    assert "dtrain.train.strategies.fsdp" in imported
+    assert "dtrain.train.trainers.native" in imported
+    assert not any("lightning" in module for module in imported)
+    assert made.launcher(reference) is None
+    assert isinstance(made.launcher(plans["ddp ×2"]), LocalLauncher)
+    assert made.launcher(plans["ddp ×2 by torchrun"]) is None
+    assert made.launcher(replace(plans["ddp ×2"], gpus_per_node=2)) is None
+    assert made.launcher(plans["lightning ddp ×2"]) is None, "its server is not ready"
+    assert len(FakeServer.made) == 2
+    made.close()
+
+
 # -- reports ---------------------------------------------------------------------------------
 
 
@@ -369,6 +512,43 @@ def test_the_table_fits_the_terminal(width: int) -> None:
     assert lines[4].endswith("same, noise fixed")
     assert lines[5].split() == ["ddp", "×4", "-", "0", "step", "3", "DIFFERENT"]
     assert lines[6].endswith("FAILED")
+    long = Pair("ddp", procs=2, trainer="lightning", micro_batch_size=11, workers=2)
+    table = text.Table([long], width)
+    assert len(table.row(replace(made.results[0], pair=long))) <= width
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_what_runs_fits_one_line(width: int) -> None:
+    long = replace(Pair("ddp", 2), title="a name " * 30).name
+    for progress in (Progress(3, 11, long), Progress(3, 11, long, "the reference again in fp64")):
+        line = text.waiting(progress, 12.4, width)
+        assert len(line) == width - 1
+        assert line.startswith("row 3 of 11  a name a name")
+        assert line.endswith(f"{progress.again}  12 s")
+    assert text.waiting(Progress(0, 11, "single"), 0, width) == "reference  single  0 s"
+
+
+def test_what_runs_again_is_said() -> None:
+    usual = Wish(max_train_samples=7)
+    assert usual.beyond(usual) == ""
+    assert (
+        replace(usual, fp64=True, own_noise=False).beyond(usual)
+        == "again in fp64, with noise fixed"
+    )
+    deep = replace(usual, fp64=True)
+    assert deep.beyond(deep) == ""
+    assert replace(usual, max_train_samples=9).beyond(usual) == "again"
+
+
+def test_a_deep_report_says_what_its_levels_mean() -> None:
+    deep = replace(report(), deep=True, left_out={"exact": "no", "exact ×2": "no"})
+    assert text.opening(deep).startswith("digits: 3 steps in fp64, epochs of 137")
+    said = text.closing(deep, 100)
+    assert "L3 same bits in fp64" in said
+    assert "L2" not in said
+    assert "left out: exact, exact ×2 (no)" in said
+    assert deep.to_json()["deep"] is True
+    assert deep.to_json()["left_out"][1] == {"pair": "exact ×2", "why": "no"}
 
 
 def test_what_is_said_below_the_table() -> None:

@@ -1,0 +1,76 @@
+"""How long the epochs of verify's runs are: short, and cut into parts that every layout can use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from dtrain import catalog
+from dtrain.job.spec import JobSpec
+from dtrain.verify.pairs import ENOUGH, Pair, last_piece
+
+
+def epoch_samples(spec: JobSpec, pairs: Sequence[Pair]) -> tuple[int, int]:
+    """(training, evaluation): two full batches and a short one; one full batch and a short one.
+
+    No share of the short batch is empty, and shares are unequal, where the job's batch is large
+    enough for that. No shard, share or micro-batch has one sample alone, unless that is so in a
+    full batch of the job, too.
+    """
+    batch = spec.train.global_batch_size
+    rest = _rest(batch, [_training(spec, pair) for pair in pairs], before=0)
+    seen = _rest(batch, [_evaluation(spec, pair) for pair in pairs], before=batch)
+    return 2 * batch + rest, batch + seen
+
+
+class _Cut:
+    """How many samples go through the model at a time."""
+
+    def __init__(self, parts: int, size: int | None, *, size_first: bool = False) -> None:
+        self.parts, self._size, self._size_first = parts, size, size_first
+
+    def fewest(self, samples: int) -> int:
+        """The fewest of any forward pass over so many samples; 0 when a part has none."""
+        steps = (self._pieces, self._shares) if self._size_first else (self._shares, self._pieces)
+        return min(each for first in steps[0](samples) for each in steps[1](first))
+
+    def is_even(self, samples: int) -> bool:
+        """Whether all parts have equally many."""
+        return self.parts > 1 and samples % self.parts == 0
+
+    def _shares(self, samples: int) -> Iterator[int]:
+        yield samples // self.parts
+        yield -(-samples // self.parts)
+
+    def _pieces(self, samples: int) -> Iterator[int]:
+        yield min(samples, self._size or samples)
+        yield last_piece(samples, self._size or max(1, samples))
+
+
+def _training(spec: JobSpec, pair: Pair) -> _Cut:
+    fact = catalog.STRATEGIES.get(pair.strategy)
+    in_one = fact is not None and fact.one_process
+    parts = spec.train.virtual_shards if pair.is_exact else pair.parts
+    return _Cut(parts, pair.micro_batch_size or spec.train.micro_batch_size, size_first=in_one)
+
+
+def _evaluation(spec: JobSpec, pair: Pair) -> _Cut:
+    """Every process evaluates its share in batches; `exact` all samples, in batches of a shard."""
+    parts = spec.train.virtual_shards if pair.is_exact else pair.world_size
+    share = -(-spec.train.global_batch_size // parts)
+    size = spec.eval.batch_size or pair.micro_batch_size or spec.train.micro_batch_size or share
+    return _Cut(1 if pair.is_exact else parts, size)
+
+
+def _rest(batch: int, cuts: Sequence[_Cut], before: int) -> int:
+    """The size of the short batch, which comes after `before` samples that are cut with it."""
+
+    def missing(rest: int) -> int:
+        """How many samples the cuts lack."""
+        wanted = ((min(ENOUGH, cut.fewest(batch)), cut.fewest(before + rest)) for cut in cuts)
+        return sum(max(0, enough - fewest) for enough, fewest in wanted)
+
+    def evenly(rest: int) -> int:
+        return sum(cut.is_even(before + rest) for cut in cuts)
+
+    rests = range(1, min(batch, 8 * max((cut.parts for cut in cuts), default=1)))
+    return min(rests, key=lambda rest: (missing(rest), evenly(rest), rest), default=1)
