@@ -2,7 +2,8 @@
 
 One training step of an MLP with 12 M parameters under DDP, and in turns after it: the ledger's
 comparison, a broadcast of every parameter from rank 0 with a comparison, and SHA-1 of every
-parameter with a gather. Prints each as a share of the step when done every k steps, in Markdown::
+parameter with a gather; and what is compared of a stream in every step, digests of four samples.
+Prints each as a share of the step when done every k steps, in Markdown::
 
     python benchmarks/checks.py --ranks 2
 
@@ -26,6 +27,7 @@ from dtrain.job.spec import ChecksSpec
 from dtrain.testing import run_ranks
 from dtrain.train.checks.ledger import KINDS, Ledger
 from dtrain.train.checks.subject import Subject
+from dtrain.train.data.content import digest, hash_of
 
 WIDTH, DEPTH, BATCH = 1024, 11, 64
 
@@ -69,8 +71,14 @@ def measure(rounds: int) -> dict[str, float]:
         optimizer.step()
         return True
 
+    samples = list(zip(x, y, strict=True))[:4]
+
+    def content() -> bool:
+        return hash_of({index: digest(sample) for index, sample in enumerate(samples)}) > 0
+
     ways: dict[str, Callable[[], bool]] = {
         "step": step,
+        "content": content,
         "ledger": lambda: not ledger.differing(ledger.words()),
         "broadcast": lambda: broadcast(plain),
         "sha1": lambda: sha1(plain),
@@ -108,6 +116,9 @@ def main() -> None:
     ):
         share = slowest[name] / options.every / slowest["step"]
         print(f"| {text} | {1e3 * slowest[name]:.1f} ms | {100 * share:.2f} % |")
+    share = slowest["content"] / slowest["step"]
+    text = "dtrain: of a stream, four samples in every step"
+    print(f"| {text} | {1e3 * slowest['content']:.2f} ms | {100 * share:.2f} % |")
 
 
 if __name__ == "__main__":

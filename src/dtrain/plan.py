@@ -18,6 +18,7 @@ from dtrain import catalog, ports, rundir
 from dtrain.errors import PlanError
 from dtrain.job.injection import parse_injection
 from dtrain.job.spec import JobSpec
+from dtrain.job.stream import sharded_problem
 from dtrain.remote.place import is_url
 from dtrain.remote.runs import staging
 from dtrain.rundir import RunDir
@@ -211,6 +212,9 @@ def make_plan(
     problem = catalog.shard_problem(job.strategy, job.train.virtual_shards, world_sizes)
     if problem:
         raise PlanError(problem, (*_SIZES, "strategy"))
+    problem = sharded_problem(job, world_sizes)
+    if problem:
+        raise PlanError(problem, ("data.stream", "strategy", *_SIZES))
     _refuse_absent_ranks(job, procs * nodes, facts.attempt)
     threads = _threads(launcher, options, facts.cores, nodes, procs * replicas)
     if facts.runs_url:

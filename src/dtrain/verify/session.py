@@ -80,6 +80,11 @@ class Session:
         watch: Callable[[Progress], None] | None = None,
     ) -> None:
         self._lab = Lab(job, overrides=overrides, steps=steps, keep=keep)
+        if self._lab.spec.data.stream == "sharded":
+            raise PlanError(
+                "dtrain verify compares with one process, which a stream that shards itself gives "
+                "another order than several (data.stream: sharded)"
+            )
         if watch is not None:
             self._lab.watch = lambda pair, wish: watch(self._progress(pair, wish))
         train = self._lab.spec.train

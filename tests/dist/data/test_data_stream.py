@@ -1,43 +1,70 @@
-"""Streams under the trainer: ranks that come apart, and what is said about an unknown length."""
+"""Streams under the trainer: ranks that are given other streams, and what is said of the length."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+import pytorch_lightning  # noqa: F401  before the ranks are forked; it takes each of them 3 s
 import torch
 from torch import nn
 
-from dtrain import Task
-from dtrain.errors import DtrainError
+from dtrain import Task, catalog
+from dtrain.errors import BlamedError, DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.rundir import RunDir
 from dtrain.testing import run_ranks
 from dtrain.train.context import TrainContext
-from dtrain.train.trainers.native import NativeTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 class Numbers(torch.utils.data.IterableDataset[Any]):
-    def __init__(self, n: int, more_on_rank: int | None) -> None:
-        self.n = n + (os.environ.get("RANK") == str(more_on_rank)) * 4
+    """0 to 21, or what a mistake makes of it on this rank."""
+
+    epoch = 0
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return (torch.full((1,), i / self.n) for i in range(self.n))
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        numbers = list(range(22))
+        info = torch.utils.data.get_worker_info()
+        if self.how in ("by rank", "by both"):
+            numbers = numbers[rank::world_size]
+        if self.how in ("by loader process", "by both") and info is not None:
+            numbers = numbers[info.id :: info.num_workers]
+        if self.how == "shuffled by rank":
+            random.Random(rank).shuffle(numbers)
+        if self.how == "one late":
+            numbers[20] += self.epoch * rank
+        if self.how.startswith("longer") and rank == 1:
+            numbers += range(22, 22 + int(self.how.split()[1]))
+        if self.how == "none" and rank == 1:
+            numbers = []
+        noise = self.how == "noise"
+        return (torch.tensor([each / 22 + noise * random.random()]) for each in numbers)
 
 
 class Mean(Task):
-    def __init__(self, more_on_rank: int | None) -> None:
-        self.more_on_rank = more_on_rank
+    def __init__(self, how: str) -> None:
+        self.how = how
 
     def model(self) -> nn.Module:
         return nn.Linear(1, 1)
 
     def train_dataset(self) -> Any:
-        return Numbers(22, self.more_on_rank)
+        return Numbers(self.how)
 
     def eval_dataset(self) -> Any:
         return torch.utils.data.TensorDataset(torch.ones(3, 1))
@@ -50,29 +77,51 @@ class Mean(Task):
         return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def train(folder: Path, more_on_rank: int | None) -> tuple[str | None, int]:
+Outcome = tuple[str | None, list[int], int | str]
+"""An error and its culprits; steps, or the parameters' digest of a training that ended well."""
+
+
+def train(
+    folder: Path,
+    how: str,
+    strategy: str = "ddp",
+    trainer: str = "native",
+    steps: int | None = None,
+    **data: Any,
+) -> Outcome:
     torch.set_num_threads(1)
     job = JobSpec.model_validate(
         {
             "name": "t",
             "task": "t:T",
-            "train": {"epochs": 2, "global_batch_size": 6},
+            "strategy": strategy,
+            "trainer": trainer,
+            "train": {
+                "epochs": 2,
+                "steps": steps,
+                "global_batch_size": 6,
+                "micro_batch_size": 2,
+            },
+            "data": data,
             "eval": {"every_epochs": 1},
             "log": {"every_steps": 1},
         }
     )
     run = RunDir(folder)
     run.create()
-    task = Mean(more_on_rank)
-    context = TrainContext(job, run, RankInfo.from_env(), 0, task, torch.device("cpu"))
+    context = TrainContext(job, run, RankInfo.from_env(), 0, Mean(how), torch.device("cpu"))
     try:
-        return None, NativeTrainer(context).run().steps
+        return None, [], catalog.load("trainer", trainer)(context).run().steps
     except DtrainError as error:
-        return str(error), 0
+        return str(error), error.culprits if isinstance(error, BlamedError) else [], 0
+
+
+def each(folder: Path, calls: list[dict[str, Any]]) -> list[Outcome]:
+    return [train(folder / str(index), **call) for index, call in enumerate(calls)]
 
 
 def test_epochs_end_when_the_stream_ends(tmp_path: Path) -> None:
-    assert run_ranks(train, 2, tmp_path, None) == [(None, 8)] * 2
+    assert run_ranks(train, 2, tmp_path, "right") == [(None, [], 8)] * 2
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["split"] == "eval"] == [4, 8]
     assert [line["epoch"] for line in lines if line["split"] == "train"] == [0] * 4 + [1] * 4
@@ -81,10 +130,62 @@ def test_epochs_end_when_the_stream_ends(tmp_path: Path) -> None:
     assert (started["total_steps"], started["total_epochs"]) == (None, 2)
 
 
-def test_ranks_whose_streams_differ_stop_at_once(tmp_path: Path) -> None:
-    errors = [error for error, _ in run_ranks(train, 2, tmp_path, 1)]
-    for rank, stop in ((0, 21), (1, 23)):
-        error = errors[rank]
+def test_equal_streams_raise_no_alarm(tmp_path: Path) -> None:
+    """Noise from global generators is seeded, and the loader process is hidden."""
+    calls = [
+        {"how": how, "workers": workers}
+        for how in ("right", "noise", "by loader process")
+        for workers in (0, 2)
+    ]
+    assert run_ranks(each, 3, tmp_path, calls) == [[(None, [], 8)] * len(calls)] * 3
+    assert run_ranks(train, 1, tmp_path / "alone", "by rank") == [(None, [], 8)]
+
+
+def test_neither_does_a_resume(tmp_path: Path) -> None:
+    """In the middle of an epoch, on another number of ranks, with loader processes."""
+    assert run_ranks(train, 3, tmp_path, "noise", steps=3) == [(None, [], 3)] * 3
+    assert run_ranks(train, 2, tmp_path, "noise", workers=2) == [(None, [], 8)] * 2
+
+
+def test_trainer_lightning_compares_too(tmp_path: Path) -> None:
+    calls = [{"how": how, "trainer": "lightning"} for how in ("right", "one late", "longer 1")]
+    for right, late, longer in run_ranks(each, 2, tmp_path, calls):
+        assert right == (None, [], 8)
+        assert "seen in step 8" in str(late[0])
+        assert "seen in step 4" in str(longer[0])
+
+
+MISTAKES: list[tuple[str, str, list[int]]] = [
+    ("by rank", "seen in step 1:\nranks 1, 2 and rank 0 differ; no majority", []),
+    ("by both", "position 0 of epoch 0 is the first that differs", []),
+    ("shuffled by rank", "seen in step 1:\nranks 1, 2 and rank 0 differ", []),
+    ("one late", "seen in step 8:\nranks 1, 2 and rank 0 differ", []),
+    ("longer 1", "seen in step 4:\nrank 1 differs from the others\n", [1]),
+    ("longer 1", "position 22 of epoch 0 is the first that differs: the stream ends there on", [1]),
+    ("longer 4", "ends there on rank 0 and goes on on rank 1", [1]),
+    ("none", "ends there on rank 1 and goes on on rank 0", [1]),
+]
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 3), ("fsdp", 3), ("exact", 2)])
+def test_every_difference_ends_with_one_error(
+    tmp_path: Path, strategy: str, world_size: int
+) -> None:
+    """Nothing hangs, though ranks with other lengths have other numbers of forwards."""
+    calls = [{"how": how, "strategy": strategy} for how, *_ in MISTAKES]
+    outcomes = run_ranks(each, world_size, tmp_path, calls)
+    for index, (_, message, culprits) in enumerate(MISTAKES):
+        (error,) = {rank[index][0] for rank in outcomes}  # the same on all ranks
         assert error is not None
-        assert f"step 4: other ranks are not at positions 18 to {stop} of epoch 0" in error
-        assert f"as rank {rank} is" in error
+        if world_size == 2:
+            message, culprits = "ranks 0 and 1 differ; with two ranks nobody can tell", []
+        assert message in error
+        assert [rank[index][1] for rank in outcomes] == [culprits] * world_size
+        assert "a stream must give every rank the same samples in the same order" in error
+        assert "data.stream: sharded" in error
+
+
+def test_the_comparison_can_be_turned_off(tmp_path: Path) -> None:
+    assert (
+        run_ranks(train, 2, tmp_path, "shuffled by rank", exactly_once=False) == [(None, [], 8)] * 2
+    )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dtrain.train.data.loader import eval_requests, train_requests
 from dtrain.train.data.order import shuffled
 from dtrain.train.data.permutation import Permutation
-from dtrain.train.data.placement import Course, Position, pieces, shard
+from dtrain.train.data.placement import Course, GlobalBatch, Position, pieces, shard
 
 sizes = st.integers(1, 60)
 
@@ -98,3 +98,21 @@ def test_evaluation_visits_every_sample_once(n: int, world_size: int, batch: int
         for sample in request.samples.tolist()
     ]
     assert visited == list(range(n))
+
+
+@given(
+    shares=st.lists(st.integers(0, 30), min_size=1, max_size=9).map(tuple),
+    start=st.integers(0, 100),
+    micro=st.one_of(st.none(), st.integers(1, 9)),
+)
+def test_shares_that_ranks_bring_are_dealt_in_turn(
+    shares: tuple[int, ...], start: int, micro: int | None
+) -> None:
+    world_size = len(shares)
+    batch = GlobalBatch(0, 0, start, start + sum(shares), shares=shares)
+    parts = [batch.micro_batches(rank, world_size, micro) for rank in range(world_size)]
+    assert [sum(map(len, each)) for each in parts] == list(shares)
+    dealt = [position for each in parts for part in each for position in part]
+    assert dealt == list(range(batch.start, batch.stop))
+    assert len(parts[batch.fullest()]) == max(map(len, parts))
+    assert batch.reaches_every_rank(world_size) == all(parts)

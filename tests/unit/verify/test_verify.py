@@ -594,3 +594,8 @@ def test_any_values_can_be_drawn(values: list[float | None], log: bool) -> None:
     ElementTree.fromstring(picture)
     assert "nan" not in picture
     assert "inf" not in picture
+
+
+def test_a_stream_that_shards_itself_has_no_reference() -> None:
+    with pytest.raises(PlanError, match="which a stream that shards itself gives another order"):
+        Session(TINY, overrides=["data.stream=sharded"])

@@ -5,8 +5,7 @@ Slower than the ledger by far, and only ever run on a mismatch. Called by all ra
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from dtrain.train.checks import digest
 from dtrain.train.checks.chain import first_difference
 from dtrain.train.checks.ledger import KINDS
 from dtrain.train.checks.subject import COLLECTIVES, KEPT, NUMBERS, Subject
+from dtrain.train.vote import Vote, vote
 
 _MAX_KINDS = 4
 
@@ -31,23 +31,6 @@ class Mismatch:
     """The ranks that differ from the majority; empty when there is no majority."""
     text: str
     """For people; several lines."""
-
-
-@dataclass(frozen=True)
-class Vote:
-    """What a majority of the ranks holds, and who holds something else."""
-
-    reference: int
-    """A rank of the majority, or rank 0."""
-    others: tuple[int, ...]
-    """Ranks that hold something else than the reference."""
-    decided: bool
-    """Whether there is a majority."""
-
-    @property
-    def culprits(self) -> tuple[int, ...]:
-        """The ranks that differ from the majority; empty when there is none."""
-        return self.others if self.decided else ()
 
 
 def locate(subject: Subject, words: list[int], kinds: list[str]) -> Mismatch:
@@ -66,30 +49,7 @@ def locate(subject: Subject, words: list[int], kinds: list[str]) -> Mismatch:
         first = first or ballot
         lines.append(f"{kind}: {_difference(subject, kind, ballot)}")
     assert first is not None
-    return Mismatch(tuple(kinds), first.culprits, "\n".join([_who(first, len(everyone)), *lines]))
-
-
-def vote(values: Sequence[Any]) -> Vote:
-    """Who differs from the majority.
-
-    Args:
-        values: of all ranks.
-    """
-    (value, votes), *_ = Counter(values).most_common()
-    decided = 2 * votes > len(values)
-    reference = values.index(value) if decided else 0
-    others = tuple(rank for rank, theirs in enumerate(values) if theirs != values[reference])
-    return Vote(reference, others, decided)
-
-
-def _who(ballot: Vote, world_size: int) -> str:
-    ranks = ", ".join(map(str, ballot.others))
-    plural = "ranks" if len(ballot.others) > 1 else "rank"
-    if ballot.decided:
-        return f"{plural} {ranks} {'differ' if plural == 'ranks' else 'differs'} from the others"
-    if world_size == 2:
-        return "ranks 0 and 1 differ; with two ranks nobody can tell which is right"
-    return f"{plural} {ranks} and rank 0 differ; no majority says which is right"
+    return Mismatch(tuple(kinds), first.culprits, "\n".join([str(first), *lines]))
 
 
 def _difference(subject: Subject, kind: str, ballot: Vote) -> str:

@@ -21,7 +21,8 @@ from dtrain.train import collectives
 from dtrain.train.checkpoint.state import plain_name
 from dtrain.train.checks import digest
 from dtrain.train.checks.errors import ReplicaError
-from dtrain.train.checks.locate import element_difference, vote
+from dtrain.train.checks.locate import element_difference
+from dtrain.train.vote import vote
 
 logger = logging.getLogger(__name__)
 

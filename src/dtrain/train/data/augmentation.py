@@ -109,6 +109,20 @@ class Augmentation:
         finally:
             Now.key = None
 
+    def sample(self, epoch: int, sample: int) -> Any:
+        """One sample alone, as it would be in a batch; whatever was drawn, it is put back."""
+        generators = global_generators()
+        outer = [generator.capture() for generator in generators]
+        (word,) = sample_words("sample", self._seed, epoch, np.array([sample])).tolist()
+        Now.key = self._seed, epoch
+        try:
+            _seed(generators, word, None)
+            return self._plain([sample])[0]
+        finally:
+            Now.key = None
+            for generator, state in zip(generators, outer, strict=True):
+                generator.restore(state)
+
     def _first(self, epoch: int, samples: Ids) -> Any:
         """Seed all generators, and see which are used."""
         everything = global_generators()

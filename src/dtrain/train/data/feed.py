@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import abc
+import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+import numpy as np
+from torch.utils.data import TensorDataset
 
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.task import Task
-from dtrain.train.data.fetch import Fetched, Fetcher, Request, check_dataset
+from dtrain.train.data import samples
+from dtrain.train.data.augmentation import sample_words
+from dtrain.train.data.fetch import Fetched, Fetcher, Probe, Request, check_dataset
 from dtrain.train.data.loader import Loader, train_requests
 from dtrain.train.data.order import Order, order_of
 from dtrain.train.data.permutation import Ids
 from dtrain.train.data.placement import Course, GlobalBatch, Position
 from dtrain.train.data.proof import Proof, Split
 
+logger = logging.getLogger(__name__)
+
 Step = tuple[GlobalBatch, Iterator[tuple[int, Any]], int]
 """A global batch; this rank's micro-batches of it, as (samples, batch); how many there are."""
+
+_NUM_PROBED = 3
+"""Samples that are read before the first step, to be compared."""
 
 Watch = Callable[[Iterable[Request]], Iterator[Request]]
 """Passes on requests in order; for whoever wants to see them."""
@@ -38,6 +50,9 @@ class Feed(abc.ABC):
         self.proof = Proof(order, ranks, spec.seed) if spec.data.exactly_once else None
         self.watchers: list[Callable[[Ids], None]] = []
         """Told the ids of each micro-batch that was read, as the data set was asked for them."""
+        self.meets = False
+        """Whether ranks are to agree on a step before it begins, not in it: those of a strategy
+        that meets in its forwards."""
 
     @abc.abstractmethod
     def batches(
@@ -53,21 +68,29 @@ class Feed(abc.ABC):
         """
 
     def agree(self, batch: GlobalBatch, total: float) -> None:
-        """Make sure that all ranks were at the same place in a step.
+        """Make sure that all ranks did the same step.
 
         Args:
             batch: this rank's.
             total: the sum of all ranks' `batch.fingerprint`.
 
         Raises:
-            DtrainError: they were not.
+            DtrainError: on all ranks; they did not.
         """
         if total != self.ranks.world_size * batch.fingerprint:
-            raise DtrainError(
-                f"step {batch.step + 1}: other ranks are not at positions {batch.start} to "
-                f"{batch.stop - 1} of epoch {batch.epoch} as rank {self.ranks.rank} is; a stream "
-                "must give every rank the same samples, dtrain gives each its part"
-            )
+            raise self._parted(batch)
+
+    def _parted(self, batch: GlobalBatch) -> DtrainError:
+        """What to say when ranks did not do the same step; called by all ranks."""
+        return DtrainError(
+            f"step {batch.step + 1}: other ranks are not at positions {batch.start} to "
+            f"{batch.stop - 1} of epoch {batch.epoch} as rank {self.ranks.rank} is"
+        )
+
+    def samples_read(self) -> list[int] | None:
+        """After the last step of an epoch: how many samples each rank brought; None: it did not
+        bring its own."""
+        return None
 
     def check(self) -> None:
         """Prove what was read since the last check; called by all ranks, at step boundaries.
@@ -122,6 +145,8 @@ class MapFeed(Feed):
         train = spec.train
         course = Course(order.num_samples, train.global_batch_size, train.epochs, train.steps)
         super().__init__(dataset, spec, ranks, order, course)
+        if order.remark and ranks.is_rank_zero:
+            logger.warning("%s", order.remark)
         self._fetcher = Fetcher(dataset, task, spec.seed)
         self._loader = Loader(self._fetcher, spec.data, spec.seed, pin_memory=pin_memory)
 
@@ -130,7 +155,12 @@ class MapFeed(Feed):
     ) -> Iterator[Step]:
         """See `Feed`."""
         requests = train_requests(self.course.batches(step, position), self.order, split)
-        fetched = self._loader.fetched(watch(requests))
+        probes = self._probes(step, position)
+        # the first to be asked for, and so read where all samples are: a data set may open its
+        # files when it is read first, and must not have done so before loader processes are forked
+        fetched = self._loader.fetched(itertools.chain(probes, watch(requests)))
+        for probe in probes:
+            samples.compare(probe, next(fetched).batch, self._fetcher.sample, self.ranks)
         for batch in self.course.batches(step, position):
             num_micro_batches = len(split(batch))
             self._begin(batch, split)
@@ -143,6 +173,20 @@ class MapFeed(Feed):
     def close(self) -> None:
         """See `Feed`."""
         self._loader.close()
+
+    def _probes(self, step: int, position: Position) -> list[Probe]:
+        """The samples that are compared before the first step, if any."""
+        if not self.spec.data.exactly_once or type(self.dataset) is TensorDataset:
+            return []  # all of the latter's content is part of its fingerprint
+        course, begin = self.course, position.consumed
+        left = (course.total_steps or 0) - step
+        end = min(self.order.num_samples, begin + left * course.global_batch_size)
+        if end <= begin:
+            return []
+        words = sample_words("probe", self.spec.seed, step, np.arange(_NUM_PROBED))
+        places = begin + (words % np.uint64(end - begin)).astype(np.int64)
+        ids = self.order.epoch(position.epoch).at(np.unique(places))
+        return [Probe(position.epoch, ids)]
 
     def _take(self, fetched: Iterator[Fetched], number: int) -> Iterator[tuple[int, Any]]:
         for _ in range(number):

@@ -14,6 +14,8 @@ from torch.utils.data import TensorDataset
 from dtrain.errors import DtrainError
 from dtrain.task import Task
 from dtrain.train.data.augmentation import Augmentation
+from dtrain.train.data.content import digest
+from dtrain.train.data.generators import drawn_from
 from dtrain.train.data.permutation import Ids
 
 EVALUATION_EPOCH = -1
@@ -28,6 +30,22 @@ class Request:
 
     epoch: int
     samples: Ids
+
+
+@dataclass(frozen=True)
+class Probe(Request):
+    """A few samples to read twice, each alone; their batch is a `Probed`."""
+
+
+class Probed(NamedTuple):
+    """What the samples of a probe hold."""
+
+    first: tuple[int, ...]
+    """The digest of each when it was read first."""
+    second: tuple[int, ...]
+    """And then once more."""
+    generators: tuple[str, ...]
+    """Attributes of the data set that hold generators which it draws from."""
 
 
 class Fetched(NamedTuple):
@@ -65,6 +83,7 @@ class Fetcher:
             self._columns = dataset.tensors
         read = functools.partial(operator.getitem, dataset)
         several = getattr(dataset, "__getitems__", None)
+        self._dataset = dataset
         self._augmentation = Augmentation(read, several, task.collate, seed)
 
     def __call__(self, request: Request) -> Any:
@@ -78,7 +97,21 @@ class Fetcher:
     def fetch(self, request: Request) -> Fetched:
         """The batch for a request, on the CPU, with the ids that the data set was asked for."""
         asked = request.samples
+        if isinstance(request, Probe):
+            return Fetched(asked, self._probed(request))
         if self._columns is not None:  # what default_collate makes of the rows, 30 times sooner
             rows = torch.from_numpy(asked)
             return Fetched(asked, [column.index_select(0, rows) for column in self._columns])
         return Fetched(asked, self._augmentation.batch(request.epoch, asked))
+
+    def sample(self, epoch: int, sample: int) -> Any:
+        """One sample alone, as it would be in a batch."""
+        return self._augmentation.sample(epoch, sample)
+
+    def _probed(self, request: Request) -> Probed:
+        def read() -> tuple[int, ...]:
+            return tuple(digest(self.sample(request.epoch, i)) for i in request.samples.tolist())
+
+        first, second = read(), read()
+        names = () if first == second else tuple(drawn_from(self._dataset, read))
+        return Probed(first, second, names)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import random
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -142,3 +144,53 @@ def global_generators() -> list[Generator]:
         gpu = torch.cuda.default_generators[torch.cuda.current_device()]
         return [*_ON_CPU, _Torch(gpu)]
     return list(_ON_CPU)
+
+
+_OWN = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_MAX_DEPTH = 5
+_MAX_LOOKED_AT = 1000
+
+
+def drawn_from(holder: Any, read: Callable[[], Any]) -> list[str]:
+    """Generators that an object holds itself and draws from in `read`, as `rng` or `crop.rng`."""
+    held = dict(_held(holder))
+    before = {path: _place(generator) for path, generator in held.items()}
+    read()
+    return [path for path, generator in held.items() if _place(generator) != before[path]]
+
+
+def _place(generator: Any) -> str:
+    """Where a generator stands, comparable."""
+    for name in ("getstate", "get_state"):
+        if hasattr(generator, name):
+            state = getattr(generator, name)()
+            return str(state.tolist() if isinstance(state, torch.Tensor) else state)
+    return str(generator.bit_generator.state)
+
+
+def _held(holder: Any) -> Iterator[tuple[str, Any]]:
+    """Attributes that hold generators other than the global ones."""
+    known = {id(random._inst), id(torch.default_generator)}
+    queue = deque([("", holder, 0)])
+    for _ in range(_MAX_LOOKED_AT):
+        if not queue:
+            return
+        path, value, depth = queue.popleft()
+        if id(value) in known:
+            continue
+        known.add(id(value))
+        if isinstance(value, _OWN):
+            yield path, value
+        elif depth < _MAX_DEPTH:
+            for step, inner in _inside(value):
+                queue.append(((path + step).removeprefix("."), inner, depth + 1))
+
+
+def _inside(value: Any) -> Iterator[tuple[str, Any]]:
+    """What an object holds, and how to get there from it."""
+    if isinstance(value, dict):
+        yield from ((f"[{key!r}]", inner) for key, inner in value.items())
+    elif isinstance(value, list | tuple) and len(value) < _MAX_LOOKED_AT:
+        yield from ((f"[{index}]", inner) for index, inner in enumerate(value))
+    else:
+        yield from ((f".{name}", inner) for name, inner in getattr(value, "__dict__", {}).items())

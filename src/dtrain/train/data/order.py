@@ -15,6 +15,8 @@ from dtrain.train.data.permutation import MAX_SAMPLES, PERMUTATION_VERSION, Ids,
 from dtrain.train.data.weighted import WEIGHTED_VERSION, WeightedEpoch, Weights
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 
+_MAX_SHOWN = 4
+
 
 class EpochOrder(Protocol):
     """The order of one epoch."""
@@ -50,6 +52,8 @@ class Order:
         self.num_ids = num_ids
         self.name = name
         self.once = once
+        self.remark = ""
+        """What somebody should hear of it, in words."""
         self._make = make
         self._made: dict[int, EpochOrder] = {}
 
@@ -78,10 +82,10 @@ def in_turn(num_samples: int) -> Order:
     return Order(num_samples, "not shuffled", lambda _: plain, once=True, num_ids=num_samples)
 
 
-def of_stream() -> Order:
+def of_stream(name: str = "a stream") -> Order:
     """The order in which a stream gives its samples; ids are positions."""
     endless = Permutation(MAX_SAMPLES, 0, 0, shuffle=False)
-    return Order(MAX_SAMPLES, "a stream", lambda _: endless, once=True, num_ids=0)
+    return Order(MAX_SAMPLES, name, lambda _: endless, once=True, num_ids=0)
 
 
 def weighted(weights: Any, num_samples: int, seed: int) -> Order:
@@ -115,6 +119,7 @@ def custom(make: Callable[[int], Any], dataset_size: int) -> Order:
         num_ids=dataset_size,
     )
     order._made[0] = first
+    order.remark = first.remark()
     return order
 
 
@@ -197,6 +202,23 @@ class _CustomEpoch:
             return str(own() if callable(own) else own)
         return xxhash.xxh3_64_hexdigest(self.block(0, min(self.n, 4096)).tobytes())
 
+    def remark(self) -> str:
+        """Ids that come again or never, where the order looks like one of all samples.
+
+        They may do so; but one that is as long as the data set is likely meant to hold each once.
+        """
+        if self._ids is None or self.n != self._size:
+            return ""
+        counts = np.bincount(self._checked(self._ids, 0), minlength=self._size)
+        again, never = np.flatnonzero(counts > 1), np.flatnonzero(counts == 0)
+        if not again.size:
+            return ""
+        often = "twice" if counts.max() == 2 else "more than once"
+        return (
+            f"sample_order(): {len(again)} {'id comes' if len(again) == 1 else 'ids come'} {often} "
+            f"({_some(again)}), {len(never)} never ({_some(never)})"
+        )
+
     def _checked(self, ids: Ids, start: int) -> Ids:
         outside = np.flatnonzero((ids < 0) | (ids >= self._size))
         if outside.size:
@@ -221,3 +243,9 @@ def _as_ids(given: Any) -> Ids:
             "block(start, stop)"
         )
     return ids.astype(np.int64, copy=False)
+
+
+def _some(ids: Ids) -> str:
+    """The first few of some ids."""
+    shown = ", ".join(map(str, ids[:_MAX_SHOWN].tolist()))
+    return shown + (", …" if len(ids) > _MAX_SHOWN else "")

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import xxhash
+
 
 def shard(n: int, rank: int, world_size: int) -> range:
     """The contiguous part of `range(n)` that falls to a rank; sizes differ by at most one.
@@ -41,28 +43,49 @@ class GlobalBatch:
     room: int | None = None
     """The size from which shares are cut; None: that of the batch. A stream's last batch is dealt
     like a full one with its end missing: that it is short shows only when it has been read."""
+    shares: tuple[int, ...] | None = None
+    """Samples of each rank, where every rank brings its own; None: the shares are cut alike."""
+    content: int = 0
+    """A digest of what the samples hold, where that is known."""
 
     @property
     def size(self) -> int:
         """Samples in this step, over all ranks."""
         return self.stop - self.start
 
+    def part(self, rank: int, world_size: int) -> range:
+        """The positions (in the epoch) of a rank; empty for an idle one."""
+        if self.shares is not None:
+            start = self.start + sum(self.shares[:rank])
+            return range(start, start + self.shares[rank])
+        mine = shard(self.room or self.size, rank, world_size)
+        start = min(self.start + mine.start, self.stop)
+        return range(start, min(self.start + mine.stop, self.stop))
+
     def micro_batches(
         self, rank: int, world_size: int, micro_batch_size: int | None
     ) -> tuple[range, ...]:
         """The positions (in the epoch) of each micro-batch of a rank; none for an idle rank."""
-        mine = shard(self.room or self.size, rank, world_size)
-        start = min(self.start + mine.start, self.stop)
-        return pieces(range(start, min(self.start + mine.stop, self.stop)), micro_batch_size)
+        return pieces(self.part(rank, world_size), micro_batch_size)
 
     @property
     def fingerprint(self) -> float:
-        """A number that other batches hardly have; sums of 2**21 of them are exact in fp64."""
-        return float((self.epoch * 0x9E3779B1 + self.start * 0x85EBCA77 + self.stop) % 2**32)
+        """A number that other batches hardly have; sums of 2**21 of them are exact in fp64.
+
+        It is a hash, so that ranks with several others cannot have one of them for their mean.
+        """
+        told = (self.epoch, self.start, self.stop, self.ends_epoch, self.content)
+        return float(xxhash.xxh32_intdigest(repr(told).encode()))
+
+    def fullest(self) -> int:
+        """A rank that has as many samples of this step as any."""
+        return 0 if self.shares is None else self.shares.index(max(self.shares))
 
     def reaches_every_rank(self, world_size: int) -> bool:
         """Whether every rank has at least one sample of this step; the last is short first."""
-        return bool(self.micro_batches(world_size - 1, world_size, None))
+        if self.shares is not None:
+            return min(self.shares) > 0
+        return bool(self.part(world_size - 1, world_size))
 
     @property
     def after(self) -> Position:

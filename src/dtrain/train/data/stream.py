@@ -3,14 +3,16 @@
 Every process reads the whole stream, in blocks of one global batch, and keeps its own share: rank
 r takes its part of each block, loader process w of K the blocks w, w + K, … So the global order is
 the stream's order whatever the layout, provided that the data set gives every process the same
-stream: it must not look at its rank, and cannot look at the loader process, which is hidden from
-it. What it draws from global generators is seeded at every block, the same everywhere.
+stream: it must not look at its rank (what it gives is compared, see `stream_feed`), and cannot
+look at the loader process, which is hidden from it. What it draws from global generators is seeded
+at every block, the same everywhere.
 """
 
 from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from torch.utils.data import IterableDataset
 from dtrain.errors import DtrainError
 from dtrain.task import Task
 from dtrain.train.data.augmentation import Now, seed_for
+from dtrain.train.data.content import digest
 from dtrain.train.data.fetch import Collate, Fetched
 from dtrain.train.data.generators import global_generators
 
@@ -54,6 +57,13 @@ class Resume:
     """Samples of the epoch that were consumed."""
     state: Any
     """The data set's own at that position; None to read through everything before."""
+    ended: bool = False
+    """Whether nothing comes after; the data set need not know that of its state."""
+
+    @property
+    def begins_there(self) -> bool:
+        """Whether nothing is to be read through."""
+        return self.ended or self.state is not None
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,8 @@ class BlockRequest:
     parts: tuple[range, ...]
     """Positions, contiguous; the stream may end before them."""
     with_state: bool
+    compared: Collection[int]
+    """Positions whose samples are digested."""
 
 
 class Block(NamedTuple):
@@ -80,17 +92,31 @@ class Block(NamedTuple):
     parts: list[Fetched]
     state: Any
     """The data set's at `stop`, if asked for and if it has one."""
+    contents: dict[int, int]
+    """The digests that were asked for, by position."""
+
+    @property
+    def size(self) -> int:
+        """Samples in it."""
+        return max(0, self.stop - self.start)
 
 
 class StreamFetcher:
-    """Reads one process's blocks of a stream; requests come in order."""
+    """Reads one process's blocks of a stream; requests come in order.
 
-    def __init__(self, dataset: Any, task: Task, seed: int) -> None:
+    Args:
+        dataset: an iterable.
+        task: makes the batches.
+        seed: the job's.
+        own_seed: of what is drawn after an epoch's first sample, where it is to differ by rank.
+    """
+
+    def __init__(self, dataset: Any, task: Task, seed: int, own_seed: int | None = None) -> None:
         self.resume: Resume | None = None
         """Set before the first request."""
         self._dataset = dataset
         self._collate: Collate = task.collate
-        self._seed = seed
+        self._seeds = seed, seed if own_seed is None else own_seed
         self._pid = os.getpid()
         self._reader: _Reader | None = None
 
@@ -115,27 +141,27 @@ class StreamFetcher:
 
     def _read(self, request: BlockRequest) -> Block:
         reader = self._reader_at(request)
-        rows = reader.rows(request.size, request.parts)
+        rows, contents = reader.rows(request.size, request.parts, request.compared)
         state = reader.state() if request.with_state else None
         ends = reader.ends()
         parts = []
         for part in request.parts:
             ids = np.arange(part.start, min(part.stop, reader.position))
             if len(ids):
-                seed_for("collate", self._seed, request.epoch, part.start)
+                seed_for("collate", self._seeds[1], request.epoch, part.start)
                 batch = self._collate([rows.pop(position) for position in ids.tolist()])
                 parts.append(Fetched(ids, batch))
-        return Block(request.epoch, request.start, reader.position, ends, parts, state)
+        return Block(request.epoch, request.start, reader.position, ends, parts, state, contents)
 
     def _reader_at(self, request: BlockRequest) -> _Reader:
         """A reader that stands where the block begins, or at the end of the stream before."""
         reader, resume = self._reader, self.resume
         if reader is None or reader.epoch != request.epoch or reader.position > request.start:
-            if resume is None or resume.epoch != request.epoch or resume.state is None:
+            if resume is None or resume.epoch != request.epoch or not resume.begins_there:
                 resume = Resume(request.epoch, 0, None)
-            reader = self._reader = _Reader(self._dataset, self._seed, resume)
+            reader = self._reader = _Reader(self._dataset, self._seeds, resume)
         while reader.position < request.start and not reader.ends():
-            reader.rows(min(request.size, request.start - reader.position), ())
+            reader.rows(min(request.size, request.start - reader.position))
         return reader
 
 
@@ -144,34 +170,48 @@ class _Reader:
 
     The generators are seeded before the first sample of a block and again after it, by position:
     that sample is read at the end of the block before, to learn whether there is one.
+
+    Args:
+        dataset: an iterable.
+        seeds: for the beginning of an epoch, where a stream may be shuffled before it shards itself
+            by rank; and for all that comes after.
+        resume: where to begin.
     """
 
-    def __init__(self, dataset: Any, seed: int, resume: Resume) -> None:
+    def __init__(self, dataset: Any, seeds: tuple[int, int], resume: Resume) -> None:
         self.epoch = resume.epoch
         self.position = resume.position
         self._dataset = dataset
-        self._seed = seed
+        self._seeds = seeds
         self._ahead: list[Any] = []
         """The sample at `position`, if it has been read."""
-        self._ended = False
-        self._iterator = self._begin(resume.state or {})
+        self._ended = resume.ended
+        self._iterator: Any = None if resume.ended else self._begin(resume.state or {})
 
-    def rows(self, size: int, parts: tuple[range, ...]) -> dict[int, Any]:
-        """Go on by up to `size` samples; by position, those that the parts span."""
+    def rows(
+        self, size: int, parts: tuple[range, ...] = (), compared: Collection[int] = ()
+    ) -> tuple[dict[int, Any], dict[int, int]]:
+        """Go on by up to `size` samples.
+
+        Returns:
+            By position, the samples that the parts span, and the digests of those to compare.
+        """
         wanted = range(parts[0].start, parts[-1].stop) if parts else range(0)
-        rows = {}
+        rows, contents = {}, {}
         for index in range(size):
             if self.ends():
                 break
             if self.position in wanted:
                 rows[self.position] = self._ahead[0]
+            if self.position in compared:
+                contents[self.position] = digest(self._ahead[0])
             self._ahead = []
             self.position += 1
             if index == 0:
                 self._reseed()
             if index < size - 1:
                 self._ahead = self._next()
-        return rows
+        return rows, contents
 
     def ends(self) -> bool:
         """Whether there is no sample at `position`."""
@@ -199,7 +239,7 @@ class _Reader:
         return iterator
 
     def _next(self) -> list[Any]:
-        Now.key, Now.sample = (self._seed, self.epoch), self.position
+        Now.key, Now.sample = (self._seeds[1], self.epoch), self.position
         try:
             return [next(self._iterator)]
         except StopIteration:
@@ -207,4 +247,4 @@ class _Reader:
             return []
 
     def _reseed(self) -> None:
-        seed_for("stream", self._seed, self.epoch, self.position)
+        seed_for("stream", self._seeds[self.position > 0], self.epoch, self.position)

@@ -43,6 +43,9 @@ class Strategy:
     times `gradient_scale`, are those of the sum over all ranks' losses.
     """
 
+    meets_in_forward = False
+    """Whether ranks exchange something in every forward, so that they must run equally many."""
+
     def __init__(self, context: TrainContext) -> None:
         self.context = context
         self.rank = context.ranks.rank

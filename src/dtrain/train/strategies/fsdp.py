@@ -38,13 +38,15 @@ class FSDPStrategy(Strategy):
     - Gradients are summed, not averaged, so the loss contract holds as it stands.
     - Every rank must run as many forwards as the others. Where ranks have unequal numbers of
       micro-batches, those with fewer run one again with a gradient of zero; a rank without any
-      sample borrows one from rank 0. Both are of the same step, so nothing is not a number there
+      sample borrows one. Both are of the same step, so nothing is not a number there
       that is not so in the real gradient.
     - A parameter that some rank does not use counts as zero there; one that nobody uses keeps no
       gradient, as in one process.
 
     With one process it is the plain model.
     """
+
+    meets_in_forward = True
 
     def __init__(self, context: TrainContext) -> None:
         super().__init__(context)
@@ -58,6 +60,8 @@ class FSDPStrategy(Strategy):
         """How many forwards this rank owes the others in this step."""
         self._shares = False
         """Whether some rank is without samples in this step and has yet to borrow one."""
+        self._lender = 0
+        """The rank that it borrows from, one with as many samples as any."""
         self._held: tuple[Any, int] = (None, 0)
         """The micro-batch that fillers run again, and its size."""
 
@@ -99,9 +103,10 @@ class FSDPStrategy(Strategy):
             self._root.set_reduce_scatter_unused_params(True)
 
     def start_step(self, batch: GlobalBatch) -> None:
-        """Find out how many forwards this rank lacks; rank 0 has as many as anybody."""
+        """Find out how many forwards this rank lacks."""
         size = self.context.spec.train.micro_batch_size
-        most = len(batch.micro_batches(0, self.world_size, size))
+        self._lender = batch.fullest()
+        most = len(batch.micro_batches(self._lender, self.world_size, size))
         self._fillers = most - len(self.micro_batches(batch))
         self._shares = not batch.reaches_every_rank(self.world_size)
         self._usage.clear()
@@ -186,10 +191,10 @@ class FSDPStrategy(Strategy):
         return result
 
     def _hold(self, given: tuple[Any, int] | None) -> None:
-        """Keep a micro-batch for fillers; where some rank has none, all get rank 0's first."""
+        """Keep a micro-batch for fillers; where some rank has none, all get the lender's first."""
         if self._shares:
             self._shares = False
-            borrowed = _from_zero(given, self.context.device)
+            borrowed = _from_rank(self._lender, given, self.context.device)
             self._held = borrowed if given is None else given
         elif given is not None:
             self._held = given
@@ -245,12 +250,12 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor._base is None else tensor.clone()
 
 
-def _from_zero(given: tuple[Any, int] | None, device: torch.device) -> tuple[Any, int]:
-    """Rank 0's micro-batch on every rank, on its own device."""
+def _from_rank(lender: int, given: tuple[Any, int] | None, device: torch.device) -> tuple[Any, int]:
+    """The lender's micro-batch on every rank, on its own device."""
     file = io.BytesIO()
-    if given is not None:
+    if dist.get_rank() == lender:
         torch.save(given, file)
-    file = io.BytesIO(collectives.from_zero(file.getvalue()))
+    file = io.BytesIO(collectives.from_rank(lender, file.getvalue()))
     borrowed: tuple[Any, int] = torch.load(file, map_location=device, weights_only=False)
     return borrowed
 

@@ -14,6 +14,9 @@ from dtrain.train.trainers.step import StepOutcome
 
 logger = logging.getLogger(__name__)
 
+_MAX_RANKS = 16
+"""Told one by one."""
+
 
 class Report:
     """Speaks on rank 0 and is silent elsewhere."""
@@ -72,6 +75,16 @@ class Report:
             progress.step, self._course.total_steps or "?", batch.epoch, _listed(values),
         )  # fmt: skip
         self._first, self._samples, self._since = False, 0, now
+
+    def epoch_read(self, batch: GlobalBatch, samples: list[int] | None) -> None:
+        """After an epoch: how many samples each rank brought, where each brings its own."""
+        if samples is None:
+            return
+        self._events.write("epoch_read", epoch=batch.epoch, samples=samples)
+        told = ", ".join(f"rank {rank} read {number}" for rank, number in enumerate(samples))
+        if len(samples) > _MAX_RANKS:
+            told = f"each rank read {min(samples)} to {max(samples)}"
+        logger.info("epoch %d: %d samples, %s", batch.epoch, sum(samples), told)
 
     def evaluated(self, progress: Progress) -> None:
         """After an evaluation."""

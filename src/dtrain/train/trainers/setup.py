@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from dtrain.errors import DtrainError
+from dtrain.errors import BlamedError, DtrainError, UsageError
 from dtrain.train import collectives
 from dtrain.train.checks.start import compare_model, compare_optimizer
 from dtrain.train.context import TrainContext
 from dtrain.train.data.feed import Feed, MapFeed
+from dtrain.train.data.sharded_feed import ShardedFeed
 from dtrain.train.data.stream import is_stream
 from dtrain.train.data.stream_feed import StreamFeed
 from dtrain.train.loss import LossModule
@@ -18,6 +19,7 @@ from dtrain.train.seeding import derive_seed, seed_everything
 from dtrain.train.strategies.base import Strategy
 from dtrain.train.trainers.progress import data_identity
 from dtrain.train.trainers.step import Parts, make_scaler
+from dtrain.train.vote import vote
 
 
 def build_parts(context: TrainContext, strategy: Strategy) -> Parts:
@@ -60,7 +62,15 @@ def train_feed(context: TrainContext) -> Feed:
     spec = context.spec
     seed_everything(derive_seed("train_dataset", spec.seed))
     dataset = context.task.train_dataset()
-    kind = StreamFeed if is_stream(dataset) else MapFeed
+    kind: type[MapFeed] | type[StreamFeed] = MapFeed
+    if is_stream(dataset):
+        kind = StreamFeed if spec.data.stream == "same" else ShardedFeed
+    elif spec.data.stream != "same":
+        raise UsageError(
+            f"data.stream: {spec.data.stream} is for data sets that can only be iterated, and "
+            f"train_dataset() returned {type(dataset).__name__}\nits samples are dealt out by "
+            "dtrain: remove data.stream, and what shards the data set by rank"
+        )
     return kind(dataset, context.task, spec, context.ranks, pin_memory=pins_memory(context))
 
 
@@ -72,14 +82,19 @@ def feed_identity(feed: Feed) -> dict[str, Any]:
     """
     identity = data_identity(feed.spec, feed.dataset, feed.course.num_samples, feed.order.name)
     everyone = collectives.gather_to_all(identity)
-    for rank, theirs in enumerate(everyone):
-        other = [key for key in identity if theirs[key] != everyone[0][key]]
-        if other:
-            raise DtrainError(
-                f"train_dataset() is not the same on all ranks: {other[0]} is "
-                f"{everyone[0][other[0]]} on rank 0 and {theirs[other[0]]} on rank {rank}; every "
-                "rank must see the same data, dtrain gives each its part"
-            )
+    ballot = vote([repr(theirs) for theirs in everyone])
+    if ballot.others:
+        ours, theirs = everyone[ballot.reference], everyone[ballot.others[0]]
+        key = next(key for key in identity if ours[key] != theirs[key])
+        what = (
+            "train_dataset()" if key in ("num_samples", "fingerprint") else "the order of samples"
+        )
+        raise BlamedError(
+            f"{what} differs {ballot.where}: {key} is {ballot.sides(theirs[key], ours[key])}; "
+            "every rank must see the same data, dtrain gives each its part",
+            ballot.culprits,
+            feed.ranks.rank,
+        )
     return identity
 
 

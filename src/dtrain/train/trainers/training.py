@@ -54,6 +54,7 @@ class Training:
         self._strategy: Strategy = catalog.load("strategy", spec.strategy)(context)
         self._parts = build_parts(context, self._strategy)
         self._data = train_feed(context)
+        self._data.meets = self._strategy.meets_in_forward
         self._evaluator = _make_evaluator(context)
         self._schedule = Schedule(spec)
         self._events = events = Events(context.run, context.ranks, context.attempt)
@@ -169,6 +170,7 @@ class Training:
             self._events.write("step_skipped", step=progress.step, loss=outcome.loss)
         if batch.ends_epoch:
             self._data.check()
+            self._report.epoch_read(batch, self._data.samples_read())
         self._checks.step_ended(progress.step, ends_epoch=batch.ends_epoch)
         self._look_ahead(batch.size)
         ends = self.callbacks.step(outcome.loss, ends_epoch=batch.ends_epoch)

@@ -1,0 +1,171 @@
+"""Whether streams that shard themselves are disjoint: samples of equal content on several ranks.
+
+Each rank keeps digests of the samples that it has read, at most 65,536 of them: those that 2**k
+divides, for a k that grows as needed. All ranks keep the same ones, so what two ranks both read is
+found whatever the order. Data may well hold duplicates: a few are told, and only ranks that read
+mostly the same are an error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtrain.errors import BlamedError
+from dtrain.ranks import RankInfo
+from dtrain.train import collectives
+from dtrain.train.vote import named
+
+logger = logging.getLogger(__name__)
+
+_MAX_KEPT = 65_536
+_MIN_IN_ORDER = 8
+"""So many samples, all different, in the same order on two ranks are no accident."""
+_MIN_SHARED = 32
+"""Fewer samples in common say nothing when they come in another order."""
+_DISTINCT = 0.9
+"""Of a rank's samples so many are different, or nobody can tell streams apart by content. Data of V
+values then gave a rank V/5 at most, of which another has a fifth."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one rank has kept."""
+
+    modulus: int
+    num_seen: int
+    """Samples whose digests the modulus divides."""
+    digests: NDArray[np.uint64]
+    positions: NDArray[np.int64]
+    """Where each stands first, in the rank's own stream; in order."""
+
+    def thinned(self, modulus: int) -> Kept:
+        """What a larger modulus leaves."""
+        if modulus == self.modulus:
+            return self
+        left = self.digests % np.uint64(modulus) == 0
+        seen = round(self.num_seen * left.mean()) if len(left) else 0
+        return Kept(modulus, seen, self.digests[left], self.positions[left])
+
+    @property
+    def telling(self) -> bool:
+        """Whether most of the samples are different."""
+        return len(self.digests) >= max(_MIN_IN_ORDER, _DISTINCT * self.num_seen)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one rank has in common with the others."""
+
+    num_shared: int
+    """Of its kept samples, those that another rank has read too."""
+    num_compared: int
+    example: tuple[int, int, int] | None
+    """A position, another rank, and the position there of the same sample."""
+    twins: tuple[int, ...]
+    """Ranks that read mostly the same."""
+
+
+class Overlap:
+    """One rank's samples of an epoch, so far."""
+
+    def __init__(self, ranks: RankInfo) -> None:
+        self._ranks = ranks
+        self._warned = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin another epoch."""
+        self._modulus = 1
+        self._num_seen = 0
+        self._first: dict[int, int] = {}
+        """Where a digest was met first."""
+
+    def add(self, contents: Mapping[int, int]) -> None:
+        """Take note of samples, by position; those that cannot be read are passed over."""
+        for position, word in contents.items():
+            if word and word % self._modulus == 0:
+                self._num_seen += 1
+                self._first.setdefault(word, position)
+        while len(self._first) > _MAX_KEPT:
+            self._modulus *= 2
+            before = len(self._first)
+            self._first = {w: p for w, p in self._first.items() if w % self._modulus == 0}
+            self._num_seen = round(self._num_seen * len(self._first) / before)
+
+    def compare(self) -> None:
+        """Look for samples that several ranks have read; called by all ranks.
+
+        Raises:
+            BlamedError: two ranks or more read mostly the same.
+        """
+        everyone = self._everyone()
+        findings = collectives.gather_to_all(_finding(everyone, self._ranks.rank))
+        twins = [rank for rank, finding in enumerate(findings) if finding.twins]
+        shared = sum(finding.num_shared for finding in findings)
+        compared = sum(finding.num_compared for finding in findings)
+        if twins:
+            who = "every rank reads" if len(twins) == len(findings) else f"{named(twins)} read"
+            num_twins = sum(findings[rank].num_shared for rank in twins)
+            num_theirs = sum(findings[rank].num_compared for rank in twins)
+            raise BlamedError(
+                f"data.stream is sharded, but {who} the same samples: {num_twins} of {num_theirs} "
+                "compared are on another rank too\nremove data.stream: sharded, and dtrain deals "
+                "the samples out, or let the stream shard itself",
+                [] if len(twins) == len(findings) else twins,
+                self._ranks.rank,
+            )
+        telling = all(each.telling for each in everyone if each.num_seen)
+        if shared and telling and not self._warned and self._ranks.is_rank_zero:
+            self._warned = True
+            first = next(rank for rank, finding in enumerate(findings) if finding.example)
+            here, other, there = findings[first].example  # type: ignore[misc]
+            logger.warning(
+                "data.stream is sharded, but %d of %d samples compared are on several ranks: "
+                "sample %d of rank %d is also sample %d of rank %d; do the data hold duplicates?",
+                shared, compared, here, first, there, other,
+            )  # fmt: skip
+
+    def _everyone(self) -> list[Kept]:
+        digests = np.array(list(self._first), dtype=np.uint64)
+        positions = np.array(list(self._first.values()), dtype=np.int64)
+        everyone = collectives.gather_to_all(
+            Kept(self._modulus, self._num_seen, digests, positions)
+        )
+        modulus = max(each.modulus for each in everyone)
+        return [each.thinned(modulus) for each in everyone]
+
+
+def _finding(everyone: list[Kept], rank: int) -> Finding:
+    """What a rank has in common with each of the others."""
+    mine = everyone[rank]
+    shared = np.zeros(len(mine.digests), dtype=bool)
+    example = None
+    twins = []
+    for other, theirs in enumerate(everyone):
+        if other == rank:
+            continue
+        common, here, there = np.intersect1d(mine.digests, theirs.digests, return_indices=True)
+        shared[here] = True
+        if example is None and len(common):
+            at = int(np.argmin(here))
+            example = int(mine.positions[here[at]]), other, int(theirs.positions[there[at]])
+        if _mostly(mine, theirs, len(common)):
+            twins.append(other)
+    return Finding(int(shared.sum()), len(shared), example, tuple(twins))
+
+
+def _mostly(mine: Kept, theirs: Kept, num_common: int) -> bool:
+    """Whether two ranks read the same: in one order, or most of the samples in any."""
+    if not (mine.telling and theirs.telling):
+        return False
+    length = min(len(mine.digests), len(theirs.digests))
+    if np.array_equal(mine.digests[:length], theirs.digests[:length]) and np.array_equal(
+        mine.positions[:length], theirs.positions[:length]
+    ):
+        return True
+    return length >= _MIN_SHARED and 2 * num_common > length

@@ -1,0 +1,100 @@
+"""Before the first step: whether a few samples of a map-style data set are the same on all ranks.
+
+Each was read twice where all samples are read. Other content the second time means random numbers
+that are not dtrain's to seed: then ranks differ without anybody reading other data.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from dtrain.errors import BlamedError
+from dtrain.ranks import RankInfo
+from dtrain.train import collectives
+from dtrain.train.data.content import Leaf, digest, first_difference, leaves
+from dtrain.train.data.fetch import Probe, Probed
+from dtrain.train.vote import Vote, vote
+
+logger = logging.getLogger(__name__)
+
+_TIMES = 3
+"""How often a sample that differs between ranks is read again: a generator of the data set's own
+may have given the same twice."""
+
+
+def compare(probe: Probe, mine: Probed, read: Callable[[int, int], Any], ranks: RankInfo) -> None:
+    """Make sure that all ranks read the same; called by all ranks.
+
+    Args:
+        probe: what was asked for, the same on all ranks.
+        mine: what this rank read.
+        read: reads a sample of an epoch once more, in this process.
+        ranks: the place of this process.
+
+    Raises:
+        BlamedError: on all ranks: some read other data.
+    """
+    everyone = collectives.gather_to_all(mine)
+    unsteady = [each for each in everyone if each.first != each.second]
+    if unsteady:
+        pairs = zip(probe.samples, unsteady[0].first, unsteady[0].second, strict=True)
+        sample = next(int(sample) for sample, first, second in pairs if first != second)
+        _warn(sample, unsteady[0].generators, ranks)
+        return
+    for index, sample in enumerate(probe.samples.tolist()):
+        ballot = vote([each.first[index] for each in everyone])
+        if ballot.others:
+            _explain(ballot, sample, functools.partial(read, probe.epoch, sample), ranks)
+            return
+
+
+def _warn(sample: int, generators: tuple[str, ...], ranks: RankInfo) -> None:
+    if not ranks.is_rank_zero:
+        return
+    why = "its random numbers are not dtrain's to seed, or it changes what it returns"
+    if generators:
+        why = f"it draws from a generator of its own ({', '.join(generators)})"
+    logger.warning(
+        "train_dataset(): sample %d is another when it is read again: %s. A resume does not "
+        "restore that, and another number of processes changes it. Draw from sample_rng() or "
+        "sample_seed() of dtrain.train.data, or from the global generators, which are seeded for "
+        "every sample",
+        sample, why,
+    )  # fmt: skip
+
+
+def _explain(ballot: Vote, sample: int, read: Callable[[], Any], ranks: RankInfo) -> None:
+    """Find the first element that differs; called by all ranks."""
+    seen = [_leaves(read) for _ in range(_TIMES)]
+    steady = len({digest_of for digest_of, _ in seen}) == 1
+    shown = seen[0][1] if ranks.rank in (ballot.reference, ballot.others[0]) else []
+    everyone = collectives.gather_to_all((steady, shown))
+    if not all(steady for steady, _ in everyone):
+        _warn(sample, (), ranks)
+        return
+    found = first_difference(everyone[ballot.others[0]][1], everyone[ballot.reference][1])
+    what = "is not the same"
+    if found is not None:
+        path, theirs, ours = found
+        what = f"{f'element {path} ' if path else ''}is {ballot.sides(theirs, ours)}"
+    raise BlamedError(
+        f"train_dataset() differs {ballot.where}: sample {sample}"
+        f"{', ' if what.startswith('element') else ' '}{what}\n"
+        "every rank must see the same data, dtrain gives each its part; is it another file there, "
+        "or an older copy?",
+        ballot.culprits,
+        ranks.rank,
+    )
+
+
+def _leaves(read: Callable[[], Any]) -> tuple[int, list[Leaf]]:
+    """A sample's digest and leaves; nothing where it cannot be read in this process."""
+    try:
+        sample = read()
+    except Exception as error:  # it was read well where it is read for training
+        logger.debug("the sample cannot be read here: %r", error)
+        return 0, []
+    return digest(sample), list(leaves(sample))

@@ -1,0 +1,70 @@
+"""Which ranks differ from the majority."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What a majority of the ranks holds, and who holds something else."""
+
+    reference: int
+    """A rank of the majority, or rank 0."""
+    others: tuple[int, ...]
+    """Ranks that hold something else than the reference."""
+    decided: bool
+    """Whether there is a majority."""
+    world_size: int
+
+    @property
+    def culprits(self) -> tuple[int, ...]:
+        """The ranks that differ from the majority; empty when there is none."""
+        return self.others if self.decided else ()
+
+    @property
+    def where(self) -> str:
+        """On which ranks something is other than elsewhere."""
+        if self.decided:
+            return f"on {named(self.others)}"
+        return "between ranks 0 and 1" if self.world_size == 2 else "between the ranks"
+
+    def sides(self, suspects: str, references: str) -> str:
+        """What stands on the first rank that differs, and what on the reference.
+
+        Args:
+            suspects: the value there.
+            references: the value here.
+        """
+        alone = self.decided and len(self.others) == 1
+        there = "there" if alone else f"on rank {self.others[0]}"
+        return f"{suspects} {there} and {references} on rank {self.reference}"
+
+    def __str__(self) -> str:
+        """Who differs, as a sentence."""
+        ranks = named(self.others)
+        if self.decided:
+            return f"{ranks} {'differ' if len(self.others) > 1 else 'differs'} from the others"
+        if self.world_size == 2:
+            return "ranks 0 and 1 differ; with two ranks nobody can tell which is right"
+        return f"{ranks} and rank 0 differ; no majority says which is right"
+
+
+def vote(values: Sequence[Hashable]) -> Vote:
+    """Who differs from the majority.
+
+    Args:
+        values: of all ranks.
+    """
+    (value, votes), *_ = Counter(values).most_common()
+    decided = 2 * votes > len(values)
+    reference = values.index(value) if decided else 0
+    others = tuple(rank for rank, theirs in enumerate(values) if theirs != values[reference])
+    return Vote(reference, others, decided, len(values))
+
+
+def named(ranks: Sequence[int]) -> str:
+    """`rank 1`, or `ranks 1, 2`."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
