@@ -157,6 +157,8 @@ class RankLine:
     epoch: int
     ids: list[list[int]]
     """Sample ids of each micro-batch that the rank fetched, in order."""
+    contents: list[list[dict[str, str]]]
+    """For each micro-batch and sample the digest of each of its leaves; empty where unknown."""
     losses: list[tuple[float, float | None]]
     """(sum, weight) of each call of the task's loss; a plain scalar has weight None."""
     stepped: int
@@ -224,6 +226,17 @@ class Recording:
             for name, value in before.state.items()
             if after.state.get(name) != value
         }
+
+    def contents(self, step: int) -> list[dict[int, dict[str, str]]]:
+        """For each rank what the samples hold that it read in a step, by id."""
+        return [
+            {
+                sample: content
+                for ids, contents in zip(line.ids, line.contents, strict=True)
+                for sample, content in zip(ids, contents, strict=False)
+            }
+            for line in self.lines(step)
+        ]
 
     def ids(self, step: int) -> list[int]:
         """The ordered global batch of a step: the ranks' parts, one after the other."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from dtrain.job.spec import JobSpec
 from dtrain.recording import Recording
+from dtrain.verify.clauses import GRADIENT, Finding
 from dtrain.verify.compare import Distance, Excess
-from dtrain.verify.findings import GRADIENT, Finding
 from dtrain.verify.pairs import Pair
 
 

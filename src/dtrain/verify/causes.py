@@ -12,8 +12,7 @@ import numpy as np
 from dtrain.recording import Recording, StepRecord, Tensors, Vector
 from dtrain.verify import losses
 from dtrain.verify.case import Case, few
-from dtrain.verify.compare import L1, apart
-from dtrain.verify.findings import (
+from dtrain.verify.clauses import (
     BUFFERS,
     CLIPPING,
     EVALUATION,
@@ -22,6 +21,7 @@ from dtrain.verify.findings import (
     UPDATE,
     Finding,
 )
+from dtrain.verify.compare import L1, apart
 
 _CLIPPED = 1 - 1e-4
 """A clipped gradient is as long as the limit, but for torch's 1e-6 against a division by 0."""

@@ -1,51 +1,25 @@
-"""What can be wrong with a training, and the facts that show it without any tolerance."""
+"""The facts that show another training without any tolerance."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from dtrain.recording import Recording
+from dtrain.verify import samples
+from dtrain.verify.clauses import (
+    BUFFERS,
+    ENDED_EARLY,
+    MODEL,
+    RANDOM,
+    REPLICAS,
+    SCHEDULE,
+    START,
+    UPDATE,
+    Finding,
+    ranks_in_words,
+)
 from dtrain.verify.pairs import Pair
-
-DATA = "step s trains on the same ordered list of samples, each once"
-START = "all processes begin with the parameters that the seed gives"
-LOSS = "a sample's loss does not depend on which process computes it"
-STATE = "what changes from step to step is in the checkpoint, and changes once a step"
-BATCH_NORM = "BatchNorm normalises over the whole batch"
-GRADIENT = "the gradient is (sum of everyone's sums) / (sum of everyone's weights)"
-CLIPPING = "clipping comes after the reduction"
-SCALER = "gradients are divided by the loss scale before anything uses them"
-SCHEDULE = "the learning rate is a function of optimizer steps alone"
-UPDATE = "there is one update per global batch, from that gradient and the optimizer's state"
-REPLICAS = "after a step every rank holds the same parameters"
-BUFFERS = "after a step every rank holds the buffers of one process"
-RANDOM = "ranks draw independent random numbers"
-EVALUATION = "every sample is evaluated exactly once"
-BITWISE = "what promises the same bits has the same bits"
-MODEL = "model() gives every process the same bare model"
-
-GENERATORS = ("Generator", "Random", "RandomState")
-"""Types of generators that a task may keep: torch's, NumPy's and Python's."""
-OTHER_GENERATORS = ("random at", "numpy.random at")
-"""How a place is told that draws from a generator that is not torch's."""
-
-ENDED_EARLY = "the run ended before this step"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A clause of "the same training" that does not hold, and why."""
-
-    clause: str
-    found: str
-    """What was seen, in one sentence."""
-    likely: str
-    """The likely cause; empty where none is known."""
-    step: int
-    """The first step in which it was seen."""
-    tensor: str = ""
 
 
 def exact_findings(reference: Recording, other: Recording, pair: Pair) -> Iterator[Finding]:
@@ -59,7 +33,8 @@ def exact_findings(reference: Recording, other: Recording, pair: Pair) -> Iterat
         if step not in other.steps:
             yield Finding(UPDATE, ENDED_EARLY, "", step)
             return
-        yield from _data(reference, other, pair, step)
+        yield from samples.of_order(reference, other, pair, step)
+        yield from samples.of_contents(reference, other, pair, step)
         yield from _schedule(reference, other, pair, step)
         yield from _updates(reference, other, step)
         yield from _replicas(other, step)
@@ -109,60 +84,6 @@ def _start(reference: Recording, other: Recording) -> Iterator[Finding]:
         )
 
 
-def _data(reference: Recording, other: Recording, pair: Pair, step: int) -> Iterator[Finding]:
-    ours, theirs = reference.ids(step), other.ids(step)
-    if ours != theirs:
-        found, likely = _explain_data(reference, other, pair, step)
-        yield Finding(DATA, found, likely, step)
-
-
-def _explain_data(reference: Recording, other: Recording, pair: Pair, step: int) -> tuple[str, str]:
-    ours, theirs = reference.ids(step), other.ids(step)
-    ranks = [[i for part in line.ids for i in part] for line in other.lines(step)]
-    copies = len(ranks) > 1 and ranks[0] and all(part == ranks[0] for part in ranks[1:])
-    if step == 1 and copies:
-        return "all ranks read the same samples", "the data are not shared out between the ranks"
-    again = [i for i, count in Counter(theirs).items() if count > 1]
-    if again and set(theirs) != set(ours):
-        return (
-            f"samples {_few(again)} were read by several ranks",
-            "the order comes from each rank's own seed",
-        )
-    if again:
-        return (
-            f"samples {_few(again)} were read {max(Counter(theirs).values())} times",
-            "shares are padded to equal length by repeating samples (DistributedSampler)",
-        )
-    if Counter(ours) == Counter(theirs):
-        return "the same samples came in another order", "ranks deal them out in another order"
-    if set(theirs) < set(ours):
-        missing = [i for i in ours if i not in set(theirs)]
-        return (
-            f"samples {_few(missing)} were left out",
-            "shares are cut to equal length: samples that do not divide are dropped (drop_last)",
-        )
-    return _explain_position(reference, other, pair, step)
-
-
-def _explain_position(
-    reference: Recording, other: Recording, pair: Pair, step: int
-) -> tuple[str, str]:
-    """Where the samples come from instead, when they are those of another step."""
-    theirs = set(other.ids(step))
-    origin = next(
-        (s for s in reference.steps if s > 0 and theirs and theirs <= set(reference.ids(s))), None
-    )
-    found = "other samples were read"
-    if origin is not None:
-        found = f"the samples of step {origin} were read"
-    if pair.resume_after is not None and step == pair.resume_after + 1:
-        return found, "the resumed run went on at a wrong position of the data"
-    epochs = {line.epoch for line in reference.lines(step)}
-    if epochs != {0} and all(reference.ids(s) == other.ids(s) for s in range(1, step)):
-        return found, "a new epoch repeats the order of the one before (set_epoch forgotten)"
-    return found, "the order comes from another seed, or is another permutation"
-
-
 def _schedule(reference: Recording, other: Recording, pair: Pair, step: int) -> Iterator[Finding]:
     ours = reference.lines(step)[0].lr
     lines = [(rank, line.lr) for rank, line in enumerate(other.lines(step)) if line.lr]
@@ -172,10 +93,10 @@ def _schedule(reference: Recording, other: Recording, pair: Pair, step: int) -> 
     _, theirs = wrong[0]
     group = next((g for g, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y), 0)
     of_group = f" of group {group}" if len(ours) > 1 else ""
-    where = "" if len(wrong) == len(lines) else f" on {_ranks([rank for rank, _ in wrong])}"
+    where = "" if len(wrong) == len(lines) else f" on {ranks_in_words([rank for rank, _ in wrong])}"
     found = f"the learning rate{of_group} is {theirs[group]:.6g}{where}, not {ours[group]:.6g}"
     if where:
-        likely = f"something sets it on {_ranks([rank for rank, _ in wrong])} alone"
+        likely = f"something sets it on {ranks_in_words([rank for rank, _ in wrong])} alone"
     else:
         likely = _explain_schedule(reference, other, group, pair, step)
     yield Finding(SCHEDULE, found, likely, step)
@@ -273,13 +194,5 @@ def _differing(digests: Sequence[str | None]) -> str:
     (usual, most), *_ = counts.most_common()
     if most <= len(digests) // 2 or len(digests) == 2:
         return "the ranks differ from one another"
-    return f"{_ranks([r for r, each in enumerate(digests) if each != usual])} differ from the rest"
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}"
-
-
-def _few(ids: list[int]) -> str:
-    more = f" and {len(ids) - 4} more" if len(ids) > 4 else ""
-    return ", ".join(map(str, ids[:4])) + more
+    others = [rank for rank, each in enumerate(digests) if each != usual]
+    return f"{ranks_in_words(others)} differ from the others'"

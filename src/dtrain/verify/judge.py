@@ -10,8 +10,7 @@ from dtrain.errors import DtrainError
 from dtrain.recording import Recording, Wish
 from dtrain.verify import causes, losses
 from dtrain.verify.case import Case
-from dtrain.verify.compare import L1, L2, Comparison, Excess, compare
-from dtrain.verify.findings import (
+from dtrain.verify.clauses import (
     BATCH_NORM,
     BITWISE,
     ENDED_EARLY,
@@ -19,10 +18,12 @@ from dtrain.verify.findings import (
     OTHER_GENERATORS,
     SCALER,
     Finding,
-    exact_findings,
 )
+from dtrain.verify.compare import L1, L2, Comparison, Excess, compare
+from dtrain.verify.findings import exact_findings
 from dtrain.verify.lab import Lab, RunFailed, Stopped
 from dtrain.verify.pairs import REFERENCE, Pair
+from dtrain.verify.samples import other_contents
 
 Verdict = Literal["same", "rounding", "different", "failed"]
 
@@ -283,7 +284,10 @@ def _draws(reference: Recording) -> bool:
 
 def _data_level(reference: Recording, other: Recording) -> str | None:
     steps = range(1, reference.last_step + 1)
-    same = all(reference.ids(step) == other.ids(step) for step in steps)
+    same = all(
+        reference.ids(step) == other.ids(step) and not any(other_contents(reference, other, step))
+        for step in steps
+    )
     return "L0" if same else None
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from dtrain.recording import Recording
 from dtrain.verify.case import Case, few
+from dtrain.verify.clauses import LOSS, STATE, Finding
 from dtrain.verify.compare import L1, relative
-from dtrain.verify.findings import LOSS, STATE, Finding
 
 
 def losses_differ(case: Case) -> bool:

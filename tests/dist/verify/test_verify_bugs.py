@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.verify.compare import L1, compare
-from dtrain.verify.findings import (
+from dtrain.verify.clauses import (
     BATCH_NORM,
     BUFFERS,
     CLIPPING,
@@ -29,6 +28,7 @@ from dtrain.verify.findings import (
     START,
     UPDATE,
 )
+from dtrain.verify.compare import L1, compare
 from dtrain.verify.judge import Judge, Result
 from dtrain.verify.pairs import REFERENCE, Pair
 from support import JOBS

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.verify.findings import BATCH_NORM
+from dtrain.verify.clauses import BATCH_NORM
 from dtrain.verify.judge import Judge
 from dtrain.verify.pairs import Pair
 from support import JOBS

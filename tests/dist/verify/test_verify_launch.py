@@ -14,7 +14,7 @@ import pytest
 
 from dtrain.recording import Wish
 from dtrain.rundir import list_runs
-from dtrain.verify.findings import GRADIENT
+from dtrain.verify.clauses import GRADIENT
 from dtrain.verify.lab import Lab
 from dtrain.verify.lengths import epoch_samples
 from dtrain.verify.pairs import Pair, accumulating

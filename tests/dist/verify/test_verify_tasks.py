@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from dtrain.verify.findings import (
+from dtrain.verify.clauses import (
+    DATA,
     EVALUATION,
     GRADIENT,
     LOSS,
@@ -73,6 +74,11 @@ class Mistake:
 
 
 CATALOGUE = [
+    Mistake("StaleSample", DATA, "other data on rank 1"),
+    Mistake("StaleSample", DATA, "its [0] differs", DDP3),
+    Mistake("PrivateGenerator", DATA, "a generator of its own", RESUMED),
+    Mistake("PrivateGenerator", DATA, "a generator of its own"),
+    Mistake("PrivateGenerator", DATA, "a generator of its own", EXACT),
     Mistake("SumForMean", LOSS, "a sum, not a mean: return Loss(sum, n)"),
     Mistake("SumForMean", LOSS, "a sum, not a mean: return Loss(sum, n)", MICRO),
     Mistake("MeanOfPositives", LOSS, "a mean of something else than samples"),
@@ -91,7 +97,7 @@ CATALOGUE = [
     Mistake("OwnRate", SCHEDULE, "of group 1 is 0.004 on rank 1, not 0.003", DDP3, 3),
     Mistake("WritesWeights", REPLICAS, "a write to the parameters"),
     Mistake("ScaledGradient", GRADIENT, "2.weight"),
-    Mistake("OwnStart", START, "rank 1 differ from the rest", DDP3, 0),
+    Mistake("OwnStart", START, "of rank 1 differ", DDP3, 0),
     Mistake("Evaluated", EVALUATION, "", step=5),
 ]
 

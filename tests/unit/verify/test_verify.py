@@ -69,8 +69,9 @@ def step(number: int, scale: float = 1.0, **changes: Any) -> StepRecord:
 
 def line(number: int, ids: list[list[int]], **changes: Any) -> RankLine:
     made = RankLine(
-        step=number, epoch=0, ids=ids, losses=[(1.0, 2.0)], stepped=1, parameters="p",
-        buffers={}, lr=[0.1], gradients="g", state={}, draws=[], random="r", drew=False,
+        step=number, epoch=0, ids=ids, contents=[[] for _ in ids], losses=[(1.0, 2.0)],
+        stepped=1, parameters="p", buffers={}, lr=[0.1], gradients="g", state={}, draws=[],
+        random="r", drew=False,
     )  # fmt: skip
     return replace(made, **changes)
 

@@ -28,6 +28,7 @@ from dtrain.train.checks.chain import CHAIN, AloneError
 from dtrain.train.checks.errors import NonFiniteError
 from dtrain.train.checks.subject import GRADIENTS, Subject
 from dtrain.train.data.feed import Feed
+from dtrain.train.data.fetch import Fetched
 from dtrain.train.data.loader import to_device
 from dtrain.train.data.permutation import Ids
 from dtrain.train.loss import LossModule
@@ -151,8 +152,8 @@ class FiniteGuard:
         ]
         return not _all_finite(gradients)
 
-    def _ids_read(self, ids: Ids) -> None:
-        self._ids.append(ids)
+    def _ids_read(self, fetched: Fetched) -> None:
+        self._ids.append(fetched.samples)
 
     # -- whose it is, found out once ---------------------------------------------------------
 

@@ -65,6 +65,16 @@ def digest(sample: Any) -> int:
     return words.intdigest() if readable else 0
 
 
+def by_leaf(sample: Any, most: int = 16) -> dict[str, str]:
+    """The digest of each leaf of a sample by its path; the last one's stands for all after it."""
+    words: dict[str, Any] = {}
+    for number, leaf in enumerate(leaves(sample)):
+        path = leaf.path if number < most else "…"
+        words.setdefault(path, xxhash.xxh3_64()).update(leaf.kind.encode())
+        words[path].update(_bits(leaf.value))
+    return {path: each.hexdigest() for path, each in words.items()}
+
+
 def hash_of(contents: Mapping[int, int]) -> int:
     """64 bits of several samples' digests and positions."""
     return xxhash.xxh3_64_intdigest(repr(tuple(contents.items())).encode())

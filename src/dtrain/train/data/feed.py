@@ -48,8 +48,8 @@ class Feed(abc.ABC):
         self.order = order
         self.course = course
         self.proof = Proof(order, ranks, spec.seed) if spec.data.exactly_once else None
-        self.watchers: list[Callable[[Ids], None]] = []
-        """Told the ids of each micro-batch that was read, as the data set was asked for them."""
+        self.watchers: list[Callable[[Fetched], None]] = []
+        """Told of each micro-batch that was read, with the ids that the data set was asked for."""
         self.meets = False
         """Whether ranks are to agree on a step before it begins, not in it: those of a strategy
         that meets in its forwards."""
@@ -110,6 +110,10 @@ class Feed(abc.ABC):
         if self.proof is not None:
             self.proof.load_state_dict(state.get("proof", {}))
 
+    @abc.abstractmethod
+    def note_contents(self) -> None:
+        """Let watchers know what samples hold. Called before the first is read."""
+
     rereadable = False
     """Whether `again` works: samples have numbers."""
 
@@ -129,7 +133,7 @@ class Feed(abc.ABC):
         if self.proof is not None:
             self.proof.read(fetched.samples)
         for watcher in self.watchers:
-            watcher(fetched.samples)
+            watcher(fetched)
         return len(fetched.samples), fetched.batch
 
 
@@ -169,6 +173,10 @@ class MapFeed(Feed):
     def again(self, epoch: int, ids: Ids) -> Any:
         """See `Feed`."""
         return self._fetcher(Request(epoch, ids))
+
+    def note_contents(self) -> None:
+        """See `Feed`."""
+        self._fetcher.collate.notes = True
 
     def close(self) -> None:
         """See `Feed`."""

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from dtrain.errors import DtrainError
 from dtrain.task import Task
 from dtrain.train.data.augmentation import Augmentation
-from dtrain.train.data.content import digest
+from dtrain.train.data.content import by_leaf, digest
 from dtrain.train.data.generators import drawn_from
 from dtrain.train.data.permutation import Ids
 
@@ -22,6 +22,22 @@ EVALUATION_EPOCH = -1
 """Instead of an epoch in the seeds of evaluation samples: the same at every evaluation."""
 
 Collate = Callable[[list[Any]], Any]
+
+
+class NotingCollate:
+    """A task's `collate`, which can note what the samples hold."""
+
+    def __init__(self, collate: Collate) -> None:
+        self._collate = collate
+        self.notes = False
+        self.contents: Contents | None = None
+        """Of the last batch, if it is noted."""
+
+    def __call__(self, rows: list[Any]) -> Any:
+        """The batch of these samples."""
+        if self.notes:
+            self.contents = [by_leaf(row) for row in rows]
+        return self._collate(rows)
 
 
 @dataclass(frozen=True)
@@ -48,11 +64,17 @@ class Probed(NamedTuple):
     """Attributes of the data set that hold generators which it draws from."""
 
 
+Contents = list[dict[str, str]]
+"""Of each sample of a batch the digests of its leaves, by path."""
+
+
 class Fetched(NamedTuple):
     """A batch, and the samples that the data set was asked for to make it."""
 
     samples: Ids
     batch: Any
+    contents: Contents | None = None
+    """What the samples hold, where that is noted."""
 
 
 def check_dataset(dataset: Any, method: str) -> int:
@@ -84,7 +106,8 @@ class Fetcher:
         read = functools.partial(operator.getitem, dataset)
         several = getattr(dataset, "__getitems__", None)
         self._dataset = dataset
-        self._augmentation = Augmentation(read, several, task.collate, seed)
+        self.collate = NotingCollate(task.collate)
+        self._augmentation = Augmentation(read, several, self.collate, seed)
 
     def __call__(self, request: Request) -> Any:
         """The batch for a request, on the CPU."""
@@ -101,8 +124,12 @@ class Fetcher:
             return Fetched(asked, self._probed(request))
         if self._columns is not None:  # what default_collate makes of the rows, 30 times sooner
             rows = torch.from_numpy(asked)
-            return Fetched(asked, [column.index_select(0, rows) for column in self._columns])
-        return Fetched(asked, self._augmentation.batch(request.epoch, asked))
+            batch = [column.index_select(0, rows) for column in self._columns]
+            notes = self.collate.notes
+            contents = [by_leaf(row) for row in zip(*batch, strict=True)] if notes else None
+            return Fetched(asked, batch, contents)
+        batch = self._augmentation.batch(request.epoch, asked)
+        return Fetched(asked, batch, self.collate.contents)
 
     def sample(self, epoch: int, sample: int) -> Any:
         """One sample alone, as it would be in a batch."""

@@ -24,7 +24,7 @@ from dtrain.errors import DtrainError
 from dtrain.task import Task
 from dtrain.train.data.augmentation import Now, seed_for
 from dtrain.train.data.content import digest
-from dtrain.train.data.fetch import Collate, Fetched
+from dtrain.train.data.fetch import Fetched, NotingCollate
 from dtrain.train.data.generators import global_generators
 
 
@@ -115,7 +115,7 @@ class StreamFetcher:
         self.resume: Resume | None = None
         """Set before the first request."""
         self._dataset = dataset
-        self._collate: Collate = task.collate
+        self.collate = NotingCollate(task.collate)
         self._seeds = seed, seed if own_seed is None else own_seed
         self._pid = os.getpid()
         self._reader: _Reader | None = None
@@ -149,8 +149,8 @@ class StreamFetcher:
             ids = np.arange(part.start, min(part.stop, reader.position))
             if len(ids):
                 seed_for("collate", self._seeds[1], request.epoch, part.start)
-                batch = self._collate([rows.pop(position) for position in ids.tolist()])
-                parts.append(Fetched(ids, batch))
+                batch = self.collate([rows.pop(position) for position in ids.tolist()])
+                parts.append(Fetched(ids, batch, self.collate.contents))
         return Block(request.epoch, request.start, reader.position, ends, parts, state, contents)
 
     def _reader_at(self, request: BlockRequest) -> _Reader:

@@ -102,6 +102,10 @@ class StreamFeed(Feed):
         super().load_state_dict(state)
         self._loaded = decoded(state.get("stream"))
 
+    def note_contents(self) -> None:
+        """See `Feed`."""
+        self._fetcher.collate.notes = True
+
     def close(self) -> None:
         """See `Feed`."""
         self._loader.close()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import random
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from dtrain.task import Task
-from dtrain.train.observe import digest
+from dtrain.train.data import content
 
 
 class Attributes:
@@ -41,12 +44,33 @@ class Attributes:
         """
         trained = {id(each) for each in model.parameters()} if model is not None else set()
         return {
-            name: f"{type(value).__name__} {digest.of_value(value)}"
+            name: f"{type(value).__name__} {content.digest(_opened(value)):016x}"
             for name, value in self._held.items()
             if not (callable(value) and not isinstance(value, torch.nn.Module))
             and not _is_data(value)
             and not _holds(value, trained)
         }
+
+
+def _opened(value: Any, depth: int = 4) -> Any:
+    """A value with plain containers instead of what has its content inside: modules, generators."""
+    if isinstance(value, torch.nn.Module | torch.optim.Optimizer):
+        return dict(value.state_dict())
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    if isinstance(value, np.random.RandomState):
+        return value.get_state(legacy=False)
+    if depth == 0:
+        return value
+    if isinstance(value, Mapping):
+        return {key: _opened(each, depth - 1) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_opened(each, depth - 1) for each in value]
+    return value
 
 
 def _copy(value: Any) -> Any:

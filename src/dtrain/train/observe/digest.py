@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -29,54 +27,6 @@ def of_tensors(tensors: Iterable[torch.Tensor]) -> str:
         hashed.update(f"{here.dtype} {tuple(here.shape)}\n".encode())
         hashed.update(here.reshape(-1).view(torch.uint8).numpy())
     return str(hashed.hexdigest())
-
-
-def of_value(value: Any, depth: int = 4) -> str:
-    """Digest of what a value holds: tensors, numbers, text, generators, and containers of them.
-
-    Args:
-        value: anything; of what it cannot look into, the name of the type counts.
-        depth: how many objects in objects are opened.
-    """
-    hashed = xxhash.xxh3_128()
-    for part in _parts(value, depth):
-        hashed.update(part)
-    return str(hashed.hexdigest())
-
-
-def _parts(value: Any, depth: int) -> Iterator[bytes]:
-    yield type(value).__name__.encode()
-    if isinstance(value, torch.Tensor):
-        yield of_tensors([value]).encode()
-    elif isinstance(value, np.ndarray | np.generic):
-        yield f"{value.dtype}{value.shape}".encode() + value.tobytes()
-    elif value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        yield repr(value).encode()
-    elif depth > 0:
-        yield from _parts_of_object(value, depth - 1)
-
-
-def _parts_of_object(value: Any, depth: int) -> Iterator[bytes]:
-    if isinstance(value, Mapping):
-        inner: Iterable[Any] = (each for pair in value.items() for each in pair)
-    elif isinstance(value, set | frozenset):
-        inner = sorted(of_value(each, depth) for each in value)
-    elif isinstance(value, list | tuple | deque):
-        inner = value
-    elif isinstance(value, random.Random):
-        inner = [repr(value.getstate())]
-    elif isinstance(value, np.random.Generator):
-        inner = [repr(value.bit_generator.state)]
-    elif isinstance(value, np.random.RandomState):
-        inner = [repr(value.get_state(legacy=False))]
-    elif isinstance(value, torch.Generator):
-        inner = [value.get_state()]
-    elif isinstance(value, torch.nn.Module | torch.optim.Optimizer):
-        inner = [value.state_dict()]
-    else:
-        inner = [vars(value)] if hasattr(value, "__dict__") and not callable(value) else []
-    for each in inner:
-        yield from _parts(each, depth)
 
 
 def of_random_state() -> str:

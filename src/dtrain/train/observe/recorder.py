@@ -19,6 +19,7 @@ from dtrain.recording import RankLine, StepRecord, Tensors, Wish, Writer
 from dtrain.rundir import RunDir
 from dtrain.task import Loss, Task
 from dtrain.train.checkpoint.state import plain_name
+from dtrain.train.data.fetch import Contents
 from dtrain.train.data.permutation import Ids
 from dtrain.train.observe import adapt, digest
 from dtrain.train.observe.attributes import Attributes
@@ -38,6 +39,7 @@ class Recorder:
         self._ranks = ranks
         self._wish = wish
         self._ids: list[list[int]] = []
+        self._contents: list[Contents] = []
         self._losses: list[tuple[torch.Tensor, float | torch.Tensor | None]] = []
         self._model: torch.nn.Module | None = None
         self._facts: dict[str, Any] = {}
@@ -64,11 +66,17 @@ class Recorder:
 
     # -- for trainers ------------------------------------------------------------------------
 
-    def read(self, ids: Ids) -> None:
-        """Take note of a micro-batch that this rank has read: its sample ids, in order."""
+    def read(self, ids: Ids, contents: Contents | None = None) -> None:
+        """Take note of a micro-batch that this rank has read.
+
+        Args:
+            ids: of its samples, in order.
+            contents: what they hold, where that is known.
+        """
         if not self._random:
             self._random = digest.of_random_state()
         self._ids.append(ids.tolist())
+        self._contents.append(contents or [])
 
     def step(
         self,
@@ -96,7 +104,7 @@ class Recorder:
         )
         self._write_record(step, loss=loss, grad_norm=grad_norm)
         self._random = random
-        self._ids, self._losses, self._lr = [], [], []
+        self._ids, self._contents, self._losses, self._lr = [], [], [], []
         self._gradients, self._given, self._stepped = Tensors(), None, 0
 
     # -- around the task ---------------------------------------------------------------------
@@ -215,6 +223,7 @@ class Recorder:
                 step=step,
                 epoch=epoch,
                 ids=ids,
+                contents=self._contents,
                 losses=losses,
                 stepped=self._stepped,
                 parameters=made,

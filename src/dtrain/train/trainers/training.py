@@ -139,7 +139,8 @@ class Training:
         """
         recorder, progress = self._context.recorder, self._progress
         if recorder is not None:
-            self._data.watchers.append(recorder.read)
+            self._data.note_contents()
+            self._data.watchers.append(lambda each: recorder.read(each.samples, each.contents))
         split = self._strategy.micro_batches
         watch = self._injector.requests(self._data, progress.step, progress.position, split)
         batches = self._data.batches(progress.step, progress.position, split, watch)

@@ -13,7 +13,7 @@ from dtrain.errors import DtrainError, UsageError
 from dtrain.ranks import RankInfo
 from dtrain.task import Loss, Task
 from dtrain.train import collectives
-from dtrain.train.data.permutation import Ids
+from dtrain.train.data.fetch import Fetched
 from dtrain.train.trainers.evaluation import Sections
 from dtrain.train.trainers.lightning.library import is_overridden, pl
 from dtrain.train.trainers.lightning.loaders import (
@@ -209,9 +209,9 @@ class ModuleTask(Task):
             trainer.datamodule = self.data_module
             self.data_module.trainer = trainer
 
-    def reads(self, ids: Ids) -> None:
+    def reads(self, fetched: Fetched) -> None:
         """Take note of how many samples the next loss is of."""
-        self._samples = len(ids)
+        self._samples = len(fetched.samples)
 
     def steps_between(self, wish: dict[str, Any]) -> int | None:
         """Optimizer steps between two of a scheduler's; None: nobody knows."""

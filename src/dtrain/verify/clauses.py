@@ -1,0 +1,48 @@
+"""The clauses of "the same training", and what is said when one of them does not hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DATA = "step s trains on the same ordered list of samples, each once"
+START = "all processes begin with the parameters that the seed gives"
+LOSS = "a sample's loss does not depend on which process computes it"
+STATE = "what changes from step to step is in the checkpoint, and changes once a step"
+BATCH_NORM = "BatchNorm normalises over the whole batch"
+GRADIENT = "the gradient is (sum of everyone's sums) / (sum of everyone's weights)"
+CLIPPING = "clipping comes after the reduction"
+SCALER = "gradients are divided by the loss scale before anything uses them"
+SCHEDULE = "the learning rate is a function of optimizer steps alone"
+UPDATE = "there is one update per global batch, from that gradient and the optimizer's state"
+REPLICAS = "after a step every rank holds the same parameters"
+BUFFERS = "after a step every rank holds the buffers of one process"
+RANDOM = "ranks draw independent random numbers"
+EVALUATION = "every sample is evaluated exactly once"
+BITWISE = "what promises the same bits has the same bits"
+MODEL = "model() gives every process the same bare model"
+
+GENERATORS = ("Generator", "Random", "RandomState")
+"""Types of generators that a task may keep: torch's, NumPy's and Python's."""
+OTHER_GENERATORS = ("random at", "numpy.random at")
+"""How a place is told that draws from a generator that is not torch's."""
+
+ENDED_EARLY = "the run ended before this step"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A clause of "the same training" that does not hold, and why."""
+
+    clause: str
+    found: str
+    """What was seen, in one sentence."""
+    likely: str
+    """The likely cause; empty where none is known."""
+    step: int
+    """The first step in which it was seen."""
+    tensor: str = ""
+
+
+def ranks_in_words(ranks: list[int]) -> str:
+    """`rank 1`, `ranks 0, 2`."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}"

@@ -1,0 +1,106 @@
+"""What is wrong with the samples of a step: which they are, and what they hold."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from dtrain.recording import Recording
+from dtrain.verify.clauses import DATA, Finding, ranks_in_words
+from dtrain.verify.pairs import Pair
+
+
+def of_order(reference: Recording, other: Recording, pair: Pair, step: int) -> Iterator[Finding]:
+    """Whether a step has other samples, or the same in another order."""
+    ours, theirs = reference.ids(step), other.ids(step)
+    if ours != theirs:
+        found, likely = _explain_data(reference, other, pair, step)
+        yield Finding(DATA, found, likely, step)
+
+
+def _explain_data(reference: Recording, other: Recording, pair: Pair, step: int) -> tuple[str, str]:
+    ours, theirs = reference.ids(step), other.ids(step)
+    ranks = [[i for part in line.ids for i in part] for line in other.lines(step)]
+    copies = len(ranks) > 1 and ranks[0] and all(part == ranks[0] for part in ranks[1:])
+    if step == 1 and copies:
+        return "all ranks read the same samples", "the data are not shared out between the ranks"
+    again = [i for i, count in Counter(theirs).items() if count > 1]
+    if again and set(theirs) != set(ours):
+        return (
+            f"samples {_few(again)} were read by several ranks",
+            "the order comes from each rank's own seed",
+        )
+    if again:
+        return (
+            f"samples {_few(again)} were read {max(Counter(theirs).values())} times",
+            "shares are padded to equal length by repeating samples (DistributedSampler)",
+        )
+    if Counter(ours) == Counter(theirs):
+        return "the same samples came in another order", "ranks deal them out in another order"
+    if set(theirs) < set(ours):
+        missing = [i for i in ours if i not in set(theirs)]
+        return (
+            f"samples {_few(missing)} were left out",
+            "shares are cut to equal length: samples that do not divide are dropped (drop_last)",
+        )
+    return _explain_position(reference, other, pair, step)
+
+
+def _explain_position(
+    reference: Recording, other: Recording, pair: Pair, step: int
+) -> tuple[str, str]:
+    """Where the samples come from instead, when they are those of another step."""
+    theirs = set(other.ids(step))
+    origin = next(
+        (s for s in reference.steps if s > 0 and theirs and theirs <= set(reference.ids(s))), None
+    )
+    found = "other samples were read"
+    if origin is not None:
+        found = f"the samples of step {origin} were read"
+    if pair.resume_after is not None and step == pair.resume_after + 1:
+        return found, "the resumed run went on at a wrong position of the data"
+    epochs = {line.epoch for line in reference.lines(step)}
+    if epochs != {0} and all(reference.ids(s) == other.ids(s) for s in range(1, step)):
+        return found, "a new epoch repeats the order of the one before (set_epoch forgotten)"
+    return found, "the order comes from another seed, or is another permutation"
+
+
+def of_contents(reference: Recording, other: Recording, pair: Pair, step: int) -> Iterator[Finding]:
+    """Whether samples of one number hold the same."""
+    wrong = other_contents(reference, other, step)
+    if not any(wrong):
+        return
+    rank = next(rank for rank, samples in enumerate(wrong) if samples)
+    sample, path = next(iter(wrong[rank].items()))
+    found = f"sample {sample} holds something else on rank {rank}"
+    found += f": its {path} differs" if path else ""
+    steps = [s for s in range(step, reference.last_step + 1) if s in other.steps]
+    ever = {r for s in steps for r, each in enumerate(other_contents(reference, other, s)) if each}
+    if len(ever) < len(wrong) and pair.resume_after is None:
+        likely = f"other data on {ranks_in_words(sorted(ever))}: a stale or other file, or a data "
+        likely += "set that looks at its rank"
+    else:
+        likely = "the data set draws from a generator of its own, or counts what it reads: what it "
+        likely += "gives for a number must follow from that number (dtrain.sample_rng())"
+    yield Finding(DATA, found, likely, step)
+
+
+def other_contents(reference: Recording, other: Recording, step: int) -> list[dict[int, str]]:
+    """For each rank the samples of a step that hold something else, with the leaf that differs."""
+    known = {i: content for rank in reference.contents(step) for i, content in rank.items()}
+    return [
+        {
+            sample: next(
+                iter(path for path in {**ours, **theirs} if ours.get(path) != theirs.get(path))
+            )
+            for sample, theirs in rank.items()
+            for ours in [known.get(sample, theirs)]
+            if ours != theirs
+        }
+        for rank in other.contents(step)
+    ]
+
+
+def _few(ids: list[int]) -> str:
+    more = f" and {len(ids) - 4} more" if len(ids) > 4 else ""
+    return ", ".join(map(str, ids[:4])) + more
