@@ -172,7 +172,10 @@ def test_every_difference_ends_with_one_error(
     tmp_path: Path, strategy: str, world_size: int
 ) -> None:
     """Nothing hangs, though ranks with other lengths have other numbers of forwards."""
-    calls = [{"how": how, "strategy": strategy} for how, *_ in MISTAKES]
+    calls = [
+        {"how": how, "strategy": strategy, "workers": 2 * (how == "by both")}
+        for how, *_ in MISTAKES
+    ]
     outcomes = run_ranks(each, world_size, tmp_path, calls)
     for index, (_, message, culprits) in enumerate(MISTAKES):
         (error,) = {rank[index][0] for rank in outcomes}  # the same on all ranks

@@ -23,6 +23,8 @@ from dtrain.train.vote import named
 logger = logging.getLogger(__name__)
 
 _MAX_KEPT = 65_536
+_MAX_GATHERED = 1 << 22
+"""Of all ranks together; 16 bytes each, on every rank."""
 _MIN_IN_ORDER = 8
 """So many samples, all different, in the same order on two ranks are no accident."""
 _MIN_SHARED = 32
@@ -75,6 +77,7 @@ class Overlap:
 
     def __init__(self, ranks: RankInfo) -> None:
         self._ranks = ranks
+        self._most = min(_MAX_KEPT, _MAX_GATHERED // ranks.world_size)
         self._warned = False
         self.clear()
 
@@ -91,7 +94,7 @@ class Overlap:
             if word and word % self._modulus == 0:
                 self._num_seen += 1
                 self._first.setdefault(word, position)
-        while len(self._first) > _MAX_KEPT:
+        while len(self._first) > self._most:
             self._modulus *= 2
             before = len(self._first)
             self._first = {w: p for w, p in self._first.items() if w % self._modulus == 0}

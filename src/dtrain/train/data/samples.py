@@ -83,8 +83,8 @@ def _explain(ballot: Vote, sample: int, read: Callable[[], Any], ranks: RankInfo
     raise BlamedError(
         f"train_dataset() differs {ballot.where}: sample {sample}"
         f"{', ' if what.startswith('element') else ' '}{what}\n"
-        "every rank must see the same data, dtrain gives each its part; is it another file there, "
-        "or an older copy?",
+        "every rank must see the same data: is it another file there, an older copy, or does it "
+        "look at the rank?",
         ballot.culprits,
         ranks.rank,
     )
