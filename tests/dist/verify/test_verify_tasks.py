@@ -112,9 +112,30 @@ def test_a_mistake_is_found_and_its_cause_named(judges: Any, mistake: Mistake) -
     assert mistake.says in f"{found.found} {found.likely}", found
 
 
+REFUSED = [
+    Mistake("StaleFile", "", "train_dataset() differs on rank 1", DDP3),
+    Mistake("StaleFile", "", "element [0][2] is"),
+    Mistake("ShardsItself", "", "data.stream: sharded"),
+    Mistake("ShufflesByRank", "", "train_dataset()", DDP3),
+    Mistake("SkipsOne", "", "rank 1", DDP3),
+    Mistake("OrderByRank", "", "order of samples differs"),
+    Mistake("OwnDecay", "", "weight_decay of group 0 is 0.1 on rank 1"),
+    Mistake("FreezesByRank", "", "rank 1"),
+]
+
+
+@pytest.mark.parametrize("mistake", REFUSED, ids=lambda mistake: mistake.id)
+def test_a_mistake_that_a_launch_refuses_is_told_in_its_words(
+    judges: Any, mistake: Mistake
+) -> None:
+    result = of_one(judges(mistake.name, True), mistake.pair)
+    assert result.verdict == "failed", result
+    assert mistake.says in result.failure
+
+
 @pytest.mark.parametrize(
     ("name", "pair"),
-    list(dict.fromkeys((mistake.name, mistake.pair) for mistake in CATALOGUE)),
+    list(dict.fromkeys((mistake.name, mistake.pair) for mistake in [*CATALOGUE, *REFUSED])),
     ids=lambda value: value.name if isinstance(value, Pair) else value,
 )
 def test_the_same_task_without_the_mistake_passes(judges: Any, name: str, pair: Pair) -> None:

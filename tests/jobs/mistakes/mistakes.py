@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import random
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 import dtrain
 from dtrain import Loss, Task
+
+SEEN_BY_RANK_1 = 28
+"""A sample that rank 1 of 2 and of 3 reads in the first step."""
 
 
 def numbers() -> TensorDataset:
@@ -80,11 +84,11 @@ class StaleFile(Small):
 
 
 class StaleSample(Small):
-    """Rank 1's file differs in a few samples, which nobody looks at before training."""
+    """Rank 1's file differs in one sample, which is none of those compared before training."""
 
     def train_dataset(self) -> Any:
         wrong = self.mistake and dtrain.rank() == 1
-        return Rows(dict.fromkeys(range(0, 60, 3), 1e-3) if wrong else None)
+        return Rows({SEEN_BY_RANK_1: 1e-3} if wrong else None)
 
 
 class Jittered(Rows):
@@ -105,6 +109,51 @@ class PrivateGenerator(Small):
 
     def train_dataset(self) -> Any:
         return Jittered(own=self.mistake)
+
+
+class Parted(IterableDataset[Any]):
+    """A stream of the numbers, of which each rank may take its own part."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = list(zip(*numbers().tensors, strict=True))
+        if self.how == "by rank":
+            yield from rows[dtrain.rank() :: dtrain.world_size()]
+        elif self.how == "shuffled":
+            yield from random.Random(dtrain.rank()).sample(rows, len(rows))
+        else:
+            yield from rows[dtrain.rank() * (self.how == "skips one") :]
+
+
+class ShardsItself(Small):
+    """A stream that gives each rank its part, of which it then keeps a part."""
+
+    how = "by rank"
+
+    def train_dataset(self) -> Any:
+        return Parted(self.how if self.mistake else "")
+
+
+class ShufflesByRank(ShardsItself):
+    """A stream in an order of each rank's own."""
+
+    how = "shuffled"
+
+
+class SkipsOne(ShardsItself):
+    """A stream that begins one sample later on rank 1."""
+
+    how = "skips one"
+
+
+class OrderByRank(Small):
+    """The order of the samples follows from the rank."""
+
+    def sample_order(self, seed: int, epoch: int) -> Any:
+        shift = dtrain.rank() if self.mistake else 0
+        return [(i + shift) % 29 for i in range(29)]
 
 
 class Evaluated(Small):
@@ -306,6 +355,16 @@ class ScaledGradient(Small):
         model: Any = super().model()
         if self.mistake and dtrain.rank() == 1:
             model[2].weight.register_hook(lambda gradient: gradient * 1.01)
+        return model
+
+
+class FreezesByRank(Small):
+    """Rank 1 freezes a layer."""
+
+    def model(self) -> Any:
+        model: Any = super().model()
+        if self.mistake and dtrain.rank() == 1:
+            model[0].requires_grad_(False)
         return model
 
 

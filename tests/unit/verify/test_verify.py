@@ -23,8 +23,9 @@ from dtrain.rundir import RunDir, append_line
 from dtrain.train.data.placement import GlobalBatch
 from dtrain.train.observe import adapt, digest
 from dtrain.verify import html, svg, text, warmth
+from dtrain.verify.clauses import DATA, ENDED_EARLY, Finding
 from dtrain.verify.compare import L2, Comparison, compare
-from dtrain.verify.findings import DATA, ENDED_EARLY, Finding, exact_findings
+from dtrain.verify.findings import exact_findings
 from dtrain.verify.judge import Result
 from dtrain.verify.lengths import epoch_samples
 from dtrain.verify.pairs import (
