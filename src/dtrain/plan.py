@@ -209,11 +209,9 @@ def make_plan(
         raise PlanError(problem, ("strategy", "trainer", "launch.nodes"))
     procs, replicas = _processes(job)
     world_sizes = [procs * count for count in range(min_nodes, nodes + 1)]
-    problem = catalog.shard_problem(job.strategy, job.train.virtual_shards, world_sizes)
-    if problem:
+    if problem := catalog.shard_problem(job.strategy, job.train.virtual_shards, world_sizes):
         raise PlanError(problem, (*_SIZES, "strategy"))
-    problem = sharded_problem(job, world_sizes)
-    if problem:
+    if problem := sharded_problem(job, world_sizes):
         raise PlanError(problem, ("data.stream", "strategy", *_SIZES))
     _refuse_absent_ranks(job, procs * nodes, facts.attempt)
     threads = _threads(launcher, options, facts.cores, nodes, procs * replicas)
