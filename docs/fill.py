@@ -17,7 +17,7 @@ from dtrain.cli.main import _COMMANDS
 from dtrain.job.schema import job_schema
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("README.md", "docs/job-file.md")
+FILES = ("README.md", "docs/job-file.md", "docs/same-training.md")
 
 
 def main() -> None:
@@ -185,6 +185,18 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
 
 
+# -- docs/same-training.md ----------------------------------------------------------------------
+
+
+def mistakes() -> str:
+    """What the tests do wrong on purpose, by the clause that it breaks."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support.mistakes import listed
+
+    rows = [("clause", "mistakes")]
+    return table([*rows, *((clause, " ".join(some)) for clause, some in listed())])
+
+
 PARTS: Mapping[str, Callable[[], str]] = {
     "example": example,
     "matrix": matrix,
@@ -192,6 +204,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "strategies": strategies,
     "commands": commands,
     "fields": fields,
+    "mistakes": mistakes,
 }
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ from dtrain.verify.compare import L1, apart
 _CLIPPED = 1 - 1e-4
 """A clipped gradient is as long as the limit, but for torch's 1e-6 against a division by 0."""
 
+_SLIGHT = 1e-3
+"""Parts that are unequal by a share change their mean by about that share, no thousandth of it."""
+
 _FACTOR = 1e-6
 """A gradient counts as a multiple of another when what is left over is this small beside it."""
 
@@ -55,7 +58,7 @@ def _gradient(case: Case) -> Finding:
 def _unknown(case: Case) -> str:
     if case.pair.micro_batch_size is not None:
         return "accumulated gradients are reduced more than once, or divided by their number"
-    return "the ranks' gradients are added with wrong weights"
+    return "the ranks' gradients are added with wrong weights, or changed on one rank (a hook)"
 
 
 def _by_clipping(case: Case) -> Finding | None:
@@ -113,13 +116,16 @@ def _by_some_parameters(case: Case) -> Finding | None:
     if not 0 < len(bad) < len(ours.vectors):
         return None
     found = f"{len(bad)} of {len(ours.vectors)} parameters have another gradient: {few(bad)}"
-    return case.finding(found, "their gradients are not reduced, or reduced twice")
+    return case.finding(found, "not reduced, or reduced twice, or changed on one rank (a hook)")
 
 
 def _by_unequal_parts(case: Case) -> Finding | None:
     """Means that count alike although they are over unequal parts."""
     sizes = _weights_of_ranks(case.other, case.step)
     if sizes is None or len(set(sizes)) == 1 or case.pair.micro_batch_size is not None:
+        return None
+    mean = math.fsum(sizes) / len(sizes)
+    if case.shown.value < _SLIGHT * max(abs(size / mean - 1) for size in sizes):
         return None
     likely = f"a mean of means: ranks hold weights of {few(sizes)} but count alike"
     return case.finding(str(case), likely)

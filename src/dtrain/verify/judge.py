@@ -218,9 +218,12 @@ class Judge:
         reference, other = self._both(case.pair, replace(wish, batch_norm=False))
         if compare(reference, other).excess(L1) is not None:
             return None
+        # torch's SyncBatchNorm works on GPUs only
+        instead = "SyncBatchNorm" if case.pair.gpus else "strategy 'exact'"
         likely = (
             f"BatchNorm ({', '.join(names[:3])}) normalises over each process's own samples: with "
-            "its statistics frozen all agrees. Use SyncBatchNorm, or a norm over features"
+            f"its statistics frozen all agrees. Use a norm over features (GroupNorm, LayerNorm), "
+            f"or {instead}"
         )
         return Finding(BATCH_NORM, str(case), likely, case.step, case.shown.tensor)
 

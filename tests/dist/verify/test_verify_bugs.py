@@ -7,34 +7,20 @@ write into a task is in test_verify_tasks.py, what only a launcher brings in tes
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from dtrain.verify.clauses import (
-    BATCH_NORM,
-    BUFFERS,
-    CLIPPING,
-    DATA,
-    EVALUATION,
-    GRADIENT,
-    LOSS,
-    MODEL,
-    RANDOM,
-    REPLICAS,
-    SCALER,
-    SCHEDULE,
-    START,
-    UPDATE,
-)
+from dtrain.verify.clauses import DATA
 from dtrain.verify.compare import L1, compare
 from dtrain.verify.judge import Judge, Result
 from dtrain.verify.pairs import REFERENCE, Pair
 from support import JOBS
+from support.mistakes import BUGS, DDP, FP16, RESUMED, UNWEIGHTED, Bug
 from support.warm_lab import WarmLab
 
-BUGS = JOBS / "bugs"
+FOLDER = JOBS / "bugs"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +31,7 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     def judge(overrides: tuple[str, ...]) -> Judge:
         if overrides not in made:
             lab = WarmLab(
-                BUGS / "job.yaml",
+                FOLDER / "job.yaml",
                 overrides=overrides,
                 max_train_samples=29,  # 12, 12 and 5 a step: the fourth begins a new epoch
                 max_eval_samples=17,
@@ -57,76 +43,12 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     return judge
 
 
-DDP = Pair("ddp", procs=2)
-
-
-@dataclass(frozen=True)
-class Bug:
-    """A bug and what is to be said of it."""
-
-    module: str
-    clause: str
-    likely: str
-    """A part of the likely cause."""
-    step: int = 1
-    pair: Pair = DDP
-    job: tuple[str, ...] = field(default=())
-    level: str | None = "L0"
-
-    @property
-    def id(self) -> str:
-        """For pytest."""
-        return self.module or self.job[0].partition("=")[0].rpartition(".")[2]
-
-
-RESUMED = replace(DDP, resume_after=3)
-UNWEIGHTED = ("args.weighted=false",)
-FP16 = ("train.precision=fp16", "train.clip_grad_norm=null", "args.scale=0.001")
-
-CATALOGUE = [
-    Bug("mean_of_means", GRADIENT, "mean of means"),
-    Bug("mean_of_means", GRADIENT, "mean of means: ranks hold weights of 3, 2", 3, job=UNWEIGHTED),
-    Bug("sum_not_mean", GRADIENT, "added over the 2 processes and not divided"),
-    Bug("averaged_twice", GRADIENT, "divided by the 2 processes once more (wrapped twice?)"),
-    Bug("wrapped_twice", MODEL, "wrapped a second time", 0),
-    Bug("reduced_twice_in_part", GRADIENT, "not reduced, or reduced twice"),
-    Bug("weights_ignored", GRADIENT, "number of samples instead of the weights"),
-    Bug("missing_no_sync", GRADIENT, "accumulated gradients are reduced more than once",
-        pair=replace(DDP, micro_batch_size=2)),
-    Bug("never_reduced", REPLICAS, "gradients are not reduced"),
-    Bug("clipped_before_reduction", CLIPPING, "clips its own gradient"),
-    Bug("scheduler_per_rank", SCHEDULE, "once per process (2)", 2),
-    Bug("rate_times_world", SCHEDULE, "multiplied by the 2 processes"),
-    Bug("update_per_micro_batch", UPDATE, "2.9 times as far from the same gradient"),
-    Bug("padded", DATA, "padded to equal length", 3, level=None),
-    Bug("dropped", DATA, "samples that do not divide are dropped", 3, level=None),
-    Bug("not_shared_out", DATA, "not shared out between the ranks", level=None),
-    Bug("dealt_in_turn", DATA, "another order", level=None),
-    Bug("forgotten_epoch", DATA, "set_epoch forgotten", 4, level=None),
-    Bug("seed_by_rank", DATA, "each rank's own", level=None),
-    Bug("wrong_resume", DATA, "wrong position", 3, pair=replace(DDP, resume_after=2), level=None),
-    Bug("momentum_lost", UPDATE, "optimizer's state was not restored", 4, pair=RESUMED),
-    Bug("schedule_lost", SCHEDULE, "scheduler's state was not restored", 4, pair=RESUMED),
-    Bug("scale_left_in", SCALER, "65536 is never taken out",
-        job=FP16),
-    Bug("seeded_by_rank", START, "seeded by rank", 0),
-    Bug("same_random_numbers", RANDOM, "same seed", job=("args.dropout=0.3",)),
-    Bug("reads_its_rank", LOSS, "reads its rank"),
-    Bug("", BATCH_NORM, "BatchNorm (norm) normalises over each process's own samples",
-        job=("args.norm=true",)),
-    Bug("stale_buffer", BUFFERS, "stale copy"),
-    Bug("unsynced_buffers", BUFFERS, "not synchronised", job=("args.tracks=true",)),
-    Bug("", BUFFERS, "from its own samples", job=("args.tracks=true",)),
-    Bug("padded_evaluation", EVALUATION, "repeated or dropped", 5),
-]  # fmt: skip
-
-
 def of_one(judge: Judge, pair: Pair) -> Result:
     (result,) = judge.judge([pair])
     return result
 
 
-@pytest.mark.parametrize("bug", CATALOGUE, ids=lambda bug: bug.id)
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.id)
 def test_a_bug_is_flagged_and_its_cause_named(judges: Any, bug: Bug) -> None:
     preload = (f"launch.preload=[{bug.module}]",) if bug.module else ()
     result = of_one(judges(bug.job), replace(bug.pair, overrides=preload, title=bug.id))

@@ -150,7 +150,7 @@ def test_attributes_that_change_are_seen_and_can_be_put_back() -> None:
         (torch.zeros(2), torch.zeros(2, dtype=torch.float64)), (None, 0),
         (np.random.default_rng(1), np.random.default_rng(2)),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_values_have_digests_of_what_they_hold(one: Any, other: Any) -> None:
     held, task = Held(), Held()
