@@ -27,7 +27,14 @@ def seed_everything(seed: int) -> None:
     # Not the same number as torch's: both are the Mersenne Twister, seeded in one way by 32 bits,
     # and would draw the same words.
     np.random.seed(derive_seed("numpy", seed) % 2**32)
-    # not torch.manual_seed: without CUDA it formats a stack for a lazy call, 50 µs each time
+    seed_torch(seed)
+
+
+def seed_torch(seed: int) -> None:
+    """Seed torch's global generators, on the CPU and on GPUs in use.
+
+    Not by `torch.manual_seed`: without CUDA that formats a stack for a lazy call, 50 µs to 3 ms.
+    """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dtrain.train.data.generators import global_generators
-from dtrain.train.seeding import derive_seed, seed_everything
+from dtrain.train.seeding import derive_seed, seed_everything, seed_torch
 
 _LIBRARIES = str(Path(torch.__file__).parents[1])
 _PACKAGE = str(Path(__file__).resolve().parents[2])
@@ -57,7 +57,7 @@ class FixedNoise(TorchDispatchMode):
         self._calls += 1
         alone = self._keys if self._by_sample else []
         seed_everything(derive_seed("noise", *alone))
-        torch.manual_seed(self._calls)
+        seed_torch(self._calls)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -91,11 +91,11 @@ def _draw(
     count = len(keys)
     given = (*args, *kwargs.values())
     if not any(_has_rows(each, count) for each in given):
-        torch.manual_seed(derive_seed("noise", number))
+        seed_torch(derive_seed("noise", number))
         return func(*args, **kwargs)
     made = []
     for index, key in enumerate(keys):
-        torch.manual_seed(derive_seed("noise", number, key))
+        seed_torch(derive_seed("noise", number, key))
         parts = [_part(each, index, count) for each in args]
         made.append(func(*parts, **{k: _part(v, index, count) for k, v in kwargs.items()}))
     if func._schema.is_mutable:
