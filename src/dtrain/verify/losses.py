@@ -52,7 +52,7 @@ def state_in_task(case: Case, names: Sequence[str]) -> Finding:
         likely += "Checkpoints hold it only if the task has state_dict() and load_state_dict()"
     else:
         likely += "It changes with every call of loss(), and other layouts make more or fewer "
-        likely += "calls: change it once per step, as in a callback's step_ended"
+        likely += "calls: change it once per step, as in on_step of a dtrain.Callback"
     return case.finding(f"all agrees when the task's {attributes} stay as they are", likely, STATE)
 
 

@@ -51,6 +51,14 @@ def test_no_strategy_is_called_another_training(name: str, tmp_path: Path) -> No
     assert {r.fixed_noise for r in results} <= {name in NOISY, False}
 
 
+def test_an_average_of_the_weights_is_the_same_wherever_it_can_be(tmp_path: Path) -> None:
+    results = list(judge("Averaged", tmp_path).judge(PAIRS))
+    failed = [(result.pair.strategy, result.failure) for result in results if not result.passed]
+    ((strategy, failure),) = failed
+    assert strategy == "fsdp"
+    assert "dtrain.EMA averages" in failure, "refused in words"
+
+
 def test_batch_norm_is_another_training_but_under_exact(tmp_path: Path) -> None:
     for result in judge("BatchNorm", tmp_path).judge(PAIRS):
         if result.pair.is_exact:

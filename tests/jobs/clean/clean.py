@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+import dtrain
 from dtrain import Loss, Task
 
 SAMPLES, SIZE, CLASSES = 96, 8, 4
@@ -300,6 +301,25 @@ class Weighted(Plain):
 
     def sample_weights(self) -> Any:
         return [1 + i % 3 for i in range(SAMPLES)]
+
+
+class Averaged(Plain):
+    """Evaluates an average of the weights, which is its teacher as well."""
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        self.ema = dtrain.EMA(model, 0.9)
+        return super().optimizer(model)
+
+    def callbacks(self) -> Any:
+        return [self.ema]
+
+    def loss(self, model: Any, batch: Any) -> Loss:
+        x, y = batch
+        scores = model(x)
+        total = functional.cross_entropy(scores, y, reduction="sum")
+        if model.training:
+            total = total + (scores - self.ema.model(x)).square().sum()
+        return Loss(total, len(y))
 
 
 class Clipped(Plain):
