@@ -67,7 +67,7 @@ class Wish:
         if not text:
             return None
         wish = json.loads(text)
-        return cls(**{**wish, "frozen": tuple(wish["frozen"])})
+        return cls(**{**wish, "frozen": tuple(wish.get("frozen", ()))})
 
 
 @dataclass(frozen=True)

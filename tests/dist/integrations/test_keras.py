@@ -117,7 +117,7 @@ def test_it_is_what_fit_would_have_trained(tmp_path: Path) -> None:
         assert gap(model.get_weights(), weights) < 2e-6, folder
         assert result.metrics["accuracy"] == pytest.approx(metrics["accuracy"], abs=1e-6)
         assert result.metrics["loss"] == pytest.approx(metrics["loss"], abs=2e-6)
-    assert [type(each) for each in wrapped] == [LossModule] * 4
+    assert [type(each.loss) for each in wrapped] == [LossModule] * 4
 
 
 @pytest.mark.ranks(1, timeout=240)

@@ -153,7 +153,7 @@ def test_a_layer_that_a_step_does_not_use(uses: list[list[bool]], tmp_path: Path
     assert_same_training(stops, tmp_path, (("ddp", 2), ("ddp", 3)))
 
 
-@given(st.lists(cases, min_size=5, max_size=5))
+@given(st.lists(cases, min_size=4, max_size=4))
 @settings(
     max_examples=2, deadline=None, phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
@@ -162,6 +162,4 @@ def test_any_layers_used_by_any_samples(
     tmp_path_factory: pytest.TempPathFactory, some: list[dict[str, Any]]
 ) -> None:
     folder = tmp_path_factory.mktemp("runs")
-    assert_same_training(
-        some, folder, (("ddp", 2), ("ddp", 3), ("exact", 2), ("fsdp", 2), ("dp", 1))
-    )
+    assert_same_training(some, folder, (("ddp", 2), ("exact", 2), ("fsdp", 2), ("dp", 1)))

@@ -111,6 +111,13 @@ def test_what_cannot_be_read_counts_by_its_class(sample: Any) -> None:
     assert digest([sample, 1]) == digest([sample, 1]) != 0
 
 
+def test_parts_that_lead_to_one_another_end() -> None:
+    parts = [Plain(None) for _ in range(6)]
+    for part in parts:
+        part.value = [each for each in parts if each is not part]
+    assert digest(parts) == digest(parts)
+
+
 def test_a_sample_that_holds_itself_ends() -> None:
     one: list[Any] = [1, "a"]
     one.append(one)

@@ -142,6 +142,23 @@ def test_attributes_that_change_are_seen_and_can_be_put_back() -> None:
     assert {name for name in before if before[name] != restored[name]} == {"mean", "seen"}
 
 
+class Linked:
+    """Leads to all others, as a trainer and its callbacks do."""
+
+    def __init__(self, others: list[Linked]) -> None:
+        self.others, self.count = others, 0
+
+
+def test_objects_that_lead_to_one_another_are_opened_once() -> None:
+    others: list[Linked] = []
+    others += [Linked(others) for _ in range(50)]
+    task = Held()
+    task.seen = [others[0]]
+    before = digests(task)["seen"]
+    others[0].count += 1
+    assert digests(task)["seen"] != before
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [

@@ -80,29 +80,35 @@ def hash_of(contents: Mapping[int, int]) -> int:
     return xxhash.xxh3_64_intdigest(repr(tuple(contents.items())).encode())
 
 
-def leaves(value: Any, path: str = "", depth: int = 0) -> Iterator[Leaf]:
-    """All leaves, in an order that is the same in every process."""
+def leaves(value: Any, path: str = "", within: tuple[int, ...] = ()) -> Iterator[Leaf]:
+    """All leaves, in an order that is the same in every process.
+
+    Args:
+        value: a sample, or what is in it.
+        path: of the value.
+        within: addresses of the containers that it is in; one of them again is not opened.
+    """
     if isinstance(value, torch.Tensor):
         yield _of_tensor(value, path)
     elif isinstance(value, _ARRAYS):
-        yield from _of_array(np.asarray(value), path, depth)
+        yield from _of_array(np.asarray(value), path, within)
     elif isinstance(value, _PLAIN):
         yield Leaf(path, type(value).__name__, value)
-    elif depth == _MAX_DEPTH:
+    elif len(within) == _MAX_DEPTH or id(value) in within:
         yield _closed(value, path)
     elif isinstance(value, _SEQUENCES):
-        yield from _of_sequence(value, path, depth)
+        yield from _of_sequence(value, path, (*within, id(value)))
     elif isinstance(value, Mapping):
-        yield from _of_mapping(value, path, depth)
+        yield from _of_mapping(value, path, (*within, id(value)))
     elif isinstance(value, _SETS):
         yield Leaf(path, type(value).__name__, sorted(digest(each) for each in value))
     elif hasattr(type(value), "__array_interface__"):  # an image of PIL's
-        yield from _of_array(np.asarray(value), path, depth)
+        yield from _of_array(np.asarray(value), path, within)
     else:
         yield _closed(value, path)
         for name, inner in sorted(getattr(value, "__dict__", {}).items()):
             if not name.startswith("_"):  # caches and the like
-                yield from leaves(inner, f"{path}.{name}", depth + 1)
+                yield from leaves(inner, f"{path}.{name}", (*within, id(value)))
 
 
 def first_difference(ours: list[Leaf], theirs: list[Leaf]) -> tuple[str, str, str] | None:
@@ -135,37 +141,37 @@ def _kind(dtype: Any, shape: tuple[int, ...]) -> str:
     return f"{dtype}{list(shape)}"
 
 
-def _of_array(array: np.ndarray[Any, Any], path: str, depth: int) -> Iterator[Leaf]:
+def _of_array(array: np.ndarray[Any, Any], path: str, within: tuple[int, ...]) -> Iterator[Leaf]:
     kind = _kind(array.dtype, array.shape)
     if array.dtype.names is not None:  # between the fields lies whatever was in memory
         yield Leaf(path, "array", kind)
         for name in array.dtype.names:
-            yield from _of_array(array[name], f"{path}[{name!r}]", depth + 1)
+            yield from _of_array(array[name], f"{path}[{name!r}]", within)
     elif array.dtype.hasobject:
         yield Leaf(path, "array", str(array.shape))
-        yield from leaves(array.ravel().tolist(), path, depth + 1)
+        yield from leaves(array.ravel().tolist(), path, (*within, id(array)))
     else:
         if array.dtype.char in "gG":  # 10 bytes of 16 count
             array = array.astype(np.float64 if array.dtype.char == "g" else np.complex128)
         yield Leaf(path, kind, np.ascontiguousarray(array).reshape(array.shape))
 
 
-def _of_sequence(values: Any, path: str, depth: int) -> Iterator[Leaf]:
+def _of_sequence(values: Any, path: str, within: tuple[int, ...]) -> Iterator[Leaf]:
     kind = type(values).__name__
     if values and set(map(type, values)) <= _NUMBERS:
         yield Leaf(path, f"{kind} of {len(values)}", list(values))
         return
     yield Leaf(path, kind, len(values))
     for index, inner in enumerate(values):
-        yield from leaves(inner, f"{path}[{index}]", depth + 1)
+        yield from leaves(inner, f"{path}[{index}]", within)
 
 
-def _of_mapping(values: Mapping[Any, Any], path: str, depth: int) -> Iterator[Leaf]:
+def _of_mapping(values: Mapping[Any, Any], path: str, within: tuple[int, ...]) -> Iterator[Leaf]:
     yield Leaf(path, type(values).__name__, len(values))
     texts = all(type(key) is str for key in values)
     for key in sorted(values, key=None if texts else digest):  # a set's order may differ
         yield Leaf(path, "key", key if isinstance(key, _PLAIN) else digest(key))
-        yield from leaves(values[key], f"{path}[{key!r}]", depth + 1)
+        yield from leaves(values[key], f"{path}[{key!r}]", within)
 
 
 def _closed(value: Any, path: str) -> Leaf:

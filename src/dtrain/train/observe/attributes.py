@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,9 @@ class Attributes:
     """
 
     def __init__(self, task: Task, frozen: tuple[str, ...]) -> None:
-        self._held = vars(getattr(task, "adapted", task))
+        users = getattr(task, "adapted", task)
+        # what stands for a LightningModule or a Keras model has no attributes of the user's
+        self._held = {} if _is_ours(users) else vars(users)
         self._frozen = frozen
         self._kept: dict[str, Any] = {}
 
@@ -44,16 +47,32 @@ class Attributes:
         """
         trained = {id(each) for each in model.parameters()} if model is not None else set()
         return {
-            name: f"{type(value).__name__} {content.digest(_opened(value)):016x}"
+            name: f"{type(value).__name__} {content.digest(_opened(value, set())):016x}"
             for name, value in self._held.items()
             if not (callable(value) and not isinstance(value, torch.nn.Module))
             and not _is_data(value)
+            and not _is_ours(value)
             and not _holds(value, trained)
         }
 
 
-def _opened(value: Any, depth: int = 4) -> Any:
-    """A value with plain containers instead of what has its content inside: modules, generators."""
+def _is_ours(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "dtrain"
+
+
+def _opened(value: Any, opened: set[int], depth: int = 4) -> Any:
+    """A value with plain containers instead of what has its content inside: modules, generators.
+
+    Args:
+        value: any.
+        opened: addresses of the objects met so far. Each is opened once: one that leads to a
+            trainer leads to thousands, by many ways.
+        depth: how many objects in objects are opened.
+    """
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return value
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        return value
     if isinstance(value, torch.nn.Module | torch.optim.Optimizer):
         return dict(value.state_dict())
     if isinstance(value, torch.Generator):
@@ -64,13 +83,17 @@ def _opened(value: Any, depth: int = 4) -> Any:
         return value.bit_generator.state
     if isinstance(value, np.random.RandomState):
         return value.get_state(legacy=False)
-    if depth == 0:
-        return value
+    if depth == 0 or id(value) in opened:
+        return type(value).__name__
+    opened.add(id(value))
     if isinstance(value, Mapping):
-        return {key: _opened(each, depth - 1) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_opened(each, depth - 1) for each in value]
-    return value
+        return {str(key): _opened(each, opened, depth - 1) for key, each in value.items()}
+    if isinstance(value, list | tuple | deque):
+        return [_opened(each, opened, depth - 1) for each in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    inside = {} if callable(value) else getattr(value, "__dict__", {})
+    return {name: _opened(each, opened, depth - 1) for name, each in inside.items()}
 
 
 def _copy(value: Any) -> Any:
