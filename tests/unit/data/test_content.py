@@ -112,7 +112,7 @@ def test_what_cannot_be_read_counts_by_its_class(sample: Any) -> None:
 
 
 def test_parts_that_lead_to_one_another_end() -> None:
-    parts = [Plain(None) for _ in range(6)]
+    parts = [Plain(None) for _ in range(30)]
     for part in parts:
         part.value = [each for each in parts if each is not part]
     assert digest(parts) == digest(parts)

@@ -8,6 +8,7 @@ equal digests in every process.
 from __future__ import annotations
 
 import functools
+import itertools
 import marshal
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,10 @@ import xxhash
 
 _MAX_DEPTH = 16
 """Containers in one another; deeper ones, and those that hold themselves, count by their class."""
+
+_MAX_LEAVES = 100_000
+"""Of a sample that are looked at. Objects that lead to one another can be reached in more ways than
+a lifetime has seconds."""
 
 _NUMBERS = frozenset({int, float, bool})
 _PLAIN = (bool, int, float, complex, str, bytes, bytearray, type(None))
@@ -80,8 +85,13 @@ def hash_of(contents: Mapping[int, int]) -> int:
     return xxhash.xxh3_64_intdigest(repr(tuple(contents.items())).encode())
 
 
-def leaves(value: Any, path: str = "", within: tuple[int, ...] = ()) -> Iterator[Leaf]:
-    """All leaves, in an order that is the same in every process.
+def leaves(sample: Any) -> Iterator[Leaf]:
+    """The leaves, in an order that is the same in every process; at most `_MAX_LEAVES`."""
+    return itertools.islice(_leaves(sample), _MAX_LEAVES)
+
+
+def _leaves(value: Any, path: str = "", within: tuple[int, ...] = ()) -> Iterator[Leaf]:
+    """All leaves.
 
     Args:
         value: a sample, or what is in it.
@@ -108,7 +118,7 @@ def leaves(value: Any, path: str = "", within: tuple[int, ...] = ()) -> Iterator
         yield _closed(value, path)
         for name, inner in sorted(getattr(value, "__dict__", {}).items()):
             if not name.startswith("_"):  # caches and the like
-                yield from leaves(inner, f"{path}.{name}", (*within, id(value)))
+                yield from _leaves(inner, f"{path}.{name}", (*within, id(value)))
 
 
 def first_difference(ours: list[Leaf], theirs: list[Leaf]) -> tuple[str, str, str] | None:
@@ -149,7 +159,7 @@ def _of_array(array: np.ndarray[Any, Any], path: str, within: tuple[int, ...]) -
             yield from _of_array(array[name], f"{path}[{name!r}]", within)
     elif array.dtype.hasobject:
         yield Leaf(path, "array", str(array.shape))
-        yield from leaves(array.ravel().tolist(), path, (*within, id(array)))
+        yield from _leaves(array.ravel().tolist(), path, (*within, id(array)))
     else:
         if array.dtype.char in "gG":  # 10 bytes of 16 count
             array = array.astype(np.float64 if array.dtype.char == "g" else np.complex128)
@@ -163,7 +173,7 @@ def _of_sequence(values: Any, path: str, within: tuple[int, ...]) -> Iterator[Le
         return
     yield Leaf(path, kind, len(values))
     for index, inner in enumerate(values):
-        yield from leaves(inner, f"{path}[{index}]", within)
+        yield from _leaves(inner, f"{path}[{index}]", within)
 
 
 def _of_mapping(values: Mapping[Any, Any], path: str, within: tuple[int, ...]) -> Iterator[Leaf]:
@@ -171,7 +181,7 @@ def _of_mapping(values: Mapping[Any, Any], path: str, within: tuple[int, ...]) -
     texts = all(type(key) is str for key in values)
     for key in sorted(values, key=None if texts else digest):  # a set's order may differ
         yield Leaf(path, "key", key if isinstance(key, _PLAIN) else digest(key))
-        yield from leaves(values[key], f"{path}[{key!r}]", within)
+        yield from _leaves(values[key], f"{path}[{key!r}]", within)
 
 
 def _closed(value: Any, path: str) -> Leaf:
