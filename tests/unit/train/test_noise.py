@@ -101,9 +101,10 @@ def test_lines_that_draw_are_told() -> None:
         np.random.rand()
 
     noise, draws = FixedNoise(by_sample=False), Draws()
-    with noise, draws.watching():
-        noise.begin(X)
-        loss()
+    with noise:
+        noise.begin(X)  # which seeds
+        with draws.watching():
+            loss()
     first, name = loss.__code__.co_firstlineno, "test_noise.py"
     assert noise.places == {f"randn_like at {name}:{first + 1}"}
     assert draws.places == {f"random at {name}:{first + 2}", f"numpy.random at {name}:{first + 3}"}
