@@ -151,7 +151,7 @@ MISTAKES = [
     Mistake("OwnRate", SCHEDULE, "of group 1 is 0.004 on rank 1, not 0.003", DDP3, 3),
     Mistake("WritesWeights", REPLICAS, "a write to the parameters"),
     Mistake("ScaledGradient", GRADIENT, "2.weight"),
-    Mistake("OwnStart", START, "of rank 1 differ", DDP3, 0),
+    Mistake("OwnStart", START, "rank 1 differs from the others", DDP3, 0),
     Mistake("Evaluated", EVALUATION, "", step=5),
 ]
 """Each a class in tests/jobs/mistakes, and how it is launched to be seen."""

@@ -219,6 +219,17 @@ def train(
     return Outcome(result, arrays, task.seen[:-1], task.evaluated, task.inputs, number)
 
 
+def same_end(ones: list[Outcome], others: list[Outcome]) -> None:
+    """Make sure that two trainings ended with the same bits and metrics."""
+    one, other = ones[0].result, others[0].result
+    assert one is not None
+    assert other is not None
+    assert one.parameters_sha256 == other.parameters_sha256 is not None
+    assert one.metrics == other.metrics
+    for name, value in ones[0].parameters.items():
+        np.testing.assert_array_equal(others[0].parameters[name], value, err_msg=name)
+
+
 def losses(folder: Path) -> list[float]:
     """The training loss of every step, in order of the lines."""
     return [line["loss"] for line in lines(folder, "metrics") if line["split"] == "train"]

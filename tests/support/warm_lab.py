@@ -23,7 +23,9 @@ from dtrain.train.load import load_task
 from dtrain.train.observe.recorder import Recorder
 from dtrain.train.strategies import ddp, dp, exact, fsdp, single
 from dtrain.train.trainers.native import NativeTrainer
+from dtrain.verify.judge import Judge, Result
 from dtrain.verify.lab import Lab
+from dtrain.verify.pairs import Pair
 
 IMPORTED_ONCE = (ddp, dp, exact, fsdp, single)  # not in every rank
 
@@ -47,6 +49,12 @@ def train(spec: JobSpec, folder: Path, run: Path, attempt: int, replicas: int) -
     except Exception:
         return traceback.format_exc()
     return None
+
+
+def of_one(judge: Judge, pair: Pair) -> Result:
+    """What a judge says of one pair."""
+    (result,) = judge.judge([pair])
+    return result
 
 
 class WarmLab(Lab):

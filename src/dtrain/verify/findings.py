@@ -78,7 +78,7 @@ def _start(reference: Recording, other: Recording) -> Iterator[Finding]:
     if strangers:
         yield Finding(
             START,
-            f"the initial values of {_differing(digests)}",
+            f"{_differing(digests)} in initial values",
             "model() is seeded by rank: wrapping hides it, as rank 0's values are copied over",
             0,
         )
@@ -113,8 +113,9 @@ def _explain_schedule(
         return f"it is multiplied by the {pair.parts} processes (linear scaling)"
     if pair.resume_after is not None and step == pair.resume_after + 1:
         return "the scheduler's state was not restored with the checkpoint"
-    calls = [max(len(line.losses) for line in each.lines(step)) for each in (reference, other)]
-    if calls[0] != calls[1]:
+    calls = _calls(other, step)
+    alike = next((s for s in rates if s != step and _calls(reference, s) == calls), None)
+    if alike is not None and rates[alike] == rate:
         return "the scheduler is stepped in loss(), once for each of its calls"
     matches = [s for s, each in rates.items() if abs(each - rate) <= 1e-12 * abs(rate)]
     if any(s == 1 + (step - 1) * pair.parts for s in matches) or _runs_ahead(rates, rate, step):
@@ -122,6 +123,12 @@ def _explain_schedule(
     if matches and max(matches) < step:
         return "the scheduler is stepped too seldom"
     return "the schedule depends on the number of processes"
+
+
+def _calls(recording: Recording, step: int) -> int:
+    """How often a rank has called `loss` up to the end of a step; the one that did it most."""
+    steps = range(1, step + 1)
+    return sum(max(len(line.losses) for line in recording.lines(s)) for s in steps)
 
 
 def _runs_ahead(rates: dict[int, float], rate: float, step: int) -> bool:
@@ -155,7 +162,7 @@ def _replicas(other: Recording, step: int) -> Iterator[Finding]:
         alike = len({line.gradients for line in lines}) == 1
         yield Finding(
             REPLICAS,
-            f"the parameters of {_differing([line.parameters for line in lines])}",
+            f"{_differing([line.parameters for line in lines])} in parameters",
             "the same gradient is applied in another way: other settings of the optimizer, or a "
             "write to the parameters"
             if alike
@@ -167,7 +174,7 @@ def _replicas(other: Recording, step: int) -> Iterator[Finding]:
         if strangers:
             yield Finding(
                 BUFFERS,
-                f"buffer {name} of {_differing([line.buffers.get(name) for line in lines])}",
+                f"{_differing([line.buffers.get(name) for line in lines])} in buffer {name}",
                 "buffers are not synchronised",
                 step,
                 name,
@@ -195,4 +202,4 @@ def _differing(digests: Sequence[str | None]) -> str:
     if most <= len(digests) // 2 or len(digests) == 2:
         return "the ranks differ from one another"
     others = [rank for rank, each in enumerate(digests) if each != usual]
-    return f"{ranks_in_words(others)} differ from the others'"
+    return f"{ranks_in_words(others)} differ{'' if len(others) > 1 else 's'} from the others"

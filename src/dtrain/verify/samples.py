@@ -90,9 +90,7 @@ def other_contents(reference: Recording, other: Recording, step: int) -> list[di
     known = {i: content for rank in reference.contents(step) for i, content in rank.items()}
     return [
         {
-            sample: next(
-                iter(path for path in {**ours, **theirs} if ours.get(path) != theirs.get(path))
-            )
+            sample: next(path for path in ours | theirs if ours.get(path) != theirs.get(path))
             for sample, theirs in rank.items()
             for ours in [known.get(sample, theirs)]
             if ours != theirs

@@ -21,7 +21,7 @@ from dtrain.train.checks.errors import ReplicaError
 from dtrain.train.load import _as_task
 from dtrain.train.trainers.lightning.trainer import LightningTrainer
 from dtrain.train.trainers.native import NativeTrainer
-from support.trainings import Outcome, Regression, job, lines, train
+from support.trainings import Outcome, Regression, job, lines, same_end, train
 
 DATA = {"n": 56, "held_out": 7}
 RANKS = {"single": 1, "dp": 1, "ddp": 2, "fsdp": 2, "exact": 2}
@@ -76,16 +76,6 @@ def run(
     return run_ranks(call, world_size, spec, folder, replicas)
 
 
-def same(ones: list[Outcome], others: list[Outcome]) -> None:
-    one, other = ones[0].result, others[0].result
-    assert one is not None
-    assert other is not None
-    assert one.parameters_sha256 == other.parameters_sha256 is not None
-    assert one.metrics == other.metrics
-    for name, value in ones[0].parameters.items():
-        np.testing.assert_array_equal(others[0].parameters[name], value, err_msg=name)
-
-
 def kept(folder: Path) -> Any:
     tensors, _ = read_checkpoint(folder / "checkpoints" / "step-00000010")
     return tensors["kept"]["states"]
@@ -97,7 +87,7 @@ def test_a_counter_in_the_loss_goes_on(strategy: str, tmp_path: Path) -> None:
     assert unbroken[0].result is not None
     assert unbroken[0].result.metrics["count"] == 10
     run(strategy, tmp_path / "broken", stop_after=5)
-    same(unbroken, run(strategy, tmp_path / "broken"))
+    same_end(unbroken, run(strategy, tmp_path / "broken"))
     state = kept(tmp_path / "broken")["task"]
     assert state["told"] == {"names": ["a", None], "pair": (1, 2.5), 3: True}
     assert state["count"] == 10
@@ -139,7 +129,7 @@ class OwnTeacher(Regression):
 def test_a_teacher_goes_on(strategy: str, tmp_path: Path) -> None:
     unbroken = run(strategy, tmp_path / "unbroken", kind=OwnTeacher)
     run(strategy, tmp_path / "broken", kind=OwnTeacher, stop_after=5)
-    same(unbroken, run(strategy, tmp_path / "broken", kind=OwnTeacher))
+    same_end(unbroken, run(strategy, tmp_path / "broken", kind=OwnTeacher))
 
 
 class KeepsItsModel(OwnTeacher):
@@ -171,14 +161,14 @@ def test_on_another_number_of_processes(tmp_path: Path) -> None:
     unbroken = run("exact", tmp_path / "unbroken", 1)
     run("exact", tmp_path / "broken", 4, stop_after=3)
     run("exact", tmp_path / "broken", 1, stop_after=2)
-    same(unbroken, run("exact", tmp_path / "broken", 2))
+    same_end(unbroken, run("exact", tmp_path / "broken", 2))
 
 
 def test_trainer_lightning_and_back(tmp_path: Path) -> None:
     unbroken = run("ddp", tmp_path / "unbroken")
     run("ddp", tmp_path / "broken", trainer=LightningTrainer, stop_after=2)
     run("ddp", tmp_path / "broken", stop_after=2)
-    same(unbroken, run("ddp", tmp_path / "broken", trainer=LightningTrainer))
+    same_end(unbroken, run("ddp", tmp_path / "broken", trainer=LightningTrainer))
 
 
 class Faulty(Counting):
@@ -201,7 +191,7 @@ def test_after_a_rollback(every: int | None, tmp_path: Path) -> None:
     faulty = run("ddp", tmp_path / "faulty", kind=Faulty, sections=sections)
     assert kept(tmp_path / "faulty")["task"] == kept(tmp_path / "unbroken")["task"]
     if every is not None:  # `train` hands out one model, which goes on from where it was
-        same(unbroken, faulty)
+        same_end(unbroken, faulty)
 
 
 class OnOneRank(Counting):

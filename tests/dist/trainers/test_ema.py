@@ -6,7 +6,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from dtrain.testing import RankError, run_ranks
 from dtrain.train.checkpoint.files import read_checkpoint
 from dtrain.train.trainers.lightning.trainer import LightningTrainer
 from dtrain.train.trainers.native import NativeTrainer
-from support.trainings import Outcome, Regression, job, lines, train
+from support.trainings import Outcome, Regression, job, lines, same_end, train
 
 DATA = {"n": 56, "held_out": 7, "norm": True, "dropout": 0.2}
 RANKS = {"single": 1, "dp": 1, "ddp": 2, "exact": 2}
@@ -79,13 +78,7 @@ def run(
 
 
 def same(ones: list[Outcome], others: list[Outcome], folders: tuple[Path, Path]) -> None:
-    one, other = ones[0].result, others[0].result
-    assert one is not None
-    assert other is not None
-    assert one.parameters_sha256 == other.parameters_sha256 is not None
-    assert one.metrics == other.metrics
-    for name, value in ones[0].parameters.items():
-        np.testing.assert_array_equal(others[0].parameters[name], value, err_msg=name)
+    same_end(ones, others)
     mine, theirs = (average(folder) for folder in folders)
     assert mine["updates"] == theirs["updates"] == 10
     for name, value in mine["weights"].items():

@@ -14,11 +14,11 @@ import pytest
 
 from dtrain.verify.clauses import DATA
 from dtrain.verify.compare import L1, compare
-from dtrain.verify.judge import Judge, Result
+from dtrain.verify.judge import Judge
 from dtrain.verify.pairs import REFERENCE, Pair
 from support import JOBS
 from support.mistakes import BUGS, DDP, FP16, RESUMED, UNWEIGHTED, Bug
-from support.warm_lab import WarmLab
+from support.warm_lab import WarmLab, of_one
 
 FOLDER = JOBS / "bugs"
 
@@ -41,11 +41,6 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         return made[overrides]
 
     return judge
-
-
-def of_one(judge: Judge, pair: Pair) -> Result:
-    (result,) = judge.judge([pair])
-    return result
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.id)

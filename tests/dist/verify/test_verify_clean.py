@@ -19,7 +19,7 @@ PAIRS = (
     Pair("exact", procs=2),
 )
 NOISY = {
-    "Attention", "Augmented", "Diffusion", "Dropout", "FunctionalDropout", "NumPyNoise",
+    "Attention", "Diffusion", "Dropout", "FunctionalDropout", "NumPyNoise",
     "Recomputed", "VAE",
 }  # fmt: skip
 """Tasks whose loss draws random numbers."""
@@ -48,7 +48,8 @@ def test_no_strategy_is_called_another_training(name: str, tmp_path: Path) -> No
     results = list(judge(name, tmp_path).judge(PAIRS))
     wrong = [(r.pair.name, r.verdict, r.finding, r.failure) for r in results if not r.passed]
     assert wrong == []
-    assert {r.fixed_noise for r in results} <= {name in NOISY, False}
+    # under dp the replicas may draw the same numbers, one after the other
+    assert any(result.fixed_noise for result in results) == (name in NOISY)
 
 
 def test_an_average_of_the_weights_is_the_same_wherever_it_can_be(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from dtrain.verify.judge import Judge, Result
+from dtrain.verify.judge import Judge
 from dtrain.verify.pairs import Pair
 from support import JOBS
 from support.mistakes import MISTAKES, REFUSED, Mistake
-from support.warm_lab import WarmLab
+from support.warm_lab import WarmLab, of_one
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,6 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         return made[name, mistake]
 
     return judge
-
-
-def of_one(judge: Judge, pair: Pair) -> Result:
-    (result,) = judge.judge([pair])
-    return result
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.id)
