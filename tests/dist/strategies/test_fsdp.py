@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dtrain.errors import DtrainError
-from dtrain.testing import run_ranks
+from dtrain.testing import RankError, run_ranks
 from dtrain.train.strategies.units import check_shardable, units
 from support.trainings import Outcome, Regression, job, losses, steps_of, train
 
@@ -259,3 +260,33 @@ def test_tied_weights_and_blocks_called_twice(tmp_path: Path) -> None:
         for strategy, world_size in (("single", 1), ("fsdp", 2))
     ]
     same(runs[0][0], runs[1][0], 1e-10)
+
+
+class Parting(nn.Module):
+    """A chain of two blocks, which rank 1 turns round in a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
+        self.last = nn.Linear(6, 1)
+        self.step, self.forwards = step, 0
+
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
+        self.forwards += 1
+        turned = self.forwards == self.step and os.environ["RANK"] == "1"
+        for block in reversed(self.blocks) if turned else self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+class PartingRegression(Regression):
+    """The same data and loss over `Parting`."""
+
+    def model(self) -> nn.Module:
+        return Parting(step=self.net[2]).to(self.dtype)
+
+
+def test_ranks_that_part_later_are_told_with_the_block(tmp_path: Path) -> None:
+    config = job("fsdp", {"width": 3}, checks={"every": 1})
+    with pytest.raises(RankError, match=r"after step 3:[^$]*gathers blocks\.[01] on rank 1"):
+        run_ranks(train, 2, config, tmp_path, kind=PartingRegression)

@@ -52,28 +52,31 @@ cases = st.fixed_dictionaries(
 
 
 class Layers(nn.Module):
-    """Layers that only some samples go through."""
+    """Layers that only some samples go through, between two of all samples.
+
+    They are in lists, so that `fsdp` gathers each by itself.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(6, 8)
+        self.all = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.some = nn.ModuleList([nn.Linear(8, 8) for _ in range(LAYERS)])
         self.last = nn.Linear(8, 1)
-        for index in range(LAYERS):
-            setattr(self, f"extra_{index}", nn.Linear(8, 8))
 
     def predict(self, x: torch.Tensor, uses: torch.Tensor, recomputed: str | None) -> torch.Tensor:
-        hidden = torch.tanh(self.first(x))
-        for index in range(LAYERS):
+        hidden = torch.tanh(self.all[0](torch.tanh(self.first(x))))
+        for index, layer in enumerate(self.some):
             rows = uses[:, index]
             if not rows.any():
                 continue
-            layer, given = getattr(self, f"extra_{index}"), hidden[rows]
+            given = hidden[rows]
             if recomputed is None:
                 made = layer(given)
             else:
                 made = checkpoint(layer, given, use_reentrant=recomputed == "reentrant")
             hidden = hidden.index_put((rows.nonzero()[:, 0],), torch.tanh(made))
-        return self.last(hidden)
+        return self.last(torch.tanh(self.all[1](hidden)))
 
 
 class Conditional(Regression):

@@ -13,7 +13,8 @@ import functools
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +30,7 @@ _WATCHED = (
     "all_gather",
     "all_gather_into_tensor",
     "all_gather_object",
+    "all_gather_single",
     "all_reduce",
     "all_to_all",
     "all_to_all_single",
@@ -39,6 +41,7 @@ _WATCHED = (
     "gather_object",
     "reduce",
     "reduce_scatter",
+    "reduce_scatter_single",
     "reduce_scatter_tensor",
     "scatter",
     "scatter_object_list",
@@ -85,6 +88,16 @@ class Chain:
         if self.ring is not None:
             self.ring.write(self._written, text)
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Leave out the collectives of this block of code."""
+        before = getattr(self._inside, "yes", False)
+        self._inside.yes = True
+        try:
+            yield
+        finally:
+            self._inside.yes = before
+
     def call(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a collective, and add it unless it is part of another or of a smaller group."""
         if self.alone:
@@ -94,11 +107,8 @@ class Chain:
 
         def run() -> Any:
             self.add(f"{name}({_shape(args, kwargs)}) at {site}")
-            self._inside.yes = True
-            try:
+            with self.apart():
                 return function(*args, **kwargs)
-            finally:
-                self._inside.yes = False
 
         site, users = _caller(sys._getframe(2))
         return run() if self.tamper is None else self.tamper(users, run)
@@ -120,8 +130,8 @@ def install(ring: Ring | None = None) -> None:
     """
     CHAIN.ring = ring
     for name in _WATCHED:
-        function = getattr(dist, name)
-        if not hasattr(function, "_dtrain_watched"):
+        function = getattr(dist, name, None)
+        if function is not None and not hasattr(function, "_dtrain_watched"):
             watched = _watched(name, function)
             setattr(dist, name, watched)
             setattr(dist.distributed_c10d, name, watched)

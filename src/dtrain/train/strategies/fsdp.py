@@ -20,6 +20,7 @@ from dtrain.train.data.placement import GlobalBatch
 from dtrain.train.loss import LossModule, LossParts
 from dtrain.train.seeding import RandomState
 from dtrain.train.strategies.base import Pending, Strategy
+from dtrain.train.strategies.gathers import Gathers
 from dtrain.train.strategies.refusals import refuse_sparse
 from dtrain.train.strategies.units import check_shardable, units
 from dtrain.train.strategies.usage import Usage
@@ -36,6 +37,7 @@ class FSDPStrategy(Strategy):
 
     - Each block of the model (see `units`) is gathered when its forward or backward needs it.
     - Gradients are summed, not averaged, so the loss contract holds as it stands.
+    - Ranks may call different blocks (see `gathers`).
     - Every rank must run as many forwards as the others. Where ranks have unequal numbers of
       micro-batches, those with fewer run one again with a gradient of zero; a rank without any
       sample borrows one. Both are of the same step, so nothing is not a number there
@@ -53,6 +55,7 @@ class FSDPStrategy(Strategy):
         self._root: torch.nn.Module | None = None
         self._sharded: list[FSDPModule] = []
         """Every block, and the root last."""
+        self._gathers: Gathers | None = None
         self._buffers: list[torch.Tensor] = []
         self._usage = Usage({})
         self._precision = Precision(context.spec.train.precision, context.device)
@@ -84,6 +87,7 @@ class FSDPStrategy(Strategy):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
             self._sharded.append(unit)
+        self._gathers = Gathers(module.model, self._sharded[-1])
         self._buffers = list(module.model.buffers())
 
     def prepare(self, module: LossModule) -> None:
@@ -130,6 +134,8 @@ class FSDPStrategy(Strategy):
             total.backward(torch.zeros_like(total))
             before.restore()
         self._held = (None, 0)
+        assert self._gathers is not None
+        self._gathers.finish_backward()
 
     def clip_gradients(
         self, parameters: Iterable[torch.nn.Parameter], max_norm: float
@@ -166,6 +172,10 @@ class FSDPStrategy(Strategy):
     @contextmanager
     def whole(self) -> Iterator[None]:
         """All blocks gathered on every rank, and no collective in any forward."""
+        gathers = self._gathers
+        if gathers is None:
+            yield
+            return
         for unit in self._sharded:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
@@ -174,20 +184,22 @@ class FSDPStrategy(Strategy):
         finally:
             for unit in self._sharded:
                 unit.reshard()
-                unit.set_reshard_after_forward(unit is not self._root, recurse=False)
+                unit.set_reshard_after_forward(gathers.streams(unit), recurse=False)
             _forget_forwards(self._sharded)
 
     def close(self) -> None:
         """Let go of the wrapped model."""
         super().close()
-        self._root = None
+        self._root = self._gathers = None
         self._sharded, self._buffers = [], []
         self._usage = Usage({})
 
     def _forward(self, batch: Any, num_samples: int, *, reduces: bool) -> LossParts:
         assert isinstance(self._root, FSDPModule)
+        assert self._gathers is not None
         self._root.set_requires_gradient_sync(reduces)
-        result: LossParts = self._root(batch, num_samples)
+        with self._gathers.forward():
+            result: LossParts = self._root(batch, num_samples)
         return result
 
     def _hold(self, given: tuple[Any, int] | None) -> None:
