@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import pytorch_lightning as pl
+import torch
 
+from dtrain import Callback
+from dtrain.callback import Session
 from dtrain.job.injection import KINDS, TENSOR_KINDS
+from dtrain.testing import run_ranks
+from dtrain.train.trainers.lightning.trainer import LightningTrainer
 from support import ROOT
 from support.faults import DATA, NAN, STEP, STRATEGIES, Case, Outcome, found, kinds_of, outcomes
+from support.trainings import Regression, job, train
 
 IN_TENSORS = {kind: kind.split("-")[1] for kind in TENSOR_KINDS}
 EXPECTED = {
@@ -121,3 +130,73 @@ def test_a_fault_as_it_is_by_default_stays_until_the_default_comparison(tmp_path
         assert "one model after step 0 and are not one model after step 50" in ranks[1].text, ranks
         assert [each.collateral for each in ranks] == [True, False, True], ranks
         assert re.search(r"parameters: first\.weight\[\d+, \d\] is", ranks[1].text), ranks
+
+
+@torch.no_grad()
+def change(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Clamp parameters, and average into a moment and a buffer."""
+    for each in model.parameters():
+        each.clamp_(-0.2, 0.2)
+        optimizer.state[each]["momentum_buffer"].mul_(0.9)
+    model.norm.running_mean.mul_(0.5)
+
+
+class Changing(Callback):
+    """Changes what is trained after each step."""
+
+    def on_step(self, session: Session, loss: float) -> None:
+        change(session.model, session.optimizer)
+
+
+class ChangingHooks(pl.Callback):
+    """Does so in hooks that Lightning calls between two steps of dtrain's."""
+
+    def __init__(self, task: Averaged) -> None:
+        self.task = task
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        change(pl_module.model, self.task.made)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step:
+            change(pl_module.model, self.task.made)
+
+
+class Averaged(Regression):
+    """A training whose model changes between steps too."""
+
+    def optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        self.made = super().optimizer(model)
+        return self.made
+
+    def callbacks(self) -> list[Any]:
+        return [ChangingHooks(self) if self.net[0] else Changing()]
+
+
+def hooked(folder: Path) -> None:
+    """Train with Lightning's hooks, with all checks after each step."""
+    for strategy in ("ddp", "fsdp"):
+        args = {"norm": True, "dropout": 0.1, "n": 48}
+        spec = job(strategy, args, checks={"every": 1})
+        train(spec, folder / strategy, kind=Averaged, trainer_class=LightningTrainer)
+
+
+def test_what_hooks_of_lightning_change_is_no_fault(tmp_path: Path) -> None:
+    run_ranks(hooked, 2, tmp_path)
+
+
+def averaged(strategies: list[str], folder: Path) -> list[dict[str, Any]]:
+    """The parameters under each strategy, with all checks after each step."""
+    sizes = {"global_batch_size": 8, "virtual_shards": 2, "steps": 5}
+    args = {"dtype": "float64", "norm": True}
+    specs = [job(strategy, args, train=sizes, checks={"every": 1}) for strategy in strategies]
+    return [train(each, folder / each.strategy, 2, Averaged).parameters for each in specs]
+
+
+def test_what_callbacks_change_is_no_fault(tmp_path: Path) -> None:
+    strategies = ["exact", "ddp", "fsdp"]  # `exact` alone normalises over the whole batch
+    _, one, *others = run_ranks(averaged, 2, strategies, tmp_path)[0]
+    others += run_ranks(averaged, 1, ["dp"], tmp_path)[0]
+    for other in others:
+        for name, value in one.items():
+            np.testing.assert_allclose(other[name], value, rtol=1e-10, err_msg=name)

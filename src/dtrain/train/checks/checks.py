@@ -70,6 +70,7 @@ class Checks:
         """The step after which all ranks were last the same."""
         self._found: list[str] = []
         self._watched = False
+        """Whether the ranks were compared after the last step, so that the next is watched."""
         self._warned: set[str] = set()
 
     def begin(self, step: int) -> None:
@@ -90,10 +91,13 @@ class Checks:
             epoch: of its samples.
             idle: whether this rank has no samples in it.
         """
-        self._injector.step_begins(step)
-        self.finite.begin(step, epoch)
+        if self._watched and self._still is not None:
+            self._still.begin()
+        self._injector.between_steps(self._subject)
         if self._watched and self._still_buffers is not None:
             self._found += self._still_buffers.look()
+        self._injector.step_begins(step)
+        self.finite.begin(step, epoch)
         if self._writes is not None and (self._watched or step <= self._first_looks):
             self._writes.begin(idle=idle)
 
@@ -114,8 +118,17 @@ class Checks:
         if every and step % every == 0:
             self._feed.check()
             self._compare(step)
-            self._begin_watch()
+            self._watched = self._still is not None or self._still_buffers is not None
+
+    def between_steps(self) -> None:
+        """Once callbacks were told of a step: until the next, nobody changes a buffer."""
+        if self._watched and self._still_buffers is not None:
+            self._still_buffers.begin()
+
+    def end(self, last_step: int) -> None:
+        """After the last step, before its checkpoint."""
         self._injector.between_steps(self._subject)
+        self._injector.end(last_step)
 
     def before_save(self, step: int) -> None:
         """Before a checkpoint: it holds what all ranks agree on; errors as of `step_ended`.
@@ -157,12 +170,6 @@ class Checks:
             raise Rollback(error)
 
     # -- what is compared with itself --------------------------------------------------------
-
-    def _begin_watch(self) -> None:
-        for still in (self._still, self._still_buffers):
-            if still is not None:
-                still.begin()
-                self._watched = True
 
     def _before_update(self) -> None:
         if self._watched and self._still is not None:

@@ -1,8 +1,10 @@
 """What must not change between two moments of one process: its digest then and now.
 
 For what no other rank holds a copy of (parts of parameters under `fsdp`, the one copy of `dp`),
-and for buffers, which strategies give to all ranks from the first. Covers the time from a compared
-step boundary to the next update, and nothing between other steps.
+and for buffers, which strategies give to all ranks from the first. Covers the step after a
+comparison, and nothing in other steps: parameters and moments from its beginning to its update,
+buffers from the end of the step before to its first forward. Callbacks, which may change all of
+them, have been told of the step before by then.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dtrain.train.checks.subject import Subject
 
 
 class Still:
-    """Watches kinds of tensors of one rank from a step boundary on."""
+    """Watches kinds of tensors of one rank."""
 
     def __init__(self, subject: Subject, kinds: tuple[str, ...]) -> None:
         self._subject = subject

@@ -97,7 +97,7 @@ class Training:
         """
         if not (complete and self._evaluate_at_end()):
             return self._leave()
-        self._injector.end(self._progress.step)
+        self._checks.end(self._progress.step)
         self._save()
         self.callbacks.end()
         result = self._result(parameters_sha256=parameters_sha256(self._parts.model))
@@ -132,10 +132,11 @@ class Training:
         """What is read."""
         return self._data
 
-    def steps(self) -> Generator[Step, None, None]:
+    def steps(self, *, hooks: bool = False) -> Generator[Step, None, None]:
         """Each remaining global batch, with this rank's micro-batches of it and their number.
 
-        Each is to be given to `step` before the next is taken.
+        Each is to be given to `step` before the next is taken. `hooks`: a library's are called
+        between two steps.
         """
         recorder, progress = self._context.recorder, self._progress
         if recorder is not None:
@@ -149,6 +150,8 @@ class Training:
             if step is None:
                 return
             yield step
+            if not hooks:
+                self._checks.between_steps()
 
     def step(
         self, batch: GlobalBatch, micro_batches: Iterator[tuple[int, Any]], num_micro_batches: int

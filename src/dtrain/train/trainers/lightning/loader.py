@@ -32,7 +32,7 @@ class StepLoader:
         *,
         shows_batch: bool,
     ) -> None:
-        self._steps = training.steps()
+        self._steps = training.steps(hooks=True)
         self._length = training.course.steps_per_epoch
         self._begun = begun
         self._ended = ended
