@@ -11,21 +11,25 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.train.context import TrainContext
+from dtrain.train.data.placement import GlobalBatch
 from dtrain.train.loss import NO_SAMPLES, LossModule, LossParts
 from dtrain.train.strategies.base import Pending, Strategy
 from dtrain.train.strategies.refusals import refuse_sparse
+from dtrain.train.strategies.trainable import Trainable
 
 _BROADCAST_BYTES = 250 * 1024 * 1024  # as DDP itself
 
 
 class DDPStrategy(Strategy):
-    """torch's DDP, with three of its edges taken off.
+    """torch's DDP, with four of its edges taken off.
 
     - A rank without samples joins DDP's own reduction with a loss of zero over all parameters
       (`NO_SAMPLES`): the collectives are the same in every step.
     - Parameters without a gradient, in any step and on any rank: they join the reduction with
       zeros after backward, and one that no rank used keeps no gradient, as in one process. No
       step depends on what an earlier one met, so that a resumed run has the same bits.
+    - Parameters that are frozen or unfrozen between two steps: DDP knows those of its making, so
+      the loss is wrapped anew.
     - DDP lays its buckets out anew after the first backward, which changes the order of addition
       on 3 and more ranks: a resumed run would differ in the last bit. A backward of the zero
       loss before training makes that layout depend on the model alone.
@@ -40,6 +44,7 @@ class DDPStrategy(Strategy):
         self._counting: _CountingLoss | None = None
         """What DDP wraps."""
         self._buffers: list[torch.Tensor] = []
+        self._trainable: Trainable | None = None
         self._parameters: list[torch.nn.Parameter] = []
         self._has_samples = False
         """Whether this rank has a loss in this step."""
@@ -53,12 +58,12 @@ class DDPStrategy(Strategy):
             return
         refuse_sparse(module.model, "ddp")
         self._buffers = list(module.model.buffers())
-        self._parameters = [p for p in module.model.parameters() if p.requires_grad]
-        self._counting = _CountingLoss(module, like=self._parameters[0])
-        self._ddp = DistributedDataParallel(
-            self._counting, init_sync=False, gradient_as_bucket_view=True, **_no_buffer_sync()
-        )
-        self._settle_buckets()
+        self._trainable = Trainable(module.model)
+        self._wrap()
+
+    def start_step(self, batch: GlobalBatch) -> None:
+        """Wrap the loss anew where parameters were frozen or unfrozen."""
+        self._wrap()
 
     def loss(self, batch: Any, num_samples: int, *, last: bool) -> LossParts:
         """(sum, weight) of one micro-batch; the last one's backward reduces the gradients."""
@@ -104,9 +109,26 @@ class DDPStrategy(Strategy):
     def close(self) -> None:
         """Let go of DDP: gloo hangs in 6-8 % of exits that take the group down before it."""
         super().close()
-        self._ddp = self._counting = None
+        self._ddp = self._counting = self._trainable = None
         self._buffers = []
         self._parameters = []
+
+    def _wrap(self) -> None:
+        """Wrap the loss, unless that is done for the parameters that require a gradient now."""
+        if self._trainable is None or not self._trainable.changed():
+            return
+        assert self._module is not None
+        if self._ddp is not None:
+            self._ddp._remove_autograd_hooks()
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._parameters = self._trainable.parameters()
+        like = self._parameters[0] if self._parameters else torch.zeros(())
+        self._counting = _CountingLoss(self._module, like)
+        self._ddp = DistributedDataParallel(
+            self._counting, init_sync=False, gradient_as_bucket_view=True, **_no_buffer_sync()
+        )
+        self._settle_buckets()
 
     def _settle_buckets(self) -> None:
         """Let DDP lay out its buckets now; it does so at the first forward after a backward."""

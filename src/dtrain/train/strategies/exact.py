@@ -28,6 +28,7 @@ from dtrain.train.strategies.flat import Flat, Layout, Pool
 from dtrain.train.strategies.pinning import Pinned
 from dtrain.train.strategies.refusals import refuse_sparse
 from dtrain.train.strategies.shards import ShardStep, Sums
+from dtrain.train.strategies.trainable import Trainable
 from dtrain.train.strategies.tree import Node, tree_sum
 from dtrain.train.strategies.usage import Usage
 
@@ -50,7 +51,8 @@ class ExactStrategy(Strategy):
         self._shards = range(self.rank * share, (self.rank + 1) * share)
         self._exchange = Exchange(num_shards, self.rank, self.world_size)
         self._pinned = Pinned(context.device)
-        self._parameters: dict[str, torch.nn.Parameter] = {}
+        self._trainable: Trainable | None = None
+        self._parameters: list[torch.nn.Parameter] = []
         self._pool = Pool(Layout([], self.world_size))
         self._buffers = ShardBuffers([])
         self._usage = Usage({})
@@ -67,11 +69,9 @@ class ExactStrategy(Strategy):
         super().prepare(module)
         refuse_sparse(module.model, "exact")
         _refuse_sync_batch_norm(module.model)
-        named = module.model.named_parameters()
-        self._parameters = {name: p for name, p in named if p.requires_grad}
-        self._pool = Pool(Layout(list(self._parameters.values()), self.world_size))
+        self._trainable = Trainable(module.model)
         self._buffers = ShardBuffers(module.model.modules())
-        self._usage = Usage(self._parameters)
+        self._usage = Usage(dict(module.model.named_parameters()))
         self._usage.watch(module.model)
 
     def micro_batches(self, batch: GlobalBatch) -> tuple[range, ...]:
@@ -83,6 +83,9 @@ class ExactStrategy(Strategy):
         if self._reduced is not None:
             self._pool.give(self._reduced)
             self._reduced = None
+        if self._trainable is not None and self._trainable.changed():
+            self._parameters = self._trainable.parameters()
+            self._pool = Pool(Layout(self._parameters, self.world_size))
         ahead = [
             (shard, number, pieces)
             for shard in self._shards
@@ -99,7 +102,7 @@ class ExactStrategy(Strategy):
         if number == 0:
             self._finish_shard()
             gradients = self._step.begin(shard, alone=pieces == 1)
-            for parameter, view in zip(self._parameters.values(), gradients.views, strict=True):
+            for parameter, view in zip(self._parameters, gradients.views, strict=True):
                 parameter.grad = view
             seed_everything(derive_seed("shard", self.context.spec.seed, self._step.number, shard))
         total, weight = super().loss(batch, num_samples, last=last)
@@ -125,7 +128,7 @@ class ExactStrategy(Strategy):
         self._reduced = self._sum([Node(n.level, n.index, n.value.gradients) for n in nodes])
         for node in nodes[1:]:
             self._pool.give(node.value.gradients)
-        for parameter, view in zip(self._parameters.values(), self._reduced.views, strict=True):
+        for parameter, view in zip(self._parameters, self._reduced.views, strict=True):
             parameter.grad = view
         self._usage.forget_unused(counts[: len(flags)])
         self._sum_buffers(nodes, counts[len(flags) :])
@@ -135,7 +138,7 @@ class ExactStrategy(Strategy):
     def close(self) -> None:
         """Let go of the model, and of the process's settings."""
         super().close()
-        self._parameters, self._usage = {}, Usage({})
+        self._trainable, self._parameters, self._usage = None, [], Usage({})
         self._pool, self._reduced = Pool(Layout([], self.world_size)), None
         self._buffers = ShardBuffers([])
         self._step = ShardStep(0, self._shards, [], self._pool)

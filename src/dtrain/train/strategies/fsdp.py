@@ -99,8 +99,7 @@ class FSDPStrategy(Strategy):
             self._root(_NOTHING, 0)
         for unit in self._sharded:  # the root stays gathered: its parameters would be others
             unit.reshard()
-        parameters = dict(module.model.named_parameters())
-        self._usage = Usage({name: p for name, p in parameters.items() if p.requires_grad})
+        self._usage = Usage(dict(module.model.named_parameters()))
         with self.whole():
             self._usage.watch(module.model)
         if hasattr(self._root, "set_reduce_scatter_unused_params"):  # since torch 2.13

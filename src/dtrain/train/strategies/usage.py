@@ -28,8 +28,11 @@ class Usage:
     def watch(self, model: torch.nn.Module) -> None:
         """Begin to take notes. Called once, while the model's parameters are whole."""
         for name, parameter in model.named_parameters():
-            if name in self._parameters:
+            if name in self._parameters and parameter.is_floating_point():
+                trained = parameter.requires_grad  # what is frozen now may be trained later
+                parameter.requires_grad_(True)
                 parameter.register_post_accumulate_grad_hook(partial(self._note, name))
+                parameter.requires_grad_(trained)
 
     def clear(self) -> None:
         """Begin a step."""

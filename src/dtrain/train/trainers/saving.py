@@ -17,6 +17,7 @@ from dtrain.train.checkpoint.state import (
     load_optimizer_state,
     model_state,
     optimizer_state,
+    plain_name,
 )
 from dtrain.train.checkpoint.store import CheckpointStore, Loaded
 from dtrain.train.context import TrainContext
@@ -48,6 +49,9 @@ class Saver:
         self._kept = kept
         self._data = data
         self._events = events
+        named = parts.model.named_parameters()
+        self._parameters = {plain_name(name): (each, each.requires_grad) for name, each in named}
+        """By name, and whether it requires a gradient as the task made it."""
         keep = context.spec.checkpoint.keep
         self._store = CheckpointStore(context.run, context.ranks.rank, keep)
         self._random: dict[str, Any] | None = None
@@ -69,6 +73,11 @@ class Saver:
         random = collectives.gather_to_zero(RandomState.capture().to_saved())
         saved = progress.to_saved(self._data)
         saved["callbacks"] = self._callbacks.state_dict()
+        saved["requires_grad"] = {
+            name: each.requires_grad
+            for name, (each, made) in self._parameters.items()
+            if each.requires_grad != made
+        }
         tensors = self._tensors(random) if is_sharded(self._parts.model) else None
         self.folder, size = self._store.save(
             progress.step, lambda: tensors or self._tensors(random), saved, self._about()
@@ -138,6 +147,9 @@ class Saver:
             if self._parts.scaler is not None and extras["scaler"] is not None:
                 self._parts.scaler.load_state_dict(extras["scaler"])
             self._callbacks.load_state_dict(loaded.progress.get("callbacks", {}))
+            changed = loaded.progress.get("requires_grad", {})
+            for name, (each, made) in self._parameters.items():
+                each.requires_grad_(changed.get(name, made))
             self._told = self._kept.load(loaded.tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"it does not fit this training: {error!r}") from error
