@@ -2,7 +2,8 @@
 
 One training step of an MLP with 12 M parameters under DDP, and in turns after it: the ledger's
 comparison, a broadcast of every parameter from rank 0 with a comparison, and SHA-1 of every
-parameter with a gather; and what is compared of a stream in every step, digests of four samples.
+parameter with a gather; and what is done in every step: digests of four samples of a stream, and a
+look at all gradients, whether they are finite.
 Prints each as a share of the step when done every k steps, in Markdown::
 
     python benchmarks/checks.py --ranks 2
@@ -26,6 +27,7 @@ from torch import nn
 from dtrain.job.spec import ChecksSpec
 from dtrain.testing import run_ranks
 from dtrain.train.checks.ledger import KINDS, Ledger
+from dtrain.train.checks.spoilt import all_finite
 from dtrain.train.checks.subject import Subject
 from dtrain.train.data.content import digest, hash_of
 
@@ -79,6 +81,7 @@ def measure(rounds: int) -> dict[str, float]:
     ways: dict[str, Callable[[], bool]] = {
         "step": step,
         "content": content,
+        "finite": lambda: all_finite(p.grad for p in plain.parameters() if p.grad is not None),
         "ledger": lambda: not ledger.differing(ledger.words()),
         "broadcast": lambda: broadcast(plain),
         "sha1": lambda: sha1(plain),
@@ -116,9 +119,12 @@ def main() -> None:
     ):
         share = slowest[name] / options.every / slowest["step"]
         print(f"| {text} | {1e3 * slowest[name]:.1f} ms | {100 * share:.2f} % |")
-    share = slowest["content"] / slowest["step"]
-    text = "dtrain: of a stream, four samples in every step"
-    print(f"| {text} | {1e3 * slowest['content']:.2f} ms | {100 * share:.2f} % |")
+    for name, text in (
+        ("content", "dtrain: of a stream, four samples in every step"),
+        ("finite", "dtrain: all gradients are numbers, in every step without clipping"),
+    ):
+        share = slowest[name] / slowest["step"]
+        print(f"| {text} | {1e3 * slowest[name]:.2f} ms | {100 * share:.2f} % |")
 
 
 if __name__ == "__main__":

@@ -130,12 +130,20 @@ class Checks:
         self._injector.between_steps(self._subject)
         self._injector.end(last_step)
 
-    def before_save(self, step: int) -> None:
-        """Before a checkpoint: it holds what all ranks agree on; errors as of `step_ended`.
+    def before_save(self, step: int) -> bool:
+        """Before a checkpoint: it holds what all ranks agree on, and numbers.
 
         Also where this step was compared: callbacks have been told of it since.
+
+        Returns:
+            False where nothing is to be saved.
+
+        Raises:
+            NonFiniteError: something is not finite, and the policy is not to warn.
+            ReplicaError: as of `step_ended`, and so is Rollback.
         """
         self._compare(step)
+        return self.finite.allows_saving(step)
 
     def _compare(self, step: int) -> None:
         if self._ledger is None:

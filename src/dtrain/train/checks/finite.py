@@ -1,12 +1,11 @@
 """NaN and infinity: whose loss, whose gradient, on which samples; and whether to train on it.
 
-Every step looks at the loss of the global batch, at gradients of up to 16,384 elements (biases and
-norms: they take in what any layer's output hands back, so what is wrong there shows), and at the
-gradient's norm where clipping computes it. All gradients are looked at in every `checks.every`-th
-step, and in every step with `on_nan: skip`.
+Every step looks at the loss of the global batch and at all gradients: at their norm, which clipping
+computes anyway. A finite loss may have a gradient that is not (sqrt at 0, the norm of zeros, the
+side of `torch.where` that is not taken), in one large tensor and nowhere else.
 
 Who it was is found by computing this rank's micro-batches again, alone, before the optimizer has
-seen the gradient.
+seen the gradient. What an update makes of finite gradients is looked at before it is saved.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +24,8 @@ from dtrain.train import collectives
 from dtrain.train.checks import digest
 from dtrain.train.checks.chain import CHAIN, AloneError
 from dtrain.train.checks.errors import NonFiniteError
-from dtrain.train.checks.subject import GRADIENTS, Subject
+from dtrain.train.checks.spoilt import Spoilt, all_finite, others
+from dtrain.train.checks.subject import GRADIENTS, PARAMETERS, Subject
 from dtrain.train.data.feed import Feed
 from dtrain.train.data.fetch import Fetched
 from dtrain.train.data.loader import to_device
@@ -36,7 +35,6 @@ from dtrain.train.seeding import RandomState
 
 logger = logging.getLogger(__name__)
 
-_SMALL = 16_384
 _MAX_SHOWN = 12
 _MAX_ALONE = 256
 """Samples that are tried one by one."""
@@ -67,7 +65,6 @@ class FiniteGuard:
         self._loss = loss
         self._feed = feed
         self._policy = spec.checks.on_nan
-        self._every = spec.checks.every
         self._max_skipped = spec.checks.max_skipped
         self._scaled = spec.train.precision == "fp16"
         self._ranks = ranks
@@ -79,6 +76,7 @@ class FiniteGuard:
         self._losses: list[torch.Tensor] = []
         self._buffers: dict[str, torch.Tensor] = {}
         self._warned = False
+        self._kept = Spoilt(subject)
         self.skipped_in_a_row = 0
         feed.watchers.append(self._ids_read)
 
@@ -117,7 +115,7 @@ class FiniteGuard:
         if not found:
             self.skipped_in_a_row = 0
             return True
-        error = self._explained(loss)
+        error = self._explained(loss, norm)
         if self._policy == "stop":
             raise error
         if not self._warned or self._policy == "skip":
@@ -126,6 +124,29 @@ class FiniteGuard:
         if self._policy == "warn":
             return True
         return self._skip(error)
+
+    def allows_saving(self, step: int) -> bool:
+        """Whether a checkpoint of this moment could be trained on; called by all ranks.
+
+        Raises:
+            NonFiniteError: it could not, and the policy is not to warn.
+        """
+        spoilt = self._kept.found()
+        everyone = collectives.gather_to_all(spoilt[:1])
+        if not any(everyone):
+            return True
+        first = (spoilt or next(filter(None, everyone)))[0]
+        error = NonFiniteError(
+            f"after step {step}, {first} is not finite{others(spoilt)}, though all losses and "
+            "gradients were: an update or a forward made it so. Nothing of it is saved; the "
+            "checkpoints before it are intact",
+            own=bool(spoilt),
+        )
+        if self._policy != "warn":
+            raise error
+        if self._ranks.is_rank_zero:
+            logger.warning("no checkpoint after step %d: %s is not finite", step, first)
+        return False
 
     def _skip(self, error: NonFiniteError) -> bool:
         self.skipped_in_a_row += 1
@@ -142,29 +163,36 @@ class FiniteGuard:
     def _found(self, norm: torch.Tensor | None) -> bool:
         if self._scaled:
             return False  # the loss scaler's own business
-        if norm is not None and not bool(torch.isfinite(norm)):
-            return True
-        everything = self._policy == "skip" or (self._every and self._step % self._every == 0)
-        gradients = [
-            digest.local(each)
-            for each in self._subject.tensors(GRADIENTS).values()
-            if everything or each.numel() <= _SMALL
-        ]
-        return not _all_finite(gradients)
+        if norm is not None:
+            return not bool(torch.isfinite(norm))
+        gradients = self._subject.tensors(GRADIENTS).values()
+        return not all_finite([digest.local(each) for each in gradients])
 
     def _ids_read(self, fetched: Fetched) -> None:
         self._ids.append(fetched.samples)
 
     # -- whose it is, found out once ---------------------------------------------------------
 
-    def _explained(self, loss: float) -> NonFiniteError:
+    def _explained(self, loss: float, norm: torch.Tensor | None) -> NonFiniteError:
         bad = [i for i, each in enumerate(self._losses) if not math.isfinite(float(each))]
         if not math.isfinite(loss):
             what = f"the loss of step {self._step} is {loss}"
             if not bad:
                 return NonFiniteError(f"{what}; this rank's own losses are finite", own=False)
+            spoilt = self._kept.found([PARAMETERS])  # buffers may be so by this forward
+            if spoilt:
+                what += (
+                    f" ({spoilt[0]} was not finite before it{others(spoilt)}, though all "
+                    "gradients were: an earlier update made it so)"
+                )
             return NonFiniteError(f"{what}: rank {self._ranks.rank}'s{self._on(bad[0])}", own=True)
         names = self._gradients()
+        if not names and not self._cut:
+            return NonFiniteError(
+                f"the norm of the gradient of step {self._step} is {norm}, though each element of "
+                "it is finite: it is too large to be clipped",
+                own=True,
+            )
         if not names:
             return NonFiniteError(
                 f"the gradient of step {self._step} is not finite on another rank", own=False
@@ -184,26 +212,30 @@ class FiniteGuard:
         if index is None:
             return NonFiniteError(f"{what}; this rank's own gradients are finite", own=False)
         return NonFiniteError(
-            f"{what}: from {own[-1]} of rank {self._ranks.rank}{self._on(index)}", own=True
+            f"{what}: from {own[-1]} of rank {self._ranks.rank}{self._on(index, own[-1])}", own=True
         )
 
     def _gradients(self) -> list[str]:
         gradients = self._subject.tensors(GRADIENTS)
-        return [name for name, each in gradients.items() if not _all_finite([digest.local(each)])]
+        return [name for name, each in gradients.items() if not all_finite([digest.local(each)])]
 
     def _own_gradients(self) -> tuple[int | None, list[str]]:
         """The first micro-batch whose gradients are not finite, and of which parameters."""
         parameters = {n: p for n, p in self._subject.parameters().items() if p.requires_grad}
         for index, ids in enumerate(self._ids):
-            with self._undisturbed():
-                gradients = torch.autograd.grad(
-                    self._again(ids), list(parameters.values()), allow_unused=True
-                )
-            pairs = zip(parameters, gradients, strict=True)
-            names = [name for name, g in pairs if g is not None and not _all_finite([g])]
+            names = self._spoils(ids, parameters)
             if names:
                 return index, names
         return None, []
+
+    def _spoils(self, ids: Ids, parameters: dict[str, torch.nn.Parameter]) -> list[str]:
+        """To which parameters these samples bring a gradient that is not finite."""
+        with self._undisturbed():
+            gradients = torch.autograd.grad(
+                self._again(ids), list(parameters.values()), allow_unused=True
+            )
+        pairs = zip(parameters, gradients, strict=True)
+        return [name for name, g in pairs if g is not None and not all_finite([g])]
 
     def _again(self, ids: Ids) -> torch.Tensor:
         """The sum of losses of these samples."""
@@ -211,33 +243,45 @@ class FiniteGuard:
         total: torch.Tensor = self._loss(batch, len(ids))[0]
         return total
 
-    def _on(self, index: int) -> str:
-        """Where a micro-batch's samples come from, in words."""
+    def _on(self, index: int, parameter: str | None = None) -> str:
+        """Where a micro-batch's samples come from, in words.
+
+        Args:
+            index: of the micro-batch.
+            parameter: whose gradient is not finite; None: the loss is not.
+        """
         if index >= len(self._ids):
             return ""
         ids = self._ids[index]
         shown = ", ".join(map(str, ids[:_MAX_SHOWN].tolist()))
         more = f" and {len(ids) - _MAX_SHOWN} more" if len(ids) > _MAX_SHOWN else ""
         text = f", micro-batch {index + 1} of {len(self._losses)}, samples {shown}{more}"
-        guilty = self._guilty(ids) if self._feed.rereadable and not self._cut else []
+        guilty = self._guilty(ids, parameter) if self._feed.rereadable and not self._cut else []
         if 0 < len(guilty) < len(ids):
             alone = ", ".join(map(str, guilty[:_MAX_SHOWN]))
             text += f"\nalone, {'sample' if len(guilty) == 1 else 'samples'} {alone} gives it"
         return text
 
-    def _guilty(self, ids: Ids) -> list[int]:
-        """The samples whose loss alone is not finite, if they can be tried alone."""
+    def _guilty(self, ids: Ids, parameter: str | None) -> list[int]:
+        """The samples whose loss, or gradient, alone is not finite, if they can be tried alone."""
         guilty = []
         try:
             for position in range(min(len(ids), _MAX_ALONE)):
-                with self._undisturbed(), torch.no_grad():
-                    loss = self._again(ids[position : position + 1])
-                if not bool(torch.isfinite(loss)):
+                alone = ids[position : position + 1]
+                if (
+                    self._loss_spoilt(alone)
+                    if parameter is None
+                    else self._spoils(alone, {parameter: self._subject.parameters()[parameter]})
+                ):
                     guilty.append(int(ids[position]))
         except Exception as error:  # a norm over one sample, say: then nobody knows which it was
             logger.debug("samples cannot be tried alone: %s", error)
             return []
         return guilty
+
+    def _loss_spoilt(self, ids: Ids) -> bool:
+        with self._undisturbed(), torch.no_grad():
+            return not bool(torch.isfinite(self._again(ids)))
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -254,20 +298,3 @@ class FiniteGuard:
             with torch.no_grad():
                 for name, buffer in self._subject.model.named_buffers():
                     buffer.copy_(buffers[name])
-
-
-def _all_finite(tensors: list[torch.Tensor]) -> bool:
-    """Whether all elements are numbers.
-
-    The 2-norm is NaN or infinite if any element is, and takes a tenth of the time of `isfinite`; it
-    overflows too, so it only acquits.
-    """
-    tensors = [each for each in tensors if each.numel()]
-    if not tensors:
-        return True
-    norms: Any = torch._foreach_norm(tensors)
-    if len({each.dtype for each in norms}) > 1:
-        norms = [each.float() for each in norms]
-    if bool(torch.isfinite(torch.stack(norms)).all()):
-        return True
-    return all(bool(torch.isfinite(each).all()) for each in tensors)

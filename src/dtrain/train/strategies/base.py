@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,6 +13,11 @@ from dtrain.errors import UsageError
 from dtrain.train.context import TrainContext
 from dtrain.train.data.placement import GlobalBatch
 from dtrain.train.loss import LossModule, LossParts
+
+
+def known_norm(norm: torch.Tensor) -> torch.Tensor:
+    """A norm to clip with: 0, which scales nothing, for NaN."""
+    return norm.nan_to_num(nan=0.0, posinf=math.inf)
 
 
 class Pending:
@@ -90,8 +96,13 @@ class Strategy:
     def clip_gradients(
         self, parameters: Iterable[torch.nn.Parameter], max_norm: float
     ) -> torch.Tensor:
-        """Scale the reduced gradients down to a 2-norm of `max_norm`; the norm before, a scalar."""
-        norm: torch.Tensor = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        """Scale the reduced gradients down to a 2-norm of `max_norm`; the norm before, a scalar.
+
+        A norm of NaN leaves them as they are, so that it can be told where it came from.
+        """
+        given = list(parameters)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(given, max_norm, known_norm(norm))
         return norm
 
     def finish_step(self) -> None:

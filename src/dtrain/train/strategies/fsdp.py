@@ -19,7 +19,7 @@ from dtrain.train.context import TrainContext
 from dtrain.train.data.placement import GlobalBatch
 from dtrain.train.loss import LossModule, LossParts
 from dtrain.train.seeding import RandomState
-from dtrain.train.strategies.base import Pending, Strategy
+from dtrain.train.strategies.base import Pending, Strategy, known_norm
 from dtrain.train.strategies.gathers import Gathers
 from dtrain.train.strategies.refusals import refuse_sparse
 from dtrain.train.strategies.units import check_shardable, units
@@ -153,7 +153,7 @@ class FSDPStrategy(Strategy):
             squares += norm.double().square()
         dist.all_reduce(squares)
         total = squares.sqrt()
-        torch._foreach_mul_(parts, torch.clamp(max_norm / (total + 1e-6), max=1.0))
+        torch._foreach_mul_(parts, torch.clamp(max_norm / (known_norm(total) + 1e-6), max=1.0))
         return total
 
     def finish_step(self) -> None:

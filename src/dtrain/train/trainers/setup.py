@@ -17,6 +17,7 @@ from dtrain.train.data.stream_feed import StreamFeed
 from dtrain.train.loss import LossModule
 from dtrain.train.seeding import derive_seed, seed_everything
 from dtrain.train.strategies.base import Strategy
+from dtrain.train.trainers.evaluation import Evaluators
 from dtrain.train.trainers.progress import data_identity
 from dtrain.train.trainers.step import Parts, make_scaler
 from dtrain.train.vote import vote
@@ -98,10 +99,13 @@ def feed_identity(feed: Feed) -> dict[str, Any]:
     return identity
 
 
-def eval_dataset(context: TrainContext) -> Any:
-    """The task's evaluation data; None when it has none."""
+def make_evaluators(context: TrainContext) -> Evaluators | None:
+    """What evaluates the task; None when it has no evaluation data."""
     seed_everything(derive_seed("eval_dataset", context.spec.seed))
-    return context.task.eval_dataset()
+    dataset = context.task.eval_dataset()
+    if dataset is None:
+        return None
+    return Evaluators(context, dataset, pin_memory=pins_memory(context))
 
 
 def pins_memory(context: TrainContext) -> bool:

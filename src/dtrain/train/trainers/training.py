@@ -22,7 +22,6 @@ from dtrain.train.data.placement import Course, GlobalBatch
 from dtrain.train.observe.events import Events
 from dtrain.train.strategies.base import Strategy
 from dtrain.train.trainers.callbacks import Callbacks
-from dtrain.train.trainers.evaluation import Evaluators
 from dtrain.train.trainers.kept import Kept
 from dtrain.train.trainers.predictions import Predictions, predicts
 from dtrain.train.trainers.progress import Progress, Schedule, refuse_to_end_before
@@ -30,9 +29,8 @@ from dtrain.train.trainers.report import Report
 from dtrain.train.trainers.saving import Saver
 from dtrain.train.trainers.setup import (
     build_parts,
-    eval_dataset,
     feed_identity,
-    pins_memory,
+    make_evaluators,
     train_feed,
 )
 from dtrain.train.trainers.step import Parts, StepOutcome, TrainStep
@@ -55,7 +53,7 @@ class Training:
         self._parts = build_parts(context, self._strategy)
         self._data = train_feed(context)
         self._data.meets = self._strategy.meets_in_forward
-        self._evaluator = _make_evaluator(context)
+        self._evaluator = make_evaluators(context)
         self._schedule = Schedule(spec)
         self._events = events = Events(context.run, context.ranks, context.attempt)
         self._report = Report(context, events, self._data.course)
@@ -219,18 +217,24 @@ class Training:
             self._schedule.saved()
         return True
 
-    def _save(self) -> None:
-        """Write a checkpoint, once it is proven that what it was trained on is right."""
+    def _save(self) -> bool:
+        """Write a checkpoint, once it is proven that what it was trained on is right.
+
+        Returns:
+            False where what there is now is no good, and nobody wants to end for that.
+        """
         self._data.check()
-        self._checks.before_save(self._progress.step)
+        if not self._checks.before_save(self._progress.step):
+            return False
         self._progress.feed = self._data.state_dict()
         if self._saver.save(self._progress):
             assert self._saver.folder is not None
             self.callbacks.saved(self._saver.folder)
+        return True
 
     def _keep_best(self) -> None:
-        self._save()
-        self._saver.keep_best()
+        if self._save():
+            self._saver.keep_best()
 
     def _evaluate(self) -> bool:
         """Evaluate and judge; False when asked to leave meanwhile (the evaluation is owed then)."""
@@ -310,10 +314,3 @@ class Training:
 
 def _just(evaluate: Evaluation) -> dict[str, float] | None:
     return evaluate()
-
-
-def _make_evaluator(context: TrainContext) -> Evaluators | None:
-    dataset = eval_dataset(context)
-    if dataset is None:
-        return None
-    return Evaluators(context, dataset, pin_memory=pins_memory(context))
