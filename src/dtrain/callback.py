@@ -87,7 +87,11 @@ class Callback:
         """At the end of a complete training, after the last checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state, kept in checkpoints; the same on all processes."""
+        """What it remembers, kept in checkpoints; the same on all processes.
+
+        Tensors, NumPy's arrays and numbers, numbers, str and None, in dicts, lists and tuples;
+        each comes back as it is.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

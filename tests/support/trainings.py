@@ -212,7 +212,7 @@ def train(
     result = None
     with contextlib.suppress(Crash):
         result = trainer.run()
-    state = kept[0].state_dict()
+    state = {n: v for n, v in kept[0].state_dict().items() if isinstance(v, torch.Tensor)}
     whole = {n: v.full_tensor() if hasattr(v, "full_tensor") else v for n, v in state.items()}
     arrays = {name: value.numpy().copy() for name, value in whole.items()}
     number = torch.rand(()).item()

@@ -19,6 +19,7 @@ import xxhash
 
 from dtrain.errors import CheckpointError
 from dtrain.rundir import fsync_dir, write_atomic
+from dtrain.train.checkpoint import leaves
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -90,7 +91,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     tensors = {}
     for path in sorted(folder.glob("*.pt")):
         try:
-            tensors[path.stem] = torch.load(path, map_location="cpu", weights_only=True)
+            tensors[path.stem] = leaves.read(path)
         except Exception as error:
             first = str(error).strip().splitlines()[:1]
             raise CheckpointError(f"{path.name} cannot be read: {''.join(first)}") from error

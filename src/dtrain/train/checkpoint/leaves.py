@@ -1,22 +1,72 @@
 """State that is neither a model's nor an optimizer's: trees of tensors and plain values.
 
-A tree holds what `torch.load(weights_only=True)` reads again: tensors, numbers, texts and None in
-dicts, lists and tuples. Its leaves have names, as `teacher['first.weight']`.
+A tree holds what `read` reads again. Its leaves have names, as `teacher['first.weight']`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import io
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from dtrain.errors import DtrainError
+from dtrain.errors import CheckpointError, DtrainError
 
 _PLAIN = (bool, int, float, str, type(None))
-"""As they are: a subclass, such as NumPy's float64, is pickled as something else."""
+"""As they are: a subclass is pickled as something else."""
+_NUMPY = [
+    *(np.ndarray, np.dtype, np.ones(1).__reduce__()[0], np.float64(1).__reduce__()[0]),
+    *{type(np.dtype(code)) for code in "?bhilqBHILQefdgFDGSU"},
+]
+"""What NumPy's numbers and texts, and arrays of them, are made of in a file."""
+
+_MISFIT = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError)
 
 Change = Callable[[str, Any], Any]
+
+
+def read(source: Path | io.BytesIO) -> Any:
+    """What `torch.save` wrote, on the CPU; builds nothing but tensors, arrays and plain values."""
+    with torch.serialization.safe_globals(_NUMPY):
+        return torch.load(source, map_location="cpu", weights_only=True)
+
+
+def refuse_unreadable(value: Any, name: str) -> None:
+    """Make sure that `read` gives back what is to be saved, with the same types.
+
+    Args:
+        value: a tree; tensors of it are not looked at.
+        name: whose it is.
+
+    Raises:
+        DtrainError: it does not; names the leaf.
+    """
+    if type(value) in _PLAIN or type(value) in (torch.Tensor, torch.nn.Parameter):
+        return
+    if type(value) in (dict, OrderedDict):
+        for key, each in value.items():
+            if type(key) not in _PLAIN and not _is_readable(key):
+                raise DtrainError(f"{name} has a key {key!r}; a checkpoint takes str and int")
+            refuse_unreadable(each, f"{name}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, each in enumerate(value):
+            refuse_unreadable(each, f"{name}[{index}]")
+    elif not _is_readable(value):
+        raise _cannot_hold(name, value)
+
+
+@contextmanager
+def restoring(owner: str) -> Iterator[None]:
+    """Around a `load_state_dict`: what it raises says that a checkpoint does not fit, and whom."""
+    try:
+        yield
+    except _MISFIT as error:
+        raise CheckpointError(f"{owner} cannot take its state back: {error!r}") from error
 
 
 def plain(value: Any, name: str) -> Any:
@@ -34,14 +84,13 @@ def plain(value: Any, name: str) -> Any:
 
 def changed(value: Any, name: str, change: Change) -> Any:
     """A tree with other leaves: `change(name of the leaf, leaf)` of each."""
-    if isinstance(value, Mapping):
+    if type(value) in (dict, OrderedDict):
         for key in value:
             if type(key) not in (str, int):
                 raise DtrainError(f"{name} has a key {key!r}; a checkpoint takes str and int")
         return {key: changed(each, f"{name}[{key!r}]", change) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        parts = [changed(each, f"{name}[{i}]", change) for i, each in enumerate(value)]
-        return tuple(parts) if isinstance(value, tuple) else parts
+    if type(value) in (list, tuple):
+        return type(value)(changed(each, f"{name}[{i}]", change) for i, each in enumerate(value))
     return change(name, value)
 
 
@@ -56,12 +105,10 @@ def _checked(name: str, leaf: Any) -> Any:
     if type(leaf) in _PLAIN:
         return leaf
     if not isinstance(leaf, torch.Tensor):
-        kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}".removeprefix("builtins.")
-        raise DtrainError(
-            f"{name} is a {kind}, which a checkpoint cannot hold; it takes tensors, numbers, "
-            "str and None, in dicts, lists and tuples (an array as torch.from_numpy(a), an "
-            "object as its own state_dict())"
-        )
+        # ranks are compared by what is written, and sets have no order
+        if isinstance(leaf, set) or not _is_readable(leaf):
+            raise _cannot_hold(name, leaf)
+        return leaf
     tensor = leaf.detach()
     if hasattr(tensor, "full_tensor"):
         raise DtrainError(
@@ -74,3 +121,23 @@ def _checked(name: str, leaf: Any) -> Any:
             "checkpoint takes plain dense tensors"
         )
     return tensor
+
+
+def _is_readable(leaf: Any) -> bool:
+    """Whether it comes back as it is; by trying, as the reader knows best."""
+    file = io.BytesIO()
+    try:
+        torch.save(leaf, file)
+        file.seek(0)
+        return type(read(file)) is type(leaf)
+    except Exception:  # whatever saving somebody's object raises
+        return False
+
+
+def _cannot_hold(name: str, leaf: Any) -> DtrainError:
+    kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}".removeprefix("builtins.")
+    return DtrainError(
+        f"{name} is a {kind}, which a checkpoint cannot hold; it takes tensors, NumPy's arrays and "
+        "numbers, numbers, str and None, in dicts, lists and tuples (an object as its own "
+        "state_dict(), a set as a list)"
+    )

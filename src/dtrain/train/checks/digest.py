@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 
@@ -52,12 +53,15 @@ def of_all(tensors: Sequence[torch.Tensor]) -> int:
 
 
 def of_leaves(leaves: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Of each tensor its type and shape, and its digest; of each plain value its type, and it."""
+    """Of each tensor or array: its type and shape, its digest; of plain values: type and value."""
     tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
     digests = dict(zip(tensors, of_each(tensors.values()), strict=True))
+    for name, leaf in leaves.items():
+        if isinstance(leaf, np.ndarray):
+            digests[name] = xxhash.xxh3_64_intdigest(leaf.tobytes())
     return {
         name: (f"{leaf.dtype} {tuple(leaf.shape)}", str(digests[name]))
-        if name in tensors
+        if name in digests
         else (type(leaf).__name__, repr(leaf))
         for name, leaf in leaves.items()
     }

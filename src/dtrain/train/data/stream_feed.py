@@ -18,6 +18,7 @@ from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.task import Task
 from dtrain.train import collectives
+from dtrain.train.checkpoint.leaves import read, refuse_unreadable
 from dtrain.train.data.augmentation import sample_words
 from dtrain.train.data.content import hash_of
 from dtrain.train.data.feed import Feed, Step, Watch
@@ -234,6 +235,7 @@ def encoded(state: Any) -> Any:
             return {"json": state}
     except (TypeError, ValueError):
         pass
+    refuse_unreadable(state, "state_dict() of the data set")
     file = io.BytesIO()
     torch.save(state, file)
     return {"torch": base64.b64encode(file.getvalue()).decode()}
@@ -243,5 +245,4 @@ def decoded(saved: Any) -> Any:
     """The inverse of `encoded`."""
     if saved is None or "json" in saved:
         return None if saved is None else saved["json"]
-    file = io.BytesIO(base64.b64decode(saved["torch"]))
-    return torch.load(file, weights_only=True)
+    return read(io.BytesIO(base64.b64decode(saved["torch"])))

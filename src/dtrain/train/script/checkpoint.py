@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.rundir import RunDir, note_event
 from dtrain.train import collectives
+from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
 from dtrain.train.checkpoint.state import (
     is_sharded,
     load_model_state,
@@ -101,12 +102,14 @@ class Checkpoint:
 
     def _tensors(self, random: list[dict[str, Any]]) -> dict[str, Any]:
         optimizer = self._optimizer
+        others = {name: each.state_dict() for name, each in self._others.items()}
+        refuse_unreadable(others, "state_dict() of dtrain.checkpoint's")
         return {
             "model": model_state(self._model),
             "optimizer": None if optimizer is None else optimizer_state(self._model, optimizer),
             "extras": {
                 "random": random,
-                "others": {name: each.state_dict() for name, each in self._others.items()},
+                "others": others,
             },
         }
 
@@ -120,7 +123,8 @@ class Checkpoint:
             if self._optimizer is not None:
                 load_optimizer_state(self._model, self._optimizer, loaded.tensors["optimizer"])
             for name, each in self._others.items():
-                each.load_state_dict(others[name])
+                with restoring(name):
+                    each.load_state_dict(others[name])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"it does not fit this training: {error!r}") from error
         if len(random) == self._ranks.world_size:

@@ -14,6 +14,7 @@ from dtrain.callback import Callback, Session
 from dtrain.errors import CheckpointError, DtrainError, UsageError
 from dtrain.job.spec import BestSpec, EarlyStoppingSpec
 from dtrain.train import collectives
+from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
 from dtrain.train.context import TrainContext
 from dtrain.train.trainers.early_stopping import EarlyStopping
 from dtrain.train.trainers.progress import Progress
@@ -185,8 +186,16 @@ class Callbacks:
         self._tell(lambda each: each.on_end(self.view))
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state of all that have some."""
-        states = {name: each.state_dict() for name, each in self._all.items()}
+        """State of all that have some.
+
+        Raises:
+            DtrainError: a checkpoint could not give it back.
+        """
+        states = {}
+        for name, each in self._all.items():
+            state = each.state_dict()
+            refuse_unreadable(state, f"state_dict() of callback {name.partition('.')[0]}")
+            states[name] = state
         return {name: state for name, state in states.items() if state}
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
@@ -194,7 +203,8 @@ class Callbacks:
         self._loaded = {**self._loaded, **states}
         for name, each in self._all.items():
             if name in states:
-                each.load_state_dict(states[name])
+                with restoring(f"callback {name.partition('.')[0]}"):
+                    each.load_state_dict(states[name])
 
     def _tell(self, what: Callable[[Callback], None]) -> None:
         for each in self._all.values():

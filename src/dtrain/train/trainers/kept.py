@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
-from dtrain.errors import CheckpointError, DtrainError
+from dtrain.errors import DtrainError
 from dtrain.task import Task
-from dtrain.train.checkpoint.leaves import changed, leaves, plain
+from dtrain.train.checkpoint.leaves import changed, leaves, plain, restoring
 from dtrain.train.checks import digest
 from dtrain.train.context import TrainContext
 from dtrain.train.ema import EMA, averages_of
@@ -138,10 +139,8 @@ class Kept:
         if owner != _TASK:
             self._averages[owner].load_kept(state)
             return []
-        try:
+        with restoring("the task"):
             self._task.load_state_dict(state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"load_state_dict() of the task failed: {error!r}") from error
         now = digest.of_leaves(leaves(self.state().get(owner, {}), owner))
         lost = [name for name, fact in wanted.items() if now.get(name) != fact]
         return [f"load_state_dict() of the task left {name} other than saved" for name in lost]
@@ -184,6 +183,8 @@ def _leaves(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copied(name: str, leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return leaf.copy()
     return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 

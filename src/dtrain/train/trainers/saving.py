@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from dtrain.errors import CheckpointError
 from dtrain.train import collectives
+from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
 from dtrain.train.checkpoint.state import (
     is_sharded,
     load_model_state,
@@ -71,16 +71,13 @@ class Saver:
             return False
         started = time.monotonic()
         random = collectives.gather_to_zero(RandomState.capture().to_saved())
-        saved = progress.to_saved(self._data)
-        saved["callbacks"] = self._callbacks.state_dict()
-        saved["requires_grad"] = {
-            name: each.requires_grad
-            for name, (each, made) in self._parameters.items()
-            if each.requires_grad != made
-        }
-        tensors = self._tensors(random) if is_sharded(self._parts.model) else None
+        extras = {**self.small_states(), "random": random}
+        tensors = self._tensors(extras) if is_sharded(self._parts.model) else None
         self.folder, size = self._store.save(
-            progress.step, lambda: tensors or self._tensors(random), saved, self._about()
+            progress.step,
+            lambda: tensors or self._tensors(extras),
+            progress.to_saved(self._data),
+            self._about(),
         )
         self.saved_step = progress.step
         seconds = time.monotonic() - started
@@ -136,37 +133,55 @@ class Saver:
     def _apply(self, loaded: Loaded) -> None:
         """Put a checkpoint into the parts; the checks come before the changes."""
         Progress.from_saved(loaded.progress, self._data)
-        try:
-            extras = loaded.tensors["extras"]
-            load_model_state(self._parts.model, loaded.tensors["model"])
-            load_optimizer_state(
-                self._parts.model, self._parts.optimizer, loaded.tensors["optimizer"]
-            )
-            if self._parts.scheduler is not None and extras["scheduler"] is not None:
-                self._parts.scheduler.load_state_dict(extras["scheduler"])
-            if self._parts.scaler is not None and extras["scaler"] is not None:
-                self._parts.scaler.load_state_dict(extras["scaler"])
-            self._callbacks.load_state_dict(loaded.progress.get("callbacks", {}))
-            changed = loaded.progress.get("requires_grad", {})
-            for name, (each, made) in self._parameters.items():
-                each.requires_grad_(changed.get(name, made))
-            self._told = self._kept.load(loaded.tensors)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"it does not fit this training: {error!r}") from error
+        with restoring("this training"):
+            self._put_back(loaded.tensors)
+
+    def _put_back(self, tensors: dict[str, Any]) -> None:
+        parts, extras = self._parts, tensors["extras"]
+        with restoring("the model"):
+            load_model_state(parts.model, tensors["model"])
+        with restoring("the optimizer"):
+            load_optimizer_state(parts.model, parts.optimizer, tensors["optimizer"])
+        for name, part in (("scheduler", parts.scheduler), ("scaler", parts.scaler)):
+            if part is not None and extras[name] is not None:
+                with restoring(f"the {name}"):
+                    part.load_state_dict(extras[name])
+        self._callbacks.load_state_dict(extras["callbacks"])
+        self._told = self._kept.load(tensors)
         ranks, random = self._context.ranks, extras["random"]
         self._random = random[ranks.rank] if len(random) == ranks.world_size else None
 
-    def _tensors(self, random: list[dict[str, Any]]) -> dict[str, Any]:
+    def small_states(self) -> dict[str, Any]:
+        """Of schedule, loss scaler and callbacks; also before training, which has to be worth it.
+
+        Raises:
+            DtrainError: these, the optimizer or a module have something that a checkpoint could
+                not give back; says which, and where.
+        """
+        parts, scheduler = self._parts, self._parts.scheduler
+        small = {
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
+            "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
+            "callbacks": self._callbacks.state_dict(),
+        }
+        kind = type(getattr(scheduler, "scheduler", scheduler)).__name__
+        refuse_unreadable(small["scheduler"], f"state_dict() of scheduler {kind}")
+        optimizer = parts.optimizer
+        refuse_unreadable(
+            optimizer.state_dict(), f"state_dict() of optimizer {type(optimizer).__name__}"
+        )
+        for name, value in parts.model.state_dict().items():
+            if not isinstance(value, torch.Tensor):
+                refuse_unreadable(value, f"get_extra_state() of the model, {name}")
+        return small
+
+    def _tensors(self, extras: dict[str, Any]) -> dict[str, Any]:
         parts = self._parts
         return {
             "model": model_state(parts.model),
             "optimizer": optimizer_state(parts.model, parts.optimizer),
             **self._kept.to_saved(),
-            "extras": {
-                "scheduler": None if parts.scheduler is None else parts.scheduler.state_dict(),
-                "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
-                "random": random,
-            },
+            "extras": extras,
         }
 
     def _about(self) -> dict[str, Any]:

@@ -85,6 +85,7 @@ class Training:
         """Before the first step: what the process before us still owed; False to leave."""
         self._look_ahead()
         self.callbacks.start(self._progress)
+        self._saver.small_states()  # refused now rather than at the first save
         return not self._owes_evaluation() or self._evaluate()
 
     def end(self, *, complete: bool) -> TrainResult:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from dtrain.callback import Callback
 from dtrain.train.trainers.lightning.library import call, pl
 from dtrain.train.trainers.lightning.logged import Logged
@@ -20,12 +18,12 @@ class States(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Of those that have some."""
-        states: dict[str, Any] = _plain(call._call_callbacks_state_dict(self._trainer))
+        states: dict[str, Any] = call._call_callbacks_state_dict(self._trainer)
         return states
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Callback`."""
-        checkpoint = {"callbacks": _live(state), "pytorch-lightning_version": pl.__version__}
+        checkpoint = {"callbacks": state, "pytorch-lightning_version": pl.__version__}
         call._call_callbacks_load_state_dict(self._trainer, checkpoint)
 
 
@@ -46,26 +44,3 @@ class EpochSums(Callback):
         """Only rank 0 goes on with them, as the ranks' sums are added up."""
         if self._first:
             self._logged.go_on(state)
-
-
-_TENSOR = "a tensor"
-
-
-def _live(value: Any) -> Any:
-    """What `_plain` was given, with tensors on the CPU."""
-    if isinstance(value, dict):
-        if set(value) == {_TENSOR}:
-            return torch.tensor(value[_TENSOR])
-        return {key: _live(each) for key, each in value.items()}
-    return [_live(each) for each in value] if isinstance(value, list) else value
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, torch.Tensor):
-        return {_TENSOR: value.tolist()}
-    return value if value is None or isinstance(value, bool | int | float) else str(value)
