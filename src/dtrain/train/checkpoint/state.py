@@ -77,6 +77,7 @@ def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
             {**options, "params": group}
             for options, group in zip(state["param_groups"], groups, strict=True)
         ],
+        "frozen": [plain_name(n) for n, p in model.named_parameters() if not p.requires_grad],
     }
 
 
@@ -85,9 +86,12 @@ def load_optimizer_state(
 ) -> None:
     """Put `optimizer_state` back, whatever the order of parameters and groups is now.
 
+    Groups that were added while training are added again.
+
     Raises:
         CheckpointError: the parameters are grouped in another way.
     """
+    _add_groups(model, optimizer, saved)
     groups = _group_names(model, optimizer)
     options_of = {frozenset(group["params"]): group for group in saved["groups"]}
     names = [name for group in groups for name in group]
@@ -107,6 +111,21 @@ def load_optimizer_state(
         if name in position
     }
     optimizer.load_state_dict({"state": state, "param_groups": new_groups})
+
+
+def _add_groups(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
+) -> None:
+    """Add the groups of which this optimizer has no parameter, as they were."""
+    parameters = {plain_name(name): value for name, value in model.named_parameters()}
+    known = {name for group in _group_names(model, optimizer) for name in group}
+    for group in saved["groups"]:
+        names = group["params"]
+        if not names or not known.isdisjoint(names) or not parameters.keys() >= set(names):
+            continue
+        for name in names:
+            parameters[name].requires_grad_(name not in saved["frozen"])
+        optimizer.add_param_group({**group, "params": [parameters[name] for name in names]})
 
 
 def parameters_sha256(model: torch.nn.Module) -> str:

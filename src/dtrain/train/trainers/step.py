@@ -91,8 +91,7 @@ class TrainStep:
         early = parts.scaler is None
         self._loss_scale = strategy.gradient_scale if early else 1.0
         self._gradient_scale = 1.0 if early else strategy.gradient_scale
-        groups = parts.optimizer.param_groups
-        self._parameters = [parameter for group in groups for parameter in group["params"]]
+        self._all = list(parts.model.parameters())
 
     def __call__(
         self,
@@ -114,6 +113,8 @@ class TrainStep:
             DtrainError: the weights of the whole global batch add up to nothing.
         """
         self._parts.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._all:  # some may be in no group yet
+            parameter.grad = None
         pending = self._accumulate(batches, num_batches, global_size, signals)
         self._strategy.finish_backward()
         total, weight, *heard = pending.wait()
@@ -160,12 +161,14 @@ class TrainStep:
         scaler, optimizer = self._parts.scaler, self._parts.optimizer
         if scaler is not None:
             scaler.unscale_(optimizer)
+        # groups may be added while training
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
         if correction != 1.0:
-            grads = [p.grad for p in self._parameters if p.grad is not None]
+            grads = [p.grad for p in parameters if p.grad is not None]
             torch._foreach_mul_(grads, correction)
         norm = None
         if self._clip is not None:
-            norm = self._strategy.clip_gradients(self._parameters, self._clip)
+            norm = self._strategy.clip_gradients(parameters, self._clip)
         if not self._guard.accepts(loss, norm):
             return norm, True
         if scaler is None:

@@ -22,6 +22,7 @@ from dtrain.train.data.placement import Course, GlobalBatch
 from dtrain.train.observe.events import Events
 from dtrain.train.strategies.base import Strategy
 from dtrain.train.trainers.callbacks import Callbacks
+from dtrain.train.trainers.groups import watch_groups
 from dtrain.train.trainers.kept import Kept
 from dtrain.train.trainers.predictions import Predictions, predicts
 from dtrain.train.trainers.progress import Progress, Schedule, refuse_to_end_before
@@ -69,6 +70,7 @@ class Training:
         refuse_to_end_before(self._progress.step, self._data.course.total_steps)
         self._data.load_state_dict(self._progress.feed)
         self._strategy.prepare(self._parts.loss)
+        watch_groups(self._parts.optimizer, self._parts.model, self._strategy)
         subject = self._parts.subject(lambda: position_numbers(self._progress), kept.leaves)
         self.around_evaluation: Callable[[Evaluation], dict[str, float] | None] = _just
         """Calls an evaluation; for a trainer that has more to do then."""
