@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,6 +31,7 @@ def command(run: str, dry_run: bool, quiet: bool, **options: Any) -> int:
 
     found = find(run, options["runs"])
     state = _check(found, options)
+    _refuse_without_effect(options["overrides"])
     prepared = shared.prepare_again(found, options)
     spec = prepared.job.spec
     _refuse_to_end_before(found, spec.train.steps if spec.script is None else None)
@@ -54,11 +56,25 @@ def _check(run: RunDir, options: dict[str, Any]) -> State | None:
     state, _ = base.state_of(run)
     if state == "running":
         raise UsageError(f"run {run.id} is still going; `dtrain cancel {run.id}` ends it")
-    if state == "succeeded" and not options["overrides"]:
+    if state == "succeeded" and not any(text.startswith("train") for text in options["overrides"]):
         raise UsageError(
             f"run {run.id} has finished; to train on, give it a new end, as --set train.epochs=20"
         )
     return state
+
+
+def _refuse_without_effect(overrides: Iterable[str]) -> None:
+    """Refuse settings that only a new run can have."""
+    from dtrain.errors import UsageError
+
+    why = {
+        "name": "a run keeps its name",
+        "checks.inject": "faults are made in a run's first attempt only",
+    }
+    for text in overrides:
+        field = text.partition("=")[0].strip()
+        if field in why:
+            raise UsageError(f"--set {field} has no effect here: {why[field]}; launch a new run")
 
 
 def _refuse_to_end_before(run: RunDir, end: int | None) -> None:

@@ -99,6 +99,26 @@ def test_resume_of_a_finished_run_says_what_to_do(folder: Path, run: RunDir) -> 
     assert "--set train.epochs=20" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("name=other", "--set name has no effect here: a run keeps its name"),
+        (
+            "checks.inject=[]",
+            "--set checks.inject has no effect here: faults are made in a run's f",
+        ),
+        ("args.lr=0.5", "has finished; to train on, give it a new end"),
+    ],
+)
+def test_settings_that_a_resume_cannot_use_are_refused(
+    folder: Path, run: RunDir, setting: str, words: str
+) -> None:
+    new_end = [] if "finished" in words else ["--set", "train.steps=20"]
+    done = dtrain("resume", "--dry-run", "--set", setting, *new_end, cwd=folder)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
 def test_the_run_directory_has_all_of_it(run: RunDir) -> None:
     for path in (run.job, run.resolved, run.plan, run.handle, run.metrics, run.events, run.code):
         assert path.exists(), path

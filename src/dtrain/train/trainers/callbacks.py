@@ -253,7 +253,7 @@ class KeepBest(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Callback`."""
-        return {"metric": self._spec.metric, "best": self._best}
+        return {"of": [self._spec.metric, self._spec.mode], "best": self._best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Callback`.
@@ -263,5 +263,5 @@ class KeepBest(Callback):
         """
         if "best" not in state:
             raise CheckpointError("it holds no best value")
-        if state["metric"] == self._spec.metric:
+        if state["of"] == [self._spec.metric, self._spec.mode]:
             self._best = state["best"]

@@ -48,11 +48,18 @@ class EarlyStopping:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state."""
-        return {"best": self.best, "best_step": self.best_step, "waited": self.waited}
+        """What it has seen, and of what."""
+        return {
+            "of": [self._spec.metric, self._spec.mode],
+            "best": self.best,
+            "best_step": self.best_step,
+            "waited": self.waited,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`; a best value of something else is none."""
+        if state["of"] != [self._spec.metric, self._spec.mode]:
+            return
         self.best, self.best_step = state["best"], state["best_step"]
         self.waited = state["waited"]
 

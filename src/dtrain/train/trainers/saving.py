@@ -26,6 +26,7 @@ from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 from dtrain.train.trainers.callbacks import Callbacks
 from dtrain.train.trainers.kept import Kept
 from dtrain.train.trainers.progress import Progress
+from dtrain.train.trainers.settings import Settings
 from dtrain.train.trainers.step import Parts
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Saver:
         named = parts.model.named_parameters()
         self._parameters = {plain_name(name): (each, each.requires_grad) for name, each in named}
         """By name, and whether it requires a gradient as the task made it."""
+        self._settings = Settings(context.spec, parts)
         keep = context.spec.checkpoint.keep
         self._store = CheckpointStore(context.run, context.ranks.rank, keep)
         self._random: dict[str, Any] | None = None
@@ -71,7 +73,8 @@ class Saver:
             return False
         started = time.monotonic()
         random = collectives.gather_to_zero(RandomState.capture().to_saved())
-        extras = {**self.small_states(), "random": random}
+        settings = self._settings.to_saved()
+        extras = {**self.small_states(), "random": random, "settings": settings}
         tensors = self._tensors(extras) if is_sharded(self._parts.model) else None
         self.folder, size = self._store.save(
             progress.step,
@@ -106,6 +109,8 @@ class Saver:
         if loaded is None:
             return None
         progress = Progress.from_saved(loaded.progress, self._data)
+        if self._settings.has_new_course(loaded.tensors["extras"]["settings"]):
+            progress.stopped_early = False
         self.saved_step, self.folder = progress.step, loaded.folder
         logger.info("resumed from %s, after %d steps", loaded.folder.name, progress.step)
         self._events.write(
@@ -138,6 +143,7 @@ class Saver:
 
     def _put_back(self, tensors: dict[str, Any]) -> None:
         parts, extras = self._parts, tensors["extras"]
+        told = self._settings.reconcile(extras["settings"], tensors["optimizer"]["groups"])
         with restoring("the model"):
             load_model_state(parts.model, tensors["model"])
         with restoring("the optimizer"):
@@ -147,7 +153,7 @@ class Saver:
                 with restoring(f"the {name}"):
                     part.load_state_dict(extras[name])
         self._callbacks.load_state_dict(extras["callbacks"])
-        self._told = self._kept.load(tensors)
+        self._told = [*told, *self._kept.load(tensors)]
         ranks, random = self._context.ranks, extras["random"]
         self._random = random[ranks.rank] if len(random) == ranks.world_size else None
 
