@@ -77,7 +77,6 @@ def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
             {**options, "params": group}
             for options, group in zip(state["param_groups"], groups, strict=True)
         ],
-        "frozen": [plain_name(n) for n, p in model.named_parameters() if not p.requires_grad],
     }
 
 
@@ -123,9 +122,8 @@ def _add_groups(
         names = group["params"]
         if not names or not known.isdisjoint(names) or not parameters.keys() >= set(names):
             continue
-        for name in names:
-            parameters[name].requires_grad_(name not in saved["frozen"])
-        optimizer.add_param_group({**group, "params": [parameters[name] for name in names]})
+        added = [parameters[name].requires_grad_(True) for name in names]
+        optimizer.add_param_group({**group, "params": added})
 
 
 def parameters_sha256(model: torch.nn.Module) -> str:

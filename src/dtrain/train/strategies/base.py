@@ -52,9 +52,6 @@ class Strategy:
     meets_in_forward = False
     """Whether ranks exchange something in every forward, so that they must run equally many."""
 
-    takes_unfrozen = True
-    """Whether a parameter may begin to require a gradient after `prepare`."""
-
     def __init__(self, context: TrainContext) -> None:
         self.context = context
         self.rank = context.ranks.rank

@@ -40,8 +40,6 @@ class ExactStrategy(Strategy):
         UsageError: the number of processes does not divide `train.virtual_shards`.
     """
 
-    takes_unfrozen = False
-
     def __init__(self, context: TrainContext) -> None:
         super().__init__(context)
         num_shards = context.spec.train.virtual_shards

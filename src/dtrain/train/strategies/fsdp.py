@@ -76,7 +76,6 @@ class FSDPStrategy(Strategy):
         """
         if self.world_size == 1:
             return
-        self.takes_unfrozen = False
         refuse_sparse(module.model, "fsdp")
         check_shardable(module.model)
         mesh = init_device_mesh(self.context.device.type, (self.world_size,))

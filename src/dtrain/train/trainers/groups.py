@@ -7,13 +7,9 @@ from typing import Any
 import torch
 
 from dtrain.errors import DtrainError
-from dtrain.train.checkpoint.state import plain_name
-from dtrain.train.strategies.base import Strategy
 
 
-def watch_groups(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module, strategy: Strategy
-) -> None:
+def watch_groups(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
     """Refuse groups that could not be trained, at the line that adds them.
 
     Others are followed: clipped, checked, saved, and restored by a resume.
@@ -21,10 +17,8 @@ def watch_groups(
     Args:
         optimizer: its `add_param_group` is replaced by one that looks.
         model: as training begins with it.
-        strategy: made ready for that.
     """
-    names = {id(value): plain_name(name) for name, value in model.named_parameters()}
-    trained = {id(value) for value in model.parameters() if value.requires_grad}
+    known = {id(value) for value in model.parameters()}
     add = optimizer.add_param_group
 
     def added(group: dict[str, Any]) -> None:
@@ -32,18 +26,11 @@ def watch_groups(
         given = [given] if isinstance(given, torch.Tensor) else list(given)
         for each in given:
             value = each[1] if isinstance(each, tuple) else each
-            if id(value) not in names:
+            if id(value) not in known:
                 raise DtrainError(
                     f"add_param_group() was given a parameter of shape {tuple(value.shape)} that "
                     "the model did not have when training began, so that no rank exchanges its "
                     "gradient and no resume finds it; make it in model()"
-                )
-            if not strategy.takes_unfrozen and id(value) not in trained:
-                raise DtrainError(
-                    f"add_param_group() was given {names[id(value)]}, which did not require a "
-                    f"gradient when training began, and strategy {strategy.context.spec.strategy!r}"
-                    " trains what did; leave requires_grad as it is, and give it to the optimizer "
-                    "when its time comes"
                 )
         add({**group, "params": given})
 

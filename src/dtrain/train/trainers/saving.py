@@ -153,12 +153,16 @@ class Saver:
                 with restoring(f"the {name}"):
                     part.load_state_dict(extras[name])
         self._callbacks.load_state_dict(extras["callbacks"])
+        for name, (each, made) in self._parameters.items():
+            each.requires_grad_(extras["requires_grad"].get(name, made))
         self._told = [*told, *self._kept.load(tensors)]
         ranks, random = self._context.ranks, extras["random"]
         self._random = random[ranks.rank] if len(random) == ranks.world_size else None
 
     def small_states(self) -> dict[str, Any]:
-        """Of schedule, loss scaler and callbacks; also before training, which has to be worth it.
+        """Of schedule, loss scaler and callbacks, and what was frozen.
+
+        Asked for before training too, so that nothing is trained that cannot be saved.
 
         Raises:
             DtrainError: these, the optimizer or a module have something that a checkpoint could
@@ -169,6 +173,11 @@ class Saver:
             "scheduler": None if scheduler is None else scheduler.state_dict(),
             "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
             "callbacks": self._callbacks.state_dict(),
+        }
+        small["requires_grad"] = {
+            name: each.requires_grad
+            for name, (each, made) in self._parameters.items()
+            if each.requires_grad != made
         }
         kind = type(getattr(scheduler, "scheduler", scheduler)).__name__
         refuse_unreadable(small["scheduler"], f"state_dict() of scheduler {kind}")

@@ -70,7 +70,7 @@ class Training:
         refuse_to_end_before(self._progress.step, self._data.course.total_steps)
         self._data.load_state_dict(self._progress.feed)
         self._strategy.prepare(self._parts.loss)
-        watch_groups(self._parts.optimizer, self._parts.model, self._strategy)
+        watch_groups(self._parts.optimizer, self._parts.model)
         subject = self._parts.subject(lambda: position_numbers(self._progress), kept.leaves)
         self.around_evaluation: Callable[[Evaluation], dict[str, float] | None] = _just
         """Calls an evaluation; for a trainer that has more to do then."""
