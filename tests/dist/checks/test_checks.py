@@ -90,7 +90,7 @@ def check_tensor(case: Case, mine: Outcome) -> None:
     assert re.search(rf"parameters: {place} is .*{ELEMENT[action]} elements", mine.text), mine
 
 
-@pytest.mark.parametrize(("world_size", "every"), [(2, 1), (4, 1), (3, 3)])
+@pytest.mark.parametrize(("world_size", "every"), [(2, 1), (3, 3)])
 @pytest.mark.parametrize("strategy", ["ddp", "exact", "fsdp"])
 def test_every_fault_is_found(tmp_path: Path, strategy: str, world_size: int, every: int) -> None:
     cases = faults(strategy, world_size, every)
