@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtrain import rundir
+from dtrain.plainjson import numbers
 
 VARIABLE = "DTRAIN_RECORD"
 """Set for workers that are to record; holds a `Wish` as JSON."""
@@ -268,13 +269,15 @@ def read(run: rundir.RunDir) -> Recording:
     for path in sorted(folder.glob("rank-*.jsonl")):
         rank = int(path.stem.removeprefix("rank-"))
         for raw in rundir.read_lines(path):
-            line = RankLine(**{**raw, "losses": [(s, w) for s, w in raw["losses"]]})
+            line = RankLine(
+                **{**raw, "losses": [(math.nan if s is None else s, w) for s, w in raw["losses"]]}
+            )
             ranks.setdefault(line.step, {}).setdefault(rank, []).append(line)
     evaluations = [line for line in rundir.read_lines(run.metrics) if line["split"] == "eval"]
     place = ("time", "step", "epoch", "split")
     last = evaluations[-1] if evaluations else {}
     metrics = {name: value for name, value in last.items() if name not in place}
-    return Recording({record.step: record for record in records}, ranks, metrics)
+    return Recording({r.step: r for r in records}, ranks, numbers(metrics))
 
 
 def _step_file(step: int) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dtrain.errors import LaunchError
+from dtrain.plainjson import to_json
 
 ATTEMPT_VARIABLE = "DTRAIN_ATTEMPT"
 
@@ -260,7 +261,7 @@ def make_parent(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically; the folder is made when it is missing."""
     make_parent(path)
-    write_atomic(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+    write_atomic(path, to_json(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -275,7 +276,7 @@ def append_line(path: Path, value: Any) -> None:
     """Append one JSON object as one line, in one write, so that lines never interleave."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(fd, json.dumps(value).encode() + b"\n")
+        os.write(fd, to_json(value).encode() + b"\n")
     finally:
         os.close(fd)
 

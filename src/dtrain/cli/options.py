@@ -312,6 +312,6 @@ def _number(text: str) -> Any:
 
 def print_json(value: Any) -> None:
     """Print indented JSON."""
-    import json
+    from dtrain.plainjson import to_json
 
-    click.echo(json.dumps(value, indent=2))
+    click.echo(to_json(value, indent=2))

@@ -78,8 +78,10 @@ def _described(run: RunDir, launcher: str) -> dict[str, str]:
 
 
 def _metrics(line: dict[str, Any] | None) -> dict[str, Any]:
+    from dtrain.plainjson import numbers
+
     hidden = ("time", "step", "epoch", "split")
-    return {name: value for name, value in (line or {}).items() if name not in hidden}
+    return numbers({k: v for k, v in (line or {}).items() if k not in hidden})
 
 
 def _text(name: str, value: Any) -> str:

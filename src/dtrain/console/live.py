@@ -12,6 +12,7 @@ from dtrain.console import out
 from dtrain.console.fold import LineFolder
 from dtrain.console.tail import Follower
 from dtrain.node.failures import FAILURE_CLOSE, FAILURE_OPEN, is_collateral
+from dtrain.plainjson import numbers
 from dtrain.plan import LaunchPlan
 
 if TYPE_CHECKING:
@@ -176,7 +177,8 @@ class _Bar:
         """Move to the step of a line of metrics.jsonl."""
         if self._progress is None or self._task is None or line["split"] != "train":
             return
-        text = f"epoch {line['epoch']}  loss {line['loss']:.4f}" if "loss" in line else ""
+        loss = numbers(line).get("loss")
+        text = "" if loss is None else f"epoch {line['epoch']}  loss {loss:.4f}"
         self._progress.update(self._task, completed=line["step"], text=text)
 
     def print(self, text: str) -> None:

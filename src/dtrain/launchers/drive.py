@@ -20,6 +20,7 @@ from dtrain.launchers.base import Handle, Launch, Launcher, Result, State
 from dtrain.node import failures, verdict
 from dtrain.node.failures import FailureRecord
 from dtrain.node.verdict import Verdict
+from dtrain.plainjson import numbers
 from dtrain.plan import LaunchPlan
 from dtrain.remote import runs as remote
 from dtrain.remote.mirror import LAUNCH
@@ -216,7 +217,7 @@ def outcome(plan: LaunchPlan) -> str:
     finished = _finished(plan)
     if finished is None:
         return ""
-    metrics = ", ".join(f"{name} {value:.4g}" for name, value in finished["metrics"].items())
+    metrics = ", ".join(f"{n} {value:.4g}" for n, value in numbers(finished["metrics"]).items())
     return f" after {finished['steps']} steps: {metrics}"
 
 

@@ -14,7 +14,7 @@ SRC = ROOT / "src"
 
 # From the ground up. A module may import from its own layer's package and from layers below.
 LAYERS: list[tuple[str, ...]] = [
-    ("dtrain.errors", "dtrain.procs"),
+    ("dtrain.errors", "dtrain.procs", "dtrain.plainjson"),
     (
         "dtrain.rundir",
         "dtrain.ranks",
@@ -43,6 +43,7 @@ LAYERS: list[tuple[str, ...]] = [
 LAUNCH_PLANE = (
     "dtrain.errors",
     "dtrain.procs",
+    "dtrain.plainjson",
     "dtrain.rundir",
     "dtrain.jobdir",
     "dtrain.remote",

@@ -18,6 +18,7 @@ import torch
 import xxhash
 
 from dtrain.errors import CheckpointError
+from dtrain.plainjson import to_json
 from dtrain.rundir import fsync_dir, write_atomic
 from dtrain.train.checkpoint import leaves
 
@@ -50,7 +51,7 @@ def write_checkpoint(
         files = {}
         for stem, value in tensors.items():
             files[f"{stem}.pt"] = _write_tensors(aside / f"{stem}.pt", value)
-        files[_PROGRESS] = _write_text(aside / _PROGRESS, json.dumps(progress, indent=2) + "\n")
+        files[_PROGRESS] = _write_text(aside / _PROGRESS, to_json(progress, indent=2) + "\n")
         manifest = {"format": _FORMAT, "about": about, "files": files}
         manifest["digest"] = _manifest_digest(manifest)
         write_atomic(aside / MANIFEST, json.dumps(manifest, indent=2) + "\n")  # last, fsynced

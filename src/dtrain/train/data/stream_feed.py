@@ -231,7 +231,7 @@ def _refuse_order(task: Task, seed: int) -> None:
 def encoded(state: Any) -> Any:
     """A data set's state as JSON; what JSON would change goes as text of torch.save's bytes."""
     try:
-        if json.loads(json.dumps(state)) == state:
+        if json.loads(json.dumps(state, allow_nan=False)) == state:
             return {"json": state}
     except (TypeError, ValueError):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +41,7 @@ class Progress:
             "epoch": self.position.epoch,
             "consumed": self.position.consumed,
             "evaluated_step": self.evaluated_step,
-            "metrics": self.metrics,
+            "metrics": {name: _told(value) for name, value in self.metrics.items()},
             "predicted_step": self.predicted_step,
             "stopped_early": self.stopped_early,
             "feed": self.feed,
@@ -71,11 +72,16 @@ class Progress:
             step=saved["step"],
             position=Position(saved["epoch"], saved["consumed"]),
             evaluated_step=saved["evaluated_step"],
-            metrics=saved["metrics"],
+            metrics={name: float(value) for name, value in saved["metrics"].items()},
             predicted_step=saved.get("predicted_step"),
             stopped_early=saved["stopped_early"],
             feed=saved.get("feed", {}),
         )
+
+
+def _told(value: float) -> float | str:
+    """A number as JSON takes it, and `float` reads it again."""
+    return value if math.isfinite(value) else str(value)
 
 
 _FIELDS = {"seed": "seed", "shuffle": "data.shuffle"}

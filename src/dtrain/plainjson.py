@@ -1,0 +1,29 @@
+"""JSON that every reader takes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: it has no NaN and no infinity, and null stands for them."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers as they were before `to_json`, as far as it tells: null is NaN again."""
+    return {name: math.nan if value is None else value for name, value in line.items()}
