@@ -135,4 +135,4 @@ def _newest(run: RunDir, step: int | None) -> tuple[Path, dict[str, Any], dict[s
             continue
         return folder, tensors, rejected
     listed = "".join(f"\n  {name}: {why}" for name, why in rejected.items())
-    raise CheckpointError(f"no checkpoint in {run.checkpoints} can be used:{listed}")
+    raise CheckpointError(f"no checkpoint can be used:{listed}\nthey are in {run.checkpoints}")

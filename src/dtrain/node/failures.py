@@ -144,10 +144,13 @@ def of_exception(
         kind: Kind = "exit"
         message = f"sys.exit({error.code!r})"
     else:
-        code, kind, message = 1, "exception", str(error)
+        code, kind = 1, "exception"
+        message = "\n".join([str(error), *getattr(error, "__notes__", [])])
+    if len(message) > _MAX_MESSAGE:
+        message = f"{message[:_MAX_MESSAGE]}\n(the log has all of it, {len(message):,} characters)"
     return FailureRecord(
         kind=kind,
-        message=message[:_MAX_MESSAGE],
+        message=message,
         exit_code=code,
         node_rank=node_rank,
         node=node_name(),

@@ -6,6 +6,7 @@ Runs on the launch plane, when nothing of the attempt runs any more, and later f
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -17,9 +18,8 @@ from dtrain.node.failures import FailureRecord
 from dtrain.rundir import RunDir
 
 MAX_LINES = 15
+"""Of the block, but for a reason that has more by itself."""
 _WIDTH = 110
-_HEADLINE = 400
-"""The first line has room for the place, which comes last; others are cut to `_WIDTH`."""
 _NOT_TO_RESUME = ("UsageError", "NeverMadeError")
 """Errors that another try makes again."""
 _VICTIM = 2
@@ -137,7 +137,7 @@ def read(run: RunDir, attempt: int) -> Verdict | None:
 
 
 def render(verdict: Verdict, run: RunDir) -> str:
-    """The block that people read: at most 15 lines."""
+    """The block that people read: at most 15 lines, and all of the reason."""
     culprit = verdict.culprit
     head = [_headline(culprit)]
     tail = [f"  log: {_short(culprit.log)}"] if culprit.log else []
@@ -153,7 +153,9 @@ def render(verdict: Verdict, run: RunDir) -> str:
         tail.append(f"  restarts: {verdict.restarts}, all that were allowed")
     resume = "" if culprit.type in _NOT_TO_RESUME else f" · dtrain resume {run.id}"
     tail.append(f"  more: dtrain logs {run.id}{_rank_flag(culprit)}{resume}")
-    return "\n".join([*head, *_body(culprit, MAX_LINES - len(head) - len(tail)), *tail])
+    reason = [line for text in _reason(culprit) for line in _folded(text)]
+    room = MAX_LINES - len(head) - len(reason) - len(tail)
+    return "\n".join([*head, *_frames(culprit, room), *reason, *tail])
 
 
 def _error_of(record: FailureRecord) -> tuple[str, str, str, bool]:
@@ -195,30 +197,41 @@ def _node_of(culprit: FailureRecord) -> str:
     return f"node {culprit.node_rank}" + (f" ({culprit.node})" if culprit.node else "")
 
 
-def _body(culprit: FailureRecord, room: int) -> list[str]:
-    lines: list[str] = []
-    for frame in culprit.frames[-3:]:
-        lines.append(f"  {_short(frame.file)}:{frame.line} in {frame.function}")
-        if frame.code:
-            lines.append(f"    {_cut(frame.code)}")
-    if culprit.kind == "collectives":
-        lines = [f"  {_cut(line)}" for line in culprit.message.splitlines()[1:]]
-    if culprit.kind == "exception":
-        message = [f"  {_cut(line)}" for line in culprit.message.splitlines() if line.strip()]
-        keep = max(1, room - len(lines))
-        if len(message) > keep:
-            message = [*message[: keep - 1], "  …"] if keep > 1 else message[:1]
-        lines += message or [f"  {culprit.type} without a message"]
-    return lines[-room:] if len(lines) > room else lines
+def _frames(culprit: FailureRecord, room: int) -> list[str]:
+    """The innermost calls for which there is room; the last in any case."""
+    shown: list[str] = []
+    for frame in reversed(culprit.frames[-3:]):
+        lines = [f"  {_short(frame.file)}:{frame.line} in {frame.function}"]
+        lines += _folded(frame.code, "    ") if frame.code else []
+        if shown and len(shown) + len(lines) > room:
+            break
+        shown = [*lines, *shown]
+    return shown
+
+
+def _reason(culprit: FailureRecord) -> list[str]:
+    """What was wrong, besides what the first line says of it."""
+    said = [line for line in culprit.message.splitlines() if line.strip()]
+    if culprit.kind != "exception":
+        return said[1:]
+    return said or [f"{culprit.type} without a message"]
 
 
 def _first_line(text: str) -> str:
-    return _cut(text.strip().splitlines()[0], _HEADLINE) if text.strip() else "no message"
+    return text.strip().splitlines()[0] if text.strip() else "no message"
 
 
-def _cut(text: str, width: int = _WIDTH) -> str:
-    text = text.rstrip()
-    return text if len(text) <= width else text[: width - 1] + "…"
+def _folded(text: str, indent: str = "  ") -> list[str]:
+    """A line as several, none of which is cut; further ones are set in."""
+    own = text[: len(text) - len(text.lstrip())]
+    return textwrap.wrap(
+        text.strip(),
+        _WIDTH,
+        initial_indent=indent + own,
+        subsequent_indent=f"{indent}{own}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _short(path: str) -> str:

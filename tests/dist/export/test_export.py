@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_is_passed_over(trained: RunDir, tmp_path: Path) ->
     done = export(copy, "safetensors")
     assert done.checkpoint == "step-00000010"
     assert "step-00000020 is not used: model.pt is damaged" in done.lines()[0]
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used"):
+    with pytest.raises(CheckpointError, match=r"^no checkpoint can be used"):
         export(copy, "safetensors", step=20)
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 
 from dtrain import Callback
 from dtrain.callback import LRMonitor, Session
 from dtrain.errors import DtrainError, UsageError
+from dtrain.node import failures
 from dtrain.testing import run_ranks
 from dtrain.train.checkpoint.files import read_checkpoint
 from dtrain.train.trainers.lightning.trainer import LightningTrainer
@@ -170,3 +172,49 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         train(job("single", **best), tmp_path / "b")
     with pytest.raises(UsageError, match=r"checkpoint\.best\.metric is 'accuracy', but evaluate"):
         train(job("single", {"held_out": 5}, **best), tmp_path / "c")
+
+
+class Raises(Callback):
+    """Fails in one of its methods."""
+
+    def __init__(self, method: str) -> None:
+        def fail(*given: Any) -> Any:
+            raise KeyError("momentum")
+
+        setattr(self, method, fail)
+
+
+class HasRaising(Regression):
+    method = "on_step"
+
+    def callbacks(self) -> list[Any]:
+        return [LRMonitor(), Raises(self.method)]
+
+
+@pytest.mark.parametrize("method", ["on_start", "on_step", "on_checkpoint", "state_dict"])
+def test_an_error_names_callback_and_method(method: str, tmp_path: Path) -> None:
+    kind = type("One", (HasRaising,), {"method": method})
+    with pytest.raises(KeyError) as caught:
+        train(job("single", {"n": 20}), tmp_path, kind=kind)
+    made = failures.of_exception(caught.value, rank=0, node_rank=0, restart=0, log="")
+    assert made.message == f"'momentum'\nin {method}() of callback Raises"
+    assert [frame.function for frame in made.frames][-1] == "fail"
+
+
+class LightningRaises(pl.Callback):
+    def on_train_batch_end(self, *given: Any) -> None:
+        self.fail()
+
+    def fail(self) -> None:
+        raise KeyError("momentum")
+
+
+class HasLightning(Regression):
+    def callbacks(self) -> list[Any]:
+        return [LightningRaises()]
+
+
+def test_an_error_names_lightnings_callback(tmp_path: Path) -> None:
+    with pytest.raises(KeyError) as caught:
+        train(job("single"), tmp_path, kind=HasLightning, trainer_class=LightningTrainer)
+    assert caught.value.__notes__ == ["in on_train_batch_end() of callback LightningRaises"]

@@ -134,7 +134,8 @@ def test_the_block_has_at_most_15_lines(run: RunDir) -> None:
     frames = [
         Frame(f"/home/me/task_{k}.py", k, f"function_{k}", "x = " + "y" * 300) for k in range(9)
     ]
-    message = "\n".join(f"line {k} " + "z" * 400 for k in range(50))
+    words = [f"word-{k}" for k in range(40)]
+    message = "not so:\n    " + " ".join(words) + "\nat /" + "deep/" * 40 + "end"
     record(3, frames=frames, message=message, log="/runs/x/rank-00003.log", restart=2).write(run, 0)
     for rank in range(40):
         if rank != 3:
@@ -144,11 +145,23 @@ def test_the_block_has_at_most_15_lines(run: RunDir) -> None:
     text = verdict.render(found, run)
     lines = text.splitlines()
     assert len(lines) <= verdict.MAX_LINES
-    assert max(map(len, lines)) <= 115
+    assert all(len(line) <= 110 or "yyy" in line or "deep" in line for line in lines)
+    assert text.index("not so") < text.index("deep/deep")
+    assert text.split()[text.split().index("word-0") :][: len(words)] == words, "nothing is cut"
     assert lines[0] == "FAILED: rank 3 on node 1 (node-1) raised ValueError"
-    assert "line 0" in text
+    assert "task_8.py:8" in text
     assert "39 other ranks" in text
     assert "rank-00003.log" in text
+
+
+def test_a_longer_reason_is_whole(run: RunDir) -> None:
+    lines = [f"line {k}" for k in range(50)]
+    record(3, frames=[Frame("/t.py", 1, "f", "f()")] * 3, message="\n".join(lines)).write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    shown = verdict.render(found, run).splitlines()
+    assert shown[1:3] == ["  /t.py:1 in f", "    f()"]
+    assert shown[3:53] == [f"  {line}" for line in lines]
 
 
 def test_the_place_at_the_end_of_what_is_wrong_is_not_cut_off(run: RunDir) -> None:

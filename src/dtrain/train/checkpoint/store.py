@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -12,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dtrain.errors import CheckpointError
+from dtrain.errors import CheckpointError, DtrainError
 from dtrain.remote.checkpoints import RemoteCheckpoints
-from dtrain.remote.place import PlaceError
 from dtrain.rundir import RunDir
 from dtrain.train import collectives
 from dtrain.train.checkpoint.files import (
@@ -140,9 +140,8 @@ class CheckpointStore:
             return None
         listed = "".join(f"\n  {folder.name}: {why}" for folder, why in rejected.items())
         raise CheckpointError(
-            f"none of the {len(rejected)} checkpoints in {self._where} can be used, and "
-            f"beginning again at step 0 would hide that:{listed}\n"
-            "move them away to begin again"
+            f"none of the {len(rejected)} checkpoints can be used, and beginning again at step 0 "
+            f"would hide that:{listed}\nmove them away to begin again; they are in {self._where}"
         )
 
     @property
@@ -201,20 +200,17 @@ def _step_of(folder: Path) -> int:
 
 
 def _explain(folder: Path, error: Exception) -> str:
-    if isinstance(error, PlaceError):
-        return f"cannot write checkpoint {folder.name}: {error}"
-    if isinstance(error, CheckpointError):
-        return f"cannot write checkpoint {folder}: {error}"
+    what = f"cannot write checkpoint {folder.name}: "
+    if isinstance(error, DtrainError):
+        return what + str(error)
     if not isinstance(error, OSError):
-        return f"cannot write checkpoint {folder}: {type(error).__name__}: {error}"
-    text = f"cannot write checkpoint {folder}: {error.strerror or error}"
+        return f"{what}{type(error).__name__}: {error}"
+    what += error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        try:
+        with contextlib.suppress(OSError):
             free = shutil.disk_usage(folder.parent).free
-        except OSError:
-            return text
-        text += (
-            f"; {free / 1e6:,.1f} MB are free there. Make room, or write less "
-            "(checkpoint.keep, checkpoint.every_steps); the checkpoints before it are intact"
-        )
-    return text
+            what += (
+                f"; {free / 1e6:,.1f} MB are free there. Make room, or write less "
+                "(checkpoint.keep, checkpoint.every_steps); the checkpoints before it are intact"
+            )
+    return f"{what}\nin {folder.parent}"

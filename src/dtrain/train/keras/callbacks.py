@@ -149,7 +149,11 @@ class KerasCallbacks(Callback):
         """Call a method of each, and take over what it did to the rate or asked for."""
         random, model = RandomState.capture(), session.model
         for each in self._told:
-            getattr(each, method)(*args)
+            try:
+                getattr(each, method)(*args)
+            except Exception as error:
+                error.add_note(f"in {method}() of Keras's callback {type(each).__name__}")
+                raise
             if model.stop_training:
                 session.stop(f"{type(each).__name__} set the model's stop_training")
         random.restore()

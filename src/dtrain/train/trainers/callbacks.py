@@ -154,19 +154,19 @@ class Callbacks:
     def start(self, progress: Progress) -> None:
         """Before the first step."""
         self.view.progress = progress
-        self._tell(lambda each: each.on_start(self.view))
+        self._tell("on_start")
 
     def step(self, loss: float, *, ends_epoch: bool) -> bool:
         """After a step; whether training is to end, agreed by all ranks where an epoch ends."""
-        self._tell(lambda each: each.on_step(self.view, loss))
+        self._tell("on_step", loss)
         if not ends_epoch:
             return False
-        self._tell(lambda each: each.on_epoch(self.view))
+        self._tell("on_epoch")
         return self._agreed()
 
     def evaluated(self, metrics: Mapping[str, float]) -> bool:
         """After an evaluation; whether training is to end, agreed by all ranks."""
-        self._tell(lambda each: each.on_eval(self.view, metrics))
+        self._tell("on_eval", metrics)
         return self._agreed()
 
     def _agreed(self) -> bool:
@@ -179,11 +179,11 @@ class Callbacks:
 
     def saved(self, folder: Path) -> None:
         """After a checkpoint."""
-        self._tell(lambda each: each.on_checkpoint(self.view, folder))
+        self._tell("on_checkpoint", folder)
 
     def end(self) -> None:
         """At the end of a complete training."""
-        self._tell(lambda each: each.on_end(self.view))
+        self._tell("on_end")
 
     def state_dict(self) -> dict[str, Any]:
         """State of all that have some.
@@ -193,7 +193,11 @@ class Callbacks:
         """
         states = {}
         for name, each in self._all.items():
-            state = each.state_dict()
+            try:
+                state = each.state_dict()
+            except Exception as error:
+                _name(error, each, "state_dict")
+                raise
             refuse_unreadable(state, f"state_dict() of callback {name.partition('.')[0]}")
             states[name] = state
         return {name: state for name, state in states.items() if state}
@@ -206,9 +210,19 @@ class Callbacks:
                 with restoring(f"callback {name.partition('.')[0]}"):
                     each.load_state_dict(states[name])
 
-    def _tell(self, what: Callable[[Callback], None]) -> None:
+    def _tell(self, hook: str, *given: Any) -> None:
         for each in self._all.values():
-            what(each)
+            try:
+                getattr(each, hook)(self.view, *given)
+            except Exception as error:
+                _name(error, each, hook)
+                raise
+
+
+def _name(error: Exception, callback: Callback, method: str) -> None:
+    """Let an error say in which callback it was; ours say it in their own words."""
+    if not isinstance(error, DtrainError):
+        error.add_note(f"in {method}() of callback {type(callback).__name__}")
 
 
 class StopEarly(Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 import warnings
 from typing import Any
 
@@ -108,6 +109,9 @@ class _Drive(pl.Callback):
             warnings.filterwarnings("ignore", module="pytorch_lightning|lightning")
             try:
                 trainer.fit(module, train_dataloaders=loader)
+            except Exception as error:
+                self._name(error)
+                raise
             finally:
                 loader.close()
         return self._result or training.end(complete=self._complete)
@@ -179,6 +183,14 @@ class _Drive(pl.Callback):
         if trainer.should_stop and self._complete and not self._exhausted:
             self._training.progress.stopped_early = True  # by a callback of Lightning's
         self._result = self._training.end(complete=self._complete)
+
+    def _name(self, error: Exception) -> None:
+        """Let an error say in which of Lightning's callbacks it was, and in which method."""
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, pl.Callback) and owner is not self:
+                error.add_note(f"in {frame.f_code.co_name}() of callback {type(owner).__name__}")
+                return
 
     # -- in between --------------------------------------------------------------------------
 
