@@ -66,6 +66,29 @@ class Frame:
     code: str
 
 
+class OtherProcessError(Exception):
+    """An error of a process that works for a rank, told as if it were the rank's own.
+
+    Args:
+        message: its text and its notes.
+        type: the name of its class.
+        frames: as of `user_frames`.
+    """
+
+    def __init__(self, message: str, type: str, frames: list[Frame]) -> None:
+        super().__init__(message)
+        self.type = type
+        self.frames = frames
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OtherProcessError, (str(self), self.type, self.frames)
+
+    @classmethod
+    def of(cls, error: BaseException) -> OtherProcessError:
+        """What there is to say of an error in this process."""
+        return cls(_text(error), type(error).__name__, _frames(error))
+
+
 @dataclass(frozen=True)
 class FailureRecord:
     """Why one worker, or one node, failed."""
@@ -145,7 +168,7 @@ def of_exception(
         message = f"sys.exit({error.code!r})"
     else:
         code, kind = 1, "exception"
-        message = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        message = _text(error)
     if len(message) > _MAX_MESSAGE:
         message = f"{message[:_MAX_MESSAGE]}\n(the log has all of it, {len(message):,} characters)"
     return FailureRecord(
@@ -158,12 +181,22 @@ def of_exception(
         restart=restart,
         time=time.time(),
         pid=os.getpid(),
-        type=type(error).__name__,
-        frames=user_frames(error.__traceback__, blank=isinstance(error, DtrainError)),
+        type=error.type if isinstance(error, OtherProcessError) else type(error).__name__,
+        frames=_frames(error),
         traceback="".join(traceback.format_exception(error)),
         log=log,
         collateral=getattr(error, "collateral", False),
     )
+
+
+def _text(error: BaseException) -> str:
+    return "\n".join([str(error), *getattr(error, "__notes__", [])])
+
+
+def _frames(error: BaseException) -> list[Frame]:
+    if isinstance(error, OtherProcessError):
+        return error.frames
+    return user_frames(error.__traceback__, blank=isinstance(error, DtrainError))
 
 
 def of_exit_status(status: int, *, out_of_memory: bool, **place: Any) -> FailureRecord:

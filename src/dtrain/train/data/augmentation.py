@@ -39,6 +39,10 @@ def seed_for(purpose: str, seed: int, epoch: int, position: int) -> None:
     _seed(global_generators(), word, None)
 
 
+_MAX_SHOWN = 12
+"""Samples that are listed."""
+
+
 class Now:
     """What is being read in this process; set by whoever reads."""
 
@@ -141,7 +145,7 @@ class Augmentation:
         if self._drawn:
             batch = self._seeded(self._drawn, epoch, samples)
         else:
-            batch = self._collate(self._plain(samples.tolist()))
+            batch = self._collated(self._plain(samples.tolist()), samples)
         moved = [
             (generator, mark)
             for generator, mark in zip(self._quiet, before, strict=True)
@@ -158,11 +162,19 @@ class Augmentation:
     def _plain(self, ids: list[int]) -> list[Any]:
         if self._read_several is not None:
             Now.sample = None
-            return list(self._read_several(ids))
+            try:
+                return list(self._read_several(ids))
+            except Exception as error:
+                error.add_note(f"it was reading {listed(ids)}")
+                raise
         rows = []
-        for sample in ids:
-            Now.sample = sample
-            rows.append(self._read_one(sample))
+        try:
+            for sample in ids:
+                Now.sample = sample
+                rows.append(self._read_one(sample))
+        except BaseException as error:  # a loader process may be told to sys.exit(), too
+            error.add_note(f"it was reading sample {Now.sample}")
+            raise
         return rows
 
     def _seeded(
@@ -173,19 +185,36 @@ class Augmentation:
         outer = [generator.capture() for generator in generators] if ours else []
         words = sample_words("sample", self._seed, epoch, samples).tolist()
         rows = []
-        for sample, word in zip(samples.tolist(), words, strict=True):
-            Now.sample = sample
-            _seed(generators, word, spy)
-            rows.append(self._read_one(sample))
+        try:
+            for sample, word in zip(samples.tolist(), words, strict=True):
+                Now.sample = sample
+                _seed(generators, word, spy)
+                rows.append(self._read_one(sample))
+        except BaseException as error:  # a loader process may be told to sys.exit(), too
+            error.add_note(f"it was reading sample {Now.sample}")
+            raise
         # what collate draws can only belong to a micro-batch, here named by its first sample
         (word,) = sample_words("collate", self._seed, epoch, samples[:1]).tolist()
         _seed(generators, word, spy)
-        batch = self._collate(rows)
+        batch = self._collated(rows, samples)
         if spy is not None:
             spy.look()
         for generator, state in zip(generators, outer, strict=False):
             generator.restore(state)
         return batch
+
+    def _collated(self, rows: list[Any], samples: Ids) -> Any:
+        try:
+            return self._collate(rows)
+        except Exception as error:
+            error.add_note(f"it was making a batch of {listed(samples.tolist())}")
+            raise
+
+
+def listed(ids: list[int]) -> str:
+    """`samples 3, 1, 4`, the first of them."""
+    more = f" and {len(ids) - _MAX_SHOWN} more" if len(ids) > _MAX_SHOWN else ""
+    return f"sample{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids[:_MAX_SHOWN]))}{more}"
 
 
 class _Spy:

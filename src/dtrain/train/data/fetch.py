@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from dtrain.errors import DtrainError
 from dtrain.task import Task
-from dtrain.train.data.augmentation import Augmentation
+from dtrain.train.data.augmentation import Augmentation, listed
 from dtrain.train.data.content import by_leaf, digest
 from dtrain.train.data.generators import drawn_from
 from dtrain.train.data.permutation import Ids
@@ -46,6 +46,9 @@ class Request:
 
     epoch: int
     samples: Ids
+
+    def __str__(self) -> str:
+        return listed(self.samples.tolist())
 
 
 @dataclass(frozen=True)

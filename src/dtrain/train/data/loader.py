@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from dtrain.job.spec import DataSpec
-from dtrain.procs import die_with_parent
+from dtrain.train.data import loader_process
 from dtrain.train.data.fetch import EVALUATION_EPOCH, Fetched, Request
 from dtrain.train.data.order import Order
 from dtrain.train.data.placement import GlobalBatch, pieces, shard
@@ -117,9 +116,14 @@ class Loader(Generic[_Asked, _Made]):
         self._pin_memory = pin_memory
         self._requests = _Requests()
         self._loader = None
+        self._watched: loader_process.Watched | None = None
+        """The loader processes, while there are some."""
         if spec.workers > 0:
+            loader_process.make_room_for_sockets()
+            loader_process.end_with_rank()
+            self._guarded = loader_process.Guarded(fetcher, spec.workers)
             self._loader = torch.utils.data.DataLoader(
-                fetcher,
+                self._guarded,
                 batch_sampler=self._requests,
                 num_workers=spec.workers,
                 collate_fn=_as_is,
@@ -127,7 +131,7 @@ class Loader(Generic[_Asked, _Made]):
                 pin_memory=pin_memory,
                 persistent_workers=lasting,
                 multiprocessing_context="fork",
-                worker_init_fn=functools.partial(_begin_loader_process, os.getpid()),
+                worker_init_fn=functools.partial(loader_process.begin, os.getpid()),
                 generator=torch.Generator().manual_seed(derive_seed("loader", seed)),
             )
 
@@ -139,13 +143,15 @@ class Loader(Generic[_Asked, _Made]):
         """What was made for each request, in order."""
         self._requests.current = requests
         if self._loader is not None:
-            return iter(self._loader)
+            made = iter(self._loader)
+            self._watched = loader_process.Watched(self._guarded, made._workers)
+            return map(loader_process.handed_on, made)
         made = map(self._fetcher.fetch, requests)
         return map(_pinned, made) if self._pin_memory else made
 
     def close(self) -> None:
         """End loader processes that outlast an iteration."""
-        self._loader = None
+        self._loader = self._watched = None
 
 
 class _Requests:
@@ -165,17 +171,6 @@ def _pinned(batch: Any) -> Any:
     from torch.utils.data._utils.pin_memory import pin_memory
 
     return pin_memory(batch)
-
-
-def _begin_loader_process(parent_pid: int, worker: int) -> None:
-    """Die with the training process, and leave signals that ask to stop to it.
-
-    A preemption signal often reaches every process of a job. Were loaders to obey it, the rank
-    would lose its batches before the checkpoint that the signal asks for.
-    """
-    die_with_parent(parent_pid)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -80,6 +80,10 @@ class BlockRequest:
     compared: Collection[int]
     """Positions whose samples are digested."""
 
+    def __str__(self) -> str:
+        last = self.start + self.size - 1
+        return f"positions {self.start} to {last} of the stream in epoch {self.epoch}"
+
 
 class Block(NamedTuple):
     """What a request came to."""
@@ -149,7 +153,12 @@ class StreamFetcher:
             ids = np.arange(part.start, min(part.stop, reader.position))
             if len(ids):
                 seed_for("collate", self._seeds[1], request.epoch, part.start)
-                batch = self.collate([rows.pop(position) for position in ids.tolist()])
+                samples = [rows.pop(position) for position in ids.tolist()]
+                try:
+                    batch = self.collate(samples)
+                except Exception as error:
+                    error.add_note(f"it was making a batch of positions {ids[0]} to {ids[-1]}")
+                    raise
                 parts.append(Fetched(ids, batch, self.collate.contents))
         return Block(request.epoch, request.start, reader.position, ends, parts, state, contents)
 
@@ -245,6 +254,9 @@ class _Reader:
         except StopIteration:
             self._ended = True
             return []
+        except Exception as error:
+            error.add_note(f"it was reading position {self.position} of epoch {self.epoch}")
+            raise
 
     def _reseed(self) -> None:
         seed_for("stream", self._seeds[self.position > 0], self.epoch, self.position)

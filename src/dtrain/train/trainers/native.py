@@ -8,6 +8,7 @@ import logging
 from dtrain.train.checks.errors import Rollback
 from dtrain.train.checks.inject import Injector
 from dtrain.train.context import TrainContext, TrainResult
+from dtrain.train.data import loader_process
 from dtrain.train.trainers.kept import Kept
 from dtrain.train.trainers.training import Training
 
@@ -39,6 +40,11 @@ class NativeTrainer:
                 if rollbacks > self._context.spec.checks.max_rollbacks:
                     raise wish.error from None
                 logger.warning("%s\ngoing back to the newest checkpoint", wish)
+            except Exception as error:
+                told = loader_process.explained(error)
+                if told is None:
+                    raise
+                raise told from error
             finally:
                 training.close()
                 del training
