@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +152,29 @@ def test_a_damaged_checkpoint_is_passed_over(rank: int, tmp_path: Path) -> None:
     for name, value in model.module.state_dict().items():
         assert torch.equal(value, kept[1][name])
     assert len(optimizer.state) == 4
+
+
+class Odd:
+    """State that nothing could read again."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"deep": [Odd]}
+
+
+@pytest.mark.ranks(2)
+def test_what_could_not_be_trained_on_is_not_saved(rank: int, tmp_path: Path) -> None:
+    model = net()
+    saved = dtrain.checkpoint(model, folder=tmp_path)
+    with torch.no_grad():
+        model[0].bias[2] = float("nan")
+    with pytest.raises(CheckpointError, match=r"after step 3, parameters 0\.bias is not finite: "):
+        saved.save(3)
+    odd = dtrain.checkpoint(net(), folder=tmp_path, odd=Odd())
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint's\['odd'\]\['deep'\]\[0\] is a type, whi"
+    ):
+        odd.save(3)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def flip_a_bit(path: Path) -> None:

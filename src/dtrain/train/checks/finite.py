@@ -24,7 +24,7 @@ from dtrain.train import collectives
 from dtrain.train.checks import digest
 from dtrain.train.checks.chain import CHAIN, AloneError
 from dtrain.train.checks.errors import NonFiniteError
-from dtrain.train.checks.spoilt import Spoilt, all_finite, others
+from dtrain.train.checks.spoilt import Spoilt, all_finite, and_more
 from dtrain.train.checks.subject import GRADIENTS, PARAMETERS, Subject
 from dtrain.train.data.feed import Feed
 from dtrain.train.data.fetch import Fetched
@@ -137,7 +137,7 @@ class FiniteGuard:
             return True
         first = (spoilt or next(filter(None, everyone)))[0]
         error = NonFiniteError(
-            f"after step {step}, {first} is not finite{others(spoilt)}, though all losses and "
+            f"after step {step}, {first} is not finite{and_more(spoilt)}, though all losses and "
             "gradients were: an update or a forward made it so. Nothing of it is saved; the "
             "checkpoints before it are intact",
             own=bool(spoilt),
@@ -182,7 +182,7 @@ class FiniteGuard:
             spoilt = self._kept.found([PARAMETERS])  # buffers may be so by this forward
             if spoilt:
                 what += (
-                    f" ({spoilt[0]} was not finite before it{others(spoilt)}, though all "
+                    f" ({spoilt[0]} was not finite before it{and_more(spoilt)}, though all "
                     "gradients were: an earlier update made it so)"
                 )
             return NonFiniteError(f"{what}: rank {self._ranks.rank}'s{self._on(bad[0])}", own=True)

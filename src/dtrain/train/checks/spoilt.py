@@ -34,13 +34,13 @@ class Spoilt:
         found = []
         for kind in kinds:
             tensors = self._subject.tensors(kind).items()
-            here = {name: digest.local(each) for name, each in tensors if _has_nan(each.dtype)}
+            here = {name: digest.local(each) for name, each in tensors if _has_nan(each)}
             if not all_finite(here.values()):
                 found += [(kind, name) for name, each in here.items() if not all_finite([each])]
         return found
 
 
-def others(found: list[str]) -> str:
+def and_more(found: list[str]) -> str:
     """How many there are besides the first, in words."""
     return f", nor {len(found) - 1} more" if len(found) > 1 else ""
 
@@ -63,6 +63,8 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     return all(bool(torch.isfinite(each).all()) for each in dense)
 
 
-def _has_nan(dtype: torch.dtype) -> bool:
+def _has_nan(tensor: torch.Tensor) -> bool:
     """Whether elements may be NaN, and have a norm, which those of 8 bits do not."""
-    return dtype.itemsize > 1 and bool(dtype.is_floating_point or dtype.is_complex)
+    dtype = tensor.dtype
+    may = dtype.itemsize > 1 and bool(dtype.is_floating_point or dtype.is_complex)
+    return may and not torch.nn.parameter.is_lazy(tensor)

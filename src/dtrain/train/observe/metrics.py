@@ -90,7 +90,7 @@ def _works(name: str, action: Callable[[], Any]) -> bool:
         action()
     except Exception as error:  # whatever it is, it is not worth a training
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        logger.warning("logger %s fails and is left out from here on: %.300s", name, what)
+        logger.warning("logger %s fails and is left out from here on: %s", name, what)
         return False
     finally:
         before.restore()

@@ -23,6 +23,8 @@ from dtrain.train.checkpoint.state import (
     optimizer_state,
 )
 from dtrain.train.checkpoint.store import CheckpointStore, Loaded
+from dtrain.train.checks.spoilt import Spoilt, and_more
+from dtrain.train.checks.subject import Subject
 from dtrain.train.script.place import RUN_VARIABLE, require_group
 from dtrain.train.seeding import RandomState
 
@@ -66,6 +68,7 @@ class Checkpoint:
         self._run = RunDir(place)
         self._run.checkpoints.mkdir(parents=True, exist_ok=True)
         self._store = CheckpointStore(self._run, self._ranks.rank, keep)
+        self._spoilt = Spoilt(Subject(model, optimizer))
 
     def load(self) -> int:
         """Go on from the newest checkpoint that is whole: the steps done, 0 when there is none.
@@ -86,8 +89,10 @@ class Checkpoint:
         """Write a checkpoint after `step` steps; returns its folder once it is on disk.
 
         Raises:
-            CheckpointError: on all processes, when it could not be written.
+            CheckpointError: on all processes, when it could not be written, or when a parameter,
+                optimizer state or buffer is NaN or infinite that was not.
         """
+        self._refuse_spoilt(step)
         started = time.monotonic()
         random = collectives.gather_to_zero(RandomState.capture().to_saved())
         tensors = self._tensors(random) if is_sharded(self._model) else None
@@ -99,6 +104,15 @@ class Checkpoint:
         seconds = round(time.monotonic() - started, 3)
         self._tell("checkpoint_saved", step, folder, bytes=size, seconds=seconds)
         return folder
+
+    def _refuse_spoilt(self, step: int) -> None:
+        everyone = collectives.gather_to_all(self._spoilt.found())
+        found = next((each for each in everyone if each), None)
+        if found is not None:
+            raise CheckpointError(
+                f"after step {step}, {found[0]} is not finite{and_more(found)}: nothing of it is "
+                "saved, and the checkpoints before it are intact"
+            )
 
     def _tensors(self, random: list[dict[str, Any]]) -> dict[str, Any]:
         optimizer = self._optimizer
