@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from importlib.util import find_spec
@@ -158,6 +159,21 @@ def small(*layers: Any, optimizer: Any = "sgd", loss: Any = "mse", **how: Any) -
     model = keras.Sequential([*layers, keras.layers.Dense(1)])
     model.compile(optimizer, loss, **how)
     return model
+
+
+@pytest.mark.ranks(1, timeout=240)
+def test_another_rate_of_a_resume_is_used(tmp_path: Path) -> None:
+    use_torch()
+    import keras
+
+    def trained(steps: int, rate: float) -> float:
+        made = functools.partial(small, keras.Input((3,)), optimizer=keras.optimizers.Adam(rate))
+        model = train(tmp_path, Odd(made), steps, strategy="single", args={"rate": rate})[1]
+        assert int(model.optimizer.iterations) == steps
+        return float(model.optimizer.learning_rate)
+
+    assert trained(2, 0.5) == 0.5
+    assert trained(4, 0.25) == 0.25
 
 
 @pytest.mark.ranks(2, timeout=240)

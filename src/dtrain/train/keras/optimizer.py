@@ -34,9 +34,9 @@ class KerasOptimizer(torch.optim.Optimizer):
         for index, values in state_dict["state"].items():
             for name, value in values.items():
                 self.state[self._variables[index].value][name].copy_(value)
-        shared = state_dict["param_groups"][0]["shared"]
-        for variable, value in zip(self._shared(), shared, strict=True):
-            variable.assign(value)
+        group = state_dict["param_groups"][0]
+        for key, variable in self._shared().items():
+            variable.assign(group[key])
         self.note()
 
     def _slots(self) -> dict[str, list[Any]]:
@@ -50,16 +50,17 @@ class KerasOptimizer(torch.optim.Optimizer):
             and any(hasattr(each, "assign") for each in value)
         }
 
-    def _shared(self) -> list[Any]:
-        """The optimizer's other variables: how often it stepped, its learning rate."""
+    def _shared(self) -> dict[str, Any]:
+        """The optimizer's other variables by option: how often it stepped, its learning rate."""
         slots = {id(each) for slots in self._slots().values() for each in slots}
-        return [each for each in self._keras.variables if id(each) not in slots]
+        shared = [each for each in self._keras.variables if id(each) not in slots]
+        return {f"{each.name} ({index})": each for index, each in enumerate(shared)}
 
     def note(self) -> None:
         """Take over what Keras's optimizer has now: a callback may have set its rate."""
         group = self.param_groups[0]
         group["lr"] = self._rate()
-        group["shared"] = [variable.value.tolist() for variable in self._shared()]
+        group.update((key, each.value.tolist()) for key, each in self._shared().items())
 
     def _rate(self) -> float:
         return float(self._keras.learning_rate)
