@@ -7,7 +7,7 @@ import select
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 # After one worker has failed the others' work is lost: this is for their failure records.
 _COLLATERAL_GRACE_S = 0.3
 _DEATH_S = 5.0  # a rank that hangs in the kernel must not keep the others from being told
+
+
+class SameFailure(Exception):
+    """The workers have failed as they had before they were started again."""
 
 
 class NodeAgent(SimpleElasticAgent):
@@ -56,6 +60,8 @@ class NodeAgent(SimpleElasticAgent):
         self._absent: list[FailureRecord] = []
         self._oom_kills = failures.oom_kills()
         self._restart = 0
+        self._before: FailureRecord | None = None
+        """What the last restart was for."""
 
     # -- what torch's agent asks of us -------------------------------------------------------
 
@@ -112,9 +118,10 @@ class NodeAgent(SimpleElasticAgent):
             self._note_absent(worker_group)
         self._signal_all(signal.SIGKILL)
         self._wait_for_end(worker_group, _DEATH_S)
-        if self._failed:
-            self._report_failure()
+        repeated = bool(self._failed) and self._report_failure()
         self._kill(worker_group)
+        if repeated:
+            raise SameFailure(f"failed as before restart {self._restart}; no other is tried")
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         why = sys.exc_info()[1]
@@ -240,14 +247,23 @@ class NodeAgent(SimpleElasticAgent):
         for pid in pids:
             self._channel.send({"signal": pid, "number": int(stacks.SIGNAL)})
 
-    def _report_failure(self) -> None:
-        """Tell of the failure here that is a cause, or else of the first."""
+    def _report_failure(self) -> bool:
+        """Tell of the failure here that is a cause, or else of the first.
+
+        Returns:
+            Whether it is the one that the last restart was for, so that others would not help.
+        """
         first = min(
             self._failed.values(),
             key=lambda record: (failures.is_collateral(record.message), record.time),
         )
         if self._absent and failures.is_timeout(first.message):
             first = self._absent[0]
+        repeated = self._before is not None and first.repeats(self._before)
+        self._before = first
+        if repeated:
+            first = replace(first, repeated=True)
+            first.write(self.plan.run, self.plan.attempt)
         what = f"{first.type}: {first.message}" if first.type else first.message
         log.error("rank %s failed: %s", first.rank, what.splitlines()[0] if what else "")
         self._event(
@@ -257,8 +273,9 @@ class NodeAgent(SimpleElasticAgent):
             restart=self._restart,
             max_restarts=self.plan.max_restarts,
         )
-        if self._restart >= self.plan.max_restarts:
+        if repeated or self._restart >= self.plan.max_restarts:
             self._rendezvous_handler.close_with(f"rank {first.rank} failed", asdict(first))
+        return repeated and self._restart < self.plan.max_restarts
 
     def _event(self, event: str, **fields: Any) -> None:
         place = {"node_rank": self.node_rank, "node": self.node}

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from dtrain import rundir
 from dtrain.node import failures
-from dtrain.node.agent import NodeAgent
+from dtrain.node.agent import NodeAgent, SameFailure
 from dtrain.node.channel import Channel
 from dtrain.node.failures import FailureRecord, Kind
 from dtrain.node.rendezvous import NodeRendezvous
@@ -78,6 +78,9 @@ def run_agent(
         log.error("%s", error)
         _record_peer(plan, node_rank, error)
         return 1 if error.signal is None else 128 + error.signal
+    except SameFailure as error:
+        log.error("%s", error)
+        return 1
     except RendezvousFailed as error:
         log.error("%s", error)
         _record_missing(plan, node_rank, error)

@@ -74,6 +74,17 @@ def _train(run: RunDir, ranks: RankInfo, ring: Ring | None) -> int:
     attempt = int(os.environ.get(rundir.ATTEMPT_VARIABLE, plan.attempt))
     if spec.script is not None:
         return _run_script(plan, spec, ring)
+    try:
+        return _train_task(plan, run, ranks, attempt, spec, ring)
+    except Exception as error:
+        failures.in_step(error, 0)  # before the first
+        raise
+
+
+def _train_task(
+    plan: LaunchPlan, run: RunDir, ranks: RankInfo, attempt: int, spec: JobSpec, ring: Ring | None
+) -> int:
+    assert spec.task is not None
     setup_logging(run, ranks, attempt, own_file=not _has_agent())
     torch.set_num_threads(plan.threads_per_proc)
     stop = _stop_on_signals()

@@ -53,6 +53,8 @@ _TIMEOUT = re.compile(
 )
 
 _MAX_MESSAGE = 4000
+_STEP = "dtrain_step"
+"""Attribute of an exception."""
 _OUR_OWN = str(Path(__file__).resolve().parent.parent)
 
 
@@ -116,6 +118,18 @@ class FailureRecord:
     """Path of the log that has more."""
     collateral: bool = False
     """Whether the process itself knew that another rank was to blame."""
+    step: int | None = None
+    """The optimizer step that it failed in, 0 before the first; None where another try of the same
+    may end otherwise, or where steps are not known."""
+    repeated: bool = False
+    """Whether the restart before had failed in just this way."""
+
+    def repeats(self, before: FailureRecord) -> bool:
+        """Whether it is the same error at the same line of the same step."""
+        ours, theirs = (
+            (each.step, each.type, each.message, each.frames) for each in (self, before)
+        )
+        return self.step is not None and ours == theirs
 
     @classmethod
     def read(cls, path: Path) -> FailureRecord | None:
@@ -186,6 +200,22 @@ def of_exception(
         traceback="".join(traceback.format_exception(error)),
         log=log,
         collateral=getattr(error, "collateral", False),
+        step=None if _may_pass(error) else getattr(error, _STEP, None),
+    )
+
+
+def in_step(error: BaseException, step: int) -> None:
+    """Note on an exception in which optimizer step it was raised, unless that is there already."""
+    if not hasattr(error, _STEP):
+        setattr(error, _STEP, step)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether another try of the same may end otherwise: files, networks, devices, other ranks."""
+    return (
+        isinstance(error, OSError)
+        or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError", "LoaderProcessError")
+        or is_collateral(str(error))
     )
 
 

@@ -149,7 +149,10 @@ def render(verdict: Verdict, run: RunDir) -> str:
     if verdict.collateral:
         what = "also failed, because of it" if len(verdict.collateral) > 1 else "failed with it"
         tail.append(f"  {_rank_list(verdict.collateral)} {what}")
-    if verdict.restarts:
+    if culprit.repeated:
+        place = f"in step {culprit.step}" if culprit.step else "before the first step"
+        tail.append(f"  restarts: {verdict.restarts}; it failed in the same way {place} before")
+    elif verdict.restarts:
         tail.append(f"  restarts: {verdict.restarts}, all that were allowed")
     resume = "" if culprit.type in _NOT_TO_RESUME else f" · dtrain resume {run.id}"
     tail.append(f"  more: dtrain logs {run.id}{_rank_flag(culprit)}{resume}")

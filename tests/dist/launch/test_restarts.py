@@ -48,12 +48,24 @@ def test_a_restart_goes_on_from_the_checkpoint(tmp_path: Path, misbehave: str) -
 
 def test_when_restarts_are_used_up_the_run_fails(tmp_path: Path) -> None:
     done = dtrain(
-        *TWO_BY_TWO, "--max-restarts", "2", "--set", "args.misbehave=raise", TINY, cwd=tmp_path
+        *TWO_BY_TWO, "--max-restarts", "2", "--set", "args.misbehave=kill", TINY, cwd=tmp_path
     )
-    assert done.returncode == 1
+    assert done.returncode == 137
     assert "restarts: 2, all that were allowed" in done.stdout
     run = the_run(tmp_path)
     assert max(event["restart"] for event in events(run, "workers_started")) == 2
+
+
+def test_the_same_failure_is_not_restarted_for_ever(tmp_path: Path) -> None:
+    """Workers that are killed, or fail in another step, are; see the recoveries above."""
+    done = dtrain(
+        *TWO_BY_TWO, "--max-restarts", "6", "--set", "args.misbehave=raise", "--set", "args.at=8",
+        TINY, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout
+    assert "restarts: 1; it failed in the same way in step 8 before" in done.stdout
+    run = the_run(tmp_path)
+    assert max(event["restart"] for event in events(run, "workers_started")) == 1
 
 
 def sha(runs: Path) -> str:

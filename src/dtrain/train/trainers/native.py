@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 
+from dtrain.node.failures import in_step
 from dtrain.train.checks.errors import Rollback
 from dtrain.train.checks.inject import Injector
 from dtrain.train.context import TrainContext, TrainResult
@@ -42,6 +43,7 @@ class NativeTrainer:
                 logger.warning("%s\ngoing back to the newest checkpoint", wish)
             except Exception as error:
                 told = loader_process.explained(error)
+                in_step(told or error, training.progress.step + 1)
                 if told is None:
                     raise
                 raise told from error
