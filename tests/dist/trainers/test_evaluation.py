@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dtrain import Loss, Task
-from dtrain.errors import DtrainError
+from dtrain.errors import DtrainError, UsageError
 from dtrain.ranks import RankInfo
 from dtrain.rundir import RunDir
 from dtrain.testing import RankError, run_ranks
@@ -111,3 +111,18 @@ def test_an_evaluation_more_changes_nothing(tmp_path: Path) -> None:
         for name in ("None", "2")
     ]
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [
+        ({"train": {"early_stopping": {"metric": "mes"}}}, "train.early_stopping.metric"),
+        ({"checkpoint": {"best": {"metric": "mes"}}}, "checkpoint.best.metric"),
+    ],
+)
+def test_a_misspelt_metric_is_told_with_the_one_that_was_meant(
+    section: dict[str, Any], field: str, tmp_path: Path
+) -> None:
+    config = job("single", {"held_out": 5}, eval={"every_steps": 1}, **section)
+    with pytest.raises(UsageError, match=rf"{field} is 'mes'.*did you mean 'mse'\?"):
+        train(config, tmp_path)

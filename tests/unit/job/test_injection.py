@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,8 +39,31 @@ def test_what_is_wrong_is_said(text: str, message: str) -> None:
         parse_injection(text)
 
 
-@pytest.mark.parametrize(("folder", "users"), [("/home/me", True), (chain._LIBRARIES, False)])
-def test_a_collective_of_a_library_is_not_the_tasks(folder: str, users: bool) -> None:
-    found: dict[str, Any] = {"look": chain._caller, "sys": sys}
-    exec(compile("told = look(sys._getframe())", f"{folder}/lightning/trainer.py", "exec"), found)
-    assert found["told"] == ("lightning/trainer.py:1", users)
+HOME, LIBRARIES, OURS = "/home/me", chain._LIBRARIES, chain._PACKAGE
+
+
+@pytest.mark.parametrize(
+    ("files", "site", "users"),
+    [
+        ([f"{HOME}/a/task.py"], "a/task.py:1", True),
+        (
+            [f"{HOME}/a/task.py", f"{LIBRARIES}torchmetrics/metric.py"],
+            "a/task.py:1, in torchmetrics/metric.py:1",
+            True,
+        ),
+        (
+            [f"{HOME}/a/run.py", f"{OURS}train/native.py", f"{LIBRARIES}lightning/trainer.py"],
+            "lightning/trainer.py:1",
+            False,
+        ),
+        ([f"{HOME}/a/run.py", f"{OURS}train/native.py"], "train/native.py:1", False),
+    ],
+)
+def test_who_called_a_collective(files: list[str], site: str, users: bool) -> None:
+    """Each file calls the next; torch's own would come last."""
+    look: Callable[[], Any] = lambda: chain._caller(sys._getframe(1))  # noqa: E731
+    for file in reversed(files):
+        named: dict[str, Any] = {"next_one": look}
+        exec(compile("def here(): return next_one()", file, "exec"), named)
+        look = named["here"]
+    assert look() == (site, users)

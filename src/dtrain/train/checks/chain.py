@@ -49,10 +49,10 @@ _WATCHED = (
 _KEPT = 256
 """How many of the last calls are kept in words, to name the first that differs."""
 
-_TORCH = str(Path(torch.__file__).parent)
-_LIBRARIES = str(Path(torch.__file__).parents[1])
-"""Where packages are installed: a collective of Lightning's own is not the task's."""
-_PACKAGE = str(Path(__file__).resolve().parents[2])
+_TORCH = f"{Path(torch.__file__).parent}/"
+_LIBRARIES = f"{Path(torch.__file__).parents[1]}/"
+"""Where packages are installed: what Lightning calls by itself is not the task's."""
+_PACKAGE = f"{Path(__file__).resolve().parents[2]}/"
 
 Call = Callable[[], Any]
 Tamper = Callable[[bool, Call], Any]
@@ -183,11 +183,21 @@ def _shape(args: Any, kwargs: Any) -> str:
 
 
 def _caller(frame: FrameType | None) -> tuple[str, bool]:
-    """The innermost line outside torch, as `file.py:12`, and whether it is the task's."""
+    """Which line made a call, as `file.py:12`, and whether it is the task's.
+
+    A call of a library's has the line of the task that led to it too, if one did.
+    """
+    site = ""
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith(_TORCH) and not file.startswith("<"):
-            users = not file.startswith((_PACKAGE, _LIBRARIES))
-            return f"{'/'.join(Path(file).parts[-2:])}:{frame.f_lineno}", users
+            ours = file.startswith(_PACKAGE)
+            users = not ours and not file.startswith(_LIBRARIES)
+            here = f"{'/'.join(Path(file).parts[-2:])}:{frame.f_lineno}"
+            if users:
+                return f"{here}, in {site}" if site else here, True
+            site = site or here
+            if ours:
+                break
         frame = frame.f_back
-    return "torch", False
+    return site or "torch", False

@@ -16,7 +16,7 @@ from dtrain.job.spec import BestSpec, EarlyStoppingSpec
 from dtrain.train import collectives
 from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
 from dtrain.train.context import TrainContext
-from dtrain.train.trainers.early_stopping import EarlyStopping
+from dtrain.train.trainers.early_stopping import EarlyStopping, no_such_metric
 from dtrain.train.trainers.progress import Progress
 from dtrain.train.trainers.step import Parts
 
@@ -255,9 +255,7 @@ class KeepBest(Callback):
         """
         name = self._spec.metric
         if name not in metrics:
-            raise UsageError(
-                f"checkpoint.best.metric is {name!r}, but evaluate() returned: {', '.join(metrics)}"
-            )
+            raise no_such_metric("checkpoint.best.metric", name, metrics)
         sign = 1 if self._spec.mode == "max" else -1
         value = metrics[name]
         if math.isnan(value) or (self._best is not None and sign * value <= sign * self._best):

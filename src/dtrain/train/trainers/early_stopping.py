@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from dtrain.errors import UsageError
 from dtrain.job.spec import EarlyStoppingSpec
+
+
+def no_such_metric(field: str, name: str, metrics: Iterable[str]) -> UsageError:
+    """What to say where a job watches a metric that an evaluation does not bring."""
+    near = difflib.get_close_matches(name, metrics, n=1)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    found = ", ".join(metrics) or "nothing"
+    return UsageError(f"{field} is {name!r}, but the evaluation brought: {found}{meant}")
 
 
 class EarlyStopping:
@@ -27,10 +37,7 @@ class EarlyStopping:
         """
         name = self._spec.metric
         if name not in metrics:
-            raise UsageError(
-                f"train.early_stopping.metric is {name!r}, but evaluate() returned: "
-                f"{', '.join(metrics)}"
-            )
+            raise no_such_metric("train.early_stopping.metric", name, metrics)
         if self._is_better(metrics[name]):
             self.best, self.best_step, self.waited = metrics[name], step, 0
         else:
