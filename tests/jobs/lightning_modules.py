@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SubsetRandomSampler
 from torch.utils.data.dataloader import default_collate
@@ -94,6 +96,35 @@ class Data(pl.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         return DataLoader(self.data, batch_size=7)
+
+
+class SetUp(Lit):
+    """Counts what is called before training, and is copied in it, as by those that average."""
+
+    def __init__(self, per_node: bool = True) -> None:
+        super().__init__()
+        self.prepare_data_per_node = per_node
+        self.called: list[str] = []
+        self.copies: list[nn.Module] = []
+
+    def prepare_data(self) -> None:
+        self.called.append("prepare_data")
+
+    def setup(self, stage: str) -> None:
+        self.called.append(f"setup {stage}")
+
+    def configure_callbacks(self) -> Any:
+        return EMAWeightAveraging(decay=0.5, device=None)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        copies, self.copies = self.copies, []
+        self.copies = [*copies, copy.deepcopy(self).net]
+
+
+class Swaps(Lit):
+    def configure_callbacks(self) -> Any:
+        return pl.callbacks.StochasticWeightAveraging(swa_lrs=0.1)
 
 
 class TwoSets(Lit):

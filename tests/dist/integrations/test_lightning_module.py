@@ -205,6 +205,38 @@ def test_a_data_module(tmp_path: Path) -> None:
     check_like_by_hand(done)
 
 
+def set_up(folder: Path, **sections: Any) -> tuple[list[str], list[str], bool]:
+    """What was called of module and data module, and whether averaged weights are right."""
+    modules: list[Any] = []
+    attach = ModuleTask.attach
+
+    def kept(task: ModuleTask, *args: Any) -> None:
+        modules[:] = [task.module, task.data_module]
+        attach(task, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModuleTask, "attach", kept)
+        done = fit(folder, "ddp", "SetUp", train={"epochs": 1}, **sections)
+    module, data = modules
+    average: dict[str, torch.Tensor] = {}
+    for copied in module.copies:
+        for name, value in copied.state_dict().items():
+            average[name] = (average.get(name, value) + value) / 2
+    right = all(
+        torch.allclose(done.parameters[f"net.{name}"], each) for name, each in average.items()
+    )
+    return module.called, data.called, right
+
+
+@pytest.mark.parametrize("per_node", [True, False])
+def test_data_are_prepared_and_set_up_once(per_node: bool, tmp_path: Path) -> None:
+    data = {"data_module": "lightning_modules.py:Data", "data_args": {"n": 50}}
+    sections = {"args": {"per_node": per_node}, "lightning": data}
+    first, *others = run_ranks(set_up, 2, tmp_path, **sections)
+    assert first == (["prepare_data", "setup fit"], ["prepare_data", "setup fit"], True)
+    assert others == [(["setup fit"], ["setup fit"], True)]
+
+
 @pytest.mark.parametrize("train", [{"epochs": 1}, {"epochs": None, "steps": 2}])
 def test_its_loader_processes_end_with_it(train: dict[str, Any], tmp_path: Path) -> None:
     fit(tmp_path, "single", train={**train, "micro_batch_size": 3}, data={"workers": 1})
@@ -241,6 +273,7 @@ def test_callbacks_of_lightnings_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "sections", "message"),
     [
+        ("Swaps", {}, "StochasticWeightAveraging has a schedule of its own"),
         ("Several", {}, r"configure_optimizers\(\) of Several returned 2 optimizers"),
         ("Manual", {}, "Manual has automatic_optimization = False"),
         ("OwnSchedule", {}, r"OwnSchedule overrides lr_scheduler_step\(\), but the step is dtrain"),

@@ -202,12 +202,21 @@ class ModuleTask(Task):
     # -- the trainer -------------------------------------------------------------------------
 
     def attach(self, trainer: pl.Trainer, logged: Logged, steps_per_epoch: int | None) -> None:
-        """Before the fit."""
+        """Before the fit, in which Lightning is to prepare and set up nothing a second time."""
         self._logged = logged
         self._steps_per_epoch = steps_per_epoch
         if self.data_module is not None:
             trainer.datamodule = self.data_module
             self.data_module.trainer = trainer
+        if self._prepared:
+            for source in self._sources():
+                vars(source).update(prepare_data=_is_done, setup=_is_done)
+
+    def set_up_is_over(self) -> None:
+        """Give module and data module their `prepare_data` and `setup` back, see `attach`."""
+        for source in self._sources():
+            for name in ("prepare_data", "setup"):
+                vars(source).pop(name, None)
 
     def reads(self, fetched: Fetched) -> None:
         """Take note of how many samples the next loss is of."""
@@ -236,13 +245,22 @@ class ModuleTask(Task):
         return getattr(source, method)()
 
     def _prepare(self) -> None:
-        """Download on one process of each node, then set up on all."""
+        """Download on one process of each node, or of all, then set up on all."""
         self._prepared = True
-        source: Any = self.data_module or self.module
-        if RankInfo.from_env().local_rank == 0:
-            source.prepare_data()
+        ranks = RankInfo.from_env()
+        for source in self._sources():
+            if (ranks.local_rank if source.prepare_data_per_node else ranks.rank) == 0:
+                source.prepare_data()
         collectives.gather_to_all(None)
-        source.setup("fit")
+        for source in self._sources():
+            source.setup("fit")
+
+    def _sources(self) -> list[Any]:
+        return [each for each in (self.data_module, self.module) if each is not None]
+
+
+def _is_done(stage: str = "") -> None:
+    """Instead of a hook that was called before the fit."""
 
 
 class _LoaderTask(Task):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,10 @@ class Place(ClusterEnvironment):
 class Processes(DDPStrategy):
     """A Lightning strategy that wraps nothing: the work is shared by dtrain's own strategy."""
 
-    def __init__(self, training: Training, ranks: RankInfo) -> None:
+    def __init__(self, training: Training, ranks: RankInfo, step: Callable[[], None]) -> None:
         super().__init__(cluster_environment=Place(ranks), checkpoint_io=SafeCheckpointIO())
         self._training = training
+        self._step = step
 
     def _configure_launcher(self) -> None:
         """Nobody is to be launched."""
@@ -102,6 +103,10 @@ class Processes(DDPStrategy):
         if parts.scheduler is not None:
             own = getattr(parts.scheduler, "scheduler", parts.scheduler)  # inside of EveryFew
             self.lr_scheduler_configs = [LRSchedulerConfig(own, interval="step")]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> None:
+        """The whole step is dtrain's; it calls the module's."""
+        self._step()
 
     def post_training_step(self) -> None:
         """DDP, if there is any, is below dtrain's strategy."""

@@ -11,10 +11,11 @@ import torch
 
 from dtrain.callback import Callback
 from dtrain.errors import DtrainError, UsageError
+from dtrain.ranks import RankInfo
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.load import load_class
 from dtrain.train.trainers.callbacks import listed
-from dtrain.train.trainers.lightning.library import PACKAGE, call, pl
+from dtrain.train.trainers.lightning.library import PACKAGE, call, is_overridden, pl
 from dtrain.train.trainers.lightning.loader import StepLoader
 from dtrain.train.trainers.lightning.logged import Logged
 from dtrain.train.trainers.lightning.module import ModuleTask
@@ -73,6 +74,12 @@ class TaskModule(pl.LightningModule):
         super().__init__()
         self.model = model
 
+    def training_step(self) -> None:
+        """Lightning wants to see one; see `Processes.training_step`."""
+
+    def configure_optimizers(self) -> None:
+        """Likewise; see `Processes.setup`."""
+
 
 class _Drive(pl.Callback):
     """One fit, and what joins the two."""
@@ -97,8 +104,6 @@ class _Drive(pl.Callback):
         self._loader = loader
         self._trainer = trainer = self._make_trainer(callbacks)
         module.automatic_optimization = False
-        module.training_step = self._step
-        module.configure_optimizers = lambda: None
         training.around_evaluation = self._around_evaluation
         if self._task is not None:
             steps = training.course.steps_per_epoch
@@ -132,7 +137,7 @@ class _Drive(pl.Callback):
                 accelerator="cuda" if context.device.type == "cuda" else "cpu",
                 devices=ranks.local_world_size,
                 num_nodes=max(1, ranks.world_size // ranks.local_world_size),
-                strategy=Processes(self._training, ranks),
+                strategy=Processes(self._training, ranks, self._step),
                 use_distributed_sampler=False,
                 max_epochs=course.total_epochs or -1,
                 max_steps=course.total_steps or -1,
@@ -149,6 +154,7 @@ class _Drive(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put Lightning's counters where training is, before anyone looks at them."""
+        _look_at([each for each in trainer.callbacks if each is not self], self._context.ranks)
         progress = self._training.progress
         epochs = trainer.fit_loop.epoch_progress
         for count in (epochs.total, epochs.current):
@@ -159,6 +165,8 @@ class _Drive(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give Lightning's callbacks, the module's own too, what a checkpoint holds for them."""
+        if self._task is not None:
+            self._task.set_up_is_over()
         first = self._context.ranks.is_rank_zero
         self._training.callbacks.add("lightning", States(trainer))
         self._training.callbacks.add(
@@ -194,10 +202,10 @@ class _Drive(pl.Callback):
 
     # -- in between --------------------------------------------------------------------------
 
-    def _step(self, batch: Any, batch_idx: int = 0) -> None:
-        """What Lightning calls as the module's training step."""
+    def _step(self) -> None:
+        """What Lightning calls for the module's training step."""
         assert self._loader.current is not None
-        with self._logged.training(batch_idx):
+        with self._logged.training(self._trainer.fit_loop.epoch_loop.batch_idx):
             self._complete = self._training.step(*self._loader.current)
         self._count()
         if not self._complete:  # saved before Lightning tells its callbacks of an epoch's end
@@ -250,6 +258,23 @@ class _Drive(pl.Callback):
         trainer.callback_metrics.update(known)
         for each in trainer.loggers:
             each.log_metrics(named, step=trainer.global_step)
+
+
+def _look_at(callbacks: list[pl.Callback], ranks: RankInfo) -> None:
+    """Refuse what cannot be here, and say what is lost."""
+    for each in callbacks:
+        name = type(each).__name__
+        if isinstance(each, pl.callbacks.StochasticWeightAveraging):
+            raise UsageError(
+                f"{name} has a schedule of its own, which dtrain's step does not follow; average "
+                "with Lightning's WeightAveraging or EMAWeightAveraging, or with dtrain.EMA"
+            )
+        if is_overridden("on_save_checkpoint", each, pl.Callback) and ranks.is_rank_zero:
+            logger.warning(
+                "%s keeps something in Lightning's checkpoints that dtrain's do not have: a resume "
+                "begins it anew",
+                name,
+            )
 
 
 def _made(make: Any, kind: type, args: dict[str, Any]) -> Any:
