@@ -212,18 +212,20 @@ class Judge:
 
     def _batch_norm(self, case: Case, wish: Wish) -> Finding | None:
         """Whether BatchNorm is all that is the matter: without its batch statistics it agrees."""
-        names = self.reference.steps[0].facts.get("batch_norm") or []
+        facts = self.reference.steps[0].facts
+        names = facts.get("batch_norm") or []
         if not names:
             return None
         reference, other = self._both(case.pair, replace(wish, batch_norm=False))
         if compare(reference, other).excess(L1) is not None:
             return None
-        # torch's SyncBatchNorm works on GPUs only
-        instead = "SyncBatchNorm" if case.pair.gpus else "strategy 'exact'"
+        # torch's SyncBatchNorm works on GPUs only, and Keras's with TensorFlow only
+        synchronized = case.pair.gpus and not facts.get("of_keras")
+        instead = "SyncBatchNorm" if synchronized else "strategy 'exact'"
+        norms = "LayerNormalization" if facts.get("of_keras") else "GroupNorm, LayerNorm"
         likely = (
             f"BatchNorm ({', '.join(names[:3])}) normalises over each process's own samples: with "
-            f"its statistics frozen all agrees. Use a norm over features (GroupNorm, LayerNorm), "
-            f"or {instead}"
+            f"its statistics frozen all agrees. Use a norm over features ({norms}), or {instead}"
         )
         return Finding(BATCH_NORM, str(case), likely, case.step, case.shown.tensor)
 

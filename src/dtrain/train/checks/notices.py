@@ -34,8 +34,7 @@ def tell_batch_norm(model: torch.nn.Module, context: TrainContext, events: Event
     """
     strategy = context.spec.strategy
     replicas = context.local_devices if strategy == "dp" else context.ranks.world_size
-    modules = dict(model.named_modules())
-    names = [name for name in adapt.batch_norms(model) if modules.get(name, model).training]
+    names = adapt.batch_norms(model, training=True)
     if strategy not in (*_COPIED, "dp") or replicas < 2 or not names:
         return
     names = [plain_name(name) for name in names]
@@ -46,12 +45,16 @@ def tell_batch_norm(model: torch.nn.Module, context: TrainContext, events: Event
         "BatchNorm (%s) normalises over each %s's own samples, so that the training depends on "
         "their number, %d: %s",
         _few(names), "replica" if strategy == "dp" else "process", replicas,
-        remedy(strategy, context.device.type),
+        remedy(strategy, context.device.type, of_keras=adapt.is_of_keras(model)),
     )  # fmt: skip
 
 
-def remedy(strategy: str, device: str) -> str:
+def remedy(strategy: str, device: str, *, of_keras: bool = False) -> str:
     """What to do about a BatchNorm, where it is."""
+    if of_keras:  # whose `synchronized=True` is for TensorFlow only
+        return (
+            "use a norm over features (LayerNormalization, GroupNormalization), or strategy 'exact'"
+        )
     norm = "a norm over features (GroupNorm, LayerNorm), or strategy 'exact'"
     if device == "cpu":
         return f"use {norm} (torch's SyncBatchNorm works on GPUs only)"

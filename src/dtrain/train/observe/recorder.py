@@ -115,6 +115,8 @@ class Recorder:
             for name in ("model", "optimizer", "loss", "evaluate", "train_dataset", "eval_dataset")
         }
         wish, own = self._wish, vars(task)
+        if wish.fp64:
+            adapt.double_for_keras(task)
         own["model"] = lambda: self._watch_model(methods["model"]())
         own["optimizer"] = lambda model: self._watch_optimizer(methods["optimizer"](model))
         own["loss"] = self._watched_loss(self._in_precision(methods["loss"]))
@@ -138,6 +140,7 @@ class Recorder:
         self._model = model
         self._begun = digest.of_tensors(model.parameters())
         self._facts["batch_norm"] = adapt.batch_norms(model)
+        self._facts["of_keras"] = adapt.is_of_keras(model)
         if self._wish.fp64:
             model.double()
         if not self._wish.own_noise:
