@@ -16,13 +16,13 @@ from typing import Any
 
 from dtrain import catalog, ports, rundir
 from dtrain.errors import PlanError
-from dtrain.job.injection import parse_injection
+from dtrain.job.injection import absent_rank
 from dtrain.job.spec import JobSpec
 from dtrain.job.stream import sharded_problem
 from dtrain.remote.place import is_url
 from dtrain.remote.runs import staging
 from dtrain.rundir import RunDir
-from dtrain.variables import masked
+from dtrain.variables import HASH_SEED, hash_seed, masked
 
 # Imports of a task's file that may be done once per node, before the fork: they start no thread
 # and do not look at RANK. Four ranks importing scikit-learn at once take 4 s on 2 cores.
@@ -46,6 +46,8 @@ class Facts:
     """Modules that the task's file imports."""
     runs_url: str = ""
     """Where all runs are kept, when that is a URL."""
+    hash_seed: str = "0"
+    """PYTHONHASHSEED of all processes, unless the job says one."""
 
     @classmethod
     def gather(
@@ -57,9 +59,11 @@ class Facts:
     ) -> Facts:
         """Look around on this machine."""
         url = os.fspath(runs).rstrip("/") if is_url(runs) else ""
+        folder = str(staging(url)) if url else os.path.abspath(runs)
+        before = rundir.read_json(RunDir(os.path.join(folder, run_id)).plan) if attempt else None
         return cls(
             run_id=run_id,
-            runs=str(staging(url)) if url else os.path.abspath(runs),
+            runs=folder,
             runs_url=url,
             python=sys.executable,
             host=socket.gethostname(),
@@ -67,6 +71,7 @@ class Facts:
             free_port=ports.free_candidate("127.0.0.1", f"{run_id}/{attempt}"),
             attempt=attempt,
             task_imports=task_imports,
+            hash_seed=hash_seed(before["worker_env"] if before else os.environ),
         )
 
 
@@ -213,7 +218,9 @@ def make_plan(
         raise PlanError(problem, (*_SIZES, "strategy"))
     if problem := sharded_problem(job, world_sizes):
         raise PlanError(problem, ("data.stream", "strategy", *_SIZES))
-    _refuse_absent_ranks(job, procs * nodes, facts.attempt)
+    inject = [] if facts.attempt else job.checks.inject  # only the first attempt has any
+    if problem := absent_rank(inject, procs * nodes):
+        raise PlanError(problem, ("checks.inject",))
     threads = _threads(launcher, options, facts.cores, nodes, procs * replicas)
     if facts.runs_url:
         problem = catalog.url_problem(launcher)
@@ -251,6 +258,7 @@ def make_plan(
         worker_env={
             "OMP_NUM_THREADS": str(threads),
             "PYTHONUNBUFFERED": "1",
+            HASH_SEED: facts.hash_seed,
             **masked(launch.env),
         },
         options=dict(options),
@@ -260,17 +268,6 @@ def make_plan(
 
 
 _SIZES = ("launch.procs_per_node", "launch.gpus_per_node", "launch.nodes")
-
-
-def _refuse_absent_ranks(job: JobSpec, world_size: int, attempt: int) -> None:
-    """A fault on purpose is on a rank that there is; only the first attempt has any."""
-    for fault in map(parse_injection, [] if attempt else job.checks.inject):
-        if fault.rank >= world_size:
-            ranks = f"{world_size} ranks, 0 to {world_size - 1}" if world_size > 1 else "rank 0"
-            raise PlanError(
-                f"{fault.kind} on rank {fault.rank}: there will be only {ranks}",
-                ("checks.inject",),
-            )
 
 
 def _processes(job: JobSpec) -> tuple[int, int]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 from dtrain.ranks import scrubbed
 
+HASH_SEED = "PYTHONHASHSEED"
+"""Makes the order of a set of texts: one for all workers of a run, or they number labels apart."""
 MASK = "(set, not shown)"
 """Stands for the value of one that looks secret."""
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
@@ -26,3 +28,9 @@ def secret(env: Mapping[str, str]) -> dict[str, str]:
 def inherited_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment that nodes inherit: ours, without what another launcher left in it."""
     return scrubbed(os.environ if environ is None else environ)
+
+
+def hash_seed(environ: Mapping[str, str], default: str = "0") -> str:
+    """The user's own PYTHONHASHSEED; `random`, as Python has it by default, counts as none."""
+    own = environ.get(HASH_SEED, "")
+    return own if own.isdigit() else default

@@ -17,8 +17,11 @@ def main() -> None:
     parser.add_argument("run_dir", help="run directory with resolved.yaml and plan.json")
     arguments = parser.parse_args()
 
-    from dtrain.node.bootstrap import run_worker
+    from dtrain.node.hashing import take_hash_seed
     from dtrain.rundir import RunDir
+
+    take_hash_seed(RunDir(arguments.run_dir), sys.orig_argv[1:])
+    from dtrain.node.bootstrap import run_worker
 
     status = run_worker(RunDir(arguments.run_dir))
     sys.stdout.flush()

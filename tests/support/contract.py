@@ -58,6 +58,7 @@ class LauncherContract:
         secret = token_hex(16)
         arguments = (
             "--set", f"args.env_to={tmp_path}", "--env", "LEVEL=5", "--env", f"MY_TOKEN={secret}",
+            "--env", "PYTHONHASHSEED=77",
         )  # fmt: skip
         with way.launch(tmp_path, *arguments, **foreign) as processes:
             outputs = finish(processes)
@@ -75,6 +76,7 @@ class LauncherContract:
                 "MASTER_ADDR": way.address,
                 "TORCHELASTIC_RESTART_COUNT": "0",
                 "PYTHONUNBUFFERED": "1",
+                "PYTHONHASHSEED": "77",
                 "GLOO_SOCKET_IFNAME": way.interface,
                 "LEVEL": "5",
                 "MY_TOKEN": secret,
@@ -84,6 +86,7 @@ class LauncherContract:
             assert int(env["OMP_NUM_THREADS"]) >= 1
             assert not {"SLURM_JOB_ID", "PET_NNODES", "OPENBLAS_NUM_THREADS"} & set(env)
         assert len({env["MASTER_PORT"] for env in envs}) == 1
+        assert len({env["a hash"] for env in envs}) == 1, "the order of a set differs"
         assert set(run.rank_logs(0)) == {0, 1, 2, 3}
         assert [line["step"] for line in metrics(run)] == list(range(1, 13))
         assert not files_with(secret, run)

@@ -61,7 +61,13 @@ class WarmLab(Lab):
     """Runs in processes forked from the test's own server instead of being launched."""
 
     def _attempt(
-        self, run: RunDir, attempt: int, spec: JobSpec, text: str, profile: LoadedProfile
+        self,
+        run: RunDir,
+        attempt: int,
+        _pair: Pair,
+        spec: JobSpec,
+        _text: str,
+        _profile: LoadedProfile,
     ) -> str | None:
         run.create()
         procs = spec.launch.procs_per_node or 1

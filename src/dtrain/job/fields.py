@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from dtrain.job.injection import parse_injection
 from dtrain.job.units import (
@@ -14,6 +14,7 @@ from dtrain.job.units import (
     parse_whole,
     refuse_yaml_boolean,
 )
+from dtrain.variables import HASH_SEED
 
 Duration = Annotated[
     float,
@@ -47,6 +48,20 @@ def _checked_name(value: Any) -> Any:
 
 EnvName = Annotated[str, BeforeValidator(_checked_name)]
 """A variable's name."""
+
+
+def _checked_hash_seed(env: dict[str, str]) -> dict[str, str]:
+    value = env.get(HASH_SEED, "0")
+    if not value.isdigit() or int(value) >= 2**32:
+        raise ValueError(
+            f"{HASH_SEED} is a number below 2**32, the same in all processes of a run; "
+            f"found {value!r}"
+        )
+    return env
+
+
+Environment = Annotated[dict[EnvName, EnvText], AfterValidator(_checked_hash_seed)]
+"""Variables of all workers."""
 
 
 def _checked_injection(value: Any) -> Any:

@@ -6,7 +6,7 @@ Read here, where nothing of a training is known; made in `train.checks.inject`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -104,6 +104,15 @@ def late_faults(job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
                 why = f"{fault.kind} in step {fault.step}: the last is {steps}, of train.steps"
                 problems.append((("checks", "inject"), why))
     return problems
+
+
+def absent_rank(texts: Iterable[str], world_size: int) -> str | None:
+    """What is wrong with faults on ranks that there will not be; None: nothing."""
+    for fault in map(parse_injection, texts):
+        if fault.rank >= world_size:
+            ranks = f"{world_size} ranks, 0 to {world_size - 1}" if world_size > 1 else "rank 0"
+            return f"{fault.kind} on rank {fault.rank}: there will be only {ranks}"
+    return None
 
 
 _FIELDS = tuple(Injection.__dataclass_fields__)

@@ -21,8 +21,7 @@ from pydantic import (
 from dtrain.job.fields import (
     Count,
     Duration,
-    EnvName,
-    EnvText,
+    Environment,
     InjectionText,
     Name,
     Natural,
@@ -213,7 +212,7 @@ class LaunchSpec(Model):
     """How long workers may take to leave in order when asked to, before they are killed."""
     collective_timeout: Duration = 1800.0
     """How long a rank waits in one collective for the others before it gives up."""
-    env: dict[EnvName, EnvText] = Field(default_factory=dict)
+    env: Environment = Field(default_factory=dict)
     """Environment variables of every worker. Values of names that look secret are never shown."""
     preload: list[Text] | None = None
     """Modules imported once per node before the workers are forked, which must not start threads.

@@ -18,7 +18,7 @@ from dtrain.launchers.base import Handle
 from dtrain.plan import Command, Facts, LaunchPlan
 from dtrain.remote.runs import is_silent
 from dtrain.rundir import RunDir
-from dtrain.variables import inherited_env
+from dtrain.variables import HASH_SEED, inherited_env
 
 
 class Process(Protocol):
@@ -92,7 +92,7 @@ class NodeProcess:
         """
         command = next(command for command in plan.commands if not command.by_hand)
         log = plan.run.host_log(plan.attempt, int(command.argv[-1]))
-        env = {**inherited_env(), **command.env}
+        env = {**inherited_env(), **command.env, HASH_SEED: plan.worker_env[HASH_SEED]}
         listener = None if listen_host is None else _listen(listen_host, plan.rdzv_port)
         try:
             rundir.make_parent(log)

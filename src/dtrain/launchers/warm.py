@@ -16,17 +16,18 @@ from typing import Any
 from dtrain import procs
 from dtrain.errors import LaunchError
 from dtrain.node.channel import Channel
-from dtrain.variables import inherited_env
+from dtrain.variables import HASH_SEED, inherited_env
 
 
 class WarmServer:
     """A `python -m dtrain.node.warm` of our own, which imports while we do something else."""
 
-    def __init__(self, modules: Sequence[str]) -> None:
+    def __init__(self, modules: Sequence[str], hash_seed: str = "0") -> None:
         """Start it; it ends with us, and with the thread that calls this.
 
         Args:
             modules: what it imports besides torch; none of them may start a thread.
+            hash_seed: of all that it forks; a launch with another is not warm.
         """
         self._channel, theirs = Channel.pair()
         self._exited: dict[int, int] = {}
@@ -36,7 +37,7 @@ class WarmServer:
         with contextlib.closing(theirs):
             self._process = subprocess.Popen(
                 [*argv, "--socket", str(theirs.fileno()), *modules],
-                env=inherited_env(),
+                env={**inherited_env(), HASH_SEED: hash_seed},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # what cannot be imported here, a cold launch tells of

@@ -38,14 +38,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         die_with_parent(arguments.parent)
     # asked to leave while we import: heard when there is somebody to tell, see ForkServer.serve
     signal.pthread_sigmask(signal.SIG_BLOCK, LATER)
-    inherited = dict(os.environ)
-    os.environ.update(ONE_THREAD)
-    from dtrain.jobdir import RayDir
-    from dtrain.plan import LaunchPlan
+    from dtrain.node.hashing import take_hash_seed
     from dtrain.rundir import RunDir, read_json
 
     if not arguments.node_rank:
         _log_in(RunDir(arguments.run_dir))
+    command = ["-m", "dtrain.node", *(sys.argv[1:] if argv is None else argv)]
+    take_hash_seed(RunDir(arguments.run_dir), command, keep_fd=arguments.listen_fd)
+    inherited = dict(os.environ)
+    os.environ.update(ONE_THREAD)
+    from dtrain.jobdir import RayDir
+    from dtrain.plan import LaunchPlan
+
     plan = LaunchPlan.read(RunDir(arguments.run_dir))
     if arguments.attempt is None and len(arguments.node_rank or ()) == plan.nodes:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)  # no other node waits to be told

@@ -26,6 +26,7 @@ from dtrain.node import verdict
 from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.recording import Recording, Wish
 from dtrain.rundir import RunDir
+from dtrain.variables import hash_seed
 from dtrain.verify.pairs import REFERENCE, Pair
 from dtrain.verify.warmth import Warmth
 
@@ -165,7 +166,7 @@ class Lab:
     def _planned(self, pair: Pair) -> LaunchPlan:
         job, profile = self._load(pair)
         spec = recorded(job.spec, pair, self.wish, self.steps)
-        return self._plan(spec, profile, "check", "runs", 0)
+        return self._plan(pair, spec, profile, "check", "runs", 0)
 
     def _load(self, pair: Pair) -> tuple[LoadedJob, LoadedProfile]:
         key = (pair.launcher, pair.overrides)
@@ -184,7 +185,7 @@ class Lab:
         try:
             for attempt, end in enumerate(ends):
                 spec = recorded(job.spec, pair, wish, end)
-                said = self._attempt(run, attempt, spec, job.text, profile)
+                said = self._attempt(run, attempt, pair, spec, job.text, profile)
                 if said is not None:
                     partly = recording.read(run).complete(pair.world_size)
                     why = _reason(run, attempt) or said.splitlines()[0]
@@ -195,10 +196,16 @@ class Lab:
                 shutil.rmtree(run.path, ignore_errors=True)
 
     def _attempt(
-        self, run: RunDir, attempt: int, spec: JobSpec, text: str, profile: LoadedProfile
+        self,
+        run: RunDir,
+        attempt: int,
+        pair: Pair,
+        spec: JobSpec,
+        text: str,
+        profile: LoadedProfile,
     ) -> str | None:
         """Run to the end; what was said when it failed, else None."""
-        plan = self._plan(spec, profile, run.id, run.path.parent, attempt)
+        plan = self._plan(pair, spec, profile, run.id, run.path.parent, attempt)
         with contextlib.suppress(OSError):  # no snapshot of the code, ten times over
             run.code.mkdir(parents=True, exist_ok=True)
         console = _Silent(self._tick)
@@ -211,10 +218,19 @@ class Lab:
         return _said("\n".join(console.said), stays=self._keep is not None)
 
     def _plan(
-        self, spec: JobSpec, profile: LoadedProfile, run_id: str, runs: str | Path, attempt: int
+        self,
+        pair: Pair,
+        spec: JobSpec,
+        profile: LoadedProfile,
+        run_id: str,
+        runs: str | Path,
+        attempt: int,
     ) -> LaunchPlan:
         imports = task_imports(str(spec.task), self._path.parent)
         facts = Facts.gather(run_id, runs, attempt, imports)
+        if replace(pair, gpus=False) == self.reference:
+            # what depends on the order of a set is to differ here, and not in another program
+            facts = replace(facts, hash_seed=hash_seed(os.environ, default="1"))
         launcher = profile.spec.launcher
         plan = make_plan(
             spec,

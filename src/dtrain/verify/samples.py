@@ -80,8 +80,9 @@ def of_contents(reference: Recording, other: Recording, pair: Pair, step: int) -
         likely = f"other data on {ranks_in_words(sorted(ever))}: a stale or other file, or a data "
         likely += "set that looks at its rank"
     else:
-        likely = "the data set draws from a generator of its own, or counts what it reads: what it "
-        likely += "gives for a number must follow from that number (dtrain.sample_rng())"
+        likely = "the data set draws from a generator of its own, counts what it reads, or goes by "
+        likely += "the order of a set, which the hash seed makes (PYTHONHASHSEED): what it gives "
+        likely += "for a number must follow from that number (dtrain.sample_rng())"
     yield Finding(DATA, found, likely, step)
 
 

@@ -8,14 +8,14 @@ from dtrain.launchers.base import Launcher
 from dtrain.launchers.local import LocalLauncher
 from dtrain.launchers.warm import WarmServer
 from dtrain.plan import LaunchPlan
+from dtrain.variables import HASH_SEED
 
 
 class Warmth:
     """A server for each trainer, whose modules no run of another one imports.
 
-    Only launches on this host that compute on CPUs are warm. The reference is not: each
-    interpreter seeds the hashes of text anew, and a training that depends on them would look the
-    same in runs that share one.
+    Only launches on this host that compute on CPUs are warm, and only those that share the
+    server's hash seed: the reference has another.
     """
 
     def __init__(self, reference: LaunchPlan, plans: Iterable[LaunchPlan]) -> None:
@@ -25,20 +25,18 @@ class Warmth:
             reference: what is about to run.
             plans: what will run after it.
         """
-        self._reference = reference
-        self._servers: dict[str, WarmServer] = {}
-        self._modules: dict[str, list[str]] = {}
+        self._servers: dict[_Kind, WarmServer] = {}
+        self._modules: dict[_Kind, list[str]] = {}
         for plan in plans:
             if _can_be_warm(plan):
-                self._modules.setdefault(plan.trainer, []).extend(plan.modules)
-        self._server(reference.trainer)
+                self._modules.setdefault(_kind(plan), []).extend(plan.modules)
+        for kind in self._modules:
+            if kind[0] == reference.trainer:
+                self._server(kind)
 
     def launcher(self, plan: LaunchPlan) -> Launcher | None:
         """What starts a plan warm; None when it starts as any launch does."""
-        ours = self._reference
-        if not _can_be_warm(plan) or (plan.trainer, plan.strategy) == (ours.trainer, ours.strategy):
-            return None
-        server = self._server(plan.trainer)
+        server = self._server(_kind(plan)) if _can_be_warm(plan) else None
         return LocalLauncher(server.spawn) if server is not None and server.is_ready() else None
 
     def close(self) -> None:
@@ -46,10 +44,19 @@ class Warmth:
         for server in self._servers.values():
             server.close()
 
-    def _server(self, trainer: str) -> WarmServer | None:
-        if trainer in self._modules and trainer not in self._servers:
-            self._servers[trainer] = WarmServer(list(dict.fromkeys(self._modules[trainer])))
-        return self._servers.get(trainer)
+    def _server(self, kind: _Kind) -> WarmServer | None:
+        if kind in self._modules and kind not in self._servers:
+            modules = list(dict.fromkeys(self._modules[kind]))
+            self._servers[kind] = WarmServer(modules, hash_seed=kind[1])
+        return self._servers.get(kind)
+
+
+_Kind = tuple[str, str]
+"""The trainer, and the hash seed."""
+
+
+def _kind(plan: LaunchPlan) -> _Kind:
+    return plan.trainer, plan.worker_env[HASH_SEED]
 
 
 def _can_be_warm(plan: LaunchPlan) -> bool:

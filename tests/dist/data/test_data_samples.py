@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import logging
 import os
@@ -28,6 +29,10 @@ from dtrain.train.trainers.native import NativeTrainer
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
+PAGES = 4 * io.DEFAULT_BUFFER_SIZE
+"""Bytes of a row in a file: more than are read ahead."""
+
+
 class Rows(Dataset[Any]):
     """Rows of four numbers and a label, and what can be wrong with them."""
 
@@ -37,6 +42,8 @@ class Rows(Dataset[Any]):
         self.made_in = os.getpid()
         self.parts = {"augment": [random.Random(7)]}
         self.own = np.random.default_rng(7)
+        if how in ("one file", "reopened"):
+            self.files = {"rows": open(Path(os.environ["ROWS"]), "rb")}  # noqa: SIM115
         if how == "fingerprint":
             self.fingerprint = "old" if self.rank == 0 else "new"
 
@@ -61,6 +68,13 @@ class Rows(Dataset[Any]):
             row[0] += np.random.default_rng().random() < 0.5
         if self.how == "opened late" and os.getpid() == self.made_in:
             raise OSError("opened before the loader processes were forked")
+        if self.how in ("one file", "reopened"):
+            if self.how == "reopened" and os.getpid() != self.made_in:
+                self.made_in = os.getpid()
+                self.files["rows"].close()
+                self.files["rows"] = open(Path(os.environ["ROWS"]), "rb")  # noqa: SIM115
+            self.files["rows"].seek(i * PAGES)
+            row[3] = self.files["rows"].read(PAGES)[-1]
         return row, i
 
 
@@ -165,13 +179,34 @@ def test_a_rank_that_reads_another_file_is_told(tmp_path: Path) -> None:
     assert "on rank 1 and" in str(two[0][0])
 
 
-def test_sound_data_sets_are_left_in_peace(tmp_path: Path) -> None:
-    """Keyed augmentation, generators that are seeded anew, files opened in loader processes."""
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "rows.bin"
+    path.write_bytes(bytes(i for i in range(40) for _ in range(PAGES)))
+    monkeypatch.setenv("ROWS", str(path))
+    return path
+
+
+def test_a_file_that_loader_processes_share_is_told(tmp_path: Path, rows: Path) -> None:
+    """Where one seeks, another reads: each gets rows of the other, now and then."""
+    (outcomes,) = many(2, tmp_path, {"how": "one file", "workers": 2})
+    for error, culprits, _ in outcomes:
+        assert error is not None
+        assert f"{rows} (its attribute files['rows'])" in error
+        assert culprits == [0, 1]
+
+
+def test_sound_data_sets_are_left_in_peace(tmp_path: Path, rows: Path) -> None:
+    """Keyed augmentation, generators that are seeded anew, files opened in loader processes, or by
+    one process alone."""
+    assert rows.exists()
     calls = [
         {"how": how, "workers": workers}
         for how, workers in [
-            *itertools.product(("right", "noise", "reseeded"), (0, 2)), ("opened late", 2),
+            *itertools.product(("right", "noise", "reseeded", "one file"), (0, 2)),
+            ("opened late", 2), ("reopened", 2),
         ]
+        if (how, workers) != ("one file", 2)
     ]  # fmt: skip
     outcomes = run_ranks(each, 2, tmp_path, calls)
     assert outcomes == [[(None, [], [])] * len(calls)] * 2

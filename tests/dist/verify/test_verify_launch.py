@@ -39,6 +39,12 @@ DDP_2 = ("--strategy", "ddp", "--procs", "2")
 TIMEOUT_S = 900  # of a dozen launches, each 4 s on a free machine
 
 
+@pytest.fixture(autouse=True)
+def one_hash_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference's too, which saves it an interpreter of its own: 3.5 CPU seconds."""
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+
+
 def runs_in(temporary: Path) -> list[Path]:
     """The runs that `verify` has left behind; torch leaves an empty folder of its own."""
     return list(temporary.glob("dtrain-*"))
@@ -56,6 +62,23 @@ def test_a_bug_that_is_launched_is_found_and_shown(tmp_path: Path) -> None:
     assert "a mean of means: ranks hold weights of" in done.stdout
     assert "mean of means" in (tmp_path / "page.html").read_text()
     assert runs_in(tmp_path) == []
+
+
+def test_what_depends_on_the_order_of_a_set_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED")
+    task = (TINY.parent / "task.py").read_text().replace(
+        "return torch.utils.data.TensorDataset(inputs, targets)",
+        "return [(row, y + list({'a', 'b', 'c', 'd', 'e'}).index('a')) "
+        "for row, y in zip(inputs, targets)]",
+    )  # fmt: skip
+    (tmp_path / "task.py").write_text(task)
+    (tmp_path / "job.yaml").write_text(TINY.read_text())
+    done = dtrain("verify", *DDP_2, "--only", "job.yaml", cwd=tmp_path, timeout=TIMEOUT_S)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "holds something else on rank 0: its [1] differs" in done.stdout
+    assert "PYTHONHASHSEED" in done.stdout
 
 
 def test_a_pair_that_fails_is_told_with_its_verdict(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class Tiny(Task):
         at: when, counted from 1 in each process.
         once: a path; with it only the first `times` processes that get there misbehave.
         times: see `once`.
-        env_to: a folder where every rank writes its environment as JSON.
+        env_to: a folder where every rank writes its environment and a hash as JSON.
         say: a line that every rank prints, logs and warns of at its first loss.
     """
 
@@ -69,7 +69,8 @@ class Tiny(Task):
             self._speak(self.say)
         if self.env_to and self.calls == 1:
             rank = os.environ["RANK"]
-            Path(self.env_to, f"{rank}.json").write_text(json.dumps(dict(os.environ)))
+            told = {**os.environ, "a hash": hash("text")}
+            Path(self.env_to, f"{rank}.json").write_text(json.dumps(told))
         if self.calls == self.at and int(os.environ.get("RANK", 0)) == self.rank:
             self._misbehave()
         time.sleep(self.pause)

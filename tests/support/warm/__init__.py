@@ -102,6 +102,7 @@ class _Server:
                 stdout=self._said,
                 stderr=self._said,
                 pass_fds=[listener.fileno()],
+                env={**os.environ, "PYTHONHASHSEED": "0"},  # that of a run, unless it says another
                 start_new_session=True,  # a Ctrl-C is for pytest, whose end ends it
             )
 

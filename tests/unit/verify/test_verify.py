@@ -450,7 +450,8 @@ class FakeServer:
     made: ClassVar[list[list[str]]] = []
     spawn = None
 
-    def __init__(self, modules: list[str]) -> None:
+    def __init__(self, modules: list[str], hash_seed: str) -> None:
+        assert hash_seed == "0"
         self.made.append(modules)
 
     def is_ready(self) -> bool:

@@ -15,7 +15,7 @@ from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.task import Task
-from dtrain.train.data import samples
+from dtrain.train.data import handles, samples
 from dtrain.train.data.augmentation import sample_words
 from dtrain.train.data.fetch import Fetched, Fetcher, Probe, Request, check_dataset
 from dtrain.train.data.loader import Loader, train_requests
@@ -160,11 +160,16 @@ class MapFeed(Feed):
         """See `Feed`."""
         requests = train_requests(self.course.batches(step, position), self.order, split)
         probes = self._probes(step, position)
+        opened = handles.places() if probes and self.spec.data.workers > 1 else {}
         # the first to be asked for, and so read where all samples are: a data set may open its
         # files when it is read first, and must not have done so before loader processes are forked
         fetched = self._loader.fetched(itertools.chain(probes, watch(requests)))
         for probe in probes:
-            samples.compare(probe, next(fetched).batch, self._fetcher.sample, self.ranks)
+            mine = next(fetched).batch
+            samples.refuse_shared_files(
+                handles.moved(opened, self.dataset), self.spec.data.workers, self.ranks
+            )
+            samples.compare(probe, mine, self._fetcher.sample, self.ranks)
         for batch in self.course.batches(step, position):
             num_micro_batches = len(split(batch))
             self._begin(batch, split)

@@ -153,10 +153,10 @@ _MAX_LOOKED_AT = 1000
 
 def drawn_from(holder: Any, read: Callable[[], Any]) -> list[str]:
     """Generators that an object holds itself and draws from in `read`, as `rng` or `crop.rng`."""
-    held = dict(_held(holder))
-    before = {path: _place(generator) for path, generator in held.items()}
+    generators = dict(held(holder, _OWN))
+    before = {path: _place(generator) for path, generator in generators.items()}
     read()
-    return [path for path, generator in held.items() if _place(generator) != before[path]]
+    return [path for path, generator in generators.items() if _place(generator) != before[path]]
 
 
 def _place(generator: Any) -> str:
@@ -168,8 +168,8 @@ def _place(generator: Any) -> str:
     return str(generator.bit_generator.state)
 
 
-def _held(holder: Any) -> Iterator[tuple[str, Any]]:
-    """Attributes that hold generators other than the global ones."""
+def held(holder: Any, kinds: type | tuple[type, ...]) -> Iterator[tuple[str, Any]]:
+    """Attributes that hold an object of these classes, but for the global generators."""
     known = {id(random._inst), id(torch.default_generator)}
     queue = deque([("", holder, 0)])
     for _ in range(_MAX_LOOKED_AT):
@@ -179,7 +179,7 @@ def _held(holder: Any) -> Iterator[tuple[str, Any]]:
         if id(value) in known:
             continue
         known.add(id(value))
-        if isinstance(value, _OWN):
+        if isinstance(value, kinds):
             yield path, value
         elif depth < _MAX_DEPTH:
             for step, inner in _inside(value):

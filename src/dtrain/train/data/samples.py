@@ -51,6 +51,30 @@ def compare(probe: Probe, mine: Probed, read: Callable[[int, int], Any], ranks: 
             return
 
 
+def refuse_shared_files(files: list[str], workers: int, ranks: RankInfo) -> None:
+    """Make sure that loader processes share no position in a file; called by all ranks.
+
+    Args:
+        files: those in which loader processes of this rank share it.
+        workers: loader processes of each rank.
+        ranks: the place of this process.
+
+    Raises:
+        BlamedError: on all ranks: they do.
+    """
+    everyone = collectives.gather_to_all(files)
+    culprits = [rank for rank, theirs in enumerate(everyone) if theirs]
+    if culprits:
+        raise BlamedError(
+            f"{workers} loader processes share the position in a file that train_dataset() has "
+            f"opened: {everyone[culprits[0]][0]}\n"
+            "each reads where another has gone to: open it in __getitem__, when it is not open in "
+            "this process yet, read it by np.memmap or os.pread, or set data.workers: 0",
+            culprits,
+            ranks.rank,
+        )
+
+
 def _warn(sample: int, generators: tuple[str, ...], ranks: RankInfo) -> None:
     if not ranks.is_rank_zero:
         return

@@ -1,0 +1,37 @@
+"""One PYTHONHASHSEED in all interpreters of a run, on every host and in every attempt.
+
+Sets of texts are iterated in the order of their hashes: labels that are numbered by iterating one
+would have other numbers on another node.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dtrain import rundir
+from dtrain.rundir import RunDir
+from dtrain.variables import HASH_SEED
+
+
+def take_hash_seed(run: RunDir, argv: Sequence[str], keep_fd: int | None = None) -> None:
+    """Become an interpreter that began with the run's hash seed, unless this one did.
+
+    Python reads it when it starts, and never again. Call this before what takes long to import.
+
+    Args:
+        run: its plan says the seed; nothing happens without one.
+        argv: what the new interpreter runs.
+        keep_fd: stays open in it.
+    """
+    plan = rundir.read_json(run.plan) or {}
+    seed = plan.get("worker_env", {}).get(HASH_SEED)
+    began = Path("/proc/self/environ").read_bytes().split(b"\0")  # after a fork, its server's
+    if seed is None or f"{HASH_SEED}={seed}".encode() in began:
+        return
+    if keep_fd is not None:
+        os.set_inheritable(keep_fd, True)
+    os.environ[HASH_SEED] = seed
+    os.execv(sys.executable, [sys.executable, *argv])

@@ -1,0 +1,56 @@
+"""Files that a data set has opened before its loader processes were forked.
+
+A forked process shares the position in such a file: where one seeks, another reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import os
+import stat
+from typing import Any
+
+from dtrain.train.data.generators import held
+
+Places = dict[int, tuple[str, int]]
+"""Of each descriptor the file's path, and the position in it."""
+
+
+def places() -> Places:
+    """The files that this process has open to read. Costs 0.1 ms for 20 of them."""
+    found: Places = {}
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        with contextlib.suppress(OSError):  # closed since, as that of the listing
+            writes = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
+            if stat.S_ISREG(os.fstat(fd).st_mode) and not writes:
+                path = os.readlink(f"/proc/self/fd/{fd}")
+                found[fd] = path, os.lseek(fd, 0, os.SEEK_CUR)
+    return found
+
+
+def moved(before: Places, dataset: Any) -> list[str]:
+    """Files in which somebody has moved who shares their position: of each a few words.
+
+    Args:
+        before: `places()`, when the other processes were not forked yet. This process must not
+            have read since.
+        dataset: who may hold them.
+    """
+    now = places()
+    fds = [fd for fd, place in before.items() if now.get(fd, place) != place]
+    names = {_fd(file): name for name, file in held(dataset, io.IOBase)} if fds else {}
+    return [
+        before[fd][0] + (f" (its attribute {names[fd]})" if fd in names else "")
+        for fd in fds
+        if now[fd][0] == before[fd][0]
+    ]
+
+
+def _fd(file: io.IOBase) -> int:
+    try:
+        return file.fileno()
+    except (OSError, ValueError):  # in memory, or closed
+        return -1
