@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dtrain import catalog, procs, rundir
 from dtrain.callring import Ring
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
-from dtrain.node import failures
+from dtrain.node import failures, hints
 from dtrain.plan import LaunchPlan
 from dtrain.ranks import RankInfo
 from dtrain.rundir import RunDir
@@ -171,6 +172,7 @@ def _last_words(error: BaseException, run: RunDir, ranks: RankInfo) -> int:
         restart=ranks.restart,
         log=str(run.rank_log(attempt, ranks.node_rank, ranks.rank)),
     )
+    record = replace(record, hint=hints.hint(error, record.frames, run))
     if record.exit_code != 0:
         record.write(run, attempt)
         _tell_torchrun(error)
@@ -178,6 +180,8 @@ def _last_words(error: BaseException, run: RunDir, ranks: RankInfo) -> int:
         if not isinstance(error, SystemExit):
             print(failures.FAILURE_OPEN, file=sys.stderr)
             traceback.print_exception(error)
+            if record.hint:
+                print(f"dtrain: {record.hint}", file=sys.stderr)
             print(failures.FAILURE_CLOSE, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -123,6 +123,8 @@ class FailureRecord:
     may end otherwise, or where steps are not known."""
     repeated: bool = False
     """Whether the restart before had failed in just this way."""
+    hint: str = ""
+    """What to do about it, where that depends on where the process stood."""
 
     def repeats(self, before: FailureRecord) -> bool:
         """Whether it is the same error at the same line of the same step."""

@@ -141,7 +141,7 @@ def render(verdict: Verdict, run: RunDir) -> str:
     culprit = verdict.culprit
     head = [_headline(culprit)]
     tail = [f"  log: {_short(culprit.log)}"] if culprit.log else []
-    advice = _ADVICE.get(culprit.kind)
+    advice = culprit.hint or _ADVICE.get(culprit.kind)
     if advice:
         tail.append(f"  try: {advice}")
     if verdict.alike:

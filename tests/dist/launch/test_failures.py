@@ -265,3 +265,31 @@ def test_a_module_that_cannot_be_preloaded_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     lines = block(done.stdout)
     assert "No module named 'no_such_module'" in "\n".join(lines)
+
+
+def test_a_breakpoint_says_that_there_is_no_terminal_and_its_way_to_one_works(
+    tmp_path: Path,
+) -> None:
+    code = (TINY.parent / "task.py").read_text()
+    code = code.replace("return nn.Linear(4, 1)", "breakpoint()\n        return nn.Linear(4, 1)")
+    (tmp_path / "task.py").write_text(code)
+    (tmp_path / "job.yaml").write_text(TINY.read_text())
+    done = dtrain("launch", "--procs", "2", "job.yaml", cwd=tmp_path)
+    assert done.returncode == 1
+    lines = block(done.stdout)
+    assert any("task.py" in line and "in model" in line for line in lines)
+    (advice,) = [line for line in lines if line.startswith("  try: ")]
+    write, worker = advice.split("`")[1::2]
+    planned = dtrain(*write.replace("JOB", "job.yaml").split()[1:], cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    typed, terminal = os.openpty()
+    os.write(typed, b"p 6 * 7\ncontinue\n")
+    debugged = subprocess.run(
+        [sys.executable, *worker.split()[1:]],
+        cwd=tmp_path, stdin=terminal, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    os.close(typed)
+    os.close(terminal)
+    assert debugged.returncode == 0, debugged.stderr
+    assert "(Pdb) 42" in debugged.stdout
+    assert "finished" in debugged.stdout + debugged.stderr

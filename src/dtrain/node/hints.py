@@ -1,0 +1,80 @@
+"""What to do after errors that come of being launched: where a worker stands, and what it lacks."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from bdb import BdbQuit
+from pathlib import Path
+
+from dtrain import catalog, rundir
+from dtrain.node.failures import Frame
+from dtrain.rundir import RunDir
+
+_RELATIVE_IMPORT = re.compile(r"from\s+(\.+)\s*([\w.]*)\s+import\s+(.+)")
+_MISSING_FILE = re.compile(r"No such file or directory: '(.+?)'")
+_NO_LINE = "EOF when reading a line"
+
+
+def hint(error: BaseException, frames: list[Frame], run: RunDir) -> str:
+    """One sentence; empty where there is nothing to say.
+
+    Args:
+        error: what ended this worker, or came from one of its loader processes.
+        frames: the user's own.
+        run: its plan knows the folders, and whether it is of a script.
+    """
+    plan = rundir.read_json(run.plan) or {}
+    if isinstance(error, FileNotFoundError) and plan:
+        return _of_missing_file(error, plan)
+    if isinstance(error, ImportError) and "no known parent package" in str(error) and frames:
+        return _of_relative_import(frames[-1])
+    asks = isinstance(error, BdbQuit) or (isinstance(error, EOFError) and _NO_LINE in str(error))
+    if asks and not (sys.stdin is not None and sys.stdin.isatty()):
+        return _of_terminal(plan.get("trainer") == catalog.SCRIPT)
+    return ""
+
+
+def _of_missing_file(error: FileNotFoundError, plan: dict[str, str]) -> str:
+    trace = traceback.extract_tb(error.__traceback__)
+    found = _MISSING_FILE.search(str(error))
+    if found is None or (trace and trace[-1].filename.endswith("subprocess.py")):
+        return ""
+    name, job_dir = Path(found[1]), Path(plan["job_dir"])
+    code_dir = Path(plan["code_dir"] or job_dir)
+    if name.is_relative_to(code_dir) and code_dir != job_dir:
+        name = name.relative_to(code_dir)
+        where = f", but in {job_dir}" if (job_dir / name).exists() else ""
+        return f"{name} is not in the run's copy of the code{where}: give data an absolute path"
+    if name.is_absolute():
+        return ""
+    looked = f"relative paths are looked up in the working folder, {os.getcwd()}"
+    for folder, way in ((code_dir, f"Path(__file__).parent / {str(name)!r}"), (job_dir, "")):
+        if (folder / name).exists():
+            way = way or f"the absolute path, {job_dir / name}"
+            return f"{looked}, and {name} is in {job_dir}: write {way}"
+    return f"{looked}; {name} is not in the job's, {job_dir}, either"
+
+
+def _of_relative_import(frame: Frame) -> str:
+    found = _RELATIVE_IMPORT.match(frame.code)
+    if found is None:
+        return ""
+    dots, module, names = found.groups()
+    what = f"{Path(frame.file).name} is a file of its own, not part of a package"
+    if len(dots) > 1:
+        return f"{what}: name the task by its package, as `task: package.module:Class`"
+    names = "…" if "(" in names else names
+    return f"{what}: write `{f'from {module} import' if module else 'import'} {names}`"
+
+
+def _of_terminal(is_script: bool) -> str:
+    what = "a worker has no terminal, which breakpoint(), pdb.set_trace() and input() need"
+    if is_script:
+        return f"{what}: run the script by itself in yours, with python, as one process"
+    return (
+        f"{what}: `dtrain plan --write --strategy single --procs 1 --run-id debug JOB`, then "
+        "`python -m dtrain.worker runs/debug` in yours"
+    )
