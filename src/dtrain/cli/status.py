@@ -43,9 +43,14 @@ def summary(run: RunDir) -> dict[str, Any]:
     for line in rundir.read_lines(run.metrics):
         last[line["split"]] = line
     finished: dict[str, Any] = {}
+    left: dict[int, str] = {}
     for event in rundir.read_lines(run.events):
         if event["event"] == "finished":
             finished = event
+        elif event["event"] == "threads_left":
+            left[event["rank"]] = event["what"]
+        elif event["event"] == "workers_started":
+            left.clear()
     newest = max(last.values(), key=lambda line: line["step"], default=None)
     return {
         "id": run.id,
@@ -62,6 +67,7 @@ def summary(run: RunDir) -> dict[str, Any]:
         "step": None if newest is None else newest["step"],
         "train": _metrics(last.get("train")),
         "eval": _metrics(last.get("eval")),
+        "waits": "\n".join(left.values()) or None if state == "running" else None,
         "parameters_sha256": finished.get("parameters_sha256"),
         **_described(run, plan.launcher),
         "url": run.url,

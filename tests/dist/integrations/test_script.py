@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from support import ROOT
-from support.launch import dtrain, events, started, the_run
+from support.launch import dtrain, events, started, status, the_run
 
 EXAMPLE = ROOT / "examples" / "script" / "job.yaml"
 SCRIPTS = ROOT / "tests" / "jobs" / "scripts"
@@ -84,6 +85,31 @@ def test_what_it_prints_is_shown_at_once(tmp_path: Path) -> None:
         (tmp_path / "seen").touch()
         process.communicate(timeout=60)
     assert process.returncode == 0
+
+
+def test_a_thread_that_a_script_leaves_behind_is_told_and_waited_for(tmp_path: Path) -> None:
+    """Also after sys.exit(0), as an interpreter does."""
+    (tmp_path / "leaves.py").write_text(
+        "import os, pathlib, sys, threading, time\n"
+        "def poll():\n"
+        "    for _ in range(600):\n"
+        "        if pathlib.Path('seen').exists(): return pathlib.Path('done').touch()\n"
+        "        time.sleep(0.05)\n"
+        "if os.environ['RANK'] == '1': threading.Thread(target=poll, name='poller').start()\n"
+        "sys.exit(0)\n"
+    )
+    with started("launch", "--procs", "2", "leaves.py", cwd=tmp_path) as process:
+        told = next(line for line in process.stdout or () if "poller" in line)
+        waits = status(the_run(tmp_path))["waits"]
+        (tmp_path / "seen").touch()
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert (tmp_path / "done").exists()
+    assert "rank 1" in told
+    place = re.compile(rf"thread 'poller' at {tmp_path}/leaves.py:[345] in poll: ")
+    assert place.search(told)
+    assert place.search(waits)
+    assert status(the_run(tmp_path))["waits"] is None
 
 
 def test_asked_to_stop_it_saves_and_goes_on_by_resume(tmp_path: Path) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 from dtrain.rundir import RunDir
 from dtrain.train.script.place import RUN_VARIABLE
+from dtrain.train.script.threads import wait_for_threads
 
 
 def run_script(script: Path, arguments: Sequence[str], run: RunDir) -> None:
@@ -32,5 +32,9 @@ def run_script(script: Path, arguments: Sequence[str], run: RunDir) -> None:
     main = ModuleType("__main__")
     main.__file__ = str(script)
     sys.modules["__main__"] = main  # where pickle, and processes that are spawned, look
-    exec(compile(script.read_bytes(), str(script), "exec"), vars(main))
-    threading._shutdown()  # type: ignore[attr-defined]  # os._exit, which follows, would not wait
+    try:
+        exec(compile(script.read_bytes(), str(script), "exec"), vars(main))
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
+    wait_for_threads(run)  # os._exit, which follows, would not
