@@ -105,7 +105,7 @@ def _script_problems(root: Written, folder: Path) -> Iterator[Problem]:
     if not file.is_file():
         yield place.problem("script", f"no such file: {shown_path(file)}{similar(file)}")
         return
-    yield from readable(file, place, "script")[1]
+    yield from readable(file, place, "script", alone=True)[1]
 
 
 def _logger_problems(root: Written) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from dtrain import catalog
 from dtrain.errors import Problem
 from dtrain.job.keras import is_keras, keras_problems
+from dtrain.job.relative import advice
 from dtrain.job.source import Source, is_installed
 from dtrain.job.written import Keys, Place, Written, did_you_mean, dotted, shown_path
 from dtrain.task import REQUIRED
@@ -69,12 +70,14 @@ def _reference_problems(
         what = f"file: {shown_path(file)}" if file else f"module: {target}"
         yield named.problem(f"no such {what}{near}")
     elif file.suffix == ".py":
-        yield from _class_problems(named, file, name, trainer)
+        yield from _class_problems(named, file, name, trainer, alone=target.endswith(".py"))
 
 
-def _class_problems(named: _Named, file: Path, name: str, trainer: str | None) -> Iterator[Problem]:
+def _class_problems(
+    named: _Named, file: Path, name: str, trainer: str | None, *, alone: bool
+) -> Iterator[Problem]:
     shown = shown_path(file)
-    source, problems = readable(file, named.place, dotted(named.field))
+    source, problems = readable(file, named.place, dotted(named.field), alone=alone)
     yield from problems
     if source is None:
         return
@@ -142,11 +145,16 @@ def _argument_problems(named: _Named, source: Source, name: str) -> Iterator[Pro
             yield place.problem(f"{field}.{word}", f"missing; {name} needs this argument")
 
 
-def readable(file: Path, place: Place, field: str) -> tuple[Source | None, list[Problem]]:
-    """A Python file that a field names; or what is wrong with it."""
+def readable(
+    file: Path, place: Place, field: str, *, alone: bool
+) -> tuple[Source | None, list[Problem]]:
+    """A Python file that a field names, `alone` when it does so by its path; what is wrong."""
     shown = shown_path(file)
     try:
-        return Source(file), []
+        source = Source(file)
+        relative = source.relative if alone else []
+        places = [(Place(shown, each.lineno, each.col_offset + 1), each) for each in relative]
+        return source, [spot.problem("", advice(file.name, each)) for spot, each in places]
     except SyntaxError as error:
         spot = Place(shown, error.lineno, error.offset)
         return None, [spot.problem("", f"the {field}'s file is not Python: {error.msg}")]

@@ -42,6 +42,9 @@ class Source:
         self._tree = tree
         words = {getattr(n, name, "") for n in ast.walk(tree) for name in ("attr", "id", "name")}
         self._is_plain = not words & _DYNAMIC
+        at_top = [each for each in tree.body if isinstance(each, ast.ImportFrom) and each.level]
+        self.relative = [] if "__package__" in words else at_top
+        """Imports for which it must be part of a package."""
         self._attributes = {
             node.attr
             for node in ast.walk(tree)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import sys
@@ -10,10 +11,10 @@ from bdb import BdbQuit
 from pathlib import Path
 
 from dtrain import catalog, rundir
+from dtrain.job.relative import advice
 from dtrain.node.failures import Frame
 from dtrain.rundir import RunDir
 
-_RELATIVE_IMPORT = re.compile(r"from\s+(\.+)\s*([\w.]*)\s+import\s+(.+)")
 _MISSING_FILE = re.compile(r"No such file or directory: '(.+?)'")
 _NO_LINE = "EOF when reading a line"
 
@@ -59,15 +60,14 @@ def _of_missing_file(error: FileNotFoundError, plan: dict[str, str]) -> str:
 
 
 def _of_relative_import(frame: Frame) -> str:
-    found = _RELATIVE_IMPORT.match(frame.code)
-    if found is None:
+    try:
+        tree = ast.parse(Path(frame.file).read_bytes())
+    except (OSError, SyntaxError, ValueError):  # it has been edited since
         return ""
-    dots, module, names = found.groups()
-    what = f"{Path(frame.file).name} is a file of its own, not part of a package"
-    if len(dots) > 1:
-        return f"{what}: name the task by its package, as `task: package.module:Class`"
-    names = "…" if "(" in names else names
-    return f"{what}: write `{f'from {module} import' if module else 'import'} {names}`"
+    for each in ast.walk(tree):
+        if isinstance(each, ast.ImportFrom) and each.level and each.lineno == frame.line:
+            return advice(Path(frame.file).name, each)
+    return ""
 
 
 def _of_terminal(is_script: bool) -> str:

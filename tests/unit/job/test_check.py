@@ -133,6 +133,30 @@ def test_a_syntax_error_is_told_at_its_own_place(check: Check, tmp_path: Path) -
         assert "task.py" in problem
 
 
+def test_a_relative_import_is_told_at_its_own_place(check: Check, tmp_path: Path) -> None:
+    imports = "import os\nfrom . import a, b as c\nfrom .models import (\n  Net,\n  Other,\n)\n"
+    text = f"{imports}from ..up import d\nclass Digits: pass"
+    (tmp_path / "task.py").write_text(text)
+    alone = "task.py is a file of its own, not part of a package"
+    assert check() == [
+        f"task.py:2:1: {alone}: write `import a, b as c`",
+        f"task.py:3:1: {alone}: write `from models import Net, Other`",
+        f"task.py:7:1: {alone}: write the package's name instead of the dots, or name a task by "
+        "its package, as `task: package.module:Class`",
+    ]
+    for name in ("package", "package/__init__.py", "package/task.py"):
+        path = tmp_path / name
+        path.write_text(text) if path.suffix else path.mkdir()
+    assert check("package.task:Digits") == []
+    for works in (
+        "__package__ = 'package'\n",
+        "try:\n    from . import a\nexcept ImportError: a = 0\n",
+    ):
+        rest = imports if "__package__" in works else ""
+        (tmp_path / "task.py").write_text(f"{works}{rest}class Digits: pass")
+        assert check() == []
+
+
 def test_modules_are_found_without_running_any(check: Check, tmp_path: Path) -> None:
     for name in ("mine", "mine/inner"):
         (tmp_path / name).mkdir()

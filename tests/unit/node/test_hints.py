@@ -70,7 +70,7 @@ def test_a_file_that_the_copy_of_the_code_lacks(run: RunDir, tmp_path: Path) -> 
     [
         ("from . import helper", "`import helper`"),
         ("from .models import Net, Other", "`from models import Net, Other`"),
-        ("from .models import (\n    Net,\n)", "`from models import …`"),
+        ("from .models import (\n    Net,\n)", "`from models import Net`"),
         ("from .. import helper", "`task: package.module:Class`"),
     ],
 )
