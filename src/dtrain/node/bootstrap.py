@@ -29,6 +29,7 @@ from dtrain.ranks import RankInfo
 from dtrain.rundir import RunDir
 from dtrain.train.checks import chain
 from dtrain.train.context import StopFlag, TrainContext
+from dtrain.train.data.loader_process import end_with_rank
 from dtrain.train.load import load_task
 from dtrain.train.observe.logs import setup_logging
 from dtrain.train.observe.recorder import Recorder
@@ -118,6 +119,7 @@ def _train_task(
 
 def _run_script(plan: LaunchPlan, spec: JobSpec, ring: Ring | None) -> int:
     torch.set_num_threads(plan.threads_per_proc)
+    end_with_rank()  # also where the script's loader processes are deaf to SIGTERM
     chain.install(ring)
     run = catalog.load("trainer", spec.trainer)
     run(Path(plan.code_dir or plan.job_dir) / str(spec.script), spec.arguments, plan.run)

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from dtrain import catalog, rundir
 from dtrain.job.relative import advice
-from dtrain.node.failures import Frame
+from dtrain.node.failures import Frame, OtherProcessError
 from dtrain.rundir import RunDir
 
 _MISSING_FILE = re.compile(r"No such file or directory: '(.+?)'")
 _NO_LINE = "EOF when reading a line"
+_OF_LOADERS = {kind.__name__: kind for kind in (FileNotFoundError, ImportError, BdbQuit, EOFError)}
+"""What a loader process may send the text of."""
 
 
 def hint(error: BaseException, frames: list[Frame], run: RunDir) -> str:
@@ -28,6 +30,8 @@ def hint(error: BaseException, frames: list[Frame], run: RunDir) -> str:
         run: its plan knows the folders, and whether it is of a script.
     """
     plan = rundir.read_json(run.plan) or {}
+    if isinstance(error, OtherProcessError):
+        error = _OF_LOADERS.get(error.type, Exception)(str(error))
     if isinstance(error, FileNotFoundError) and plan:
         return _of_missing_file(error, plan)
     if isinstance(error, ImportError) and "no known parent package" in str(error) and frames:

@@ -217,12 +217,13 @@ class Judge:
         if not names:
             return None
         reference, other = self._both(case.pair, replace(wish, batch_norm=False))
-        if compare(reference, other).excess(L1) is not None:
+        of_keras = bool(facts.get("of_keras"))  # which takes means in fp32, whatever it is given
+        if compare(reference, other).excess(L2 if of_keras else L1) is not None:
             return None
         # torch's SyncBatchNorm works on GPUs only, and Keras's with TensorFlow only
-        synchronized = case.pair.gpus and not facts.get("of_keras")
+        synchronized = case.pair.gpus and not of_keras
         instead = "SyncBatchNorm" if synchronized else "strategy 'exact'"
-        norms = "LayerNormalization" if facts.get("of_keras") else "GroupNorm, LayerNorm"
+        norms = "LayerNormalization" if of_keras else "GroupNorm, LayerNorm"
         likely = (
             f"BatchNorm ({', '.join(names[:3])}) normalises over each process's own samples: with "
             f"its statistics frozen all agrees. Use a norm over features ({norms}), or {instead}"

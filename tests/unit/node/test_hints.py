@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.node.failures import user_frames
+from dtrain.node.failures import OtherProcessError, user_frames
 from dtrain.node.hints import hint
 from dtrain.rundir import RunDir, write_json
 
@@ -37,7 +37,10 @@ def said_of(code: str, run: RunDir, file: str = "task.py") -> str:
     try:
         exec(compile(code, str(path), "exec"), {"__name__": path.stem, "__package__": ""})
     except Exception as error:
-        return hint(error, user_frames(error.__traceback__), run)
+        said = hint(error, user_frames(error.__traceback__), run)
+        other = OtherProcessError.of(error)  # as a loader process sends it
+        assert not said or hint(other, other.frames, run) == said
+        return said
     raise AssertionError("it raises nothing")
 
 

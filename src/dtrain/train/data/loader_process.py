@@ -7,6 +7,7 @@ another (and waits for it for ever), and knows of a process that is gone only th
 from __future__ import annotations
 
 import errno
+import functools
 import mmap
 import multiprocessing
 import multiprocessing.connection
@@ -150,9 +151,11 @@ def _remove(folder: str, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@functools.cache
 def end_with_rank() -> None:
     """Let this process's end not wait for loader processes, which do not heed its SIGTERM."""
-    multiprocessing.util.Finalize(None, _kill_all, args=(os.getpid(),), exitpriority=100)
+    # after those of a multiprocessing.Pool (15), which ends its processes by itself
+    multiprocessing.util.Finalize(None, _kill_all, args=(os.getpid(),), exitpriority=0)
 
 
 def _kill_all(owner: int) -> None:

@@ -50,10 +50,6 @@ class Given(KerasTask):
         self._model, self._fit = _checked(made, name)
         self.steps_per_epoch = self._fit.get("steps_per_epoch")
 
-    def build_again(self) -> None:
-        """Forget the model that was made: Keras makes others now, as in another precision."""
-        self._model = None
-
     def compiled(self) -> Any:
         """The model; another one when the first has been given away, as after a rollback."""
         if self._model is None:

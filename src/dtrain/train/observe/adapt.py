@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,15 +102,6 @@ def _without_training(call: Any) -> Any:
         return call(*args, training=False, **kwargs)
 
     return frozen
-
-
-def double_for_keras(task: Any) -> None:
-    """Let Keras build in double precision from now on: its layers cast other types back."""
-    if (keras := sys.modules.get("keras")) is not None:
-        keras.config.set_floatx("float64")
-        keras.config.set_dtype_policy("float64")
-        if hasattr(task, "build_again"):
-            task.build_again()
 
 
 def to_double(batch: Any) -> Any:

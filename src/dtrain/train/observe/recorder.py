@@ -115,8 +115,6 @@ class Recorder:
             for name in ("model", "optimizer", "loss", "evaluate", "train_dataset", "eval_dataset")
         }
         wish, own = self._wish, vars(task)
-        if wish.fp64:
-            adapt.double_for_keras(task)
         own["model"] = lambda: self._watch_model(methods["model"]())
         own["optimizer"] = lambda model: self._watch_optimizer(methods["optimizer"](model))
         own["loss"] = self._watched_loss(self._in_precision(methods["loss"]))
