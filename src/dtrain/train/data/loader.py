@@ -121,6 +121,7 @@ class Loader(Generic[_Asked, _Made]):
         if spec.workers > 0:
             loader_process.make_room_for_sockets()
             loader_process.end_with_rank()
+            loader_process.raise_only_where_waited()
             self._guarded = loader_process.Guarded(fetcher, spec.workers)
             self._loader = torch.utils.data.DataLoader(
                 self._guarded,

@@ -23,6 +23,8 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+from torch.utils.data._utils import signal_handling
+
 from dtrain.errors import DtrainError
 from dtrain.node.failures import OtherProcessError, how_it_ended
 from dtrain.procs import die_with_parent
@@ -136,6 +138,14 @@ def _unsent(queue: Any, error: Exception, item: Any) -> None:
     queue.put((index, failed(error)))
 
 
+def raise_only_where_waited() -> None:
+    """Keep torch from raising, wherever the rank is, when a loader process is gone.
+
+    It is told where the rank waits for a batch, at once or after torch's next look, 5 s later.
+    """
+    signal_handling._SIGCHLD_handler_set = True
+
+
 def make_room_for_sockets() -> None:
     """Give loader processes a short folder for their sockets, where TMPDIR is too long for one."""
     config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
@@ -160,7 +170,6 @@ def end_with_rank() -> None:
 
 def _kill_all(owner: int) -> None:
     if os.getpid() == owner:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises
         for child in multiprocessing.active_children():
             if child.daemon:
                 child.kill()
@@ -197,7 +206,7 @@ _OF_LOST = (EOFError, ConnectionError, FileNotFoundError)
 def explained(error: BaseException) -> BaseException | None:
     """What to say instead of an error that a lost loader process has caused; None where none has.
 
-    torch raises one wherever the rank is when it hears of that.
+    torch raises one where the rank waits for a batch.
     """
     _advise(error)
     if isinstance(error, OtherProcessError):
