@@ -21,6 +21,7 @@ from dtrain.testing import run_ranks
 from dtrain.train.context import StopFlag, TrainContext, TrainResult
 from dtrain.train.data.permutation import Permutation
 from dtrain.train.load import load_task
+from dtrain.train.trainers.lightning import trainer
 from dtrain.train.trainers.lightning.module import ModuleTask
 from dtrain.train.trainers.lightning.place import SafeCheckpointIO
 from dtrain.train.trainers.lightning.trainer import LightningTrainer
@@ -205,8 +206,8 @@ def test_a_data_module(tmp_path: Path) -> None:
     check_like_by_hand(done)
 
 
-def set_up(folder: Path, **sections: Any) -> tuple[list[str], list[str], bool]:
-    """What was called of module and data module, and whether averaged weights are right."""
+def set_up(folder: Path, **sections: Any) -> tuple[list[str], list[str], bool, int]:
+    """What was called of module and data module, whether averaged weights are right, warnings."""
     modules: list[Any] = []
     attach = ModuleTask.attach
 
@@ -214,8 +215,10 @@ def set_up(folder: Path, **sections: Any) -> tuple[list[str], list[str], bool]:
         modules[:] = [task.module, task.data_module]
         attach(task, *args)
 
+    told: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModuleTask, "attach", kept)
+        patch.setattr(trainer.logger, "warning", lambda *args: told.append(args))
         done = fit(folder, "ddp", "SetUp", train={"epochs": 1}, **sections)
     module, data = modules
     average: dict[str, torch.Tensor] = {}
@@ -225,7 +228,7 @@ def set_up(folder: Path, **sections: Any) -> tuple[list[str], list[str], bool]:
     right = all(
         torch.allclose(done.parameters[f"net.{name}"], each) for name, each in average.items()
     )
-    return module.called, data.called, right
+    return module.called, data.called, right, len(told)
 
 
 @pytest.mark.parametrize("per_node", [True, False])
@@ -233,8 +236,8 @@ def test_data_are_prepared_and_set_up_once(per_node: bool, tmp_path: Path) -> No
     data = {"data_module": "lightning_modules.py:Data", "data_args": {"n": 50}}
     sections = {"args": {"per_node": per_node}, "lightning": data}
     first, *others = run_ranks(set_up, 2, tmp_path, **sections)
-    assert first == (["prepare_data", "setup fit"], ["prepare_data", "setup fit"], True)
-    assert others == [(["setup fit"], ["setup fit"], True)]
+    assert first == (["prepare_data", "setup fit"], ["prepare_data", "setup fit"], True, 1)
+    assert others == [(["setup fit"], ["setup fit"], True, 0)]
 
 
 @pytest.mark.parametrize("train", [{"epochs": 1}, {"epochs": None, "steps": 2}])

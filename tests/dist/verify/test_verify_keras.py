@@ -42,3 +42,5 @@ def test_batch_normalization_is_named(tmp_path: Path) -> None:
     assert finding.clause == BATCH_NORM
     assert "batch_normalization) normalises over each process's own samples" in finding.likely
     assert "LayerNormalization" in finding.likely
+    said = "".join(path.read_text() for path in tmp_path.rglob("events.jsonl"))
+    assert '"event": "batch_norm"' in said, "a launch by itself says it too"
