@@ -55,10 +55,9 @@ class JobDir:
         """
         return self.path / f"requeue-{restarts}"
 
-    @property
-    def cancel(self) -> Path:
-        """There when someone has cancelled the run: its job is not requeued."""
-        return self.path / "cancel"
+    def cancel(self, first: int) -> Path:
+        """There when someone has cancelled the job that began with attempt `first`."""
+        return self.path / f"cancel-{first}"
 
     def endpoint(self, attempt: int) -> Path:
         """Where the agents of an attempt meet."""
@@ -102,10 +101,9 @@ class RayDir:
         """Why nothing could be started."""
         return self.path / "refusal.json"
 
-    @property
-    def cancel(self) -> Path:
-        """There when someone has cancelled the run."""
-        return self.path / "cancel"
+    def cancel(self, first: int) -> Path:
+        """There when someone has cancelled the job that began with attempt `first`."""
+        return self.path / f"cancel-{first}"
 
     def probe(self, attempt: int) -> Path:
         """A folder in which the driver and every node leave a file for the others to see."""
@@ -118,5 +116,5 @@ class RayDir:
     def clear(self) -> None:
         """Forget what an earlier launch of the run has left."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for path in (self.refusal, self.cancel, self.log):
+        for path in (self.refusal, self.log):
             path.unlink(missing_ok=True)

@@ -263,7 +263,10 @@ def make_plan(
         },
         options=dict(options),
         sources=dict(sources or {}),
-        files=tuple(str(path) for path in (run.job, run.resolved, run.plan, run.handle, run.code)),
+        files=tuple(
+            str(path)
+            for path in (run.job, run.resolved, run.plan, run.handle(facts.attempt), run.code)
+        ),
     )
 
 

@@ -124,16 +124,27 @@ def ignore_stops() -> None:
 def identity(pid: int) -> str | None:
     """A name for process `pid` that no later process will have; None when it has ended.
 
-    Pids are used again, and times of day shift when a clock is set: so the boot and the clock
-    tick in it at which the process started.
+    Pids are used again, and times of day shift when a clock is set: so the boot, the PID
+    namespace, and the clock tick of the boot at which the process started.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        around = _around()
     except OSError:
         return None
     state, *fields = _after_name(stat)
-    return None if state in "ZX" else f"{boot}/{pid}/{fields[18]}"
+    return None if state in "ZX" else f"{around}/{pid}/{fields[18]}"
+
+
+def is_here(identity: str) -> bool:
+    """Whether the process of an identity is of this boot and PID namespace, so that we see it."""
+    return identity.startswith(f"{_around()}/")
+
+
+def _around() -> str:
+    """The boot, and the PID namespace in which we see processes: a container has its own."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
 
 
 def this_process() -> dict[str, Any]:

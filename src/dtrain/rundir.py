@@ -49,10 +49,26 @@ class RunDir:
         """The launch plan, secrets by name only."""
         return self.path / "plan.json"
 
-    @property
-    def secret_env(self) -> Path:
-        """Values of secret variables: readable by the owner only, removed at the end."""
-        return self.path / ".env.json"
+    def secret_env(self, attempt: int) -> Path:
+        """Values of secret variables: readable by the owner only, removed at the end.
+
+        Written when an attempt is launched; those that a job makes by itself have them too.
+        """
+        newest = max((n for n in self._secret_envs() if n <= attempt), default=attempt)
+        return self.path / f".env-{newest}.json"
+
+    def remove_secrets(self, attempt: int) -> None:
+        """Remove the values of secret variables of an attempt that has ended, and of those before.
+
+        Those of a later attempt, which may have begun, stay.
+        """
+        for number in self._secret_envs():
+            if number <= attempt:
+                (self.path / f".env-{number}.json").unlink(missing_ok=True)
+
+    def _secret_envs(self) -> list[int]:
+        names = (path.stem.removeprefix(".env-") for path in self.path.glob(".env-*.json"))
+        return [int(name) for name in names if name.isdecimal()]
 
     @property
     def url_file(self) -> Path:
@@ -68,9 +84,9 @@ class RunDir:
             return None
 
     @property
-    def handle(self) -> Path:
-        """Who runs it: launcher, pids with start times, host."""
-        return self.path / "handle.json"
+    def beat(self) -> Path:
+        """Of a run at a URL: when its driver last said that it lives."""
+        return self.path / "alive.json"
 
     @property
     def code(self) -> Path:
@@ -125,12 +141,16 @@ class RunDir:
         """The job as one attempt had it; `resolved` is that of the newest."""
         return self.attempt(attempt) / "resolved.yaml"
 
+    def handle(self, attempt: int) -> Path:
+        """Who drives an attempt, see `dtrain.attempts`."""
+        return self.attempt(attempt) / "handle.json"
+
     def attempts(self) -> list[int]:
         """The attempts made so far, in order."""
         folder = self.path / "attempts"
         if not folder.is_dir():
             return []
-        return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
+        return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
 
     def node(self, attempt: int, node_rank: int) -> Path:
         """One node's logs."""

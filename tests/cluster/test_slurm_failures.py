@@ -72,7 +72,7 @@ def ours(cluster: Cluster, node: str) -> dict[str, str]:
 def saved(cluster: Cluster, run: RunDir) -> bool:
     """Whether the controller would know after its death that the job of a run has started."""
     state = cluster.files.state / "job_state"
-    return state.exists() and state.stat().st_mtime > run.handle.stat().st_mtime + 3
+    return state.exists() and state.stat().st_mtime > run.handle(0).stat().st_mtime + 3
 
 
 def test_while_the_controller_is_away_the_run_ends_and_following_waits(

@@ -114,7 +114,9 @@ class LauncherContract:
             below = [child for process in processes for child in descendants(process.pid)]
             running = dtrain("status", cwd=tmp_path).stdout
             assert "running" in running
-            assert "still going" in dtrain("resume", cwd=tmp_path).stderr
+            refused = dtrain("resume", cwd=tmp_path)
+            assert refused.returncode == 2
+            assert f"run {run.id} is held by" in refused.stderr
             cancelled = json.loads(dtrain("cancel", "--json", cwd=tmp_path).stdout)
             assert cancelled == {"id": run.id, "was": "running", "state": "cancelled"}
             finish(processes, 30)

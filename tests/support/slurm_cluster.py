@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster import Cluster, missing
+from dtrain.attempts import Handle
 from dtrain.rundir import RunDir
 from support.launch import SLOW, TINY, metrics, started, status, wait_for_step
 
@@ -31,7 +31,9 @@ def submit(cluster: Cluster, *options: str) -> str:
 
 
 def job_of(run: RunDir) -> str:
-    return str(json.loads(run.handle.read_text())["job_id"])
+    handle = Handle.read(run)
+    assert handle is not None
+    return str(handle.job_id)
 
 
 def sha(run: RunDir) -> str:

@@ -26,8 +26,8 @@ def make(root: Path, name: str) -> RunDir:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_folders(tmp_path: Path, name: str) -> None:
     run = make(tmp_path / name, "digits-abc234")
-    rundir.write_json(run.handle, {"a": 1})
-    assert rundir.read_json(run.handle) == {"a": 1}
+    rundir.write_json(run.handle(0), {"a": 1})
+    assert rundir.read_json(run.handle(0)) == {"a": 1}
     assert finding.find_run("digits", tmp_path / name).path == run.path
 
 
@@ -48,9 +48,7 @@ def test_found_by_id_prefix_path_and_last(tmp_path: Path) -> None:
 
 def test_last_is_the_one_started_last(tmp_path: Path) -> None:
     first, second = make(tmp_path, "a-222222"), make(tmp_path, "b-222222")
-    rundir.write_json(second.handle, {})
-    rundir.write_json(first.handle, {})
-    os.utime(second.handle, (1, 1))
+    os.utime(second.resolved, (1, 1))
     assert finding.find_run("last", tmp_path).path == first.path
 
 

@@ -14,9 +14,9 @@ from dtrain.cli.finding import find
 @shared.json_option
 def command(run: str, runs: str, as_json: bool) -> None:
     """End RUN (an id, a unique prefix, or `last`): its workers save and leave at the next step."""
+    from dtrain.attempts import Handle
     from dtrain.errors import UsageError
     from dtrain.launchers import base
-    from dtrain.launchers.base import Handle
     from dtrain.plan import LaunchPlan
 
     found = find(run, runs)

@@ -81,7 +81,7 @@ def find_run(name: str, root: str | os.PathLike[str], shown: str = "") -> RunDir
         raise RunNotFound(f"no runs in {where}; say where with --runs DIR")
     if name == "last":
         # started last, not made last: a resumed run is the newest again
-        return max(runs, key=lambda run: _mtime(run.handle) or _mtime(run.resolved))
+        return max(runs, key=lambda run: run.resolved.stat().st_mtime_ns)
     matches = [run for run in runs if run.id == name] or [
         run for run in runs if run.id.startswith(name)
     ]
@@ -91,7 +91,3 @@ def find_run(name: str, root: str | os.PathLike[str], shown: str = "") -> RunDir
         listed = ", ".join(run.id for run in matches[:6])
         raise RunNotFound(f"{name!r} could be any of {len(matches)} runs: {listed}")
     raise RunNotFound(f"no run {name!r} in {where}; `dtrain runs` lists them")
-
-
-def _mtime(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.exists() else 0

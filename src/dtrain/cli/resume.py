@@ -11,7 +11,6 @@ from dtrain.cli import options as shared
 from dtrain.cli.finding import find
 
 if TYPE_CHECKING:
-    from dtrain.launchers.base import State
     from dtrain.rundir import RunDir
 
 
@@ -27,10 +26,9 @@ def command(run: str, dry_run: bool, quiet: bool, **options: Any) -> int:
     """
     from dtrain.cli.launch import start
     from dtrain.cli.plan import show
-    from dtrain.launchers import base
 
     found = find(run, options["runs"])
-    state = _check(found, options)
+    _check(found, options)
     _refuse_without_effect(options["overrides"])
     prepared = shared.prepare_again(found, options)
     spec = prepared.job.spec
@@ -38,29 +36,27 @@ def command(run: str, dry_run: bool, quiet: bool, **options: Any) -> int:
     if dry_run:
         show(prepared, as_json=False, explain=False)
         return 0
-    if state == "lost":
-        base.conclude_lost(found)
     return start(prepared, quiet)
 
 
-def _check(run: RunDir, options: dict[str, Any]) -> State | None:
-    """The run's state; refuse what makes no sense.
+def _check(run: RunDir, options: dict[str, Any]) -> None:
+    """Refuse what makes no sense for a run that stands as this one.
 
     Of several commands, one a node, only node 0's decides.
     """
+    from dtrain.attempts import Handle, Held
     from dtrain.errors import UsageError
     from dtrain.launchers import base
 
     if options["node_rank"] not in (None, "0"):
-        return None
+        return
     state, _ = base.state_of(run)
     if state == "running":
-        raise UsageError(f"run {run.id} is still going; `dtrain cancel {run.id}` ends it")
+        raise Held(run, Handle.read(run))
     if state == "succeeded" and not any(text.startswith("train") for text in options["overrides"]):
         raise UsageError(
             f"run {run.id} has finished; to train on, give it a new end, as --set train.epochs=20"
         )
-    return state
 
 
 def _refuse_without_effect(overrides: Iterable[str]) -> None:

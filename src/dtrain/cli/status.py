@@ -32,8 +32,8 @@ def command(run: str, runs: str, as_json: bool) -> None:
 def summary(run: RunDir) -> dict[str, Any]:
     """What is known of a run: its state, its place, its last metrics."""
     from dtrain import rundir
+    from dtrain.attempts import Handle
     from dtrain.launchers import base
-    from dtrain.launchers.base import Handle
     from dtrain.plan import LaunchPlan
 
     plan = LaunchPlan.read(run)
@@ -56,7 +56,7 @@ def summary(run: RunDir) -> dict[str, Any]:
         "id": run.id,
         "state": state,
         "exit_code": None if result is None else result.exit_code,
-        "attempt": base.newest_attempt(run) if handle else plan.attempt,
+        "attempt": handle.attempt if handle else plan.attempt,
         "launcher": plan.launcher,
         "strategy": plan.strategy,
         "trainer": plan.trainer,

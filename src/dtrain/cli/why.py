@@ -22,9 +22,9 @@ _STANDS = {
 @shared.json_option
 def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
     """Why RUN (an id, a unique prefix, or `last`) failed."""
+    from dtrain.attempts import Result
     from dtrain.errors import RunNotFound
     from dtrain.launchers import base, told
-    from dtrain.launchers.base import Result
     from dtrain.node import verdict
 
     found = find(run, runs)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import yaml
 
-from dtrain import catalog, procs, rundir, snapshot, variables
-from dtrain.errors import LaunchError, PlanError, UsageError
+from dtrain import catalog, rundir, snapshot, variables
+from dtrain.attempts import Handle, Held, Result, State
+from dtrain.errors import DtrainError, LaunchError, PlanError, UsageError
 from dtrain.job.load import LoadedJob
 from dtrain.job.spec import JobSpec
 from dtrain.job.yamlfile import dump_yaml
@@ -22,9 +20,6 @@ from dtrain.launchers import told
 from dtrain.plan import Facts, LaunchPlan
 from dtrain.remote import runs as remote
 from dtrain.rundir import RunDir
-
-State = Literal["running", "succeeded", "failed", "cancelled", "lost", "prepared"]
-"""`lost`: whoever drove the run died before it could write how it ended."""
 
 
 class Launch(Protocol):
@@ -69,71 +64,6 @@ class Launcher(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Handle:
-    """Who drives a run: handle.json."""
-
-    launcher: str
-    attempt: int
-    host: str
-    pid: int
-    identity: str | None
-    """Of the process, see `procs.identity`: a pid alone may be somebody else's by now."""
-    started: float
-    job_id: str | None = None
-    """Of the batch job that goes on without this process."""
-
-    @classmethod
-    def of_this_process(cls, plan: LaunchPlan) -> Handle:
-        """A handle that names this process as the driver."""
-        return cls(plan.launcher, plan.attempt, started=time.time(), **procs.this_process())
-
-    @classmethod
-    def read(cls, run: RunDir) -> Handle | None:
-        """The run's handle; None when it was never started."""
-        raw = rundir.read_json(run.handle)
-        return None if raw is None else cls(**raw)
-
-    def write(self, run: RunDir) -> None:
-        """Write handle.json."""
-        rundir.write_json(run.handle, asdict(self))
-
-    def claim(self, run: RunDir) -> None:
-        """Write handle.json, of several processes only one; FileExistsError for the others."""
-        aside = run.handle.with_name(f".{run.handle.name}.{secrets.token_hex(8)}")
-        rundir.write_json(aside, asdict(self))
-        try:
-            os.link(aside, run.handle)  # a rename would replace what another has just written
-        finally:
-            aside.unlink()
-
-    def is_alive(self) -> bool:
-        """Whether the driver still runs. From another host that cannot be seen: True there."""
-        if self.host != socket.gethostname():
-            return True
-        return self.identity is not None and procs.identity(self.pid) == self.identity
-
-
-@dataclass(frozen=True)
-class Result:
-    """How an attempt ended: result.json."""
-
-    state: State
-    exit_code: int
-    started: float
-    ended: float
-
-    def write(self, run: RunDir, attempt: int) -> None:
-        """Write result.json."""
-        rundir.write_json(run.result(attempt), asdict(self))
-
-    @classmethod
-    def read(cls, run: RunDir, attempt: int) -> Result | None:
-        """The attempt's result; None while it runs, or when its driver was killed."""
-        raw = rundir.read_json(run.result(attempt))
-        return None if raw is None else cls(**raw)
-
-
 def load(name: str) -> Launcher:
     """The launcher of that name.
 
@@ -151,44 +81,70 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
         plan: the launch.
         job: what is trained.
         job_text: job.yaml as given.
-        handle: of who is to drive the run, written before all else: of several launches with
-            one run id only one gets any further.
+        handle: of who is to drive the attempt, or one node of it, claimed before all else: of
+            several commands only one gets any further.
 
     Raises:
-        UsageError: this is a new launch, and the run exists; nothing is written.
+        UsageError: this is a new launch, and the run exists, or another command drives it.
         PlanError: the URL of runs cannot be written to, or the job's secrets would stand there.
         LaunchError: it cannot be written; says which folder and why.
     """
-    run, is_new = plan.run, plan.attempt == 0
+    run = plan.run
     if plan.run_url:
         _refuse_secrets(job, job_text)
         remote.begin(run, plan.run_url)
     run.create()
-    if is_new and _exists(plan):
-        raise _run_exists(run)
-    hidden = variables.secret(job.launch.env)
-    shown = job.model_copy(
-        update={"launch": job.launch.model_copy(update={"env": variables.masked(job.launch.env)})}
-    )
+    _refuse_existing(plan)
+    claimed = False
     try:
         if handle is not None:
-            handle.claim(run) if is_new else handle.write(run)
-        run.attempt(plan.attempt).mkdir(parents=True, exist_ok=True)
-        rundir.write_atomic(run.job, job_text, mode=0o600 if hidden else 0o644)
-        rundir.write_json(run.plan, plan.to_json())
-        if hidden:
-            rundir.write_atomic(run.secret_env, json.dumps(hidden), mode=0o600)
-        for path in (run.resolved_of(plan.attempt), run.resolved):  # the last makes it a run
-            rundir.write_atomic(path, dump_yaml(shown.said()))
-    except FileExistsError:
-        raise _run_exists(run) from None
+            _claim(plan, handle)
+            claimed = plan.is_of_node_zero
+        remote.go_ahead(run)
+        _write(plan, job, job_text)
     except OSError as error:
-        if handle is not None and is_new:
-            run.handle.unlink(missing_ok=True)  # nothing was started
+        if claimed:
+            run.handle(plan.attempt).unlink(missing_ok=True)  # nothing was started
         raise LaunchError(
             f"cannot write the run directory {run.path}: {error.strerror}; "
             "choose another place with --runs DIR"
         ) from error
+
+
+def _claim(plan: LaunchPlan, handle: Handle) -> None:
+    """Be the one who drives the attempt, and conclude the one before, whose driver was killed."""
+    run = plan.run
+    if not plan.is_of_node_zero:
+        handle.claim_node(run, int(plan.options["node_rank"]))
+        return
+    before = Handle.read(run)
+    handle.claim(run)
+    try:
+        remote.claim(run, run.handle(plan.attempt))
+    except FileExistsError:
+        run.handle(plan.attempt).unlink()
+        raise Held(run, remote.holder(run, plan.attempt)) from None
+    except DtrainError:
+        run.handle(plan.attempt).unlink()
+        raise
+    if before is not None:
+        Result("lost", 1, before.started, time.time()).write(run, before.attempt)
+        run.remove_secrets(before.attempt)
+
+
+def _write(plan: LaunchPlan, job: JobSpec, job_text: str) -> None:
+    run = plan.run
+    hidden = variables.secret(job.launch.env)
+    shown = job.model_copy(
+        update={"launch": job.launch.model_copy(update={"env": variables.masked(job.launch.env)})}
+    )
+    run.attempt(plan.attempt).mkdir(parents=True, exist_ok=True)
+    rundir.write_atomic(run.job, job_text, mode=0o600 if hidden else 0o644)
+    rundir.write_json(run.plan, plan.to_json())
+    if hidden:
+        rundir.write_atomic(run.secret_env(plan.attempt), json.dumps(hidden), mode=0o600)
+    for path in (run.resolved_of(plan.attempt), run.resolved):  # the last makes it a run
+        rundir.write_atomic(path, dump_yaml(shown.said()))
 
 
 def _refuse_secrets(job: JobSpec, job_text: str) -> None:
@@ -204,20 +160,23 @@ def _refuse_secrets(job: JobSpec, job_text: str) -> None:
         )
 
 
-def _exists(plan: LaunchPlan) -> bool:
-    """Whether a run of this id was launched before, by a command or by hand.
+def _refuse_existing(plan: LaunchPlan) -> None:
+    """Refuse a new launch of a run that was launched before, by a command or by hand.
 
     Of several commands, one a node, only node 0's can tell another launch from its own.
     """
-    if not plan.is_of_node_zero:
-        return Result.read(plan.run, 0) is not None
-    return Handle.read(plan.run) is not None or told.has_trained(plan.run)
-
-
-def _run_exists(run: RunDir) -> UsageError:
-    return UsageError(
-        f"run {run.id} exists; go on with: dtrain resume {run.id}, or give another --run-id"
-    )
+    if plan.attempt > 0:
+        return
+    run, exists = plan.run, Result.read(plan.run, 0) is not None
+    if plan.is_of_node_zero:
+        holder = Handle.read(run)
+        if holder is not None and Result.read(run, holder.attempt) is None and holder.is_alive(run):
+            raise Held(run, holder)
+        exists = holder is not None or told.has_trained(run)
+    if exists:
+        raise UsageError(
+            f"run {run.id} exists; go on with: dtrain resume {run.id}, or give another --run-id"
+        )
 
 
 def keep_code(plan: LaunchPlan) -> None:
@@ -236,32 +195,16 @@ def state_of(run: RunDir) -> tuple[State, Result | None]:
         from dtrain.launchers import by_hand
 
         return by_hand.state_of(run)
-    result = Result.read(run, newest_attempt(run))
+    result = Result.read(run, handle.attempt)
     if result is not None:
         return result.state, result
     if load(handle.launcher).is_running(run):
         return "running", None
-    result = Result.read(run, newest_attempt(run))  # written by whoever saw the end first
+    result = Result.read(run, handle.attempt)  # written by whoever saw the end first
     if result is None:
-        run.secret_env.unlink(missing_ok=True)  # whoever would have removed it was killed
+        run.remove_secrets(handle.attempt)  # whoever would have done so was killed
         return "lost", None
     return result.state, result
-
-
-def newest_attempt(run: RunDir) -> int:
-    """The attempt that is going or was the last: a batch job makes further ones by itself."""
-    handle = Handle.read(run)
-    if handle is None:
-        return 0
-    return handle.attempt if handle.job_id is None else max([handle.attempt, *run.attempts()])
-
-
-def conclude_lost(run: RunDir) -> None:
-    """Write a result for an attempt whose driver was killed, so that the next can begin."""
-    handle = Handle.read(run)
-    attempt = newest_attempt(run)
-    if handle is not None and Result.read(run, attempt) is None:
-        Result("lost", 1, handle.started, time.time()).write(run, attempt)
 
 
 def with_secrets(job: LoadedJob, run: RunDir) -> LoadedJob:
@@ -285,9 +228,10 @@ def next_attempt(run: RunDir) -> int:
 
     Where node 0 has begun it already, it is the one that is going.
     """
-    if Handle.read(run) is None and not told.has_trained(run):
+    handle = Handle.read(run)
+    if handle is None and not told.has_trained(run):
         return 0
-    newest = newest_attempt(run)
+    newest = 0 if handle is None else handle.attempt
     return newest if state_of(run)[0] == "running" else newest + 1
 
 

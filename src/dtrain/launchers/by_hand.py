@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 from dtrain import rundir
+from dtrain.attempts import Handle, Result, State
 from dtrain.launchers import told
-from dtrain.launchers.base import Handle, Result, State
 from dtrain.node import failures, verdict
 from dtrain.plan import LaunchPlan
 from dtrain.rundir import RunDir
@@ -25,7 +25,7 @@ def state_of(run: RunDir) -> tuple[State, Result | None]:
     state, code = _judge(run, started, ended)
     if state == "running":
         return state, None
-    run.secret_env.unlink(missing_ok=True)
+    run.remove_secrets(_ATTEMPT)
     if state == "lost":
         return state, None
     return state, Result(state, code, started["time"], (ended or {"time": time.time()})["time"])
@@ -41,8 +41,8 @@ def _judge(run: RunDir, started: dict[str, Any], ended: dict[str, Any] | None) -
     if found is not None and newest > started["time"]:
         again = found.restarts < LaunchPlan.read(run).max_restarts
         return ("running", 0) if again else ("failed", found.exit_code)
-    process = Handle("torchrun", _ATTEMPT, started=started["time"], **started["process"])
-    return ("running" if process.is_alive() else "lost"), 1
+    process = Handle("torchrun", _ATTEMPT, _ATTEMPT, started=started["time"], **started["process"])
+    return ("running" if process.is_alive(run) else "lost"), 1
 
 
 def _newest(run: RunDir, kind: str) -> dict[str, Any] | None:

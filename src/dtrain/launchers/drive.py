@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from types import FrameType
 from typing import Any, Protocol
 
-from dtrain import catalog, rundir
+from dtrain import attempts, catalog, rundir
+from dtrain.attempts import Handle, Result, State
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base, told
-from dtrain.launchers.base import Handle, Launch, Launcher, Result, State
+from dtrain.launchers.base import Launch, Launcher
+from dtrain.launchers.stopping import Stop, Stopping, stop_requests
 from dtrain.node import failures, verdict
 from dtrain.node.failures import FailureRecord
 from dtrain.node.verdict import Verdict
@@ -26,7 +26,6 @@ from dtrain.remote import runs as remote
 from dtrain.remote.mirror import LAUNCH
 
 _TICK_S = 0.05
-_KILL_AFTER_S = 5.0  # past the workers' own stop_timeout
 
 
 class Console(Protocol):
@@ -45,43 +44,6 @@ class Console(Protocol):
         """Show the rest; nothing more will come."""
 
 
-class Stop:
-    """Ctrl-C and SIGTERM: the first asks the workers to leave in order, the second kills."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.count = 0
-
-    def __call__(self, number: int, _frame: FrameType | None) -> None:
-        """Count a signal; the handler of all of them."""
-        self.signal = self.signal or number
-        self.count += 1
-
-
-class Stopping:
-    """Passes requests to stop on: the first in order, the second or a lack of patience by force."""
-
-    def __init__(self, stop: Stop, patience_s: float, say: Callable[[str], None]) -> None:
-        self._stop = stop
-        self._patience_s = patience_s
-        self._say = say
-        self._asked = 0
-        self._deadline = float("inf")
-
-    def pass_on(self, launches: Iterable[Launch]) -> None:
-        """Do what was asked for since the last call."""
-        launches = list(launches)
-        if self._stop.count and not self._asked:
-            self._asked = self._stop.count
-            self._deadline = time.monotonic() + self._patience_s + _KILL_AFTER_S
-            self._say("stopping: the workers leave at the next step; again to kill them now")
-            for launch in launches:
-                launch.stop()
-        if self._stop.count > max(self._asked, 1) or time.monotonic() > self._deadline:
-            for launch in launches:
-                launch.kill()
-
-
 def drive(
     plan: LaunchPlan,
     job: JobSpec,
@@ -98,14 +60,16 @@ def drive(
     `launcher`, that one starts it: the plan's, but made by the caller.
 
     Raises:
-        UsageError: there is such a run already.
+        UsageError: there is such a run already, or another command drives it.
         LaunchError: the launch cannot be started.
     """
     started = time.time()
     with stop_requests() as stop:
-        handle = Handle.of_this_process(plan) if plan.is_of_node_zero else None
-        base.prepare(plan, job, job_text, handle)
-        with remote.kept(plan.run, console.say, only=_answered_for(plan)):
+        base.prepare(plan, job, job_text, Handle.of_this_process(plan.launcher, plan.attempt))
+        with (
+            attempts.beating(plan.run, plan.attempt),
+            remote.kept(plan.run, console.say, only=_answered_for(plan)),
+        ):
             return _drive(
                 plan, launcher or base.load(plan.launcher), console, stop, started, detach
             )
@@ -130,7 +94,7 @@ def _drive(
     finally:
         launch.kill()
         console.close()
-    plan = replace(plan, attempt=base.newest_attempt(plan.run))
+    plan = replace(plan, attempt=attempts.newest_of(plan.run, plan.attempt))
     state, code = _conclude(plan, code, stop, console)
     if state == "succeeded":
         console.say(_closing(plan, time.time() - started))
@@ -297,24 +261,10 @@ def finish(plan: LaunchPlan, result: Result, say: Callable[[str], None]) -> None
     run = plan.run
     if not plan.is_of_node_zero:
         return
-    run.secret_env.unlink(missing_ok=True)
+    run.remove_secrets(plan.attempt)
     shutil.rmtree(failures.spill(run, plan.attempt), ignore_errors=True)
-    rundir.note_event(run, "ended", state=result.state, exit_code=result.exit_code)
     try:
-        result.write(run, plan.attempt)
+        if result.write(run, plan.attempt):
+            rundir.note_event(run, "ended", state=result.state, exit_code=result.exit_code)
     except OSError as error:
         say(f"cannot write {run.result(plan.attempt)}: {error.strerror}")
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[Stop]:
-    """While it lasts, Ctrl-C and the like are counted instead of ending us."""
-    stop = Stop()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield stop
-    finally:
-        sys.stdout.flush()
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dtrain import ports, procs, rundir
+from dtrain.attempts import Handle
 from dtrain.errors import LaunchError, UsageError
 from dtrain.launchers import base
-from dtrain.launchers.base import Handle
 from dtrain.plan import Command, Facts, LaunchPlan
-from dtrain.remote.runs import is_silent
 from dtrain.rundir import RunDir
 from dtrain.variables import HASH_SEED, inherited_env
 
@@ -59,21 +58,19 @@ class LocalLauncher:
     def is_running(self, run: RunDir) -> bool:
         """See `Launcher.is_running`."""
         handle = Handle.read(run)
-        if handle is None or not handle.is_alive():
-            return False
-        return handle.host == socket.gethostname() or not is_silent(run)
+        return handle is not None and handle.is_alive(run)
 
     def cancel(self, run: RunDir, timeout_s: float) -> None:
         """See `Launcher.cancel`: the driver ends its nodes, and dies with them if it must."""
         handle = Handle.read(run)
-        if handle is None or not handle.is_alive():
+        if handle is None or not handle.is_alive(run):
             return
-        if handle.host != socket.gethostname():
+        if not handle.is_here:
             raise UsageError(f"run {run.id} is driven from {handle.host}; cancel it there")
         os.kill(handle.pid, signal.SIGTERM)
-        if not base.wait_until(lambda: not handle.is_alive(), timeout_s):
+        if not base.wait_until(lambda: not handle.is_alive(run), timeout_s):
             os.kill(handle.pid, signal.SIGKILL)  # the nodes and workers die with it
-            base.wait_until(lambda: not handle.is_alive(), timeout_s)
+            base.wait_until(lambda: not handle.is_alive(run), timeout_s)
 
 
 class NodeProcess:

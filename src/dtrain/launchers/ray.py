@@ -10,7 +10,7 @@ import subprocess
 import time
 from dataclasses import replace
 
-from dtrain import procs, snapshot
+from dtrain import attempts, procs, snapshot
 from dtrain.errors import LaunchError, PlanError
 from dtrain.jobdir import RayDir
 from dtrain.launchers import base, ray_jobs, ray_word, travel
@@ -167,7 +167,7 @@ class DriverProcess:
     def _explain(self, code: int) -> None:
         """Leave a record where the driver itself was killed, or fell with the cluster."""
         run = self._plan.run
-        attempt = base.newest_attempt(run)
+        attempt = attempts.newest_of(run, self._plan.attempt)
         address = self._plan.options["address"]
         if address and address != "auto" and not _listens(address):
             ray_word.record_head_lost(run, attempt, address)

@@ -21,7 +21,7 @@ from dtrain.variables import MASK
 
 def variables(plan: LaunchPlan) -> dict[str, str]:
     """The job's variables, secret ones too, with which workers reach the place of runs."""
-    secret: dict[str, str] = rundir.read_json(plan.run.secret_env) or {}
+    secret: dict[str, str] = rundir.read_json(plan.run.secret_env(plan.attempt)) or {}
     return {**{n: v for n, v in plan.worker_env.items() if v != MASK}, **secret}
 
 
@@ -33,7 +33,7 @@ def package(plan: LaunchPlan, attempt: int) -> bytes:
     run = plan.run
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        hidden = [path for path in (run.url_file, run.secret_env) if path.exists()]
+        hidden = [path for path in (run.url_file, run.secret_env(attempt)) if path.exists()]
         here = [path for path in run.path.glob("[!.]*") if path.is_file()] + hidden
         placement = RayDir(run).placement(attempt)
         for path in (*sorted(here), placement, *sorted((run.path / "tensorboard").rglob("*"))):

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain import rundir
+from dtrain.attempts import Handle, Held, Result
 from dtrain.errors import DtrainError, LaunchError
 from dtrain.launchers import ray_word
-from dtrain.launchers.base import Handle, Result
 from dtrain.launchers.ray_options import RayOptions
 from dtrain.node import verdict
 from dtrain.plan import LaunchPlan
@@ -206,7 +206,12 @@ class Driver:
             if placed is None:
                 return _STOPPED
             if attempt > first:
-                self._begin_attempt(attempt)
+                try:
+                    self._begin_attempt(attempt)
+                except Held as held:
+                    self._say(f"the run cannot go on by itself: {held}")
+                    return code
+                self._conclude(attempt - 1, code)
             self._newest = attempt
             outcome, names = self._attempt(attempt, placed)
             code = _STOPPED if self._stops and outcome.lost else outcome.code
@@ -216,8 +221,9 @@ class Driver:
             placing.free(placed)
             if not outcome.lost or self._stops or attempt - first >= self._options.relaunch:
                 return code
-            self._conclude(attempt, code, names, list(outcome.lost))
             attempt += 1
+            who = ", ".join(f"node {rank} ({names[rank]})" for rank in outcome.lost)
+            self._say(f"{who} was lost; going on from the last checkpoint in attempt {attempt}")
 
     def _attempt(self, attempt: int, placed: Placed) -> tuple[Outcome, list[str]]:
         """Start and watch an attempt; how it ended, and the names of its nodes."""
@@ -248,21 +254,22 @@ class Driver:
                 return
 
     def _begin_attempt(self, attempt: int) -> None:
-        run = self._plan.run
-        run.attempt(attempt).mkdir(parents=True, exist_ok=True)
-        handle = Handle.read(run)
-        if handle is not None:
-            replace(handle, attempt=attempt).write(run)
+        """Take the next attempt, while the one before has no result: nobody else comes between."""
+        run, first = self._plan.run, self._plan.attempt
+        # none is here where the command that has submitted the job does not share our disk
+        handle = Handle.read(run) or Handle.of_this_process(self._plan.launcher, first)
+        if handle.first != first:
+            raise Held(run, handle)
+        job_id = f"{self._plan.run_id}-{first}" if self._in_job else None
+        replace(handle, attempt=attempt, started=time.time(), job_id=job_id).claim(run)
 
-    def _conclude(self, attempt: int, code: int, names: list[str], lost: list[int]) -> None:
+    def _conclude(self, attempt: int, code: int) -> None:
         """Keep why an attempt ended that another follows."""
         run = self._plan.run
         judged = verdict.judge(run, attempt)
         if judged is not None:
             verdict.write(run, attempt, judged)
         Result("failed", code, self._began, time.time()).write(run, attempt)
-        who = ", ".join(f"node {rank} ({names[rank]})" for rank in lost)
-        self._say(f"{who} was lost; going on from the last checkpoint in attempt {attempt + 1}")
 
     def _say(self, text: str) -> None:
         rundir.note_event(self._plan.run, "waiting", what=text)

@@ -11,11 +11,11 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from dtrain import rundir
+from dtrain import attempts, rundir
+from dtrain.attempts import Handle
 from dtrain.errors import LaunchError, PlanError
 from dtrain.jobdir import RayDir
 from dtrain.launchers import base, drive, ray_mirror, ray_package, ray_word
-from dtrain.launchers.base import Handle
 from dtrain.launchers.ray_options import RayOptions
 from dtrain.node import failures
 from dtrain.node.failures import FailureRecord
@@ -64,7 +64,7 @@ def submit(plan: LaunchPlan) -> JobLaunch:
         DtrainError: it is too large, has secrets that cannot travel, or is refused.
     """
     options = RayOptions.of(plan.options)
-    if (options.runs or plan.run_url) and plan.run.secret_env.exists():
+    if (options.runs or plan.run_url) and plan.run.secret_env(plan.attempt).exists():
         raise PlanError(
             "secret variables cannot travel with a Ray job, whose files others can read: set "
             "them on the cluster, or have it share the folder of runs"
@@ -85,7 +85,8 @@ def submit(plan: LaunchPlan) -> JobLaunch:
         )
     except Exception as error:
         raise LaunchError(f"Ray refuses the job: {_first_line(error)}") from error
-    replace(Handle.of_this_process(plan), job_id=job_id).write(plan.run)
+    handle = Handle.of_this_process(plan.launcher, plan.attempt)
+    replace(handle, job_id=job_id).write(plan.run)
     rundir.note_event(plan.run, "submitted", job_id=job_id, attempt=plan.attempt)
     return JobLaunch(plan, job_id)
 
@@ -108,6 +109,7 @@ class JobLaunch:
         self._plan = plan
         self._options = RayOptions.of(plan.options)
         self._job_id = job_id
+        self._cancel = RayDir(plan.run).cancel(plan.attempt)
         self._client: Any = None
         self._status, self._message = "PENDING", ""
         self._said = ""
@@ -141,9 +143,9 @@ class JobLaunch:
         run = self._plan.run
         if self._status == "SUCCEEDED":
             return 0
-        if self._status == "STOPPED" or RayDir(run).cancel.exists():
+        if self._status == "STOPPED" or self.was_cancelled:
             return _STOPPED
-        attempt = base.newest_attempt(run)
+        attempt = attempts.newest_of(run, self._plan.attempt)
         if not failures.read_all(run, attempt):
             FailureRecord(
                 kind="agent",
@@ -157,8 +159,8 @@ class JobLaunch:
 
     def stop(self) -> None:
         """See `Launch.stop`."""
-        RayDir(self._plan.run).path.mkdir(exist_ok=True)
-        RayDir(self._plan.run).cancel.touch()
+        self._cancel.parent.mkdir(exist_ok=True)
+        self._cancel.touch()
         self._ask_at = 0.0
         with contextlib.suppress(Exception):  # it does not answer: it is asked again by `kill`
             self._server().stop_job(self._job_id)
@@ -167,6 +169,11 @@ class JobLaunch:
         """See `Launch.kill`: Ray itself kills what has not left in order."""
         if self._status not in _OVER:
             self.stop()
+
+    @property
+    def was_cancelled(self) -> bool:
+        """Whether someone has asked for its end."""
+        return self._cancel.exists()
 
     @property
     def words(self) -> str:
@@ -216,7 +223,7 @@ def launch_of(run: RunDir) -> JobLaunch | None:
     handle = Handle.read(run)
     if handle is None or handle.job_id is None:
         return None
-    return JobLaunch(LaunchPlan.read(run), handle.job_id)
+    return JobLaunch(replace(LaunchPlan.read(run), attempt=handle.first), handle.job_id)
 
 
 def is_running(run: RunDir) -> bool:
@@ -226,9 +233,8 @@ def is_running(run: RunDir) -> bool:
         return False
     if not launch.is_over():
         return True
-    plan = replace(LaunchPlan.read(run), attempt=base.newest_attempt(run))
-    code = launch.exit_code()
-    drive.settle(plan, code, handle.started, cancelled=RayDir(run).cancel.exists())
+    plan = replace(LaunchPlan.read(run), attempt=handle.attempt)
+    drive.settle(plan, launch.exit_code(), handle.started, cancelled=launch.was_cancelled)
     return False
 
 

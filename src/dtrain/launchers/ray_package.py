@@ -36,7 +36,11 @@ def pack(plan: LaunchPlan) -> Path:
     travel.check_size(tree, options.upload_limit, options.excludes)
     inside = tree / FOLDER
     inside.mkdir()
-    for path in (run.resolved, run.plan, *([] if run.secret_env.exists() else [run.job])):
+    for path in (
+        run.resolved,
+        run.plan,
+        *([] if run.secret_env(plan.attempt).exists() else [run.job]),
+    ):
         shutil.copy2(path, inside / path.name)
     (inside / "link.json").write_text(json.dumps(os.readlink(link)))
     return tree

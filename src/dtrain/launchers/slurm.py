@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dtrain import rundir, snapshot
+from dtrain.attempts import Handle
 from dtrain.errors import LaunchError, PlanError
 from dtrain.jobdir import JobDir
 from dtrain.launchers import (
@@ -26,7 +26,7 @@ from dtrain.launchers import (
     slurm_submitit,
     slurm_watch,
 )
-from dtrain.launchers.base import Handle, Launch
+from dtrain.launchers.base import Launch
 from dtrain.launchers.local import LocalLauncher
 from dtrain.launchers.slurm_options import SlurmOptions
 from dtrain.launchers.slurm_watch import Job, Unreachable, Watcher
@@ -103,7 +103,7 @@ class SlurmLauncher:
             _write(plan, cut)
             by = slurm_submitit if plan.options["submit"] == "submitit" else slurm_submit
             job_id = by.submit(plan)
-        handle = Handle.of_this_process(plan)
+        handle = Handle.of_this_process(plan.launcher, plan.attempt)
         return _note_submitted(plan, job_id, handle, Watcher())
 
     def preview_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
@@ -121,9 +121,9 @@ class SlurmLauncher:
                 _write(plan, cut)
             job_ids = slurm_array.submit(plans, at_once)
         watcher = slurm_watch.shared_watcher()
-        handles = [replace(Handle.of_this_process(plan), identity=None) for plan in plans]
+        handles = [Handle.of_this_process(plan.launcher, plan.attempt) for plan in plans]
         return [
-            _note_submitted(plan, job_id, handle, watcher)
+            _note_submitted(plan, job_id, replace(handle, identity=None), watcher)
             for plan, job_id, handle in zip(plans, job_ids, handles, strict=True)
         ]
 
@@ -133,20 +133,19 @@ class SlurmLauncher:
         if handle is None:
             return False
         if handle.job_id is None:  # not submitted yet, or on this machine
-            return handle.is_alive()
-        if handle.host == socket.gethostname() and handle.is_alive():
+            return handle.is_alive(run)
+        if handle.is_here and handle.is_alive(run):
             return True
-        ended = JobDir(run).end(base.newest_attempt(run)).exists()
+        ended = JobDir(run).end(handle.attempt).exists()
         try:
             job = slurm_watch.glance(handle.job_id, now=ended)
         except Unreachable:
             return True
         if not job.is_over:
             return True
-        plan = slurm_end.at_newest_attempt(LaunchPlan.read(run))
+        plan = replace(LaunchPlan.read(run), attempt=handle.attempt)
         code = slurm_end.exit_code(plan, job)
-        cancelled = JobDir(run).cancel.exists()
-        drive.settle(plan, code, handle.started, cancelled=cancelled)
+        drive.settle(plan, code, handle.started, cancelled=slurm_end.was_cancelled(plan))
         return False
 
     def describe(self, run: RunDir) -> dict[str, str]:
@@ -167,11 +166,12 @@ class SlurmLauncher:
         if handle.job_id is None:
             LocalLauncher().cancel(run, timeout_s)
             return
-        if handle.host == socket.gethostname() and handle.is_alive():
+        if handle.is_here and handle.is_alive(run):
             os.kill(handle.pid, signal.SIGTERM)
-            if base.wait_until(lambda: not handle.is_alive(), timeout_s):
+            if base.wait_until(lambda: not handle.is_alive(run), timeout_s):
                 return
-        launch = SlurmLaunch(LaunchPlan.read(run), handle.job_id, Watcher())
+        plan = replace(LaunchPlan.read(run), attempt=handle.first)
+        launch = SlurmLaunch(plan, handle.job_id, Watcher())
         launch.stop()
         if not base.wait_until(lambda: launch.poll() is not None, timeout_s):
             launch.kill()
@@ -186,6 +186,7 @@ class SlurmLaunch:
         self._plan = plan
         self._job_id = job_id
         self._watcher = watcher
+        self._cancel = JobDir(plan.run).cancel(plan.attempt)
         self.said = ""
         """How the job stands, for people."""
         self._killed = False
@@ -205,7 +206,7 @@ class SlurmLaunch:
 
     def stop(self) -> None:
         """See `Launch.stop`: the agents of a running job are asked, a waiting job is withdrawn."""
-        JobDir(self._plan.run).cancel.touch()
+        self._cancel.touch()
         job = self._watcher.job(self._job_id, now=True)
         if job.state == "RUNNING":
             slurm_watch.ask("scancel", "--signal=TERM", self._job_id)
@@ -217,7 +218,7 @@ class SlurmLaunch:
         if self._killed or self._watcher.job(self._job_id).is_over:
             return
         self._killed = True
-        JobDir(self._plan.run).cancel.touch()
+        self._cancel.touch()
         slurm_watch.ask("scancel", self._job_id)
 
     def _requeued(self, plan: LaunchPlan, job: Job) -> bool:
@@ -244,7 +245,7 @@ class SlurmLaunch:
         where = "".join(f"; {place}" for place in places if place)
         _record_refusal(self._plan, f"Slurm never starts it: {why} ({job.reason}){where}")
         self.kill()
-        JobDir(self._plan.run).cancel.unlink(missing_ok=True)
+        self._cancel.unlink(missing_ok=True)
 
 
 def _write(plan: LaunchPlan, cut: str) -> None:

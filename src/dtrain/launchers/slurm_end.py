@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import time
+from dataclasses import replace
 
-from dtrain import rundir
+from dtrain import attempts, rundir
+from dtrain.attempts import Handle
 from dtrain.jobdir import JobDir
-from dtrain.launchers import base
 from dtrain.launchers.slurm_watch import Job
 from dtrain.node import failures
 from dtrain.node.failures import FailureRecord, Kind
@@ -44,7 +45,7 @@ def was_to_go_on(plan: LaunchPlan, job: Job) -> bool:
         and end is not None
         and end["left"]
         and folder.requeue(job.restarts).exists()
-        and not folder.cancel.exists()
+        and not was_cancelled(plan)
     )
 
 
@@ -59,7 +60,7 @@ def exit_code(plan: LaunchPlan, job: Job) -> int:
     end = rundir.read_json(folder.end(plan.attempt))
     if end is not None and not end["left"]:
         return int(end["exit_code"])
-    if folder.cancel.exists() or job.state == "CANCELLED":
+    if was_cancelled(plan) or job.state == "CANCELLED":
         return _STOPPED
     records = failures.read_all(plan.run, plan.attempt)
     if end is not None and job.state != "FAILED":  # then another node has failed, and it had to
@@ -119,7 +120,11 @@ def _last_words(folder: JobDir, job: Job) -> str:
 
 
 def at_newest_attempt(plan: LaunchPlan) -> LaunchPlan:
-    """The plan with the attempt that the job has come to."""
-    from dataclasses import replace
+    """The plan of a submitted job with the attempt that the job has come to."""
+    return replace(plan, attempt=attempts.newest_of(plan.run, plan.attempt))
 
-    return replace(plan, attempt=base.newest_attempt(plan.run))
+
+def was_cancelled(plan: LaunchPlan) -> bool:
+    """Whether someone has asked for the end of the job that has made an attempt."""
+    handle = Handle.read(plan.run, plan.attempt)
+    return handle is not None and JobDir(plan.run).cancel(handle.first).exists()

@@ -42,7 +42,7 @@ def write(plan: LaunchPlan) -> None:
     """Make a place for the job's logs, and write the batch script unless submitit writes one."""
     folder = JobDir(plan.run)
     folder.path.mkdir(parents=True, exist_ok=True)
-    for wish in (folder.cancel, *folder.path.glob(folder.requeue("*").name)):
+    for wish in folder.path.glob(folder.requeue("*").name):
         wish.unlink(missing_ok=True)
     if plan.options["submit"] == "sbatch":
         rundir.write_atomic(folder.script, slurm_script.render(plan), mode=0o755)

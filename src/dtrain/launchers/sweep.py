@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from dtrain.attempts import Handle
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base, drive
-from dtrain.launchers.base import Handle, Launch
+from dtrain.launchers.base import Launch
+from dtrain.launchers.stopping import Stop, Stopping, stop_requests
 from dtrain.plan import LaunchPlan
 
 _TICK_S = 0.2
@@ -72,9 +74,10 @@ def drive_array(
     written: list[LaunchPlan] = []
     try:
         for element in elements:
-            handle = Handle.of_this_process(element.plan)  # until the array is submitted
-            base.prepare(element.plan, element.job, element.job_text, handle)
-            written.append(element.plan)
+            plan = element.plan
+            handle = Handle.of_this_process(plan.launcher, plan.attempt)  # until it is submitted
+            base.prepare(plan, element.job, element.job_text, handle)
+            written.append(plan)
             tell(f"{element.plan.run_id}: {element.chosen}")
         launches = launcher.start_array(plans, at_once)
     except DtrainError as error:
@@ -84,7 +87,7 @@ def drive_array(
     if detach:
         say(f"submitted {len(plans)} runs; `dtrain runs` lists them")
         return 0
-    with drive.stop_requests() as stop:
+    with stop_requests() as stop:
         return _Follower(elements, launches, say, tell).follow(stop)
 
 
@@ -105,9 +108,9 @@ class _Follower:
         self._say = say
         self._tell = tell
 
-    def follow(self, stop: drive.Stop) -> int:
+    def follow(self, stop: Stop) -> int:
         patience_s = max(element.plan.stop_timeout_s for element in self._elements.values())
-        stopping = drive.Stopping(stop, patience_s, self._say)
+        stopping = Stopping(stop, patience_s, self._say)
         while self._live:
             self._look()
             stopping.pass_on(self._live.values())

@@ -104,6 +104,7 @@ def _without_ray(environ: dict[str, str]) -> dict[str, str]:
 
 def _serve_in_job(plan: LaunchPlan, environ: dict[str, str]) -> int:
     """Be one node of a batch job; the exit code."""
+    from dtrain.attempts import Held
     from dtrain.errors import LaunchError
     from dtrain.node import slurm
     from dtrain.variables import inherited_env
@@ -111,6 +112,9 @@ def _serve_in_job(plan: LaunchPlan, environ: dict[str, str]) -> int:
     try:
         slurm.refuse_endless(plan)
         place = slurm.take_place(plan, environ)
+    except Held as error:  # what is in the run's directory is the other's
+        print(f"dtrain: {error}", file=sys.stderr)
+        return error.exit_code
     except LaunchError as error:
         print(f"dtrain: {error}", file=sys.stderr)
         slurm.record(plan, int(environ.get("SLURM_NODEID", 0)), error)

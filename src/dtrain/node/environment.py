@@ -52,7 +52,7 @@ def worker_environment(
         **_network(plan),
         **_simulated_gpus(plan, group.group_rank),
         **{name: value for name, value in plan.worker_env.items() if value != MASK},
-        **(rundir.read_json(plan.run.secret_env) or {}),
+        **(rundir.read_json(plan.run.secret_env(plan.attempt)) or {}),
         **{name: str(value) for name, value in settled.items()},
     }
 

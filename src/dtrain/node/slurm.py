@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
-from dtrain import ports, rundir
+from dtrain import attempts, ports, rundir
 from dtrain.errors import LaunchError
 from dtrain.jobdir import JobDir
 from dtrain.node.failures import FailureRecord
@@ -43,6 +43,7 @@ def take_place(plan: LaunchPlan, environ: Mapping[str, str]) -> Place:
 
     Raises:
         LaunchError: this is no job step, it has another size, or its head cannot be found.
+        Held: another command or job drives the run.
     """
     node_rank = int(environ.get("SLURM_NODEID", -1))
     nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
@@ -65,6 +66,7 @@ def take_place(plan: LaunchPlan, environ: Mapping[str, str]) -> Place:
     )
     job = _job_of(environ)
     if node_rank == 0:
+        attempts.go_on(plan.run, plan.attempt, _job_id(environ))
         return _be_head(plan, job, environ)
     found = JobDir(plan.run).await_endpoint(plan.attempt, _patience(plan))
     if found is None or found["job"] != job:
@@ -75,6 +77,13 @@ def take_place(plan: LaunchPlan, environ: Mapping[str, str]) -> Place:
 
 def _patience(plan: LaunchPlan) -> float:
     return min(plan.join_timeout_s, _MOST_ENDPOINT_S)
+
+
+def _job_id(environ: Mapping[str, str]) -> str:
+    """As `dtrain` knows it from submitting the job: an array's elements are `ARRAY_INDEX`."""
+    array = environ.get("SLURM_ARRAY_JOB_ID")
+    index = environ.get("SLURM_ARRAY_TASK_ID")
+    return environ["SLURM_JOB_ID"] if array is None else f"{array}_{index}"
 
 
 def _job_of(environ: Mapping[str, str]) -> str:
@@ -162,10 +171,11 @@ def conclude(place: Place, status: int, asked_to_stop: bool) -> int:
     folder = JobDir(plan.run)
     if folder.is_superseded(plan.attempt):
         return status
-    if left and not folder.cancel.exists() and _may_requeue(plan):
+    cancelled = folder.cancel(plan.attempt - _restarts()).exists()
+    if left and not cancelled and _may_requeue(plan):
         folder.requeue(_restarts()).touch()
     else:
-        plan.run.secret_env.unlink(missing_ok=True)
+        plan.run.remove_secrets(plan.attempt)
     rundir.write_json(folder.end(plan.attempt), {"exit_code": status, "left": left})
     return 0 if left else status
 

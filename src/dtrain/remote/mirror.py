@@ -22,14 +22,13 @@ from dtrain.rundir import RunDir
 
 PIECE = 1 << 20
 _MARK = ".part-"
-BEAT = "alive.json"
-STARTING = ("job.yaml", "resolved.yaml", "plan.json", "handle.json")
+STARTING = ("job.yaml", "resolved.yaml", "plan.json")
 """What the launching side alone writes."""
-LAUNCH = (*STARTING, "attempts/*/result.json", "attempts/*/verdict.json")
+LAUNCH = (*STARTING, *(f"attempts/*/{name}.json" for name in ("handle", "result", "verdict")))
 """What it writes of a run that goes on without it."""
 LOGS = ("*.log*",)
 CODE = ("code/*",)
-_NEVER = ("checkpoints/*", "code/tree-*/*", "code/job-*", BEAT)
+_NEVER = ("checkpoints/*", "code/tree-*/*", "code/job-*", "alive.json")
 _PAUSE_S, _BEAT_S = 5.0, 20.0
 
 
@@ -87,7 +86,7 @@ class Mirror:
 
     def beat(self) -> None:
         """Say that someone drives the run, and when this was."""
-        self._place.write(BEAT, json.dumps({"time": time.time()}).encode())
+        self._place.write(self._run.beat.name, json.dumps({"time": time.time()}).encode())
 
     def _push(self, name: str) -> None:
         path = self._run.path / name

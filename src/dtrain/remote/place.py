@@ -96,6 +96,33 @@ class Place:
         self._must(lambda: self._fs.pipe_file(aside, data))
         self._must(lambda: os.replace(aside, path))
 
+    def make_once(self, name: str, data: bytes) -> None:
+        """Write a file that only one can make: with a conditional request, where there are such.
+
+        Raises:
+            FileExistsError: there is such a file.
+        """
+        path = self._path(name)
+
+        def make() -> None:
+            if not self._is_local:
+                self._fs.pipe_file(path, data, mode="create")
+                return
+            aside = f"{path}.{secrets.token_hex(4)}"
+            self._fs.pipe_file(aside, data)
+            try:
+                os.link(aside, path)
+            finally:
+                os.unlink(aside)
+
+        try:
+            self._again(make)
+        except FileExistsError:
+            if self.read(name) != data:  # else ours, and only the answer was lost
+                raise
+        except Exception as error:
+            raise _explained(self.url, error) from error
+
     def put(self, source: Path, name: str) -> None:
         """Copy a file of this host there."""
         self._must(lambda: self._fs.put_file(str(source), self._path(name)))
@@ -148,7 +175,7 @@ class Place:
         for pause_s in () if self._is_local else pauses:
             try:
                 return action()
-            except (FileNotFoundError, PermissionError, NotImplementedError):
+            except (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError):
                 raise
             except Exception as error:
                 if _lacks_credentials(error) or (_nobody_there(error) and not self._patient):

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain import procs, rundir
+from dtrain import rundir
+from dtrain.attempts import Handle
 from dtrain.errors import RunNotFound
-from dtrain.remote.mirror import BEAT, CODE, LAUNCH, LOGS, Mirror, Pusher, changed_at
+from dtrain.remote.mirror import CODE, LAUNCH, LOGS, Mirror, Pusher, changed_at
 from dtrain.remote.place import Place, PlaceError
 from dtrain.rundir import RunDir
 
 STAGING = "DTRAIN_STAGING"
-_SILENT_S = 120.0
 _OLD_S = 14 * 86400.0
 _REFRESH_S = 2.0
 _AHEAD = ".ahead"
@@ -46,7 +46,31 @@ def begin(run: RunDir, url: str) -> None:
     _remove_old(run.path.parent)
     run.create()
     rundir.write_atomic(run.url_file, url, mode=0o600)
-    (run.path / _AHEAD).touch()
+
+
+def claim(run: RunDir, path: Path) -> None:
+    """Make a file of a run's directory at its URL, if it has one: of all hosts only one can.
+
+    Raises:
+        FileExistsError: another host has made it.
+        PlaceError: the URL does not answer.
+    """
+    url = run.url
+    if url is not None:
+        Place(url).make_once(str(path.relative_to(run.path)), path.read_bytes())
+
+
+def holder(run: RunDir, attempt: int) -> Handle | None:
+    """Who has claimed an attempt at a run's URL; None where nobody has."""
+    url = run.url
+    data = None if url is None else Place(url).read(_handle_name(attempt))
+    return None if data is None else Handle(**json.loads(data))
+
+
+def go_ahead(run: RunDir) -> None:
+    """Note that the directory on this host is ahead of the copy at the URL, if it has one."""
+    if run.url is not None:
+        (run.path / _AHEAD).touch()
 
 
 def join(run: RunDir, url: str) -> None:
@@ -127,8 +151,8 @@ def fetch(url: str, name: str | None = None) -> Path:
     """
     folder = staging(url)
     try:
-        handles = Place(url).matching("*/handle.json")
-        ids = {path.split("/")[0]: about for path, about in handles.items()}
+        jobs = Place(url).matching("*/resolved.yaml")  # written anew by each attempt
+        ids = {path.split("/")[0]: about for path, about in jobs.items()}
         for run_id in sorted(ids, key=lambda run_id: _time(ids[run_id])):
             if name is None or _is_meant(run_id, name, ids):
                 _bring(RunDir(folder / run_id), f"{url.rstrip('/')}/{run_id}", name is None)
@@ -159,16 +183,8 @@ def refresher(run: RunDir) -> Callable[[], None]:
 
 def is_driven_here(run: RunDir) -> bool:
     """Whether a process of this host drives a run; then the copy here is the newest."""
-    handle = rundir.read_json(run.handle)
-    if handle is None or handle["host"] != socket.gethostname() or handle["identity"] is None:
-        return False
-    return bool(procs.identity(handle["pid"]) == handle["identity"])
-
-
-def is_silent(run: RunDir) -> bool:
-    """Whether a run at a URL has not been heard of for so long that nobody drives it."""
-    beat: dict[str, Any] | None = rundir.read_json(run.path / BEAT)
-    return run.url is not None and beat is not None and time.time() - beat["time"] > _SILENT_S
+    handle = Handle.read(run)
+    return handle is not None and handle.is_here and handle.is_alive(run)
 
 
 def _bring(run: RunDir, url: str, without_logs: bool) -> None:
@@ -176,14 +192,28 @@ def _bring(run: RunDir, url: str, without_logs: bool) -> None:
         return
     ahead = run.path / _AHEAD
     if ahead.exists():  # whoever drove it was killed before all was written
-        there = Place(url).read("handle.json")
-        if there is None or there == run.handle.read_bytes():
-            of_a_job = (rundir.read_json(run.handle) or {}).get("job_id") is not None
-            Mirror(run, url).push(LAUNCH if of_a_job else ())
+        handle = Handle.read(run)
+        if handle is not None and _is_newest_at(url, handle):
+            Mirror(run, url).push(() if handle.job_id is None else LAUNCH)
         ahead.unlink()
     run.create()
     rundir.write_atomic(run.url_file, url, mode=0o600)
     Mirror(run, url).pull(but=(*CODE, *LOGS) if without_logs else CODE)
+
+
+def _is_newest_at(url: str, handle: Handle) -> bool:
+    """Whether no other host has begun the attempt of a handle, or a later one."""
+    place = Place(url)
+    there = [int(name.split("/")[1]) for name in place.matching("attempts/*/handle.json")]
+    if max(there, default=-1) < handle.attempt:
+        return True
+    data = place.read(_handle_name(handle.attempt))
+    ours = data is not None and Handle(**json.loads(data)).identity == handle.identity
+    return ours and max(there) == handle.attempt
+
+
+def _handle_name(attempt: int) -> str:
+    return f"attempts/{attempt}/handle.json"
 
 
 def _is_meant(run_id: str, name: str, ids: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from dtrain import catalog, recording, rundir
+from dtrain.attempts import Result
 from dtrain.errors import DtrainError, UsageError
 from dtrain.job.classes import task_derives
 from dtrain.job.load import LoadedJob, load_job
@@ -20,7 +21,6 @@ from dtrain.job.profile import LoadedProfile, load_profile
 from dtrain.job.source import task_imports
 from dtrain.job.spec import ChecksSpec, JobSpec
 from dtrain.launchers import base
-from dtrain.launchers.base import Result
 from dtrain.launchers.drive import drive
 from dtrain.node import verdict
 from dtrain.plan import Facts, LaunchPlan, make_plan

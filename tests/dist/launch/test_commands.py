@@ -120,11 +120,11 @@ def test_settings_that_a_resume_cannot_use_are_refused(
 
 
 def test_the_run_directory_has_all_of_it(run: RunDir) -> None:
-    for path in (run.job, run.resolved, run.plan, run.handle, run.metrics, run.events, run.code):
+    for path in (run.job, run.resolved, run.plan, run.handle(0), run.metrics, run.events, run.code):
         assert path.exists(), path
     assert run.job.read_text() == TINY.read_text()
     assert json.loads((run.code / "git.json").read_text())["git"] in (True, False)
-    assert not run.secret_env.exists()
+    assert not run.secret_env(0).exists()
 
 
 def test_follow_ends_with_the_run_and_with_its_code(tmp_path: Path) -> None:

@@ -68,9 +68,9 @@ def test_a_killed_command_is_lost_and_can_be_resumed_at_another_size(tmp_path: P
         run = wait_for_step(tmp_path, 5)
         processes[0].send_signal(signal.SIGKILL)
         finish(processes, 10)
-    assert run.secret_env.exists()
+    assert run.secret_env(0).exists()
     assert "lost" in dtrain("status", cwd=tmp_path).stdout
-    assert not run.secret_env.exists()
+    assert not run.secret_env(0).exists()
     assert "ended from outside" in dtrain("why", cwd=tmp_path).stdout
     end = metrics(run)[-1]["step"] + 4
     done = dtrain(

@@ -11,11 +11,11 @@ import psutil
 import pytest
 
 from dtrain import rundir
+from dtrain.attempts import Handle
 from dtrain.errors import LaunchError
 from dtrain.job.load import LoadedJob, load_job
 from dtrain.job.profile import load_profile
 from dtrain.launchers import base
-from dtrain.launchers.base import Handle
 from dtrain.launchers.drive import drive, print_nothing
 from dtrain.launchers.local import LocalLauncher
 from dtrain.launchers.warm import WarmServer
@@ -125,7 +125,7 @@ def test_a_server_that_is_killed_takes_its_nodes_along(tmp_path: Path) -> None:
     try:
         assert server.is_ready()
         plan, job = planned(tmp_path, "args.pause=60")
-        base.prepare(plan, job.spec, job.text, Handle.of_this_process(plan))
+        base.prepare(plan, job.spec, job.text, Handle.of_this_process("local", 0))
         launched = LocalLauncher(server.spawn).start(plan)
         assert wait_for(lambda: len(events(plan.run, "workers_started")) == 2, 60)
         below = process.children(recursive=True)

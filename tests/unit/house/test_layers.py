@@ -23,6 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
         "dtrain.catalog",
         "dtrain.ports",
     ),
+    ("dtrain.attempts",),
     (
         "dtrain.assets",
         "dtrain.recording",
@@ -45,6 +46,7 @@ LAUNCH_PLANE = (
     "dtrain.procs",
     "dtrain.plainjson",
     "dtrain.rundir",
+    "dtrain.attempts",
     "dtrain.jobdir",
     "dtrain.remote",
     "dtrain.ranks",

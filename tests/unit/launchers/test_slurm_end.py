@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dtrain import rundir
+from dtrain.attempts import Handle
 from dtrain.job.spec import JobSpec
 from dtrain.jobdir import JobDir
 from dtrain.launchers import base, slurm_end
@@ -40,10 +41,10 @@ def end(plan: LaunchPlan, status: int, *, asked: bool = True, node_rank: int = 0
 
 
 def test_a_node_that_was_asked_to_leave_ends_well_and_wants_to_go_on(plan: LaunchPlan) -> None:
-    plan.run.secret_env.touch()
+    plan.run.secret_env(0).touch()
     assert end(plan, STOPPED) == 0
     assert JobDir(plan.run).requeue(0).exists()
-    assert plan.run.secret_env.exists()  # the next attempt needs it
+    assert plan.run.secret_env(0).exists()  # the next attempt needs it
 
 
 def test_other_nodes_say_nothing_of_the_job(plan: LaunchPlan) -> None:
@@ -54,11 +55,11 @@ def test_other_nodes_say_nothing_of_the_job(plan: LaunchPlan) -> None:
 
 def test_a_job_that_failed_or_was_cancelled_does_not_go_on(plan: LaunchPlan) -> None:
     assert end(plan, 3, asked=False) == 3
-    JobDir(plan.run).cancel.touch()
-    plan.run.secret_env.touch()
+    JobDir(plan.run).cancel(0).touch()
+    plan.run.secret_env(0).touch()
     assert end(plan, STOPPED) == 0
     assert not JobDir(plan.run).requeue(0).exists()
-    assert not plan.run.secret_env.exists()
+    assert not plan.run.secret_env(0).exists()
 
 
 def test_it_does_not_go_on_for_ever(plan: LaunchPlan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +128,8 @@ def test_only_a_job_that_left_to_go_on_is_put_back(plan: LaunchPlan) -> None:
     assert slurm_end.was_to_go_on(plan, done)
     assert not slurm_end.was_to_go_on(plan, Job("7", "CANCELLED"))
     assert not slurm_end.was_to_go_on(plan, Job("7", "COMPLETED", restarts=1))
-    JobDir(plan.run).cancel.touch()
+    Handle.of_this_process("slurm", 0).write(plan.run)
+    JobDir(plan.run).cancel(0).touch()
     assert not slurm_end.was_to_go_on(plan, done)
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from dtrain import snapshot
+from dtrain.attempts import is_silent
 from dtrain.errors import CheckpointError, PlanError
 from dtrain.launchers import ray_news, travel
 from dtrain.launchers.ray_apart import take_news
@@ -31,7 +32,7 @@ from dtrain.remote.checkpoints import RemoteCheckpoints
 from dtrain.remote.mirror import Mirror, Pusher
 from dtrain.remote.parts import RemoteParts
 from dtrain.remote.place import Place, PlaceError
-from dtrain.remote.runs import begin, fetch, is_silent, staging
+from dtrain.remote.runs import begin, fetch, staging
 from dtrain.rundir import RunDir, append_line, list_runs, write_json
 from dtrain.train.checkpoint.files import read_checkpoint
 from dtrain.train.checkpoint.store import CheckpointStore
@@ -139,13 +140,11 @@ def test_runs_are_found_by_name_newest_last_and_those_removed_go(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DTRAIN_STAGING", str(tmp_path / "staging"))
-    handle = {"host": "elsewhere", "pid": 1, "identity": "x"}
     for number, run_id in enumerate(("b-1", "a-2")):
         run = run_at(url, tmp_path / "other", run_id)
-        write_json(run.handle, handle)
         run.resolved.touch()
         Mirror(run, str(run.url)).push()
-        os.utime(tmp_path / "there" / run_id / "handle.json", (number, number))
+        os.utime(tmp_path / "there" / run_id / "resolved.yaml", (number, number))
     folder = fetch(url, "last")
     assert [run.id for run in list_runs(folder)] == ["a-2"]
     assert [run.id for run in list_runs(fetch(url))] == ["b-1", "a-2"]
@@ -157,10 +156,10 @@ def test_runs_are_found_by_name_newest_last_and_those_removed_go(
 
 def test_a_run_that_has_not_been_heard_of_for_two_minutes_is_lost(url: str, tmp_path: Path) -> None:
     run = run_at(url, tmp_path / "here")
-    assert not is_silent(run)
+    assert not is_silent(run, 0)
     for seconds, silent in ((100, False), (130, True)):
-        write_json(run.path / mirror.BEAT, {"time": time.time() - seconds})
-        assert is_silent(run) == silent
+        write_json(run.beat, {"time": time.time() - seconds})
+        assert is_silent(run, 0) == silent
 
 
 def test_copies_that_nobody_has_looked_at_for_two_weeks_go(url: str, tmp_path: Path) -> None:

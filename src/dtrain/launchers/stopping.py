@@ -1,0 +1,65 @@
+"""Ctrl-C and the like, from the signals that a command gets to the launches that it follows."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+
+from dtrain.launchers.base import Launch
+
+_KILL_AFTER_S = 5.0  # past the workers' own stop_timeout
+
+
+class Stop:
+    """Ctrl-C and SIGTERM: the first asks the workers to leave in order, the second kills."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.count = 0
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        """Count a signal; the handler of all of them."""
+        self.signal = self.signal or number
+        self.count += 1
+
+
+class Stopping:
+    """Passes requests to stop on: the first in order, the second or a lack of patience by force."""
+
+    def __init__(self, stop: Stop, patience_s: float, say: Callable[[str], None]) -> None:
+        self._stop = stop
+        self._patience_s = patience_s
+        self._say = say
+        self._asked = 0
+        self._deadline = float("inf")
+
+    def pass_on(self, launches: Iterable[Launch]) -> None:
+        """Do what was asked for since the last call."""
+        launches = list(launches)
+        if self._stop.count and not self._asked:
+            self._asked = self._stop.count
+            self._deadline = time.monotonic() + self._patience_s + _KILL_AFTER_S
+            self._say("stopping: the workers leave at the next step; again to kill them now")
+            for launch in launches:
+                launch.stop()
+        if self._stop.count > max(self._asked, 1) or time.monotonic() > self._deadline:
+            for launch in launches:
+                launch.kill()
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Stop]:
+    """While it lasts, Ctrl-C and the like are counted instead of ending us."""
+    stop = Stop()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield stop
+    finally:
+        sys.stdout.flush()
+        for number, handler in before.items():
+            signal.signal(number, handler)
