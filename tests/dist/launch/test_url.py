@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -45,12 +46,23 @@ def test_a_killed_run_goes_on_from_another_host(
         process.communicate(timeout=30)
     lost = dtrain("status", "--runs", RUNS, "--json", cwd=tmp_path)
     assert json.loads(lost.stdout)["state"] == "lost"  # and what was not there yet is pushed
-    monkeypatch.setenv("DTRAIN_STAGING", str(tmp_path / "elsewhere"))
-    on = dtrain("resume", "--runs", RUNS, "--set", "args.pause=0", cwd=tmp_path)
-    assert on.returncode == 0, on.stdout + on.stderr
-    assert "resumed from step-" in on.stdout
-    assert on.stdout.splitlines()[-1] == whole.stdout.splitlines()[-1]  # the same parameters
-    here, elsewhere = (list_runs(next((tmp_path / n).glob("s3-*"))) for n in ("here", "elsewhere"))
+    resume = ("resume", "--runs", RUNS, "--set", "args.pause=0")
+    with ExitStack() as stack:  # two other hosts at once
+        hosts = {
+            name: stack.enter_context(
+                started(*resume, cwd=tmp_path, env={"DTRAIN_STAGING": str(tmp_path / name)})
+            )
+            for name in ("a host", "another")
+        }
+        said = {name: process.communicate(timeout=90)[0] for name, process in hosts.items()}
+    codes = {process.returncode: name for name, process in hosts.items()}
+    assert set(codes) == {0, 2}, said
+    assert f"is held by process {hosts[codes[0]].pid} on" in said[codes[2]]
+    assert "resumed from step-" in said[codes[0]]
+    # the same parameters
+    assert said[codes[0]].splitlines()[-1] == whole.stdout.splitlines()[-1]
+    monkeypatch.setenv("DTRAIN_STAGING", str(tmp_path / codes[0]))
+    here, elsewhere = (list_runs(next((tmp_path / n).glob("s3-*"))) for n in ("here", codes[0]))
     assert here[0].id == elsewhere[0].id
     assert not list(elsewhere[0].checkpoints.glob("step-*"))  # they are at the URL
     (row,) = json.loads(dtrain("runs", "--runs", RUNS, "--json", cwd=tmp_path).stdout)
