@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from secrets import token_hex
@@ -17,6 +18,8 @@ from secrets import token_hex
 import pytest
 
 from cluster import Cluster
+from dtrain.attempts import Handle
+from dtrain.node import failures
 from dtrain.rundir import RunDir
 from support.contract import LauncherContract, Started, Way
 from support.launch import (
@@ -420,3 +423,27 @@ def test_agents_without_slurms_commands_are_requeued_too(
     )
     left_and_resumed(run, "SIGUSR2")
     assert sha(run) == unbroken
+
+
+def test_a_job_that_starts_after_the_run_was_resumed_leaves(slurm: Cluster, tmp_path: Path) -> None:
+    """Its command was killed between sbatch and noting the job, which nobody knew of after that."""
+    held = ("--slurm", "hold", "--set", "train.steps=400", "--set", "args.pause=0.05")
+    done = dtrain("launch", "--detach", *once(tmp_path), *held, TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = the_run(tmp_path)
+    handle, unknown = Handle.read(run), job_of(run)
+    assert handle is not None
+    replace(handle, job_id=None, identity=None).write(run)
+    assert status(run)["state"] == "lost"
+    with started("resume", run.id, cwd=tmp_path) as process:
+        until("the next attempt's job", lambda: job_of(run) not in ("None", unknown))
+        slurm.run(["scontrol", "release", job_of(run)])
+        wait_for_step(tmp_path, 3)
+        slurm.run(["scontrol", "release", unknown])
+        slurm.wait_job(unknown, ["FAILED"])
+        reached = status(run)["step"]
+        until("further steps", lambda: status(run)["step"] > reached)
+        assert not failures.read_all(run, 1)
+        assert dtrain("cancel", run.id, cwd=tmp_path).returncode == 0
+        process.communicate(timeout=60)
+    assert [event["attempt"] for event in events(run, "training_started")] == [1]
