@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dtrain import procs, rundir
-from dtrain.errors import UsageError
+from dtrain import files, procs, rundir
+from dtrain.errors import DamagedError, UsageError
 from dtrain.rundir import RunDir
 
 State = Literal["running", "succeeded", "failed", "cancelled", "lost", "prepared"]
@@ -67,11 +67,19 @@ class Handle:
     def read(cls, run: RunDir, attempt: int | None = None) -> Handle | None:
         """Of an attempt, or else of the newest; None when no command has begun one."""
         numbers = reversed(run.attempts()) if attempt is None else [attempt]
-        found = (rundir.read_json(run.handle(number)) for number in numbers)
-        return next((cls(**raw) for raw in found if raw is not None), None)
+        found = (cls._read(run.handle(number), number) for number in numbers)
+        return next((each for each in found if each is not None), None)
+
+    @classmethod
+    def _read(cls, path: Path, attempt: int) -> Handle | None:
+        """In a file that must be of that attempt."""
+        handle = files.read_as(cls, path)
+        if handle is not None and not handle.first <= handle.attempt == attempt:
+            raise DamagedError(str(path), f"it is of attempt {handle.attempt}")
+        return handle
 
     def __str__(self) -> str:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
+        since = files.local_time(self.started)
         who = f"process {self.pid} on {self.host}" if self.job_id is None else f"job {self.job_id}"
         return f"{who}, which drives attempt {self.attempt} since {since}"
 
@@ -99,9 +107,9 @@ class Handle:
             Held: another command does it.
         """
         folder = run.node(self.attempt, node_rank)
-        before = sorted(folder.glob("handle-*.json"), key=lambda path: int(path.stem[7:]))
-        number = int(before[-1].stem[7:]) + 1 if before else 0
-        holder = Handle(**rundir.read_json(before[-1])) if before else None
+        numbers = (path.stem.removeprefix("handle-") for path in folder.glob("handle-*.json"))
+        number = max((int(text) + 1 for text in numbers if text.isdecimal()), default=0)
+        holder = Handle._read(folder / f"handle-{number - 1}.json", self.attempt)
         free = holder is None or not holder.is_alive(run)
         if not free or not _make_once(folder / f"handle-{number}.json", asdict(self)):
             raise Held(run, holder)
@@ -167,8 +175,8 @@ def is_silent(run: RunDir, attempt: int) -> bool:
     its driver tells there.
     """
     if run.url is not None:
-        beat: dict[str, Any] | None = rundir.read_json(run.beat)
-        return beat is not None and time.time() - beat["time"] > SILENT_S
+        beat = files.read_as(dict[str, float], run.beat)
+        return beat is not None and time.time() - beat.get("time", 0.0) > SILENT_S
     told = [_changed(path) for path in (run.handle(attempt), run.events, run.metrics)]
     return bool(told[0]) and _now(run) - max(told) > SILENT_S
 
@@ -230,5 +238,4 @@ class Result:
     @classmethod
     def read(cls, run: RunDir, attempt: int) -> Result | None:
         """The attempt's result; None while it runs, or when its driver was killed."""
-        raw = rundir.read_json(run.result(attempt))
-        return None if raw is None else cls(**raw)
+        return files.read_as(cls, run.result(attempt))

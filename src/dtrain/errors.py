@@ -8,6 +8,7 @@
     ├── PlanError            exit 2   the job is well formed but cannot be launched like this
     ├── RunNotFound          exit 2   no run, or several, of that name
     ├── LaunchError          exit 1   the launch could not be started
+    ├── DamagedError         exit 1   a file of a run does not hold what was written there
     ├── CheckpointError      exit 1   a checkpoint cannot be written or trusted
     └── BlamedError          exit 1   raised on all ranks, some of which are to blame
 """
@@ -96,6 +97,18 @@ class RunNotFound(DtrainError):
 
 class LaunchError(DtrainError):
     """The launch could not be started."""
+
+
+class DamagedError(DtrainError):
+    """A file of a run's directory, or what came from one, does not hold what was written there.
+
+    Args:
+        where: the file.
+        why: what is wrong with it.
+    """
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(f"{where} is damaged: {why}; bring it back from a copy, or remove the run")
 
 
 class CheckpointError(DtrainError):

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain import rundir
+from dtrain import files
 from dtrain.rundir import RunDir
 
 _LONGEST_PAUSE_S = 2.0  # 1,000 nodes may wait for a head whose prolog takes minutes
+
+
+@dataclass(frozen=True)
+class End:
+    """How the first node's process of a batch job ended."""
+
+    exit_code: int
+    left: bool
+    """Whether it was asked to leave."""
 
 
 class JobDir:
@@ -71,13 +81,17 @@ class JobDir:
         """How the first node's process ended."""
         return self.path / f"attempt-{attempt}-end.json"
 
+    def read_end(self, attempt: int) -> End | None:
+        """What is in `end`; None while it runs, or when it was killed."""
+        return files.read_as(End, self.end(attempt))
+
     def await_endpoint(self, attempt: int, timeout_s: float) -> dict[str, Any] | None:
         """What the head has written to `endpoint`; None when nothing comes in time."""
         deadline = time.monotonic() + timeout_s
         pause_s = 0.05
         while True:
             os.listdir(self.path)  # NFS looks for a file that was missing only in a new listing
-            found: dict[str, Any] | None = rundir.read_json(self.endpoint(attempt))
+            found: dict[str, Any] | None = files.read_json(self.endpoint(attempt))
             if found is not None or time.monotonic() > deadline:
                 return found
             time.sleep(pause_s)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from dtrain import catalog, ports, rundir
+from dtrain import catalog, files, ports
 from dtrain.errors import PlanError
 from dtrain.job.injection import absent_rank
 from dtrain.job.spec import JobSpec
@@ -60,7 +60,7 @@ class Facts:
         """Look around on this machine."""
         url = os.fspath(runs).rstrip("/") if is_url(runs) else ""
         folder = str(staging(url)) if url else os.path.abspath(runs)
-        before = rundir.read_json(RunDir(os.path.join(folder, run_id)).plan) if attempt else None
+        before = files.read_json(RunDir(os.path.join(folder, run_id)).plan) if attempt else None
         return cls(
             run_id=run_id,
             runs=folder,
@@ -176,20 +176,14 @@ class LaunchPlan:
 
         Raises:
             PlanError: there is none, so this is not a run directory.
+        DamagedError: what is in plan.json is no plan.
         """
-        raw: dict[str, Any] | None = rundir.read_json(run.plan)
-        if raw is None:
+        plan = files.read_as(cls, run.plan)
+        if plan is None:
             raise PlanError(f"{run.path} is not a run directory: it has no plan.json")
-        for name in ("node_names", "preload", "files"):
-            raw[name] = tuple(raw[name])
-        raw["commands"] = tuple(
-            Command(**{**command, "argv": tuple(command["argv"])}) for command in raw["commands"]
-        )
-        made_in, raw["run_dir"] = raw["run_dir"], str(run.path)
-        code = raw["code_dir"]
-        if code.startswith(f"{made_in}/"):
-            raw["code_dir"] = raw["run_dir"] + code.removeprefix(made_in)
-        return cls(**raw)
+        inside = plan.code_dir.removeprefix(f"{plan.run_dir}/")
+        code_dir = plan.code_dir if inside == plan.code_dir else str(run.path / inside)
+        return replace(plan, run_dir=str(run.path), code_dir=code_dir)
 
 
 def make_plan(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dtrain import rundir
+from dtrain import files, rundir
 from dtrain.plainjson import numbers
 
 VARIABLE = "DTRAIN_RECORD"
@@ -268,12 +268,12 @@ def read(run: rundir.RunDir) -> Recording:
     ranks: dict[int, dict[int, list[RankLine]]] = {}
     for path in sorted(folder.glob("rank-*.jsonl")):
         rank = int(path.stem.removeprefix("rank-"))
-        for raw in rundir.read_lines(path):
+        for raw in files.read_lines(path):
             line = RankLine(
                 **{**raw, "losses": [(math.nan if s is None else s, w) for s, w in raw["losses"]]}
             )
             ranks.setdefault(line.step, {}).setdefault(rank, []).append(line)
-    evaluations = [line for line in rundir.read_lines(run.metrics) if line["split"] == "eval"]
+    evaluations = [line for line in files.read_lines(run.metrics) if line["split"] == "eval"]
     place = ("time", "step", "epoch", "split")
     last = evaluations[-1] if evaluations else {}
     metrics = {name: value for name, value in last.items() if name not in place}

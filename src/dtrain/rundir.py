@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import secrets
@@ -172,8 +171,10 @@ class RunDir:
         """rank → (node_rank, log path) for every worker log that exists."""
         found: dict[int, tuple[int, Path]] = {}
         for path in sorted(self.attempt(attempt).glob("node-*/rank-*.log")):
-            node_rank = int(path.parent.name.removeprefix("node-"))
-            found[int(path.stem.removeprefix("rank-"))] = (node_rank, path)
+            node_rank = path.parent.name.removeprefix("node-")
+            rank = path.stem.removeprefix("rank-")
+            if node_rank.isdecimal() and rank.isdecimal() and path.is_file():
+                found[int(rank)] = (int(node_rank), path)
         return found
 
     def failures(self, attempt: int) -> Path:
@@ -284,14 +285,6 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, to_json(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The JSON in a file; None when there is no such file."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-
-
 def append_line(path: Path, value: Any) -> None:
     """Append one JSON object as one line, in one write, so that lines never interleave."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -305,21 +298,3 @@ def note_event(run: RunDir, event: str, **fields: Any) -> None:
     """Add an event to events.jsonl; what happened is not undone by a disk that is full."""
     with contextlib.suppress(OSError):
         append_line(run.events, {"time": time.time(), "event": event, **fields})
-
-
-def read_lines(path: Path) -> Iterator[Any]:
-    """The JSON objects of a .jsonl file; a last line cut short by a kill is passed over."""
-    if not path.exists():
-        return
-    with path.open() as file:
-        for line in file:
-            if (value := parse_line(line)) is not None:
-                yield value
-
-
-def parse_line(line: str) -> Any:
-    """The JSON object of one line; None when it was cut short."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain import rundir
+from dtrain import files, rundir
 from dtrain.cli import finding
 from dtrain.errors import LaunchError, RunNotFound
 from dtrain.rundir import RunDir
@@ -27,7 +27,7 @@ def make(root: Path, name: str) -> RunDir:
 def test_hostile_folders(tmp_path: Path, name: str) -> None:
     run = make(tmp_path / name, "digits-abc234")
     rundir.write_json(run.handle(0), {"a": 1})
-    assert rundir.read_json(run.handle(0)) == {"a": 1}
+    assert files.read_json(run.handle(0)) == {"a": 1}
     assert finding.find_run("digits", tmp_path / name).path == run.path
 
 
@@ -100,8 +100,8 @@ def test_lines_cut_short_are_passed_over(tmp_path: Path) -> None:
     rundir.append_line(path, {"a": 1})
     with path.open("a") as file:
         file.write('{"a": ')
-    assert list(rundir.read_lines(path)) == [{"a": 1}]
-    assert list(rundir.read_lines(tmp_path / "none")) == []
+    assert list(files.read_lines(path)) == [{"a": 1}]
+    assert list(files.read_lines(tmp_path / "none")) == []
 
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:

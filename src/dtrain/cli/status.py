@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,7 +30,7 @@ def command(run: str, runs: str, as_json: bool) -> None:
 
 def summary(run: RunDir) -> dict[str, Any]:
     """What is known of a run: its state, its place, its last metrics."""
-    from dtrain import rundir
+    from dtrain import files
     from dtrain.attempts import Handle
     from dtrain.launchers import base
     from dtrain.plan import LaunchPlan
@@ -40,11 +39,11 @@ def summary(run: RunDir) -> dict[str, Any]:
     handle = Handle.read(run)
     state, result = base.state_of(run)
     last: dict[str, dict[str, Any]] = {}
-    for line in rundir.read_lines(run.metrics):
+    for line in files.read_lines(run.metrics, split=str, step=int):
         last[line["split"]] = line
     finished: dict[str, Any] = {}
     left: dict[int, str] = {}
-    for event in rundir.read_lines(run.events):
+    for event in files.read_lines(run.events, event=str):
         if event["event"] == "finished":
             finished = event
         elif event["event"] == "threads_left":
@@ -92,7 +91,9 @@ def _metrics(line: dict[str, Any] | None) -> dict[str, Any]:
 
 def _text(name: str, value: Any) -> str:
     if name in ("started", "ended"):
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+        from dtrain.files import local_time
+
+        return local_time(value)
     if isinstance(value, dict):
         return "  ".join(f"{key} {number:.6g}" for key, number in value.items())
     return str(value)

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from dtrain import rundir
+from dtrain import files
 from dtrain.console import out
 from dtrain.console.fold import LineFolder
 from dtrain.console.tail import Follower
@@ -61,7 +61,7 @@ class LiveConsole:
         if self._quiet:
             return
         for source, line in self._records.poll():
-            record = rundir.parse_line(line)
+            record = files.parse_line(line)
             if record is not None and source == "events":
                 self._event(record)
             elif record is not None and self._bar is not None:

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import yaml
 
-from dtrain import catalog, rundir, snapshot, variables
+from dtrain import catalog, files, rundir, snapshot, variables
 from dtrain.attempts import Handle, Held, Result, State
-from dtrain.errors import DtrainError, LaunchError, PlanError, UsageError
+from dtrain.errors import DamagedError, DtrainError, LaunchError, PlanError, UsageError
 from dtrain.job.load import LoadedJob
 from dtrain.job.spec import JobSpec
 from dtrain.job.yamlfile import dump_yaml
@@ -212,15 +212,24 @@ def with_secrets(job: LoadedJob, run: RunDir) -> LoadedJob:
 
     Those given by `--env` at launch are nowhere on disk and are left out; give them again.
     """
-    given = (yaml.safe_load(run.job.read_text()).get("launch") or {}).get("env") or {}
+    text = files.read_text(run.job) or ""
+    given = _env_of(text, run)
     env = {
         name: str(given.get(name, value)) if value == variables.MASK else value
         for name, value in job.spec.launch.env.items()
         if value != variables.MASK or name in given
     }
     launch = job.spec.launch.model_copy(update={"env": env})
-    text = run.job.read_text()
     return replace(job, spec=job.spec.model_copy(update={"launch": launch}), text=text)
+
+
+def _env_of(text: str, run: RunDir) -> dict[str, Any]:
+    """launch.env of a job file as it is kept."""
+    try:
+        launch = (yaml.safe_load(text) or {}).get("launch") or {}
+        return dict(launch.get("env") or {})
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError):
+        raise DamagedError(str(run.job), "it is no job file") from None
 
 
 def next_attempt(run: RunDir) -> int:

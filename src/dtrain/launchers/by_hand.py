@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from dtrain import rundir
+from dtrain import files
 from dtrain.attempts import Handle, Result, State
 from dtrain.launchers import told
 from dtrain.node import failures, verdict
@@ -13,6 +13,10 @@ from dtrain.plan import LaunchPlan
 from dtrain.rundir import RunDir
 
 _ATTEMPT = 0  # by hand there is only one
+_FACTS: dict[str, dict[str, type]] = {
+    "worker_started": {"process": dict},
+    "worker_ended": {"exit_code": int},
+}
 
 
 def state_of(run: RunDir) -> tuple[State, Result | None]:
@@ -41,10 +45,12 @@ def _judge(run: RunDir, started: dict[str, Any], ended: dict[str, Any] | None) -
     if found is not None and newest > started["time"]:
         again = found.restarts < LaunchPlan.read(run).max_restarts
         return ("running", 0) if again else ("failed", found.exit_code)
-    process = Handle("torchrun", _ATTEMPT, _ATTEMPT, started=started["time"], **started["process"])
+    known = {"launcher": "torchrun", "attempt": _ATTEMPT, "first": _ATTEMPT}
+    told_of = {**known, "started": started["time"], **started["process"]}
+    process = files.shaped(Handle, told_of, str(run.events))
     return ("running" if process.is_alive(run) else "lost"), 1
 
 
 def _newest(run: RunDir, kind: str) -> dict[str, Any] | None:
-    events = [event for event in rundir.read_lines(run.events) if event["event"] == kind]
-    return events[-1] if events else None
+    events = files.read_lines(run.events, event=str, time=float, **_FACTS[kind])
+    return next((event for event in reversed([*events]) if event["event"] == kind), None)

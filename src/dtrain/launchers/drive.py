@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
-from dtrain import attempts, catalog, rundir
+from dtrain import attempts, catalog, files, rundir
 from dtrain.attempts import Handle, Result, State
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
@@ -186,7 +186,8 @@ def outcome(plan: LaunchPlan) -> str:
 
 
 def _finished(plan: LaunchPlan) -> dict[str, Any] | None:
-    events = [e for e in rundir.read_lines(plan.run.events) if e["event"] == "finished"]
+    told_of = files.read_lines(plan.run.events, event=str)
+    events = [event for event in told_of if event["event"] == "finished"]
     return events[-1] if events else None
 
 

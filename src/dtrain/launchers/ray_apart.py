@@ -12,7 +12,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from dtrain import rundir
+from dtrain import files, rundir
 from dtrain.jobdir import RayDir
 from dtrain.plan import LaunchPlan
 from dtrain.rundir import RunDir
@@ -21,7 +21,7 @@ from dtrain.variables import MASK
 
 def variables(plan: LaunchPlan) -> dict[str, str]:
     """The job's variables, secret ones too, with which workers reach the place of runs."""
-    secret: dict[str, str] = rundir.read_json(plan.run.secret_env(plan.attempt)) or {}
+    secret = files.read_as(dict[str, str], plan.run.secret_env(plan.attempt)) or {}
     return {**{n: v for n, v in plan.worker_env.items() if v != MASK}, **secret}
 
 

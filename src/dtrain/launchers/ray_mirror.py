@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from dtrain import rundir
+from dtrain import files, rundir
 from dtrain.rundir import RunDir
 
 _MARK = "@dtrain "
@@ -91,7 +91,7 @@ def apply(run: RunDir, output: str) -> None:
     for line in output.splitlines():
         if not line.startswith(_MARK):
             continue
-        news = rundir.parse_line(line.removeprefix(_MARK))
+        news = files.parse_line(line.removeprefix(_MARK))
         if news is None:
             continue
         path = run.path / news["path"]

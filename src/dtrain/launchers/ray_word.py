@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from dtrain import rundir
+from dtrain import files, rundir
 from dtrain.errors import DtrainError, LaunchError, PlanError
 from dtrain.jobdir import RayDir
 from dtrain.node.failures import FailureRecord
@@ -24,7 +24,7 @@ def refuse(run: RunDir, error: DtrainError) -> None:
 
 def refused(run: RunDir) -> DtrainError | None:
     """The error kept by `refuse`; None when there is none."""
-    kept: dict[str, Any] | None = rundir.read_json(RayDir(run).refusal)
+    kept: dict[str, Any] | None = files.read_json(RayDir(run).refusal)
     if kept is None:
         return None
     return (PlanError if kept["usage"] else LaunchError)(kept["message"])

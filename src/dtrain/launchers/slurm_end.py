@@ -6,7 +6,7 @@ import signal
 import time
 from dataclasses import replace
 
-from dtrain import attempts, rundir
+from dtrain import attempts, files
 from dtrain.attempts import Handle
 from dtrain.jobdir import JobDir
 from dtrain.launchers.slurm_watch import Job
@@ -39,11 +39,11 @@ def was_to_go_on(plan: LaunchPlan, job: Job) -> bool:
     Its batch script does that, unless the nodes have none of Slurm's commands.
     """
     folder = JobDir(plan.run)
-    end = rundir.read_json(folder.end(plan.attempt))
+    end = folder.read_end(plan.attempt)
     return bool(
         job.state == "COMPLETED"
         and end is not None
-        and end["left"]
+        and end.left
         and folder.requeue(job.restarts).exists()
         and not was_cancelled(plan)
     )
@@ -57,9 +57,9 @@ def exit_code(plan: LaunchPlan, job: Job) -> int:
         job: as Slurm knows it.
     """
     folder = JobDir(plan.run)
-    end = rundir.read_json(folder.end(plan.attempt))
-    if end is not None and not end["left"]:
-        return int(end["exit_code"])
+    end = folder.read_end(plan.attempt)
+    if end is not None and not end.left:
+        return end.exit_code
     if was_cancelled(plan) or job.state == "CANCELLED":
         return _STOPPED
     records = failures.read_all(plan.run, plan.attempt)
@@ -85,7 +85,7 @@ def _why_not_again(plan: LaunchPlan, job: Job) -> str:
 
 
 def _record(plan: LaunchPlan, message: str, kind: Kind = "agent") -> None:
-    endpoint = rundir.read_json(JobDir(plan.run).endpoint(plan.attempt)) or {}
+    endpoint = files.read_json(JobDir(plan.run).endpoint(plan.attempt)) or {}
     FailureRecord(
         kind=kind,
         message=message,

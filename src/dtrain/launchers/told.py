@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from dtrain import rundir
+from dtrain import files
 from dtrain.rundir import RunDir
 
 _TRAINING = ("training_started", "stopped", "finished")
@@ -55,8 +55,12 @@ def accepted_job(run: RunDir) -> Path:
 
 def has_trained(run: RunDir) -> bool:
     """Whether a training, or a worker by hand, has begun in this run."""
-    return any(event["event"] in _BEGUN for event in rundir.read_lines(run.events))
+    return any(event["event"] in _BEGUN for event in files.read_lines(run.events, event=str))
 
 
 def _events(run: RunDir) -> list[dict[str, Any]]:
-    return [event for event in rundir.read_lines(run.events) if event["event"] in _TRAINING]
+    return [
+        event
+        for event in files.read_lines(run.events, event=str, attempt=int)
+        if event["event"] in _TRAINING
+    ]

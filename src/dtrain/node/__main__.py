@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # asked to leave while we import: heard when there is somebody to tell, see ForkServer.serve
     signal.pthread_sigmask(signal.SIG_BLOCK, LATER)
     from dtrain.node.hashing import take_hash_seed
-    from dtrain.rundir import RunDir, read_json
+    from dtrain.rundir import RunDir
 
     if not arguments.node_rank:
         _log_in(RunDir(arguments.run_dir))
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     take_hash_seed(RunDir(arguments.run_dir), command, keep_fd=arguments.listen_fd)
     inherited = dict(os.environ)
     os.environ.update(ONE_THREAD)
+    from dtrain.files import read_json
     from dtrain.jobdir import RayDir
     from dtrain.plan import LaunchPlan
 

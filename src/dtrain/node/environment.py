@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.distributed.elastic.agent.server import WorkerGroup
 
-from dtrain import ports, rundir
+from dtrain import files, ports, rundir
 from dtrain.node import failures
 from dtrain.plan import LaunchPlan
 from dtrain.variables import MASK
@@ -52,7 +52,7 @@ def worker_environment(
         **_network(plan),
         **_simulated_gpus(plan, group.group_rank),
         **{name: value for name, value in plan.worker_env.items() if value != MASK},
-        **(rundir.read_json(plan.run.secret_env(plan.attempt)) or {}),
+        **(files.read_as(dict[str, str], plan.run.secret_env(plan.attempt)) or {}),
         **{name: str(value) for name, value in settled.items()},
     }
 

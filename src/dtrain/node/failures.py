@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from dtrain import rundir
+from dtrain import files, rundir
 from dtrain.errors import DtrainError
 from dtrain.rundir import RunDir
 
@@ -136,7 +136,7 @@ class FailureRecord:
     @classmethod
     def read(cls, path: Path) -> FailureRecord | None:
         """The record in a file; None when there is none."""
-        raw = rundir.read_json(path)
+        raw = files.read_json(path)
         return None if raw is None else cls.from_json(raw)
 
     @classmethod

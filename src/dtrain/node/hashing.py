@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dtrain import rundir
+from dtrain import files
 from dtrain.rundir import RunDir
 from dtrain.variables import HASH_SEED
 
@@ -26,7 +26,7 @@ def take_hash_seed(run: RunDir, argv: Sequence[str], keep_fd: int | None = None)
         argv: what the new interpreter runs.
         keep_fd: stays open in it.
     """
-    plan = rundir.read_json(run.plan) or {}
+    plan = files.read_json(run.plan) or {}
     seed = plan.get("worker_env", {}).get(HASH_SEED)
     began = Path("/proc/self/environ").read_bytes().split(b"\0")  # after a fork, its server's
     if seed is None or f"{HASH_SEED}={seed}".encode() in began:

@@ -10,7 +10,7 @@ import traceback
 from bdb import BdbQuit
 from pathlib import Path
 
-from dtrain import catalog, rundir
+from dtrain import catalog, files
 from dtrain.job.relative import advice
 from dtrain.node.failures import Frame, OtherProcessError
 from dtrain.rundir import RunDir
@@ -29,7 +29,7 @@ def hint(error: BaseException, frames: list[Frame], run: RunDir) -> str:
         frames: the user's own.
         run: its plan knows the folders, and whether it is of a script.
     """
-    plan = rundir.read_json(run.plan) or {}
+    plan = files.read_json(run.plan) or {}
     if isinstance(error, OtherProcessError):
         error = _OF_LOADERS.get(error.type, Exception)(str(error))
     if isinstance(error, FileNotFoundError) and plan:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from dtrain import rundir
+from dtrain import files, rundir
 from dtrain.callring import parting, read_ring
 from dtrain.node import failures
 from dtrain.node.failures import FailureRecord
@@ -129,11 +129,7 @@ def write(run: RunDir, attempt: int, verdict: Verdict) -> None:
 
 def read(run: RunDir, attempt: int) -> Verdict | None:
     """The verdict kept for an attempt; None when there is none."""
-    raw = rundir.read_json(run.verdict(attempt))
-    if raw is None:
-        return None
-    culprit = FailureRecord.from_json(raw["culprit"])
-    return Verdict(culprit, raw["alike"], raw["collateral"], raw["restarts"])
+    return files.read_as(Verdict, run.verdict(attempt))
 
 
 def render(verdict: Verdict, run: RunDir) -> str:

@@ -7,6 +7,7 @@ that what is new is all that travels: the first under the file's own name, the n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -16,7 +17,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from dtrain import rundir
+from dtrain import files, rundir
+from dtrain.errors import DamagedError
 from dtrain.remote.place import Place, PlaceError
 from dtrain.rundir import RunDir
 
@@ -39,7 +41,9 @@ class Mirror:
         self._run = run
         self._place = Place(url)
         self._index = run.path / ".mirror.json"
-        known: dict[str, Any] = rundir.read_json(self._index) or {}
+        known: dict[str, dict[str, Any]] = {}
+        with contextlib.suppress(DamagedError):  # then all is compared again
+            known = files.read_as(dict[str, dict[str, Any]], self._index) or {}
         self._sent: dict[str, list[int]] = known.get("sent", {})
         """name → bytes and time of change of what is at the URL."""
         self._seen: dict[str, str] = known.get("seen", {})
@@ -186,9 +190,9 @@ def _piece(name: str, number: int) -> str:
 def _files(folder: Path, only: Sequence[str], but: Sequence[str]) -> Iterator[str]:
     """The names of a run's files that are to be kept, `plan.json` and the like first."""
     found = []
-    for here, folders, files in os.walk(folder):
+    for here, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.relpath(os.path.join(here, n), folder) for n in files if n[0] != "."]
+        found += [os.path.relpath(os.path.join(here, n), folder) for n in names if n[0] != "."]
         inside = os.path.relpath(here, folder)
         folders[:] = [n for n in folders if not _matches(f"{inside}/{n}/x".lstrip("./"), _NEVER)]
     for name in sorted(found, key=lambda name: (name.count("/"), name)):

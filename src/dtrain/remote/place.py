@@ -117,11 +117,12 @@ class Place:
 
         try:
             self._again(make)
-        except FileExistsError:
-            if self.read(name) != data:  # else ours, and only the answer was lost
-                raise
-        except Exception as error:
-            raise _explained(self.url, error) from error
+        except Exception as error:  # older libraries have no error of its own for this
+            there = self.read(name)
+            if there is None:
+                raise _explained(self.url, error) from error
+            if there != data:  # else ours, and only the answer was lost
+                raise FileExistsError(name) from error
 
     def put(self, source: Path, name: str) -> None:
         """Copy a file of this host there."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain import rundir
+from dtrain import files, rundir
 from dtrain.attempts import Handle
 from dtrain.errors import RunNotFound
 from dtrain.remote.mirror import CODE, LAUNCH, LOGS, Mirror, Pusher, changed_at
@@ -64,7 +63,7 @@ def holder(run: RunDir, attempt: int) -> Handle | None:
     """Who has claimed an attempt at a run's URL; None where nobody has."""
     url = run.url
     data = None if url is None else Place(url).read(_handle_name(attempt))
-    return None if data is None else Handle(**json.loads(data))
+    return None if data is None else _handle_in(data, url)
 
 
 def go_ahead(run: RunDir) -> None:
@@ -208,8 +207,13 @@ def _is_newest_at(url: str, handle: Handle) -> bool:
     if max(there, default=-1) < handle.attempt:
         return True
     data = place.read(_handle_name(handle.attempt))
-    ours = data is not None and Handle(**json.loads(data)).identity == handle.identity
+    ours = data is not None and _handle_in(data, url).identity == handle.identity
     return ours and max(there) == handle.attempt
+
+
+def _handle_in(data: bytes, url: str | None) -> Handle:
+    where = f"a handle.json at {url}"
+    return files.shaped(Handle, files.parse_json(data, where), where)
 
 
 def _handle_name(attempt: int) -> str:

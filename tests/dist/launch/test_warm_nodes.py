@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dtrain import rundir
+from dtrain import files, rundir
 from dtrain.attempts import Handle
 from dtrain.errors import LaunchError
 from dtrain.job.load import LoadedJob, load_job
@@ -87,7 +87,7 @@ def test_each_launch_has_its_own_environment_and_nothing_of_the_one_before(
         seen += found
         monkeypatch.delenv(name)
     assert not any("A_FIRST" in name for each in seen[2:] for name in each)
-    pids = {event["pid"] for event in rundir.read_lines(run.events) if "pid" in event}
+    pids = {event["pid"] for event in files.read_lines(run.events) if "pid" in event}
     assert not any(map(psutil.pid_exists, pids))
 
 

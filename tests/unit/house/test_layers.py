@@ -15,6 +15,7 @@ SRC = ROOT / "src"
 # From the ground up. A module may import from its own layer's package and from layers below.
 LAYERS: list[tuple[str, ...]] = [
     ("dtrain.errors", "dtrain.procs", "dtrain.plainjson"),
+    ("dtrain.files",),
     (
         "dtrain.rundir",
         "dtrain.ranks",
@@ -45,6 +46,7 @@ LAUNCH_PLANE = (
     "dtrain.errors",
     "dtrain.procs",
     "dtrain.plainjson",
+    "dtrain.files",
     "dtrain.rundir",
     "dtrain.attempts",
     "dtrain.jobdir",

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.files import read_lines
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir, read_lines
+from dtrain.rundir import RunDir
 from dtrain.train.observe.events import Events
 from dtrain.train.observe.logs import setup_logging
 from dtrain.train.observe.metrics import Metrics

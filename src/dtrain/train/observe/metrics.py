@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any
 
 from dtrain import catalog
+from dtrain.files import read_lines
 from dtrain.job.loggers import LoggerEntry, split_entry
 from dtrain.job.spec import JobSpec
-from dtrain.rundir import RunDir, append_line, read_lines
+from dtrain.rundir import RunDir, append_line
 from dtrain.train.observe.loggers import Logger, Opening, Outcome, settings_of
 from dtrain.train.seeding import RandomState
 
@@ -39,7 +40,7 @@ class Metrics:
         """Say how many steps are done before the first line."""
         if not (self._active and self._spec.log.loggers):
             return
-        for line in read_lines(self._run.metrics):
+        for line in read_lines(self._run.metrics, split=str, step=int):
             self._logged[line["split"]] = max(line["step"], self._logged.get(line["split"], 0))
         opening = Opening(self._run, step, settings_of(self._spec))
         for entry in self._spec.log.loggers:

@@ -1,0 +1,158 @@
+"""Files of a run's directory, read so that a damaged one is named and stops nothing else.
+
+They are written whole (see `rundir.write_atomic`), but disks, hands and other programs change them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import stat
+import time
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+from dtrain.errors import DamagedError
+
+Shape = TypeVar("Shape")
+
+_MOST_BYTES = 64 << 20
+
+
+def read_text(path: Path) -> str | None:
+    """The text of a file in UTF-8; None when there is no such file.
+
+    Raises:
+        DamagedError: it is no file with text, or has more than 64 MiB.
+    """
+    file = _open(path)
+    if file is None:
+        return None
+    with file:
+        if os.fstat(file.fileno()).st_size > _MOST_BYTES:
+            raise DamagedError(str(path), f"it has more than {_MOST_BYTES >> 20} MiB")
+        try:
+            return file.read().decode()
+        except UnicodeDecodeError as error:
+            raise DamagedError(str(path), f"it is no text in UTF-8 (byte {error.start})") from None
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a file, which is not null; None when there is no such file.
+
+    Raises:
+        DamagedError: it holds no JSON.
+    """
+    text = read_text(path)
+    return None if text is None else parse_json(text, str(path))
+
+
+def read_as(shape: type[Shape], path: Path) -> Shape | None:
+    """What a JSON file holds, of a certain shape; None when there is no such file.
+
+    Args:
+        shape: a dataclass, or a type as `dict[str, str]`.
+        path: of the file.
+
+    Raises:
+        DamagedError: it holds something else.
+    """
+    value = read_json(path)
+    return None if value is None else shaped(shape, value, str(path))
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The JSON in a text that came from `where`; it is not null.
+
+    Raises:
+        DamagedError: it is none.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise DamagedError(where, f"it holds no JSON: {why[:200]}") from None
+    if value is None:
+        raise DamagedError(where, "it holds only null")
+    return value
+
+
+def shaped(shape: type[Shape], value: Any, where: str) -> Shape:
+    """A value from `where` as a certain shape, with all types in it checked.
+
+    Raises:
+        DamagedError: it has another; says which part of it.
+    """
+    from pydantic import ValidationError
+
+    try:
+        made: Shape = _adapter(cast(Hashable, shape)).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"][:8])
+        raise DamagedError(where, f"{place or 'all of it'}: {first['msg'][:200]}") from None
+    return made
+
+
+@functools.cache
+def _adapter(shape: Any) -> Any:
+    from pydantic import TypeAdapter  # not for `dtrain --help`
+
+    return TypeAdapter(shape)
+
+
+def read_lines(path: Path, **fields: type) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a .jsonl file, one a line.
+
+    A line that a kill has cut short, or that lacks one of `fields` or has it of another type, is
+    passed over: what the others say holds.
+    """
+    file = _open(path)
+    if file is None:
+        return
+    with file:
+        for line in file:
+            value = parse_line(line)
+            if value is not None and all(_is(value.get(n), kind) for n, kind in fields.items()):
+                yield value
+
+
+def parse_line(line: str | bytes) -> dict[str, Any] | None:
+    """The JSON object of one line; None when it is none, as when it was cut short."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def local_time(seconds: float) -> str:
+    """Seconds since the epoch as people write them; `?` for what no clock has shown."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return "?"
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _open(path: Path) -> BinaryIO | None:
+    """Open a regular file; a pipe in its place would be waited for, for ever."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise
+        raise DamagedError(str(path), str(error.strerror)) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise DamagedError(str(path), "it is no regular file")
+    return os.fdopen(fd, "rb")
