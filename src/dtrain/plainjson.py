@@ -24,6 +24,16 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers as they were before `to_json`, as far as it tells: null is NaN again."""
-    return {name: math.nan if value is None else value for name, value in line.items()}
+def numbers(line: Any) -> dict[str, float]:
+    """The numbers among an object's values as they were before `to_json`: null is NaN again."""
+    values = line.items() if isinstance(line, Mapping) else ()
+    told = ((name, math.nan if value is None else value) for name, value in values)
+    return {name: _float(value) for name, value in told if isinstance(value, int | float)}
+
+
+def _float(value: float) -> float:
+    try:
+        float(value)
+    except OverflowError:  # an integer of 400 digits
+        return math.inf if value > 0 else -math.inf
+    return value

@@ -186,7 +186,8 @@ def outcome(plan: LaunchPlan) -> str:
 
 
 def _finished(plan: LaunchPlan) -> dict[str, Any] | None:
-    told_of = files.read_lines(plan.run.events, event=str)
+    known = {"event": str, "steps": int, "metrics": dict, "parameters_sha256": str}
+    told_of = files.read_lines(plan.run.events, **known)
     events = [event for event in told_of if event["event"] == "finished"]
     return events[-1] if events else None
 
