@@ -108,6 +108,7 @@ class DamagedError(DtrainError):
     """
 
     def __init__(self, where: str, why: str) -> None:
+        self.why = why
         super().__init__(f"{where} is damaged: {why}; bring it back from a copy, or remove the run")
 
 

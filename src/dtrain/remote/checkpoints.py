@@ -12,6 +12,7 @@ import json
 import re
 import secrets
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -117,6 +118,14 @@ class RemoteCheckpoints:
         found = list(self._place.files())
         kept = {n.split("/")[0] for n in found if n.rpartition("/")[2] in (MANIFEST, _REJECTED)}
         self._place.remove(*(name for name in found if name.split("/")[0] not in kept))
+        inside: dict[str, set[str]] = defaultdict(set)
+        for name in found:
+            inside[name.split("/")[0]].add(name.rpartition("/")[0])
+        for name in (each for each in kept if len(inside[each] - {each}) > 1):
+            text = self._place.read(f"{name}/{MANIFEST}")
+            if text is not None:
+                whole = f"{name}/{json.loads(text)['digest']}"
+                self._clear(name, (file for file in found if file.startswith(f"{name}/")), whole)
 
     def _bring(self, folder: Path, manifest: bytes) -> None:
         try:

@@ -163,7 +163,9 @@ def test_no_file_of_a_run_breaks_a_command(
                 ) from error
         seen[code] = seen.get(code, 0) + 1
         assert code in (0, 1, 2), where
-        assert words[0] == "logs" or len(printed) < 30_000, f"{where} prints {len(printed)} characters"
+        assert words[0] == "logs" or len(printed) < 30_000, (
+            f"{where} prints {len(printed)} characters"
+        )
         if words[0] == "runs":
             assert "two" in printed, where
             assert code == 0, where

@@ -131,10 +131,42 @@ def test_writing_again_replaces(folder: Path) -> None:
 
 
 def test_leftovers_are_removed(folder: Path) -> None:
-    for name in (".step-00000009.aside-12ab", ".step-00000009.aside-12ab-old"):
+    for name in (".step-00000009.aside-12ab", ".best.aside-12ab", f".{folder.name}.aside-12-old"):
         (folder.parent / name).mkdir()
     remove_leftovers(folder.parent)
     assert sorted(os.listdir(folder.parent)) == [folder.name]
+
+
+def test_what_was_only_taken_away_comes_back(folder: Path) -> None:
+    folder.rename(folder.with_name(f".{folder.name}.aside-12ab-old"))
+    remove_leftovers(folder.parent)
+    assert sorted(os.listdir(folder.parent)) == [folder.name]
+    assert read_checkpoint(folder)[1] == {"step": 8}
+
+
+FORGED: list[Any] = [
+    {"files": None}, {"files": []}, {"files": {"model.pt": 5}}, {"files": {"model.pt": {}}},
+    {"files": {"../../x.pt": {"bytes": 0, "xxh3_128": ""}}}, {"format": "1.5"}, {"format": 7},
+    {"files": {}}, {"files": {"model.pt": {"bytes": 10**400, "xxh3_128": ""}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", FORGED, ids=range(len(FORGED)))
+def test_a_forged_manifest_whose_digest_fits(folder: Path, change: dict[str, Any]) -> None:
+    manifest = {**json.loads((folder / "manifest.json").read_text()), **change}
+    manifest["digest"] = files._manifest_digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError):
+        read_checkpoint(folder)
+
+
+def test_a_pipe_is_not_waited_for_and_a_planted_file_is_not_read(folder: Path) -> None:
+    (folder / "planted.pt").write_bytes(b"x")
+    assert set(read_checkpoint(folder)[0]) == {"model", "extras"}
+    (folder / "model.pt").unlink()
+    os.mkfifo(folder / "model.pt")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        read_checkpoint(folder)
 
 
 def test_the_manifest_is_for_people_too(folder: Path) -> None:

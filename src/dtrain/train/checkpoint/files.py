@@ -7,17 +7,22 @@ bytes as they were handed to the file and not from what the disk gave back.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 import xxhash
 
-from dtrain.errors import CheckpointError
+from dtrain import files
+from dtrain.errors import CheckpointError, DamagedError
 from dtrain.plainjson import to_json
 from dtrain.rundir import fsync_dir, write_atomic
 from dtrain.train.checkpoint import leaves
@@ -26,6 +31,7 @@ MANIFEST = "manifest.json"
 _FORMAT = 1
 _PROGRESS = "progress.json"
 _CHUNK = 1 << 22
+_ASIDE, _OLD = ".aside-", "-old"
 
 
 def write_checkpoint(
@@ -45,21 +51,21 @@ def write_checkpoint(
     Raises:
         OSError: as the file system says; nothing is left behind.
     """
-    aside = final.with_name(f".{final.name}.aside-{secrets.token_hex(4)}")
+    aside = _aside(final)
     aside.mkdir(parents=True)
     try:
-        files = {}
+        written = {}
         for stem, value in tensors.items():
-            files[f"{stem}.pt"] = _write_tensors(aside / f"{stem}.pt", value)
-        files[_PROGRESS] = _write_text(aside / _PROGRESS, to_json(progress, indent=2) + "\n")
-        manifest = {"format": _FORMAT, "about": about, "files": files}
+            written[f"{stem}.pt"] = _write_tensors(aside / f"{stem}.pt", value)
+        written[_PROGRESS] = _write_text(aside / _PROGRESS, to_json(progress, indent=2) + "\n")
+        manifest = {"format": _FORMAT, "about": about, "files": written}
         manifest["digest"] = _manifest_digest(manifest)
         write_atomic(aside / MANIFEST, json.dumps(manifest, indent=2) + "\n")  # last, fsynced
         _put_in_place(aside, final)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    return sum(entry["bytes"] for entry in files.values())
+    return sum(entry["bytes"] for entry in written.values())
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -68,13 +74,19 @@ def verify_checkpoint(folder: Path) -> None:
     Raises:
         CheckpointError: says what is wrong, without the folder's name.
     """
-    for name, entry in _read_manifest(folder)["files"].items():
+    _verify(folder, _read_manifest(folder))
+
+
+def _verify(folder: Path, manifest: Manifest) -> None:
+    for name, entry in manifest.files.items():
         path = folder / name
         try:
-            size = path.stat().st_size
-            if size != entry["bytes"]:
-                raise CheckpointError(f"{name} has {size} bytes instead of {entry['bytes']}")
-            if _digest_file(path) != entry["xxh3_128"]:
+            about = path.stat()
+            if not stat.S_ISREG(about.st_mode):
+                raise CheckpointError(f"{name} is no regular file")
+            if about.st_size != entry.bytes:
+                raise CheckpointError(f"{name} has {about.st_size} bytes instead of {entry.bytes}")
+            if _digest_file(path) != entry.xxh3_128:
                 raise CheckpointError(f"{name} is damaged: its xxh3 is not the manifest's")
         except FileNotFoundError:
             raise CheckpointError(f"{name} is missing") from None
@@ -88,15 +100,20 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         CheckpointError: it is damaged; says how, without the folder's name.
     """
-    verify_checkpoint(folder)
+    manifest = _read_manifest(folder)
+    _verify(folder, manifest)
     tensors = {}
-    for path in sorted(folder.glob("*.pt")):
+    for path in (folder / name for name in sorted(manifest.files) if name.endswith(".pt")):
         try:
             tensors[path.stem] = leaves.read(path)
         except Exception as error:
             first = str(error).strip().splitlines()[:1]
             raise CheckpointError(f"{path.name} cannot be read: {''.join(first)}") from error
-    return tensors, json.loads((folder / _PROGRESS).read_text())
+    if _PROGRESS not in manifest.files:
+        raise CheckpointError(f"{_PROGRESS} is missing")
+    with _said_of_the_checkpoint(_PROGRESS):
+        progress = files.read_as(dict[str, Any], folder / _PROGRESS)
+    return tensors, progress or {}
 
 
 def copy_checkpoint(folder: Path, final: Path) -> None:
@@ -105,7 +122,7 @@ def copy_checkpoint(folder: Path, final: Path) -> None:
     Raises:
         OSError: as the file system says; what was there before is still there.
     """
-    aside = final.with_name(f".{final.name}.aside-{secrets.token_hex(4)}")
+    aside = _aside(final)
     try:
         shutil.copytree(folder, aside, copy_function=_link)
         _put_in_place(aside, final)
@@ -121,10 +138,28 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint; half of it is never there under its name."""
+    aside = _aside(folder)
+    try:
+        os.rename(folder, aside)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def remove_leftovers(checkpoints: Path) -> None:
-    """Delete what killed writers left aside."""
-    for path in checkpoints.glob(".step-*.aside-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Delete what killed writers left aside, and bring back what they had only taken away."""
+    for path in checkpoints.glob(f".*{_ASIDE}*"):
+        final = checkpoints / path.name[1:].partition(_ASIDE)[0]
+        if path.name.endswith(_OLD) and not final.exists():
+            os.rename(path, final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}{_ASIDE}{secrets.token_hex(4)}")
 
 
 class _HashingFile:
@@ -180,30 +215,58 @@ def _write_text(path: Path, text: str) -> dict[str, Any]:
 
 
 def _put_in_place(aside: Path, final: Path) -> None:
-    old = final.with_name(aside.name + "-old")
     fsync_dir(aside)
     if final.exists():
-        os.rename(final, old)
-    os.rename(aside, final)
-    fsync_dir(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        # between these two there is none of that name; `remove_leftovers` brings the old one back
+        os.rename(final, old := final.with_name(aside.name + _OLD))
+        os.rename(aside, final)
+        fsync_dir(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(aside, final)
+        fsync_dir(final.parent)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        digest = manifest.pop("digest")
-        if digest != _manifest_digest(manifest):
+@dataclass(frozen=True)
+class Entry:
+    """What a manifest says of one file."""
+
+    bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json holds."""
+
+    format: int
+    files: dict[str, Entry]
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    with _said_of_the_checkpoint(MANIFEST):
+        told = files.read_as(dict[str, Any], folder / MANIFEST)
+        if told is None:
+            raise CheckpointError(f"{MANIFEST} is missing")
+        if told.get("digest") != _manifest_digest(told):
             raise CheckpointError(f"{MANIFEST} is damaged: its own digest does not match")
-    except FileNotFoundError:
-        raise CheckpointError(f"{MANIFEST} is missing") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise CheckpointError(f"{MANIFEST} is damaged: it is not the JSON we wrote") from None
-    except OSError as error:
-        raise CheckpointError(f"{MANIFEST} cannot be read: {error.strerror}") from error
-    if manifest["format"] != _FORMAT:
-        raise CheckpointError(f"its format is {manifest['format']}, this dtrain reads {_FORMAT}")
+        manifest = files.shaped(Manifest, told, MANIFEST)
+    if manifest.format != _FORMAT:
+        raise CheckpointError(f"its format is {manifest.format}, this dtrain reads {_FORMAT}")
+    if wrong := [name for name in manifest.files if Path(name).name != name]:
+        raise CheckpointError(f"{MANIFEST} is damaged: {wrong[0][:200]!r} is no file of it")
     return manifest
+
+
+@contextlib.contextmanager
+def _said_of_the_checkpoint(name: str) -> Iterator[None]:
+    """A file that cannot be read, or holds something else, is a reason to take an older one."""
+    try:
+        yield
+    except DamagedError as error:
+        raise CheckpointError(f"{name} is damaged: {error.why}") from None
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
 
 
 def _manifest_digest(manifest: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from dtrain.train import collectives
 from dtrain.train.checkpoint.files import (
     copy_checkpoint,
     read_checkpoint,
+    remove_checkpoint,
     remove_leftovers,
     write_checkpoint,
 )
@@ -124,7 +125,11 @@ class CheckpointStore:
             CheckpointError: there are checkpoints, but none can be used; lists why.
         """
         rejected: dict[Path, str] = {}
-        names = [folder.name for folder in self._candidates()] if self._rank == 0 else []
+        names: list[str] = []
+        if self._rank == 0:
+            with contextlib.suppress(OSError):  # a folder that cannot be written can be read
+                remove_leftovers(self._run.checkpoints)
+            names = [folder.name for folder in self._candidates()]
         for folder in (self._run.checkpoints / name for name in collectives.from_zero(names)):
             loaded, reason = self._try(folder, apply, rejected)
             reasons = collectives.gather_to_all(reason)
@@ -166,6 +171,8 @@ class CheckpointStore:
             if self._remote is not None:
                 self._remote.fetch(folder)
             loaded = Loaded(folder, *read_checkpoint(folder), rejected=why)
+            if loaded.progress.get("step") != _step_of(folder):
+                raise CheckpointError(f"it is of step {loaded.progress.get('step')!r:.40}")
             apply(loaded)
         except CheckpointError as error:
             return None, str(error)
@@ -192,7 +199,7 @@ class CheckpointStore:
         for folder in others[self._keep - 1 :]:
             if self._remote is not None:
                 self._remote.remove(folder.name)
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_checkpoint(folder)
 
 
 def _step_of(folder: Path) -> int:

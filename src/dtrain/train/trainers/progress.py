@@ -10,7 +10,8 @@ from typing import Any
 
 from torch.utils.data import TensorDataset
 
-from dtrain.errors import CheckpointError, DtrainError
+from dtrain import files
+from dtrain.errors import CheckpointError, DamagedError, DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.train.data.permutation import PERMUTATION_VERSION
 from dtrain.train.data.placement import Position
@@ -49,34 +50,60 @@ class Progress:
         }
 
     @classmethod
-    def from_saved(cls, saved: dict[str, Any], data: dict[str, Any]) -> Progress:
+    def from_saved(cls, told: dict[str, Any], data: dict[str, Any]) -> Progress:
         """The inverse of `to_saved`.
 
         Raises:
-            CheckpointError: the position was in other data, or in another order of it.
+            CheckpointError: the position was in other data, or in another order of it; or it is
+                no such position.
         """
+        try:
+            saved = files.shaped(_Saved, told, "progress.json")
+        except DamagedError as error:
+            raise CheckpointError(f"its position is none: {error.why}") from None
         changed = [
-            f"{key} was {saved['data'].get(key)}, is {value}"
+            f"{key} was {saved.data.get(key)}, is {value}"
             for key, value in data.items()
-            if saved["data"].get(key) != value
+            if saved.data.get(key) != value
         ]
         if changed:
             back = [
-                f"--set {field}={json.dumps(saved['data'][key])}"
+                f"--set {field}={json.dumps(saved.data[key])}"
                 for key, field in _FIELDS.items()
-                if key in saved["data"] and saved["data"][key] != data.get(key)
+                if key in saved.data and saved.data[key] != data.get(key)
             ]
             mend = f"with {' '.join(back)} it fits" if back else "its position means nothing here"
             raise CheckpointError(f"it is of other data ({'; '.join(changed)}); {mend}")
+        size = data.get("num_samples")
+        if saved.step < 0 or saved.epoch < 0 or not 0 <= saved.consumed <= (size or math.inf):
+            raise CheckpointError(
+                f"its position is none: step {saved.step}, epoch {saved.epoch}, sample "
+                f"{saved.consumed} of {size}"
+            )
         return cls(
-            step=saved["step"],
-            position=Position(saved["epoch"], saved["consumed"]),
-            evaluated_step=saved["evaluated_step"],
-            metrics={name: float(value) for name, value in saved["metrics"].items()},
-            predicted_step=saved.get("predicted_step"),
-            stopped_early=saved["stopped_early"],
-            feed=saved.get("feed", {}),
+            step=saved.step,
+            position=Position(saved.epoch, saved.consumed),
+            evaluated_step=saved.evaluated_step,
+            metrics=saved.metrics,
+            predicted_step=saved.predicted_step,
+            stopped_early=saved.stopped_early,
+            feed=saved.feed,
         )
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What `Progress.to_saved` has written."""
+
+    step: int
+    epoch: int
+    consumed: int
+    evaluated_step: int | None
+    metrics: dict[str, float]
+    predicted_step: int | None
+    stopped_early: bool
+    feed: dict[str, Any]
+    data: dict[str, Any]
 
 
 def _told(value: float) -> float | str:
