@@ -78,7 +78,15 @@ def busy(process: BaseProcess) -> float:
 def be_nodes(ranks: range, nodes: int, port: int, met: Any, end: Any) -> None:
     def be_node(rank: int) -> None:
         settings = RendezvousSettings(
-            "scale", "127.0.0.1", port, rank, f"n{rank}", nodes, nodes, join_timeout_s=300
+            "scale",
+            "127.0.0.1",
+            port,
+            rank,
+            f"n{rank}",
+            nodes,
+            nodes,
+            join_timeout_s=300,
+            token=b"",
         )
         rendezvous = NodeRendezvous(settings)
         rendezvous.next_rendezvous()

@@ -177,6 +177,10 @@ class RunDir:
                 found[int(rank)] = (int(node_rank), path)
         return found
 
+    def token(self, attempt: int) -> Path:
+        """What the agents of an attempt prove to one another: readable by the owner only."""
+        return self.attempt(attempt) / ".token"
+
     def failures(self, attempt: int) -> Path:
         """Where workers and agents leave their failure records."""
         return self.attempt(attempt) / "failures"

@@ -17,6 +17,7 @@ from dtrain.job.load import LoadedJob
 from dtrain.job.spec import JobSpec
 from dtrain.job.yamlfile import dump_yaml
 from dtrain.launchers import told
+from dtrain.node import token
 from dtrain.plan import Facts, LaunchPlan
 from dtrain.remote import runs as remote
 from dtrain.rundir import RunDir
@@ -139,6 +140,7 @@ def _write(plan: LaunchPlan, job: JobSpec, job_text: str) -> None:
         update={"launch": job.launch.model_copy(update={"env": variables.masked(job.launch.env)})}
     )
     run.attempt(plan.attempt).mkdir(parents=True, exist_ok=True)
+    token.of_attempt(run, plan.attempt)
     rundir.write_atomic(run.job, job_text, mode=0o600 if hidden else 0o644)
     rundir.write_json(run.plan, plan.to_json())
     if hidden:

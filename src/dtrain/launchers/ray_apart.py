@@ -14,6 +14,7 @@ from typing import Any
 
 from dtrain import files, rundir
 from dtrain.jobdir import RayDir
+from dtrain.node import token
 from dtrain.plan import LaunchPlan
 from dtrain.rundir import RunDir
 from dtrain.variables import MASK
@@ -33,7 +34,9 @@ def package(plan: LaunchPlan, attempt: int) -> bytes:
     run = plan.run
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        hidden = [path for path in (run.url_file, run.secret_env(attempt)) if path.exists()]
+        token.of_attempt(run, attempt)
+        secret = (run.url_file, run.secret_env(attempt), run.token(attempt))
+        hidden = [path for path in secret if path.exists()]
         here = [path for path in run.path.glob("[!.]*") if path.is_file()] + hidden
         placement = RayDir(run).placement(attempt)
         for path in (*sorted(here), placement, *sorted((run.path / "tensorboard").rglob("*"))):

@@ -14,7 +14,7 @@ from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from dtrain import rundir
-from dtrain.node import failures
+from dtrain.node import failures, token
 from dtrain.node.agent import NodeAgent, SameFailure
 from dtrain.node.channel import Channel
 from dtrain.node.failures import FailureRecord, Kind
@@ -88,6 +88,12 @@ def run_agent(
 
 
 def _settings(plan: LaunchPlan, node_rank: int) -> RendezvousSettings:
+    try:
+        secret = token.of_attempt(plan.run, plan.attempt)
+    except OSError as error:
+        raise RendezvousFailed(
+            f"the launch's token cannot be had: {error.strerror}: {error.filename}"
+        ) from error
     return RendezvousSettings(
         run_id=f"{plan.run_id}/{plan.attempt}",
         host=plan.rdzv_host,
@@ -97,6 +103,7 @@ def _settings(plan: LaunchPlan, node_rank: int) -> RendezvousSettings:
         min_nodes=plan.min_nodes,
         max_nodes=plan.nodes,
         join_timeout_s=plan.join_timeout_s,
+        token=secret,
         names=plan.node_names,
     )
 

@@ -5,9 +5,9 @@ missing, and hands workers a store still holding the addresses of the dead (pyto
 Here the node rank is the launcher's, a round completes as soon as the last node joins, who is
 missing is known by name, and every round has a store of its own.
 
-The head (node 0) serves the store. Round n is complete when the head writes its members;
-an agent that wants the workers started again joins round n + 1, which the others see as a
-node waiting, so they join too.
+The head (node 0) serves the store, to those alone who have the token of the attempt. Round n is
+complete when the head writes its members; an agent that wants the workers started again joins
+round n + 1, which the others see as a node waiting, so they join too.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, TCPStore
+from torch.distributed import HashStore, TCPStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -32,6 +31,7 @@ from torch.distributed.elastic.rendezvous import (
 
 from dtrain import ports
 from dtrain.node import store as stores
+from dtrain.node.sealed import HeadGone, Store
 from dtrain.node.store import PeerFailed, RendezvousFailed, RendezvousSettings
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Member:
 
 
 class NodeRendezvous(RendezvousHandler):
-    """Meets the other node agents over one TCPStore on the head node."""
+    """Meets the other node agents over one store on the head node."""
 
     def __init__(
         self,
@@ -81,10 +81,10 @@ class NodeRendezvous(RendezvousHandler):
         self._done_round = -1
         self._paced = stores.Paced(settings.max_nodes)
         self._stopped = threading.Event()
-        if self._is_head:
-            self._store = stores.serve(settings, listener)
-        else:
-            self._store = stores.connect(settings, notice)
+        self._server = stores.serve(settings, listener) if self._is_head else None
+        self._store: Store = (
+            stores.connect(settings, notice) if self._server is None else self._server.table
+        )
         self._address = ports.address_towards(settings.host, settings.port)
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
@@ -114,7 +114,10 @@ class NodeRendezvous(RendezvousHandler):
         self.round = number
         place = [member.node_rank for member in self.members].index(self.settings.node_rank)
         worker_store = RendezvousStoreInfo(self.settings.host, described["port"])
-        return RendezvousInfo(self._store, place, len(self.members), worker_store)
+        unasked = (
+            HashStore()
+        )  # ranks follow from the node rank, and we have an exit barrier of ours
+        return RendezvousInfo(unasked, place, len(self.members), worker_store)
 
     def num_nodes_waiting(self) -> int:
         """How many nodes have joined the next round already.
@@ -125,12 +128,15 @@ class NodeRendezvous(RendezvousHandler):
         return self._paced(f"{self.round + 1}/count", self._ask_waiting)
 
     def _ask_waiting(self) -> int:
-        self._raise_if_closed()
-        return self._count(self.round + 1)
+        keys = ["closed", f"{self.round + 1}/count"]
+        closed, count = self._call(lambda: self._store.get_all(keys))
+        if closed is not None:
+            raise PeerFailed.told(closed)
+        return int(count or 0)
 
     def is_closed(self) -> bool:
         """Whether a node has given up."""
-        return bool(self._call(lambda: self._store.check(["closed"])))
+        return self._call(lambda: self._store.get("closed")) is not None
 
     def set_closed(self) -> None:
         """Give up for all nodes."""
@@ -158,11 +164,11 @@ class NodeRendezvous(RendezvousHandler):
             signal: set when we were asked to stop and nothing failed.
         """
         me = self.settings.name_of(self.settings.node_rank)
-        closed = {"reason": f"{me}: {reason}", "record": record, "signal": signal}
+        why = PeerFailed(f"{me}: {reason}", record, signal)
         try:
             if self._store.add("closers", 1) == 1:  # the first reason is the cause
-                self._store.set("closed", json.dumps(closed))
-        except DistError:
+                self._store.set("closed", why.to_tell())
+        except HeadGone:
             log.info("the head is gone, nobody left to tell: %s", reason)
 
     def all_done(self, *, done_here: bool) -> bool:
@@ -181,7 +187,7 @@ class NodeRendezvous(RendezvousHandler):
     def leave(self) -> None:
         """Leave for good; the head, whose store the others still read, leaves last."""
         self._stopped.set()
-        with contextlib.suppress(DistError):  # the head may be gone before it has answered
+        with contextlib.suppress(HeadGone):  # the head may be gone before it has answered
             left = self._store.add("left", 1)
             deadline = time.monotonic() + _LEAVE_S
             while self._is_head and left < len(self.members) and time.monotonic() < deadline:
@@ -231,7 +237,7 @@ class NodeRendezvous(RendezvousHandler):
                 notice_at = now + 2 * (now - started)
             time.sleep(_POLL_S)
         keys = [f"{number}/node/{rank}" for rank in self._joined(number)]
-        members = [json.loads(member) for member in self._store.multi_get(keys)]
+        members = [json.loads(member) for member in self._store.get_all(keys) if member]
         described = {"members": members, "port": self._new_worker_store(number)}
         self._store.add("completed", 1)
         self._store.set(f"{number}/members", json.dumps(described))
@@ -251,28 +257,25 @@ class NodeRendezvous(RendezvousHandler):
 
     # -- the store ---------------------------------------------------------------------------
 
-    def _wait_for(self, key: str) -> bytes:
+    def _wait_for(self, key: str) -> str:
         """Wait for a key; the head itself ends a wait that has lasted too long."""
         deadline = time.monotonic() + self.settings.join_timeout_s + 10
-        while True:
-            try:
-                self._store.wait([key], timedelta(seconds=1))
-                return bytes(self._store.get(key))
-            except DistError as error:
-                self._raise_if_closed()
-                if time.monotonic() > deadline:
-                    raise RendezvousFailed("the head did not complete the round", [0]) from error
+        while (text := self._call(lambda: self._store.get(key))) is None:
+            self._raise_if_closed()
+            if time.monotonic() > deadline:
+                raise RendezvousFailed("the head did not complete the round", [0])
+            time.sleep(stores.wait_s(self.settings.max_nodes))
+        return str(text)
 
     def _raise_if_closed(self) -> None:
-        if self.is_closed():
-            closed = json.loads(self._store.get("closed"))
-            raise PeerFailed(closed["reason"], closed["record"], closed["signal"])
+        if (told := self._call(lambda: self._store.get("closed"))) is not None:
+            raise PeerFailed.told(told)
 
     def _call(self, request: Callable[[], Any]) -> Any:
         """Ask the store; a head that does not answer any more is a peer that failed."""
         try:
             return request()
-        except DistError as error:
+        except HeadGone as error:
             raise PeerFailed(f"{self.settings.name_of(0)} is gone: {error}") from error
 
     # -- who is there ------------------------------------------------------------------------
@@ -281,8 +284,8 @@ class NodeRendezvous(RendezvousHandler):
         return int(self._call(lambda: self._store.add(f"{number}/count", 0)))
 
     def _joined(self, number: int) -> list[int]:
-        ranks = range(self.settings.max_nodes)
-        return [rank for rank in ranks if self._store.check([f"{number}/node/{rank}"])]
+        keys = [f"{number}/node/{rank}" for rank in range(self.settings.max_nodes)]
+        return [rank for rank, text in enumerate(self._store.get_all(keys)) if text is not None]
 
     def _missing(self, number: int) -> list[int]:
         joined = self._joined(number)
@@ -300,7 +303,7 @@ class NodeRendezvous(RendezvousHandler):
                 last, since = beat, now
             self._heard[rank] = (last, since)
             silent = now - since > self.settings.lost_after_s
-            if silent and not self._store.check([f"{number}/node/{rank}"]):
+            if silent and self._store.get(f"{number}/node/{rank}") is None:
                 lost.append(rank)
         return lost
 
@@ -312,5 +315,5 @@ class NodeRendezvous(RendezvousHandler):
         while not self._stopped.wait(_HEARTBEAT_S):
             try:
                 store.add(f"beat/{self.settings.node_rank}", 1)
-            except DistError:
+            except HeadGone:
                 return  # the head is gone; the main thread finds out by itself

@@ -1,24 +1,26 @@
-"""The TCPStore of a run: who serves it, how agents reach it, what they say when they cannot."""
+"""The stores of a run: who serves them, how agents reach them, what they say when they cannot."""
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from torch.distributed import TCPStore
 
 from dtrain import ports
+from dtrain.node import sealed
+from dtrain.node.sealed_server import Server
 
 FIRST_NOTICE_S = 2.0
 """How long a node waits in silence for others."""
 
-_SILENCE_S = 30.0  # a head that answers nothing for so long is taken for gone
 # One question takes the head 30 µs, and each agent has 40 a second: 1,000 would be too many for it.
 _FEW_NODES, _PAUSE_PER_NODE_S = 50, 0.001
+_WAIT_S, _WAIT_PER_NODE_S = 0.005, 0.002
 
 
 class RendezvousFailed(Exception):
@@ -48,6 +50,16 @@ class PeerFailed(Exception):
         self.record = record
         self.signal = signal
 
+    def to_tell(self) -> str:
+        """For the other nodes."""
+        return json.dumps({"reason": str(self), "record": self.record, "signal": self.signal})
+
+    @classmethod
+    def told(cls, text: str) -> PeerFailed:
+        """What another node has told."""
+        raw = json.loads(text)
+        return cls(raw["reason"], raw["record"], raw["signal"])
+
 
 @dataclass(frozen=True)
 class RendezvousSettings:
@@ -61,6 +73,8 @@ class RendezvousSettings:
     min_nodes: int
     max_nodes: int
     join_timeout_s: float
+    token: bytes
+    """Of the attempt: the others have it too."""
     last_call_s: float = 5.0
     """With fewer than `max_nodes`: how long to wait for more once there are `min_nodes`."""
     lost_after_s: float = 10.0
@@ -96,7 +110,12 @@ class Paced:
         return answer
 
 
-def serve(settings: RendezvousSettings, listener: socket.socket | None) -> TCPStore:
+def wait_s(nodes: int) -> float:
+    """How long one of so many pauses before it asks again for what is not there yet."""
+    return max(_WAIT_S, _WAIT_PER_NODE_S * nodes)
+
+
+def serve(settings: RendezvousSettings, listener: socket.socket | None) -> Server:
     """The run's store, served by this process.
 
     Args:
@@ -114,28 +133,24 @@ def serve(settings: RendezvousSettings, listener: socket.socket | None) -> TCPSt
                 f"port {settings.port} of the rendezvous cannot be opened here: "
                 f"{error.strerror}; choose another with --rdzv-endpoint HOST:PORT"
             ) from error
-    store = on_listener(settings, listener)
-    store.set("run_id", settings.run_id)
-    return store
+    return Server(listener, settings.run_id, settings.token)
 
 
 def serve_anywhere(settings: RendezvousSettings, key: str) -> tuple[TCPStore, int]:
-    """A further store on a free port of the key's candidates, and that port."""
+    """A store of torch's for workers, on a free port of the key's candidates, and that port."""
     listener = ports.listen_on_candidate(settings.bind_host, key)
     port = int(listener.getsockname()[1])
-    return on_listener(settings, listener), port
-
-
-def on_listener(settings: RendezvousSettings, listener: socket.socket) -> TCPStore:
-    """A store on a socket that already listens, so that nobody can take its port before us."""
-    port = int(listener.getsockname()[1])
-    fd = listener.detach()
-    return TCPStore(
-        settings.host, port, is_master=True, wait_for_workers=False, master_listen_fd=fd
+    store = TCPStore(
+        settings.host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),  # it listens: nobody can take the port before us
     )
+    return store, port
 
 
-def connect(settings: RendezvousSettings, notice: Callable[[str], None]) -> TCPStore:
+def connect(settings: RendezvousSettings, notice: Callable[[str], None]) -> sealed.Remote:
     """The run's store, served by the head.
 
     Args:
@@ -145,26 +160,38 @@ def connect(settings: RendezvousSettings, notice: Callable[[str], None]) -> TCPS
     Raises:
         RendezvousFailed: the head does not answer in time, or another run answers there.
     """
-    _wait_until_reachable(settings, notice)
-    timeout = timedelta(seconds=max(settings.join_timeout_s, 1.0))
-    store = TCPStore(settings.host, settings.port, is_master=False, timeout=timeout)
-    store.set_timeout(timedelta(seconds=_SILENCE_S))
-    answer = store.get("run_id").decode()
-    if answer != settings.run_id:
+    sock = _reach(settings, notice)
+    sock.settimeout(max(settings.join_timeout_s, 1.0))
+    place = (settings.host, settings.port)
+    where = f"{settings.host}:{settings.port}"
+    try:
+        store = sealed.Remote(place, settings.token, sock)
+    except OSError as error:
         raise RendezvousFailed(
-            f"run {answer!r} answers at {settings.host}:{settings.port}, not "
-            f"{settings.run_id!r}; give each run its own --rdzv-endpoint"
+            f"{settings.name_of(0)} does not answer at {where}: {error}", [0]
+        ) from error
+    if store.run_id != settings.run_id:
+        raise RendezvousFailed(
+            f"run {store.run_id!r} answers at {where}, not {settings.run_id!r}; give each run its "
+            "own --rdzv-endpoint"
         )
+    try:
+        store.get("")
+    except sealed.HeadGone as error:
+        raise RendezvousFailed(
+            f"the run {settings.run_id} at {where} and this host have not the same token: do they "
+            "share the run folder? See docs/security.md"
+        ) from error
     return store
 
 
-def _wait_until_reachable(settings: RendezvousSettings, notice: Callable[[str], None]) -> None:
+def _reach(settings: RendezvousSettings, notice: Callable[[str], None]) -> socket.socket:
+    """Connect to the head, for as long as it takes to begin."""
     started = time.monotonic()
     notice_at = started + FIRST_NOTICE_S
     while True:
         try:
-            with socket.create_connection((settings.host, settings.port), timeout=5):
-                return
+            return socket.create_connection((settings.host, settings.port), timeout=5)
         except OSError as error:
             waited = time.monotonic() - started
             place = f"{settings.name_of(0)} at {settings.host}:{settings.port}"

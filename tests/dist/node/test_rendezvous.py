@@ -26,6 +26,7 @@ def settings(node_rank: int, port: int, **changes: object) -> RendezvousSettings
         min_nodes=2,
         max_nodes=2,
         join_timeout_s=20,
+        token=b"t" * 32,
         names=("host-0", "host-1", "host-2"),
     )
     return replace(base, **changes)  # type: ignore[arg-type]
