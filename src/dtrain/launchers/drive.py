@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from dtrain.job.spec import JobSpec
 from dtrain.launchers import base, told
 from dtrain.launchers.base import Launch, Launcher
 from dtrain.launchers.stopping import Stop, Stopping, stop_requests
-from dtrain.node import failures, verdict
+from dtrain.node import failures, spill, verdict
 from dtrain.node.failures import FailureRecord
 from dtrain.node.verdict import Verdict
 from dtrain.plainjson import numbers
@@ -264,7 +263,7 @@ def finish(plan: LaunchPlan, result: Result, say: Callable[[str], None]) -> None
     if not plan.is_of_node_zero:
         return
     run.remove_secrets(plan.attempt)
-    shutil.rmtree(failures.spill(run, plan.attempt), ignore_errors=True)
+    spill.remove(run, plan.attempt)
     try:
         if result.write(run, plan.attempt):
             rundir.note_event(run, "ended", state=result.state, exit_code=result.exit_code)

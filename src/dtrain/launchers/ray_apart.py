@@ -7,14 +7,16 @@ own, made of a package, and tells what is new in it with every beat.
 from __future__ import annotations
 
 import io
-import json
 import tarfile
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from dtrain import files, rundir
 from dtrain.jobdir import RayDir
-from dtrain.node import token
+from dtrain.node import checked, token
+from dtrain.node.failures import FailureRecord
+from dtrain.plainjson import to_json
 from dtrain.plan import LaunchPlan
 from dtrain.rundir import RunDir
 from dtrain.variables import MASK
@@ -69,11 +71,13 @@ def _relocated(data: bytes, path: Path, run: RunDir) -> bytes:
     """A failure record with the path of its log here, not on the node."""
     if path.parent.name != "failures":
         return data
-    record = json.loads(data)
-    inside = record["log"].partition(f"/{run.id}/")[2]
-    if inside:
-        record["log"] = str(run.path / inside)
-    return json.dumps(record, indent=2).encode()
+    try:
+        record = checked.read(FailureRecord, data)
+    except ValueError:
+        return data  # and nobody will take it for one
+    inside = record.log.partition(f"/{run.id}/")[2]
+    log = str(run.path / inside) if inside else record.log
+    return to_json(asdict(replace(record, log=log)), indent=2).encode()
 
 
 def _add_code(archive: tarfile.TarFile, code: Path) -> None:

@@ -7,7 +7,7 @@ import select
 import signal
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +274,7 @@ class NodeAgent(SimpleElasticAgent):
             max_restarts=self.plan.max_restarts,
         )
         if repeated or self._restart >= self.plan.max_restarts:
-            self._rendezvous_handler.close_with(f"rank {first.rank} failed", asdict(first))
+            self._rendezvous_handler.close_with(f"rank {first.rank} failed", first)
         return repeated and self._restart < self.plan.max_restarts
 
     def _event(self, event: str, **fields: Any) -> None:

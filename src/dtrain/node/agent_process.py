@@ -142,7 +142,10 @@ def _record_peer(plan: LaunchPlan, node_rank: int, error: PeerFailed) -> None:
     if error.record is None:
         _record_missing(plan, node_rank, RendezvousFailed(str(error)))
         return
-    told = FailureRecord.from_json(error.record)
+    told = error.record
+    if told.node_rank >= plan.nodes or (told.rank or 0) >= plan.world_size:
+        _record_missing(plan, node_rank, RendezvousFailed(f"{error}: of no rank of this run"))
+        return
     known = failures.read_all(plan.run, plan.attempt)
     if not any(record.rank == told.rank and record.pid == told.pid for record in known):
         told.write(plan.run, plan.attempt)

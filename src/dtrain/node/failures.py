@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import sysconfig
-import tempfile
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
@@ -17,8 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from dtrain import files, rundir
+from dtrain import rundir
 from dtrain.errors import DtrainError
+from dtrain.node import checked, spill
+from dtrain.node.checked import ExitCode, Name, Rank, Text, Time, Whole
+from dtrain.plainjson import to_json
 from dtrain.rundir import RunDir
 
 Kind = Literal[
@@ -62,10 +64,12 @@ _OUR_OWN = str(Path(__file__).resolve().parent.parent)
 class Frame:
     """One line of a traceback."""
 
-    file: str
-    line: int
-    function: str
-    code: str
+    __pydantic_config__ = checked.CONFIG
+
+    file: Text
+    line: Whole
+    function: Text
+    code: Text
 
 
 class OtherProcessError(Exception):
@@ -95,35 +99,37 @@ class OtherProcessError(Exception):
 class FailureRecord:
     """Why one worker, or one node, failed."""
 
+    __pydantic_config__ = checked.CONFIG
+
     kind: Kind
-    message: str
-    exit_code: int
+    message: Text
+    exit_code: ExitCode
     """As a shell reports it: 128 + N for signal N."""
-    node_rank: int
-    node: str
+    node_rank: Rank
+    node: Name
     """The node's name."""
-    rank: int | None = None
+    rank: Rank | None = None
     """None when a whole node failed."""
-    restart: int = 0
-    time: float = 0.0
+    restart: Whole = 0
+    time: Time = 0.0
     """Seconds since the epoch, of the failing host's clock."""
-    pid: int | None = None
-    type: str = ""
+    pid: Whole | None = None
+    type: Text = ""
     """Name of the exception's class."""
     frames: list[Frame] = field(default_factory=list)
     """The traceback cut to the user's own lines, outermost first."""
-    traceback: str = ""
+    traceback: Text = ""
     """The whole traceback."""
-    log: str = ""
+    log: Text = ""
     """Path of the log that has more."""
     collateral: bool = False
     """Whether the process itself knew that another rank was to blame."""
-    step: int | None = None
+    step: Whole | None = None
     """The optimizer step that it failed in, 0 before the first; None where another try of the same
     may end otherwise, or where steps are not known."""
     repeated: bool = False
     """Whether the restart before had failed in just this way."""
-    hint: str = ""
+    hint: Text = ""
     """What to do about it, where that depends on where the process stood."""
 
     def repeats(self, before: FailureRecord) -> bool:
@@ -135,14 +141,20 @@ class FailureRecord:
 
     @classmethod
     def read(cls, path: Path) -> FailureRecord | None:
-        """The record in a file; None when there is none."""
-        raw = files.read_json(path)
-        return None if raw is None else cls.from_json(raw)
+        """The record in a file; None when there is none, or the file holds something else."""
+        try:
+            return checked.read(cls, path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
 
     @classmethod
-    def from_json(cls, raw: dict[str, Any]) -> FailureRecord:
-        """The record that was written as this."""
-        return cls(**{**raw, "frames": [Frame(**frame) for frame in raw["frames"]]})
+    def from_json(cls, raw: Any) -> FailureRecord:
+        """The record that was written as this.
+
+        Raises:
+            ValueError: it is none.
+        """
+        return checked.read(cls, to_json(raw))
 
     def write(self, run: RunDir, attempt: int) -> None:
         """Write the record to its place in the run directory, or where that is full, aside."""
@@ -155,21 +167,16 @@ class FailureRecord:
             rundir.write_json(path, asdict(self))
         except OSError as error:
             with contextlib.suppress(OSError):
-                rundir.write_json(spill(run, attempt) / path.name, asdict(self))
+                rundir.write_json(spill.made(run, attempt) / path.name, asdict(self))
             with contextlib.suppress(OSError):  # stderr is a file on the same disk
                 print(f"dtrain: cannot write {path}: {error.strerror}", file=sys.stderr)
 
 
-def spill(run: RunDir, attempt: int) -> Path:
-    """Where records go when the run directory's disk is full, the likeliest cause of failing."""
-    return Path(tempfile.gettempdir()) / f"dtrain-{run.id}-{attempt}-failures"
-
-
 def read_all(run: RunDir, attempt: int, rank: int | None = None) -> list[FailureRecord]:
     """Every failure record of an attempt, or of one rank in it."""
-    folders = (run.failures(attempt), spill(run, attempt))
+    folders = (run.failures(attempt), spill.folder(run, attempt))
     name = "*.json" if rank is None else run.failure(attempt, rank).name
-    paths = [path for folder in folders for path in sorted(folder.glob(name))]
+    paths = [path for folder in folders if folder for path in sorted(folder.glob(name))]
     records = [FailureRecord.read(path) for path in paths]
     return [record for record in records if record is not None]
 

@@ -13,13 +13,11 @@ round n + 1, which the others see as a node waiting, so they join too.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch.distributed import HashStore, TCPStore
@@ -31,23 +29,15 @@ from torch.distributed.elastic.rendezvous import (
 
 from dtrain import ports
 from dtrain.node import store as stores
+from dtrain.node.failures import FailureRecord
 from dtrain.node.sealed import HeadGone, Store
-from dtrain.node.store import PeerFailed, RendezvousFailed, RendezvousSettings
+from dtrain.node.store import Member, PeerFailed, RendezvousFailed, RendezvousSettings, Round
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.02
 _HEARTBEAT_S = 1.0
 _LEAVE_S = 5.0
-
-
-@dataclass(frozen=True)
-class Member:
-    """One node of a round."""
-
-    node_rank: int
-    name: str
-    address: str
 
 
 class NodeRendezvous(RendezvousHandler):
@@ -109,11 +99,11 @@ class NodeRendezvous(RendezvousHandler):
         number = self._join()
         if self._is_head:
             self._gather(number)
-        described = json.loads(self._wait_for(f"{number}/members"))
-        self.members = [Member(**member) for member in described["members"]]
+        described = Round.told(self._wait_for(f"{number}/members"), self.settings)
+        self.members = described.members
         self.round = number
-        place = [member.node_rank for member in self.members].index(self.settings.node_rank)
-        worker_store = RendezvousStoreInfo(self.settings.host, described["port"])
+        place = described.node_ranks.index(self.settings.node_rank)
+        worker_store = RendezvousStoreInfo(self.settings.host, described.port)
         unasked = (
             HashStore()
         )  # ranks follow from the node rank, and we have an exit barrier of ours
@@ -154,7 +144,7 @@ class NodeRendezvous(RendezvousHandler):
     # -- what our agent calls ----------------------------------------------------------------
 
     def close_with(
-        self, reason: str, record: dict[str, Any] | None = None, signal: int | None = None
+        self, reason: str, record: FailureRecord | None = None, signal: int | None = None
     ) -> None:
         """Tell all nodes to stop, and why; a head that is already gone needs no telling.
 
@@ -206,7 +196,7 @@ class NodeRendezvous(RendezvousHandler):
                 f"two agents both say that they are node {me.node_rank}; "
                 "each host needs its own --node-rank"
             )
-        self._call(lambda: self._store.set(f"{number}/node/{me.node_rank}", json.dumps(asdict(me))))
+        self._call(lambda: self._store.set(f"{number}/node/{me.node_rank}", me.to_tell()))
         self._call(lambda: self._store.add(f"{number}/count", 1))
         return number
 
@@ -237,10 +227,10 @@ class NodeRendezvous(RendezvousHandler):
                 notice_at = now + 2 * (now - started)
             time.sleep(_POLL_S)
         keys = [f"{number}/node/{rank}" for rank in self._joined(number)]
-        members = [json.loads(member) for member in self._store.get_all(keys) if member]
-        described = {"members": members, "port": self._new_worker_store(number)}
+        members = [Member.told(text) for text in self._store.get_all(keys) if text]
+        described = Round(members, self._new_worker_store(number))
         self._store.add("completed", 1)
-        self._store.set(f"{number}/members", json.dumps(described))
+        self._store.set(f"{number}/members", described.to_tell())
 
     def _say_who_is_missing(self, number: int, count: int, waited_s: float) -> None:
         joined = ", ".join(self.settings.name_of(rank) for rank in self._joined(number))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 from torch.distributed import TCPStore
 
 from dtrain import ports
-from dtrain.node import sealed
+from dtrain.node import checked, sealed
+from dtrain.node.failures import FailureRecord
 from dtrain.node.sealed_server import Server
+from dtrain.plainjson import to_json
+
+T = TypeVar("T")
 
 FIRST_NOTICE_S = 2.0
 """How long a node waits in silence for others."""
@@ -39,12 +42,12 @@ class PeerFailed(Exception):
     """Another node has given up, so this one stops as well.
 
     Attributes:
-        record: the failure record of the cause, as JSON; None when it is not known.
+        record: of the cause; None when it is not known.
         signal: the signal by which the other node was asked to stop; None when it failed.
     """
 
     def __init__(
-        self, message: str, record: dict[str, Any] | None = None, signal: int | None = None
+        self, message: str, record: FailureRecord | None = None, signal: int | None = None
     ) -> None:
         super().__init__(message)
         self.record = record
@@ -52,13 +55,16 @@ class PeerFailed(Exception):
 
     def to_tell(self) -> str:
         """For the other nodes."""
-        return json.dumps({"reason": str(self), "record": self.record, "signal": self.signal})
+        return to_json(asdict(_Closed(str(self), self.record, self.signal)))
 
     @classmethod
     def told(cls, text: str) -> PeerFailed:
         """What another node has told."""
-        raw = json.loads(text)
-        return cls(raw["reason"], raw["record"], raw["signal"])
+        try:
+            closed = checked.read(_Closed, text)
+        except ValueError as error:
+            return cls(f"another node gave up, and told what makes no sense: {error}")
+        return cls(closed.reason, closed.record, closed.signal)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,74 @@ class RendezvousSettings:
         """A node as people know it: `node 1 (gpu-b)`."""
         known = self.names[node_rank] if node_rank < len(self.names) else ""
         return f"node {node_rank} ({known})" if known else f"node {node_rank}"
+
+
+@dataclass(frozen=True)
+class _Closed:
+    """What all are told by the node that gives up first."""
+
+    __pydantic_config__ = checked.CONFIG
+
+    reason: checked.Text
+    record: FailureRecord | None
+    signal: checked.Signal | None
+
+
+@dataclass(frozen=True)
+class Member:
+    """One node of a round."""
+
+    __pydantic_config__ = checked.CONFIG
+
+    node_rank: checked.Rank
+    name: checked.Name
+    address: checked.Name
+
+    def to_tell(self) -> str:
+        """For the head."""
+        return to_json(asdict(self))
+
+    @classmethod
+    def told(cls, text: str) -> Member:
+        """What a node has told the head; RendezvousFailed where it makes no sense."""
+        return _told(cls, text)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Who takes part in it, and on which port of the head its workers have their store."""
+
+    __pydantic_config__ = checked.CONFIG
+
+    members: list[Member]
+    port: checked.Port
+
+    @property
+    def node_ranks(self) -> list[int]:
+        """Of the members, in their order."""
+        return [member.node_rank for member in self.members]
+
+    def to_tell(self) -> str:
+        """For all nodes."""
+        return to_json(asdict(self))
+
+    @classmethod
+    def told(cls, text: str, settings: RendezvousSettings) -> Round:
+        """What the head has told a node; RendezvousFailed where it makes no sense."""
+        found = _told(cls, text)
+        ranks = found.node_ranks
+        if ranks != sorted(set(ranks)) or settings.node_rank not in ranks:
+            raise RendezvousFailed(f"node {settings.node_rank} is not once among nodes {ranks}")
+        if ranks[-1] >= settings.max_nodes:
+            raise RendezvousFailed(f"node {ranks[-1]} is none of {settings.max_nodes}")
+        return found
+
+
+def _told(kind: type[T], text: str) -> T:
+    try:
+        return checked.read(kind, text)
+    except ValueError as error:
+        raise RendezvousFailed(f"another node has told what makes no sense: {error}") from error
 
 
 class Paced:

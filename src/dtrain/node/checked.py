@@ -1,0 +1,51 @@
+"""What another process has told, checked: the type of each value, its range and its size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+T = TypeVar("T")
+_adapters: dict[Any, TypeAdapter[Any]] = {}
+CONFIG = ConfigDict(strict=True, extra="forbid")
+"""For `__pydantic_config__` of a dataclass: no value is taken for one of another type."""
+
+
+def _cut(most: int) -> Callable[[str], str]:
+    return lambda text: text[:most]
+
+
+Text = Annotated[str, AfterValidator(_cut(1 << 16))]
+"""Of one that is longer the rest is dropped."""
+Name = Annotated[str, AfterValidator(_cut(255))]
+Whole = Annotated[int, Field(ge=0, lt=1 << 53)]
+Rank = Annotated[int, Field(ge=0, lt=1 << 24)]
+Port = Annotated[int, Field(gt=0, lt=1 << 16)]
+Signal = Annotated[int, Field(gt=0, lt=65)]
+ExitCode = Annotated[int, Field(gt=-(1 << 31), lt=1 << 32)]
+Time = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def read(kind: type[T], text: str | bytes) -> T:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: that is no such thing; says which of its fields is not.
+    """
+    adapter = _adapters.get(kind) or _adapters.setdefault(kind, TypeAdapter(kind))
+    try:
+        found: T = adapter.validate_json(text)
+    except ValidationError:
+        found = adapter.validate_json(_without_surrogates(text))
+    return found
+
+
+def _without_surrogates(text: str | bytes) -> bytes:
+    """Python has characters that no file has, as in the name of a file that is not UTF-8."""
+    try:
+        return json.dumps(json.loads(text), ensure_ascii=False).encode(errors="replace")
+    except RecursionError:
+        raise ValueError("too deep") from None
