@@ -5,14 +5,13 @@ They are written whole (see `rundir.write_atomic`), but disks, hands and other p
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import stat
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar
 
 from dtrain.errors import DamagedError
 
@@ -59,8 +58,8 @@ def read_as(shape: type[Shape], path: Path) -> Shape | None:
     Raises:
         DamagedError: it holds something else.
     """
-    value = read_json(path)
-    return None if value is None else shaped(shape, value, str(path))
+    text = read_text(path)
+    return None if text is None else parse_as(shape, text, str(path))
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
@@ -79,28 +78,18 @@ def parse_json(text: str | bytes, where: str) -> Any:
     return value
 
 
-def shaped(shape: type[Shape], value: Any, where: str) -> Shape:
-    """A value from `where` as a certain shape, with all types in it checked.
+def parse_as(shape: type[Shape], text: str | bytes, where: str) -> Shape:
+    """What a JSON text from `where` holds, of a certain shape, with all types in it checked.
 
     Raises:
-        DamagedError: it has another; says which part of it.
+        DamagedError: it holds something else; says which part of it.
     """
-    from pydantic import ValidationError
+    from dtrain import checked  # which imports pydantic: not for `dtrain --help`
 
     try:
-        made: Shape = _adapter(cast(Hashable, shape)).validate_python(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"][:8])
-        raise DamagedError(where, f"{place or 'all of it'}: {first['msg'][:200]}") from None
-    return made
-
-
-@functools.cache
-def _adapter(shape: Any) -> Any:
-    from pydantic import TypeAdapter  # not for `dtrain --help`
-
-    return TypeAdapter(shape)
+        return checked.read(shape, text)
+    except ValueError as error:
+        raise DamagedError(where, checked.reason(error)) from None
 
 
 def read_lines(path: Path, **fields: type) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ from dtrain import files
 from dtrain.attempts import Handle, Result, State
 from dtrain.launchers import told
 from dtrain.node import failures, verdict
+from dtrain.plainjson import to_json
 from dtrain.plan import LaunchPlan
 from dtrain.rundir import RunDir
 
@@ -47,7 +48,7 @@ def _judge(run: RunDir, started: dict[str, Any], ended: dict[str, Any] | None) -
         return ("running", 0) if again else ("failed", found.exit_code)
     known = {"launcher": "torchrun", "attempt": _ATTEMPT, "first": _ATTEMPT}
     told_of = {**known, "started": started["time"], **started["process"]}
-    process = files.shaped(Handle, told_of, str(run.events))
+    process = files.parse_as(Handle, to_json(told_of), str(run.events))
     return ("running" if process.is_alive(run) else "lost"), 1
 
 

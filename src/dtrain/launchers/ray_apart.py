@@ -12,9 +12,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dtrain import files, rundir
+from dtrain import checked, files, rundir
 from dtrain.jobdir import RayDir
-from dtrain.node import checked, token
+from dtrain.node import token
 from dtrain.node.failures import FailureRecord
 from dtrain.plainjson import to_json
 from dtrain.plan import LaunchPlan

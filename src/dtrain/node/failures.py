@@ -16,10 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from dtrain import rundir
-from dtrain.errors import DtrainError
-from dtrain.node import checked, spill
-from dtrain.node.checked import ExitCode, Name, Rank, Text, Time, Whole
+from dtrain import checked, files, rundir
+from dtrain.checked import ExitCode, Name, Rank, Text, Time, Whole
+from dtrain.errors import DamagedError, DtrainError
+from dtrain.node import spill
 from dtrain.plainjson import to_json
 from dtrain.rundir import RunDir
 
@@ -143,8 +143,8 @@ class FailureRecord:
     def read(cls, path: Path) -> FailureRecord | None:
         """The record in a file; None when there is none, or the file holds something else."""
         try:
-            return checked.read(cls, path.read_bytes())
-        except (FileNotFoundError, ValueError):
+            return files.read_as(cls, path)
+        except (DamagedError, OSError):
             return None
 
     @classmethod

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from torch.distributed import TCPStore
 
-from dtrain import ports
-from dtrain.node import checked, sealed
+from dtrain import checked, ports
+from dtrain.node import sealed
 from dtrain.node.failures import FailureRecord
 from dtrain.node.sealed_server import Server
 from dtrain.plainjson import to_json

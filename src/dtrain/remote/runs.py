@@ -213,7 +213,7 @@ def _is_newest_at(url: str, handle: Handle) -> bool:
 
 def _handle_in(data: bytes, url: str | None) -> Handle:
     where = f"a handle.json at {url}"
-    return files.shaped(Handle, files.parse_json(data, where), where)
+    return files.parse_as(Handle, data, where)
 
 
 def _handle_name(attempt: int) -> str:

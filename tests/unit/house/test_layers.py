@@ -14,7 +14,7 @@ SRC = ROOT / "src"
 
 # From the ground up. A module may import from its own layer's package and from layers below.
 LAYERS: list[tuple[str, ...]] = [
-    ("dtrain.errors", "dtrain.procs", "dtrain.plainjson"),
+    ("dtrain.errors", "dtrain.procs", "dtrain.plainjson", "dtrain.checked"),
     ("dtrain.files",),
     (
         "dtrain.rundir",
@@ -40,7 +40,6 @@ LAYERS: list[tuple[str, ...]] = [
         "dtrain.node.failures",
         "dtrain.node.channel",
         "dtrain.node.token",
-        "dtrain.node.checked",
         "dtrain.node.spill",
     ),
     ("dtrain.node.verdict", "dtrain.console", "dtrain.train"),
@@ -72,7 +71,7 @@ LAUNCH_PLANE = (
     "dtrain.node.failures",
     "dtrain.node.channel",
     "dtrain.node.token",
-    "dtrain.node.checked",
+    "dtrain.checked",
     "dtrain.node.spill",
     "dtrain.node.verdict",
     "dtrain.console",

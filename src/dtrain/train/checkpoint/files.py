@@ -250,7 +250,7 @@ def _read_manifest(folder: Path) -> Manifest:
             raise CheckpointError(f"{MANIFEST} is missing")
         if told.get("digest") != _manifest_digest(told):
             raise CheckpointError(f"{MANIFEST} is damaged: its own digest does not match")
-        manifest = files.shaped(Manifest, told, MANIFEST)
+        manifest = files.parse_as(Manifest, json.dumps(told), MANIFEST)
     if manifest.format != _FORMAT:
         raise CheckpointError(f"its format is {manifest.format}, this dtrain reads {_FORMAT}")
     if wrong := [name for name in manifest.files if Path(name).name != name]:

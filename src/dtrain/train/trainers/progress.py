@@ -58,7 +58,7 @@ class Progress:
                 no such position.
         """
         try:
-            saved = files.shaped(_Saved, told, "progress.json")
+            saved = files.parse_as(_Saved, json.dumps(told), "progress.json")
         except DamagedError as error:
             raise CheckpointError(f"its position is none: {error.why}") from None
         changed = [
