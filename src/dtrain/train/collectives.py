@@ -5,12 +5,14 @@ Only for rare moments (start, evaluation, checkpoint): each costs a millisecond 
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+
+from dtrain.train.packed import pack, unpack
 
 Value = TypeVar("Value")
 
@@ -24,18 +26,23 @@ def gather_to_all(value: Value) -> list[Value]:
     """Every rank's value, in rank order, on every rank."""
     if not in_group():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    mine, sizes = _padded(pack(value))
+    everyone = mine.new_empty(len(sizes) * len(mine))
+    dist.all_gather(list(everyone.chunk(len(sizes))), mine)
+    return [unpack(data) for data in _cut(everyone, sizes)]
 
 
 def gather_to_zero(value: Value) -> list[Value]:
     """Every rank's value, in rank order, on rank 0; empty elsewhere."""
     if not in_group():
         return [value]
-    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, values)
-    return values or []
+    mine, sizes = _padded(pack(value))
+    if dist.get_rank() != 0:
+        dist.gather(mine)
+        return []
+    everyone = mine.new_empty(len(sizes) * len(mine))
+    dist.gather(mine, list(everyone.chunk(len(sizes))))
+    return [unpack(data) for data in _cut(everyone, sizes)]
 
 
 def from_zero(value: Value) -> Value:
@@ -47,9 +54,42 @@ def from_rank(rank: int, value: Value) -> Value:
     """One rank's value, on every rank."""
     if not in_group():
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=rank)
-    return box[0]
+    is_ours = dist.get_rank() == rank
+    data = bytes_from_rank(rank, pack(value) if is_ours else b"")
+    return value if is_ours else cast(Value, unpack(data))
+
+
+def bytes_from_rank(rank: int, data: bytes) -> bytes:
+    """One rank's bytes, on every rank of a group; those of the others are not looked at."""
+    size = torch.tensor([len(data)], device=_device())
+    dist.broadcast(size, src=rank)
+    everyones = _tensor(data) if dist.get_rank() == rank else _tensor(bytes(int(size)))
+    dist.broadcast(everyones, src=rank)
+    return bytes(everyones.cpu().numpy())
+
+
+def _padded(data: bytes) -> tuple[torch.Tensor, list[int]]:
+    """Our bytes, as many as the rank has that has most; how many each has."""
+    size = torch.tensor([len(data)], device=_device())
+    sizes = size.new_empty(dist.get_world_size())
+    dist.all_gather(list(sizes.chunk(len(sizes))), size)
+    return _tensor(data.ljust(int(sizes.max()))), sizes.tolist()
+
+
+def _cut(everyone: torch.Tensor, sizes: list[int]) -> list[bytes]:
+    rows = everyone.view(len(sizes), -1).cpu().numpy()
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+
+def _tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(_device())
+
+
+def _device() -> torch.device:
+    """Where the group can send from: a script may have made one for GPUs alone."""
+    if "cpu:" in dist.get_backend_config():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def gather_numbers(*mine: int) -> list[tuple[int, ...]]:

@@ -19,7 +19,7 @@ from dtrain.errors import CheckpointError, DtrainError
 
 _PLAIN = (bool, int, float, str, type(None))
 """As they are: a subclass is pickled as something else."""
-_NUMPY = [
+NUMPY = [
     *(np.ndarray, np.dtype, np.ones(1).__reduce__()[0], np.float64(1).__reduce__()[0]),
     *{type(np.dtype(code)) for code in "?bhilqBHILQefdgFDGSU"},
 ]
@@ -32,7 +32,7 @@ Change = Callable[[str, Any], Any]
 
 def read(source: Path | io.BytesIO) -> Any:
     """What `torch.save` wrote, on the CPU; builds nothing but tensors, arrays and plain values."""
-    with torch.serialization.safe_globals(_NUMPY):
+    with torch.serialization.safe_globals(NUMPY):
         return torch.load(source, map_location="cpu", weights_only=True)
 
 

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import xxhash
 
+from dtrain.train.packed import exchanged
+
 _MAX_DEPTH = 16
 """Containers in one another; deeper ones, and those that hold themselves, count by their class."""
 
@@ -43,6 +45,7 @@ _CLOSED = "class "
 """How the kind of a leaf begins that cannot be read."""
 
 
+@exchanged
 class Leaf(NamedTuple):
     """One value that is not a container, or the size of a container."""
 

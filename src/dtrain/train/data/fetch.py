@@ -17,6 +17,7 @@ from dtrain.train.data.augmentation import Augmentation, listed
 from dtrain.train.data.content import by_leaf, digest
 from dtrain.train.data.generators import drawn_from
 from dtrain.train.data.permutation import Ids
+from dtrain.train.packed import exchanged
 
 EVALUATION_EPOCH = -1
 """Instead of an epoch in the seeds of evaluation samples: the same at every evaluation."""
@@ -56,6 +57,7 @@ class Probe(Request):
     """A few samples to read twice, each alone; their batch is a `Probed`."""
 
 
+@exchanged
 class Probed(NamedTuple):
     """What the samples of a probe hold."""
 

@@ -15,6 +15,7 @@ from dtrain.train import collectives
 from dtrain.train.data.mixing import Words
 from dtrain.train.data.permutation import Ids
 from dtrain.train.data.sums import KeyedSums
+from dtrain.train.packed import exchanged
 
 if TYPE_CHECKING:
     from dtrain.train.data.proof import Proof, Segment
@@ -26,6 +27,7 @@ _BLOCK = 1 << 16
 _MAX_LINES = 8
 
 
+@exchanged
 @dataclass(frozen=True)
 class Fault:
     """What is wrong in one range of steps of one rank, or of all together."""

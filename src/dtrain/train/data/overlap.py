@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from dtrain.errors import BlamedError
 from dtrain.ranks import RankInfo
 from dtrain.train import collectives
+from dtrain.train.packed import exchanged
 from dtrain.train.vote import named
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ _DISTINCT = 0.9
 values then gave a rank V/5 at most, of which another has a fifth."""
 
 
+@exchanged
 @dataclass(frozen=True)
 class Kept:
     """What one rank has kept."""
@@ -59,6 +61,7 @@ class Kept:
         return len(self.digests) >= max(_MIN_IN_ORDER, _DISTINCT * self.num_seen)
 
 
+@exchanged
 @dataclass(frozen=True)
 class Finding:
     """What one rank has in common with the others."""

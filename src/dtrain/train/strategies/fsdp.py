@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,13 +13,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from dtrain.train import collectives
 from dtrain.train.context import TrainContext
 from dtrain.train.data.placement import GlobalBatch
 from dtrain.train.loss import LossModule, LossParts
 from dtrain.train.seeding import RandomState
 from dtrain.train.strategies.base import Pending, Strategy, known_norm
 from dtrain.train.strategies.gathers import Gathers
+from dtrain.train.strategies.lent import lend
 from dtrain.train.strategies.refusals import refuse_sparse
 from dtrain.train.strategies.units import check_shardable, units
 from dtrain.train.strategies.usage import Usage
@@ -205,8 +204,8 @@ class FSDPStrategy(Strategy):
         """Keep a micro-batch for fillers; where some rank has none, all get the lender's first."""
         if self._shares:
             self._shares = False
-            borrowed = _from_rank(self._lender, given, self.context.device)
-            self._held = borrowed if given is None else given
+            context = self.context
+            self._held = lend(self._lender, given, context.device, context.code_dir)
         elif given is not None:
             self._held = given
 
@@ -259,16 +258,6 @@ def _own_outputs(module: torch.nn.Module, inputs: Any, outputs: Any) -> Any:
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor._base is None else tensor.clone()
-
-
-def _from_rank(lender: int, given: tuple[Any, int] | None, device: torch.device) -> tuple[Any, int]:
-    """The lender's micro-batch on every rank, on its own device."""
-    file = io.BytesIO()
-    if dist.get_rank() == lender:
-        torch.save(given, file)
-    file = io.BytesIO(collectives.from_rank(lender, file.getvalue()))
-    borrowed: tuple[Any, int] = torch.load(file, map_location=device, weights_only=False)
-    return borrowed
 
 
 def _forget_forwards(sharded: list[FSDPModule]) -> None:

@@ -23,11 +23,13 @@ from dtrain.rundir import replacing
 from dtrain.task import Task
 from dtrain.train import collectives
 from dtrain.train.context import TrainContext
+from dtrain.train.packed import exchanged
 
 UNNAMED = "predictions"
 """The name of the array when `predict` returns a tensor."""
 
 
+@exchanged
 @dataclass(frozen=True)
 class _Column:
     """What all rows of one array have in common."""
