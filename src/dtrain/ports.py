@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import ipaddress
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from dtrain.errors import LaunchError
 
 _LOWEST, _HIGHEST = 15000, 32767
 _TRIES = 64
+_STREAM = socket.SOCK_STREAM
 
 
 def candidates(key: str) -> Iterator[int]:
@@ -26,6 +29,23 @@ def candidates(key: str) -> Iterator[int]:
         port = _LOWEST + int.from_bytes(digest, "big") % (_HIGHEST - _LOWEST)
         if not ephemeral_low <= port <= ephemeral_high:
             yield port
+
+
+def to_listen_on(host: str) -> str:
+    """The address of this machine for which `host` stands, to listen there and nowhere else.
+
+    Empty, which is all interfaces, where it stands for none: another host forwards it. Also for a
+    name that is a loopback address here: Debian calls every machine 127.0.1.1, others do not.
+    """
+    with contextlib.suppress(OSError, UnicodeError):
+        for family, _, _, _, address in sorted(socket.getaddrinfo(host, None, type=_STREAM)):
+            is_name = host not in ("localhost", address[0])
+            if is_name and ipaddress.ip_address(address[0]).is_loopback:
+                continue
+            with contextlib.suppress(OSError), socket.socket(family, _STREAM) as probe:
+                probe.bind((address[0], 0))
+                return str(address[0])
+    return ""
 
 
 def listen(host: str, port: int) -> socket.socket:

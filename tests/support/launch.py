@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -81,6 +82,27 @@ def descendants(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def listeners(pid: int) -> set[str]:
+    """The addresses on which processes below one listen."""
+    found = set()
+    for process in descendants(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            connections = process.net_connections("tcp")
+            found |= {each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN}
+    return found
+
+
+def network_address() -> str:
+    """An address of this machine on which others reach it; a loopback one where it has none."""
+    addresses = [
+        entry.address
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family == socket.AF_INET
+    ]
+    return min(addresses, key=lambda address: address.startswith("127."), default="127.0.0.1")
 
 
 def command_of(process: psutil.Process) -> str:

@@ -9,6 +9,7 @@ import pytest
 from dtrain import ports
 from dtrain.errors import LaunchError
 from dtrain.ranks import RankInfo, scrubbed
+from support.launch import network_address
 
 
 def test_candidates_are_the_same_everywhere_and_spread() -> None:
@@ -63,3 +64,19 @@ def test_rank_info_reads_torchrun_variables() -> None:
 def test_another_launchers_variables_are_scrubbed() -> None:
     env = {"RANK": "1", "MASTER_ADDR": "x", "SLURM_JOB_ID": "7", "PET_NNODES": "2", "PATH": "/bin"}
     assert scrubbed(env) == {"PATH": "/bin"}
+
+
+def test_a_listener_is_on_the_address_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = network_address()
+    assert [ports.to_listen_on(host) for host in ("127.0.0.1", "127.0.0.9", own)] == [
+        "127.0.0.1", "127.0.0.9", own,
+    ]  # fmt: skip
+    assert ports.to_listen_on("localhost") in ("127.0.0.1", "::1")
+    elsewhere = ("192.0.2.77", "2001:db8::1", "no such name", "")
+    assert [ports.to_listen_on(host) for host in elsewhere] == [""] * 4
+    names = {"gpu-a": [own], "debian": ["127.0.1.1"], "several": ["192.0.2.77", own]}
+    monkeypatch.setattr(
+        "socket.getaddrinfo",
+        lambda host, *_, **__: [(2, 1, 6, "", (address, 0)) for address in names[host]],
+    )
+    assert [ports.to_listen_on(name) for name in names] == [own, "", own]

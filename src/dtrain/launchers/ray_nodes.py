@@ -174,9 +174,11 @@ class Nodes:
         host = "127.0.0.1" if alone else self.views[0].address
         key = f"{self._plan.run_id}/{self._attempt}"
         candidates = list(islice(ports.candidates(key), 64))
-        opened = self.actors[0].listen.remote(host if alone else "", candidates)
-        port = self._ask({0: opened})[0]
-        if not port:
+        for address in (host, ""):  # Ray may know the node by an address that is not its own
+            port = self._ask({0: self.actors[0].listen.remote(address, candidates)})[0]
+            if port:
+                break
+        else:
             raise LaunchError(f"no free port on {self.names[0]} among {len(candidates)} tried")
         return host, int(port)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dtrain import ports
 from dtrain.errors import PlanError
 from dtrain.launchers import base
 from dtrain.launchers.local import LocalLauncher, NodeProcess, node_command
@@ -36,8 +37,7 @@ class TorchrunLauncher(LocalLauncher):
     def start(self, plan: LaunchPlan) -> NodeProcess:
         """See `Launcher.start`."""
         is_head = plan.options["node_rank"] == 0
-        loopback = plan.rdzv_host in ("127.0.0.1", "localhost")
-        return NodeProcess(plan, ("127.0.0.1" if loopback else "") if is_head else None)
+        return NodeProcess(plan, ports.to_listen_on(plan.rdzv_host) if is_head else None)
 
     def _node_rank(self, plan: LaunchPlan) -> int:
         node_rank = plan.options["node_rank"]

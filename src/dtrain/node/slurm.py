@@ -94,8 +94,7 @@ def _job_of(environ: Mapping[str, str]) -> str:
 
 def _be_head(plan: LaunchPlan, job: str, environ: Mapping[str, str]) -> Place:
     host = own_address(plan.node_names, environ.get("SLURM_LAUNCH_NODE_IPADDR"))
-    bind = host if host == "127.0.0.1" else ""
-    listener = ports.listen_on_candidate(bind, f"{job}/{plan.run_id}")
+    listener = ports.listen_on_candidate(ports.to_listen_on(host), f"{job}/{plan.run_id}")
     port = int(listener.getsockname()[1])
     folder = JobDir(plan.run)
     folder.end(plan.attempt).unlink(missing_ok=True)

@@ -88,11 +88,6 @@ class RendezvousSettings:
     names: tuple[str, ...] = ()
     """Expected node names by rank, to name one that never joins."""
 
-    @property
-    def bind_host(self) -> str:
-        """Where the head listens: on loopback only, when all nodes are on this machine."""
-        return self.host if self.host == "127.0.0.1" else ""
-
     def name_of(self, node_rank: int) -> str:
         """A node as people know it: `node 1 (gpu-b)`."""
         known = self.names[node_rank] if node_rank < len(self.names) else ""
@@ -201,7 +196,7 @@ def serve(settings: RendezvousSettings, listener: socket.socket | None) -> Serve
     """
     if listener is None:
         try:
-            listener = ports.listen(settings.bind_host, settings.port)
+            listener = ports.listen(ports.to_listen_on(settings.host), settings.port)
         except OSError as error:
             raise RendezvousFailed(
                 f"port {settings.port} of the rendezvous cannot be opened here: "
@@ -212,7 +207,7 @@ def serve(settings: RendezvousSettings, listener: socket.socket | None) -> Serve
 
 def serve_anywhere(settings: RendezvousSettings, key: str) -> tuple[TCPStore, int]:
     """A store of torch's for workers, on a free port of the key's candidates, and that port."""
-    listener = ports.listen_on_candidate(settings.bind_host, key)
+    listener = ports.listen_on_candidate(ports.to_listen_on(settings.host), key)
     port = int(listener.getsockname()[1])
     store = TCPStore(
         settings.host,
