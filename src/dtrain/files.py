@@ -117,6 +117,14 @@ def parse_line(line: str | bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def last_line(log: Path) -> str:
+    """The last line of a log that says something; empty where there is none."""
+    try:
+        return log.read_text(errors="replace").strip().rpartition("\n")[2]
+    except OSError:
+        return ""
+
+
 def local_time(seconds: float) -> str:
     """Seconds since the epoch as people write them; `?` for what no clock has shown."""
     try:

@@ -13,7 +13,8 @@ from dtrain import attempts, catalog, files, rundir
 from dtrain.attempts import Handle, Result, State
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
-from dtrain.launchers import base, told
+from dtrain.jobdir import JobDir
+from dtrain.launchers import base, local, told
 from dtrain.launchers.base import Launch, Launcher
 from dtrain.launchers.stopping import Stop, Stopping, stop_requests
 from dtrain.node import failures, spill, verdict
@@ -239,19 +240,18 @@ def _judge(
 
 
 def _unexplained(plan: LaunchPlan, code: int) -> FailureRecord:
-    """A record for a node that ended without one: what its own log says last."""
-    last_node = int(plan.commands[0].argv[-1])
-    log = plan.run.host_log(plan.attempt, last_node)
-    text = log.read_text(errors="replace").strip() if log.exists() else ""
-    message = f"the node process {failures.how_it_ended(code)}"
-    if text:
-        message += f": {text.splitlines()[-1]}"
+    """What the log of a node says last that left no record; of a batch job, its first node's."""
+    rank = min(local.served_by(plan.commands[0]), default=0)
+    log = plan.run.host_log(plan.attempt, rank)
+    if not log.exists():
+        log = JobDir(plan.run).node_log(rank)
+    said = files.last_line(log) or "it has said nothing"
     return FailureRecord(
         kind="agent",
-        message=message,
-        exit_code=code if code > 0 else 128 - code,
-        node_rank=last_node,
-        node=plan.node_names[last_node],
+        message=f"the node process {failures.how_it_ended(code)}: {said}",
+        exit_code=code,
+        node_rank=rank,
+        node=plan.node_names[rank],
         time=time.time(),
         log=str(log),
     )

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from dtrain import ports, procs, rundir
 from dtrain.attempts import Handle
 from dtrain.errors import LaunchError, UsageError
 from dtrain.launchers import base
+from dtrain.node import failures
+from dtrain.node.failures import Kind
 from dtrain.plan import Command, Facts, LaunchPlan
 from dtrain.rundir import RunDir
 from dtrain.variables import HASH_SEED, inherited_env
@@ -88,7 +91,11 @@ class NodeProcess:
             spawn: what starts it; None: a new interpreter.
         """
         command = next(command for command in plan.commands if not command.by_hand)
-        log = plan.run.host_log(plan.attempt, int(command.argv[-1]))
+        self._plan = plan
+        self._node_ranks = served_by(command)
+        self._asked_to_end = False
+        self._oom_kills = failures.oom_kills()
+        log = plan.run.host_log(plan.attempt, self._node_ranks[0])
         env = {**inherited_env(), **command.env, HASH_SEED: plan.worker_env[HASH_SEED]}
         listener = None if listen_host is None else _listen(listen_host, plan.rdzv_port)
         try:
@@ -103,17 +110,41 @@ class NodeProcess:
     def poll(self) -> int | None:
         """See `Launch.poll`."""
         code = self._process.poll()
-        return code if code is None or code >= 0 else 128 - code
+        if code is None or code >= 0:
+            return code
+        if not self._asked_to_end and -code not in procs.STOPS:
+            self._asked_to_end = True
+            self._record_killed(code)
+        return 128 - code
 
     def stop(self) -> None:
         """See `Launch.stop`."""
+        self._asked_to_end = True
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """See `Launch.kill`: agents and workers die with their fork server."""
+        self._asked_to_end = True
         if self._process.poll() is None:
             self._process.kill()
+
+    def _record_killed(self, status: int) -> None:
+        """Leave a record of all nodes that are gone at once; none of them could."""
+        plan, (first, *others) = self._plan, self._node_ranks
+        record = failures.of_exit_status(
+            status,
+            out_of_memory=failures.oom_kills() > self._oom_kills,
+            node_rank=first,
+            node=plan.node_names[first] or failures.node_name(),
+            restart=failures.last_restart(plan.run, plan.attempt),
+            time=time.time(),
+            log=str(plan.run.host_log(plan.attempt, first)),
+        )
+        served = f" of nodes {', '.join(map(str, self._node_ranks))}" if others else ""
+        message = f"the node process{served} was {record.message}"
+        kind: Kind = "oom" if record.kind == "oom" else "node_lost"
+        replace(record, kind=kind, message=message).write(plan.run, plan.attempt)
 
 
 class _Interpreter(subprocess.Popen[bytes]):
@@ -150,6 +181,12 @@ def node_command(plan: LaunchPlan, facts: Facts, node_ranks: Any) -> Command:
     for node_rank in node_ranks:
         argv += ["--node-rank", str(node_rank)]
     return Command(where=facts.host, argv=tuple(argv))
+
+
+def served_by(command: Command) -> list[int]:
+    """The nodes that a command is; none of one that asks a cluster for them."""
+    following = zip(command.argv, command.argv[1:], strict=False)
+    return [int(value) for option, value in following if option == "--node-rank"]
 
 
 def _listen(host: str, port: int) -> Any:

@@ -225,7 +225,7 @@ class ForkServer:
             node_rank=agent.node_rank,
             node=plan.node_names[agent.node_rank],
             time=time.time(),
-            restart=_last_restart(plan),
+            restart=failures.last_restart(plan.run, plan.attempt),
             pid=agent.pid,
             log=str(plan.run.agent_log(plan.attempt, agent.node_rank)),
         ).write(plan.run, plan.attempt)
@@ -295,12 +295,6 @@ def _open_log(path: Path) -> int:
 def _send(channel: Channel, message: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # the agent has ended; the next reap says how
         channel.send(message)
-
-
-def _last_restart(plan: LaunchPlan) -> int:
-    """The newest restart of which there is a record, so that ours counts beside them."""
-    records = failures.read_all(plan.run, plan.attempt)
-    return max((record.restart for record in records), default=0)
 
 
 def _require_one_thread(preloaded: tuple[str, ...]) -> None:

@@ -94,6 +94,9 @@ def test_kill_9_leaves_nothing(tmp_path: Path, who: str) -> None:
     assert process.returncode == -9 if who == "the command" else 137
     if who != "the command":
         assert "FAILED: " in output
+        assert "killed by SIGKILL" in output
+    if who == "the fork server":
+        assert "of nodes 0, 1 was" in output
     state = dtrain("status", cwd=tmp_path).stdout
     assert ("lost" if who == "the command" else "failed") in state
 
