@@ -6,12 +6,14 @@ import signal
 import time
 from dataclasses import replace
 
-from dtrain import attempts, files
+from dtrain import attempts
 from dtrain.attempts import Handle
 from dtrain.jobdir import JobDir
+from dtrain.launchers import slurm_watch
 from dtrain.launchers.slurm_watch import Job
 from dtrain.node import failures
 from dtrain.node.failures import FailureRecord, Kind
+from dtrain.nodelist import expand
 from dtrain.plan import LaunchPlan
 
 _STOPPED = 128 + signal.SIGTERM
@@ -19,18 +21,16 @@ _STOPPED = 128 + signal.SIGTERM
 _WORDS = {
     "TIMEOUT": "the time limit came before the workers had left; raise signal_before",
     "DEADLINE": "the job's deadline has passed",
-    "NODE_FAIL": "a node of the job failed, and Slurm did not start it again",
-    "BOOT_FAIL": "a node of the job did not boot",
     "OUT_OF_MEMORY": "the job used more memory than it had asked for",
     "PREEMPTED": "preempted by another job, and Slurm did not start it again",
     "REVOKED": "revoked by Slurm",
     "GONE": "Slurm has forgotten the job, and its first node has not said how it ended",
 }
-_KINDS: dict[str, Kind] = {
-    "NODE_FAIL": "node_lost",
-    "BOOT_FAIL": "node_lost",
-    "OUT_OF_MEMORY": "oom",
+_NODE_LOST = {
+    "NODE_FAIL": "the node failed, and Slurm did not start the job again",
+    "BOOT_FAIL": "the node did not boot",
 }
+_KINDS: dict[str, Kind] = {"OUT_OF_MEMORY": "oom"}
 
 
 def was_to_go_on(plan: LaunchPlan, job: Job) -> bool:
@@ -63,7 +63,9 @@ def exit_code(plan: LaunchPlan, job: Job) -> int:
     if was_cancelled(plan) or job.state == "CANCELLED":
         return _STOPPED
     records = failures.read_all(plan.run, plan.attempt)
-    if end is not None and job.state != "FAILED":  # then another node has failed, and it had to
+    if job.state in _NODE_LOST:
+        _record_lost(plan, job)
+    elif end is not None and job.state != "FAILED":  # then another node has failed, and it had to
         _record(plan, _why_not_again(plan, job))
     elif job.state in _WORDS:
         if not records or job.state in _KINDS:
@@ -84,17 +86,37 @@ def _why_not_again(plan: LaunchPlan, job: Job) -> str:
     return "the job had to leave, and Slurm did not let it requeue itself"
 
 
-def _record(plan: LaunchPlan, message: str, kind: Kind = "agent") -> None:
-    endpoint = files.read_json(JobDir(plan.run).endpoint(plan.attempt)) or {}
+def _record(
+    plan: LaunchPlan,
+    message: str,
+    kind: Kind = "agent",
+    node_rank: int = 0,
+    node: str = "the batch job",
+) -> None:
     FailureRecord(
         kind=kind,
         message=message,
         exit_code=1,
-        node_rank=0,
-        node=str(endpoint.get("name", "the batch job")),
+        node_rank=node_rank,
+        node=node,
+        restart=failures.last_restart(plan.run, plan.attempt),
         time=time.time(),
         log=str(JobDir(plan.run).log),
     ).write(plan.run, plan.attempt)
+
+
+def _record_lost(plan: LaunchPlan, job: Job) -> None:
+    """A record for each node that is down, or of one without a name where none is down any more.
+
+    Ranks of nodes follow the order of the names, see `node.slurm.take_place`.
+    """
+    lost = slurm_watch.nodes_down(job)
+    if not lost:
+        _record(plan, f"one of {job.nodes}: {_NODE_LOST[job.state]}", "node_lost")
+    for name, why in lost.items():
+        message = f"{_NODE_LOST[job.state]} (Slurm: {why})"
+        rank = list(expand(job.nodes)).index(name)
+        _record(plan, message, "node_lost", node_rank=rank, node=name)
 
 
 def _last_words(folder: JobDir, job: Job) -> str:

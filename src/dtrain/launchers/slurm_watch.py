@@ -192,6 +192,18 @@ def _from_accounting(job_ids: list[str]) -> dict[str, Job]:
     return parse_accounting(listed.stdout) if listed.returncode == 0 else {}
 
 
+def nodes_down(job: Job) -> dict[str, str]:
+    """The nodes of a job that do not run any more, and what Slurm says of each."""
+    if not job.nodes:
+        return {}
+    shown = ("--Node", "--noheader", "--states=down,fail", "--format=%N|%T, %E")
+    try:
+        listed = ask("sinfo", *shown, f"--nodes={job.nodes}")
+    except LaunchError:
+        return {}
+    return dict(line.strip().split("|", 1) for line in listed.stdout.splitlines() if "|" in line)
+
+
 class Watcher:
     """How jobs stand, asked again after a while that grows."""
 

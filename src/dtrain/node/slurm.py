@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
-import re
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import product
 
 from dtrain import attempts, ports, rundir
 from dtrain.errors import LaunchError
 from dtrain.jobdir import JobDir
 from dtrain.node.failures import FailureRecord
+from dtrain.nodelist import expand
 from dtrain.plan import LaunchPlan
 
 _STOPS = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
@@ -125,31 +124,6 @@ def own_address(names: tuple[str, ...], launched_from: str | None) -> str:
     raise LaunchError(
         f"the names of the other nodes cannot be resolved here: {', '.join(names[1:])}"
     )
-
-
-def expand(nodelist: str) -> Iterator[str]:
-    """The names in a list as Slurm writes it: `gpu[1,03-05]-ib,login`, in order."""
-    for group in _split(nodelist):
-        parts = re.split(r"\[([^\]]*)\]", group)  # text and ranges in turn
-        choices = [_ranges(part) if odd % 2 else [part] for odd, part in enumerate(parts)]
-        for chosen in product(*choices):
-            yield "".join(chosen)
-
-
-def _split(nodelist: str) -> list[str]:
-    """Cut at commas that stand outside of brackets."""
-    return [part for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist) if part]
-
-
-def _ranges(text: str) -> list[str]:
-    found = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if dash:
-            found += [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
-        else:
-            found.append(part)
-    return found
 
 
 def conclude(place: Place, status: int, asked_to_stop: bool) -> int:

@@ -23,6 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
         "dtrain.callback",
         "dtrain.catalog",
         "dtrain.ports",
+        "dtrain.nodelist",
     ),
     ("dtrain.attempts",),
     (

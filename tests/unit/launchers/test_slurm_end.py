@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from dtrain import rundir
 from dtrain.attempts import Handle
 from dtrain.job.spec import JobSpec
 from dtrain.jobdir import JobDir
-from dtrain.launchers import base, slurm_end
+from dtrain.launchers import base, drive, slurm_end, slurm_watch
 from dtrain.launchers.slurm_watch import Job
 from dtrain.node import failures, verdict
 from dtrain.node.slurm import Place, conclude
@@ -81,7 +82,7 @@ def test_a_node_taken_for_dead_leaves_the_next_attempt_alone(plan: LaunchPlan) -
 @pytest.mark.parametrize(
     ("job", "kind", "words"),
     [
-        (Job("7", "NODE_FAIL", exit_code=1), "node_lost", "a node of the job failed"),
+        (Job("7", "NODE_FAIL", nodes="n[1-2]", exit_code=1), "node_lost", "one of n[1-2]: the"),
         (Job("7", "OUT_OF_MEMORY", exit_code=253), "oom", "more memory than it had asked for"),
         (Job("7", "TIMEOUT"), "agent", "the time limit came before the workers had left"),
         (Job("7", "PREEMPTED"), "agent", "preempted by another job"),
@@ -90,14 +91,49 @@ def test_a_node_taken_for_dead_leaves_the_next_attempt_alone(plan: LaunchPlan) -
     ],
 )
 def test_what_only_slurm_knows_is_written_down(
-    plan: LaunchPlan, job: Job, kind: str, words: str
+    plan: LaunchPlan, job: Job, kind: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sinfo(monkeypatch, "")  # of nodes that are up again nothing is said
     JobDir(plan.run).log.write_text("loading\nsrun: no such thing\n")
     assert slurm_end.exit_code(plan, job) == (job.exit_code or 1)
     judged = verdict.judge(plan.run, 0)
     assert judged is not None
     assert judged.culprit.kind == kind
     assert words in verdict.render(judged, plan.run)
+
+
+def sinfo(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Have Slurm say which nodes are down."""
+    done = subprocess.CompletedProcess([], 0, text, "")
+    monkeypatch.setattr(slurm_watch, "ask", lambda *argv: done)
+
+
+DOWN = "n2|down*, Not responding\n" * 2  # once for each partition
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_the_node_that_slurm_lost_is_named(
+    plan: LaunchPlan, monkeypatch: pytest.MonkeyPatch, left: bool
+) -> None:
+    """Also where Slurm asked the first node to leave before it gave the job up."""
+    sinfo(monkeypatch, DOWN)
+    if left:
+        end(plan, STOPPED)
+    assert slurm_end.exit_code(plan, Job("7", "NODE_FAIL", nodes="n[1-2]", exit_code=143)) == 143
+    (record,) = failures.read_all(plan.run, 0)
+    assert (record.kind, record.node_rank, record.node) == ("node_lost", 1, "n2")
+    assert "down*, Not responding" in record.message
+
+
+def test_a_failure_that_nobody_has_told_is_the_first_nodes(plan: LaunchPlan) -> None:
+    """Its log is where what no record says may stand."""
+    JobDir(plan.run).node_log(0).write_text("ImportError: libcuda.so\n")
+    end(plan, 3, asked=False)
+    drive.settle(plan, slurm_end.exit_code(plan, Job("7", "FAILED", exit_code=3)), 0.0)
+    kept = verdict.read(plan.run, 0)
+    assert kept is not None
+    assert (kept.exit_code, kept.culprit.node_rank) == (3, 0)
+    assert kept.culprit.message.endswith("ImportError: libcuda.so")
 
 
 def test_another_nodes_failure_is_not_the_first_nodes_wish(plan: LaunchPlan) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from dtrain.launchers import slurm_watch
 from dtrain.launchers.slurm_watch import Job, Unreachable, Watcher, parse_accounting, parse_queue
-from dtrain.node.slurm import expand, own_address
+from dtrain.node.slurm import own_address
+from dtrain.nodelist import expand
 
 QUEUE = """\
 6|COMPLETED|None|n0|0|0|
