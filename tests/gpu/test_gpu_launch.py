@@ -129,8 +129,8 @@ def test_more_gpus_than_there_are_is_told(tmp_path: Path) -> None:
         timeout=300,
         check=False,
     )
-    assert done.returncode == 1
-    assert f"{asked} GPUs per node were asked for, but this node shows {num_gpus()}" in done.stdout
+    assert done.returncode == 2
+    assert f"{asked} GPUs are asked for, but this host shows {num_gpus()}" in done.stderr
 
 
 @pytest.mark.skipif(num_gpus() < 2, reason="needs two CUDA devices")

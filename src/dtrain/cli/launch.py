@@ -67,12 +67,15 @@ def command(
 
 def start(prepared: shared.Prepared, quiet: bool, detach: bool = False) -> int:
     """Start a plan and follow it to its end, or only start it; the exit code."""
+    from dtrain.cli.plan import lacking
     from dtrain.console.live import LiveConsole
-    from dtrain.errors import UsageError
+    from dtrain.errors import PlanError, UsageError
     from dtrain.launchers import base
     from dtrain.launchers.drive import drive
 
     plan = prepared.plan
+    if short := lacking(plan):
+        raise PlanError(short, ("launch.gpus_per_node",)).placed(prepared.job.sources)
     can_detach = getattr(base.load(plan.launcher), "can_detach", None)
     if detach and not (can_detach and can_detach(plan)):
         raise UsageError(

@@ -39,9 +39,20 @@ def show(prepared: shared.Prepared, as_json: bool, explain: bool, *, written: bo
             value["sources"] = prepared.job.sources
         shared.print_json(value)
         return
-    click.echo("\n".join([*_lines(plan, written), *_preview(plan)]))
+    lines = [*_lines(plan, written), *_preview(plan)]
+    if short := lacking(plan):
+        lines.append(f"not to be launched on this host: {short}")
+    click.echo("\n".join(lines))
     if explain:
         click.echo("\n".join(_explained(prepared)))
+
+
+def lacking(plan: LaunchPlan) -> str:
+    """Why this host cannot take a plan, as a sentence; empty when it can, or others are asked."""
+    from dtrain.launchers import base
+
+    ask = getattr(base.load(plan.launcher), "lacking", None)
+    return ask(plan) if ask else ""
 
 
 def _preview(plan: LaunchPlan) -> list[str]:

@@ -60,8 +60,8 @@ class Launcher(Protocol):
         """End the run in order, and by force once `timeout_s` seconds have passed.
 
         Some launchers can more, and are asked for it with getattr: `options_model`, a pydantic
-        model of their options; `can_detach(plan)`; `preview(plan)` and
-        `describe(run)`, lines for `dtrain plan` and `dtrain status`.
+        model of their options; `can_detach(plan)`; `lacking(plan)`, why this host cannot take the
+        plan; `preview(plan)` and `describe(run)`, lines for `dtrain plan` and `dtrain status`.
         """
 
 

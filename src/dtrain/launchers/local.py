@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from dtrain import ports, procs, rundir
+from dtrain import gpus, ports, procs, rundir
 from dtrain.attempts import Handle
 from dtrain.errors import LaunchError, UsageError
 from dtrain.launchers import base
@@ -57,6 +57,10 @@ class LocalLauncher:
     def start(self, plan: LaunchPlan) -> NodeProcess:
         """See `Launcher.start`."""
         return NodeProcess(plan, "127.0.0.1", self._spawn)
+
+    def lacking(self, plan: LaunchPlan) -> str:
+        """See `Launcher`."""
+        return gpus.lacking(plan)
 
     def is_running(self, run: RunDir) -> bool:
         """See `Launcher.is_running`."""

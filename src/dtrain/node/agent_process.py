@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from dtrain import rundir
+from dtrain import gpus, rundir
 from dtrain.node import failures, token
 from dtrain.node.agent import NodeAgent, SameFailure
 from dtrain.node.channel import Channel
@@ -66,6 +66,8 @@ def run_agent(
             monitor_interval=_MONITOR_S,
         )
         try:
+            if lacking := gpus.lacking(plan, inherited):
+                raise RendezvousFailed(lacking)
             result = NodeAgent(spec, plan, node_rank, channel, inherited).run()
         except RendezvousFailed as error:
             handler.close_with(str(error))

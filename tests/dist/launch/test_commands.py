@@ -99,6 +99,16 @@ def test_resume_of_a_finished_run_says_what_to_do(folder: Path, run: RunDir) -> 
     assert "--set train.epochs=20" in done.stderr
 
 
+def test_gpus_that_are_not_there_are_planned_and_not_launched(tmp_path: Path) -> None:
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    done = dtrain("launch", "--gpus", "2", TINY, cwd=tmp_path, env=hidden)
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert done.stderr.startswith("dtrain: --gpus: 2 GPUs are asked for, but this host shows none")
+    done = dtrain("plan", "--gpus", "2", TINY, cwd=tmp_path, env=hidden)
+    assert done.returncode == 0
+    assert "not to be launched on this host: 2 GPUs are asked for" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [

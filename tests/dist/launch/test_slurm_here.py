@@ -58,6 +58,14 @@ def test_a_job_is_tried_without_a_slurm(tmp_path: Path, executor: str) -> None:
     assert "step 12/12" in dtrain("logs", cwd=tmp_path).stdout
 
 
+def test_a_node_without_its_gpus_says_so_before_a_rank_starts(tmp_path: Path) -> None:
+    env = {"CUDA_VISIBLE_DEVICES": "", "PATH": os.environ["PATH"]}
+    done = dtrain("launch", "--launcher", "locally", "--gpus", "2", TINY, cwd=tmp_path, env=env)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "2 GPUs are asked for, but this host shows none" in done.stdout
+    assert not events(the_run(tmp_path), "workers_started")
+
+
 def interrupt_from_terminal(pid: int) -> None:
     """SIGINT to all of a group, as a terminal does it."""
     group = os.getpgid(pid)

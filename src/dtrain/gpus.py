@@ -1,0 +1,72 @@
+"""Whether this host has the GPUs that a plan wants, found out without torch and without CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from dtrain.plan import LaunchPlan
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+"""Of Nvidia, of Windows below us, of AMD; without one of them no GPU can be used."""
+
+
+def lacking(plan: LaunchPlan, environ: Mapping[str, str] = os.environ) -> str:
+    """What this host lacks of the plan's GPUs, as a sentence; empty when nothing is known to.
+
+    Args:
+        plan: of which this host is a node, or all nodes that launcher `local` simulates.
+        environ: what the workers inherit.
+    """
+    if not plan.gpus_per_node:
+        return ""
+    visible = plan.worker_env.get(VISIBLE, environ.get(VISIBLE))
+    found = usable(visible, installed())
+    wanted = plan.gpus_per_node * (plan.nodes if plan.launcher == "local" else 1)
+    if found is None or found >= wanted:
+        return ""
+    each = f" ({plan.nodes} nodes with {plan.gpus_per_node} each)" if plan.nodes > 1 else ""
+    because = "" if visible is None else f" with {VISIBLE}={visible!r}"
+    instead = f"--gpus {found}" if found >= plan.nodes == 1 else f"--procs {plan.procs_per_node}"
+    on_cpu = "" if instead.startswith("--gpus") else " and no --gpus, which trains on the CPU"
+    asked = "1 GPU is" if wanted == 1 else f"{wanted} GPUs{each} are"
+    return (
+        f"{asked} asked for, but this host shows {found or 'none'}{because}; use {instead}{on_cpu}"
+    )
+
+
+def usable(visible: str | None, count: int | None) -> int | None:
+    """How many of `count` GPUs CUDA shows: those listed before the first that is not there.
+
+    None where `count` is not known and the list does not say it by being empty.
+    """
+    if visible is None:
+        return count
+    found = 0
+    for name in visible.split(","):
+        name = name.strip()
+        if name.lstrip("-").isdigit():
+            number = int(name)
+            if number < 0 or (count is not None and number >= count):
+                break
+        elif not name.startswith(("GPU-", "MIG-")):
+            break
+        found += 1
+    return found if count is not None or not found else None
+
+
+def installed() -> int | None:
+    """How many GPUs the driver knows; None where it cannot be asked."""
+    if not any(Path(path).exists() for path in _DRIVERS):
+        return 0
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        count = ctypes.c_uint()
+        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+            return None
+    except (OSError, AttributeError):
+        return None
+    return count.value
