@@ -211,7 +211,8 @@ class LaunchSpec(Model):
     stop_timeout: Duration = 30.0
     """How long workers may take to leave in order when asked to, before they are killed."""
     collective_timeout: Duration = 1800.0
-    """How long a rank waits in one collective for the others before it gives up."""
+    """How long a rank waits in one collective for the others before it gives up. In a script, for
+    groups to which it gives no timeout itself."""
     env: Environment = Field(default_factory=dict)
     """Environment variables of every worker. Values of names that look secret are never shown."""
     preload: list[Text] | None = None

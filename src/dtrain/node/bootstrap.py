@@ -33,6 +33,7 @@ from dtrain.train.data.loader_process import end_with_rank
 from dtrain.train.load import load_task
 from dtrain.train.observe.logs import setup_logging
 from dtrain.train.observe.recorder import Recorder
+from dtrain.train.script.group import wait_at_most
 
 
 def run_worker(run: RunDir, ring: Ring | None = None) -> int:
@@ -121,6 +122,7 @@ def _run_script(plan: LaunchPlan, spec: JobSpec, ring: Ring | None) -> int:
     torch.set_num_threads(plan.threads_per_proc)
     end_with_rank()  # also where the script's loader processes are deaf to SIGTERM
     chain.install(ring)
+    wait_at_most(plan.collective_timeout_s)
     run = catalog.load("trainer", spec.trainer)
     run(Path(plan.code_dir or plan.job_dir) / str(spec.script), spec.arguments, plan.run)
     return 0

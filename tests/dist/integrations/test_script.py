@@ -51,6 +51,31 @@ def test_a_script_that_fails_has_a_verdict(tmp_path: Path) -> None:
     assert "of my own" in done.stdout
 
 
+def test_a_script_that_hangs_ends_after_the_collective_timeout_with_a_verdict(
+    tmp_path: Path,
+) -> None:
+    """Groups for which it names a timeout keep that."""
+    (tmp_path / "hangs.py").write_text(
+        "import os, signal, torch, torch.distributed as dist\n"
+        "from datetime import timedelta\n"
+        "dist.init_process_group('gloo')\n"
+        "own = dist.new_group(timeout=timedelta(hours=1))\n"
+        "for each in (dist.group.WORLD, dist.new_group(), own):\n"
+        "    print('waits', each._get_backend(torch.device('cpu')).options._timeout)\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    signal.pause()\n"
+        "dist.barrier()\n"
+    )
+    limit = ("--set", "launch.collective_timeout=3s")
+    done = dtrain("launch", "--procs", "2", *limit, "hangs.py", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert "FAILED: rank 1 on node 0" in done.stdout
+    assert "did not come to the collective that the others waited for (3 s)" in done.stdout
+    assert "hangs.py:8 in <module>" in done.stdout
+    waits = [line.split()[1] for line in log_of(tmp_path, 0).splitlines() if "waits" in line]
+    assert waits == ["0:00:03", "0:00:03", "1:00:00"]
+
+
 def test_an_accelerate_script(tmp_path: Path) -> None:
     done = dtrain("launch", *TWO_BY_TWO, SCRIPTS / "with_accelerate.py", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
