@@ -18,13 +18,14 @@ SLOTS = 64
 _SLOT_BYTES = 160
 _HEAD = struct.Struct("<Q")
 _SIZE = _HEAD.size + SLOTS * _SLOT_BYTES
+NOTE_BYTES = 4096
 
 
 class Ring:
     """The last `SLOTS` calls of a process that is forked after this is made."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _SIZE)
+        self._memory = mmap.mmap(-1, _SIZE + NOTE_BYTES)
 
     def write(self, number: int, text: str) -> None:
         """Call `number`, counted from 1."""
@@ -34,8 +35,16 @@ class Ring:
         _HEAD.pack_into(self._memory, 0, number)
 
     def contents(self) -> bytes:
-        """All of it, for `read_ring`."""
-        return self._memory[:]
+        """The calls, for `read_ring`."""
+        return self._memory[:_SIZE]
+
+    def leave(self, note: bytes) -> None:
+        """Keep how the process left, in at most `NOTE_BYTES`."""
+        self._memory[_SIZE:] = note.ljust(NOTE_BYTES, b"\0")
+
+    def left(self) -> bytes:
+        """What `leave` has kept; empty where it was not called."""
+        return self._memory[_SIZE:].rstrip(b"\0")
 
 
 def read_ring(path: Path) -> dict[int, str]:

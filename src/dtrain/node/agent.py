@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import select
 import signal
@@ -16,7 +17,7 @@ from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, 
 from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalException
 
 from dtrain import rundir
-from dtrain.node import failures, stacks
+from dtrain.node import failures, leaving, stacks, verdict
 from dtrain.node.channel import Channel
 from dtrain.node.environment import worker_environment
 from dtrain.node.failures import FailureRecord
@@ -58,6 +59,7 @@ class NodeAgent(SimpleElasticAgent):
         self._running: dict[int, int] = {}
         self._failed: dict[int, FailureRecord] = {}
         self._absent: list[FailureRecord] = []
+        self._left: list[FailureRecord] = []
         self._oom_kills = failures.oom_kills()
         self._restart = 0
         self._before: FailureRecord | None = None
@@ -69,6 +71,7 @@ class NodeAgent(SimpleElasticAgent):
         self._restart = self._rendezvous_handler.round
         self._failed.clear()
         self._absent.clear()
+        self._left.clear()
         self._oom_kills = failures.oom_kills()
         workers = worker_group.workers
         self._channel.send(
@@ -116,6 +119,8 @@ class NodeAgent(SimpleElasticAgent):
         causes = [f for f in self._failed.values() if not failures.is_collateral(f.message)]
         if self._running and not causes:
             self._note_absent(worker_group)
+        for record in [] if causes else self._left:  # the verdict decides, as of the absent
+            record.write(self.plan.run, self.plan.attempt)
         self._signal_all(signal.SIGKILL)
         self._wait_for_end(worker_group, _DEATH_S)
         repeated = bool(self._failed) and self._report_failure()
@@ -172,9 +177,13 @@ class NodeAgent(SimpleElasticAgent):
         message = self._next_message(wait_s)
         while message is not None:
             local_rank = self._running.pop(message.get("exited", 0), None)
-            if local_rank is not None and message["code"] != 0 and not message["killed"]:
+            if local_rank is not None and not message["killed"]:
                 rank = worker_group.workers[local_rank].global_rank
-                self._failed[local_rank] = self._record_of(rank, message)
+                if message["code"] != 0:
+                    self._failed[local_rank] = self._record_of(rank, message)
+                elif message["left"]:
+                    note = json.loads(message["left"])
+                    self._left.append(leaving.of_script(note, **self._place(rank, message)))
             message = self._next_message(0.0)
 
     def _wait_for_end(self, worker_group: WorkerGroup, seconds: float) -> None:
@@ -203,16 +212,22 @@ class NodeAgent(SimpleElasticAgent):
         record = failures.of_exit_status(
             message["code"],
             out_of_memory=failures.oom_kills() > self._oom_kills,
-            rank=rank,
-            node_rank=self.node_rank,
-            node=self.node,
-            restart=self._restart,
-            time=message["time"],
-            pid=message["exited"],
-            log=self._log_of(rank),
+            **self._place(rank, message),
         )
         record.write(self.plan.run, self.plan.attempt)
         return record
+
+    def _place(self, rank: int, message: dict[str, Any]) -> dict[str, Any]:
+        """Which rank ended where and when, for a record."""
+        return {
+            "rank": rank,
+            "node_rank": self.node_rank,
+            "node": self.node,
+            "restart": self._restart,
+            "time": message["time"],
+            "pid": message["exited"],
+            "log": self._log_of(rank),
+        }
 
     def _note_absent(self, worker_group: WorkerGroup) -> None:
         """Keep which ranks still run now that others have given up, and where they are.
@@ -259,6 +274,8 @@ class NodeAgent(SimpleElasticAgent):
         )
         if self._absent and failures.is_timeout(first.message):
             first = self._absent[0]
+        elif self._left and all(map(verdict.was_cut_off, self._failed.values())):
+            first = self._left[0]
         repeated = self._before is not None and first.repeats(self._before)
         self._before = first
         if repeated:

@@ -9,9 +9,11 @@ import gc
 import os
 import signal
 import sys
+import time
 import traceback
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from dtrain import catalog, procs, rundir
 from dtrain.callring import Ring
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
-from dtrain.node import failures, hints
+from dtrain.node import failures, hints, leaving
+from dtrain.node.failures import FailureRecord, Frame
 from dtrain.plan import LaunchPlan
 from dtrain.ranks import RankInfo
 from dtrain.rundir import RunDir
@@ -33,7 +36,7 @@ from dtrain.train.data.loader_process import end_with_rank
 from dtrain.train.load import load_task
 from dtrain.train.observe.logs import setup_logging
 from dtrain.train.observe.recorder import Recorder
-from dtrain.train.script.group import wait_at_most
+from dtrain.train.script.group import may_be_awaited, watch_group
 
 
 def run_worker(run: RunDir, ring: Ring | None = None) -> int:
@@ -78,8 +81,9 @@ def _train(run: RunDir, ranks: RankInfo, ring: Ring | None) -> int:
     if spec.script is not None:
         return _run_script(plan, spec, ring)
     try:
-        return _train_task(plan, run, ranks, attempt, spec, ring)
-    except Exception as error:
+        with leaving.hearing_exit(partial(_leave_task, run, ranks)):
+            return _train_task(plan, run, ranks, attempt, spec, ring)
+    except (Exception, SystemExit) as error:
         failures.in_step(error, 0)  # before the first
         raise
 
@@ -122,9 +126,17 @@ def _run_script(plan: LaunchPlan, spec: JobSpec, ring: Ring | None) -> int:
     torch.set_num_threads(plan.threads_per_proc)
     end_with_rank()  # also where the script's loader processes are deaf to SIGTERM
     chain.install(ring)
-    wait_at_most(plan.collective_timeout_s)
+    watch_group(plan.collective_timeout_s)
     run = catalog.load("trainer", spec.trainer)
-    run(Path(plan.code_dir or plan.job_dir) / str(spec.script), spec.arguments, plan.run)
+    script = Path(plan.code_dir or plan.job_dir) / str(spec.script)
+
+    def leave(how: str, frames: list[Frame]) -> int:
+        if may_be_awaited():
+            leaving.keep(ring, how, frames)
+        return 0
+
+    with leaving.hearing_exit(partial(leave, "os._exit(0)")):
+        run(script, spec.arguments, plan.run, leave)
     return 0
 
 
@@ -168,14 +180,10 @@ def _join_process_group(plan: LaunchPlan, ranks: RankInfo, device: torch.device)
 
 def _last_words(error: BaseException, run: RunDir, ranks: RankInfo) -> int:
     """Print the error, and leave the failure record; the exit status."""
-    attempt = int(os.environ.get(rundir.ATTEMPT_VARIABLE, 0))
-    record = failures.of_exception(
-        error,
-        rank=ranks.rank,
-        node_rank=ranks.node_rank,
-        restart=ranks.restart,
-        log=str(run.rank_log(attempt, ranks.node_rank, ranks.rank)),
-    )
+    attempt = _attempt()
+    record = failures.of_exception(error, **_place(run, ranks))
+    if isinstance(error, SystemExit) and not error.code:  # only a task's: a script may
+        record = leaving.of_task(record, "sys.exit(0)")
     record = replace(record, hint=hints.hint(error, record.frames, run))
     if record.exit_code != 0:
         record.write(run, attempt)
@@ -190,6 +198,28 @@ def _last_words(error: BaseException, run: RunDir, ranks: RankInfo) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
     return record.exit_code
+
+
+def _leave_task(run: RunDir, ranks: RankInfo, frames: list[Frame]) -> int:
+    """Before the end of a training, by `os._exit(0)`; the exit status."""
+    place = {**_place(run, ranks), "node": failures.node_name(), "pid": os.getpid()}
+    record = FailureRecord("left", "", 1, frames=frames, time=time.time(), **place)
+    record = leaving.of_task(record, "os._exit(0)")
+    record.write(run, _attempt())
+    return record.exit_code
+
+
+def _place(run: RunDir, ranks: RankInfo) -> dict[str, Any]:
+    return {
+        "rank": ranks.rank,
+        "node_rank": ranks.node_rank,
+        "restart": ranks.restart,
+        "log": str(run.rank_log(_attempt(), ranks.node_rank, ranks.rank)),
+    }
+
+
+def _attempt() -> int:
+    return int(os.environ.get(rundir.ATTEMPT_VARIABLE, 0))
 
 
 def _tell_torchrun(error: BaseException) -> None:

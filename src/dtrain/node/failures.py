@@ -34,6 +34,7 @@ Kind = Literal[
     "collectives",
     "absent",  # it still ran when the others had given up waiting
     "timeout",  # all waited for one another
+    "left",  # with status 0, before the end
 ]
 
 # Lines around a traceback in a rank's log: a console leaves out what the verdict will say.

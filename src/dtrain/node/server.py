@@ -202,7 +202,8 @@ class ForkServer:
         kill_group(pid)  # data loader processes and whatever else it left
         if agent.status is None:
             killed = pid in agent.killed
-            told = {"exited": pid, "code": code, "time": time.time(), "killed": killed}
+            told = {"exited": pid, "code": code, "time": time.time(), "killed": killed,
+                    "left": worker.ring.left().decode()}  # fmt: skip
             _send(agent.channel, told)
         agent.killed.discard(pid)
         if code != 0:  # after the agent knows: a restart need not wait for it

@@ -6,15 +6,17 @@ Runs on the launch plane, when nothing of the attempt runs any more, and later f
 from __future__ import annotations
 
 import os
+import re
 import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from dtrain import files, rundir
 from dtrain.callring import parting, read_ring
 from dtrain.node import failures
-from dtrain.node.failures import FailureRecord
+from dtrain.node.failures import FailureRecord, Frame
 from dtrain.rundir import RunDir
 
 MAX_LINES = 15
@@ -22,6 +24,8 @@ MAX_LINES = 15
 _WIDTH = 110
 _NOT_TO_RESUME = ("UsageError", "NeverMadeError")
 """Errors that another try makes again."""
+_FILE = re.compile(r'^  File "(.+)", line \d+, in ', re.MULTILINE)
+_MOST_PLACES = 3
 _VICTIM = 2
 """Guilt of a rank that failed because another did."""
 
@@ -29,6 +33,7 @@ _ADVICE = {
     "oom": "ask for more memory, or make micro_batch_size or data.workers smaller",
     "node_missing": "check that the agent was started there and that it can reach the head node",
     "node_lost": "look at that host; `dtrain resume` goes on from the last checkpoint",
+    "left": "leave the loop in the same step on all ranks",
     "timeout": "look for a collective that not all ranks call, and at the network between them",
 }
 
@@ -82,8 +87,9 @@ def judge(run: RunDir, attempt: int) -> Verdict | None:
     same = [record for record in records if _error_of(record) == error]
     others = [record for record in records if _error_of(record) != error]
     culprit = min(same, key=lambda record: -1 if record.rank is None else record.rank)
+    told = [culprit.message, *(_waits(others) if culprit.kind in ("absent", "left") else [])]
     return Verdict(
-        culprit,
+        replace(culprit, message="\n".join(told)),
         alike=_ranks(record for record in same if record is not culprit),
         collateral=_ranks(record for record in others if record.rank != culprit.rank),
         restarts=last,
@@ -91,9 +97,26 @@ def judge(run: RunDir, attempt: int) -> Verdict | None:
 
 
 def _without_bystanders(records: list[FailureRecord]) -> list[FailureRecord]:
-    """The records without those of ranks that still ran, unless the others only waited for them."""
-    ended = [record for record in records if record.kind != "absent"]
-    return records if not ended or _only_waited(ended) else ended
+    """The records without those of ranks that still ran, unless the others only waited for them.
+
+    Nor those of ranks that had left with status 0, unless the others were cut off by that.
+    """
+    left = [record for record in records if record.kind == "left" and record.exit_code == 0]
+    ended = [record for record in records if record.kind != "absent" and record not in left]
+    if not ended or _only_waited(ended):
+        return records
+    workers = [record for record in ended if record.kind != "agent"]
+    return [*ended, *left] if workers and all(map(was_cut_off, workers)) else ended
+
+
+def was_cut_off(record: FailureRecord) -> bool:
+    """Whether a rank failed in a collective because another went away.
+
+    A message alone says too little: a server that refuses a connection has nothing to do with
+    ranks that had ended before.
+    """
+    files = _FILE.findall(record.traceback)
+    return _guilt(record)[0] >= _VICTIM and bool(files) and "/torch/" in files[-1]
 
 
 def _only_waited(records: list[FailureRecord]) -> bool:
@@ -157,6 +180,20 @@ def render(verdict: Verdict, run: RunDir) -> str:
     return "\n".join([*head, *_frames(culprit, room), *reason, *tail])
 
 
+def _waits(records: list[FailureRecord]) -> list[str]:
+    """The user's lines where ranks waited for the culprit, in a few lines of ours."""
+    ranks: dict[str, list[int]] = {}
+    for record in records:
+        if record.rank is not None and failures.users_own(record.frames):
+            ranks.setdefault(_place(record.frames[-1]), []).append(record.rank)
+    told = [f"{_rank_list(sorted(who))} waited at {place}" for place, who in ranks.items()]
+    return told[:_MOST_PLACES]
+
+
+def _place(frame: Frame) -> str:
+    return f"{'/'.join(Path(frame.file).parts[-2:])}:{frame.line} in {frame.function}"
+
+
 def _error_of(record: FailureRecord) -> tuple[str, str, str, bool]:
     return record.kind, record.type, record.message, record.collateral
 
@@ -187,7 +224,7 @@ def _headline(culprit: FailureRecord) -> str:
     where = f"rank {culprit.rank} on {_node_of(culprit)}"
     if culprit.kind == "exception":
         return f"FAILED: {where} raised {culprit.type}"
-    colon = "" if culprit.kind == "absent" else ":"
+    colon = "" if culprit.kind in ("absent", "left") else ":"
     return f"FAILED: {where}{colon} {_first_line(culprit.message)}"
 
 

@@ -51,6 +51,22 @@ def test_a_script_that_fails_has_a_verdict(tmp_path: Path) -> None:
     assert "of my own" in done.stdout
 
 
+def test_the_rank_that_left_is_named_and_not_who_lost_its_connection(tmp_path: Path) -> None:
+    """On another node, which hears only that the first has failed."""
+    (tmp_path / "leaves.py").write_text(
+        "import sys, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "if dist.get_rank() == 1:\n"
+        "    sys.exit()\n"
+        "dist.barrier()\n"
+    )
+    done = dtrain("launch", "--nodes", "2", "leaves.py", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert "FAILED: rank 1 on node 1 (node-1) left early, by sys.exit(0) at " in done.stdout
+    assert "leaves.py:4 in <module>" in done.stdout
+    assert f"rank 0 waited at {tmp_path.name}/leaves.py:5 in <module>" in done.stdout
+
+
 def test_a_script_that_hangs_ends_after_the_collective_timeout_with_a_verdict(
     tmp_path: Path,
 ) -> None:
@@ -72,6 +88,7 @@ def test_a_script_that_hangs_ends_after_the_collective_timeout_with_a_verdict(
     assert "FAILED: rank 1 on node 0" in done.stdout
     assert "did not come to the collective that the others waited for (3 s)" in done.stdout
     assert "hangs.py:8 in <module>" in done.stdout
+    assert f"rank 0 waited at {tmp_path.name}/hangs.py:9 in <module>" in done.stdout
     waits = [line.split()[1] for line in log_of(tmp_path, 0).splitlines() if "waits" in line]
     assert waits == ["0:00:03", "0:00:03", "1:00:00"]
 

@@ -41,6 +41,8 @@ def block(output: str) -> list[str]:
         ("segv", "rank 3 on node 1 (node-1): killed by SIGSEGV", 139),
         ("exit", "rank 3 on node 1 (node-1): sys.exit(3)", 3),
         ("_exit", "rank 3 on node 1 (node-1): exited with code 3", 3),
+        ("leave", "rank 3 on node 1 (node-1) left early, by sys.exit(0) in step 3: ", 1),
+        ("_leave", "rank 3 on node 1 (node-1) left early, by os._exit(0) at ", 1),
     ],
 )
 def test_the_culprit_is_named(tmp_path: Path, misbehave: str, headline: str, code: int) -> None:
@@ -51,10 +53,12 @@ def test_the_culprit_is_named(tmp_path: Path, misbehave: str, headline: str, cod
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     lines = block(done.stdout)
-    assert lines[0] == f"FAILED: {headline}"
+    assert lines[0].startswith(f"FAILED: {headline}")
     assert len(lines) <= MAX_LINES
     run = the_run(tmp_path)
     assert any(line.strip().startswith("log: ") and "rank-00003.log" in line for line in lines)
+    if "leave" in misbehave:
+        assert any("task.py" in line and "in _misbehave" in line for line in lines)
     if misbehave == "raise":
         assert "  rank 3 does not like this batch" in lines
         assert any("task.py" in line and "in _misbehave" in line for line in lines)

@@ -22,7 +22,8 @@ class Tiny(Task):
     Args:
         pause: seconds that each loss takes longer.
         misbehave: what `rank` does when it computes the loss of its `at`-th micro-batch: `raise`,
-            `exit`, `_exit`, `kill`, `segv`, `term`, `hang`, `memory`.
+            `exit`, `_exit`, `leave` and `_leave` (with status 0), `kill`, `segv`, `term`, `hang`,
+            `memory`.
         rank: who misbehaves.
         at: when, counted from 1 in each process.
         once: a path; with it only the first `times` processes that get there misbehave.
@@ -101,6 +102,10 @@ class Tiny(Task):
                 sys.exit(3)
             case "_exit":
                 os._exit(3)
+            case "leave":
+                sys.exit()
+            case "_leave":
+                os._exit(0)
             case "kill" | "segv" | "term":
                 os.kill(os.getpid(), getattr(signal, f"SIG{self.misbehave.upper()}"))
             case "hang":

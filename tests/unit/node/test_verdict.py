@@ -78,6 +78,32 @@ def test_who_still_ran_is_not_blamed_for_what_another_did(run: RunDir) -> None:
     assert (found.culprit.rank, found.collateral) == (3, [0])
 
 
+IN_TORCH = 'Traceback:\n  File "/site-packages/torch/distributed/c10d.py", line 7, in barrier\n'
+IN_HTTP = 'Traceback:\n  File "/lib/python3.11/http/client.py", line 7, in connect\n'
+
+
+@pytest.mark.parametrize(
+    ("why", "trace", "blamed"),
+    [
+        (COLLATERAL[0], IN_TORCH, 1),
+        (TIMEOUT, IN_TORCH, 1),
+        ("Connection refused", IN_HTTP, 0),
+        ("boom", IN_TORCH, 0),
+    ],
+)
+def test_who_left_with_status_0_is_blamed_by_those_alone_who_waited(
+    run: RunDir, why: str, trace: str, blamed: int
+) -> None:
+    line = Frame("/home/me/train.py", 7, "main", "dist.barrier()")
+    record(0, message=why, traceback=trace, frames=[line], time=2.0).write(run, 0)
+    record(1, kind="left", message="left early", exit_code=0, type="", time=1.0).write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert (found.culprit.rank, found.exit_code) == (blamed, 1)
+    assert found.collateral == [0][:blamed]
+    assert ("rank 0 waited at me/train.py:7" in verdict.render(found, run)) == bool(blamed)
+
+
 def test_nobody_is_blamed_when_all_waited(run: RunDir) -> None:
     record(0, message=COLLATERAL[0], time=1.0).write(run, 0)
     record(1, message=TIMEOUT, time=2.0).write(run, 0)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from dtrain.node.failures import Frame, user_frames
 from dtrain.rundir import RunDir
 from dtrain.train.script.place import RUN_VARIABLE
 from dtrain.train.script.threads import wait_for_threads
 
 
-def run_script(script: Path, arguments: Sequence[str], run: RunDir) -> None:
+def run_script(
+    script: Path, arguments: Sequence[str], run: RunDir, leave: Callable[[str, list[Frame]], object]
+) -> None:
     """Run a file as the main program of this process; returns when it and its threads have ended.
 
     Nothing is set up for it but the environment: no process group, no logging, no signals.
@@ -23,6 +26,7 @@ def run_script(script: Path, arguments: Sequence[str], run: RunDir) -> None:
         script: the file.
         arguments: its command line.
         run: where `dtrain.checkpoint` saves.
+        leave: is told how it has ended, in words, and from which lines.
     """
     os.environ[RUN_VARIABLE] = str(run.path)
     # The warning before a time limit: for who asks `dtrain.stopping()`, no reason to die.
@@ -32,9 +36,12 @@ def run_script(script: Path, arguments: Sequence[str], run: RunDir) -> None:
     main = ModuleType("__main__")
     main.__file__ = str(script)
     sys.modules["__main__"] = main  # where pickle, and processes that are spawned, look
+    how, frames = f"the end of {script.name}", list[Frame]()
     try:
         exec(compile(script.read_bytes(), str(script), "exec"), vars(main))
     except SystemExit as end:
         if end.code not in (None, 0):
             raise
+        how, frames = "sys.exit(0)", user_frames(end.__traceback__)
+    leave(how, frames)
     wait_for_threads(run)  # os._exit, which follows, would not

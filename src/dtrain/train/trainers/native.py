@@ -41,7 +41,7 @@ class NativeTrainer:
                 if rollbacks > self._context.spec.checks.max_rollbacks:
                     raise wish.error from None
                 logger.warning("%s\ngoing back to the newest checkpoint", wish)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 told = loader_process.explained(error)
                 in_step(told or error, training.progress.step + 1)
                 if told is None:

@@ -1,0 +1,95 @@
+"""A rank that ends with status 0 before the others are done: how, and from which line.
+
+The others only see that their connections to it are closed. So a worker keeps how it left, and
+its agent tells that where others fail in a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+from dtrain.callring import NOTE_BYTES, Ring
+from dtrain.node import failures
+from dtrain.node.failures import FailureRecord, Frame
+
+
+@contextlib.contextmanager
+def hearing_exit(tell: Callable[[list[Frame]], int]) -> Iterator[None]:
+    """Hear of an `os._exit(0)` in here, which raises nothing.
+
+    Args:
+        tell: is given the user's lines that led to it; returns the status to end with.
+    """
+    end, pid = os._exit, os.getpid()
+
+    def heard(status: int) -> None:
+        os._exit = end
+        if status == 0 and os.getpid() == pid:  # a loader process ends in this way too
+            stack = [
+                Frame(each.filename, each.lineno or 0, each.name, (each.line or "").strip())
+                for each in traceback.extract_stack(sys._getframe(1))
+            ]
+            status = tell(failures.users_own(stack))
+        end(status)
+
+    os._exit = heard  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = end
+
+
+def keep(ring: Ring | None, how: str, frames: list[Frame]) -> None:
+    """Keep how this process leaves, for its agent; by hand there is none.
+
+    Args:
+        ring: shared with who started this process.
+        how: in words, as `sys.exit(0)`.
+        frames: the user's lines, outermost first.
+    """
+    for shown in (frames[-3:], frames[-1:], []):
+        note = {"how": how, "frames": [asdict(frame) for frame in shown]}
+        raw = json.dumps(note).encode()
+        if ring is not None and len(raw) <= NOTE_BYTES:
+            ring.leave(raw)
+            break
+
+
+def of_task(record: FailureRecord, how: str) -> FailureRecord:
+    """A rank's record as that of one that left: a task's training ends by itself.
+
+    Args:
+        record: where it was.
+        how: in words, as `sys.exit(0)`.
+    """
+    where = f" in step {record.step}" if record.step else f" at {_clock(record.time)}"
+    message = f"left early, by {how}{where}: training had not ended"
+    return replace(record, kind="left", message=message, exit_code=1, type="")
+
+
+def of_script(note: dict[str, Any], **place: Any) -> FailureRecord:
+    """The record of a script's rank; the verdict knows whether it is to blame.
+
+    Args:
+        note: what `keep` has kept.
+        **place: `rank`, `node_rank`, `node`, `restart`, `time`, `pid`, `log`.
+    """
+    return FailureRecord(
+        "left",
+        f"left early, by {note['how']} at {_clock(place['time'])}: others still waited for it",
+        0,
+        frames=[Frame(**frame) for frame in note["frames"]],
+        **place,
+    )
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(seconds))
