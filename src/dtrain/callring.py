@@ -77,6 +77,8 @@ class Parting:
     """That rank's."""
     others: str
     """The others'."""
+    other: int
+    """One of those."""
 
 
 def parting(rings: Mapping[int, Mapping[int, str]]) -> Parting | None:
@@ -93,5 +95,6 @@ def parting(rings: Mapping[int, Mapping[int, str]]) -> Parting | None:
             decided = 2 * votes > len(rings)
             reference = most if decided else next(iter(made.values()))
             rank = next(rank for rank, call in made.items() if call != reference)
-            return Parting(number, rank, decided, made[rank], reference)
+            other = next(rank for rank, call in made.items() if call == reference)
+            return Parting(number, rank, decided, made[rank], reference, other)
     return None

@@ -34,6 +34,6 @@ def test_where_ranks_part() -> None:
     assert parting({}) is None
     assert parting({0: same, 1: {2: "b"}, 2: {}}) is None
     odd = {1: "a", 2: "c", 3: "d"}
-    assert parting({0: same, 1: odd, 2: same}) == Parting(2, 1, True, "c", "b")
-    assert parting({0: odd, 1: same, 2: same}) == Parting(2, 0, True, "c", "b")
-    assert parting({0: same, 1: odd}) == Parting(2, 1, False, "c", "b")
+    assert parting({0: same, 1: odd, 2: same}) == Parting(2, 1, True, "c", "b", 0)
+    assert parting({0: odd, 1: same, 2: same}) == Parting(2, 0, True, "c", "b", 1)
+    assert parting({0: same, 1: odd}) == Parting(2, 1, False, "c", "b", 0)

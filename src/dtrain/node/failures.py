@@ -31,7 +31,8 @@ Kind = Literal[
     "node_missing",
     "node_lost",
     "agent",
-    "collectives",
+    "collectives",  # not the others'
+    "parted",  # likewise, but no majority says who is right
     "absent",  # it still ran when the others had given up waiting
     "timeout",  # all waited for one another
     "left",  # with status 0, before the end

@@ -16,7 +16,7 @@ from typing import Any
 from dtrain import files, rundir
 from dtrain.callring import parting, read_ring
 from dtrain.node import failures
-from dtrain.node.failures import FailureRecord, Frame
+from dtrain.node.failures import FailureRecord, Frame, Kind
 from dtrain.rundir import RunDir
 
 MAX_LINES = 15
@@ -33,6 +33,7 @@ _ADVICE = {
     "oom": "ask for more memory, or make micro_batch_size or data.workers smaller",
     "node_missing": "check that the agent was started there and that it can reach the head node",
     "node_lost": "look at that host; `dtrain resume` goes on from the last checkpoint",
+    "parted": "look before these lines for a branch that only some ranks take",
     "left": "leave the loop in the same step on all ranks",
     "timeout": "look for a collective that not all ranks call, and at the network between them",
 }
@@ -80,8 +81,10 @@ def judge(run: RunDir, attempt: int) -> Verdict | None:
     records = _without_bystanders(records)
     first = min(records, key=_guilt)
     if len(records) > 1 and _only_waited(records):
-        message = "the ranks waited for one another in a collective until it timed out"
-        nobody = replace(first, kind="timeout", rank=None, type="", message=message)
+        said = ["the ranks waited for one another in a collective until it timed out"]
+        said += (places := _waits(records))
+        nobody = replace(first, kind="timeout", rank=None, type="", message="\n".join(said),
+                         frames=[] if places else first.frames)  # fmt: skip
         return Verdict(nobody, collateral=_ranks(records), restarts=last)
     error = _error_of(first)
     same = [record for record in records if _error_of(record) == error]
@@ -133,15 +136,17 @@ def _parted(
     found = parting({int(path.name.removeprefix("rank-")): read_ring(path) for path in files})
     if found is None:
         return []
-    hint = "" if found.decided else ", or the other way round: no majority says which is right"
-    message = (
-        f"its collectives are not the other ranks'{hint}\n"
-        f"number {found.number} is {found.call}\nelsewhere it is {found.others}"
-    )
+    kind: Kind = "collectives" if found.decided else "parted"
+    if found.decided:
+        what, here, there = "its collectives are not the other ranks'", "", "elsewhere"
+    else:
+        what = f"and rank {found.other} are in different collectives: no majority says who is right"
+        here, there = f"on rank {found.rank} ", f"on rank {found.other}"
+    message = f"{what}\n{here}number {found.number} is {found.call}\n{there} it is {found.others}"
     own = [record for record in records if record.rank == found.rank]
     first = min(records, key=_guilt)
     place = own[0] if own else first
-    return [replace(place, kind="collectives", message=message, rank=found.rank, frames=[],
+    return [replace(place, kind=kind, message=message, rank=found.rank, frames=[],
                     exit_code=first.exit_code)]  # fmt: skip
 
 
@@ -181,7 +186,7 @@ def render(verdict: Verdict, run: RunDir) -> str:
 
 
 def _waits(records: list[FailureRecord]) -> list[str]:
-    """The user's lines where ranks waited for the culprit, in a few lines of ours."""
+    """The user's lines where ranks waited, in a few lines of ours."""
     ranks: dict[str, list[int]] = {}
     for record in records:
         if record.rank is not None and failures.users_own(record.frames):
@@ -206,7 +211,7 @@ def _guilt(record: FailureRecord) -> tuple[int, float]:
     """Sort key: a cause before a consequence, then the earliest."""
     if record.kind in ("node_missing", "node_lost"):
         return (0, record.time)
-    if record.kind == "collectives":
+    if record.kind in ("collectives", "parted"):
         return (1, 0.0)
     if record.kind == "agent":
         return (3, record.time)
@@ -218,13 +223,13 @@ def _guilt(record: FailureRecord) -> tuple[int, float]:
 
 def _headline(culprit: FailureRecord) -> str:
     if culprit.kind == "timeout":
-        return f"FAILED: {culprit.message}"
+        return f"FAILED: {_first_line(culprit.message)}"
     if culprit.rank is None:
         return f"FAILED: {_node_of(culprit)}: {_first_line(culprit.message)}"
     where = f"rank {culprit.rank} on {_node_of(culprit)}"
     if culprit.kind == "exception":
         return f"FAILED: {where} raised {culprit.type}"
-    colon = "" if culprit.kind in ("absent", "left") else ":"
+    colon = "" if culprit.kind in ("absent", "left", "parted") else ":"
     return f"FAILED: {where}{colon} {_first_line(culprit.message)}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,14 +106,18 @@ def test_who_left_with_status_0_is_blamed_by_those_alone_who_waited(
 
 
 def test_nobody_is_blamed_when_all_waited(run: RunDir) -> None:
-    record(0, message=COLLATERAL[0], time=1.0).write(run, 0)
-    record(1, message=TIMEOUT, time=2.0).write(run, 0)
+    line = Frame("/home/me/train.py", 7, "main", "dist.recv(x, 1)")
+    record(0, message=COLLATERAL[0], frames=[line], time=1.0).write(run, 0)
+    record(1, message=TIMEOUT, frames=[replace(line, line=9)], time=2.0).write(run, 0)
     record(2, kind="absent", message="did not come", collateral=True, time=2.0).write(run, 0)
     found = verdict.judge(run, 0)
     assert found is not None
     assert (found.culprit.rank, found.collateral) == (None, [0, 1, 2])
     head = "FAILED: the ranks waited for one another in a collective until it timed out"
-    assert verdict.render(found, run).startswith(head)
+    text = verdict.render(found, run)
+    assert text.startswith(head)
+    assert "rank 0 waited at me/train.py:7" in text
+    assert "rank 1 waited at me/train.py:9" in text
 
 
 def test_the_earliest_of_several_causes(run: RunDir) -> None:
