@@ -32,7 +32,7 @@ def summary(run: RunDir) -> dict[str, Any]:
     """What is known of a run: its state, its place, its last metrics."""
     from dtrain import files
     from dtrain.attempts import Handle
-    from dtrain.launchers import base
+    from dtrain.launchers import base, told
     from dtrain.plan import LaunchPlan
 
     plan = LaunchPlan.read(run)
@@ -67,6 +67,7 @@ def summary(run: RunDir) -> dict[str, Any]:
         "train": _metrics(last.get("train")),
         "eval": _metrics(last.get("eval")),
         "waits": "\n".join(left.values()) or None if state == "running" else None,
+        "warning": told.alone(run),
         "parameters_sha256": finished.get("parameters_sha256"),
         **_described(run, plan.launcher),
         "url": run.url,

@@ -172,7 +172,7 @@ def _closing(plan: LaunchPlan, seconds: float) -> str:
     text = f"{plan.run_id}: succeeded in {seconds:.1f} s"
     finished = _finished(plan)
     if finished is None:
-        return text
+        return f"{text}{told.but_alone(plan.run)}"
     return f"{text}{outcome(plan)}\nparameters sha256 {finished['parameters_sha256']}"
 
 

@@ -38,6 +38,21 @@ def how_stopped(run: RunDir, attempt: int) -> str:
     return f"{run.id} was asked to stop {who}{after}\ngo on with: dtrain resume {run.id}"
 
 
+def alone(run: RunDir) -> str | None:
+    """The warning that a script's processes train each by itself, while that is so."""
+    what = None
+    for event in files.read_lines(run.events):
+        starts = event["event"] == "workers_started" and event["node_rank"] == 0  # rank 0's
+        if starts or event["event"] in ("no_group", "group_made"):
+            what = event.get("what")
+    return what
+
+
+def but_alone(run: RunDir) -> str:
+    """Likewise, to be added to what is said of the end; empty where it is not so."""
+    return "" if alone(run) is None else ", but without a process group: each process trained alone"
+
+
 def accepted_job(run: RunDir) -> Path:
     """The resolved job of the last attempt that trained, or else of the newest.
 

@@ -36,7 +36,7 @@ from dtrain.train.data.loader_process import end_with_rank
 from dtrain.train.load import load_task
 from dtrain.train.observe.logs import setup_logging
 from dtrain.train.observe.recorder import Recorder
-from dtrain.train.script.group import may_be_awaited, watch_group
+from dtrain.train.script.group import Group
 
 
 def run_worker(run: RunDir, ring: Ring | None = None) -> int:
@@ -126,12 +126,13 @@ def _run_script(plan: LaunchPlan, spec: JobSpec, ring: Ring | None) -> int:
     torch.set_num_threads(plan.threads_per_proc)
     end_with_rank()  # also where the script's loader processes are deaf to SIGTERM
     chain.install(ring)
-    watch_group(plan.collective_timeout_s)
+    group = Group(plan.run, plan.collective_timeout_s)
     run = catalog.load("trainer", spec.trainer)
     script = Path(plan.code_dir or plan.job_dir) / str(spec.script)
 
     def leave(how: str, frames: list[Frame]) -> int:
-        if may_be_awaited():
+        group.tell_if_none("to the end")
+        if group.may_be_awaited():
             leaving.keep(ring, how, frames)
         return 0
 

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from dtrain.rundir import RunDir
 from support import ROOT
 from support.launch import dtrain, events, started, status, the_run
 
@@ -91,6 +92,17 @@ def test_a_script_that_hangs_ends_after_the_collective_timeout_with_a_verdict(
     assert f"rank 0 waited at {tmp_path.name}/hangs.py:9 in <module>" in done.stdout
     waits = [line.split()[1] for line in log_of(tmp_path, 0).splitlines() if "waits" in line]
     assert waits == ["0:00:03", "0:00:03", "1:00:00"]
+
+
+def test_processes_that_make_no_group_are_told_that_each_trains_alone(tmp_path: Path) -> None:
+    (tmp_path / "loop.py").write_text("print('trained')\n")
+    for procs, times in (("2", 1), ("1", 0)):
+        done = dtrain("launch", "--procs", procs, "--run-id", procs, "loop.py", cwd=tmp_path)
+        assert done.returncode == 0, done.stdout
+        assert done.stdout.count("WARNING dtrain: no process group to the end") == times
+        assert done.stdout.count("each process trained alone") == times
+        warning = status(RunDir(tmp_path / "runs" / procs))["warning"]
+        assert (warning is not None) == bool(times)
 
 
 def test_an_accelerate_script(tmp_path: Path) -> None:

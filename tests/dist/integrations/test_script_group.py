@@ -1,0 +1,40 @@
+"""A script's process group is watched for while the script runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dtrain.launchers import told
+from dtrain.rundir import RunDir
+from dtrain.testing import run_ranks
+from dtrain.train.script import group
+from support.launch import events, until
+
+
+def made_late(path: Path) -> tuple[str | None, ...]:
+    """What is told before and after; the group is made after the warning, and destroyed."""
+    run, group.PATIENCE_S = RunDir(path), 0.05
+    watched = group.Group(run, 60)
+    until("the warning", lambda: told.alone(run))
+    before, awaited = told.alone(run), [watched.may_be_awaited()]
+    dist.init_process_group("gloo")
+    until("the news", lambda: events(run, "group_made"))
+    awaited.append(watched.may_be_awaited())
+    dist.destroy_process_group()
+    awaited.append(watched.may_be_awaited())
+    watched.tell_if_none("to the end")
+    assert awaited == [True, True, False]
+    return before, told.alone(run)
+
+
+def test_a_group_that_comes_late_ends_the_warning(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.create()
+    ((before, after), same) = run_ranks(made_late, 2, run.path, init=False)
+    assert (before, after) == same
+    assert before is not None
+    assert "no process group after 0.05 s" in before
+    assert after is None
+    assert len(events(run, "no_group")) == 1, "rank 0 speaks for all"
