@@ -42,14 +42,18 @@ def summary(run: RunDir) -> dict[str, Any]:
     for line in files.read_lines(run.metrics, split=str, step=int):
         last[line["split"]] = line
     finished: dict[str, Any] = {}
-    left: dict[int, str] = {}
+    waits: dict[tuple[str, Any], str] = {}
     for event in files.read_lines(run.events, event=str):
         if event["event"] == "finished":
             finished = event
         elif event["event"] == "threads_left":
-            left[event["rank"]] = event["what"]
+            waits["rank", event.get("rank")] = str(event.get("what"))
+        elif event["event"] == "silent":
+            waits["node", event.get("node_rank")] = str(event.get("what"))
+        elif event["event"] == "heard":
+            waits.pop(("node", event.get("node_rank")), None)
         elif event["event"] == "workers_started":
-            left.clear()
+            waits.clear()
     newest = max(last.values(), key=lambda line: line["step"], default=None)
     return {
         "id": run.id,
@@ -66,7 +70,7 @@ def summary(run: RunDir) -> dict[str, Any]:
         "step": None if newest is None else newest["step"],
         "train": _metrics(last.get("train")),
         "eval": _metrics(last.get("eval")),
-        "waits": "\n".join(left.values()) or None if state == "running" else None,
+        "waits": "\n".join(waits.values()) or None if state == "running" else None,
         "warning": told.alone(run),
         "parameters_sha256": finished.get("parameters_sha256"),
         **_described(run, plan.launcher),

@@ -114,7 +114,7 @@ class LiveConsole:
         kind = event["event"]
         if kind == "training_started" and self._bar is not None:
             self._bar.start(event.get("total_steps"))
-        elif kind == "waiting":
+        elif kind in ("waiting", "silent"):
             self.say(f"{event['what']}")
         elif kind == "worker_failed":
             self._failures.append(event)

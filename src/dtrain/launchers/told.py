@@ -41,8 +41,8 @@ def how_stopped(run: RunDir, attempt: int) -> str:
 def alone(run: RunDir) -> str | None:
     """The warning that a script's processes train each by itself, while that is so."""
     what = None
-    for event in files.read_lines(run.events):
-        starts = event["event"] == "workers_started" and event["node_rank"] == 0  # rank 0's
+    for event in files.read_lines(run.events, event=str):
+        starts = event["event"] == "workers_started" and event.get("node_rank") == 0  # rank 0's
         if starts or event["event"] in ("no_group", "group_made"):
             what = event.get("what")
     return what

@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dtrain.node.channel import Channel
 from dtrain.node.environment import worker_environment
 from dtrain.node.failures import FailureRecord
 from dtrain.node.rendezvous import NodeRendezvous
+from dtrain.node.silence import Silence
 from dtrain.node.store import PeerFailed
 from dtrain.plan import LaunchPlan
 from dtrain.procs import ignore_stops
@@ -91,10 +93,14 @@ class NodeAgent(SimpleElasticAgent):
         pids = self._await_started()
         self._running = {pid: worker.local_rank for pid, worker in zip(pids, workers, strict=True)}
         self._event("workers_started", pids=pids, restart=self._restart)
+        ranks = [worker.global_rank for worker in workers]
+        self._silence = Silence(self.plan, {rank: Path(self._log_of(rank)) for rank in ranks})
         return dict(enumerate(pids))
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._hear(worker_group)
+        if self._running and not self._failed:
+            self._silence.watch(self._ranks(worker_group), self._signal, self._event)
         if self._failed:
             if self._restart >= self.plan.max_restarts:
                 self._remaining_restarts = 0
@@ -235,9 +241,9 @@ class NodeAgent(SimpleElasticAgent):
         The verdict decides whether they are to blame: one node does not know what happened on
         the others.
         """
-        ranks = {pid: worker_group.workers[at].global_rank for pid, at in self._running.items()}
+        ranks = self._ranks(worker_group)
         logs = {pid: Path(self._log_of(rank)) for pid, rank in ranks.items()}
-        answers = stacks.ask(logs.values(), lambda: self._ask_for_stacks(list(ranks)))
+        answers = stacks.ask(logs.values(), lambda: self._signal(ranks, stacks.SIGNAL))
         for pid, rank in ranks.items():
             stack = answers[logs[pid]]
             record = FailureRecord(
@@ -258,9 +264,13 @@ class NodeAgent(SimpleElasticAgent):
             record.write(self.plan.run, self.plan.attempt)
             self._absent += [] if record.collateral else [record]
 
-    def _ask_for_stacks(self, pids: list[int]) -> None:
+    def _ranks(self, worker_group: WorkerGroup) -> dict[int, int]:
+        """pid → rank of the workers that run."""
+        return {pid: worker_group.workers[at].global_rank for pid, at in self._running.items()}
+
+    def _signal(self, pids: Iterable[int], number: int) -> None:
         for pid in pids:
-            self._channel.send({"signal": pid, "number": int(stacks.SIGNAL)})
+            self._channel.send({"signal": pid, "number": int(number)})
 
     def _report_failure(self) -> bool:
         """Tell of the failure here that is a cause, or else of the first.

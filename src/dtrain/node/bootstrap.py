@@ -25,7 +25,7 @@ from dtrain import catalog, procs, rundir
 from dtrain.callring import Ring
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
-from dtrain.node import failures, hints, leaving
+from dtrain.node import failures, hints, leaving, stacks
 from dtrain.node.failures import FailureRecord, Frame
 from dtrain.plan import LaunchPlan
 from dtrain.ranks import RankInfo
@@ -52,6 +52,8 @@ def run_worker(run: RunDir, ring: Ring | None = None) -> int:
     """
     ranks = RankInfo.from_env()
     faulthandler.enable()
+    if _has_agent():
+        stacks.answer_aside()
     _tell(run, ranks, "worker_started", process=procs.this_process())
     status = 1
     try:

@@ -6,6 +6,7 @@ its hands, gives it too. It goes into the rank's log, like all that the rank say
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import linecache
 import os
@@ -20,6 +21,10 @@ from dtrain.node.failures import Frame
 SIGNAL = signal.SIGRTMIN + 7
 """Asks a worker for its stack; no program is known to use it."""
 
+ASIDE = signal.SIGRTMIN + 8
+"""Likewise, while it is to go on; see `answer_aside`."""
+_ASIDE_NAME = "dtrain-stack"
+
 _ANSWER_S = 2.0  # longest wait: a stopped process never answers, a busy machine is slow
 _QUIET_S = 0.1  # nothing more is written: the answer is whole
 _POLL_S = 0.02
@@ -31,12 +36,28 @@ def answer() -> None:
     faulthandler.register(SIGNAL, file=2, all_threads=False)
 
 
+def answer_aside() -> None:
+    """Answer `ASIDE` too, in this process: into memory, so that no log shows it."""
+    faulthandler.register(ASIDE, file=os.memfd_create(_ASIDE_NAME), all_threads=False)
+
+
+def aside(pid: int) -> Path | None:
+    """Where a process answers `ASIDE`; None when it does not, and the signal would end it."""
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            if caught >> (ASIDE - 1) & 1 and _ASIDE_NAME in os.readlink(file):
+                return file
+    return None
+
+
 def ask(logs: Iterable[Path], send: Callable[[], None]) -> dict[Path, list[Frame]]:
     """The stack of each of some workers, innermost call first; empty where there is no answer.
 
     Args:
-        logs: of the workers.
-        send: sends `SIGNAL` to all of them.
+        logs: of the workers, or what `aside` has found.
+        send: sends them the signal that goes with it.
     """
     before = {log: _size(log) for log in logs}
     send()

@@ -169,10 +169,10 @@ def render(verdict: Verdict, run: RunDir) -> str:
     if advice:
         tail.append(f"  try: {advice}")
     if verdict.alike:
-        tail.append(f"  {_rank_list(verdict.alike)} failed in the same way")
+        tail.append(f"  {rank_list(verdict.alike)} failed in the same way")
     if verdict.collateral:
         what = "also failed, because of it" if len(verdict.collateral) > 1 else "failed with it"
-        tail.append(f"  {_rank_list(verdict.collateral)} {what}")
+        tail.append(f"  {rank_list(verdict.collateral)} {what}")
     if culprit.repeated:
         place = f"in step {culprit.step}" if culprit.step else "before the first step"
         tail.append(f"  restarts: {verdict.restarts}; it failed in the same way {place} before")
@@ -190,12 +190,13 @@ def _waits(records: list[FailureRecord]) -> list[str]:
     ranks: dict[str, list[int]] = {}
     for record in records:
         if record.rank is not None and failures.users_own(record.frames):
-            ranks.setdefault(_place(record.frames[-1]), []).append(record.rank)
-    told = [f"{_rank_list(sorted(who))} waited at {place}" for place, who in ranks.items()]
+            ranks.setdefault(place(record.frames[-1]), []).append(record.rank)
+    told = [f"{rank_list(sorted(who))} waited at {place}" for place, who in ranks.items()]
     return told[:_MOST_PLACES]
 
 
-def _place(frame: Frame) -> str:
+def place(frame: Frame) -> str:
+    """A line in a few words."""
     return f"{'/'.join(Path(frame.file).parts[-2:])}:{frame.line} in {frame.function}"
 
 
@@ -284,7 +285,8 @@ def _short(path: str) -> str:
     return relative if len(relative) < len(path) and not relative.startswith("../..") else path
 
 
-def _rank_list(ranks: list[int]) -> str:
+def rank_list(ranks: list[int]) -> str:
+    """`ranks 0, 1`."""
     if len(ranks) > 12:
         return f"{len(ranks)} other ranks"
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -1,0 +1,116 @@
+"""A run that says nothing for a while: told once, with where each rank of this node is.
+
+Only files are looked at, every few seconds, so that training knows nothing of it. Silence need not
+be a fault: a script may print little. So the time doubles whenever a run goes on by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from dtrain.node import failures, stacks
+from dtrain.node.failures import Frame
+from dtrain.node.verdict import place, rank_list
+from dtrain.plan import LaunchPlan
+
+_LONGEST_S = 60.0
+_LOOKS = 20
+"""How often it looks within the time that it waits."""
+_MOST_LOGS = 64
+"""Of more ranks than this only our own are looked at, and rank 0."""
+
+
+class Silence:
+    """Watches the logs and the metrics of a run, from one node."""
+
+    def __init__(self, plan: LaunchPlan, own: Mapping[int, Path]) -> None:
+        """Begin.
+
+        Args:
+            plan: the launch.
+            own: the logs of this node's ranks.
+        """
+        # half of what a collective waits, or it would be told when all is over
+        self._patience_s = min(_LONGEST_S, plan.collective_timeout_s / 2)
+        self._first = _log(plan, 0)
+        self._files = {plan.run.metrics, self._first, *own.values()}
+        if plan.world_size <= _MOST_LOGS:
+            self._files |= {_log(plan, rank) for rank in range(plan.world_size)}
+        self._sizes = self._look()
+        self._heard = self._looked = time.monotonic()
+        self._told = False
+
+    def watch(
+        self,
+        ranks: Mapping[int, int],
+        send: Callable[[Iterable[int], int], None],
+        event: Callable[..., None],
+    ) -> None:
+        """Tell when it has just become too long, and when that is over; to be called all the time.
+
+        Args:
+            ranks: pid → rank of this node's workers.
+            send: sends some of them a signal.
+            event: takes a kind of event and its fields.
+        """
+        news = self._news()
+        if news == "silent":
+            files = {pid: file for pid in ranks if (file := stacks.aside(pid)) is not None}
+            answers = stacks.ask(files.values(), lambda: send(files, stacks.ASIDE))
+            found = {
+                rank: answers[files[pid]] if pid in files else [] for pid, rank in ranks.items()
+            }
+            what = f"no line and no metric for {self._patience_s:g} s: {where(found)}"
+            event(news, what=what)
+        elif news == "heard":
+            event(news)
+
+    def _news(self) -> str:
+        now = time.monotonic()
+        if now - self._looked < self._patience_s / _LOOKS:
+            return ""
+        self._looked = now
+        sizes = self._look()
+        if sizes != self._sizes:
+            self._sizes, self._heard = sizes, now
+            if not self._told:
+                return ""
+            self._told = False
+            self._patience_s *= 2
+            return "heard"
+        # without a shared disk rank 0, which speaks for all, is not heard here
+        if self._told or now - self._heard < self._patience_s or not self._first.exists():
+            return ""
+        self._told = True
+        return "silent"
+
+    def _look(self) -> list[int]:
+        return [_size(path) for path in self._files]
+
+
+def where(found: Mapping[int, list[Frame]]) -> str:
+    """Where ranks are, those at one place together.
+
+    Args:
+        found: by rank, innermost call first; empty where a rank has not answered.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, stack in sorted(found.items()):
+        at = (failures.users_own(stack) or stack)[:1]
+        text = f"at {place(at[0])}: {at[0].code}" if at else "without an answer"
+        ranks.setdefault(text, []).append(rank)
+    return "; ".join(f"{rank_list(who)} {text}" for text, who in ranks.items())
+
+
+def _log(plan: LaunchPlan, rank: int) -> Path:
+    return plan.run.rank_log(plan.attempt, rank // plan.procs_per_node, rank)
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0

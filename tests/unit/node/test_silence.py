@@ -1,0 +1,98 @@
+"""A run that says nothing for a while is told once, with where its ranks are."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.job.spec import JobSpec
+from dtrain.node import stacks
+from dtrain.node.silence import Silence
+from dtrain.plan import Facts, LaunchPlan, make_plan
+from dtrain.procs import fork_child
+from support.launch import until
+
+
+def waits(ready: int, answers: bool) -> int:
+    if answers:
+        stacks.answer_aside()
+    os.write(ready, b"x")
+    while True:
+        time.sleep(60)
+
+
+@pytest.fixture
+def ranks() -> Iterator[dict[int, int]]:
+    """pid → rank of two processes, of which one answers."""
+    heard, ready = os.pipe()
+    made = {
+        fork_child(lambda answers=rank == 0: waits(ready, answers), keep_fds=[ready]): rank
+        for rank in (0, 1)
+    }
+    for _ in made:
+        os.read(heard, 1)
+    yield made
+    for pid in made:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    os.close(heard)
+    os.close(ready)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> LaunchPlan:
+    spec = JobSpec.model_validate(
+        {"name": "j", "script": "t.py", "launch": {"procs_per_node": 2, "collective_timeout": 0.1}}
+    )
+    facts = Facts("r", str(tmp_path), "python", "host", cores=2, free_port=16000)
+    return make_plan(spec, job_dir="/", launcher="local", profile="local", options={}, facts=facts)
+
+
+def test_silence_is_told_once_until_something_is_said(
+    plan: LaunchPlan, ranks: dict[int, int]
+) -> None:
+    logs = {rank: plan.run.rank_log(0, 0, rank) for rank in (0, 1)}
+    logs[0].parent.mkdir(parents=True)
+    logs[0].write_text("begins\n")
+    told: list[tuple[str, dict[str, Any]]] = []
+    silence = Silence(plan, logs)
+
+    def send(pids: Iterable[int], number: int) -> None:
+        for pid in pids:
+            os.kill(pid, number)
+
+    def watched(count: int) -> bool:
+        silence.watch(ranks, send, lambda kind, **fields: told.append((kind, fields)))
+        return len(told) == count
+
+    until("silence", lambda: watched(1))
+    what = told[0][1]["what"]
+    assert "no line and no metric for 0.05 s: rank 0 at node/test_silence.py:" in what
+    assert " in waits: " in what
+    assert what.endswith("; rank 1 without an answer")
+    assert logs[0].read_text() == "begins\n", "no log shows that it was asked"
+    logs[1].write_text("goes on\n")
+    until("the end of it", lambda: watched(2))
+    until("silence again", lambda: watched(3))
+    assert [kind for kind, _ in told] == ["silent", "heard", "silent"]
+    assert "for 0.1 s: " in told[2][1]["what"], "twice as long, for it has gone on by itself"
+    assert not any(os.waitpid(pid, os.WNOHANG)[0] for pid in ranks), "nobody was killed by it"
+
+
+def test_a_node_that_does_not_see_rank_0_says_nothing(plan: LaunchPlan) -> None:
+    silence, told = Silence(plan, {}), []
+    end = time.monotonic() + 0.2
+    until(
+        "four times the patience",
+        lambda: (
+            silence.watch({}, lambda *_: None, lambda kind, **_: told.append(kind))
+            or time.monotonic() > end
+        ),
+    )
+    assert told == []
