@@ -22,6 +22,7 @@ from dtrain.node import failures, leaving, stacks, verdict
 from dtrain.node.channel import Channel
 from dtrain.node.environment import worker_environment
 from dtrain.node.failures import FailureRecord
+from dtrain.node.memory import Memory
 from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.silence import Silence
 from dtrain.node.store import PeerFailed
@@ -62,7 +63,7 @@ class NodeAgent(SimpleElasticAgent):
         self._failed: dict[int, FailureRecord] = {}
         self._absent: list[FailureRecord] = []
         self._left: list[FailureRecord] = []
-        self._oom_kills = failures.oom_kills()
+        self._memory = Memory()
         self._restart = 0
         self._before: FailureRecord | None = None
         """What the last restart was for."""
@@ -74,7 +75,7 @@ class NodeAgent(SimpleElasticAgent):
         self._failed.clear()
         self._absent.clear()
         self._left.clear()
-        self._oom_kills = failures.oom_kills()
+        self._memory = Memory()
         workers = worker_group.workers
         self._channel.send(
             {
@@ -217,9 +218,12 @@ class NodeAgent(SimpleElasticAgent):
                 return own
         record = failures.of_exit_status(
             message["code"],
-            out_of_memory=failures.oom_kills() > self._oom_kills,
+            out_of_memory=self._memory.ran_out(),
             **self._place(rank, message),
         )
+        if message["code"] == -signal.SIGKILL:
+            known = verdict.ADVICE.get(record.kind, "find out who sent it, and whether for memory")
+            record = replace(record, hint=f"{known}: {self._memory.told(message['peak'])}")
         record.write(self.plan.run, self.plan.attempt)
         return record
 

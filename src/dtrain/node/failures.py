@@ -308,18 +308,6 @@ def how_it_ended(status: int) -> str:
     return f"was killed by {signal_name(-status)}" if status < 0 else f"ended with code {status}"
 
 
-def oom_kills() -> int:
-    """How many processes the kernel has killed for want of memory since it started."""
-    try:
-        text = Path("/proc/vmstat").read_text()
-    except OSError:
-        return 0
-    for line in text.splitlines():
-        if line.startswith("oom_kill "):
-            return int(line.split()[1])
-    return 0
-
-
 def _is_users(file: str) -> bool:
     if file.startswith("<") or file.startswith(_OUR_OWN):
         return False

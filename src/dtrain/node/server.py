@@ -185,7 +185,7 @@ class ForkServer:
     def _reap(self) -> None:
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
@@ -195,15 +195,15 @@ class ForkServer:
                 if pid == agent.pid:
                     self._agent_ended(agent, code)
                 elif pid in agent.workers:
-                    self._worker_ended(agent, pid, code)
+                    self._worker_ended(agent, pid, code, usage.ru_maxrss * 1024)
 
-    def _worker_ended(self, agent: _Agent, pid: int, code: int) -> None:
+    def _worker_ended(self, agent: _Agent, pid: int, code: int, peak: int) -> None:
         worker = agent.workers.pop(pid)
         kill_group(pid)  # data loader processes and whatever else it left
         if agent.status is None:
             killed = pid in agent.killed
             told = {"exited": pid, "code": code, "time": time.time(), "killed": killed,
-                    "left": worker.ring.left().decode()}  # fmt: skip
+                    "left": worker.ring.left().decode(), "peak": peak}  # fmt: skip
             _send(agent.channel, told)
         agent.killed.discard(pid)
         if code != 0:  # after the agent knows: a restart need not wait for it

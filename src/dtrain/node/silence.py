@@ -13,12 +13,15 @@ from pathlib import Path
 
 from dtrain.node import failures, stacks
 from dtrain.node.failures import Frame
+from dtrain.node.memory import Memory
 from dtrain.node.verdict import place, rank_list
 from dtrain.plan import LaunchPlan
 
 _LONGEST_S = 60.0
 _LOOKS = 20
 """How often it looks within the time that it waits."""
+_SWAPS = 100 << 20
+"""So many bytes are no housekeeping."""
 _MOST_LOGS = 64
 """Of more ranks than this only our own are looked at, and rank 0."""
 
@@ -40,6 +43,7 @@ class Silence:
         if plan.world_size <= _MOST_LOGS:
             self._files |= {_log(plan, rank) for rank in range(plan.world_size)}
         self._sizes = self._look()
+        self._memory = Memory()
         self._heard = self._looked = time.monotonic()
         self._told = False
 
@@ -64,7 +68,8 @@ class Silence:
                 rank: answers[files[pid]] if pid in files else [] for pid, rank in ranks.items()
             }
             what = f"no line and no metric for {self._patience_s:g} s: {where(found)}"
-            event(news, what=what)
+            swapped = self._memory.swapped()
+            event(news, what=f"{what}; this node swaps" if swapped > _SWAPS else what)
         elif news == "heard":
             event(news)
 
@@ -75,7 +80,7 @@ class Silence:
         self._looked = now
         sizes = self._look()
         if sizes != self._sizes:
-            self._sizes, self._heard = sizes, now
+            self._sizes, self._heard, self._memory = sizes, now, Memory()
             if not self._told:
                 return ""
             self._told = False

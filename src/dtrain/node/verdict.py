@@ -29,7 +29,7 @@ _MOST_PLACES = 3
 _VICTIM = 2
 """Guilt of a rank that failed because another did."""
 
-_ADVICE = {
+ADVICE = {
     "oom": "ask for more memory, or make micro_batch_size or data.workers smaller",
     "node_missing": "check that the agent was started there and that it can reach the head node",
     "node_lost": "look at that host; `dtrain resume` goes on from the last checkpoint",
@@ -37,6 +37,7 @@ _ADVICE = {
     "left": "leave the loop in the same step on all ranks",
     "timeout": "look for a collective that not all ranks call, and at the network between them",
 }
+"""What to try, by kind of failure, where the record has no hint of its own."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def render(verdict: Verdict, run: RunDir) -> str:
     culprit = verdict.culprit
     head = [_headline(culprit)]
     tail = [f"  log: {_short(culprit.log)}"] if culprit.log else []
-    advice = culprit.hint or _ADVICE.get(culprit.kind)
+    advice = culprit.hint or ADVICE.get(culprit.kind)
     if advice:
         tail.append(f"  try: {advice}")
     if verdict.alike:

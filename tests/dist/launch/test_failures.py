@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,10 @@ def test_the_culprit_is_named(tmp_path: Path, misbehave: str, headline: str, cod
     assert len(lines) <= MAX_LINES
     run = the_run(tmp_path)
     assert any(line.strip().startswith("log: ") and "rank-00003.log" in line for line in lines)
+    if misbehave == "kill":
+        assert any(
+            re.search(r"the rank had 0\.\d GB at most, the node has", each) for each in lines
+        )
     if "leave" in misbehave:
         assert any("task.py" in line and "in _misbehave" in line for line in lines)
     if misbehave == "raise":
@@ -151,7 +156,8 @@ def test_a_rank_that_the_kernel_killed_for_memory_is_told_so(tmp_path: Path) -> 
         lines = block(done.stdout)
         assert lines[0].endswith("killed by the kernel: out of memory")
         assert lines[0].startswith("FAILED: rank 1 on node 0")
-        assert any("ask for more memory" in line for line in lines)
+        (advice,) = [line for line in lines if "ask for more memory" in line]
+        assert re.search(r"the rank had 1\.[0-6] GB at most, .* the limit here is 1\.6 GB", advice)
     finally:
         assert wait_for(lambda: not (group / "cgroup.procs").read_text().strip(), 10)
         group.rmdir()

@@ -1,0 +1,90 @@
+"""What is known of memory when a rank is killed: SIGKILL alone does not say why."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+_PAGE = resource.getpagesize()
+_GROUPS = Path("/sys/fs/cgroup")
+
+
+class Memory:
+    """This node's, from now on."""
+
+    def __init__(self) -> None:
+        self._kills = _kills()
+        self._swapped = _swapped()
+
+    def ran_out(self) -> bool:
+        """Whether the kernel has killed a process for want of memory since.
+
+        It counts those of our control group, where that can be read, else those of the host.
+        """
+        return _kills() > self._kills
+
+    def swapped(self) -> int:
+        """How many bytes the host has swapped since, in and out."""
+        return _swapped() - self._swapped
+
+    def told(self, peak: int) -> str:
+        """The numbers, in words.
+
+        Args:
+            peak: what a rank had at most, in bytes.
+        """
+        facts = _numbers(Path("/proc/meminfo"))
+        total, free = (1024 * facts.get(name, 0) for name in ("MemTotal", "MemAvailable"))
+        text = f"the rank had {_gb(peak)} at most, the node has {_gb(total)}, {_gb(free)} free now"
+        limit = _limit()
+        if limit is not None and limit < total:
+            text += f", the limit here is {_gb(limit)}"
+        if self.swapped() > peak / 10:
+            text += f", and {_gb(self.swapped())} were swapped meanwhile"
+        return text
+
+
+def _kills() -> int:
+    for group in _groups():
+        for name in ("memory.events", "memory.oom_control"):
+            if (kills := _numbers(group / name).get("oom_kill")) is not None:
+                return kills
+    return _numbers(Path("/proc/vmstat")).get("oom_kill", 0)
+
+
+def _swapped() -> int:
+    counts = _numbers(Path("/proc/vmstat"))
+    return _PAGE * (counts.get("pswpin", 0) + counts.get("pswpout", 0))
+
+
+def _limit() -> int | None:
+    """How much this process and what it forks may have together; None where nothing says so."""
+    for group in _groups():
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # "max"
+                return int((group / name).read_text())
+    return None
+
+
+def _groups() -> Iterator[Path]:
+    """Where our control group may be: of version 2, of version 1, and as a container sees it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds in ("", "memory"):
+                yield _GROUPS / kinds / path.lstrip("/")
+                yield _GROUPS / kinds
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """`name number` or `name: number unit`, line by line."""
+    with contextlib.suppress(OSError):
+        words = [line.split() for line in path.read_text().splitlines()]
+        return {w[0].rstrip(":"): int(w[1]) for w in words if len(w) > 1 and w[1].isdigit()}
+    return {}
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
