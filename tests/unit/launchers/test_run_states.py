@@ -12,6 +12,7 @@ import pytest
 
 from dtrain import procs, rundir
 from dtrain.attempts import Handle, Result
+from dtrain.cli.status import summary
 from dtrain.errors import LaunchError, UsageError
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base, told
@@ -69,6 +70,22 @@ def test_a_launch_that_could_not_be_written_leaves_the_id_free(plan: LaunchPlan)
         launch(plan)
     plan.run.plan.rmdir()
     launch(plan)
+
+
+def test_status_says_what_a_running_run_waits_for(plan: LaunchPlan) -> None:
+    launch(plan)
+
+    def waits(event: str, node_rank: int, **fields: Any) -> Any:
+        rundir.note_event(plan.run, event, node_rank=node_rank, **fields)
+        return summary(plan.run)["waits"]
+
+    assert waits("silent", 0, what="rank 0 at a.py:1") == "rank 0 at a.py:1"
+    assert waits("silent", 1, what="rank 1 at b.py:2") == "rank 0 at a.py:1\nrank 1 at b.py:2"
+    assert waits("heard", 0) == "rank 1 at b.py:2"
+    assert waits("workers_started", 0) is None
+    waits("silent", 0, what="rank 0 at a.py:1")
+    Result("succeeded", 0, 0.0, 1.0).write(plan.run, 0)
+    assert summary(plan.run)["waits"] is None
 
 
 def test_a_run_that_was_started_by_hand_is_not_launched_over(plan: LaunchPlan) -> None:
