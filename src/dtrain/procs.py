@@ -42,6 +42,23 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(128 + signal.SIGKILL)
 
 
+def offer_current_folder() -> None:
+    """Let the user's code import from the current folder, which `python -P` has kept from ours.
+
+    Before what is installed, as ever, but after the standard library: a `types.py` there, of
+    whoever may write to the folder, is not for what Python imports by itself. Call it when our own
+    imports are done.
+    """
+    if not sys.flags.safe_path or "PYTHONSAFEPATH" in os.environ:
+        return  # it is there already, or the user wants none
+    with contextlib.suppress(FileNotFoundError):  # the folder is gone
+        folder, standard = os.getcwd(), os.path.dirname(os.__file__)
+        own = (standard, f"{standard}/lib-dynload")
+        ends = [k for k, path in enumerate(sys.path) if path in own]
+        if folder not in sys.path:
+            sys.path.insert(1 + max(ends, default=-1), folder)
+
+
 def fork_child(
     run: Callable[[], int],
     *,

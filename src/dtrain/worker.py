@@ -1,7 +1,7 @@
-"""`python -m dtrain.worker RUN_DIR`: one rank of a run, placed by the torchrun variables.
+"""`python -P -m dtrain.worker RUN_DIR`: one rank of a run, placed by the torchrun variables.
 
 dtrain's node agents fork workers instead of running this, but it is the same code, so
-`torchrun … -m dtrain.worker RUN_DIR`, typed by hand, is the same training.
+torchrun with it as its program, typed by hand, is the same training.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ def main() -> None:
     from dtrain.rundir import RunDir
 
     take_hash_seed(RunDir(arguments.run_dir), sys.orig_argv[1:])
+    import torch._dynamo  # noqa: F401  any optimizer does, then from the folder of the user's file
+
     from dtrain.node.bootstrap import run_worker
 
     status = run_worker(RunDir(arguments.run_dir))

@@ -43,7 +43,7 @@ def test_two_simulated_nodes() -> None:
     assert (plan.device, plan.backend) == ("cpu", "gloo")
     (command,) = plan.commands
     assert command.argv == (
-        "/usr/bin/python3", "-m", "dtrain.node", "/runs/digits-abc234",
+        "/usr/bin/python3", "-P", "-m", "dtrain.node", "/runs/digits-abc234",
         "--node-rank", "0", "--node-rank", "1",
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ def test_torchrun_on_one_host_needs_no_options() -> None:
     start, by_hand = plan.commands
     assert start.argv[-2:] == ("--node-rank", "0")
     assert by_hand.argv[:4] == ("torchrun", "--nnodes=1", "--node-rank=0", "--nproc-per-node=4")
-    assert by_hand.argv[-3:] == ("-m", "dtrain.worker", "/runs/digits-abc234")
+    assert by_hand.argv[-4:] == ("-P", "-m", "dtrain.worker", "/runs/digits-abc234")
 
 
 def test_torchrun_on_several_hosts_writes_the_same_plan_but_for_the_node() -> None:

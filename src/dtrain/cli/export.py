@@ -30,7 +30,7 @@ def command(
     problem = catalog.export_problem(to)
     if problem is not None:
         raise UsageError(problem)
-    argv = [sys.executable, "-m", "dtrain.export", str(found.path), "--to", to]
+    argv = [sys.executable, "-P", "-m", "dtrain.export", str(found.path), "--to", to]
     argv += ["--step", str(step)] if step is not None else []
     argv += ["--averaged"] if averaged else []
     argv += ["--output", output] if output is not None else []

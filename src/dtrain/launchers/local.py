@@ -181,7 +181,7 @@ class _Interpreter(subprocess.Popen[bytes]):
 
 def node_command(plan: LaunchPlan, facts: Facts, node_ranks: Any) -> Command:
     """The `python -m dtrain.node` that serves some of a plan's nodes on this host."""
-    argv = [facts.python, "-m", "dtrain.node", plan.run_dir]
+    argv = [facts.python, "-P", "-m", "dtrain.node", plan.run_dir]
     for node_rank in node_ranks:
         argv += ["--node-rank", str(node_rank)]
     return Command(where=facts.host, argv=tuple(argv))

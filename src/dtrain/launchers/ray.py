@@ -36,7 +36,8 @@ class RayLauncher:
     def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
         """See `Launcher.complete`."""
         options = RayOptions.of(plan.options)
-        argv: tuple[str, ...] = (facts.python, "-m", "dtrain.launchers.ray_driver", plan.run_dir)
+        driver = ("-P", "-m", "dtrain.launchers.ray_driver", plan.run_dir)
+        argv: tuple[str, ...] = (facts.python, *driver)
         if options.submit == "job":
             asked = ("ray", "job", "submit", f"--address={ray_jobs.url(options)}", "--")
             argv = (*asked, *ray_jobs.entrypoint(options))

@@ -168,7 +168,7 @@ def _trouble_at(url: str, python: str, env: dict[str, str]) -> str:
     """Why the place of runs cannot be written to from here; empty when it can."""
     try:
         done = subprocess.run(
-            [python, "-c", _REACH, url],
+            [python, "-P", "-c", _REACH, url],
             env={**os.environ, **env},
             capture_output=True,
             text=True,
@@ -186,7 +186,11 @@ def _packages(python: str, names: list[str]) -> dict[str, Any]:
     """`versions` of packages, None for one that is missing; `trouble` in asking."""
     try:
         done = subprocess.run(
-            [python, "-c", _LOOK, *names], capture_output=True, text=True, timeout=60, check=False
+            [python, "-P", "-c", _LOOK, *names],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return {"versions": {}, "trouble": f"{python} cannot be run: {error}"}

@@ -61,9 +61,7 @@ class OwnCluster:
         self.folder = Path(tempfile.mkdtemp(prefix="dtr-", dir="/tmp"))
         os.environ.update(self._environment())
         command = [
-            sys.executable,
-            "-m",
-            __name__,
+            *(sys.executable, "-P", "-m", __name__),
             json.dumps({**self._spec, "folder": str(self.folder)}),
         ]
         self._keeper = subprocess.Popen(
@@ -188,6 +186,7 @@ def _start_node(
         process = subprocess.Popen(
             [*ray_start(f"127.0.0.{number + 2}", own, spec["resources"]), *more],
             env={**os.environ, **_own_gpus(number, int(spec["resources"].get("GPU", 0)))},
+            cwd=own,  # Ray's processes import from the folder that they are started in
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
@@ -200,7 +199,8 @@ def ray_start(address: str, folder: Path, resources: dict[str, float]) -> list[s
     named = {"CPU": "--num-cpus", "GPU": "--num-gpus", "memory": "--memory"}
     custom = {name: value for name, value in resources.items() if name not in named}
     return [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
+        *(sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block"),
+        "--disable-usage-stats",
         f"--node-ip-address={address}",
         *(f"{flag}={resources[name]:g}" for name, flag in named.items() if name in resources),
         *([f"--resources={json.dumps(custom)}"] if custom else []),

@@ -154,13 +154,17 @@ class Driver:
 
         started = time.monotonic()
         try:
-            ray.init(
-                address=address,
-                namespace="dtrain",
-                log_to_driver=False,
-                logging_level="ERROR",
-                runtime_env={"env_vars": {"RAY_worker_niceness": "0"}},  # Ray's own is 15
-            )
+            if token := os.environ.get("RAY_AUTH_TOKEN_PATH"):
+                os.environ["RAY_AUTH_TOKEN_PATH"] = os.path.abspath(token)
+            # Ray's workers import first of all from the folder in which a driver connects
+            with contextlib.chdir(self._plan.run.path):
+                ray.init(
+                    address=address,
+                    namespace="dtrain",
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    runtime_env={"env_vars": {"RAY_worker_niceness": "0"}},  # Ray's own is 15
+                )
         except Exception as error:
             raise _refused(address, error) from error
         for number in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own there

@@ -94,7 +94,7 @@ class Cluster:
             [
                 *("srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}"),
                 f"--cpus-per-task={cpus}",
-                *(sys.executable, "-m", ray_raylet.__name__, *self._flags, *more),
+                *(sys.executable, "-P", "-m", ray_raylet.__name__, *self._flags, *more),
             ],
             stdin=subprocess.PIPE,  # srun passes its end on; a signal would have it kill the node
             stdout=subprocess.PIPE,
@@ -135,7 +135,7 @@ class Cluster:
 
 def _launch(arguments: Sequence[str], address: str) -> int:
     """Run `dtrain launch` on the cluster, and pass requests to stop on to it; its exit code."""
-    command = [sys.executable, "-m", "dtrain", "launch", "--launcher", "ray"]
+    command = [sys.executable, "-P", "-m", "dtrain", "launch", "--launcher", "ray"]
     process = subprocess.Popen([*command, *arguments, "--address", address])
 
     def pass_on(_number: int, _frame: FrameType | None) -> None:

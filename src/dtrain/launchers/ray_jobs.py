@@ -35,7 +35,7 @@ def url(options: RayOptions) -> str:
 
 def entrypoint(options: RayOptions) -> list[str]:
     """What the job runs, in the folder that has travelled."""
-    module = ("-m", "dtrain.launchers.ray_driver", "--job", ray_package.FOLDER)
+    module = ("-P", "-m", "dtrain.launchers.ray_driver", "--job", ray_package.FOLDER)
     return [options.python or "python", *module]
 
 

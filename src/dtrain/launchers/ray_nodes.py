@@ -191,7 +191,7 @@ class Nodes:
         return {rank: RunDir(path) for rank, path in self._ask(made).items()}
 
     def _start(self, rank: int, look: dict[str, Any], run: RunDir) -> Any:
-        argv = [look["python"], "-m", "dtrain.node", str(run.path), "--node-rank", str(rank)]
+        argv = [look["python"], "-P", "-m", "dtrain.node", str(run.path), "--node-rank", str(rank)]
         argv += ["--attempt", str(self._attempt)]
         log = run.host_log(self._attempt, rank)
         lost_after = self._options.lost_after

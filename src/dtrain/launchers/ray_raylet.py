@@ -74,6 +74,7 @@ def _serve(folder: Path, resources: dict[str, float], head: str | None) -> int:
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [*ray_start(own, place, resources), *more],
+                cwd=place,  # Ray's processes import from the folder that they are started in
                 stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             )  # fmt: skip
         is_up = False

@@ -51,7 +51,7 @@ def render(arguments: Sequence[str]) -> str:
         setup_lines=given.setup,
         command=shlex.join(
             [
-                *(sys.executable, "-m", "dtrain.launchers.ray_in_slurm"),
+                *(sys.executable, "-P", "-m", "dtrain.launchers.ray_in_slurm"),
                 *(f"--cpus={given.cpus}", f"--gpus={given.gpus}", "--", *given.launch),
             ]
         ),

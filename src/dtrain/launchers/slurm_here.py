@@ -26,7 +26,9 @@ from dtrain.rundir import RunDir
 _TICK_S = 0.05
 _NO_LIMIT_MIN = 10 * 365 * 24 * 60  # submitit's own is 2 minutes
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)
-_GPUS = "CUDA_VISIBLE_DEVICES"
+_SAFE = "PYTHONSAFEPATH"
+_OURS = ("CUDA_VISIBLE_DEVICES", _SAFE)
+"""Variables that the node has as we have them: submitit counts GPUs from 0."""
 
 
 def complete(plan: LaunchPlan, facts: Facts, options: SlurmOptions) -> LaunchPlan:
@@ -86,9 +88,12 @@ def start(plan: LaunchPlan) -> Launch:
     executor.update_parameters(timeout_min=_NO_LIMIT_MIN, gpus_per_node=plan.gpus_per_node)
     # a Ctrl-C is ours to pass on; what comes meanwhile waits for us
     signal.pthread_sigmask(signal.SIG_BLOCK, _FROM_TERMINAL)
+    ours = {name: os.environ.get(name) for name in _OURS}
     try:
-        job = executor.submit(serve, plan.run_dir, os.getpid(), os.environ.get(_GPUS))
+        os.environ[_SAFE] = "1"  # of submitit's process, which imports before `serve` can tell
+        job = executor.submit(serve, plan.run_dir, os.getpid(), ours)
     finally:
+        _restore(ours)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FROM_TERMINAL)
     return HereLaunch(job)
 
@@ -140,21 +145,26 @@ def start_node(run_dir: str) -> NodeProcess:
     return NodeProcess(LaunchPlan.read(RunDir(run_dir)), listen_host="127.0.0.1")
 
 
-def serve(run_dir: str, driver: int, gpus: str | None) -> int | str:
+def _restore(variables: dict[str, str | None]) -> None:
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+def serve(run_dir: str, driver: int, ours: dict[str, str | None]) -> int | str:
     """Run the node of a run below a process of submitit's, for as long as the launch lives.
 
     Args:
         run_dir: of the run.
         driver: pid of the command that launches.
-        gpus: the GPUs that it sees; submitit counts its own from 0.
+        ours: variables of that command for the node, None for one that is not set.
 
     Returns:
         The exit code of the node's process, or why it could not be started.
     """
     die_with_parent(int(os.environ["SUBMITIT_LOCAL_JOB_ID"]))
-    os.environ.pop(_GPUS, None)
-    if gpus is not None:
-        os.environ[_GPUS] = gpus
+    _restore(ours)
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, lambda number, _frame: asked.append(number))

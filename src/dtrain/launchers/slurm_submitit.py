@@ -121,7 +121,8 @@ def folder_of(plan: LaunchPlan) -> Path:
 def python_of(options: SlurmOptions) -> str:
     """The interpreter of submitit's own process, outside of any container."""
     inside = options.apptainer or options.pyxis
-    return shlex.quote(sys.executable if inside or not options.python else options.python)
+    python = sys.executable if inside or not options.python else options.python
+    return f"{shlex.quote(python)} -P"
 
 
 def parameters(plan: LaunchPlan, requeue_file: str | None = None) -> dict[str, Any]:

@@ -78,8 +78,7 @@ class TorchrunLauncher(LocalLauncher):
             f"--master-addr={plan.rdzv_host}",
             f"--master-port={plan.rdzv_port}",
             f"--max-restarts={plan.max_restarts}",
-            "-m",
-            "dtrain.worker",
+            *("--no-python", facts.python, "-P", "-m", "dtrain.worker"),
             plan.run_dir,
         )
         where = plan.node_names[node_rank] or f"node {node_rank}"

@@ -33,7 +33,7 @@ class WarmServer:
         self._exited: dict[int, int] = {}
         self._ready = False
         self._started: list[int] = []
-        argv = [sys.executable, "-m", "dtrain.node.warm", "--parent", str(os.getpid())]
+        argv = [sys.executable, "-P", "-m", "dtrain.node.warm", "--parent", str(os.getpid())]
         with contextlib.closing(theirs):
             self._process = subprocess.Popen(
                 [*argv, "--socket", str(theirs.fileno()), *modules],

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if not arguments.node_rank:
         _log_in(RunDir(arguments.run_dir))
-    command = ["-m", "dtrain.node", *(sys.argv[1:] if argv is None else argv)]
+    command = ["-P", "-m", "dtrain.node", *(sys.argv[1:] if argv is None else argv)]
     take_hash_seed(RunDir(arguments.run_dir), command, keep_fd=arguments.listen_fd)
     inherited = dict(os.environ)
     os.environ.update(ONE_THREAD)

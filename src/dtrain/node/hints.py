@@ -80,5 +80,5 @@ def _of_terminal(is_script: bool) -> str:
         return f"{what}: run the script by itself in yours, with python, as one process"
     return (
         f"{what}: `dtrain plan --write --strategy single --procs 1 --run-id debug JOB`, then "
-        "`python -m dtrain.worker runs/debug` in yours"
+        "`python -P -m dtrain.worker runs/debug` in yours"
     )

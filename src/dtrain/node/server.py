@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dtrain import rundir
+from dtrain import procs, rundir
 from dtrain.callring import Ring
 from dtrain.node import failures, stacks
 from dtrain.node.channel import Channel
@@ -131,6 +131,8 @@ class ForkServer:
             raise _AskedToStop
         for module in (*WORKER_MODULES, *self.plan.modules):
             self._reap()  # an agent may fail while we import; do not find out only afterwards
+            if module in self.plan.preload:
+                procs.offer_current_folder()
             importlib.import_module(module)
         # A collection in a forked worker would write to, and so copy, every object imported
         # here: 0.7-2.6 s in each of 4 ranks at once, measured.

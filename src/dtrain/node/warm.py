@@ -25,7 +25,13 @@ from typing import Any
 
 from dtrain.node import __main__ as node
 from dtrain.node.channel import Channel
-from dtrain.procs import die_with_parent, fork_child, kill_group, threads_lost_by_fork
+from dtrain.procs import (
+    die_with_parent,
+    fork_child,
+    kill_group,
+    offer_current_folder,
+    threads_lost_by_fork,
+)
 
 
 def main() -> None:
@@ -42,6 +48,8 @@ def main() -> None:
     from dtrain.node.server import WORKER_MODULES
 
     for module in (*WORKER_MODULES, *arguments.modules):
+        if not module.startswith("dtrain."):
+            offer_current_folder()
         importlib.import_module(module)
     gc.collect()
     gc.freeze()  # a collection in what is forked would copy every object imported here

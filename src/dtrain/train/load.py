@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dtrain import procs
 from dtrain.errors import JobError, Problem
 from dtrain.task import REQUIRED, Task
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
@@ -83,6 +84,7 @@ def load_class(field: str, reference: str, job_dir: str | os.PathLike[str]) -> C
         JobError: there is no such file, module or class; names `field`.
     """
     folder = Path(job_dir).absolute()
+    procs.offer_current_folder()
     place, _, name = reference.rpartition(":")
     if not place or not name:
         raise _problem(field, f"{reference!r} is not `file.py:Class` or `package.module:Class`")
@@ -160,7 +162,7 @@ def _from_name(name: str, folder: Path) -> ModuleType:
 
 
 def _make_importable(folder: Path) -> None:
-    if str(folder) not in sys.path:
+    if sys.path[:1] != [str(folder)]:  # further down it may be as the current folder
         sys.path.insert(0, str(folder))
 
 

@@ -165,7 +165,8 @@ def programs() -> Path:
 def _write_programs(folder: Path, address: str) -> None:
     """Once, before anything is started: a file that is open for writing cannot be executed."""
     ask = f"exec {sys.executable} -S -E {_HERE / 'program.py'} {address}"
-    node = f'if [ "$1 $2" = "-m dtrain.node" ]; then shift 2; {ask} dtrain.node "$@"; fi'
+    ours = '[ "$1 $2 $3" = "-P -m dtrain.node" ]'
+    node = f'if {ours}; then shift 3; {ask} dtrain.node "$@"; fi'
     for name, text in {
         "dtrain": f'{ask} dtrain "$@"',
         "python": f'{node}\nexec {sys.executable} "$@"',

@@ -187,7 +187,7 @@ class _Forking(subprocess.Popen[Any]):
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
         argv = [args] if isinstance(args, str) else [os.fspath(arg) for arg in args]
-        ours = argv[:2] == [sys.executable, "-m"] and argv[2] in _WITH_TORCH
+        ours = argv[:3] == [sys.executable, "-P", "-m"] and argv[3] in _WITH_TORCH
         if not ours or len(os.listdir("/proc/self/task")) > 1:
             super()._execute_child(args, *rest)  # type: ignore[misc]
             return
@@ -197,7 +197,7 @@ class _Forking(subprocess.Popen[Any]):
         for own, given in enumerate((stdin, stdout, stderr)):
             files[own] = own if given < 0 else given
         env = os.environ if env is None else env
-        self.pid = _fork(argv[2], argv[3:], cwd, env, files, new_session=rest[20])
+        self.pid = _fork(argv[3], argv[4:], cwd, env, files, new_session=rest[20])
         self._child_created = True
         self._close_pipe_fds(stdin, stdin_ours, stdout_ours, stdout, stderr_ours, stderr)  # type: ignore[attr-defined]
 
@@ -206,7 +206,7 @@ def _fork(
     module: str, arguments: Sequence[str], cwd: str | None, env: Mapping[str, str],
     files: Mapping[int, int], *, new_session: bool = False,
 ) -> int:  # fmt: skip
-    """Fork `python -m MODULE ARGUMENTS`; its pid."""
+    """Fork `python -m MODULE ARGUMENTS`, with -P but for the command itself; its pid."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -216,13 +216,15 @@ def _fork(
     try:
         if new_session:
             os.setsid()
-        _become(cwd, dict(env), files)
+        _become(cwd, dict(env), files, finds_modules_here=module == "dtrain")
         status = _run_module(module, arguments)
     finally:
         os._exit(status)
 
 
-def _become(cwd: str | None, env: dict[str, str], files: Mapping[int, int]) -> None:
+def _become(
+    cwd: str | None, env: dict[str, str], files: Mapping[int, int], *, finds_modules_here: bool
+) -> None:
     """Have what a new interpreter would have: files, folder, environment, signals, randomness."""
     import atexit
     import random
@@ -244,8 +246,8 @@ def _become(cwd: str | None, env: dict[str, str], files: Mapping[int, int]) -> N
     os.environ.update(env)
     if cwd is not None:
         os.chdir(cwd)
-        given = [path for path in env.get("PYTHONPATH", "").split(":") if path]
-        sys.path[:] = [cwd, *given, *_PATH]
+    given = [path for path in env.get("PYTHONPATH", "").split(":") if path]
+    sys.path[:] = [*([os.getcwd()] if finds_modules_here else []), *given, *_PATH]
     atexit._clear()
     tempfile.tempdir = None
     random.seed()

@@ -140,7 +140,7 @@ def test_the_batch_script_holds_a_cluster_with_a_token() -> None:
     for line in ("#SBATCH --nodes=2", "#SBATCH --cpus-per-task=8", "#SBATCH --gpus-per-node=4",
                  "#SBATCH --time=60", "module x"):  # fmt: skip
         assert line in script.splitlines()
-    ours = f"exec {sys.executable} -m dtrain.launchers.ray_in_slurm --cpus=8 --gpus=4 -- "
+    ours = f"exec {sys.executable} -P -m dtrain.launchers.ray_in_slurm --cpus=8 --gpus=4 -- "
     assert script.splitlines()[-1] == f"{ours}--nodes 2 'job file.yaml'"
 
 
@@ -153,7 +153,15 @@ def test_which_clusters_need_a_token_most(address: str, loopback: bool) -> None:
 
 
 def test_outside_slurm_nothing_is_started_and_nothing_is_left(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dtrain.launchers.ray_in_slurm", "--cpus=1", "--", "job.yaml"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "dtrain.launchers.ray_in_slurm",
+        "--cpus=1",
+        "--",
+        "job.yaml",
+    ]
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     done = subprocess.run(
         command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False

@@ -68,7 +68,7 @@ srun \\
   --cpus-per-task=16 \\
   --kill-on-bad-exit=1 \\
   --wait=40 \\
-  /envs/train/bin/python -m dtrain.node /runs/digits-abc234
+  /envs/train/bin/python -P -m dtrain.node /runs/digits-abc234
 status=$?
 
 # The first agent leaves this file when the training is to go on in another attempt. Where another
@@ -116,7 +116,7 @@ def test_containers() -> None:
     apptainer = plan_of(apptainer="image.sif", container_args=["--nv"])
     assert (
         "  apptainer exec --bind /runs/digits-abc234 --bind /job --nv image.sif "
-        "python -m dtrain.node /runs/digits-abc234\n"
+        "python -P -m dtrain.node /runs/digits-abc234\n"
     ) in slurm_script.render(apptainer)
     pyxis = slurm_script.render(plan_of(pyxis="nvcr.io#nvidia/pytorch:25.01"))
     assert "  '--container-image=nvcr.io#nvidia/pytorch:25.01' \\\n" in pyxis
@@ -146,7 +146,7 @@ def test_the_shell_sees_values_as_they_are(text: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     srun = (tmp_path / "srun.argv").read_text().split("\0")
-    assert srun[-5:] == [text, "-m", "dtrain.node", f"{runs}/digits-abc234", ""]
+    assert srun[-6:] == [text, "-P", "-m", "dtrain.node", f"{runs}/digits-abc234", ""]
     assert f"--container-image={text}" in srun
     assert (tmp_path / "module.argv").read_text().split("\0") == ["load", text, ""]
     assert not list(tmp_path.rglob("gone"))
@@ -326,7 +326,7 @@ export SLURM_NNODES=2 SLURM_NTASKS=2
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output '/runs/it'"'"'s-0/slurm/%A_%a_%t_log.out' \
---ntasks-per-node=1 --cpus-per-task=1 --kill-on-bad-exit=1 --wait=40 /usr/bin/python3 -u -m \
+--ntasks-per-node=1 --cpus-per-task=1 --kill-on-bad-exit=1 --wait=40 /usr/bin/python3 -P -u -m \
 submitit.core._submit '/runs/it'"'"'s-0/slurm'
 
 

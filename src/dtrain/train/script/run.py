@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from dtrain import procs
 from dtrain.node.failures import Frame, user_frames
 from dtrain.rundir import RunDir
 from dtrain.train.script.place import RUN_VARIABLE
@@ -32,6 +33,7 @@ def run_script(
     # The warning before a time limit: for who asks `dtrain.stopping()`, no reason to die.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     sys.argv[:] = [str(script), *arguments]
+    procs.offer_current_folder()
     sys.path.insert(0, str(script.parent))
     main = ModuleType("__main__")
     main.__file__ = str(script)
