@@ -23,6 +23,11 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 
 
+def quoted(text: str) -> str:
+    """What a person wrote, in one printable line of bounded length, for a message."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
 class DtrainError(Exception):
     """Base of all errors meant for people: the CLI prints the message and never a traceback."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -221,13 +220,6 @@ class RunDir:
                 f"cannot write the run directory {self.path}: {error.strerror}; "
                 "choose another place with --runs DIR"
             ) from error
-
-
-def new_run_id(name: str) -> str:
-    """`<name>-<6 random characters>`, fit for a file name, a host name label and a Slurm job."""
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "run"
-    alphabet = "abcdefghjkmnpqrstuvwxyz23456789"  # none that are read for one another
-    return f"{slug}-{''.join(secrets.choice(alphabet) for _ in range(6))}"
 
 
 def list_runs(root: str | os.PathLike[str]) -> list[RunDir]:

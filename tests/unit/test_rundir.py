@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain import files, rundir
+from dtrain import files, rundir, runid
 from dtrain.cli import finding
 from dtrain.errors import LaunchError, RunNotFound
 from dtrain.rundir import RunDir
@@ -111,7 +111,7 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_run_ids_are_short_and_different() -> None:
-    ids = {rundir.new_run_id("My Job: №1!") for _ in range(50)}
+    ids = {runid.new("My Job: №1!") for _ in range(50)}
     assert len(ids) == 50
     assert all(name.startswith("my-job-1-") and len(name) == 15 for name in ids)
-    assert rundir.new_run_id("***").startswith("run-")
+    assert runid.new("***").startswith("run-")

@@ -55,7 +55,7 @@ def prepare(job: str, fields: tuple[str, ...], options: dict[str, Any]) -> list[
     run_id = options["run_id"]
     for index, chosen in enumerate(choices):
         overrides = (*options["overrides"], *chosen)
-        if not run_id:
+        if run_id is None:
             run_id = shared.prepare(job, {**options, "overrides": overrides}).plan.run_id
         own = {"overrides": overrides, "run_id": f"{run_id}-{index}"}
         prepared = shared.prepare(job, {**options, **own})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,11 +72,14 @@ def find_run(name: str, root: str | os.PathLike[str], shown: str = "") -> RunDir
     Raises:
         RunNotFound: none, or more than one, answers to the name.
     """
-    from dtrain.errors import RunNotFound
+    from dtrain.errors import RunNotFound, quoted
     from dtrain.rundir import RunDir, list_runs
 
-    if os.sep in name and (Path(name) / "resolved.yaml").is_file():
-        return RunDir(name)
+    if not name:  # as of a variable of the shell that is not set: it would be any run's beginning
+        raise RunNotFound("RUN is empty; it is an id, the beginning of one, or `last`")
+    with contextlib.suppress(OSError):  # too long for a path
+        if os.sep in name and (Path(name) / "resolved.yaml").is_file():
+            return RunDir(name)
     runs, where = list_runs(root), shown or str(Path(root).absolute())
     if not runs:
         raise RunNotFound(f"no runs in {where}; say where with --runs DIR")
@@ -89,5 +93,5 @@ def find_run(name: str, root: str | os.PathLike[str], shown: str = "") -> RunDir
         return matches[0]
     if matches:
         listed = ", ".join(run.id for run in matches[:6])
-        raise RunNotFound(f"{name!r} could be any of {len(matches)} runs: {listed}")
-    raise RunNotFound(f"no run {name!r} in {where}; `dtrain runs` lists them")
+        raise RunNotFound(f"{quoted(name)} could be any of {len(matches)} runs: {listed}")
+    raise RunNotFound(f"no run {quoted(name)} in {where}; `dtrain runs` lists them")

@@ -117,8 +117,8 @@ def prepare(job_path: str, options: dict[str, Any]) -> Prepared:
         JobError: job, profile or flags are wrong.
         PlanError: they do not go together.
     """
-    from dtrain import rundir
-    from dtrain.errors import PlanError
+    from dtrain import runid
+    from dtrain.errors import UsageError, quoted
     from dtrain.job.load import load_job
     from dtrain.job.profile import load_profile
 
@@ -131,9 +131,10 @@ def prepare(job_path: str, options: dict[str, Any]) -> Prepared:
         written_flags(options),
         text=_script_job(job_path),
     )
-    run_id = options["run_id"] or rundir.new_run_id(job.spec.name)
-    if os.sep in run_id or run_id.startswith("."):
-        raise PlanError(f"--run-id {run_id!r} cannot be the name of a folder")
+    given = options["run_id"]
+    run_id = runid.new(job.spec.name) if given is None else given
+    if problem := runid.problem(run_id):
+        raise UsageError(f"--run-id {quoted(run_id)} cannot be the id of a run: {problem}")
     plan = make(job, profile, options, run_id=run_id, runs=options["runs"], job_dir=job_dir)
     return Prepared(plan, job, profile)
 

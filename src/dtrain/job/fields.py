@@ -8,12 +8,14 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from dtrain.job.injection import parse_injection
 from dtrain.job.units import (
+    found,
     parse_duration,
     parse_real,
     parse_size,
     parse_whole,
     refuse_yaml_boolean,
 )
+from dtrain.runid import LONGEST
 from dtrain.variables import HASH_SEED
 
 Duration = Annotated[
@@ -33,8 +35,19 @@ Size = Annotated[
 Text = Annotated[str, BeforeValidator(refuse_yaml_boolean)]
 """A string; explains when YAML has read `yes`, `no`, `on`, `off` as a boolean."""
 
-Name = Annotated[str, Field(min_length=1), BeforeValidator(refuse_yaml_boolean)]
-"""A string that is not empty."""
+
+def _checked_title(value: str) -> str:
+    if not value.isprintable() or len(value.encode(errors="replace")) > LONGEST:
+        raise ValueError(
+            f"expected one line of printable text, of {LONGEST} bytes at most; found {found(value)}"
+        )
+    return value
+
+
+Name = Annotated[
+    str, Field(min_length=1), BeforeValidator(refuse_yaml_boolean), AfterValidator(_checked_title)
+]
+"""A line of text that is not empty."""
 
 EnvText = Annotated[Text, WithJsonSchema({"type": ["string", "number"]})]
 """A variable's value; the job loader keeps a bare number letter by letter."""

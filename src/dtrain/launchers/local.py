@@ -18,6 +18,7 @@ from dtrain.errors import LaunchError, UsageError
 from dtrain.launchers import base
 from dtrain.node import failures
 from dtrain.node.failures import Kind
+from dtrain.node.memory import Memory
 from dtrain.plan import Command, Facts, LaunchPlan
 from dtrain.rundir import RunDir
 from dtrain.variables import HASH_SEED, inherited_env
@@ -98,7 +99,7 @@ class NodeProcess:
         self._plan = plan
         self._node_ranks = served_by(command)
         self._asked_to_end = False
-        self._oom_kills = failures.oom_kills()
+        self._memory = Memory()
         log = plan.run.host_log(plan.attempt, self._node_ranks[0])
         env = {**inherited_env(), **command.env, HASH_SEED: plan.worker_env[HASH_SEED]}
         listener = None if listen_host is None else _listen(listen_host, plan.rdzv_port)
@@ -138,7 +139,7 @@ class NodeProcess:
         plan, (first, *others) = self._plan, self._node_ranks
         record = failures.of_exit_status(
             status,
-            out_of_memory=failures.oom_kills() > self._oom_kills,
+            out_of_memory=self._memory.ran_out(),
             node_rank=first,
             node=plan.node_names[first] or failures.node_name(),
             restart=failures.last_restart(plan.run, plan.attempt),

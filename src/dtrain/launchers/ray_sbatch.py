@@ -36,6 +36,9 @@ def render(arguments: Sequence[str]) -> str:
     parser.add_argument("--setup", action="append", default=[], metavar="LINE", help="of shell")
     parser.add_argument("launch", nargs="+", help="arguments of `dtrain launch --launcher ray`")
     given = parser.parse_args(arguments)
+    for flag in given.slurm:
+        if not flag.isprintable():
+            parser.error(f"--slurm {flag!r}: a line break cannot stand in a batch script")
     flags = [f"nodes={given.nodes}", f"cpus-per-task={given.cpus}", *given.slurm]
     if given.gpus:
         flags.insert(0, f"gpus-per-node={given.gpus}")

@@ -85,7 +85,7 @@ def render(plans: Sequence[LaunchPlan], at_once: int | None) -> str:
     ]
     lines = [f"#SBATCH {slurm_script.sbatch_option(*flag)}" for flag in flags]
     start = f"exec {_as_shell(plans, JobDir(plans[0].run).script)}"
-    about = f"# Runs {_ids(plans)} of dtrain: each has its own script."
+    about = f"# Runs {slurm_script.one_line(_ids(plans))} of dtrain: each has its own script."
     return "\n".join(["#!/bin/bash", about, *lines, "", start, ""])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.assets import asset_dir
-from dtrain.errors import PlanError
+from dtrain.errors import PlanError, quoted
 from dtrain.job.units import parse_duration
 from dtrain.jobdir import JobDir
 from dtrain.launchers.slurm_options import FLAGS, SlurmOptions, own_flag_problem
@@ -61,7 +61,7 @@ def values(
         requeue_file: as shell, where the script is shared by several runs; None: the plan's.
     """
     return {
-        "run_id": plan.run_id,
+        "run_id": one_line(plan.run_id),
         "sbatch_options": [sbatch_option(name, value) for name, value in flags(plan, options)],
         "setup_lines": setup_lines(options),
         "srun_arguments": [
@@ -102,7 +102,13 @@ def flags(plan: LaunchPlan, options: SlurmOptions) -> list[tuple[str, str | None
         ("requeue" if options.requeue else "no-requeue", None),
         ("open-mode", "append"),
     ]
-    return found + list(_further_flags(options))
+    found += _further_flags(options)
+    for name, value in found:
+        if value is not None and not value.isprintable():
+            raise PlanError(
+                f"--{name} {quoted(value)}: a line break cannot stand in a batch script"
+            )
+    return found
 
 
 def _signal_before(options: SlurmOptions) -> int:
@@ -193,6 +199,11 @@ def pattern(path: Path) -> str:
     if "\\" in str(path):
         raise PlanError(f"Slurm cannot write to a path with a backslash: {path}; use --runs DIR")
     return str(path).replace("%", "%%")
+
+
+def one_line(text: str) -> str:
+    """A text as it stands in a comment of a script: a line break would end that."""
+    return text if text.isprintable() else quoted(text)
 
 
 def sbatch_option(name: str, value: str | None) -> str:

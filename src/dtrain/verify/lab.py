@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from dtrain import catalog, recording, rundir
+from dtrain import catalog, recording, runid
 from dtrain.attempts import Result
 from dtrain.errors import DtrainError, UsageError
 from dtrain.job.classes import task_derives
@@ -180,7 +180,7 @@ class Lab:
         self._tick = partial(self.watch, pair, wish)
         self._tick()
         job, profile = self._load(pair)
-        run = RunDir(self._folder(pair) / rundir.new_run_id(job.spec.name))
+        run = RunDir(self._folder(pair) / runid.new(job.spec.name))
         ends = [self.steps] if pair.resume_after is None else [pair.resume_after, self.steps]
         try:
             for attempt, end in enumerate(ends):

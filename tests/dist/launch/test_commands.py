@@ -249,7 +249,7 @@ def test_the_torchrun_line_works_as_printed(tmp_path: Path) -> None:
         (["--strategy", "single", "--procs", "2"], "strategy 'single' is one process, not 2"),
         (["--nodes", "two"], "--nodes"),
         (["--launcher", "slum"], "there is no profile 'slum'"),
-        (["--run-id", "../x"], "cannot be the name of a folder"),
+        (["--run-id", "../x"], "--run-id '../x'"),
         (["--name", ""], "--name"),
         (["--json"], "--dry-run"),
         (["--env", "NOT_SET_ANYWHERE"], "--env NOT_SET_ANYWHERE=VALUE"),

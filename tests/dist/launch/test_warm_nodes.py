@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dtrain import files, rundir
+from dtrain import files, runid
 from dtrain.attempts import Handle
 from dtrain.errors import LaunchError
 from dtrain.job.load import LoadedJob, load_job
@@ -51,7 +51,7 @@ def planned(folder: Path, *settings: str) -> tuple[LaunchPlan, LoadedJob]:
     profile = load_profile("local", TINY.parent)
     chosen = ("launch.nodes=2", "launch.procs_per_node=1", "train.steps=2", *settings)
     job = load_job(TINY, chosen, profile.launch)
-    facts = Facts.gather(rundir.new_run_id("warm"), folder)
+    facts = Facts.gather(runid.new("warm"), folder)
     plan = make_plan(
         job.spec, job_dir=str(TINY.parent), launcher="local", profile="local", options={},
         facts=facts,

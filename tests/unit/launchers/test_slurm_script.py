@@ -166,6 +166,15 @@ def test_no_secret_in_script_or_command() -> None:
     assert not any("--export" in text for text in plan.commands[0].argv)
 
 
+@pytest.mark.parametrize("given", [{"run_id": "a\ntouch gone"}, {"comment": "a\n#SBATCH --x"}])
+def test_a_line_break_in_a_flag_is_refused_wherever_it_came_from(given: dict[str, str]) -> None:
+    """As of a run whose folder was renamed."""
+    plan = replace(plan_of(FACTS), run_id=given.get("run_id", FACTS.run_id))
+    plan = replace(plan, options={**plan.options, "comment": given.get("comment")})
+    with pytest.raises(PlanError):
+        slurm_script.render(plan)
+
+
 def test_shellcheck_has_nothing_to_say() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
