@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from dtrain.assets import asset_dir
+from dtrain.launchers import templates
 
 
 def main() -> None:
@@ -22,8 +23,6 @@ def main() -> None:
 
 def render(arguments: Sequence[str]) -> str:
     """The script of these arguments, of which `--help` tells."""
-    import jinja2
-
     parser = argparse.ArgumentParser(
         prog="python -m dtrain.launchers.ray_sbatch", description=__doc__
     )
@@ -42,22 +41,17 @@ def render(arguments: Sequence[str]) -> str:
     flags = [f"nodes={given.nodes}", f"cpus-per-task={given.cpus}", *given.slurm]
     if given.gpus:
         flags.insert(0, f"gpus-per-node={given.gpus}")
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    template = (asset_dir("slurm") / "ray.sbatch.j2").read_text()
-    return environment.from_string(template).render(
-        sbatch_options=[f"--{flag}" for flag in flags],
-        setup_lines=given.setup,
-        command=shlex.join(
-            [
-                *(sys.executable, "-P", "-m", "dtrain.launchers.ray_in_slurm"),
-                *(f"--cpus={given.cpus}", f"--gpus={given.gpus}", "--", *given.launch),
-            ]
-        ),
+    command = [
+        *(sys.executable, "-P", "-m", "dtrain.launchers.ray_in_slurm"),
+        *(f"--cpus={given.cpus}", f"--gpus={given.gpus}", "--", *given.launch),
+    ]
+    return templates.fill(
+        asset_dir("slurm") / "ray.sbatch.j2",
+        {
+            "sbatch_options": [f"--{flag}" for flag in flags],
+            "setup_lines": given.setup,
+            "command": shlex.join(command),
+        },
     )
 
 

@@ -11,6 +11,7 @@ from dtrain.assets import asset_dir
 from dtrain.errors import PlanError, quoted
 from dtrain.job.units import parse_duration
 from dtrain.jobdir import JobDir
+from dtrain.launchers import templates
 from dtrain.launchers.slurm_options import FLAGS, SlurmOptions, own_flag_problem
 from dtrain.plan import LaunchPlan
 
@@ -28,26 +29,9 @@ def render(plan: LaunchPlan, requeue_file: str | None = None) -> str:
     Raises:
         PlanError: jinja2 is not installed, or the template cannot be read or filled.
     """
-    try:
-        import jinja2
-    except ImportError:
-        raise PlanError("launcher 'slurm' needs jinja2: pip install 'dtrain[slurm]'") from None
     options = SlurmOptions.of(plan.options)
     path = Path(options.template or asset_dir("slurm") / "job.sbatch.j2").expanduser()
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    try:
-        return environment.from_string(path.read_text()).render(values(plan, options, requeue_file))
-    except OSError as error:
-        raise PlanError(f"template {path} cannot be read: {error.strerror}") from error
-    except jinja2.TemplateSyntaxError as error:
-        raise PlanError(f"template {path}:{error.lineno}: {error.message}") from error
-    except jinja2.TemplateError as error:
-        raise PlanError(f"template {path}: {error.message}") from error
+    return templates.fill(path, values(plan, options, requeue_file))
 
 
 def values(

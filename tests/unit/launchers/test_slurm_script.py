@@ -192,13 +192,36 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
     mine.write_text(packaged.replace("#!/bin/bash", "#!/bin/bash -l"))
     assert slurm_script.render(plan_of(template=str(mine))).startswith("#!/bin/bash -l\n")
     mine.write_text("{{ partition_of_mine }}")
-    with pytest.raises(PlanError, match=r"mine.j2: 'partition_of_mine' is undefined"):
+    with pytest.raises(PlanError, match=r"mine.j2:1: 'partition_of_mine' is undefined"):
         slurm_script.render(plan_of(template=str(mine)))
     mine.write_text("one\n{% if %}")
     with pytest.raises(PlanError, match=r"mine.j2:2: "):
         slurm_script.render(plan_of(template=str(mine)))
     with pytest.raises(PlanError, match="cannot be read: No such file"):
         slurm_script.render(plan_of(template=str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "{{ cycler.__init__.__globals__.os.system('touch gone') }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ 1 / 0 }}",
+        "{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% for a in range(99999) %}" + 100 * "x" + "{% endfor %}",
+        "{% include 'other' %}",
+    ],
+)
+def test_a_template_fills_in_and_does_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expression: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.j2").write_text(f"#!/bin/bash\n{expression}\n")
+    with pytest.raises(PlanError, match=r"mine.j2(:2)?: ") as refused:
+        slurm_script.render(plan_of(template="mine.j2"))
+    assert len(str(refused.value)) < 500
+    assert not Path("gone").exists()
 
 
 @pytest.mark.parametrize(

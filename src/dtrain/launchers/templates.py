@@ -1,0 +1,77 @@
+"""Batch scripts from templates, which may be of somebody else: none of them runs anything here."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dtrain.errors import PlanError
+
+_MOST_CHARACTERS = 4_000_000  # Slurm's own limit of a script
+_MOST_TURNS = 100_000  # of all loops over numbers
+
+
+def fill(path: Path, values: Mapping[str, Any]) -> str:
+    """A template with its values filled in.
+
+    Raises:
+        PlanError: jinja2 is not installed, or the template cannot be read or filled, or reaches
+            for what is not given to it; says which line.
+    """
+    try:
+        import jinja2
+        from jinja2.sandbox import SandboxedEnvironment
+    except ImportError:
+        raise PlanError("launcher 'slurm' needs jinja2: pip install 'dtrain[slurm]'") from None
+    environment = SandboxedEnvironment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals["range"] = _Range()
+    try:
+        text = path.read_text(encoding="utf-8")
+        return _joined(environment.from_string(text).generate(values))
+    except OSError as error:
+        raise PlanError(f"template {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PlanError(f"template {path} is not UTF-8; save it as UTF-8") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise PlanError(f"template {path}:{error.lineno}: {error.message}") from error
+    except Exception as error:  # whatever its expressions raise
+        raise PlanError(f"template {path}{_line(error)}: {error}") from error
+
+
+class _Range:
+    """`range` of templates: no loop goes on for ever."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_TURNS
+
+    def __call__(self, *numbers: int) -> range:
+        """As Python's, until all of them together are too long."""
+        found = range(*numbers)
+        self._left -= len(found)
+        if self._left < 0:
+            raise ValueError(f"more than {_MOST_TURNS} turns of loops")
+        return found
+
+
+def _joined(parts: Any) -> str:
+    text, length = [], 0
+    for part in parts:
+        text.append(part)
+        length += len(part)
+        if length > _MOST_CHARACTERS:
+            raise ValueError(f"it makes a script of more than {_MOST_CHARACTERS} characters")
+    return "".join(text)
+
+
+def _line(error: Exception) -> str:
+    """`:LINE` of a template where an error was raised; jinja2 puts its lines into the trace."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
+    return f":{lines[-1]}" if lines else ""
