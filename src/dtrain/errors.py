@@ -23,9 +23,19 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 
 
+_MOST_SHOWN = 50
+"""Problems of one file; who wrote more sees the same ones again after mending these."""
+
+
 def quoted(text: str) -> str:
     """What a person wrote, in one printable line of bounded length, for a message."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def printable(text: str, most: int = 20_000) -> str:
+    """A text for a terminal: of bounded length, control characters but line breaks escaped."""
+    short = text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in short)
 
 
 class DtrainError(Exception):
@@ -60,7 +70,7 @@ class Problem:
             if self.column is not None:
                 place += f":{self.column}"
         field = f"{self.field}: " if self.field else ""
-        return f"{place}: {field}{self.message}"
+        return printable(f"{place}: {field}{self.message}", most=1000).replace("\n", "\\n")
 
 
 class JobError(DtrainError):
@@ -70,7 +80,10 @@ class JobError(DtrainError):
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = list(problems)
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        lines = [str(problem) for problem in self.problems[:_MOST_SHOWN]]
+        if len(self.problems) > _MOST_SHOWN:
+            lines.append(f"and {len(self.problems) - _MOST_SHOWN} more")
+        super().__init__("\n".join(lines))
 
 
 class PlanError(DtrainError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import time
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dtrain.errors import LaunchError
+from dtrain.errors import LaunchError, UsageError
 from dtrain.plainjson import to_json
 
 ATTEMPT_VARIABLE = "DTRAIN_ATTEMPT"
@@ -216,7 +217,8 @@ class RunDir:
             (self.path / "attempts").mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
-            raise LaunchError(
+            kind = UsageError if error.errno == errno.ENAMETOOLONG else LaunchError
+            raise kind(
                 f"cannot write the run directory {self.path}: {error.strerror}; "
                 "choose another place with --runs DIR"
             ) from error

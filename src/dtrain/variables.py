@@ -33,4 +33,4 @@ def inherited_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
 def hash_seed(environ: Mapping[str, str], default: str = "0") -> str:
     """The user's own PYTHONHASHSEED; `random`, as Python has it by default, counts as none."""
     own = environ.get(HASH_SEED, "")
-    return own if own.isdigit() else default
+    return own if own.isascii() and own.isdigit() else default

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from typing import Any
 import click
 
 from dtrain.console import out
-from dtrain.errors import EXIT_FAILURE, DtrainError
+from dtrain.errors import EXIT_FAILURE, EXIT_USAGE, DtrainError, printable
 
 # name → (module, one line of help). The lines stand here so that `dtrain --help` imports no
 # command, no pydantic and no torch: it is the first thing that anybody tries.
@@ -112,7 +114,7 @@ def cli() -> None:
 
 def main(argv: list[str] | None = None) -> Any:
     """Run the command line; errors meant for people are printed without a traceback."""
-    out.open_closed()
+    out.prepare()
     try:
         status = cli.main(args=argv, standalone_mode=False)
     except click.ClickException as error:
@@ -121,18 +123,30 @@ def main(argv: list[str] | None = None) -> Any:
     except click.exceptions.Abort:
         sys.exit(130)
     except DtrainError as error:
-        _complain(f"dtrain: {error}" if "\n" not in str(error) else str(error))
+        text = printable(str(error))
+        _complain(f"dtrain: {text}" if "\n" not in text else text)
         sys.exit(error.exit_code)
     except OSError as error:
         if out.is_gone(error):
             out.give_up()
             _complain(f"dtrain: cannot print: {error.strerror}")
         elif error.filename is not None:
-            _complain(f"dtrain: {error.filename}: {error.strerror}")
+            _complain(f"dtrain: {printable(str(error.filename), most=300)}: {error.strerror}")
+        elif _is_nowhere():
+            _complain("dtrain: the current folder is gone; change to one that is there")
+            sys.exit(EXIT_USAGE)
         else:
             raise
-        sys.exit(EXIT_FAILURE)
+        sys.exit(EXIT_USAGE if error.errno == errno.ENAMETOOLONG else EXIT_FAILURE)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _is_nowhere() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _complain(text: str) -> None:

@@ -147,7 +147,7 @@ def _script_job(path: str) -> str | None:
     from dtrain.job.script import does_nothing
     from dtrain.job.yamlfile import dump_yaml
 
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"there is no script {path}")
     if does_nothing(Path(path)):
         beside = Path(path).with_name("job.yaml")
@@ -308,7 +308,9 @@ def written_flags(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _number(text: str) -> Any:
-    return int(text) if text.lstrip("-").isdigit() else text
+    from dtrain.job.units import is_number
+
+    return int(text) if is_number(text.removeprefix("-")) else text
 
 
 def print_json(value: Any) -> None:

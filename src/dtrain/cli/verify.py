@@ -22,11 +22,19 @@ def _list(_context: click.Context, _option: click.Parameter, given: tuple[str, .
     return [part.strip() for text in given for part in text.split(",") if part.strip()]
 
 
+def _is_count(text: str) -> bool:
+    from dtrain.job.units import is_number
+
+    return is_number(text) and int(text) >= 1
+
+
 def _numbers(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> list[int]:
+    from dtrain.errors import quoted
+
     numbers = []
     for text in _list(context, option, given):
-        if not text.isdigit() or int(text) < 1:
-            raise click.BadParameter(f"{text!r} is not a number from 1 on", context, option)
+        if not _is_count(text):
+            raise click.BadParameter(f"{quoted(text)} is not a number from 1 on", context, option)
         numbers.append(int(text))
     return numbers
 
@@ -34,13 +42,15 @@ def _numbers(context: click.Context, option: click.Parameter, given: tuple[str, 
 def _samples(_context: click.Context, _option: click.Parameter, given: str) -> int | str:
     if given in ("all", "auto"):
         return given
-    if not given.isdigit() or int(given) < 1:
-        raise click.BadParameter(f"{given!r} is not a number of samples, 'auto' or 'all'")
+    if not _is_count(given):
+        from dtrain.errors import quoted
+
+        raise click.BadParameter(f"{quoted(given)} is not a number of samples, 'auto' or 'all'")
     return int(given)
 
 
 def _one_job(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> str:
-    numbers = [text for text in given if text.isdigit()]
+    numbers = [text for text in given if _is_count(text)]
     if len(given) > 1 and numbers:
         raise click.UsageError(
             f"{numbers[0]} is no job; --gpus takes no number here: it gives each process a GPU, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -42,8 +43,19 @@ def is_gone(error: OSError) -> bool:
     return error.filename is None and error.errno in _GONE
 
 
-def open_closed() -> None:
-    """Where we were started with a closed stdout or stderr, let what is printed go nowhere."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as we live
+def prepare() -> None:
+    """Let anything be printed, wherever we were started.
+
+    What was closed goes nowhere, and is no descriptor that a file of ours would get, and that
+    what we start takes for its own stdin. A character that a console does not have is escaped.
+    """
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+        if getattr(sys, name) is None and fd:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for ever
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -102,7 +102,7 @@ def _script_problems(root: Written, folder: Path) -> Iterator[Problem]:
     if script is None:
         return
     file = folder / script
-    if not file.is_file():
+    if not os.path.isfile(file):
         yield place.problem("script", f"no such file: {shown_path(file)}{similar(file)}")
         return
     yield from readable(file, place, "script", alone=True)[1]

@@ -65,7 +65,7 @@ def _reference_problems(
         )
         return
     file = folder / target if target.endswith(".py") else _module_file(target, folder)
-    if file is None or not file.is_file():
+    if file is None or not os.path.isfile(file):
         near = similar(folder / target) if file else ""
         what = f"file: {shown_path(file)}" if file else f"module: {target}"
         yield named.problem(f"no such {what}{near}")
@@ -164,7 +164,7 @@ def readable(
 
 def similar(path: Path) -> str:
     """A hint at a file of nearly the same name, if there is one."""
-    siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+    siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
     return did_you_mean(path.name, [name for name in siblings if name != path.name])
 
 
@@ -178,7 +178,7 @@ def task_derives(task: str, base: str, folder: Path) -> bool:
     """
     target, _, name = task.rpartition(":")
     file = folder / target if target.endswith(".py") else _module_file(target, folder)
-    return file is not None and file.is_file() and Source(file).derives(name, base)
+    return file is not None and os.path.isfile(file) and Source(file).derives(name, base)
 
 
 def _module_file(module: str, folder: Path) -> Path | None:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from dtrain.job.injection import parse_injection
 from dtrain.job.units import (
     found,
+    is_number,
     parse_duration,
     parse_real,
     parse_size,
@@ -18,16 +19,24 @@ from dtrain.job.units import (
 from dtrain.runid import LONGEST
 from dtrain.variables import HASH_SEED
 
+_MOST = 10**15
+"""Of anything that is counted; what counts in 64 bits, or in floats, still does so exactly."""
+_MOST_PROCESSES = 10_000
+
 Duration = Annotated[
     float,
-    Field(ge=0, json_schema_extra={"type": ["number", "string"], "examples": ["90s", "30m", "2h"]}),
+    Field(gt=0, json_schema_extra={"type": ["number", "string"], "examples": ["90s", "30m", "2h"]}),
     BeforeValidator(parse_duration),
 ]
 """Seconds; written as a number of seconds or `90s`, `30m`, `2h`, `1d`, `1h30m`, `01:30:00`."""
 
 Size = Annotated[
     int,
-    Field(ge=0, json_schema_extra={"type": ["integer", "string"], "examples": ["512MB", "16GB"]}),
+    Field(
+        ge=0,
+        le=_MOST,
+        json_schema_extra={"type": ["integer", "string"], "examples": ["512MB", "16GB"]},
+    ),
     BeforeValidator(parse_size),
 ]
 """Bytes; written as a number of bytes or `512MB`, `16GB`, `4GiB`."""
@@ -65,7 +74,7 @@ EnvName = Annotated[str, BeforeValidator(_checked_name)]
 
 def _checked_hash_seed(env: dict[str, str]) -> dict[str, str]:
     value = env.get(HASH_SEED, "0")
-    if not value.isdigit() or int(value) >= 2**32:
+    if not is_number(value) or int(value) >= 2**32:
         raise ValueError(
             f"{HASH_SEED} is a number below 2**32, the same in all processes of a run; "
             f"found {value!r}"
@@ -86,8 +95,11 @@ def _checked_injection(value: Any) -> Any:
 InjectionText = Annotated[str, BeforeValidator(_checked_injection)]
 """`rank=1,step=5,kind=flip-gradient-bit,param=first.weight`, see `dtrain.job.injection`."""
 
-Natural = Annotated[int, Field(ge=0), BeforeValidator(parse_whole)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(parse_whole)]
+Natural = Annotated[int, Field(ge=0, le=_MOST), BeforeValidator(parse_whole)]
+Count = Annotated[int, Field(ge=1, le=_MOST), BeforeValidator(parse_whole)]
+FewOrZero = Annotated[int, Field(ge=0, le=_MOST_PROCESSES), BeforeValidator(parse_whole)]
+Few = Annotated[int, Field(ge=1, le=_MOST_PROCESSES), BeforeValidator(parse_whole)]
+"""As many as there may be processes on a node, or nodes."""
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(parse_whole)]
 NonNegative = Annotated[float, Field(ge=0), BeforeValidator(parse_real)]
 Positive = Annotated[float, Field(gt=0), BeforeValidator(parse_real)]

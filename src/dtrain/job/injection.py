@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from dtrain.job.units import is_number
+
 TENSOR_KINDS: Mapping[str, str] = {
     "flip-gradient-bit": "one bit of the reduced gradient",
     "flip-parameter-bit": "one bit of a parameter, after the step",
@@ -119,6 +121,6 @@ _FIELDS = tuple(Injection.__dataclass_fields__)
 
 
 def _number(name: str, value: str) -> int:
-    if not value.isdigit():
-        raise ValueError(f"{name}={value} is not a whole number from 0 on")
+    if not is_number(value):
+        raise ValueError(f"{name}={value[:60]} is not a whole number from 0 on")
     return int(value)

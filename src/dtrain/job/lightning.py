@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def trainer_arguments() -> list[str]:
     if spec is None or spec.origin is None:
         return []
     file = Path(spec.origin).parent / "trainer" / "trainer.py"
-    for node in ast.walk(ast.parse(file.read_bytes())) if file.is_file() else ():
+    for node in ast.walk(ast.parse(file.read_bytes())) if os.path.isfile(file) else ():
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
             return [each.arg for each in (*node.args.args[1:], *node.args.kwonlyargs)]
     return []

@@ -165,7 +165,12 @@ def _override(text: str) -> tuple[Written | None, list[Problem]]:
         keys = tuple(key.replace("-", "_") for key in keys)
     shown = field if field.startswith("launch.env.") else text  # it may be a secret
     place = Place(f"--set {shown}")
-    if not equals or not all(keys[:2]) or not (keys[-1] or keys[:2] == ("launch", "env")):
+    if (
+        not equals
+        or not field.isprintable()
+        or not all(keys[:2])
+        or not (keys[-1] or keys[:2] == ("launch", "env"))
+    ):
         return None, [place.problem("", "expected FIELD=VALUE, as train.epochs=3")]
     written, problems = read_yaml(value, lambda _: place)
     if problems:

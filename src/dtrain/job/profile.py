@@ -159,7 +159,7 @@ def _layers(
 
 
 def _is_profile(folder: Path, name: str) -> bool:
-    return os.path.basename(name) == name and (folder / f"{name}.yaml").is_file()
+    return os.path.basename(name) == name and os.path.isfile(folder / f"{name}.yaml")
 
 
 def _not_found(name: str, asked_by: Place, where: Sequence[Path], all_: Sequence[Path]) -> Problem:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -297,7 +298,7 @@ def task_imports(reference: str, job_dir: Path) -> tuple[str, ...]:
     a module is named."""
     file = reference if reference.endswith(".py") else reference.rpartition(":")[0]
     path = job_dir / file
-    names = Source(path).modules if file.endswith(".py") and path.is_file() else []
+    names = Source(path).modules if file.endswith(".py") and os.path.isfile(path) else []
     return tuple(name for name in names if is_installed(name))
 
 

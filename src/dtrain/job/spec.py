@@ -22,6 +22,8 @@ from dtrain.job.fields import (
     Count,
     Duration,
     Environment,
+    Few,
+    FewOrZero,
     InjectionText,
     Name,
     Natural,
@@ -92,7 +94,7 @@ class DataSpec(Model):
     stream: Literal["same", "sharded"] = "same"
     """Of a data set that can only be iterated: it gives every rank the same samples, which dtrain
     deals out; or each rank its own."""
-    workers: Natural = 0
+    workers: FewOrZero = 0
     """Loader processes per rank; 0 loads in the training process."""
     prefetch: Count = 2
     """Batches loaded ahead by each loader process."""
@@ -186,7 +188,7 @@ class LaunchSpec(Model):
     """How many processes, and how they are looked after. Profiles may set these too."""
 
     nodes: Annotated[
-        tuple[Count, Count],
+        tuple[Few, Few],
         BeforeValidator(parse_nodes),
         WithJsonSchema(
             {
@@ -200,9 +202,9 @@ class LaunchSpec(Model):
         ),
     ] = (1, 1)
     """Number of nodes, or `min:max`."""
-    procs_per_node: Count | None = None
+    procs_per_node: Few | None = None
     """Processes per node; None: one per GPU, or one."""
-    gpus_per_node: Natural = 0
+    gpus_per_node: FewOrZero = 0
     """GPUs per node; 0 trains on the CPU."""
     max_restarts: Natural = 0
     """How often failed workers are started again before the run fails."""

@@ -13,6 +13,8 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
+from dtrain.errors import quoted
+
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _UNIT_WORDS = {
     "d": r"d|days?",
@@ -20,11 +22,15 @@ _UNIT_WORDS = {
     "m": r"m|mins?|minutes?",
     "s": r"s|secs?|seconds?",
 }
-_NUMBER = r"\d+(?:\.\d+)?"
+_MOST_DIGITS = 300  # a float holds no larger number
+_MOST_SECONDS = 366 * 86400.0
+_NUMBER = rf"[0-9]{{1,{_MOST_DIGITS}}}(?:\.[0-9]{{1,{_MOST_DIGITS}}})?"
 _PARTS = re.compile(
     r"\s*".join(f"(?:(?P<{unit}>{_NUMBER})\\s*(?:{word}))?" for unit, word in _UNIT_WORDS.items())
 )
-_CLOCK = re.compile(r"(?:(?P<d>\d+)-)?(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+)")
+_CLOCK = re.compile(
+    r"(?:(?P<d>[0-9]{1,9})-)?(?:(?P<h>[0-9]{1,9}):)?(?P<m>[0-9]{1,9}):(?P<s>[0-9]{1,9})"
+)
 
 _SIZE = re.compile(rf"({_NUMBER})\s*([kmgt]?)(i?)b", re.IGNORECASE)
 _BARE_SIZE = re.compile(rf"({_NUMBER})\s*([kmgt])i?", re.IGNORECASE)
@@ -38,10 +44,16 @@ def found(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
-        return f"the number {value}"
+        digits = str(value)
+        return f"the number {digits if len(digits) <= 40 else digits[:37] + '...'}"
     if isinstance(value, str):
-        return f"the text {value if len(value) <= 60 else value[:57] + '...'!r}"
+        return f"the text {quoted(value)}"
     return "a list" if isinstance(value, list | tuple) else "a section"
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number from 0 on, as `int` takes it: ASCII digits, not too many."""
+    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
 
 
 def parse_whole(value: Any) -> int:
@@ -62,6 +74,13 @@ def parse_real(value: Any) -> float:
 
 def parse_duration(value: Any) -> float:
     """Seconds, from a number of seconds or `90s`, `30m`, `2h`, `1d`, `1h30m`, `01:30:00`."""
+    seconds = _seconds(value)
+    if seconds > _MOST_SECONDS:
+        raise ValueError(f"expected a duration of at most a year; found {found(value)}")
+    return seconds
+
+
+def _seconds(value: Any) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     text = value.strip().lower() if isinstance(value, str) else ""
@@ -102,7 +121,7 @@ def parse_size(value: Any) -> int:
         size = Decimal(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].lower()]
         if size == int(size):
             return int(size)
-    elif re.fullmatch(r"\d+", text):
+    elif is_number(text):
         return int(text)
     raise ValueError(f"expected a size: bytes, or as 512MB, 16GB, 4GiB; found {found(value)}")
 
@@ -112,7 +131,7 @@ def parse_nodes(value: Any) -> tuple[int, int]:
 
     YAML 1.1 reads a bare `2:4` as 124 (base 60); the job loader reads it as text instead.
     """
-    if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*(:\s*\d+\s*)?", value):
+    if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*(:\s*[0-9]{1,9}\s*)?", value):
         parts = [int(part) for part in value.split(":")]
     elif isinstance(value, list | tuple) and len(value) == 2:
         parts = [parse_whole(part) for part in value]

@@ -7,7 +7,9 @@ text is wanted, whoever reads the value explains.
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ _MERGE = _TAG + "merge"
 _SCALARS = {_TAG + kind for kind in ("null", "bool", "int", "float", "str", "value")}
 
 Locate = Callable[[yaml.Mark], Place]
+_Pairs = dict[str, tuple[yaml.Node, yaml.Node]]
 
 _SYNTAX = (  # PyYAML's words, and ours
     (r"'\\t' that cannot start", "a tab; YAML is indented with spaces"),
@@ -38,8 +41,34 @@ _SYNTAX = (  # PyYAML's words, and ours
 )
 
 
+_MOST_BYTES = 1_000_000
+_MOST_VALUES = 20_000  # which PyYAML takes 2 s to read
+_MOST_DIGITS = 200  # also of hexadecimal ones; a float holds no larger number
+
+
+class _TooMuch(yaml.MarkedYAMLError):
+    """More values than a job can mean; also where aliases multiply a few of them."""
+
+    def __init__(self, mark: yaml.Mark) -> None:
+        super().__init__(
+            problem=f"more than {_MOST_VALUES} values, each counted wherever an alias repeats it; "
+            "keep so much in a file that the task reads",
+            problem_mark=mark,
+        )
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with numbers as people write them."""
+
+    nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """As PyYAML does, but not for ever."""
+        self.nodes += 1
+        if self.nodes > _MOST_VALUES:
+            raise _TooMuch(self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -79,10 +108,12 @@ def read_text(path: Path, shown: str) -> str:
         JobError: it is missing, a folder, not readable or not UTF-8; says which.
     """
     try:
-        raw = path.read_bytes()
+        raw = _bytes_of(path, shown)
         return raw.decode("utf-8-sig")
     except FileNotFoundError:
-        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        siblings = (
+            [p.name for p in path.parent.glob("*.y*ml")] if os.path.isdir(path.parent) else []
+        )
         message = f"no such file{did_you_mean(path.name, siblings)}"
     except IsADirectoryError:
         message = "this is a folder; name the YAML file in it"
@@ -94,6 +125,21 @@ def read_text(path: Path, shown: str) -> str:
     except OSError as error:
         message = f"cannot be read: {error.strerror}"
     raise JobError([Place(shown).problem("", message)])
+
+
+def _bytes_of(path: Path, shown: str) -> bytes:
+    """What is in a file; a pipe or a device may never end, and is not waited for."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError
+        if not stat.S_ISREG(mode):
+            raise JobError([Place(shown).problem("", "a pipe or a device; name a file")])
+        raw = file.read(_MOST_BYTES + 1)
+    if len(raw) > _MOST_BYTES:
+        message = f"more than {_MOST_BYTES // 1_000_000} MB; that is no job or profile"
+        raise JobError([Place(shown).problem("", message)])
+    return raw
 
 
 def read_yaml(text: str, locate: Locate) -> tuple[Written | None, list[Problem]]:
@@ -114,6 +160,9 @@ def read_yaml(text: str, locate: Locate) -> tuple[Written | None, list[Problem]]
         reader = _Reader(loader, locate)
         written = reader.value(node, None)
         return written, list(dict.fromkeys(reader.problems))
+    except _TooMuch as error:
+        mark = error.problem_mark or _mark(text, 0)
+        return None, [locate(mark).problem("", str(error.problem))]
     except yaml.MarkedYAMLError as error:
         return None, [_syntax_problem(error, locate)]
     except yaml.reader.ReaderError as error:
@@ -148,6 +197,11 @@ def _syntax_problem(error: yaml.MarkedYAMLError, locate: Locate) -> Problem:
     return locate(mark).problem("", f"not YAML: {words}")
 
 
+def _is_text(value: str) -> bool:
+    """Whether it is none of the halves of characters that `\\ud800` in quotes may be."""
+    return re.search("[\ud800-\udfff]", value) is None
+
+
 class _Reader:
     """Turns PyYAML's nodes into `Written`, and collects what is wrong on the way."""
 
@@ -155,8 +209,18 @@ class _Reader:
         self.loader = loader
         self.locate = locate
         self.problems: list[Problem] = []
+        self.merged: dict[int, _Pairs] = {}
+        """Of sections that were read before, by the id of their node."""
+        self.count = 0
+
+    def take(self, node: yaml.Node, count: int) -> None:
+        """Count values; what aliases repeat is read, and kept, as often as it is repeated."""
+        self.count += count
+        if self.count > _MOST_VALUES:
+            raise _TooMuch(node.start_mark)
 
     def value(self, node: yaml.Node, key: yaml.Node | None) -> Written:
+        self.take(node, 1)
         place = self.locate(node.start_mark)
         key_place = None if key is None else self.locate(key.start_mark)
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
@@ -171,6 +235,13 @@ class _Reader:
     def scalar(self, node: yaml.Node) -> Any:
         try:
             if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
+                self.take(node, len(node.value) // 100)
+                if not _is_text(node.value):
+                    self.tell(node, "an escape that is no character")
+                    return None
+                if node.tag == _TAG + "int" and len(node.value) > _MOST_DIGITS:
+                    self.tell(node, f"a whole number of more than {_MOST_DIGITS} digits")
+                    return None
                 return self.loader.construct_object(node)
         except (ValueError, KeyError):
             pass
@@ -178,19 +249,27 @@ class _Reader:
         self.tell(node, f"a value of type {tag} is not understood here; write plain values")
         return None
 
-    def pairs(self, node: yaml.MappingNode) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    def pairs(self, node: yaml.MappingNode) -> _Pairs:
         """name → (key, value), merge keys (`<<`) resolved: what is written here wins."""
-        own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
-        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        if id(node) not in self.merged:
+            self.merged[id(node)] = self.resolved(node)
+        return self.merged[id(node)]
+
+    def resolved(self, node: yaml.MappingNode) -> _Pairs:
+        """The pairs of a section that was not read before."""
+        own: _Pairs = {}
+        merged: _Pairs = {}
         for key, part in node.value:
             if key.tag == _MERGE:
                 for source in part.value if isinstance(part, yaml.SequenceNode) else [part]:
                     if isinstance(source, yaml.MappingNode):
                         merged = {**self.pairs(source), **merged}
+                        self.take(source, len(merged))
                     else:
                         self.tell(source, "only a section can be merged with `<<`")
                 continue
-            if not isinstance(key, yaml.ScalarNode) or key.tag != _TAG + "str":
+            is_text = isinstance(key, yaml.ScalarNode) and _is_text(key.value)
+            if not is_text or key.tag != _TAG + "str":
                 self.tell(key, self.odd_key(key))
             elif key.value in own:
                 first = own[key.value][0].start_mark

@@ -6,16 +6,18 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from dtrain.errors import quoted
 from dtrain.job.fields import Count, Duration, Natural, Positive, Size, Text
+from dtrain.job.units import is_number
 from dtrain.launchers.options import LauncherOptions, Switch
 
 
 def require_address(text: str) -> None:
     """See that a text is HOST:PORT; `ValueError` when it is not, for people."""
     host, _, port = text.rpartition(":")
-    if "://" in text or not host or not port.isdigit():
+    if "://" in text or not host or not is_number(port) or not 0 < int(port) < 65536:
         raise ValueError(
-            f"{text!r} is not HOST:PORT of a Ray cluster's head, as 10.0.0.5:6379; for the "
+            f"{quoted(text)} is not HOST:PORT of a Ray cluster's head, as 10.0.0.5:6379; for the "
             "dashboard's URL say submit: job"
         )
 

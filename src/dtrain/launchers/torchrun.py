@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dtrain import ports
-from dtrain.errors import PlanError
+from dtrain.errors import PlanError, quoted
+from dtrain.job.units import is_number
 from dtrain.launchers import base
 from dtrain.launchers.local import LocalLauncher, NodeProcess, node_command
 from dtrain.plan import Command, Facts, LaunchPlan
@@ -48,9 +49,9 @@ class TorchrunLauncher(LocalLauncher):
                     f"with --node-rank 0 … {plan.nodes - 1}"
                 )
             return 0
-        if not 0 <= int(node_rank) < plan.nodes:
+        if not is_number(str(node_rank)) or int(node_rank) >= plan.nodes:
             raise PlanError(
-                f"--node-rank {node_rank} does not exist among {plan.nodes} nodes "
+                f"--node-rank {str(node_rank)[:60]} does not exist among {plan.nodes} nodes "
                 f"(0 … {plan.nodes - 1})"
             )
         return int(node_rank)
@@ -65,8 +66,10 @@ class TorchrunLauncher(LocalLauncher):
                 )
             return "127.0.0.1", facts.free_port
         host, _, port = str(endpoint).rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise PlanError(f"--rdzv-endpoint {endpoint!r} is not HOST:PORT, as head:29400")
+        if not host or not is_number(port) or not 0 < int(port) < 65536:
+            raise PlanError(
+                f"--rdzv-endpoint {quoted(str(endpoint))} is not HOST:PORT, as head:29400"
+            )
         return host.strip("[]"), int(port)
 
     def _torchrun(self, plan: LaunchPlan, facts: Facts, node_rank: int) -> Command:

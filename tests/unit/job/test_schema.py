@@ -33,7 +33,7 @@ def test_units_and_bounds_are_known_to_editors() -> None:
     definitions = job_schema()["$defs"]
     launch = definitions["LaunchSpec"]["properties"]
     assert launch["join_timeout"]["type"] == ["number", "string"]
-    assert launch["join_timeout"]["minimum"] == 0
+    assert launch["join_timeout"]["exclusiveMinimum"] == 0
     assert definitions["CheckpointSpec"]["properties"]["keep"]["minimum"] == 1
     pattern = launch["nodes"]["anyOf"][1]["pattern"]
     assert re.search(pattern, "2:4")
