@@ -17,7 +17,6 @@ from dtrain.verify.clauses import (
     EVALUATION,
     GRADIENT,
     LOSS,
-    MODEL,
     RANDOM,
     REPLICAS,
     SCALER,
@@ -70,7 +69,6 @@ BUGS = [
     Bug("mean_of_means", GRADIENT, "mean of means: ranks hold weights of 3, 2", 3, job=UNWEIGHTED),
     Bug("sum_not_mean", GRADIENT, "added over the 2 processes and not divided"),
     Bug("averaged_twice", GRADIENT, "divided by the 2 processes once more (wrapped twice?)"),
-    Bug("wrapped_twice", MODEL, "wrapped a second time", 0),
     Bug("reduced_twice_in_part", GRADIENT, "not reduced, or reduced twice"),
     Bug("weights_ignored", GRADIENT, "number of samples instead of the weights"),
     Bug("missing_no_sync", GRADIENT, "accumulated gradients are reduced more than once",
@@ -165,6 +163,7 @@ REFUSED = [
     Mistake("OrderByRank", "", "order of samples differs"),
     Mistake("OwnDecay", "", "weight_decay of group 0 is 0.1 on rank 1"),
     Mistake("FreezesByRank", "", "rank 1"),
+    Mistake("WrapsItself", "", "wrapped in DistributedDataParallel already"),
 ]
 """Those that the launch itself refuses, in its own words."""
 

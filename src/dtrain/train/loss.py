@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, Final
 
 import torch
 
 from dtrain.errors import DtrainError
 from dtrain.task import Loss, Task
+from dtrain.train.contract import described, named
 
 NO_SAMPLES: Final = object()
 """Instead of a batch: a loss of zero that depends on every parameter. A rank without samples
@@ -17,38 +19,38 @@ LossParts = tuple[torch.Tensor, float | torch.Tensor]
 """(sum with its graph, weight), both scalars."""
 
 
-def read_loss(value: Any, num_samples: int, source: str = "loss") -> LossParts:
+def read_loss(value: Any, num_samples: int, told: str = "loss()") -> LossParts:
     """What a task returned, as (sum, weight).
 
     Args:
         value: `Loss`, or a scalar that means "mean over this batch's samples".
         num_samples: samples in the batch.
-        source: who returned it, for the message.
+        told: who returned it, for the message.
 
     Raises:
         DtrainError: it is neither.
     """
     if isinstance(value, Loss):
-        total, weight = value.sum, value.weight
-        if isinstance(weight, torch.Tensor):
-            weight = _scalar(weight, f"the weight from {source}()").detach()
-        return _scalar(total, f"the sum from {source}()"), weight
-    if isinstance(value, int | float):
-        value = torch.tensor(float(value))
-    if not isinstance(value, torch.Tensor):
+        weight = value.weight
+        if not isinstance(weight, int | float):
+            weight = _scalar(weight, f"{told} returned a Loss whose weight is").detach()
+        return _scalar(value.sum, f"{told} returned a Loss whose sum is"), weight
+    return _scalar(value, f"{told} returned") * num_samples, float(num_samples)
+
+
+def _scalar(value: Any, what: str) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        tensor = value
+    elif isinstance(value, Real):
+        tensor = torch.tensor(float(value))
+    else:
         raise DtrainError(
-            f"{source}() returned {type(value).__name__}; return a scalar tensor (the mean over "
-            "the batch) or dtrain.task.Loss(sum, weight)"
+            f"{what} {described(value)}; return a scalar tensor (the mean over the batch) or "
+            "dtrain.task.Loss(sum, weight)"
         )
-    return _scalar(value, f"the tensor from {source}()") * num_samples, float(num_samples)
-
-
-def _scalar(tensor: torch.Tensor, what: str) -> torch.Tensor:
-    if not isinstance(tensor, torch.Tensor):
-        tensor = torch.tensor(float(tensor))
     if tensor.numel() != 1:
         raise DtrainError(
-            f"{what} has shape {tuple(tensor.shape)}, not one element; reduce it first "
+            f"{what} a tensor of shape {tuple(tensor.shape)}, not of one element; reduce it first "
             "(mean for a scalar loss, sum for Loss)"
         )
     if tensor.dtype in (torch.float16, torch.bfloat16):  # a sum of 100 losses has 8 bits there
@@ -74,16 +76,17 @@ class LossModule(torch.nn.Module):
         super().__init__()
         self.model = model
         self.task = task
+        self._told = named(task, "loss")
 
     def forward(self, batch: Any, num_samples: int) -> LossParts:
         """(sum, weight) of one micro-batch of `num_samples` samples."""
         if batch is NO_SAMPLES:
             return self._zero(), 0.0
-        total, weight = read_loss(self.task.loss(self.model, batch), num_samples)
+        total, weight = read_loss(self.task.loss(self.model, batch), num_samples, self._told)
         if not total.requires_grad and torch.is_grad_enabled():
             raise DtrainError(
-                "the loss does not depend on any trainable parameter: loss() returned a tensor "
-                "without a graph (detached, computed under no_grad, or the model is frozen)"
+                f"{self._told} returned a tensor without a graph (detached, computed under "
+                "no_grad, or of a frozen model): it does not depend on any trainable parameter"
             )
         return total, weight
 

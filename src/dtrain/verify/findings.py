@@ -47,15 +47,11 @@ def _names(reference: Recording, other: Recording) -> Iterator[Finding]:
     theirs = set(other.steps[0].parameters.vectors)
     if ours == theirs:
         return
-    wrapped = {name.removeprefix("module.") for name in theirs} == ours
     strangers = sorted(ours ^ theirs)
     yield Finding(
         MODEL,
         f"parameters have other names: {', '.join(strangers[:3])}",
-        "the model comes wrapped in DistributedDataParallel already (module.) and is wrapped a "
-        "second time: return the bare model"
-        if wrapped
-        else "the model is built differently in several processes",
+        "the model is built differently in several processes",
         0,
         strangers[0],
     )

@@ -368,6 +368,15 @@ class FreezesByRank(Small):
         return model
 
 
+class WrapsItself(Small):
+    """model() gives a DistributedDataParallel, where there are several processes."""
+
+    def model(self) -> Any:
+        model = super().model()
+        several = self.mistake and dtrain.world_size() > 1
+        return nn.parallel.DistributedDataParallel(model) if several else model
+
+
 class OwnStart(Small):
     """Rank 1 begins with another bias."""
 

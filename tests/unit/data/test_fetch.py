@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dtrain import Task
 from dtrain.errors import DtrainError
-from dtrain.train.data.fetch import Fetcher, Request, check_dataset
+from dtrain.train.contract import check_dataset
+from dtrain.train.data.fetch import Fetcher, Request
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 
 
@@ -107,10 +108,10 @@ def test_data_sets_that_have_no_positions() -> None:
     with pytest.raises(
         DtrainError, match=r"train_dataset\(\) returned Stream, which lacks __len__"
     ):
-        check_dataset(Stream(), "train_dataset")
+        check_dataset(Stream(), "train_dataset()")
     with pytest.raises(DtrainError, match="empty"):
-        check_dataset([], "eval_dataset")
-    assert check_dataset([1, 2], "eval_dataset") == 2
+        check_dataset([], "eval_dataset()")
+    assert check_dataset([1, 2], "eval_dataset()") == 2
 
 
 def test_seeds_are_hashed_not_added() -> None:

@@ -39,9 +39,9 @@ def test_half_precision_is_widened_before_it_is_multiplied() -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (torch.ones(3), r"the tensor from loss\(\) has shape \(3,\), not one element"),
-        (Loss(torch.ones(2, 2), 4), r"the sum from loss\(\) has shape \(2, 2\)"),
-        (Loss(torch.tensor(1.0), torch.ones(2)), r"the weight from loss\(\) has shape \(2,\)"),
+        (torch.ones(3), r"loss\(\) returned a tensor of shape \(3,\), not of one element"),
+        (Loss(torch.ones(2, 2), 4), r"whose sum is a tensor of shape \(2, 2\)"),
+        (Loss(torch.tensor(1.0), torch.ones(2)), r"whose weight is a tensor of shape \(2,\)"),
         ({"loss": 1}, r"loss\(\) returned dict; return a scalar tensor"),
         (None, r"loss\(\) returned NoneType"),
     ],

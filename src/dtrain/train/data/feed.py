@@ -15,9 +15,10 @@ from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.task import Task
+from dtrain.train.contract import check_dataset, named
 from dtrain.train.data import handles, samples
 from dtrain.train.data.augmentation import sample_words
-from dtrain.train.data.fetch import Fetched, Fetcher, Probe, Request, check_dataset
+from dtrain.train.data.fetch import Fetched, Fetcher, Probe, Request
 from dtrain.train.data.loader import Loader, train_requests
 from dtrain.train.data.order import Order, order_of
 from dtrain.train.data.permutation import Ids
@@ -145,7 +146,7 @@ class MapFeed(Feed):
     def __init__(
         self, dataset: Any, task: Task, spec: JobSpec, ranks: RankInfo, *, pin_memory: bool
     ) -> None:
-        order = order_of(task, check_dataset(dataset, "train_dataset"), spec)
+        order = order_of(task, check_dataset(dataset, named(task, "train_dataset")), spec)
         train = spec.train
         course = Course(order.num_samples, train.global_batch_size, train.epochs, train.steps)
         super().__init__(dataset, spec, ranks, order, course)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import TensorDataset
 
-from dtrain.errors import DtrainError
 from dtrain.task import Task
 from dtrain.train.data.augmentation import Augmentation, listed
 from dtrain.train.data.content import by_leaf, digest
@@ -80,24 +79,6 @@ class Fetched(NamedTuple):
     batch: Any
     contents: Contents | None = None
     """What the samples hold, where that is noted."""
-
-
-def check_dataset(dataset: Any, method: str) -> int:
-    """The length of a map-style data set.
-
-    Raises:
-        DtrainError: it has no length or no items, or it is empty.
-    """
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise DtrainError(
-            f"{method}() returned {type(dataset).__name__}, which lacks __len__ or __getitem__; "
-            "the order and the shares of ranks are computed from the position, so a map-style "
-            "data set is needed"
-        )
-    length = len(dataset)
-    if length == 0:
-        raise DtrainError(f"{method}() returned an empty data set")
-    return length
 
 
 class Fetcher:

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from dtrain.errors import DtrainError
 from dtrain.task import Task
 from dtrain.train.data.augmentation import Now, seed_for
 from dtrain.train.data.content import digest
@@ -33,19 +32,6 @@ def is_stream(dataset: Any) -> bool:
     if isinstance(dataset, IterableDataset):
         return True
     return hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")
-
-
-def check_stream(dataset: Any) -> None:
-    """Make sure that a stream can be gone through once an epoch.
-
-    Raises:
-        DtrainError: it is an iterator, which ends for good.
-    """
-    if hasattr(dataset, "__next__"):
-        raise DtrainError(
-            f"train_dataset() returned {type(dataset).__name__}, an iterator, which can be gone "
-            "through only once; return an object whose __iter__ begins anew each time"
-        )
 
 
 @dataclass(frozen=True)

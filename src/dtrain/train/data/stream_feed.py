@@ -27,7 +27,7 @@ from dtrain.train.data.loader import Loader
 from dtrain.train.data.order import Order, of_stream
 from dtrain.train.data.placement import Course, GlobalBatch, Position
 from dtrain.train.data.proof import Split
-from dtrain.train.data.stream import Block, BlockRequest, Resume, StreamFetcher, check_stream
+from dtrain.train.data.stream import Block, BlockRequest, Resume, StreamFetcher
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,6 @@ class StreamFeed(Feed):
     def __init__(
         self, dataset: Any, task: Task, spec: JobSpec, ranks: RankInfo, *, pin_memory: bool
     ) -> None:
-        check_stream(dataset)
         _refuse_order(task, spec.seed)
         train = spec.train
         course = Course(None, train.global_batch_size, train.epochs, train.steps)

@@ -11,7 +11,7 @@ import torch
 
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.ranks import RankInfo
-from dtrain.train.data.fetch import check_dataset
+from dtrain.train.contract import check_dataset
 from dtrain.train.data.order import in_turn, shuffled
 from dtrain.train.data.placement import Course, GlobalBatch, Position, shard
 

@@ -14,7 +14,8 @@ from dtrain.errors import DtrainError
 from dtrain.task import Task
 from dtrain.train import collectives
 from dtrain.train.context import TrainContext
-from dtrain.train.data.fetch import Fetcher, Request, check_dataset
+from dtrain.train.contract import check_dataset, described, named
+from dtrain.train.data.fetch import Fetcher, Request
 from dtrain.train.data.loader import Loader, eval_requests, fixed_eval_requests, to_device
 from dtrain.train.loss import in_fp64, read_loss
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
@@ -88,7 +89,8 @@ class Evaluator:
     def __init__(self, context: TrainContext, dataset: Any, *, pin_memory: bool) -> None:
         self._context = context
         spec, ranks = context.spec, context.ranks
-        self.num_samples = check_dataset(dataset, "eval_dataset")
+        self.num_samples = check_dataset(dataset, named(context.task, "eval_dataset"))
+        self._told = named(context.task, "evaluate")
         self._precision = Precision(spec.train.precision, context.device)
         fetcher = Fetcher(dataset, context.task, spec.seed)
         self._loader = Loader(fetcher, spec.data, spec.seed, pin_memory=pin_memory, lasting=True)
@@ -172,8 +174,12 @@ class Evaluator:
     ) -> None:
         with self._precision():
             metrics = self._context.task.evaluate(model, batch)
+        if not isinstance(metrics, Mapping):
+            raise DtrainError(
+                f"{self._told} returned {described(metrics)}; return a dict of metrics by name"
+            )
         for name, value in metrics.items():
-            total, weight = read_loss(value, len(request.samples), "evaluate")
+            total, weight = read_loss(value, len(request.samples), f"{self._told}[{name!r}]")
             tally = tallies.setdefault(name, _Tally())
             tally.totals.append(in_fp64(total))
             tally.weights.append(in_fp64(weight))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-import torch
-
-from dtrain.errors import BlamedError, DtrainError, UsageError
-from dtrain.train import collectives
+from dtrain.errors import BlamedError, UsageError
+from dtrain.train import collectives, contract
 from dtrain.train.checks.start import compare_model, compare_optimizer
 from dtrain.train.context import TrainContext
 from dtrain.train.data.feed import Feed, MapFeed
@@ -15,12 +14,15 @@ from dtrain.train.data.sharded_feed import ShardedFeed
 from dtrain.train.data.stream import is_stream
 from dtrain.train.data.stream_feed import StreamFeed
 from dtrain.train.loss import LossModule
+from dtrain.train.observe.events import Events
 from dtrain.train.seeding import derive_seed, seed_everything
 from dtrain.train.strategies.base import Strategy
 from dtrain.train.trainers.evaluation import Evaluators
 from dtrain.train.trainers.progress import data_identity
 from dtrain.train.trainers.step import Parts, make_scaler
 from dtrain.train.vote import vote
+
+logger = logging.getLogger(__name__)
 
 
 def build_parts(context: TrainContext, strategy: Strategy) -> Parts:
@@ -35,10 +37,7 @@ def build_parts(context: TrainContext, strategy: Strategy) -> Parts:
     task, seed = context.task, context.spec.seed
     seed_everything(derive_seed("model", seed))
     model = task.model()
-    if not isinstance(model, torch.nn.Module):
-        raise DtrainError(f"model() returned {type(model).__name__}, not a torch.nn.Module")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise DtrainError("model() returned a model without trainable parameters")
+    contract.check_model(model, task)
     model.to(context.device).train()
     if collectives.in_group():
         compare_model(model, broadcast=context.spec.checks.init == "broadcast")
@@ -46,16 +45,38 @@ def build_parts(context: TrainContext, strategy: Strategy) -> Parts:
     strategy.shard(loss)
     seed_everything(derive_seed("optimizer", seed))
     optimizer = task.optimizer(model)
+    contract.check_optimizer(optimizer, model, task)
     compare_optimizer(model, optimizer)
     scheduler = task.scheduler(optimizer)
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise DtrainError(
-            "scheduler() returned ReduceLROnPlateau, which is stepped with a metric; schedulers "
-            "are stepped after every optimizer step here, so take one that counts steps"
-        )
+    contract.check_scheduler(scheduler, optimizer, task)
     return Parts(
         model, loss, optimizer, scheduler, make_scaler(context.spec.train.precision, context.device)
     )
+
+
+def tell_of_parts(
+    parts: Parts, total_steps: int | None, context: TrainContext, events: Events
+) -> None:
+    """Say what is no error in them, and likely not meant: once, with what to do.
+
+    Raises:
+        DtrainError: the scheduler would raise before this training ends.
+    """
+    task = context.task
+    remarks = list(contract.remarks_on_length(parts.scheduler, total_steps, task))
+    for remark in remarks:
+        events.write("schedule_length", detail=remark)
+    names = contract.left_out(parts.optimizer, parts.model)
+    if names:
+        events.write("not_optimized", parameters=names)
+        remarks.append(
+            f"{contract.named(task, 'optimizer')} returned an optimizer without {len(names)} "
+            f"trainable parameters, {names[0]} for one, which stay as they are: give them to it, "
+            "or freeze them with requires_grad_(False), which spares their gradients"
+        )
+    if context.ranks.is_rank_zero:
+        for remark in remarks:
+            logger.warning("%s", remark)
 
 
 def train_feed(context: TrainContext) -> Feed:
@@ -63,6 +84,7 @@ def train_feed(context: TrainContext) -> Feed:
     spec = context.spec
     seed_everything(derive_seed("train_dataset", spec.seed))
     dataset = context.task.train_dataset()
+    contract.check_data(dataset, contract.named(context.task, "train_dataset"))
     kind: type[MapFeed] | type[StreamFeed] = MapFeed
     if is_stream(dataset):
         kind = StreamFeed if spec.data.stream == "same" else ShardedFeed

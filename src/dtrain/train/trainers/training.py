@@ -21,6 +21,7 @@ from dtrain.train.data.feed import Feed, Step
 from dtrain.train.data.placement import Course, GlobalBatch
 from dtrain.train.observe.events import Events
 from dtrain.train.strategies.base import Strategy
+from dtrain.train.trainers import setup
 from dtrain.train.trainers.callbacks import Callbacks
 from dtrain.train.trainers.groups import watch_groups
 from dtrain.train.trainers.kept import Kept
@@ -28,12 +29,6 @@ from dtrain.train.trainers.predictions import Predictions, predicts
 from dtrain.train.trainers.progress import Progress, Schedule, refuse_to_end_before
 from dtrain.train.trainers.report import Report
 from dtrain.train.trainers.saving import Saver
-from dtrain.train.trainers.setup import (
-    build_parts,
-    feed_identity,
-    make_evaluators,
-    train_feed,
-)
 from dtrain.train.trainers.step import Parts, StepOutcome, TrainStep
 
 logger = logging.getLogger(__name__)
@@ -51,10 +46,10 @@ class Training:
         spec = context.spec
         start.compare_surroundings(context.task, spec.seed)
         self._strategy: Strategy = catalog.load("strategy", spec.strategy)(context)
-        self._parts = build_parts(context, self._strategy)
-        self._data = train_feed(context)
+        self._parts = setup.build_parts(context, self._strategy)
+        self._data = setup.train_feed(context)
         self._data.meets = self._strategy.meets_in_forward
-        self._evaluator = make_evaluators(context)
+        self._evaluator = setup.make_evaluators(context)
         self._schedule = Schedule(spec)
         self._events = events = Events(context.run, context.ranks, context.attempt)
         self._report = Report(context, events, self._data.course)
@@ -63,11 +58,13 @@ class Training:
         self.callbacks.view.keep_best = self._keep_best
         self._kept = kept
         kept.begin(self._parts.model, self.callbacks.each)
-        identity = feed_identity(self._data)
+        identity = setup.feed_identity(self._data)
         self._saver = Saver(context, self._parts, self.callbacks, kept, identity, events)
         resumed = self._saver.resume()
         self._progress = resumed or Progress()
-        refuse_to_end_before(self._progress.step, self._data.course.total_steps)
+        total = self._data.course.total_steps
+        refuse_to_end_before(self._progress.step, total)
+        setup.tell_of_parts(self._parts, total, context, events)
         self._data.load_state_dict(self._progress.feed)
         self._strategy.prepare(self._parts.loss)
         watch_groups(self._parts.optimizer, self._parts.model)
@@ -75,7 +72,7 @@ class Training:
         self.around_evaluation: Callable[[Evaluation], dict[str, float] | None] = _just
         """Calls an evaluation; for a trainer that has more to do then."""
         self._injector = injector
-        injector.begin(context.task, subject, self._data.course.total_steps)
+        injector.begin(context.task, subject, total)
         self._checks = Checks(context, subject, self._parts.loss, self._data, injector, events)
         self._checks.begin(self._progress.step)
         guard = self._checks.finite

@@ -201,6 +201,18 @@ class ModuleTask(Task):
 
     # -- the trainer -------------------------------------------------------------------------
 
+    @property
+    def written_as(self) -> dict[str, Any]:
+        """The module's own methods by those of a task, for errors."""
+        if self.module is None:
+            return {}
+        return {
+            "loss": self._training_step,
+            "evaluate": self.module.validation_step,
+            "optimizer": self._configure_optimizers,
+            "scheduler": self._configure_optimizers,
+        }
+
     def attach(self, trainer: pl.Trainer, logged: Logged, steps_per_epoch: int | None) -> None:
         """Before the fit, in which Lightning is to prepare and set up nothing a second time."""
         self._logged = logged

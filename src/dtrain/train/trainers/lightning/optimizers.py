@@ -32,6 +32,11 @@ class EveryFew:
         """See the scheduler."""
         return self.scheduler.last_epoch
 
+    def steps_in(self, steps: int | None) -> int | None:
+        """How often the scheduler is stepped in so many steps; None where nobody knows yet."""
+        between = self._steps_between(self._wish)
+        return None if steps is None or between is None else steps // between
+
     def step(self) -> None:
         """After an optimizer step."""
         between = self._steps_between(self._wish)
