@@ -21,9 +21,17 @@ _MOST_FILES = 5_000
 _MOST_LISTED = 1_000
 _LARGE = 1_000_000
 _GIT_TIMEOUT_S = 30
-# Files that hold secrets by custom: a run's folder is shared with more people than a home is.
+_SECRET = "may hold secrets"
+# Files that hold secrets by custom, by name or by the name of a folder that they lie in: a run's
+# folder is shared with more people than a home is.
 _SECRET_FILES = (
-    ".env", ".env.*", ".netrc", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "*credentials*",
+    ".env", ".env.*", "*.env", ".envrc", "env.local",
+    ".netrc", "_netrc", ".pypirc", ".npmrc", ".htpasswd", ".pgpass", ".my.cnf", ".git-credentials",
+    ".dockercfg", ".aws", ".ssh", ".kube", ".azure", ".gnupg", ".docker", ".secrets", "kubeconfig*",
+    "*.kubeconfig", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk",
+    "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.tfvars", "*.tfvars.json", "*.tfstate",
+    "*service-account*.json", "*service_account*.json", "client_secret*.json", "secret.y*ml",
+    "secrets.y*ml", "secrets.json", "secrets.toml", "token.txt", "*.token", "*credentials*",
 )  # fmt: skip
 # Whatever the user's settings: a patch that `git apply` takes, of this repository alone.
 _DIFF = (
@@ -64,7 +72,22 @@ def take(job_dir: str | os.PathLike[str], folder: Path) -> None:
     except Exception as error:  # a run without its code's record is better than no run
         record["why"] = f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError):
+        make_private(folder)
         rundir.write_json(folder / "git.json", record)
+    secret = [each["path"] for each in record.get("left_out", []) if each["why"] == _SECRET]
+    if secret:
+        rundir.note_event(rundir.RunDir(folder.parent), "secrets_left_out", files=secret)
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that nobody else can look into: the job's own file may hold secrets too."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
+def _may_be_secret(path: str) -> bool:
+    parts = path.lower().split("/")
+    return any(fnmatch(part, pattern) for part in parts for pattern in _SECRET_FILES)
 
 
 def job_folder(folder: Path, attempt: int) -> Path:
@@ -81,7 +104,8 @@ def copy_tree(job_dir: str | os.PathLike[str], folder: Path, attempt: int) -> No
     """Copy the code around a job as it is now, for a job that starts later.
 
     The repository's files that git does not ignore; without git, those of the job's folder. What
-    is large, or over the limits, is a link to the original: data, which no edit changes.
+    is large, or over the limits, is a link to the original: data, which no edit changes. So is what
+    may hold secrets.
 
     Raises:
         OSError: it cannot be written.
@@ -89,6 +113,7 @@ def copy_tree(job_dir: str | os.PathLike[str], folder: Path, attempt: int) -> No
     source = Path(job_dir).resolve()
     tree = folder / f"tree-{attempt}"
     shutil.rmtree(tree, ignore_errors=True)
+    make_private(folder)
     try:
         top = Path(os.fsdecode(_git(source, "rev-parse", "--show-toplevel").removesuffix(b"\n")))
         listed = _git(top, "ls-files", "--cached", "--others", "--exclude-standard", "-z")
@@ -105,7 +130,7 @@ def copy_tree(job_dir: str | os.PathLike[str], folder: Path, attempt: int) -> No
         size = _size(original)
         keep = original.is_file() and size <= (room if original.suffix == ".py" else _LARGE)
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
-        if keep and number < _MOST_FILES and size <= room:
+        if keep and number < _MOST_FILES and size <= room and not _may_be_secret(path):
             shutil.copy2(original, tree / path)
             room -= size
         else:
@@ -137,7 +162,7 @@ def _fill(record: dict[str, Any], job_dir: Path, folder: Path) -> None:
         "job": os.path.relpath(job_dir, top),
         "job_is_ignored": _one_line(top, "check-ignore", "--", str(job_dir)) is not None,
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private(folder)
     left_out = _write_patch(top, sha, folder / "changes.patch")
     changed = bool(left_out) or (folder / "changes.patch").exists()
     submodules = _dirty_submodules(top)
@@ -178,8 +203,8 @@ def _copy(top: Path, paths: Iterable[str], target: Path) -> list[dict[str, Any]]
         why = ""
         if path.endswith("/"):
             why = "a repository of its own"
-        elif any(fnmatch(os.path.basename(path), pattern) for pattern in _SECRET_FILES):
-            why = "may hold secrets"
+        elif _may_be_secret(path):
+            why = _SECRET
         elif size > room or count >= _MOST_FILES:
             why = "over the limit"
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from dtrain.ranks import scrubbed
 
@@ -12,17 +13,83 @@ HASH_SEED = "PYTHONHASHSEED"
 """Makes the order of a set of texts: one for all workers of a run, or they number labels apart."""
 MASK = "(set, not shown)"
 """Stands for the value of one that looks secret."""
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
+_NO_SECRETS = ("PWD", "OLDPWD")
+_SECRET_WORD = re.compile(
+    r"SECRET\w*|PASSW\w*|PASSPHRASE|CREDENTIAL\w*|CREDS?|AUTH|AUTHORIZATION|PRIVATE|BEARER|COOKIES?"
+    r"|DSN|WEBHOOKS?|SAS|PASS|PGPASS|PWD|\w*(KEYS?|TOKENS?|SECRETS?|PASSWORDS?|OAUTH)"
+)
+"""A word of a name; words are parted by what is no letter, or as in `apiKey`."""
+_SECRET_VALUE = re.compile(
+    r"[a-zA-Z][\w+.-]*://[^/\s:@]*:[^/\s@]+@"  # scheme://user:password@host
+    r"|[?&](sig|signature|token|access_token|password|api_?key)=[^&\s]{8}"
+    r"|hooks\.slack\.com/services/\w"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY"
+    r"|(?<![A-Za-z0-9])(hf_\w{16}|gh[opsur]_\w{16}|github_pat_\w{16}|glpat-[\w-]{16}|sk-[\w-]{16}"
+    r"|AKIA[0-9A-Z]{12}|AIza[\w-]{20}|xox[abeoprs]-[\w-]{8}|npm_\w{20}|pypi-\w{16}"
+    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8})"
+)
+"""Texts that are secret by their form: URLs with a password, keys, tokens of known services."""
+
+
+def is_secret(name: str, value: object) -> bool:
+    """Whether a value is not to be shown, by a word of its name or by its own form.
+
+    Args:
+        name: of a variable, an argument or an option; may be empty.
+        value: of any type; only texts are secret.
+    """
+    if not isinstance(value, str) or not value:
+        return False
+    return _is_secret_name(name) or _SECRET_VALUE.search(value) is not None
+
+
+def may_tell(text: str) -> bool:
+    """Whether a text that a person wrote, as `{MY_TOKEN: x}`, may have a secret in it."""
+    names = re.findall(r"[\w.-]+(?=[\"']?\s*[:=])", text)
+    return any(map(_is_secret_name, names)) or _SECRET_VALUE.search(text) is not None
+
+
+def shown(name: str, value: Any) -> Any:
+    """A value fit to be shown: what is secret in it, at any depth, is left out.
+
+    Args:
+        name: the value's own.
+        value: plain data. Of a list the word after `--api-key` has that for its name.
+    """
+    if isinstance(value, Mapping):
+        return {key: shown(str(key), part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        options = [part if isinstance(part, str) and part.startswith("-") else "" for part in value]
+        owners = [name, *(option or name for option in options)]
+        pairs = zip(value, options, owners, strict=False)
+        return [
+            _shown_option(option) if option else shown(owner, part) for part, option, owner in pairs
+        ]
+    return MASK if is_secret(name, value) else value
+
+
+def _shown_option(text: str) -> str:
+    """`--api-key=abc` without its value."""
+    option, equals, value = text.partition("=")
+    return f"{option}={MASK}" if equals and is_secret(option, value) else text
 
 
 def masked(env: Mapping[str, str]) -> dict[str, str]:
-    """An environment fit to be shown: values of names that look secret are left out."""
-    return {name: MASK if _SECRET_NAME.search(name) else value for name, value in env.items()}
+    """An environment fit to be shown: values that look secret are left out."""
+    return {name: MASK if is_secret(name, value) else value for name, value in env.items()}
 
 
 def secret(env: Mapping[str, str]) -> dict[str, str]:
     """Those that are never shown, with their values."""
-    return {name: value for name, value in env.items() if _SECRET_NAME.search(name)}
+    return {name: value for name, value in env.items() if is_secret(name, value)}
+
+
+def _is_secret_name(name: str) -> bool:
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    whole = re.findall(r"[A-Z]+", name.upper())
+    return name.upper() not in _NO_SECRETS and any(
+        _SECRET_WORD.fullmatch(word.upper()) for word in [*words, *whole]
+    )
 
 
 def inherited_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:

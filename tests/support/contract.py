@@ -58,7 +58,7 @@ class LauncherContract:
         secret = token_hex(16)
         arguments = (
             "--set", f"args.env_to={tmp_path}", "--env", "LEVEL=5", "--env", f"MY_TOKEN={secret}",
-            "--env", "PYTHONHASHSEED=77",
+            "--env", "PYTHONHASHSEED=77", "--env", f"DB=postgres://me:{secret}@host/x",
         )  # fmt: skip
         with way.launch(tmp_path, *arguments, **foreign) as processes:
             outputs = finish(processes)
@@ -80,6 +80,7 @@ class LauncherContract:
                 "GLOO_SOCKET_IFNAME": way.interface,
                 "LEVEL": "5",
                 "MY_TOKEN": secret,
+                "DB": f"postgres://me:{secret}@host/x",
                 "DTRAIN_NODE_NAME": way.names[rank // 2] or os.uname().nodename,
             }
             assert {name: env.get(name) for name in expected} == expected

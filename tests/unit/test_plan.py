@@ -16,7 +16,7 @@ from dtrain.job.spec import JobSpec
 from dtrain.launchers import base
 from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.rundir import RunDir, write_json
-from dtrain.variables import MASK, masked, secret
+from dtrain.variables import MASK, is_secret, masked, secret, shown
 
 FACTS = Facts("digits-abc234", "/runs", "/usr/bin/python3", "laptop", cores=8, free_port=16000)
 
@@ -88,13 +88,89 @@ def test_a_plan_survives_its_json(tmp_path: Path) -> None:
 
 
 def test_secrets_are_shown_by_name_only() -> None:
-    env = {"WANDB_API_KEY": "s3cret", "MY_TOKEN": "t0ken", "LEVEL": "3"}
-    spec = job(launch={"env": env})
+    env = {"WANDB_API_KEY": "s3cret", "MY_TOKEN": "t0ken", "DB": "pg://me:pa55@host/x"}
+    spec = job(launch={"env": {**env, "LEVEL": "3"}})
     text = json.dumps(plan_of(spec).to_json())
-    assert "s3cret" not in text
-    assert "t0ken" not in text
-    assert masked(env) == {"WANDB_API_KEY": MASK, "MY_TOKEN": MASK, "LEVEL": "3"}
-    assert secret(env) == {"WANDB_API_KEY": "s3cret", "MY_TOKEN": "t0ken"}
+    assert not [value for value in env.values() if value in text]
+    assert masked(spec.launch.env) == {**dict.fromkeys(env, MASK), "LEVEL": "3"}
+    assert secret(spec.launch.env) == env
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PGPASS",
+        "MYSQL_PWD",
+        "SENTRY_DSN",
+        "SLACK_WEBHOOK",
+        "COOKIE",
+        "BEARER",
+        "SSH_PRIVATE",
+        "AZURE_SAS",
+        "DB_PASS",
+        "apiKey",
+        "PASSWORD1",
+        "SECRETKEY",
+        "HTTP_AUTH",
+        "TOKEN2",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+    ],
+)
+def test_a_word_of_a_name_makes_it_secret(name: str) -> None:
+    assert is_secret(name, "x")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PWD",
+        "OLDPWD",
+        "PATH",
+        "COMPASS",
+        "PASSENGERS",
+        "BYPASS",
+        "TOKENIZERS_PARALLELISM",
+        "AUTHOR",
+        "KEYBOARD",
+        "SASH",
+        "DATABASE_URL",
+        "N_PASSES",
+    ],
+)
+def test_a_part_of_a_word_does_not(name: str) -> None:
+    assert not is_secret(name, "x")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("postgres://u:pw@h/db", True),
+        ("redis://:pw@h:6379", True),
+        ("https://x.blob.example/a?sv=1&sig=abcdefghij", True),
+        ("hf_abcdefghijklmnopqrst", True),
+        ("ghp_abcdefghijklmnopqrst", True),
+        ("sk-proj-abcdefghijklmnop", True),
+        ("AKIAIOSFODNN7EXAMPLE", True),
+        ("xoxb-12345678-abc", True),
+        ("http://host:8080/a", False),
+        ("s3://bucket/a@b", False),
+        ("mysql://u@h/db", False),
+        ("hf_cache", False),
+        ("sk-small", False),
+    ],
+)
+def test_a_value_is_secret_by_its_form(value: str, expected: bool) -> None:
+    assert is_secret("X", value) is expected
+
+
+def test_what_is_secret_in_arguments_is_not_shown() -> None:
+    given = ["--lr", "0.1", "--api-key", "abc", "--token=x", "--verbose", "file", "pg://u:pw@h"]
+    assert shown("arguments", given) == [
+        "--lr", "0.1", "--api-key", MASK, f"--token={MASK}", "--verbose", "file", MASK
+    ]  # fmt: skip
+    assert shown("args", {"a": {"max_tokens": 5, "db_password": "x", "name": "y", "no": []}}) == {
+        "a": {"max_tokens": 5, "db_password": MASK, "name": "y", "no": []}
+    }
 
 
 def test_torchrun_on_one_host_needs_no_options() -> None:

@@ -241,11 +241,40 @@ def test_settings_of_a_git_hook_are_not_taken_for_ours(
     assert take(repo, tmp_path)[0]["git"] is True
 
 
-@pytest.mark.parametrize("name", [".env", ".env.local", "server.pem", "aws_credentials", "id_rsa"])
-def test_files_that_hold_secrets_by_custom_are_listed_and_not_copied(
-    repo: Path, tmp_path: Path, name: str
+SECRET = [
+    ".env", ".env.local", "env.local", "prod.env", "server.pem", "aws_credentials", "id_rsa",
+    ".pypirc", ".netrc", ".htpasswd", ".aws/config", "deep/.ssh/known_hosts", ".kube/config",
+    "kubeconfig", "store.p12", "store.pfx", "my-service-account.json", "secrets.yaml",
+    "Secrets.YML", "prod.tfvars", "token.txt",
+]  # fmt: skip
+PLAIN = ["environment.yml", "keys.py", "secrets.py", "tokens.txt", "config", "monkey.json", "enve"]
+
+
+def test_files_that_hold_secrets_by_custom_are_named_and_not_copied(
+    repo: Path, tmp_path: Path
 ) -> None:
-    (repo / "jobs" / name).write_text("s3cret")
+    for name in [*SECRET, *PLAIN]:
+        (repo / "jobs" / name).parent.mkdir(exist_ok=True, parents=True)
+        (repo / "jobs" / name).write_text("s3cret")
     record, folder = take(repo, tmp_path)
-    assert not (folder / "untracked" / "jobs" / name).exists()
-    assert record["left_out"] == [{"path": f"jobs/{name}", "bytes": 6, "why": "may hold secrets"}]
+    inside = folder / "untracked" / "jobs"
+    copied = {str(path.relative_to(inside)) for path in inside.rglob("*") if path.is_file()}
+    assert copied == set(PLAIN)
+    assert {each["why"] for each in record["left_out"]} == {"may hold secrets"}
+    assert {each["path"] for each in record["left_out"]} == {f"jobs/{name}" for name in SECRET}
+    (event,) = map(json.loads, (folder.parent / "events.jsonl").read_text().splitlines())
+    assert event["event"] == "secrets_left_out"
+    assert set(event["files"]) == {f"jobs/{name}" for name in SECRET}
+
+
+def test_nobody_else_looks_into_the_copies(repo: Path, tmp_path: Path) -> None:
+    (repo / "jobs" / "one" / "job.yaml").write_text("launch: {env: {MY_TOKEN: s3cret}}")
+    (repo / "jobs" / ".env").write_text("s3cret")
+    _, folder = take(repo, tmp_path)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)  # as it was in older runs
+    snapshot.copy_tree(repo / "jobs" / "one", folder, 0)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    copy = snapshot.job_folder(folder, 0)
+    assert not (copy / "job.yaml").is_symlink()
+    assert (copy.resolve().parent / ".env").is_symlink()

@@ -124,7 +124,7 @@ def _explained(prepared: shared.Prepared) -> list[str]:
 
 
 def _value(spec: Any, field: str) -> Any:
-    from dtrain.variables import masked
+    from dtrain.variables import shown
 
     name = field.rpartition(".")[2]
     value = spec
@@ -132,4 +132,4 @@ def _value(spec: Any, field: str) -> Any:
         if value is None:
             return None
         value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
-    return masked({name: value})[name] if field.startswith("launch.env.") else value
+    return shown(name, value)

@@ -116,6 +116,8 @@ class LiveConsole:
             self._bar.start(event.get("total_steps"))
         elif kind in ("waiting", "silent"):
             self.say(f"{event['what']}")
+        elif kind == "secrets_left_out":
+            self.say(f"not copied, may hold secrets: {', '.join(event['files'])}")
         elif kind == "worker_failed":
             self._failures.append(event)
         elif kind == "workers_started" and event["restart"] > self._restart:

@@ -14,6 +14,7 @@ from dtrain.errors import Problem
 from dtrain.job.spec import Model
 from dtrain.job.units import found
 from dtrain.job.written import Keys, Written, did_you_mean, dotted, suggest
+from dtrain.variables import may_tell
 
 _EXPECTED = {
     "string_too_short": "some text",
@@ -158,6 +159,8 @@ def _wrong_value(details: list[ErrorDetails], written: Written) -> str:
 
 
 def _found(written: Written) -> str:
+    if isinstance(written.value, str) and may_tell(written.value):
+        return "a text that may be a secret"
     words = found(written.plain())
     if isinstance(written.value, bool) and written.raw and written.raw.lower() != words:
         return f"{written.raw}, which YAML reads as {words}"

@@ -15,6 +15,7 @@ from dtrain.job.explain import explain, submodel
 from dtrain.job.spec import JobSpec, Model, cross_problems
 from dtrain.job.written import Keys, Place, Written, dotted, shown_path
 from dtrain.job.yamlfile import in_file, read_text, read_yaml
+from dtrain.variables import may_tell
 
 AnyModel = TypeVar("AnyModel", bound=Model)
 
@@ -163,7 +164,8 @@ def _override(text: str) -> tuple[Written | None, list[Problem]]:
     keys = _keys_of(field.strip())
     if keys[0] != "args" and keys[:2] != ("launch", "env"):  # there the names are the user's own
         keys = tuple(key.replace("-", "_") for key in keys)
-    shown = field if field.startswith("launch.env.") else text  # it may be a secret
+    secret = field.startswith("launch.env.") or may_tell(text)
+    shown = field if secret else text
     place = Place(f"--set {shown}")
     if (
         not equals

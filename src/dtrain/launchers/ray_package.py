@@ -88,6 +88,7 @@ def _with_code(plan: LaunchPlan, folder: Path) -> LaunchPlan:
     code = plan.run.code
     tree = code / f"tree-{plan.attempt}"
     shutil.rmtree(tree, ignore_errors=True)
+    snapshot.make_private(code)
     shutil.copytree(folder.parent, tree, ignore=shutil.ignore_patterns(FOLDER))
     link = snapshot.job_folder(code, plan.attempt)
     link.unlink(missing_ok=True)

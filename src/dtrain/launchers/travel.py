@@ -55,7 +55,7 @@ def unpack(run: RunDir) -> Path | None:
     # not below the folder of runs, of which no snapshot takes anything
     folder = run.path.parent.with_name(f"{run.path.parent.name}.code") / run.id
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    snapshot.make_private(folder)
     with tarfile.open(found[-1]) as archive:
         archive.extractall(folder)
     return (folder / found[-1].stem.replace("tree-", "job-")).resolve()

@@ -133,10 +133,37 @@ def test_flag_over_set_over_job_over_profile_over_default(load: Load) -> None:
     assert {field: job.sources[field] for field in expected} == expected
 
 
-def test_a_variables_value_is_not_in_its_source(load: Load) -> None:
-    job = load(HEAD, "launch.env.API_KEY=hunter2")
-    assert job.spec.launch.env == {"API_KEY": "hunter2"}
+@pytest.mark.parametrize(
+    "override",
+    [
+        "launch.env.API_KEY=hunter2",
+        "launch.env={API_KEY: hunter2}",
+        "launch={env: {API_KEY: hunter2}}",
+        "args.api_key=hunter2",
+        "args={db: {password: hunter2}}",
+        "args.db=pg://me:hunter2@host/x",
+    ],
+)
+def test_a_secret_is_not_in_its_source(load: Load, override: str) -> None:
+    job = load(HEAD, override)
+    assert "hunter2" in str((job.spec.launch.env, job.spec.args))
     assert "hunter2" not in str(job.sources)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "launch.env={MY_TOKEN: hunter2",  # no YAML
+        "launch.env=MY_TOKEN=hunter2",
+        "launch.env={MY_TOKEN: [hunter2]}",
+        "launchs.env={MY_TOKEN: hunter2}",
+        "train.epochs=pg://me:hunter2@host/x",
+    ],
+)
+def test_a_secret_is_not_in_an_error(wrong: Wrong, override: str) -> None:
+    said = "\n".join(wrong(HEAD, override))
+    assert f"--set {override.partition('=')[0]}" in said
+    assert "hunter2" not in said
 
 
 def test_every_leaf_has_a_source(load: Load) -> None:

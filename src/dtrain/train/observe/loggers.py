@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 from dtrain.job.spec import JobSpec
 from dtrain.rundir import RunDir, write_atomic
+from dtrain.variables import shown
 
 Outcome = Literal["finished", "stopped", "failed"]
 """How a training ended: complete, asked to leave (it can be resumed), or neither."""
@@ -53,9 +54,9 @@ class Logger(Protocol):
 def settings_of(spec: JobSpec) -> dict[str, str | int | float | bool]:
     """What decides a training, flat, for the hyperparameters of a tracker.
 
-    Without `launch` and `log`, which may hold secrets.
+    Without `launch` and `log`, which may hold secrets, and what else looks like one.
     """
-    plain = spec.model_dump(mode="json", exclude={"launch", "log"}, exclude_none=True)
+    plain = shown("", spec.model_dump(mode="json", exclude={"launch", "log"}, exclude_none=True))
     return dict(_flat(plain, ""))
 
 
