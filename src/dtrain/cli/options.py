@@ -196,12 +196,15 @@ def make(
 ) -> LaunchPlan:
     """A plan complete with its commands; `PlanError` when the parts do not go together."""
     from dtrain.errors import PlanError
+    from dtrain.job.imports import refuse_missing
     from dtrain.job.source import task_imports
     from dtrain.launchers import base
     from dtrain.plan import Facts, make_plan
 
     given = {name: options[name] for name in _LAUNCHER_OPTIONS if options.get(name)}
     launcher = base.load(profile.spec.launcher)
+    if profile.spec.launcher in ("local", "torchrun"):  # others may have another Python
+        refuse_missing(job.spec, job_dir)
     settings, sources = _settings(launcher, profile, given, runs)
     sources |= _sizes_from(job)
     facts = Facts.gather(

@@ -64,7 +64,7 @@ def _reference_problems(
             f"expected a file or module and a class, as {example}; found {reference!r}"
         )
         return
-    file = folder / target if target.endswith(".py") else _module_file(target, folder)
+    file = folder / target if target.endswith(".py") else module_file(target, folder)
     if file is None or not os.path.isfile(file):
         near = similar(folder / target) if file else ""
         what = f"file: {shown_path(file)}" if file else f"module: {target}"
@@ -177,11 +177,11 @@ def task_derives(task: str, base: str, folder: Path) -> bool:
         folder: where job.yaml lies.
     """
     target, _, name = task.rpartition(":")
-    file = folder / target if target.endswith(".py") else _module_file(target, folder)
+    file = folder / target if target.endswith(".py") else module_file(target, folder)
     return file is not None and os.path.isfile(file) and Source(file).derives(name, base)
 
 
-def _module_file(module: str, folder: Path) -> Path | None:
+def module_file(module: str, folder: Path) -> Path | None:
     """The file of a dotted module, found by its path alone: no parent package is imported."""
     where: Sequence[str] | None = None
     name, origin = "", None

@@ -265,6 +265,18 @@ def test_what_cannot_be_is_told_before_anything_starts(
     assert os.listdir(tmp_path) == []
 
 
+def test_a_module_that_is_missing_here_is_told_where_the_launch_is_here(tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text("import torch\nimport no_such_module\nclass T: ...\n")
+    job = tmp_path / "job.yaml"
+    job.write_text("{name: t, task: 'task.py:T', train: {steps: 1, global_batch_size: 1}}")
+    done = dtrain("launch", job, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "task.py:2:1: imports no_such_module" in done.stderr
+    assert not (tmp_path / "runs").exists()
+    elsewhere = dtrain("plan", "--launcher", "slurm", job, cwd=tmp_path)  # with its own Python
+    assert elsewhere.returncode == 0, elsewhere.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["lanch"], ["launch"], ["launch", "--nodez", "2", "x"], ["launch", str(DIGITS_TASK)]],

@@ -1,0 +1,111 @@
+"""Modules that a task's file imports and that this Python does not have: told before a launch.
+
+Nothing is imported. What is not executed in any case is passed over, and so is a file that may
+change where modules are found.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dtrain.errors import JobError, Problem
+from dtrain.job.classes import module_file
+from dtrain.job.spec import JobSpec
+from dtrain.job.written import Place, did_you_mean, shown_path
+
+_CHANGES_THE_PATH = {"addsitedir", "meta_path", "path_hooks", "path_importer_cache", "subprocess"}
+"""Words in a file after which modules may be found that are not there now."""
+
+
+def refuse_missing(job: JobSpec, folder: Path) -> None:
+    """Look for the modules that the job's own files import.
+
+    Args:
+        job: to be trained by this very Python, on this host.
+        folder: where its file lies.
+
+    Raises:
+        JobError: a problem for each that is nowhere.
+    """
+    if job.launch.preload:
+        return  # it may change where modules are found
+    python_path = job.launch.env.get("PYTHONPATH", "").split(os.pathsep)
+    extra = [str(folder.absolute()), os.getcwd(), *filter(None, python_path)]
+    data_module = job.lightning.data_module if job.lightning else None
+    seen: set[Path] = set()
+    problems = [
+        problem
+        for named in (job.script or job.task, data_module)
+        if (file := _file_of(named, folder)) is not None
+        for problem in _missing(file, extra, seen)
+    ]
+    if problems:
+        raise JobError(problems)
+
+
+def _file_of(named: str | None, folder: Path) -> Path | None:
+    if not named:
+        return None
+    target = named if named.endswith(".py") else named.rpartition(":")[0]
+    return folder / target if target.endswith(".py") else module_file(target, folder)
+
+
+def _missing(file: Path, extra: Sequence[str], seen: set[Path]) -> Iterator[Problem]:
+    """Of a file, and of the files beside it that it imports."""
+    if file in seen or file.suffix != ".py":
+        return
+    seen.add(file)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return
+    if _may_change_the_path(tree):
+        return
+    own = str(file.resolve().parent)
+    for statement, name in _imports(tree):
+        beside = importlib.machinery.PathFinder.find_spec(name, [own, *extra])
+        if beside is None and not _is_here(name):
+            others = [path.stem for path in file.parent.glob("*.py") if path != file]
+            yield Place(shown_path(file), statement.lineno, statement.col_offset + 1).problem(
+                "",
+                f"imports {name}, which {sys.executable} does not have"
+                f"{did_you_mean(name, others) or '; install the package that has it there'}",
+            )
+        elif beside is not None and beside.origin and Path(beside.origin).parent == Path(own):
+            yield from _missing(Path(beside.origin), extra, seen)
+
+
+def _imports(tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
+    """Each import that is executed in any case, with the name of its package."""
+    for statement in tree.body:
+        if isinstance(statement, ast.Import):
+            for alias in statement.names:
+                yield statement, alias.name.partition(".")[0]
+        elif isinstance(statement, ast.ImportFrom) and not statement.level and statement.module:
+            yield statement, statement.module.partition(".")[0]
+
+
+def _is_here(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # it is imported, and does not say where from
+        return True
+
+
+def _may_change_the_path(tree: ast.Module) -> bool:
+    for node in ast.walk(tree):
+        words = {getattr(node, name, "") for name in ("attr", "id", "name", "module")}
+        if words & _CHANGES_THE_PATH:
+            return True
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.path", "sys.modules"):
+            return True
+    return False
