@@ -35,6 +35,7 @@ def culprit(folder: Path, where: str, how: str, *flags: str) -> dict[str, Any]:
         ("train", "_exit", "LoaderProcessError", None, BATCH),
         ("eval", "raise", "ValueError", "fail", "sample 13"),
         ("eval", "kill", "LoaderProcessError", None, BATCH),
+        ("train", "shape", "RuntimeError", "collate", "sample 13 is torch.float32[2], and sample"),
         ("stream", "raise", "ValueError", "fail", "position 13"),
         ("stream", "kill", "LoaderProcessError", None, "positions 12 to 15"),
         ("collate", "raise", "ValueError", "collate", BATCH),

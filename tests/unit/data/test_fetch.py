@@ -100,6 +100,54 @@ def test_a_data_set_may_fetch_many_samples_at_once() -> None:
     assert Fetcher(Batched("torch"), Task(), 0)(request(3, 1)).tolist() == [30, 10]
 
 
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        ([torch.ones(3), torch.ones(3), None], "sample 12 is None, and sample 10 torch.float32[3]"),
+        ([None, None, None], "sample 10 is None: does the data set return"),
+        (
+            [torch.ones(2), torch.ones(3), torch.ones(3)],
+            "sample 10 is torch.float32[2], and sample 11 torch.float32[3]",
+        ),
+        (
+            [{"x": np.ones(2), "y": 1}, {"x": np.ones(2), "y": 1}, {"x": np.ones(4), "y": 2}],
+            "sample 12 has float64[4] at ['x'], and sample 10 float64[2]",
+        ),
+        ([{"x": 1}, {"y": 1}, {"x": 2}], "sample 11 is the key 'y', and sample 10 the key 'x'"),
+        (
+            [(1, 2.0), (1, 2.0), (1, "a")],
+            "sample 12 is tuple of 2, and sample 10 tuple of 2 numbers",
+        ),
+        ([["a"], ["a", "b"], ["c"]], "sample 11 is list of 2, and sample 10 list of 1"),
+    ],
+)
+def test_samples_that_make_no_batch_are_named(samples: list[Any], words: str) -> None:
+    with pytest.raises((TypeError, RuntimeError, KeyError)) as caught:
+        Fetcher([0] * 10 + samples, Task(), 0)(request(10, 11, 12))
+    notes = "\n".join(caught.value.__notes__)
+    assert "a batch of samples 10, 11, 12" in notes
+    assert words in notes
+
+
+def test_a_collate_of_ones_own_that_fails_is_not_explained_by_unlike_samples() -> None:
+    class Pads(Task):
+        def collate(self, samples: list[Any]) -> Any:
+            raise ValueError("of its own")
+
+    with pytest.raises(ValueError, match="of its own") as caught:
+        Fetcher([torch.ones(2), torch.ones(3)], Pads(), 0)(request(0, 1))
+    assert caught.value.__notes__ == ["it was making a batch of samples 0, 1"]
+
+
+def test_a_data_set_that_fetches_too_few_samples_at_once() -> None:
+    class Short(Noisy):
+        def __getitems__(self, samples: list[int]) -> list[int]:
+            return samples[1:]
+
+    with pytest.raises(DtrainError, match="returned 1 samples for samples 3, 4"):
+        Fetcher(Short("torch"), Task(), 0)(request(3, 4))
+
+
 def test_data_sets_that_have_no_positions() -> None:
     class Stream(torch.utils.data.IterableDataset[int]):
         def __iter__(self) -> Any:

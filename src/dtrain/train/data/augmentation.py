@@ -22,6 +22,7 @@ from dtrain.errors import DtrainError
 from dtrain.train.data.generators import Generator, global_generators
 from dtrain.train.data.mixing import Words, keys, mix_all
 from dtrain.train.data.permutation import Ids
+from dtrain.train.data.unlike import note_samples
 
 AUGMENTATION_VERSION = 1
 """Of the map (seed, epoch, sample) → words."""
@@ -163,10 +164,13 @@ class Augmentation:
         if self._read_several is not None:
             Now.sample = None
             try:
-                return list(self._read_several(ids))
+                rows = list(self._read_several(ids))
             except Exception as error:
                 error.add_note(f"it was reading {listed(ids)}")
                 raise
+            if len(rows) != len(ids):
+                raise DtrainError(f"__getitems__() returned {len(rows)} samples for {listed(ids)}")
+            return rows
         rows = []
         try:
             for sample in ids:
@@ -207,7 +211,9 @@ class Augmentation:
         try:
             return self._collate(rows)
         except Exception as error:
-            error.add_note(f"it was making a batch of {listed(samples.tolist())}")
+            ids = samples.tolist()
+            error.add_note(f"it was making a batch of {listed(ids)}")
+            note_samples(error, rows, [f"sample {each}" for each in ids])
             raise
 
 

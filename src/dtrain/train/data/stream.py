@@ -25,6 +25,7 @@ from dtrain.train.data.augmentation import Now, seed_for
 from dtrain.train.data.content import digest
 from dtrain.train.data.fetch import Fetched, NotingCollate
 from dtrain.train.data.generators import global_generators
+from dtrain.train.data.unlike import note_samples
 
 
 def is_stream(dataset: Any) -> bool:
@@ -144,6 +145,7 @@ class StreamFetcher:
                     batch = self.collate(samples)
                 except Exception as error:
                     error.add_note(f"it was making a batch of positions {ids[0]} to {ids[-1]}")
+                    note_samples(error, samples, [f"position {each}" for each in ids])
                     raise
                 parts.append(Fetched(ids, batch, self.collate.contents))
         return Block(request.epoch, request.start, reader.position, ends, parts, state, contents)
