@@ -216,7 +216,7 @@ class LaunchSpec(Model):
     """How long a rank waits in one collective for the others before it gives up. In a script, for
     groups to which it gives no timeout itself."""
     env: Environment = Field(default_factory=dict)
-    """Environment variables of every worker. Values of names that look secret are never shown."""
+    """Environment variables of every worker. What looks secret, by name or form, is never shown."""
     preload: list[Text] | None = None
     """Modules imported once per node before the workers are forked, which must not start threads.
     None: those that the task's file imports and that are known to be safe (numpy, scikit-learn

@@ -16,6 +16,7 @@ from dtrain.errors import UsageError
 from dtrain.job.spec import JobSpec
 from dtrain.train.checkpoint.state import optimizer_state
 from dtrain.train.trainers.step import Parts
+from dtrain.variables import shown
 
 Numbers = dict[str, Any]
 
@@ -107,7 +108,8 @@ class Settings:
         differing = list(_differences(saved["args"], self._args))
         fields = " and ".join(f"args.{name}" for name, _, _ in differing)
         given = f"given by {fields}" if fields else "made by the task"
-        back = " ".join(f"--set args.{name}={json.dumps(was)}" for name, was, _ in differing)
+        given_then = [(name, json.dumps(shown(name, was))) for name, was, _ in differing]
+        back = " ".join(f"--set args.{name}={was}" for name, was in given_then)
         raise UsageError(
             f"what is {given} cannot be taken in the middle of this training: {what}, while "
             f"the checkpoint goes on with the old; resume with {back or 'the code as it was'}, or "
