@@ -125,6 +125,7 @@ class LaunchPlan:
     """Set for every worker; values of secret names are masked here."""
     options: dict[str, Any]
     """The launcher's own settings."""
+    lost_after_s: float = 30.0
     code_dir: str = ""
     """Where workers find the task, when that is not `job_dir` but a copy of it."""
     sources: dict[str, str] = field(default_factory=dict)
@@ -247,6 +248,7 @@ def make_plan(
         join_timeout_s=launch.join_timeout,
         stop_timeout_s=launch.stop_timeout,
         collective_timeout_s=launch.collective_timeout,
+        lost_after_s=launch.lost_after or (600.0 if _is_cluster(launcher) else 30.0),
         threads_per_proc=threads,
         preload=_preload(job, facts),
         worker_env={
@@ -292,16 +294,17 @@ def _processes(job: JobSpec) -> tuple[int, int]:
     return 1, wanted
 
 
+def _is_cluster(launcher: str) -> bool:
+    return launcher in catalog.LAUNCHERS and catalog.LAUNCHERS[launcher].allocates
+
+
 def _threads(
     launcher: str, options: Mapping[str, Any], cores_here: int, nodes: int, per_node: int
 ) -> int:
     """Threads of each of a node's `per_node` processes and replicas, so that all have a core."""
-    fact = catalog.LAUNCHERS.get(launcher)
-    cores = cores_here
-    if fact is not None and fact.allocates:
-        cores = options.get("cpus_per_node") or per_node
-    on_one_host = per_node * (nodes if launcher == "local" else 1)
-    return max(1, cores // on_one_host)
+    if _is_cluster(launcher):
+        return max(1, (options.get("cpus_per_node") or per_node) // per_node)
+    return max(1, cores_here // (per_node * (nodes if launcher == "local" else 1)))
 
 
 def _preload(job: JobSpec, facts: Facts) -> tuple[str, ...]:

@@ -213,8 +213,9 @@ class LaunchSpec(Model):
     stop_timeout: Duration = 30.0
     """How long workers may take to leave in order when asked to, before they are killed."""
     collective_timeout: Duration = 1800.0
-    """How long a rank waits in one collective for the others before it gives up. In a script, for
-    groups to which it gives no timeout itself."""
+    """How long a rank waits in a collective; in a script, in groups without a timeout of its own."""
+    lost_after: Annotated[Duration, Field(ge=3)] | None = None
+    """A node silent for so long is lost; None: 30 s, under slurm and ray, which look too, 10 min."""
     env: Environment = Field(default_factory=dict)
     """Environment variables of every worker. What looks secret, by name or form, is never shown."""
     preload: list[Text] | None = None

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,7 @@ from dtrain import gpus, ports, procs, rundir
 from dtrain.attempts import Handle
 from dtrain.errors import LaunchError, UsageError
 from dtrain.launchers import base
-from dtrain.node import failures
-from dtrain.node.failures import Kind
+from dtrain.node import failures, lost
 from dtrain.node.memory import Memory
 from dtrain.plan import Command, Facts, LaunchPlan
 from dtrain.rundir import RunDir
@@ -137,19 +135,21 @@ class NodeProcess:
     def _record_killed(self, status: int) -> None:
         """Leave a record of all nodes that are gone at once; none of them could."""
         plan, (first, *others) = self._plan, self._node_ranks
-        record = failures.of_exit_status(
-            status,
-            out_of_memory=self._memory.ran_out(),
-            node_rank=first,
-            node=plan.node_names[first] or failures.node_name(),
-            restart=failures.last_restart(plan.run, plan.attempt),
-            time=time.time(),
-            log=str(plan.run.host_log(plan.attempt, first)),
-        )
+        if any(
+            record.kind == "node_lost" and record.node_rank in self._node_ranks
+            for record in failures.read_all(plan.run, plan.attempt)
+        ):
+            return  # an agent has ended it, and said why
         served = f" of nodes {', '.join(map(str, self._node_ranks))}" if others else ""
-        message = f"the node process{served} was {record.message}"
-        kind: Kind = "oom" if record.kind == "oom" else "node_lost"
-        replace(record, kind=kind, message=message).write(plan.run, plan.attempt)
+        lost.record(
+            plan,
+            first,
+            f"the node process{served} {failures.how_it_ended(status)}",
+            log=str(plan.run.host_log(plan.attempt, first)),
+            node=plan.node_names[first] or failures.node_name(),
+            exit_code=128 - status,
+            kind="oom" if self._memory.ran_out() else "node_lost",
+        )
 
 
 class _Interpreter(subprocess.Popen[bytes]):

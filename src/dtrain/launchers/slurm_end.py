@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from dataclasses import replace
 
 from dtrain import attempts
@@ -11,8 +10,8 @@ from dtrain.attempts import Handle
 from dtrain.jobdir import JobDir
 from dtrain.launchers import slurm_watch
 from dtrain.launchers.slurm_watch import Job
-from dtrain.node import failures
-from dtrain.node.failures import FailureRecord, Kind
+from dtrain.node import failures, lost
+from dtrain.node.failures import Kind
 from dtrain.nodelist import expand
 from dtrain.plan import LaunchPlan
 
@@ -93,16 +92,8 @@ def _record(
     node_rank: int = 0,
     node: str = "the batch job",
 ) -> None:
-    FailureRecord(
-        kind=kind,
-        message=message,
-        exit_code=1,
-        node_rank=node_rank,
-        node=node,
-        restart=failures.last_restart(plan.run, plan.attempt),
-        time=time.time(),
-        log=str(JobDir(plan.run).log),
-    ).write(plan.run, plan.attempt)
+    log = str(JobDir(plan.run).log)
+    lost.record(plan, node_rank, message, log=log, kind=kind, node=node)
 
 
 def _record_lost(plan: LaunchPlan, job: Job) -> None:
@@ -110,10 +101,10 @@ def _record_lost(plan: LaunchPlan, job: Job) -> None:
 
     Ranks of nodes follow the order of the names, see `node.slurm.take_place`.
     """
-    lost = slurm_watch.nodes_down(job)
-    if not lost:
+    down = slurm_watch.nodes_down(job)
+    if not down:
         _record(plan, f"one of {job.nodes}: {_NODE_LOST[job.state]}", "node_lost")
-    for name, why in lost.items():
+    for name, why in down.items():
         message = f"{_NODE_LOST[job.state]} (Slurm: {why})"
         rank = list(expand(job.nodes)).index(name)
         _record(plan, message, "node_lost", node_rank=rank, node=name)

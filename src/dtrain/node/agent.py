@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import select
 import signal
 import sys
@@ -11,17 +12,18 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.distributed.elastic.agent.server import SimpleElasticAgent, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalException
 
 from dtrain import rundir
-from dtrain.node import failures, leaving, stacks, verdict
+from dtrain.node import failures, leaving, lost, stacks, verdict
 from dtrain.node.channel import Channel
 from dtrain.node.environment import worker_environment
 from dtrain.node.failures import FailureRecord
+from dtrain.node.heartbeat import Peer, of_silence, tell_now_and_then
 from dtrain.node.memory import Memory
 from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.silence import Silence
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 
 # After one worker has failed the others' work is lost: this is for their failure records.
 _COLLATERAL_GRACE_S = 0.3
+_TOLD_S = 1.0  # for the other agents to hear why, 20 times as long as they take to ask
 _DEATH_S = 5.0  # a rank that hangs in the kernel must not keep the others from being told
 
 
@@ -57,6 +60,8 @@ class NodeAgent(SimpleElasticAgent):
         self.node_rank = node_rank
         self.node = failures.node_name()
         self._channel = channel
+        self._server = Peer(plan.lost_after_s)
+        tell_now_and_then(channel, plan.lost_after_s)
         self._inherited = inherited
         self._rendezvous_handler: NodeRendezvous = spec.rdzv_handler
         self._running: dict[int, int] = {}
@@ -175,9 +180,14 @@ class NodeAgent(SimpleElasticAgent):
     def _next_message(self, wait_s: float = 1.0) -> dict[str, Any] | None:
         select.select([self._channel], [], [], wait_s)
         try:
-            return self._channel.receive()
+            message = self._channel.receive()
         except EOFError:
             sys.exit("the node's fork server has ended")
+        if message is not None:
+            self._server.hear()
+            if "lost" in message:
+                self._rendezvous_handler.lose(message["lost"])
+        return message
 
     def _hear(self, worker_group: WorkerGroup, wait_s: float = 0.0) -> None:
         """Take in which workers have ended."""
@@ -192,6 +202,8 @@ class NodeAgent(SimpleElasticAgent):
                     note = json.loads(message["left"])
                     self._left.append(leaving.of_script(note, **self._place(rank, message)))
             message = self._next_message(0.0)
+        if self._server.is_silent():
+            self._end_alone()
 
     def _wait_for_end(self, worker_group: WorkerGroup, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -275,6 +287,22 @@ class NodeAgent(SimpleElasticAgent):
     def _signal(self, pids: Iterable[int], number: int) -> None:
         for pid in pids:
             self._channel.send({"signal": pid, "number": int(number)})
+
+    def _end_alone(self) -> NoReturn:
+        """Tell that the fork server is silent, and end it: what it forked, and we, die with it."""
+        record = lost.record(
+            self.plan,
+            self.node_rank,
+            of_silence("the node process", self.plan.lost_after_s),
+            log=str(self.plan.run.agent_log(self.plan.attempt, self.node_rank)),
+            node=self.node,
+            restart=self._restart,
+        )
+        log.error("%s", record.message)
+        self._rendezvous_handler.close_with(record.message, record)
+        time.sleep(_TOLD_S)
+        os.kill(os.getppid(), signal.SIGKILL)
+        sys.exit("the node's fork server was silent")
 
     def _report_failure(self) -> bool:
         """Tell of the failure here that is a cause, or else of the first.

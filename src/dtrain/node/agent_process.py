@@ -106,6 +106,7 @@ def _settings(plan: LaunchPlan, node_rank: int) -> RendezvousSettings:
         max_nodes=plan.nodes,
         join_timeout_s=plan.join_timeout_s,
         token=secret,
+        lost_after_s=plan.lost_after_s,
         names=plan.node_names,
     )
 
@@ -149,7 +150,10 @@ def _record_peer(plan: LaunchPlan, node_rank: int, error: PeerFailed) -> None:
         _record_missing(plan, node_rank, RendezvousFailed(f"{error}: of no rank of this run"))
         return
     known = failures.read_all(plan.run, plan.attempt)
-    if not any(record.rank == told.rank and record.pid == told.pid for record in known):
+    place = (told.node_rank, told.rank)
+    same = [record for record in known if (record.node_rank, record.rank) == place]
+    # of a node whoever saw it end knows more than who has only missed it
+    if not any(told.rank is None or record.pid == told.pid for record in same):
         told.write(plan.run, plan.attempt)
 
 

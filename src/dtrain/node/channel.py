@@ -5,6 +5,7 @@ One JSON object a message; SOCK_SEQPACKET keeps their bounds.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Sequence
@@ -40,6 +41,11 @@ class Channel:
             socket.send_fds(self.sock, [json.dumps(message).encode()], files)
         finally:
             self.sock.setblocking(False)
+
+    def offer(self, message: dict[str, Any]) -> None:
+        """Send one message if there is room for it now; of another thread than all the rest."""
+        with contextlib.suppress(BlockingIOError):
+            self.sock.send(json.dumps(message).encode(), socket.MSG_DONTWAIT)
 
     def receive(self) -> dict[str, Any] | None:
         """The next message, or None when there is none yet.

@@ -183,11 +183,6 @@ def read_all(run: RunDir, attempt: int, rank: int | None = None) -> list[Failure
     return [record for record in records if record is not None]
 
 
-def last_restart(run: RunDir, attempt: int) -> int:
-    """The newest restart of which there is a record, so that a node's counts beside them."""
-    return max((record.restart for record in read_all(run, attempt)), default=0)
-
-
 def of_exception(
     error: BaseException, *, rank: int, node_rank: int, restart: int, log: str
 ) -> FailureRecord:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -30,13 +29,13 @@ from torch.distributed.elastic.rendezvous import (
 from dtrain import ports
 from dtrain.node import store as stores
 from dtrain.node.failures import FailureRecord
+from dtrain.node.heartbeat import Hearts, of_silence
 from dtrain.node.sealed import HeadGone, Store
 from dtrain.node.store import Member, PeerFailed, RendezvousFailed, RendezvousSettings, Round
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.02
-_HEARTBEAT_S = 1.0
 _LEAVE_S = 5.0
 
 
@@ -67,16 +66,14 @@ class NodeRendezvous(RendezvousHandler):
         self._notice = notice
         self._is_head = settings.node_rank == 0
         self._worker_store: TCPStore | None = None
-        self._heard: dict[int, tuple[int, float]] = {}
         self._done_round = -1
         self._paced = stores.Paced(settings.max_nodes)
-        self._stopped = threading.Event()
         self._server = stores.serve(settings, listener) if self._is_head else None
         self._store: Store = (
             stores.connect(settings, notice) if self._server is None else self._server.table
         )
         self._address = ports.address_towards(settings.host, settings.port)
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self._hearts = Hearts(self._store, settings.node_rank, settings.lost_after_s)
 
     # -- what torch's agent calls ------------------------------------------------------------
 
@@ -122,7 +119,7 @@ class NodeRendezvous(RendezvousHandler):
         closed, count = self._call(lambda: self._store.get_all(keys))
         if closed is not None:
             raise PeerFailed.told(closed)
-        return int(count or 0)
+        return int(count or 0) or int(self._is_head and self._without_lost())
 
     def is_closed(self) -> bool:
         """Whether a node has given up."""
@@ -138,7 +135,7 @@ class NodeRendezvous(RendezvousHandler):
 
     def shutdown(self) -> bool:
         """Stop the heartbeat; the store goes with the process."""
-        self._stopped.set()
+        self._hearts.stop()
         return True
 
     # -- what our agent calls ----------------------------------------------------------------
@@ -161,6 +158,10 @@ class NodeRendezvous(RendezvousHandler):
         except HeadGone:
             log.info("the head is gone, nobody left to tell: %s", reason)
 
+    def lose(self, node_rank: int) -> None:
+        """Take a node for lost whose end was seen on this host."""
+        self._hearts.lose(node_rank)
+
     def all_done(self, *, done_here: bool) -> bool:
         """Whether the workers of every node have succeeded in this round.
 
@@ -176,7 +177,7 @@ class NodeRendezvous(RendezvousHandler):
 
     def leave(self) -> None:
         """Leave for good; the head, whose store the others still read, leaves last."""
-        self._stopped.set()
+        self._hearts.stop()
         with contextlib.suppress(HeadGone):  # the head may be gone before it has answered
             left = self._store.add("left", 1)
             deadline = time.monotonic() + _LEAVE_S
@@ -283,27 +284,33 @@ class NodeRendezvous(RendezvousHandler):
 
     def _lost(self, number: int) -> list[int]:
         """Nodes of the last round that have not joined this one and whose heart has stopped."""
-        now = time.monotonic()
-        lost = []
-        for member in self.members:
-            rank = member.node_rank
-            beat = int(self._store.add(f"beat/{rank}", 0))
-            last, since = self._heard.get(rank, (-1, now))
-            if beat != last:
-                last, since = beat, now
-            self._heard[rank] = (last, since)
-            silent = now - since > self.settings.lost_after_s
-            if silent and self._store.get(f"{number}/node/{rank}") is None:
-                lost.append(rank)
-        return lost
+        lost = self._hearts.lost(member.node_rank for member in self.members)
+        return [rank for rank in lost if self._store.get(f"{number}/node/{rank}") is None]
+
+    def _without_lost(self) -> bool:
+        """On the head while workers run: whether to go on without nodes that were lost.
+
+        Raises:
+            PeerFailed: those that are left are too few.
+        """
+        lost = self._hearts.lost_now_and_then(member.node_rank for member in self.members)
+        if not lost:
+            return False
+        settings = self.settings
+        if len(self.members) - len(lost) >= settings.min_nodes:
+            self._notice(f"{self._named(lost)} was lost; the others go on")
+            return True
+        record = FailureRecord(
+            kind="node_lost",
+            message=of_silence("its agent", settings.lost_after_s),
+            exit_code=1,
+            node_rank=lost[0],
+            node=settings.names[lost[0]] if settings.names else "",
+            restart=self.round,
+            time=time.time(),
+        )
+        self.close_with(f"{self._named(lost)} was lost", record)
+        raise PeerFailed(f"{self._named(lost)} was lost: {record.message}", record)
 
     def _named(self, ranks: list[int]) -> str:
         return ", ".join(self.settings.name_of(rank) for rank in ranks)
-
-    def _beat(self) -> None:
-        store = self._store.clone()  # a connection of its own: a waiting call holds the other's
-        while not self._stopped.wait(_HEARTBEAT_S):
-            try:
-                store.add(f"beat/{self.settings.node_rank}", 1)
-            except HeadGone:
-                return  # the head is gone; the main thread finds out by itself

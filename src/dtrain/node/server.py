@@ -27,8 +27,9 @@ from typing import Any
 
 from dtrain import procs, rundir
 from dtrain.callring import Ring
-from dtrain.node import failures, stacks
+from dtrain.node import failures, lost, stacks
 from dtrain.node.channel import Channel
+from dtrain.node.heartbeat import Peer, of_silence, pause_s
 from dtrain.plan import LaunchPlan
 from dtrain.procs import LATER, STOPS, fork_child, is_ending, kill_group, threads_lost_by_fork
 from dtrain.ranks import RankInfo
@@ -60,6 +61,7 @@ class _Agent:
     node_rank: int
     pid: int
     channel: Channel
+    peer: Peer
     workers: dict[int, _Worker] = field(default_factory=dict)
     """By pid."""
     killed: set[int] = field(default_factory=set)
@@ -119,6 +121,7 @@ class ForkServer:
             self._wait()
             self._reap()
             self._answer()
+            self._end_silent()
             if self.is_superseded():
                 print("dtrain: the job goes on elsewhere; this node ends", file=sys.stderr)
                 return 1  # all that it forked dies with it
@@ -156,7 +159,7 @@ class ForkServer:
         )
         os.close(log)
         theirs.close()
-        self._agents.append(_Agent(node_rank, pid, ours))
+        self._agents.append(_Agent(node_rank, pid, ours, Peer(self.plan.lost_after_s)))
         rundir.note_event(self.plan.run, "agent_started", node_rank=node_rank, pid=pid)
 
     @property
@@ -177,7 +180,7 @@ class ForkServer:
 
     def _wait(self) -> None:
         channels = [agent.channel.fileno() for agent in self._agents if agent.status is None]
-        select.select([self._wake_read, *channels], [], [], 5.0)
+        select.select([self._wake_read, *channels], [], [], pause_s(self.plan.lost_after_s))
         try:
             while os.read(self._wake_read, 512):
                 pass
@@ -218,20 +221,23 @@ class ForkServer:
         agent.channel.close()
         if code < 0:
             self._record_lost_node(agent, code)
+            for other in self._agents:
+                if other.status is None:
+                    _send(other.channel, {"lost": agent.node_rank})
+
+    def _end_silent(self) -> None:
+        """Kill agents that are stopped: nobody would see that their workers fail."""
+        for agent in self._agents:
+            if agent.status is None and agent.peer.is_silent():
+                kill_group(agent.pid)
 
     def _record_lost_node(self, agent: _Agent, code: int) -> None:
         plan = self.plan
-        failures.FailureRecord(
-            kind="node_lost",
-            message=f"the node agent was killed by {failures.signal_name(-code)}",
-            exit_code=128 - code,
-            node_rank=agent.node_rank,
-            node=plan.node_names[agent.node_rank],
-            time=time.time(),
-            restart=failures.last_restart(plan.run, plan.attempt),
-            pid=agent.pid,
-            log=str(plan.run.agent_log(plan.attempt, agent.node_rank)),
-        ).write(plan.run, plan.attempt)
+        how = f"the node agent was killed by {failures.signal_name(-code)}"
+        if agent.peer.is_silent():
+            how = of_silence("the node agent", plan.lost_after_s)
+        log = str(plan.run.agent_log(plan.attempt, agent.node_rank))
+        lost.record(plan, agent.node_rank, how, log=log, exit_code=128 - code, pid=agent.pid)
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -244,6 +250,10 @@ class ForkServer:
                     break  # it has ended; the next reap says how
                 if request is None:
                     break
+                if "alive" in request:
+                    agent.peer.hear()
+                    _send(agent.channel, {"heard": True})
+                    continue
                 if "start" in request and self.asked_to_stop:
                     continue  # its agent has been asked too, and what workers need is not here
                 if "start" in request:

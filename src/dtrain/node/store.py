@@ -83,7 +83,7 @@ class RendezvousSettings:
     """Of the attempt: the others have it too."""
     last_call_s: float = 5.0
     """With fewer than `max_nodes`: how long to wait for more once there are `min_nodes`."""
-    lost_after_s: float = 10.0
+    lost_after_s: float = 30.0
     """A node whose heartbeat has stood still so long is taken for dead."""
     names: tuple[str, ...] = ()
     """Expected node names by rank, to name one that never joins."""

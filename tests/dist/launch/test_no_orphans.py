@@ -101,6 +101,27 @@ def test_kill_9_leaves_nothing(tmp_path: Path, who: str) -> None:
     assert ("lost" if who == "the command" else "failed") in state
 
 
+STOPPED = {
+    "the fork server": "the node process has not answered for 3 s",
+    "the head's agent": "the node agent has not answered for 3 s",
+}
+
+
+@pytest.mark.parametrize("who", STOPPED)
+def test_what_is_stopped_is_noticed_while_workers_run(tmp_path: Path, who: str) -> None:
+    """SIGSTOP closes no connection, and the workers go on; nobody would see them fail."""
+    with started(*LONG[:-1], "--set", "launch.lost_after=3s", TINY, cwd=tmp_path) as process:
+        run = wait_for_step(tmp_path, 3)
+        below = descendants(process.pid)
+        os.kill(WHO[who](run, process.pid), signal.SIGSTOP)
+        output = process.communicate(timeout=60)[0]
+        assert wait_for(lambda: not any(map(alive, below)), 5), [p for p in below if alive(p)]
+    assert process.returncode != 0
+    (headline,) = [line for line in output.splitlines() if line.startswith("FAILED: node ")]
+    assert STOPPED[who] in headline
+    assert who == "the fork server" or headline.startswith("FAILED: node 0 (node-0)")
+
+
 def test_ctrl_c_ends_in_order_and_says_where_the_run_is(tmp_path: Path) -> None:
     with started(*LONG, cwd=tmp_path) as process:
         run = wait_for_step(tmp_path, 3)

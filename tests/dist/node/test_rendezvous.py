@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -140,6 +141,37 @@ def test_a_node_whose_heart_has_stopped_is_lost() -> None:
         with pytest.raises(RendezvousFailed, match=r"node 1 \(host-1\) was lost") as info:
             made[0].next_rendezvous()
         assert info.value.missing == [1]
+
+
+def lost_while_training(head: NodeRendezvous) -> int:
+    """Ask as the head's agent does until there is word; how many nodes wait then."""
+    deadline = time.monotonic() + 30  # the heart has to stand still for 2 s
+    while time.monotonic() < deadline:
+        if waiting := head.num_nodes_waiting():
+            return waiting
+        threading.Event().wait(0.05)
+    raise AssertionError("nobody was lost in 30 s")
+
+
+def test_a_heart_that_stops_while_workers_run_is_noticed_by_the_head_and_told_to_all() -> None:
+    with nodes(3, lost_after_s=2.0) as made:
+        meet(made)
+        made[2].shutdown()
+        with pytest.raises(PeerFailed, match=r"node 2 \(host-2\) was lost") as info:
+            lost_while_training(made[0])
+        assert info.value.record is not None
+        assert (info.value.record.kind, info.value.record.node_rank) == ("node_lost", 2)
+        with pytest.raises(PeerFailed, match=r"node 2 \(host-2\) was lost"):
+            made[1].num_nodes_waiting()
+
+
+def test_an_elastic_run_goes_on_without_a_node_whose_end_was_seen() -> None:
+    with nodes(2, min_nodes=1, max_nodes=2, last_call_s=0.1) as made:
+        meet(made)
+        made[0].lose(1)
+        assert lost_while_training(made[0]) == 1
+        assert [(rank, size) for rank, size, _ in meet(made[:1])] == [(0, 1)]
+        assert made[0].num_nodes_waiting() == 0
 
 
 def test_elastic_goes_on_with_fewer_after_the_last_call() -> None:
