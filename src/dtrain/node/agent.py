@@ -228,11 +228,8 @@ class NodeAgent(SimpleElasticAgent):
         for own in failures.read_all(self.plan.run, self.plan.attempt, rank):
             if own.pid == message["exited"]:
                 return own
-        record = failures.of_exit_status(
-            message["code"],
-            out_of_memory=self._memory.ran_out(),
-            **self._place(rank, message),
-        )
+        ran_out, place = self._memory.ran_out(), self._place(rank, message)
+        record = failures.of_exit_status(message["code"], out_of_memory=ran_out, **place)
         if message["code"] == -signal.SIGKILL:
             known = verdict.ADVICE.get(record.kind, "find out who sent it, and whether for memory")
             record = replace(record, hint=f"{known}: {self._memory.told(message['peak'])}")
@@ -252,32 +249,21 @@ class NodeAgent(SimpleElasticAgent):
         }
 
     def _note_absent(self, worker_group: WorkerGroup) -> None:
-        """Keep which ranks still run now that others have given up, and where they are.
-
-        The verdict decides whether they are to blame: one node does not know what happened on
-        the others.
-        """
+        """Keep which ranks still run now that others have given up, and where they are."""
         ranks = self._ranks(worker_group)
         logs = {pid: Path(self._log_of(rank)) for pid, rank in ranks.items()}
         answers = stacks.ask(logs.values(), lambda: self._signal(ranks, stacks.SIGNAL))
         for pid, rank in ranks.items():
-            stack = answers[logs[pid]]
-            record = FailureRecord(
-                kind="absent",
-                message="did not come to the collective that the others waited for "
-                f"({self.plan.collective_timeout_s:g} s)",
-                exit_code=1,
+            record = lost.absent(
+                self.plan,
+                answers[logs[pid]],
+                pid=pid,
+                rank=rank,
                 node_rank=self.node_rank,
                 node=self.node,
-                rank=rank,
                 restart=self._restart,
-                time=time.time(),
-                pid=pid,
-                frames=(failures.users_own(stack) or stack[:1])[::-1],
                 log=str(logs[pid]),
-                collateral=stacks.waits_or_leaves(stack),
             )
-            record.write(self.plan.run, self.plan.attempt)
             self._absent += [] if record.collateral else [record]
 
     def _ranks(self, worker_group: WorkerGroup) -> dict[int, int]:
@@ -305,19 +291,12 @@ class NodeAgent(SimpleElasticAgent):
         sys.exit("the node's fork server was silent")
 
     def _report_failure(self) -> bool:
-        """Tell of the failure here that is a cause, or else of the first.
+        """Tell of the failure here.
 
         Returns:
             Whether it is the one that the last restart was for, so that others would not help.
         """
-        first = min(
-            self._failed.values(),
-            key=lambda record: (failures.is_collateral(record.message), record.time),
-        )
-        if self._absent and failures.is_timeout(first.message):
-            first = self._absent[0]
-        elif self._left and all(map(verdict.was_cut_off, self._failed.values())):
-            first = self._left[0]
+        first = verdict.of_node([*self._failed.values()], self._absent, self._left)
         repeated = self._before is not None and first.repeats(self._before)
         self._before = first
         if repeated:

@@ -1,15 +1,60 @@
-"""Records of nodes that could leave none themselves, written by whoever saw or missed it."""
+"""Records of ranks and nodes that leave none themselves, written by who saw or missed them."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
 
-from dtrain.node import failures
-from dtrain.node.failures import FailureRecord, Kind
+from dtrain.node import failures, stacks
+from dtrain.node.failures import FailureRecord, Frame, Kind
 
 if TYPE_CHECKING:
     from dtrain.plan import LaunchPlan
+
+
+def absent(
+    plan: LaunchPlan,
+    stack: list[Frame],
+    *,
+    rank: int,
+    node_rank: int,
+    node: str,
+    restart: int,
+    pid: int,
+    log: str,
+) -> FailureRecord:
+    """Leave a record of a rank that still runs now that others have given up waiting for it.
+
+    The verdict decides whether it is to blame: one node does not know what happened on the
+    others.
+
+    Args:
+        plan: the launch, with the attempt.
+        stack: where it is, the innermost call first.
+        rank: of the worker.
+        node_rank: of its node.
+        node: the node's name.
+        restart: of the workers.
+        pid: of the worker.
+        log: of the worker.
+    """
+    made = FailureRecord(
+        kind="absent",
+        message="did not come to the collective that the others waited for "
+        f"({plan.collective_timeout_s:g} s)",
+        exit_code=1,
+        node_rank=node_rank,
+        node=node,
+        rank=rank,
+        restart=restart,
+        time=time.time(),
+        pid=pid,
+        frames=(failures.users_own(stack) or stack[:1])[::-1],
+        log=log,
+        collateral=stacks.waits_or_leaves(stack),
+    )
+    made.write(plan.run, plan.attempt)
+    return made
 
 
 def record(

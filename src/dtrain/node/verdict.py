@@ -68,6 +68,16 @@ class Verdict:
         }
 
 
+def of_node(
+    failed: list[FailureRecord], absent: list[FailureRecord], left: list[FailureRecord]
+) -> FailureRecord:
+    """What one node tells the others: the failure that is a cause, or else the first."""
+    first = min(failed, key=lambda each: (failures.is_collateral(each.message), each.time))
+    if absent and failures.is_timeout(first.message):
+        return absent[0]
+    return left[0] if left and all(map(was_cut_off, failed)) else first
+
+
 def judge(run: RunDir, attempt: int) -> Verdict | None:
     """Read every failure record of an attempt and find the culprit; None when nothing failed.
 
