@@ -40,11 +40,13 @@ def how_stopped(run: RunDir, attempt: int) -> str:
 
 def alone(run: RunDir) -> str | None:
     """The warning that a script's processes train each by itself, while that is so."""
-    what = None
+    what, pid = None, None
     for event in files.read_lines(run.events, event=str):
-        starts = event["event"] == "workers_started" and event.get("node_rank") == 0  # rank 0's
-        if starts or event["event"] in ("no_group", "group_made"):
-            what = event.get("what")
+        if event["event"] in ("no_group", "group_made"):
+            what, pid = event.get("what"), event.get("pid")
+        elif event["event"] == "workers_started" and event.get("node_rank") == 0:  # rank 0's
+            # a short script is told of after its end
+            what = what if pid in event.get("pids", ()) else None
     return what
 
 

@@ -134,8 +134,7 @@ def _run_script(plan: LaunchPlan, spec: JobSpec, ring: Ring | None) -> int:
 
     def leave(how: str, frames: list[Frame]) -> int:
         group.tell_if_none("to the end")
-        if group.may_be_awaited():
-            leaving.keep(ring, how, frames)
+        leaving.keep(ring, how, frames, group.is_over())
         return 0
 
     with leaving.hearing_exit(partial(leave, "os._exit(0)")):

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -47,16 +46,17 @@ def hearing_exit(tell: Callable[[list[Frame]], int]) -> Iterator[None]:
         os._exit = end
 
 
-def keep(ring: Ring | None, how: str, frames: list[Frame]) -> None:
+def keep(ring: Ring | None, how: str, frames: list[Frame], in_order: bool) -> None:
     """Keep how this process leaves, for its agent; by hand there is none.
 
     Args:
         ring: shared with who started this process.
         how: in words, as `sys.exit(0)`.
         frames: the user's lines, outermost first.
+        in_order: whether it has destroyed its process group, so that others are suspected before.
     """
     for shown in (frames[-3:], frames[-1:], []):
-        note = {"how": how, "frames": [asdict(frame) for frame in shown]}
+        note = {"how": how, "in_order": in_order, "frames": [asdict(frame) for frame in shown]}
         raw = json.dumps(note).encode()
         if ring is not None and len(raw) <= NOTE_BYTES:
             ring.leave(raw)
@@ -70,7 +70,7 @@ def of_task(record: FailureRecord, how: str) -> FailureRecord:
         record: where it was.
         how: in words, as `sys.exit(0)`.
     """
-    where = f" in step {record.step}" if record.step else f" at {_clock(record.time)}"
+    where = f" in step {record.step}" if record.step else ""
     message = f"left early, by {how}{where}: training had not ended"
     return replace(record, kind="left", message=message, exit_code=1, type="")
 
@@ -84,12 +84,9 @@ def of_script(note: dict[str, Any], **place: Any) -> FailureRecord:
     """
     return FailureRecord(
         "left",
-        f"left early, by {note['how']} at {_clock(place['time'])}: others still waited for it",
+        f"left early, by {note['how']}: others still waited for it",
         0,
+        collateral=note["in_order"],
         frames=[Frame(**frame) for frame in note["frames"]],
         **place,
     )
-
-
-def _clock(seconds: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(seconds))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import textwrap
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ _NOT_TO_RESUME = ("UsageError", "NeverMadeError")
 """Errors that another try makes again."""
 _FILE = re.compile(r'^  File "(.+)", line \d+, in ', re.MULTILINE)
 _MOST_PLACES = 3
-_VICTIM = 2
+_VICTIM = 3
 """Guilt of a rank that failed because another did."""
 
 ADVICE = {
@@ -135,7 +136,7 @@ def was_cut_off(record: FailureRecord) -> bool:
 
 def _only_waited(records: list[FailureRecord]) -> bool:
     """Whether all failed because a collective was not answered in time."""
-    victims = all(_guilt(record)[0] >= _VICTIM for record in records)
+    victims = all(_guilt(r)[0] >= _VICTIM and r.kind != "left" for r in records)
     return victims and any(failures.is_timeout(record.message) for record in records)
 
 
@@ -226,7 +227,9 @@ def _guilt(record: FailureRecord) -> tuple[int, float]:
     if record.kind in ("collectives", "parted"):
         return (1, 0.0)
     if record.kind == "agent":
-        return (3, record.time)
+        return (_VICTIM + 1, record.time)
+    if record.kind == "left" and record.collateral:  # in order: others may fail before it ends
+        return (_VICTIM - 1, record.time)
     says_so = record.kind == "exception" and failures.is_collateral(record.message)
     if record.collateral or says_so:
         return (_VICTIM, record.time)
@@ -265,6 +268,8 @@ def _frames(culprit: FailureRecord, room: int) -> list[str]:
 def _reason(culprit: FailureRecord) -> list[str]:
     """What was wrong, besides what the first line says of it."""
     said = [line for line in culprit.message.splitlines() if line.strip()]
+    if culprit.kind == "left":
+        return [*said[1:], time.strftime("it left at %H:%M:%S", time.localtime(culprit.time))]
     if culprit.kind != "exception":
         return said[1:]
     return said or [f"{culprit.type} without a message"]

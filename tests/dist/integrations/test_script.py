@@ -63,7 +63,7 @@ def test_the_rank_that_left_is_named_and_not_who_lost_its_connection(tmp_path: P
     )
     done = dtrain("launch", "--nodes", "2", "leaves.py", cwd=tmp_path)
     assert done.returncode == 1, done.stdout
-    assert "FAILED: rank 1 on node 1 (node-1) left early, by sys.exit(0) at " in done.stdout
+    assert "FAILED: rank 1 on node 1 (node-1) left early, by sys.exit(0): " in done.stdout
     assert "leaves.py:4 in <module>" in done.stdout
     assert f"rank 0 waited at {tmp_path.name}/leaves.py:5 in <module>" in done.stdout
 

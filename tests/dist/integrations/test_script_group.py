@@ -18,14 +18,14 @@ def made_late(path: Path) -> tuple[str | None, ...]:
     run, group.PATIENCE_S = RunDir(path), 0.05
     watched = group.Group(run, 60)
     until("the warning", lambda: told.alone(run))
-    before, awaited = told.alone(run), [watched.may_be_awaited()]
+    before, over = told.alone(run), [watched.is_over()]
     dist.init_process_group("gloo")
     until("the news", lambda: events(run, "group_made"))
-    awaited.append(watched.may_be_awaited())
+    over.append(watched.is_over())
     dist.destroy_process_group()
-    awaited.append(watched.may_be_awaited())
+    over.append(watched.is_over())
     watched.tell_if_none("to the end")
-    assert awaited == [True, True, False]
+    assert over == [False, False, True]
     return before, told.alone(run)
 
 

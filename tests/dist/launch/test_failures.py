@@ -43,7 +43,7 @@ def block(output: str) -> list[str]:
         ("exit", "rank 3 on node 1 (node-1): sys.exit(3)", 3),
         ("_exit", "rank 3 on node 1 (node-1): exited with code 3", 3),
         ("leave", "rank 3 on node 1 (node-1) left early, by sys.exit(0) in step 3: ", 1),
-        ("_leave", "rank 3 on node 1 (node-1) left early, by os._exit(0) at ", 1),
+        ("_leave", "rank 3 on node 1 (node-1) left early, by os._exit(0): ", 1),
     ],
 )
 def test_the_culprit_is_named(tmp_path: Path, misbehave: str, headline: str, code: int) -> None:

@@ -82,7 +82,7 @@ def test_status_says_what_a_running_run_waits_for(plan: LaunchPlan) -> None:
     assert waits("silent", 0, what="rank 0 at a.py:1") == "rank 0 at a.py:1"
     assert waits("silent", 1, what="rank 1 at b.py:2") == "rank 0 at a.py:1\nrank 1 at b.py:2"
     assert waits("heard", 0) == "rank 1 at b.py:2"
-    assert waits("workers_started", 0) is None
+    assert waits("workers_started", 0, pids=[1]) is None
     waits("silent", 0, what="rank 0 at a.py:1")
     Result("succeeded", 0, 0.0, 1.0).write(plan.run, 0)
     assert summary(plan.run)["waits"] is None

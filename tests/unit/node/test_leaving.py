@@ -19,7 +19,7 @@ def test_an_exit_that_raises_nothing_is_heard_with_its_line(status: int, ends: i
     ring = Ring()
 
     def tell(frames: list[Frame]) -> int:
-        leaving.keep(ring, "os._exit(0)", frames)
+        leaving.keep(ring, "os._exit(0)", frames, False)
         return 7
 
     pid = os.fork()
@@ -56,7 +56,7 @@ def test_a_note_that_is_too_long_has_fewer_lines(tmp_path: Path) -> None:
     ring.write(1, "barrier()")
     long = Frame("/deep" * 300, 1, "f", "x")
     for frames, left in (([long] * 3, 1), ([long, Frame("/deep" * 1000, 1, "f", "x")], 0)):
-        leaving.keep(ring, "sys.exit(0)", frames)
+        leaving.keep(ring, "sys.exit(0)", frames, True)
         assert len(json.loads(ring.left())["frames"]) == left
     (tmp_path / "ring").write_bytes(ring.contents())
     assert read_ring(tmp_path / "ring") == {1: "barrier()"}

@@ -105,6 +105,22 @@ def test_who_left_with_status_0_is_blamed_by_those_alone_who_waited(
     assert ("rank 0 waited at me/train.py:7" in verdict.render(found, run)) == bool(blamed)
 
 
+@pytest.mark.parametrize("why", [COLLATERAL[0], TIMEOUT])
+def test_of_those_who_left_who_destroyed_its_group_is_the_last_to_be_blamed(
+    run: RunDir, why: str
+) -> None:
+    left = {"kind": "left", "exit_code": 0, "type": ""}
+    record(0, message=why, traceback=IN_TORCH, time=3.0).write(run, 0)
+    record(1, message="left early", collateral=True, time=1.0, **left).write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert found.culprit.rank == 1
+    record(2, message="left early", time=2.0, **left).write(run, 0)
+    found = verdict.judge(run, 0)
+    assert found is not None
+    assert found.culprit.rank == 2
+
+
 def test_nobody_is_blamed_when_all_waited(run: RunDir) -> None:
     line = Frame("/home/me/train.py", 7, "main", "dist.recv(x, 1)")
     record(0, message=COLLATERAL[0], frames=[line], time=1.0).write(run, 0)

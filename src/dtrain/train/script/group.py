@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import threading
 import time
@@ -56,13 +57,13 @@ class Group:
             make(*args, **kwargs)
             self._made = True
             if self._told:
-                note_event(self._run, "group_made")
+                note_event(self._run, "group_made", pid=os.getpid())
 
         return watched
 
-    def may_be_awaited(self) -> bool:
-        """Whether other ranks may wait for this: no group was made yet, or one is not destroyed."""
-        return not self._made or dist.is_initialized()
+    def is_over(self) -> bool:
+        """Whether a group was made and destroyed."""
+        return self._made and not dist.is_initialized()
 
     def tell_if_none(self, when: str) -> None:
         """Warn where several processes have no group; rank 0 does so for all."""
@@ -72,7 +73,7 @@ class Group:
             f"no process group {when}: without torch.distributed.init_process_group() each of the "
             f"{self._size} processes trains by itself"
         )
-        note_event(self._run, "no_group", what=what)
+        note_event(self._run, "no_group", what=what, pid=os.getpid())
         if not self._told:
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
             print(f"{stamp} WARNING dtrain: {what}", file=sys.stderr, flush=True)
