@@ -18,7 +18,9 @@ def _cut(most: int) -> Callable[[str], str]:
     return lambda text: text[:most]
 
 
-Text = Annotated[str, AfterValidator(_cut(1 << 16))]
+MOST = 1 << 16
+"""Characters of a text."""
+Text = Annotated[str, AfterValidator(_cut(MOST))]
 """Of one that is longer the rest is dropped."""
 Name = Annotated[str, AfterValidator(_cut(255))]
 Whole = Annotated[int, Field(ge=0, lt=1 << 53)]
@@ -37,9 +39,14 @@ def read(kind: type[T], text: str | bytes) -> T:
     """
     adapter = _adapters.get(kind) or _adapters.setdefault(kind, TypeAdapter(kind))
     try:
-        found: T = adapter.validate_json(text)
-    except ValidationError:
-        found = adapter.validate_json(_without_surrogates(text))
+        try:
+            found: T = adapter.validate_json(text)
+        except ValidationError:
+            found = adapter.validate_json(_without_surrogates(text))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
     return found
 
 

@@ -208,7 +208,7 @@ def of_exception(
         pid=os.getpid(),
         type=error.type if isinstance(error, OtherProcessError) else type(error).__name__,
         frames=_frames(error),
-        traceback="".join(traceback.format_exception(error)),
+        traceback="".join(traceback.format_exception(error))[: checked.MOST],
         log=log,
         collateral=getattr(error, "collateral", False),
         step=None if _may_pass(error) else getattr(error, _STEP, None),
@@ -282,7 +282,7 @@ def node_name() -> str:
 
 def is_collateral(message: str) -> bool:
     """Whether an error only says that another rank went away."""
-    return _COLLATERAL.search(message) is not None
+    return _COLLATERAL.search(message[: checked.MOST]) is not None
 
 
 def is_timeout(message: str) -> bool:

@@ -57,10 +57,16 @@ def test_a_text_that_fills_the_disk_is_cut(tmp_path: Path) -> None:
     assert len(read.traceback) < 100_000
 
 
+def test_an_error_that_says_too_much_can_still_be_told() -> None:
+    error = ValueError("x" * 10_000_000)
+    record = failures.of_exception(error, rank=0, node_rank=0, restart=0, log="")
+    assert len(PeerFailed("why", record).to_tell()) < 1_000_000
+
+
 @pytest.mark.parametrize(("name", "value"), FORGED)
 def test_what_is_forged_is_no_record(tmp_path: Path, name: str, value: Any) -> None:
     raw = {**asdict(RECORD), name: value}
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=rf"{name}[^\n]*\Z"):
         FailureRecord.from_json(raw)
     run = RunDir(tmp_path)
     rundir.write_json(run.failure(0, 3), raw)
