@@ -120,7 +120,7 @@ def parse_line(line: str | bytes) -> dict[str, Any] | None:
 def last_line(log: Path) -> str:
     """The last line of a log that says something; empty where there is none."""
     try:
-        return log.read_text(errors="replace").strip().rpartition("\n")[2]
+        return log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
     except OSError:
         return ""
 

@@ -109,7 +109,9 @@ def interface_of(address: str) -> str | None:
 
 def _ephemeral_range() -> tuple[int, int]:
     try:
-        low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+        low, high = (
+            Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()
+        )
     except OSError:
         return 32768, 60999
     return int(low), int(high)

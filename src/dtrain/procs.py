@@ -119,7 +119,7 @@ def threads_lost_by_fork() -> int:
     names = []
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # it has just ended
-            names.append((task / "comm").read_text().strip())
+            names.append((task / "comm").read_text(encoding="utf-8", errors="replace").strip())
     return sum(name not in _SAFE_THREADS for name in names) - 1
 
 
@@ -145,7 +145,7 @@ def identity(pid: int) -> str | None:
     namespace, and the clock tick of the boot at which the process started.
     """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         around = _around()
     except OSError:
         return None
@@ -160,7 +160,7 @@ def is_here(identity: str) -> bool:
 
 def _around() -> str:
     """The boot, and the PID namespace in which we see processes: a container has its own."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
 
 
@@ -173,7 +173,9 @@ def this_process() -> dict[str, Any]:
 def is_ending(pid: int) -> bool:
     """Whether a process is on its way out, or gone: a signal has nothing to do with it any more."""
     try:
-        flags = _after_name(Path(f"/proc/{pid}/stat").read_text())[6]
+        flags = _after_name(
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        )[6]
     except OSError:
         return True
     return bool(int(flags) & _PF_EXITING)

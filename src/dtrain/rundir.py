@@ -78,7 +78,7 @@ class RunDir:
     def url(self) -> str | None:
         """Where this directory has its lasting copy; None for a run that is kept in it alone."""
         try:
-            return self.url_file.read_text()
+            return self.url_file.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
 

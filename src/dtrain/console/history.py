@@ -21,7 +21,7 @@ def merged(logs: Mapping[int, Path]) -> Iterator[tuple[float, int, str]]:
 
 def _timed(rank: int, path: Path) -> Iterator[tuple[float, int, str]]:
     now = 0.0
-    with path.open(errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             now = max(now, _time_of(line) or now)
             yield now, rank, line.rstrip("\n")

@@ -101,7 +101,7 @@ def _averaged(tensors: dict[str, Any]) -> dict[str, Any]:
 
 def _model(run: RunDir, state: dict[str, Any]) -> Trained:
     plan = LaunchPlan.read(run)
-    spec = JobSpec.model_validate(yaml.safe_load(accepted_job(run).read_text()))
+    spec = JobSpec.model_validate(yaml.safe_load(accepted_job(run).read_text(encoding="utf-8")))
     if not spec.task:
         raise UsageError("this run is of a script, which knows its model alone: --to safetensors")
     return trained_model(spec, plan.code_dir or plan.job_dir, state)

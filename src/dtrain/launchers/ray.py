@@ -185,7 +185,7 @@ class DriverProcess:
             ).write(run, attempt)
 
     def _last_words(self) -> str:
-        text = self._folder.log.read_text(errors="replace").strip()
+        text = self._folder.log.read_text(encoding="utf-8", errors="replace").strip()
         return text.splitlines()[-1] if text else "it has said nothing"
 
 

@@ -171,7 +171,7 @@ def _trouble_at(url: str, python: str, env: dict[str, str]) -> str:
             [python, "-P", "-c", _REACH, url],
             env={**os.environ, **env},
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=100,
             check=False,
         )
@@ -188,7 +188,7 @@ def _packages(python: str, names: list[str]) -> dict[str, Any]:
         done = subprocess.run(
             [python, "-P", "-c", _LOOK, *names],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=60,
             check=False,
         )

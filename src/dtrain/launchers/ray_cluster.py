@@ -68,7 +68,7 @@ class OwnCluster:
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             start_new_session=True,
         )
         assert self._keeper.stdout is not None
@@ -88,7 +88,9 @@ class OwnCluster:
     def _environment(self) -> dict[str, str]:
         """For the cluster and for us, its driver: a token of its own, and no telemetry."""
         token = self.folder / "token"
-        with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with open(
+            os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+        ) as file:
             file.write(secrets.token_hex(32))
         return {
             "RAY_AUTH_MODE": "token",
@@ -224,7 +226,9 @@ def _own_gpus(number: int, count: int) -> dict[str, str]:
 
 def last_words(log: Path) -> str:
     """The last lines that a node of Ray has said."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    lines = [
+        line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+    ]
     return " ".join([line for line in lines if line][-3:])
 
 

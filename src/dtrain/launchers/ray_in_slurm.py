@@ -98,7 +98,7 @@ class Cluster:
             ],
             stdin=subprocess.PIPE,  # srun passes its end on; a signal would have it kill the node
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
         )
         threading.Thread(target=self._listen, args=(host,), daemon=True).start()
 
@@ -150,7 +150,9 @@ def _launch(arguments: Sequence[str], address: str) -> int:
 
 def _protect(token: Path) -> None:
     """Whoever reaches a Ray cluster without a token can run anything on it."""
-    with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with open(
+        os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+    ) as file:
         file.write(secrets.token_hex(32))
     os.environ.update(
         RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_USAGE_STATS_ENABLED="0"
@@ -167,7 +169,7 @@ def _hosts() -> list[str]:
     if nodes is None:
         raise LaunchError("this is no job of Slurm: hand the script to sbatch")
     command = ["scontrol", "show", "hostnames", nodes]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.split()
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Mirror:
         if path.suffix == ".json":  # replaced as a whole
             if changed != stat.st_mtime_ns:
                 self._sent[path] = stat.st_size, stat.st_mtime_ns
-                yield {"path": name, "text": path.read_text()}
+                yield {"path": name, "text": path.read_text(encoding="utf-8")}
             return
         limit = _MOST_OF_A_LOG if path.suffix == ".log" else stat.st_size
         with path.open("rb") as file:

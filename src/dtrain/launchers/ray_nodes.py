@@ -149,7 +149,11 @@ class Nodes:
             return
         rank, code = failed[0], outcome.codes[failed[0]]
         log = run.host_log(self._attempt, rank)
-        said = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+        said = (
+            log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            if log.exists()
+            else []
+        )
         FailureRecord(
             kind="agent",
             message=f"the node process {failures.how_it_ended(code)}: {(said or ['no word'])[-1]}",

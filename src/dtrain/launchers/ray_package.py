@@ -42,7 +42,7 @@ def pack(plan: LaunchPlan) -> Path:
         *([] if run.secret_env(plan.attempt).exists() else [run.job]),
     ):
         shutil.copy2(path, inside / path.name)
-    (inside / "link.json").write_text(json.dumps(os.readlink(link)))
+    (inside / "link.json").write_text(json.dumps(os.readlink(link)), encoding="utf-8")
     return tree
 
 
@@ -55,11 +55,11 @@ def unpack(folder: Path) -> tuple[LaunchPlan, bool]:
     Raises:
         LaunchError: the cluster has no place for the run directory.
     """
-    text = (folder / "plan.json").read_text()
+    text = (folder / "plan.json").read_text(encoding="utf-8")
     raw = json.loads(text)
     there = RunDir(raw["run_dir"])
     runs = raw["run_url"].rpartition("/")[0] or raw["options"]["runs"]
-    if not runs and there.plan.exists() and there.plan.read_text() == text:
+    if not runs and there.plan.exists() and there.plan.read_text(encoding="utf-8") == text:
         return LaunchPlan.read(there), True
     if not runs:
         raise LaunchError(
@@ -92,5 +92,5 @@ def _with_code(plan: LaunchPlan, folder: Path) -> LaunchPlan:
     shutil.copytree(folder.parent, tree, ignore=shutil.ignore_patterns(FOLDER))
     link = snapshot.job_folder(code, plan.attempt)
     link.unlink(missing_ok=True)
-    link.symlink_to(json.loads((folder / "link.json").read_text()))
+    link.symlink_to(json.loads((folder / "link.json").read_text(encoding="utf-8")))
     return replace(plan, job_dir=str(link), code_dir=str(link))

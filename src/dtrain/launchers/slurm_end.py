@@ -119,7 +119,7 @@ def _last_words(folder: JobDir, job: Job) -> str:
         line
         for path in (folder.log, folder.submitit_log(job.job_id), folder.node_log(0))
         if path.exists()
-        for line in path.read_text(errors="replace").splitlines()
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
         if line.strip()
     ]
     ours = [line.removeprefix("dtrain: ") for line in said if line.startswith("dtrain: ")]

@@ -107,7 +107,7 @@ def ask(*argv: str, input_text: str | None = None) -> subprocess.CompletedProces
     env = slurm_env()
     try:
         return subprocess.run(
-            argv, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S,
+            argv, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT_S,
             env=env, input=input_text, check=False,
         )  # fmt: skip
     except FileNotFoundError:

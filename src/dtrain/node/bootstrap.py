@@ -78,7 +78,7 @@ def _has_agent() -> bool:
 
 def _train(run: RunDir, ranks: RankInfo, ring: Ring | None) -> int:
     plan = LaunchPlan.read(run)
-    spec = JobSpec.model_validate(yaml.safe_load(run.resolved.read_text()))
+    spec = JobSpec.model_validate(yaml.safe_load(run.resolved.read_text(encoding="utf-8")))
     attempt = int(os.environ.get(rundir.ATTEMPT_VARIABLE, plan.attempt))
     if spec.script is not None:
         return _run_script(plan, spec, ring)

@@ -284,8 +284,9 @@ def _become_worker(worker: dict[str, Any], ring: Ring) -> int:
     os.environ.clear()
     os.environ.update(worker["env"])
     # PYTHONUNBUFFERED is read when an interpreter starts, and a fork is none: without this a log
-    # shows what a script prints 8 KB at a time.
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # shows what a script prints 8 KB at a time. And no training ends with a name that it prints,
+    # where the locale is not UTF-8.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
     # What the imports above wanted done at exit (174 op libraries of torch) is the server's to
     # do, not each worker's: 0.2 s. What the worker registers itself still runs.
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]

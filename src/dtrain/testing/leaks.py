@@ -87,7 +87,7 @@ class _Process:
     def read(cls, pid: int) -> _Process | None:
         """None when there is no such process any more."""
         try:
-            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         except OSError:
             return None
         name, _, rest = stat.partition("(")[2].rpartition(")")
@@ -248,6 +248,6 @@ def _shm_names() -> list[str]:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text(errors="replace")
+        return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""

@@ -88,7 +88,7 @@ class Csv:
         new = [name for name in row if name not in known]
         if new:
             self._rewrite(split, [*known, *new], list(self._rows(split)))
-        with self._path(split).open("a", newline="") as file:
+        with self._path(split).open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._columns[split]).writerow(row)
 
     def close(self, outcome: Outcome) -> None:
@@ -100,7 +100,7 @@ class Csv:
     def _rows(self, split: str) -> Iterator[dict[str, Any]]:
         """What is there; a last line cut short by a kill is passed over."""
         if self._path(split).exists():
-            text = self._path(split).read_text()
+            text = self._path(split).read_text(encoding="utf-8")
             yield from csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
 
     def _rewrite(self, split: str, columns: list[str], rows: list[dict[str, Any]]) -> None:

@@ -156,7 +156,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """
         target = Path(path)
         kept = _digest_of(target)
-        if kept.exists() and kept.read_text() != _digest(target):
+        if kept.exists() and kept.read_text(encoding="utf-8") != _digest(target):
             raise CheckpointError(f"{target} is damaged: its xxh3 is not the one beside it")
         return super().load_checkpoint(path, map_location, weights_only)
 
