@@ -27,9 +27,10 @@ _SECRET = "may hold secrets"
 _SECRET_FILES = (
     ".env", ".env.*", "*.env", ".envrc", "env.local",
     ".netrc", "_netrc", ".pypirc", ".npmrc", ".htpasswd", ".pgpass", ".my.cnf", ".git-credentials",
-    ".dockercfg", ".aws", ".ssh", ".kube", ".azure", ".gnupg", ".docker", ".secrets", "kubeconfig*",
-    "*.kubeconfig", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk",
-    "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.tfvars", "*.tfvars.json", "*.tfstate",
+    ".dockercfg", ".aws", ".ssh", ".kube", ".gnupg", ".docker/config.json", ".secrets",
+    "kubeconfig*", "*.kubeconfig", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks",
+    "*.keystore", "*.kdbx", "*.ppk", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
+    "*.tfvars", "*.tfvars.json", "*.tfstate",
     "*service-account*.json", "*service_account*.json", "client_secret*.json", "secret.y*ml",
     "secrets.y*ml", "secrets.json", "secrets.toml", "token.txt", "*.token", "*credentials*",
 )  # fmt: skip
@@ -87,7 +88,8 @@ def make_private(folder: Path) -> None:
 
 def _may_be_secret(path: str) -> bool:
     parts = path.lower().split("/")
-    return any(fnmatch(part, pattern) for part in parts for pattern in _SECRET_FILES)
+    steps = [*parts, "/".join(parts[-2:])]
+    return any(fnmatch(step, pattern) for step in steps for pattern in _SECRET_FILES)
 
 
 def job_folder(folder: Path, attempt: int) -> Path:

@@ -29,6 +29,9 @@ _SECRET_VALUE = re.compile(
     r"|eyJ[\w-]{8,}\.eyJ[\w-]{8})"
 )
 """Texts that are secret by their form: URLs with a password, keys, tokens of known services."""
+_DOUBTFUL_NAME = re.compile(r"(?!.*(api|access|auth|secret|private)).*(key|token)s?")
+_WORD = re.compile(r"[<\[|]*[A-Za-z_. -]{0,19}[>\]|]*")
+"""A word of people's, not a key."""
 
 
 def is_secret(name: str, value: object) -> bool:
@@ -41,6 +44,14 @@ def is_secret(name: str, value: object) -> bool:
     if not isinstance(value, str) or not value:
         return False
     return _is_secret_name(name) or _SECRET_VALUE.search(value) is not None
+
+
+def _is_secret_argument(name: str, value: object) -> bool:
+    """The same of an argument: `pad_token: "[PAD]"` and `image_key: left_image` are none."""
+    if not is_secret(name, value):
+        return False
+    doubtful = _DOUBTFUL_NAME.fullmatch(name.lower().lstrip("-")) is not None
+    return not (doubtful and _WORD.fullmatch(str(value)))
 
 
 def may_tell(text: str) -> bool:
@@ -65,13 +76,13 @@ def shown(name: str, value: Any) -> Any:
         return [
             _shown_option(option) if option else shown(owner, part) for part, option, owner in pairs
         ]
-    return MASK if is_secret(name, value) else value
+    return MASK if _is_secret_argument(name, value) else value
 
 
 def _shown_option(text: str) -> str:
     """`--api-key=abc` without its value."""
     option, equals, value = text.partition("=")
-    return f"{option}={MASK}" if equals and is_secret(option, value) else text
+    return f"{option}={MASK}" if equals and _is_secret_argument(option, value) else text
 
 
 def masked(env: Mapping[str, str]) -> dict[str, str]:

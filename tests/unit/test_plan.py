@@ -164,13 +164,17 @@ def test_a_value_is_secret_by_its_form(value: str, expected: bool) -> None:
 
 
 def test_what_is_secret_in_arguments_is_not_shown() -> None:
-    given = ["--lr", "0.1", "--api-key", "abc", "--token=x", "--verbose", "file", "pg://u:pw@h"]
+    given = ["--lr", "0.1", "--api-key", "abc", "--token=x1", "--verbose", "file", "pg://u:pw@h"]
     assert shown("arguments", given) == [
         "--lr", "0.1", "--api-key", MASK, f"--token={MASK}", "--verbose", "file", MASK
     ]  # fmt: skip
     assert shown("args", {"a": {"max_tokens": 5, "db_password": "x", "name": "y", "no": []}}) == {
         "a": {"max_tokens": 5, "db_password": MASK, "name": "y", "no": []}
     }
+    plain = {"pad_token": "[PAD]", "image_key": "left_image", "key": "label", "tokens": "bpe"}
+    assert shown("args", plain) == plain
+    hidden = {"token": "a1b2c3", "api_key": "abc", "key": "abcdefghijklmnopqrstuvwxyz"}
+    assert shown("args", hidden) == dict.fromkeys(hidden, MASK)
 
 
 def test_torchrun_on_one_host_needs_no_options() -> None:

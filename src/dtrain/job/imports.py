@@ -20,7 +20,15 @@ from dtrain.job.classes import module_file
 from dtrain.job.spec import JobSpec
 from dtrain.job.written import Place, did_you_mean, shown_path
 
-_CHANGES_THE_PATH = {"addsitedir", "meta_path", "path_hooks", "path_importer_cache", "subprocess"}
+_CHANGES_THE_PATH = {
+    "addsitedir",
+    "meta_path",
+    "path_hooks",
+    "subprocess",
+    "pyximport",
+    "cppimport",
+    "hy",
+}
 """Words in a file after which modules may be found that are not there now."""
 
 
