@@ -234,8 +234,9 @@ def _judge(
     if cancelled or (judged is None and asked):
         return "cancelled", code, None
     found = judged or verdict.Verdict(_unexplained(plan, code))
-    with contextlib.suppress(OSError):  # a full disk is often why we are here
-        verdict.write(plan.run, plan.attempt, found)
+    if plan.is_of_node_zero:
+        with contextlib.suppress(OSError):  # a full disk is often why we are here
+            verdict.write(plan.run, plan.attempt, found)
     return "failed", found.exit_code, found
 
 

@@ -14,12 +14,13 @@ from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from dtrain import gpus, rundir
+from dtrain.errors import EXIT_USAGE
 from dtrain.node import failures, token
 from dtrain.node.agent import NodeAgent, SameFailure
 from dtrain.node.channel import Channel
 from dtrain.node.failures import FailureRecord, Kind
 from dtrain.node.rendezvous import NodeRendezvous
-from dtrain.node.store import PeerFailed, RendezvousFailed, RendezvousSettings
+from dtrain.node.store import NodeTaken, PeerFailed, RendezvousFailed, RendezvousSettings
 from dtrain.plan import LaunchPlan
 from dtrain.procs import STOPS, ignore_stops
 
@@ -80,6 +81,9 @@ def run_agent(
         log.error("%s", error)
         _record_peer(plan, node_rank, error)
         return 1 if error.signal is None else 128 + error.signal
+    except NodeTaken as error:  # the run is the others', and goes on
+        log.error("%s", error)
+        return EXIT_USAGE
     except SameFailure as error:
         log.error("%s", error)
         return 1

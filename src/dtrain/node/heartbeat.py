@@ -60,6 +60,7 @@ class Hearts:
         self._lost_after_s = lost_after_s
         self._silences: dict[int, Silence] = {}
         self._gone: set[int] = set()
+        self._beats = 0
         self._stopped = threading.Event()
         self._look_at = 0.0
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
@@ -67,6 +68,15 @@ class Hearts:
     def stop(self) -> None:
         """Beat no more."""
         self._stopped.set()
+
+    def has_twin(self) -> bool:
+        """Whether another agent beats as our node; it takes 3.5 s to know."""
+        before = self._beats_of_others()
+        time.sleep(3.5 * _BEAT_S)
+        return self._beats_of_others() > before + 1  # one of ours may not be counted yet
+
+    def _beats_of_others(self) -> int:
+        return self._store.add(f"beat/{self._node_rank}", 0) - self._beats
 
     def lose(self, node_rank: int) -> None:
         """Take a node for lost whose end was seen on this host."""
@@ -97,6 +107,7 @@ class Hearts:
         while not self._stopped.wait(_BEAT_S):
             try:
                 store.add(f"beat/{self._node_rank}", 1)
+                self._beats += 1
             except HeadGone:
                 return  # the head is gone; the main thread finds out by itself
 

@@ -91,6 +91,7 @@ class NodeRendezvous(RendezvousHandler):
 
         Raises:
             RendezvousFailed: nodes are missing after the join timeout.
+            NodeTaken: another agent is our node.
             PeerFailed: a node gave up meanwhile.
         """
         number = self._join()
@@ -188,18 +189,24 @@ class NodeRendezvous(RendezvousHandler):
     # -- joining -----------------------------------------------------------------------------
 
     def _join(self) -> int:
-        number = self.round + 1
-        if self.round < 0:  # a node that comes late joins the round that is open now
+        number, is_new = self.round + 1, self.round < 0
+        if is_new:  # a node that comes late joins the round that is open now
             number = int(self._call(lambda: self._store.add("completed", 0)))
         me = Member(self.settings.node_rank, self.settings.node_name, self._address)
-        if self._call(lambda: self._store.add(f"{number}/here/{me.node_rank}", 1)) > 1:
-            raise RendezvousFailed(
-                f"two agents both say that they are node {me.node_rank}; "
-                "each host needs its own --node-rank"
+        taken = is_new and self._has_member(number - 1, me) and self._call(self._hearts.has_twin)
+        if taken or self._call(lambda: self._store.add(f"{number}/here/{me.node_rank}", 1)) > 1:
+            raise stores.NodeTaken(
+                f"another host is node {me.node_rank} already; each needs its own --node-rank"
             )
         self._call(lambda: self._store.set(f"{number}/node/{me.node_rank}", me.to_tell()))
         self._call(lambda: self._store.add(f"{number}/count", 1))
         return number
+
+    def _has_member(self, number: int, me: Member) -> bool:
+        """Whether some agent was our node in a round."""
+        text = self._call(lambda: self._store.get(f"{number}/members"))
+        members = Round.told(text, self.settings).members if text else []
+        return me.node_rank in [member.node_rank for member in members]
 
     def _gather(self, number: int) -> None:
         """On the head: wait for the nodes of a round, then write down who they are."""
@@ -229,9 +236,11 @@ class NodeRendezvous(RendezvousHandler):
             time.sleep(_POLL_S)
         keys = [f"{number}/node/{rank}" for rank in self._joined(number)]
         members = [Member.told(text) for text in self._store.get_all(keys) if text]
-        described = Round(members, self._new_worker_store(number))
+        # the last round's store for workers goes: its addresses are dead
+        key = f"{settings.run_id}/workers/{number}"
+        self._worker_store, port = stores.serve_anywhere(settings, key)
         self._store.add("completed", 1)
-        self._store.set(f"{number}/members", described.to_tell())
+        self._store.set(f"{number}/members", Round(members, port).to_tell())
 
     def _say_who_is_missing(self, number: int, count: int, waited_s: float) -> None:
         joined = ", ".join(self.settings.name_of(rank) for rank in self._joined(number))
@@ -239,12 +248,6 @@ class NodeRendezvous(RendezvousHandler):
             f"{count}/{self.settings.max_nodes} nodes joined ({joined}); waiting for "
             f"{self._named(self._missing(number))} since {waited_s:.0f} s"
         )
-
-    def _new_worker_store(self, number: int) -> int:
-        """A store for the workers of one round; the last round's goes, its addresses are dead."""
-        key = f"{self.settings.run_id}/workers/{number}"
-        self._worker_store, port = stores.serve_anywhere(self.settings, key)
-        return port
 
     # -- the store ---------------------------------------------------------------------------
 

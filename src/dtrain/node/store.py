@@ -38,6 +38,10 @@ class RendezvousFailed(Exception):
         self.missing = missing or []
 
 
+class NodeTaken(Exception):
+    """Another agent is this node already; nothing of it was touched."""
+
+
 class PeerFailed(Exception):
     """Another node has given up, so this one stops as well.
 

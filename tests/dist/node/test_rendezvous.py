@@ -14,7 +14,7 @@ from torch.distributed import TCPStore
 
 from dtrain import ports
 from dtrain.node.rendezvous import NodeRendezvous
-from dtrain.node.store import Paced, PeerFailed, RendezvousFailed, RendezvousSettings
+from dtrain.node.store import NodeTaken, Paced, PeerFailed, RendezvousFailed, RendezvousSettings
 
 
 def settings(node_rank: int, port: int, **changes: object) -> RendezvousSettings:
@@ -116,9 +116,29 @@ def test_two_agents_of_one_rank_are_told_apart() -> None:
         with ThreadPoolExecutor(3) as pool:
             waiting = [pool.submit(node.next_rendezvous) for node in made]
             waiting.append(pool.submit(twin.next_rendezvous))
-            with pytest.raises(RendezvousFailed, match="two agents both say that they are node 1"):
-                [future.result(20) for future in waiting]
+            errors = [future.exception(20) for future in waiting]
+        assert sum(error is None for error in errors) == 2
+        assert sum(isinstance(error, NodeTaken) for error in errors) == 1
         twin.shutdown()
+
+
+def test_an_agent_that_comes_as_a_node_that_lives_is_refused_and_the_others_go_on() -> None:
+    with nodes(2) as made:
+        meet(made)
+        twin = NodeRendezvous(settings(1, made[0].settings.port))
+        with pytest.raises(NodeTaken):
+            twin.next_rendezvous()
+        twin.shutdown()
+        assert [node.num_nodes_waiting() for node in made] == [0, 0]
+        assert not made[0].is_closed()
+
+
+def test_an_agent_that_comes_as_a_node_that_died_takes_its_place() -> None:
+    with nodes(2) as made:
+        meet(made)
+        made[1].shutdown()
+        made[1] = NodeRendezvous(settings(1, made[0].settings.port))
+        assert [rank for rank, *_ in meet(made)] == [0, 1]
 
 
 def test_another_runs_store_is_refused() -> None:
