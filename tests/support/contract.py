@@ -14,7 +14,17 @@ from typing import Protocol
 import pytest
 
 from dtrain.rundir import RunDir
-from support.launch import alive, descendants, dtrain, metrics, started, the_run, wait_for_step
+from support.launch import (
+    alive,
+    descendants,
+    dtrain,
+    listeners,
+    metrics,
+    of_nodes,
+    started,
+    the_run,
+    wait_for_step,
+)
 
 Started = list[subprocess.Popen[str]]
 
@@ -113,6 +123,9 @@ class LauncherContract:
         with way.launch(tmp_path, *arguments) as processes:
             run = wait_for_step(tmp_path, 3)
             below = [child for process in processes for child in descendants(process.pid)]
+            addresses = listeners(of_nodes(run))
+            assert way.address in addresses
+            assert not addresses & {"0.0.0.0", "::"}
             running = dtrain("status", cwd=tmp_path).stdout
             assert "running" in running
             refused = dtrain("resume", cwd=tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,41 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def listeners(pid: int) -> set[str]:
-    """The addresses on which processes below one listen."""
+def listeners(processes: Iterable[psutil.Process]) -> set[str]:
+    """The addresses on which these listen; those of a cluster have networks of their own."""
     found = set()
-    for process in descendants(pid):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            connections = process.net_connections("tcp")
-            found |= {each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN}
+    for process in processes:
+        proc = Path("/proc", str(process.pid))
+        with contextlib.suppress(OSError):
+            sockets = _opened(process.pid)
+            for kind in ("tcp", "tcp6"):
+                for line in (proc / "net" / kind).read_text().splitlines()[1:]:
+                    _, local, _, state, *rest = line.split()
+                    if state == "0A" and f"socket:[{rest[5]}]" in sockets:
+                        found.add(_address(local.partition(":")[0]))
+    return found
+
+
+def _address(text: str) -> str:
+    """An address as the kernel shows it: words of which the last byte comes first."""
+    words = bytes.fromhex(text)
+    packed = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
+    return str(ipaddress.ip_address(packed))
+
+
+def of_nodes(run: RunDir) -> list[psutil.Process]:
+    """The nodes of a run with their agents and workers, on whatever host: they write its logs."""
+    logs = f"{run.path}/attempts/"
+    return [p for p in psutil.process_iter() if any(o.startswith(logs) for o in _opened(p.pid))]
+
+
+def _opened(pid: int) -> set[str]:
+    """What a process has open."""
+    found = set()
+    with contextlib.suppress(OSError):  # it has ended
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(entry))
     return found
 
 
