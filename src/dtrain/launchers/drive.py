@@ -97,7 +97,7 @@ def _drive(
     plan = replace(plan, attempt=attempts.newest_of(plan.run, plan.attempt))
     state, code = _conclude(plan, code, stop, console)
     if state == "succeeded":
-        console.say(_closing(plan, time.time() - started))
+        console.say(_closing(plan, max(0.0, time.time() - started)))  # clocks are set back
     finish(plan, Result(state, code, started, time.time()), console.say)
     return code
 

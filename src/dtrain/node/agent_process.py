@@ -14,7 +14,7 @@ from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from dtrain import gpus, rundir
-from dtrain.errors import EXIT_USAGE
+from dtrain.errors import EXIT_USAGE, DtrainError
 from dtrain.node import failures, token
 from dtrain.node.agent import NodeAgent, SameFailure
 from dtrain.node.channel import Channel
@@ -91,6 +91,12 @@ def run_agent(
         log.error("%s", error)
         _record_missing(plan, node_rank, error)
         return 1
+    except Exception as error:  # as of a limit that this host sets
+        log.exception("the agent ends")
+        said = str(error) if isinstance(error, DtrainError) else f"{type(error).__name__}: {error}"
+        os.close(0)  # where no descriptor is left, the record needs one
+        _record(plan, node_rank, said).write(plan.run, plan.attempt)
+        return 1
 
 
 def _settings(plan: LaunchPlan, node_rank: int) -> RendezvousSettings:
@@ -123,17 +129,21 @@ def _notice(plan: LaunchPlan, node_rank: int) -> Callable[[str], None]:
     return notice
 
 
-def _record_missing(plan: LaunchPlan, node_rank: int, error: RendezvousFailed) -> None:
-    """A node that did not come is the culprit; without one, this agent is."""
-    record = FailureRecord(
+def _record(plan: LaunchPlan, node_rank: int, message: str) -> FailureRecord:
+    return FailureRecord(
         kind="agent",
-        message=str(error),
+        message=message,
         exit_code=1,
         node_rank=node_rank,
         node=failures.node_name(),
         time=time.time(),
         log=str(plan.run.agent_log(plan.attempt, node_rank)),
     )
+
+
+def _record_missing(plan: LaunchPlan, node_rank: int, error: RendezvousFailed) -> None:
+    """A node that did not come is the culprit; without one, this agent is."""
+    record = _record(plan, node_rank, str(error))
     for missing in error.missing:
         name = plan.node_names[missing]
         kind: Kind = "node_missing" if missing != node_rank else "agent"

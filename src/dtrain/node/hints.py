@@ -16,6 +16,10 @@ from dtrain.node.failures import Frame, OtherProcessError
 from dtrain.rundir import RunDir
 
 _MISSING_FILE = re.compile(r"No such file or directory: '(.+?)'")
+_NO_ROOM = "No space left on device"
+_SHARED = re.compile(
+    r"shared memory\(shm\)|</torch_|multiprocessing/(synchronize|shared_memory)\.py"
+)
 _NO_LINE = "EOF when reading a line"
 _OF_LOADERS = {kind.__name__: kind for kind in (FileNotFoundError, ImportError, BdbQuit, EOFError)}
 """What a loader process may send the text of."""
@@ -32,6 +36,10 @@ def hint(error: BaseException, frames: list[Frame], run: RunDir) -> str:
     plan = files.read_json(run.plan) or {}
     if isinstance(error, OtherProcessError):
         error = _OF_LOADERS.get(error.type, Exception)(str(error))
+    if _NO_ROOM in str(error) and _SHARED.search(_where(error)):
+        return "/dev/shm is full, through which loader processes send batches: make it larger " + (
+            "(of a container: --shm-size), or use fewer workers (data.workers)"
+        )
     if isinstance(error, FileNotFoundError) and plan:
         return _of_missing_file(error, plan)
     if isinstance(error, ImportError) and "no known parent package" in str(error) and frames:
@@ -40,6 +48,12 @@ def hint(error: BaseException, frames: list[Frame], run: RunDir) -> str:
     if asks and not (sys.stdin is not None and sys.stdin.isatty()):
         return _of_terminal(plan.get("trainer") == catalog.SCRIPT)
     return ""
+
+
+def _where(error: BaseException) -> str:
+    """What an error says, and the files through which it came."""
+    trace = traceback.extract_tb(error.__traceback__)
+    return "\n".join([str(error), *(frame.filename for frame in trace)])
 
 
 def _of_missing_file(error: FileNotFoundError, plan: dict[str, str]) -> str:

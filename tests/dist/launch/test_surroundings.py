@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,16 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from support.launch import TINY
+
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 TEXT = "naïve 日本"
 
 
-def dtrain_here(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A new interpreter, whose descriptor 0 is closed."""
+def dtrain_here(
+    folder: Path, *arguments: str, shell: str = 'exec "$@" <&-', env: dict[str, str] = ASCII
+) -> subprocess.CompletedProcess[str]:
+    """A new interpreter, whose descriptor 0 is closed, or whatever the shell makes of it."""
     command = [sys.executable, "-P", "-m", "dtrain", *arguments]
     return subprocess.run(
-        ["sh", "-c", 'exec "$@" <&-', "sh", *command],
-        cwd=folder, env={**os.environ, **ASCII}, capture_output=True, encoding="utf-8",
+        ["sh", "-c", shell, "sh", *command],
+        cwd=folder, env={**os.environ, **env}, capture_output=True, encoding="utf-8",
         timeout=120, check=False,
     )  # fmt: skip
 
@@ -37,3 +42,11 @@ def test_the_verdict_is_printed_and_the_run_goes_on(tmp_path: Path) -> None:
     assert "FAILED: rank 0" in told.stdout, told.stderr
     again = dtrain_here(tmp_path, "resume", "--dry-run", "odd")
     assert (again.returncode, again.stderr) == (0, "")
+
+
+@pytest.mark.cold
+def test_too_few_descriptors_are_the_reason_in_the_verdict(tmp_path: Path) -> None:
+    few = 'ulimit -n 16; exec "$@"'
+    launched = dtrain_here(tmp_path, "launch", "--run-id", "few", str(TINY), shell=few, env={})
+    assert launched.returncode == 1, launched.stdout + launched.stderr
+    assert os.strerror(errno.EMFILE) in launched.stdout

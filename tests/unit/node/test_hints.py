@@ -86,3 +86,10 @@ def test_a_relative_import_says_what_to_write(run: RunDir, line: str, instead: s
 def test_other_errors_have_no_hint(run: RunDir) -> None:
     for code in ("import not_there", "raise EOFError('Ran out of input')", "1 / 0"):
         assert said_of(code, run) == ""
+
+
+def test_shared_memory_that_is_full_is_named(run: RunDir) -> None:
+    full = "No space left on device (28)"
+    file = "unable to allocate shared memory(shm) for file </torch_9728_744027526_4>"
+    assert "/dev/shm" in said_of(f"raise RuntimeError('{file}: {full}')", run)
+    assert said_of(f"raise OSError('/data/x: {full}')", run) == ""
