@@ -241,18 +241,19 @@ def _judge(
 
 
 def _unexplained(plan: LaunchPlan, code: int) -> FailureRecord:
-    """What the log of a node says last that left no record; of a batch job, its first node's."""
-    rank = min(local.served_by(plan.commands[0]), default=0)
-    log = plan.run.host_log(plan.attempt, rank)
-    if not log.exists():
-        log = JobDir(plan.run).node_log(rank)
-    said = files.last_line(log) or "it has said nothing"
+    """What the logs of nodes that left no record say last; of a batch job, its first node's."""
+    kinds = (plan.run.host_log, plan.run.agent_log, lambda _, rank: JobDir(plan.run).node_log(rank))
+    ranks = local.served_by(plan.commands[0]) or [0]
+    logs = {kind(plan.attempt, rank): rank for rank in ranks for kind in kinds}
+    said = [log for log in logs if files.last_line(log)]  # who fell has spoken last
+    log = max(said, key=lambda log: log.stat().st_mtime, default=next(iter(logs)))
     return FailureRecord(
         kind="agent",
-        message=f"the node process {failures.how_it_ended(code)}: {said}",
+        message=f"the node process {failures.how_it_ended(code)}: "
+        + (files.last_line(log) or "it has said nothing"),
         exit_code=code,
-        node_rank=rank,
-        node=plan.node_names[rank],
+        node_rank=logs[log],
+        node=plan.node_names[logs[log]],
         time=time.time(),
         log=str(log),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from dataclasses import replace
@@ -126,14 +127,19 @@ def test_the_node_that_slurm_lost_is_named(
 
 
 def test_a_failure_that_nobody_has_told_is_the_first_nodes(plan: LaunchPlan) -> None:
-    """Its log is where what no record says may stand."""
-    JobDir(plan.run).node_log(0).write_text("ImportError: libcuda.so\n")
+    """What no record says may stand in its logs; its agent's has been written to later."""
+    JobDir(plan.run).node_log(0).write_text("a warning\n")
+    os.utime(JobDir(plan.run).node_log(0), (1.0, 1.0))
+    log = plan.run.agent_log(0, 0)
+    log.parent.mkdir(parents=True)
+    log.write_text("Traceback …\nImportError: libcuda.so\n")
     end(plan, 3, asked=False)
     drive.settle(plan, slurm_end.exit_code(plan, Job("7", "FAILED", exit_code=3)), 0.0)
     kept = verdict.read(plan.run, 0)
     assert kept is not None
     assert (kept.exit_code, kept.culprit.node_rank) == (3, 0)
     assert kept.culprit.message.endswith("ImportError: libcuda.so")
+    assert kept.culprit.log == str(log)
 
 
 def test_another_nodes_failure_is_not_the_first_nodes_wish(plan: LaunchPlan) -> None:
