@@ -121,6 +121,7 @@ def prepare(job_path: str, options: dict[str, Any]) -> Prepared:
     from dtrain.errors import UsageError, quoted
     from dtrain.job.load import load_job
     from dtrain.job.profile import load_profile
+    from dtrain.job.script import job_of_script
 
     job_dir = Path(job_path).absolute().parent
     profile = load_profile(options["launcher"], job_dir)
@@ -129,7 +130,7 @@ def prepare(job_path: str, options: dict[str, Any]) -> Prepared:
         options["overrides"],
         profile.launch,
         written_flags(options),
-        text=_script_job(job_path),
+        text=job_of_script(job_path),
     )
     given = options["run_id"]
     run_id = runid.new(job.spec.name) if given is None else given
@@ -137,23 +138,6 @@ def prepare(job_path: str, options: dict[str, Any]) -> Prepared:
         raise UsageError(f"--run-id {quoted(run_id)} cannot be the id of a run: {problem}")
     plan = make(job, profile, options, run_id=run_id, runs=options["runs"], job_dir=job_dir)
     return Prepared(plan, job, profile)
-
-
-def _script_job(path: str) -> str | None:
-    """The job that `dtrain launch train.py` means; None for a job file."""
-    if not path.endswith(".py"):
-        return None
-    from dtrain.errors import UsageError
-    from dtrain.job.script import does_nothing
-    from dtrain.job.yamlfile import dump_yaml
-
-    if not os.path.isfile(path):
-        raise UsageError(f"there is no script {path}")
-    if does_nothing(Path(path)):
-        beside = Path(path).with_name("job.yaml")
-        name = str(beside) if beside.is_file() else "the job.yaml that names its task"
-        raise UsageError(f"{path} does nothing when it is run, it only defines; launch {name}")
-    return dump_yaml({"name": Path(path).stem, "script": Path(path).name})
 
 
 def prepare_again(run: RunDir, options: dict[str, Any]) -> Prepared:

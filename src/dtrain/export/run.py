@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dtrain import catalog
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.export import formats
 from dtrain.export.model import Trained, trained_model
-from dtrain.job.spec import JobSpec
+from dtrain.job.load import read_job
 from dtrain.launchers.told import accepted_job
 from dtrain.plan import LaunchPlan
 from dtrain.remote.checkpoints import RemoteCheckpoints
@@ -101,7 +99,7 @@ def _averaged(tensors: dict[str, Any]) -> dict[str, Any]:
 
 def _model(run: RunDir, state: dict[str, Any]) -> Trained:
     plan = LaunchPlan.read(run)
-    spec = JobSpec.model_validate(yaml.safe_load(accepted_job(run).read_text(encoding="utf-8")))
+    spec = read_job(accepted_job(run))
     if not spec.task:
         raise UsageError("this run is of a script, which knows its model alone: --to safetensors")
     return trained_model(spec, plan.code_dir or plan.job_dir, state)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_origin
 
 from pydantic import ValidationError
 
+from dtrain import files
 from dtrain.errors import JobError, Problem
 from dtrain.job.check import outside_problems
 from dtrain.job.explain import explain, submodel
@@ -87,6 +88,21 @@ def load_job(
     sources = sources_of(spec, root)
     sources = {name: source for name, source in sources.items() if name.split(".")[0] in said}
     return LoadedJob(spec, text, path, sources)
+
+
+def read_job(path: Path) -> JobSpec:
+    """A job as a run keeps it: what it names is not looked for.
+
+    Raises:
+        JobError: it is missing, or every problem in it.
+        DamagedError: it is no text.
+    """
+    shown = shown_path(path)
+    root, problems = read_root(files.read_text(path) or "", shown, JobSpec)
+    spec, wrong = validate(root, JobSpec)
+    if problems or spec is None:
+        raise JobError(sort_problems([*problems, *wrong], shown))
+    return spec
 
 
 def read_root(

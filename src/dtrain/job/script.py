@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dtrain import catalog
+from dtrain.errors import UsageError
 from dtrain.job.source import Definition
+from dtrain.job.yamlfile import dump_yaml
 
 SCRIPT_FIELDS = ("name", "script", "arguments", "launch")
 """All that such a job says."""
@@ -62,3 +65,16 @@ def _is_constant(statement: ast.stmt) -> bool:
     if not isinstance(statement, ast.Expr | ast.Assign | ast.AnnAssign):
         return False
     return not any(isinstance(node, ast.Call | ast.Await) for node in ast.walk(statement))
+
+
+def job_of_script(path: str) -> str | None:
+    """The job that `dtrain launch train.py` means; None for a job file."""
+    if not path.endswith(".py"):
+        return None
+    if not os.path.isfile(path):
+        raise UsageError(f"there is no script {path}")
+    if does_nothing(Path(path)):
+        beside = Path(path).with_name("job.yaml")
+        name = str(beside) if beside.is_file() else "the job.yaml that names its task"
+        raise UsageError(f"{path} does nothing when it is run, it only defines; launch {name}")
+    return dump_yaml({"name": Path(path).stem, "script": Path(path).name})
