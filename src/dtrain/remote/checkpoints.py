@@ -8,22 +8,22 @@ what makes a checkpoint exist, and what replaces another of the same name as a w
 from __future__ import annotations
 
 import fcntl
-import json
 import re
 import secrets
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dtrain import manifest
 from dtrain.errors import CheckpointError
+from dtrain.manifest import NAME as MANIFEST
 from dtrain.remote.place import Place, PlaceError
 from dtrain.rundir import RunDir, write_atomic
 
-MANIFEST = "manifest.json"
 _REJECTED = "manifest.rejected.json"
 _STEP = re.compile(r"step-\d{8,}")
 _AT_ONCE = 4
@@ -55,21 +55,21 @@ class RemoteCheckpoints:
             files: names of those to copy; None: all that the manifest lists.
         """
         text = (folder / MANIFEST).read_bytes()
-        manifest = json.loads(text)
-        inside = f"{folder.name}/{manifest['digest']}"
+        listed = manifest.parse(text)
+        inside = f"{folder.name}/{listed.digest}"
 
         def put(name: str) -> None:
             self._place.put(folder / name, f"{inside}/{name}")
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(put, manifest["files"] if files is None else files))
+            list(pool.map(put, listed.files if files is None else files))
         there = self._place.files(folder.name)
-        for name, entry in manifest["files"].items():
+        for name, entry in listed.files.items():
             about: Any = there.get(f"{inside}/{name}", {})
-            if about.get("size") != entry["bytes"]:
+            if about.get("size") != entry.bytes:
                 raise PlaceError(
                     f"{self._place.url}/{inside}/{name} has {about.get('size', 'no')} bytes "
-                    f"instead of {entry['bytes']}"
+                    f"instead of {entry.bytes}"
                 )
         self._place.write(f"{folder.name}/{MANIFEST}", text)
         self._clear(folder.name, there, but=inside)
@@ -94,9 +94,9 @@ class RemoteCheckpoints:
         text = self._place.read(f"{name}/{MANIFEST}")
         if text is None:
             raise PlaceError(f"{self._place.url}/{name} has no {MANIFEST}")
-        manifest = json.loads(text)
-        inside = manifest["digest"]
-        for file in manifest["files"]:
+        listed = manifest.parse(text)
+        inside = listed.digest
+        for file in listed.files:
             self._place.copy(f"{name}/{inside}/{file}", f"{to}/{inside}/{file}")
         self._place.write(f"{to}/{MANIFEST}", text)
         self._clear(to, self._place.files(to), but=f"{to}/{inside}")
@@ -123,29 +123,22 @@ class RemoteCheckpoints:
             inside[name.split("/")[0]].add(name.rpartition("/")[0])
         for name in (each for each in kept if len(inside[each] - {each}) > 1):
             text = self._place.read(f"{name}/{MANIFEST}")
-            if text is not None:
-                whole = f"{name}/{json.loads(text)['digest']}"
+            with suppress(CheckpointError):  # of one that is damaged nothing is known
+                whole = f"{name}/{manifest.parse(text or '').digest}"
                 self._clear(name, (file for file in found if file.startswith(f"{name}/")), whole)
 
-    def _bring(self, folder: Path, manifest: bytes) -> None:
-        try:
-            about = json.loads(manifest)
-            inside, files = f"{folder.name}/{about['digest']}", list(about["files"])
-        except (ValueError, KeyError, TypeError):
-            raise CheckpointError(f"{MANIFEST} is damaged: it is not the JSON we wrote") from None
+    def _bring(self, folder: Path, text: bytes) -> None:
+        listed = manifest.parse(text)
+        inside, files = f"{folder.name}/{listed.digest}", list(listed.files)
         aside = folder.with_name(f".{folder.name}.aside-{secrets.token_hex(4)}")
         aside.mkdir(parents=True)
         try:
             with ThreadPoolExecutor(_AT_ONCE) as pool:
-                got = list(
-                    pool.map(
-                        lambda n: self._place.get(f"{inside}/{n}", aside / Path(n).name), files
-                    )
-                )
+                got = list(pool.map(lambda n: self._place.get(f"{inside}/{n}", aside / n), files))
             missing = [name for name, came in zip(files, got, strict=True) if not came]
             if missing:
                 raise CheckpointError(f"{missing[0]} is missing")
-            write_atomic(aside / MANIFEST, manifest)
+            write_atomic(aside / MANIFEST, text)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
         finally:

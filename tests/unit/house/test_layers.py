@@ -26,7 +26,7 @@ LAYERS: list[tuple[str, ...]] = [
         "dtrain.ports",
         "dtrain.nodelist",
     ),
-    ("dtrain.attempts",),
+    ("dtrain.attempts", "dtrain.manifest"),
     (
         "dtrain.assets",
         "dtrain.recording",
@@ -60,6 +60,7 @@ LAUNCH_PLANE = (
     "dtrain.files",
     "dtrain.rundir",
     "dtrain.attempts",
+    "dtrain.manifest",
     "dtrain.runid",
     "dtrain.jobdir",
     "dtrain.remote",
