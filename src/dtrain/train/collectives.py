@@ -37,12 +37,11 @@ def gather_to_zero(value: Value) -> list[Value]:
     if not in_group():
         return [value]
     mine, sizes = _padded(pack(value))
-    if dist.get_rank() != 0:
-        dist.gather(mine)
-        return []
-    everyone = mine.new_empty(len(sizes) * len(mine))
-    dist.gather(mine, list(everyone.chunk(len(sizes))))
-    return [unpack(data) for data in _cut(everyone, sizes)]
+    is_zero = dist.get_rank() == 0
+    everyone = mine.new_empty(len(sizes) * len(mine) if is_zero else 0)
+    # at one line for all: the collectives of ranks are compared with the lines that call them
+    dist.gather(mine, list(everyone.chunk(len(sizes))) if is_zero else None)
+    return [unpack(data) for data in _cut(everyone, sizes)] if is_zero else []
 
 
 def from_zero(value: Value) -> Value:
