@@ -1,0 +1,36 @@
+"""Ranks give one another values of unequal sizes, and their own collectives stay alike in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from dtrain.testing import run_ranks
+from dtrain.train import collectives
+from dtrain.train.checks import chain
+
+
+def exchange() -> tuple[Any, ...]:
+    chain.install()
+    rank = dist.get_rank()
+    mine = {"rank": rank, "text": ("x" * 1000 * rank, rank / 3)}
+    return (
+        collectives.gather_to_all(mine),
+        collectives.gather_to_zero(mine),
+        collectives.from_zero(mine),
+        collectives.from_rank(1, mine),
+        collectives.bytes_from_rank(2, bytes(rank)),
+        chain.CHAIN.value,
+        list(chain.CHAIN.tail),
+    )
+
+
+def test_values_of_all_ranks() -> None:
+    found = run_ranks(exchange, 3)
+    everyone = [{"rank": rank, "text": ("x" * 1000 * rank, rank / 3)} for rank in range(3)]
+    assert [each[0] for each in found] == [everyone] * 3
+    assert [each[1] for each in found] == [everyone, [], []]
+    assert [each[2:5] for each in found] == [(everyone[0], everyone[1], bytes(2))] * 3
+    assert found[0][6]
+    assert [each[5:] for each in found] == [found[0][5:]] * 3
