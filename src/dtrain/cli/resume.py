@@ -78,7 +78,7 @@ def _refuse_to_end_before(run: RunDir, end: int | None) -> None:
     from dtrain.errors import UsageError
 
     names = (path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*"))
-    newest = max((int(name) for name in names if name.isdigit()), default=0)
+    newest = max((int(name) for name in names if name.isdecimal()), default=0)
     if end is not None and end < newest:
         raise UsageError(
             f"run {run.id} has a checkpoint of step {newest}, which is past train.steps={end}; "

@@ -110,7 +110,7 @@ def _newest(run: RunDir, step: int | None) -> tuple[Path, dict[str, Any], dict[s
     remote = RemoteCheckpoints.of(run)
     here = run.checkpoints.glob("step-????????*") if remote is None else remote.folders()
     found = sorted(here, reverse=True)
-    folders = [folder for folder in found if folder.name.removeprefix("step-").isdigit()]
+    folders = [folder for folder in found if folder.name.removeprefix("step-").isdecimal()]
     if not folders:
         raise UsageError(
             f"run {run.id} has no checkpoint; it is saved as job.yaml's checkpoint: "

@@ -46,7 +46,8 @@ def alone(run: RunDir) -> str | None:
             what, pid = event.get("what"), event.get("pid")
         elif event["event"] == "workers_started" and event.get("node_rank") == 0:  # rank 0's
             # a short script is told of after its end
-            what = what if pid in event.get("pids", ()) else None
+            pids = event.get("pids")
+            what = what if isinstance(pids, list) and pid in pids else None
     return what
 
 

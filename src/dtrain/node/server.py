@@ -221,9 +221,8 @@ class ForkServer:
         agent.channel.close()
         if code < 0:
             self._record_lost_node(agent, code)
-            for other in self._agents:
-                if other.status is None:
-                    _send(other.channel, {"lost": agent.node_rank})
+            for other in (each for each in self._agents if each.status is None):
+                _send(other.channel, {"lost": agent.node_rank})
 
     def _end_silent(self) -> None:
         """Kill agents that are stopped: nobody would see that their workers fail."""

@@ -234,7 +234,7 @@ def test_a_finished_run_stays_finished(tmp_path: Path) -> None:
 
 
 def test_checkpoints_by_time_are_saved_by_all_at_one_step(tmp_path: Path) -> None:
-    run(2, tmp_path, {}, checkpoint={"every": "0s", "keep": 3})
+    run(2, tmp_path, {}, checkpoint={"every": "0.000001s", "keep": 3})
     saved = [line for line in lines(tmp_path, "events") if line["event"] == "checkpoint_saved"]
     assert [line["step"] for line in saved] == list(range(1, 11))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
