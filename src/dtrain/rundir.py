@@ -226,7 +226,7 @@ class RunDir:
 
 def list_runs(root: str | os.PathLike[str]) -> list[RunDir]:
     """Every run below `root`, oldest first."""
-    folder = Path(root)
+    folder = Path(root).absolute()  # also to say that the current folder is gone
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if (path / "resolved.yaml").is_file()]

@@ -128,7 +128,7 @@ def test_the_current_folder_is_gone(
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    for command in (["launch", str(TINY)], ["status"]):
+    for command in (["launch", str(TINY)], ["status"], ["runs"]):
         with pytest.raises(SystemExit) as end:
             main(command)
         assert end.value.code == 2
