@@ -73,9 +73,10 @@ def shown(name: str, value: Any) -> Any:
         options = [part if isinstance(part, str) and part.startswith("-") else "" for part in value]
         owners = [name, *(option or name for option in options)]
         pairs = zip(value, options, owners, strict=False)
-        return [
+        parts = [
             _shown_option(option) if option else shown(owner, part) for part, option, owner in pairs
         ]
+        return tuple(parts) if isinstance(value, tuple) else parts
     return MASK if _is_secret_argument(name, value) else value
 
 

@@ -18,7 +18,7 @@ from dtrain.job.spec import JobSpec
 from dtrain.job.yamlfile import dump_yaml
 from dtrain.launchers import told
 from dtrain.node import token
-from dtrain.plan import Facts, LaunchPlan
+from dtrain.plan import Command, Facts, LaunchPlan
 from dtrain.remote import runs as remote
 from dtrain.rundir import RunDir
 
@@ -244,6 +244,12 @@ def next_attempt(run: RunDir) -> int:
         return 0
     newest = 0 if handle is None else handle.attempt
     return newest if state_of(run)[0] == "running" else newest + 1
+
+
+def served_by(command: Command) -> list[int]:
+    """The nodes that a command is; none of one that asks a cluster for them."""
+    following = zip(command.argv, command.argv[1:], strict=False)
+    return [int(value) for option, value in following if option == "--node-rank"]
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:

@@ -14,10 +14,11 @@ from dtrain.attempts import Handle, Result, State
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.jobdir import JobDir
-from dtrain.launchers import base, local, told
+from dtrain.launchers import base, told
 from dtrain.launchers.base import Launch, Launcher
 from dtrain.launchers.stopping import Stop, Stopping, stop_requests
 from dtrain.node import failures, spill, verdict
+from dtrain.node.channel import SERVER_ENDED
 from dtrain.node.failures import FailureRecord
 from dtrain.node.verdict import Verdict
 from dtrain.plainjson import numbers
@@ -66,10 +67,7 @@ def drive(
     started = time.time()
     with stop_requests() as stop:
         base.prepare(plan, job, job_text, Handle.of_this_process(plan.launcher, plan.attempt))
-        with (
-            attempts.beating(plan.run, plan.attempt),
-            remote.kept(plan.run, console.say, only=_answered_for(plan)),
-        ):
+        with remote.kept(plan.run, console.say, only=_answered_for(plan)):
             return _drive(
                 plan, launcher or base.load(plan.launcher), console, stop, started, detach
             )
@@ -87,7 +85,8 @@ def _drive(
         return 0
     try:
         base.keep_code(plan)
-        code = _follow(plan, launch, stop, console)
+        with attempts.beating(plan.run, plan.attempt):
+            code = _follow(plan, launch, stop, console)
     except DtrainError as error:  # found out by the launcher's own process
         refused(plan, error, started)
         raise
@@ -243,14 +242,16 @@ def _judge(
 def _unexplained(plan: LaunchPlan, code: int) -> FailureRecord:
     """What the logs of nodes that left no record say last; of a batch job, its first node's."""
     kinds = (plan.run.host_log, plan.run.agent_log, lambda _, rank: JobDir(plan.run).node_log(rank))
-    ranks = local.served_by(plan.commands[0]) or [0]
+    ranks = base.served_by(plan.commands[0]) or [0]
     logs = {kind(plan.attempt, rank): rank for rank in ranks for kind in kinds}
-    said = [log for log in logs if files.last_line(log)]  # who fell has spoken last
+    words = {log: files.last_line(log) for log in logs}
+    said = [log for log, line in words.items() if line and not line.endswith(SERVER_ENDED)]
+    # who fell has spoken last
     log = max(said, key=lambda log: log.stat().st_mtime, default=next(iter(logs)))
     return FailureRecord(
         kind="agent",
         message=f"the node process {failures.how_it_ended(code)}: "
-        + (files.last_line(log) or "it has said nothing"),
+        + (words[log] or "it has said nothing"),
         exit_code=code,
         node_rank=logs[log],
         node=plan.node_names[logs[log]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -93,9 +94,10 @@ class NodeProcess:
                 nobody can take it in between; None when the head is another host.
             spawn: what starts it; None: a new interpreter.
         """
+        _refuse_few_files(plan)
         command = next(command for command in plan.commands if not command.by_hand)
         self._plan = plan
-        self._node_ranks = served_by(command)
+        self._node_ranks = base.served_by(command)
         self._asked_to_end = False
         self._memory = Memory()
         log = plan.run.host_log(plan.attempt, self._node_ranks[0])
@@ -188,10 +190,15 @@ def node_command(plan: LaunchPlan, facts: Facts, node_ranks: Any) -> Command:
     return Command(where=facts.host, argv=tuple(argv))
 
 
-def served_by(command: Command) -> list[int]:
-    """The nodes that a command is; none of one that asks a cluster for them."""
-    following = zip(command.argv, command.argv[1:], strict=False)
-    return [int(value) for option, value in following if option == "--node-rank"]
+def _refuse_few_files(plan: LaunchPlan) -> None:
+    """Refuse to start where so few files may be open that torch's store would wait for ever."""
+    needed = 32 + 4 * plan.procs_per_node * (plan.nodes if plan.launcher == "local" else 1)
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < needed:
+        raise LaunchError(
+            f"a process may have {most} files open here, and this launch needs {needed}: "
+            "raise the limit first, as with `ulimit -n 4096`"
+        )
 
 
 def _listen(host: str, port: int) -> Any:

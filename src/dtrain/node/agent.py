@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalExce
 
 from dtrain import rundir
 from dtrain.node import failures, leaving, lost, stacks, verdict
-from dtrain.node.channel import Channel
+from dtrain.node.channel import SERVER_ENDED, Channel
 from dtrain.node.environment import worker_environment
 from dtrain.node.failures import FailureRecord
 from dtrain.node.heartbeat import Peer, of_silence, tell_now_and_then
@@ -182,7 +182,7 @@ class NodeAgent(SimpleElasticAgent):
         try:
             message = self._channel.receive()
         except EOFError:
-            sys.exit("the node's fork server has ended")
+            sys.exit(SERVER_ENDED)
         if message is not None:
             self._server.hear()
             if "lost" in message:

@@ -11,6 +11,8 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+SERVER_ENDED = "the node's fork server has ended"
+"""An agent's last words when that is why it ends; the server's own say more."""
 _LARGEST = 1 << 20
 _MOST_FILES = 8
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.attempts import Handle, Result
+from dtrain.ports import free_candidate
 from dtrain.rundir import RunDir
 from support.launch import TINY, dtrain, events, metrics, started, the_run, until, wait_for
 
@@ -50,16 +51,15 @@ def check_one_of(
 def test_of_resumes_at_once_one_trains(run: RunDir) -> None:
     """The gaps are those at which both found the run free, as long as nothing was claimed."""
     resume = ("resume", run.id, "--set", "train.steps=900", "--set", "args.pause=0.05")
-    for attempt in (1, 2):
-        with ExitStack() as stack:
-            commands = []
-            for gap_s in GAPS_S:
-                commands.append(stack.enter_context(started(*resume, cwd=run.path.parents[1])))
-                time.sleep(gap_s)  # what is tried here is the gap
-            check_one_of(run, commands, attempt)
+    with ExitStack() as stack:
+        commands = []
+        for gap_s in GAPS_S:
+            commands.append(stack.enter_context(started(*resume, cwd=run.path.parents[1])))
+            time.sleep(gap_s)  # what is tried here is the gap
+        check_one_of(run, commands, attempt=1)
     steps = [line["step"] for line in metrics(run)]
     assert steps == list(range(1, len(steps) + 1)), "two have trained"
-    assert [event["state"] for event in events(run, "ended")] == ["succeeded", *["cancelled"] * 2]
+    assert [event["state"] for event in events(run, "ended")] == ["succeeded", "cancelled"]
 
 
 def test_of_resumes_after_the_driver_was_killed_one_trains(run: RunDir) -> None:
@@ -89,8 +89,6 @@ def test_a_launch_of_a_run_that_goes_on_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_second_command_for_a_node_is_refused(tmp_path: Path) -> None:
-    from dtrain.ports import free_candidate
-
     port = free_candidate("127.0.0.1", str(tmp_path))
     launch = (
         "launch", "--launcher", "torchrun", "--nodes", "2", "--run-id", "one",

@@ -47,7 +47,7 @@ def test_steps_and_epochs() -> None:
 def test_time() -> None:
     assert not Schedule(spec()).save_overdue()
     assert not Schedule(spec(checkpoint={"every": "1h"})).save_overdue()
-    assert Schedule(spec(checkpoint={"every": "0.000001s"})).save_overdue()
+    assert Schedule(spec(checkpoint={"every": "0.000000001s"})).save_overdue()
 
 
 @pytest.mark.parametrize(
