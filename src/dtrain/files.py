@@ -45,7 +45,16 @@ def read_json(path: Path) -> Any:
         DamagedError: it holds no JSON.
     """
     text = read_text(path)
-    return None if text is None else parse_json(text, str(path))
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise DamagedError(str(path), f"it holds no JSON: {why[:200]}") from None
+    if value is None:
+        raise DamagedError(str(path), "it holds only null")
+    return value
 
 
 def read_as(shape: type[Shape], path: Path) -> Shape | None:
@@ -60,22 +69,6 @@ def read_as(shape: type[Shape], path: Path) -> Shape | None:
     """
     text = read_text(path)
     return None if text is None else parse_as(shape, text, str(path))
-
-
-def parse_json(text: str | bytes, where: str) -> Any:
-    """The JSON in a text that came from `where`; it is not null.
-
-    Raises:
-        DamagedError: it is none.
-    """
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise DamagedError(where, f"it holds no JSON: {why[:200]}") from None
-    if value is None:
-        raise DamagedError(where, "it holds only null")
-    return value
 
 
 def parse_as(shape: type[Shape], text: str | bytes, where: str) -> Shape:

@@ -103,6 +103,8 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
             claimed = plan.is_of_node_zero
         remote.go_ahead(run)
         _write(plan, job, job_text)
+    except DtrainError:  # a place at a URL that does not answer says so itself
+        raise
     except OSError as error:
         if claimed:
             run.handle(plan.attempt).unlink(missing_ok=True)  # nothing was started

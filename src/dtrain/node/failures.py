@@ -20,7 +20,6 @@ from dtrain import checked, files, rundir
 from dtrain.checked import ExitCode, Name, Rank, Text, Time, Whole
 from dtrain.errors import DamagedError, DtrainError
 from dtrain.node import spill
-from dtrain.plainjson import to_json
 from dtrain.rundir import RunDir
 
 Kind = Literal[
@@ -148,15 +147,6 @@ class FailureRecord:
             return files.read_as(cls, path)
         except (DamagedError, OSError):
             return None
-
-    @classmethod
-    def from_json(cls, raw: Any) -> FailureRecord:
-        """The record that was written as this.
-
-        Raises:
-            ValueError: it is none.
-        """
-        return checked.read(cls, to_json(raw))
 
     def write(self, run: RunDir, attempt: int) -> None:
         """Write the record to its place in the run directory, or where that is full, aside."""

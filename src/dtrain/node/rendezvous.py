@@ -204,9 +204,8 @@ class NodeRendezvous(RendezvousHandler):
 
     def _has_member(self, number: int, me: Member) -> bool:
         """Whether some agent was our node in a round."""
-        text = self._call(lambda: self._store.get(f"{number}/members"))
-        members = Round.told(text, self.settings).members if text else []
-        return me.node_rank in [member.node_rank for member in members]
+        key = f"{number}/node/{me.node_rank}"
+        return self._call(lambda: self._store.get(key)) is not None
 
     def _gather(self, number: int) -> None:
         """On the head: wait for the nodes of a round, then write down who they are."""

@@ -133,6 +133,14 @@ def test_an_agent_that_comes_as_a_node_that_lives_is_refused_and_the_others_go_o
         assert not made[0].is_closed()
 
 
+def test_a_node_that_was_not_there_before_may_come_late() -> None:
+    with nodes(2, min_nodes=2, max_nodes=3, last_call_s=0.1) as made:
+        meet(made)
+        late = settings(2, made[0].settings.port, min_nodes=2, max_nodes=3, last_call_s=0.1)
+        made.append(NodeRendezvous(late))
+        assert [rank for rank, *_ in meet(made)] == [0, 1, 2]
+
+
 def test_an_agent_that_comes_as_a_node_that_died_takes_its_place() -> None:
     with nodes(2) as made:
         meet(made)

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from dtrain import rundir
+from dtrain import checked, rundir
 from dtrain.node import failures, spill
 from dtrain.node.failures import FailureRecord, Frame
 from dtrain.node.store import Member, PeerFailed, RendezvousFailed, RendezvousSettings, Round
+from dtrain.plainjson import to_json
 from dtrain.rundir import RunDir
 
 RECORD = FailureRecord(
@@ -67,7 +68,7 @@ def test_an_error_that_says_too_much_can_still_be_told() -> None:
 def test_what_is_forged_is_no_record(tmp_path: Path, name: str, value: Any) -> None:
     raw = {**asdict(RECORD), name: value}
     with pytest.raises(ValueError, match=rf"{name}[^\n]*\Z"):
-        FailureRecord.from_json(raw)
+        checked.read(FailureRecord, to_json(raw))
     run = RunDir(tmp_path)
     rundir.write_json(run.failure(0, 3), raw)
     assert failures.read_all(run, 0) == []
