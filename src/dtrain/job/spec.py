@@ -213,9 +213,9 @@ class LaunchSpec(Model):
     stop_timeout: Duration = 30.0
     """How long workers may take to leave in order when asked to, before they are killed."""
     collective_timeout: Duration = 1800.0
-    """How long a rank waits in a collective; a script's own timeout of a group goes before."""
+    """How long a rank waits in a collective. A timeout that a script sets itself is kept."""
     lost_after: Annotated[Duration, Field(ge=3)] | None = None
-    """After how long a silent node is lost; None: 30 s; slurm and ray, which look too: 10 min."""
+    """After how long without a heartbeat a node is lost. None: 30 s, on slurm and ray 10 min."""
     env: Environment = Field(default_factory=dict)
     """Environment variables of every worker. What looks secret, by name or form, is never shown."""
     preload: list[Text] | None = None
