@@ -28,7 +28,7 @@ from dtrain.job.spec import ChecksSpec
 from dtrain.testing import run_ranks
 from dtrain.train.checks.ledger import KINDS, Ledger
 from dtrain.train.checks.spoilt import all_finite
-from dtrain.train.checks.subject import Subject
+from dtrain.train.checks.train_state import Subject
 from dtrain.train.data.content import digest, hash_of
 
 WIDTH, DEPTH, BATCH = 1024, 11, 64

@@ -27,12 +27,12 @@ from torch import nn
 from dtrain import Loss, Task, catalog
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
 from dtrain.train.context import TrainContext
 from dtrain.train.data.placement import GlobalBatch
-from dtrain.train.trainers.setup import build_parts
-from dtrain.train.trainers.step import TrainStep
+from dtrain.train.loop.build import build_parts
+from dtrain.train.loop.step import TrainStep
 
 WARM_UP = 3
 """Steps before the measured ones: the first makes buffers and optimizer state."""

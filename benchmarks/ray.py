@@ -23,7 +23,7 @@ import psutil
 from launches import BIN, BY_HAND, ENDLESS, JOB, RANKS, first_on_all, parse_steps, read_json
 from startup import beside, running, scratch, wait_for, wait_for_idle
 
-from dtrain.launchers.ray_cluster import OwnCluster
+from dtrain.launchers.ray.local_cluster import OwnCluster
 
 NODES = 2
 

@@ -26,12 +26,12 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of each name t
 
 from dtrain import ports
 from dtrain.console.tail import Follower
-from dtrain.launchers.slurm_watch import _GROWTH, _LATEST_S, _SOONEST_S
-from dtrain.node import verdict
-from dtrain.node.failures import FailureRecord
+from dtrain.launchers.slurm.queue import _GROWTH, _LATEST_S, _SOONEST_S
 from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.store import RendezvousSettings
-from dtrain.rundir import RunDir
+from dtrain.run import verdict
+from dtrain.run.failures import FailureRecord
+from dtrain.run.rundir import RunDir
 
 RANKS_PER_NODE = 8
 PROCESSES = 4

@@ -8,11 +8,11 @@ from dtrain.callback import Callback
 from dtrain.task import Loss, Task
 
 if TYPE_CHECKING:
+    from dtrain.integrations.script.checkpoint import Checkpoint as checkpoint
+    from dtrain.integrations.script.placement import stopping
+    from dtrain.integrations.script.sampler import Sampler as sampler
     from dtrain.train.checks.api import check
     from dtrain.train.ema import EMA
-    from dtrain.train.script.checkpoint import Checkpoint as checkpoint
-    from dtrain.train.script.place import stopping
-    from dtrain.train.script.sampler import Sampler as sampler
 
 __all__ = [
     "EMA",
@@ -32,9 +32,9 @@ __version__ = "0.1.0"
 _LATER = {
     "EMA": "dtrain.train.ema:EMA",
     "check": "dtrain.train.checks.api:check",
-    "checkpoint": "dtrain.train.script.checkpoint:Checkpoint",
-    "sampler": "dtrain.train.script.sampler:Sampler",
-    "stopping": "dtrain.train.script.place:stopping",
+    "checkpoint": "dtrain.integrations.script.checkpoint:Checkpoint",
+    "sampler": "dtrain.integrations.script.sampler:Sampler",
+    "stopping": "dtrain.integrations.script.placement:stopping",
 }
 
 

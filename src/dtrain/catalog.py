@@ -83,13 +83,13 @@ LAUNCHERS: Mapping[str, LauncherFact] = {
         "this host is one node of the job; run the command on each host",
     ),
     "slurm": LauncherFact(
-        "dtrain.launchers.slurm:SlurmLauncher",
+        "dtrain.launchers.slurm.launcher:SlurmLauncher",
         "one batch job of a Slurm cluster, with one node agent per node",
         extra="slurm",
         allocates=True,
     ),
     "ray": LauncherFact(
-        "dtrain.launchers.ray:RayLauncher",
+        "dtrain.launchers.ray.launcher:RayLauncher",
         "the nodes of a Ray cluster, one running or one of our own",
         extra="ray",
         allocates=True,
@@ -119,7 +119,7 @@ STRATEGIES: Mapping[str, StrategyFact] = {
         "FSDP2 fully_shard: parameters, gradients and optimizer state cut over the processes",
     ),
     "exact": StrategyFact(
-        "dtrain.train.strategies.exact:ExactStrategy",
+        "dtrain.train.strategies.exact.strategy:ExactStrategy",
         "virtual shards added up in one fixed tree: the same bits on any number of processes",
         virtual_shards=True,
     ),
@@ -127,19 +127,19 @@ STRATEGIES: Mapping[str, StrategyFact] = {
 
 TRAINERS: Mapping[str, TrainerFact] = {
     "native": TrainerFact(
-        "dtrain.train.trainers.native:NativeTrainer",
+        "dtrain.train.loop.native:NativeTrainer",
         "dtrain's own loop",
         strategies=("single", "dp", "ddp", "fsdp", "exact"),
     ),
     "lightning": TrainerFact(
-        "dtrain.train.trainers.lightning:make_trainer",
+        "dtrain.integrations.lightning:make_trainer",
         "Lightning's loop, hooks, callbacks and loggers, for a task or a LightningModule",
         strategies=("single", "ddp", "fsdp", "exact"),
         extra="lightning",
         module=LIGHTNING[0],
     ),
     SCRIPT: TrainerFact(
-        "dtrain.train.script.run:run_script",
+        "dtrain.integrations.script.run:run_script",
         "a Python file as it is, with its own loop, as under torchrun",
         strategies=(),
     ),
@@ -163,7 +163,7 @@ EXPORTS: Mapping[str, ExportFact] = {
     "keras": ExportFact(".keras", ("keras",), "keras"),
 }
 
-_LOGGERS = "dtrain.train.observe.loggers"
+_LOGGERS = "dtrain.train.metrics.loggers"
 
 LOGGERS: Mapping[str, LoggerFact] = {
     "csv": LoggerFact(f"{_LOGGERS}:Csv", "train.csv and eval.csv in the run's folder"),

@@ -14,15 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from dtrain import catalog, files, ports
+from dtrain import catalog, ports
+from dtrain.environ import HASH_SEED, hash_seed, masked
 from dtrain.errors import PlanError
-from dtrain.job.injection import absent_rank
+from dtrain.job.faults import absent_rank
 from dtrain.job.spec import JobSpec
 from dtrain.job.stream import sharded_problem
-from dtrain.remote.place import is_url
-from dtrain.remote.runs import staging
-from dtrain.rundir import RunDir
-from dtrain.variables import HASH_SEED, hash_seed, masked
+from dtrain.run import files
+from dtrain.run.remote.runs import staging
+from dtrain.run.remote.store import is_url
+from dtrain.run.rundir import RunDir
 
 # Imports of a task's file that may be done once per node, before the fork: they start no thread
 # and do not look at RANK. Four ranks importing scikit-learn at once take 4 s on 2 cores.

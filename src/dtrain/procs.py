@@ -22,9 +22,9 @@ _PF_EXITING = 4
 _SAFE_THREADS = ("jemalloc_bg_thd",)
 """Of libraries that see to forks themselves: jemalloc comes with pyarrow, which pandas imports."""
 
-LATER = (signal.SIGTERM, signal.SIGUSR2)
+DEFERRED_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 """Requests to leave that a node holds back until it has agents; not those that it forks."""
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 """All requests to leave."""
 
 
@@ -98,7 +98,7 @@ def fork_child(
         os.setpgid(0, 0)
         die_with_parent(parent)
         _reset_signals()
-        signal.pthread_sigmask(signal.SIG_SETMASK, (before - {*LATER}) | {*hold})
+        signal.pthread_sigmask(signal.SIG_SETMASK, (before - {*DEFERRED_SIGNALS}) | {*hold})
         if stdout is not None:
             os.dup2(stdout, 1)
         if stderr is not None:
@@ -134,7 +134,7 @@ def kill_group(pgid: int, sig: int = signal.SIGKILL) -> bool:
 
 def ignore_stops() -> None:
     """Pass over further requests to leave: this process is leaving already."""
-    for number in STOPS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

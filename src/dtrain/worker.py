@@ -18,12 +18,12 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from dtrain.node.hashing import take_hash_seed
-    from dtrain.rundir import RunDir
+    from dtrain.run.rundir import RunDir
 
     take_hash_seed(RunDir(arguments.run_dir), sys.orig_argv[1:])
     import torch._dynamo  # noqa: F401  any optimizer does, then from the folder of the user's file
 
-    from dtrain.node.bootstrap import run_worker
+    from dtrain.node.worker import run_worker
 
     status = run_worker(RunDir(arguments.run_dir))
     sys.stdout.flush()

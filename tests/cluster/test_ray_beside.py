@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from cluster import Cluster
-from dtrain.launchers import ray_sbatch
-from dtrain.rundir import list_runs
+from dtrain.launchers.ray import sbatch
+from dtrain.run.rundir import list_runs
 from support import EXAMPLES
 from support.launch import TINY, events, status, the_run, until
 from support.ray_cluster import RayCluster, needs_ray
@@ -45,7 +45,7 @@ def test_a_ray_cluster_inside_a_slurm_job(slurm_cluster: Cluster, tmp_path: Path
     launch = ["--nodes", "2", "--procs", "1", "--runs", str(tmp_path / "runs"), str(TINY)]
     script = tmp_path / "job.sbatch"
     log = tmp_path / "log"
-    script.write_text(ray_sbatch.render(["--nodes", "2", "--cpus", "2", "--", *launch]))
+    script.write_text(sbatch.render(["--nodes", "2", "--cpus", "2", "--", *launch]))
     job = submit(slurm_cluster, f"--output={log}", f"--chdir={tmp_path}", str(script))
 
     def is_over() -> bool:

@@ -10,7 +10,7 @@ from random import Random
 
 import psutil
 
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from support.launch import (
     OFTEN,
     SLOW,
@@ -29,7 +29,7 @@ from support.ray_cluster import RayCluster, needs_ray, on
 
 
 def driver_of(process: subprocess.Popen[str]) -> psutil.Process:
-    (driver,) = [p for p in descendants(process.pid) if "ray_driver" in command_of(p)]
+    (driver,) = [p for p in descendants(process.pid) if "ray.driver" in command_of(p)]
     return driver
 
 

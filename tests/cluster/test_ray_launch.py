@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from support.contract import LauncherContract, Started, Way
 from support.launch import (
     DIGITS,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.remote.place import Place
-from dtrain.remote.runs import staging
-from dtrain.rundir import RunDir, list_runs
+from dtrain.run.remote.runs import staging
+from dtrain.run.remote.store import Place
+from dtrain.run.rundir import RunDir, list_runs
 from support import warm
 from support.launch import OFTEN, SLOW, TINY, dtrain, events, metrics, started, until
 from support.ray_cluster import RayCluster, on

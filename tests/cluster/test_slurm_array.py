@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster import Cluster
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from support.launch import SLOW, TINY, dtrain, events, metrics, started, status, until, wait_for
 from support.slurm_cluster import by_submitit, job_of, sha
 

@@ -12,8 +12,8 @@ from secrets import token_hex
 import pytest
 
 from cluster import Cluster
-from dtrain.jobdir import JobDir
-from dtrain.rundir import RunDir
+from dtrain.run.backend_files import SlurmFiles
+from dtrain.run.rundir import RunDir
 from support.launch import (
     OFTEN,
     SLOW,
@@ -96,7 +96,7 @@ def test_while_the_controller_is_away_the_run_ends_and_following_waits(
                 now = status(run)
                 assert (now["state"], launch.poll(), follower.poll()) == ("running", None, None)
                 assert "Unable to contact slurm controller" in now["slurm"]
-                until("the end of training", JobDir(run).end(0).exists, 90)
+                until("the end of training", SlurmFiles(run).end(0).exists, 90)
                 until("the step to fail", lambda: "failed sending step compl" in log.read_text())
                 assert (launch.poll(), follower.poll()) == (None, None)
             finally:
@@ -155,7 +155,7 @@ def test_nodes_without_slurms_commands_are_requeued_by_who_follows(
         for path in hidden:
             for node in fragile.nodes:
                 fragile.run(["umount", path], host=node)
-    assert "squeue: Permission denied" in JobDir(run).log.read_text()
+    assert "squeue: Permission denied" in SlurmFiles(run).log.read_text()
     assert sha(run) == unbroken
 
 

@@ -18,9 +18,9 @@ from secrets import token_hex
 import pytest
 
 from cluster import Cluster
-from dtrain.attempts import Handle
-from dtrain.node import failures
-from dtrain.rundir import RunDir
+from dtrain.run import failures
+from dtrain.run.attempts import Handle
+from dtrain.run.rundir import RunDir
 from support.contract import LauncherContract, Started, Way
 from support.launch import (
     DIGITS,

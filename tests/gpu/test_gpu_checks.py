@@ -13,10 +13,10 @@ import torch
 
 from dtrain import EMA
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.train.checks import digest
 from dtrain.train.context import TrainContext
-from dtrain.train.trainers.native import NativeTrainer
+from dtrain.train.loop.native import NativeTrainer
 from support import JOBS
 from support.trainings import Regression, job
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.rundir import RunDir, list_runs
+from dtrain.run.rundir import RunDir, list_runs
 from support import EXAMPLES
 
 JOB = EXAMPLES / "digits" / "job.yaml"

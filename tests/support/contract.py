@@ -13,7 +13,7 @@ from typing import Protocol
 
 import pytest
 
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from support.launch import (
     alive,
     descendants,

@@ -14,14 +14,14 @@ from torch import nn
 
 from dtrain import Task
 from dtrain.errors import DtrainError
-from dtrain.job.injection import KINDS, TENSOR_KINDS
+from dtrain.job.faults import KINDS, TENSOR_KINDS
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
-from dtrain.train.checks import chain
+from dtrain.train.checks import collective_trace
 from dtrain.train.context import TrainContext
-from dtrain.train.trainers.native import NativeTrainer
+from dtrain.train.loop.native import NativeTrainer
 
 STEP = 5
 """When a fault is made; an epoch has 4 steps."""
@@ -119,14 +119,14 @@ def train(case: Case, folder: Path, replicas: int = 1) -> Outcome:
     run = RunDir(folder)
     run.create()
     ranks = RankInfo() if case.strategy == "dp" else RankInfo.from_env()
-    chain.install()
+    collective_trace.install()
     context = TrainContext(case.spec(), run, ranks, 0, Talkative(), torch.device("cpu"), replicas)
     try:
         NativeTrainer(context).run()
     except DtrainError as error:
         return Outcome(type(error).__name__, str(error), getattr(error, "collateral", False))
     finally:
-        chain.CHAIN.tamper = None
+        collective_trace.CHAIN.tamper = None
         if ranks.is_rank_zero:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return Outcome()

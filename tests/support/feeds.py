@@ -13,8 +13,8 @@ from dtrain import Task
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
-from dtrain.train.data.feed import Feed, MapFeed
 from dtrain.train.data.fetch import Request
+from dtrain.train.data.pipeline import Feed, MapFeed
 from dtrain.train.data.placement import GlobalBatch, Position
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 
-from dtrain import recording
-from dtrain.rundir import RunDir, list_runs
+from dtrain import trace
+from dtrain.run.rundir import RunDir, list_runs
 from support import EXAMPLES, JOBS, warm
 
 TINY = JOBS / "tiny" / "job.yaml"
@@ -175,14 +175,14 @@ def status(run: RunDir) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def recorded(cwd: Path, *arguments: str | Path) -> tuple[RunDir, recording.Recording]:
+def recorded(cwd: Path, *arguments: str | Path) -> tuple[RunDir, trace.Recording]:
     """A launch to its end in a folder of its own, and what each of its steps did."""
     cwd.mkdir()
-    wish = ("--env", f"{recording.VARIABLE}={{}}")
+    wish = ("--env", f"{trace.VARIABLE}={{}}")
     done = dtrain("launch", *wish, *arguments, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     run = the_run(cwd)
-    return run, recording.read(run)
+    return run, trace.read(run)
 
 
 def the_run(folder: Path) -> RunDir:

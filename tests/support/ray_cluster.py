@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 import psutil
 import pytest
 
-from dtrain.launchers.ray_cluster import ray_start
+from dtrain.launchers.ray.local_cluster import ray_start
 from dtrain.ports import free_candidate
 from support.launch import until
 

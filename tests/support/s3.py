@@ -10,7 +10,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from dtrain.ports import free_candidate
-from dtrain.remote.place import Place
+from dtrain.run.remote.store import Place
 from support.launch import until
 
 BUCKET = "bucket"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from cluster import Cluster, missing
-from dtrain.attempts import Handle
-from dtrain.rundir import RunDir
+from dtrain.run.attempts import Handle
+from dtrain.run.rundir import RunDir
 from support.launch import SLOW, TINY, metrics, started, status, wait_for_step
 
 TWO = ("--launcher", "slurm", "--nodes", "2", "--procs", "2")

@@ -15,9 +15,9 @@ from torch import nn
 from dtrain import Loss, Task
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.train.context import StopFlag, TrainContext, TrainResult
-from dtrain.train.trainers.native import NativeTrainer
+from dtrain.train.loop.native import NativeTrainer
 
 
 class Crash(Exception):

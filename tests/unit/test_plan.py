@@ -11,12 +11,13 @@ import pytest
 import pytorch_lightning  # noqa: F401  sets variables once, which a test would seem to leave behind
 
 from dtrain import catalog
+from dtrain.environ import MASK, is_secret, masked, secret, shown
 from dtrain.errors import PlanError
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base
 from dtrain.plan import Facts, LaunchPlan, make_plan
-from dtrain.rundir import RunDir, write_json
-from dtrain.variables import MASK, is_secret, masked, secret, shown
+from dtrain.run.files import write_json
+from dtrain.run.rundir import RunDir
 
 FACTS = Facts("digits-abc234", "/runs", "/usr/bin/python3", "laptop", cores=8, free_port=16000)
 
@@ -242,7 +243,7 @@ def test_safe_imports_of_the_task_are_done_once_per_node() -> None:
 
 
 def test_the_imports_of_a_task_are_read_without_importing_it(tmp_path: Path) -> None:
-    from dtrain.job.source import task_imports
+    from dtrain.job.static_source import task_imports
 
     text = "import torch, os.path as p\nfrom sklearn.datasets import a\nfrom . import b\n1/0\n"
     text += "try:\n    import no_such_package\nexcept ImportError: ...\n"

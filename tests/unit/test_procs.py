@@ -39,23 +39,23 @@ def test_a_dying_process_is_told_from_one_that_runs() -> None:
 
 HELD = """
 import os, signal, time
-from dtrain.procs import STOPS, fork_child
+from dtrain.procs import STOP_SIGNALS, fork_child
 
 def child():
     deadline, told = time.monotonic() + 20, []
-    while not signal.sigpending() >= {*STOPS} and time.monotonic() < deadline:
+    while not signal.sigpending() >= {*STOP_SIGNALS} and time.monotonic() < deadline:
         time.sleep(0.001)
-    for number in STOPS:
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda number, _frame: told.append(number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     return len(told)
 
 for _ in range(20):
-    pid = fork_child(child, hold=STOPS)
-    for number in STOPS:
+    pid = fork_child(child, hold=STOP_SIGNALS)
+    for number in STOP_SIGNALS:
         os.kill(pid, number)
     _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == len(STOPS), status
+    assert os.waitstatus_to_exitcode(status) == len(STOP_SIGNALS), status
 assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 """
 

@@ -12,7 +12,7 @@ from dtrain.cli import options as shared
 from dtrain.console import out
 
 if TYPE_CHECKING:
-    from dtrain.launchers.sweep import Element
+    from dtrain.launchers.array import Element
 
 _VALUE = re.compile(r"""(?:[^,\[\]{}"']|\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*')+""")
 
@@ -27,7 +27,7 @@ def launch(
     quiet: bool,
 ) -> int:
     """Submit a run for each combination of values, and follow them; the exit code."""
-    from dtrain.launchers.sweep import drive_array
+    from dtrain.launchers.array import drive_array
 
     elements = prepare(job, fields, options)
     launcher = _launcher(elements)
@@ -46,7 +46,7 @@ def show(job: str, fields: tuple[str, ...], at_once: int | None, options: dict[s
 def prepare(job: str, fields: tuple[str, ...], options: dict[str, Any]) -> list[Element]:
     """A plan for each combination of values, in order; errors as for `shared.prepare`."""
     from dtrain.errors import UsageError
-    from dtrain.launchers.sweep import Element
+    from dtrain.launchers.array import Element
 
     choices = list(product(*(values(text) for text in fields)))
     if len(set(choices)) != len(choices):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from dtrain.cli import options as shared
-from dtrain.cli.finding import find
+from dtrain.cli.run_lookup import find
 
 
 @click.command("cancel")
@@ -14,10 +14,10 @@ from dtrain.cli.finding import find
 @shared.json_option
 def command(run: str, runs: str, as_json: bool) -> None:
     """End RUN (an id, a unique prefix, or `last`): its workers save and leave at the next step."""
-    from dtrain.attempts import Handle
     from dtrain.errors import UsageError
     from dtrain.launchers import base
     from dtrain.plan import LaunchPlan
+    from dtrain.run.attempts import Handle
 
     found = find(run, runs)
     plan = LaunchPlan.read(found)

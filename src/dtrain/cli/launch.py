@@ -71,7 +71,7 @@ def start(prepared: shared.Prepared, quiet: bool, detach: bool = False) -> int:
     from dtrain.console.live import LiveConsole
     from dtrain.errors import PlanError, UsageError
     from dtrain.launchers import base
-    from dtrain.launchers.drive import drive
+    from dtrain.launchers.supervise import drive
 
     plan = prepared.plan
     if short := lacking(plan):

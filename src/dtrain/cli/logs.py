@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from dtrain.cli import options as shared
-from dtrain.cli.finding import find
+from dtrain.cli.run_lookup import find
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dtrain.rundir import RunDir
+    from dtrain.run.rundir import RunDir
 
 _FOLD_WINDOW_S = 0.3
 _POLL_S = 0.1
@@ -63,7 +63,7 @@ def command(
 def _follow(run: RunDir, view: _View, newer: bool) -> int:
     """Show what comes until the run has ended, of `newer` attempts too; the run's exit code."""
     from dtrain.launchers import base
-    from dtrain.remote.runs import refresher
+    from dtrain.run.remote.runs import refresher
 
     refresh = refresher(run)
     while (stand := base.state_of(run))[0] in ("running", "prepared"):

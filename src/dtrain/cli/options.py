@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dtrain.cli.finding import find, job_dir_of
+from dtrain.cli.run_lookup import find, job_dir_of
 
 if TYPE_CHECKING:
     from dtrain.job.load import LoadedJob
     from dtrain.job.profile import LoadedProfile
     from dtrain.plan import LaunchPlan
-    from dtrain.rundir import RunDir
+    from dtrain.run.rundir import RunDir
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -117,11 +117,11 @@ def prepare(job_path: str, options: dict[str, Any]) -> Prepared:
         JobError: job, profile or flags are wrong.
         PlanError: they do not go together.
     """
-    from dtrain import runid
     from dtrain.errors import UsageError, quoted
     from dtrain.job.load import load_job
     from dtrain.job.profile import load_profile
     from dtrain.job.script import job_of_script
+    from dtrain.run import ids
 
     job_dir = Path(job_path).absolute().parent
     profile = load_profile(options["launcher"], job_dir)
@@ -133,8 +133,8 @@ def prepare(job_path: str, options: dict[str, Any]) -> Prepared:
         text=job_of_script(job_path),
     )
     given = options["run_id"]
-    run_id = runid.new(job.spec.name) if given is None else given
-    if problem := runid.problem(run_id):
+    run_id = ids.new(job.spec.name) if given is None else given
+    if problem := ids.problem(run_id):
         raise UsageError(f"--run-id {quoted(run_id)} cannot be the id of a run: {problem}")
     plan = make(job, profile, options, run_id=run_id, runs=options["runs"], job_dir=job_dir)
     return Prepared(plan, job, profile)
@@ -144,13 +144,14 @@ def prepare_again(run: RunDir, options: dict[str, Any]) -> Prepared:
     """An existing run and flags → a plan for its next attempt; errors as for `prepare`."""
     from dtrain.job.load import load_job
     from dtrain.job.profile import load_profile
-    from dtrain.launchers import base, told
+    from dtrain.launchers import base
     from dtrain.plan import LaunchPlan
+    from dtrain.run import events
 
     before = LaunchPlan.read(run)
     job_dir = job_dir_of(before)
     profile = load_profile(before.profile, job_dir)
-    inherited = told.accepted_job(run)
+    inherited = events.accepted_job(run)
     job = load_job(inherited, options["overrides"], {}, written_flags(options), job_dir=job_dir)
     job = base.with_secrets(job, run)
     given = {k: v for k, v in options.items() if v is not None and (v or k not in before.options)}
@@ -181,7 +182,7 @@ def make(
     """A plan complete with its commands; `PlanError` when the parts do not go together."""
     from dtrain.errors import PlanError
     from dtrain.job.imports import refuse_missing
-    from dtrain.job.source import task_imports
+    from dtrain.job.static_source import task_imports
     from dtrain.launchers import base
     from dtrain.plan import Facts, make_plan
 
@@ -236,15 +237,15 @@ def _settings(
 def _option_of_profile(spelling: str, text: str) -> dict[str, Any]:
     """`relaunch=5` as the option of a profile that it sets; the value is YAML."""
     from dtrain.errors import JobError
-    from dtrain.job.written import Place, Written
-    from dtrain.job.yamlfile import read_yaml
+    from dtrain.job.located import Located, SourceLocation
+    from dtrain.job.yaml_reader import read_yaml
 
     name, _, value = text.partition("=")
-    place = Place(f"{spelling} {name}")
+    place = SourceLocation(f"{spelling} {name}")
     written, problems = read_yaml(value, lambda _: place)
     if problems:
         raise JobError(problems)
-    return {name: written or Written(None, place)}
+    return {name: written or Located(None, place)}
 
 
 def _kept(before: LaunchPlan, spelling: str) -> tuple[str, ...]:

@@ -124,7 +124,7 @@ def _explained(prepared: shared.Prepared) -> list[str]:
 
 
 def _value(spec: Any, field: str) -> Any:
-    from dtrain.variables import shown
+    from dtrain.environ import shown
 
     name = field.rpartition(".")[2]
     value = spec

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtrain.cli import options as shared
-from dtrain.cli.finding import find
+from dtrain.cli.run_lookup import find
 
 if TYPE_CHECKING:
-    from dtrain.rundir import RunDir
+    from dtrain.run.rundir import RunDir
 
 
 @click.command("resume")
@@ -44,9 +44,9 @@ def _check(run: RunDir, options: dict[str, Any]) -> None:
 
     Of several commands, one a node, only node 0's decides.
     """
-    from dtrain.attempts import Handle, Held
     from dtrain.errors import UsageError
     from dtrain.launchers import base
+    from dtrain.run.attempts import Handle, Held
 
     if options["node_rank"] not in (None, "0"):
         return

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtrain.cli import options as shared
-from dtrain.cli.finding import here
+from dtrain.cli.run_lookup import here
 
 if TYPE_CHECKING:
-    from dtrain.rundir import RunDir
+    from dtrain.run.rundir import RunDir
 
 _DAMAGED = "damaged"
 
@@ -20,7 +20,7 @@ _DAMAGED = "damaged"
 @shared.json_option
 def command(runs: str, as_json: bool) -> None:
     """List the runs, the oldest first."""
-    from dtrain.rundir import list_runs
+    from dtrain.run.rundir import list_runs
 
     rows = [_row(run) for run in list_runs(here(runs))]
     if as_json:
@@ -48,7 +48,7 @@ def _row(run: RunDir) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    from dtrain.files import local_time
+    from dtrain.run.files import local_time
 
     cells: list[tuple[str, ...]] = [
         ("RUN", "STATE", "STEP", "RANKS", "STRATEGY", "LAUNCHER", "STARTED")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtrain.cli import options as shared
-from dtrain.cli.finding import find
+from dtrain.cli.run_lookup import find
 
 if TYPE_CHECKING:
-    from dtrain.rundir import RunDir
+    from dtrain.run.rundir import RunDir
 
 
 @click.command("status")
@@ -30,10 +30,10 @@ def command(run: str, runs: str, as_json: bool) -> None:
 
 def summary(run: RunDir) -> dict[str, Any]:
     """What is known of a run: its state, its place, its last metrics."""
-    from dtrain import files
-    from dtrain.attempts import Handle
-    from dtrain.launchers import base, told
+    from dtrain.launchers import base
     from dtrain.plan import LaunchPlan
+    from dtrain.run import events, files
+    from dtrain.run.attempts import Handle
 
     plan = LaunchPlan.read(run)
     handle = Handle.read(run)
@@ -71,7 +71,7 @@ def summary(run: RunDir) -> dict[str, Any]:
         "train": _metrics(last.get("train")),
         "eval": _metrics(last.get("eval")),
         "waits": "\n".join(waits.values()) or None if state == "running" else None,
-        "warning": told.alone(run),
+        "warning": events.alone(run),
         "parameters_sha256": finished.get("parameters_sha256"),
         **_described(run, plan.launcher),
         "url": run.url,
@@ -96,7 +96,7 @@ def _metrics(line: dict[str, Any] | None) -> dict[str, Any]:
 
 def _text(name: str, value: Any) -> str:
     if name in ("started", "ended"):
-        from dtrain.files import local_time
+        from dtrain.run.files import local_time
 
         return local_time(value)
     if isinstance(value, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from dtrain.cli import options as shared
-from dtrain.cli.finding import find
+from dtrain.cli.run_lookup import find
 
 _STANDS = {
     "succeeded": "it succeeded",
@@ -22,10 +22,10 @@ _STANDS = {
 @shared.json_option
 def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
     """Why RUN (an id, a unique prefix, or `last`) failed."""
-    from dtrain.attempts import Result
     from dtrain.errors import RunNotFound
-    from dtrain.launchers import base, told
-    from dtrain.node import verdict
+    from dtrain.launchers import base
+    from dtrain.run import events, verdict
+    from dtrain.run.attempts import Result
 
     found = find(run, runs)
     attempts = found.attempts()
@@ -46,6 +46,6 @@ def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
     elif state == "lost":
         click.echo(f"run {found.id} was ended from outside: its launcher was killed")
     elif state == "cancelled":
-        click.echo(told.how_stopped(found, number))
+        click.echo(events.how_stopped(found, number))
     else:
         click.echo(f"run {found.id} has not failed: {_STANDS[state]}")

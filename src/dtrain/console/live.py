@@ -7,13 +7,13 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from dtrain import files
 from dtrain.console import out
 from dtrain.console.fold import LineFolder
 from dtrain.console.tail import Follower
-from dtrain.node.failures import FAILURE_CLOSE, FAILURE_OPEN, is_collateral
 from dtrain.plainjson import numbers
 from dtrain.plan import LaunchPlan
+from dtrain.run import files
+from dtrain.run.failures import FAILURE_CLOSE, FAILURE_OPEN, is_collateral
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

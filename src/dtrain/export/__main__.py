@@ -28,7 +28,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     from dtrain.export.run import export
-    from dtrain.rundir import RunDir
+    from dtrain.run.rundir import RunDir
 
     try:
         done = export(

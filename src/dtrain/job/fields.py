@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
-from dtrain.job.injection import parse_injection
+from dtrain.environ import HASH_SEED
+from dtrain.job.faults import parse_injection
 from dtrain.job.units import (
     found,
     is_number,
@@ -16,8 +17,7 @@ from dtrain.job.units import (
     parse_whole,
     refuse_yaml_boolean,
 )
-from dtrain.runid import LONGEST
-from dtrain.variables import HASH_SEED
+from dtrain.run.ids import LONGEST
 
 _MOST = 10**15
 """Of anything that is counted; what counts in 64 bits, or in floats, still does so exactly."""
@@ -93,7 +93,7 @@ def _checked_injection(value: Any) -> Any:
 
 
 InjectionText = Annotated[str, BeforeValidator(_checked_injection)]
-"""`rank=1,step=5,kind=flip-gradient-bit,param=first.weight`, see `dtrain.job.injection`."""
+"""`rank=1,step=5,kind=flip-gradient-bit,param=first.weight`, see `dtrain.job.faults`."""
 
 Natural = Annotated[int, Field(ge=0, le=_MOST), BeforeValidator(parse_whole)]
 Count = Annotated[int, Field(ge=1, le=_MOST), BeforeValidator(parse_whole)]

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dtrain.errors import JobError, Problem
-from dtrain.job.classes import module_file
+from dtrain.job.located import SourceLocation, did_you_mean, shown_path
 from dtrain.job.spec import JobSpec
-from dtrain.job.written import Place, did_you_mean, shown_path
+from dtrain.job.static_check import module_file
 
 _CHANGES_THE_PATH = {
     "addsitedir",
@@ -83,7 +83,9 @@ def _missing(file: Path, extra: Sequence[str], seen: set[Path]) -> Iterator[Prob
         beside = importlib.machinery.PathFinder.find_spec(name, [own, *extra])
         if beside is None and not _is_here(name):
             others = [path.stem for path in file.parent.glob("*.py") if path != file]
-            yield Place(shown_path(file), statement.lineno, statement.col_offset + 1).problem(
+            yield SourceLocation(
+                shown_path(file), statement.lineno, statement.col_offset + 1
+            ).problem(
                 "",
                 f"imports {name}, which {sys.executable} does not have"
                 f"{did_you_mean(name, others) or '; install the package that has it there'}",

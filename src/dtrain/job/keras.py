@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dtrain.errors import Problem
-from dtrain.job.source import Source
-from dtrain.job.written import Place, Written, shown_path
+from dtrain.job.located import Located, SourceLocation, shown_path
+from dtrain.job.static_source import Source
 
 _BACKEND = "KERAS_BACKEND"
 
@@ -23,7 +23,9 @@ def is_keras(source: Source, name: str) -> bool:
     return len(found) == 1 and isinstance(found[0], ast.FunctionDef) and source.imports("keras")
 
 
-def keras_problems(root: Written, place: Place, file: Path, source: Source) -> Iterator[Problem]:
+def keras_problems(
+    root: Located, place: SourceLocation, file: Path, source: Source
+) -> Iterator[Problem]:
     """Everything that a Keras task cannot be asked for, with what works.
 
     Args:
@@ -40,11 +42,11 @@ def keras_problems(root: Written, place: Place, file: Path, source: Source) -> I
         for keyword in call.keywords:
             message = _compile_problem(keyword)
             if message:
-                spot = Place(shown_path(file), keyword.lineno, keyword.col_offset + 1)
+                spot = SourceLocation(shown_path(file), keyword.lineno, keyword.col_offset + 1)
                 yield spot.problem("", message)
 
 
-def _strategy_problems(root: Written) -> Iterator[Problem]:
+def _strategy_problems(root: Located) -> Iterator[Problem]:
     strategy = root.get(("strategy",))
     if strategy is not None and strategy.value == "fsdp":
         message = (
@@ -54,7 +56,7 @@ def _strategy_problems(root: Written) -> Iterator[Problem]:
         yield strategy.place.problem("strategy", message)
 
 
-def _backend_problems(root: Written, place: Place) -> Iterator[Problem]:
+def _backend_problems(root: Located, place: SourceLocation) -> Iterator[Problem]:
     """Of the job's variables, else this process's own, which workers inherit."""
     given = root.get(("launch", "env", _BACKEND))
     backend = given.value if given else os.environ.get(_BACKEND, "torch")

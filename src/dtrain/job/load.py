@@ -9,14 +9,14 @@ from typing import Any, TypeVar, get_origin
 
 from pydantic import ValidationError
 
-from dtrain import files
+from dtrain.environ import may_tell
 from dtrain.errors import JobError, Problem
-from dtrain.job.check import outside_problems
-from dtrain.job.explain import explain, submodel
+from dtrain.job.errors import explain, submodel
+from dtrain.job.located import Keys, Located, SourceLocation, dotted, shown_path
+from dtrain.job.references import outside_problems
 from dtrain.job.spec import JobSpec, Model, cross_problems
-from dtrain.job.written import Keys, Place, Written, dotted, shown_path
-from dtrain.job.yamlfile import in_file, read_text, read_yaml
-from dtrain.variables import may_tell
+from dtrain.job.yaml_reader import in_file, read_text, read_yaml
+from dtrain.run import files
 
 AnyModel = TypeVar("AnyModel", bound=Model)
 
@@ -34,16 +34,16 @@ class LoadedJob:
     `profile slurm (launchers/slurm.yaml:4)`, `default`."""
 
 
-def flag(spelling: str, value: Any) -> Written:
+def flag(spelling: str, value: Any) -> Located:
     """A value given by a flag, for `load_job(flags=...)`: `flag("--nodes", "2:4")`."""
-    return Written.of(value, Place(spelling))
+    return Located.of(value, SourceLocation(spelling))
 
 
 def load_job(
     path: str | Path,
     overrides: Sequence[str] = (),
-    profile_launch: Mapping[str, Written] | None = None,
-    flags: Mapping[str, Written] | None = None,
+    profile_launch: Mapping[str, Located] | None = None,
+    flags: Mapping[str, Located] | None = None,
     job_dir: Path | None = None,
     text: str | None = None,
 ) -> LoadedJob:
@@ -64,16 +64,16 @@ def load_job(
     shown = shown_path(path)
     text = read_text(path, shown) if text is None else text
     root, problems = read_root(text, shown, JobSpec)
-    base = Written({}, root.place)
+    base = Located({}, root.place)
     if profile_launch:
-        base = Written(dict(profile_launch), root.place).under(("launch",))
-    root = root.over(base)
+        base = Located(dict(profile_launch), root.place).nest(("launch",))
+    root = root.merge_over(base)
     for override in overrides:
         written, bad = _override(override)
         problems += bad
-        root = written.over(root) if written else root
+        root = written.merge_over(root) if written else root
     for field, value in (flags or {}).items():
-        root = value.under(_keys_of(field)).over(root)
+        root = value.nest(_keys_of(field)).merge_over(root)
     root = numbers_as_text(root)
     spec, wrong = validate(root, JobSpec)
     problems += wrong
@@ -84,7 +84,7 @@ def load_job(
     problems += outside_problems(root, job_dir or path.parent)
     if problems or spec is None:
         raise JobError(sort_problems(problems, shown))
-    said = spec.said()
+    said = spec.to_plain()
     sources = sources_of(spec, root)
     sources = {name: source for name, source in sources.items() if name.split(".")[0] in said}
     return LoadedJob(spec, text, path, sources)
@@ -107,7 +107,7 @@ def read_job(path: Path) -> JobSpec:
 
 def read_root(
     text: str, shown: str, model: type[Model], origin: str = ""
-) -> tuple[Written, list[Problem]]:
+) -> tuple[Located, list[Problem]]:
     """The top section of a YAML file, and what is wrong with the YAML.
 
     Raises:
@@ -116,7 +116,7 @@ def read_root(
     root, problems = read_yaml(text, in_file(shown, origin))
     required = [name for name, field in model.model_fields.items() if field.is_required()]
     if root is None and not problems:
-        problems = [Place(shown).problem("", f"empty; needed are: {', '.join(required)}")]
+        problems = [SourceLocation(shown).problem("", f"empty; needed are: {', '.join(required)}")]
     elif root is not None and not isinstance(root.value, dict):
         kind = "a list" if isinstance(root.value, list) else "one value"
         problems.append(root.place.problem("", f"expected `name: value` lines; found {kind}"))
@@ -125,7 +125,7 @@ def read_root(
     return _open_empty_sections(root, model), problems
 
 
-def validate(root: Written, model: type[AnyModel]) -> tuple[AnyModel | None, list[Problem]]:
+def validate(root: Located, model: type[AnyModel]) -> tuple[AnyModel | None, list[Problem]]:
     """What is written as a spec, or every problem of single fields."""
     try:
         return model.model_validate(root.plain()), []
@@ -141,12 +141,12 @@ def sort_problems(problems: Sequence[Problem], first: str) -> list[Problem]:
     )
 
 
-def sources_of(spec: Model, root: Written) -> dict[str, str]:
+def sources_of(spec: Model, root: Located) -> dict[str, str]:
     """Dotted leaf field → the source of its value, `default` where nothing is written."""
     return dict(_sources(spec, root, ()))
 
 
-def _sources(value: Any, written: Written | None, keys: Keys) -> Iterator[tuple[str, str]]:
+def _sources(value: Any, written: Located | None, keys: Keys) -> Iterator[tuple[str, str]]:
     if isinstance(value, Model):
         parts = {name: getattr(value, name) for name in type(value).model_fields}
     elif isinstance(value, dict) and value:
@@ -158,7 +158,7 @@ def _sources(value: Any, written: Written | None, keys: Keys) -> Iterator[tuple[
         yield from _sources(part, written.get((name,)) if written else None, (*keys, name))
 
 
-def _open_empty_sections(root: Written, model: type[Model]) -> Written:
+def _open_empty_sections(root: Located, model: type[Model]) -> Located:
     """Read `eval:` with nothing below it (all commented out, say) as an empty section."""
     inside = dict(root.value)
     for name, field in model.model_fields.items():
@@ -174,7 +174,7 @@ def _open_empty_sections(root: Written, model: type[Model]) -> Written:
     return replace(root, value=inside)
 
 
-def _override(text: str) -> tuple[Written | None, list[Problem]]:
+def _override(text: str) -> tuple[Located | None, list[Problem]]:
     """`train.epochs=3` as a value at its field."""
     field, equals, value = text.partition("=")
     keys = _keys_of(field.strip())
@@ -182,7 +182,7 @@ def _override(text: str) -> tuple[Written | None, list[Problem]]:
         keys = tuple(key.replace("-", "_") for key in keys)
     secret = field.startswith("launch.env.") or may_tell(text)
     shown = field if secret else text
-    place = Place(f"--set {shown}")
+    place = SourceLocation(f"--set {shown}")
     if (
         not equals
         or not field.isprintable()
@@ -193,8 +193,8 @@ def _override(text: str) -> tuple[Written | None, list[Problem]]:
     written, problems = read_yaml(value, lambda _: place)
     if problems:
         return None, problems
-    written = written or Written(None, place)
-    return replace(written, key=place).under(keys), []
+    written = written or Located(None, place)
+    return replace(written, key=place).nest(keys), []
 
 
 def _keys_of(field: str) -> tuple[str, ...]:
@@ -202,7 +202,7 @@ def _keys_of(field: str) -> tuple[str, ...]:
     return tuple(field.split(".", 2 if field.startswith("launch.env.") else -1))
 
 
-def numbers_as_text(root: Written) -> Written:
+def numbers_as_text(root: Located) -> Located:
     """Variables are text: `FLAG: 010` means the letters 010, not a number."""
     env = root.get(("launch", "env"))
     if env is None or not isinstance(env.value, dict):
@@ -212,4 +212,4 @@ def numbers_as_text(root: Written) -> Written:
         for name, part in env.value.items()
         if isinstance(part.value, int | float) and not isinstance(part.value, bool) and part.raw
     }
-    return replace(env, value=kept).under(("launch", "env")).over(root) if kept else root
+    return replace(env, value=kept).nest(("launch", "env")).merge_over(root) if kept else root

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dtrain import catalog
+from dtrain.job.located import did_you_mean
 from dtrain.job.units import found
-from dtrain.job.written import did_you_mean
 
 LoggerEntry = str | dict[str, dict[str, Any]]
 """`tensorboard`, or `mlflow: {experiment: digits}`."""

@@ -13,12 +13,12 @@ from dtrain import catalog
 from dtrain.assets import asset_dir
 from dtrain.errors import JobError, Problem
 from dtrain.job.load import numbers_as_text, read_root, sort_problems, sources_of, validate
+from dtrain.job.located import Located, SourceLocation, did_you_mean, shown_path
 from dtrain.job.spec import Model, ProfileSpec
 from dtrain.job.units import found
-from dtrain.job.written import Place, Written, did_you_mean, shown_path
-from dtrain.job.yamlfile import read_text
+from dtrain.job.yaml_reader import read_text
 
-Layer = tuple[Path, Written, list[Problem]]
+Layer = tuple[Path, Located, list[Problem]]
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class LoadedProfile:
     """The files it was read from: its own, what that extends, and so on."""
     sources: dict[str, str]
     """Dotted field → `profile slurm (launchers/slurm.yaml:4)`, or `default`."""
-    launch: Mapping[str, Written]
+    launch: Mapping[str, Located]
     """What its `launch:` section says and where, for `load_job`."""
-    options: Mapping[str, Written] = field(default_factory=dict)
+    options: Mapping[str, Located] = field(default_factory=dict)
     """What its `options:` section says and where, for `checked_options`."""
 
 
@@ -50,10 +50,10 @@ def load_profile(name: str, job_dir: str | os.PathLike[str]) -> LoadedProfile:
         JobError: there is no such profile, or the problems of its files, sorted by place.
     """
     folders = search_path(Path(job_dir))
-    layers = list(_layers(name, Place(f"--launcher {name}"), folders, folders, []))
+    layers = list(_layers(name, SourceLocation(f"--launcher {name}"), folders, folders, []))
     root = layers[-1][1]
     for _, nearer, _ in layers[-2::-1]:
-        root = nearer.over(root)
+        root = nearer.merge_over(root)
     root = numbers_as_text(root)
     spec, problems = validate(root, ProfileSpec)
     problems += [problem for _, _, of_file in layers for problem in of_file]
@@ -73,7 +73,7 @@ def load_profile(name: str, job_dir: str | os.PathLike[str]) -> LoadedProfile:
 
 
 def checked_options(
-    profile: LoadedProfile, flags: Mapping[str, Written], model: type[Model]
+    profile: LoadedProfile, flags: Mapping[str, Located], model: type[Model]
 ) -> tuple[Model, dict[str, str]]:
     """A launcher's options, from a profile and flags, and where each was written.
 
@@ -82,9 +82,9 @@ def checked_options(
     Raises:
         JobError: every option that is unknown or wrong, with its place.
     """
-    here = Place(f"--launcher {profile.name}")
+    here = SourceLocation(f"--launcher {profile.name}")
     given = {name: part for name, part in profile.options.items() if part.value is not None}
-    root = Written(dict(flags), here).over(Written(given, here))
+    root = Located(dict(flags), here).merge_over(Located(given, here))
     options, problems = validate(root, model)
     if problems or options is None:
         problems = problems or _between_options(root, model)
@@ -98,7 +98,7 @@ def checked_options(
     return options, sources
 
 
-def _between_options(root: Written, model: type[Model]) -> list[Problem]:
+def _between_options(root: Located, model: type[Model]) -> list[Problem]:
     """What is wrong with options that are right each by itself."""
     try:
         model.model_validate(root.plain())
@@ -108,7 +108,7 @@ def _between_options(root: Written, model: type[Model]) -> list[Problem]:
     return []
 
 
-def place_text(place: Place) -> str:
+def place_text(place: SourceLocation) -> str:
     """`launchers/slurm.yaml:9:14`, or a flag."""
     return str(place.problem("", "")).removesuffix(": ")
 
@@ -134,7 +134,11 @@ def profile_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _layers(
-    name: str, asked_by: Place, where: Sequence[Path], folders: Sequence[Path], above: list[Path]
+    name: str,
+    asked_by: SourceLocation,
+    where: Sequence[Path],
+    folders: Sequence[Path],
+    above: list[Path],
 ) -> Iterator[Layer]:
     """A profile's file and, after it, those that it extends; `where` is searched for it."""
     path = next((folder / f"{name}.yaml" for folder in where if _is_profile(folder, name)), None)
@@ -162,7 +166,9 @@ def _is_profile(folder: Path, name: str) -> bool:
     return os.path.basename(name) == name and os.path.isfile(folder / f"{name}.yaml")
 
 
-def _not_found(name: str, asked_by: Place, where: Sequence[Path], all_: Sequence[Path]) -> Problem:
+def _not_found(
+    name: str, asked_by: SourceLocation, where: Sequence[Path], all_: Sequence[Path]
+) -> Problem:
     near = did_you_mean(name, [known for known in profile_names(all_) if known != name])
     searched = ", ".join(map(shown_path, where)) or "nothing, as this file is the last of its name"
     field = "" if asked_by.line is None else "extends"

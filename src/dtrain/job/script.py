@@ -11,8 +11,8 @@ from typing import Any
 
 from dtrain import catalog
 from dtrain.errors import UsageError
-from dtrain.job.source import Definition
-from dtrain.job.yamlfile import dump_yaml
+from dtrain.job.static_source import Definition
+from dtrain.job.yaml_reader import dump_yaml
 
 SCRIPT_FIELDS = ("name", "script", "arguments", "launch")
 """All that such a job says."""

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from dtrain.job.faults import late_faults
 from dtrain.job.fields import (
     Count,
     Duration,
@@ -32,7 +33,6 @@ from dtrain.job.fields import (
     Seed,
     Text,
 )
-from dtrain.job.injection import late_faults
 from dtrain.job.lightning import lightning_problems
 from dtrain.job.loggers import LOGGER_SCHEMA, LoggerEntry, checked_logger
 from dtrain.job.script import SCRIPT_FIELDS, completed, meaningless
@@ -263,14 +263,14 @@ class JobSpec(Model):
 
     _complete = model_validator(mode="before")(staticmethod(completed))
 
-    def said(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, Any]:
         """As plain JSON, for `resolved.yaml`: what means something for this job."""
         included = set(SCRIPT_FIELDS) if self.script is not None else None
         return self.model_dump(mode="json", include=included)
 
     @model_validator(mode="after")
     def _fields_fit(self) -> JobSpec:
-        problems = cross_problems(self.said())
+        problems = cross_problems(self.to_plain())
         if problems:
             raise ValueError("; ".join(f"{'.'.join(keys)}: {text}" for keys, text in problems))
         return self

@@ -10,17 +10,16 @@ from typing import Any, Protocol
 
 import yaml
 
-from dtrain import catalog, files, rundir, snapshot, variables
-from dtrain.attempts import Handle, Held, Result, State
+from dtrain import catalog, environ
 from dtrain.errors import DamagedError, DtrainError, LaunchError, PlanError, UsageError
 from dtrain.job.load import LoadedJob
 from dtrain.job.spec import JobSpec
-from dtrain.job.yamlfile import dump_yaml
-from dtrain.launchers import told
-from dtrain.node import token
+from dtrain.job.yaml_reader import dump_yaml
 from dtrain.plan import Command, Facts, LaunchPlan
-from dtrain.remote import runs as remote
-from dtrain.rundir import RunDir
+from dtrain.run import events, files, snapshot, token
+from dtrain.run.attempts import Handle, Held, Result, State
+from dtrain.run.remote import runs as remote
+from dtrain.run.rundir import RunDir
 
 
 class Launch(Protocol):
@@ -93,7 +92,7 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
     run = plan.run
     if plan.run_url:
         _refuse_secrets(job, job_text)
-        remote.begin(run, plan.run_url)
+        remote.create(run, plan.run_url)
     run.create()
     _refuse_existing(plan)
     claimed = False
@@ -101,7 +100,7 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
         if handle is not None:
             _claim(plan, handle)
             claimed = plan.is_of_node_zero
-        remote.go_ahead(run)
+        remote.mark_unsynced(run)
         _write(plan, job, job_text)
     except DtrainError:  # a place at a URL that does not answer says so itself
         raise
@@ -137,24 +136,24 @@ def _claim(plan: LaunchPlan, handle: Handle) -> None:
 
 def _write(plan: LaunchPlan, job: JobSpec, job_text: str) -> None:
     run = plan.run
-    hidden = variables.secret(job.launch.env)
+    hidden = environ.secret(job.launch.env)
     shown = job.model_copy(
-        update={"launch": job.launch.model_copy(update={"env": variables.masked(job.launch.env)})}
+        update={"launch": job.launch.model_copy(update={"env": environ.masked(job.launch.env)})}
     )
     run.attempt(plan.attempt).mkdir(parents=True, exist_ok=True)
     token.of_attempt(run, plan.attempt)
-    rundir.write_atomic(run.job, job_text, mode=0o600 if hidden else 0o644)
-    rundir.write_json(run.plan, plan.to_json())
+    files.write_atomic(run.job, job_text, mode=0o600 if hidden else 0o644)
+    files.write_json(run.plan, plan.to_json())
     if hidden:
-        rundir.write_atomic(run.secret_env(plan.attempt), json.dumps(hidden), mode=0o600)
+        files.write_atomic(run.secret_env(plan.attempt), json.dumps(hidden), mode=0o600)
     for path in (run.resolved_of(plan.attempt), run.resolved):  # the last makes it a run
-        rundir.write_atomic(path, dump_yaml(shown.said()))
+        files.write_atomic(path, dump_yaml(shown.to_plain()))
 
 
 def _refuse_secrets(job: JobSpec, job_text: str) -> None:
     written = [
         name
-        for name, value in variables.secret(job.launch.env).items()
+        for name, value in environ.secret(job.launch.env).items()
         if value and value in job_text
     ]
     if written:
@@ -176,7 +175,7 @@ def _refuse_existing(plan: LaunchPlan) -> None:
         holder = Handle.read(run)
         if holder is not None and Result.read(run, holder.attempt) is None and holder.is_alive(run):
             raise Held(run, holder)
-        exists = holder is not None or told.has_trained(run)
+        exists = holder is not None or events.has_trained(run)
     if exists:
         raise UsageError(
             f"run {run.id} exists; go on with: dtrain resume {run.id}, or give another --run-id"
@@ -196,9 +195,9 @@ def state_of(run: RunDir) -> tuple[State, Result | None]:
     """How the newest attempt of a run stands."""
     handle = Handle.read(run)
     if handle is None:
-        from dtrain.launchers import by_hand
+        from dtrain.launchers import status
 
-        return by_hand.state_of(run)
+        return status.state_of(run)
     result = Result.read(run, handle.attempt)
     if result is not None:
         return result.state, result
@@ -219,9 +218,9 @@ def with_secrets(job: LoadedJob, run: RunDir) -> LoadedJob:
     text = files.read_text(run.job) or ""
     given = _env_of(text, run)
     env = {
-        name: str(given.get(name, value)) if value == variables.MASK else value
+        name: str(given.get(name, value)) if value == environ.MASK else value
         for name, value in job.spec.launch.env.items()
-        if value != variables.MASK or name in given
+        if value != environ.MASK or name in given
     }
     launch = job.spec.launch.model_copy(update={"env": env})
     return replace(job, spec=job.spec.model_copy(update={"launch": launch}), text=text)
@@ -242,7 +241,7 @@ def next_attempt(run: RunDir) -> int:
     Where node 0 has begun it already, it is the one that is going.
     """
     handle = Handle.read(run)
-    if handle is None and not told.has_trained(run):
+    if handle is None and not events.has_trained(run):
         return 0
     newest = 0 if handle is None else handle.attempt
     return newest if state_of(run)[0] == "running" else newest + 1

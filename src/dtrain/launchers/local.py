@@ -12,15 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from dtrain import gpus, ports, procs, rundir
-from dtrain.attempts import Handle
+from dtrain import ports, procs
+from dtrain.environ import HASH_SEED, inherited_env
 from dtrain.errors import LaunchError, UsageError
 from dtrain.launchers import base
-from dtrain.node import failures, lost
+from dtrain.node import gpus, lost
 from dtrain.node.memory import Memory
 from dtrain.plan import Command, Facts, LaunchPlan
-from dtrain.rundir import RunDir
-from dtrain.variables import HASH_SEED, inherited_env
+from dtrain.run import failures, files
+from dtrain.run.attempts import Handle
+from dtrain.run.rundir import RunDir
 
 
 class Process(Protocol):
@@ -104,7 +105,7 @@ class NodeProcess:
         env = {**inherited_env(), **command.env, HASH_SEED: plan.worker_env[HASH_SEED]}
         listener = None if listen_host is None else _listen(listen_host, plan.rdzv_port)
         try:
-            rundir.make_parent(log)
+            files.make_parent(log)
             self._process = (spawn or _Interpreter)(command.argv, env, log, listener)
         except OSError as error:
             raise LaunchError(f"cannot start {command.argv[0]}: {error.strerror}") from error
@@ -117,7 +118,7 @@ class NodeProcess:
         code = self._process.poll()
         if code is None or code >= 0:
             return code
-        if not self._asked_to_end and -code not in procs.STOPS:
+        if not self._asked_to_end and -code not in procs.STOP_SIGNALS:
             self._asked_to_end = True
             self._record_killed(code)
         return 128 - code

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dtrain import procs
+from dtrain.environ import HASH_SEED, inherited_env
 from dtrain.errors import LaunchError
 from dtrain.node.channel import Channel
-from dtrain.variables import HASH_SEED, inherited_env
 
 
 class WarmServer:

@@ -14,9 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dtrain.node.server import ForkServer
+    from dtrain.node.fork_server import ForkServer
     from dtrain.plan import LaunchPlan
-    from dtrain.rundir import RunDir
+    from dtrain.run.rundir import RunDir
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """numpy's and torch's thread pools start at import, and a fork must see one thread."""
@@ -32,14 +32,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--listen-fd", type=int, help="socket on which node 0 serves the store")
     arguments = parser.parse_args(argv)
 
-    from dtrain.procs import LATER, die_with_parent
+    from dtrain.procs import DEFERRED_SIGNALS, die_with_parent
 
     if arguments.parent:
         die_with_parent(arguments.parent)
     # asked to leave while we import: heard when there is somebody to tell, see ForkServer.serve
-    signal.pthread_sigmask(signal.SIG_BLOCK, LATER)
+    signal.pthread_sigmask(signal.SIG_BLOCK, DEFERRED_SIGNALS)
     from dtrain.node.hashing import take_hash_seed
-    from dtrain.rundir import RunDir
+    from dtrain.run.rundir import RunDir
 
     if not arguments.node_rank:
         _log_in(RunDir(arguments.run_dir))
@@ -47,15 +47,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     take_hash_seed(RunDir(arguments.run_dir), command, keep_fd=arguments.listen_fd)
     inherited = dict(os.environ)
     os.environ.update(ONE_THREAD)
-    from dtrain.files import read_json
-    from dtrain.jobdir import RayDir
     from dtrain.plan import LaunchPlan
+    from dtrain.run.backend_files import RayFiles
+    from dtrain.run.files import read_json
 
     plan = LaunchPlan.read(RunDir(arguments.run_dir))
     if arguments.attempt is None and len(arguments.node_rank or ()) == plan.nodes:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)  # no other node waits to be told
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, DEFERRED_SIGNALS
+        )  # no other node waits to be told
     if arguments.attempt is not None:
-        plan = plan.placed(**read_json(RayDir(plan.run).placement(arguments.attempt)))
+        plan = plan.placed(**read_json(RayFiles(plan.run).placement(arguments.attempt)))
         inherited = _without_ray(inherited)
     if arguments.node_rank:
         server = _server(plan, arguments.node_rank, inherited)
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _server(plan: LaunchPlan, node_ranks: list[int], inherited: dict[str, str]) -> ForkServer:
     from dtrain.node.agent_process import run_agent
-    from dtrain.node.server import ForkServer
+    from dtrain.node.fork_server import ForkServer
 
     return ForkServer(plan, node_ranks, partial(run_agent, inherited=inherited))
 
@@ -80,9 +82,9 @@ def _log_in(run: RunDir) -> None:
     Were it srun that opened the log, a node without the run's folder would never start, and the
     others would wait for it.
     """
-    from dtrain.jobdir import JobDir
+    from dtrain.run.backend_files import SlurmFiles
 
-    path = JobDir(run).node_log(int(os.environ.get("SLURM_NODEID", 0)))
+    path = SlurmFiles(run).node_log(int(os.environ.get("SLURM_NODEID", 0)))
     try:
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:
@@ -97,7 +99,7 @@ def _log_in(run: RunDir) -> None:
 
 def _without_ray(environ: dict[str, str]) -> dict[str, str]:
     """An environment without what a raylet's own job, and Ray, have put there."""
-    from dtrain.variables import inherited_env
+    from dtrain.environ import inherited_env
 
     clean = inherited_env(environ)
     return {name: value for name, value in clean.items() if not name.startswith("RAY_")}
@@ -105,10 +107,10 @@ def _without_ray(environ: dict[str, str]) -> dict[str, str]:
 
 def _serve_in_job(plan: LaunchPlan, environ: dict[str, str]) -> int:
     """Be one node of a batch job; the exit code."""
-    from dtrain.attempts import Held
+    from dtrain.environ import inherited_env
     from dtrain.errors import LaunchError
-    from dtrain.node import slurm
-    from dtrain.variables import inherited_env
+    from dtrain.node.placement import slurm
+    from dtrain.run.attempts import Held
 
     try:
         slurm.refuse_endless(plan)

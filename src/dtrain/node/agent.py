@@ -18,11 +18,9 @@ from torch.distributed.elastic.agent.server import SimpleElasticAgent, WorkerGro
 from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalException
 
-from dtrain import rundir
-from dtrain.node import failures, leaving, lost, stacks, verdict
+from dtrain.node import leaving, lost, stack_dump
 from dtrain.node.channel import SERVER_ENDED, Channel
 from dtrain.node.environment import worker_environment
-from dtrain.node.failures import FailureRecord
 from dtrain.node.heartbeat import Peer, of_silence, tell_now_and_then
 from dtrain.node.memory import Memory
 from dtrain.node.rendezvous import NodeRendezvous
@@ -30,6 +28,8 @@ from dtrain.node.silence import Silence
 from dtrain.node.store import PeerFailed
 from dtrain.plan import LaunchPlan
 from dtrain.procs import ignore_stops
+from dtrain.run import events, failures, verdict
+from dtrain.run.failures import FailureRecord
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ class NodeAgent(SimpleElasticAgent):
         """Keep which ranks still run now that others have given up, and where they are."""
         ranks = self._ranks(worker_group)
         logs = {pid: Path(self._log_of(rank)) for pid, rank in ranks.items()}
-        answers = stacks.ask(logs.values(), lambda: self._signal(ranks, stacks.SIGNAL))
+        answers = stack_dump.ask(logs.values(), lambda: self._signal(ranks, stack_dump.SIGNAL))
         for pid, rank in ranks.items():
             record = lost.absent(
                 self.plan,
@@ -317,4 +317,4 @@ class NodeAgent(SimpleElasticAgent):
 
     def _event(self, event: str, **fields: Any) -> None:
         place = {"node_rank": self.node_rank, "node": self.node}
-        rundir.note_event(self.plan.run, event, **place, **fields)
+        events.note_event(self.plan.run, event, **place, **fields)

@@ -13,16 +13,16 @@ from dataclasses import replace
 from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from dtrain import gpus, rundir
 from dtrain.errors import EXIT_USAGE, DtrainError
-from dtrain.node import failures, token
+from dtrain.node import gpus
 from dtrain.node.agent import NodeAgent, SameFailure
 from dtrain.node.channel import Channel
-from dtrain.node.failures import FailureRecord, Kind
 from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.store import NodeTaken, PeerFailed, RendezvousFailed, RendezvousSettings
 from dtrain.plan import LaunchPlan
-from dtrain.procs import STOPS, ignore_stops
+from dtrain.procs import STOP_SIGNALS, ignore_stops
+from dtrain.run import events, failures, token
+from dtrain.run.failures import FailureRecord, Kind
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +50,12 @@ def run_agent(
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    for number in STOPS:
+    for number in STOP_SIGNALS:
         signal.signal(number, _raise_signal)
     os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # ranks follow from the node rank alone
     os.environ["DTRAIN_NODE_NAME"] = plan.node_names[node_rank] or socket.gethostname()
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # what came meanwhile is heard now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # what came meanwhile is heard now
         listener = None if listen_fd is None else socket.socket(fileno=listen_fd)
         handler = NodeRendezvous(_settings(plan, node_rank), listener, _notice(plan, node_rank))
         spec = WorkerSpec(
@@ -124,7 +124,7 @@ def _settings(plan: LaunchPlan, node_rank: int) -> RendezvousSettings:
 def _notice(plan: LaunchPlan, node_rank: int) -> Callable[[str], None]:
     def notice(text: str) -> None:
         log.info("%s", text)
-        rundir.note_event(plan.run, "waiting", node_rank=node_rank, what=text)
+        events.note_event(plan.run, "waiting", node_rank=node_rank, what=text)
 
     return notice
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch.distributed.elastic.agent.server import WorkerGroup
 
-from dtrain import files, ports, rundir
-from dtrain.node import failures
+from dtrain import ports
+from dtrain.environ import MASK
 from dtrain.plan import LaunchPlan
-from dtrain.variables import MASK
+from dtrain.run import failures, files, rundir
 
 
 def worker_environment(

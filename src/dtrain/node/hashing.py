@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dtrain import files
-from dtrain.rundir import RunDir
-from dtrain.variables import HASH_SEED
+from dtrain.environ import HASH_SEED
+from dtrain.run import files
+from dtrain.run.rundir import RunDir
 
 
 def take_hash_seed(run: RunDir, argv: Sequence[str], keep_fd: int | None = None) -> None:

@@ -10,10 +10,11 @@ import traceback
 from bdb import BdbQuit
 from pathlib import Path
 
-from dtrain import catalog, files
+from dtrain import catalog
 from dtrain.job.relative import advice
-from dtrain.node.failures import Frame, OtherProcessError
-from dtrain.rundir import RunDir
+from dtrain.run import files
+from dtrain.run.failures import Frame, OtherProcessError
+from dtrain.run.rundir import RunDir
 
 _MISSING_FILE = re.compile(r"No such file or directory: '(.+?)'")
 _NO_ROOM = "No space left on device"

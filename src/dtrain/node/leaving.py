@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from dtrain.callring import NOTE_BYTES, Ring
-from dtrain.node import failures
-from dtrain.node.failures import FailureRecord, Frame
+from dtrain.run import failures
+from dtrain.run.failures import FailureRecord, Frame
+from dtrain.run.flight_recorder import NOTE_BYTES, Ring
 
 
 @contextlib.contextmanager

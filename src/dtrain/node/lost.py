@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from dtrain.node import failures, stacks
-from dtrain.node.failures import FailureRecord, Frame, Kind
+from dtrain.node import stack_dump
+from dtrain.run import failures
+from dtrain.run.failures import FailureRecord, Frame, Kind
 
 if TYPE_CHECKING:
     from dtrain.plan import LaunchPlan
@@ -51,7 +52,7 @@ def absent(
         pid=pid,
         frames=(failures.users_own(stack) or stack[:1])[::-1],
         log=log,
-        collateral=stacks.waits_or_leaves(stack),
+        collateral=stack_dump.waits_or_leaves(stack),
     )
     made.write(plan.run, plan.attempt)
     return made

@@ -28,10 +28,10 @@ from torch.distributed.elastic.rendezvous import (
 
 from dtrain import ports
 from dtrain.node import store as stores
-from dtrain.node.failures import FailureRecord
 from dtrain.node.heartbeat import Hearts, of_silence
 from dtrain.node.sealed import HeadGone, Store
 from dtrain.node.store import Member, PeerFailed, RendezvousFailed, RendezvousSettings, Round
+from dtrain.run.failures import FailureRecord
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class NodeRendezvous(RendezvousHandler):
         self._is_head = settings.node_rank == 0
         self._worker_store: TCPStore | None = None
         self._done_round = -1
-        self._paced = stores.Paced(settings.max_nodes)
+        self._paced = stores.RateLimitedCache(settings.max_nodes)
         self._server = stores.serve(settings, listener) if self._is_head else None
         self._store: Store = (
             stores.connect(settings, notice) if self._server is None else self._server.table

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from dtrain.node import failures, stacks
-from dtrain.node.failures import Frame
+from dtrain.node import stack_dump
 from dtrain.node.memory import Memory
-from dtrain.node.verdict import place, rank_list
 from dtrain.plan import LaunchPlan
+from dtrain.run import failures
+from dtrain.run.failures import Frame
+from dtrain.run.verdict import place, rank_list
 
 _LONGEST_S = 60.0
 _LOOKS = 20
@@ -62,8 +63,8 @@ class Silence:
         """
         news = self._news()
         if news == "silent":
-            files = {pid: file for pid in ranks if (file := stacks.aside(pid)) is not None}
-            answers = stacks.ask(files.values(), lambda: send(files, stacks.ASIDE))
+            files = {pid: file for pid in ranks if (file := stack_dump.aside(pid)) is not None}
+            answers = stack_dump.ask(files.values(), lambda: send(files, stack_dump.ASIDE))
             found = {
                 rank: answers[files[pid]] if pid in files else [] for pid, rank in ranks.items()
             }

@@ -12,9 +12,9 @@ from torch.distributed import TCPStore
 
 from dtrain import checked, ports
 from dtrain.node import sealed
-from dtrain.node.failures import FailureRecord
 from dtrain.node.sealed_server import Server
 from dtrain.plainjson import to_json
+from dtrain.run.failures import FailureRecord
 
 T = TypeVar("T")
 
@@ -166,7 +166,7 @@ def _told(kind: type[T], text: str) -> T:
         raise RendezvousFailed(f"another node has told what makes no sense: {error}") from error
 
 
-class Paced:
+class RateLimitedCache:
     """What the head has answered; of many nodes, each asks it again only after a while."""
 
     def __init__(self, nodes: int) -> None:

@@ -45,7 +45,7 @@ def main() -> None:
     channel = Channel(socket.socket(fileno=arguments.socket))
     os.environ.update(node.ONE_THREAD)
     from dtrain.node import agent_process  # noqa: F401  as every node process does
-    from dtrain.node.server import WORKER_MODULES
+    from dtrain.node.fork_server import WORKER_MODULES
 
     for module in (*WORKER_MODULES, *arguments.modules):
         if not module.startswith("dtrain."):

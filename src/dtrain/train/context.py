@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.task import Task
 
 if TYPE_CHECKING:
     import torch
 
-    from dtrain.train.observe.recorder import Recorder
+    from dtrain.train.tracing.tracer import Recorder
 
 
 class StopFlag:

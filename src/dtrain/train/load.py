@@ -16,9 +16,9 @@ from typing import Any
 
 from dtrain import procs
 from dtrain.errors import JobError, Problem
+from dtrain.integrations import lightning
 from dtrain.task import REQUIRED, Task
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
-from dtrain.train.trainers import lightning
 
 _OPTIONAL = (
     "scheduler",
@@ -71,7 +71,7 @@ def load_task(
     before = RandomState.capture()
     made = _construct(factory, name, args)
     if _is_of_keras(made):
-        from dtrain.train.keras.given import Given
+        from dtrain.integrations.keras.compiled_model import Given
 
         return Given(functools.partial(factory, **args), made, name, before)
     return _as_task(made, name)
@@ -112,7 +112,7 @@ def _lightning_package(factory: Any) -> str | None:
 
 def _of_lightning(make: Callable[..., Any], name: str, package: str) -> Task:
     lightning.want(package)
-    from dtrain.train.trainers.lightning.module import ModuleTask
+    from dtrain.integrations.lightning.module import ModuleTask
 
     return ModuleTask(make, name)
 

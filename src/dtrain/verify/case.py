@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dtrain.job.spec import JobSpec
-from dtrain.recording import Recording
+from dtrain.trace import Recording
 from dtrain.verify.clauses import GRADIENT, Finding
 from dtrain.verify.compare import Distance, Excess
 from dtrain.verify.pairs import Pair

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from dtrain.recording import Recording, StepRecord, Tensors, Vector
+from dtrain.trace import Recording, StepRecord, Tensors, Vector
 from dtrain.verify import losses
 from dtrain.verify.case import Case, few
 from dtrain.verify.clauses import (

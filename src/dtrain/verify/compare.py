@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dtrain.recording import Recording, StepRecord, Tensors, Vector
+from dtrain.trace import Recording, StepRecord, Tensors, Vector
 
 
 @dataclass(frozen=True)

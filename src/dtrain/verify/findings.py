@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from dtrain.recording import Recording
+from dtrain.trace import Recording
 from dtrain.verify import samples
 from dtrain.verify.clauses import (
     BUFFERS,

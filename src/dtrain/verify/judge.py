@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dtrain.errors import DtrainError
-from dtrain.recording import Recording, Wish
+from dtrain.trace import Recording, TraceOptions
 from dtrain.verify import causes, losses
 from dtrain.verify.case import Case
 from dtrain.verify.clauses import (
@@ -168,7 +168,7 @@ class Judge:
         within = comparison.excess(self._tolerance) is None and not comparison.suspicious
         return self._tolerance.level if within else None
 
-    def _in_fp64(self, result: Result, wish: Wish) -> Result:
+    def _in_fp64(self, result: Result, wish: TraceOptions) -> Result:
         """Tell rounding, which shrinks with the machine epsilon, from another training."""
         wish = replace(wish, fp64=True)
         try:
@@ -210,7 +210,7 @@ class Judge:
         found = f"the first gradient is off by {first.relative:.1e}, though not in fp64"
         return Finding(SCALER, found, f"the loss scaling or autocast of {precision}", 1)
 
-    def _batch_norm(self, case: Case, wish: Wish) -> Finding | None:
+    def _batch_norm(self, case: Case, wish: TraceOptions) -> Finding | None:
         """Whether BatchNorm is all that is the matter: without its batch statistics it agrees."""
         facts = self.reference.steps[0].facts
         names = facts.get("batch_norm") or []
@@ -230,7 +230,7 @@ class Judge:
         )
         return Finding(BATCH_NORM, str(case), likely, case.step, case.shown.tensor)
 
-    def _state_in_task(self, case: Case, wish: Wish) -> Finding | None:
+    def _state_in_task(self, case: Case, wish: TraceOptions) -> Finding | None:
         """Whether attributes of the task are the matter: kept as they were, all agrees."""
         changing = self.reference.changing_state()
         if not changing:
@@ -245,7 +245,7 @@ class Judge:
         generators = [name for name in names if changing[name] in GENERATORS]
         return losses.generator_in_task(case, generators) if generators else None
 
-    def _by_sample(self, case: Case, wish: Wish) -> Finding | None:
+    def _by_sample(self, case: Case, wish: TraceOptions) -> Finding | None:
         """Where the losses differ: compare those of single samples, which tell the rank."""
         if not losses.losses_differ(case):
             return None
@@ -255,7 +255,7 @@ class Judge:
             return None
         return losses.loss_by_sample(case, reference, other)
 
-    def _both(self, pair: Pair, wish: Wish) -> tuple[Recording, Recording]:
+    def _both(self, pair: Pair, wish: TraceOptions) -> tuple[Recording, Recording]:
         return self.lab.record(self._reference, wish), self.lab.record(pair, wish)
 
     def _with_bits(self, result: Result) -> Result:

@@ -12,21 +12,21 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from dtrain import catalog, recording, runid
-from dtrain.attempts import Result
+from dtrain import catalog, trace
+from dtrain.environ import hash_seed
 from dtrain.errors import DtrainError, UsageError
-from dtrain.job.classes import task_derives
 from dtrain.job.load import LoadedJob, load_job
 from dtrain.job.profile import LoadedProfile, load_profile
-from dtrain.job.source import task_imports
 from dtrain.job.spec import ChecksSpec, JobSpec
+from dtrain.job.static_check import task_derives
+from dtrain.job.static_source import task_imports
 from dtrain.launchers import base
-from dtrain.launchers.drive import drive
-from dtrain.node import verdict
+from dtrain.launchers.supervise import drive
 from dtrain.plan import Facts, LaunchPlan, make_plan
-from dtrain.recording import Recording, Wish
-from dtrain.rundir import RunDir
-from dtrain.variables import hash_seed
+from dtrain.run import ids, verdict
+from dtrain.run.attempts import Result
+from dtrain.run.rundir import RunDir
+from dtrain.trace import Recording, TraceOptions
 from dtrain.verify.pairs import REFERENCE, Pair
 from dtrain.verify.warmth import Warmth
 
@@ -37,9 +37,9 @@ _COLLECTIVE_TIMEOUT_S = 300.0
 class RunFailed(DtrainError):
     """A run of the job failed; the message is its verdict."""
 
-    def __init__(self, message: str, recording: Recording | None = None, reason: str = "") -> None:
+    def __init__(self, message: str, trace: Recording | None = None, reason: str = "") -> None:
         super().__init__(message)
-        self.recording = recording
+        self.recording = trace
         """What was recorded until then; None where nothing was."""
         self.reason = reason
         """The culprit's own error in one line."""
@@ -99,14 +99,16 @@ class Lab:
         self._overrides = tuple(overrides)
         self._keep = None if keep is None else Path(keep).absolute()
         self._made: dict[str | None, Path] = {}
-        self._recordings: dict[tuple[Pair, Wish], Recording | RunFailed] = {}
-        self.watch: Callable[[Pair, Wish], None] = lambda _pair, _wish: None
+        self._recordings: dict[tuple[Pair, TraceOptions], Recording | RunFailed] = {}
+        self.watch: Callable[[Pair, TraceOptions], None] = lambda _pair, _wish: None
         """Called now and then with what runs."""
         self._tick: Callable[[], None] = lambda: None
         self._warmth: Warmth | None = None
         self._loaded: dict[tuple[str, tuple[str, ...]], tuple[LoadedJob, LoadedProfile]] = {}
         self.steps = steps
-        self.wish = Wish(max_train_samples=max_train_samples, max_eval_samples=max_eval_samples)
+        self.wish = TraceOptions(
+            max_train_samples=max_train_samples, max_eval_samples=max_eval_samples
+        )
         """What all runs are asked for; a run may be asked for more."""
         self.spec: JobSpec = self._load(REFERENCE)[0].spec
         """The job as its reference runs it."""
@@ -142,7 +144,7 @@ class Lab:
         """
         self._planned(pair)
 
-    def record(self, pair: Pair, wish: Wish | None = None) -> Recording:
+    def record(self, pair: Pair, wish: TraceOptions | None = None) -> Recording:
         """The recording of a pair, from an earlier run or a new one.
 
         Raises:
@@ -176,21 +178,21 @@ class Lab:
             self._loaded[key] = load_job(self._path, overrides, profile.launch), profile
         return self._loaded[key]
 
-    def _run(self, pair: Pair, wish: Wish) -> Recording | RunFailed:
+    def _run(self, pair: Pair, wish: TraceOptions) -> Recording | RunFailed:
         self._tick = partial(self.watch, pair, wish)
         self._tick()
         job, profile = self._load(pair)
-        run = RunDir(self._folder(pair) / runid.new(job.spec.name))
+        run = RunDir(self._folder(pair) / ids.new(job.spec.name))
         ends = [self.steps] if pair.resume_after is None else [pair.resume_after, self.steps]
         try:
             for attempt, end in enumerate(ends):
                 spec = recorded(job.spec, pair, wish, end)
                 said = self._attempt(run, attempt, pair, spec, job.text, profile)
                 if said is not None:
-                    partly = recording.read(run).complete(pair.world_size)
+                    partly = trace.read(run).complete(pair.world_size)
                     why = _reason(run, attempt) or said.splitlines()[0]
                     return RunFailed(said, partly if 0 in partly.steps else None, why)
-            return recording.read(run)
+            return trace.read(run)
         finally:
             if self._keep is None:
                 shutil.rmtree(run.path, ignore_errors=True)
@@ -279,7 +281,7 @@ def _said(text: str, *, stays: bool) -> str:
 _QUIET = ChecksSpec(every=0, on_mismatch="warn", init="broadcast", on_nan="warn")
 
 
-def recorded(spec: JobSpec, pair: Pair, wish: Wish, steps: int) -> JobSpec:
+def recorded(spec: JobSpec, pair: Pair, wish: TraceOptions, steps: int) -> JobSpec:
     """The job as a pair runs it: its training is the job's own, what goes on around it is not."""
     train: dict[str, object] = {"epochs": None, "steps": steps, "early_stopping": None}
     if pair.micro_batch_size is not None or wish.by_sample:

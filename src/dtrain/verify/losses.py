@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dtrain.recording import Recording
+from dtrain.trace import Recording
 from dtrain.verify.case import Case, few
 from dtrain.verify.clauses import LOSS, STATE, Finding
 from dtrain.verify.compare import L1, relative

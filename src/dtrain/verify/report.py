@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dtrain.recording import Recording
+from dtrain.trace import Recording
 from dtrain.verify.compare import Excess
 from dtrain.verify.judge import Result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from dtrain.recording import Recording
+from dtrain.trace import Recording
 from dtrain.verify.clauses import DATA, Finding, ranks_in_words
 from dtrain.verify.pairs import Pair
 

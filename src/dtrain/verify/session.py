@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from dtrain.errors import PlanError
-from dtrain.recording import Wish
+from dtrain.trace import TraceOptions
 from dtrain.verify.judge import Judge, Result
 from dtrain.verify.lab import Lab
 from dtrain.verify.lengths import epoch_samples as lengths
@@ -165,7 +165,7 @@ class Session:
             self.report.results.append(result)
             yield result
 
-    def _progress(self, pair: Pair, wish: Wish) -> Progress:
+    def _progress(self, pair: Pair, wish: TraceOptions) -> Progress:
         rows = len(self.pairs)
         if self._judge is None:
             return Progress(0, rows, pair.name)

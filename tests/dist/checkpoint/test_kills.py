@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
 from dtrain.train.checkpoint.files import verify_checkpoint
 from dtrain.train.checkpoint.store import CheckpointStore

@@ -17,9 +17,9 @@ from torch import nn
 from dtrain import Callback
 from dtrain.callback import Session
 from dtrain.errors import CheckpointError, DtrainError
+from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.testing import RankError, run_ranks
 from dtrain.train.checkpoint.leaves import read, refuse_unreadable
-from dtrain.train.trainers.lightning.trainer import LightningTrainer
 from support.trainings import Net, Regression, job, train
 
 

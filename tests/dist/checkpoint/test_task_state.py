@@ -14,12 +14,12 @@ from torch import nn
 from dtrain import Callback, Loss, Task
 from dtrain.callback import Session
 from dtrain.errors import CheckpointError, DtrainError
+from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.testing import RankError, run_ranks
 from dtrain.train.checkpoint.files import read_checkpoint
 from dtrain.train.checks.errors import ReplicaError
 from dtrain.train.load import _as_task
-from dtrain.train.trainers.lightning.trainer import LightningTrainer
-from dtrain.train.trainers.native import NativeTrainer
+from dtrain.train.loop.native import NativeTrainer
 from support.trainings import Outcome, Regression, job, lines, same_end, train
 
 DATA = {"n": 56, "held_out": 7}

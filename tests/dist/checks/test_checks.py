@@ -13,9 +13,9 @@ import torch
 
 from dtrain import Callback
 from dtrain.callback import Session
-from dtrain.job.injection import KINDS, TENSOR_KINDS
+from dtrain.integrations.lightning.trainer import LightningTrainer
+from dtrain.job.faults import KINDS, TENSOR_KINDS
 from dtrain.testing import run_ranks
-from dtrain.train.trainers.lightning.trainer import LightningTrainer
 from support import ROOT
 from support.faults import DATA, NAN, STEP, STRATEGIES, Case, Outcome, found, kinds_of, outcomes
 from support.trainings import Regression, job, train

@@ -12,11 +12,11 @@ from torch import nn
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
-from dtrain.train.checks import chain
+from dtrain.train.checks import collective_trace
 from dtrain.train.context import TrainContext
-from dtrain.train.trainers.native import NativeTrainer
+from dtrain.train.loop.native import NativeTrainer
 from support.faults import Talkative
 
 
@@ -61,7 +61,7 @@ def said(faults: list[str], folder: Path) -> list[tuple[str, bool, int]]:
                 "log": {"every_steps": 1},
             }
         )  # fmt: skip
-        chain.install()
+        collective_trace.install()
         ranks = RankInfo.from_env()
         context = TrainContext(spec, run, ranks, 0, Silent(), torch.device("cpu"))
         with pytest.raises(DtrainError) as caught:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from dtrain import Loss
+from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.ranks import RankInfo
 from dtrain.testing import run_ranks
 from dtrain.train.checks.notices import remedy
-from dtrain.train.trainers.lightning.trainer import LightningTrainer
-from dtrain.train.trainers.native import NativeTrainer
+from dtrain.train.loop.native import NativeTrainer
 from support.trainings import Regression, job, lines, train
 
 

@@ -18,13 +18,13 @@ import dtrain as package
 from dtrain import Task
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
 from dtrain.train.checks.errors import NonFiniteError, ReplicaError
-from dtrain.train.checks.start import compare_surroundings
+from dtrain.train.checks.initial_state import compare_surroundings
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.load import load_task
-from dtrain.train.trainers.native import NativeTrainer
+from dtrain.train.loop.native import NativeTrainer
 from support import EXAMPLES, JOBS
 from support.faults import STEPS, Talkative
 from support.launch import TINY, dtrain
@@ -430,7 +430,7 @@ def test_the_exchange_does_not_grow() -> None:
 def exchanged() -> int:
     """Bytes of the ledger's all-reduce, of a small model and of a large."""
     from dtrain.train.checks.ledger import Ledger
-    from dtrain.train.checks.subject import Subject
+    from dtrain.train.checks.train_state import TrainState
 
     seen = []
     plain = dist.all_reduce
@@ -442,7 +442,7 @@ def exchanged() -> int:
     dist.all_reduce = counted
     for width in (2, 500):
         torch.manual_seed(0)
-        ledger = Ledger(Subject(nn.Linear(width, width)))
+        ledger = Ledger(TrainState(nn.Linear(width, width)))
         assert ledger.differing(ledger.words()) == []
     dist.all_reduce = plain
     (size,) = set(seen)

@@ -8,11 +8,11 @@ import torch.distributed as dist
 
 from dtrain.testing import run_ranks
 from dtrain.train import collectives
-from dtrain.train.checks import chain
+from dtrain.train.checks import collective_trace
 
 
 def exchange() -> tuple[Any, ...]:
-    chain.install()
+    collective_trace.install()
     rank = dist.get_rank()
     mine = {"rank": rank, "text": ("x" * 1000 * rank, rank / 3)}
     return (
@@ -21,8 +21,8 @@ def exchange() -> tuple[Any, ...]:
         collectives.from_zero(mine),
         collectives.from_rank(1, mine),
         collectives.bytes_from_rank(2, bytes(rank)),
-        chain.CHAIN.value,
-        list(chain.CHAIN.tail),
+        collective_trace.CHAIN.value,
+        list(collective_trace.CHAIN.tail),
     )
 
 

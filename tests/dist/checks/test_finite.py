@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
+from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
 from dtrain.train.checkpoint.files import read_checkpoint
 from dtrain.train.checks.errors import NonFiniteError
 from dtrain.train.context import TrainContext, TrainResult
-from dtrain.train.trainers.lightning.trainer import LightningTrainer
-from dtrain.train.trainers.native import NativeTrainer
+from dtrain.train.loop.native import NativeTrainer
 from support.faults import Talkative
 from support.trainings import lines
 

@@ -16,12 +16,12 @@ import torch
 from dtrain import Task
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
 from dtrain.train.context import TrainContext
-from dtrain.train.data.feed import MapFeed
+from dtrain.train.data.pipeline import MapFeed
 from dtrain.train.data.placement import GlobalBatch, Position
-from dtrain.train.trainers.native import NativeTrainer
+from dtrain.train.loop.native import NativeTrainer
 from support import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

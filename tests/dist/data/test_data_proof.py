@@ -11,7 +11,7 @@ import pytest
 from dtrain.testing import run_ranks
 from dtrain.train.data import proof
 from dtrain.train.data.order import shuffled
-from dtrain.train.data.placement import Course, GlobalBatch, Position
+from dtrain.train.data.placement import EpochPlan, GlobalBatch, Position
 from support.feeds import Fault, Fed, Weighted, feed, spec
 
 WORLD = 3
@@ -113,18 +113,18 @@ def test_a_resume_on_another_world_size_goes_on_with_the_proof() -> None:
 
 def test_an_epoch_that_ends_too_early_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `drop_last` would: the last ten samples are planned for nobody."""
-    monkeypatch.setattr(Course, "batches", _without_the_tail)
+    monkeypatch.setattr(EpochPlan, "batches", _without_the_tail)
     error = feed(JOB).error
     assert error is not None
     assert "every rank read what was planned in these steps, 990 samples in all" in error
 
 
-def _without_the_tail(course: Course, step: int, position: Position) -> Iterator[GlobalBatch]:
-    whole = Course(990, course.global_batch_size, course.epochs, course.steps)
+def _without_the_tail(course: EpochPlan, step: int, position: Position) -> Iterator[GlobalBatch]:
+    whole = EpochPlan(990, course.global_batch_size, course.epochs, course.steps)
     return _BATCHES(whole, step, position)
 
 
-_BATCHES = Course.batches
+_BATCHES = EpochPlan.batches
 
 
 def test_long_epochs_are_checked_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,11 +20,11 @@ from dtrain import Task
 from dtrain.errors import BlamedError, DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
 from dtrain.train.context import TrainContext
 from dtrain.train.data import sample_rng
-from dtrain.train.trainers.native import NativeTrainer
+from dtrain.train.loop.native import NativeTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 

@@ -18,7 +18,7 @@ from dtrain import Task, catalog
 from dtrain.errors import BlamedError, DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
 from dtrain.train.context import TrainContext
 

@@ -15,7 +15,7 @@ from dtrain.errors import CheckpointError, UsageError
 from dtrain.export.formats import torch_export
 from dtrain.export.model import Call, Trained, called
 from dtrain.export.run import export
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.task import Task
 from dtrain.train.checkpoint.files import read_checkpoint
 from support import EXAMPLES

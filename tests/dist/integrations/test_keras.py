@@ -21,7 +21,7 @@ from dtrain.errors import DtrainError, JobError
 from dtrain.job.spec import JobSpec
 from dtrain.keras import KerasTask
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.load import load_task
 from dtrain.train.loss import LossModule
@@ -310,7 +310,7 @@ def test_what_fit_takes_as_data(tmp_path: Path) -> None:
     use_torch()
     import keras
 
-    from dtrain.train.keras.data import as_dataset
+    from dtrain.integrations.keras.data import as_dataset
 
     x, y = np.arange(20.0).reshape(10, 2), np.arange(10)
 
@@ -384,7 +384,7 @@ def test_what_a_function_or_a_callback_cannot_ask_for(tmp_path: Path) -> None:
         assert said in str(told.value)
     import keras
 
-    from dtrain.train.keras.callbacks import KerasCallbacks
+    from dtrain.integrations.keras.callbacks import KerasCallbacks
 
     class Tests(keras.callbacks.Callback):  # type: ignore[misc]
         def on_test_end(self, logs: Any = None) -> None: ...

@@ -14,17 +14,17 @@ from torch import nn
 
 import lightning_modules
 from dtrain.errors import CheckpointError, DtrainError, JobError
+from dtrain.integrations.lightning import trainer
+from dtrain.integrations.lightning.environment import SafeCheckpointIO
+from dtrain.integrations.lightning.module import ModuleTask
+from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
 from dtrain.train.context import StopFlag, TrainContext, TrainResult
 from dtrain.train.data.permutation import Permutation
 from dtrain.train.load import load_task
-from dtrain.train.trainers.lightning import trainer
-from dtrain.train.trainers.lightning.module import ModuleTask
-from dtrain.train.trainers.lightning.place import SafeCheckpointIO
-from dtrain.train.trainers.lightning.trainer import LightningTrainer
 from lightning_modules import Lit, Points
 from support import JOBS
 

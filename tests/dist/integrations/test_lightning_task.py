@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 
+from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.testing import run_ranks
-from dtrain.train.trainers.lightning.trainer import LightningTrainer
-from dtrain.train.trainers.native import NativeTrainer
+from dtrain.train.loop.native import NativeTrainer
 from support.trainings import Outcome, Regression, job, lines, losses, steps_of, train
 
 under_lightning = functools.partial(train, trainer_class=LightningTrainer)

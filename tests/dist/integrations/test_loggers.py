@@ -29,8 +29,8 @@ SESSIONS = """
 import json, logging, os, sys
 from pathlib import Path
 from dtrain.job.spec import JobSpec
-from dtrain.rundir import RunDir
-from dtrain.train.observe.metrics import Metrics
+from dtrain.run.rundir import RunDir
+from dtrain.train.metrics.writer import Metrics
 logging.basicConfig(format="%(message)s")
 run = RunDir(sys.argv[1]); run.create()
 log = {"loggers": json.loads(sys.argv[2])}
@@ -291,7 +291,7 @@ def test_only_rank_zero_logs(tmp_path: Path) -> None:
 class Faulty:
     """A logger from outside that fails where it is told to, and draws random numbers."""
 
-    takes_back = False
+    supports_rewind = False
 
     def __init__(self, opening: Any, when: str = "") -> None:
         import torch

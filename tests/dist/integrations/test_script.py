@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from support import ROOT
 from support.launch import dtrain, events, started, status, the_run
 

@@ -6,27 +6,28 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dtrain.launchers import told
-from dtrain.rundir import RunDir
+from dtrain.integrations.script import group
+from dtrain.run import events
+from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
-from dtrain.train.script import group
-from support.launch import events, until
+from support.launch import events as events_of
+from support.launch import until
 
 
 def made_late(path: Path) -> tuple[str | None, ...]:
     """What is told before and after; the group is made after the warning, and destroyed."""
     run, group.PATIENCE_S = RunDir(path), 0.05
     watched = group.Group(run, 60)
-    until("the warning", lambda: told.alone(run))
-    before, over = told.alone(run), [watched.is_over()]
+    until("the warning", lambda: events.alone(run))
+    before, over = events.alone(run), [watched.is_over()]
     dist.init_process_group("gloo")
-    until("the news", lambda: events(run, "group_made"))
+    until("the news", lambda: events_of(run, "group_made"))
     over.append(watched.is_over())
     dist.destroy_process_group()
     over.append(watched.is_over())
     watched.tell_if_none("to the end")
     assert over == [False, False, True]
-    return before, told.alone(run)
+    return before, events.alone(run)
 
 
 def test_a_group_that_comes_late_ends_the_warning(tmp_path: Path) -> None:
@@ -37,4 +38,4 @@ def test_a_group_that_comes_late_ends_the_warning(tmp_path: Path) -> None:
     assert before is not None
     assert "no process group after 0.05 s" in before
     assert after is None
-    assert len(events(run, "no_group")) == 1, "rank 0 speaks for all"
+    assert len(events_of(run, "no_group")) == 1, "rank 0 speaks for all"

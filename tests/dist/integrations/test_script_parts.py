@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dtrain
 from dtrain.errors import CheckpointError, UsageError
+from dtrain.integrations.script.sampler import Sampler
 from dtrain.train import collectives
-from dtrain.train.script.sampler import Sampler
 
 
 def sampler_of(rank: int, world_size: int, n: int, batch: int, **options: object) -> Sampler:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from support.launch import DIGITS, TINY, dtrain, metrics, started, the_run, wait_for_step
 
 DIGITS_TASK = DIGITS.with_name("task.py")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from dtrain.cli.main import main
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from support.launch import OFTEN, TINY, dtrain, the_run
 
 SEED, TRIALS = 20261128, 1500

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.node.verdict import MAX_LINES
+from dtrain.run.verdict import MAX_LINES
 from support.launch import (
     TINY,
     dtrain,

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from support.launch import (
     TINY,
     alive,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.attempts import Handle, Result
 from dtrain.ports import free_candidate
-from dtrain.rundir import RunDir
+from dtrain.run.attempts import Handle, Result
+from dtrain.run.rundir import RunDir
 from support.launch import TINY, dtrain, events, metrics, started, the_run, until, wait_for
 
 GAPS_S = (0.0, 0.004, 0.03, 0.15)

@@ -17,10 +17,10 @@ import pytest
 from torch.distributed import DistError, TCPStore
 
 from dtrain import ports
-from dtrain.node.failures import FailureRecord
 from dtrain.node.rendezvous import Member
 from dtrain.node.sealed import Remote
-from dtrain.rundir import RunDir
+from dtrain.run.failures import FailureRecord
+from dtrain.run.rundir import RunDir
 from support.launch import (
     TINY,
     descendants,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.remote.place import Place
-from dtrain.rundir import list_runs
+from dtrain.run.remote.store import RemoteStore
+from dtrain.run.rundir import list_runs
 from support.launch import OFTEN, SLOW, TINY, dtrain, started, until
 from support.s3 import BUCKET, KEYS, S3, make_bucket
 
@@ -40,7 +40,7 @@ def test_a_killed_run_goes_on_from_another_host(
     with started(
         "launch", "--runs", RUNS, *SLOW, *OFTEN, "--procs", "2", TINY, cwd=tmp_path
     ) as process:
-        place = Place(RUNS)
+        place = RemoteStore(RUNS)
         until("a checkpoint", lambda: place.matching("*/checkpoints/step-*/manifest.json"), 90)
         process.kill()
         process.communicate(timeout=30)

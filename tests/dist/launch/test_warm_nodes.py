@@ -10,18 +10,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dtrain import files, runid
-from dtrain.attempts import Handle
 from dtrain.errors import LaunchError
 from dtrain.job.load import LoadedJob, load_job
 from dtrain.job.profile import load_profile
 from dtrain.launchers import base
-from dtrain.launchers.drive import drive, print_nothing
 from dtrain.launchers.local import LocalLauncher
+from dtrain.launchers.supervise import drive, print_nothing
 from dtrain.launchers.warm import WarmServer
-from dtrain.node import failures
 from dtrain.plan import Facts, LaunchPlan, make_plan
-from dtrain.rundir import RunDir
+from dtrain.run import failures, files, ids
+from dtrain.run.attempts import Handle
+from dtrain.run.rundir import RunDir
 from support.launch import TINY, alive, events, wait_for
 
 
@@ -38,7 +37,7 @@ class Silent:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[WarmServer]:
-    made = WarmServer(["dtrain.train.trainers.native", "dtrain.train.strategies.ddp"])
+    made = WarmServer(["dtrain.train.loop.native", "dtrain.train.strategies.ddp"])
     try:
         assert made.is_ready()
         yield made
@@ -51,7 +50,7 @@ def planned(folder: Path, *settings: str) -> tuple[LaunchPlan, LoadedJob]:
     profile = load_profile("local", TINY.parent)
     chosen = ("launch.nodes=2", "launch.procs_per_node=1", "train.steps=2", *settings)
     job = load_job(TINY, chosen, profile.launch)
-    facts = Facts.gather(runid.new("warm"), folder)
+    facts = Facts.gather(ids.new("warm"), folder)
     plan = make_plan(
         job.spec, job_dir=str(TINY.parent), launcher="local", profile="local", options={},
         facts=facts,

@@ -14,7 +14,13 @@ from torch.distributed import TCPStore
 
 from dtrain import ports
 from dtrain.node.rendezvous import NodeRendezvous
-from dtrain.node.store import NodeTaken, Paced, PeerFailed, RendezvousFailed, RendezvousSettings
+from dtrain.node.store import (
+    NodeTaken,
+    PeerFailed,
+    RateLimitedCache,
+    RendezvousFailed,
+    RendezvousSettings,
+)
 
 
 def settings(node_rank: int, port: int, **changes: object) -> RendezvousSettings:
@@ -217,7 +223,7 @@ def test_all_are_done_only_when_every_node_is() -> None:
 
 
 def test_of_many_nodes_each_asks_the_head_less_often() -> None:
-    assert (Paced(50).pause_s, Paced(1050).pause_s) == (0, 1.0)
+    assert (RateLimitedCache(50).pause_s, RateLimitedCache(1050).pause_s) == (0, 1.0)
     with nodes(2) as made:
         meet(made)
         assert made[0].num_nodes_waiting() == 0

@@ -12,7 +12,7 @@ import pytest
 from dtrain import catalog
 from dtrain.errors import UsageError
 from dtrain.testing import run_ranks
-from dtrain.train.strategies import exchange, shards, tree
+from dtrain.train.strategies.exact import exchange, shards, tree
 from support.launch import dtrain
 from support.trainings import Outcome, job, lines, losses, steps_of, train
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from dtrain.errors import DtrainError
 from dtrain.testing import RankError, run_ranks
-from dtrain.train.strategies.units import check_shardable, units
+from dtrain.train.strategies.fsdp_wrapping import check_shardable, units
 from support.trainings import Outcome, Regression, job, losses, steps_of, train
 
 

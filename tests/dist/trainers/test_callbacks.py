@@ -14,11 +14,11 @@ import pytorch_lightning as pl
 from dtrain import Callback
 from dtrain.callback import LRMonitor, Session
 from dtrain.errors import DtrainError, UsageError
-from dtrain.node import failures
+from dtrain.integrations.lightning.trainer import LightningTrainer
+from dtrain.run import failures
 from dtrain.testing import run_ranks
 from dtrain.train.checkpoint.files import read_checkpoint
-from dtrain.train.trainers.lightning.trainer import LightningTrainer
-from dtrain.train.trainers.native import NativeTrainer
+from dtrain.train.loop.native import NativeTrainer
 from support.trainings import Regression, job, lines, losses, train
 
 SMALL = {"args": {"n": 50, "held_out": 5}, "eval": {"every_steps": 4}}

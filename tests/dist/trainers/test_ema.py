@@ -13,10 +13,10 @@ from torch import nn
 import dtrain
 from dtrain import Loss
 from dtrain.errors import DtrainError
+from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.testing import RankError, run_ranks
 from dtrain.train.checkpoint.files import read_checkpoint
-from dtrain.train.trainers.lightning.trainer import LightningTrainer
-from dtrain.train.trainers.native import NativeTrainer
+from dtrain.train.loop.native import NativeTrainer
 from support.trainings import Outcome, Regression, job, lines, same_end, train
 
 DATA = {"n": 56, "held_out": 7, "norm": True, "dropout": 0.2}

@@ -12,10 +12,10 @@ from torch import nn
 from dtrain import Loss, Task
 from dtrain.errors import DtrainError, UsageError
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.testing import RankError, run_ranks
 from dtrain.train.context import TrainContext
-from dtrain.train.trainers.evaluation import Evaluator
+from dtrain.train.loop.evaluation import Evaluator
 from support.trainings import job, lines, train
 
 

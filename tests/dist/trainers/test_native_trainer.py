@@ -16,7 +16,7 @@ from torch import nn
 from dtrain import Loss, Task
 from dtrain.errors import CheckpointError, DtrainError, UsageError
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.testing import RankError, run_ranks
 from dtrain.train.checkpoint.state import (
     load_model_state,
@@ -26,7 +26,7 @@ from dtrain.train.checkpoint.state import (
 )
 from dtrain.train.context import StopFlag, TrainContext, TrainResult
 from dtrain.train.load import load_task
-from dtrain.train.trainers.native import NativeTrainer
+from dtrain.train.loop.native import NativeTrainer
 from support import EXAMPLES
 from support.trainings import Regression, job, lines, train
 

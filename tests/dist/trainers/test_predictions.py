@@ -13,7 +13,7 @@ from torch import nn
 from dtrain import Task
 from dtrain.errors import DtrainError
 from dtrain.testing import RankError, run_ranks
-from dtrain.train.trainers.predictions import Predictions, predicts
+from dtrain.train.loop.predictions import Predictions, predicts
 from support.trainings import Outcome, Regression, job, lines, train
 
 

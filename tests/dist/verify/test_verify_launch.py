@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from dtrain.recording import Wish
-from dtrain.rundir import list_runs
+from dtrain.run.rundir import list_runs
+from dtrain.trace import TraceOptions
 from dtrain.verify.clauses import GRADIENT
 from dtrain.verify.lab import Lab
 from dtrain.verify.lengths import epoch_samples
@@ -163,7 +163,7 @@ def test_batch_norm_trains_in_shards_and_micro_batches() -> None:
     with Lab(BUGS / "job.yaml", overrides=job) as lab:
         pairs = [Pair("exact", procs=2), accumulating(Pair("ddp", procs=2), lab.spec.train)]
         train, evaluated = epoch_samples(lab.spec, pairs)
-        lab.wish = Wish(max_train_samples=train, max_eval_samples=evaluated)
+        lab.wish = TraceOptions(max_train_samples=train, max_eval_samples=evaluated)
         lab.warm_up(pairs)
         for pair in pairs:
             recording = lab.record(pair)

@@ -1,8 +1,8 @@
 """The optimizer's state is not restored at resume."""
 
-from dtrain.train.trainers import saving
+from dtrain.train.loop import checkpointing
 
-_load = saving.load_optimizer_state
+_load = checkpointing.load_optimizer_state
 
 
 def without_state(model, optimizer, saved):
@@ -10,4 +10,4 @@ def without_state(model, optimizer, saved):
     optimizer.state.clear()
 
 
-saving.load_optimizer_state = without_state
+checkpointing.load_optimizer_state = without_state

@@ -1,12 +1,12 @@
 """All ranks seed their random numbers alike."""
 
-from dtrain.train.trainers import saving
+from dtrain.train.loop import checkpointing
 
-_seed = saving.derive_seed
+_seed = checkpointing.derive_seed
 
 
 def without_rank(*parts):
     return _seed("train", 0) if parts[0] == "train" else _seed(*parts)
 
 
-saving.derive_seed = without_rank
+checkpointing.derive_seed = without_rank

@@ -1,7 +1,7 @@
 """A resumed run begins its epoch anew."""
 
 from dtrain.train.data.placement import Position
-from dtrain.train.trainers.progress import Progress
+from dtrain.train.loop.progress import Progress
 
 _from_saved = Progress.from_saved.__func__
 

@@ -81,9 +81,9 @@ def _import_all() -> None:
     before = dict(os.environ)
     for pool in ("OMP", "OPENBLAS", "MKL"):  # as `python -m dtrain.node` does, and for its reason
         os.environ[f"{pool}_NUM_THREADS"] = "1"
-    modules = ["dtrain.cli.main", "dtrain.launchers.drive", "torch._dynamo"]
-    modules += ["dtrain.node.agent_process", "dtrain.node.bootstrap", "dtrain.node.server"]
-    modules += ["dtrain.train.trainers.native"]
+    modules = ["dtrain.cli.main", "dtrain.launchers.supervise", "torch._dynamo"]
+    modules += ["dtrain.node.agent_process", "dtrain.node.worker", "dtrain.node.fork_server"]
+    modules += ["dtrain.train.loop.native"]
     modules += [f"dtrain.train.strategies.{name}" for name in _STRATEGIES]
     if importlib.util.find_spec("pytorch_lightning"):
         modules.append("pytorch_lightning")

@@ -15,7 +15,7 @@ from dtrain.errors import DtrainError
 from dtrain.train.data import sample_rng, sample_seed
 from dtrain.train.data.augmentation import sample_words
 from dtrain.train.data.fetch import Fetcher, Request
-from dtrain.train.data.generators import Generator, global_generators
+from dtrain.train.data.rng_state import Generator, global_generators
 from dtrain.train.seeding import RandomState, seed_everything
 
 

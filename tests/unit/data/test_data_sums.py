@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtrain.train.data.sums import KeyedSums, Tally
+from dtrain.train.data.checksum import KeyedSums, Tally
 
 SUMS = KeyedSums(seed=1, epoch=2)
 

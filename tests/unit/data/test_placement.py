@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dtrain.train.data.loader import eval_requests, train_requests
 from dtrain.train.data.order import shuffled
 from dtrain.train.data.permutation import Permutation
-from dtrain.train.data.placement import Course, GlobalBatch, Position, pieces, shard
+from dtrain.train.data.placement import EpochPlan, GlobalBatch, Position, pieces, shard
 
 sizes = st.integers(1, 60)
 
@@ -46,7 +46,7 @@ def test_pieces(n: int, size: int | None) -> None:
 def test_every_epoch_is_consumed_in_order_by_any_number_of_ranks(
     n: int, batch: int, epochs: int, world_size: int, micro: int | None
 ) -> None:
-    course = Course(n, batch, epochs, None)
+    course = EpochPlan(n, batch, epochs, None)
     batches = list(course.batches(0, Position()))
     assert len(batches) == course.total_steps
     ranks = [
@@ -75,7 +75,7 @@ def test_every_epoch_is_consumed_in_order_by_any_number_of_ranks(
 def test_a_course_goes_on_from_any_step(
     n: int, batch: int, epochs: int, data: st.DataObject
 ) -> None:
-    course = Course(n, batch, epochs, None)
+    course = EpochPlan(n, batch, epochs, None)
     batches = list(course.batches(0, Position()))
     done = data.draw(st.integers(0, len(batches)))
     position = course.after(batches[done - 1]) if done else Position()
@@ -84,7 +84,7 @@ def test_a_course_goes_on_from_any_step(
 
 def test_the_end_that_comes_first() -> None:
     for epochs, steps, total in ((2, None, 8), (None, 5, 5), (2, 5, 5), (1, 5, 4), (2, 100, 8)):
-        course = Course(50, 16, epochs, steps)
+        course = EpochPlan(50, 16, epochs, steps)
         assert course.total_steps == total
         assert len(list(course.batches(0, Position()))) == total
 

@@ -16,11 +16,11 @@ from dtrain import Task
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
-from dtrain.train.data.feed import Feed, MapFeed
+from dtrain.train.data.iterable_pipeline import StreamFeed
 from dtrain.train.data.order import shuffled
+from dtrain.train.data.pipeline import Feed, MapFeed
 from dtrain.train.data.placement import GlobalBatch, Position
 from dtrain.train.data.stream import is_stream
-from dtrain.train.data.stream_feed import StreamFeed
 
 Steps = list[list[int]]
 

@@ -11,7 +11,7 @@ from dtrain import catalog
 from dtrain.errors import JobError
 from dtrain.job.load import flag, load_job
 from dtrain.job.script import does_nothing
-from dtrain.job.source import Arguments, Source
+from dtrain.job.static_source import Arguments, Source
 from dtrain.task import REQUIRED
 
 JOB = "name: digits\ntask: {task}\ntrain:\n  epochs: 1\n  global_batch_size: 8\n"
@@ -331,7 +331,7 @@ def test_a_script_has_few_fields(
     if not problem:
         job = load_job("job.yaml")
         assert (job.spec.trainer, job.spec.strategy) == ("script", catalog.OWN)
-        assert set(job.spec.said()) == {"name", "script", "arguments", "launch"}
+        assert set(job.spec.to_plain()) == {"name", "script", "arguments", "launch"}
         return
     with pytest.raises(JobError) as caught:
         load_job("job.yaml")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dtrain.job.injection import KINDS, Injection, parse_injection
-from dtrain.train.checks import chain
+from dtrain.job.faults import KINDS, Injection, parse_injection
+from dtrain.train.checks import collective_trace
 
 
 def test_a_fault_in_full() -> None:
@@ -39,7 +39,7 @@ def test_what_is_wrong_is_said(text: str, message: str) -> None:
         parse_injection(text)
 
 
-HOME, LIBRARIES, OURS = "/home/me", chain._LIBRARIES, chain._PACKAGE
+HOME, LIBRARIES, OURS = "/home/me", collective_trace._LIBRARIES, collective_trace._PACKAGE
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ HOME, LIBRARIES, OURS = "/home/me", chain._LIBRARIES, chain._PACKAGE
 )
 def test_who_called_a_collective(files: list[str], site: str, users: bool) -> None:
     """Each file calls the next; torch's own would come last."""
-    look: Callable[[], Any] = lambda: chain._caller(sys._getframe(1))  # noqa: E731
+    look: Callable[[], Any] = lambda: collective_trace._caller(sys._getframe(1))  # noqa: E731
     for file in reversed(files):
         named: dict[str, Any] = {"next_one": look}
         exec(compile("def here(): return next_one()", file, "exec"), named)

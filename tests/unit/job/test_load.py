@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dtrain.errors import JobError
 from dtrain.job.load import LoadedJob, flag, load_job
 from dtrain.job.spec import JobSpec
-from dtrain.job.yamlfile import dump_yaml, in_file, read_yaml
+from dtrain.job.yaml_reader import dump_yaml, in_file, read_yaml
 
 HEAD = "name: digits\ntask: task.py:Digits\ntrain:\n  epochs: 1\n  global_batch_size: 8\n"
 Load = Callable[..., LoadedJob]

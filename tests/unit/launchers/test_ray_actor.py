@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from dtrain.launchers.ray_actor import NodeActor
+from dtrain.launchers.ray.actor import NodeActor
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 ENDS = [sys.executable, "-c", "import sys; sys.exit(int(sys.argv[1] == '--parent') * 7)"]

@@ -15,12 +15,12 @@ import pytest
 from dtrain.cli import options
 from dtrain.cli.main import main
 from dtrain.errors import PlanError
+from dtrain.job.located import Located, SourceLocation
 from dtrain.job.profile import checked_options, load_profile
-from dtrain.job.written import Place, Written
-from dtrain.launchers import ray_driver, ray_mirror, ray_place, ray_sbatch
-from dtrain.launchers.ray_options import RayOptions
-from dtrain.launchers.ray_place import Wish
-from dtrain.rundir import RunDir
+from dtrain.launchers.ray import driver, mirror, placement, sbatch
+from dtrain.launchers.ray.options import RayOptions
+from dtrain.launchers.ray.placement import ResourceRequest
+from dtrain.run.rundir import RunDir
 from support import JOBS
 
 TINY = JOBS / "tiny" / "job.yaml"
@@ -41,22 +41,22 @@ def node(number: int, *, alive: bool = True, host: str = "vm", **total: float) -
 
 def test_nodes_are_in_the_order_of_their_addresses_and_named_by_host_where_that_tells() -> None:
     nodes = [node(10, host="x"), node(9), node(2), node(3, alive=False)]
-    assert [view.name for view in ray_place.views(nodes, {})] == ["10.0.0.2", "10.0.0.9", "x"]
+    assert [view.name for view in placement.views(nodes, {})] == ["10.0.0.2", "10.0.0.9", "x"]
 
 
 def test_what_is_short_is_told_by_node() -> None:
     nodes = [node(1, CPU=8, GPU=4), node(2, CPU=2)]
-    views = ray_place.views(nodes, {"id1": {"CPU": 8, "GPU": 1}, "id2": {"CPU": 2}})
-    wish = Wish(1, 2, {"CPU": 4, "GPU": 2}, {})
-    assert ray_place.choose(wish, views) == 0
-    assert ray_place.could(wish, views) == 1
-    assert ray_place.shortage(wish, views).splitlines() == [
+    views = placement.views(nodes, {"id1": {"CPU": 8, "GPU": 1}, "id2": {"CPU": 2}})
+    wish = ResourceRequest(1, 2, {"CPU": 4, "GPU": 2}, {})
+    assert placement.choose(wish, views) == 0
+    assert placement.could(wish, views) == 1
+    assert placement.shortage(wish, views).splitlines() == [
         "asked: 1 to 2 nodes with 4 CPU, 2 GPU each; 0 of the cluster's 2 can take it",
         "  10.0.0.1 (10.0.0.1): free 8 of 8 CPU, 1 of 4 GPU; 1 GPU short",
         "  10.0.0.2 (10.0.0.2): free 2 of 2 CPU; 2 CPU short; 2 GPU short",
     ]
-    wrong_zone = Wish(1, 1, {"CPU": 1}, {"zone": "b"})
-    assert "label zone is a" in ray_place.shortage(wrong_zone, views)
+    wrong_zone = ResourceRequest(1, 1, {"CPU": 1}, {"zone": "b"})
+    assert "label zone is a" in placement.shortage(wrong_zone, views)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,9 @@ def test_such_options_are_told_by_the_command(
 def test_a_mapping_that_a_flag_says_is_known_for_the_flags() -> None:
     """Or the next attempt would go on without it."""
     profile = load_profile("ray", TINY.parent)
-    flag = Written({"gear": Written(1, Place("--ray resources"))}, Place("--ray resources"))
+    flag = Located(
+        {"gear": Located(1, SourceLocation("--ray resources"))}, SourceLocation("--ray resources")
+    )
     _, sources = checked_options(profile, {"resources": flag}, RayOptions)
     assert sources["resources"] == "--ray resources"
 
@@ -118,29 +120,29 @@ def test_a_run_is_mirrored_line_by_line_and_twice_is_as_good_as_once(tmp_path: P
     log = there.rank_log(0, 0, 0)
     log.parent.mkdir(parents=True)
     out = io.StringIO()
-    mirror = ray_mirror.Mirror(there, out)
+    kept = mirror.Mirror(there, out)
     for text in ("one\nzw\xf6", "lf\n"):
         with log.open("a", encoding="utf-8") as file:
             file.write(text)
         there.events.write_text(text)
-        mirror.send()
+        kept.send()
     for _ in range(2):
-        ray_mirror.apply(here, "of the program itself\n" + out.getvalue())
+        mirror.apply(here, "of the program itself\n" + out.getvalue())
         assert here.rank_log(0, 0, 0).read_bytes() == log.read_bytes()
     outside = '@dtrain {"path": "../outside", "text": "x"}\n'
-    ray_mirror.apply(here, outside)
+    mirror.apply(here, outside)
     assert not (tmp_path / "outside").exists()
 
 
 def test_the_batch_script_holds_a_cluster_with_a_token() -> None:
-    script = ray_sbatch.render(
+    script = sbatch.render(
         ["--nodes", "2", "--cpus", "8", "--gpus", "4", "--slurm", "time=60", "--setup", "module x",
          "--", "--nodes", "2", "job file.yaml"]
     )  # fmt: skip
     for line in ("#SBATCH --nodes=2", "#SBATCH --cpus-per-task=8", "#SBATCH --gpus-per-node=4",
                  "#SBATCH --time=60", "module x"):  # fmt: skip
         assert line in script.splitlines()
-    ours = f"exec {sys.executable} -P -m dtrain.launchers.ray_in_slurm --cpus=8 --gpus=4 -- "
+    ours = f"exec {sys.executable} -P -m dtrain.launchers.ray.in_slurm --cpus=8 --gpus=4 -- "
     assert script.splitlines()[-1] == f"{ours}--nodes 2 'job file.yaml'"
 
 
@@ -149,7 +151,7 @@ def test_the_batch_script_holds_a_cluster_with_a_token() -> None:
     [("127.0.0.7:6379", True), ("192.0.2.1:6379", False), ("no.such.host.invalid:1", False)],
 )
 def test_which_clusters_need_a_token_most(address: str, loopback: bool) -> None:
-    assert ray_driver.is_loopback(address) is loopback
+    assert driver.is_loopback(address) is loopback
 
 
 def test_outside_slurm_nothing_is_started_and_nothing_is_left(tmp_path: Path) -> None:
@@ -157,7 +159,7 @@ def test_outside_slurm_nothing_is_started_and_nothing_is_left(tmp_path: Path) ->
         sys.executable,
         "-P",
         "-m",
-        "dtrain.launchers.ray_in_slurm",
+        "dtrain.launchers.ray.in_slurm",
         "--cpus=1",
         "--",
         "job.yaml",

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from dtrain import procs, rundir
-from dtrain.attempts import Handle, Result
+from dtrain import procs
 from dtrain.cli.status import summary
 from dtrain.errors import LaunchError, UsageError
 from dtrain.job.spec import JobSpec
-from dtrain.launchers import base, told
-from dtrain.node.failures import FailureRecord
+from dtrain.launchers import base
 from dtrain.plan import Facts, LaunchPlan, make_plan
+from dtrain.run import events
+from dtrain.run.attempts import Handle, Result
+from dtrain.run.failures import FailureRecord
 
 TRAIN = {"epochs": 1, "global_batch_size": 8}
 JOB = JobSpec.model_validate({"name": "digits", "task": "task.py:T", "train": TRAIN})
@@ -76,7 +77,7 @@ def test_status_says_what_a_running_run_waits_for(plan: LaunchPlan) -> None:
     launch(plan)
 
     def waits(event: str, node_rank: int, **fields: Any) -> Any:
-        rundir.note_event(plan.run, event, node_rank=node_rank, **fields)
+        events.note_event(plan.run, event, node_rank=node_rank, **fields)
         return summary(plan.run)["waits"]
 
     assert waits("silent", 0, what="rank 0 at a.py:1") == "rank 0 at a.py:1"
@@ -90,14 +91,14 @@ def test_status_says_what_a_running_run_waits_for(plan: LaunchPlan) -> None:
 
 def test_a_run_that_was_started_by_hand_is_not_launched_over(plan: LaunchPlan) -> None:
     base.prepare(plan, JOB, "name: digits\n")
-    rundir.note_event(plan.run, "training_started", attempt=0)
+    events.note_event(plan.run, "training_started", attempt=0)
     with pytest.raises(UsageError, match="digits-abc exists"):
         launch(plan)
 
 
 def tell(plan: LaunchPlan, event: str, **facts: Any) -> None:
     """As rank 0 does when its worker was started by hand."""
-    rundir.note_event(plan.run, event, attempt=0, restart=0, **facts)
+    events.note_event(plan.run, event, attempt=0, restart=0, **facts)
 
 
 def fail(plan: LaunchPlan) -> None:
@@ -145,10 +146,10 @@ def test_a_failure_by_hand_that_torchrun_restarts_is_not_the_end(plan: LaunchPla
 def test_what_the_next_attempt_inherits_is_of_the_last_that_trained(plan: LaunchPlan) -> None:
     run = plan.run
     launch(plan)
-    assert told.accepted_job(run) == run.resolved_of(0)
+    assert events.accepted_job(run) == run.resolved_of(0)
     launch(replace(plan, attempt=1))
-    assert told.accepted_job(run) == run.resolved_of(1)  # none has trained: what was tried last
+    assert events.accepted_job(run) == run.resolved_of(1)  # none has trained: what was tried last
     tell(plan, "training_started")
-    assert told.accepted_job(run) == run.resolved_of(0)
-    rundir.note_event(run, "training_started", attempt=3)  # a batch job has made it by itself
-    assert told.accepted_job(run) == run.resolved_of(1)
+    assert events.accepted_job(run) == run.resolved_of(0)
+    events.note_event(run, "training_started", attempt=3)  # a batch job has made it by itself
+    assert events.accepted_job(run) == run.resolved_of(1)

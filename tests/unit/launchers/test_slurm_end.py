@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from dtrain import rundir
-from dtrain.attempts import Handle
 from dtrain.job.spec import JobSpec
-from dtrain.jobdir import JobDir
-from dtrain.launchers import base, drive, slurm_end, slurm_watch
-from dtrain.launchers.slurm_watch import Job
-from dtrain.node import failures, verdict
-from dtrain.node.slurm import Place, conclude
+from dtrain.launchers import base, supervise
+from dtrain.launchers.slurm import outcome, queue
+from dtrain.launchers.slurm.queue import Job
+from dtrain.node.placement.slurm import Place, conclude
 from dtrain.plan import Facts, LaunchPlan, make_plan
+from dtrain.run import failures, files, verdict
+from dtrain.run.attempts import Handle
+from dtrain.run.backend_files import SlurmFiles
 
 STOPPED = 128 + signal.SIGTERM
 
@@ -45,7 +45,7 @@ def end(plan: LaunchPlan, status: int, *, asked: bool = True, node_rank: int = 0
 def test_a_node_that_was_asked_to_leave_ends_well_and_wants_to_go_on(plan: LaunchPlan) -> None:
     plan.run.secret_env(0).touch()
     assert end(plan, STOPPED) == 0
-    assert JobDir(plan.run).requeue(0).exists()
+    assert SlurmFiles(plan.run).requeue(0).exists()
     assert plan.run.secret_env(0).exists()  # the next attempt needs it
 
 
@@ -57,27 +57,27 @@ def test_other_nodes_say_nothing_of_the_job(plan: LaunchPlan) -> None:
 
 def test_a_job_that_failed_or_was_cancelled_does_not_go_on(plan: LaunchPlan) -> None:
     assert end(plan, 3, asked=False) == 3
-    JobDir(plan.run).cancel(0).touch()
+    SlurmFiles(plan.run).cancel(0).touch()
     plan.run.secret_env(0).touch()
     assert end(plan, STOPPED) == 0
-    assert not JobDir(plan.run).requeue(0).exists()
+    assert not SlurmFiles(plan.run).requeue(0).exists()
     assert not plan.run.secret_env(0).exists()
 
 
 def test_it_does_not_go_on_for_ever(plan: LaunchPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert end(plan, STOPPED) == 0
-    assert not JobDir(plan.run).requeue(2).exists()
-    assert slurm_end.exit_code(plan, Job("7", "COMPLETED", restarts=2)) == 1
+    assert not SlurmFiles(plan.run).requeue(2).exists()
+    assert outcome.exit_code(plan, Job("7", "COMPLETED", restarts=2)) == 1
     (record,) = failures.read_all(plan.run, 0)
     assert "requeued 2 times already, as often as it may be" in record.message
 
 
 def test_a_node_taken_for_dead_leaves_the_next_attempt_alone(plan: LaunchPlan) -> None:
-    rundir.write_json(JobDir(plan.run).endpoint(1), {"host": "elsewhere"})
+    files.write_json(SlurmFiles(plan.run).endpoint(1), {"host": "elsewhere"})
     end(plan, STOPPED)
-    assert not JobDir(plan.run).requeue(0).exists()
-    assert not JobDir(plan.run).end(0).exists()
+    assert not SlurmFiles(plan.run).requeue(0).exists()
+    assert not SlurmFiles(plan.run).end(0).exists()
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_what_only_slurm_knows_is_written_down(
     plan: LaunchPlan, job: Job, kind: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sinfo(monkeypatch, "")  # of nodes that are up again nothing is said
-    JobDir(plan.run).log.write_text("loading\nsrun: no such thing\n")
-    assert slurm_end.exit_code(plan, job) == (job.exit_code or 1)
+    SlurmFiles(plan.run).log.write_text("loading\nsrun: no such thing\n")
+    assert outcome.exit_code(plan, job) == (job.exit_code or 1)
     judged = verdict.judge(plan.run, 0)
     assert judged is not None
     assert judged.culprit.kind == kind
@@ -106,7 +106,7 @@ def test_what_only_slurm_knows_is_written_down(
 def sinfo(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """Have Slurm say which nodes are down."""
     done = subprocess.CompletedProcess([], 0, text, "")
-    monkeypatch.setattr(slurm_watch, "ask", lambda *argv: done)
+    monkeypatch.setattr(queue, "run_command", lambda *argv: done)
 
 
 DOWN = "n2|down*, Not responding\n" * 2  # once for each partition
@@ -120,7 +120,7 @@ def test_the_node_that_slurm_lost_is_named(
     sinfo(monkeypatch, DOWN)
     if left:
         end(plan, STOPPED)
-    assert slurm_end.exit_code(plan, Job("7", "NODE_FAIL", nodes="n[1-2]", exit_code=143)) == 143
+    assert outcome.exit_code(plan, Job("7", "NODE_FAIL", nodes="n[1-2]", exit_code=143)) == 143
     (record,) = failures.read_all(plan.run, 0)
     assert (record.kind, record.node_rank, record.node) == ("node_lost", 1, "n2")
     assert "down*, Not responding" in record.message
@@ -128,13 +128,13 @@ def test_the_node_that_slurm_lost_is_named(
 
 def test_a_failure_that_nobody_has_told_is_the_first_nodes(plan: LaunchPlan) -> None:
     """What no record says may stand in its logs; its agent's has been written to later."""
-    JobDir(plan.run).node_log(0).write_text("a warning\n")
-    os.utime(JobDir(plan.run).node_log(0), (1.0, 1.0))
+    SlurmFiles(plan.run).node_log(0).write_text("a warning\n")
+    os.utime(SlurmFiles(plan.run).node_log(0), (1.0, 1.0))
     log = plan.run.agent_log(0, 0)
     log.parent.mkdir(parents=True)
     log.write_text("Traceback …\nImportError: libcuda.so\n")
     end(plan, 3, asked=False)
-    drive.settle(plan, slurm_end.exit_code(plan, Job("7", "FAILED", exit_code=3)), 0.0)
+    supervise.settle(plan, outcome.exit_code(plan, Job("7", "FAILED", exit_code=3)), 0.0)
     kept = verdict.read(plan.run, 0)
     assert kept is not None
     assert (kept.exit_code, kept.culprit.node_rank) == (3, 0)
@@ -144,35 +144,35 @@ def test_a_failure_that_nobody_has_told_is_the_first_nodes(plan: LaunchPlan) -> 
 
 def test_another_nodes_failure_is_not_the_first_nodes_wish(plan: LaunchPlan) -> None:
     """srun asks the first node to leave when another has failed."""
-    JobDir(plan.run).log.write_text("dtrain: n1 has no run folder\nsrun: Terminating step\n")
+    SlurmFiles(plan.run).log.write_text("dtrain: n1 has no run folder\nsrun: Terminating step\n")
     end(plan, STOPPED)
-    assert slurm_end.exit_code(plan, Job("7", "FAILED", exit_code=1)) == 1
+    assert outcome.exit_code(plan, Job("7", "FAILED", exit_code=1)) == 1
     (record,) = failures.read_all(plan.run, 0)
     assert "n1 has no run folder" in record.message
 
 
 def test_the_first_nodes_word_is_believed(plan: LaunchPlan) -> None:
     end(plan, 3, asked=False)
-    assert slurm_end.exit_code(plan, Job("7", "FAILED", exit_code=1)) == 3
+    assert outcome.exit_code(plan, Job("7", "FAILED", exit_code=1)) == 3
     end(replace(plan, attempt=1), 0, asked=False)
-    assert slurm_end.exit_code(replace(plan, attempt=1), Job("7", "COMPLETED")) == 0
+    assert outcome.exit_code(replace(plan, attempt=1), Job("7", "COMPLETED")) == 0
 
 
 def test_a_cancelled_job_has_not_failed(plan: LaunchPlan) -> None:
-    assert slurm_end.exit_code(plan, Job("7", "CANCELLED")) == STOPPED
+    assert outcome.exit_code(plan, Job("7", "CANCELLED")) == STOPPED
     assert not failures.read_all(plan.run, 0)
 
 
 def test_only_a_job_that_left_to_go_on_is_put_back(plan: LaunchPlan) -> None:
     done = Job("7", "COMPLETED")
-    assert not slurm_end.was_to_go_on(plan, done)
+    assert not outcome.should_requeue(plan, done)
     end(plan, STOPPED)
-    assert slurm_end.was_to_go_on(plan, done)
-    assert not slurm_end.was_to_go_on(plan, Job("7", "CANCELLED"))
-    assert not slurm_end.was_to_go_on(plan, Job("7", "COMPLETED", restarts=1))
+    assert outcome.should_requeue(plan, done)
+    assert not outcome.should_requeue(plan, Job("7", "CANCELLED"))
+    assert not outcome.should_requeue(plan, Job("7", "COMPLETED", restarts=1))
     Handle.of_this_process("slurm", 0).write(plan.run)
-    JobDir(plan.run).cancel(0).touch()
-    assert not slurm_end.was_to_go_on(plan, done)
+    SlurmFiles(plan.run).cancel(0).touch()
+    assert not outcome.should_requeue(plan, done)
 
 
 @pytest.mark.parametrize(
@@ -181,15 +181,15 @@ def test_only_a_job_that_left_to_go_on_is_put_back(plan: LaunchPlan) -> None:
 )
 def test_a_job_that_has_said_nothing(plan: LaunchPlan, log: bool, words: str) -> None:
     if log:
-        JobDir(plan.run).log.touch()
-    slurm_end.exit_code(plan, Job("7", "FAILED", exit_code=7))
+        SlurmFiles(plan.run).log.touch()
+    outcome.exit_code(plan, Job("7", "FAILED", exit_code=7))
     (record,) = failures.read_all(plan.run, 0)
     assert words in record.message
 
 
 def test_what_srun_said_under_submitit_is_read_too(plan: LaunchPlan) -> None:
-    JobDir(plan.run).log.write_text("srun: error: task 1 failed\n")
-    JobDir(plan.run).submitit_log("7_1").write_text("dtrain: n1 has no run folder\nbye\n")
-    slurm_end.exit_code(plan, Job("7_1", "FAILED", exit_code=1))
+    SlurmFiles(plan.run).log.write_text("srun: error: task 1 failed\n")
+    SlurmFiles(plan.run).submitit_log("7_1").write_text("dtrain: n1 has no run folder\nbye\n")
+    outcome.exit_code(plan, Job("7_1", "FAILED", exit_code=1))
     (record,) = failures.read_all(plan.run, 0)
     assert record.message == "job 7_1 ended with code 1: n1 has no run folder"

@@ -12,20 +12,14 @@ from typing import Any
 import pytest
 
 from dtrain.assets import asset_dir
-from dtrain.cli import array
+from dtrain.cli import array as cli_array
 from dtrain.cli import options as cli_options
 from dtrain.errors import JobError, PlanError, UsageError
 from dtrain.job.profile import load_profile
 from dtrain.job.spec import JobSpec
-from dtrain.launchers import (
-    base,
-    slurm_array,
-    slurm_limits,
-    slurm_script,
-    slurm_submit,
-    slurm_submitit,
-)
-from dtrain.launchers.slurm_options import SlurmOptions
+from dtrain.launchers import base
+from dtrain.launchers.slurm import array, partition, sbatch, script, submitit
+from dtrain.launchers.slurm.options import SlurmOptions
 from dtrain.plan import Facts, LaunchPlan, make_plan
 
 FACTS = Facts("digits-abc234", "/runs", "/usr/bin/python3", "laptop", cores=8, free_port=16000)
@@ -100,7 +94,7 @@ def test_the_whole_script() -> None:
         slurm={"exclusive": True, "nice": "100", "spread-job": False},
         setup=["ulimit -n 4096"], modules=["cuda/12.4", "odd name"], venv="/envs/train",
     )  # fmt: skip
-    assert slurm_script.render(plan) == GOLDEN
+    assert script.render(plan) == GOLDEN
     assert plan.threads_per_proc == 4
     assert (plan.rdzv_host, plan.rdzv_port, plan.node_names) == ("", 0, ("", ""))
 
@@ -117,8 +111,8 @@ def test_containers() -> None:
     assert (
         "  apptainer exec --bind /runs/digits-abc234 --bind /job --nv image.sif "
         "python -P -m dtrain.node /runs/digits-abc234\n"
-    ) in slurm_script.render(apptainer)
-    pyxis = slurm_script.render(plan_of(pyxis="nvcr.io#nvidia/pytorch:25.01"))
+    ) in script.render(apptainer)
+    pyxis = script.render(plan_of(pyxis="nvcr.io#nvidia/pytorch:25.01"))
     assert "  '--container-image=nvcr.io#nvidia/pytorch:25.01' \\\n" in pyxis
     assert "--container-mounts=/runs/digits-abc234:/runs/digits-abc234,/job:/job" in pyxis
     with pytest.raises(PlanError, match="two ways to run one container"):
@@ -139,9 +133,9 @@ def test_the_shell_sees_values_as_they_are(text: str, tmp_path: Path) -> None:
     runs = str(tmp_path / text.replace("\\", "/"))
     options = {"modules": [text], "python": text, "pyxis": text, "comment": text}
     plan = plan_of(replace(FACTS, runs=runs), **options)
-    script = slurm_script.render(plan)
+    rendered = script.render(plan)
     done = subprocess.run(
-        ["bash", "-c", script], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, cwd=tmp_path,
+        ["bash", "-c", rendered], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, cwd=tmp_path,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
@@ -162,7 +156,7 @@ def test_a_line_break_cannot_come_out_of_a_directive(name: str) -> None:
 
 def test_no_secret_in_script_or_command() -> None:
     plan = plan_of(launch={"nodes": 1, "env": {"MY_TOKEN": "s3cret", "LEVEL": "4"}})
-    assert "s3cret" not in slurm_script.render(plan) + json.dumps(plan.to_json())
+    assert "s3cret" not in script.render(plan) + json.dumps(plan.to_json())
     assert not any("--export" in text for text in plan.commands[0].argv)
 
 
@@ -172,7 +166,7 @@ def test_a_line_break_in_a_flag_is_refused_wherever_it_came_from(given: dict[str
     plan = replace(plan_of(FACTS), run_id=given.get("run_id", FACTS.run_id))
     plan = replace(plan, options={**plan.options, "comment": given.get("comment")})
     with pytest.raises(PlanError):
-        slurm_script.render(plan)
+        script.render(plan)
 
 
 def test_shellcheck_has_nothing_to_say() -> None:
@@ -180,7 +174,7 @@ def test_shellcheck_has_nothing_to_say() -> None:
         pytest.skip("shellcheck is not installed")
     plan = plan_of(replace(FACTS, runs="/it's a (b); c"), modules=["a b"], setup=["true"])
     done = subprocess.run(
-        ["shellcheck", "-"], input=slurm_script.render(plan), capture_output=True, text=True,
+        ["shellcheck", "-"], input=script.render(plan), capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -190,15 +184,15 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
     mine = tmp_path / "mine.j2"
     packaged = (asset_dir("slurm") / "job.sbatch.j2").read_text()
     mine.write_text(packaged.replace("#!/bin/bash", "#!/bin/bash -l"))
-    assert slurm_script.render(plan_of(template=str(mine))).startswith("#!/bin/bash -l\n")
+    assert script.render(plan_of(template=str(mine))).startswith("#!/bin/bash -l\n")
     mine.write_text("{{ partition_of_mine }}")
     with pytest.raises(PlanError, match=r"mine.j2:1: 'partition_of_mine' is undefined"):
-        slurm_script.render(plan_of(template=str(mine)))
+        script.render(plan_of(template=str(mine)))
     mine.write_text("one\n{% if %}")
     with pytest.raises(PlanError, match=r"mine.j2:2: "):
-        slurm_script.render(plan_of(template=str(mine)))
+        script.render(plan_of(template=str(mine)))
     with pytest.raises(PlanError, match="cannot be read: No such file"):
-        slurm_script.render(plan_of(template=str(tmp_path / "none")))
+        script.render(plan_of(template=str(tmp_path / "none")))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +213,7 @@ def test_a_template_fills_in_and_does_nothing_else(
     monkeypatch.chdir(tmp_path)
     Path("mine.j2").write_text(f"#!/bin/bash\n{expression}\n")
     with pytest.raises(PlanError, match=r"mine.j2(:2)?: ") as refused:
-        slurm_script.render(plan_of(template="mine.j2"))
+        script.render(plan_of(template="mine.j2"))
     assert len(str(refused.value)) < 500
     assert not Path("gone").exists()
 
@@ -246,14 +240,14 @@ def test_what_is_refused_in_options(options: dict[str, Any], message: str) -> No
 
 
 def test_an_elastic_job_takes_what_it_is_given() -> None:
-    script = slurm_script.render(plan_of(launch={"nodes": "2:4"}))
-    assert "#SBATCH --nodes=2-4\n" in script
-    assert "#SBATCH --ntasks-per-node" not in script, "with which Slurm gives the fewest"
-    assert '  --nodes="$SLURM_JOB_NUM_NODES" \\\n  --ntasks="$SLURM_JOB_NUM_NODES" \\\n' in script
+    text = script.render(plan_of(launch={"nodes": "2:4"}))
+    assert "#SBATCH --nodes=2-4\n" in text
+    assert "#SBATCH --ntasks-per-node" not in text, "with which Slurm gives the fewest"
+    assert '  --nodes="$SLURM_JOB_NUM_NODES" \\\n  --ntasks="$SLURM_JOB_NUM_NODES" \\\n' in text
 
 
 def test_an_elastic_job_by_submitit_leaves_the_number_of_nodes_to_slurm() -> None:
-    told = slurm_submitit.parameters(plan_of(launch={"nodes": "1:2"}, submit="submitit"))
+    told = submitit.parameters(plan_of(launch={"nodes": "1:2"}, submit="submitit"))
     assert told["additional_parameters"]["nodes"] == "1-2"
     given = '"$SLURM_JOB_NUM_NODES"'
     assert told["setup"][-1] == f"export SLURM_NNODES={given} SLURM_NTASKS={given}"
@@ -265,8 +259,8 @@ def test_a_backslash_is_refused() -> None:
 
 
 def test_a_short_time_limit_leaves_the_workers_half_of_it() -> None:
-    assert "#SBATCH --signal=USR2@60\n" in slurm_script.render(plan_of(time="2m"))
-    assert "#SBATCH --signal=USR2@120\n" in slurm_script.render(plan_of(time="5m"))
+    assert "#SBATCH --signal=USR2@60\n" in script.render(plan_of(time="2m"))
+    assert "#SBATCH --signal=USR2@120\n" in script.render(plan_of(time="5m"))
 
 
 PARTITIONS = """\
@@ -277,7 +271,7 @@ PartitionName=ever Default=NO MaxTime=UNLIMITED State=UP
 
 
 @pytest.mark.parametrize(
-    ("partition", "asked", "given"),
+    ("wanted", "asked", "given"),
     [
         ("quick", "4h", "0-00:30:00"),
         ("quick", "20m", "0-00:20:00"),
@@ -288,20 +282,22 @@ PartitionName=ever Default=NO MaxTime=UNLIMITED State=UP
     ],
 )
 def test_a_time_limit_above_that_of_the_partition_is_cut(
-    monkeypatch: pytest.MonkeyPatch, partition: str | None, asked: str, given: str
+    monkeypatch: pytest.MonkeyPatch, wanted: str | None, asked: str, given: str
 ) -> None:
     def ask(*argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(argv, 0, PARTITIONS, "")
 
-    monkeypatch.setattr(slurm_limits, "ask", ask)
-    plan = plan_of(partition=partition, time=asked)
-    cut, said = slurm_limits.within_partition(plan)
+    monkeypatch.setattr(partition, "run_command", ask)
+    plan = plan_of(partition=wanted, time=asked)
+    cut, said = partition.within_partition(plan)
     assert cut.options["time"] == given
     assert bool(said) == (cut != plan)
     monkeypatch.setattr(
-        slurm_limits, "ask", lambda *argv: subprocess.CompletedProcess(argv, 1, PARTITIONS, "away")
+        partition,
+        "run_command",
+        lambda *argv: subprocess.CompletedProcess(argv, 1, PARTITIONS, "away"),
     )
-    assert slurm_limits.within_partition(plan) == (plan, "")
+    assert partition.within_partition(plan) == (plan, "")
 
 
 ARRAY = """\
@@ -324,10 +320,10 @@ exec '/runs/it'"'"'s-'"$SLURM_ARRAY_TASK_ID"/slurm/job.sbatch
 
 def test_the_script_of_an_array() -> None:
     plans = [plan_of(replace(FACTS, run_id=f"it's-{n}"), slurm={"nice": "100"}) for n in range(3)]
-    slurm_array.refuse_unlike(plans)
-    assert slurm_array.render(plans, 2) == ARRAY
+    array.refuse_unlike(plans)
+    assert array.render(plans, 2) == ARRAY
     with pytest.raises(PlanError, match="differ in --nice=100"):
-        slurm_array.refuse_unlike([*plans, plan_of()])
+        array.refuse_unlike([*plans, plan_of()])
 
 
 BY_SUBMITIT = """\
@@ -381,13 +377,13 @@ def test_the_script_of_an_array_by_submitit() -> None:
     pytest.importorskip("submitit")
     setup = {"submit": "submitit", "setup": ["# by hand", "module load cuda"]}
     plans = [plan_of(replace(FACTS, run_id=f"it's-{n}"), **setup) for n in range(3)]
-    slurm_array.refuse_unlike(plans)
-    assert slurm_array.render(plans, 2) == BY_SUBMITIT.rstrip("\n")
-    assert "#SBATCH --array=0-2%3\n" in slurm_array.render(plans, None)
-    assert "--array" not in slurm_array.render(plans[:1], 2)  # submitit makes none of one
+    array.refuse_unlike(plans)
+    assert array.render(plans, 2) == BY_SUBMITIT.rstrip("\n")
+    assert "#SBATCH --array=0-2%3\n" in array.render(plans, None)
+    assert "--array" not in array.render(plans[:1], 2)  # submitit makes none of one
     slower = plan_of(launch={"nodes": 2, "stop_timeout": "50s"}, **setup)
     with pytest.raises(PlanError, match="differ in --wait=60, --wait=40; launch them one by one"):
-        slurm_array.refuse_unlike([*plans, slower])
+        array.refuse_unlike([*plans, slower])
 
 
 @pytest.mark.parametrize("runs", ["/100%j", "/one\ntwo"])
@@ -395,14 +391,14 @@ def test_a_path_that_submitit_cannot_use_is_refused(runs: str) -> None:
     pytest.importorskip("submitit")
     plan = plan_of(replace(FACTS, runs=runs), submit="submitit")
     with pytest.raises(PlanError, match="submitit cannot use a path with a % or a line break"):
-        slurm_submitit.render([plan], slurm_submitit.parameters(plan))
+        submitit.render([plan], submitit.parameters(plan))
 
 
 def test_a_template_without_srun_is_refused_for_submitit(tmp_path: Path) -> None:
     (tmp_path / "own.j2").write_text("#!/bin/bash\nmpirun {{ agent_command }}\n")
     plan = plan_of(submit="submitit", template=str(tmp_path / "own.j2"))
     with pytest.raises(PlanError, match="for submitit it needs #SBATCH lines, then a line `srun"):
-        slurm_submitit.parameters(plan)
+        submitit.parameters(plan)
 
 
 @pytest.mark.parametrize(
@@ -415,21 +411,21 @@ def test_a_template_without_srun_is_refused_for_submitit(tmp_path: Path) -> None
     ],
 )
 def test_the_values_of_an_array(text: str, found: list[str]) -> None:
-    assert array.values(text) == found
+    assert cli_array.values(text) == found
 
 
 @pytest.mark.parametrize("text", ["a", "a=", "=1", "a=1,,2", "a=1,", "a=[1", "a='1,2"])
 def test_wrong_values_of_an_array(text: str) -> None:
     with pytest.raises(UsageError, match="expected FIELD=VALUE"):
-        array.values(text)
+        cli_array.values(text)
 
 
 def test_a_flag_of_sbatch_that_is_given_twice_is_passed_on_twice() -> None:
     given = ("nice=1", "exclusive", "gres-flags=a", "gres-flags=b")
     found = cli_options._flags_of_sbatch(given)
     assert found == {"nice": "1", "exclusive": True, "gres-flags": ["a", "b"]}
-    script = slurm_script.render(plan_of(slurm=found))
-    assert "#SBATCH --gres-flags=a\n#SBATCH --gres-flags=b\n" in script
+    text = script.render(plan_of(slurm=found))
+    assert "#SBATCH --gres-flags=a\n#SBATCH --gres-flags=b\n" in text
 
 
 def test_time_as_slurm_writes_it() -> None:
@@ -489,4 +485,4 @@ def test_a_refusal_is_told_in_slurms_words_with_the_place(said: str, told: str) 
     further = {"slurm.no_such": "--slurm", "slurm.nodelist": "--slurm"}
     places = {"partition": "-p", "mem": "launchers/site.yaml:7:8", **further}
     plan = replace(plan, sources=places)
-    assert slurm_submit.refusal(plan, said) == told
+    assert sbatch.refusal(plan, said) == told

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dtrain.launchers import slurm_watch
-from dtrain.launchers.slurm_watch import Job, Unreachable, Watcher, parse_accounting, parse_queue
-from dtrain.node.slurm import own_address
+from dtrain.launchers.slurm import queue
+from dtrain.launchers.slurm.queue import Job, Unreachable, Watcher, parse_accounting, parse_queue
+from dtrain.node.placement.slurm import own_address
 from dtrain.nodelist import expand
 
 QUEUE = """\
@@ -67,7 +67,7 @@ def test_accounting_is_read() -> None:
     ],
 )  # fmt: skip
 def test_words(job: Job, words: str) -> None:
-    assert job.words == words
+    assert job.description == words
 
 
 Answer = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -88,38 +88,38 @@ def answering(calls: list[tuple[str, ...]], **outputs: str | None) -> Answer:
 
 def test_one_call_for_many_jobs_and_none_of_sacct(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, ...]] = []
-    monkeypatch.setattr(slurm_watch, "ask", answering(calls, squeue=QUEUE))
-    assert set(slurm_watch.look(["1", "2", "3"])) == {"1", "2", "3", "4", "6", "7", "9"}
+    monkeypatch.setattr(queue, "run_command", answering(calls, squeue=QUEUE))
+    assert set(queue.query(["1", "2", "3"])) == {"1", "2", "3", "4", "6", "7", "9"}
     assert [argv[0] for argv in calls] == ["squeue"]
 
 
 def test_what_squeue_has_forgotten_is_asked_of_sacct(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, ...]] = []
-    monkeypatch.setattr(slurm_watch.shutil, "which", lambda name: name)
-    monkeypatch.setattr(slurm_watch, "ask", answering(calls, squeue="", sacct=ACCOUNTING))
-    assert slurm_watch.look(["2"])["2"].exit_code == 3
-    monkeypatch.setattr(slurm_watch, "ask", answering(calls, squeue="", sacct=None))
-    assert slurm_watch.look(["2"])["2"].state == "GONE"
+    monkeypatch.setattr(queue.shutil, "which", lambda name: name)
+    monkeypatch.setattr(queue, "run_command", answering(calls, squeue="", sacct=ACCOUNTING))
+    assert queue.query(["2"])["2"].exit_code == 3
+    monkeypatch.setattr(queue, "run_command", answering(calls, squeue="", sacct=None))
+    assert queue.query(["2"])["2"].state == "GONE"
 
 
 def test_a_controller_that_is_away_ends_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, ...]] = []
-    monkeypatch.setattr(slurm_watch, "ask", answering(calls, squeue=QUEUE))
+    monkeypatch.setattr(queue, "run_command", answering(calls, squeue=QUEUE))
     watcher = Watcher()
     assert watcher.job("2").state == "RUNNING"
-    monkeypatch.setattr(slurm_watch, "ask", answering(calls, squeue=None))
-    monkeypatch.setattr(slurm_watch, "_SOONEST_S", 0.0)
+    monkeypatch.setattr(queue, "run_command", answering(calls, squeue=None))
+    monkeypatch.setattr(queue, "_SOONEST_S", 0.0)
     assert watcher.job("2", now=True).state == "RUNNING"
     assert "Unable to contact" in str(watcher.trouble)
     with pytest.raises(Unreachable):
-        slurm_watch.look(["2"])
+        queue.query(["2"])
 
 
 def test_it_asks_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, ...]] = []
     clock = [0.0]
-    monkeypatch.setattr(slurm_watch.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(slurm_watch, "ask", answering(calls, squeue=QUEUE))
+    monkeypatch.setattr(queue.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(queue, "run_command", answering(calls, squeue=QUEUE))
     watcher = Watcher()
     for tenth in range(36000):
         clock[0] = 1000 + tenth / 10

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from dtrain.plan import Facts
-from dtrain.rundir import RunDir, write_json
+from dtrain.run.files import write_json
+from dtrain.run.rundir import RunDir
 
 PROGRAM = """
 import os, sys
 from dtrain.node.hashing import take_hash_seed
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 take_hash_seed(RunDir(sys.argv[1]), sys.orig_argv[1:], keep_fd=int(sys.argv[2]))
 os.write(int(sys.argv[2]), repr((os.getpid(), hash("text"), sys.argv)).encode())
 """

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.node.failures import OtherProcessError, user_frames
 from dtrain.node.hints import hint
-from dtrain.rundir import RunDir, write_json
+from dtrain.run.failures import OtherProcessError, user_frames
+from dtrain.run.files import write_json
+from dtrain.run.rundir import RunDir
 
 
 @pytest.fixture

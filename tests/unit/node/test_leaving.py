@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.callring import Ring, read_ring
 from dtrain.node import leaving
-from dtrain.node.failures import Frame
+from dtrain.run.failures import Frame
+from dtrain.run.flight_recorder import Ring, read_ring
 
 
 @pytest.mark.parametrize(("status", "ends"), [(0, 7), (3, 3)])

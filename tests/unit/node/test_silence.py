@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dtrain.job.spec import JobSpec
-from dtrain.node import stacks
+from dtrain.node import stack_dump
 from dtrain.node.silence import Silence
 from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.procs import fork_child
@@ -21,7 +21,7 @@ from support.launch import until
 
 def waits(ready: int, answers: bool) -> int:
     if answers:
-        stacks.answer_aside()
+        stack_dump.answer_aside()
     os.write(ready, b"x")
     while True:
         time.sleep(60)

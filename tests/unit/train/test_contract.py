@@ -18,13 +18,13 @@ from torch.optim import SGD, lr_scheduler
 from torch.utils.data import DataLoader
 
 from dtrain.errors import DtrainError
+from dtrain.integrations.lightning.optimizers import EveryFew
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
+from dtrain.run.rundir import RunDir
 from dtrain.train import contract
 from dtrain.train.context import TrainContext
 from dtrain.train.load import load_task
-from dtrain.train.trainers.lightning.optimizers import EveryFew
-from dtrain.train.trainers.native import NativeTrainer
+from dtrain.train.loop.native import NativeTrainer
 from support.trainings import Numbers, Regression, job, lines
 
 STEPS = 4

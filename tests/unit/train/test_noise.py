@@ -14,9 +14,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from dtrain import Task
-from dtrain.train.observe import digest
-from dtrain.train.observe.attributes import Attributes
-from dtrain.train.observe.noise import Draws, FixedNoise
+from dtrain.train.tracing import digest
+from dtrain.train.tracing.attributes import Attributes
+from dtrain.train.tracing.noise import Draws, FixedNoise
 
 
 @pytest.fixture(autouse=True)

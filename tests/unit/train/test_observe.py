@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.files import read_lines
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
-from dtrain.rundir import RunDir
-from dtrain.train.observe.events import Events
-from dtrain.train.observe.logs import setup_logging
-from dtrain.train.observe.metrics import Metrics
+from dtrain.run.files import read_lines
+from dtrain.run.rundir import RunDir
+from dtrain.train.logs import setup_logging
+from dtrain.train.metrics.events import Events
+from dtrain.train.metrics.writer import Metrics
 
 JOB = JobSpec.model_validate(
     {"name": "t", "task": "t:T", "train": {"steps": 1, "global_batch_size": 1}}
@@ -84,7 +84,7 @@ def test_setting_up_again_replaces(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_nothing_is_configured_at_import() -> None:
     code = (
-        "import logging, dtrain.train.trainers.native, dtrain.train.observe.logs; "
+        "import logging, dtrain.train.loop.native, dtrain.train.logs; "
         "assert not logging.getLogger().handlers; assert logging.getLogger().level == 30"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

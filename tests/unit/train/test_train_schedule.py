@@ -10,14 +10,9 @@ import pytest
 
 from dtrain.errors import CheckpointError, DtrainError, UsageError
 from dtrain.job.spec import EarlyStoppingSpec, JobSpec
-from dtrain.train.data.placement import Course, Position
-from dtrain.train.trainers.early_stopping import EarlyStopping
-from dtrain.train.trainers.progress import (
-    Progress,
-    Schedule,
-    data_identity,
-    refuse_to_end_before,
-)
+from dtrain.train.data.placement import EpochPlan, Position
+from dtrain.train.loop.early_stopping import EarlyStopping
+from dtrain.train.loop.progress import Progress, Schedule, data_identity, refuse_to_end_before
 
 
 def spec(**sections: Any) -> JobSpec:
@@ -26,7 +21,7 @@ def spec(**sections: Any) -> JobSpec:
 
 
 def due_steps(job: JobSpec, what: str) -> list[int]:
-    schedule, course, progress = Schedule(job), Course(50, 16, 3, None), Progress()
+    schedule, course, progress = Schedule(job), EpochPlan(50, 16, 3, None), Progress()
     found = []
     for batch in course.batches(0, Position()):
         progress.step, progress.position = progress.step + 1, course.after(batch)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.train.strategies.tree import Node, TreeSum, node_places, tree_sum
+from dtrain.train.strategies.exact.tree import Node, TreeSum, node_places, tree_sum
 
 
 def written(left: str, right: str) -> str:

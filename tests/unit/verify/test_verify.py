@@ -18,10 +18,11 @@ from dtrain.cli.verify import command
 from dtrain.errors import PlanError, UsageError
 from dtrain.job.spec import JobSpec, TrainSpec
 from dtrain.launchers.local import LocalLauncher
-from dtrain.recording import RankLine, Recording, StepRecord, Tensors, Wish, Writer, read
-from dtrain.rundir import RunDir, append_line
+from dtrain.run.files import append_line
+from dtrain.run.rundir import RunDir
+from dtrain.trace import RankLine, Recording, StepRecord, Tensors, TraceOptions, Writer, read
 from dtrain.train.data.placement import GlobalBatch
-from dtrain.train.observe import adapt, digest
+from dtrain.train.tracing import digest, perturb
 from dtrain.verify import html, svg, text, warmth
 from dtrain.verify.clauses import DATA, ENDED_EARLY, Finding
 from dtrain.verify.compare import L2, Comparison, compare
@@ -113,9 +114,9 @@ def test_a_recording_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_a_wish_goes_through_the_environment() -> None:
-    wish = Wish(fp64=True, max_train_samples=7)
-    assert Wish.from_env(wish.to_env()) == wish
-    assert Wish.from_env({}) is None
+    wish = TraceOptions(fp64=True, max_train_samples=7)
+    assert TraceOptions.from_env(wish.to_env()) == wish
+    assert TraceOptions.from_env({}) is None
 
 
 def test_a_sketch_keeps_norms_and_differences() -> None:
@@ -151,7 +152,7 @@ def test_dropout_is_found_and_stopped_wherever_it_hides() -> None:
             "none": nn.Dropout(0.0),
         }
     )
-    adapt.stop_dropout(model)
+    perturb.stop_dropout(model)
     rates = model["drop"].p, model["attention"].dropout, model["recurrent"].dropout
     assert rates == (0.0, 0.0, 0.0)
     ones = torch.ones(100)
@@ -160,8 +161,8 @@ def test_dropout_is_found_and_stopped_wherever_it_hides() -> None:
 
 def test_a_frozen_batch_norm_stays_frozen() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.InstanceNorm1d(3))
-    assert adapt.batch_norms(model) == ["1"]
-    adapt.freeze_batch_norm(model)
+    assert perturb.batch_norms(model) == ["1"]
+    perturb.freeze_batch_norm(model)
     model.train()
     model[1](torch.randn(8, 3))
     assert not model[1].training
@@ -171,19 +172,19 @@ def test_a_frozen_batch_norm_stays_frozen() -> None:
 
 def test_the_first_samples_only() -> None:
     data = torch.utils.data.TensorDataset(torch.arange(10))
-    cut = adapt.first_samples(data, 4)
+    cut = perturb.first_samples(data, 4)
     assert type(cut) is torch.utils.data.TensorDataset
     assert len(cut) == 4
-    assert len(adapt.first_samples(list(range(10)), 3)) == 3
-    assert adapt.first_samples(data, 10) is data
-    assert adapt.first_samples(data, None) is data
+    assert len(perturb.first_samples(list(range(10)), 3)) == 3
+    assert perturb.first_samples(data, 10) is data
+    assert perturb.first_samples(data, None) is data
     stream = iter(range(3))
-    assert adapt.first_samples(stream, 1) is stream
+    assert perturb.first_samples(stream, 1) is stream
 
 
 def test_a_batch_in_double_keeps_its_containers() -> None:
     batch = {"x": torch.ones(2), "ids": [torch.ones(2, dtype=torch.int64), "name"]}
-    made = adapt.to_double(batch)
+    made = perturb.to_double(batch)
     assert made["x"].dtype == torch.float64
     assert made["ids"][0].dtype == torch.int64
     assert made["ids"][1] == "name"
@@ -472,7 +473,7 @@ def test_all_but_the_reference_are_warm_with_a_server_for_each_trainer(
     ((imported),) = FakeServer.made
     assert len(set(imported)) == len(imported)
     assert "dtrain.train.strategies.fsdp" in imported
-    assert "dtrain.train.trainers.native" in imported
+    assert "dtrain.train.loop.native" in imported
     assert not any("lightning" in module for module in imported)
     assert made.launcher(reference) is None
     assert isinstance(made.launcher(plans["ddp ×2"]), LocalLauncher)
@@ -532,7 +533,7 @@ def test_what_runs_fits_one_line(width: int) -> None:
 
 
 def test_what_runs_again_is_said() -> None:
-    usual = Wish(max_train_samples=7)
+    usual = TraceOptions(max_train_samples=7)
     assert usual.beyond(usual) == ""
     assert (
         replace(usual, fp64=True, own_noise=False).beyond(usual)

@@ -20,12 +20,12 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
-from dtrain import files, manifest
 from dtrain.errors import CheckpointError, DamagedError
-from dtrain.manifest import NAME as MANIFEST
-from dtrain.manifest import Manifest
 from dtrain.plainjson import to_json
-from dtrain.rundir import fsync_dir, write_atomic
+from dtrain.run import files, manifest
+from dtrain.run.files import fsync_dir, write_atomic
+from dtrain.run.manifest import NAME as MANIFEST
+from dtrain.run.manifest import Manifest
 from dtrain.train.checkpoint import leaves
 
 _FORMAT = 1

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.errors import CheckpointError, DtrainError
-from dtrain.remote.checkpoints import RemoteCheckpoints
-from dtrain.rundir import RunDir
+from dtrain.run.remote.checkpoints import RemoteCheckpoints
+from dtrain.run.rundir import RunDir
 from dtrain.train import collectives
 from dtrain.train.checkpoint.files import (
     copy_checkpoint,

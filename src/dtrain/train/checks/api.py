@@ -14,7 +14,7 @@ from dtrain.train import collectives
 from dtrain.train.checks.errors import ReplicaError
 from dtrain.train.checks.ledger import Ledger
 from dtrain.train.checks.locate import locate
-from dtrain.train.checks.subject import BUFFERS, Subject
+from dtrain.train.checks.train_state import BUFFERS, TrainState
 
 logger = logging.getLogger("dtrain.check")
 
@@ -60,7 +60,7 @@ def check(
     known.calls += 1
     if known.calls % every:
         return
-    subject = Subject(model, optimizer, scheduler, scaler)
+    subject = TrainState(model, optimizer, scheduler, scaler)
     ledger = Ledger(subject)
     words = ledger.words()
     kinds = ledger.differing(words)

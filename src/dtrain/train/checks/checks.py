@@ -9,20 +9,20 @@ import torch
 import torch.distributed as dist
 
 from dtrain.train import collectives
-from dtrain.train.checks.chain import CHAIN
+from dtrain.train.checks.collective_trace import CHAIN
 from dtrain.train.checks.errors import ReplicaError, Rollback
 from dtrain.train.checks.finite import FiniteGuard
-from dtrain.train.checks.inject import Injector
 from dtrain.train.checks.ledger import Ledger
 from dtrain.train.checks.locate import locate
 from dtrain.train.checks.notices import BufferWrites, tell_batch_norm
-from dtrain.train.checks.still import Still
-from dtrain.train.checks.subject import BUFFERS, MOMENTS, PARAMETERS, Subject
+from dtrain.train.checks.train_state import BUFFERS, MOMENTS, PARAMETERS, TrainState
+from dtrain.train.checks.unexpected_change import UnexpectedChangeDetector
 from dtrain.train.checks.unused import Unused
 from dtrain.train.context import TrainContext
-from dtrain.train.data.feed import Feed
+from dtrain.train.data.pipeline import Feed
+from dtrain.train.faults.inject import Injector
 from dtrain.train.loss import LossModule
-from dtrain.train.observe.events import Events
+from dtrain.train.metrics.events import Events
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Checks:
     def __init__(
         self,
         context: TrainContext,
-        subject: Subject,
+        subject: TrainState,
         loss: LossModule,
         feed: Feed,
         injector: Injector,
@@ -206,7 +206,9 @@ class Checks:
         self._act(step, "\n".join(lines), culprits, ["held"])
 
 
-def _watches(subject: Subject, context: TrainContext) -> tuple[Still | None, Still | None]:
+def _watches(
+    subject: TrainState, context: TrainContext
+) -> tuple[UnexpectedChangeDetector | None, UnexpectedChangeDetector | None]:
     """(what only an update may change, what only a forward may)."""
     several = collectives.in_group() or context.local_devices > 1
     if not context.spec.checks.every or not several:
@@ -214,8 +216,8 @@ def _watches(subject: Subject, context: TrainContext) -> tuple[Still | None, Sti
     alone = subject.is_cut() or not collectives.in_group()
     buffers = any(True for _ in subject.model.buffers())
     return (
-        Still(subject, (PARAMETERS, MOMENTS)) if alone else None,
-        Still(subject, (BUFFERS,)) if buffers else None,
+        UnexpectedChangeDetector(subject, (PARAMETERS, MOMENTS)) if alone else None,
+        UnexpectedChangeDetector(subject, (BUFFERS,)) if buffers else None,
     )
 
 

@@ -22,14 +22,14 @@ from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.train import collectives
 from dtrain.train.checks import digest
-from dtrain.train.checks.chain import CHAIN, AloneError
+from dtrain.train.checks.collective_trace import CHAIN, AloneError
 from dtrain.train.checks.errors import NonFiniteError
 from dtrain.train.checks.spoilt import Spoilt, all_finite, and_more
-from dtrain.train.checks.subject import GRADIENTS, PARAMETERS, Subject
-from dtrain.train.data.feed import Feed
+from dtrain.train.checks.train_state import GRADIENTS, PARAMETERS, TrainState
 from dtrain.train.data.fetch import Fetched
 from dtrain.train.data.loader import to_device
 from dtrain.train.data.permutation import Ids
+from dtrain.train.data.pipeline import Feed
 from dtrain.train.loss import LossModule
 from dtrain.train.seeding import RandomState
 
@@ -54,7 +54,7 @@ class FiniteGuard:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: TrainState,
         loss: LossModule,
         feed: Feed,
         spec: JobSpec,

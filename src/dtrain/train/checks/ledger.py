@@ -16,8 +16,8 @@ import xxhash
 
 from dtrain.train import collectives
 from dtrain.train.checks import digest
-from dtrain.train.checks.chain import CHAIN
-from dtrain.train.checks.subject import (
+from dtrain.train.checks.collective_trace import CHAIN
+from dtrain.train.checks.train_state import (
     BUFFERS,
     COLLECTIVES,
     GRADIENTS,
@@ -25,7 +25,7 @@ from dtrain.train.checks.subject import (
     MOMENTS,
     NUMBERS,
     PARAMETERS,
-    Subject,
+    TrainState,
 )
 
 KINDS = (NUMBERS, COLLECTIVES, GRADIENTS, PARAMETERS, MOMENTS, BUFFERS, KEPT)
@@ -35,7 +35,7 @@ KINDS = (NUMBERS, COLLECTIVES, GRADIENTS, PARAMETERS, MOMENTS, BUFFERS, KEPT)
 class Ledger:
     """Compares one subject between the ranks of the process group."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: TrainState) -> None:
         self.subject = subject
         self._cut = subject.is_cut()
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from dtrain.train import collectives
 from dtrain.train.checks import digest
-from dtrain.train.checks.chain import first_difference
+from dtrain.train.checks.collective_trace import first_difference
 from dtrain.train.checks.ledger import KINDS
-from dtrain.train.checks.subject import COLLECTIVES, KEPT, NUMBERS, Subject
+from dtrain.train.checks.train_state import COLLECTIVES, KEPT, NUMBERS, TrainState
 from dtrain.train.vote import Vote, vote
 
 _MAX_KINDS = 4
@@ -33,7 +33,7 @@ class Mismatch:
     """For people; several lines."""
 
 
-def locate(subject: Subject, words: list[int], kinds: list[str]) -> Mismatch:
+def locate(subject: TrainState, words: list[int], kinds: list[str]) -> Mismatch:
     """Find who differs, and where.
 
     Args:
@@ -52,7 +52,7 @@ def locate(subject: Subject, words: list[int], kinds: list[str]) -> Mismatch:
     return Mismatch(tuple(kinds), first.culprits, "\n".join([str(first), *lines]))
 
 
-def _difference(subject: Subject, kind: str, ballot: Vote) -> str:
+def _difference(subject: TrainState, kind: str, ballot: Vote) -> str:
     suspect = ballot.others[0]
     if kind == COLLECTIVES:
         return first_difference(ballot.reference, suspect)
@@ -97,7 +97,7 @@ def _values(
     return f"{name} is {theirs[part]} on rank {suspect} and {ours[part]} on rank {reference}"
 
 
-def _numbers(subject: Subject, reference: int, suspect: int) -> str:
+def _numbers(subject: TrainState, reference: int, suspect: int) -> str:
     everyone = collectives.gather_to_all(subject.counters())
     ours, theirs = everyone[reference], everyone[suspect]
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]

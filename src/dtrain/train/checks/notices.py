@@ -15,8 +15,8 @@ from dtrain.train import collectives
 from dtrain.train.checkpoint.state import plain_name
 from dtrain.train.checks import digest
 from dtrain.train.context import TrainContext
-from dtrain.train.observe import adapt
-from dtrain.train.observe.events import Events
+from dtrain.train.metrics.events import Events
+from dtrain.train.tracing import perturb
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def tell_batch_norm(model: torch.nn.Module, context: TrainContext, events: Event
     """
     strategy = context.spec.strategy
     replicas = context.local_devices if strategy == "dp" else context.ranks.world_size
-    names = adapt.batch_norms(model, training=True)
+    names = perturb.batch_norms(model, training=True)
     if strategy not in (*_COPIED, "dp") or replicas < 2 or not names:
         return
     names = [plain_name(name) for name in names]
@@ -45,7 +45,7 @@ def tell_batch_norm(model: torch.nn.Module, context: TrainContext, events: Event
         "BatchNorm (%s) normalises over each %s's own samples, so that the training depends on "
         "their number, %d: %s",
         _few(names), "replica" if strategy == "dp" else "process", replicas,
-        remedy(strategy, context.device.type, of_keras=adapt.is_of_keras(model)),
+        remedy(strategy, context.device.type, of_keras=perturb.is_of_keras(model)),
     )  # fmt: skip
 
 

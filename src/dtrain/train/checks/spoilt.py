@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dtrain.train.checks import digest
-from dtrain.train.checks.subject import BUFFERS, MOMENTS, PARAMETERS, Subject
+from dtrain.train.checks.train_state import BUFFERS, MOMENTS, PARAMETERS, TrainState
 
 _KINDS = (PARAMETERS, MOMENTS, BUFFERS)
 
@@ -21,7 +21,7 @@ class Spoilt:
     mask of -inf, is meant so.
     """
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: TrainState) -> None:
         self._subject = subject
         self._meant = set(self._not_finite(_KINDS))
 

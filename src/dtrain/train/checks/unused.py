@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from dtrain.train.observe.events import Events
+from dtrain.train.metrics.events import Events
 
 logger = logging.getLogger(__name__)
 

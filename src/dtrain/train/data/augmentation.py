@@ -19,9 +19,9 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from dtrain.errors import DtrainError
-from dtrain.train.data.generators import Generator, global_generators
-from dtrain.train.data.mixing import Words, keys, mix_all
+from dtrain.train.data.hashing import Words, keys, mix_all
 from dtrain.train.data.permutation import Ids
+from dtrain.train.data.rng_state import Generator, global_generators
 from dtrain.train.data.unlike import note_samples
 
 AUGMENTATION_VERSION = 1

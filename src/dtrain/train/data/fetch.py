@@ -14,8 +14,8 @@ from torch.utils.data import TensorDataset
 from dtrain.task import Task
 from dtrain.train.data.augmentation import Augmentation, listed
 from dtrain.train.data.content import by_leaf, digest
-from dtrain.train.data.generators import drawn_from
 from dtrain.train.data.permutation import Ids
+from dtrain.train.data.rng_state import drawn_from
 from dtrain.train.packed import exchanged
 
 EVALUATION_EPOCH = -1

@@ -12,9 +12,9 @@ import numpy as np
 
 from dtrain.errors import BlamedError
 from dtrain.train import collectives
-from dtrain.train.data.mixing import Words
+from dtrain.train.data.checksum import KeyedSums
+from dtrain.train.data.hashing import Words
 from dtrain.train.data.permutation import Ids
-from dtrain.train.data.sums import KeyedSums
 from dtrain.train.packed import exchanged
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import os
 import stat
 from typing import Any
 
-from dtrain.train.data.generators import held
+from dtrain.train.data.rng_state import held
 
 Places = dict[int, tuple[str, int]]
 """Of each descriptor the file's path, and the position in it."""

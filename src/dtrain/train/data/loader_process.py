@@ -26,8 +26,8 @@ from typing import Any
 from torch.utils.data._utils import signal_handling
 
 from dtrain.errors import DtrainError
-from dtrain.node.failures import OtherProcessError, how_it_ended
 from dtrain.procs import die_with_parent
+from dtrain.run.failures import OtherProcessError, how_it_ended
 
 _SLOT = 256
 """Bytes for what one loader process is doing, in words."""

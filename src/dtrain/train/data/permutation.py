@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from dtrain.train.data.mixing import Words, keys, mix, mix_all
+from dtrain.train.data.hashing import Words, keys, mix, mix_all
 
 PERMUTATION_VERSION = 1
 """Of the map (n, seed, epoch) → order. Checkpoints carry it: another version is another order."""

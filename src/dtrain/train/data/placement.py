@@ -103,7 +103,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Course:
+class EpochPlan:
     """All global batches of a training, from any position on.
 
     Attributes are plain numbers: samples per epoch (None: a stream, which ends when it ends),

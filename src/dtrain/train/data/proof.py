@@ -21,11 +21,11 @@ import numpy as np
 from dtrain.errors import DtrainError
 from dtrain.ranks import RankInfo
 from dtrain.train import collectives
-from dtrain.train.data.mixing import Words, keys
+from dtrain.train.data.checksum import NOTHING, KeyedSums, Tally
+from dtrain.train.data.hashing import Words, keys
 from dtrain.train.data.order import Order
 from dtrain.train.data.permutation import Ids
 from dtrain.train.data.placement import GlobalBatch, Position, shard
-from dtrain.train.data.sums import NOTHING, KeyedSums, Tally
 
 Split = Callable[[GlobalBatch], Sequence[range]]
 """A rank's micro-batches of a global batch, as positions in the epoch."""

@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from dtrain.errors import DtrainError
-from dtrain.train.data.mixing import keys, mix_all
+from dtrain.train.data.hashing import keys, mix_all
 from dtrain.train.data.permutation import Ids
 
 WEIGHTED_VERSION = 1

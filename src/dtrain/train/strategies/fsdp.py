@@ -15,15 +15,15 @@ from torch.utils._pytree import tree_map_only
 
 from dtrain.train.context import TrainContext
 from dtrain.train.data.placement import GlobalBatch
+from dtrain.train.loop.step import Precision
 from dtrain.train.loss import LossModule, LossParts
 from dtrain.train.seeding import RandomState
 from dtrain.train.strategies.base import Pending, Strategy, known_norm
-from dtrain.train.strategies.gathers import Gathers
+from dtrain.train.strategies.fsdp_gathers import Gathers
+from dtrain.train.strategies.fsdp_wrapping import check_shardable, units
 from dtrain.train.strategies.lent import lend
 from dtrain.train.strategies.refusals import refuse_sparse
-from dtrain.train.strategies.units import check_shardable, units
-from dtrain.train.strategies.usage import Usage
-from dtrain.train.trainers.step import Precision
+from dtrain.train.strategies.unused_parameters import Usage
 
 _BROADCAST_BYTES = 250 * 1024 * 1024
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dtrain.train.checks.chain import CHAIN
+from dtrain.train.checks.collective_trace import CHAIN
 
 
 class Trainable:

@@ -1,0 +1,116 @@
+"""A function that returns a compiled model and what `model.fit` would be given, as a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dtrain.errors import DtrainError, JobError, Problem
+from dtrain.integrations.keras.task import KerasTask
+from dtrain.train.seeding import RandomState
+
+_TAKEN = (
+    "x",
+    "y",
+    "sample_weight",
+    "validation_data",
+    "validation_split",
+    "callbacks",
+    "steps_per_epoch",
+)
+_OURS = {
+    "epochs": "train.epochs of the job",
+    "batch_size": "train.global_batch_size of the job: samples of all processes together",
+    "validation_batch_size": "eval.batch_size of the job",
+    "validation_freq": "eval.every_epochs of the job",
+    "validation_steps": "no field: all samples are evaluated, once",
+    "shuffle": "data.shuffle of the job",
+    "initial_epoch": "the checkpoint's: dtrain resume goes on where a run ended",
+    "verbose": "log.every_steps of the job",
+    "class_weight": "sample_weight here: a weight for each sample",
+}
+
+
+class Given(KerasTask):
+    """The task of a function that returns `(model, what fit takes)`.
+
+    Args:
+        make: calls the function once more.
+        made: what it returned.
+        name: of the function, for messages.
+        before: the random numbers before it was called, so that `make` gives the same again.
+
+    Raises:
+        JobError: it returned something else.
+    """
+
+    def __init__(self, make: Callable[[], Any], made: Any, name: str, before: RandomState) -> None:
+        self._make = make
+        self._before = before
+        self._model, self._fit = _checked(made, name)
+        self.steps_per_epoch = self._fit.get("steps_per_epoch")
+
+    def compiled(self) -> Any:
+        """The model; another one when the first has been given away, as after a rollback."""
+        if self._model is None:
+            after = RandomState.capture()
+            self._before.restore()
+            try:
+                return self._make()[0]
+            finally:
+                after.restore()
+        model, self._model = self._model, None
+        return model
+
+    def train_data(self) -> Any:
+        """`x`, `y` and `sample_weight`, without the part that `validation_split` holds out."""
+        return self._split()[0]
+
+    def eval_data(self) -> Any:
+        """`validation_data`, or the last part of the arrays by `validation_split`."""
+        given = self._fit.get("validation_data")
+        return given if given is not None else self._split()[1]
+
+    def callbacks(self) -> Any:
+        """Those of `callbacks`."""
+        given = self._fit.get("callbacks") or []
+        return given if isinstance(given, list | tuple) else [given]
+
+    def _split(self) -> tuple[Any, Any]:
+        x, y = self._fit["x"], self._fit.get("y")
+        fraction = self._fit.get("validation_split")
+        if y is None:
+            if fraction:
+                raise DtrainError(
+                    "validation_split needs arrays x and y; give validation_data instead"
+                )
+            return (x, None)
+        import keras
+
+        parts = tuple(p for p in (x, y, self._fit.get("sample_weight")) if p is not None)
+        if not fraction:
+            return parts, None
+        at = int(len(keras.tree.flatten(x)[0]) * (1 - fraction))
+        cut = keras.tree.map_structure
+        return cut(lambda part: part[:at], parts), cut(lambda part: part[at:], parts)
+
+
+def _checked(made: Any, name: str) -> tuple[Any, Mapping[str, Any]]:
+    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[1], Mapping):
+        raise _problem(
+            f"{name} returned a Keras model without its data: return model, {{'x': x, 'y': y}}, "
+            "the arguments that model.fit would be given"
+        )
+    model, fit = made
+    for word in fit:
+        if word in _OURS:
+            raise _problem(f"{name} returned {word!r} for fit; that is {_OURS[word]}")
+        if word not in _TAKEN:
+            raise _problem(f"{name} returned {word!r} for fit; it may return {', '.join(_TAKEN)}")
+    if fit.get("x") is None:
+        raise _problem(f"{name} returned no x for fit")
+    return model, fit
+
+
+def _problem(message: str) -> JobError:
+    return JobError([Problem("job.yaml", None, None, "task", message)])

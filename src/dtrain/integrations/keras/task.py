@@ -1,0 +1,143 @@
+"""A compiled Keras 3 model, on the torch backend, as a task."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dtrain.errors import DtrainError
+from dtrain.integrations.keras.data import as_dataset
+from dtrain.integrations.keras.optimizer import KerasOptimizer
+from dtrain.integrations.keras.random import Draws
+from dtrain.integrations.keras.refusals import refuse_what_differs
+from dtrain.integrations.keras.replica import replicated
+from dtrain.integrations.keras.statistics import as_buffers
+from dtrain.task import Loss, Task
+from dtrain.train.data.stream import is_stream
+
+
+class KerasTask(Task):
+    """A task of `compiled()` and `train_data()`; loss, optimizer and metrics are the model's own.
+
+    Data are arrays or tensors as a tuple `(x, y)` or `(x, y, sample_weight)`, or a data set of
+    such samples; all kinds are told at `dtrain.integrations.keras.data.as_dataset`.
+    """
+
+    steps_per_epoch: int | None = None
+    """Batches in an epoch, where `train_data()` is a generator without an end."""
+    _draws: Draws | None = None
+
+    def compiled(self) -> Any:
+        """The model, after `model.compile(optimizer, loss, metrics)`."""
+        raise NotImplementedError
+
+    def train_data(self) -> Any:
+        """Arrays, or a data set."""
+        raise NotImplementedError
+
+    def eval_data(self) -> Any:
+        """Arrays, or a data set, for evaluation; None when there is nothing to evaluate."""
+        return None
+
+    def model(self) -> Any:
+        """See `Task`.
+
+        Raises:
+            DtrainError: the model, or what it is compiled with, cannot be trained here.
+        """
+        import keras
+
+        if keras.config.backend() != "torch":
+            raise DtrainError(
+                f"Keras runs on backend {keras.config.backend()!r}, and dtrain trains with "
+                "'torch': leave KERAS_BACKEND unset, or give --env KERAS_BACKEND=torch"
+            )
+        keras.utils.clear_session()  # names count up otherwise, and checkpoints go by name
+        model = self.compiled()
+        if not isinstance(model, keras.Model) or not getattr(model, "compiled", False):
+            raise DtrainError(
+                f"compiled() returned {type(model).__name__}; it must return a keras.Model after "
+                "model.compile(optimizer=…, loss=…)"
+            )
+        if not model.built:
+            batch = self.collate([_first(self.train_dataset())])
+            model(keras.utils.unpack_x_y_sample_weight(batch)[0])
+        refuse_what_differs(model)
+        as_buffers(model)
+        self._draws = Draws(model)
+        return model
+
+    def train_dataset(self) -> Any:
+        """See `Task`."""
+        return as_dataset(self.train_data(), self.steps_per_epoch)
+
+    def eval_dataset(self) -> Any:
+        """See `Task`."""
+        return as_dataset(self.eval_data())
+
+    def loss(self, model: Any, batch: Any) -> torch.Tensor:
+        """The compiled loss, with the model's own additional losses: a mean over the batch."""
+        value: torch.Tensor = self._called(model, batch, training=True)[1]
+        return value
+
+    def optimizer(self, model: Any) -> torch.optim.Optimizer:
+        """The compiled optimizer, as torch's."""
+        if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+            raise DtrainError("strategy 'fsdp' cannot cut the variables of Keras; use 'ddp'")
+        return KerasOptimizer(model)
+
+    def evaluate(self, model: Any, batch: Any) -> Mapping[str, Loss | torch.Tensor | float]:
+        """The loss and the compiled metrics, as sums and weights, so exact over all ranks."""
+        (x, y, weight), loss, predicted = self._called(model, batch, training=False)
+        model.reset_metrics()
+        model.compute_metrics(x, y, predicted, sample_weight=weight)
+        found: dict[str, Loss | torch.Tensor | float] = {"loss": loss}
+        for metric in _compiled_metrics(model):
+            found[metric.name] = Loss(metric.total.value.clone(), metric.count.value.clone())
+        model.reset_metrics()
+        return found
+
+    def as_callbacks(self, given: list[Any]) -> list[Any]:
+        """What `callbacks()` returned, with those of Keras as dtrain's."""
+        from dtrain.integrations.keras.callbacks import adapted
+
+        return adapted(given)
+
+    def _called(self, model: Any, batch: Any, *, training: bool) -> tuple[Any, Any, Any]:
+        """((x, y, sample_weight), loss, predictions) of a batch."""
+        import keras
+
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
+        how = {"training": training} if model._call_has_training_arg else {}
+        draws = self._draws.keyed() if self._draws else contextlib.nullcontext()
+        with draws, replicated(model):
+            predicted = model(x, **how)
+            loss = model._compute_loss(x, y, predicted, weight, training=training)
+        return (x, y, weight), loss, predicted
+
+
+def _first(dataset: Any) -> Any:
+    return next(iter(dataset)) if is_stream(dataset) else dataset[0]
+
+
+def _compiled_metrics(model: Any) -> list[Any]:
+    """The metrics besides the loss.
+
+    Raises:
+        DtrainError: one is not a mean, so that it cannot be put together from parts.
+    """
+    import keras
+
+    found = [metric for metric in model.metrics if metric.name != "loss"]
+    flat = [m for metric in found for m in getattr(metric, "metrics", [metric])]
+    for metric in flat:
+        if not isinstance(metric, keras.metrics.Mean):
+            raise DtrainError(
+                f"metric {metric.name!r} ({type(metric).__name__}) is not a mean over samples, so "
+                "parts of it from several processes do not make a whole; write predict(), and "
+                "compute it from predictions.npz"
+            )
+    return flat

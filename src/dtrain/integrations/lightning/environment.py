@@ -1,0 +1,178 @@
+"""What Lightning is told of the processes, so that it never guesses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from dtrain.errors import CheckpointError
+from dtrain.integrations.lightning.compat import (
+    ClusterEnvironment,
+    DDPStrategy,
+    LRSchedulerConfig,
+    TorchCheckpointIO,
+    pl,
+    rank_zero_only,
+)
+from dtrain.ranks import RankInfo
+from dtrain.run.files import replacing, write_atomic
+from dtrain.train.checkpoint.state import model_state, optimizer_state
+from dtrain.train.loop.training import Training
+
+
+class Place(ClusterEnvironment):
+    """A ClusterEnvironment that says what dtrain's agents have decided.
+
+    Alone, Lightning takes a batch job, a leftover variable or torchrun for what started it.
+    """
+
+    def __init__(self, ranks: RankInfo) -> None:
+        super().__init__()
+        self._ranks = ranks
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """Yes: they run already."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """The host of rank 0."""
+        return os.environ.get("MASTER_ADDR", "127.0.0.1")
+
+    @property
+    def main_port(self) -> int:
+        """Its port."""
+        return int(os.environ.get("MASTER_PORT", 0))
+
+    @staticmethod
+    def detect() -> bool:
+        """Only by being handed over."""
+        return False
+
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self._ranks.world_size
+
+    def set_world_size(self, size: int) -> None:
+        """Decided before."""
+
+    def global_rank(self) -> int:
+        """This process's number."""
+        return self._ranks.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """Decided before."""
+
+    def local_rank(self) -> int:
+        """Its number on its node."""
+        return self._ranks.local_rank
+
+    def node_rank(self) -> int:
+        """Its node's number."""
+        return self._ranks.node_rank
+
+
+class Processes(DDPStrategy):
+    """A Lightning strategy that wraps nothing: the work is shared by dtrain's own strategy."""
+
+    def __init__(self, training: Training, ranks: RankInfo, step: Callable[[], None]) -> None:
+        super().__init__(cluster_environment=Place(ranks), checkpoint_io=SafeCheckpointIO())
+        self._training = training
+        self._step = step
+
+    def _configure_launcher(self) -> None:
+        """Nobody is to be launched."""
+
+    def setup_distributed(self) -> None:
+        """The process group is up."""
+        self.set_world_ranks()
+        rank_zero_only.rank = self.global_rank
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Model and optimizer are where they belong."""
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        parts = self._training.parts
+        self.optimizers = [parts.optimizer]
+        if parts.scheduler is not None:
+            own = getattr(parts.scheduler, "scheduler", parts.scheduler)  # inside of EveryFew
+            self.lr_scheduler_configs = [LRSchedulerConfig(own, interval="step")]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> None:
+        """The whole step is dtrain's; it calls the module's."""
+        self._step()
+
+    def post_training_step(self) -> None:
+        """DDP, if there is any, is below dtrain's strategy."""
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """As Lightning's, which cuts the mean of whole numbers down: 3 / 2 = 1."""
+        if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
+            tensor = tensor.double()
+        return super().reduce(tensor, group, reduce_op)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """By plain name, and whole, also where ranks hold parts."""
+        assert self.lightning_module is not None
+        return model_state(self.lightning_module)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """By parameter name."""
+        return optimizer_state(self._training.parts.model, optimizer)
+
+    def teardown(self) -> None:
+        """Everything stays where it is, for whoever looks at it after training."""
+        assert self.accelerator is not None
+        self.accelerator.teardown()
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """For files of Lightning's own callbacks: whole or not at all, with a digest beside them.
+
+    Lightning's own writes to /tmp and moves: a kill leaves a part under the final name.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: Mapping[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Written aside in the same folder, fsynced, renamed."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as file:
+            torch.save(dict(checkpoint), file)
+        write_atomic(_digest_of(target), _digest(target))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> Any:
+        """Verified first, where there is a digest.
+
+        Raises:
+            CheckpointError: the file is not what was written.
+        """
+        target = Path(path)
+        kept = _digest_of(target)
+        if kept.exists() and kept.read_text(encoding="utf-8") != _digest(target):
+            raise CheckpointError(f"{target} is damaged: its xxh3 is not the one beside it")
+        return super().load_checkpoint(path, map_location, weights_only)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """With its digest."""
+        super().remove_checkpoint(path)
+        _digest_of(Path(path)).unlink(missing_ok=True)
+
+
+def _digest_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.xxh3")
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,212 @@
+"""What a LightningModule logs: exact over all ranks, whatever their batches' sizes.
+
+Lightning's own `sync_dist` takes the mean of the ranks' means, and needs all ranks to log as often.
+Here each value is a sum and a weight until the end; then the ranks speak to each other once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torchmetrics import Metric
+
+from dtrain.errors import DtrainError
+from dtrain.integrations.lightning.compat import pl
+from dtrain.task import Loss
+from dtrain.train import collectives
+
+Means = dict[str, tuple[float, float]]
+"""By name: sum and weight."""
+
+
+class Logged:
+    """Stands in for `self.log` of a module while it trains or is evaluated."""
+
+    def __init__(self, module: pl.LightningModule, world_size: int) -> None:
+        self._module = module
+        self._world_size = world_size
+        self._original = module.log
+        self._stage = ""
+        self.samples = 0
+        """In the batch that is looked at."""
+        self._epoch: Means = {}
+        self._evaluation: Means = {}
+        self._batch: dict[str, Loss | torch.Tensor] = {}
+        self._metrics: dict[str, Metric] = {}
+        self._loader: int | None = None
+        self._loader_of: dict[str | Metric, int | None] = {}
+        self._validated: Counter[int | None] = Counter()
+        self.forked: dict[str, str] = {}
+        """What is logged both of steps and of epochs: the name that Lightning gives the latter."""
+        self.batch_index = 0
+        module.log = self._log
+
+    @contextlib.contextmanager
+    def training(self, batch_index: int) -> Iterator[None]:
+        """Around a step."""
+        self._stage, self.batch_index = "train", batch_index
+        try:
+            yield
+        finally:
+            self._stage = ""
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around an evaluation, which may be inside a step."""
+        before, self._stage = self._stage, "evaluation"
+        self._validated.clear()
+        self._loader_of.clear()
+        try:
+            yield
+        finally:
+            self._stage = before
+
+    @contextlib.contextmanager
+    def batch(self, loader: int | None) -> Iterator[tuple[int, dict[str, Loss | torch.Tensor]]]:
+        """Around a validation step: the batch's number, and what the step logs.
+
+        Args:
+            loader: whose batch it is; None with a single one.
+        """
+        logged: dict[str, Loss | torch.Tensor] = {}
+        self._batch, self._loader = logged, loader
+        self._stage = "batch"
+        try:
+            yield self._validated[loader], logged
+            self._validated[loader] += 1
+        finally:
+            self._stage = "evaluation"
+
+    def of_epoch(self) -> dict[str, float]:
+        """Means over all that was logged with `on_epoch` in training steps; then it is forgotten.
+
+        Called by all ranks.
+        """
+        found, self._epoch = self._epoch, {}
+        return self._agreed(found)
+
+    def epoch_so_far(self) -> Means:
+        """The sums of the epoch until now, over all ranks. Called by all ranks."""
+        return _sums(collectives.gather_to_all(self._epoch))
+
+    def go_on(self, sums: Mapping[str, Sequence[float]]) -> None:
+        """Begin with sums of the same epoch, which only one rank is given."""
+        self._epoch = {name: (total, weight) for name, (total, weight) in sums.items()}
+
+    def of_evaluation(self) -> dict[str, float]:
+        """What the end of an evaluation says beyond its batches. Called by all ranks."""
+        found, self._evaluation = self._evaluation, {}
+        metrics = self._agreed(found)
+        names = {name for each in collectives.gather_to_all(list(self._metrics)) for name in each}
+        metrics |= {name: float(self._of_name(name).compute()) for name in sorted(names)}
+        for each in self._metrics.values():  # one may have several names
+            each.reset()
+        self._metrics = {}
+        return metrics
+
+    def _agreed(self, mine: Means) -> dict[str, float]:
+        """The means; a rank that had no samples learns here what is logged, and its names."""
+        everyone = collectives.gather_to_all((mine, self.forked))
+        for _, forked in everyone:
+            self.forked |= forked
+        return _means([means for means, _ in everyone])
+
+    def _of_name(self, name: str) -> Metric:
+        if name not in self._metrics:
+            raise DtrainError(
+                f"the metric {name} was logged on some ranks only; every rank needs a sample to "
+                "evaluate for an object of torchmetrics"
+            )
+        return self._metrics[name]
+
+    def _log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        if not self._stage:
+            self._original(name, value, *args, **options)
+        elif self._stage == "train":
+            self._log_step(name, value, *args, **options)
+        elif self._stage == "batch":
+            self._log_batch(name, value, options)
+        elif isinstance(value, Metric):
+            self._metrics[name] = value
+        else:
+            self._evaluation[name] = _number(value), 1.0
+
+    def _log_batch(self, name: str, value: Any, options: Mapping[str, Any]) -> None:
+        """Under the name that Lightning gives it: of several loaders, each has its own."""
+        suffix = ""
+        if self._loader is not None and options.get("add_dataloader_idx", True):
+            suffix = f"/dataloader_idx_{self._loader}"
+        if options.get("on_step") and options.get("on_epoch"):
+            self.forked[name + suffix] = f"{name}_epoch{suffix}"
+        name += suffix
+        self._belongs(name, f"self.log({name!r}) has one name")
+        if isinstance(value, Metric):
+            self._belongs(value, f"self.log({name!r}) has one object of torchmetrics")
+            self._metrics[name] = value
+        else:
+            self._batch[name] = _weighted(name, value, options)
+
+    def _belongs(self, what: str | Metric, sentence: str) -> None:
+        """To the loader whose batch is looked at, and to no other."""
+        if self._loader_of.setdefault(what, self._loader) != self._loader:
+            raise DtrainError(
+                f"{sentence} for two validation loaders, which would mix them; each needs its own"
+            )
+
+    def _log_step(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        """Of a step now and from this rank, as Lightning has it; of an epoch at its end."""
+        if isinstance(value, Metric):
+            self._original(name, value, *args, **options)
+            return
+        size = options.pop("batch_size", None) or self.samples
+        of_epoch = options.pop("on_epoch", None)
+        if of_epoch:
+            _must_be_mean(name, options)
+            weight = float(size)
+            total, before = self._epoch.get(name, (0.0, 0.0))
+            self._epoch[name] = total + _number(value) * weight, before + weight
+        options |= {"on_epoch": False, "sync_dist": False, "batch_size": size}
+        if not options.setdefault("on_step", True):
+            return
+        if of_epoch:  # Lightning has three names for it
+            self.forked[name] = f"{name}_epoch"
+            self._original(f"{name}_step", value, *args, **options)
+            args, options = (), {**options, "logger": False, "prog_bar": False}
+        self._original(name, value, *args, **options)
+
+
+def _must_be_mean(name: str, options: Mapping[str, Any]) -> None:
+    reduction = options.get("reduce_fx", "mean")
+    if reduction not in ("mean", torch.mean):
+        raise DtrainError(
+            f"self.log({name!r}, reduce_fx={reduction}): epochs and evaluations have means here; "
+            "log the mean over the batch, or an object of torchmetrics"
+        )
+
+
+def _weighted(name: str, value: Any, options: Mapping[str, Any]) -> Loss | torch.Tensor:
+    _must_be_mean(name, options)
+    tensor = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+    size = options.get("batch_size")
+    return tensor if size is None else Loss(tensor * size, float(size))
+
+
+def _number(value: Any) -> float:
+    return float(value.detach() if isinstance(value, torch.Tensor) else value)
+
+
+def _means(everyone: list[Means]) -> dict[str, float]:
+    return {name: total / weight for name, (total, weight) in _sums(everyone).items() if weight}
+
+
+def _sums(everyone: list[Means]) -> Means:
+    sums: Means = {}
+    for means in everyone:
+        for name, (total, weight) in means.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = before[0] + total, before[1] + weight
+    return sums

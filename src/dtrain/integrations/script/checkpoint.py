@@ -1,0 +1,151 @@
+"""dtrain's checkpoints for a loop of one's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain.errors import CheckpointError, UsageError
+from dtrain.integrations.script.placement import RUN_VARIABLE, require_group
+from dtrain.run.events import note_event
+from dtrain.run.rundir import RunDir
+from dtrain.train import collectives
+from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
+from dtrain.train.checkpoint.state import (
+    is_sharded,
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+)
+from dtrain.train.checkpoint.store import CheckpointStore, Loaded
+from dtrain.train.checks.spoilt import Spoilt, and_more
+from dtrain.train.checks.train_state import TrainState
+from dtrain.train.seeding import RandomState
+
+logger = logging.getLogger("dtrain.checkpoint")
+
+
+class Checkpoint:
+    """Saves and restores a training: whole or not at all, each byte verified before it is used.
+
+    Every method is called by all processes at the same moment.
+
+    Args:
+        model: may be wrapped in DistributedDataParallel.
+        optimizer: its state is kept by parameter name.
+        folder: where to save; None: the directory of the dtrain run.
+        keep: how many of the newest checkpoints stay.
+        **others: anything with `state_dict()` and `load_state_dict()`: a scheduler, the sampler.
+
+    Raises:
+        UsageError: not in a run of dtrain, and no folder given; or no process group yet.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        keep: int = 2,
+        **others: Any,
+    ) -> None:
+        self._ranks = require_group("dtrain.checkpoint()")
+        place = folder or os.environ.get(RUN_VARIABLE)
+        if place is None:
+            raise UsageError("this is not a run of dtrain: say where with checkpoint(folder=…)")
+        while isinstance(model, DistributedDataParallel):
+            model = model.module
+        self._model = model
+        self._optimizer = optimizer
+        self._others = others
+        self._run = RunDir(place)
+        self._run.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._store = CheckpointStore(self._run, self._ranks.rank, keep)
+        self._spoilt = Spoilt(TrainState(model, optimizer))
+
+    def load(self) -> int:
+        """Go on from the newest checkpoint that is whole: the steps done, 0 when there is none.
+
+        Random generators go on as they were, on the same number of processes.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none can be used; says why of each.
+        """
+        loaded = self._store.load_newest(self._apply)
+        if loaded is None:
+            return 0
+        step = int(loaded.progress["step"])
+        self._tell("resumed", step, loaded.folder, rejected=loaded.rejected)
+        return step
+
+    def save(self, step: int) -> Path:
+        """Write a checkpoint after `step` steps; returns its folder once it is on disk.
+
+        Raises:
+            CheckpointError: on all processes, when it could not be written, or when a parameter,
+                optimizer state or buffer is NaN or infinite that was not.
+        """
+        self._refuse_spoilt(step)
+        started = time.monotonic()
+        random = collectives.gather_to_zero(RandomState.capture().to_saved())
+        tensors = self._tensors(random) if is_sharded(self._model) else None
+        progress = {"step": step, "script": True}
+        about = {"time": time.time(), "torch": torch.__version__}
+        folder, size = self._store.save(
+            step, lambda: tensors or self._tensors(random), progress, about
+        )
+        seconds = round(time.monotonic() - started, 3)
+        self._tell("checkpoint_saved", step, folder, bytes=size, seconds=seconds)
+        return folder
+
+    def _refuse_spoilt(self, step: int) -> None:
+        everyone = collectives.gather_to_all(self._spoilt.found())
+        found = next((each for each in everyone if each), None)
+        if found is not None:
+            raise CheckpointError(
+                f"after step {step}, {found[0]} is not finite{and_more(found)}: nothing of it is "
+                "saved, and the checkpoints before it are intact"
+            )
+
+    def _tensors(self, random: list[dict[str, Any]]) -> dict[str, Any]:
+        optimizer = self._optimizer
+        others = {name: each.state_dict() for name, each in self._others.items()}
+        refuse_unreadable(others, "state_dict() of dtrain.checkpoint's")
+        return {
+            "model": model_state(self._model),
+            "optimizer": None if optimizer is None else optimizer_state(self._model, optimizer),
+            "extras": {
+                "random": random,
+                "others": others,
+            },
+        }
+
+    def _apply(self, loaded: Loaded) -> None:
+        try:
+            others, random = (loaded.tensors["extras"][name] for name in ("others", "random"))
+            missing = [name for name in self._others if name not in others]
+            if missing:
+                raise CheckpointError(f"it holds no {', '.join(missing)}")
+            load_model_state(self._model, loaded.tensors["model"])
+            if self._optimizer is not None:
+                load_optimizer_state(self._model, self._optimizer, loaded.tensors["optimizer"])
+            for name, each in self._others.items():
+                with restoring(name):
+                    each.load_state_dict(others[name])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"it does not fit this training: {error!r}") from error
+        if len(random) == self._ranks.world_size:
+            RandomState.from_saved(random[self._ranks.rank]).restore()
+
+    def _tell(self, event: str, step: int, folder: Path, **facts: Any) -> None:
+        if self._ranks.is_rank_zero:
+            logger.info("%s %s, after %d steps", event, folder.name, step)
+            note_event(self._run, event, step=step, checkpoint=folder.name, **facts)

@@ -1,0 +1,167 @@
+"""What pydantic found wrong, in words for people, at the place where it was written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import get_args
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from dtrain.environ import may_tell
+from dtrain.errors import Problem
+from dtrain.job.located import Keys, Located, did_you_mean, dotted, suggest
+from dtrain.job.spec import Model
+from dtrain.job.units import found
+
+_EXPECTED = {
+    "string_too_short": "some text",
+    "string_type": "text",
+    "dict_type": "a section of `name: value` lines",
+    "model_type": "a section of `name: value` lines",
+    "list_type": "a list",
+}
+_UNKNOWN = "extra_forbidden"
+_BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "more than"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "less than"),
+}
+
+
+def explain(error: ValidationError, root: Located, model: type[Model]) -> list[Problem]:
+    """One problem for each field that pydantic refused.
+
+    Args:
+        error: from validating `root.plain()` as `model`.
+        root: what was written, with places.
+        model: the model of the whole file, for hints about where a key belongs.
+    """
+    by_field: dict[Keys, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        by_field.setdefault(_keys(detail, root), []).append(detail)
+    by_field.pop((), None)  # between fields: told by cross_problems, with places
+    misspelt = {_meant(keys, model) for keys, d in by_field.items() if _kind(d) == _UNKNOWN}
+    return [
+        _problem(keys, details, root, model)
+        for keys, details in by_field.items()
+        if not (_kind(details) == "missing" and keys in misspelt)
+    ]
+
+
+def model_at(model: type[Model], keys: Keys) -> type[Model] | None:
+    """The model of the section at `keys`; None where the keys are free, as in `args`."""
+    at: type[Model] | None = model
+    for key in keys:
+        field = at.model_fields.get(str(key)) if at else None
+        at = submodel(field) if field else None
+    return at
+
+
+def submodel(field: FieldInfo) -> type[Model] | None:
+    """The model behind a field that is a section, optional or not."""
+    for kind in (field.annotation, *get_args(field.annotation)):
+        if isinstance(kind, type) and issubclass(kind, Model):
+            return kind
+    return None
+
+
+def fields_of(model: type[Model], above: Keys = ()) -> Iterator[Keys]:
+    """Every field of a model and of the sections in it."""
+    for name, field in model.model_fields.items():
+        yield (*above, name)
+        inside = submodel(field)
+        if inside:
+            yield from fields_of(inside, (*above, name))
+
+
+def _keys(detail: ErrorDetails, root: Located) -> Keys:
+    """The field behind pydantic's `loc`, which also names members of unions and tuples."""
+    loc = tuple(detail["loc"])
+    written = len(root.path(loc)) - 1
+    return loc if detail["type"] == "missing" else loc[:written]
+
+
+def _kind(details: list[ErrorDetails]) -> str:
+    return details[0]["type"]
+
+
+def _meant(keys: Keys, model: type[Model]) -> Keys:
+    """The field of the same section that a misspelt key is near to."""
+    here = list((model_at(model, keys[:-1]) or model).model_fields)
+    return (*keys[:-1], suggest(str(keys[-1]), here) or "")
+
+
+def _problem(keys: Keys, details: list[ErrorDetails], root: Located, model: type[Model]) -> Problem:
+    if _kind(details) == "missing":
+        field = (model_at(model, keys[:-1]) or model).model_fields[str(keys[-1])]
+        about = (field.description or "").replace("\n", " ").partition(". ")[0].rstrip(".")
+        return root.place_of(keys).problem(dotted(keys), f"missing: {about}")
+    written = root.path(keys)[-1]
+    if _kind(details) == _UNKNOWN:
+        place = written.key or written.place
+        return place.problem(dotted(keys), _unknown_key(keys, root, model))
+    return written.place.problem(dotted(keys), _wrong_value(details, written))
+
+
+def _unknown_key(keys: Keys, root: Located, model: type[Model]) -> str:
+    word, section = str(keys[-1]), keys[:-1]
+    here = list((model_at(model, section) or model).model_fields)
+    others = [other for other in fields_of(model) if other[:-1] != section]
+    if homes := [other for other in others if other[-1] == word]:
+        return f"unknown here; it belongs {_belongs(homes)}"
+    if near := suggest(word, here):
+        return f"unknown; did you mean {near!r}?"
+    if root.get(("args", word)) is not None:
+        return f"unknown here; as an argument of the task it is args.{word}"
+    if near := suggest(word, [str(other[-1]) for other in others]):
+        homes = [other for other in others if other[-1] == near]
+        return f"unknown; did you mean {near!r}? It belongs {_belongs(homes)}"
+    where = f"{dotted(section)} has" if section else "this file can have"
+    return f"unknown; {where}: {', '.join(here)}"
+
+
+def _belongs(homes: list[Keys]) -> str:
+    return " or ".join(f"under {dotted(home[:-1])}" if home[1:] else "at the top" for home in homes)
+
+
+def _wrong_value(details: list[ErrorDetails], written: Located) -> str:
+    """`expected …; found …`, and how to mend it where that is plain."""
+    kinds = [detail["type"] for detail in details]
+    context = details[0].get("ctx", {})
+    if kinds[0] in _BOUNDS:
+        name, words = _BOUNDS[kinds[0]]
+        return f"must be {words} {context[name]:g}; found {_found(written)}"
+    if kinds[0] == "value_error":
+        return str(context["error"]).replace(found(written.value), _found(written))
+    allowed: list[str] = []
+    expected: list[str] = []
+    for detail in details:
+        if detail["type"] == "literal_error":
+            allowed += re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        elif detail["type"] == "bool_type":
+            allowed += ["true", "false"]
+        else:
+            expected.append(_EXPECTED.get(detail["type"], detail["msg"]))
+    if allowed:
+        expected.append(
+            " or ".join(allowed) if len(allowed) < 3 else f"one of {', '.join(allowed)}"
+        )
+    hint = ""
+    if kinds == ["string_type"] and written.raw:
+        hint = f'; put it in quotes: "{written.raw}"'
+    elif isinstance(written.value, str):
+        hint = did_you_mean(written.value, allowed)
+    return f"expected {' or '.join(expected)}; found {_found(written)}{hint}"
+
+
+def _found(written: Located) -> str:
+    if isinstance(written.value, str) and may_tell(written.value):
+        return "a text that may be a secret"
+    words = found(written.plain())
+    if isinstance(written.value, bool) and written.raw and written.raw.lower() != words:
+        return f"{written.raw}, which YAML reads as {words}"
+    return words

@@ -1,0 +1,143 @@
+"""What a job names outside its own file: task, arguments, paths, trainer, strategy.
+
+Nothing of the user's is imported or run, and nothing is started.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from dtrain import catalog
+from dtrain.errors import Problem
+from dtrain.job.lightning import OURS, trainer_arguments
+from dtrain.job.located import Located, did_you_mean, dotted, shown_path
+from dtrain.job.spec import JobSpec
+from dtrain.job.static_check import class_problems, readable, similar
+from dtrain.job.units import parse_nodes
+
+
+def outside_problems(root: Located, folder: Path) -> list[Problem]:
+    """Everything that a job names and that is not there, or does not go together.
+
+    Args:
+        root: the job as written; fields of a wrong type are passed over.
+        folder: where job.yaml lies.
+    """
+    return [
+        *_name_problems(root),
+        *_pair_problems(root),
+        *_logger_problems(root),
+        *_lightning_problems(root),
+        *_path_problems(root, folder),
+        *class_problems(root, folder, _text(root, "trainer")),
+        *_script_problems(root, folder),
+    ]
+
+
+def _text(root: Located, field: str) -> str | None:
+    """A top-level text field, or its default; None when it is no text."""
+    written = root.get((field,))
+    of_script = {"trainer": catalog.SCRIPT, "strategy": catalog.OWN} if _has_script(root) else {}
+    default = of_script.get(field, JobSpec.model_fields[field].default)
+    value = default if written is None else written.value
+    return value if isinstance(value, str) else None
+
+
+def _has_script(root: Located) -> bool:
+    written = root.get(("script",))
+    return written is not None and written.value is not None
+
+
+def _name_problems(root: Located) -> Iterator[Problem]:
+    for kind in ("trainer", "strategy"):
+        if root.get((kind,)) is None:
+            continue
+        name, known = _text(root, kind), catalog.names(kind)
+        if name is not None and name not in known:
+            message = f"unknown; known: {', '.join(known)}{did_you_mean(name, known)}"
+            yield root.place_of((kind,)).problem(kind, message)
+
+
+def _pair_problems(root: Located) -> Iterator[Problem]:
+    trainer, strategy = _text(root, "trainer"), _text(root, "strategy")
+    nodes = root.get(("launch", "nodes"))
+    try:
+        most = parse_nodes(nodes.plain())[1] if nodes else 1
+    except ValueError:
+        most = 1
+    problem = trainer and strategy and _pair_problem(root, trainer, strategy, most)
+    missing = _missing_extra(trainer)
+    if problem:
+        said = [root.get((field,)) for field in ("strategy", "trainer")]
+        place = next((written.place for written in (*said, nodes) if written), root.place)
+        yield place.problem("strategy", problem)
+    elif missing:
+        yield root.place_of(("trainer",)).problem("trainer", missing)
+
+
+def _pair_problem(root: Located, trainer: str, strategy: str, nodes: int) -> str | None:
+    if _has_script(root) and trainer != catalog.SCRIPT:
+        return (
+            f"trainer {trainer!r} trains a task, and a script has a loop of its own: leave the "
+            "trainer out, or write the training as a task"
+        )
+    if trainer == catalog.SCRIPT and not _has_script(root):
+        return "trainer 'script' runs a script; name it as script: train.py instead of a task"
+    return catalog.pair_problem(trainer, strategy, nodes)
+
+
+def _missing_extra(trainer: str | None) -> str | None:
+    fact = catalog.TRAINERS.get(trainer or "")
+    if fact is None or fact.module is None or importlib.util.find_spec(fact.module) is not None:
+        return None
+    return f"trainer {trainer!r} needs a package: pip install 'dtrain[{fact.extra}]'"
+
+
+def _script_problems(root: Located, folder: Path) -> Iterator[Problem]:
+    """The file is there and is Python; a script that is not would fail on every node."""
+    script, place = _text(root, "script"), root.place_of(("script",))
+    if script is None:
+        return
+    file = folder / script
+    if not os.path.isfile(file):
+        yield place.problem("script", f"no such file: {shown_path(file)}{similar(file)}")
+        return
+    yield from readable(file, place, "script", alone=True)[1]
+
+
+def _logger_problems(root: Located) -> Iterator[Problem]:
+    """Loggers whose library is missing here; the nodes run the same Python."""
+    written = root.get(("log", "loggers"))
+    entries = written.value if written and isinstance(written.value, list) else []
+    for index, entry in enumerate(entries):
+        plain = entry.plain()
+        name = next(iter(plain), None) if isinstance(plain, dict) else plain
+        problem = catalog.logger_problem(name) if isinstance(name, str) else None
+        if problem:
+            yield entry.place.problem(dotted(("log", "loggers", index)), problem)
+
+
+def _lightning_problems(root: Located) -> Iterator[Problem]:
+    """Arguments that Lightning's Trainer does not have; it is read, not imported."""
+    field = ("lightning", "trainer")
+    written = root.get(field)
+    given = written.value if written and isinstance(written.value, dict) else {}
+    known = trainer_arguments() if given else []
+    for name in given:
+        if known and name not in known and name not in OURS:
+            message = f"Lightning's Trainer has no such argument{did_you_mean(name, known)}"
+            place = given[name].key or given[name].place
+            yield place.problem(dotted((*field, name)), message)
+
+
+def _path_problems(root: Located, folder: Path) -> Iterator[Problem]:
+    written = root.get(("data", "paths"))
+    paths = written.value if written and isinstance(written.value, list) else []
+    for index, part in enumerate(paths):
+        if isinstance(part.value, str) and not os.path.lexists(folder / part.value):
+            path = folder / part.value
+            message = f"no such file or folder: {shown_path(path)}{similar(path)}"
+            yield part.place.problem(dotted(("data", "paths", index)), message)

@@ -1,0 +1,211 @@
+"""The classes that a job names: its task, its data module. Their files are read, not run."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain import catalog
+from dtrain.errors import Problem
+from dtrain.job.keras import is_keras, keras_problems
+from dtrain.job.located import Keys, Located, SourceLocation, did_you_mean, dotted, shown_path
+from dtrain.job.relative import advice
+from dtrain.job.static_source import Source, is_installed
+from dtrain.task import REQUIRED
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A field that names a class, and the one with the arguments of its constructor."""
+
+    root: Located
+    field: Keys
+    args: Keys
+
+    @property
+    def place(self) -> SourceLocation:
+        """Where the class is named."""
+        return self.root.place_of(self.field)
+
+    def problem(self, message: str) -> Problem:
+        """What is wrong with it."""
+        return self.place.problem(dotted(self.field), message)
+
+
+def class_problems(root: Located, folder: Path, trainer: str | None) -> Iterator[Problem]:
+    """Classes that are not there, that lack a package, or that do not take their arguments.
+
+    Args:
+        root: the job as written.
+        folder: where job.yaml lies.
+        trainer: of the job; None when that is no text.
+    """
+    for named in (
+        _Named(root, ("task",), ("args",)),
+        _Named(root, ("lightning", "data_module"), ("lightning", "data_args")),
+    ):
+        written = root.get(named.field)
+        if written is not None and isinstance(written.value, str):
+            yield from _reference_problems(named, written.value, folder, trainer)
+
+
+def _reference_problems(
+    named: _Named, reference: str, folder: Path, trainer: str | None
+) -> Iterator[Problem]:
+    target, colon, name = reference.rpartition(":")
+    if not colon or not target or not name.isidentifier():
+        python = reference.endswith((".py", ".py:"))
+        example = f"{reference.rstrip(':')}:Class" if python else "file.py:Class"
+        yield named.problem(
+            f"expected a file or module and a class, as {example}; found {reference!r}"
+        )
+        return
+    file = folder / target if target.endswith(".py") else module_file(target, folder)
+    if file is None or not os.path.isfile(file):
+        near = similar(folder / target) if file else ""
+        what = f"file: {shown_path(file)}" if file else f"module: {target}"
+        yield named.problem(f"no such {what}{near}")
+    elif file.suffix == ".py":
+        yield from _class_problems(named, file, name, trainer, alone=target.endswith(".py"))
+
+
+def _class_problems(
+    named: _Named, file: Path, name: str, trainer: str | None, *, alone: bool
+) -> Iterator[Problem]:
+    shown = shown_path(file)
+    source, problems = readable(file, named.place, dotted(named.field), alone=alone)
+    yield from problems
+    if source is None:
+        return
+    if not source.has(name):
+        classes = source.classes()
+        listed = f"; it has: {', '.join(classes)}" if classes else ""
+        yield named.problem(f"{shown} has no class {name!r}{listed}{did_you_mean(name, classes)}")
+        return
+    if source.derives(name, "LightningModule") and trainer == "native":
+        strategies = ", ".join(catalog.TRAINERS["lightning"].strategies)
+        near = f"trainer: lightning, which has {strategies}"
+        yield named.problem(f"{name} is a LightningModule; it needs {near}")
+    if trainer == "lightning":
+        yield from _package_problems(named, source, shown)
+        if source.sets_on_self(name, "automatic_optimization", False):
+            yield named.problem(
+                f"{name} has automatic_optimization = False: it makes its own steps, and here the "
+                "step is dtrain's. Run it with a Trainer of its own, as script: train.py"
+            )
+    if named.field == ("task",):
+        yield from _method_problems(source, name, shown)
+        if is_keras(source, name):
+            yield from keras_problems(named.root, named.place, file, source)
+    yield from _argument_problems(named, source, name)
+
+
+def _package_problems(named: _Named, source: Source, shown: str) -> Iterator[Problem]:
+    """Lightning is one code in two packages, and only one of them may be here."""
+    imported = {module.partition(".")[0] for module in source.modules} & {*catalog.LIGHTNING}
+    if imported and not any(is_installed(package) for package in imported):
+        package = min(imported)
+        here = [other for other in catalog.LIGHTNING if is_installed(other)]
+        hint = f", or import {here[0]} instead, which is the same code" if here else ""
+        pip = package.replace("_", "-")
+        yield named.problem(
+            f"{shown} imports {package}, which is not installed: pip install {pip}{hint}"
+        )
+
+
+def _method_problems(source: Source, name: str, shown: str) -> Iterator[Problem]:
+    """What a class that is visibly meant as a task lacks of one."""
+    members = source.members(name)
+    missing = [method for method in REQUIRED if members is not None and method not in members]
+    if members is not None and 0 < len(missing) < len(REQUIRED):
+        node = source.definitions[name][0]
+        lacks = " and ".join(f"{method}()" for method in missing)
+        message = f"class {name} has no {lacks}; a task needs {', '.join(REQUIRED)}"
+        yield SourceLocation(shown, node.lineno, node.col_offset + 1).problem("", message)
+
+
+def _argument_problems(named: _Named, source: Source, name: str) -> Iterator[Problem]:
+    written, takes = named.root.get(named.args), source.arguments(name)
+    given = written.value if written else {}
+    if takes is None or not isinstance(given, dict):
+        return
+    field, known = dotted(named.args), [*takes.required, *takes.optional]
+    unknown = [] if takes.anything else [word for word in given if word not in known]
+    for word in unknown:
+        listed = f"it takes: {', '.join(known)}" if known else "it takes none"
+        message = f"{name} has no such argument; {listed}{did_you_mean(word, known)}"
+        yield (given[word].key or given[word].place).problem(f"{field}.{word}", message)
+    for word in takes.required:
+        if word not in given:
+            place = named.root.place_of((*named.args, word) if written else named.field)
+            yield place.problem(f"{field}.{word}", f"missing; {name} needs this argument")
+
+
+def readable(
+    file: Path, place: SourceLocation, field: str, *, alone: bool
+) -> tuple[Source | None, list[Problem]]:
+    """A Python file that a field names, `alone` when it does so by its path; what is wrong."""
+    shown = shown_path(file)
+    try:
+        source = Source(file)
+        relative = source.relative if alone else []
+        places = [
+            (SourceLocation(shown, each.lineno, each.col_offset + 1), each) for each in relative
+        ]
+        return source, [spot.problem("", advice(file.name, each)) for spot, each in places]
+    except SyntaxError as error:
+        spot = SourceLocation(shown, error.lineno, error.offset)
+        return None, [spot.problem("", f"the {field}'s file is not Python: {error.msg}")]
+    except (OSError, ValueError) as error:
+        return None, [place.problem(field, f"{shown} cannot be read: {error}")]
+
+
+def similar(path: Path) -> str:
+    """A hint at a file of nearly the same name, if there is one."""
+    siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+    return did_you_mean(path.name, [name for name in siblings if name != path.name])
+
+
+def task_derives(task: str, base: str, folder: Path) -> bool:
+    """Whether the class that a job names is seen to have a base of that name; it is not imported.
+
+    Args:
+        task: as in job.yaml.
+        base: the last part of its name.
+        folder: where job.yaml lies.
+    """
+    target, _, name = task.rpartition(":")
+    file = folder / target if target.endswith(".py") else module_file(target, folder)
+    return file is not None and os.path.isfile(file) and Source(file).derives(name, base)
+
+
+def module_file(module: str, folder: Path) -> Path | None:
+    """The file of a dotted module, found by its path alone: no parent package is imported."""
+    where: Sequence[str] | None = None
+    name, origin = "", None
+    for part in module.split("."):
+        name = f"{name}.{part}" if name else part
+        spec = _find_spec(name, where, folder)
+        if spec is None:
+            return None
+        where = spec.submodule_search_locations or ()
+        origin = spec.origin
+    return Path(origin) if origin else None
+
+
+def _find_spec(
+    name: str, where: Sequence[str] | None, folder: Path
+) -> importlib.machinery.ModuleSpec | None:
+    if where is None:
+        here = importlib.machinery.PathFinder.find_spec(name, [str(folder.absolute())])
+        if here is not None:
+            return here
+    for finder in sys.meta_path:
+        spec = finder.find_spec(name, where)
+        if spec is not None:
+            return spec
+    return None

@@ -1,0 +1,139 @@
+"""Several runs that one command submits together: start all of them, follow all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from dtrain.errors import DtrainError
+from dtrain.job.spec import JobSpec
+from dtrain.launchers import base, supervise
+from dtrain.launchers.base import Launch
+from dtrain.launchers.stopping import Stop, Stopping, stop_requests
+from dtrain.plan import LaunchPlan
+from dtrain.run.attempts import Handle
+
+_TICK_S = 0.2
+
+
+@dataclass(frozen=True)
+class Element:
+    """One run of an array."""
+
+    plan: LaunchPlan
+    job: JobSpec
+    job_text: str
+    chosen: str
+    """In what it differs from the others: `train.lr=0.1`."""
+
+
+class Submitted(Launch, Protocol):
+    """A launch that goes on without us."""
+
+    said: str
+    """How it stands, for people."""
+
+
+class ArrayLauncher(Protocol):
+    """What a launcher has that can submit an array."""
+
+    def start_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> Sequence[Submitted]:
+        """Submit runs whose directories are written, as one array; a launch for each.
+
+        Args:
+            plans: of the elements, in order.
+            at_once: how many may run at a time; None: as many as there is room for.
+
+        Raises:
+            PlanError: it is refused.
+        """
+
+
+def drive_array(
+    launcher: ArrayLauncher,
+    elements: Sequence[Element],
+    say: Callable[[str], None],
+    *,
+    at_once: int | None = None,
+    detach: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Write the run directories, submit them, and follow them to their ends; the exit code.
+
+    0 when all have succeeded, else that of the first one that has not. Who follows is none of
+    the runs' driver: they go on when this process is killed.
+
+    Raises:
+        LaunchError: the array cannot be submitted.
+    """
+    plans = [element.plan for element in elements]
+    tell = supervise.print_nothing if quiet else say
+    started = time.time()
+    written: list[LaunchPlan] = []
+    try:
+        for element in elements:
+            plan = element.plan
+            handle = Handle.of_this_process(plan.launcher, plan.attempt)  # until it is submitted
+            base.prepare(plan, element.job, element.job_text, handle)
+            written.append(plan)
+            tell(f"{element.plan.run_id}: {element.chosen}")
+        launches = launcher.start_array(plans, at_once)
+    except DtrainError as error:
+        for plan in written:
+            supervise.refused(plan, error, started)
+        raise
+    if detach:
+        say(f"submitted {len(plans)} runs; `dtrain runs` lists them")
+        return 0
+    with stop_requests() as stop:
+        return _Follower(elements, launches, say, tell).follow(stop)
+
+
+class _Follower:
+    """Tells how each of them stands, until all have ended."""
+
+    def __init__(
+        self,
+        elements: Sequence[Element],
+        launches: Sequence[Submitted],
+        say: Callable[[str], None],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._live = dict(zip((element.plan.run_id for element in elements), launches, strict=True))
+        self._elements = {element.plan.run_id: element for element in elements}
+        self._codes = dict.fromkeys(self._elements, 0)
+        self._told: dict[str, str] = {}
+        self._say = say
+        self._tell = tell
+
+    def follow(self, stop: Stop) -> int:
+        patience_s = max(element.plan.stop_timeout_s for element in self._elements.values())
+        stopping = Stopping(stop, patience_s, self._say)
+        while self._live:
+            self._look()
+            stopping.pass_on(self._live.values())
+            time.sleep(_TICK_S)
+        if stop.signal is not None:
+            return 128 + stop.signal
+        return next((code for code in self._codes.values() if code), 0)
+
+    def _look(self) -> None:
+        for run_id, launch in list(self._live.items()):
+            over = launch.poll() is not None
+            if launch.said and self._told.get(run_id) != launch.said:
+                self._told[run_id] = launch.said
+                self._tell(f"{run_id}: {launch.said}")
+            if over and self._has_ended(run_id):
+                del self._live[run_id]
+
+    def _has_ended(self, run_id: str) -> bool:
+        element = self._elements[run_id]
+        state, result = base.state_of(element.plan.run)
+        if result is None and state != "lost":
+            return False
+        self._codes[run_id] = 1 if result is None else result.exit_code
+        more = supervise.outcome(element.plan) if state == "succeeded" else f"; dtrain why {run_id}"
+        self._say(f"{run_id} ({element.chosen}): {state}{more}")
+        return True

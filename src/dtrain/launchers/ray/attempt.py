@@ -1,0 +1,273 @@
+"""One attempt on a Ray cluster: an actor on each node, and what becomes of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import cloudpickle
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from dtrain import ports
+from dtrain.errors import LaunchError
+from dtrain.launchers.ray import actor, apart, news
+from dtrain.launchers.ray.options import RayOptions
+from dtrain.launchers.ray.placement import NodeView, ResourceRequest
+from dtrain.launchers.ray.watch import Outcome, Watch, first_line
+from dtrain.plan import LaunchPlan
+from dtrain.run import events, failures, files
+from dtrain.run.backend_files import RayFiles
+from dtrain.run.failures import FailureRecord
+from dtrain.run.rundir import RunDir
+
+_ANSWER_S = 120.0  # for an actor's process to start, on a busy host
+_LEAVE_S = 10.0
+_PACKAGES = ("dtrain.node", "torch")
+
+
+class NodeLost(Exception):
+    """A node did not answer while the attempt was begun."""
+
+    def __init__(self, node_rank: int, why: str) -> None:
+        super().__init__(why)
+        self.node_rank = node_rank
+
+
+class Nodes:
+    """The actors of one attempt, in the order of node ranks: that of the nodes' addresses."""
+
+    def __init__(
+        self,
+        plan: LaunchPlan,
+        attempt: int,
+        group: PlacementGroup,
+        nodes: Sequence[NodeView],
+    ) -> None:
+        """Start the actors.
+
+        Args:
+            plan: as it was launched.
+            attempt: its number.
+            group: the nodes' bundles, placed.
+            nodes: all of the cluster, in order.
+        """
+        self._plan = plan
+        self._attempt = attempt
+        self._options = RayOptions.of(plan.options)
+        self._folder = RayFiles(plan.run)
+        where = placement_group_table(group)["bundles_to_node_id"]
+        order = [node.id for node in nodes]
+        bundles = sorted(where, key=lambda bundle: order.index(where[bundle]))
+        by_id = {node.id: node for node in nodes}
+        self.views = [by_id[where[bundle]] for bundle in bundles]
+        self.actors = [_actor(plan, group, bundle) for bundle in bundles]
+        self.placed = plan
+
+    @property
+    def names(self) -> list[str]:
+        """The nodes' names, by node rank."""
+        return [view.name for view in self.views]
+
+    def begin(self) -> None:
+        """See that every node can train, and start its process.
+
+        Raises:
+            LaunchError: one cannot; says which and why.
+            NodeLost: one went away meanwhile.
+        """
+        probe = self._folder.probe(self._attempt)
+        files.make_parent(probe / "driver")
+        (probe / "driver").touch()
+        wish = {
+            "python": self._options.python,
+            "packages": list(_PACKAGES),
+            "probe": "" if self._plan.run_url else str(probe),
+            "url": self._plan.run_url.rpartition("/")[0],
+            "env": apart.variables(self._plan) if self._plan.run_url else {},
+        }
+        looks = self._ask({k: each.look.remote(wish) for k, each in enumerate(self.actors)})
+        problems = _problems(self._plan, self.names, list(looks.values()), probe)
+        if problems:
+            raise LaunchError(problems)
+        host, port = self._rendezvous()
+        self.placed = self._plan.placed(self._attempt, self.names, host, port)
+        placement = {
+            "attempt": self._attempt,
+            "node_names": self.names,
+            "host": host,
+            "port": port,
+        }
+        files.write_json(self._folder.placement(self._attempt), placement)
+        events.note_event(
+            self._plan.run, "attempt_started", attempt=self._attempt, nodes=self.names
+        )
+        folders = self._settled()
+        started = {r: self._start(r, look, folders[r]) for r, look in looks.items()}
+        self._ask(started)
+
+    def watch(self, stops: Callable[[], int], troubled: Callable[[], bool]) -> Outcome:
+        """Follow all nodes to their end.
+
+        Args:
+            stops: how often we were asked to stop: once in order, twice at once.
+            troubled: whether the cluster itself is lost.
+        """
+        grace_s = self._plan.stop_timeout_s + 5
+        take = partial(apart.take_news, self._plan.run)
+        watch = Watch(self.actors, self.views, grace_s, self._options.lost_after, take)
+        return watch.run(stops, troubled)
+
+    def record_lost(self, outcome: Outcome) -> None:
+        """Leave a failure record for every node that was lost."""
+        procs = self._plan.procs_per_node
+        for rank, why in outcome.lost.items():
+            first, last = rank * procs, (rank + 1) * procs - 1
+            ranks = f"rank {first}" if first == last else f"ranks {first}-{last}"
+            FailureRecord(
+                kind="node_lost",
+                message=f"the node was lost, and with it {ranks}: {why}",
+                exit_code=1,
+                node_rank=rank,
+                node=self.names[rank],
+                time=time.time(),
+                log=str(self._plan.run.agent_log(self._attempt, rank)),
+            ).write(self._plan.run, self._attempt)
+
+    def record_silent(self, outcome: Outcome) -> None:
+        """Leave a record of the first node that failed, where none of them has left one."""
+        run = self._plan.run
+        failed = [rank for rank, code in sorted(outcome.codes.items()) if code != 0]
+        if not failed or failures.read_all(run, self._attempt):
+            return
+        rank, code = failed[0], outcome.codes[failed[0]]
+        log = run.host_log(self._attempt, rank)
+        said = (
+            log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            if log.exists()
+            else []
+        )
+        FailureRecord(
+            kind="agent",
+            message=f"the node process {failures.how_it_ended(code)}: {(said or ['no word'])[-1]}",
+            exit_code=code,
+            node_rank=rank,
+            node=self.names[rank],
+            time=time.time(),
+            log=str(log),
+        ).write(run, self._attempt)
+
+    def end(self) -> None:
+        """Kill the actors, and what they have started with them."""
+        if self._plan.run_url:
+            left = [each.leave.remote() for each in self.actors]
+            ray.wait(left, num_returns=len(left), timeout=_LEAVE_S)
+        for each in self.actors:
+            ray.kill(each)
+
+    def _rendezvous(self) -> tuple[str, int]:
+        """Open the port on node 0; its address and port."""
+        alone = len(self.actors) == 1
+        host = "127.0.0.1" if alone else self.views[0].address
+        key = f"{self._plan.run_id}/{self._attempt}"
+        candidates = list(islice(ports.candidates(key), 64))
+        for address in (host, ""):  # Ray may know the node by an address that is not its own
+            port = self._ask({0: self.actors[0].listen.remote(address, candidates)})[0]
+            if port:
+                break
+        else:
+            raise LaunchError(f"no free port on {self.names[0]} among {len(candidates)} tried")
+        return host, int(port)
+
+    def _settled(self) -> dict[int, RunDir]:
+        """Each node's run directory: the one that all share, or one that is made there."""
+        if not self._plan.run_url:
+            return dict.fromkeys(range(len(self.actors)), self._plan.run)
+        package = ray.put(apart.package(self._plan, self._attempt))
+        made = {k: a.settle.remote(self._plan.run_id, package) for k, a in enumerate(self.actors)}
+        return {rank: RunDir(path) for rank, path in self._ask(made).items()}
+
+    def _start(self, rank: int, look: dict[str, Any], run: RunDir) -> Any:
+        argv = [look["python"], "-P", "-m", "dtrain.node", str(run.path), "--node-rank", str(rank)]
+        argv += ["--attempt", str(self._attempt)]
+        log = run.host_log(self._attempt, rank)
+        lost_after = self._options.lost_after
+        return self.actors[rank].start.remote(argv, os.getcwd(), str(log), lost_after)
+
+    def _ask(self, refs: dict[int, Any]) -> dict[int, Any]:
+        """What nodes answer, by node rank."""
+        found = {}
+        deadline = time.monotonic() + _ANSWER_S
+        for rank, ref in refs.items():
+            try:
+                found[rank] = ray.get(ref, timeout=max(0.1, deadline - time.monotonic()))
+            except GetTimeoutError:
+                raise NodeLost(rank, f"no answer for {_ANSWER_S:.0f} s") from None
+            except RayError as error:
+                raise NodeLost(rank, first_line(error)) from None
+        return found
+
+
+def _actor(plan: LaunchPlan, group: PlacementGroup, bundle: int) -> Any:
+    each = dict(ResourceRequest.of(plan).each)
+    cloudpickle.register_pickle_by_value(news)
+    cloudpickle.register_pickle_by_value(actor)
+    return (
+        ray.remote(actor.NodeActor)
+        .options(
+            num_cpus=each.pop("CPU"),
+            num_gpus=each.pop("GPU", 0),
+            memory=each.pop("memory", None),
+            resources=each or None,
+            max_restarts=0,
+            max_concurrency=4,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=bundle
+            ),
+        )
+        .remote()
+    )
+
+
+def _problems(
+    plan: LaunchPlan, names: Sequence[str], looks: Sequence[dict[str, Any]], probe: Path
+) -> str:
+    """Why these nodes cannot train, in words; empty when they can."""
+    from dtrain import __version__
+
+    lines = []
+    for name, look in zip(names, looks, strict=True):
+        missing = [package for package, found in look["versions"].items() if found is None]
+        if look["trouble"]:
+            lines.append(f"{name}: {look['trouble']}")
+        elif missing:
+            lines.append(f"{name}: {look['python']} has no {' and no '.join(missing)}")
+        elif look["versions"]["dtrain"] != __version__:
+            lines.append(f"{name} has dtrain {look['versions']['dtrain']}, here is {__version__}")
+    if lines:
+        return _listed("nodes cannot train", lines, "install it there, or say which python has it")
+    if len(set(torches := [look["versions"]["torch"] for look in looks])) > 1:
+        lines = [f"{name} has torch {torch}" for name, torch in zip(names, torches, strict=True)]
+        return _listed("the nodes have different versions of torch", lines, "make them alike")
+    seen = os.listdir(probe)
+    if plan.run_url:
+        return ""
+    blind = [name for name, look in zip(names, looks, strict=True) if look["sees_run"] not in seen]
+    if blind:
+        return _listed(
+            f"nodes do not share the run directory {plan.run_dir}",
+            [f"{name} does not see it" for name in blind],
+            "say with --runs DIR which folder all nodes and this host share",
+        )
+    return ""
+
+
+def _listed(what: str, lines: Sequence[str], advice: str) -> str:
+    return "\n  ".join([f"{what}; {advice}", *lines])

@@ -1,0 +1,318 @@
+"""`python -m dtrain.launchers.ray.driver RUN_DIR`: drives a run on a Ray cluster.
+
+A process of its own, started by the command or, as a Ray job, by the cluster: the only one that
+imports Ray. When it ends, however it ends, Ray ends its actors, and they end what they started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ipaddress
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dtrain.errors import DtrainError, LaunchError
+from dtrain.launchers.ray import refusal
+from dtrain.launchers.ray.options import RayOptions
+from dtrain.plan import LaunchPlan
+from dtrain.procs import die_with_parent
+from dtrain.run import events, verdict
+from dtrain.run.attempts import Handle, Held, Result
+from dtrain.run.rundir import RunDir
+
+if TYPE_CHECKING:
+    from dtrain.launchers.ray.placing import Placed
+    from dtrain.launchers.ray.watch import Outcome
+
+_REACH_S = 5.0
+_LAST_WORDS_S = 5.0
+_STOPPED = 128 + signal.SIGTERM
+
+
+def main() -> None:
+    """Drive a run to its end; never returns."""
+    parser = argparse.ArgumentParser(prog="python -m dtrain.launchers.ray.driver")
+    parser.add_argument("run_dir", nargs="?")
+    parser.add_argument("--job", help="instead of a run directory, what has travelled with a job")
+    parser.add_argument("--parent", type=int, help="pid of the parent to die with")
+    arguments = parser.parse_args()
+    if arguments.parent:
+        die_with_parent(arguments.parent)
+    if arguments.job:
+        status = _drive_as_job(Path(arguments.job).absolute())
+    else:
+        status = _drive(LaunchPlan.read(RunDir(arguments.run_dir)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # Ray's own way out ends in SIGABRT when a signal came
+
+
+def _drive(plan: LaunchPlan) -> int:
+    try:
+        return Driver(plan).run()
+    except DtrainError as error:
+        print(f"dtrain: {error}", file=sys.stderr)
+        refusal.refuse(plan.run, error)
+        return error.exit_code
+
+
+def _drive_as_job(folder: Path) -> int:
+    from dtrain.launchers.ray.mirror import Mirror, tell
+    from dtrain.launchers.ray.package import unpack
+    from dtrain.run.remote.mirror import STARTING
+    from dtrain.run.remote.runs import detach, syncing
+
+    try:
+        plan, is_shared = unpack(folder)
+    except DtrainError as error:
+        tell("ray/refusal.json", json.dumps(refusal.refusal(error)), sys.stdout)
+        return error.exit_code
+    if is_shared:
+        return _drive(plan)
+    mirror = Mirror(plan.run, sys.stdout)
+    mirror.start()
+    try:
+        with syncing(plan.run, partial(_warn, plan.run), but=STARTING):
+            code = _drive(plan)
+    finally:
+        mirror.end()
+    if plan.run_url:
+        detach(plan.run)
+    return code
+
+
+def _warn(run: RunDir, text: str) -> None:
+    events.note_event(run, "waiting", what=text)
+
+
+class Driver:
+    """Places, starts and watches attempts until one ends well, fails, or no more may be made."""
+
+    def __init__(self, plan: LaunchPlan) -> None:
+        self._plan = plan
+        self._options = RayOptions.of(plan.options)
+        self._stops = 0
+        self._began = time.time()
+        self._head = ""
+        self._newest = plan.attempt
+        self._cluster_gone = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def run(self) -> int:
+        """The exit code of the run.
+
+        Raises:
+            DtrainError: nothing could be started.
+        """
+        with self._cluster() as address:
+            self._connect(address)
+            threading.Thread(target=self._watch_head, daemon=True).start()
+            return self._attempts()
+
+    def _on_signal(self, _number: int, _frame: object) -> None:
+        self._stops += 1
+
+    # -- the cluster -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _cluster(self) -> Iterator[str]:
+        if self._options.address:
+            yield os.environ.get("RAY_ADDRESS", "auto") if self._in_job else self._options.address
+            return
+        from dtrain.launchers.ray.local_cluster import OwnCluster
+        from dtrain.launchers.ray.placement import ResourceRequest
+
+        each = ResourceRequest.of(self._plan).each
+        own = OwnCluster(self._plan.nodes, each, dashboard=self._options.dashboard == "on")
+        self._say("starting a Ray cluster on this machine; --address HOST:PORT takes a running one")
+        with own as address:
+            if own.dashboard_url:
+                self._say(f"Ray's dashboard: {own.dashboard_url}")
+            yield address
+
+    @property
+    def _in_job(self) -> bool:
+        return self._options.submit == "job"
+
+    def _connect(self, address: str) -> None:
+        if address != "auto":
+            reach(address)
+        import ray
+
+        started = time.monotonic()
+        try:
+            if token := os.environ.get("RAY_AUTH_TOKEN_PATH"):
+                os.environ["RAY_AUTH_TOKEN_PATH"] = os.path.abspath(token)
+            # Ray's workers import first of all from the folder in which a driver connects
+            with contextlib.chdir(self._plan.run.path):
+                ray.init(
+                    address=address,
+                    namespace="dtrain",
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    runtime_env={"env_vars": {"RAY_worker_niceness": "0"}},  # Ray's own is 15
+                )
+        except Exception as error:
+            raise _refused(address, error) from error
+        for number in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own there
+            signal.signal(number, self._on_signal)
+        events.note_event(self._plan.run, "connected", seconds=time.monotonic() - started)
+        self._head = address = ray.get_runtime_context().gcs_address
+        if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" and not is_loopback(address):
+            self._say(
+                f"warning: the cluster at {address} asks for no token: whoever reaches it can run "
+                "anything on it; see RAY_AUTH_MODE in Ray's documentation"
+            )
+
+    def _watch_head(self) -> None:
+        """Find out that the head is gone long before Ray's own minute is over."""
+        heard = time.monotonic()
+        limit = min(self._options.lost_after, 15.0)
+        while not self._cluster_gone.wait(1.0):
+            with contextlib.suppress(LaunchError):
+                reach(self._head, 2.0)
+                heard = time.monotonic()
+            if time.monotonic() - heard > limit:
+                self._cluster_gone.set()
+        time.sleep(_LAST_WORDS_S)  # for the nodes that can still be told to end
+        refusal.record_head_lost(self._plan.run, self._newest, self._options.address)
+        os._exit(1)  # the main thread may hang in a call to the head for another minute
+
+    # -- attempts ----------------------------------------------------------------------------
+
+    def _attempts(self) -> int:
+        from dtrain.launchers.ray.placing import Placing
+
+        placing = Placing(self._plan, lambda: self._stops > 0, self._say)
+        first = attempt = self._plan.attempt
+        code = 1
+        while True:
+            try:
+                placed = placing.place(again=attempt > first)
+            except DtrainError as error:
+                if attempt == first:
+                    raise
+                self._say(f"the run cannot go on by itself: {error}")
+                return code
+            if placed is None:
+                return _STOPPED
+            if attempt > first:
+                try:
+                    self._begin_attempt(attempt)
+                except Held as held:
+                    self._say(f"the run cannot go on by itself: {held}")
+                    return code
+                self._conclude(attempt - 1, code)
+            self._newest = attempt
+            outcome, names = self._attempt(attempt, placed)
+            code = _STOPPED if self._stops and outcome.lost else outcome.code
+            if self._cluster_gone.is_set():
+                refusal.record_head_lost(self._plan.run, attempt, self._options.address)
+                return 1  # Ray's own calls would hang now
+            placing.free(placed)
+            if not outcome.lost or self._stops or attempt - first >= self._options.relaunch:
+                return code
+            attempt += 1
+            who = ", ".join(f"node {rank} ({names[rank]})" for rank in outcome.lost)
+            self._say(f"{who} was lost; going on from the last checkpoint in attempt {attempt}")
+
+    def _attempt(self, attempt: int, placed: Placed) -> tuple[Outcome, list[str]]:
+        """Start and watch an attempt; how it ended, and the names of its nodes."""
+        from dtrain.launchers.ray.attempt import NodeLost, Nodes
+        from dtrain.launchers.ray.watch import Outcome
+
+        nodes = Nodes(self._plan, attempt, placed.group, placed.nodes)
+        try:
+            nodes.begin()
+            outcome = nodes.watch(lambda: self._stops, self._cluster_gone.is_set)
+        except NodeLost as error:
+            outcome = Outcome(lost={error.node_rank: str(error)})
+        print(f"attempt {attempt}: {outcome}, asked to stop {self._stops} times", flush=True)
+        nodes.record_lost(outcome)
+        if not self._stops:
+            nodes.record_silent(outcome)
+        if outcome.lost:
+            self._wait_for_head()
+        if not self._cluster_gone.is_set():
+            nodes.end()
+        return outcome, nodes.names
+
+    def _wait_for_head(self) -> None:
+        """A node was lost: if it was the head, it will be found out soon; ask it nothing before."""
+        while not self._cluster_gone.wait(0.2):
+            with contextlib.suppress(LaunchError):
+                reach(self._head, 2.0)
+                return
+
+    def _begin_attempt(self, attempt: int) -> None:
+        """Take the next attempt, while the one before has no result: nobody else comes between."""
+        run, first = self._plan.run, self._plan.attempt
+        # none is here where the command that has submitted the job does not share our disk
+        handle = Handle.read(run) or Handle.of_this_process(self._plan.launcher, first)
+        if handle.first != first:
+            raise Held(run, handle)
+        job_id = f"{self._plan.run_id}-{first}" if self._in_job else None
+        replace(handle, attempt=attempt, started=time.time(), job_id=job_id).claim(run)
+
+    def _conclude(self, attempt: int, code: int) -> None:
+        """Keep why an attempt ended that another follows."""
+        run = self._plan.run
+        judged = verdict.judge(run, attempt)
+        if judged is not None:
+            verdict.write(run, attempt, judged)
+        Result("failed", code, self._began, time.time()).write(run, attempt)
+
+    def _say(self, text: str) -> None:
+        events.note_event(self._plan.run, "waiting", what=text)
+
+
+def reach(address: str, timeout_s: float = _REACH_S) -> None:
+    """See that somebody listens at `HOST:PORT`.
+
+    Raises:
+        LaunchError: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+    except OSError as error:
+        raise LaunchError(
+            f"no Ray cluster answers at {address}: {error.strerror or error}; "
+            "`ray start --head` prints its address"
+        ) from error
+
+
+def _refused(address: str, error: Exception) -> LaunchError:
+    said = str(error).strip()
+    if "oken" in said or "uthenticat" in said or isinstance(error, ConnectionError):
+        mode = os.environ.get("RAY_AUTH_MODE", "not set")
+        return LaunchError(
+            f"the Ray cluster at {address} does not let us in; if it wants a token, set "
+            f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (RAY_AUTH_MODE is {mode}): "
+            f"{said.splitlines()[0] if said else type(error).__name__}"
+        )
+    return LaunchError(f"the Ray cluster at {address} cannot be joined: {said[:500]}")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a cluster is on this host; another one should ask for a token."""
+    with contextlib.suppress(OSError, ValueError):
+        host = socket.gethostbyname(address.rpartition(":")[0].strip("[]"))
+        return ipaddress.ip_address(host).is_loopback
+    return False
+
+
+if __name__ == "__main__":
+    main()

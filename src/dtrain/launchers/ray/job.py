@@ -1,0 +1,253 @@
+"""Door two: the whole launch as a Ray job, which goes on without us."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shlex
+import signal
+import time
+from dataclasses import replace
+from typing import Any
+
+from dtrain.errors import LaunchError, PlanError
+from dtrain.launchers import base, supervise
+from dtrain.launchers.ray import mirror, package, refusal
+from dtrain.launchers.ray.options import RayOptions
+from dtrain.plan import LaunchPlan
+from dtrain.run import attempts, events, failures
+from dtrain.run.attempts import Handle
+from dtrain.run.backend_files import RayFiles
+from dtrain.run.failures import FailureRecord
+from dtrain.run.rundir import RunDir
+
+_SOONEST_S, _LATEST_S, _GROWTH = 0.5, 5.0, 1.2
+_OVER = {"SUCCEEDED", "FAILED", "STOPPED"}
+_STOPPED = 128 + signal.SIGTERM
+
+
+def url(options: RayOptions) -> str:
+    """Of the cluster's dashboard."""
+    address = str(options.address)
+    return address if "://" in address else f"http://{address}"
+
+
+def entrypoint(options: RayOptions) -> list[str]:
+    """What the job runs, in the folder that has travelled."""
+    module = ("-P", "-m", "dtrain.launchers.ray.driver", "--job", package.FOLDER)
+    return [options.python or "python", *module]
+
+
+def client(options: RayOptions) -> Any:
+    """A client of the cluster's job server.
+
+    Raises:
+        LaunchError: it does not answer.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of every upload
+    try:
+        return JobSubmissionClient(url(options))
+    except Exception as error:  # ray raises ConnectionError, RuntimeError and its own
+        raise LaunchError(
+            f"no Ray job server answers at {url(options)}: {_first_line(error)}; it is the "
+            "dashboard's URL, as http://head:8265; where it wants a token, RAY_AUTH_TOKEN_PATH"
+        ) from error
+
+
+def submit(plan: LaunchPlan) -> JobLaunch:
+    """Hand a plan to the cluster.
+
+    Raises:
+        DtrainError: it is too large, has secrets that cannot travel, or is refused.
+    """
+    options = RayOptions.of(plan.options)
+    if (options.runs or plan.run_url) and plan.run.secret_env(plan.attempt).exists():
+        raise PlanError(
+            "secret variables cannot travel with a Ray job, whose files others can read: set "
+            "them on the cluster, or have it share the folder of runs"
+        )
+    try:
+        folder = package.pack(plan)
+    except OSError as error:
+        raise LaunchError(f"cannot write {error.filename}: {error.strerror}") from error
+    os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # what git ignores is left out already
+    server = client(options)
+    job_id = f"{plan.run_id}-{plan.attempt}"
+    try:
+        server.submit_job(
+            entrypoint=shlex.join(entrypoint(options)),
+            submission_id=job_id,
+            runtime_env=_runtime_env(plan, options, str(folder)),
+            metadata={"dtrain": plan.run_id},
+        )
+    except Exception as error:
+        raise LaunchError(f"Ray refuses the job: {_first_line(error)}") from error
+    handle = Handle.of_this_process(plan.launcher, plan.attempt)
+    replace(handle, job_id=job_id).write(plan.run)
+    events.note_event(plan.run, "submitted", job_id=job_id, attempt=plan.attempt)
+    return JobLaunch(plan, job_id)
+
+
+def _runtime_env(plan: LaunchPlan, options: RayOptions, folder: str) -> dict[str, Any]:
+    """Ours over the user's."""
+    given = options.runtime_env
+    env = {
+        **given.get("env_vars", {}),
+        "RAY_JOB_STOP_WAIT_TIME_S": str(int(plan.stop_timeout_s + 10)),
+        "RAY_worker_niceness": "0",
+    }
+    return {**given, "working_dir": folder, "env_vars": env}
+
+
+class JobLaunch:
+    """A job in Ray's hands."""
+
+    def __init__(self, plan: LaunchPlan, job_id: str) -> None:
+        self._plan = plan
+        self._options = RayOptions.of(plan.options)
+        self._job_id = job_id
+        self._cancel = RayFiles(plan.run).cancel(plan.attempt)
+        self._client: Any = None
+        self._status, self._message = "PENDING", ""
+        self._said = ""
+        self._ask_at, self._pause_s = 0.0, _SOONEST_S
+        self._since = time.monotonic()
+
+    def poll(self) -> int | None:
+        """See `Launch.poll`.
+
+        Raises:
+            DtrainError: nothing could be started.
+        """
+        if time.monotonic() < self._ask_at:
+            return None
+        self._look()
+        self._ask_at = time.monotonic() + self._pause_s
+        if self._status not in _OVER:
+            return None
+        refused = refusal.refused(self._plan.run)
+        if refused is not None and self._status == "FAILED":
+            raise refused
+        return self.exit_code()
+
+    def is_over(self) -> bool:
+        """Whether the job has ended; as it was last known where Ray does not answer."""
+        self._look()
+        return self._status in _OVER
+
+    def exit_code(self) -> int:
+        """Of a job that is over; what nobody has recorded is written down."""
+        run = self._plan.run
+        if self._status == "SUCCEEDED":
+            return 0
+        if self._status == "STOPPED" or self.was_cancelled:
+            return _STOPPED
+        attempt = attempts.newest_of(run, self._plan.attempt)
+        if not failures.read_all(run, attempt):
+            FailureRecord(
+                kind="agent",
+                message=f"the Ray job {self._job_id} failed: {self._message}",
+                exit_code=1,
+                node_rank=0,
+                node=f"the Ray job {self._job_id}",
+                time=time.time(),
+            ).write(run, attempt)
+        return 1
+
+    def stop(self) -> None:
+        """See `Launch.stop`."""
+        self._cancel.parent.mkdir(exist_ok=True)
+        self._cancel.touch()
+        self._ask_at = 0.0
+        with contextlib.suppress(Exception):  # it does not answer: it is asked again by `kill`
+            self._server().stop_job(self._job_id)
+
+    def kill(self) -> None:
+        """See `Launch.kill`: Ray itself kills what has not left in order."""
+        if self._status not in _OVER:
+            self.stop()
+
+    @property
+    def was_cancelled(self) -> bool:
+        """Whether someone has asked for its end."""
+        return self._cancel.exists()
+
+    @property
+    def words(self) -> str:
+        """How the job stands, for people."""
+        text = f"job {self._job_id} at {url(self._options)}: {self._status}"
+        return f"{text}; {self._message}" if self._status == "PENDING" and self._message else text
+
+    def _server(self) -> Any:
+        if self._client is None:
+            self._client = client(self._options)
+        return self._client
+
+    def _look(self) -> None:
+        """Ask how the job stands and take over what it has printed; never fails."""
+        before, trouble = self._status, ""
+        try:
+            info = self._server().get_job_info(self._job_id)
+            self._message = (info.message or "").strip().splitlines()[0] if info.message else ""
+            status = str(getattr(info.status, "value", info.status))
+            if self._options.runs or self._plan.run_url or status == "FAILED":
+                mirror.apply(self._plan.run, self._server().get_job_logs(self._job_id))
+            self._status = status
+        except Exception as error:
+            trouble = f"Ray does not answer: {_first_line(error)}; asking again"
+            self._client = None
+        same = self._status == before
+        self._pause_s = min(self._pause_s * _GROWTH, _LATEST_S) if same else _SOONEST_S
+        text = trouble or (self.words if self._status == "PENDING" else "")
+        if text and text != self._said:
+            self._said = text
+            events.note_event(self._plan.run, "waiting", what=text)
+        self._end_if_never_started()
+
+    def _end_if_never_started(self) -> None:
+        patience = self._options.place_timeout
+        if self._status == "PENDING" and time.monotonic() - self._since > patience:
+            try:
+                self._server().stop_job(self._job_id)
+            except Exception:
+                return  # it might start yet; asked again at the next look
+            self._message = f"not started within {patience:.0f} s (place_timeout)"
+            self._status = "FAILED"
+
+
+def launch_of(run: RunDir) -> JobLaunch | None:
+    """The job of a run, from its directory alone; None when it has none."""
+    handle = Handle.read(run)
+    if handle is None or handle.job_id is None:
+        return None
+    return JobLaunch(replace(LaunchPlan.read(run), attempt=handle.first), handle.job_id)
+
+
+def is_running(run: RunDir) -> bool:
+    """Whether a run's job goes on; of one that has ended unseen, writes down how."""
+    handle, launch = Handle.read(run), launch_of(run)
+    if handle is None or launch is None:
+        return False
+    if not launch.is_over():
+        return True
+    plan = replace(LaunchPlan.read(run), attempt=handle.attempt)
+    supervise.settle(plan, launch.exit_code(), handle.started, cancelled=launch.was_cancelled)
+    return False
+
+
+def cancel(run: RunDir, timeout_s: float) -> None:
+    """End a run's job in order; Ray kills what does not leave."""
+    launch = launch_of(run)
+    if launch is None:
+        return
+    launch.stop()
+    base.wait_until(launch.is_over, timeout_s + 15)
+    base.wait_until(lambda: base.state_of(run)[0] != "running", 10)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,199 @@
+"""Launcher `ray`: an actor of a Ray cluster on each node, and below it one node agent."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import replace
+
+from dtrain import procs
+from dtrain.environ import inherited_env
+from dtrain.errors import LaunchError, PlanError
+from dtrain.launchers import base
+from dtrain.launchers.base import Launch
+from dtrain.launchers.local import LocalLauncher
+from dtrain.launchers.ray import job, refusal
+from dtrain.launchers.ray.options import RayOptions
+from dtrain.launchers.ray.placement import ResourceRequest
+from dtrain.plan import Command, Facts, LaunchPlan
+from dtrain.run import attempts, code_archive, failures, snapshot
+from dtrain.run.backend_files import RayFiles
+from dtrain.run.failures import FailureRecord
+from dtrain.run.rundir import RunDir
+
+_LAST_WORDS_S = 3.0
+_HERE = LocalLauncher()  # a driver that is a process of this host's
+
+
+class RayLauncher:
+    """Starts a driver, a process of its own that ends with this command and imports Ray."""
+
+    options_model = RayOptions
+
+    def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
+        """See `Launcher.complete`."""
+        options = RayOptions.of(plan.options)
+        driver = ("-P", "-m", "dtrain.launchers.ray.driver", plan.run_dir)
+        argv: tuple[str, ...] = (facts.python, *driver)
+        if options.submit == "job":
+            asked = ("ray", "job", "submit", f"--address={job.url(options)}", "--")
+            argv = (*asked, *job.entrypoint(options))
+        code = str(snapshot.job_folder(plan.run.code, plan.attempt))
+        return replace(
+            plan,
+            node_names=("",) * plan.nodes,
+            rdzv_host="",
+            rdzv_port=0,
+            options=options.model_dump(mode="json"),
+            code_dir=code if options.snapshot == "on" or options.submit == "job" else "",
+            commands=(Command(where=facts.host, argv=argv),),
+        )
+
+    def preview(self, plan: LaunchPlan) -> list[str]:
+        """What is asked of Ray; for `dtrain plan`."""
+        options = RayOptions.of(plan.options)
+        where = options.address or "a cluster of its own on this machine"
+        return [
+            "asked of Ray",
+            f"  cluster: {where}",
+            f"  a placement group, STRICT_SPREAD: {ResourceRequest.of(plan)}",
+        ]
+
+    def can_detach(self, plan: LaunchPlan) -> bool:
+        """Whether it goes on without this command."""
+        return bool(plan.options["submit"] == "job")
+
+    def start(self, plan: LaunchPlan) -> Launch:
+        """See `Launcher.start`."""
+        if importlib.util.find_spec("ray") is None:
+            raise PlanError("launcher 'ray' needs Ray: pip install 'dtrain[ray]'")
+        RayFiles(plan.run).clear()
+        if plan.options["submit"] == "job":
+            return job.submit(plan)
+        if plan.code_dir:
+            try:
+                base.keep_code(plan)
+                snapshot.copy_tree(plan.job_dir, plan.run.code, plan.attempt)
+                if plan.run_url:
+                    code_archive.pack(plan, plan.options["upload_limit"], plan.options["excludes"])
+            except OSError as error:
+                raise LaunchError(f"cannot write {error.filename}: {error.strerror}") from error
+        return DriverProcess(plan)
+
+    def is_running(self, run: RunDir) -> bool:
+        """See `Launcher.is_running`."""
+        if LaunchPlan.read(run).options["submit"] == "job":
+            return job.is_running(run)
+        return _HERE.is_running(run)
+
+    def cancel(self, run: RunDir, timeout_s: float) -> None:
+        """See `Launcher.cancel`."""
+        if LaunchPlan.read(run).options["submit"] == "job":
+            job.cancel(run, timeout_s)
+        else:
+            _HERE.cancel(run, timeout_s)
+
+    def describe(self, run: RunDir) -> dict[str, str]:
+        """Which cluster it is on, and how its job stands; for `dtrain status`."""
+        launch = job.launch_of(run)
+        if launch is not None:
+            launch.is_over()
+            return {"ray": launch.words}
+        address = LaunchPlan.read(run).options.get("address")
+        return {"ray": str(address or "a cluster of its own")}
+
+
+class DriverProcess:
+    """The driver, while it runs."""
+
+    def __init__(self, plan: LaunchPlan) -> None:
+        """Start the plan's command."""
+        self._plan = plan
+        self._folder = RayFiles(plan.run)
+        self._stopped = False
+        (command,) = plan.commands
+        env = {**inherited_env(), "RAY_USAGE_STATS_ENABLED": "0"}
+        try:
+            with self._folder.log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    [*command.argv, "--parent", str(os.getpid())],
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,  # a Ctrl-C is ours to pass on
+                )
+        except OSError as error:
+            raise LaunchError(f"cannot start {command.argv[0]}: {error.strerror}") from error
+
+    def poll(self) -> int | None:
+        """See `Launch.poll`.
+
+        Raises:
+            DtrainError: nothing could be started.
+        """
+        code = self._process.poll()
+        if not code:
+            return code
+        refused = refusal.refused(self._plan.run)
+        if refused is not None:
+            raise refused
+        if not self._stopped:
+            self._explain(code)
+        return code if code > 0 else 128 - code
+
+    def stop(self) -> None:
+        """See `Launch.stop`."""
+        self._stopped = True
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """See `Launch.kill`: the driver ends all nodes, or Ray does when it is gone."""
+        self._stopped = True
+        if self._process.poll() is not None:
+            return
+        for _ in range(2):  # the second time it does not wait for anybody
+            self._process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)  # two at once are one
+        try:
+            self._process.wait(_LAST_WORDS_S)
+        except subprocess.TimeoutExpired:
+            procs.kill_group(self._process.pid)
+            self._process.wait()
+
+    def _explain(self, code: int) -> None:
+        """Leave a record where the driver itself was killed, or fell with the cluster."""
+        run = self._plan.run
+        attempt = attempts.newest_of(run, self._plan.attempt)
+        address = self._plan.options["address"]
+        if address and address != "auto" and not _listens(address):
+            refusal.record_head_lost(run, attempt, address)
+        elif not failures.read_all(run, attempt):
+            how = failures.signal_name(-code) if code < 0 else f"code {code}"
+            FailureRecord(
+                kind="agent",
+                message=f"the driver ended with {how}: {self._last_words()}",
+                exit_code=code if code > 0 else 128 - code,
+                node_rank=0,
+                node=socket.gethostname(),
+                time=time.time(),
+                log=str(self._folder.log),
+            ).write(run, attempt)
+
+    def _last_words(self) -> str:
+        text = self._folder.log.read_text(encoding="utf-8", errors="replace").strip()
+        return text.splitlines()[-1] if text else "it has said nothing"
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), 2.0).close()
+    except (OSError, ValueError):
+        return False
+    return True

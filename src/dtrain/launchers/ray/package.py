@@ -1,0 +1,95 @@
+"""What travels to the cluster with a Ray job: the code around the job file, and the plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from dtrain.errors import LaunchError
+from dtrain.launchers.ray.options import RayOptions
+from dtrain.plan import LaunchPlan
+from dtrain.run import code_archive, files, snapshot
+from dtrain.run.backend_files import RayFiles
+from dtrain.run.remote.runs import attach, staging
+from dtrain.run.remote.store import is_url
+from dtrain.run.rundir import RunDir
+
+FOLDER = ".dtrain"
+
+
+def pack(plan: LaunchPlan) -> Path:
+    """Make the folder that travels; its path.
+
+    Raises:
+        PlanError: it is larger than it may be; names the largest files.
+        OSError: it cannot be written.
+    """
+    run = plan.run
+    snapshot.copy_tree(plan.job_dir, run.code, plan.attempt)
+    link = snapshot.job_folder(run.code, plan.attempt)
+    tree = run.code / f"tree-{plan.attempt}"
+    options = RayOptions.of(plan.options)
+    code_archive.check_size(tree, options.upload_limit, options.excludes)
+    inside = tree / FOLDER
+    inside.mkdir()
+    for path in (
+        run.resolved,
+        run.plan,
+        *([] if run.secret_env(plan.attempt).exists() else [run.job]),
+    ):
+        shutil.copy2(path, inside / path.name)
+    (inside / "link.json").write_text(json.dumps(os.readlink(link)), encoding="utf-8")
+    return tree
+
+
+def unpack(folder: Path) -> tuple[LaunchPlan, bool]:
+    """The plan of a job that has arrived; whether its run directory is the one it came from.
+
+    Args:
+        folder: `FOLDER` in the working directory of the job.
+
+    Raises:
+        LaunchError: the cluster has no place for the run directory.
+    """
+    text = (folder / "plan.json").read_text(encoding="utf-8")
+    raw = json.loads(text)
+    there = RunDir(raw["run_dir"])
+    runs = raw["run_url"].rpartition("/")[0] or raw["options"]["runs"]
+    if not runs and there.plan.exists() and there.plan.read_text(encoding="utf-8") == text:
+        return LaunchPlan.read(there), True
+    if not runs:
+        raise LaunchError(
+            f"the cluster does not see the run directory {there.path}; say with option runs which "
+            "folder of the cluster all its nodes share, or a URL"
+        )
+    url = f"{runs.rstrip('/')}/{there.id}" if is_url(runs) else ""
+    root = staging(runs)  # that of the command that has sent us may be on this very host
+    run = RunDir((root.with_name(f"{root.name}.job") if url else Path(runs)) / there.id)
+    run.create()
+    if url:
+        attach(run, url)
+    RayFiles(run).clear()
+    for path in (run.job, run.resolved, run.plan):
+        shutil.copy2(folder / path.name, path)
+    plan = _with_code(replace(LaunchPlan.read(run), run_url=url), folder)
+    files.write_json(run.plan, plan.to_json())
+    if url:
+        options = RayOptions.of(plan.options)
+        code_archive.pack(plan, options.upload_limit, options.excludes)
+    return plan, False
+
+
+def _with_code(plan: LaunchPlan, folder: Path) -> LaunchPlan:
+    """The plan with its code on the shared disk: Ray's own copies are each node's, and vanish."""
+    code = plan.run.code
+    tree = code / f"tree-{plan.attempt}"
+    shutil.rmtree(tree, ignore_errors=True)
+    snapshot.make_private(code)
+    shutil.copytree(folder.parent, tree, ignore=shutil.ignore_patterns(FOLDER))
+    link = snapshot.job_folder(code, plan.attempt)
+    link.unlink(missing_ok=True)
+    link.symlink_to(json.loads((folder / "link.json").read_text(encoding="utf-8")))
+    return replace(plan, job_dir=str(link), code_dir=str(link))

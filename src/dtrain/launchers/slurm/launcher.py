@@ -1,0 +1,291 @@
+"""Launcher `slurm`: one batch job, in which srun starts one node agent on each node."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from dtrain.errors import LaunchError, PlanError
+from dtrain.launchers import base, supervise
+from dtrain.launchers.base import Launch
+from dtrain.launchers.local import LocalLauncher
+from dtrain.launchers.slurm import (
+    array,
+    outcome,
+    partition,
+    preview,
+    queue,
+    sbatch,
+    script,
+    submitit,
+    submitit_local,
+)
+from dtrain.launchers.slurm.options import SlurmOptions
+from dtrain.launchers.slurm.queue import Job, Unreachable, Watcher
+from dtrain.plan import Command, Facts, LaunchPlan
+from dtrain.run import events, failures, files, snapshot
+from dtrain.run.attempts import Handle
+from dtrain.run.backend_files import SlurmFiles
+from dtrain.run.failures import FailureRecord
+from dtrain.run.rundir import RunDir
+
+
+class SlurmLauncher:
+    """Submits, and follows; the job goes on without us."""
+
+    options_model = SlurmOptions
+
+    def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
+        """See `Launcher.complete`."""
+        options = SlurmOptions.of(plan.options)
+        if options.venv:
+            python = os.path.join(options.venv, "bin", "python")
+        else:
+            python = "python" if options.conda or _in_image(options) else facts.python
+        options = options.model_copy(update={"python": options.python or python})
+        if options.executor != "slurm":
+            return submitit_local.complete(plan, facts, options)
+        plan = replace(
+            plan,
+            node_names=("",) * plan.nodes,
+            rdzv_host="",
+            rdzv_port=0,
+            options=options.model_dump(mode="json"),
+            code_dir=str(snapshot.job_folder(plan.run.code, plan.attempt))
+            if options.snapshot == "on"
+            else "",
+        )
+        script.flags(plan, options)  # refuses what cannot be meant
+        if options.submit == "submitit":  # which writes a script of its own
+            argv = ["submitit", *script.agent_command(plan, options)]
+        else:
+            argv = sbatch.command(plan)
+            plan = replace(plan, files=(*plan.files, str(SlurmFiles(plan.run).script)))
+        return replace(plan, commands=(Command(where=facts.host, argv=tuple(argv)),))
+
+    def preview(self, plan: LaunchPlan) -> list[str]:
+        """The script, and what Slurm says of it where Slurm is at hand; for `dtrain plan`."""
+        return preview.show(plan)
+
+    def can_detach(self, plan: LaunchPlan) -> bool:
+        """Whether it goes on without this command: if it is Slurm's."""
+        return bool(plan.options["executor"] == "slurm")
+
+    def dependency_on(self, run: RunDir) -> str | None:
+        """What a job waits for that is to start after a run; None when it need not wait.
+
+        Raises:
+            PlanError: the run has no job, or it has failed.
+        """
+        state, _ = base.state_of(run)
+        handle = Handle.read(run)
+        if state == "succeeded":
+            return None
+        if handle is None or handle.job_id is None:
+            raise PlanError(f"--after {run.id}: it has no Slurm job, it is {state}")
+        if state != "running":
+            raise PlanError(f"--after {run.id}: it will not succeed, it is {state}")
+        return f"afterok:{handle.job_id}"
+
+    def start(self, plan: LaunchPlan) -> Launch:
+        """See `Launcher.start`."""
+        if plan.options["executor"] != "slurm":
+            _keep_code(plan)
+            return submitit_local.start(plan)
+        plan, cut = partition.within_partition(plan)
+        with _files_written():
+            _write(plan, cut)
+            by = submitit if plan.options["submit"] == "submitit" else sbatch
+            job_id = by.submit(plan)
+        handle = Handle.of_this_process(plan.launcher, plan.attempt)
+        return _note_submitted(plan, job_id, handle, Watcher())
+
+    def preview_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
+        """The array's script, and what Slurm says of it; for `dtrain launch --dry-run`."""
+        return preview.show_array(plans, at_once)
+
+    def start_array(
+        self, plans: Sequence[LaunchPlan], at_once: int | None
+    ) -> Sequence[SlurmLaunch]:
+        """See `sweep.ArrayLauncher`."""
+        array.refuse_unlike(plans)
+        plans, cut = array.within_partition(plans)
+        with _files_written():
+            for plan in plans:
+                _write(plan, cut)
+            job_ids = array.submit(plans, at_once)
+        watcher = queue.shared_watcher()
+        handles = [Handle.of_this_process(plan.launcher, plan.attempt) for plan in plans]
+        return [
+            _note_submitted(plan, job_id, replace(handle, identity=None), watcher)
+            for plan, job_id, handle in zip(plans, job_ids, handles, strict=True)
+        ]
+
+    def is_running(self, run: RunDir) -> bool:
+        """See `Launcher.is_running`; of a job that has ended unseen, writes down how."""
+        handle = Handle.read(run)
+        if handle is None:
+            return False
+        if handle.job_id is None:  # not submitted yet, or on this machine
+            return handle.is_alive(run)
+        if handle.is_here and handle.is_alive(run):
+            return True
+        ended = SlurmFiles(run).end(handle.attempt).exists()
+        try:
+            job = queue.query_cached(handle.job_id, now=ended)
+        except Unreachable:
+            return True
+        if not job.is_over:
+            return True
+        plan = replace(LaunchPlan.read(run), attempt=handle.attempt)
+        code = outcome.exit_code(plan, job)
+        supervise.settle(plan, code, handle.started, cancelled=outcome.was_cancelled(plan))
+        return False
+
+    def describe(self, run: RunDir) -> dict[str, str]:
+        """How the job stands in Slurm's eyes; for `dtrain status`."""
+        handle = Handle.read(run)
+        if handle is None or handle.job_id is None:
+            return {}
+        try:
+            return {"slurm": queue.query_cached(handle.job_id).description}
+        except LaunchError as error:
+            return {"slurm": f"job {handle.job_id}; {error}"}
+
+    def cancel(self, run: RunDir, timeout_s: float) -> None:
+        """See `Launcher.cancel`: by whoever follows the job, or by us when nobody does."""
+        handle = Handle.read(run)
+        if handle is None or not self.is_running(run):
+            return
+        if handle.job_id is None:
+            LocalLauncher().cancel(run, timeout_s)
+            return
+        if handle.is_here and handle.is_alive(run):
+            os.kill(handle.pid, signal.SIGTERM)
+            if base.wait_until(lambda: not handle.is_alive(run), timeout_s):
+                return
+        plan = replace(LaunchPlan.read(run), attempt=handle.first)
+        launch = SlurmLaunch(plan, handle.job_id, Watcher())
+        launch.stop()
+        if not base.wait_until(lambda: launch.poll() is not None, timeout_s):
+            launch.kill()
+            base.wait_until(lambda: launch.poll() is not None, timeout_s)
+        base.wait_until(lambda: base.state_of(run)[0] != "running", 10)
+
+
+class SlurmLaunch:
+    """A job in Slurm's hands."""
+
+    def __init__(self, plan: LaunchPlan, job_id: str, watcher: Watcher) -> None:
+        self._plan = plan
+        self._job_id = job_id
+        self._watcher = watcher
+        self._cancel = SlurmFiles(plan.run).cancel(plan.attempt)
+        self.said = ""
+        """How the job stands, for people."""
+        self._killed = False
+        self._put_back: set[int] = set()
+
+    def poll(self) -> int | None:
+        """See `Launch.poll`."""
+        plan = outcome.at_newest_attempt(self._plan)
+        ended = SlurmFiles(plan.run).end(plan.attempt).exists()
+        job = self._watcher.job(self._job_id, now=ended)
+        self._tell(job)
+        if job.unschedulable is not None and not self._killed:
+            self._give_up(job, *job.unschedulable)
+        if not job.is_over or self._requeued(plan, job):
+            return None
+        return outcome.exit_code(plan, job)
+
+    def stop(self) -> None:
+        """See `Launch.stop`: the agents of a running job are asked, a waiting job is withdrawn."""
+        self._cancel.touch()
+        job = self._watcher.job(self._job_id, now=True)
+        if job.state == "RUNNING":
+            queue.run_command("scancel", "--signal=TERM", self._job_id)
+        else:
+            queue.run_command("scancel", self._job_id)
+
+    def kill(self) -> None:
+        """See `Launch.kill`."""
+        if self._killed or self._watcher.job(self._job_id).is_over:
+            return
+        self._killed = True
+        self._cancel.touch()
+        queue.run_command("scancel", self._job_id)
+
+    def _requeued(self, plan: LaunchPlan, job: Job) -> bool:
+        """Put a job back into the queue that could not do it itself; whether that was so."""
+        if job.restarts in self._put_back or not outcome.should_requeue(plan, job):
+            return False
+        self._put_back.add(job.restarts)
+        self._watcher.forget(self._job_id)
+        return queue.run_command("scontrol", "requeue", self._job_id).returncode == 0
+
+    def _tell(self, job: Job) -> None:
+        """Note for whoever watches that the job stands otherwise than before."""
+        trouble = self._watcher.trouble
+        text = f"Slurm does not answer: {trouble}; asking again" if trouble else job.description
+        quiet = not trouble and job.state in ("COMPLETING", "UNKNOWN", "COMPLETED", "FAILED")
+        if text != self.said and not quiet:
+            self.said = text
+            events.note_event(self._plan.run, "waiting", what=text)
+
+    def _give_up(self, job: Job, option: str, why: str) -> None:
+        """Withdraw a job that would wait for ever."""
+        names = [option] if option else ["time", "nodes", "cpus_per_node", "mem", "gpus"]
+        places = [sbatch.place_of(self._plan, name) for name in names]
+        where = "".join(f"; {place}" for place in places if place)
+        _record_refusal(self._plan, f"Slurm never starts it: {why} ({job.reason}){where}")
+        self.kill()
+        self._cancel.unlink(missing_ok=True)
+
+
+def _write(plan: LaunchPlan, cut: str) -> None:
+    """Everything that the job finds in its run directory."""
+    if cut:
+        files.write_json(plan.run.plan, plan.to_json())
+        events.note_event(plan.run, "waiting", what=cut)
+    sbatch.write(plan)
+    _keep_code(plan)
+
+
+def _keep_code(plan: LaunchPlan) -> None:
+    if plan.code_dir:
+        base.keep_code(plan)
+        snapshot.copy_tree(plan.job_dir, plan.run.code, plan.attempt)
+
+
+def _note_submitted(plan: LaunchPlan, job_id: str, handle: Handle, watcher: Watcher) -> SlurmLaunch:
+    replace(handle, job_id=job_id).write(plan.run)
+    events.note_event(plan.run, "submitted", job_id=job_id, attempt=plan.attempt)
+    return SlurmLaunch(plan, job_id, watcher)
+
+
+@contextlib.contextmanager
+def _files_written() -> Iterator[None]:
+    """Say which file could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise LaunchError(f"cannot write {error.filename}: {error.strerror}") from error
+
+
+def _in_image(options: SlurmOptions) -> bool:
+    return bool(options.apptainer or options.pyxis)
+
+
+def _record_refusal(plan: LaunchPlan, message: str) -> None:
+    FailureRecord(
+        kind="agent",
+        message=message,
+        exit_code=2,
+        node_rank=0,
+        node=failures.node_name(),
+        time=time.time(),
+    ).write(plan.run, plan.attempt)

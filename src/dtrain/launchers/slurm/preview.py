@@ -1,0 +1,51 @@
+"""What a plan would submit, and what Slurm thinks of it: nothing is submitted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+from dtrain.launchers.slurm import array, partition, sbatch, script, submitit
+from dtrain.plan import LaunchPlan
+
+
+def show(plan: LaunchPlan) -> list[str]:
+    """The script of a run, and what Slurm says of it where Slurm is at hand."""
+    if plan.options["executor"] != "slurm":
+        return [f"started by submitit's {plan.options['executor']} executor, with no Slurm"]
+    plan, cut = partition.within_partition(plan) if _at_hand() else (plan, "")
+    if plan.options["submit"] == "submitit":
+        text = submitit.render([plan], submitit.parameters(plan))
+    else:
+        text = script.render(plan)
+    return _shown("script", text) + _asked(plan, text, cut)
+
+
+def show_array(plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
+    """The script of an array, and that of its first element where each has its own.
+
+    Raises:
+        PlanError: they cannot be one array.
+    """
+    array.refuse_unlike(plans)
+    plans, cut = array.within_partition(plans) if _at_hand() else (plans, "")
+    text = array.render(plans, at_once)
+    shown = _shown("script of the array", text)
+    if plans[0].options["submit"] == "submitit":
+        return shown + _asked(plans[0], text, cut)
+    return shown + show(plans[0])
+
+
+def _at_hand() -> bool:
+    return shutil.which("sbatch") is not None
+
+
+def _shown(title: str, text: str) -> list[str]:
+    return [title, *(f"  {line}" for line in text.splitlines())]
+
+
+def _asked(plan: LaunchPlan, text: str, cut: str) -> list[str]:
+    if not _at_hand():
+        return []
+    said = [cut] if cut else []
+    return ["asked of Slurm", *(f"  {line}" for line in (*said, sbatch.test(plan, text)))]

@@ -1,0 +1,279 @@
+"""How batch jobs stand, from squeue, scontrol and, where there is accounting, sacct."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from dtrain.environ import inherited_env
+from dtrain.errors import LaunchError
+
+_FIELDS = ("JobArrayID", "State", "Reason", "NodeList", "exit_code", "RestartCnt")
+_FORMAT = ",".join(f"{name}:|" for name in _FIELDS)
+_TIMEOUT_S = 60
+_SOONEST_S, _LATEST_S, _GROWTH = 0.5, 15.0, 1.3
+
+_OVER = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+    "PREEMPTED", "REVOKED", "TIMEOUT",
+}  # fmt: skip
+
+# why a job waits, in words; a reason that is not here is shown as Slurm says it
+_WAITS = {
+    "Resources": "waiting for nodes to become free",
+    "Priority": "waiting behind jobs of higher priority",
+    "Dependency": "waiting for another job to end",
+    "BeginTime": "waiting for its begin time, as after every requeue",
+    "JobArrayTaskLimit": "waiting for other runs of its array to end",
+    "JobHeldUser": "held; `scontrol release` lets it go",
+    "JobHeldAdmin": "held by an administrator",
+    "ReqNodeNotAvail": "a node that it needs is down or reserved",
+    "Licenses": "waiting for licenses",
+    "Reservation": "waiting for its reservation to begin",
+    "QOSMaxJobsPerUserLimit": "you run as many jobs as the QOS allows",
+    "AssocMaxJobsLimit": "your account runs as many jobs as it may",
+    "None": "not looked at by the scheduler yet",
+}
+# why a job waits for ever
+_HOPELESS = {
+    "PartitionTimeLimit": ("time", "the time limit is above that of the partition"),
+    "PartitionNodeLimit": ("nodes", "the partition never has so many nodes for one job"),
+    "PartitionConfig": ("", "the partition never gives so much"),
+    "BadConstraints": ("constraint", "no node has these features"),
+    "DependencyNeverSatisfied": ("dependency", "the job that it waits for can no longer do so"),
+    "InvalidAccount": ("account", "the account may not be used"),
+    "InvalidQOS": ("qos", "the QOS may not be used"),
+    "QOSMaxWallDurationPerJobLimit": ("time", "the time limit is above that of the QOS"),
+    "AssocMaxWallDurationPerJobLimit": ("time", "the time limit is above that of the account"),
+    "AccountNotAllowed": ("account", "the account may not use this partition"),
+    "QOSNotAllowed": ("qos", "the QOS may not use this partition"),
+}  # fmt: skip
+
+
+class Unreachable(LaunchError):
+    """The controller does not answer; what we knew still holds."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a job stands."""
+
+    job_id: str
+    state: str
+    """As Slurm says it: PENDING, RUNNING, COMPLETED, …; GONE when Slurm has forgotten it."""
+    reason: str = "None"
+    nodes: str = ""
+    exit_code: int = 0
+    """As a shell reports it: 128 + N for signal N."""
+    restarts: int = 0
+    """How often it was requeued."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of it will run any more."""
+        return self.state in _OVER or self.state == "GONE"
+
+    @property
+    def unschedulable(self) -> tuple[str, str] | None:
+        """(option, why) of a job that will never start; None of any other.
+
+        The option is empty when Slurm does not say which of several it is.
+        """
+        return _HOPELESS.get(self.reason) if self.state == "PENDING" else None
+
+    @property
+    def description(self) -> str:
+        """How it stands, for people."""
+        text = f"job {self.job_id} {self.state.lower().replace('_', ' ')}"
+        if self.state == "PENDING":
+            why = self.unschedulable[1] if self.unschedulable else _WAITS.get(self.reason, "")
+            return f"{text}: {why} ({self.reason})" if why else f"{text}: {self.reason}"
+        if self.state == "GONE":
+            return f"job {self.job_id} is no longer known to Slurm"
+        return f"{text} on {self.nodes}" if self.nodes and not self.is_over else text
+
+
+def run_command(*argv: str, input_text: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's commands, as from outside of any job.
+
+    Raises:
+        LaunchError: there is no such command here.
+        Unreachable: it does not come to an end.
+    """
+    env = slurm_env()
+    try:
+        return subprocess.run(
+            argv, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT_S,
+            env=env, input=input_text, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise LaunchError(
+            f"there is no {argv[0]} here: launcher 'slurm' runs where Slurm's commands are"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise Unreachable(f"{argv[0]} has not answered for {_TIMEOUT_S} s") from None
+
+
+def slurm_env() -> dict[str, str]:
+    """The environment of Slurm's commands: none of another job's, but the same configuration."""
+    env = inherited_env()
+    if "SLURM_CONF" in os.environ:
+        env["SLURM_CONF"] = os.environ["SLURM_CONF"]
+    return env
+
+
+def parse_queue(text: str) -> dict[str, Job]:
+    """What `squeue -O` has said, by job id."""
+    found = {}
+    for line in text.splitlines():
+        fields = line.split("|")
+        if len(fields) <= len(_FIELDS):
+            continue
+        job_id, state, reason, nodes, code, restarts = (part.strip() for part in fields[:6])
+        status = int(code) if code.isdigit() else 0
+        found[job_id] = Job(
+            job_id, state, reason, nodes, _shell_code(status >> 8, status & 0x7F), _int(restarts)
+        )
+    return found
+
+
+def parse_accounting(text: str) -> dict[str, Job]:
+    """What `sacct -X -P` has said, by job id; of a requeued job, its last run."""
+    found = {}
+    for line in text.splitlines():
+        fields = line.split("|")
+        if len(fields) < 4:
+            continue
+        job_id, state, code, nodes = fields[:4]
+        exit_code, _, signal = code.partition(":")
+        word = (state.split() or ["UNKNOWN"])[0]  # `CANCELLED by 0`
+        nodes = "" if nodes == "None assigned" else nodes
+        found[job_id] = Job(job_id, word, "None", nodes, _shell_code(_int(exit_code), _int(signal)))
+    return found
+
+
+def query(job_ids: Iterable[str]) -> dict[str, Job]:
+    """How these jobs stand, and all others of ours that Slurm knows of.
+
+    One call of squeue for all of them, and one of sacct for those that it has forgotten.
+
+    Raises:
+        Unreachable: the controller does not answer.
+    """
+    wanted = list(dict.fromkeys(job_ids))
+    listed = run_command(
+        "squeue",
+        "--noheader",
+        "--array",
+        "--states=all",
+        f"--user={os.getuid()}",
+        f"--Format={_FORMAT}",
+    )
+    if listed.returncode != 0:
+        raise Unreachable(_first_line(listed.stderr))
+    known = parse_queue(listed.stdout)
+    missing = [job_id for job_id in wanted if job_id not in known]
+    if missing:
+        known |= _from_accounting(missing)
+    return {job_id: Job(job_id, "GONE") for job_id in wanted} | known
+
+
+def _from_accounting(job_ids: list[str]) -> dict[str, Job]:
+    if shutil.which("sacct") is None:
+        return {}
+    listed = run_command(
+        "sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(job_ids)}",
+        "--format=JobID,State,ExitCode,NodeList",
+    )  # fmt: skip
+    return parse_accounting(listed.stdout) if listed.returncode == 0 else {}
+
+
+def nodes_down(job: Job) -> dict[str, str]:
+    """The nodes of a job that do not run any more, and what Slurm says of each."""
+    if not job.nodes:
+        return {}
+    shown = ("--Node", "--noheader", "--states=down,fail", "--format=%N|%T, %E")
+    try:
+        listed = run_command("sinfo", *shown, f"--nodes={job.nodes}")
+    except LaunchError:
+        return {}
+    return dict(line.strip().split("|", 1) for line in listed.stdout.splitlines() if "|" in line)
+
+
+class Watcher:
+    """How jobs stand, asked again after a while that grows."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Job] = {}
+        self._asked_at = 0.0
+        self._pause_s = _SOONEST_S
+        self._wanted: set[str] = set()
+        self.trouble: LaunchError | None = None
+        """Why Slurm could not be asked the last time; None when it could."""
+
+    def job(self, job_id: str, *, now: bool = False) -> Job:
+        """How a job stood when last asked.
+
+        Args:
+            job_id: of the job.
+            now: something has happened: ask at once, as long as the last answer is not fresh.
+        """
+        self._wanted.add(job_id)
+        wait_s = _SOONEST_S if now else self._pause_s
+        if job_id not in self._known or time.monotonic() - self._asked_at >= wait_s:
+            self._ask()
+        return self._known[job_id]
+
+    def forget(self, job_id: str) -> None:
+        """Ask at once when next asked for this job: we have changed how it stands."""
+        self._known.pop(job_id, None)
+
+    def _ask(self) -> None:
+        before: Mapping[str, Job] = dict(self._known)
+        self._asked_at = time.monotonic()
+        try:
+            self._known = query(self._wanted)
+            self.trouble = None
+        except LaunchError as error:
+            self.trouble = error
+            unknown = {job_id: Job(job_id, "UNKNOWN") for job_id in self._wanted}
+            self._known = unknown | self._known
+        same = all(self._known[job_id] == before.get(job_id) for job_id in self._wanted)
+        self._pause_s = min(self._pause_s * _GROWTH, _LATEST_S) if same else _SOONEST_S
+
+
+_shared = Watcher()
+
+
+def shared_watcher() -> Watcher:
+    """The one of this process, for many jobs."""
+    return _shared
+
+
+def query_cached(job_id: str, *, now: bool = False) -> Job:
+    """How a job stands, see `Watcher.job`; many jobs in a row cost one call.
+
+    Raises:
+        Unreachable: the controller does not answer.
+        LaunchError: there is no squeue here.
+    """
+    job = _shared.job(job_id, now=now)
+    if _shared.trouble is not None:
+        raise _shared.trouble
+    return job
+
+
+def _shell_code(code: int, signal: int) -> int:
+    return 128 + signal if signal else code
+
+
+def _int(text: str) -> int:
+    return int(text) if text.isdigit() else 0
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no answer"])[0]

@@ -1,0 +1,278 @@
+"""From a plan to an exit code: start it, follow it, stop it when asked, say how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+from dtrain import catalog
+from dtrain.errors import DtrainError
+from dtrain.job.spec import JobSpec
+from dtrain.launchers import base
+from dtrain.launchers.base import Launch, Launcher
+from dtrain.launchers.stopping import Stop, Stopping, stop_requests
+from dtrain.node.channel import SERVER_ENDED
+from dtrain.plainjson import numbers
+from dtrain.plan import LaunchPlan
+from dtrain.run import attempts, events, failures, files, spill, verdict
+from dtrain.run.attempts import Handle, Result, State
+from dtrain.run.backend_files import SlurmFiles
+from dtrain.run.failures import FailureRecord
+from dtrain.run.remote import runs as remote
+from dtrain.run.remote.mirror import LAUNCH
+from dtrain.run.verdict import Verdict
+
+_TICK_S = 0.05
+
+
+class Console(Protocol):
+    """What a person sees of a launch while it runs."""
+
+    def begin(self, text: str) -> None:
+        """Show what is about to happen."""
+
+    def tick(self) -> None:
+        """Show what is new."""
+
+    def say(self, text: str) -> None:
+        """Show a line of the launcher's own."""
+
+    def close(self) -> None:
+        """Show the rest; nothing more will come."""
+
+
+def drive(
+    plan: LaunchPlan,
+    job: JobSpec,
+    job_text: str,
+    console: Console,
+    *,
+    detach: bool = False,
+    launcher: Launcher | None = None,
+) -> int:
+    """Write the run directory, start the plan, follow it to its end; the exit code.
+
+    0 when every rank ended 0, the culprit's exit code when one failed, 128 + N when stopped by
+    signal N. With `detach` 0 once it is started, by a launcher that can go on without us. With
+    `launcher`, that one starts it: the plan's, but made by the caller.
+
+    Raises:
+        UsageError: there is such a run already, or another command drives it.
+        LaunchError: the launch cannot be started.
+    """
+    started = time.time()
+    with stop_requests() as stop:
+        base.prepare(plan, job, job_text, Handle.of_this_process(plan.launcher, plan.attempt))
+        with remote.syncing(plan.run, console.say, only=_answered_for(plan)):
+            return _drive(
+                plan, launcher or base.load(plan.launcher), console, stop, started, detach
+            )
+
+
+def _drive(
+    plan: LaunchPlan, launcher: Launcher, console: Console, stop: Stop, started: float, detach: bool
+) -> int:
+    console.begin(_opening(plan))
+    launch = _start(plan, launcher, started)
+    if detach:
+        base.keep_code(plan)
+        console.close()
+        console.say(f"submitted; `dtrain logs --follow {plan.run_id}` shows it")
+        return 0
+    try:
+        base.keep_code(plan)
+        with attempts.beating(plan.run, plan.attempt):
+            code = _follow(plan, launch, stop, console)
+    except DtrainError as error:  # found out by the launcher's own process
+        refused(plan, error, started)
+        raise
+    finally:
+        launch.kill()
+        console.close()
+    plan = replace(plan, attempt=attempts.newest_of(plan.run, plan.attempt))
+    state, code = _conclude(plan, code, stop, console)
+    if state == "succeeded":
+        console.say(_closing(plan, max(0.0, time.time() - started)))  # clocks are set back
+    finish(plan, Result(state, code, started, time.time()), console.say)
+    return code
+
+
+def _answered_for(plan: LaunchPlan) -> tuple[str, ...]:
+    """Patterns of the files that are ours to keep at a run's URL: none for all.
+
+    Of a run that goes on without us, whoever drives it keeps the others.
+    """
+    can_detach = getattr(base.load(plan.launcher), "can_detach", None)
+    return LAUNCH if can_detach and can_detach(plan) else ()
+
+
+def settle(plan: LaunchPlan, code: int, started: float, *, cancelled: bool = False) -> None:
+    """Write down how an attempt ended that nobody has followed to its end.
+
+    Args:
+        plan: with the attempt that was the last.
+        code: its exit code.
+        started: when the launch began.
+        cancelled: whether someone had asked for the end.
+    """
+    state, code, _ = _judge(plan, code, cancelled)
+    finish(plan, Result(state, code, started, time.time()), print_nothing)
+    remote.push(plan.run, LAUNCH)
+
+
+def print_nothing(_text: str) -> None:
+    """For who has nobody to tell."""
+
+
+def _start(plan: LaunchPlan, launcher: Launcher, started: float) -> Launch:
+    """Start a plan; one that is refused has failed, and nothing of it is left to be cleaned up."""
+    try:
+        return launcher.start(plan)
+    except DtrainError as error:
+        refused(plan, error, started)
+        raise
+
+
+def refused(plan: LaunchPlan, error: DtrainError, started: float) -> None:
+    """Write down that a launch has failed for a reason that no node has told.
+
+    Args:
+        plan: the launch.
+        error: why.
+        started: when the launch began.
+    """
+    if plan.is_of_node_zero and not failures.read_all(plan.run, plan.attempt):
+        FailureRecord(
+            kind="agent",
+            message=str(error),
+            exit_code=error.exit_code,
+            node_rank=0,
+            node=failures.node_name(),
+            time=time.time(),
+        ).write(plan.run, plan.attempt)
+    finish(plan, Result("failed", error.exit_code, started, time.time()), print_nothing)
+
+
+def _opening(plan: LaunchPlan) -> str:
+    ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
+    nodes = "" if plan.nodes == 1 else f" on {plan.nodes} nodes"
+    again = f", attempt {plan.attempt}" if plan.attempt else ""
+    what = plan.trainer if plan.strategy == catalog.OWN else plan.strategy
+    where = plan.run_url or plan.run_dir
+    return f"{plan.run_id}{again}: {what} by {plan.launcher}, {ranks}{nodes}; {where}"
+
+
+def _closing(plan: LaunchPlan, seconds: float) -> str:
+    """What came of it, with the digest by which two runs are compared at a glance."""
+    text = f"{plan.run_id}: succeeded in {seconds:.1f} s"
+    finished = _finished(plan)
+    if finished is None:
+        return f"{text}{events.but_alone(plan.run)}"
+    return f"{text}{outcome(plan)}\nparameters sha256 {finished['parameters_sha256']}"
+
+
+def outcome(plan: LaunchPlan) -> str:
+    """` after 230 steps: accuracy 0.98`; nothing of a run whose training tells of no end."""
+    finished = _finished(plan)
+    if finished is None:
+        return ""
+    metrics = ", ".join(f"{n} {value:.4g}" for n, value in numbers(finished["metrics"]).items())
+    return f" after {finished['steps']} steps: {metrics}"
+
+
+def _finished(plan: LaunchPlan) -> dict[str, Any] | None:
+    known = {"event": str, "steps": int, "metrics": dict, "parameters_sha256": str}
+    told_of = files.read_lines(plan.run.events, **known)
+    found = [event for event in told_of if event["event"] == "finished"]
+    return found[-1] if found else None
+
+
+def _follow(plan: LaunchPlan, launch: Launch, stop: Stop, console: Console) -> int:
+    stopping = Stopping(stop, plan.stop_timeout_s, console.say)
+    while (code := launch.poll()) is None:
+        console.tick()
+        stopping.pass_on([launch])
+        time.sleep(_TICK_S)
+    return code
+
+
+def _conclude(plan: LaunchPlan, code: int, stop: Stop, console: Console) -> tuple[State, int]:
+    run = plan.run
+    if stop.signal is not None:
+        name = signal.Signals(stop.signal).name
+        console.say(f"stopped by {name}; the run is in {plan.run_url or run.path}")
+        console.say(f"go on with: dtrain resume {run.id}")
+        return "cancelled", 128 + stop.signal
+    state, code, found = _judge(plan, code)
+    if state == "cancelled":
+        console.say(events.how_stopped(run, plan.attempt))
+    if found is not None:
+        console.say(verdict.render(found, run))
+    return state, code
+
+
+def _judge(
+    plan: LaunchPlan, code: int, cancelled: bool = False
+) -> tuple[State, int, Verdict | None]:
+    """What an exit code means, and who is to blame for a failure, which is kept for `why`.
+
+    The exit code comes back as the run's: all ranks may end with 0 because one of them was asked
+    to leave, and a rank that failed knows better than its node.
+    """
+    if code == 0:
+        stopped = events.stopped(plan.run, plan.attempt)
+        if stopped is None:
+            return "succeeded", 0, None
+        return "cancelled", events.exit_code(stopped), None
+    judged = verdict.judge(plan.run, plan.attempt)
+    asked = code - 128 in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if cancelled or (judged is None and asked):
+        return "cancelled", code, None
+    found = judged or verdict.Verdict(_unexplained(plan, code))
+    if plan.is_of_node_zero:
+        with contextlib.suppress(OSError):  # a full disk is often why we are here
+            verdict.write(plan.run, plan.attempt, found)
+    return "failed", found.exit_code, found
+
+
+def _unexplained(plan: LaunchPlan, code: int) -> FailureRecord:
+    """What the logs of nodes that left no record say last; of a batch job, its first node's."""
+    kinds = (
+        plan.run.host_log,
+        plan.run.agent_log,
+        lambda _, rank: SlurmFiles(plan.run).node_log(rank),
+    )
+    ranks = base.served_by(plan.commands[0]) or [0]
+    logs = {kind(plan.attempt, rank): rank for rank in ranks for kind in kinds}
+    words = {log: files.last_line(log) for log in logs}
+    said = [log for log, line in words.items() if line and not line.endswith(SERVER_ENDED)]
+    # who fell has spoken last
+    log = max(said, key=lambda log: log.stat().st_mtime, default=next(iter(logs)))
+    return FailureRecord(
+        kind="agent",
+        message=f"the node process {failures.how_it_ended(code)}: "
+        + (words[log] or "it has said nothing"),
+        exit_code=code,
+        node_rank=logs[log],
+        node=plan.node_names[logs[log]],
+        time=time.time(),
+        log=str(log),
+    )
+
+
+def finish(plan: LaunchPlan, result: Result, say: Callable[[str], None]) -> None:
+    """Write down how an attempt ended, and clear away what nobody needs any more."""
+    run = plan.run
+    if not plan.is_of_node_zero:
+        return
+    run.remove_secrets(plan.attempt)
+    spill.remove(run, plan.attempt)
+    try:
+        if result.write(run, plan.attempt):
+            events.note_event(run, "ended", state=result.state, exit_code=result.exit_code)
+    except OSError as error:
+        say(f"cannot write {run.result(plan.attempt)}: {error.strerror}")

@@ -1,0 +1,328 @@
+"""`python -m dtrain.node`: the fork server of a host. Imports torch once, forks all the rest.
+
+The server imports torch, forks the node agents (one, or several simulated nodes), goes on to
+import torch._dynamo while they meet their peers, and then forks workers when an agent asks.
+DDP's first step would otherwise import torch._dynamo in each rank: 2.6 s, measured, and a
+restart would import everything again.
+
+The server never has a second thread, so that forking stays safe (measured over hundreds of
+forks). Everything that it forks dies with it; the workers of an agent that ended are killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import select
+import signal
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dtrain import procs
+from dtrain.node import lost, stack_dump
+from dtrain.node.channel import Channel
+from dtrain.node.heartbeat import Peer, of_silence, pause_s
+from dtrain.plan import LaunchPlan
+from dtrain.procs import (
+    DEFERRED_SIGNALS,
+    STOP_SIGNALS,
+    fork_child,
+    is_ending,
+    kill_group,
+    threads_lost_by_fork,
+)
+from dtrain.ranks import RankInfo
+from dtrain.run import events, failures
+from dtrain.run.flight_recorder import Ring
+from dtrain.run.rundir import RunDir
+
+WORKER_MODULES = ("dtrain.node.worker", "torch._dynamo")
+"""Imported before the first worker is forked, besides those of the plan."""
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """A rank's process, and what it shares with us."""
+
+    ranks: RankInfo
+    ring: Ring
+
+    def save_collectives(self, plan: LaunchPlan) -> None:
+        """Keep its last collectives for the verdict."""
+        folder = plan.run.collectives(plan.attempt, self.ranks.restart)
+        with contextlib.suppress(OSError):  # a full disk may be why it ended
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"rank-{self.ranks.rank:05d}").write_bytes(self.ring.contents())
+
+
+@dataclass
+class _Agent:
+    """A node agent and the workers that it asked for."""
+
+    node_rank: int
+    pid: int
+    channel: Channel
+    peer: Peer
+    workers: dict[int, _Worker] = field(default_factory=dict)
+    """By pid."""
+    killed: set[int] = field(default_factory=set)
+    """Workers that it had us kill."""
+    status: int | None = None
+
+
+class _AskedToStop(BaseException):
+    """Ends the imports for workers that will not be started."""
+
+
+class ForkServer:
+    """Forks agents and workers of one host, and reaps them."""
+
+    def __init__(
+        self,
+        plan: LaunchPlan,
+        node_ranks: list[int],
+        run_agent: Callable[[LaunchPlan, int, Channel, int | None], int],
+    ) -> None:
+        """Prepare; nothing is forked yet.
+
+        Args:
+            plan: the launch.
+            node_ranks: the nodes that this host is, more than one when simulated.
+            run_agent: called in each agent's process with (plan, node_rank, channel, listen_fd).
+        """
+        self.plan = plan
+        self.node_ranks = node_ranks
+        self._run_agent = run_agent
+        self._agents: list[_Agent] = []
+        self._stop_signal: int | None = None
+        self._is_importing = False
+        self.is_superseded: Callable[[], bool] = lambda: False
+        """Asked now and then: whether the launch has begun again without us."""
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def serve(self, listen_fd: int | None = None) -> int:
+        """Fork the agents, serve them until all have ended; the worst of their exit codes.
+
+        Args:
+            listen_fd: the socket on which node 0 is to serve the rendezvous, already listening.
+        """
+        stack_dump.answer()
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # the wakeup fd is what we wait on
+        for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            signal.signal(sig, self._ask_to_stop)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        for node_rank in self.node_ranks:
+            self._fork_agent(node_rank, listen_fd if node_rank == 0 else None)
+        if listen_fd is not None:
+            os.close(listen_fd)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, DEFERRED_SIGNALS)
+        with contextlib.suppress(_AskedToStop):
+            self._import_for_workers()
+        while any(agent.status is None for agent in self._agents):
+            self._wait()
+            self._reap()
+            self._answer()
+            self._end_silent()
+            if self.is_superseded():
+                print("dtrain: the job goes on elsewhere; this node ends", file=sys.stderr)
+                return 1  # all that it forked dies with it
+        return max(agent.status or 0 for agent in self._agents)
+
+    def _import_for_workers(self) -> None:
+        """Import what workers need, unless we are asked to stop: then there will be none."""
+        self._is_importing = True
+        if self._stop_signal is not None:
+            raise _AskedToStop
+        for module in (*WORKER_MODULES, *self.plan.modules):
+            self._reap()  # an agent may fail while we import; do not find out only afterwards
+            if module in self.plan.preload:
+                procs.offer_current_folder()
+            importlib.import_module(module)
+        # A collection in a forked worker would write to, and so copy, every object imported
+        # here: 0.7-2.6 s in each of 4 ranks at once, measured.
+        gc.collect()
+        gc.freeze()
+        _require_one_thread(self.plan.preload)
+        self._is_importing = False
+
+    # -- agents ------------------------------------------------------------------------------
+
+    def _fork_agent(self, node_rank: int, listen_fd: int | None) -> None:
+        ours, theirs = Channel.pair()
+        log = _open_log(self.plan.run.agent_log(self.plan.attempt, node_rank))
+        keep = [theirs.fileno(), *([] if listen_fd is None else [listen_fd])]
+        pid = fork_child(
+            lambda: self._run_agent(self.plan, node_rank, theirs, listen_fd),
+            stdout=log,
+            stderr=log,
+            keep_fds=keep,
+            hold=STOP_SIGNALS,
+        )
+        os.close(log)
+        theirs.close()
+        self._agents.append(_Agent(node_rank, pid, ours, Peer(self.plan.lost_after_s)))
+        events.note_event(self.plan.run, "agent_started", node_rank=node_rank, pid=pid)
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether someone has asked this host to leave."""
+        return self._stop_signal is not None
+
+    def _ask_to_stop(self, sig: int, _frame: object) -> None:
+        self._stop_signal = sig
+        for agent in self._agents:
+            if agent.status is None:
+                kill_group(agent.pid, sig)
+        if self._is_importing:
+            self._is_importing = False
+            raise _AskedToStop
+
+    # -- the loop ----------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        channels = [agent.channel.fileno() for agent in self._agents if agent.status is None]
+        select.select([self._wake_read, *channels], [], [], pause_s(self.plan.lost_after_s))
+        try:
+            while os.read(self._wake_read, 512):
+                pass
+        except BlockingIOError:
+            pass
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            code = os.waitstatus_to_exitcode(status)
+            for agent in self._agents:
+                if pid == agent.pid:
+                    self._agent_ended(agent, code)
+                elif pid in agent.workers:
+                    self._worker_ended(agent, pid, code, usage.ru_maxrss * 1024)
+
+    def _worker_ended(self, agent: _Agent, pid: int, code: int, peak: int) -> None:
+        worker = agent.workers.pop(pid)
+        kill_group(pid)  # data loader processes and whatever else it left
+        if agent.status is None:
+            killed = pid in agent.killed
+            told = {"exited": pid, "code": code, "time": time.time(), "killed": killed,
+                    "left": worker.ring.left().decode(), "peak": peak}  # fmt: skip
+            _send(agent.channel, told)
+        agent.killed.discard(pid)
+        if code != 0:  # after the agent knows: a restart need not wait for it
+            worker.save_collectives(self.plan)
+
+    def _agent_ended(self, agent: _Agent, code: int) -> None:
+        agent.status = code if code >= 0 else 128 - code
+        for pid in agent.workers:
+            kill_group(pid)
+        agent.channel.close()
+        if code < 0:
+            self._record_lost_node(agent, code)
+            for other in (each for each in self._agents if each.status is None):
+                _send(other.channel, {"lost": agent.node_rank})
+
+    def _end_silent(self) -> None:
+        """Kill agents that are stopped: nobody would see that their workers fail."""
+        for agent in self._agents:
+            if agent.status is None and agent.peer.is_silent():
+                kill_group(agent.pid)
+
+    def _record_lost_node(self, agent: _Agent, code: int) -> None:
+        plan = self.plan
+        how = f"the node agent was killed by {failures.signal_name(-code)}"
+        if agent.peer.is_silent():
+            how = of_silence("the node agent", plan.lost_after_s)
+        log = str(plan.run.agent_log(plan.attempt, agent.node_rank))
+        lost.record(plan, agent.node_rank, how, log=log, exit_code=128 - code, pid=agent.pid)
+
+    # -- requests ----------------------------------------------------------------------------
+
+    def _answer(self) -> None:
+        for agent in self._agents:
+            while agent.status is None:
+                try:
+                    request = agent.channel.receive()
+                except EOFError:
+                    break  # it has ended; the next reap says how
+                if request is None:
+                    break
+                if "alive" in request:
+                    agent.peer.hear()
+                    _send(agent.channel, {"heard": True})
+                    continue
+                if "start" in request and self.asked_to_stop:
+                    continue  # its agent has been asked too, and what workers need is not here
+                if "start" in request:
+                    started = [self._fork_worker(agent, worker) for worker in request["start"]]
+                    _send(agent.channel, {"started": started})
+                elif request["signal"] in agent.workers or request["signal"] == 0:
+                    self._signal(agent, request)
+
+    def _signal(self, agent: _Agent, request: dict[str, Any]) -> None:
+        for pid in agent.workers if request["signal"] == 0 else [request["signal"]]:
+            if request["number"] == signal.SIGKILL:
+                if not is_ending(pid):  # one that ends by itself tells why the others are killed
+                    agent.killed.add(pid)
+                kill_group(pid)
+            else:
+                os.kill(pid, request["number"])
+
+    def _fork_worker(self, agent: _Agent, worker: dict[str, Any]) -> int:
+        log = _open_log(Path(worker["log"]))
+        ring = Ring()
+        pid = fork_child(lambda: _become_worker(worker, ring), stdout=log, stderr=log)
+        os.close(log)
+        agent.workers[pid] = _Worker(RankInfo.from_env(worker["env"]), ring)
+        return pid
+
+
+def _become_worker(asked: dict[str, Any], ring: Ring) -> int:
+    os.environ.clear()
+    os.environ.update(asked["env"])
+    # PYTHONUNBUFFERED is read when an interpreter starts, and a fork is none: without this a log
+    # shows what a script prints 8 KB at a time. And no training ends with a name that it prints,
+    # where the locale is not UTF-8.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    # What the imports above wanted done at exit (174 op libraries of torch) is the server's to
+    # do, not each worker's: 0.2 s. What the worker registers itself still runs.
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False
+    from dtrain.node import worker
+
+    return worker.run_worker(RunDir(asked["run_dir"]), ring)
+
+
+def _open_log(path: Path) -> int:
+    """A log to append to; where it cannot be opened (a full disk), output is dropped."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        print(f"dtrain: cannot write {path}: {error.strerror}", file=sys.stderr)
+        return os.open(os.devnull, os.O_WRONLY)
+
+
+def _send(channel: Channel, message: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # the agent has ended; the next reap says how
+        channel.send(message)
+
+
+def _require_one_thread(preloaded: tuple[str, ...]) -> None:
+    lost = threads_lost_by_fork()
+    if lost:
+        cause = f"; preloading {', '.join(preloaded)} started them" if preloaded else ""
+        print(
+            f"dtrain: the fork server has {lost + 1} threads{cause}; forked workers may hang",
+            file=sys.stderr,
+        )

@@ -1,0 +1,235 @@
+"""What every worker does before and after training: its place, its signals, its last words."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import gc
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from dtrain import catalog, procs
+from dtrain.errors import DtrainError
+from dtrain.integrations.script.group import Group
+from dtrain.job.spec import JobSpec
+from dtrain.node import hints, leaving, stack_dump
+from dtrain.plan import LaunchPlan
+from dtrain.ranks import RankInfo
+from dtrain.run import events, failures, rundir
+from dtrain.run.failures import FailureRecord, Frame
+from dtrain.run.flight_recorder import Ring
+from dtrain.run.rundir import RunDir
+from dtrain.train.checks import collective_trace
+from dtrain.train.context import StopFlag, TrainContext
+from dtrain.train.data.loader_process import end_with_rank
+from dtrain.train.load import load_task
+from dtrain.train.logs import setup_logging
+from dtrain.train.tracing.tracer import Recorder
+
+
+def run_worker(run: RunDir, ring: Ring | None = None) -> int:
+    """Be one rank of a run, from its directory and the torchrun variables; the exit status.
+
+    Args:
+        run: its directory.
+        ring: where to keep the last collectives for who started this process.
+
+    Whatever ends the training leaves a failure record in the run directory. The caller should
+    end the process with `os._exit`: with a DDP module alive a normal exit hangs in 6-8 % of
+    gloo runs, and it is ten times slower (measured, 100 runs of 4 ranks).
+    """
+    ranks = RankInfo.from_env()
+    faulthandler.enable()
+    if _has_agent():
+        stack_dump.answer_aside()
+    _tell(run, ranks, "worker_started", process=procs.this_process())
+    status = 1
+    try:
+        status = _train(run, ranks, ring)
+    except BaseException as error:
+        status = _last_words(error, run, ranks)
+    # os._exit skips these, and experiment trackers send their last data in them
+    atexit._run_exitfuncs()
+    _tell(run, ranks, "worker_ended", exit_code=status)
+    return status
+
+
+def _tell(run: RunDir, ranks: RankInfo, event: str, **facts: Any) -> None:
+    """By hand there is no agent: rank 0 tells that it has begun, and how it has ended."""
+    if ranks.is_rank_zero and not _has_agent():
+        events.note_event(run, event, restart=ranks.restart, **facts)
+
+
+def _has_agent() -> bool:
+    return "DTRAIN_NODE_NAME" in os.environ
+
+
+def _train(run: RunDir, ranks: RankInfo, ring: Ring | None) -> int:
+    plan = LaunchPlan.read(run)
+    spec = JobSpec.model_validate(yaml.safe_load(run.resolved.read_text(encoding="utf-8")))
+    attempt = int(os.environ.get(rundir.ATTEMPT_VARIABLE, plan.attempt))
+    if spec.script is not None:
+        return _run_script(plan, spec, ring)
+    try:
+        with leaving.hearing_exit(partial(_leave_task, run, ranks)):
+            return _train_task(plan, run, ranks, attempt, spec, ring)
+    except (Exception, SystemExit) as error:
+        failures.in_step(error, 0)  # before the first
+        raise
+
+
+def _train_task(
+    plan: LaunchPlan, run: RunDir, ranks: RankInfo, attempt: int, spec: JobSpec, ring: Ring | None
+) -> int:
+    assert spec.task is not None
+    setup_logging(run, ranks, attempt, own_file=not _has_agent())
+    torch.set_num_threads(plan.threads_per_proc)
+    stop = _stop_on_signals()
+    device = _device(plan, ranks)
+    _join_process_group(plan, ranks, device)
+    collective_trace.install(
+        ring
+    )  # before the task can take `from torch.distributed import all_reduce`
+    code_dir = Path(plan.code_dir or plan.job_dir)
+    os.environ.setdefault("KERAS_BACKEND", "torch")  # read once, when a task imports keras
+    task = load_task(spec.task, spec.args, code_dir, spec.trainer, spec.seed)
+    context = TrainContext(
+        spec=spec,
+        run=run,
+        ranks=ranks,
+        attempt=attempt,
+        task=task,
+        device=device,
+        local_devices=plan.replicas,
+        stop=stop,
+        recorder=Recorder.asked_for(run, ranks, task),
+        code_dir=code_dir,
+    )
+    trainer: Any = catalog.load("trainer", spec.trainer)(context)
+    trainer.run()
+    del trainer
+    gc.collect()  # DDP goes before its process group, or the teardown may hang
+    if dist.is_initialized():
+        dist.barrier()
+    return 0
+
+
+def _run_script(plan: LaunchPlan, spec: JobSpec, ring: Ring | None) -> int:
+    torch.set_num_threads(plan.threads_per_proc)
+    end_with_rank()  # also where the script's loader processes are deaf to SIGTERM
+    collective_trace.install(ring)
+    group = Group(plan.run, plan.collective_timeout_s)
+    run = catalog.load("trainer", spec.trainer)
+    script = Path(plan.code_dir or plan.job_dir) / str(spec.script)
+
+    def leave(how: str, frames: list[Frame]) -> int:
+        group.tell_if_none("to the end")
+        leaving.keep(ring, how, frames, group.is_over())
+        return 0
+
+    with leaving.hearing_exit(partial(leave, "os._exit(0)")):
+        run(script, spec.arguments, plan.run, leave)
+    return 0
+
+
+def _stop_on_signals() -> StopFlag:
+    """Signals only set a flag; the trainer acts on it at a step boundary, on all ranks."""
+    stop = StopFlag()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, lambda number, _frame: stop.request(signal.Signals(number).name))
+    return stop
+
+
+def _device(plan: LaunchPlan, ranks: RankInfo) -> torch.device:
+    if plan.device == "cpu":
+        return torch.device("cpu")
+    found = torch.cuda.device_count()
+    if ranks.local_rank >= found:
+        raise DtrainError(
+            f"{plan.gpus_per_node} GPUs per node were asked for, but this node shows {found}; "
+            "check --gpus and CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(ranks.local_rank)
+    return torch.device("cuda", ranks.local_rank)
+
+
+def _join_process_group(plan: LaunchPlan, ranks: RankInfo, device: torch.device) -> None:
+    if "RANK" not in os.environ:
+        if plan.world_size > 1:
+            raise DtrainError(
+                f"this run has {plan.world_size} ranks, but no RANK is set: start the worker "
+                "with torchrun, or the run with `dtrain launch`"
+            )
+        return
+    dist.init_process_group(
+        backend="cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timedelta(seconds=plan.collective_timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def _last_words(error: BaseException, run: RunDir, ranks: RankInfo) -> int:
+    """Print the error, and leave the failure record; the exit status."""
+    attempt = _attempt()
+    record = failures.of_exception(error, **_place(run, ranks))
+    if isinstance(error, SystemExit) and not error.code:  # only a task's: a script may
+        record = leaving.of_task(record, "sys.exit(0)")
+    record = replace(record, hint=hints.hint(error, record.frames, run))
+    if record.exit_code != 0:
+        record.write(run, attempt)
+        _tell_torchrun(error)
+    with contextlib.suppress(OSError):  # a full disk may be why we are here
+        if not isinstance(error, SystemExit):
+            print(failures.FAILURE_OPEN, file=sys.stderr)
+            traceback.print_exception(error)
+            if record.hint:
+                print(f"dtrain: {record.hint}", file=sys.stderr)
+            print(failures.FAILURE_CLOSE, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return record.exit_code
+
+
+def _leave_task(run: RunDir, ranks: RankInfo, frames: list[Frame]) -> int:
+    """Before the end of a training, by `os._exit(0)`; the exit status."""
+    place = {**_place(run, ranks), "node": failures.node_name(), "pid": os.getpid()}
+    record = FailureRecord("left", "", 1, frames=frames, time=time.time(), **place)
+    record = leaving.of_task(record, "os._exit(0)")
+    record.write(run, _attempt())
+    return record.exit_code
+
+
+def _place(run: RunDir, ranks: RankInfo) -> dict[str, Any]:
+    return {
+        "rank": ranks.rank,
+        "node_rank": ranks.node_rank,
+        "restart": ranks.restart,
+        "log": str(run.rank_log(_attempt(), ranks.node_rank, ranks.rank)),
+    }
+
+
+def _attempt() -> int:
+    return int(os.environ.get(rundir.ATTEMPT_VARIABLE, 0))
+
+
+def _tell_torchrun(error: BaseException) -> None:
+    """Fill the file from which torchrun takes the error that it prints."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)

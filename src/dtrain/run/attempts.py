@@ -1,0 +1,242 @@
+"""The attempts of a run: who drives each of them, and how it ended.
+
+Whoever makes an attempt takes its number first, by a file that only one can make. The next number
+is free once the attempt before has ended, so two never train in one run directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dtrain import procs
+from dtrain.errors import DamagedError, UsageError
+from dtrain.run import files
+from dtrain.run.rundir import RunDir
+
+State = Literal["running", "succeeded", "failed", "cancelled", "lost", "prepared"]
+"""`lost`: whoever drove the run died before it could write how it ended."""
+
+BEAT_S = 20.0
+"""How often the driver of a run says that it lives."""
+SILENT_S = 120.0
+"""After how long without that it is taken for dead, where its process cannot be seen."""
+
+
+class Held(UsageError):
+    """Another command or job drives the run, or has made the attempt already."""
+
+    def __init__(self, run: RunDir, holder: Handle | None) -> None:
+        """With the holder's handle; None: workers that were started by hand."""
+        who = "workers that were started by hand" if holder is None else str(holder)
+        text = f"run {run.id} is held by {who}; `dtrain cancel {run.id}` ends it"
+        if holder is not None and Result.read(run, holder.attempt) is not None:
+            text = f"run {run.id} was held by {who}, and has ended meanwhile: look, and try again"
+        super().__init__(text)
+
+
+@dataclass(frozen=True)
+class Handle:
+    """Who drives an attempt: handle.json."""
+
+    launcher: str
+    attempt: int
+    first: int
+    """The attempt that the same command or job began with: a job makes further ones by itself."""
+    host: str
+    pid: int
+    identity: str | None
+    """Of the process, see `procs.identity`: a pid alone may be somebody else's by now."""
+    started: float
+    job_id: str | None = None
+    """Of the batch job that goes on without this process."""
+
+    @classmethod
+    def of_this_process(cls, launcher: str, attempt: int) -> Handle:
+        """A handle that names this process as the driver."""
+        return cls(launcher, attempt, attempt, started=time.time(), **procs.this_process())
+
+    @classmethod
+    def read(cls, run: RunDir, attempt: int | None = None) -> Handle | None:
+        """Of an attempt, or else of the newest; None when no command has begun one."""
+        numbers = reversed(run.attempts()) if attempt is None else [attempt]
+        found = (cls._read(run.handle(number), number) for number in numbers)
+        return next((each for each in found if each is not None), None)
+
+    @classmethod
+    def _read(cls, path: Path, attempt: int) -> Handle | None:
+        """In a file that must be of that attempt."""
+        handle = files.read_as(cls, path)
+        if handle is not None and not handle.first <= handle.attempt == attempt:
+            raise DamagedError(str(path), f"it is of attempt {handle.attempt}")
+        return handle
+
+    def __str__(self) -> str:
+        since = files.local_time(self.started)
+        who = f"process {self.pid} on {self.host}" if self.job_id is None else f"job {self.job_id}"
+        return f"{who}, which drives attempt {self.attempt} since {since}"
+
+    def write(self, run: RunDir) -> None:
+        """Write it anew; for who has claimed the attempt."""
+        files.write_json(run.handle(self.attempt), asdict(self))
+
+    def claim(self, run: RunDir) -> None:
+        """Take the attempt, the one after the newest.
+
+        Raises:
+            Held: another has it, or a later one.
+        """
+        newest = Handle.read(run)
+        is_next = newest is None or newest.attempt + 1 == self.attempt
+        if not is_next or not _make_once(run.handle(self.attempt), asdict(self)):
+            raise Held(run, Handle.read(run))
+
+    def claim_node(self, run: RunDir, node_rank: int) -> None:
+        """Be the command that starts one node of an attempt which node 0's command drives.
+
+        A node whose command has ended may be started again: it joins the next round.
+
+        Raises:
+            Held: another command does it.
+        """
+        folder = run.node(self.attempt, node_rank)
+        numbers = (path.stem.removeprefix("handle-") for path in folder.glob("handle-*.json"))
+        number = max((int(text) + 1 for text in numbers if text.isdecimal()), default=0)
+        holder = Handle._read(folder / f"handle-{number - 1}.json", self.attempt)
+        free = holder is None or not holder.is_alive(run)
+        if not free or not _make_once(folder / f"handle-{number}.json", asdict(self)):
+            raise Held(run, holder)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its process is one that we could see: of this boot and PID namespace."""
+        return self.identity is not None and procs.is_here(self.identity)
+
+    def is_alive(self, run: RunDir) -> bool:
+        """Whether the driver runs; where it cannot be seen, whether it was heard of lately."""
+        if self.identity is None:
+            return False
+        if self.is_here:
+            return procs.identity(self.pid) == self.identity
+        return not is_silent(run, self.attempt)
+
+
+def go_on(run: RunDir, attempt: int, job_id: str) -> None:
+    """Take a batch job's attempt, when it begins: the one submitted, or one after a requeue.
+
+    Raises:
+        Held: the run was resumed meanwhile, and is another's.
+    """
+    newest = Handle.read(run)
+    if newest is None or newest.job_id not in (None, job_id):
+        raise Held(run, newest)
+    if newest.job_id is None:  # whoever submits it has not written that yet, or was killed
+        replace(newest, job_id=job_id).write(run)
+    for number in range(newest.attempt + 1, attempt + 1):  # none is left for another to take
+        replace(newest, attempt=number, job_id=job_id, started=time.time()).claim(run)
+
+
+def newest_of(run: RunDir, first: int) -> int:
+    """The newest attempt of the command or job that began with attempt `first`."""
+    handles = (Handle.read(run, number) for number in run.attempts() if number >= first)
+    return max((each.attempt for each in handles if each and each.first == first), default=first)
+
+
+@contextlib.contextmanager
+def beating(run: RunDir, attempt: int) -> Iterator[None]:
+    """While it lasts, hosts that share the disk see that the driver of an attempt lives."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT_S):
+            with contextlib.suppress(OSError):
+                os.utime(run.handle(attempt))
+
+    thread = threading.Thread(target=beat, name="beat", daemon=True)
+    if run.url is None:  # at a URL the mirror tells it
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def is_silent(run: RunDir, attempt: int) -> bool:
+    """Whether nothing was heard of an attempt for so long that nobody drives it.
+
+    On a shared disk that is neither its driver, nor its events, nor its metrics; at a URL, what
+    its driver tells there.
+    """
+    if run.url is not None:
+        beat = files.read_as(dict[str, float], run.beat)
+        return beat is not None and time.time() - beat.get("time", 0.0) > SILENT_S
+    told = [_changed(path) for path in (run.handle(attempt), run.events, run.metrics)]
+    return bool(told[0]) and _now(run) - max(told) > SILENT_S
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _now(run: RunDir) -> float:
+    """The time by the clock of the disk's server, which wrote the times of files."""
+    try:
+        with tempfile.TemporaryFile(dir=run.path) as file:
+            file.write(b"x")
+            file.flush()
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:  # a run of somebody else's
+        return time.time()
+
+
+def _make_once(path: Path, value: dict[str, Any]) -> bool:
+    """Write a file that only one process can make; whether it was this one."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    files.write_json(aside, value)
+    try:
+        os.link(aside, path)  # a rename would replace what another has just written
+    except FileExistsError:
+        # NFS sends a request again whose answer was lost, and then finds what it has made
+        return os.stat(aside).st_nlink == 2
+    finally:
+        aside.unlink()
+    files.fsync_dir(path.parent)
+    return True
+
+
+@dataclass(frozen=True)
+class Result:
+    """How an attempt ended: result.json."""
+
+    state: State
+    exit_code: int
+    started: float
+    ended: float
+
+    def write(self, run: RunDir, attempt: int) -> bool:
+        """Write result.json, unless it says already how the attempt ended; whether we did.
+
+        Its driver and whoever looks at the run may both find the end. That it was lost, only
+        who did not see it can have said.
+        """
+        known = Result.read(run, attempt)
+        if known is not None and known.state != "lost":
+            return False
+        files.write_json(run.result(attempt), asdict(self))
+        return True
+
+    @classmethod
+    def read(cls, run: RunDir, attempt: int) -> Result | None:
+        """The attempt's result; None while it runs, or when its driver was killed."""
+        return files.read_as(cls, run.result(attempt))

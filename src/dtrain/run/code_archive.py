@@ -1,0 +1,91 @@
+"""The code of a run as one file, for hosts that do not see the folder where it was written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from dtrain.errors import PlanError
+from dtrain.plan import LaunchPlan
+from dtrain.run import files, snapshot
+from dtrain.run.rundir import RunDir
+
+_SHOWN = 3
+
+
+def pack(plan: LaunchPlan, limit: int, excludes: Sequence[str]) -> Path:
+    """Make one file of the copy of the code that `snapshot.copy_tree` has made; its path.
+
+    Args:
+        plan: the launch.
+        limit: the most bytes that may travel.
+        excludes: patterns of files that do not.
+
+    Raises:
+        PlanError: it is larger than it may be; names the largest files.
+        OSError: it cannot be written.
+    """
+    run = plan.run
+    tree = run.code / f"tree-{plan.attempt}"
+    check_size(tree, limit, excludes)
+    target = run.code / f"tree-{plan.attempt}.tar"
+    with (
+        files.replacing(target) as file,
+        tarfile.open(fileobj=file, mode="w", dereference=True) as archive,
+    ):
+        for path in sorted(tree.rglob("*")):
+            if path.is_file() or (path.is_dir() and not path.is_symlink()):
+                archive.add(path, str(path.relative_to(run.code)), recursive=False)
+        job = tarfile.TarInfo(snapshot.job_folder(run.code, plan.attempt).name)
+        job.type = tarfile.SYMTYPE
+        job.linkname = os.readlink(snapshot.job_folder(run.code, plan.attempt))
+        archive.addfile(job)
+    return target
+
+
+def unpack(run: RunDir) -> Path | None:
+    """The job's folder from the newest file of `pack` that a run has; None without one."""
+    found = sorted(run.code.glob("tree-*.tar"), key=lambda path: int(path.stem.split("-")[1]))
+    if not found:
+        return None
+    # not below the folder of runs, of which no snapshot takes anything
+    folder = run.path.parent.with_name(f"{run.path.parent.name}.code") / run.id
+    shutil.rmtree(folder, ignore_errors=True)
+    snapshot.make_private(folder)
+    with tarfile.open(found[-1]) as archive:
+        archive.extractall(folder)
+    return (folder / found[-1].stem.replace("tree-", "job-")).resolve()
+
+
+def check_size(tree: Path, limit: int, excludes: Sequence[str]) -> None:
+    """See that a copy of the code may travel, without what is excluded, which is removed from it.
+
+    Raises:
+        PlanError: it is larger than it may be; names the largest files.
+    """
+    sizes: dict[str, int] = {}
+    for here, _, names in os.walk(tree):
+        for name in names:
+            path = Path(here, name)
+            inside = str(path.relative_to(tree))
+            if any(fnmatch(inside, pattern) for pattern in excludes):
+                path.unlink()  # it is a copy of ours, or a link
+            elif path.exists():
+                sizes[inside] = path.stat().st_size
+    total = sum(sizes.values())
+    if total > limit:
+        largest = sorted(sizes.items(), key=lambda item: -item[1])[:_SHOWN]
+        listed = ", ".join(f"{name} ({_mib(size)})" for name, size in largest)
+        raise PlanError(
+            f"the code around the job is {_mib(total)}, more than travels to Ray's nodes "
+            f"(upload_limit: {_mib(limit)}); largest: {listed}; keep data elsewhere, or leave it "
+            "out with option excludes"
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 1024**2:.1f} MiB"

@@ -1,0 +1,49 @@
+"""What a checkpoint's manifest says: which files it has, with the size and the digest of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.errors import CheckpointError, DamagedError
+from dtrain.run import files
+
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file."""
+
+    bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json holds."""
+
+    format: int
+    files: dict[str, Entry]
+    digest: str
+    """Of the manifest itself, without this."""
+
+
+def parse(text: str | bytes) -> Manifest:
+    """A manifest from its text.
+
+    Raises:
+        CheckpointError: it is none; says what is wrong.
+    """
+    try:
+        manifest = files.parse_as(Manifest, text, NAME)
+    except DamagedError as error:
+        raise CheckpointError(f"{NAME} is damaged: {error.why}") from None
+    wrong = [name for name in (*manifest.files, manifest.digest) if not _is_name(name)]
+    if wrong:
+        raise CheckpointError(f"{NAME} is damaged: {wrong[0][:200]!r} is the name of no file")
+    return manifest
+
+
+def _is_name(text: str) -> bool:
+    return text not in ("", ".", "..") and Path(text).name == text

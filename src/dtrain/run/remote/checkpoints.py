@@ -1,0 +1,163 @@
+"""The checkpoints of a run at a URL.
+
+A checkpoint is `step-00000012/manifest.json` and the files that it lists, in a folder beside it
+that is named by the manifest's own digest. The manifest is written last, in one request: it is
+what makes a checkpoint exist, and what replaces another of the same name as a whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import secrets
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dtrain.errors import CheckpointError
+from dtrain.run import manifest
+from dtrain.run.files import write_atomic
+from dtrain.run.manifest import NAME as MANIFEST
+from dtrain.run.remote.store import RemoteStore, RemoteStoreError
+from dtrain.run.rundir import RunDir
+
+_REJECTED = "manifest.rejected.json"
+_STEP = re.compile(r"step-\d{8,}")
+_AT_ONCE = 4
+
+
+class RemoteCheckpoints:
+    """What of a run's checkpoints is at its URL; folders of this host hold copies."""
+
+    def __init__(self, run: RunDir, url: str) -> None:
+        self._run = run
+        self._place = RemoteStore(f"{url}/checkpoints", patient=True)
+
+    @classmethod
+    def of(cls, run: RunDir) -> RemoteCheckpoints | None:
+        """Those of a run; None when it is kept in a folder alone."""
+        url = run.url
+        return None if url is None else cls(run, url)
+
+    def folders(self) -> list[Path]:
+        """Where on this host the checkpoints of steps would be, in no order."""
+        names = [name.split("/")[0] for name in self._place.matching(f"step-*/{MANIFEST}")]
+        return [self._run.checkpoints / name for name in names if _STEP.fullmatch(name)]
+
+    def upload(self, folder: Path, files: Iterable[str] | None = None) -> None:
+        """Copy a checkpoint of this host there; it exists when this returns, not before.
+
+        Args:
+            folder: of this host, whole.
+            files: names of those to copy; None: all that the manifest lists.
+        """
+        text = (folder / MANIFEST).read_bytes()
+        listed = manifest.parse(text)
+        inside = f"{folder.name}/{listed.digest}"
+
+        def put(name: str) -> None:
+            self._place.put(folder / name, f"{inside}/{name}")
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(put, listed.files if files is None else files))
+        there = self._place.files(folder.name)
+        for name, entry in listed.files.items():
+            about: Any = there.get(f"{inside}/{name}", {})
+            if about.get("size") != entry.bytes:
+                raise RemoteStoreError(
+                    f"{self._place.url}/{inside}/{name} has {about.get('size', 'no')} bytes "
+                    f"instead of {entry.bytes}"
+                )
+        self._place.write(f"{folder.name}/{MANIFEST}", text)
+        self._clear(folder.name, there, but=inside)
+
+    def fetch(self, folder: Path) -> None:
+        """Bring a checkpoint to this host, unless that very one is here.
+
+        Several ranks of a host may ask at once: the first brings it.
+
+        Raises:
+            CheckpointError: it is not whole; says how.
+        """
+        text = self._place.read(f"{folder.name}/{MANIFEST}")
+        if text is None:
+            raise CheckpointError(f"{MANIFEST} is missing")
+        with _alone(folder.parent):
+            if _bytes(folder / MANIFEST) != text:
+                self._bring(folder, text)
+
+    def copy(self, name: str, to: str) -> None:
+        """Keep a checkpoint under another name too."""
+        text = self._place.read(f"{name}/{MANIFEST}")
+        if text is None:
+            raise RemoteStoreError(f"{self._place.url}/{name} has no {MANIFEST}")
+        listed = manifest.parse(text)
+        inside = listed.digest
+        for file in listed.files:
+            self._place.copy(f"{name}/{inside}/{file}", f"{to}/{inside}/{file}")
+        self._place.write(f"{to}/{MANIFEST}", text)
+        self._clear(to, self._place.files(to), but=f"{to}/{inside}")
+
+    def reject(self, name: str) -> None:
+        """Take a checkpoint that cannot be used for none from now on; its files stay."""
+        text = self._place.read(f"{name}/{MANIFEST}")
+        if text is not None:
+            self._place.write(f"{name}/{_REJECTED}", text)
+            self._place.remove(f"{name}/{MANIFEST}")
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint."""
+        self._place.remove(f"{name}/{MANIFEST}")  # first: from now on there is none
+        self._place.remove(*self._place.files(name))
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers have left."""
+        found = list(self._place.files())
+        kept = {n.split("/")[0] for n in found if n.rpartition("/")[2] in (MANIFEST, _REJECTED)}
+        self._place.remove(*(name for name in found if name.split("/")[0] not in kept))
+        inside: dict[str, set[str]] = defaultdict(set)
+        for name in found:
+            inside[name.split("/")[0]].add(name.rpartition("/")[0])
+        for name in (each for each in kept if len(inside[each] - {each}) > 1):
+            text = self._place.read(f"{name}/{MANIFEST}")
+            with suppress(CheckpointError):  # of one that is damaged nothing is known
+                whole = f"{name}/{manifest.parse(text or '').digest}"
+                self._clear(name, (file for file in found if file.startswith(f"{name}/")), whole)
+
+    def _bring(self, folder: Path, text: bytes) -> None:
+        listed = manifest.parse(text)
+        inside, files = f"{folder.name}/{listed.digest}", list(listed.files)
+        aside = folder.with_name(f".{folder.name}.aside-{secrets.token_hex(4)}")
+        aside.mkdir(parents=True)
+        try:
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                got = list(pool.map(lambda n: self._place.get(f"{inside}/{n}", aside / n), files))
+            missing = [name for name, came in zip(files, got, strict=True) if not came]
+            if missing:
+                raise CheckpointError(f"{missing[0]} is missing")
+            write_atomic(aside / MANIFEST, text)
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _clear(self, name: str, files: Iterable[str], but: str) -> None:
+        """Remove the files of an earlier checkpoint of the same name."""
+        inside = [file for file in files if "/" in file.removeprefix(f"{name}/")]
+        self._place.remove(*(file for file in inside if not file.startswith(f"{but}/")))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None

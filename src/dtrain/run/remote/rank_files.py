@@ -1,0 +1,35 @@
+"""Folders of several ranks, brought together at a run's URL by ranks that share no disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from dtrain.run.remote.store import RemoteStore
+from dtrain.run.rundir import RunDir
+
+
+class RemoteParts:
+    """One folder of each rank, on its way to rank 0."""
+
+    def __init__(self, url: str, purpose: str) -> None:
+        self._place = RemoteStore(f"{url}/.{purpose}")
+
+    @classmethod
+    def of(cls, run: RunDir, purpose: str) -> RemoteParts | None:
+        """Those of a run; None when it is kept in a folder, which all ranks see."""
+        url = run.url
+        return None if url is None else cls(url, purpose)
+
+    def give(self, folder: Path) -> None:
+        """Send a folder's files there."""
+        for path in folder.iterdir():
+            self._place.put(path, f"{folder.name}/{path.name}")
+
+    def take(self, folders: Iterable[Path]) -> None:
+        """Bring the folders here that others have sent, and remove them there."""
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in self._place.files(folder.name):
+                self._place.get(name, folder / Path(name).name)
+                self._place.remove(name)

@@ -1,0 +1,248 @@
+"""Runs at a URL, and the folder of this host in which they are worked on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dtrain.errors import RunNotFound
+from dtrain.run import files, rundir
+from dtrain.run.attempts import Handle
+from dtrain.run.remote.mirror import CODE, LAUNCH, LOGS, Mirror, Pusher, changed_at
+from dtrain.run.remote.store import RemoteStore, RemoteStoreError
+from dtrain.run.rundir import RunDir
+
+STAGING = "DTRAIN_STAGING"
+_OLD_S = 14 * 86400.0
+_REFRESH_S = 2.0
+_UNSYNCED = ".ahead"
+
+
+def staging(url: str) -> Path:
+    """The folder of this host for the runs at a URL: `$DTRAIN_STAGING`, or in the user's cache."""
+    root = os.environ.get(STAGING)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = re.sub(r"[^a-z0-9]+", "-", url.lower()).strip("-")[-40:]
+    digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:8]
+    return Path(root or os.path.join(cache, "dtrain", "runs")).absolute() / f"{name}-{digest}"
+
+
+def create(run: RunDir, url: str) -> None:
+    """Make a run's directory on this host, the copy that is ahead of the one at the URL.
+
+    Raises:
+        PlanError: the URL cannot be written to; says why.
+        LaunchError: the directory cannot be made.
+    """
+    RemoteStore(url.rpartition("/")[0]).check()
+    _remove_old(run.path.parent)
+    run.create()
+    files.write_atomic(run.url_file, url, mode=0o600)
+
+
+def claim(run: RunDir, path: Path) -> None:
+    """Make a file of a run's directory at its URL, if it has one: of all hosts only one can.
+
+    Raises:
+        FileExistsError: another host has made it.
+        RemoteStoreError: the URL does not answer.
+    """
+    url = run.url
+    if url is not None:
+        RemoteStore(url).make_once(str(path.relative_to(run.path)), path.read_bytes())
+
+
+def holder(run: RunDir, attempt: int) -> Handle | None:
+    """Who has claimed an attempt at a run's URL; None where nobody has."""
+    url = run.url
+    data = None if url is None else RemoteStore(url).read(_handle_name(attempt))
+    return None if data is None else _handle_in(data, url)
+
+
+def mark_unsynced(run: RunDir) -> None:
+    """Note that the directory on this host is ahead of the copy at the URL, if it has one."""
+    if run.url is not None:
+        (run.path / _UNSYNCED).touch()
+
+
+def attach(run: RunDir, url: str) -> None:
+    """Make a run's directory on a host that goes on with a run begun elsewhere.
+
+    Raises:
+        PlanError: the URL cannot be written to; says why.
+    """
+    RemoteStore(url.rpartition("/")[0]).check()
+    files.write_atomic(run.url_file, url, mode=0o600)
+    (run.path / _UNSYNCED).touch()
+    Mirror(run, url).pull(but=(*CODE, *LOGS))
+
+
+def detach(run: RunDir) -> None:
+    """Remove a run's directory from this host, unless not all of it is at its URL."""
+    if not (run.path / _UNSYNCED).exists():
+        shutil.rmtree(run.path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def syncing(
+    run: RunDir,
+    say: Callable[[str], None],
+    *,
+    only: Sequence[str] = (),
+    but: Sequence[str] = (),
+) -> Iterator[None]:
+    """While it lasts, what is new in a run's directory goes to its URL, if it has one.
+
+    Args:
+        run: its directory.
+        say: told when not all could be written in the end.
+        only: patterns of the files that this process answers for; none: all.
+        but: patterns of files that it does not.
+    """
+    url = run.url
+    if url is None:
+        yield
+        return
+    pusher = Pusher(Mirror(run, url), only, but)
+    pusher.start()
+    try:
+        yield
+    finally:
+        trouble = pusher.end()
+        if trouble:
+            say(f"not all of the run could be written: {trouble}; it is in {run.path}")
+        else:
+            _tidy(run)
+
+
+def bring_code(run: RunDir) -> None:
+    """Bring the copies of a run's code to this host, where it is kept at a URL."""
+    url = run.url
+    if url is not None:
+        Mirror(run, url).pull(only=("code/tree-*.tar",))
+
+
+def push(run: RunDir, only: Sequence[str] = ()) -> None:
+    """Copy what is new to a run's URL, if it has one; one that does not answer is passed over."""
+    url = run.url
+    if url is not None:
+        with contextlib.suppress(RemoteStoreError):
+            Mirror(run, url).push(only)
+
+
+def fetch(url: str, name: str | None = None) -> Path:
+    """Bring what is known of runs at a URL to this host; the folder in which they are.
+
+    Args:
+        url: the place of all runs.
+        name: id, beginning of an id, or `last`; None: all runs, without their logs.
+
+    Raises:
+        PlanError: it is no such URL.
+        RunNotFound: it cannot be read.
+    """
+    folder = staging(url)
+    try:
+        jobs = RemoteStore(url).matching("*/resolved.yaml")  # written anew by each attempt
+        ids = {path.split("/")[0]: about for path, about in jobs.items()}
+        for run_id in sorted(ids, key=lambda run_id: _time(ids[run_id])):
+            if name is None or _is_meant(run_id, name, ids):
+                _bring(RunDir(folder / run_id), f"{url.rstrip('/')}/{run_id}", name is None)
+    except RemoteStoreError as error:
+        raise RunNotFound(str(error)) from error
+    for run in rundir.list_runs(folder):
+        ours = (run.path / _UNSYNCED).exists() or is_driven_here(run)
+        if run.id not in ids and not ours:
+            shutil.rmtree(run.path, ignore_errors=True)  # removed at the URL
+    return folder
+
+
+def refresher(run: RunDir) -> Callable[[], None]:
+    """A function that brings what is new of a run to this host, not more often than it is worth."""
+    at = time.monotonic()
+
+    def refresh() -> None:
+        nonlocal at
+        url = run.url
+        if url is None or time.monotonic() - at < _REFRESH_S:
+            return
+        with contextlib.suppress(RemoteStoreError):  # asked again
+            _bring(run, url, False)
+        at = time.monotonic()
+
+    return refresh
+
+
+def is_driven_here(run: RunDir) -> bool:
+    """Whether a process of this host drives a run; then the copy here is the newest."""
+    handle = Handle.read(run)
+    return handle is not None and handle.is_here and handle.is_alive(run)
+
+
+def _bring(run: RunDir, url: str, without_logs: bool) -> None:
+    if is_driven_here(run):
+        return
+    ahead = run.path / _UNSYNCED
+    if ahead.exists():  # whoever drove it was killed before all was written
+        handle = Handle.read(run)
+        if handle is not None and _is_newest_at(url, handle):
+            Mirror(run, url).push(() if handle.job_id is None else LAUNCH)
+        ahead.unlink()
+    run.create()
+    files.write_atomic(run.url_file, url, mode=0o600)
+    Mirror(run, url).pull(but=(*CODE, *LOGS) if without_logs else CODE)
+
+
+def _is_newest_at(url: str, handle: Handle) -> bool:
+    """Whether no other host has begun the attempt of a handle, or a later one."""
+    place = RemoteStore(url)
+    there = [int(name.split("/")[1]) for name in place.matching("attempts/*/handle.json")]
+    if max(there, default=-1) < handle.attempt:
+        return True
+    data = place.read(_handle_name(handle.attempt))
+    ours = data is not None and _handle_in(data, url).identity == handle.identity
+    return ours and max(there) == handle.attempt
+
+
+def _handle_in(data: bytes, url: str | None) -> Handle:
+    where = f"a handle.json at {url}"
+    return files.parse_as(Handle, data, where)
+
+
+def _handle_name(attempt: int) -> str:
+    return f"attempts/{attempt}/handle.json"
+
+
+def _is_meant(run_id: str, name: str, ids: dict[str, Any]) -> bool:
+    if name == "last":
+        return run_id == max(ids, key=lambda each: _time(ids[each]))
+    return run_id.startswith(name)
+
+
+def _time(about: Any) -> float:
+    return changed_at(about) or 0.0
+
+
+def _tidy(run: RunDir) -> None:
+    """All is at the URL: what is large need not stay here."""
+    (run.path / _UNSYNCED).unlink(missing_ok=True)
+    for path in (*run.checkpoints.glob("*"), *run.code.glob("tree-*"), *run.code.glob("job-*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _remove_old(folder: Path) -> None:
+    """Runs that nobody has looked at for weeks; they are at the URL."""
+    for run in rundir.list_runs(folder):
+        is_old = time.time() - run.path.stat().st_mtime > _OLD_S
+        if is_old and not (run.path / _UNSYNCED).exists() and not is_driven_here(run):
+            shutil.rmtree(run.path, ignore_errors=True)

@@ -1,0 +1,253 @@
+"""A folder at a URL, by fsspec: what is read and written there, and errors in plain words."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from dtrain.errors import DtrainError, PlanError
+
+_Value = TypeVar("_Value")
+
+_PAUSES_S = (0.5, 2.0, 5.0)
+_PATIENT_S = (*_PAUSES_S, 15.0, 30.0)
+_EXTRAS = {"s3fs": "pip install 'dtrain[s3]'"}
+# A server that is not there is found out in seconds, not in botocore's minutes.
+_S3_OPTIONS = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 3}}
+
+
+class RemoteStoreError(DtrainError, OSError):
+    """A place at a URL cannot be read or written."""
+
+
+def is_url(text: str | os.PathLike[str]) -> bool:
+    """Whether a place of runs is a URL, not a folder."""
+    return "://" in os.fspath(text)
+
+
+class RemoteStore:
+    """A folder at a URL. Its files have names, relative to it, with `/` between the parts.
+
+    All methods raise `RemoteStoreError` when the place does not answer, after some tries, or
+    does not let us in.
+    """
+
+    def __init__(self, url: str, *, patient: bool = False) -> None:
+        """Open it; nothing is asked of it yet.
+
+        Args:
+            url: of the folder.
+            patient: whether a place that is away for a minute is waited for: what is at stake is
+                a training, not a command.
+
+        Raises:
+            PlanError: it is not such a URL, or the package for it is missing.
+        """
+        self.url = url if url.endswith("://") else url.rstrip("/")
+        self._fs, self._root = _open(self.url)
+        self._patient = patient
+        self._is_local = "file" in _protocols(self._fs)
+
+    def check(self) -> None:
+        """See that files can be written, read and removed there.
+
+        Raises:
+            PlanError: they cannot; says why.
+        """
+        name = f".dtrain-probe-{secrets.token_hex(4)}"
+        try:
+            self.write(name, b"dtrain")
+            if self.read(name) != b"dtrain":
+                raise RemoteStoreError(f"{self.url} does not give back what was written")
+            self.remove(name)
+        except RemoteStoreError as error:
+            raise PlanError(str(error)) from error
+
+    def files(self, below: str = "") -> dict[str, Mapping[str, Any]]:
+        """What fsspec tells of each file below a name, by name; empty where there is none."""
+        none: dict[str, Any] = {}
+        found = self._do(lambda: self._fs.find(self._path(below), detail=True), none)
+        return {path[len(self._root) + 1 :]: about for path, about in found.items()}
+
+    def matching(self, pattern: str) -> dict[str, Mapping[str, Any]]:
+        """What fsspec tells of the files that match a glob pattern, by name."""
+        none: dict[str, Any] = {}
+        found = self._do(lambda: self._fs.glob(self._path(pattern), detail=True), none)
+        return {path[len(self._root) + 1 :]: about for path, about in found.items()}
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a file; None when there is none."""
+        return self._do(lambda: bytes(self._fs.cat_file(self._path(name))), None)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file: readers see the old one or the new one."""
+        path = self._path(name)
+        if not self._is_local:
+            self._must(lambda: self._fs.pipe_file(path, data))
+            return
+        aside = f"{path}.{secrets.token_hex(4)}"
+        self._must(lambda: self._fs.pipe_file(aside, data))
+        self._must(lambda: os.replace(aside, path))
+
+    def make_once(self, name: str, data: bytes) -> None:
+        """Write a file that only one can make: with a conditional request, where there are such.
+
+        Raises:
+            FileExistsError: there is such a file.
+        """
+        path = self._path(name)
+
+        def make() -> None:
+            if not self._is_local:
+                self._fs.pipe_file(path, data, mode="create")
+                return
+            aside = f"{path}.{secrets.token_hex(4)}"
+            self._fs.pipe_file(aside, data)
+            try:
+                os.link(aside, path)
+            finally:
+                os.unlink(aside)
+
+        try:
+            self._again(make)
+        except Exception as error:  # older libraries have no error of its own for this
+            there = self.read(name)
+            if there is None:
+                raise _explained(self.url, error) from error
+            if there != data:  # else ours, and only the answer was lost
+                raise FileExistsError(name) from error
+
+    def put(self, source: Path, name: str) -> None:
+        """Copy a file of this host there."""
+        self._must(lambda: self._fs.put_file(str(source), self._path(name)))
+
+    def get(self, name: str, target: Path) -> bool:
+        """Copy a file to this host; whether there is one."""
+
+        def fetch() -> bool:
+            self._fs.get_file(self._path(name), str(target))
+            return True
+
+        return self._do(fetch, False)
+
+    def copy(self, name: str, to: str) -> None:
+        """Copy a file within the place."""
+        if self._is_local:
+            os.makedirs(os.path.dirname(self._path(to)), exist_ok=True)
+        self._must(lambda: self._fs.cp_file(self._path(name), self._path(to)))
+
+    def remove(self, *names: str) -> None:
+        """Remove files; one that is not there is no error."""
+        paths = [self._path(name) for name in names]
+        if len(paths) == 1:
+            self._do(lambda: self._fs.rm_file(paths[0]), None)
+        elif paths:  # in one request, where the place has that
+            self._do(lambda: self._fs.rm(paths), None)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    def _must(self, action: Callable[[], _Value]) -> _Value:
+        try:
+            return self._again(action)
+        except Exception as error:  # each library behind fsspec has its own
+            raise _explained(self.url, error) from error
+
+    def _do(self, action: Callable[[], _Value], missing: _Value) -> _Value:
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                return self._again(action)
+            except FileNotFoundError:
+                raise
+            except Exception as error:
+                raise _explained(self.url, error) from error
+        return missing
+
+    def _again(self, action: Callable[[], _Value]) -> _Value:
+        """Do something that a network may break; some tries."""
+        pauses = _PATIENT_S if self._patient else _PAUSES_S
+        for pause_s in () if self._is_local else pauses:
+            try:
+                return action()
+            except (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError):
+                raise
+            except Exception as error:
+                if _lacks_credentials(error) or (_nobody_there(error) and not self._patient):
+                    raise
+            time.sleep(pause_s)
+        return action()
+
+
+def _open(url: str) -> tuple[Any, str]:
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        raise PlanError(
+            f"the URL of runs at {parts.hostname} holds a password; it would stand in files that "
+            "others read: leave it out, credentials are taken from the environment"
+        )
+    if parts.scheme == "memory":
+        raise PlanError("runs at memory:// would be gone with the process that wrote them")
+    import fsspec
+
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if parts.scheme in ("s3", "s3a"):
+        options["config_kwargs"] = dict(_S3_OPTIONS)
+        for library in ("botocore", "aiobotocore"):  # they tell where they have found credentials
+            logging.getLogger(library).setLevel(logging.WARNING)
+    if parts.scheme in ("file", "local"):
+        options["auto_mkdir"] = True
+    try:
+        fs, root = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        package = _package(parts.scheme)
+        raise PlanError(
+            f"runs at {parts.scheme}:// need the package {package}: "
+            f"{_EXTRAS.get(package, f'pip install {package}')}"
+        ) from error
+    except Exception as error:
+        raise PlanError(f"{url} cannot be a place of runs: {_first_line(error)}") from error
+    if not root.strip("/"):
+        raise PlanError(f"{url} names no place: say which bucket or folder, as s3://bucket/runs")
+    return fs, root.rstrip("/")
+
+
+def _package(scheme: str) -> str:
+    from fsspec.registry import known_implementations
+
+    return str(known_implementations[scheme]["class"]).partition(".")[0]
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _explained(url: str, error: Exception) -> RemoteStoreError:
+    said = _first_line(error)
+    if isinstance(error, FileNotFoundError):
+        return RemoteStoreError(f"{url} is not there: {said}; make the bucket, or say another URL")
+    if isinstance(error, PermissionError) or _lacks_credentials(error):
+        return RemoteStoreError(
+            f"{url} does not let us in: {said}; credentials are taken from the environment, as "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
+        )
+    return RemoteStoreError(f"{url} cannot be reached: {said}")
+
+
+def _lacks_credentials(error: Exception) -> bool:
+    return "Credential" in type(error).__name__
+
+
+def _nobody_there(error: Exception) -> bool:
+    return type(error).__name__ == "EndpointConnectionError"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,311 @@
+"""Who failed first, and why: all nodes' failure records made into one block of text.
+
+Runs on the launch plane, when nothing of the attempt runs any more, and later for `dtrain why`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import textwrap
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dtrain.run import failures, files
+from dtrain.run.failures import FailureRecord, Frame, Kind
+from dtrain.run.flight_recorder import parting, read_ring
+from dtrain.run.rundir import RunDir
+
+MAX_LINES = 15
+"""Of the block, but for a reason that has more by itself."""
+_WIDTH = 110
+_NOT_TO_RESUME = ("UsageError", "NeverMadeError")
+"""Errors that another try makes again."""
+_FILE = re.compile(r'^  File "(.+)", line \d+, in ', re.MULTILINE)
+_MOST_PLACES = 3
+_VICTIM = 3
+"""Guilt of a rank that failed because another did."""
+
+ADVICE = {
+    "oom": "ask for more memory, or make micro_batch_size or data.workers smaller",
+    "node_missing": "check that the agent was started there and that it can reach the head node",
+    "node_lost": "look at that host; `dtrain resume` goes on from the last checkpoint",
+    "parted": "look before these lines for a branch that only some ranks take",
+    "left": "leave the loop in the same step on all ranks",
+    "timeout": "look for a collective that not all ranks call, and at the network between them",
+}
+"""What to try, by kind of failure, where the record has no hint of its own."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a failed attempt."""
+
+    culprit: FailureRecord
+    alike: list[int] = field(default_factory=list)
+    """Other ranks that failed in just the same way, as all do when a disk is full."""
+    collateral: list[int] = field(default_factory=list)
+    """Ranks that failed because the culprit did."""
+    restarts: int = 0
+    """Restarts that were tried."""
+
+    @property
+    def exit_code(self) -> int:
+        """The culprit's exit status, as a shell reports it."""
+        return self.culprit.exit_code or 1
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json` and verdict.json."""
+        return {
+            "culprit": asdict(self.culprit),
+            "alike": self.alike,
+            "collateral": self.collateral,
+            "exit_code": self.exit_code,
+            "restarts": self.restarts,
+        }
+
+
+def of_node(
+    failed: list[FailureRecord], absent: list[FailureRecord], left: list[FailureRecord]
+) -> FailureRecord:
+    """What one node tells the others: the failure that is a cause, or else the first."""
+    first = min(failed, key=lambda each: (failures.is_collateral(each.message), each.time))
+    if absent and failures.is_timeout(first.message):
+        return absent[0]
+    return left[0] if left and all(map(was_cut_off, failed)) else first
+
+
+def judge(run: RunDir, attempt: int) -> Verdict | None:
+    """Read every failure record of an attempt and find the culprit; None when nothing failed.
+
+    Only the records of the last restart count: what was overcome before is not the cause.
+    """
+    records = failures.read_all(run, attempt)
+    if not records:
+        return None
+    last = max(record.restart for record in records)
+    records = [record for record in records if record.restart == last]
+    records += _parted(run, attempt, last, records)
+    records = _without_bystanders(records)
+    first = min(records, key=_guilt)
+    if len(records) > 1 and _only_waited(records):
+        said = ["the ranks waited for one another in a collective until it timed out"]
+        said += (places := _waits(records))
+        nobody = replace(first, kind="timeout", rank=None, type="", message="\n".join(said),
+                         frames=[] if places else first.frames)  # fmt: skip
+        return Verdict(nobody, collateral=_ranks(records), restarts=last)
+    error = _error_of(first)
+    same = [record for record in records if _error_of(record) == error]
+    others = [record for record in records if _error_of(record) != error]
+    culprit = min(same, key=lambda record: -1 if record.rank is None else record.rank)
+    told = [culprit.message, *(_waits(others) if culprit.kind in ("absent", "left") else [])]
+    return Verdict(
+        replace(culprit, message="\n".join(told)),
+        alike=_ranks(record for record in same if record is not culprit),
+        collateral=_ranks(record for record in others if record.rank != culprit.rank),
+        restarts=last,
+    )
+
+
+def _without_bystanders(records: list[FailureRecord]) -> list[FailureRecord]:
+    """The records without those of ranks that still ran, unless the others only waited for them.
+
+    Nor those of ranks that had left with status 0, unless the others were cut off by that.
+    """
+    left = [record for record in records if record.kind == "left" and record.exit_code == 0]
+    ended = [record for record in records if record.kind != "absent" and record not in left]
+    if not ended or _only_waited(ended):
+        return records
+    workers = [record for record in ended if record.kind != "agent"]
+    return [*ended, *left] if workers and all(map(was_cut_off, workers)) else ended
+
+
+def was_cut_off(record: FailureRecord) -> bool:
+    """Whether a rank failed in a collective because another went away.
+
+    A message alone says too little: a server that refuses a connection has nothing to do with
+    ranks that had ended before.
+    """
+    files = _FILE.findall(record.traceback)
+    return _guilt(record)[0] >= _VICTIM and bool(files) and "/torch/" in files[-1]
+
+
+def _only_waited(records: list[FailureRecord]) -> bool:
+    """Whether all failed because a collective was not answered in time."""
+    victims = all(_guilt(r)[0] >= _VICTIM and r.kind != "left" for r in records)
+    return victims and any(failures.is_timeout(record.message) for record in records)
+
+
+def _parted(
+    run: RunDir, attempt: int, restart: int, records: list[FailureRecord]
+) -> list[FailureRecord]:
+    """A record of the rank whose collectives were not the others', where that is so."""
+    files = sorted(run.collectives(attempt, restart).glob("rank-*"))
+    found = parting({int(path.name.removeprefix("rank-")): read_ring(path) for path in files})
+    if found is None:
+        return []
+    kind: Kind = "collectives" if found.decided else "parted"
+    if found.decided:
+        what, here, there = "its collectives are not the other ranks'", "", "elsewhere"
+    else:
+        what = f"and rank {found.other} are in different collectives: no majority says who is right"
+        here, there = f"on rank {found.rank} ", f"on rank {found.other}"
+    message = f"{what}\n{here}number {found.number} is {found.call}\n{there} it is {found.others}"
+    own = [record for record in records if record.rank == found.rank]
+    first = min(records, key=_guilt)
+    place = own[0] if own else first
+    return [replace(place, kind=kind, message=message, rank=found.rank, frames=[],
+                    exit_code=first.exit_code)]  # fmt: skip
+
+
+def write(run: RunDir, attempt: int, verdict: Verdict) -> None:
+    """Keep the verdict for `dtrain why`."""
+    files.write_json(run.verdict(attempt), verdict.to_json())
+
+
+def read(run: RunDir, attempt: int) -> Verdict | None:
+    """The verdict kept for an attempt; None when there is none."""
+    return files.read_as(Verdict, run.verdict(attempt))
+
+
+def render(verdict: Verdict, run: RunDir) -> str:
+    """The block that people read: at most 15 lines, and all of the reason."""
+    culprit = verdict.culprit
+    head = [_headline(culprit)]
+    tail = [f"  log: {_short(culprit.log)}"] if culprit.log else []
+    advice = culprit.hint or ADVICE.get(culprit.kind)
+    if advice:
+        tail.append(f"  try: {advice}")
+    if verdict.alike:
+        tail.append(f"  {rank_list(verdict.alike)} failed in the same way")
+    if verdict.collateral:
+        what = "also failed, because of it" if len(verdict.collateral) > 1 else "failed with it"
+        tail.append(f"  {rank_list(verdict.collateral)} {what}")
+    if culprit.repeated:
+        place = f"in step {culprit.step}" if culprit.step else "before the first step"
+        tail.append(f"  restarts: {verdict.restarts}; it failed in the same way {place} before")
+    elif verdict.restarts:
+        tail.append(f"  restarts: {verdict.restarts}, all that were allowed")
+    resume = "" if culprit.type in _NOT_TO_RESUME else f" · dtrain resume {run.id}"
+    tail.append(f"  more: dtrain logs {run.id}{_rank_flag(culprit)}{resume}")
+    reason = [line for text in _reason(culprit) for line in _folded(text)]
+    room = MAX_LINES - len(head) - len(reason) - len(tail)
+    return "\n".join([*head, *_frames(culprit, room), *reason, *tail])
+
+
+def _waits(records: list[FailureRecord]) -> list[str]:
+    """The user's lines where ranks waited, in a few lines of ours."""
+    ranks: dict[str, list[int]] = {}
+    for record in records:
+        if record.rank is not None and failures.users_own(record.frames):
+            ranks.setdefault(place(record.frames[-1]), []).append(record.rank)
+    told = [f"{rank_list(sorted(who))} waited at {place}" for place, who in ranks.items()]
+    return told[:_MOST_PLACES]
+
+
+def place(frame: Frame) -> str:
+    """A line in a few words."""
+    return f"{'/'.join(Path(frame.file).parts[-2:])}:{frame.line} in {frame.function}"
+
+
+def _error_of(record: FailureRecord) -> tuple[str, str, str, bool]:
+    return record.kind, record.type, record.message, record.collateral
+
+
+def _ranks(records: Iterable[FailureRecord]) -> list[int]:
+    return sorted(record.rank for record in records if record.rank is not None)
+
+
+def _guilt(record: FailureRecord) -> tuple[int, float]:
+    """Sort key: a cause before a consequence, then the earliest."""
+    if record.kind in ("node_missing", "node_lost"):
+        return (0, record.time)
+    if record.kind in ("collectives", "parted"):
+        return (1, 0.0)
+    if record.kind == "agent":
+        return (_VICTIM + 1, record.time)
+    if record.kind == "left" and record.collateral:  # in order: others may fail before it ends
+        return (_VICTIM - 1, record.time)
+    says_so = record.kind == "exception" and failures.is_collateral(record.message)
+    if record.collateral or says_so:
+        return (_VICTIM, record.time)
+    return (1, record.time)
+
+
+def _headline(culprit: FailureRecord) -> str:
+    if culprit.kind == "timeout":
+        return f"FAILED: {_first_line(culprit.message)}"
+    if culprit.rank is None:
+        return f"FAILED: {_node_of(culprit)}: {_first_line(culprit.message)}"
+    where = f"rank {culprit.rank} on {_node_of(culprit)}"
+    if culprit.kind == "exception":
+        return f"FAILED: {where} raised {culprit.type}"
+    colon = "" if culprit.kind in ("absent", "left", "parted") else ":"
+    return f"FAILED: {where}{colon} {_first_line(culprit.message)}"
+
+
+def _node_of(culprit: FailureRecord) -> str:
+    """`node 1 (name)`; a node that never came may have no name."""
+    return f"node {culprit.node_rank}" + (f" ({culprit.node})" if culprit.node else "")
+
+
+def _frames(culprit: FailureRecord, room: int) -> list[str]:
+    """The innermost calls for which there is room; the last in any case."""
+    shown: list[str] = []
+    for frame in reversed(culprit.frames[-3:]):
+        lines = [f"  {_short(frame.file)}:{frame.line} in {frame.function}"]
+        lines += _folded(frame.code, "    ") if frame.code else []
+        if shown and len(shown) + len(lines) > room:
+            break
+        shown = [*lines, *shown]
+    return shown
+
+
+def _reason(culprit: FailureRecord) -> list[str]:
+    """What was wrong, besides what the first line says of it."""
+    said = [line for line in culprit.message.splitlines() if line.strip()]
+    if culprit.kind == "left":
+        return [*said[1:], time.strftime("it left at %H:%M:%S", time.localtime(culprit.time))]
+    if culprit.kind != "exception":
+        return said[1:]
+    return said or [f"{culprit.type} without a message"]
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else "no message"
+
+
+def _folded(text: str, indent: str = "  ") -> list[str]:
+    """A line as several, none of which is cut; further ones are set in."""
+    own = text[: len(text) - len(text.lstrip())]
+    return textwrap.wrap(
+        text.strip(),
+        _WIDTH,
+        initial_indent=indent + own,
+        subsequent_indent=f"{indent}{own}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _short(path: str) -> str:
+    """A path relative to where the user stands, when that is shorter."""
+    try:
+        relative = os.path.relpath(path)
+    except ValueError:
+        return path
+    return relative if len(relative) < len(path) and not relative.startswith("../..") else path
+
+
+def rank_list(ranks: list[int]) -> str:
+    """`ranks 0, 1`."""
+    if len(ranks) > 12:
+        return f"{len(ranks)} other ranks"
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _rank_flag(culprit: FailureRecord) -> str:
+    return "" if culprit.rank is None else f" --rank {culprit.rank}"

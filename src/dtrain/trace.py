@@ -1,0 +1,289 @@
+"""What each step of a training did, written down by its workers for `dtrain verify` to compare.
+
+A recording is a folder of the run directory. Rank 0 writes `step-00000003.npz` after step 3
+(gradients as the optimizer got them, parameters and buffers after it), and `step-00000000.npz`
+before the first; every rank writes one line a step to `rank-00001.jsonl`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtrain.plainjson import numbers
+from dtrain.run import files, rundir
+
+VARIABLE = "DTRAIN_RECORD"
+"""Set for workers that are to record; holds a `TraceOptions` as JSON."""
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """What a recorded run is asked to do differently from the job; by default nothing."""
+
+    fp64: bool = False
+    """Model, data and arithmetic in double precision."""
+    own_noise: bool = True
+    """False: dropout lets everything through, and what `loss` and `evaluate` draw at random
+    belongs to the sample, not to the process that computes it."""
+    by_sample: bool = False
+    """Whether every micro-batch is one sample."""
+    frozen: tuple[str, ...] = ()
+    """Attributes of the task that stay as they were before the first step."""
+    batch_norm: bool = True
+    """False: BatchNorm normalises by its running statistics, which stay as they are."""
+    max_train_samples: int | None = None
+    """Train on the first so many samples only, so that an epoch ends within the run."""
+    max_eval_samples: int | None = None
+    """Evaluate on the first so many samples only."""
+
+    def to_env(self) -> dict[str, str]:
+        """The variable that asks a worker for it."""
+        return {VARIABLE: json.dumps(asdict(self))}
+
+    def beyond(self, usual: TraceOptions) -> str:
+        """What it asks for besides what is usual, for people: `again in fp64`; empty: nothing."""
+        said = {
+            "fp64": "in fp64", "own_noise": "with noise fixed", "by_sample": "sample by sample",
+            "batch_norm": "BatchNorm frozen", "frozen": "the task's state kept",
+        }  # fmt: skip
+        mine, others = asdict(self), asdict(usual)
+        changes = [text for name, text in said.items() if mine[name] != others[name]]
+        return "" if self == usual else " ".join(["again", ", ".join(changes)]).rstrip()
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> TraceOptions | None:
+        """What the environment asks for; None when it asks for no recording."""
+        text = environ.get(VARIABLE)
+        if not text:
+            return None
+        wish = json.loads(text)
+        return cls(**{**wish, "frozen": tuple(wish.get("frozen", ()))})
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Named tensors at one moment, each as a vector that keeps norms and angles, and a digest.
+
+    Small tensors are there in full. Of a larger one there is a count sketch (Charikar, Chen,
+    Farach-Colton, 2002): each element is added, with a random sign, to one of some thousand
+    buckets. That is linear, so the sketch of a difference is the difference of the sketches, and
+    norms survive within a few per cent.
+    """
+
+    vectors: dict[str, Vector] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    """By name; equal exactly where type, shape and every bit are."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """By name: 2-norm of the tensor itself, not of its sketch."""
+
+    def joined(self) -> Vector:
+        """All vectors, one after the other."""
+        return np.concatenate([*self.vectors.values(), np.empty(0)])
+
+    def norm(self) -> float:
+        """The 2-norm over all of them."""
+        return math.hypot(*self.norms.values())
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, as rank 0 saw it. Step 0 is the state before the first step."""
+
+    step: int
+    """Steps done, this one included."""
+    loss: float | None
+    """As the trainer reports it."""
+    grad_norm: float | None
+    """Of the reduced gradient before clipping; None without clipping."""
+    gradients: Tensors
+    """As the optimizer got them; empty when it was not stepped."""
+    parameters: Tensors
+    """After the step."""
+    buffers: Tensors
+    """After the step."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """`batch_norm`: names of such modules; from step 1 on `num_samples`, of an epoch, unless the
+    data are a stream."""
+
+    def write(self, folder: Path) -> None:
+        """Write the record to its file in a recording."""
+        tensors = {"gradients": self.gradients, "parameters": self.parameters}
+        tensors["buffers"] = self.buffers
+        plain = ("step", "loss", "grad_norm", "facts")
+        meta = {
+            **{name: getattr(self, name) for name in plain},
+            "lengths": {k: {n: len(v) for n, v in t.vectors.items()} for k, t in tensors.items()},
+            "digests": {kind: each.digests for kind, each in tensors.items()},
+            "norms": {kind: each.norms for kind, each in tensors.items()},
+        }
+        packed = io.BytesIO()
+        np.savez(
+            packed,
+            meta=np.array(json.dumps(meta)),
+            gradients=self.gradients.joined(),
+            parameters=self.parameters.joined(),
+            buffers=self.buffers.joined(),
+        )
+        files.write_atomic(folder / _step_file(self.step), packed.getvalue())
+
+    @classmethod
+    def read(cls, path: Path) -> StepRecord:
+        """The record in a file."""
+        with np.load(path, allow_pickle=False) as packed:
+            meta = json.loads(str(packed["meta"]))
+            lengths, digests, norms = (meta.pop(key) for key in ("lengths", "digests", "norms"))
+            gradients, parameters, buffers = (
+                Tensors(_split(packed[kind], lengths[kind]), digests[kind], norms[kind])
+                for kind in ("gradients", "parameters", "buffers")
+            )
+        return cls(gradients=gradients, parameters=parameters, buffers=buffers, **meta)
+
+
+@dataclass(frozen=True)
+class RankLine:
+    """One optimizer step, as one rank saw it."""
+
+    step: int
+    epoch: int
+    ids: list[list[int]]
+    """Sample ids of each micro-batch that the rank fetched, in order."""
+    contents: list[list[dict[str, str]]]
+    """For each micro-batch and sample the digest of each of its leaves; empty where unknown."""
+    losses: list[tuple[float, float | None]]
+    """(sum, weight) of each call of the task's loss; a plain scalar has weight None."""
+    stepped: int
+    """How often the optimizer was stepped: 1, or 0 when fp16 skipped it."""
+    parameters: str | None
+    """Digest of this rank's parameters after the step; None when it holds only a part."""
+    buffers: dict[str, str]
+    """Digest of each of this rank's buffers after the step."""
+    lr: list[float]
+    """Of each parameter group, in this step, as this rank's optimizer had it."""
+    gradients: str | None
+    """Digest of the gradients that this rank's optimizer was given; None when they are parts."""
+    state: dict[str, str]
+    """Type and digest of each attribute of the task, after the step."""
+    draws: list[str]
+    """Lines that drew random numbers in `loss`, as `randn_like at task.py:12`; only without
+    `TraceOptions.own_noise`."""
+    random: str
+    """Digest of the state of the rank's random generators after the step."""
+    drew: bool
+    """Whether random numbers were drawn during the step."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A whole recorded training, read back."""
+
+    steps: dict[int, StepRecord]
+    """By number; 0 is the state before the first."""
+    ranks: dict[int, dict[int, list[RankLine]]]
+    """step → rank → its lines; more than one when the step was done in more than one attempt."""
+    metrics: dict[str, float]
+    """Of the evaluation at the end."""
+
+    @property
+    def last_step(self) -> int:
+        """Steps that were recorded."""
+        return max(self.steps, default=0)
+
+    def complete(self, world_size: int) -> Recording:
+        """Only the steps that every rank has written down, of a run that was cut short."""
+        steps = {
+            step: record
+            for step, record in self.steps.items()
+            if len(self.ranks.get(step, {})) == world_size
+        }
+        return Recording(steps, {step: self.ranks[step] for step in steps}, self.metrics)
+
+    def lines(self, step: int) -> list[RankLine]:
+        """Every rank's newest line of a step, in rank order."""
+        return [lines[-1] for _, lines in sorted(self.ranks.get(step, {}).items())]
+
+    def draws(self) -> list[str]:
+        """Lines that drew random numbers in `loss`, on any rank in any step."""
+        lines = [line for step in self.ranks for line in self.lines(step)]
+        return sorted({place for line in lines for place in line.draws})
+
+    def changing_state(self) -> dict[str, str]:
+        """Attributes of the task that some step changed on some rank, with their types."""
+        begun = self.lines(0)
+        return {
+            name: value.split()[0]
+            for step in self.steps
+            for before, after in zip(begun, self.lines(step), strict=False)
+            for name, value in before.state.items()
+            if after.state.get(name) != value
+        }
+
+    def contents(self, step: int) -> list[dict[int, dict[str, str]]]:
+        """For each rank what the samples hold that it read in a step, by id."""
+        return [
+            {
+                sample: content
+                for ids, contents in zip(line.ids, line.contents, strict=True)
+                for sample, content in zip(ids, contents, strict=False)
+            }
+            for line in self.lines(step)
+        ]
+
+    def ids(self, step: int) -> list[int]:
+        """The ordered global batch of a step: the ranks' parts, one after the other."""
+        return [i for line in self.lines(step) for part in line.ids for i in part]
+
+
+class Writer:
+    """Writes a run's recording, from one rank."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder = folder
+        self._lines = folder / f"rank-{rank:05d}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def step(self, record: StepRecord) -> None:
+        """Rank 0's view of a step."""
+        record.write(self._folder)
+
+    def line(self, line: RankLine) -> None:
+        """This rank's view of a step."""
+        files.append_line(self._lines, asdict(line))
+
+
+def read(run: rundir.RunDir) -> Recording:
+    """The recording of a run; with no steps when it recorded nothing."""
+    folder = run.recording
+    records = [StepRecord.read(path) for path in sorted(folder.glob("step-*.npz"))]
+    ranks: dict[int, dict[int, list[RankLine]]] = {}
+    for path in sorted(folder.glob("rank-*.jsonl")):
+        rank = int(path.stem.removeprefix("rank-"))
+        for raw in files.read_lines(path):
+            line = RankLine(
+                **{**raw, "losses": [(math.nan if s is None else s, w) for s, w in raw["losses"]]}
+            )
+            ranks.setdefault(line.step, {}).setdefault(rank, []).append(line)
+    evaluations = [line for line in files.read_lines(run.metrics) if line["split"] == "eval"]
+    place = ("time", "step", "epoch", "split")
+    last = evaluations[-1] if evaluations else {}
+    metrics = {name: value for name, value in last.items() if name not in place}
+    return Recording({r.step: r for r in records}, ranks, numbers(metrics))
+
+
+def _step_file(step: int) -> str:
+    return f"step-{step:08d}.npz"
+
+
+def _split(values: Vector, lengths: dict[str, int]) -> dict[str, Vector]:
+    ends = np.cumsum(list(lengths.values()))
+    return dict(zip(lengths, np.split(values, ends[:-1]), strict=True)) if lengths else {}

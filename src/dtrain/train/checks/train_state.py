@@ -1,0 +1,95 @@
+"""What of a training is compared between ranks, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dtrain.train.checkpoint.state import plain_name
+
+Named = dict[str, torch.Tensor]
+
+NUMBERS = "learning rate and counters"
+COLLECTIVES = "collectives"
+GRADIENTS = "gradients"
+PARAMETERS = "parameters"
+MOMENTS = "optimizer state"
+BUFFERS = "buffers"
+KEPT = "task state"
+
+TENSORS = (GRADIENTS, PARAMETERS, MOMENTS, BUFFERS)
+
+
+@dataclass
+class TrainState:
+    """A model and what trains it.
+
+    Names are the model's; the tensors are looked up anew each time, since gradients and
+    optimizer state come and go.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer | None = None
+    scheduler: Any | None = None
+    scaler: torch.amp.GradScaler | None = None
+    numbers: Callable[[], Mapping[str, Any]] = field(default=dict)
+    """Further numbers that are the same on all ranks, as the position in the data."""
+    kept: Callable[[], Mapping[str, Any]] = field(default=dict)
+    """Tensors and plain values that the task keeps, by name."""
+
+    def tensors(self, kind: str) -> Named:
+        """All tensors of a kind by name, in the model's order."""
+        find: dict[str, Callable[[], Named]] = {
+            PARAMETERS: self.parameters,
+            GRADIENTS: self._gradients,
+            MOMENTS: self._moments,
+            BUFFERS: self._buffers,
+        }
+        return find[kind]()
+
+    def __post_init__(self) -> None:
+        self._parameters = {plain_name(name): each for name, each in self.model.named_parameters()}
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The model's parameters by plain name."""
+        return self._parameters
+
+    def is_cut(self) -> bool:
+        """Whether ranks hold parts of the parameters."""
+        return any(hasattr(each, "to_local") for each in self.model.parameters())
+
+    def counters(self) -> dict[str, Any]:
+        """Every number that all ranks should have alike."""
+        counters: dict[str, Any] = {}
+        if self.optimizer is not None:
+            for index, group in enumerate(self.optimizer.param_groups):
+                place = f"lr of group {index}" if index else "lr"
+                counters[place] = float(group["lr"])
+        if self.scheduler is not None:
+            counters["scheduler step"] = getattr(self.scheduler, "last_epoch", None)
+        if self.scaler is not None:
+            counters["loss scale"] = self.scaler.get_scale()
+        return {**counters, **self.numbers()}
+
+    def _gradients(self) -> Named:
+        return {
+            name: each.grad for name, each in self.parameters().items() if each.grad is not None
+        }
+
+    def _moments(self) -> Named:
+        if self.optimizer is None:
+            return {}
+        state = self.optimizer.state
+        return {
+            f"{name}.{key}": value
+            for name, each in self.parameters().items()
+            if each in state
+            for key, value in state[each].items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    def _buffers(self) -> Named:
+        return {plain_name(name): each for name, each in self.model.named_buffers()}

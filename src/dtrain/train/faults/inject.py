@@ -1,0 +1,285 @@
+"""Faults made on purpose on one rank (`dtrain launch --inject`), to see the checks at work."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dtrain.errors import UsageError
+from dtrain.job.faults import TENSOR_KINDS, Injection, parse_injection
+from dtrain.task import Loss, Task
+from dtrain.train.checkpoint.state import plain_name
+from dtrain.train.checks import digest
+from dtrain.train.checks.collective_trace import CHAIN
+from dtrain.train.checks.train_state import BUFFERS, GRADIENTS, MOMENTS, PARAMETERS, TrainState
+from dtrain.train.context import TrainContext
+from dtrain.train.data.fetch import Request
+from dtrain.train.data.pipeline import Feed, Watch
+from dtrain.train.data.placement import Position
+from dtrain.train.data.proof import Split
+from dtrain.train.faults.check import is_named, refuse_impossible, refuse_unmade
+
+logger = logging.getLogger(__name__)
+
+_TARGETS = {
+    "gradient": GRADIENTS,
+    "parameter": PARAMETERS,
+    "moment": MOMENTS,
+    "buffer": BUFFERS,
+}
+
+
+class Injector:
+    """This rank's faults; each is made once in a process.
+
+    Args:
+        context: of the training; only its first start has faults, so that a resumed or restarted
+            run is sound.
+    """
+
+    def __init__(self, context: TrainContext) -> None:
+        first = context.attempt == 0 and context.ranks.restart == 0
+        texts = context.spec.checks.inject if first else []
+        faults = [parse_injection(text) for text in texts]
+        for fault in faults:
+            if fault.rank >= context.ranks.world_size:
+                raise UsageError(
+                    f"--inject: rank {fault.rank} is not one of {context.ranks.world_size}"
+                )
+        self._faults = faults
+        self._rank = context.ranks.rank
+        self._waiting = [fault for fault in faults if fault.rank == self._rank]
+        self._step = 0
+        self._names: list[str] = []
+
+    def seeded(self, context: TrainContext) -> TrainContext:
+        """The context, with another seed where that is the fault."""
+        if not self._due("seed", step=None):
+            return context
+        return replace(
+            context, spec=context.spec.model_copy(update={"seed": context.spec.seed + 1})
+        )
+
+    def begin(self, task: Task, subject: TrainState, total_steps: int | None) -> None:
+        """Before the first step: put hooks where faults will be made.
+
+        Args:
+            task: that is trained.
+            subject: likewise.
+            total_steps: of the training; None: nobody knows.
+
+        Raises:
+            UsageError: on all ranks: a fault that cannot be made in this training.
+        """
+        refuse_impossible(self._faults, subject, total_steps)
+        if not self._waiting:
+            return
+        self._names = [name for name, _ in subject.model.named_parameters()]
+        self._watch_loss(task)
+        if subject.optimizer is not None:
+            subject.optimizer.register_step_pre_hook(lambda *_: self._before_update(subject))
+        for fault in self._waiting:
+            if fault.kind in ("skip-collective", "swap-collectives"):
+                CHAIN.tamper = _Tamper(self, fault.kind)
+
+    def step_begins(self, step: int) -> None:
+        """Before the first forward of a step, counted from 1."""
+        self._step = step
+
+    def end(self, last_step: int) -> None:
+        """After the last step: an error on all ranks if a fault was never made on one."""
+        if not self._faults:
+            return
+        CHAIN.tamper = None
+        refuse_unmade(self._waiting, last_step, self._rank)
+
+    def between_steps(self, subject: TrainState) -> None:
+        """After a step and its checks: make faults in what stays."""
+        for fault in self._take(
+            lambda each: each.kind in TENSOR_KINDS and each.target != "gradient"
+        ):
+            _tamper_tensor(fault, subject)
+
+    def requests(self, feed: Feed, step: int, position: Position, split: Split) -> Watch:
+        """What passes on this rank's requests for data, one of them changed if that is a fault.
+
+        Args:
+            feed: the data.
+            step: optimizer steps done.
+            position: how far the data has been consumed.
+            split: this rank's micro-batches of a global batch.
+        """
+        kinds = ("duplicate-sample", "drop-sample")
+        faults = {fault.step: fault for fault in self._waiting if fault.kind in kinds}
+        if not faults:
+            return iter
+        if not feed.rereadable:
+            raise UsageError("--inject: samples of a stream cannot be changed")
+
+        def changed(requests: Iterable[Request]) -> Iterator[Request]:
+            source = iter(requests)
+            for batch in feed.course.batches(step, position):
+                for index, _ in enumerate(split(batch)):
+                    request = next(source)
+                    fault = faults.get(batch.step + 1) if index == 0 else None
+                    if fault is not None and fault in self._waiting:
+                        request = _other_samples(fault, request)
+                        self._done(fault)
+                    yield request
+
+        return changed
+
+    # -- at their moments --------------------------------------------------------------------
+
+    def due(self, kind: str) -> bool:
+        """Whether a fault of this kind is to be made now; once."""
+        return self._due(kind, step=self._step)
+
+    def _due(self, kind: str, step: int | None) -> bool:
+        found = self._take(lambda each: each.kind == kind, step=step)
+        return bool(found)
+
+    def _take(self, wanted: Callable[[Injection], bool], step: int | None = -1) -> list[Injection]:
+        at = self._step if step == -1 else step
+        found = [f for f in self._waiting if wanted(f) and (at is None or f.step == at)]
+        for fault in found:
+            self._done(fault)
+        return found
+
+    def _done(self, fault: Injection) -> None:
+        self._waiting = [each for each in self._waiting if each is not fault]
+        logger.warning("made a fault on purpose: %s in step %d", fault.kind, fault.step)
+
+    def _before_update(self, subject: TrainState) -> None:
+        for fault in self._take(
+            lambda each: each.kind in TENSOR_KINDS and each.target == "gradient"
+        ):
+            _tamper_tensor(fault, subject)
+        assert subject.optimizer is not None
+        if self.due("lr"):
+            for group in subject.optimizer.param_groups:
+                group["lr"] *= 1.1
+
+    def _watch_loss(self, task: Task) -> None:
+        method = task.loss
+
+        def loss(model: torch.nn.Module, batch: Any) -> Any:
+            value = method(model, batch)
+            if not torch.is_grad_enabled():
+                return value
+            if self.due("nan-loss"):
+                value = _changed_loss(value, lambda total: total * float("nan"))
+            for fault in self._waiting:  # stays: who looks for the cause computes it again
+                if fault.kind == "nan-gradient" and fault.step == self._step:
+                    zero = _NaNBackward.apply(self._parameter(fault, model), fault.element)
+                    value = _changed_loss(value, zero.add)
+            return value
+
+        vars(task)["loss"] = loss
+
+    def _parameter(self, fault: Injection, model: torch.nn.Module) -> torch.Tensor:
+        """A parameter as the model holds it now: a replica of `dp` has plain tensors."""
+        for name in self._names:
+            if is_named(plain_name(name), fault.param):
+                found: torch.Tensor = functools.reduce(getattr, name.split("."), model)
+                return found
+        raise AssertionError(fault)  # refused before the first step
+
+
+class _NaNBackward(torch.autograd.Function):
+    """Nothing forward; NaN in one element of the gradient backward."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: torch.Tensor, element: int) -> torch.Tensor:
+        ctx.shape, ctx.element = parameter.shape, element
+        return parameter.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        spoiled = gradient.new_zeros(ctx.shape)
+        spoiled.view(-1)[ctx.element] = float("nan")
+        return spoiled, None
+
+
+class _Tamper:
+    """Leaves out a collective of the task's, or makes it change places with the next."""
+
+    def __init__(self, injector: Injector, kind: str) -> None:
+        self._injector = injector
+        self._kind = kind
+        self._held: Callable[[], Any] | None = None
+
+    def __call__(self, users: bool, call: Callable[[], Any]) -> Any:
+        if not users:
+            return call()
+        if self._held is not None:
+            held, self._held = self._held, None
+            result = call()
+            held()
+            return result
+        if self._injector.due(self._kind):
+            if self._kind == "swap-collectives":
+                self._held = call
+            return None
+        return call()
+
+
+def _changed_loss(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, Loss):
+        return Loss(change(value.sum), value.weight)
+    return change(value)
+
+
+def _tamper_tensor(fault: Injection, subject: TrainState) -> None:
+    """Change the tensor that the fault names, or the first in which it makes a difference."""
+    tensors = subject.tensors(_TARGETS[fault.target])
+    wanted = {name: each for name, each in tensors.items() if is_named(name, fault.param)}
+    for tensor in wanted.values():
+        if _tampered(fault, digest.local(tensor)):
+            return
+    what = f"{fault.param!r} among " if fault.param else ""
+    raise UsageError(
+        f"--inject {fault.kind}: changes nothing in {what}{', '.join(list(tensors)[:8]) or 'none'}"
+    )
+
+
+def _tampered(fault: Injection, tensor: torch.Tensor) -> bool:
+    """Whether the fault made a difference in this tensor."""
+    if tensor.numel() < 2:  # Adam's counters, say
+        return False
+    flat, first = tensor.view(-1), fault.element
+    before = digest.as_integers(flat).clone()
+    if fault.action == "scale":
+        if flat.is_floating_point():
+            flat *= 1 + 1e-6
+    elif fault.action == "swap":
+        unequal = (before[first:-1] != before[first + 1 :]).nonzero()
+        if len(unequal):
+            first += int(unequal[0])
+            flat[[first, first + 1]] = flat[[first + 1, first]]
+    elif fault.bit is not None and first < len(before):
+        digest.as_integers(flat)[first] ^= 1 << fault.bit
+    elif len(filled := flat[first:].nonzero()):
+        digest.as_integers(flat)[first + int(filled[0])] ^= 1 << _lasting_bit(flat)
+    return not torch.equal(before, digest.as_integers(flat))
+
+
+def _lasting_bit(tensor: torch.Tensor) -> int:
+    """The highest of the mantissa: a low one may be rounded away before the next comparison."""
+    if not tensor.is_floating_point():
+        return 0
+    return -int(math.log2(torch.finfo(tensor.dtype).eps)) - 1
+
+
+def _other_samples(fault: Injection, request: Request) -> Request:
+    if fault.kind == "drop-sample":
+        return replace(request, samples=request.samples[:-1])
+    samples = request.samples.copy()
+    samples[-1] = samples[0]
+    return replace(request, samples=samples)

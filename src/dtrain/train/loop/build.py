@@ -1,0 +1,136 @@
+"""From a task to the things that are trained, alike on every rank."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from dtrain.errors import BlamedError, UsageError
+from dtrain.train import collectives, contract
+from dtrain.train.checks.initial_state import compare_model, compare_optimizer
+from dtrain.train.context import TrainContext
+from dtrain.train.data.iterable_pipeline import StreamFeed
+from dtrain.train.data.pipeline import Feed, MapFeed
+from dtrain.train.data.sharded_pipeline import ShardedFeed
+from dtrain.train.data.stream import is_stream
+from dtrain.train.loop.evaluation import Evaluators
+from dtrain.train.loop.progress import data_identity
+from dtrain.train.loop.step import Parts, make_scaler
+from dtrain.train.loss import LossModule
+from dtrain.train.metrics.events import Events
+from dtrain.train.seeding import derive_seed, seed_everything
+from dtrain.train.strategies.base import Strategy
+from dtrain.train.vote import vote
+
+logger = logging.getLogger(__name__)
+
+
+def build_parts(context: TrainContext, strategy: Strategy) -> Parts:
+    """The model on its device, with loss, optimizer, scheduler and scaler.
+
+    Every method of the task runs with its own seed, the same on all ranks, so that none of them
+    changes what another draws.
+
+    Raises:
+        DtrainError: the task returned something that cannot be trained.
+    """
+    task, seed = context.task, context.spec.seed
+    seed_everything(derive_seed("model", seed))
+    model = task.model()
+    contract.check_model(model, task)
+    model.to(context.device).train()
+    if collectives.in_group():
+        compare_model(model, broadcast=context.spec.checks.init == "broadcast")
+    loss = LossModule(model, task)
+    strategy.shard(loss)
+    seed_everything(derive_seed("optimizer", seed))
+    optimizer = task.optimizer(model)
+    contract.check_optimizer(optimizer, model, task)
+    compare_optimizer(model, optimizer)
+    scheduler = task.scheduler(optimizer)
+    contract.check_scheduler(scheduler, optimizer, task)
+    return Parts(
+        model, loss, optimizer, scheduler, make_scaler(context.spec.train.precision, context.device)
+    )
+
+
+def tell_of_parts(
+    parts: Parts, total_steps: int | None, context: TrainContext, events: Events
+) -> None:
+    """Say what is no error in them, and likely not meant: once, with what to do.
+
+    Raises:
+        DtrainError: the scheduler would raise before this training ends.
+    """
+    task = context.task
+    remarks = list(contract.remarks_on_length(parts.scheduler, total_steps, task))
+    for remark in remarks:
+        events.write("schedule_length", detail=remark)
+    names = contract.left_out(parts.optimizer, parts.model)
+    if names:
+        events.write("not_optimized", parameters=names)
+        remarks.append(
+            f"{contract.named(task, 'optimizer')} returned an optimizer without {len(names)} "
+            f"trainable parameters, {names[0]} for one, which stay as they are: give them to it, "
+            "or freeze them with requires_grad_(False), which spares their gradients"
+        )
+    if context.ranks.is_rank_zero:
+        for remark in remarks:
+            logger.warning("%s", remark)
+
+
+def train_feed(context: TrainContext) -> Feed:
+    """The task's training data, as this rank takes part in it."""
+    spec = context.spec
+    seed_everything(derive_seed("train_dataset", spec.seed))
+    dataset = context.task.train_dataset()
+    contract.check_data(dataset, contract.named(context.task, "train_dataset"))
+    kind: type[MapFeed] | type[StreamFeed] = MapFeed
+    if is_stream(dataset):
+        kind = StreamFeed if spec.data.stream == "same" else ShardedFeed
+    elif spec.data.stream != "same":
+        raise UsageError(
+            f"data.stream: {spec.data.stream} is for data sets that can only be iterated, and "
+            f"train_dataset() returned {type(dataset).__name__}\nits samples are dealt out by "
+            "dtrain: remove data.stream, and what shards the data set by rank"
+        )
+    return kind(dataset, context.task, spec, context.ranks, pin_memory=pins_memory(context))
+
+
+def feed_identity(feed: Feed) -> dict[str, Any]:
+    """What a position in this data depends on.
+
+    Raises:
+        DtrainError: it is not the same on all ranks.
+    """
+    identity = data_identity(feed.spec, feed.dataset, feed.course.num_samples, feed.order.name)
+    everyone = collectives.gather_to_all(identity)
+    ballot = vote([repr(theirs) for theirs in everyone])
+    if ballot.others:
+        ours, theirs = everyone[ballot.reference], everyone[ballot.others[0]]
+        key = next(key for key in identity if ours[key] != theirs[key])
+        what = (
+            "train_dataset()" if key in ("num_samples", "fingerprint") else "the order of samples"
+        )
+        raise BlamedError(
+            f"{what} differs {ballot.where}: {key} is {ballot.sides(theirs[key], ours[key])}; "
+            "every rank must see the same data, dtrain gives each its part",
+            ballot.culprits,
+            feed.ranks.rank,
+        )
+    return identity
+
+
+def make_evaluators(context: TrainContext) -> Evaluators | None:
+    """What evaluates the task; None when it has no evaluation data."""
+    seed_everything(derive_seed("eval_dataset", context.spec.seed))
+    dataset = context.task.eval_dataset()
+    if dataset is None:
+        return None
+    return Evaluators(context, dataset, pin_memory=pins_memory(context))
+
+
+def pins_memory(context: TrainContext) -> bool:
+    """Whether batches go through page-locked memory; `auto` means with a GPU."""
+    wish = context.spec.data.pin_memory
+    return context.device.type == "cuda" if wish == "auto" else bool(wish)

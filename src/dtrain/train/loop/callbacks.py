@@ -1,0 +1,279 @@
+"""The callbacks of one training: the user's, and those that the job asks for."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtrain.callback import Callback, Session
+from dtrain.errors import CheckpointError, DtrainError, UsageError
+from dtrain.job.spec import BestSpec, EarlyStoppingSpec
+from dtrain.train import collectives
+from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
+from dtrain.train.context import TrainContext
+from dtrain.train.loop.early_stopping import EarlyStopping, no_such_metric
+from dtrain.train.loop.progress import Progress
+from dtrain.train.loop.step import Parts
+
+logger = logging.getLogger(__name__)
+
+
+def listed(callbacks: Any) -> list[Any]:
+    """What `Task.callbacks` returned, as a list.
+
+    Raises:
+        DtrainError: it is none.
+    """
+    if not isinstance(callbacks, Iterable | None):
+        raise DtrainError(f"callbacks() returned a {type(callbacks).__name__}, not a list of them")
+    return list(callbacks or ())
+
+
+class View:
+    """See `dtrain.callback.Session`."""
+
+    def __init__(
+        self, context: TrainContext, parts: Parts, log: Callable[[str, float], None]
+    ) -> None:
+        self._context = context
+        self._parts = parts
+        self.progress = Progress()
+        self._log = log
+        self.batch_size = 0
+        self.evaluation_follows = self.over = False
+        self.keep_best: Callable[[], None] = lambda: None
+        self.ending: str | None = None
+        """Why training is to end, where this process asks for it."""
+
+    @property
+    def step(self) -> int:
+        """See `Session`."""
+        return self.progress.step
+
+    @property
+    def epoch(self) -> int:
+        """See `Session`."""
+        return self.progress.position.epoch
+
+    @property
+    def rank(self) -> int:
+        """See `Session`."""
+        return self._context.ranks.rank
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """See `Session`."""
+        return self._parts.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """See `Session`."""
+        return self._parts.optimizer
+
+    @property
+    def run_dir(self) -> Path:
+        """See `Session`."""
+        return self._context.run.path
+
+    def log(self, name: str, value: float) -> None:
+        """See `Session`.
+
+        Raises:
+            DtrainError: it is no number.
+        """
+        try:
+            self._log(name, float(value))
+        except (TypeError, ValueError):
+            raise DtrainError(f"session.log({name!r}, {value!r}): it takes a number") from None
+
+    def stop(self, reason: str) -> None:
+        """See `Session`."""
+        self.ending = self.ending or reason
+
+
+class Callbacks:
+    """Tells all of them, in order: the user's first, so that what they keep is in a checkpoint.
+
+    Args:
+        context: of the training.
+        parts: what is trained.
+        log: takes numbers for the next line of metrics.
+        evaluates: whether the task has data for evaluation.
+
+    Raises:
+        DtrainError: `Task.callbacks` returned something else.
+        UsageError: the job asks for one that needs evaluations, and there are none.
+    """
+
+    def __init__(
+        self,
+        context: TrainContext,
+        parts: Parts,
+        log: Callable[[str, float], None],
+        *,
+        evaluates: bool,
+    ) -> None:
+        spec = context.spec
+        self.view = View(context, parts, log)
+        self._all: dict[str, Callback] = {}
+        self._loaded: dict[str, Any] = {}
+        given = listed(context.task.callbacks())
+        adapt = getattr(context.task, "as_callbacks", None)  # a task of a library has that one's
+        for index, each in enumerate(adapt(given) if adapt else given):
+            if not isinstance(each, Callback):
+                kind = type(each).__name__
+                raise DtrainError(f"callbacks() returned a {kind}, not a dtrain.Callback")
+            self._all[f"{type(each).__name__}.{index}"] = each
+        self._of_user = bool(self._all)
+        if spec.train.early_stopping is not None:
+            if spec.eval.every_steps is None and spec.eval.every_epochs is None:
+                raise UsageError("train.early_stopping needs eval.every_steps or eval.every_epochs")
+            self._all["early_stopping"] = StopEarly(spec.train.early_stopping)
+        if spec.checkpoint.best is not None:
+            self._all["best"] = KeepBest(spec.checkpoint.best)
+        needing = {"early_stopping": "train.early_stopping", "best": "checkpoint.best"}
+        for name, field in needing.items():
+            if name in self._all and not evaluates:
+                raise UsageError(f"{field} needs a task with eval_dataset()")
+
+    @property
+    def each(self) -> list[Callback]:
+        """All of them."""
+        return list(self._all.values())
+
+    def add(self, name: str, callback: Callback) -> None:
+        """One more, of a trainer; what a checkpoint held for it is given to it."""
+        self._all[name] = callback
+        self.load_state_dict({name: self._loaded[name]} if name in self._loaded else {})
+
+    def start(self, progress: Progress) -> None:
+        """Before the first step."""
+        self.view.progress = progress
+        self._tell("on_start")
+
+    def step(self, loss: float, *, ends_epoch: bool) -> bool:
+        """After a step; whether training is to end, agreed by all ranks where an epoch ends."""
+        self._tell("on_step", loss)
+        if not ends_epoch:
+            return False
+        self._tell("on_epoch")
+        return self._agreed()
+
+    def evaluated(self, metrics: Mapping[str, float]) -> bool:
+        """After an evaluation; whether training is to end, agreed by all ranks."""
+        self._tell("on_eval", metrics)
+        return self._agreed()
+
+    def _agreed(self) -> bool:
+        reason = self.view.ending
+        if self._of_user:
+            reason = next((r for r in collectives.gather_to_all(reason) if r is not None), None)
+        if reason is not None and self.view.rank == 0:
+            logger.info("training ends after step %d: %s", self.view.step, reason)
+        return reason is not None
+
+    def saved(self, folder: Path) -> None:
+        """After a checkpoint."""
+        self._tell("on_checkpoint", folder)
+
+    def end(self) -> None:
+        """At the end of a complete training."""
+        self._tell("on_end")
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of all that have some.
+
+        Raises:
+            DtrainError: a checkpoint could not give it back.
+        """
+        states = {}
+        for name, each in self._all.items():
+            try:
+                state = each.state_dict()
+            except Exception as error:
+                _name(error, each, "state_dict")
+                raise
+            refuse_unreadable(state, f"state_dict() of callback {name.partition('.')[0]}")
+            states[name] = state
+        return {name: state for name, state in states.items() if state}
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`; callbacks that are new begin afresh."""
+        self._loaded = {**self._loaded, **states}
+        for name, each in self._all.items():
+            if name in states:
+                with restoring(f"callback {name.partition('.')[0]}"):
+                    each.load_state_dict(states[name])
+
+    def _tell(self, hook: str, *given: Any) -> None:
+        for each in self._all.values():
+            try:
+                getattr(each, hook)(self.view, *given)
+            except Exception as error:
+                _name(error, each, hook)
+                raise
+
+
+def _name(error: Exception, callback: Callback, method: str) -> None:
+    """Let an error say in which callback it was; ours say it in their own words."""
+    if not isinstance(error, DtrainError):
+        error.add_note(f"in {method}() of callback {type(callback).__name__}")
+
+
+class StopEarly(Callback):
+    """Ends training when a metric no longer improves."""
+
+    def __init__(self, spec: EarlyStoppingSpec) -> None:
+        self._watch = EarlyStopping(spec)
+        self.state_dict = self._watch.state_dict  # type: ignore[method-assign]
+        self.load_state_dict = self._watch.load_state_dict  # type: ignore[method-assign]
+
+    def on_eval(self, session: Session, metrics: Mapping[str, float]) -> None:
+        """See `Callback`."""
+        self._watch.update(dict(metrics), session.step)
+        if self._watch.exhausted:
+            session.stop(str(self._watch))
+
+
+class KeepBest(Callback):
+    """Keeps the checkpoint with the best value of a metric."""
+
+    def __init__(self, spec: BestSpec) -> None:
+        self._spec = spec
+        self._best: float | None = None
+
+    def on_eval(self, session: Session, metrics: Mapping[str, float]) -> None:
+        """See `Callback`.
+
+        Raises:
+            UsageError: there is no metric of that name.
+        """
+        name = self._spec.metric
+        if name not in metrics:
+            raise no_such_metric("checkpoint.best.metric", name, metrics)
+        sign = 1 if self._spec.mode == "max" else -1
+        value = metrics[name]
+        if math.isnan(value) or (self._best is not None and sign * value <= sign * self._best):
+            return
+        self._best = value
+        session.keep_best()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Callback`."""
+        return {"of": [self._spec.metric, self._spec.mode], "best": self._best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Callback`.
+
+        Raises:
+            CheckpointError: it is of a state of something else.
+        """
+        if "best" not in state:
+            raise CheckpointError("it holds no best value")
+        if state["of"] == [self._spec.metric, self._spec.mode]:
+            self._best = state["best"]

@@ -1,0 +1,208 @@
+"""What a checkpoint of the native trainer holds, and how it becomes a training again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtrain.train import collectives
+from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
+from dtrain.train.checkpoint.state import (
+    is_sharded,
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+    plain_name,
+)
+from dtrain.train.checkpoint.store import CheckpointStore, Loaded
+from dtrain.train.context import TrainContext
+from dtrain.train.loop.callbacks import Callbacks
+from dtrain.train.loop.progress import Progress
+from dtrain.train.loop.settings import Settings
+from dtrain.train.loop.step import Parts
+from dtrain.train.loop.task_state import Kept
+from dtrain.train.metrics.events import Events
+from dtrain.train.seeding import RandomState, derive_seed, seed_everything
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves and restores one training: parameters, optimizer, random numbers, position."""
+
+    def __init__(
+        self,
+        context: TrainContext,
+        parts: Parts,
+        callbacks: Callbacks,
+        kept: Kept,
+        data: dict[str, Any],
+        events: Events,
+    ) -> None:
+        self._context = context
+        self._parts = parts
+        self._callbacks = callbacks
+        self._kept = kept
+        self._data = data
+        self._events = events
+        named = parts.model.named_parameters()
+        self._parameters = {plain_name(name): (each, each.requires_grad) for name, each in named}
+        """By name, and whether it requires a gradient as the task made it."""
+        self._settings = Settings(context.spec, parts)
+        keep = context.spec.checkpoint.keep
+        self._store = CheckpointStore(context.run, context.ranks.rank, keep)
+        self._random: dict[str, Any] | None = None
+        self._told: list[str] = []
+        """What a checkpoint and this training do not both have, in words."""
+        self.saved_step: int | None = None
+        """The step of the checkpoint written or read last."""
+        self.folder: Path | None = None
+        """That checkpoint."""
+
+    def save(self, progress: Progress) -> bool:
+        """Write a checkpoint unless this step's is there already; whether it was written.
+
+        Called by all ranks.
+        """
+        if self.saved_step == progress.step:
+            return False
+        started = time.monotonic()
+        random = collectives.gather_to_zero(RandomState.capture().to_saved())
+        settings = self._settings.to_saved()
+        extras = {**self.small_states(), "random": random, "settings": settings}
+        tensors = self._tensors(extras) if is_sharded(self._parts.model) else None
+        self.folder, size = self._store.save(
+            progress.step,
+            lambda: tensors or self._tensors(extras),
+            progress.to_saved(self._data),
+            self._about(),
+        )
+        self.saved_step = progress.step
+        seconds = time.monotonic() - started
+        logger.info("saved %s: %.1f MB in %.2f s", self.folder.name, size / 1e6, seconds)
+        self._events.write(
+            "checkpoint_saved",
+            step=progress.step,
+            checkpoint=self.folder.name,
+            bytes=size,
+            seconds=round(seconds, 3),
+        )
+        return True
+
+    def keep_best(self) -> None:
+        """Keep the checkpoint written or read last as the best one. Called by all ranks."""
+        assert self.folder is not None
+        self._store.keep_as(self.folder, "best")
+
+    def resume(self) -> Progress | None:
+        """Continue from the newest good checkpoint; None when the run has none yet.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none can be used.
+        """
+        loaded = self._store.load_newest(self._apply)
+        if loaded is None:
+            return None
+        progress = Progress.from_saved(loaded.progress, self._data)
+        if self._settings.has_new_course(loaded.tensors["extras"]["settings"]):
+            progress.stopped_early = False
+        self.saved_step, self.folder = progress.step, loaded.folder
+        logger.info("resumed from %s, after %d steps", loaded.folder.name, progress.step)
+        self._events.write(
+            "resumed",
+            step=progress.step,
+            epoch=progress.position.epoch,
+            consumed=progress.position.consumed,
+            checkpoint=loaded.folder.name,
+            rejected=loaded.rejected,
+        )
+        for each in self._told:
+            self._events.write("state_not_restored", step=progress.step, detail=each)
+            if self._context.ranks.is_rank_zero:
+                logger.warning("checkpoint %s: %s", loaded.folder.name, each)
+        return progress
+
+    def begin_random(self, progress: Progress) -> None:
+        """Seed this rank's generators, or continue where they were on the same world size."""
+        if self._random is not None:
+            RandomState.from_saved(self._random).restore()
+            return
+        seed = self._context.spec.seed
+        seed_everything(derive_seed("train", seed, self._context.ranks.rank, progress.step))
+
+    def _apply(self, loaded: Loaded) -> None:
+        """Put a checkpoint into the parts; the checks come before the changes."""
+        Progress.from_saved(loaded.progress, self._data)
+        with restoring("this training"):
+            self._put_back(loaded.tensors)
+
+    def _put_back(self, tensors: dict[str, Any]) -> None:
+        parts, extras = self._parts, tensors["extras"]
+        told = self._settings.reconcile(extras["settings"], tensors["optimizer"]["groups"])
+        with restoring("the model"):
+            load_model_state(parts.model, tensors["model"])
+        with restoring("the optimizer"):
+            load_optimizer_state(parts.model, parts.optimizer, tensors["optimizer"])
+        for name, part in (("scheduler", parts.scheduler), ("scaler", parts.scaler)):
+            if part is not None and extras[name] is not None:
+                with restoring(f"the {name}"):
+                    part.load_state_dict(extras[name])
+        self._callbacks.load_state_dict(extras["callbacks"])
+        for name, (each, made) in self._parameters.items():
+            each.requires_grad_(extras["requires_grad"].get(name, made))
+        self._told = [*told, *self._kept.load(tensors)]
+        ranks, random = self._context.ranks, extras["random"]
+        self._random = random[ranks.rank] if len(random) == ranks.world_size else None
+
+    def small_states(self) -> dict[str, Any]:
+        """Of schedule, loss scaler and callbacks, and what was frozen.
+
+        Asked for before training too, so that nothing is trained that cannot be saved.
+
+        Raises:
+            DtrainError: these, the optimizer or a module have something that a checkpoint could
+                not give back; says which, and where.
+        """
+        parts, scheduler = self._parts, self._parts.scheduler
+        small = {
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
+            "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
+            "callbacks": self._callbacks.state_dict(),
+        }
+        small["requires_grad"] = {
+            name: each.requires_grad
+            for name, (each, made) in self._parameters.items()
+            if each.requires_grad != made
+        }
+        kind = type(getattr(scheduler, "scheduler", scheduler)).__name__
+        refuse_unreadable(small["scheduler"], f"state_dict() of scheduler {kind}")
+        optimizer = parts.optimizer
+        refuse_unreadable(
+            optimizer.state_dict(), f"state_dict() of optimizer {type(optimizer).__name__}"
+        )
+        for name, value in parts.model.state_dict().items():
+            if not isinstance(value, torch.Tensor):
+                refuse_unreadable(value, f"get_extra_state() of the model, {name}")
+        return small
+
+    def _tensors(self, extras: dict[str, Any]) -> dict[str, Any]:
+        parts = self._parts
+        return {
+            "model": model_state(parts.model),
+            "optimizer": optimizer_state(parts.model, parts.optimizer),
+            **self._kept.to_saved(),
+            "extras": extras,
+        }
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "time": time.time(),
+            "torch": torch.__version__,
+            "strategy": self._context.spec.strategy,
+            "world_size": self._context.ranks.world_size,
+        }

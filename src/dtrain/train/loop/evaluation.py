@@ -1,0 +1,252 @@
+"""Evaluation: every sample once, no collective per batch, the same numbers on every rank."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from dtrain.errors import DtrainError
+from dtrain.task import Task
+from dtrain.train import collectives
+from dtrain.train.context import TrainContext
+from dtrain.train.contract import check_dataset, described, named
+from dtrain.train.data.fetch import Fetcher, Request
+from dtrain.train.data.loader import Loader, eval_requests, fixed_eval_requests, to_device
+from dtrain.train.loop.predictions import Predictions
+from dtrain.train.loop.step import Precision
+from dtrain.train.loss import in_fp64, read_loss
+from dtrain.train.seeding import RandomState, derive_seed, seed_everything
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Tally:
+    """A rank's sums and weights of one metric, of each batch, in fp64."""
+
+    totals: list[float | torch.Tensor] = field(default_factory=list)
+    weights: list[float | torch.Tensor] = field(default_factory=list)
+
+
+class Sections:
+    """Evaluation data in several sections; each has a task of its own that evaluates it."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks = tasks
+
+
+class Evaluators:
+    """Evaluates a model on all of a task's evaluation data, section after section.
+
+    So every rank has a share of each section, and all agree on the metrics of each.
+    """
+
+    def __init__(self, context: TrainContext, data: Any, *, pin_memory: bool) -> None:
+        tasks = data.tasks if isinstance(data, Sections) else [None]
+        self._each = [
+            Evaluator(context, data, pin_memory=pin_memory)
+            if task is None
+            else Evaluator(replace(context, task=task), task.eval_dataset(), pin_memory=pin_memory)
+            for task in tasks
+        ]
+        self.num_samples = sum(each.num_samples for each in self._each)
+
+    def __call__(
+        self,
+        model: torch.nn.Module,
+        predictions: Predictions | None = None,
+        *,
+        measure: bool = True,
+    ) -> dict[str, float] | None:
+        """See `Evaluator`."""
+        found: dict[str, float] = {}
+        for evaluator in self._each:
+            metrics = evaluator(model, predictions, measure=measure)
+            if metrics is None:
+                return None
+            found |= metrics
+        return found
+
+    def close(self) -> None:
+        """End the loader processes."""
+        for each in self._each:
+            each.close()
+
+
+class Evaluator:
+    """Evaluates a model on the task's evaluation data; ranks take unequal contiguous shares.
+
+    Under strategy `exact` batches are the same samples on any number of processes, with random
+    numbers of their own, and sums over them are rounded once: so are the metrics the same bits,
+    and with them what early stopping makes of them.
+    """
+
+    def __init__(self, context: TrainContext, dataset: Any, *, pin_memory: bool) -> None:
+        self._context = context
+        spec, ranks = context.spec, context.ranks
+        self.num_samples = check_dataset(dataset, named(context.task, "eval_dataset"))
+        self._told = named(context.task, "evaluate")
+        self._precision = Precision(spec.train.precision, context.device)
+        fetcher = Fetcher(dataset, context.task, spec.seed)
+        self._loader = Loader(fetcher, spec.data, spec.seed, pin_memory=pin_memory, lasting=True)
+        self._exact = spec.strategy == "exact"
+        requests = fixed_eval_requests if self._exact else eval_requests
+        self._requests = requests(
+            self.num_samples, ranks.rank, ranks.world_size, _batch_size(context)
+        )
+
+    def __call__(
+        self,
+        model: torch.nn.Module,
+        predictions: Predictions | None = None,
+        *,
+        measure: bool = True,
+    ) -> dict[str, float] | None:
+        """Metrics by name; None when some rank was asked to stop before it was done.
+
+        Args:
+            model: to evaluate.
+            predictions: writes what the task predicts in the same pass.
+            measure: whether to ask the task for metrics; without, there are none.
+
+        Raises:
+            DtrainError: ranks came back with different names of metrics, or predicted different
+                things.
+        """
+        try:
+            metrics = self._combine(self._sheltered(model, predictions, measure))
+            if predictions is not None and metrics is not None:
+                predictions.finish()
+        except BaseException:
+            if predictions is not None:
+                predictions.discard()
+            raise
+        if predictions is not None and metrics is None:
+            predictions.discard()
+        return metrics
+
+    def close(self) -> None:
+        """End the loader processes."""
+        self._loader.close()
+
+    def _sheltered(
+        self, model: torch.nn.Module, predictions: Predictions | None, measure: bool
+    ) -> dict[str, _Tally] | None:
+        """One pass that leaves the model's mode and the random numbers as they were."""
+        before = RandomState.capture()
+        was_training = model.training
+        seed = self._context.spec.seed
+        seed_everything(derive_seed("evaluation", seed, self._context.ranks.rank))
+        model.eval()
+        try:
+            with torch.no_grad():
+                return self._run(model, predictions, measure)
+        finally:
+            model.train(was_training)
+            before.restore()
+
+    def _run(
+        self, model: torch.nn.Module, predictions: Predictions | None, measure: bool
+    ) -> dict[str, _Tally] | None:
+        tallies: dict[str, _Tally] = {}
+        batches = self._loader.batches(self._requests)
+        for request, batch in zip(self._requests, batches, strict=True):
+            if self._context.stop.reason is not None:
+                return None
+            batch = to_device(batch, self._context.device)
+            if self._exact:
+                first = int(request.samples[0])
+                seed_everything(derive_seed("evaluation", self._context.spec.seed, "at", first))
+            if measure:
+                self._add(tallies, model, request, batch)
+            if predictions is not None:
+                with self._precision():
+                    predictions.add(model, batch, len(request.samples))
+        return tallies
+
+    def _add(
+        self, tallies: dict[str, _Tally], model: torch.nn.Module, request: Request, batch: Any
+    ) -> None:
+        with self._precision():
+            metrics = self._context.task.evaluate(model, batch)
+        if not isinstance(metrics, Mapping):
+            raise DtrainError(
+                f"{self._told} returned {described(metrics)}; return a dict of metrics by name"
+            )
+        for name, value in metrics.items():
+            total, weight = read_loss(value, len(request.samples), f"{self._told}[{name!r}]")
+            tally = tallies.setdefault(name, _Tally())
+            tally.totals.append(in_fp64(total))
+            tally.weights.append(in_fp64(weight))
+
+    def _combine(self, tallies: dict[str, _Tally] | None) -> dict[str, float] | None:
+        """One exchange; then every rank adds the same numbers in the same order."""
+        mine = None
+        if tallies is not None:
+            mine = {
+                name: (self._sums(tally.totals), self._sums(tally.weights))
+                for name, tally in tallies.items()
+            }
+        everyone = collectives.gather_to_all((mine, len(self._requests)))
+        shares: dict[int, dict[str, tuple[list[float], list[float]]]] = {}
+        for rank, (share, num_batches) in enumerate(everyone):
+            if share is None:
+                return None
+            if num_batches > 0:  # a rank without samples has no names to agree on
+                shares[rank] = share
+        _check_names(shares)
+        return {
+            name: _quotient(
+                name,
+                _sum([x for share in shares.values() for x in share[name][0]]),
+                _sum([x for share in shares.values() for x in share[name][1]]),
+            )
+            for name in shares[0]
+        }
+
+    def _sums(self, values: list[float | torch.Tensor]) -> list[float]:
+        """What the other ranks must know of these: their sum, or each of them."""
+        on_device = [value for value in values if isinstance(value, torch.Tensor)]
+        numbers = [value for value in values if not isinstance(value, torch.Tensor)]
+        if on_device:
+            numbers += torch.stack(on_device).tolist()  # the one wait for the device
+        return numbers if self._exact else [_sum(numbers)]
+
+
+def _batch_size(context: TrainContext) -> int | None:
+    spec = context.spec
+    exact = spec.strategy == "exact"
+    parts = spec.train.virtual_shards if exact else context.ranks.world_size
+    share = -(-spec.train.global_batch_size // parts)
+    return spec.eval.batch_size or spec.train.micro_batch_size or share
+
+
+def _check_names(shares: Mapping[int, Mapping[str, object]]) -> None:
+    names = [set(share) for share in shares.values()]
+    different = set[str]().union(*names) - names[0].intersection(*names)
+    if different:
+        ranks = [rank for rank, share in shares.items() if different & set(share)]
+        raise DtrainError(
+            f"evaluate() returned {', '.join(sorted(different))} on ranks {ranks} only; every "
+            "rank must return the same metrics (with Loss(sum, weight=0) where there is none)"
+        )
+
+
+def _sum(numbers: list[float]) -> float:
+    """Rounded once, so that the order does not matter."""
+    try:
+        return math.fsum(numbers)
+    except (OverflowError, ValueError):  # beyond 1e308, or infinities of both signs
+        return sum(numbers)
+
+
+def _quotient(name: str, total: float, weight: float) -> float:
+    if weight == 0:
+        logger.warning("metric %s has no weight in the whole evaluation: it is nan", name)
+        return math.nan
+    return total / weight

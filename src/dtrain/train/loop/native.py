@@ -1,0 +1,63 @@
+"""dtrain's own training loop."""
+
+from __future__ import annotations
+
+import gc
+import logging
+
+from dtrain.run.failures import in_step
+from dtrain.train.checks.errors import Rollback
+from dtrain.train.context import TrainContext, TrainResult
+from dtrain.train.data import loader_process
+from dtrain.train.faults.inject import Injector
+from dtrain.train.loop.task_state import Kept
+from dtrain.train.loop.training import Training
+
+logger = logging.getLogger(__name__)
+
+
+class NativeTrainer:
+    """Trains a task as its job says; the same training under every strategy and world size."""
+
+    def __init__(self, context: TrainContext) -> None:
+        self._context = context
+
+    def run(self) -> TrainResult:
+        """Train from the newest checkpoint, or from the start, to the end or until asked to stop.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be written, or none of those there can be used.
+            DtrainError: the task broke its contract, or a check failed; says where.
+        """
+        injector = Injector(self._context)
+        kept = Kept(self._context)
+        rollbacks = 0
+        while True:
+            training = Training(injector.seeded(self._context), injector, kept)
+            try:
+                return self.drive(training)
+            except Rollback as wish:
+                rollbacks += 1
+                if rollbacks > self._context.spec.checks.max_rollbacks:
+                    raise wish.error from None
+                logger.warning("%s\ngoing back to the newest checkpoint", wish)
+            except (Exception, SystemExit) as error:
+                told = loader_process.explained(error)
+                in_step(told or error, training.progress.step + 1)
+                if told is None:
+                    raise
+                raise told from error
+            finally:
+                training.close()
+                del training
+                gc.collect()  # no DDP may outlive its process group: 6-8 % of gloo exits hang
+
+    def drive(self, training: Training) -> TrainResult:
+        """Do all of its steps, in a loop of our own."""
+        complete = training.begin()
+        if complete:
+            for step in training.steps():
+                complete = training.step(*step)
+                if not complete:
+                    break
+        return training.end(complete=complete)

@@ -1,0 +1,142 @@
+"""What a training says about itself: log lines, metrics and events, from rank 0."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from dtrain.train.context import TrainContext, TrainResult
+from dtrain.train.data.placement import EpochPlan, GlobalBatch
+from dtrain.train.loop.progress import Progress
+from dtrain.train.loop.step import StepOutcome
+from dtrain.train.metrics.events import Events
+from dtrain.train.metrics.writer import Metrics
+
+logger = logging.getLogger(__name__)
+
+_MAX_RANKS = 16
+"""Told one by one."""
+
+
+class Report:
+    """Speaks on rank 0 and is silent elsewhere."""
+
+    def __init__(self, context: TrainContext, events: Events, course: EpochPlan) -> None:
+        self._context = context
+        self._events = events
+        self._course = course
+        self._active = context.ranks.is_rank_zero
+        self._metrics = Metrics(context.run, context.spec, active=self._active)
+        self._first = True
+        self._noted: dict[str, float] = {}
+        self._samples = 0
+        self._since = time.monotonic()
+
+    def started(self, progress: Progress, *, resumed: bool) -> None:
+        """Before the first step."""
+        spec, ranks, course = self._context.spec, self._context.ranks, self._course
+        self._events.write(
+            "training_started",
+            total_steps=course.total_steps,
+            total_epochs=course.total_epochs,
+            world_size=ranks.world_size,
+            strategy=spec.strategy,
+            resumed_from=progress.step if resumed else None,
+        )
+        self._metrics.begin(progress.step)
+        self._since = time.monotonic()
+        logger.info(
+            "rank %d of %d, %s: from step %d on, %s, %d samples a step, %s",
+            ranks.rank, ranks.world_size, spec.strategy, progress.step + 1, _length(course),
+            spec.train.global_batch_size, spec.train.precision,
+        )  # fmt: skip
+
+    def note(self, name: str, value: float) -> None:
+        """Take a number into the next line of training metrics; a later value replaces it."""
+        self._noted[name] = value
+
+    def step(self, progress: Progress, batch: GlobalBatch, outcome: StepOutcome, lr: float) -> None:
+        """After every step; writes a line of metrics when one is due, and after the first."""
+        if not self._active:
+            return
+        self._samples += batch.size
+        if not self._first and progress.step % self._context.spec.log.every_steps:
+            return
+        now = time.monotonic()
+        values = {"loss": outcome.loss, "lr": float(lr)}
+        values["samples_per_second"] = round(self._samples / max(now - self._since, 1e-9), 1)
+        if outcome.grad_norm is not None:
+            values["grad_norm"] = float(outcome.grad_norm)
+        values.update(self._noted)
+        self._noted.clear()
+        self._metrics.write("train", progress.step, batch.epoch, values)
+        logger.info(
+            "step %d/%s epoch %d: %s",
+            progress.step, self._course.total_steps or "?", batch.epoch, _listed(values),
+        )  # fmt: skip
+        self._first, self._samples, self._since = False, 0, now
+
+    def epoch_read(self, batch: GlobalBatch, samples: list[int] | None) -> None:
+        """After an epoch: how many samples each rank brought, where each brings its own."""
+        if samples is None:
+            return
+        self._events.write("epoch_read", epoch=batch.epoch, samples=samples)
+        told = ", ".join(f"rank {rank} read {number}" for rank, number in enumerate(samples))
+        if len(samples) > _MAX_RANKS:
+            told = f"each rank read {min(samples)} to {max(samples)}"
+        logger.info("epoch %d: %d samples, %s", batch.epoch, sum(samples), told)
+
+    def evaluated(self, progress: Progress) -> None:
+        """After an evaluation."""
+        if self._active:
+            position = progress.position
+            epoch = position.epoch if position.consumed else position.epoch - 1
+            self._metrics.write("eval", progress.step, epoch, progress.metrics)
+            logger.info("evaluation after step %d: %s", progress.step, _listed(progress.metrics))
+
+    def predicted(self, progress: Progress, num_samples: int) -> None:
+        """After predictions are written."""
+        path = self._context.run.predictions
+        self._events.write(
+            "predictions_written", step=progress.step, file=path.name, samples=num_samples
+        )
+        logger.info(
+            "predictions after step %d for %d samples: %s", progress.step, num_samples, path
+        )
+
+    def left(self, progress: Progress, reason: str, rank: int) -> None:
+        """Before leaving because somebody asked to."""
+        self._metrics.outcome = "stopped"
+        self._events.write("stopped", reason=reason, rank=rank, step=progress.step)
+        logger.warning("leaving after step %d: %s (on rank %d)", progress.step, reason, rank)
+
+    def finished(self, result: TrainResult) -> None:
+        """At the end of a complete training."""
+        self._metrics.outcome = "finished"
+        self._events.write(
+            "finished",
+            metrics=result.metrics,
+            steps=result.steps,
+            seconds=round(result.seconds, 3),
+            stopped_early=result.stopped_early,
+            parameters_sha256=result.parameters_sha256,
+        )
+        logger.info("finished: %d steps, %.1f s in this process", result.steps, result.seconds)
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        self._metrics.close()
+
+
+def _length(course: EpochPlan) -> str:
+    """How long training is, in words, as far as that is known before."""
+    if course.num_samples is None:
+        return "epochs of a stream" if course.total_steps is None else f"to {course.total_steps}"
+    return (
+        f"to {course.total_steps}, {course.steps_per_epoch} an epoch of {course.num_samples} "
+        "samples"
+    )
+
+
+def _listed(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.6g}" for name, value in values.items())

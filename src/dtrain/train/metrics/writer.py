@@ -1,0 +1,98 @@
+"""Lines of metrics.jsonl, and what the job's loggers make of them; written by rank 0."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from dtrain import catalog
+from dtrain.job.loggers import LoggerEntry, split_entry
+from dtrain.job.spec import JobSpec
+from dtrain.run.files import append_line, read_lines
+from dtrain.run.rundir import RunDir
+from dtrain.train.metrics.loggers import Logger, LoggerContext, Outcome, settings_of
+from dtrain.train.seeding import RandomState
+
+logger = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Appends metrics as JSON lines: time, step, epoch, split and the values.
+
+    A logger that fails, when it is made or later, is left out from then on with one warning:
+    training goes on. None of them changes the random numbers of the training.
+    """
+
+    def __init__(self, run: RunDir, spec: JobSpec, *, active: bool) -> None:
+        self._run = run
+        self._spec = spec
+        self._active = active
+        self._loggers: list[tuple[str, Logger]] = []
+        self._logged: dict[str, int] = {}
+        """The last step of each split that was written before this began."""
+        self.outcome: Outcome = "failed"
+        """How training ended; to be set before `close`."""
+
+    def begin(self, step: int) -> None:
+        """Say how many steps are done before the first line."""
+        if not (self._active and self._spec.log.loggers):
+            return
+        for line in read_lines(self._run.metrics, split=str, step=int):
+            self._logged[line["split"]] = max(line["step"], self._logged.get(line["split"], 0))
+        context = LoggerContext(self._run, step, settings_of(self._spec))
+        for entry in self._spec.log.loggers:
+            self._open(entry, context)
+
+    def write(self, split: str, step: int, epoch: int, values: dict[str, float]) -> None:
+        """Append one line.
+
+        Args:
+            split: `train` or `eval`.
+            step: optimizer steps done.
+            epoch: 0-based epoch of that step.
+            values: by name; train has loss, lr, samples_per_second and, when clipped, grad_norm.
+        """
+        if not self._active:
+            return
+        place = {"time": time.time(), "step": step, "epoch": epoch, "split": split}
+        append_line(self._run.metrics, {**place, **values})
+        again = step <= self._logged.get(split, -1)
+        for named in list(self._loggers):
+            name, each = named
+            ahead = each.supports_rewind or not again
+            if ahead and not _works(name, partial(each.write, split, step, epoch, values)):
+                self._loggers.remove(named)
+
+    def close(self) -> None:
+        """Flush what is buffered, and tell the loggers how it ended."""
+        for name, each in self._loggers:
+            _works(name, partial(each.close, self.outcome))
+        self._loggers.clear()
+
+    def _open(self, entry: LoggerEntry, context: LoggerContext) -> None:
+        name, options = split_entry(entry)
+
+        def make() -> None:
+            problem = catalog.logger_problem(name)
+            if problem is not None:
+                raise ImportError(problem)
+            self._loggers.append((name, catalog.load("logger", name)(context, **options)))
+
+        _works(name, make)
+
+
+def _works(name: str, action: Callable[[], Any]) -> bool:
+    """Let a logger act, without its errors and without its random numbers; whether it did."""
+    before = RandomState.capture()
+    try:
+        action()
+    except Exception as error:  # whatever it is, it is not worth a training
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        logger.warning("logger %s fails and is left out from here on: %s", name, what)
+        return False
+    finally:
+        before.restore()
+    return True

@@ -1,0 +1,229 @@
+"""One order of FSDP's gathers on all ranks, also where each calls blocks of its own choice.
+
+FSDP gathers a block when its forward begins. Where rank 0 calls expert 0 and rank 1 expert 1, the
+two all-gathers are taken for one, and each rank computes with half of the other's parameters,
+without an error as long as the shapes are the same.
+
+So the ranks agree on a block before they gather it. At the first that they do not agree on, the
+list that holds it becomes a whole one: all of its blocks are gathered together, now and at the
+start of every later step, and their gradients are reduced together after the last backward. To
+agree takes an all-reduce of 16 bytes a block. It ends after the first step where every list is a
+chain: each block called once, in order, on the very tensor that the block before it returned.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_leaves
+
+from dtrain.train.checkpoint.state import plain_name
+from dtrain.train.checks.collective_trace import CHAIN
+from dtrain.train.strategies.fsdp_wrapping import units
+
+logger = logging.getLogger(__name__)
+
+_END = 2**31
+"""Instead of a block's number: this rank's forward calls no other."""
+
+
+class BlockList:
+    """The blocks that one `ModuleList` or `Sequential` holds."""
+
+    def __init__(self, name: str, blocks: dict[str, FSDPModule]) -> None:
+        self.name = name
+        self.blocks = blocks
+        self.whole = False
+        """Whether all blocks are gathered together."""
+        self.chained = True
+        """Whether every forward so far was a chain."""
+        self._called = 0
+        self._returned: Any = None
+
+    def call(self, block: FSDPModule, given: Any) -> None:
+        """Look at a call before it is made."""
+        blocks = list(self.blocks.values())
+        expected = blocks[self._called] if self._called < len(blocks) else None
+        follows = self._called == 0 or _follows(given, self._returned)
+        self.chained = self.chained and block is expected and follows
+        self._called += 1
+
+    def returned(self, outputs: Any) -> None:
+        """Keep what a block returned, until the next is called."""
+        self._returned = outputs
+
+    def end_forward(self) -> None:
+        """Begin anew with the next forward."""
+        self.chained = self.chained and self._called == len(self.blocks)
+        self._called, self._returned = 0, None
+
+    def gather(self) -> None:
+        """Gather all blocks; they stay so until `reduce`, and no backward reduces them."""
+        for block in self.blocks.values():
+            _set_streaming(block, False)
+            block.unshard()
+
+    def reduce(self) -> None:
+        """Sum the gradients over the ranks, block by block, and cut the parameters again."""
+        for block in self.blocks.values():
+            _set_streaming(block, True)
+            for group in _groups(block):
+                group.post_backward()
+                group.finalize_backward()
+
+
+class Gathers:
+    """Keeps the gathers of a sharded model in one order.
+
+    Args:
+        model: whose `units` are sharded.
+        root: sharded around it.
+    """
+
+    def __init__(self, model: nn.Module, root: FSDPModule) -> None:
+        self._lists = _lists(model)
+        self._everything = [root, *(b for each in self._lists for b in each.blocks.values())]
+        self._meets = bool(self._lists)
+        """Whether ranks agree on each gather."""
+        self._learns = True
+        self._in_forward = False
+        numbered = [(each, *item) for each in self._lists for item in each.blocks.items()]
+        self._numbered = [each for each, _, _ in numbered]
+        for number, (each, name, block) in enumerate(numbered):
+            self._watch(number, name, block, each)
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around each forward of a step; all ranks run as many."""
+        for each in self._whole():
+            each.gather()
+        self._in_forward = True
+        try:
+            yield
+            while self._meets and not self._agree(_END):
+                pass
+        finally:
+            self._in_forward = False
+            for each in self._lists:
+                each.end_forward()
+
+    def finish_backward(self) -> None:
+        """After the last backward of a step."""
+        for each in self._whole():
+            each.reduce()
+        if self._learns:
+            self._learns = False
+            self._settle()
+
+    def streams(self, block: nn.Module) -> bool:
+        """Whether a block is gathered for its own forward only."""
+        return any(block in each.blocks.values() for each in self._lists if not each.whole)
+
+    def _whole(self) -> Iterable[BlockList]:
+        return (each for each in self._lists if each.whole)
+
+    def _watch(self, number: int, name: str, block: FSDPModule, own: BlockList) -> None:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self._in_forward:
+                return
+            if self._learns:
+                own.call(block, (args, kwargs))
+            while self._meets and not own.whole and not self._agree(number):
+                pass
+            if not own.whole:
+                CHAIN.add(f"fsdp gathers {name}")
+
+        def after(module: nn.Module, args: Any, outputs: Any) -> None:
+            if self._in_forward and self._learns:
+                own.returned(outputs)
+
+        # before FSDP's own, which gathers
+        block.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        block.register_forward_hook(after)
+
+    def _agree(self, number: int) -> bool:
+        """Whether all ranks have come to one block; where not, its list becomes a whole one."""
+        ends = torch.tensor([number, -number])
+        with CHAIN.apart():  # each rank comes from a line of its own
+            dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        highest, lowest = int(ends[0]), -int(ends[1])
+        if highest == lowest:
+            return True
+        found = {self._numbered[each].name: self._numbered[each] for each in (lowest, highest)
+                 if each != _END}  # fmt: skip
+        for each in found.values():
+            if not each.whole:
+                self._make_whole(each)
+        return False
+
+    def _make_whole(self, each: BlockList) -> None:
+        if dist.get_rank() == 0:
+            logger.info(
+                "ranks call different blocks of %s: fsdp gathers all of them in each step",
+                each.name,
+            )
+        if not any(self._whole()):
+            for unit in self._everything:  # gathers ahead follow a rank's own calls
+                unit.set_modules_to_backward_prefetch([unit])
+        each.whole = True
+        CHAIN.add(f"fsdp gathers all of {each.name}")
+        with CHAIN.apart():
+            each.gather()
+
+    def _settle(self) -> None:
+        """After the first step: ranks need not agree where all lists are chains on all of them."""
+        mine = all(each.chained or each.whole for each in self._lists)
+        chained = torch.tensor(int(mine))
+        dist.all_reduce(chained, op=dist.ReduceOp.MIN)
+        self._meets = not int(chained)
+
+
+def _lists(model: nn.Module) -> list[BlockList]:
+    blocks = set(units(model))
+    found = []
+    for name, container in model.named_modules():
+        if isinstance(container, nn.ModuleList | nn.Sequential):
+            name = plain_name(name)
+            held = {
+                f"{name}.{key}" if name else key: child
+                for key, child in container.named_children()
+                if child in blocks
+            }
+            blocks -= set(held.values())
+            if held:
+                found.append(BlockList(name or "the model", held))
+    return found
+
+
+def _set_streaming(block: FSDPModule, streams: bool) -> None:
+    block.set_reshard_after_forward(streams, recurse=False)
+    block.set_reshard_after_backward(streams, recurse=False)
+    block.set_requires_gradient_sync(streams, recurse=False)
+
+
+def _groups(block: FSDPModule) -> Iterable[Any]:
+    state = block._get_fsdp_state()
+    groups: Iterable[Any] = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return groups
+
+
+def _follows(given: Any, returned: Any) -> bool:
+    """Whether a block is given what another returned.
+
+    Only as it is: a block that gets a part of it (the rows that are routed to it) may get
+    nothing in a later step, and not be called.
+    """
+    memory = _memory(returned)
+    return not memory.isdisjoint(_memory(given))
+
+
+def _memory(values: Any) -> set[tuple[int, tuple[int, ...]]]:
+    tensors = [each for each in tree_leaves(values) if isinstance(each, torch.Tensor)]
+    return {(each.data_ptr(), tuple(each.shape)) for each in tensors if each.numel()}

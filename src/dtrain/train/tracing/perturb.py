@@ -1,0 +1,128 @@
+"""Changes to a model or to data that single out one cause of a difference: see `TraceOptions`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.data import Subset, TensorDataset
+
+
+def first_samples(dataset: Any, limit: int | None) -> Any:
+    """The first `limit` samples of a map-style data set; others come back as they are."""
+    if limit is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return dataset
+    if len(dataset) <= limit:
+        return dataset
+    if type(dataset) is TensorDataset:  # so that it is read in the way that it always is
+        return TensorDataset(*(tensor[:limit] for tensor in dataset.tensors))
+    return Subset(dataset, range(limit))
+
+
+def stop_dropout(model: torch.nn.Module) -> None:
+    """Set every rate of dropout to 0: of dropout modules, and attributes named after it."""
+    for _, module in _modules(model):
+        for attribute in _drop_rates(module):
+            setattr(module, attribute, 0.0)
+
+
+def _drop_rates(module: torch.nn.Module) -> dict[str, float]:
+    keras_dropout = _is_keras(module, "Dropout")
+    return {
+        attribute: value
+        for attribute, value in vars(module).items()
+        if isinstance(value, float)
+        and (
+            attribute == ("rate" if keras_dropout else "p")
+            if keras_dropout or isinstance(module, _DropoutNd)
+            else "drop" in attribute.lower()
+        )
+    }
+
+
+def batch_norms(model: torch.nn.Module, *, training: bool = False) -> list[str]:
+    """Names of the modules that normalise over the samples of their own process.
+
+    Args:
+        model: of torch or of Keras.
+        training: only those that do so while the model trains: that are not frozen.
+    """
+    return [
+        name or type(module).__name__
+        for name, module in _batch_norms(model)
+        if not training or (module.training and getattr(module, "trainable", True))
+    ]
+
+
+def freeze_batch_norm(model: torch.nn.Module) -> None:
+    """Let every BatchNorm use its running statistics for good, also in `model.train()`."""
+    for _, module in _batch_norms(model):
+        if isinstance(module, _BatchNorm):
+            module.eval()
+            vars(module)["train"] = lambda mode=True, module=module: module
+        else:
+            vars(module)["call"] = _without_training(module.call)
+
+
+def is_of_keras(model: torch.nn.Module) -> bool:
+    """Whether a model is Keras's, whose layers torch does not see as modules of it."""
+    return hasattr(model, "_flatten_layers")
+
+
+def _batch_norms(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    return [
+        (name, module)
+        for name, module in _modules(model)
+        if (isinstance(module, _BatchNorm) or _is_keras(module, "BatchNormalization"))
+        and not isinstance(module, SyncBatchNorm)
+    ]
+
+
+def _modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    yield from model.named_modules()
+    if is_of_keras(model):
+        layers: Any = model
+        yield from ((layer.path or layer.name, layer) for layer in layers._flatten_layers())
+
+
+def _is_keras(module: torch.nn.Module, name: str) -> bool:
+    """Whether a layer is one of Keras's own of this name, or a kind of it."""
+    kinds = type(module).__mro__
+    return any(k.__name__.endswith(name) and k.__module__.startswith("keras.") for k in kinds)
+
+
+def _without_training(call: Any) -> Any:
+    @functools.wraps(call)
+    def frozen(*args: Any, training: Any = None, **kwargs: Any) -> Any:
+        return call(*args, training=False, **kwargs)
+
+    return frozen
+
+
+def to_double(batch: Any) -> Any:
+    """A batch with every real number in double precision; containers keep their types."""
+    if isinstance(batch, torch.Tensor):
+        return batch.double() if batch.is_floating_point() else batch
+    if isinstance(batch, dict):
+        return type(batch)((key, to_double(value)) for key, value in batch.items())
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_double(value) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_double(value) for value in batch)
+    return batch
+
+
+@contextlib.contextmanager
+def double_by_default() -> Iterator[None]:
+    """What is made meanwhile without a type is made in double precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
