@@ -102,6 +102,6 @@ class LRMonitor(Callback):
     """Puts the learning rate of every parameter group into the metrics: `lr/0`, `lr/1`, …"""
 
     def on_step(self, session: Session, loss: float) -> None:
-        """See `Callback`."""
+        """Log the rate of each group."""
         for index, group in enumerate(session.optimizer.param_groups):
             session.log(f"lr/{index}", float(group["lr"]))

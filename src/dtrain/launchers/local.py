@@ -49,22 +49,18 @@ class LocalLauncher:
         self._spawn = spawn
 
     def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
-        """See `Launcher.complete`."""
         plan = base.with_options(plan, {})
         names = (facts.host,) if plan.nodes == 1 else tuple(f"node-{k}" for k in range(plan.nodes))
         plan = replace(plan, node_names=names, rdzv_port=facts.free_port)
         return replace(plan, commands=(node_command(plan, facts, range(plan.nodes)),))
 
     def start(self, plan: LaunchPlan) -> NodeProcess:
-        """See `Launcher.start`."""
         return NodeProcess(plan, "127.0.0.1", self._spawn)
 
     def lacking(self, plan: LaunchPlan) -> str:
-        """See `Launcher`."""
         return gpus.lacking(plan)
 
     def is_running(self, run: RunDir) -> bool:
-        """See `Launcher.is_running`."""
         handle = Handle.read(run)
         return handle is not None and handle.is_alive(run)
 
@@ -114,7 +110,6 @@ class NodeProcess:
                 listener.close()
 
     def poll(self) -> int | None:
-        """See `Launch.poll`."""
         code = self._process.poll()
         if code is None or code >= 0:
             return code
@@ -124,7 +119,6 @@ class NodeProcess:
         return 128 - code
 
     def stop(self) -> None:
-        """See `Launch.stop`."""
         self._asked_to_end = True
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)

@@ -20,7 +20,6 @@ class TorchrunLauncher(LocalLauncher):
     """One node on this host; the others are started on theirs by the same command."""
 
     def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
-        """See `Launcher.complete`."""
         plan = base.with_options(plan, {"node_rank": None, "rdzv_endpoint": None})
         node_rank = self._node_rank(plan)
         host, port = self._endpoint(plan, facts)
@@ -36,7 +35,6 @@ class TorchrunLauncher(LocalLauncher):
         return replace(plan, commands=(node_command(plan, facts, [node_rank]), *by_hand))
 
     def start(self, plan: LaunchPlan) -> NodeProcess:
-        """See `Launcher.start`."""
         is_head = plan.options["node_rank"] == 0
         return NodeProcess(plan, ports.to_listen_on(plan.rdzv_host) if is_head else None)
 

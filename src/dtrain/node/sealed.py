@@ -69,24 +69,20 @@ class Table(Store):
         self._texts: dict[str, str] = {}
 
     def add(self, key: str, amount: int) -> int:
-        """See `Store`."""
         with self._lock:
             count = int(self._texts.get(key, 0)) + amount
             self._texts[key] = str(count)
             return count
 
     def set(self, key: str, text: str) -> None:
-        """See `Store`."""
         with self._lock:
             self._texts[key] = text
 
     def get_all(self, keys: list[str]) -> list[str | None]:
-        """See `Store`."""
         with self._lock:
             return [self._texts.get(key) for key in keys]
 
     def clone(self) -> Table:
-        """See `Store`."""
         return self
 
     def answer(self, request: list[Any]) -> Any:
@@ -123,19 +119,15 @@ class Remote(Store):
         """That of whoever answers, before anything is proven."""
 
     def add(self, key: str, amount: int) -> int:
-        """See `Store`."""
         return int(self._ask("add", key, amount))
 
     def set(self, key: str, text: str) -> None:
-        """See `Store`."""
         self._ask("set", key, text)
 
     def get_all(self, keys: list[str]) -> list[str | None]:
-        """See `Store`."""
         return list(self._ask("get_all", keys))
 
     def clone(self) -> Remote:
-        """See `Store`."""
         try:
             sock = socket.create_connection(self._place, PROVE_WITHIN_S)
             return Remote(self._place, self._token, sock)

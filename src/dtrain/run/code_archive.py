@@ -10,18 +10,18 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from dtrain.errors import PlanError
-from dtrain.plan import LaunchPlan
 from dtrain.run import files, snapshot
 from dtrain.run.rundir import RunDir
 
 _SHOWN = 3
 
 
-def pack(plan: LaunchPlan, limit: int, excludes: Sequence[str]) -> Path:
+def pack(run: RunDir, attempt: int, limit: int, excludes: Sequence[str]) -> Path:
     """Make one file of the copy of the code that `snapshot.copy_tree` has made; its path.
 
     Args:
-        plan: the launch.
+        run: whose code is packed.
+        attempt: the one that begins.
         limit: the most bytes that may travel.
         excludes: patterns of files that do not.
 
@@ -29,10 +29,9 @@ def pack(plan: LaunchPlan, limit: int, excludes: Sequence[str]) -> Path:
         PlanError: it is larger than it may be; names the largest files.
         OSError: it cannot be written.
     """
-    run = plan.run
-    tree = run.code / f"tree-{plan.attempt}"
+    tree = run.code / f"tree-{attempt}"
     check_size(tree, limit, excludes)
-    target = run.code / f"tree-{plan.attempt}.tar"
+    target = run.code / f"tree-{attempt}.tar"
     with (
         files.replacing(target) as file,
         tarfile.open(fileobj=file, mode="w", dereference=True) as archive,
@@ -40,9 +39,9 @@ def pack(plan: LaunchPlan, limit: int, excludes: Sequence[str]) -> Path:
         for path in sorted(tree.rglob("*")):
             if path.is_file() or (path.is_dir() and not path.is_symlink()):
                 archive.add(path, str(path.relative_to(run.code)), recursive=False)
-        job = tarfile.TarInfo(snapshot.job_folder(run.code, plan.attempt).name)
+        job = tarfile.TarInfo(snapshot.job_folder(run.code, attempt).name)
         job.type = tarfile.SYMTYPE
-        job.linkname = os.readlink(snapshot.job_folder(run.code, plan.attempt))
+        job.linkname = os.readlink(snapshot.job_folder(run.code, attempt))
         archive.addfile(job)
     return target
 

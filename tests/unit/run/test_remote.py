@@ -387,8 +387,8 @@ def test_code_travels_as_one_file(tmp_path: Path) -> None:
     snapshot.copy_tree(job, run.code, 0)
     plan = cast(LaunchPlan, SimpleNamespace(run=run, attempt=0))
     with pytest.raises(PlanError, match=r"upload_limit: 1.0 MiB\); largest: big.bin"):
-        code_archive.pack(plan, 1 << 20, [])
-    package = code_archive.pack(plan, 4 << 20, ["*.yaml"])
+        code_archive.pack(plan.run, plan.attempt, 1 << 20, [])
+    package = code_archive.pack(plan.run, plan.attempt, 4 << 20, ["*.yaml"])
     assert package.name == "tree-0.tar"
     shutil.rmtree(job)
     found = code_archive.unpack(run)

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import keras
 import numpy as np
 
-import keras
 from dtrain.callback import Callback, Session
 from dtrain.errors import DtrainError
 from dtrain.train.seeding import RandomState
@@ -61,7 +61,6 @@ class KerasCallbacks(Callback):
         self._initial: list[dict[str, Any]] = []
 
     def on_start(self, session: Session) -> None:
-        """See `Callback`."""
         session.model.stop_training = False
         for each in self._all:
             each.set_params({"verbose": 0})
@@ -76,7 +75,6 @@ class KerasCallbacks(Callback):
             self._begin(session)
 
     def on_step(self, session: Session, loss: float) -> None:
-        """See `Callback`."""
         self._sum += loss * session.batch_size
         self._weight += session.batch_size
         self._tell(session, "on_train_batch_end", self._batch, self._mean())
@@ -85,22 +83,18 @@ class KerasCallbacks(Callback):
             self._tell(session, "on_train_batch_begin", self._batch, {})
 
     def on_epoch(self, session: Session) -> None:
-        """See `Callback`."""
         self._waits = session.evaluation_follows
         if not self._waits:
             self._end_epoch(session, {})
 
     def on_eval(self, session: Session, metrics: Mapping[str, float]) -> None:
-        """See `Callback`."""
         if self._waits:
             self._end_epoch(session, {f"val_{name}": value for name, value in metrics.items()})
 
     def on_end(self, session: Session) -> None:
-        """See `Callback`."""
         self._tell(session, "on_train_end", self._mean())
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Callback`."""
         pairs = zip(self._all, self._initial, strict=True)
         return {
             "begun": self._begun,
@@ -111,7 +105,6 @@ class KerasCallbacks(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Callback`."""
         self._loaded = state
 
     def _restore(self) -> None:

@@ -71,11 +71,9 @@ class KerasTask(Task):
         return model
 
     def train_dataset(self) -> Any:
-        """See `Task`."""
         return as_dataset(self.train_data(), self.steps_per_epoch)
 
     def eval_dataset(self) -> Any:
-        """See `Task`."""
         return as_dataset(self.eval_data())
 
     def loss(self, model: Any, batch: Any) -> torch.Tensor:

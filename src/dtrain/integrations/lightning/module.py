@@ -288,7 +288,6 @@ class _LoaderTask(Task):
         return self._dataset
 
     def evaluate(self, model: torch.nn.Module, batch: Any) -> Any:
-        """See `ModuleTask.evaluate`."""
         self._owner.loader = self._index
         return self._owner.evaluate(model, batch)
 

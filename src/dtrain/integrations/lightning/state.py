@@ -22,7 +22,6 @@ class States(Callback):
         return states
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Callback`."""
         checkpoint = {"callbacks": state, "pytorch-lightning_version": pl.__version__}
         call._call_callbacks_load_state_dict(self._trainer, checkpoint)
 

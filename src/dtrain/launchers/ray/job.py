@@ -158,7 +158,6 @@ class JobLaunch:
         return 1
 
     def stop(self) -> None:
-        """See `Launch.stop`."""
         self._cancel.parent.mkdir(exist_ok=True)
         self._cancel.touch()
         self._ask_at = 0.0

@@ -35,7 +35,6 @@ class RayLauncher:
     options_model = RayOptions
 
     def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
-        """See `Launcher.complete`."""
         options = RayOptions.of(plan.options)
         driver = ("-P", "-m", "dtrain.launchers.ray.driver", plan.run_dir)
         argv: tuple[str, ...] = (facts.python, *driver)
@@ -68,7 +67,6 @@ class RayLauncher:
         return bool(plan.options["submit"] == "job")
 
     def start(self, plan: LaunchPlan) -> Launch:
-        """See `Launcher.start`."""
         if importlib.util.find_spec("ray") is None:
             raise PlanError("launcher 'ray' needs Ray: pip install 'dtrain[ray]'")
         RayFiles(plan.run).clear()
@@ -79,19 +77,18 @@ class RayLauncher:
                 base.keep_code(plan)
                 snapshot.copy_tree(plan.job_dir, plan.run.code, plan.attempt)
                 if plan.run_url:
-                    code_archive.pack(plan, plan.options["upload_limit"], plan.options["excludes"])
+                    limits = (plan.options["upload_limit"], plan.options["excludes"])
+                    code_archive.pack(plan.run, plan.attempt, *limits)
             except OSError as error:
                 raise LaunchError(f"cannot write {error.filename}: {error.strerror}") from error
         return DriverProcess(plan)
 
     def is_running(self, run: RunDir) -> bool:
-        """See `Launcher.is_running`."""
         if LaunchPlan.read(run).options["submit"] == "job":
             return job.is_running(run)
         return _HERE.is_running(run)
 
     def cancel(self, run: RunDir, timeout_s: float) -> None:
-        """See `Launcher.cancel`."""
         if LaunchPlan.read(run).options["submit"] == "job":
             job.cancel(run, timeout_s)
         else:
@@ -147,7 +144,6 @@ class DriverProcess:
         return code if code > 0 else 128 - code
 
     def stop(self) -> None:
-        """See `Launch.stop`."""
         self._stopped = True
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)

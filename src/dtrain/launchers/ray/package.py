@@ -78,7 +78,7 @@ def unpack(folder: Path) -> tuple[LaunchPlan, bool]:
     files.write_json(run.plan, plan.to_json())
     if url:
         options = RayOptions.of(plan.options)
-        code_archive.pack(plan, options.upload_limit, options.excludes)
+        code_archive.pack(plan.run, plan.attempt, options.upload_limit, options.excludes)
     return plan, False
 
 

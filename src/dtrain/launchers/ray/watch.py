@@ -64,7 +64,6 @@ class Watch:
         self._deadline = float("inf")
 
     def run(self, stops: Callable[[], int], troubled: Callable[[], bool]) -> Outcome:
-        """See `Nodes.watch`."""
         for rank in range(len(self._actors)):
             self._send(rank)
         while len(self._outcome.codes) + len(self._outcome.lost) < len(self._actors):

@@ -40,7 +40,6 @@ class SlurmLauncher:
     options_model = SlurmOptions
 
     def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
-        """See `Launcher.complete`."""
         options = SlurmOptions.of(plan.options)
         if options.venv:
             python = os.path.join(options.venv, "bin", "python")
@@ -92,7 +91,6 @@ class SlurmLauncher:
         return f"afterok:{handle.job_id}"
 
     def start(self, plan: LaunchPlan) -> Launch:
-        """See `Launcher.start`."""
         if plan.options["executor"] != "slurm":
             _keep_code(plan)
             return submitit_local.start(plan)
@@ -111,7 +109,6 @@ class SlurmLauncher:
     def start_array(
         self, plans: Sequence[LaunchPlan], at_once: int | None
     ) -> Sequence[SlurmLaunch]:
-        """See `sweep.ArrayLauncher`."""
         array.refuse_unlike(plans)
         plans, cut = array.within_partition(plans)
         with _files_written():
@@ -191,7 +188,6 @@ class SlurmLaunch:
         self._put_back: set[int] = set()
 
     def poll(self) -> int | None:
-        """See `Launch.poll`."""
         plan = outcome.at_newest_attempt(self._plan)
         ended = SlurmFiles(plan.run).end(plan.attempt).exists()
         job = self._watcher.job(self._job_id, now=ended)
@@ -212,7 +208,6 @@ class SlurmLaunch:
             queue.run_command("scancel", self._job_id)
 
     def kill(self) -> None:
-        """See `Launch.kill`."""
         if self._killed or self._watcher.job(self._job_id).is_over:
             return
         self._killed = True

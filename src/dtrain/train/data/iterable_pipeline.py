@@ -74,7 +74,6 @@ class StreamFeed(Feed):
     def batches(
         self, step: int, position: Position, split: Split, watch: Watch = iter
     ) -> Iterator[Step]:
-        """See `Feed`."""
         if self.course.over(step, position.epoch):
             return
         self._resume(position)
@@ -94,20 +93,16 @@ class StreamFeed(Feed):
                 return
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Feed`."""
         return {**super().state_dict(), "stream": encoded(self._state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Feed`."""
         super().load_state_dict(state)
         self._loaded = decoded(state.get("stream"))
 
     def note_contents(self) -> None:
-        """See `Feed`."""
         self._fetcher.collate.notes = True
 
     def close(self) -> None:
-        """See `Feed`."""
         self._loader.close()
 
     # -- what differs where streams shard themselves -------------------------------------------

@@ -158,7 +158,6 @@ class MapFeed(Feed):
     def batches(
         self, step: int, position: Position, split: Split, watch: Watch = iter
     ) -> Iterator[Step]:
-        """See `Feed`."""
         requests = train_requests(self.course.batches(step, position), self.order, split)
         probes = self._probes(step, position)
         opened = handles.places() if probes and self.spec.data.workers > 1 else {}
@@ -177,15 +176,12 @@ class MapFeed(Feed):
             yield batch, self._take(fetched, num_micro_batches), num_micro_batches
 
     def again(self, epoch: int, ids: Ids) -> Any:
-        """See `Feed`."""
         return self._fetcher(Request(epoch, ids))
 
     def note_contents(self) -> None:
-        """See `Feed`."""
         self._fetcher.collate.notes = True
 
     def close(self) -> None:
-        """See `Feed`."""
         self._loader.close()
 
     def _probes(self, step: int, position: Position) -> list[Probe]:

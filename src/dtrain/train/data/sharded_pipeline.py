@@ -60,7 +60,6 @@ class ShardedFeed(StreamFeed):
             self._overlap.clear()
 
     def samples_read(self) -> list[int] | None:
-        """See `Feed`."""
         return self._whole
 
     def state_dict(self) -> dict[str, Any]:

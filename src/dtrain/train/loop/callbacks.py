@@ -35,8 +35,6 @@ def listed(callbacks: Any) -> list[Any]:
 
 
 class View:
-    """See `dtrain.callback.Session`."""
-
     def __init__(
         self, context: TrainContext, parts: Parts, log: Callable[[str, float], None]
     ) -> None:
@@ -52,32 +50,26 @@ class View:
 
     @property
     def step(self) -> int:
-        """See `Session`."""
         return self.progress.step
 
     @property
     def epoch(self) -> int:
-        """See `Session`."""
         return self.progress.position.epoch
 
     @property
     def rank(self) -> int:
-        """See `Session`."""
         return self._context.ranks.rank
 
     @property
     def model(self) -> torch.nn.Module:
-        """See `Session`."""
         return self._parts.model
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """See `Session`."""
         return self._parts.optimizer
 
     @property
     def run_dir(self) -> Path:
-        """See `Session`."""
         return self._context.run.path
 
     def log(self, name: str, value: float) -> None:
@@ -92,7 +84,6 @@ class View:
             raise DtrainError(f"session.log({name!r}, {value!r}): it takes a number") from None
 
     def stop(self, reason: str) -> None:
-        """See `Session`."""
         self.ending = self.ending or reason
 
 
@@ -234,7 +225,6 @@ class StopEarly(Callback):
         self.load_state_dict = self._watch.load_state_dict  # type: ignore[method-assign]
 
     def on_eval(self, session: Session, metrics: Mapping[str, float]) -> None:
-        """See `Callback`."""
         self._watch.update(dict(metrics), session.step)
         if self._watch.exhausted:
             session.stop(str(self._watch))
@@ -264,7 +254,6 @@ class KeepBest(Callback):
         session.keep_best()
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Callback`."""
         return {"of": [self._spec.metric, self._spec.mode], "best": self._best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

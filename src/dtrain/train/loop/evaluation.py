@@ -18,8 +18,8 @@ from dtrain.train.contract import check_dataset, described, named
 from dtrain.train.data.fetch import Fetcher, Request
 from dtrain.train.data.loader import Loader, eval_requests, fixed_eval_requests, to_device
 from dtrain.train.loop.predictions import Predictions
-from dtrain.train.loop.step import Precision
 from dtrain.train.loss import in_fp64, read_loss
+from dtrain.train.precision import Precision
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,6 @@ class Evaluators:
         *,
         measure: bool = True,
     ) -> dict[str, float] | None:
-        """See `Evaluator`."""
         found: dict[str, float] = {}
         for evaluator in self._each:
             metrics = evaluator(model, predictions, measure=measure)

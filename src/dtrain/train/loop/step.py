@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,8 @@ from dtrain.train.checks.finite import FiniteGuard
 from dtrain.train.checks.train_state import TrainState
 from dtrain.train.data.loader import to_device
 from dtrain.train.loss import LossModule, in_fp64
+from dtrain.train.precision import Precision
 from dtrain.train.strategies.base import Pending, Strategy
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -51,22 +49,6 @@ class StepOutcome:
     """2-norm of the reduced gradient before clipping; None without clipping."""
     skipped: bool
     """The gradient was not finite, so neither optimizer nor scheduler stepped."""
-
-
-class Precision:
-    """Autocast for forward, and the type it uses."""
-
-    def __init__(self, precision: str, device: torch.device) -> None:
-        self._device = device.type
-        self._dtype = _AUTOCAST.get(precision)
-
-    def __call__(self) -> contextlib.AbstractContextManager[Any]:
-        """A context for one forward."""
-        if self._dtype is None:
-            return contextlib.nullcontext()
-        context: contextlib.AbstractContextManager[Any]
-        context = torch.autocast(self._device, dtype=self._dtype)
-        return context
 
 
 class TrainStep:

@@ -83,7 +83,6 @@ class Csv:
             self._rewrite(split, list(rows[0]) if rows else [], rows)
 
     def write(self, split: str, step: int, epoch: int, values: Values) -> None:
-        """See `Logger`."""
         row = {"step": step, "epoch": epoch, **values}
         known = self._columns.get(split, [])
         new = [name for name in row if name not in known]
@@ -129,12 +128,10 @@ class TensorBoard:
             self._writer.add_text("job", _as_text(context.settings))
 
     def write(self, split: str, step: int, epoch: int, values: Values) -> None:
-        """See `Logger`."""
         for name, value in values.items():
             self._writer.add_scalar(f"{split}/{name}", value, step)
 
     def close(self, outcome: Outcome) -> None:
-        """See `Logger`."""
         self._writer.close()
 
 
@@ -190,7 +187,6 @@ class MLflow:
         return run_id
 
     def write(self, split: str, step: int, epoch: int, values: Values) -> None:
-        """See `Logger`."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -199,7 +195,6 @@ class MLflow:
         self._client.log_batch(self._id, metrics=metrics)
 
     def close(self, outcome: Outcome) -> None:
-        """See `Logger`."""
         status = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[outcome]
         self._client.set_terminated(self._id, status)
 
@@ -224,12 +219,10 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, split: str, step: int, epoch: int, values: Values) -> None:
-        """See `Logger`."""
         named = {f"{split}/{name}": value for name, value in values.items()}
         self._run.log({"step": step, "epoch": epoch, **named})
 
     def close(self, outcome: Outcome) -> None:
-        """See `Logger`."""
         self._run.finish(exit_code=0 if outcome != "failed" else 1)
 
 
@@ -252,12 +245,10 @@ class Comet:
             self._experiment.log_parameters(dict(context.settings))
 
     def write(self, split: str, step: int, epoch: int, values: Values) -> None:
-        """See `Logger`."""
         named = {f"{split}/{name}": value for name, value in values.items()}
         self._experiment.log_metrics(named, step=step, epoch=epoch)
 
     def close(self, outcome: Outcome) -> None:
-        """See `Logger`."""
         self._experiment.log_other("outcome", outcome)
         self._experiment.end()
 
@@ -292,12 +283,10 @@ class Neptune:
             self._run["job"] = dict(context.settings)
 
     def write(self, split: str, step: int, epoch: int, values: Values) -> None:
-        """See `Logger`."""
         for name, value in values.items():
             self._run[f"{split}/{name}"].append(value, step=step)
 
     def close(self, outcome: Outcome) -> None:
-        """See `Logger`."""
         self._run["outcome"] = outcome
         self._run.stop()
 

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 from dtrain.train.context import TrainContext
 from dtrain.train.data.placement import GlobalBatch
-from dtrain.train.loop.step import Precision
 from dtrain.train.loss import LossModule, LossParts
+from dtrain.train.precision import Precision
 from dtrain.train.seeding import RandomState
 from dtrain.train.strategies.base import Pending, Strategy, known_norm
 from dtrain.train.strategies.fsdp_gathers import Gathers

@@ -1,0 +1,1 @@
+"""Trainings written for other frameworks: Lightning, Keras, and plain scripts."""

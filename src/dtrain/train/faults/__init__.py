@@ -1,0 +1,1 @@
+"""Faults made on purpose, to see whether the checks find them."""

@@ -1,0 +1,1 @@
+"""Strategy exact: virtual shards added up in one fixed tree."""

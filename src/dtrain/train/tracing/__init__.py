@@ -1,0 +1,1 @@
+"""What each step of a traced run did, for dtrain verify."""
