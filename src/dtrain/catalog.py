@@ -23,6 +23,8 @@ class LauncherFact:
     """The pip extra it needs, if any."""
     allocates: bool = False
     """Nodes come with the cores that the job asks for, whatever this host has."""
+    simulates: bool = False
+    """All nodes are on this host."""
     urls: bool = False
     """Whether runs may be kept at a URL, by nodes that share no disk."""
 
@@ -76,6 +78,7 @@ LAUNCHERS: Mapping[str, LauncherFact] = {
     "local": LauncherFact(
         "dtrain.launchers.local:LocalLauncher",
         "this machine, as one node or several simulated",
+        simulates=True,
         urls=True,
     ),
     "torchrun": LauncherFact(
@@ -225,6 +228,11 @@ def load(kind: str, name: str) -> Any:
 
     module, _, attribute = find(kind, name).partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def launcher(name: str) -> LauncherFact:
+    """What is known of a launcher; of one from an entry point, only where it is."""
+    return LAUNCHERS.get(name) or LauncherFact(find("launcher", name), "")
 
 
 def export_problem(name: str) -> str | None:

@@ -18,6 +18,7 @@ from dtrain import catalog, ports
 from dtrain.environ import HASH_SEED, hash_seed, masked
 from dtrain.errors import PlanError
 from dtrain.job.faults import absent_rank
+from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
 from dtrain.job.stream import sharded_problem
 from dtrain.run import files
@@ -49,6 +50,8 @@ class Facts:
     """Where all runs are kept, when that is a URL."""
     hash_seed: str = "0"
     """PYTHONHASHSEED of all processes, unless the job says one."""
+    limits_s: Mapping[str, float] = field(default_factory=dict)
+    """How long a job may run in each queue of the cluster that it may use, where it is known."""
 
     @classmethod
     def gather(
@@ -87,6 +90,8 @@ class Command:
     """Variables set on top of the environment it inherits."""
     by_hand: bool = False
     """Printed for a person to type; `launch` does not start it."""
+    node_ranks: tuple[int, ...] = ()
+    """The nodes that it serves; none of a command that asks a cluster for them."""
 
 
 @dataclass(frozen=True)
@@ -124,14 +129,18 @@ class LaunchPlan:
     preload: tuple[str, ...]
     worker_env: dict[str, str]
     """Set for every worker; values of secret names are masked here."""
-    options: dict[str, Any]
-    """The launcher's own settings."""
+    options: AnyOptions
+    """The launcher's own settings, of the launcher's own type once it has completed the plan."""
     lost_after_s: float = 30.0
+    max_requeues: int = 0
+    """How often a cluster may start the job again by itself."""
     code_dir: str = ""
     """Where workers find the task, when that is not `job_dir` but a copy of it."""
     sources: dict[str, str] = field(default_factory=dict)
     """Where the launcher's settings were written: `launchers/slurm.yaml:9:14`, or a flag."""
     commands: tuple[Command, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What people should know before it starts, as that a time limit was cut."""
     files: tuple[str, ...] = ()
     """Files that the launch writes before it starts anything."""
     run_url: str = ""
@@ -150,13 +159,19 @@ class LaunchPlan:
         return (*(target.partition(":")[0] for target in targets), *self.preload)
 
     @property
+    def node_ranks(self) -> tuple[int, ...]:
+        """The nodes that this launch serves on this host; empty where a cluster has them."""
+        return tuple(rank for each in self.commands if not each.by_hand for rank in each.node_ranks)
+
+    @property
     def is_of_node_zero(self) -> bool:
         """Whether this launch answers for the run: of several commands, one a node, node 0's."""
-        return self.options.get("node_rank") in (None, 0)
+        return not self.node_ranks or 0 in self.node_ranks
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as kept in plan.json and printed by `--json`."""
-        return asdict(self)
+        plain = asdict(replace(self, options=AnyOptions()))
+        return {**plain, "options": self.options.model_dump(mode="json")}
 
     def placed(self, attempt: int, node_names: Sequence[str], host: str, port: int) -> LaunchPlan:
         """The plan of an attempt whose nodes and rendezvous were found only when it began."""
@@ -194,7 +209,7 @@ def make_plan(
     job_dir: str,
     launcher: str,
     profile: str,
-    options: Mapping[str, Any],
+    options: AnyOptions,
     facts: Facts,
     sources: Mapping[str, str] | None = None,
 ) -> LaunchPlan:
@@ -249,7 +264,7 @@ def make_plan(
         join_timeout_s=launch.join_timeout,
         stop_timeout_s=launch.stop_timeout,
         collective_timeout_s=launch.collective_timeout,
-        lost_after_s=launch.lost_after or (600.0 if _is_cluster(launcher) else 30.0),
+        lost_after_s=launch.lost_after or (600.0 if catalog.launcher(launcher).allocates else 30.0),
         threads_per_proc=threads,
         preload=_preload(job, facts),
         worker_env={
@@ -258,7 +273,7 @@ def make_plan(
             HASH_SEED: facts.hash_seed,
             **masked(launch.env),
         },
-        options=dict(options),
+        options=options,
         sources=dict(sources or {}),
         files=tuple(
             str(path)
@@ -295,17 +310,12 @@ def _processes(job: JobSpec) -> tuple[int, int]:
     return 1, wanted
 
 
-def _is_cluster(launcher: str) -> bool:
-    return launcher in catalog.LAUNCHERS and catalog.LAUNCHERS[launcher].allocates
-
-
-def _threads(
-    launcher: str, options: Mapping[str, Any], cores_here: int, nodes: int, per_node: int
-) -> int:
+def _threads(launcher: str, options: AnyOptions, cores_here: int, nodes: int, per_node: int) -> int:
     """Threads of each of a node's `per_node` processes and replicas, so that all have a core."""
-    if _is_cluster(launcher):
-        return max(1, (options.get("cpus_per_node") or per_node) // per_node)
-    return max(1, cores_here // (per_node * (nodes if launcher == "local" else 1)))
+    fact = catalog.launcher(launcher)
+    if fact.allocates:
+        return max(1, (options.cores_per_node or per_node) // per_node)
+    return max(1, cores_here // (per_node * (nodes if fact.simulates else 1)))
 
 
 def _preload(job: JobSpec, facts: Facts) -> tuple[str, ...]:

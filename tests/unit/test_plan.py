@@ -13,6 +13,7 @@ import pytorch_lightning  # noqa: F401  sets variables once, which a test would 
 from dtrain import catalog
 from dtrain.environ import MASK, is_secret, masked, secret, shown
 from dtrain.errors import PlanError
+from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base
 from dtrain.plan import Facts, LaunchPlan, make_plan
@@ -31,7 +32,12 @@ def job(**fields: Any) -> JobSpec:
 
 def plan_of(spec: JobSpec, launcher: str = "local", **options: Any) -> LaunchPlan:
     made = make_plan(
-        spec, job_dir="/job", launcher=launcher, profile=launcher, options=options, facts=FACTS
+        spec,
+        job_dir="/job",
+        launcher=launcher,
+        profile=launcher,
+        options=AnyOptions(**options),
+        facts=FACTS,
     )
     return base.load(launcher).complete(made, FACTS)
 
@@ -83,7 +89,7 @@ def test_what_does_not_go_together(fields: dict[str, Any], message: str) -> None
 def test_a_plan_survives_its_json(tmp_path: Path) -> None:
     plan = replace(plan_of(job(launch={"nodes": "1:2"}), launcher="local"), run_dir=str(tmp_path))
     write_json(plan.run.plan, plan.to_json())
-    assert LaunchPlan.read(plan.run) == plan
+    assert LaunchPlan.read(plan.run).to_json() == plan.to_json()
     with pytest.raises(PlanError, match="not a run directory"):
         LaunchPlan.read(type(plan.run)(tmp_path / "nothing"))
 
@@ -228,7 +234,7 @@ def test_safe_imports_of_the_task_are_done_once_per_node() -> None:
     def preload(facts: Facts = facts, trainer: str = "native", **launch: Any) -> tuple[str, ...]:
         made = make_plan(
             job(launch=launch, trainer=trainer), job_dir="/job", launcher="local", profile="local",
-            options={}, facts=facts,
+            options=AnyOptions(), facts=facts,
         )  # fmt: skip
         return made.preload
 
@@ -266,7 +272,12 @@ def test_launchers_that_need_a_shared_folder_take_no_url(launcher: str) -> None:
     facts = replace(FACTS, runs_url="s3://bucket/runs")
     with pytest.raises(PlanError, match="launchers 'local' and 'ray' take a URL"):
         make_plan(
-            job(), job_dir="/job", launcher=launcher, profile=launcher, options={}, facts=facts
+            job(),
+            job_dir="/job",
+            launcher=launcher,
+            profile=launcher,
+            options=AnyOptions(),
+            facts=facts,
         )
 
 

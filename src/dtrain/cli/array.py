@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from dtrain.console import out
 
 if TYPE_CHECKING:
     from dtrain.launchers.array import Element
+    from dtrain.launchers.base import ArrayCapable
 
 _VALUE = re.compile(r"""(?:[^,\[\]{}"']|\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*')+""")
 
@@ -29,39 +31,47 @@ def launch(
     """Submit a run for each combination of values, and follow them; the exit code."""
     from dtrain.launchers.array import drive_array
 
-    elements = prepare(job, fields, options)
-    launcher = _launcher(elements)
+    launcher, elements = prepare(job, fields, options)
     return drive_array(launcher, elements, out.say, at_once=at_once, detach=detach, quiet=quiet)
 
 
 def show(job: str, fields: tuple[str, ...], at_once: int | None, options: dict[str, Any]) -> None:
     """Print what would be launched: each run's values, and the script."""
-    elements = prepare(job, fields, options)
+    launcher, elements = prepare(job, fields, options)
     for element in elements:
         click.echo(f"{element.plan.run_id}: {element.chosen}")
     plans = [element.plan for element in elements]
-    click.echo("\n".join(_launcher(elements).preview_array(plans, at_once)))
+    click.echo("\n".join(launcher.preview_array(plans, at_once)))
 
 
-def prepare(job: str, fields: tuple[str, ...], options: dict[str, Any]) -> list[Element]:
-    """A plan for each combination of values, in order; errors as for `shared.prepare`."""
+def prepare(
+    job: str, fields: tuple[str, ...], options: dict[str, Any]
+) -> tuple[ArrayCapable, list[Element]]:
+    """A plan for each combination of values, in order; errors as for `plan_run`.
+
+    Raises:
+        UsageError: a value is given twice, or the launcher submits no arrays.
+    """
     from dtrain.errors import UsageError
     from dtrain.launchers.array import Element
+    from dtrain.launchers.base import ArrayCapable
+    from dtrain.planning import plan_run
 
     choices = list(product(*(values(text) for text in fields)))
     if len(set(choices)) != len(choices):
         raise UsageError(f"--array: the same value twice: {', '.join(fields)}")
-    found: list[Element] = []
-    run_id = options["run_id"]
+    asked, found = shared.request(options), list[Element]()
+    launcher: Any = None
     for index, chosen in enumerate(choices):
-        overrides = (*options["overrides"], *chosen)
-        if run_id is None:
-            run_id = shared.prepare(job, {**options, "overrides": overrides}).plan.run_id
-        own = {"overrides": overrides, "run_id": f"{run_id}-{index}"}
-        prepared = shared.prepare(job, {**options, **own})
+        overrides = (*asked.overrides, *chosen)
+        prepared = plan_run(job, replace(asked, overrides=overrides, suffix=f"-{index}"))
+        launcher, plan = prepared.launcher, prepared.plan
+        if not isinstance(launcher, ArrayCapable):
+            raise UsageError(f"launcher {plan.launcher!r} has no --array; launcher 'slurm' has")
+        asked = replace(asked, run_id=plan.run_id.removesuffix(f"-{index}"))
         text = prepared.job.text
-        found.append(Element(prepared.plan, prepared.job.spec, text, ", ".join(chosen)))
-    return found
+        found.append(Element(plan, prepared.job.spec, text, ", ".join(chosen)))
+    return launcher, found
 
 
 def values(text: str) -> list[str]:
@@ -78,14 +88,3 @@ def values(text: str) -> list[str]:
     if not field or not all(found) or not found or ",".join(written) != listed:
         raise UsageError(f"--array {text}: expected FIELD=VALUE,VALUE,…, as train.lr=0.1,0.01")
     return [f"{field}={value}" for value in found]
-
-
-def _launcher(elements: list[Element]) -> Any:
-    from dtrain.errors import UsageError
-    from dtrain.launchers import base
-
-    name = elements[0].plan.launcher
-    launcher = base.load(name)
-    if not hasattr(launcher, "start_array"):
-        raise UsageError(f"launcher {name!r} has no --array; launcher 'slurm' has")
-    return launcher

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from dtrain.cli import options as shared
-from dtrain.cli.run_lookup import find
+from dtrain.run.lookup import find
 
 
 @click.command("cancel")
@@ -15,18 +15,18 @@ from dtrain.cli.run_lookup import find
 def command(run: str, runs: str, as_json: bool) -> None:
     """End RUN (an id, a unique prefix, or `last`): its workers save and leave at the next step."""
     from dtrain.errors import UsageError
-    from dtrain.launchers import base
+    from dtrain.launchers import base, status
     from dtrain.plan import LaunchPlan
     from dtrain.run.attempts import Handle
 
     found = find(run, runs)
     plan = LaunchPlan.read(found)
-    was, _ = base.state_of(found)
+    was, _ = status.state_of(found)
     if was == "running":
         if Handle.read(found) is None:
             raise UsageError(f"run {found.id} was started by hand; stop it where it was started")
         base.load(plan.launcher).cancel(found, plan.stop_timeout_s + 10)
-    state, _ = base.state_of(found)
+    state, _ = status.state_of(found)
     if as_json:
         shared.print_json({"id": found.id, "was": was, "state": state})
     elif was == "running":

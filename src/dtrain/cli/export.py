@@ -6,7 +6,7 @@ import click
 
 from dtrain import catalog
 from dtrain.cli import options as shared
-from dtrain.cli.run_lookup import find
+from dtrain.run.lookup import find
 
 
 @click.command("export")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dtrain.cli import options as shared
 
+if TYPE_CHECKING:
+    from dtrain.planning import Prepared
 
-@click.command("launch")
+
+@click.command("launch", cls=shared.LaunchCommand)
 @click.argument("job")
 @shared.script_arguments
 @shared.job_options
@@ -46,6 +49,7 @@ def command(
     What follows `--` is the command line of a script.
     """
     from dtrain.cli.plan import show
+    from dtrain.planning import plan_run
 
     if (explain or as_json) and (array or not dry_run):
         raise click.UsageError("--explain and --json are of --dry-run for one run")
@@ -58,29 +62,27 @@ def command(
         return arrays.launch(job, array, options, at_once=at_once, detach=detach, quiet=quiet)
     if at_once:
         raise click.UsageError("--at-once is for runs of an --array, and there is none")
-    prepared = shared.prepare(job, options)
+    prepared = plan_run(job, shared.request(options))
     if dry_run:
         show(prepared, as_json, explain)
         return 0
     return start(prepared, quiet, detach)
 
 
-def start(prepared: shared.Prepared, quiet: bool, detach: bool = False) -> int:
+def start(prepared: Prepared, quiet: bool, detach: bool = False) -> int:
     """Start a plan and follow it to its end, or only start it; the exit code."""
     from dtrain.cli.plan import lacking
     from dtrain.console.live import LiveConsole
     from dtrain.errors import PlanError, UsageError
-    from dtrain.launchers import base
-    from dtrain.launchers.supervise import drive
+    from dtrain.launchers.supervise import can_detach, drive
 
-    plan = prepared.plan
-    if short := lacking(plan):
+    plan, launcher = prepared.plan, prepared.launcher
+    if short := lacking(prepared):
         raise PlanError(short, ("launch.gpus_per_node",)).placed(prepared.job.sources)
-    can_detach = getattr(base.load(plan.launcher), "can_detach", None)
-    if detach and not (can_detach and can_detach(plan)):
+    if detach and not can_detach(launcher, plan):
         raise UsageError(
             f"launcher {plan.launcher!r} cannot --detach: its processes end with the command; "
             "launcher 'slurm' can, and launcher 'ray' with --ray submit=job"
         )
     console = LiveConsole(plan, quiet=quiet)
-    return drive(plan, prepared.job.spec, prepared.job.text, console, detach=detach)
+    return drive(launcher, plan, prepared.job.spec, prepared.job.text, console, detach=detach)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dtrain.cli import options as shared
-from dtrain.cli.run_lookup import find
+from dtrain.run.lookup import find
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,11 +62,11 @@ def command(
 
 def _follow(run: RunDir, view: _View, newer: bool) -> int:
     """Show what comes until the run has ended, of `newer` attempts too; the run's exit code."""
-    from dtrain.launchers import base
+    from dtrain.launchers import status
     from dtrain.run.remote.runs import refresher
 
     refresh = refresher(run)
-    while (stand := base.state_of(run))[0] in ("running", "prepared"):
+    while (stand := status.state_of(run))[0] in ("running", "prepared"):
         refresh()
         view.show_new()
         if newer:

@@ -11,9 +11,10 @@ from dtrain.cli import options as shared
 
 if TYPE_CHECKING:
     from dtrain.plan import Command, LaunchPlan
+    from dtrain.planning import Prepared
 
 
-@click.command("plan")
+@click.command("plan", cls=shared.LaunchCommand)
 @click.argument("job")
 @shared.script_arguments
 @shared.job_options
@@ -22,15 +23,17 @@ if TYPE_CHECKING:
 @shared.json_option
 def command(job: str, explain: bool, write: bool, as_json: bool, **options: Any) -> None:
     """Show every command, variable and file of a launch of JOB; start nothing."""
-    prepared = shared.prepare(job, options)
-    if write:
-        from dtrain.launchers import base
+    from dtrain.planning import plan_run
 
-        base.prepare(prepared.plan, prepared.job.spec, prepared.job.text)
+    prepared = plan_run(job, shared.request(options))
+    if write:
+        from dtrain.launchers import prepare
+
+        prepare.prepare(prepared.plan, prepared.job.spec, prepared.job.text)
     show(prepared, as_json, explain, written=write)
 
 
-def show(prepared: shared.Prepared, as_json: bool, explain: bool, *, written: bool = False) -> None:
+def show(prepared: Prepared, as_json: bool, explain: bool, *, written: bool = False) -> None:
     """Print a plan, as text or JSON."""
     plan = prepared.plan
     if as_json:
@@ -39,28 +42,27 @@ def show(prepared: shared.Prepared, as_json: bool, explain: bool, *, written: bo
             value["sources"] = prepared.job.sources
         shared.print_json(value)
         return
-    lines = [*_lines(plan, written), *_preview(plan)]
-    if short := lacking(plan):
+    lines = [*_lines(plan, written), *plan.notes, *_preview(prepared)]
+    if short := lacking(prepared):
         lines.append(f"not to be launched on this host: {short}")
     click.echo("\n".join(lines))
     if explain:
         click.echo("\n".join(_explained(prepared)))
 
 
-def lacking(plan: LaunchPlan) -> str:
+def lacking(prepared: Prepared) -> str:
     """Why this host cannot take a plan, as a sentence; empty when it can, or others are asked."""
-    from dtrain.launchers import base
+    from dtrain.launchers.base import HostChecking
 
-    ask = getattr(base.load(plan.launcher), "lacking", None)
-    return ask(plan) if ask else ""
+    launcher = prepared.launcher
+    return launcher.lacking(prepared.plan) if isinstance(launcher, HostChecking) else ""
 
 
-def _preview(plan: LaunchPlan) -> list[str]:
-    """What only some launchers have to show: the script that is submitted."""
-    from dtrain.launchers import base
+def _preview(prepared: Prepared) -> list[str]:
+    from dtrain.launchers.base import Previewable
 
-    preview = getattr(base.load(plan.launcher), "preview", None)
-    return preview(plan) if preview else []
+    launcher = prepared.launcher
+    return launcher.preview(prepared.plan) if isinstance(launcher, Previewable) else []
 
 
 def _lines(plan: LaunchPlan, written: bool) -> list[str]:
@@ -114,7 +116,7 @@ def _command(command: Command) -> str:
     return f"{line}  # on {command.where}"
 
 
-def _explained(prepared: shared.Prepared) -> list[str]:
+def _explained(prepared: Prepared) -> list[str]:
     lines = ["", "where each value came from"]
     spec: Any = prepared.job.spec
     width = max(len(field) for field in prepared.job.sources)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtrain.cli import options as shared
-from dtrain.cli.run_lookup import find
+from dtrain.run.lookup import find
 
 if TYPE_CHECKING:
+    from dtrain.planning import Request
     from dtrain.run.rundir import RunDir
 
 
-@click.command("resume")
+@click.command("resume", cls=shared.LaunchCommand)
 @shared.run_argument
 @shared.size_options
 @click.option("--dry-run", "--dryrun", is_flag=True, help="Show the plan and start nothing.")
@@ -26,11 +27,13 @@ def command(run: str, dry_run: bool, quiet: bool, **options: Any) -> int:
     """
     from dtrain.cli.launch import start
     from dtrain.cli.plan import show
+    from dtrain.planning import plan_attempt
 
     found = find(run, options["runs"])
-    _check(found, options)
+    asked = shared.request(options)
+    _check(found, asked)
     _refuse_without_effect(options["overrides"])
-    prepared = shared.prepare_again(found, options)
+    prepared = plan_attempt(found, asked)
     spec = prepared.job.spec
     _refuse_to_end_before(found, spec.train.steps if spec.script is None else None)
     if dry_run:
@@ -39,21 +42,21 @@ def command(run: str, dry_run: bool, quiet: bool, **options: Any) -> int:
     return start(prepared, quiet)
 
 
-def _check(run: RunDir, options: dict[str, Any]) -> None:
+def _check(run: RunDir, asked: Request) -> None:
     """Refuse what makes no sense for a run that stands as this one.
 
     Of several commands, one a node, only node 0's decides.
     """
     from dtrain.errors import UsageError
-    from dtrain.launchers import base
+    from dtrain.launchers import status
     from dtrain.run.attempts import Handle, Held
 
-    if options["node_rank"] not in (None, "0"):
+    if asked.options.get("node_rank", "0") != "0":
         return
-    state, _ = base.state_of(run)
+    state, _ = status.state_of(run)
     if state == "running":
         raise Held(run, Handle.read(run))
-    if state == "succeeded" and not any(text.startswith("train") for text in options["overrides"]):
+    if state == "succeeded" and not any(text.startswith("train") for text in asked.overrides):
         raise UsageError(
             f"run {run.id} has finished; to train on, give it a new end, as --set train.epochs=20"
         )

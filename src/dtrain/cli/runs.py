@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtrain.cli import options as shared
-from dtrain.cli.run_lookup import here
+from dtrain.run.lookup import here
 
 if TYPE_CHECKING:
     from dtrain.run.rundir import RunDir

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtrain.cli import options as shared
-from dtrain.cli.run_lookup import find
+from dtrain.run.lookup import find
 
 if TYPE_CHECKING:
     from dtrain.run.rundir import RunDir
@@ -30,14 +30,14 @@ def command(run: str, runs: str, as_json: bool) -> None:
 
 def summary(run: RunDir) -> dict[str, Any]:
     """What is known of a run: its state, its place, its last metrics."""
-    from dtrain.launchers import base
+    from dtrain.launchers import status
     from dtrain.plan import LaunchPlan
     from dtrain.run import events, files
     from dtrain.run.attempts import Handle
 
     plan = LaunchPlan.read(run)
     handle = Handle.read(run)
-    state, result = base.state_of(run)
+    state, result = status.state_of(run)
     last: dict[str, dict[str, Any]] = {}
     for line in files.read_lines(run.metrics, split=str, step=int):
         last[line["split"]] = line
@@ -83,8 +83,8 @@ def _described(run: RunDir, launcher: str) -> dict[str, str]:
     """What only some launchers know: how the batch job stands."""
     from dtrain.launchers import base
 
-    describe = getattr(base.load(launcher), "describe", None)
-    return describe(run) if describe else {}
+    found = base.load(launcher)
+    return found.describe(run) if isinstance(found, base.Describable) else {}
 
 
 def _metrics(line: dict[str, Any] | None) -> dict[str, Any]:

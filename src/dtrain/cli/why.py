@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from dtrain.cli import options as shared
-from dtrain.cli.run_lookup import find
+from dtrain.run.lookup import find
 
 _STANDS = {
     "succeeded": "it succeeded",
@@ -23,7 +23,7 @@ _STANDS = {
 def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
     """Why RUN (an id, a unique prefix, or `last`) failed."""
     from dtrain.errors import RunNotFound
-    from dtrain.launchers import base
+    from dtrain.launchers import status
     from dtrain.run import events, verdict
     from dtrain.run.attempts import Result
 
@@ -34,7 +34,7 @@ def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
     number = attempts[-1] if attempt is None else attempt
     verdicts = verdict.read(found, number) or verdict.judge(found, number)
     if number == attempts[-1]:
-        state = base.state_of(found)[0]
+        state = status.state_of(found)[0]
     else:
         result = Result.read(found, number)
         state = "failed" if result is None else result.state

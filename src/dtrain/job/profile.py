@@ -12,7 +12,14 @@ from pydantic import ValidationError
 from dtrain import catalog
 from dtrain.assets import asset_dir
 from dtrain.errors import JobError, Problem
-from dtrain.job.load import numbers_as_text, read_root, sort_problems, sources_of, validate
+from dtrain.job.load import (
+    AnyModel,
+    numbers_as_text,
+    read_root,
+    sort_problems,
+    sources_of,
+    validate,
+)
 from dtrain.job.located import Located, SourceLocation, did_you_mean, shown_path
 from dtrain.job.spec import Model, ProfileSpec
 from dtrain.job.units import found
@@ -73,8 +80,8 @@ def load_profile(name: str, job_dir: str | os.PathLike[str]) -> LoadedProfile:
 
 
 def checked_options(
-    profile: LoadedProfile, flags: Mapping[str, Located], model: type[Model]
-) -> tuple[Model, dict[str, str]]:
+    profile: LoadedProfile, flags: Mapping[str, Located], model: type[AnyModel]
+) -> tuple[AnyModel, dict[str, str]]:
     """A launcher's options, from a profile and flags, and where each was written.
 
     Of a section, as `slurm:`, also where each of its entries was: `slurm.nodelist`.

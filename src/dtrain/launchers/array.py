@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
-from dtrain.launchers import base, supervise
-from dtrain.launchers.base import Launch
+from dtrain.launchers import prepare, status, supervise
+from dtrain.launchers.base import ArrayCapable, Submitted
 from dtrain.launchers.stopping import Stop, Stopping, stop_requests
 from dtrain.plan import LaunchPlan
 from dtrain.run.attempts import Handle
@@ -29,30 +28,8 @@ class Element:
     """In what it differs from the others: `train.lr=0.1`."""
 
 
-class Submitted(Launch, Protocol):
-    """A launch that goes on without us."""
-
-    said: str
-    """How it stands, for people."""
-
-
-class ArrayLauncher(Protocol):
-    """What a launcher has that can submit an array."""
-
-    def start_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> Sequence[Submitted]:
-        """Submit runs whose directories are written, as one array; a launch for each.
-
-        Args:
-            plans: of the elements, in order.
-            at_once: how many may run at a time; None: as many as there is room for.
-
-        Raises:
-            PlanError: it is refused.
-        """
-
-
 def drive_array(
-    launcher: ArrayLauncher,
+    launcher: ArrayCapable,
     elements: Sequence[Element],
     say: Callable[[str], None],
     *,
@@ -76,7 +53,7 @@ def drive_array(
         for element in elements:
             plan = element.plan
             handle = Handle.of_this_process(plan.launcher, plan.attempt)  # until it is submitted
-            base.prepare(plan, element.job, element.job_text, handle)
+            prepare.prepare(plan, element.job, element.job_text, handle)
             written.append(plan)
             tell(f"{element.plan.run_id}: {element.chosen}")
         launches = launcher.start_array(plans, at_once)
@@ -130,7 +107,7 @@ class _Follower:
 
     def _has_ended(self, run_id: str) -> bool:
         element = self._elements[run_id]
-        state, result = base.state_of(element.plan.run)
+        state, result = status.state_of(element.plan.run)
         if result is None and state != "lost":
             return False
         self._codes[run_id] = 1 if result is None else result.exit_code

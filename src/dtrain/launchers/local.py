@@ -7,7 +7,7 @@ import resource
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from dtrain import ports, procs
 from dtrain.environ import HASH_SEED, inherited_env
 from dtrain.errors import LaunchError, UsageError
+from dtrain.job.launcher_options import LauncherOptions
 from dtrain.launchers import base
 from dtrain.node import gpus, lost
 from dtrain.node.memory import Memory
@@ -41,15 +42,23 @@ Spawn = Callable[[Sequence[str], Mapping[str, str], Path, socket.socket | None],
 """(command, environment, log, socket on which node 0 serves the rendezvous) → a node process."""
 
 
+class NoOptions(LauncherOptions):
+    """Launcher local has no options."""
+
+    launcher = "local"
+
+
 class LocalLauncher:
     """One fork server for all nodes: 4 ranks on 2 nodes cost one import of torch, not two."""
+
+    options_model: type[LauncherOptions] = NoOptions
 
     def __init__(self, spawn: Spawn | None = None) -> None:
         """With `spawn`, it starts the node process; else that is a new interpreter."""
         self._spawn = spawn
 
     def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
-        plan = base.with_options(plan, {})
+        plan = replace(plan, options=NoOptions.of(plan.options))
         names = (facts.host,) if plan.nodes == 1 else tuple(f"node-{k}" for k in range(plan.nodes))
         plan = replace(plan, node_names=names, rdzv_port=facts.free_port)
         return replace(plan, commands=(node_command(plan, facts, range(plan.nodes)),))
@@ -94,7 +103,7 @@ class NodeProcess:
         _refuse_few_files(plan)
         command = next(command for command in plan.commands if not command.by_hand)
         self._plan = plan
-        self._node_ranks = base.served_by(command)
+        self._node_ranks = command.node_ranks
         self._asked_to_end = False
         self._memory = Memory()
         log = plan.run.host_log(plan.attempt, self._node_ranks[0])
@@ -177,17 +186,17 @@ class _Interpreter(subprocess.Popen[bytes]):
         self.wait()
 
 
-def node_command(plan: LaunchPlan, facts: Facts, node_ranks: Any) -> Command:
+def node_command(plan: LaunchPlan, facts: Facts, node_ranks: Iterable[int]) -> Command:
     """The `python -m dtrain.node` that serves some of a plan's nodes on this host."""
-    argv = [facts.python, "-P", "-m", "dtrain.node", plan.run_dir]
-    for node_rank in node_ranks:
-        argv += ["--node-rank", str(node_rank)]
-    return Command(where=facts.host, argv=tuple(argv))
+    served = tuple(node_ranks)
+    flags = [part for node_rank in served for part in ("--node-rank", str(node_rank))]
+    argv = (facts.python, "-P", "-m", "dtrain.node", plan.run_dir, *flags)
+    return Command(where=facts.host, argv=argv, node_ranks=served)
 
 
 def _refuse_few_files(plan: LaunchPlan) -> None:
     """Refuse to start where so few files may be open that torch's store would wait for ever."""
-    needed = 32 + 4 * plan.procs_per_node * (plan.nodes if plan.launcher == "local" else 1)
+    needed = 32 + 4 * plan.procs_per_node * (len(plan.node_ranks))
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < needed:
         raise LaunchError(

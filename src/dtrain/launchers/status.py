@@ -1,10 +1,11 @@
-"""How a run stands that no command of ours drives: its workers were started by hand."""
+"""How a run stands: whether its newest attempt runs, and how it ended."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+from dtrain.launchers import base
 from dtrain.plainjson import to_json
 from dtrain.plan import LaunchPlan
 from dtrain.run import events, failures, files, verdict
@@ -19,7 +20,36 @@ _FACTS: dict[str, dict[str, type]] = {
 
 
 def state_of(run: RunDir) -> tuple[State, Result | None]:
-    """The state by what rank 0 has told of itself, and by the failure records of all ranks."""
+    """How the newest attempt of a run stands."""
+    handle = Handle.read(run)
+    if handle is None:
+        return _by_hand(run)
+    result = Result.read(run, handle.attempt)
+    if result is not None:
+        return result.state, result
+    if base.load(handle.launcher).is_running(run):
+        return "running", None
+    result = Result.read(run, handle.attempt)  # written by whoever saw the end first
+    if result is None:
+        run.remove_secrets(handle.attempt)  # whoever would have done so was killed
+        return "lost", None
+    return result.state, result
+
+
+def next_attempt(run: RunDir) -> int:
+    """The number of the attempt that a relaunch makes, the same on every host of the run.
+
+    Where node 0 has begun it already, it is the one that is going.
+    """
+    handle = Handle.read(run)
+    if handle is None and not events.has_trained(run):
+        return 0
+    newest = 0 if handle is None else handle.attempt
+    return newest if state_of(run)[0] == "running" else newest + 1
+
+
+def _by_hand(run: RunDir) -> tuple[State, Result | None]:
+    """The state of a run started by hand: by the events of rank 0 and all failure records."""
     started, ended = _newest(run, "worker_started"), _newest(run, "worker_ended")
     if started is None:
         return "prepared", None

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from dtrain import catalog
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
-from dtrain.launchers import base
-from dtrain.launchers.base import Launch, Launcher
+from dtrain.launchers import prepare
+from dtrain.launchers.base import Detachable, Launch, Launcher
 from dtrain.launchers.stopping import Stop, Stopping, stop_requests
 from dtrain.node.channel import SERVER_ENDED
 from dtrain.plainjson import numbers
@@ -46,19 +46,18 @@ class Console(Protocol):
 
 
 def drive(
+    launcher: Launcher,
     plan: LaunchPlan,
     job: JobSpec,
     job_text: str,
     console: Console,
     *,
     detach: bool = False,
-    launcher: Launcher | None = None,
 ) -> int:
     """Write the run directory, start the plan, follow it to its end; the exit code.
 
     0 when every rank ended 0, the culprit's exit code when one failed, 128 + N when stopped by
-    signal N. With `detach` 0 once it is started, by a launcher that can go on without us. With
-    `launcher`, that one starts it: the plan's, but made by the caller.
+    signal N. With `detach` 0 once it is started, by a launcher that can go on without us.
 
     Raises:
         UsageError: there is such a run already, or another command drives it.
@@ -66,25 +65,23 @@ def drive(
     """
     started = time.time()
     with stop_requests() as stop:
-        base.prepare(plan, job, job_text, Handle.of_this_process(plan.launcher, plan.attempt))
-        with remote.syncing(plan.run, console.say, only=_answered_for(plan)):
-            return _drive(
-                plan, launcher or base.load(plan.launcher), console, stop, started, detach
-            )
+        prepare.prepare(plan, job, job_text, Handle.of_this_process(plan.launcher, plan.attempt))
+        with remote.syncing(plan.run, console.say, only=_answered_for(launcher, plan)):
+            return _drive(launcher, plan, console, stop, started, detach)
 
 
 def _drive(
-    plan: LaunchPlan, launcher: Launcher, console: Console, stop: Stop, started: float, detach: bool
+    launcher: Launcher, plan: LaunchPlan, console: Console, stop: Stop, started: float, detach: bool
 ) -> int:
     console.begin(_opening(plan))
-    launch = _start(plan, launcher, started)
+    launch = _start(launcher, plan, started)
     if detach:
-        base.keep_code(plan)
+        prepare.keep_code(plan)
         console.close()
         console.say(f"submitted; `dtrain logs --follow {plan.run_id}` shows it")
         return 0
     try:
-        base.keep_code(plan)
+        prepare.keep_code(plan)
         with attempts.beating(plan.run, plan.attempt):
             code = _follow(plan, launch, stop, console)
     except DtrainError as error:  # found out by the launcher's own process
@@ -101,13 +98,17 @@ def _drive(
     return code
 
 
-def _answered_for(plan: LaunchPlan) -> tuple[str, ...]:
+def can_detach(launcher: Launcher, plan: LaunchPlan) -> bool:
+    """Whether a launch goes on without the command that started it."""
+    return isinstance(launcher, Detachable) and launcher.can_detach(plan)
+
+
+def _answered_for(launcher: Launcher, plan: LaunchPlan) -> tuple[str, ...]:
     """Patterns of the files that are ours to keep at a run's URL: none for all.
 
     Of a run that goes on without us, whoever drives it keeps the others.
     """
-    can_detach = getattr(base.load(plan.launcher), "can_detach", None)
-    return LAUNCH if can_detach and can_detach(plan) else ()
+    return LAUNCH if can_detach(launcher, plan) else ()
 
 
 def settle(plan: LaunchPlan, code: int, started: float, *, cancelled: bool = False) -> None:
@@ -128,7 +129,7 @@ def print_nothing(_text: str) -> None:
     """For who has nobody to tell."""
 
 
-def _start(plan: LaunchPlan, launcher: Launcher, started: float) -> Launch:
+def _start(launcher: Launcher, plan: LaunchPlan, started: float) -> Launch:
     """Start a plan; one that is refused has failed, and nothing of it is left to be cleaned up."""
     try:
         return launcher.start(plan)
@@ -246,7 +247,7 @@ def _unexplained(plan: LaunchPlan, code: int) -> FailureRecord:
         plan.run.agent_log,
         lambda _, rank: SlurmFiles(plan.run).node_log(rank),
     )
-    ranks = base.served_by(plan.commands[0]) or [0]
+    ranks = plan.node_ranks or (0,)
     logs = {kind(plan.attempt, rank): rank for rank in ranks for kind in kinds}
     words = {log: files.last_line(log) for log in logs}
     said = [log for log, line in words.items() if line and not line.endswith(SERVER_ENDED)]

@@ -10,77 +10,89 @@ from dataclasses import replace
 
 from dtrain import ports
 from dtrain.errors import PlanError, quoted
+from dtrain.job.fields import Text
+from dtrain.job.launcher_options import LauncherOptions
 from dtrain.job.units import is_number
-from dtrain.launchers import base
 from dtrain.launchers.local import LocalLauncher, NodeProcess, node_command
 from dtrain.plan import Command, Facts, LaunchPlan
+
+
+class TorchrunOptions(LauncherOptions):
+    """Which node this host is, and where node 0 is."""
+
+    launcher = "torchrun"
+
+    node_rank: int | Text | None = None
+    rdzv_endpoint: Text | None = None
+    """HOST:PORT at which node 0 listens."""
 
 
 class TorchrunLauncher(LocalLauncher):
     """One node on this host; the others are started on theirs by the same command."""
 
+    options_model = TorchrunOptions
+
     def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
-        plan = base.with_options(plan, {"node_rank": None, "rdzv_endpoint": None})
-        node_rank = self._node_rank(plan)
-        host, port = self._endpoint(plan, facts)
+        options = TorchrunOptions.of(plan.options)
+        node_rank = _node_rank(plan, options.node_rank)
+        host, port = _endpoint(plan, options.rdzv_endpoint, facts)
         plan = replace(
             plan,
             # several hosts write the same plan; each agent knows its own host's name
             node_names=(facts.host,) if plan.nodes == 1 else ("",) * plan.nodes,
             rdzv_host=host,
             rdzv_port=port,
-            options={"node_rank": node_rank, "rdzv_endpoint": f"{host}:{port}"},
+            options=TorchrunOptions(node_rank=node_rank, rdzv_endpoint=f"{host}:{port}"),
         )
-        by_hand = tuple(self._torchrun(plan, facts, rank) for rank in range(plan.nodes))
+        by_hand = tuple(_torchrun(plan, facts, rank) for rank in range(plan.nodes))
         return replace(plan, commands=(node_command(plan, facts, [node_rank]), *by_hand))
 
     def start(self, plan: LaunchPlan) -> NodeProcess:
-        is_head = plan.options["node_rank"] == 0
-        return NodeProcess(plan, ports.to_listen_on(plan.rdzv_host) if is_head else None)
+        listen = ports.to_listen_on(plan.rdzv_host) if plan.is_of_node_zero else None
+        return NodeProcess(plan, listen)
 
-    def _node_rank(self, plan: LaunchPlan) -> int:
-        node_rank = plan.options["node_rank"]
-        if node_rank is None:
-            if plan.nodes > 1:
-                raise PlanError(
-                    f"launcher 'torchrun' with {plan.nodes} nodes: say which one this host is "
-                    f"with --node-rank 0 … {plan.nodes - 1}"
-                )
-            return 0
-        if not is_number(str(node_rank)) or int(node_rank) >= plan.nodes:
+
+def _node_rank(plan: LaunchPlan, node_rank: int | str | None) -> int:
+    if node_rank is None:
+        if plan.nodes > 1:
             raise PlanError(
-                f"--node-rank {str(node_rank)[:60]} does not exist among {plan.nodes} nodes "
-                f"(0 … {plan.nodes - 1})"
+                f"launcher 'torchrun' with {plan.nodes} nodes: say which one this host is "
+                f"with --node-rank 0 … {plan.nodes - 1}"
             )
-        return int(node_rank)
-
-    def _endpoint(self, plan: LaunchPlan, facts: Facts) -> tuple[str, int]:
-        endpoint = plan.options["rdzv_endpoint"]
-        if endpoint is None:
-            if plan.nodes > 1:
-                raise PlanError(
-                    "launcher 'torchrun' with several nodes: say where node 0 is with "
-                    "--rdzv-endpoint HOST:PORT"
-                )
-            return "127.0.0.1", facts.free_port
-        host, _, port = str(endpoint).rpartition(":")
-        if not host or not is_number(port) or not 0 < int(port) < 65536:
-            raise PlanError(
-                f"--rdzv-endpoint {quoted(str(endpoint))} is not HOST:PORT, as head:29400"
-            )
-        return host.strip("[]"), int(port)
-
-    def _torchrun(self, plan: LaunchPlan, facts: Facts, node_rank: int) -> Command:
-        argv = (
-            "torchrun",
-            f"--nnodes={plan.nodes}",
-            f"--node-rank={node_rank}",
-            f"--nproc-per-node={plan.procs_per_node}",
-            f"--master-addr={plan.rdzv_host}",
-            f"--master-port={plan.rdzv_port}",
-            f"--max-restarts={plan.max_restarts}",
-            *("--no-python", facts.python, "-P", "-m", "dtrain.worker"),
-            plan.run_dir,
+        return 0
+    if not is_number(str(node_rank)) or int(node_rank) >= plan.nodes:
+        raise PlanError(
+            f"--node-rank {str(node_rank)[:60]} does not exist among {plan.nodes} nodes "
+            f"(0 … {plan.nodes - 1})"
         )
-        where = plan.node_names[node_rank] or f"node {node_rank}"
-        return Command(where=where, argv=argv, env=dict(plan.worker_env), by_hand=True)
+    return int(node_rank)
+
+
+def _endpoint(plan: LaunchPlan, endpoint: str | None, facts: Facts) -> tuple[str, int]:
+    if endpoint is None:
+        if plan.nodes > 1:
+            raise PlanError(
+                "launcher 'torchrun' with several nodes: say where node 0 is with "
+                "--rdzv-endpoint HOST:PORT"
+            )
+        return "127.0.0.1", facts.free_port
+    host, _, port = endpoint.rpartition(":")
+    if not host or not is_number(port) or not 0 < int(port) < 65536:
+        raise PlanError(f"--rdzv-endpoint {quoted(endpoint)} is not HOST:PORT, as head:29400")
+    return host.strip("[]"), int(port)
+
+
+def _torchrun(plan: LaunchPlan, facts: Facts, node_rank: int) -> Command:
+    argv = (
+        "torchrun",
+        f"--nnodes={plan.nodes}",
+        f"--node-rank={node_rank}",
+        f"--nproc-per-node={plan.procs_per_node}",
+        f"--master-addr={plan.rdzv_host}",
+        f"--master-port={plan.rdzv_port}",
+        f"--max-restarts={plan.max_restarts}",
+        *("--no-python", facts.python, "-P", "-m", "dtrain.worker"),
+        plan.run_dir,
+    )
+    where = plan.node_names[node_rank] or f"node {node_rank}"
+    return Command(where=where, argv=argv, env=dict(plan.worker_env), by_hand=True)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from dtrain import catalog
 from dtrain.plan import LaunchPlan
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -25,7 +26,7 @@ def lacking(plan: LaunchPlan, environ: Mapping[str, str] = os.environ) -> str:
         return ""
     visible = plan.worker_env.get(VISIBLE, environ.get(VISIBLE))
     found = usable(visible, installed())
-    wanted = plan.gpus_per_node * (plan.nodes if plan.launcher == "local" else 1)
+    wanted = plan.gpus_per_node * (plan.nodes if catalog.launcher(plan.launcher).simulates else 1)
     if found is None or found >= wanted:
         return ""
     each = f" ({plan.nodes} nodes with {plan.gpus_per_node} each)" if plan.nodes > 1 else ""

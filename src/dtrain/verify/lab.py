@@ -15,6 +15,7 @@ from types import TracebackType
 from dtrain import catalog, trace
 from dtrain.environ import hash_seed
 from dtrain.errors import DtrainError, UsageError
+from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.load import LoadedJob, load_job
 from dtrain.job.profile import LoadedProfile, load_profile
 from dtrain.job.spec import ChecksSpec, JobSpec
@@ -22,7 +23,8 @@ from dtrain.job.static_check import task_derives
 from dtrain.job.static_source import task_imports
 from dtrain.launchers import base
 from dtrain.launchers.supervise import drive
-from dtrain.plan import Facts, LaunchPlan, make_plan
+from dtrain.plan import Facts, LaunchPlan
+from dtrain.planning import complete_plan
 from dtrain.run import ids, verdict
 from dtrain.run.attempts import Result
 from dtrain.run.rundir import RunDir
@@ -211,8 +213,8 @@ class Lab:
         with contextlib.suppress(OSError):  # no snapshot of the code, ten times over
             run.code.mkdir(parents=True, exist_ok=True)
         console = _Silent(self._tick)
-        launcher = None if self._warmth is None else self._warmth.launcher(plan)
-        if drive(plan, spec, text, console, launcher=launcher) == 0:
+        warm = None if self._warmth is None else self._warmth.launcher(plan)
+        if drive(warm or base.load(plan.launcher), plan, spec, text, console) == 0:
             return None
         result = Result.read(run, attempt)
         if result is not None and result.state == "cancelled":
@@ -233,16 +235,9 @@ class Lab:
         if replace(pair, gpus=False) == self.reference:
             # what depends on the order of a set is to differ here, and not in another program
             facts = replace(facts, hash_seed=hash_seed(os.environ, default="1"))
-        launcher = profile.spec.launcher
-        plan = make_plan(
-            spec,
-            job_dir=str(self._path.parent),
-            launcher=launcher,
-            profile=profile.name,
-            options=profile.spec.options,
-            facts=facts,
-        )
-        return base.load(launcher).complete(plan, facts)
+        options = AnyOptions(**profile.spec.options)
+        launcher = base.load(profile.spec.launcher)
+        return complete_plan(spec, profile, launcher, self._path.parent, options, facts)
 
     def _folder(self, pair: Pair) -> Path:
         """Where the runs of a launcher go; made with the first.

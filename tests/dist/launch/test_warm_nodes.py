@@ -11,9 +11,10 @@ import psutil
 import pytest
 
 from dtrain.errors import LaunchError
+from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.load import LoadedJob, load_job
 from dtrain.job.profile import load_profile
-from dtrain.launchers import base
+from dtrain.launchers import base, prepare, status
 from dtrain.launchers.local import LocalLauncher
 from dtrain.launchers.supervise import drive, print_nothing
 from dtrain.launchers.warm import WarmServer
@@ -52,7 +53,7 @@ def planned(folder: Path, *settings: str) -> tuple[LaunchPlan, LoadedJob]:
     job = load_job(TINY, chosen, profile.launch)
     facts = Facts.gather(ids.new("warm"), folder)
     plan = make_plan(
-        job.spec, job_dir=str(TINY.parent), launcher="local", profile="local", options={},
+        job.spec, job_dir=str(TINY.parent), launcher="local", profile="local", options=AnyOptions(),
         facts=facts,
     )  # fmt: skip
     return base.load("local").complete(plan, facts), job
@@ -61,7 +62,7 @@ def planned(folder: Path, *settings: str) -> tuple[LaunchPlan, LoadedJob]:
 def launch(server: WarmServer, folder: Path, *settings: str) -> tuple[int, RunDir]:
     """To its end; the exit code, and the run."""
     plan, job = planned(folder, *settings)
-    code = drive(plan, job.spec, job.text, Silent(), launcher=LocalLauncher(server.spawn))
+    code = drive(LocalLauncher(server.spawn), plan, job.spec, job.text, Silent())
     return code, plan.run
 
 
@@ -79,7 +80,7 @@ def test_each_launch_has_its_own_environment_and_nothing_of_the_one_before(
         told.mkdir()
         code, run = launch(server, tmp_path, f"args.env_to={told}", f"launch.env={{{name}_W: w}}")
         assert code == 0
-        assert base.state_of(run)[0] == "succeeded"
+        assert status.state_of(run)[0] == "succeeded"
         found = environments(told)
         assert sorted(each["RANK"] for each in found) == ["0", "1"]
         assert all(each[f"{name}_W"] == "w" and each[name] == "here" for each in found)
@@ -124,7 +125,7 @@ def test_a_server_that_is_killed_takes_its_nodes_along(tmp_path: Path) -> None:
     try:
         assert server.is_ready()
         plan, job = planned(tmp_path, "args.pause=60")
-        base.prepare(plan, job.spec, job.text, Handle.of_this_process("local", 0))
+        prepare.prepare(plan, job.spec, job.text, Handle.of_this_process("local", 0))
         launched = LocalLauncher(server.spawn).start(plan)
         assert wait_for(lambda: len(events(plan.run, "workers_started")) == 2, 60)
         below = process.children(recursive=True)

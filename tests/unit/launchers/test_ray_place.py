@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from dtrain.cli import options
+from dtrain import planning
 from dtrain.cli.main import main
 from dtrain.errors import PlanError
+from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.located import Located, SourceLocation
 from dtrain.job.profile import checked_options, load_profile
 from dtrain.launchers.ray import driver, mirror, placement, sbatch
@@ -70,7 +71,7 @@ def test_what_is_short_is_told_by_node() -> None:
 )
 def test_options_that_cannot_be_meant(options: dict[str, object], said: str) -> None:
     with pytest.raises(PlanError, match=said):
-        RayOptions.of(options)
+        RayOptions.of(AnyOptions(**options))
 
 
 @pytest.mark.parametrize(
@@ -107,10 +108,10 @@ def test_a_mapping_that_a_flag_says_is_known_for_the_flags() -> None:
 def test_what_a_flag_said_of_the_launcher_is_said_again_at_a_resume() -> None:
     said = {"resources": "--ray resources", "resources.gear": "--ray resources"}
     before: Any = SimpleNamespace(
-        options={"resources": {"gear": 1}, "memory": 5},
+        options=AnyOptions(resources={"gear": 1}, memory=5),
         sources={**said, "memory": "launchers/site.yaml:4:11"},
     )
-    assert options._kept(before, "--ray") == ('resources={"gear": 1}',)
+    assert planning._options_before(before) == {"ray": ('resources={"gear": 1}',)}
 
 
 def test_a_run_is_mirrored_line_by_line_and_twice_is_as_good_as_once(tmp_path: Path) -> None:

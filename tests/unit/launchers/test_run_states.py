@@ -13,8 +13,9 @@ import pytest
 from dtrain import procs
 from dtrain.cli.status import summary
 from dtrain.errors import LaunchError, UsageError
+from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
-from dtrain.launchers import base
+from dtrain.launchers import base, prepare, status
 from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.run import events
 from dtrain.run.attempts import Handle, Result
@@ -28,13 +29,13 @@ JOB = JobSpec.model_validate({"name": "digits", "task": "task.py:T", "train": TR
 def plan(tmp_path: Path) -> LaunchPlan:
     facts = Facts("digits-abc", str(tmp_path), "python3", "laptop", cores=8, free_port=16000)
     made = make_plan(
-        JOB, job_dir="/job", launcher="local", profile="local", options={}, facts=facts
+        JOB, job_dir="/job", launcher="local", profile="local", options=AnyOptions(), facts=facts
     )
     return base.load("local").complete(made, facts)
 
 
 def launch(plan: LaunchPlan, text: str = "name: digits\n") -> None:
-    base.prepare(plan, JOB, text, Handle.of_this_process("local", plan.attempt))
+    prepare.prepare(plan, JOB, text, Handle.of_this_process("local", plan.attempt))
 
 
 def test_of_launches_at_once_with_one_id_one_goes_on(plan: LaunchPlan) -> None:
@@ -49,7 +50,7 @@ def test_of_launches_at_once_with_one_id_one_goes_on(plan: LaunchPlan) -> None:
 
 
 def test_a_plan_may_be_written_before_and_a_further_attempt_follows(plan: LaunchPlan) -> None:
-    base.prepare(plan, JOB, "name: digits\n")
+    prepare.prepare(plan, JOB, "name: digits\n")
     launch(plan)
     launch(replace(plan, attempt=1))
     with pytest.raises(UsageError):
@@ -58,11 +59,12 @@ def test_a_plan_may_be_written_before_and_a_further_attempt_follows(plan: Launch
 
 def test_another_node_of_the_same_launch_is_not_refused(plan: LaunchPlan) -> None:
     launch(plan)
-    other = replace(plan, options={"node_rank": 1})
-    base.prepare(other, JOB, "name: digits\n")
+    (command,) = plan.commands
+    other = replace(plan, commands=(replace(command, node_ranks=(1,)),))
+    prepare.prepare(other, JOB, "name: digits\n")
     Result("succeeded", 0, 0.0, 1.0).write(plan.run, 0)
     with pytest.raises(UsageError, match="digits-abc exists"):
-        base.prepare(other, JOB, "name: digits\n")
+        prepare.prepare(other, JOB, "name: digits\n")
 
 
 def test_a_launch_that_could_not_be_written_leaves_the_id_free(plan: LaunchPlan) -> None:
@@ -90,7 +92,7 @@ def test_status_says_what_a_running_run_waits_for(plan: LaunchPlan) -> None:
 
 
 def test_a_run_that_was_started_by_hand_is_not_launched_over(plan: LaunchPlan) -> None:
-    base.prepare(plan, JOB, "name: digits\n")
+    prepare.prepare(plan, JOB, "name: digits\n")
     events.note_event(plan.run, "training_started", attempt=0)
     with pytest.raises(UsageError, match="digits-abc exists"):
         launch(plan)
@@ -107,12 +109,12 @@ def fail(plan: LaunchPlan) -> None:
 
 
 def state(plan: LaunchPlan) -> tuple[str, int | None]:
-    found, result = base.state_of(plan.run)
+    found, result = status.state_of(plan.run)
     return found, None if result is None else result.exit_code
 
 
 def test_the_state_of_a_run_by_hand_is_what_it_tells(plan: LaunchPlan) -> None:
-    base.prepare(plan, JOB, "name: digits\n")
+    prepare.prepare(plan, JOB, "name: digits\n")
     plan.run.secret_env(0).touch()
     assert state(plan) == ("prepared", None)
     tell(plan, "worker_started", process=procs.this_process())
@@ -136,7 +138,7 @@ def test_the_state_of_a_run_by_hand_is_what_it_tells(plan: LaunchPlan) -> None:
 
 
 def test_a_failure_by_hand_that_torchrun_restarts_is_not_the_end(plan: LaunchPlan) -> None:
-    base.prepare(replace(plan, max_restarts=1), JOB, "name: digits\n")
+    prepare.prepare(replace(plan, max_restarts=1), JOB, "name: digits\n")
     tell(plan, "worker_started", process=procs.this_process())
     fail(plan)
     tell(plan, "worker_ended", exit_code=1)

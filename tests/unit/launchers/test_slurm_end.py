@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base, supervise
 from dtrain.launchers.slurm import outcome, queue
@@ -31,7 +32,12 @@ def plan(tmp_path: Path) -> LaunchPlan:
     facts = Facts("digits-abc", str(tmp_path), "python3", "laptop", cores=8, free_port=16000)
     options: dict[str, Any] = {"requeue": 2}
     made = make_plan(
-        job, job_dir="/job", launcher="slurm", profile="slurm", options=options, facts=facts
+        job,
+        job_dir="/job",
+        launcher="slurm",
+        profile="slurm",
+        options=SlurmOptions.of(AnyOptions(**options)),
+        facts=facts,
     )
     made = base.load("slurm").complete(made, facts)
     made.run.slurm.mkdir(parents=True)

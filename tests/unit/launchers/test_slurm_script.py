@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from dtrain import planning
 from dtrain.assets import asset_dir
 from dtrain.cli import array as cli_array
-from dtrain.cli import options as cli_options
 from dtrain.errors import JobError, PlanError, UsageError
+from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.profile import load_profile
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base
@@ -82,7 +83,12 @@ def plan_of(
 ) -> LaunchPlan:
     job = JobSpec.model_validate({**JOB, "launch": launch or {"nodes": 2}})
     made = make_plan(
-        job, job_dir="/job", launcher="slurm", profile="slurm", options=options, facts=facts
+        job,
+        job_dir="/job",
+        launcher="slurm",
+        profile="slurm",
+        options=SlurmOptions.of(AnyOptions(**options)),
+        facts=facts,
     )
     return base.load("slurm").complete(made, facts)
 
@@ -164,7 +170,8 @@ def test_no_secret_in_script_or_command() -> None:
 def test_a_line_break_in_a_flag_is_refused_wherever_it_came_from(given: dict[str, str]) -> None:
     """As of a run whose folder was renamed."""
     plan = replace(plan_of(FACTS), run_id=given.get("run_id", FACTS.run_id))
-    plan = replace(plan, options={**plan.options, "comment": given.get("comment")})
+    options = SlurmOptions.of(plan.options).model_copy(update={"comment": given.get("comment")})
+    plan = replace(plan, options=options)
     with pytest.raises(PlanError):
         script.render(plan)
 
@@ -221,7 +228,7 @@ def test_a_template_fills_in_and_does_nothing_else(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"partion": "gpu"}, r"option partion: .*it has: submit, executor, partition"),
+        ({"partion": "gpu"}, r"no option 'partion'.*it has: submit, partition"),
         ({"time": 90}, "say it with a unit"),
         ({"time": "90"}, "say it with a unit"),
         (
@@ -290,7 +297,7 @@ def test_a_time_limit_above_that_of_the_partition_is_cut(
     monkeypatch.setattr(partition, "run_command", ask)
     plan = plan_of(partition=wanted, time=asked)
     cut, said = partition.within_partition(plan)
-    assert cut.options["time"] == given
+    assert cut.options.time == given
     assert bool(said) == (cut != plan)
     monkeypatch.setattr(
         partition,
@@ -422,7 +429,7 @@ def test_wrong_values_of_an_array(text: str) -> None:
 
 def test_a_flag_of_sbatch_that_is_given_twice_is_passed_on_twice() -> None:
     given = ("nice=1", "exclusive", "gres-flags=a", "gres-flags=b")
-    found = cli_options._flags_of_sbatch(given)
+    found = planning.flags_of_sbatch(given)
     assert found == {"nice": "1", "exclusive": True, "gres-flags": ["a", "b"]}
     text = script.render(plan_of(slurm=found))
     assert "#SBATCH --gres-flags=a\n#SBATCH --gres-flags=b\n" in text
@@ -443,7 +450,7 @@ def test_wrong_options_are_told_with_their_places(
     )
     profile = load_profile("site", tmp_path)
     with pytest.raises(JobError) as caught:
-        cli_options._settings(base.load("slurm"), profile, {"slurm": ("nice=1",)}, "runs")
+        planning._options(base.load("slurm"), profile, {"slurm": ("nice=1",)}, "runs")
     first, second = str(caught.value).splitlines()
     assert first == "launchers/site.yaml:4:3: partion: unknown; did you mean 'partition'?"
     assert second.startswith("launchers/site.yaml:5:9: time: say it with a unit")

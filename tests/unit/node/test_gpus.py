@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base
 from dtrain.node import gpus
@@ -64,7 +65,7 @@ def test_what_a_host_lacks(
     )
     facts = Facts("a-1", str(tmp_path), "python3", "laptop", cores=8, free_port=16000)
     plan = make_plan(
-        job, job_dir="/job", launcher=launcher, profile=launcher, options={}, facts=facts
+        job, job_dir="/job", launcher=launcher, profile=launcher, options=AnyOptions(), facts=facts
     )
     ask = getattr(base.load(launcher), "lacking", lambda plan: "")
     assert words in ask(plan)

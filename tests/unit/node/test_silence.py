@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
 from dtrain.node import stack_dump
 from dtrain.node.silence import Silence
@@ -51,7 +52,9 @@ def plan(tmp_path: Path) -> LaunchPlan:
         {"name": "j", "script": "t.py", "launch": {"procs_per_node": 2, "collective_timeout": 0.1}}
     )
     facts = Facts("r", str(tmp_path), "python", "host", cores=2, free_port=16000)
-    return make_plan(spec, job_dir="/", launcher="local", profile="local", options={}, facts=facts)
+    return make_plan(
+        spec, job_dir="/", launcher="local", profile="local", options=AnyOptions(), facts=facts
+    )
 
 
 def test_silence_is_told_once_until_something_is_said(

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.cli import run_lookup
 from dtrain.errors import LaunchError, RunNotFound
-from dtrain.run import files, ids
+from dtrain.run import files, ids, lookup
 from dtrain.run.rundir import RunDir
 
 HOSTILE = ["plain", "with space", "quo'te\"s", "semi;colon", "$(echo hi)", "new\nline"]
@@ -28,34 +27,34 @@ def test_hostile_folders(tmp_path: Path, name: str) -> None:
     run = make(tmp_path / name, "digits-abc234")
     files.write_json(run.handle(0), {"a": 1})
     assert files.read_json(run.handle(0)) == {"a": 1}
-    assert run_lookup.find_run("digits", tmp_path / name).path == run.path
+    assert lookup.find_run("digits", tmp_path / name).path == run.path
 
 
 def test_found_by_id_prefix_path_and_last(tmp_path: Path) -> None:
     first = make(tmp_path, "digits-aaa222")
     second = make(tmp_path, "digits-aab222")
     third = make(tmp_path, "text-ccc222")
-    assert run_lookup.find_run("digits-aaa222", tmp_path).path == first.path
-    assert run_lookup.find_run("text", tmp_path).path == third.path
-    assert run_lookup.find_run(str(second.path), "elsewhere").path == second.path
+    assert lookup.find_run("digits-aaa222", tmp_path).path == first.path
+    assert lookup.find_run("text", tmp_path).path == third.path
+    assert lookup.find_run(str(second.path), "elsewhere").path == second.path
     with pytest.raises(RunNotFound, match=r"any of 2 runs: digits-aaa222, digits-aab222"):
-        run_lookup.find_run("digits", tmp_path)
+        lookup.find_run("digits", tmp_path)
     with pytest.raises(RunNotFound, match="no run 'nix'"):
-        run_lookup.find_run("nix", tmp_path)
+        lookup.find_run("nix", tmp_path)
     with pytest.raises(RunNotFound, match="no runs in"):
-        run_lookup.find_run("last", tmp_path / "empty")
+        lookup.find_run("last", tmp_path / "empty")
 
 
 def test_last_is_the_one_started_last(tmp_path: Path) -> None:
     first, second = make(tmp_path, "a-222222"), make(tmp_path, "b-222222")
     os.utime(second.resolved, (1, 1))
-    assert run_lookup.find_run("last", tmp_path).path == first.path
+    assert lookup.find_run("last", tmp_path).path == first.path
 
 
 def test_an_id_is_not_taken_for_a_prefix_of_another(tmp_path: Path) -> None:
     exact = make(tmp_path, "job")
     make(tmp_path, "job-2")
-    assert run_lookup.find_run("job", tmp_path).path == exact.path
+    assert lookup.find_run("job", tmp_path).path == exact.path
 
 
 def test_atomic_writes_never_show_a_part(tmp_path: Path) -> None:

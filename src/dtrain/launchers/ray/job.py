@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from dtrain.errors import LaunchError, PlanError
-from dtrain.launchers import base, supervise
+from dtrain.launchers import base, status, supervise
 from dtrain.launchers.ray import mirror, package, refusal
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.plan import LaunchPlan
@@ -244,7 +244,7 @@ def cancel(run: RunDir, timeout_s: float) -> None:
         return
     launch.stop()
     base.wait_until(launch.is_over, timeout_s + 15)
-    base.wait_until(lambda: base.state_of(run)[0] != "running", 10)
+    base.wait_until(lambda: status.state_of(run)[0] != "running", 10)
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from dtrain import procs
 from dtrain.environ import inherited_env
 from dtrain.errors import LaunchError, PlanError
-from dtrain.launchers import base
+from dtrain.launchers import prepare
 from dtrain.launchers.base import Launch
 from dtrain.launchers.local import LocalLauncher
 from dtrain.launchers.ray import job, refusal
@@ -47,7 +47,7 @@ class RayLauncher:
             node_names=("",) * plan.nodes,
             rdzv_host="",
             rdzv_port=0,
-            options=options.model_dump(mode="json"),
+            options=options,
             code_dir=code if options.snapshot == "on" or options.submit == "job" else "",
             commands=(Command(where=facts.host, argv=argv),),
         )
@@ -64,32 +64,33 @@ class RayLauncher:
 
     def can_detach(self, plan: LaunchPlan) -> bool:
         """Whether it goes on without this command."""
-        return bool(plan.options["submit"] == "job")
+        return RayOptions.of(plan.options).submit == "job"
 
     def start(self, plan: LaunchPlan) -> Launch:
         if importlib.util.find_spec("ray") is None:
             raise PlanError("launcher 'ray' needs Ray: pip install 'dtrain[ray]'")
         RayFiles(plan.run).clear()
-        if plan.options["submit"] == "job":
+        options = RayOptions.of(plan.options)
+        if options.submit == "job":
             return job.submit(plan)
         if plan.code_dir:
             try:
-                base.keep_code(plan)
+                prepare.keep_code(plan)
                 snapshot.copy_tree(plan.job_dir, plan.run.code, plan.attempt)
                 if plan.run_url:
-                    limits = (plan.options["upload_limit"], plan.options["excludes"])
+                    limits = (options.upload_limit, options.excludes)
                     code_archive.pack(plan.run, plan.attempt, *limits)
             except OSError as error:
                 raise LaunchError(f"cannot write {error.filename}: {error.strerror}") from error
         return DriverProcess(plan)
 
     def is_running(self, run: RunDir) -> bool:
-        if LaunchPlan.read(run).options["submit"] == "job":
+        if self.can_detach(LaunchPlan.read(run)):
             return job.is_running(run)
         return _HERE.is_running(run)
 
     def cancel(self, run: RunDir, timeout_s: float) -> None:
-        if LaunchPlan.read(run).options["submit"] == "job":
+        if self.can_detach(LaunchPlan.read(run)):
             job.cancel(run, timeout_s)
         else:
             _HERE.cancel(run, timeout_s)
@@ -100,7 +101,7 @@ class RayLauncher:
         if launch is not None:
             launch.is_over()
             return {"ray": launch.words}
-        address = LaunchPlan.read(run).options.get("address")
+        address = RayOptions.of(LaunchPlan.read(run).options).address
         return {"ray": str(address or "a cluster of its own")}
 
 
@@ -166,7 +167,7 @@ class DriverProcess:
         """Leave a record where the driver itself was killed, or fell with the cluster."""
         run = self._plan.run
         attempt = attempts.newest_of(run, self._plan.attempt)
-        address = self._plan.options["address"]
+        address = RayOptions.of(self._plan.options).address
         if address and address != "auto" and not _listens(address):
             refusal.record_head_lost(run, attempt, address)
         elif not failures.read_all(run, attempt):

@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from dtrain.errors import quoted
 from dtrain.job.fields import Count, Duration, Natural, Positive, Size, Text
+from dtrain.job.launcher_options import LauncherOptions, Switch
 from dtrain.job.units import is_number
-from dtrain.launchers.options import LauncherOptions, Switch
 
 
 def require_address(text: str) -> None:
@@ -61,6 +61,10 @@ class RayOptions(LauncherOptions):
     """The most bytes that travel so."""
     runtime_env: dict[str, Any] = Field(default_factory=dict)
     """With `submit: job`: further fields of Ray's runtime_env."""
+
+    @property
+    def cores_per_node(self) -> int | None:
+        return self.cpus_per_node
 
     @model_validator(mode="after")
     def _of_one_door(self) -> RayOptions:

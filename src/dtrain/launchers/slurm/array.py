@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dtrain.errors import PlanError
@@ -31,19 +30,16 @@ def within_partition(plans: Sequence[LaunchPlan]) -> tuple[list[LaunchPlan], str
     first, cut = partition.within_partition(plans[0])
     if not cut:
         return list(plans), ""
-    time = first.options["time"]
-    return [replace(plan, options={**plan.options, "time": time}) for plan in plans], cut
+    time = SlurmOptions.of(first.options).time
+    return [partition.with_time(plan, time) for plan in plans], cut
 
 
 def refuse_unlike(plans: Sequence[LaunchPlan]) -> None:
     """Refuse what cannot be one array.
 
     Raises:
-        PlanError: elements ask Slurm for different things, or it is not Slurm that runs them.
+        PlanError: elements ask Slurm for different things.
     """
-    executor = plans[0].options["executor"]
-    if executor != "slurm":
-        raise PlanError(f"--array takes executor: slurm, not {executor}")
     first = _shared(plans[0])
     for plan in plans[1:]:
         flags = _shared(plan)
@@ -62,7 +58,7 @@ def submit(plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
     Raises:
         PlanError: Slurm refuses the array.
     """
-    if plans[0].options["submit"] == "submitit":
+    if SlurmOptions.of(plans[0].options).submit == "submitit":
         return submitit.submit_array(plans, _of_array(plans, at_once))
     path = SlurmFiles(plans[0].run).array_script
     files.write_atomic(path, render(plans, at_once), mode=0o755)
@@ -75,7 +71,7 @@ def submit(plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
 
 def render(plans: Sequence[LaunchPlan], at_once: int | None) -> str:
     """The script of the array."""
-    if plans[0].options["submit"] == "submitit":
+    if SlurmOptions.of(plans[0].options).submit == "submitit":
         return submitit.render(plans, _of_array(plans, at_once))
     flags = [
         ("job-name", array_id(plans)),

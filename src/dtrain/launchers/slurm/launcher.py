@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dtrain.errors import LaunchError, PlanError
-from dtrain.launchers import base, supervise
+from dtrain.launchers import base, prepare, status, supervise
 from dtrain.launchers.base import Launch
 from dtrain.launchers.local import LocalLauncher
 from dtrain.launchers.slurm import (
@@ -22,7 +22,6 @@ from dtrain.launchers.slurm import (
     sbatch,
     script,
     submitit,
-    submitit_local,
 )
 from dtrain.launchers.slurm.options import SlurmOptions
 from dtrain.launchers.slurm.queue import Job, Unreachable, Watcher
@@ -46,14 +45,13 @@ class SlurmLauncher:
         else:
             python = "python" if options.conda or _in_image(options) else facts.python
         options = options.model_copy(update={"python": options.python or python})
-        if options.executor != "slurm":
-            return submitit_local.complete(plan, facts, options)
         plan = replace(
             plan,
             node_names=("",) * plan.nodes,
             rdzv_host="",
             rdzv_port=0,
-            options=options.model_dump(mode="json"),
+            options=options,
+            max_requeues=options.requeue,
             code_dir=str(snapshot.job_folder(plan.run.code, plan.attempt))
             if options.snapshot == "on"
             else "",
@@ -71,8 +69,8 @@ class SlurmLauncher:
         return preview.show(plan)
 
     def can_detach(self, plan: LaunchPlan) -> bool:
-        """Whether it goes on without this command: if it is Slurm's."""
-        return bool(plan.options["executor"] == "slurm")
+        """Whether it goes on without this command: Slurm has it."""
+        return True
 
     def dependency_on(self, run: RunDir) -> str | None:
         """What a job waits for that is to start after a run; None when it need not wait.
@@ -80,7 +78,7 @@ class SlurmLauncher:
         Raises:
             PlanError: the run has no job, or it has failed.
         """
-        state, _ = base.state_of(run)
+        state, _ = status.state_of(run)
         handle = Handle.read(run)
         if state == "succeeded":
             return None
@@ -91,13 +89,10 @@ class SlurmLauncher:
         return f"afterok:{handle.job_id}"
 
     def start(self, plan: LaunchPlan) -> Launch:
-        if plan.options["executor"] != "slurm":
-            _keep_code(plan)
-            return submitit_local.start(plan)
         plan, cut = partition.within_partition(plan)
         with _files_written():
             _write(plan, cut)
-            by = submitit if plan.options["submit"] == "submitit" else sbatch
+            by = submitit if SlurmOptions.of(plan.options).submit == "submitit" else sbatch
             job_id = by.submit(plan)
         handle = Handle.of_this_process(plan.launcher, plan.attempt)
         return _note_submitted(plan, job_id, handle, Watcher())
@@ -171,7 +166,7 @@ class SlurmLauncher:
         if not base.wait_until(lambda: launch.poll() is not None, timeout_s):
             launch.kill()
             base.wait_until(lambda: launch.poll() is not None, timeout_s)
-        base.wait_until(lambda: base.state_of(run)[0] != "running", 10)
+        base.wait_until(lambda: status.state_of(run)[0] != "running", 10)
 
 
 class SlurmLaunch:
@@ -252,7 +247,7 @@ def _write(plan: LaunchPlan, cut: str) -> None:
 
 def _keep_code(plan: LaunchPlan) -> None:
     if plan.code_dir:
-        base.keep_code(plan)
+        prepare.keep_code(plan)
         snapshot.copy_tree(plan.job_dir, plan.run.code, plan.attempt)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from dtrain.job.fields import Count, Duration, Natural, Text
+from dtrain.job.launcher_options import LauncherOptions, Switch
 from dtrain.job.units import found, parse_duration
-from dtrain.launchers.options import LauncherOptions, Switch
 
 _UNITS = (
     "say it with a unit, as 90m or 20h: a bare number is minutes to Slurm and seconds elsewhere"
@@ -64,14 +64,12 @@ class SlurmOptions(LauncherOptions):
 
     submit: Literal["sbatch", "submitit"] = "sbatch"
     """How the job is submitted."""
-    executor: Literal["slurm", "local", "debug"] = "slurm"
-    """Of submitit: the cluster, or this machine, see `slurm_here`."""
     partition: SlurmText | None = None
     """Partition, or several with commas."""
     account: SlurmText | None = None
     """Account that pays."""
     time: TimeLimit | None = None
-    """Time limit of one attempt; cut to that of the partition, see `slurm_limits`."""
+    """Time limit of one attempt; cut to that of the partition, see `within_partition`."""
     qos: SlurmText | None = None
     """Quality of service."""
     cpus_per_node: Count | None = None
@@ -119,12 +117,9 @@ class SlurmOptions(LauncherOptions):
     template: Text | None = None
     """Path of a template to use instead of the packaged one."""
 
-    @field_validator("executor")
-    @classmethod
-    def _of_submitit(cls, value: str, info: ValidationInfo) -> str:
-        if value != "slurm" and info.data.get("submit") == "sbatch":
-            raise ValueError(f"{value} is an executor of submitit: say submit: submitit too")
-        return value
+    @property
+    def cores_per_node(self) -> int | None:
+        return self.cpus_per_node
 
     @model_validator(mode="after")
     def _one_container(self) -> SlurmOptions:

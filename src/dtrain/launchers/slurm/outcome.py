@@ -77,7 +77,7 @@ def exit_code(plan: LaunchPlan, job: Job) -> int:
 
 
 def _requeue_refusal_reason(plan: LaunchPlan, job: Job) -> str:
-    if job.restarts >= int(plan.options["requeue"]):
+    if job.restarts >= plan.max_requeues:
         return (
             f"the job had to leave and was requeued {job.restarts} times already, as often as it "
             "may be (option requeue)"

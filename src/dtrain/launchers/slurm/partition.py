@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from dtrain.errors import LaunchError
 from dtrain.job.units import parse_duration
-from dtrain.launchers.slurm.options import as_slurm_writes
+from dtrain.launchers.slurm.options import SlurmOptions, as_slurm_writes
 from dtrain.launchers.slurm.queue import run_command
 from dtrain.plan import LaunchPlan
 
@@ -18,10 +18,11 @@ def within_partition(plan: LaunchPlan) -> tuple[LaunchPlan, str]:
     that may not be requeued, and one whose partitions Slurm does not tell of stay as they are:
     Slurm then says itself what it does not like.
     """
-    asked = plan.options.get("time")
-    if asked is None or not plan.options["requeue"]:
+    options = SlurmOptions.of(plan.options)
+    asked = options.time
+    if asked is None or not options.requeue:
         return plan, ""
-    limits = _limits(plan.options.get("partition"))
+    limits = _limits(options.partition)
     if not limits:
         return plan, ""
     name, longest = max(limits.items(), key=lambda limit: limit[1])
@@ -30,9 +31,14 @@ def within_partition(plan: LaunchPlan) -> tuple[LaunchPlan, str]:
     cut = as_slurm_writes(int(longest))
     said = (
         f"partition {name} gives {cut} at a time, not {asked}: the job goes on over as many "
-        f"attempts as it needs, at most {int(plan.options['requeue']) + 1}"
+        f"attempts as it needs, at most {options.requeue + 1}"
     )
-    return replace(plan, options={**plan.options, "time": cut}), said
+    return with_time(plan, cut), said
+
+
+def with_time(plan: LaunchPlan, time: str | None) -> LaunchPlan:
+    options = SlurmOptions.of(plan.options)
+    return replace(plan, options=options.model_copy(update={"time": time}))
 
 
 def _limits(wanted: str | None) -> dict[str, float]:

@@ -6,15 +6,14 @@ import shutil
 from collections.abc import Sequence
 
 from dtrain.launchers.slurm import array, partition, sbatch, script, submitit
+from dtrain.launchers.slurm.options import SlurmOptions
 from dtrain.plan import LaunchPlan
 
 
 def show(plan: LaunchPlan) -> list[str]:
     """The script of a run, and what Slurm says of it where Slurm is at hand."""
-    if plan.options["executor"] != "slurm":
-        return [f"started by submitit's {plan.options['executor']} executor, with no Slurm"]
     plan, cut = partition.within_partition(plan) if _at_hand() else (plan, "")
-    if plan.options["submit"] == "submitit":
+    if SlurmOptions.of(plan.options).submit == "submitit":
         text = submitit.render([plan], submitit.parameters(plan))
     else:
         text = script.render(plan)
@@ -31,7 +30,7 @@ def show_array(plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
     plans, cut = array.within_partition(plans) if _at_hand() else (plans, "")
     text = array.render(plans, at_once)
     shown = _shown("script of the array", text)
-    if plans[0].options["submit"] == "submitit":
+    if SlurmOptions.of(plans[0].options).submit == "submitit":
         return shown + _asked(plans[0], text, cut)
     return shown + show(plans[0])
 

@@ -7,6 +7,7 @@ import shlex
 
 from dtrain.errors import PlanError
 from dtrain.launchers.slurm import script
+from dtrain.launchers.slurm.options import SlurmOptions
 from dtrain.launchers.slurm.queue import run_command
 from dtrain.plan import LaunchPlan
 from dtrain.run import files
@@ -44,7 +45,7 @@ def write(plan: LaunchPlan) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     for wish in folder.path.glob(folder.requeue("*").name):
         wish.unlink(missing_ok=True)
-    if plan.options["submit"] == "sbatch":
+    if SlurmOptions.of(plan.options).submit == "sbatch":
         files.write_atomic(folder.script, script.render(plan), mode=0o755)
 
 
@@ -79,7 +80,10 @@ def refusal(plan: LaunchPlan, said: str) -> str:
 
 def about(plan: LaunchPlan, reason: str) -> str:
     """`\\n  FILE:LINE:COLUMN: OPTION: VALUE` for each option that a reason may be about."""
-    further = {f"slurm.{flag}": f"--{flag.replace('_', '-')}" for flag in plan.options["slurm"]}
+    further = {
+        f"slurm.{flag}": f"--{flag.replace('_', '-')}"
+        for flag in SlurmOptions.of(plan.options).slurm
+    }
     said = [name for name, flag in further.items() if flag in reason]
     guesses = [options for pattern, options in _ABOUT if re.search(pattern, reason, re.IGNORECASE)]
     for options in (said, *guesses):
@@ -94,9 +98,10 @@ def place_of(plan: LaunchPlan, name: str) -> str | None:
     source = plan.sources.get(name)
     if source is None or source == "default":
         return None
-    further = {f"slurm.{flag}": value for flag, value in plan.options["slurm"].items()}
+    options = SlurmOptions.of(plan.options)
+    further = {f"slurm.{flag}": value for flag, value in options.slurm.items()}
     known = {"gpus": plan.gpus_per_node or None, "nodes": plan.nodes, **further}
-    value = known.get(name, plan.options.get(name))
+    value = known.get(name, getattr(options, name, None))
     if value in (None, {}, []):
         return None
     return f"{source}: {name.removeprefix('slurm.')}: {shlex.quote(str(value))}"

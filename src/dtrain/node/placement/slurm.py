@@ -163,7 +163,7 @@ def is_superseded(plan: LaunchPlan) -> bool:
 
 
 def _may_requeue(plan: LaunchPlan) -> bool:
-    return _restarts() < int(plan.options["requeue"])
+    return _restarts() < plan.max_requeues
 
 
 def _restarts() -> int:
@@ -176,7 +176,7 @@ def refuse_endless(plan: LaunchPlan) -> None:
     Raises:
         LaunchError: it has.
     """
-    most = int(plan.options["requeue"])
+    most = plan.max_requeues
     if _restarts() > most:
         raise LaunchError(f"the job was requeued more than {most} times (option requeue)")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dtrain.plan import LaunchPlan
     from dtrain.run.rundir import RunDir
 
 
@@ -41,24 +40,6 @@ def here(runs: str, name: str | None = None) -> str:
     from dtrain.run.remote.runs import fetch
 
     return str(fetch(runs, name))
-
-
-def job_dir_of(before: LaunchPlan) -> Path:
-    """The folder of a run's job; on a host that does not have it, the copy kept at the URL."""
-    from dtrain.errors import UsageError
-    from dtrain.run import code_archive
-    from dtrain.run.remote.runs import bring_code
-
-    here = Path(before.job_dir)
-    if here.is_dir() or not before.run_url:
-        return here
-    bring_code(before.run)
-    kept = code_archive.unpack(before.run)
-    if kept is None:
-        raise UsageError(
-            f"the job's folder {here} is not on this host, and its code not at the URL"
-        )
-    return kept
 
 
 def find_run(name: str, root: str | os.PathLike[str], shown: str = "") -> RunDir:

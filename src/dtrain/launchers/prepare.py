@@ -1,0 +1,132 @@
+"""Writing the run directory of an attempt: claimed first, complete with the last file."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from dtrain import environ
+from dtrain.errors import DtrainError, LaunchError, PlanError, UsageError
+from dtrain.job.spec import JobSpec
+from dtrain.job.yaml_reader import dump_yaml
+from dtrain.plan import LaunchPlan
+from dtrain.run import events, files, snapshot, token
+from dtrain.run.attempts import Handle, Held, Result
+from dtrain.run.remote import runs as remote
+
+
+def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None = None) -> None:
+    """Write the run directory: everything that nodes and workers will read.
+
+    Args:
+        plan: the launch.
+        job: what is trained.
+        job_text: job.yaml as given.
+        handle: of who is to drive the attempt, or one node of it, claimed before all else: of
+            several commands only one gets any further.
+
+    Raises:
+        UsageError: this is a new launch, and the run exists, or another command drives it.
+        PlanError: the URL of runs cannot be written to, or the job's secrets would stand there.
+        LaunchError: it cannot be written; says which folder and why.
+    """
+    run = plan.run
+    if plan.run_url:
+        _refuse_secrets(job, job_text)
+        remote.create(run, plan.run_url)
+    run.create()
+    _refuse_existing(plan)
+    claimed = False
+    try:
+        if handle is not None:
+            _claim(plan, handle)
+            claimed = plan.is_of_node_zero
+        remote.mark_unsynced(run)
+        _write(plan, job, job_text)
+    except DtrainError:  # a place at a URL that does not answer says so itself
+        raise
+    except OSError as error:
+        if claimed:
+            run.handle(plan.attempt).unlink(missing_ok=True)  # nothing was started
+        raise LaunchError(
+            f"cannot write the run directory {run.path}: {error.strerror}; "
+            "choose another place with --runs DIR"
+        ) from error
+
+
+def _claim(plan: LaunchPlan, handle: Handle) -> None:
+    """Be the one who drives the attempt, and conclude the one before, whose driver was killed."""
+    run = plan.run
+    if not plan.is_of_node_zero:
+        handle.claim_node(run, plan.node_ranks[0])
+        return
+    before = Handle.read(run)
+    handle.claim(run)
+    try:
+        remote.claim(run, run.handle(plan.attempt))
+    except FileExistsError:
+        run.handle(plan.attempt).unlink()
+        raise Held(run, remote.holder(run, plan.attempt)) from None
+    except DtrainError:
+        run.handle(plan.attempt).unlink()
+        raise
+    if before is not None:
+        Result("lost", 1, before.started, time.time()).write(run, before.attempt)
+        run.remove_secrets(before.attempt)
+
+
+def _write(plan: LaunchPlan, job: JobSpec, job_text: str) -> None:
+    run = plan.run
+    hidden = environ.secret(job.launch.env)
+    shown = job.model_copy(
+        update={"launch": job.launch.model_copy(update={"env": environ.masked(job.launch.env)})}
+    )
+    run.attempt(plan.attempt).mkdir(parents=True, exist_ok=True)
+    token.of_attempt(run, plan.attempt)
+    files.write_atomic(run.job, job_text, mode=0o600 if hidden else 0o644)
+    files.write_json(run.plan, plan.to_json())
+    if hidden:
+        files.write_atomic(run.secret_env(plan.attempt), json.dumps(hidden), mode=0o600)
+    for path in (run.resolved_of(plan.attempt), run.resolved):  # the last makes it a run
+        files.write_atomic(path, dump_yaml(shown.to_plain()))
+
+
+def _refuse_secrets(job: JobSpec, job_text: str) -> None:
+    written = [
+        name
+        for name, value in environ.secret(job.launch.env).items()
+        if value and value in job_text
+    ]
+    if written:
+        raise PlanError(
+            f"the job file holds the value of {', '.join(written)}, and would stand beside the run "
+            f"at its URL: take it out, and give it with --env {written[0]}"
+        )
+
+
+def _refuse_existing(plan: LaunchPlan) -> None:
+    """Refuse a new launch of a run that was launched before, by a command or by hand.
+
+    Of several commands, one a node, only node 0's can tell another launch from its own.
+    """
+    if plan.attempt > 0:
+        return
+    run, exists = plan.run, Result.read(plan.run, 0) is not None
+    if plan.is_of_node_zero:
+        holder = Handle.read(run)
+        if holder is not None and Result.read(run, holder.attempt) is None and holder.is_alive(run):
+            raise Held(run, holder)
+        exists = holder is not None or events.has_trained(run)
+    if exists:
+        raise UsageError(
+            f"run {run.id} exists; go on with: dtrain resume {run.id}, or give another --run-id"
+        )
+
+
+def keep_code(plan: LaunchPlan) -> None:
+    """Take the snapshot of the code, once a run; while the nodes import torch, so it costs nothing.
+
+    Never fails, see `snapshot.take`.
+    """
+    if not plan.run.code.exists():
+        snapshot.take(plan.job_dir, plan.run.code)

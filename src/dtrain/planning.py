@@ -1,0 +1,250 @@
+"""Planning: a job file, a profile and what a command adds → a plan complete with its commands."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dtrain import environ
+from dtrain.errors import DamagedError, JobError, PlanError, UsageError, quoted
+from dtrain.job.imports import refuse_missing
+from dtrain.job.launcher_options import AnyOptions
+from dtrain.job.load import LoadedJob, flag, load_job
+from dtrain.job.located import Located, SourceLocation
+from dtrain.job.profile import LoadedProfile, checked_options, load_profile
+from dtrain.job.script import job_of_script
+from dtrain.job.spec import JobSpec
+from dtrain.job.static_source import task_imports
+from dtrain.job.yaml_reader import read_yaml
+from dtrain.launchers import base, status
+from dtrain.launchers.base import Dependable, HostChecking, Launcher, Surveying
+from dtrain.plan import Facts, LaunchPlan, make_plan
+from dtrain.run import code_archive, events, files, ids
+from dtrain.run.lookup import find
+from dtrain.run.remote.runs import bring_code
+from dtrain.run.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for besides the job: by flags, or by whoever calls."""
+
+    launcher: str = "local"
+    """Name of a profile."""
+    runs: str = "runs"
+    """Folder or URL of all runs."""
+    run_id: str | None = None
+    """None: a new one, made from the job's name."""
+    suffix: str = ""
+    """Added to the id, where one command makes several runs."""
+    overrides: Sequence[str] = ()
+    """`FIELD=VALUE`, as of --set."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of job.yaml that flags set, with the flag's spelling."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the launcher that flags set."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan and what it was made of."""
+
+    plan: LaunchPlan
+    launcher: Launcher
+    job: LoadedJob
+    profile: LoadedProfile
+
+
+def plan_run(job_path: str, request: Request) -> Prepared:
+    """Plan a new run.
+
+    Raises:
+        JobError: job, profile or flags are wrong.
+        PlanError: they do not go together.
+    """
+    job_dir = Path(job_path).absolute().parent
+    profile = load_profile(request.launcher, job_dir)
+    script = job_of_script(job_path)
+    job = load_job(job_path, request.overrides, profile.launch, request.fields, text=script)
+    run_id = ids.new(job.spec.name) if request.run_id is None else request.run_id
+    run_id += request.suffix
+    if problem := ids.problem(run_id):
+        raise UsageError(f"--run-id {quoted(run_id)} cannot be the id of a run: {problem}")
+    return _planned(job, profile, request.options, run_id, request.runs, job_dir)
+
+
+def plan_attempt(run: RunDir, request: Request) -> Prepared:
+    """Plan the next attempt of a run; errors as for `plan_run`."""
+    before = LaunchPlan.read(run)
+    job_dir = _job_dir_of(before)
+    profile = load_profile(before.profile, job_dir)
+    inherited = events.accepted_job(run)
+    job = load_job(inherited, request.overrides, {}, request.fields, job_dir=job_dir)
+    return _planned(
+        _with_secrets(job, run),
+        profile,
+        _laid_over(request.options, _options_before(before)),
+        run.id,
+        before.run_url.rpartition("/")[0] or run.path.parent,
+        job_dir,
+        status.next_attempt(run),
+    )
+
+
+def _job_dir_of(before: LaunchPlan) -> Path:
+    """The folder of a run's job; on a host that does not have it, the copy kept at the URL."""
+    here = Path(before.job_dir)
+    if here.is_dir() or not before.run_url:
+        return here
+    bring_code(before.run)
+    kept = code_archive.unpack(before.run)
+    if kept is None:
+        raise UsageError(
+            f"the job's folder {here} is not on this host, and its code not at the URL"
+        )
+    return kept
+
+
+def _with_secrets(job: LoadedJob, run: RunDir) -> LoadedJob:
+    """A job read from resolved.yaml with its masked variables as job.yaml has them.
+
+    Those given by `--env` at launch are nowhere on disk and are left out; give them again.
+    """
+    text = files.read_text(run.job) or ""
+    given = _env_of(text, run)
+    env = {
+        name: str(given.get(name, value)) if value == environ.MASK else value
+        for name, value in job.spec.launch.env.items()
+        if value != environ.MASK or name in given
+    }
+    launch = job.spec.launch.model_copy(update={"env": env})
+    return replace(job, spec=job.spec.model_copy(update={"launch": launch}), text=text)
+
+
+def _env_of(text: str, run: RunDir) -> dict[str, Any]:
+    """launch.env of a job file as it is kept."""
+    try:
+        launch = (yaml.safe_load(text) or {}).get("launch") or {}
+        return dict(launch.get("env") or {})
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError):
+        raise DamagedError(str(run.job), "it is no job file") from None
+
+
+def _laid_over(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags of this command over those of the first; of --ray each option by itself."""
+    return {**before, **given, "ray": (*before["ray"], *given.get("ray", ()))}
+
+
+def _options_before(before: LaunchPlan) -> dict[str, Any]:
+    """What flags gave of the launcher's options when the run was launched, but for --after."""
+    options = before.options.model_dump(mode="json")
+    places = {name: before.sources.get(name, "") for name in options}
+    by_ray = [name for name, place in places.items() if place.startswith("--ray ")]
+    kept = {
+        name: options[name]
+        for name, place in places.items()
+        if place.startswith("-") and name not in by_ray and not place.startswith("--after ")
+    }
+    return {**kept, "ray": tuple(f"{name}={json.dumps(options[name])}" for name in by_ray)}
+
+
+def _planned(
+    job: LoadedJob,
+    profile: LoadedProfile,
+    given: Mapping[str, Any],
+    run_id: str,
+    runs: str | os.PathLike[str],
+    job_dir: Path,
+    attempt: int = 0,
+) -> Prepared:
+    launcher = base.load(profile.spec.launcher)
+    if isinstance(launcher, HostChecking):  # others may have another Python
+        refuse_missing(job.spec, job_dir)
+    options, sources = _options(launcher, profile, given, str(runs))
+    sources |= _sizes_from(job)
+    imports = task_imports(job.spec.script or job.spec.task, job_dir)
+    facts = Facts.gather(run_id, runs, attempt, imports)
+    try:
+        plan = complete_plan(job.spec, profile, launcher, job_dir, options, facts, sources)
+    except PlanError as error:
+        raise error.placed(job.sources) from None
+    return Prepared(plan, launcher, job, profile)
+
+
+def complete_plan(
+    spec: JobSpec,
+    profile: LoadedProfile,
+    launcher: Launcher,
+    job_dir: Path,
+    options: AnyOptions,
+    facts: Facts,
+    sources: Mapping[str, str] | None = None,
+) -> LaunchPlan:
+    """A plan with everything that a launch does.
+
+    Raises:
+        PlanError: the parts do not go together.
+    """
+    options = launcher.options_model.of(options)
+    if isinstance(launcher, Surveying):
+        facts = launcher.survey(facts, options)
+    plan = make_plan(
+        spec,
+        job_dir=str(job_dir),
+        launcher=profile.spec.launcher,
+        profile=profile.name,
+        options=options,
+        facts=facts,
+        sources=sources,
+    )
+    return launcher.complete(plan, facts)
+
+
+def _options(
+    launcher: Launcher, profile: LoadedProfile, given: Mapping[str, Any], runs: str
+) -> tuple[AnyOptions, dict[str, str]]:
+    """The launcher's own options, and where each was written."""
+    aside = ("after", "ray")
+    flags = {name: flag(f"--{name}", value) for name, value in given.items() if name not in aside}
+    for text in given.get("ray", ()):
+        flags |= _option_of_profile("--ray", text)
+    if "slurm" in given and not isinstance(given["slurm"], dict):
+        flags["slurm"] = flag("--slurm", flags_of_sbatch(given["slurm"]))
+    if "after" in given:
+        if not isinstance(launcher, Dependable):
+            raise PlanError(f"launcher {profile.spec.launcher!r} has no --after; 'slurm' has")
+        dependency = launcher.dependency_on(find(given["after"], runs))
+        if dependency:
+            flags["dependency"] = flag(f"--after {given['after']}", dependency)
+    return checked_options(profile, flags, launcher.options_model)
+
+
+def _option_of_profile(spelling: str, text: str) -> dict[str, Any]:
+    """`relaunch=5` as the option of a profile that it sets; the value is YAML."""
+    name, _, value = text.partition("=")
+    place = SourceLocation(f"{spelling} {name}")
+    written, problems = read_yaml(value, lambda _: place)
+    if problems:
+        raise JobError(problems)
+    return {name: written or Located(None, place)}
+
+
+def flags_of_sbatch(texts: Iterable[str]) -> dict[str, Any]:
+    """`nice=100` → {nice: 100}; `exclusive` → {exclusive: True}; a list of what is given again."""
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        found.setdefault(name, []).append(value if equals else True)
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
+
+
+def _sizes_from(job: LoadedJob) -> dict[str, str]:
+    """Where the numbers of nodes and GPUs were written."""
+    fields = {"nodes": "launch.nodes", "gpus": "launch.gpus_per_node"}
+    return {name: job.sources.get(field, "default") for name, field in fields.items()}
