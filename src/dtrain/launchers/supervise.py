@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from dtrain import catalog
 from dtrain.errors import DtrainError
+from dtrain.forking import SERVER_ENDED
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import prepare
 from dtrain.launchers.base import Detachable, Launch, Launcher
 from dtrain.launchers.stopping import Stop, Stopping, stop_requests
-from dtrain.node.channel import SERVER_ENDED
 from dtrain.plainjson import numbers
 from dtrain.plan import LaunchPlan
 from dtrain.run import attempts, events, failures, files, spill, verdict

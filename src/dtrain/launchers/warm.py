@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -16,7 +15,7 @@ from typing import Any
 from dtrain import procs
 from dtrain.environ import HASH_SEED, inherited_env
 from dtrain.errors import LaunchError
-from dtrain.node.channel import Channel
+from dtrain.forking import Channel
 
 
 class WarmServer:
@@ -32,7 +31,6 @@ class WarmServer:
         self._channel, theirs = Channel.pair()
         self._exited: dict[int, int] = {}
         self._ready = False
-        self._started: list[int] = []
         argv = [sys.executable, "-P", "-m", "dtrain.node.warm", "--parent", str(os.getpid())]
         with contextlib.closing(theirs):
             self._process = subprocess.Popen(
@@ -47,7 +45,7 @@ class WarmServer:
 
     def is_ready(self) -> bool:
         """Wait until it has imported all; False when it has ended, or cannot fork safely."""
-        while not self._ready and self._hear():
+        while not self._ready and self._hear() is not None:
             pass
         return self._ready and self._process.poll() is None
 
@@ -65,11 +63,11 @@ class WarmServer:
             files = [file.fileno(), *([] if listener is None else [listener.fileno()])]
             with contextlib.suppress(OSError):
                 self._channel.send(told, files)
-        self._started.clear()
-        while not self._started:
-            if not self._hear():
-                raise LaunchError("the process from which nodes are forked has ended")
-        return WarmNode(self, self._started[0])
+        while (message := self._hear()) is not None and "started" not in message:
+            pass
+        if message is None:
+            raise LaunchError("the process from which nodes are forked has ended")
+        return WarmNode(self, message["started"])
 
     def send(self, pid: int, number: int) -> None:
         """Signal a node's process group, unless it has ended."""
@@ -78,7 +76,7 @@ class WarmServer:
 
     def exit_code(self, pid: int, wait_s: float | None = 0.0) -> int | None:
         """How a node ended, negative for a signal; None while it runs. None to wait for the end."""
-        while pid not in self._exited and self._hear(wait_s):
+        while pid not in self._exited and self._hear(wait_s) is not None:
             pass
         if pid not in self._exited and self._process.poll() is not None:
             return -signal.SIGKILL  # with the server
@@ -91,20 +89,17 @@ class WarmServer:
             procs.kill_group(self._process.pid)
         self._process.wait()
 
-    def _hear(self, wait_s: float | None = None) -> bool:
-        """Take in the next message; False when there is none, or there will be none."""
-        if not select.select([self._channel], [], [], wait_s)[0]:
-            return False
+    def _hear(self, wait_s: float | None = None) -> dict[str, Any] | None:
+        """Take in the next message; None when there is none, or there will be none."""
         try:
-            message: dict[str, Any] = self._channel.receive() or {}
+            message = self._channel.receive(wait_s)
         except EOFError:
             self._process.wait()
-            return False
-        self._ready = self._ready or "ready" in message
-        self._started += [message["started"]] if "started" in message else []
-        if "exited" in message:
+            return None
+        if message is not None and "exited" in message:
             self._exited[message["exited"]] = message["code"]
-        return True
+        self._ready = self._ready or (message is not None and "ready" in message)
+        return message
 
 
 class WarmNode:

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from dtrain.plan import LaunchPlan
     from dtrain.run.rundir import RunDir
 
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""numpy's and torch's thread pools start at import, and a fork must see one thread."""
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve this host's nodes until they have ended; never returns."""
@@ -38,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         die_with_parent(arguments.parent)
     # asked to leave while we import: heard when there is somebody to tell, see ForkServer.serve
     signal.pthread_sigmask(signal.SIG_BLOCK, DEFERRED_SIGNALS)
+    from dtrain.forking import ONE_THREAD
     from dtrain.node.hashing import take_hash_seed
     from dtrain.run.rundir import RunDir
 

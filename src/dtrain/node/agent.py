@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import select
 import signal
 import sys
 import time
@@ -18,8 +17,8 @@ from torch.distributed.elastic.agent.server import SimpleElasticAgent, WorkerGro
 from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalException
 
+from dtrain.forking import SERVER_ENDED, Channel
 from dtrain.node import leaving, lost, stack_dump
-from dtrain.node.channel import SERVER_ENDED, Channel
 from dtrain.node.environment import worker_environment
 from dtrain.node.heartbeat import Peer, of_silence, tell_now_and_then
 from dtrain.node.memory import Memory
@@ -178,9 +177,8 @@ class NodeAgent(SimpleElasticAgent):
                 return list(message["started"])
 
     def _next_message(self, wait_s: float = 1.0) -> dict[str, Any] | None:
-        select.select([self._channel], [], [], wait_s)
         try:
-            message = self._channel.receive()
+            message = self._channel.receive(wait_s)
         except EOFError:
             sys.exit(SERVER_ENDED)
         if message is not None:

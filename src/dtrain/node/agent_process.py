@@ -14,9 +14,9 @@ from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from dtrain.errors import EXIT_USAGE, DtrainError
+from dtrain.forking import Channel
 from dtrain.node import gpus
 from dtrain.node.agent import NodeAgent, SameFailure
-from dtrain.node.channel import Channel
 from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.store import NodeTaken, PeerFailed, RendezvousFailed, RendezvousSettings
 from dtrain.plan import LaunchPlan

@@ -12,10 +12,7 @@ forks). Everything that it forks dies with it; the workers of an agent that ende
 from __future__ import annotations
 
 import contextlib
-import gc
-import importlib
 import os
-import select
 import signal
 import sys
 import time
@@ -25,19 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dtrain import procs
+from dtrain.forking import Channel, Children, Ended, import_once
 from dtrain.node import lost, stack_dump
-from dtrain.node.channel import Channel
 from dtrain.node.heartbeat import Peer, of_silence, pause_s
 from dtrain.plan import LaunchPlan
-from dtrain.procs import (
-    DEFERRED_SIGNALS,
-    STOP_SIGNALS,
-    fork_child,
-    is_ending,
-    kill_group,
-    threads_lost_by_fork,
-)
+from dtrain.procs import DEFERRED_SIGNALS, STOP_SIGNALS, fork_child, is_ending, kill_group
 from dtrain.ranks import RankInfo
 from dtrain.run import events, failures
 from dtrain.run.flight_recorder import Ring
@@ -105,7 +94,7 @@ class ForkServer:
         self._is_importing = False
         self.is_superseded: Callable[[], bool] = lambda: False
         """Asked now and then: whether the launch has begun again without us."""
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._children = Children()
 
     def serve(self, listen_fd: int | None = None) -> int:
         """Fork the agents, serve them until all have ended; the worst of their exit codes.
@@ -114,10 +103,8 @@ class ForkServer:
             listen_fd: the socket on which node 0 is to serve the rendezvous, already listening.
         """
         stack_dump.answer()
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # the wakeup fd is what we wait on
         for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(sig, self._ask_to_stop)
-        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         for node_rank in self.node_ranks:
             self._fork_agent(node_rank, listen_fd if node_rank == 0 else None)
         if listen_fd is not None:
@@ -126,7 +113,8 @@ class ForkServer:
         with contextlib.suppress(_AskedToStop):
             self._import_for_workers()
         while any(agent.status is None for agent in self._agents):
-            self._wait()
+            running = [agent.channel for agent in self._agents if agent.status is None]
+            self._children.wait(running, pause_s(self.plan.lost_after_s))
             self._reap()
             self._answer()
             self._end_silent()
@@ -140,16 +128,15 @@ class ForkServer:
         self._is_importing = True
         if self._stop_signal is not None:
             raise _AskedToStop
-        for module in (*WORKER_MODULES, *self.plan.modules):
-            self._reap()  # an agent may fail while we import; do not find out only afterwards
-            if module in self.plan.preload:
-                procs.offer_current_folder()
-            importlib.import_module(module)
-        # A collection in a forked worker would write to, and so copy, every object imported
-        # here: 0.7-2.6 s in each of 4 ranks at once, measured.
-        gc.collect()
-        gc.freeze()
-        _require_one_thread(self.plan.preload)
+        modules, preload = (*WORKER_MODULES, *self.plan.modules), self.plan.preload
+        # an agent may fail while we import; do not find out only afterwards
+        threads = 1 + import_once(modules, preload, between=self._reap)
+        if threads > 1:
+            cause = f"; preloading {', '.join(preload)} started them" if preload else ""
+            print(
+                f"dtrain: the fork server has {threads} threads{cause}; forked workers may hang",
+                file=sys.stderr,
+            )
         self._is_importing = False
 
     # -- agents ------------------------------------------------------------------------------
@@ -186,40 +173,24 @@ class ForkServer:
 
     # -- the loop ----------------------------------------------------------------------------
 
-    def _wait(self) -> None:
-        channels = [agent.channel.fileno() for agent in self._agents if agent.status is None]
-        select.select([self._wake_read, *channels], [], [], pause_s(self.plan.lost_after_s))
-        try:
-            while os.read(self._wake_read, 512):
-                pass
-        except BlockingIOError:
-            pass
-
     def _reap(self) -> None:
-        while True:
-            try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            code = os.waitstatus_to_exitcode(status)
+        for ended in self._children.reap():
             for agent in self._agents:
-                if pid == agent.pid:
-                    self._agent_ended(agent, code)
-                elif pid in agent.workers:
-                    self._worker_ended(agent, pid, code, usage.ru_maxrss * 1024)
+                if ended.pid == agent.pid:
+                    self._agent_ended(agent, ended.code)
+                elif ended.pid in agent.workers:
+                    self._worker_ended(agent, ended)
 
-    def _worker_ended(self, agent: _Agent, pid: int, code: int, peak: int) -> None:
-        worker = agent.workers.pop(pid)
-        kill_group(pid)  # data loader processes and whatever else it left
+    def _worker_ended(self, agent: _Agent, ended: Ended) -> None:
+        worker = agent.workers.pop(ended.pid)
+        kill_group(ended.pid)  # data loader processes and whatever else it left
         if agent.status is None:
-            killed = pid in agent.killed
-            told = {"exited": pid, "code": code, "time": time.time(), "killed": killed,
-                    "left": worker.ring.left().decode(), "peak": peak}  # fmt: skip
+            killed = ended.pid in agent.killed
+            told = {"exited": ended.pid, "code": ended.code, "time": time.time(), "killed": killed,
+                    "left": worker.ring.left().decode(), "peak": ended.peak}  # fmt: skip
             _send(agent.channel, told)
-        agent.killed.discard(pid)
-        if code != 0:  # after the agent knows: a restart need not wait for it
+        agent.killed.discard(ended.pid)
+        if ended.code != 0:  # after the agent knows: a restart need not wait for it
             worker.save_collectives(self.plan)
 
     def _agent_ended(self, agent: _Agent, code: int) -> None:
@@ -316,13 +287,3 @@ def _open_log(path: Path) -> int:
 def _send(channel: Channel, message: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # the agent has ended; the next reap says how
         channel.send(message)
-
-
-def _require_one_thread(preloaded: tuple[str, ...]) -> None:
-    lost = threads_lost_by_fork()
-    if lost:
-        cause = f"; preloading {', '.join(preloaded)} started them" if preloaded else ""
-        print(
-            f"dtrain: the fork server has {lost + 1} threads{cause}; forked workers may hang",
-            file=sys.stderr,
-        )

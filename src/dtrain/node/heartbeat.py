@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterable
 
-from dtrain.node.channel import Channel
+from dtrain.forking import Channel
 from dtrain.node.sealed import HeadGone, Store
 
 _BEAT_S = 1.0

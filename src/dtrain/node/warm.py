@@ -12,26 +12,14 @@ It ends with whoever started it, and all that it forked ends with it.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
-import importlib
 import os
 import random
-import select
-import signal
 import socket
 import sys
-from typing import Any
 
+from dtrain.forking import ONE_THREAD, Channel, Children, import_once
 from dtrain.node import __main__ as node
-from dtrain.node.channel import Channel
-from dtrain.procs import (
-    die_with_parent,
-    fork_child,
-    kill_group,
-    offer_current_folder,
-    threads_lost_by_fork,
-)
+from dtrain.procs import die_with_parent, fork_child, kill_group
 
 
 def main() -> None:
@@ -43,70 +31,47 @@ def main() -> None:
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
     channel = Channel(socket.socket(fileno=arguments.socket))
-    os.environ.update(node.ONE_THREAD)
+    os.environ.update(ONE_THREAD)
     from dtrain.node import agent_process  # noqa: F401  as every node process does
     from dtrain.node.fork_server import WORKER_MODULES
 
-    for module in (*WORKER_MODULES, *arguments.modules):
-        if not module.startswith("dtrain."):
-            offer_current_folder()
-        importlib.import_module(module)
-    gc.collect()
-    gc.freeze()  # a collection in what is forked would copy every object imported here
-    if threads_lost_by_fork():
+    theirs = [module for module in arguments.modules if not module.startswith("dtrain.")]
+    if import_once((*WORKER_MODULES, *arguments.modules), preload=theirs):
         sys.exit(f"{' '.join(arguments.modules)} started threads, which a fork would lose")
     channel.send({"ready": os.getpid()})
-    _Server(channel).serve()
+    _serve(channel)
     os._exit(0)  # what it forked is killed by the kernel
 
 
-class _Server:
-    """Forks what is asked for, passes signals on, and tells how each ended."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._nodes: set[int] = set()
-        self._wake, woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-
-    def serve(self) -> None:
-        """Until the other end is closed."""
-        while True:
-            select.select([self._channel.fileno(), self._wake], [], [])
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake, 512)
-            self._reap()
-            try:
-                request, files = self._channel.receive_with_files()
-            except EOFError:
-                return
-            if request is not None:
-                self._answer(request, files)
-
-    def _answer(self, request: dict[str, Any], files: list[int]) -> None:
-        if "start" not in request:
-            if request["pid"] in self._nodes:
-                kill_group(request["pid"], request["signal"])
+def _serve(channel: Channel) -> None:
+    """Fork what is asked for, pass signals on, and tell how each ended, until nobody asks."""
+    children = Children()
+    nodes: set[int] = set()
+    while True:
+        children.wait([channel])
+        for ended in children.reap():
+            nodes.discard(ended.pid)
+            channel.send({"exited": ended.pid, "code": ended.code})
+        try:
+            request, files = channel.receive_with_files()
+        except EOFError:
             return
-        log, *listener = files
-        argv = request["start"]
-        for fd in listener:
-            argv = [*argv, "--listen-fd", str(fd)]
-        pid = fork_child(
-            lambda: _become_node(argv, request["env"]), stdout=log, stderr=log, keep_fds=listener
-        )
-        for fd in files:
-            os.close(fd)
-        self._nodes.add(pid)
-        self._channel.send({"started": pid})
+        if request is None:
+            continue
+        if "start" in request:
+            nodes.add(pid := _fork_node(request["start"], request["env"], *files))
+            channel.send({"started": pid})
+        elif request["pid"] in nodes:
+            kill_group(request["pid"], request["signal"])
 
-    def _reap(self) -> None:
-        with contextlib.suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                pid, status = ended
-                self._nodes.discard(pid)
-                self._channel.send({"exited": pid, "code": os.waitstatus_to_exitcode(status)})
+
+def _fork_node(argv: list[str], env: dict[str, str], log: int, *listener: int) -> int:
+    for fd in listener:
+        argv = [*argv, "--listen-fd", str(fd)]
+    pid = fork_child(lambda: _become_node(argv, env), stdout=log, stderr=log, keep_fds=listener)
+    for fd in (log, *listener):
+        os.close(fd)
+    return pid
 
 
 def _become_node(argv: list[str], env: dict[str, str]) -> int:

@@ -17,8 +17,8 @@ SRC = ROOT / "src"
 LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain": (
         "assets callback checked errors nodelist plainjson procs ranks task",
-        "__init__ catalog environ ports run testing",
-        "job trace",
+        "__init__ catalog environ forking ports run",
+        "job testing trace",
         "plan train",
         "console export integrations",
         "keras node",
@@ -94,7 +94,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "launcher",
     ),
     "dtrain.node": (
-        "channel environment gpus hashing hints leaving memory placement sealed stack_dump",
+        "environment gpus hashing hints leaving memory placement sealed stack_dump",
         "heartbeat lost sealed_server silence worker",
         "fork_server store",
         "rendezvous",
@@ -210,9 +210,10 @@ TO_MEND: set[tuple[str, str]] = {
 TRAINING_PLANE = ("dtrain.train", "dtrain.integrations")
 LAUNCH_PLANE = (
     *("dtrain.errors", "dtrain.procs", "dtrain.plainjson", "dtrain.checked", "dtrain.environ"),
-    *("dtrain.ports", "dtrain.nodelist", "dtrain.assets", "dtrain.ranks", "dtrain.task"),
-    *("dtrain.callback", "dtrain.catalog", "dtrain.run", "dtrain.job", "dtrain.plan"),
-    *("dtrain.trace", "dtrain.console", "dtrain.launchers", "dtrain.verify", "dtrain.cli"),
+    *("dtrain.forking", "dtrain.ports", "dtrain.nodelist", "dtrain.assets", "dtrain.ranks"),
+    *("dtrain.task", "dtrain.callback", "dtrain.catalog", "dtrain.run", "dtrain.job"),
+    *("dtrain.plan", "dtrain.trace", "dtrain.console", "dtrain.launchers", "dtrain.verify"),
+    "dtrain.cli",
 )
 _IN_DRIVER = ("driver", "job", "attempt", "placing", "watch")
 RAY_DRIVER = tuple(f"dtrain.launchers.ray.{part}" for part in _IN_DRIVER)
