@@ -47,7 +47,7 @@ class Daemons:
         self.state.save(self.files)
         self._munged()
         if self.state.spec.accounting:
-            start_accounting(self)
+            start_accounting(self.state, self.files, self.spawn, self.check)
         self.spawn("slurmctld", ["slurmctld", "-D", "-i"], "ctl")
         for name in self.state.spec.node_names:
             self.start_slurmd(name)
