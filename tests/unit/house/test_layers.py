@@ -200,7 +200,6 @@ LAYERS: dict[str, tuple[str, ...]] = {
 
 TO_MEND: set[tuple[str, str]] = {
     ("dtrain.testing.server", "dtrain.testing.client"),
-    ("dtrain.train.checks.checks", "dtrain.train.faults.inject"),
     ("dtrain.train.load", "dtrain.integrations.keras.compiled_model"),
     ("dtrain.train.load", "dtrain.integrations.lightning"),
     ("dtrain.train.load", "dtrain.integrations.lightning.module"),

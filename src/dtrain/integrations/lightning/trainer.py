@@ -64,7 +64,15 @@ class LightningTrainer(NativeTrainer):
         task = self._context.task
         module = task.module if isinstance(task, ModuleTask) else TaskModule(training.parts.model)
         assert module is not None
-        return _Drive(self._context, training, module).run(self._theirs)
+        self._drive = _Drive(self._context, training, module)
+        try:
+            return self._drive.run(self._theirs)
+        finally:
+            del self._drive  # it holds the training, which is closed before another is made
+
+    def evaluation_wrapper(self, evaluate: Any) -> dict[str, float] | None:
+        """Lightning's hooks around an evaluation."""
+        return self._drive.evaluate(evaluate)
 
 
 class TaskModule(pl.LightningModule):
@@ -104,7 +112,6 @@ class _Drive(pl.Callback):
         self._loader = loader
         self._trainer = trainer = self._make_trainer(callbacks)
         module.automatic_optimization = False
-        training.around_evaluation = self._around_evaluation
         if self._task is not None:
             steps = training.course.steps_per_epoch
             self._task.attach(trainer, self._logged, steps)
@@ -229,7 +236,7 @@ class _Drive(pl.Callback):
         steps = self._trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
         steps.ready = steps.completed = self._training.progress.step
 
-    def _around_evaluation(self, evaluate: Any) -> dict[str, float] | None:
+    def evaluate(self, evaluate: Any) -> dict[str, float] | None:
         """Lightning's hooks around an evaluation, and what it knows of metrics."""
         trainer = self._trainer
         self._count()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,6 @@ from dtrain.train.checks.unexpected_change import UnexpectedChangeDetector
 from dtrain.train.checks.unused import Unused
 from dtrain.train.context import TrainContext
 from dtrain.train.data.pipeline import Feed
-from dtrain.train.faults.inject import Injector
 from dtrain.train.loss import LossModule
 from dtrain.train.metrics.events import Events
 
@@ -38,8 +37,9 @@ class Checks:
         subject: what is trained.
         loss: the task's loss over the model.
         feed: the training data.
-        injector: faults made on purpose.
         events: of the run.
+        fault_hook: called with each step before its first forward, where a fault in what stays
+            between two steps is seen by every check.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Checks:
         subject: TrainState,
         loss: LossModule,
         feed: Feed,
-        injector: Injector,
         events: Events,
+        fault_hook: Callable[[TrainState, int], None],
     ) -> None:
         spec = context.spec.checks
         self._spec = spec
@@ -58,7 +58,7 @@ class Checks:
         self._events = events
         self._feed = feed
         self._subject = subject
-        self._injector = injector
+        self._fault_hook = fault_hook
         self._ledger = Ledger(subject) if spec.every and collectives.in_group() else None
         self._still, self._still_buffers = _watches(subject, context)
         writes = BufferWrites(subject.model, events, context)
@@ -93,10 +93,9 @@ class Checks:
         """
         if self._watched and self._still is not None:
             self._still.begin()
-        self._injector.between_steps(self._subject)
+        self._fault_hook(self._subject, step)
         if self._watched and self._still_buffers is not None:
             self._found += self._still_buffers.look()
-        self._injector.step_begins(step)
         self.finite.begin(step, epoch)
         if self._writes is not None and (self._watched or step <= self._first_looks):
             self._writes.begin(idle=idle)
@@ -124,11 +123,6 @@ class Checks:
         """Once callbacks were told of a step: until the next, nobody changes a buffer."""
         if self._watched and self._still_buffers is not None:
             self._still_buffers.begin()
-
-    def end(self, last_step: int) -> None:
-        """After the last step, before its checkpoint."""
-        self._injector.between_steps(self._subject)
-        self._injector.end(last_step)
 
     def before_save(self, step: int) -> bool:
         """Before a checkpoint: it holds what all ranks agree on, and numbers.
@@ -219,12 +213,3 @@ def _watches(
         UnexpectedChangeDetector(subject, (PARAMETERS, MOMENTS)) if alone else None,
         UnexpectedChangeDetector(subject, (BUFFERS,)) if buffers else None,
     )
-
-
-def position_numbers(progress: Any) -> dict[str, Any]:
-    """The place in the training, which is the same on all ranks."""
-    return {
-        "step": progress.step,
-        "epoch": progress.position.epoch,
-        "samples consumed": progress.position.consumed,
-    }

@@ -88,23 +88,21 @@ class Injector:
             if fault.kind in ("skip-collective", "swap-collectives"):
                 CHAIN.tamper = _Tamper(self, fault.kind)
 
-    def step_begins(self, step: int) -> None:
-        """Before the first forward of a step, counted from 1."""
-        self._step = step
-
-    def end(self, last_step: int) -> None:
-        """After the last step: an error on all ranks if a fault was never made on one."""
-        if not self._faults:
-            return
-        CHAIN.tamper = None
-        refuse_unmade(self._waiting, last_step, self._rank)
-
-    def between_steps(self, subject: TrainState) -> None:
-        """After a step and its checks: make faults in what stays."""
+    def between_steps(self, subject: TrainState, next_step: int) -> None:
+        """Make the faults in what stays after a step; then begin the next one, counted from 1."""
         for fault in self._take(
             lambda each: each.kind in TENSOR_KINDS and each.target != "gradient"
         ):
             _tamper_tensor(fault, subject)
+        self._step = next_step
+
+    def end(self, subject: TrainState, last_step: int) -> None:
+        """After the last step: an error on all ranks if a fault was never made on one."""
+        if not self._faults:
+            return
+        self.between_steps(subject, last_step + 1)
+        CHAIN.tamper = None
+        refuse_unmade(self._waiting, last_step, self._rank)
 
     def requests(self, feed: Feed, step: int, position: Position, split: Split) -> Watch:
         """What passes on this rank's requests for data, one of them changed if that is a fault.

@@ -36,7 +36,11 @@ def listed(callbacks: Any) -> list[Any]:
 
 class View:
     def __init__(
-        self, context: TrainContext, parts: Parts, log: Callable[[str, float], None]
+        self,
+        context: TrainContext,
+        parts: Parts,
+        log: Callable[[str, float], None],
+        keep_best: Callable[[], None],
     ) -> None:
         self._context = context
         self._parts = parts
@@ -44,7 +48,7 @@ class View:
         self._log = log
         self.batch_size = 0
         self.evaluation_follows = self.over = False
-        self.keep_best: Callable[[], None] = lambda: None
+        self.keep_best = keep_best
         self.ending: str | None = None
         """Why training is to end, where this process asks for it."""
 
@@ -94,6 +98,7 @@ class Callbacks:
         context: of the training.
         parts: what is trained.
         log: takes numbers for the next line of metrics.
+        keep_best: saves, and keeps that checkpoint as the best one.
         evaluates: whether the task has data for evaluation.
 
     Raises:
@@ -106,11 +111,12 @@ class Callbacks:
         context: TrainContext,
         parts: Parts,
         log: Callable[[str, float], None],
+        keep_best: Callable[[], None],
         *,
         evaluates: bool,
     ) -> None:
         spec = context.spec
-        self.view = View(context, parts, log)
+        self.view = View(context, parts, log, keep_best)
         self._all: dict[str, Callback] = {}
         self._loaded: dict[str, Any] = {}
         given = listed(context.task.callbacks())

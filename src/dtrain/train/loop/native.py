@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable
 
 from dtrain.run.failures import in_step
 from dtrain.train.checks.errors import Rollback
@@ -11,7 +12,7 @@ from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.data import loader_process
 from dtrain.train.faults.inject import Injector
 from dtrain.train.loop.task_state import Kept
-from dtrain.train.loop.training import Training
+from dtrain.train.loop.training import Metrics, Training
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,9 @@ class NativeTrainer:
         kept = Kept(self._context)
         rollbacks = 0
         while True:
-            training = Training(injector.seeded(self._context), injector, kept)
+            training = Training(
+                injector.seeded(self._context), injector, kept, self.evaluation_wrapper
+            )
             try:
                 return self.drive(training)
             except Rollback as wish:
@@ -51,6 +54,10 @@ class NativeTrainer:
                 training.close()
                 del training
                 gc.collect()  # no DDP may outlive its process group: 6-8 % of gloo exits hang
+
+    def evaluation_wrapper(self, evaluate: Callable[[], Metrics | None]) -> Metrics | None:
+        """Call an evaluation; other trainers have more to do around it."""
+        return evaluate()
 
     def drive(self, training: Training) -> TrainResult:
         """Do all of its steps, in a loop of our own."""

@@ -35,6 +35,14 @@ class Progress:
     feed: dict[str, Any] = field(default_factory=dict)
     """What the data needs besides the position, see `Feed.state_dict`."""
 
+    def counters(self) -> dict[str, Any]:
+        """The place in the training, which is the same on all ranks."""
+        return {
+            "step": self.step,
+            "epoch": self.position.epoch,
+            "samples consumed": self.position.consumed,
+        }
+
     def to_saved(self, data: dict[str, Any]) -> dict[str, Any]:
         """As plain JSON, with the identity of the data that the position is in."""
         return {

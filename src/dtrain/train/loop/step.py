@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dtrain.errors import DtrainError
 from dtrain.job.spec import TrainSpec
 from dtrain.train.checks.finite import FiniteGuard
-from dtrain.train.checks.train_state import TrainState
 from dtrain.train.data.loader import to_device
 from dtrain.train.loss import LossModule, in_fp64
 from dtrain.train.precision import Precision
@@ -30,11 +29,18 @@ class Parts:
     scaler: torch.amp.GradScaler | None
     """Only with fp16."""
 
-    def subject(
-        self, numbers: Callable[[], Mapping[str, Any]], kept: Callable[[], Mapping[str, Any]]
-    ) -> TrainState:
-        """What of it is compared between ranks, with further numbers, and what the task keeps."""
-        return TrainState(self.model, self.optimizer, self.scheduler, self.scaler, numbers, kept)
+
+class StepFlags(NamedTuple):
+    """Numbers of a rank that travel with the losses; summed over all ranks in the outcome."""
+
+    leave: float
+    """Ranks that were asked to leave at the next step boundary."""
+    save: float
+    """Whether rank 0's clock asks for a checkpoint."""
+    end: float
+    """Ranks on which a callback asked for the end of training."""
+    position: float
+    """`GlobalBatch.fingerprint`, to see that all ranks did the same step."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,7 @@ class StepOutcome:
 
     loss: float
     """Sum over everyone's sums / sum of everyone's weights, before the step."""
-    signals: tuple[float, ...]
-    """The sums over all ranks of the `signals` that the caller gave."""
+    flags: StepFlags
     grad_norm: torch.Tensor | None
     """2-norm of the reduced gradient before clipping; None without clipping."""
     skipped: bool
@@ -80,7 +85,7 @@ class TrainStep:
         batches: Iterable[tuple[int, Any]],
         num_batches: int,
         global_size: int,
-        signals: tuple[float, ...],
+        flags: StepFlags,
     ) -> StepOutcome:
         """Train on one global batch.
 
@@ -89,7 +94,7 @@ class TrainStep:
                 without samples.
             num_batches: how many there are.
             global_size: samples of all ranks in this step.
-            signals: numbers of this rank that everyone wants the sum of, at no extra cost.
+            flags: of this rank.
 
         Raises:
             DtrainError: the weights of the whole global batch add up to nothing.
@@ -97,9 +102,9 @@ class TrainStep:
         self._parts.optimizer.zero_grad(set_to_none=True)
         for parameter in self._all:  # some may be in no group yet
             parameter.grad = None
-        pending = self._accumulate(batches, num_batches, global_size, signals)
+        pending = self._accumulate(batches, num_batches, global_size, flags)
         self._strategy.finish_backward()
-        total, weight, *heard = pending.wait()
+        total, weight, *flag_sums = pending.wait()
         if not weight > 0:
             raise DtrainError(
                 f"the loss weights of a whole global batch add up to {weight:g}: there is nothing "
@@ -108,14 +113,14 @@ class TrainStep:
         loss = total / weight
         norm, skipped = self._update(self._gradient_scale * global_size / weight, loss)
         self._strategy.finish_step()
-        return StepOutcome(loss, tuple(heard), norm, skipped)
+        return StepOutcome(loss, StepFlags(*flag_sums), norm, skipped)
 
     def _accumulate(
         self,
         batches: Iterable[tuple[int, Any]],
         num_batches: int,
         global_size: int,
-        signals: tuple[float, ...],
+        flags: StepFlags,
     ) -> Pending:
         """Add up the gradients of all micro-batches; the losses' sum runs under the last one."""
         scale = self._loss_scale / global_size
@@ -131,12 +136,12 @@ class TrainStep:
             weight_so_far = weight_so_far + in_fp64(weight)
             self._guard.note(loss_sum)
             if last:
-                pending = self._strategy.start_sum((sum_so_far, weight_so_far, *signals))
+                pending = self._strategy.start_sum((sum_so_far, weight_so_far, *flags))
             if self._parts.scaler is not None:
                 loss_sum = self._parts.scaler.scale(loss_sum)
             # as the gradient to begin with, which is 25 µs cheaper than a product in the graph
             loss_sum.backward(torch.full_like(loss_sum, scale))
-        return pending or self._strategy.start_sum((0.0, 0.0, *signals))
+        return pending or self._strategy.start_sum((0.0, 0.0, *flags))
 
     def _update(self, correction: float, loss: float) -> tuple[torch.Tensor | None, bool]:
         """Clip and step. Returns the norm before clipping and whether the step was left out."""
