@@ -54,6 +54,14 @@ class TrainerFact:
     """What that extra brings, by the name that is imported."""
 
 
+@dataclass(frozen=True)
+class FrameworkFact:
+    """A library whose own models a job may name as its task."""
+
+    target: str
+    """What makes tasks of them, a `dtrain.train.load.Adapter`."""
+
+
 LIGHTNING = ("pytorch_lightning", "lightning")
 """The packages that Lightning comes in, by the names that are imported."""
 
@@ -135,7 +143,7 @@ TRAINERS: Mapping[str, TrainerFact] = {
         strategies=("single", "dp", "ddp", "fsdp", "exact"),
     ),
     "lightning": TrainerFact(
-        "dtrain.integrations.lightning:make_trainer",
+        "dtrain.integrations.lightning.trainer:LightningTrainer",
         "Lightning's loop, hooks, callbacks and loggers, for a task or a LightningModule",
         strategies=("single", "ddp", "fsdp", "exact"),
         extra="lightning",
@@ -146,6 +154,12 @@ TRAINERS: Mapping[str, TrainerFact] = {
         "a Python file as it is, with its own loop, as under torchrun",
         strategies=(),
     ),
+}
+
+
+FRAMEWORKS: Mapping[str, FrameworkFact] = {
+    "lightning": FrameworkFact("dtrain.integrations.lightning.adapter:LightningAdapter"),
+    "keras": FrameworkFact("dtrain.integrations.keras.adapter:KerasAdapter"),
 }
 
 
@@ -188,6 +202,7 @@ _TABLES: Mapping[str, Mapping[str, Any]] = {
     "launcher": LAUNCHERS,
     "strategy": STRATEGIES,
     "trainer": TRAINERS,
+    "framework": FRAMEWORKS,
     "logger": LOGGERS,
 }
 
@@ -202,7 +217,7 @@ def find(kind: str, name: str) -> str:
     """The `module:Class` behind a name, from the tables above or from an entry point.
 
     Args:
-        kind: `launcher`, `strategy`, `trainer` or `logger`.
+        kind: `launcher`, `strategy`, `trainer`, `framework` or `logger`.
         name: as written in job.yaml.
 
     Raises:

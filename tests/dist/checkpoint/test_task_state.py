@@ -18,7 +18,7 @@ from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.testing import RankError, run_ranks
 from dtrain.train.checkpoint.files import read_checkpoint
 from dtrain.train.checks.errors import ReplicaError
-from dtrain.train.load import _as_task
+from dtrain.train.load import as_task
 from dtrain.train.loop.native import NativeTrainer
 from support.trainings import Outcome, Regression, job, lines, same_end, train
 
@@ -347,7 +347,7 @@ class Plain:
 
 
 def test_a_class_of_its_own_has_it_too() -> None:
-    adapted = _as_task(Plain(), "Plain")
+    adapted = as_task(Plain(), "Plain")
     assert isinstance(adapted, Task)
     adapted.load_state_dict({**adapted.state_dict(), "count": 5})
     assert adapted.state_dict()["count"] == 5
@@ -360,7 +360,7 @@ class HalfPlain(Plain):
 def test_a_class_of_its_own_has_both(tmp_path: Path) -> None:
     class Train(NativeTrainer):
         def __init__(self, context: Any) -> None:
-            object.__setattr__(context, "task", _as_task(HalfPlain(), "HalfPlain"))
+            object.__setattr__(context, "task", as_task(HalfPlain(), "HalfPlain"))
             super().__init__(context)
 
     with pytest.raises(DtrainError, match=r"state_dict\(\) but no load_state_dict\(\)"):

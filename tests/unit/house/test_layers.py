@@ -17,8 +17,8 @@ SRC = ROOT / "src"
 LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain": (
         "assets callback checked errors nodelist plainjson procs ranks task",
-        "__init__ catalog environ forking ports run",
-        "job testing trace",
+        "__init__ catalog environ forking ports run testing",
+        "job trace",
         "plan train",
         "console export integrations",
         "keras node",
@@ -50,13 +50,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "replica",
         "task",
         "compiled_model",
+        "adapter",
     ),
     "dtrain.integrations.lightning": (
-        "compat loader loaders optimizers",
+        "loader loaders optimizers package",
+        "compat",
         "environment logging",
         "module state",
-        "trainer",
-        "__init__",
+        "adapter trainer",
     ),
     "dtrain.integrations.script": (
         "group placement sampler threads",
@@ -125,7 +126,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "__init__ plugin",
     ),
     "dtrain.train": (
-        "context logs packed precision seeding vote",
+        "context importing logs packed precision seeding vote",
         "collectives load metrics",
         "checkpoint",
         "contract ema",
@@ -200,9 +201,6 @@ LAYERS: dict[str, tuple[str, ...]] = {
 
 TO_MEND: set[tuple[str, str]] = {
     ("dtrain.testing.server", "dtrain.testing.client"),
-    ("dtrain.train.load", "dtrain.integrations.keras.compiled_model"),
-    ("dtrain.train.load", "dtrain.integrations.lightning"),
-    ("dtrain.train.load", "dtrain.integrations.lightning.module"),
 }
 """Pairs of a module and one above it that it imports."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dtrain.errors import DtrainError, JobError, Problem
+from dtrain.errors import DtrainError
 from dtrain.integrations.keras.task import KerasTask
+from dtrain.train.importing import job_problem
 from dtrain.train.seeding import RandomState
 
 _TAKEN = (
@@ -31,7 +32,7 @@ _OURS = {
 }
 
 
-class Given(KerasTask):
+class CompiledModelTask(KerasTask):
     """The task of a function that returns `(model, what fit takes)`.
 
     Args:
@@ -97,20 +98,19 @@ class Given(KerasTask):
 
 def _checked(made: Any, name: str) -> tuple[Any, Mapping[str, Any]]:
     if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[1], Mapping):
-        raise _problem(
+        raise job_problem(
+            "task",
             f"{name} returned a Keras model without its data: return model, {{'x': x, 'y': y}}, "
-            "the arguments that model.fit would be given"
+            "the arguments that model.fit would be given",
         )
     model, fit = made
     for word in fit:
         if word in _OURS:
-            raise _problem(f"{name} returned {word!r} for fit; that is {_OURS[word]}")
+            raise job_problem("task", f"{name} returned {word!r} for fit; that is {_OURS[word]}")
         if word not in _TAKEN:
-            raise _problem(f"{name} returned {word!r} for fit; it may return {', '.join(_TAKEN)}")
+            raise job_problem(
+                "task", f"{name} returned {word!r} for fit; it may return {', '.join(_TAKEN)}"
+            )
     if fit.get("x") is None:
-        raise _problem(f"{name} returned no x for fit")
+        raise job_problem("task", f"{name} returned no x for fit")
     return model, fit
-
-
-def _problem(message: str) -> JobError:
-    return JobError([Problem("job.yaml", None, None, "task", message)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dtrain.integrations.lightning import wanted
+from dtrain.integrations.lightning.package import wanted
 
 PACKAGE = wanted()
 """`pytorch_lightning` or `lightning.pytorch`."""

@@ -19,7 +19,7 @@ from dtrain.integrations.lightning.module import ModuleTask
 from dtrain.integrations.lightning.state import EpochSums, States
 from dtrain.ranks import RankInfo
 from dtrain.train.context import TrainContext, TrainResult
-from dtrain.train.load import load_class
+from dtrain.train.importing import load_class
 from dtrain.train.loop.callbacks import listed
 from dtrain.train.loop.native import NativeTrainer
 from dtrain.train.loop.training import Training

@@ -1,0 +1,32 @@
+"""A function that returns a compiled Keras model as the task of a job."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from dtrain.train.seeding import RandomState
+
+
+class KerasAdapter:
+    """See `dtrain.train.load.Adapter`."""
+
+    def matches(self, factory: Callable[..., Any]) -> bool:
+        """Only what is returned tells; nobody returns a Keras model without an import of Keras."""
+        return "keras" in sys.modules
+
+    def adapt(self, make: functools.partial[Any], name: str, trainer: str) -> Any:
+        keras = sys.modules["keras"]
+        before = RandomState.capture()
+        if inspect.isfunction(make.func):
+            keras.utils.clear_session()  # names count up, and checkpoints go by name
+        made = make()
+        model = made[0] if isinstance(made, tuple) and made else made
+        if not isinstance(model, keras.Model):
+            return made
+        from dtrain.integrations.keras.compiled_model import CompiledModelTask
+
+        return CompiledModelTask(make, made, name, before)
