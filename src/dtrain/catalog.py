@@ -60,6 +60,8 @@ class FrameworkFact:
 
     target: str
     """What makes tasks of them, a `dtrain.train.load.Adapter`."""
+    job_check: str
+    """What reads a job before a launch, a `dtrain.job.frameworks.JobCheck`."""
 
 
 LIGHTNING = ("pytorch_lightning", "lightning")
@@ -158,8 +160,14 @@ TRAINERS: Mapping[str, TrainerFact] = {
 
 
 FRAMEWORKS: Mapping[str, FrameworkFact] = {
-    "lightning": FrameworkFact("dtrain.integrations.lightning.adapter:LightningAdapter"),
-    "keras": FrameworkFact("dtrain.integrations.keras.adapter:KerasAdapter"),
+    "lightning": FrameworkFact(
+        "dtrain.integrations.lightning.adapter:LightningAdapter",
+        "dtrain.integrations.lightning.job_check:LightningCheck",
+    ),
+    "keras": FrameworkFact(
+        "dtrain.integrations.keras.adapter:KerasAdapter",
+        "dtrain.integrations.keras.job_check:KerasCheck",
+    ),
 }
 
 
@@ -239,9 +247,14 @@ def names(kind: str) -> list[str]:
 
 def load(kind: str, name: str) -> Any:
     """Import and return the class behind a name; `PlanError` as in `find`."""
+    return imported(find(kind, name))
+
+
+def imported(target: str) -> Any:
+    """What stands for `module:Class`, imported."""
     import importlib
 
-    module, _, attribute = find(kind, name).partition(":")
+    module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dtrain import catalog
 from dtrain.errors import Problem
-from dtrain.job.lightning import OURS, trainer_arguments
+from dtrain.job.frameworks import job_checks
 from dtrain.job.located import Located, did_you_mean, dotted, shown_path
 from dtrain.job.spec import JobSpec
 from dtrain.job.static_check import class_problems, readable, similar
@@ -30,7 +30,7 @@ def outside_problems(root: Located, folder: Path) -> list[Problem]:
         *_name_problems(root),
         *_pair_problems(root),
         *_logger_problems(root),
-        *_lightning_problems(root),
+        *(problem for check in job_checks() for problem in check.references(root)),
         *_path_problems(root, folder),
         *class_problems(root, folder, _text(root, "trainer")),
         *_script_problems(root, folder),
@@ -118,19 +118,6 @@ def _logger_problems(root: Located) -> Iterator[Problem]:
         problem = catalog.logger_problem(name) if isinstance(name, str) else None
         if problem:
             yield entry.place.problem(dotted(("log", "loggers", index)), problem)
-
-
-def _lightning_problems(root: Located) -> Iterator[Problem]:
-    """Arguments that Lightning's Trainer does not have; it is read, not imported."""
-    field = ("lightning", "trainer")
-    written = root.get(field)
-    given = written.value if written and isinstance(written.value, dict) else {}
-    known = trainer_arguments() if given else []
-    for name in given:
-        if known and name not in known and name not in OURS:
-            message = f"Lightning's Trainer has no such argument{did_you_mean(name, known)}"
-            place = given[name].key or given[name].place
-            yield place.problem(dotted((*field, name)), message)
 
 
 def _path_problems(root: Located, folder: Path) -> Iterator[Problem]:

@@ -33,7 +33,7 @@ from dtrain.job.fields import (
     Seed,
     Text,
 )
-from dtrain.job.lightning import lightning_problems
+from dtrain.job.frameworks import job_checks
 from dtrain.job.loggers import LOGGER_SCHEMA, LoggerEntry, checked_logger
 from dtrain.job.script import SCRIPT_FIELDS, completed, meaningless
 from dtrain.job.units import parse_nodes
@@ -286,7 +286,7 @@ def cross_problems(job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
         return meaningless(job)
     if job.get("arguments"):
         return [(("arguments",), "only a script has a command line; a task has args")]
-    problems = lightning_problems(job)
+    problems = [each for check in job_checks() for each in check.between_fields(job)]
     train, evaluation = job.get("train"), job.get("eval", {})
     if not isinstance(train, Mapping) or not isinstance(evaluation, Mapping):
         return problems

@@ -6,34 +6,14 @@ import importlib.machinery
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain import catalog
 from dtrain.errors import Problem
-from dtrain.job.keras import is_keras, keras_problems
-from dtrain.job.located import Keys, Located, SourceLocation, did_you_mean, dotted, shown_path
+from dtrain.job.frameworks import NamedClass, job_checks
+from dtrain.job.located import Located, SourceLocation, did_you_mean, dotted, shown_path
 from dtrain.job.relative import advice
-from dtrain.job.static_source import Source, is_installed
+from dtrain.job.static_source import Source
 from dtrain.task import REQUIRED
-
-
-@dataclass(frozen=True)
-class _Named:
-    """A field that names a class, and the one with the arguments of its constructor."""
-
-    root: Located
-    field: Keys
-    args: Keys
-
-    @property
-    def place(self) -> SourceLocation:
-        """Where the class is named."""
-        return self.root.place_of(self.field)
-
-    def problem(self, message: str) -> Problem:
-        """What is wrong with it."""
-        return self.place.problem(dotted(self.field), message)
 
 
 def class_problems(root: Located, folder: Path, trainer: str | None) -> Iterator[Problem]:
@@ -45,17 +25,15 @@ def class_problems(root: Located, folder: Path, trainer: str | None) -> Iterator
         trainer: of the job; None when that is no text.
     """
     for named in (
-        _Named(root, ("task",), ("args",)),
-        _Named(root, ("lightning", "data_module"), ("lightning", "data_args")),
+        NamedClass(root, ("task",), ("args",), trainer),
+        NamedClass(root, ("lightning", "data_module"), ("lightning", "data_args"), trainer),
     ):
         written = root.get(named.field)
         if written is not None and isinstance(written.value, str):
-            yield from _reference_problems(named, written.value, folder, trainer)
+            yield from _reference_problems(named, written.value, folder)
 
 
-def _reference_problems(
-    named: _Named, reference: str, folder: Path, trainer: str | None
-) -> Iterator[Problem]:
+def _reference_problems(named: NamedClass, reference: str, folder: Path) -> Iterator[Problem]:
     target, colon, name = reference.rpartition(":")
     if not colon or not target or not name.isidentifier():
         python = reference.endswith((".py", ".py:"))
@@ -70,12 +48,10 @@ def _reference_problems(
         what = f"file: {shown_path(file)}" if file else f"module: {target}"
         yield named.problem(f"no such {what}{near}")
     elif file.suffix == ".py":
-        yield from _class_problems(named, file, name, trainer, alone=target.endswith(".py"))
+        yield from _class_problems(named, file, name, alone=target.endswith(".py"))
 
 
-def _class_problems(
-    named: _Named, file: Path, name: str, trainer: str | None, *, alone: bool
-) -> Iterator[Problem]:
+def _class_problems(named: NamedClass, file: Path, name: str, *, alone: bool) -> Iterator[Problem]:
     shown = shown_path(file)
     source, problems = readable(file, named.place, dotted(named.field), alone=alone)
     yield from problems
@@ -86,35 +62,11 @@ def _class_problems(
         listed = f"; it has: {', '.join(classes)}" if classes else ""
         yield named.problem(f"{shown} has no class {name!r}{listed}{did_you_mean(name, classes)}")
         return
-    if source.derives(name, "LightningModule") and trainer == "native":
-        strategies = ", ".join(catalog.TRAINERS["lightning"].strategies)
-        near = f"trainer: lightning, which has {strategies}"
-        yield named.problem(f"{name} is a LightningModule; it needs {near}")
-    if trainer == "lightning":
-        yield from _package_problems(named, source, shown)
-        if source.sets_on_self(name, "automatic_optimization", False):
-            yield named.problem(
-                f"{name} has automatic_optimization = False: it makes its own steps, and here the "
-                "step is dtrain's. Run it with a Trainer of its own, as script: train.py"
-            )
+    for check in job_checks():
+        yield from check.of_class(named, name, file, source)
     if named.field == ("task",):
         yield from _method_problems(source, name, shown)
-        if is_keras(source, name):
-            yield from keras_problems(named.root, named.place, file, source)
     yield from _argument_problems(named, source, name)
-
-
-def _package_problems(named: _Named, source: Source, shown: str) -> Iterator[Problem]:
-    """Lightning is one code in two packages, and only one of them may be here."""
-    imported = {module.partition(".")[0] for module in source.modules} & {*catalog.LIGHTNING}
-    if imported and not any(is_installed(package) for package in imported):
-        package = min(imported)
-        here = [other for other in catalog.LIGHTNING if is_installed(other)]
-        hint = f", or import {here[0]} instead, which is the same code" if here else ""
-        pip = package.replace("_", "-")
-        yield named.problem(
-            f"{shown} imports {package}, which is not installed: pip install {pip}{hint}"
-        )
 
 
 def _method_problems(source: Source, name: str, shown: str) -> Iterator[Problem]:
@@ -128,7 +80,7 @@ def _method_problems(source: Source, name: str, shown: str) -> Iterator[Problem]
         yield SourceLocation(shown, node.lineno, node.col_offset + 1).problem("", message)
 
 
-def _argument_problems(named: _Named, source: Source, name: str) -> Iterator[Problem]:
+def _argument_problems(named: NamedClass, source: Source, name: str) -> Iterator[Problem]:
     written, takes = named.root.get(named.args), source.arguments(name)
     given = written.value if written else {}
     if takes is None or not isinstance(given, dict):

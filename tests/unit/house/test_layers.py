@@ -46,14 +46,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.integrations": ("keras lightning script",),
     "dtrain.integrations.keras": (
-        "callbacks data optimizer random refusals statistics",
+        "callbacks data job_check optimizer random refusals statistics",
         "replica",
         "task",
         "compiled_model",
         "adapter",
     ),
     "dtrain.integrations.lightning": (
-        "loader loaders optimizers package",
+        "job_check loader loaders optimizers package",
         "compat",
         "environment logging",
         "module state",
@@ -64,8 +64,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "checkpoint run",
     ),
     "dtrain.job": (
-        "lightning located relative static_source units",
-        "faults keras loggers yaml_reader",
+        "located relative static_source units",
+        "faults frameworks loggers yaml_reader",
         "fields script static_check",
         "spec",
         "errors imports launcher_options references schema stream",

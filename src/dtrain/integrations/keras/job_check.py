@@ -1,4 +1,4 @@
-"""What of a Keras model can be told from its source: where it cannot be trained as asked."""
+"""What of a Keras model a job can be refused for without an import of Keras."""
 
 from __future__ import annotations
 
@@ -9,41 +9,39 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dtrain.errors import Problem
+from dtrain.job.frameworks import JobCheck, NamedClass
 from dtrain.job.located import Located, SourceLocation, shown_path
 from dtrain.job.static_source import Source
 
 _BACKEND = "KERAS_BACKEND"
 
 
-def is_keras(source: Source, name: str) -> bool:
+class KerasCheck(JobCheck):
+    """See `JobCheck`."""
+
+    def of_class(
+        self, named: NamedClass, name: str, file: Path, source: Source
+    ) -> Iterator[Problem]:
+        if named.field != ("task",) or not _is_keras(source, name):
+            return
+        if find_spec("keras") is None:
+            yield named.problem("the task needs keras: pip install 'dtrain[keras]'")
+        yield from _strategy_problems(named.root)
+        yield from _backend_problems(named)
+        for call in source.calls("compile"):
+            for keyword in call.keywords:
+                message = _compile_problem(keyword)
+                if message:
+                    spot = SourceLocation(shown_path(file), keyword.lineno, keyword.col_offset + 1)
+                    yield spot.problem("", message)
+
+
+def _is_keras(source: Source, name: str) -> bool:
     """Whether a name is a Keras task: a KerasTask, or a function where Keras is imported."""
     if source.derives(name, "KerasTask"):
         return True
     found = source.definitions.get(name, [])
     return len(found) == 1 and isinstance(found[0], ast.FunctionDef) and source.imports("keras")
-
-
-def keras_problems(
-    root: Located, place: SourceLocation, file: Path, source: Source
-) -> Iterator[Problem]:
-    """Everything that a Keras task cannot be asked for, with what works.
-
-    Args:
-        root: the job as written.
-        place: of the task in it.
-        file: the task's.
-        source: what is in it.
-    """
-    if find_spec("keras") is None:
-        yield place.problem("task", "the task needs keras: pip install 'dtrain[keras]'")
-    yield from _strategy_problems(root)
-    yield from _backend_problems(root, place)
-    for call in source.calls("compile"):
-        for keyword in call.keywords:
-            message = _compile_problem(keyword)
-            if message:
-                spot = SourceLocation(shown_path(file), keyword.lineno, keyword.col_offset + 1)
-                yield spot.problem("", message)
 
 
 def _strategy_problems(root: Located) -> Iterator[Problem]:
@@ -56,9 +54,9 @@ def _strategy_problems(root: Located) -> Iterator[Problem]:
         yield strategy.place.problem("strategy", message)
 
 
-def _backend_problems(root: Located, place: SourceLocation) -> Iterator[Problem]:
+def _backend_problems(named: NamedClass) -> Iterator[Problem]:
     """Of the job's variables, else this process's own, which workers inherit."""
-    given = root.get(("launch", "env", _BACKEND))
+    given = named.root.get(("launch", "env", _BACKEND))
     backend = given.value if given else os.environ.get(_BACKEND, "torch")
     if backend != "torch":
         where = f"launch.env.{_BACKEND}" if given else "task"
@@ -66,7 +64,7 @@ def _backend_problems(root: Located, place: SourceLocation) -> Iterator[Problem]
             f"{_BACKEND} is {backend!r}{'' if given else ' in the environment'}, and dtrain trains "
             f"with 'torch': leave it unset, or give --env {_BACKEND}=torch"
         )
-        yield (given.place if given else place).problem(where, message)
+        yield (given.place if given else named.place).problem(where, message)
 
 
 def _compile_problem(keyword: ast.keyword) -> str | None:
