@@ -206,18 +206,34 @@ LOGGERS: Mapping[str, LoggerFact] = {
     "neptune": LoggerFact(f"{_LOGGERS}:Neptune", "Neptune", module="neptune", extra="neptune"),
 }
 
+
+@dataclass(frozen=True)
+class PlacementFact:
+    """A reader that tells a node process who it is."""
+
+    target: str
+
+
+PLACEMENTS: Mapping[str, PlacementFact] = {
+    "argv": PlacementFact("dtrain.node.placement.argv:ArgvPlacement"),
+    "slurm": PlacementFact("dtrain.node.placement.slurm:SlurmPlacement"),
+    "ray": PlacementFact("dtrain.node.placement.ray:RayPlacement"),
+}
+
 _TABLES: Mapping[str, Mapping[str, Any]] = {
     "launcher": LAUNCHERS,
     "strategy": STRATEGIES,
     "trainer": TRAINERS,
     "framework": FRAMEWORKS,
     "logger": LOGGERS,
+    "placement": PLACEMENTS,
 }
 
 ENTRY_POINT_GROUPS = {
     "launcher": "dtrain.launchers",
     "strategy": "dtrain.strategies",
     "logger": "dtrain.loggers",
+    "placement": "dtrain.placements",
 }
 
 
@@ -225,8 +241,8 @@ def find(kind: str, name: str) -> str:
     """The `module:Class` behind a name, from the tables above or from an entry point.
 
     Args:
-        kind: `launcher`, `strategy`, `trainer`, `framework` or `logger`.
-        name: as written in job.yaml.
+        kind: `launcher`, `strategy`, `trainer`, `framework`, `logger` or `placement`.
+        name: as written in job.yaml; a placement's as the launcher says it.
 
     Raises:
         PlanError: nothing of that kind has this name.

@@ -78,6 +78,7 @@ class ForkServer:
         plan: LaunchPlan,
         node_ranks: list[int],
         run_agent: Callable[[LaunchPlan, int, Channel, int | None], int],
+        is_superseded: Callable[[], bool],
     ) -> None:
         """Prepare; nothing is forked yet.
 
@@ -85,6 +86,7 @@ class ForkServer:
             plan: the launch.
             node_ranks: the nodes that this host is, more than one when simulated.
             run_agent: called in each agent's process with (plan, node_rank, channel, listen_fd).
+            is_superseded: asked now and then whether the launch has begun again without us.
         """
         self.plan = plan
         self.node_ranks = node_ranks
@@ -92,8 +94,7 @@ class ForkServer:
         self._agents: list[_Agent] = []
         self._stop_signal: int | None = None
         self._is_importing = False
-        self.is_superseded: Callable[[], bool] = lambda: False
-        """Asked now and then: whether the launch has begun again without us."""
+        self._is_superseded = is_superseded
         self._children = Children()
 
     def serve(self, listen_fd: int | None = None) -> int:
@@ -118,7 +119,7 @@ class ForkServer:
             self._reap()
             self._answer()
             self._end_silent()
-            if self.is_superseded():
+            if self._is_superseded():
                 print("dtrain: the job goes on elsewhere; this node ends", file=sys.stderr)
                 return 1  # all that it forked dies with it
         return max(agent.status or 0 for agent in self._agents)

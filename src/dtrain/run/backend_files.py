@@ -99,10 +99,9 @@ class SlurmFiles:
 
 
 class RayFiles:
-    """The folder `ray/` of a run, and what Ray's nodes read elsewhere in it."""
+    """The folder `ray/` of a run."""
 
     def __init__(self, run: RunDir) -> None:
-        self._run = run
         self.path = run.path / "ray"
 
     @property
@@ -122,10 +121,6 @@ class RayFiles:
     def probe(self, attempt: int) -> Path:
         """A folder in which the driver and every node leave a file for the others to see."""
         return self.path / f"probe-{attempt}"
-
-    def placement(self, attempt: int) -> Path:
-        """Which nodes an attempt has, and where they meet: the arguments of `LaunchPlan.placed`."""
-        return self._run.attempt(attempt) / "placement.json"
 
     def clear(self) -> None:
         """Forget what an earlier launch of the run has left."""

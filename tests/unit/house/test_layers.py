@@ -104,7 +104,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "__main__",
         "warm",
     ),
-    "dtrain.node.placement": ("slurm",),
+    "dtrain.node.placement": (
+        "base",
+        "argv ray slurm",
+    ),
     "dtrain.run": (
         "files flight_recorder ids rundir",
         "attempts backend_files events manifest spill token",

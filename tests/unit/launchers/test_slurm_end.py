@@ -16,7 +16,8 @@ from dtrain.job.spec import JobSpec
 from dtrain.launchers import base, supervise
 from dtrain.launchers.slurm import outcome, queue
 from dtrain.launchers.slurm.queue import Job
-from dtrain.node.placement.slurm import Place, conclude
+from dtrain.node.placement.base import Arguments
+from dtrain.node.placement.slurm import SlurmPlacement
 from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.run import failures, files, verdict
 from dtrain.run.attempts import Handle
@@ -45,7 +46,9 @@ def plan(tmp_path: Path) -> LaunchPlan:
 
 
 def end(plan: LaunchPlan, status: int, *, asked: bool = True, node_rank: int = 0) -> int:
-    return conclude(Place(plan, node_rank, None), status, asked)
+    reader = SlurmPlacement(Arguments(), {**os.environ, "SLURM_NODEID": str(node_rank)})
+    reader.plan = plan
+    return reader.finish(status, asked)
 
 
 def test_a_node_that_was_asked_to_leave_ends_well_and_wants_to_go_on(plan: LaunchPlan) -> None:

@@ -63,7 +63,7 @@ srun \\
   --cpus-per-task=16 \\
   --kill-on-bad-exit=1 \\
   --wait=40 \\
-  /envs/train/bin/python -P -m dtrain.node /runs/digits-abc234
+  /envs/train/bin/python -P -m dtrain.node /runs/digits-abc234 --placement slurm
 status=$?
 
 # The first agent leaves this file when the training is to go on in another attempt. Where another
@@ -116,7 +116,7 @@ def test_containers() -> None:
     apptainer = plan_of(apptainer="image.sif", container_args=["--nv"])
     assert (
         "  apptainer exec --bind /runs/digits-abc234 --bind /job --nv image.sif "
-        "python -P -m dtrain.node /runs/digits-abc234\n"
+        "python -P -m dtrain.node /runs/digits-abc234 --placement slurm\n"
     ) in script.render(apptainer)
     pyxis = script.render(plan_of(pyxis="nvcr.io#nvidia/pytorch:25.01"))
     assert "  '--container-image=nvcr.io#nvidia/pytorch:25.01' \\\n" in pyxis
@@ -146,7 +146,8 @@ def test_the_shell_sees_values_as_they_are(text: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     srun = (tmp_path / "srun.argv").read_text().split("\0")
-    assert srun[-6:] == [text, "-P", "-m", "dtrain.node", f"{runs}/digits-abc234", ""]
+    node = [text, "-P", "-m", "dtrain.node", f"{runs}/digits-abc234", "--placement", "slurm", ""]
+    assert srun[-8:] == node
     assert f"--container-image={text}" in srun
     assert (tmp_path / "module.argv").read_text().split("\0") == ["load", text, ""]
     assert not list(tmp_path.rglob("gone"))

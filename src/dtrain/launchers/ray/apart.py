@@ -17,7 +17,6 @@ from dtrain.environ import MASK
 from dtrain.plainjson import to_json
 from dtrain.plan import LaunchPlan
 from dtrain.run import files, token
-from dtrain.run.backend_files import RayFiles
 from dtrain.run.failures import FailureRecord
 from dtrain.run.rundir import RunDir
 
@@ -40,8 +39,7 @@ def package(plan: LaunchPlan, attempt: int) -> bytes:
         secret = (run.url_file, run.secret_env(attempt), run.token(attempt))
         hidden = [path for path in secret if path.exists()]
         here = [path for path in run.path.glob("[!.]*") if path.is_file()] + hidden
-        placement = RayFiles(run).placement(attempt)
-        for path in (*sorted(here), placement, *sorted((run.path / "tensorboard").rglob("*"))):
+        for path in (*sorted(here), *sorted((run.path / "tensorboard").rglob("*"))):
             archive.add(path, str(path.relative_to(run.path)), recursive=False)
         code = run.code / f"tree-{plan.attempt}.tar"
         if code.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,8 @@ from dtrain.launchers.ray import actor, apart, news
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.launchers.ray.placement import NodeView, ResourceRequest
 from dtrain.launchers.ray.watch import Outcome, Watch, first_line
+from dtrain.node.placement.ray import PlacedAs
+from dtrain.plainjson import to_json
 from dtrain.plan import LaunchPlan
 from dtrain.run import events, failures, files
 from dtrain.run.backend_files import RayFiles
@@ -98,19 +101,13 @@ class Nodes:
         if problems:
             raise LaunchError(problems)
         host, port = self._rendezvous()
-        self.placed = self._plan.placed(self._attempt, self.names, host, port)
-        placement = {
-            "attempt": self._attempt,
-            "node_names": self.names,
-            "host": host,
-            "port": port,
-        }
-        files.write_json(self._folder.placement(self._attempt), placement)
+        placed_as = PlacedAs(self._attempt, tuple(self.names), host, port)
+        self.placed = self._plan.placed(**asdict(placed_as))
         events.note_event(
             self._plan.run, "attempt_started", attempt=self._attempt, nodes=self.names
         )
         folders = self._settled()
-        started = {r: self._start(r, look, folders[r]) for r, look in looks.items()}
+        started = {r: self._start(r, look, folders[r], placed_as) for r, look in looks.items()}
         self._ask(started)
 
     def watch(self, stops: Callable[[], int], troubled: Callable[[], bool]) -> Outcome:
@@ -194,9 +191,9 @@ class Nodes:
         made = {k: a.settle.remote(self._plan.run_id, package) for k, a in enumerate(self.actors)}
         return {rank: RunDir(path) for rank, path in self._ask(made).items()}
 
-    def _start(self, rank: int, look: dict[str, Any], run: RunDir) -> Any:
+    def _start(self, rank: int, look: dict[str, Any], run: RunDir, placed_as: PlacedAs) -> Any:
         argv = [look["python"], "-P", "-m", "dtrain.node", str(run.path), "--node-rank", str(rank)]
-        argv += ["--attempt", str(self._attempt)]
+        argv += ["--placement", "ray", "--placed-as", to_json(asdict(placed_as))]
         log = run.host_log(self._attempt, rank)
         lost_after = self._options.lost_after
         return self.actors[rank].start.remote(argv, os.getcwd(), str(log), lost_after)

@@ -99,7 +99,7 @@ def _record(
 def _record_lost(plan: LaunchPlan, job: Job) -> None:
     """A record for each node that is down, or of one without a name where none is down any more.
 
-    Ranks of nodes follow the order of the names, see `node.slurm.take_place`.
+    Ranks of nodes follow the order of the names, see `node.placement.slurm`.
     """
     down = queue.nodes_down(job)
     if not down:

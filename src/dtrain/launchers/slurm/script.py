@@ -163,6 +163,7 @@ def srun_arguments(plan: LaunchPlan, options: SlurmOptions) -> list[str]:
 def agent_command(plan: LaunchPlan, options: SlurmOptions) -> list[str]:
     """What srun starts on each node."""
     command = [options.python or "python", "-P", "-m", "dtrain.node", plan.run_dir]
+    command += ["--placement", "slurm"]
     if not options.apptainer:
         return command
     binds = [part for folder in _shared_folders(plan) for part in ("--bind", folder)]

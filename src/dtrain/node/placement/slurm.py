@@ -1,4 +1,4 @@
-"""A node of a batch job: which one we are, where the others are, what becomes of the job."""
+"""`--placement slurm`: the variables of the job step say who we are."""
 
 from __future__ import annotations
 
@@ -9,100 +9,160 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 from dtrain import ports
+from dtrain.environ import inherited_env
 from dtrain.errors import LaunchError
+from dtrain.node.placement.base import Arguments, NodePlacement, PlacementReader
 from dtrain.nodelist import expand
 from dtrain.plan import LaunchPlan
 from dtrain.run import attempts, events, files
 from dtrain.run.backend_files import SlurmFiles
 from dtrain.run.failures import FailureRecord
+from dtrain.run.rundir import RunDir
 
 _STOPS = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
 _MOST_ENDPOINT_S = 3600.0
 
 
-@dataclass(frozen=True)
-class Place:
-    """A node's part of a plan, once Slurm has said where it runs."""
+class SlurmPlacement(PlacementReader):
+    """One node of a batch job. The head tells the others where it listens in a file."""
 
     plan: LaunchPlan
-    """With attempt, node names and rendezvous as they are in this job."""
-    node_rank: int
-    listener: socket.socket | None
-    """On the head, the open port of the rendezvous."""
+    """As `join` has found it to be."""
 
+    def __init__(self, arguments: Arguments, environ: Mapping[str, str]) -> None:
+        super().__init__(arguments, environ)
+        self.node_rank = int(environ.get("SLURM_NODEID", -1))
+        self.restarts = int(environ.get("SLURM_RESTART_COUNT", 0))
 
-def take_place(plan: LaunchPlan, environ: Mapping[str, str]) -> Place:
-    """Our place in the job step that we run in.
+    def begin(self, run: RunDir) -> None:
+        """Write to this node's log from now on; before, srun takes what we say to the job's log.
 
-    Args:
-        plan: as it was submitted.
-        environ: with the variables of the job step.
+        Were it srun that opened the log, a node without the run's folder would never start, and
+        the others would wait for it.
+        """
+        path = SlurmFiles(run).node_log(max(self.node_rank, 0))
+        try:
+            log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise LaunchError(
+                f"{os.uname().nodename} has no run folder: is it on all nodes, at the same path? "
+                f"({error.strerror}: {path})"
+            ) from error
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
 
-    Raises:
-        LaunchError: this is no job step, it has another size, or its head cannot be found.
-        Held: another command or job drives the run.
-    """
-    node_rank = int(environ.get("SLURM_NODEID", -1))
-    nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
-    if node_rank < 0 or not nodelist:
-        raise LaunchError("this is no step of a Slurm job: start it with srun, or give --node-rank")
-    names = tuple(expand(nodelist))
-    if not plan.min_nodes <= len(names) <= plan.nodes:
-        raise LaunchError(
-            f"the plan is for {plan.nodes} nodes, but this step has {len(names)}: {nodelist}; "
-            f"start it with srun --nodes={plan.nodes} --ntasks-per-node=1"
-        )
-    restarts = int(environ.get("SLURM_RESTART_COUNT", 0))
-    plan = replace(
-        plan,
-        attempt=plan.attempt + restarts,
-        node_names=names,
-        nodes=len(names),
-        min_nodes=len(names),
-        world_size=len(names) * plan.procs_per_node,
-    )
-    job = _job_of(environ)
-    if node_rank == 0:
-        attempts.go_on(plan.run, plan.attempt, _job_id(environ))
-        return _be_head(plan, job, environ)
-    found = SlurmFiles(plan.run).await_endpoint(plan.attempt, _patience(plan))
-    if found is None or found["job"] != job:
-        raise LaunchError(f"the agent on {names[0]} has not said where it listens")
-    endpoint = {"rdzv_host": found["host"], "rdzv_port": found["port"]}
-    return Place(replace(plan, **endpoint), node_rank, None)
+    def join(self, plan: LaunchPlan) -> NodePlacement:
+        try:
+            self._check_requeue_limit(plan)
+            listener = self._resolve_placement(plan)
+        except LaunchError as error:
+            self._record(plan, error)
+            raise
+        listen_fd = None if listener is None else listener.detach()
+        return NodePlacement(self.plan, [self.node_rank], listen_fd, inherited_env(self.environ))
 
+    def is_superseded(self) -> bool:
+        """Whether Slurm has started the job again elsewhere, taking our node for dead."""
+        try:
+            return SlurmFiles(self.plan.run).is_superseded(self.plan.attempt)
+        except OSError:  # the file system is away, as is the rest of the network
+            return False
 
-def _patience(plan: LaunchPlan) -> float:
-    return min(plan.join_timeout_s, _MOST_ENDPOINT_S)
+    def finish(self, status: int, asked_to_stop: bool) -> int:
+        """See `PlacementReader.finish`.
 
+        A node that was asked to leave ends with 0: with anything else srun would kill the others
+        while they still save.
+        """
+        left = status in _STOPS or (asked_to_stop and status != 0)
+        if self.node_rank != 0:
+            return 0 if left else status
+        plan = self.plan
+        folder = SlurmFiles(plan.run)
+        if folder.is_superseded(plan.attempt):
+            return status
+        cancelled = folder.cancel(plan.attempt - self.restarts).exists()
+        if left and not cancelled and self.restarts < plan.max_requeues:
+            folder.requeue(self.restarts).touch()
+        else:
+            plan.run.remove_secrets(plan.attempt)
+        files.write_json(folder.end(plan.attempt), {"exit_code": status, "left": left})
+        return 0 if left else status
 
-def _job_id(environ: Mapping[str, str]) -> str:
-    """As `dtrain` knows it from submitting the job: an array's elements are `ARRAY_INDEX`."""
-    array = environ.get("SLURM_ARRAY_JOB_ID")
-    index = environ.get("SLURM_ARRAY_TASK_ID")
-    return environ["SLURM_JOB_ID"] if array is None else f"{array}_{index}"
+    def _check_requeue_limit(self, plan: LaunchPlan) -> None:
+        most = plan.max_requeues
+        if self.restarts > most:
+            raise LaunchError(f"the job was requeued more than {most} times (option requeue)")
 
+    def _resolve_placement(self, plan: LaunchPlan) -> socket.socket | None:
+        """Set `plan`; on the head, the open port of the rendezvous.
 
-def _job_of(environ: Mapping[str, str]) -> str:
-    """A key that no other job, array element or attempt has."""
-    parts = ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
-    return "/".join(environ.get(name, "") for name in parts)
+        Raises:
+            LaunchError: this is no job step, it has another size, or its head cannot be found.
+            Held: another command or job drives the run.
+        """
+        environ = self.environ
+        nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+        if self.node_rank < 0 or not nodelist:
+            raise LaunchError("this is no step of a Slurm job: start it with srun")
+        names = tuple(expand(nodelist))
+        if not plan.min_nodes <= len(names) <= plan.nodes:
+            raise LaunchError(
+                f"the plan is for {plan.nodes} nodes, but this step has {len(names)}: {nodelist}; "
+                f"start it with srun --nodes={plan.nodes} --ntasks-per-node=1"
+            )
+        attempt = plan.attempt + self.restarts
+        if self.node_rank == 0:
+            attempts.go_on(plan.run, attempt, self._job_id())
+            return self._serve_as_head(plan, attempt, names)
+        patience_s = min(plan.join_timeout_s, _MOST_ENDPOINT_S)
+        found = SlurmFiles(plan.run).await_endpoint(attempt, patience_s)
+        if found is None or found["job"] != self._job_key():
+            raise LaunchError(f"the agent on {names[0]} has not said where it listens")
+        self.plan = plan.placed(attempt, names, found["host"], found["port"])
+        return None
 
+    def _serve_as_head(
+        self, plan: LaunchPlan, attempt: int, names: tuple[str, ...]
+    ) -> socket.socket:
+        """Open the port of the rendezvous, and tell the other nodes."""
+        job = self._job_key()
+        host = own_address(names, self.environ.get("SLURM_LAUNCH_NODE_IPADDR"))
+        listener = ports.listen_on_candidate(ports.to_listen_on(host), f"{job}/{plan.run_id}")
+        port = int(listener.getsockname()[1])
+        folder = SlurmFiles(plan.run)
+        folder.end(attempt).unlink(missing_ok=True)
+        files.write_json(folder.endpoint(attempt), {"job": job, "host": host, "port": port})
+        events.note_event(plan.run, "attempt_started", attempt=attempt, job=job, nodes=list(names))
+        self.plan = plan.placed(attempt, names, host, port)
+        return listener
 
-def _be_head(plan: LaunchPlan, job: str, environ: Mapping[str, str]) -> Place:
-    host = own_address(plan.node_names, environ.get("SLURM_LAUNCH_NODE_IPADDR"))
-    listener = ports.listen_on_candidate(ports.to_listen_on(host), f"{job}/{plan.run_id}")
-    port = int(listener.getsockname()[1])
-    folder = SlurmFiles(plan.run)
-    folder.end(plan.attempt).unlink(missing_ok=True)
-    files.write_json(folder.endpoint(plan.attempt), {"job": job, "host": host, "port": port})
-    events.note_event(
-        plan.run, "attempt_started", attempt=plan.attempt, job=job, nodes=list(plan.node_names)
-    )
-    return Place(replace(plan, rdzv_host=host, rdzv_port=port), 0, listener)
+    def _job_id(self) -> str:
+        """As `dtrain` knows it from submitting the job: an array's elements are `ARRAY_INDEX`."""
+        array = self.environ.get("SLURM_ARRAY_JOB_ID")
+        index = self.environ.get("SLURM_ARRAY_TASK_ID")
+        return self.environ["SLURM_JOB_ID"] if array is None else f"{array}_{index}"
+
+    def _job_key(self) -> str:
+        """A key that no other job, array element or attempt has."""
+        parts = ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
+        return "/".join(self.environ.get(name, "") for name in parts)
+
+    def _record(self, plan: LaunchPlan, error: LaunchError) -> None:
+        """Leave a failure record for a node that could not take its place."""
+        node_rank = max(self.node_rank, 0)
+        FailureRecord(
+            kind="agent",
+            message=str(error),
+            exit_code=1,
+            node_rank=node_rank,
+            node=socket.gethostname(),
+            time=time.time(),
+            log=str(SlurmFiles(plan.run).node_log(node_rank)),
+        ).write(plan.run, plan.attempt + self.restarts)
 
 
 def own_address(names: tuple[str, ...], launched_from: str | None) -> str:
@@ -125,71 +185,3 @@ def own_address(names: tuple[str, ...], launched_from: str | None) -> str:
     raise LaunchError(
         f"the names of the other nodes cannot be resolved here: {', '.join(names[1:])}"
     )
-
-
-def conclude(place: Place, status: int, asked_to_stop: bool) -> int:
-    """Say what becomes of the job, once this node's agent has ended; the exit code of the node.
-
-    A node that was asked to leave ends with 0: with anything else srun would kill the others
-    while they still save.
-
-    Args:
-        place: ours.
-        status: the agent's exit code.
-        asked_to_stop: whether Slurm or a person has asked this node to leave.
-    """
-    left = status in _STOPS or (asked_to_stop and status != 0)
-    if place.node_rank != 0:
-        return 0 if left else status
-    plan = place.plan
-    folder = SlurmFiles(plan.run)
-    if folder.is_superseded(plan.attempt):
-        return status
-    cancelled = folder.cancel(plan.attempt - _restarts()).exists()
-    if left and not cancelled and _may_requeue(plan):
-        folder.requeue(_restarts()).touch()
-    else:
-        plan.run.remove_secrets(plan.attempt)
-    files.write_json(folder.end(plan.attempt), {"exit_code": status, "left": left})
-    return 0 if left else status
-
-
-def is_superseded(plan: LaunchPlan) -> bool:
-    """Whether Slurm has started the job again elsewhere, taking our node for dead."""
-    try:
-        return SlurmFiles(plan.run).is_superseded(plan.attempt)
-    except OSError:  # the file system is away, as is the rest of the network
-        return False
-
-
-def _may_requeue(plan: LaunchPlan) -> bool:
-    return _restarts() < plan.max_requeues
-
-
-def _restarts() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
-
-
-def refuse_endless(plan: LaunchPlan) -> None:
-    """Fail a job that Slurm has requeued more often than it may be.
-
-    Raises:
-        LaunchError: it has.
-    """
-    most = plan.max_requeues
-    if _restarts() > most:
-        raise LaunchError(f"the job was requeued more than {most} times (option requeue)")
-
-
-def record(plan: LaunchPlan, node_rank: int, error: LaunchError) -> None:
-    """Leave a failure record for a node that could not take its place."""
-    restarts = _restarts()
-    FailureRecord(
-        kind="agent",
-        message=str(error),
-        exit_code=1,
-        node_rank=max(node_rank, 0),
-        node=socket.gethostname(),
-        time=time.time(),
-        log=str(SlurmFiles(plan.run).node_log(max(node_rank, 0))),
-    ).write(plan.run, plan.attempt + restarts)

@@ -1,0 +1,22 @@
+"""`--placement argv`: whoever starts the node process says which nodes it is."""
+
+from __future__ import annotations
+
+import signal
+
+from dtrain.errors import UsageError
+from dtrain.node.placement.base import NodePlacement, PlacementReader
+from dtrain.plan import LaunchPlan
+from dtrain.procs import DEFERRED_SIGNALS
+
+
+class ArgvPlacement(PlacementReader):
+    """Reads `--node-rank K`, which may be given several times; all else is in the plan."""
+
+    def join(self, plan: LaunchPlan) -> NodePlacement:
+        node_ranks = self.arguments.node_rank
+        if not node_ranks:
+            raise UsageError("say with --node-rank which node of the run this is")
+        if len(node_ranks) == plan.nodes:  # no other node waits to be told
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, DEFERRED_SIGNALS)
+        return NodePlacement(plan, node_ranks, self.arguments.listen_fd, self.environ)

@@ -1,0 +1,38 @@
+"""`--placement ray`: the actor that starts the node process says where it was placed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from dtrain import checked
+from dtrain.environ import inherited_env
+from dtrain.errors import UsageError
+from dtrain.node.placement.base import NodePlacement, PlacementReader
+from dtrain.plan import LaunchPlan
+
+
+@dataclass(frozen=True)
+class PlacedAs:
+    """The arguments of `LaunchPlan.placed`; as JSON, what `--placed-as` is given."""
+
+    __pydantic_config__ = checked.CONFIG
+
+    attempt: checked.Whole
+    node_names: tuple[checked.Name, ...]
+    host: checked.Name
+    port: checked.Port
+
+
+class RayPlacement(PlacementReader):
+    def join(self, plan: LaunchPlan) -> NodePlacement:
+        arguments = self.arguments
+        try:
+            placed = checked.read(PlacedAs, arguments.placed_as or "")
+        except ValueError as error:
+            raise UsageError(f"--placed-as: {checked.reason(error)}") from None
+        clean = inherited_env(self.environ)  # and without what Ray puts there
+        environ = {name: clean[name] for name in clean if not name.startswith("RAY_")}
+        node_ranks = arguments.node_rank or []
+        return NodePlacement(
+            plan.placed(**asdict(placed)), node_ranks, arguments.listen_fd, environ
+        )
