@@ -16,7 +16,7 @@ SRC = ROOT / "src"
 # from rows below its own. So no two parts import each other, whatever the way round.
 LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain": (
-        "assets callback checked errors nodelist plainjson procs ranks task",
+        "assets callback checked errors plainjson procs ranks task",
         "__init__ catalog environ forking ports run testing",
         "job trace",
         "plan train",
@@ -95,9 +95,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "launcher",
     ),
     "dtrain.node": (
-        "environment gpus hashing hints leaving memory placement sealed stack_dump",
+        "environment gpus hashing hints leaving memory sealed stack_dump",
         "heartbeat lost sealed_server silence worker",
-        "fork_server store",
+        "fork_server placement store",
         "rendezvous",
         "agent",
         "agent_process",

@@ -10,8 +10,7 @@ import pytest
 
 from dtrain.launchers.slurm import queue
 from dtrain.launchers.slurm.queue import Job, Unreachable, Watcher, parse_accounting, parse_queue
-from dtrain.node.placement.slurm import own_address
-from dtrain.nodelist import expand
+from dtrain.node.placement.slurm import expand_nodelist, own_address
 
 QUEUE = """\
 6|COMPLETED|None|n0|0|0|
@@ -139,7 +138,7 @@ def test_it_asks_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_node_lists(nodelist: str, names: list[str]) -> None:
-    assert list(expand(nodelist)) == names
+    assert list(expand_nodelist(nodelist)) == names
 
 
 def test_the_heads_address_is_not_that_of_its_own_name() -> None:

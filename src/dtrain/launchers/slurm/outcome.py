@@ -8,7 +8,7 @@ from dataclasses import replace
 from dtrain.launchers.slurm import queue
 from dtrain.launchers.slurm.queue import Job
 from dtrain.node import lost
-from dtrain.nodelist import expand
+from dtrain.node.placement.slurm import expand_nodelist
 from dtrain.plan import LaunchPlan
 from dtrain.run import attempts, failures
 from dtrain.run.attempts import Handle
@@ -106,7 +106,7 @@ def _record_lost(plan: LaunchPlan, job: Job) -> None:
         _record(plan, f"one of {job.nodes}: {_NODE_LOST[job.state]}", "node_lost")
     for name, why in down.items():
         message = f"{_NODE_LOST[job.state]} (Slurm: {why})"
-        rank = list(expand(job.nodes)).index(name)
+        rank = list(expand_nodelist(job.nodes)).index(name)
         _record(plan, message, "node_lost", node_rank=rank, node=name)
 
 

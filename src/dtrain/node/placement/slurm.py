@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import re
 import signal
 import socket
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product
 
 from dtrain import ports
 from dtrain.environ import inherited_env
 from dtrain.errors import LaunchError
+from dtrain.node import lost
 from dtrain.node.placement.base import Arguments, NodePlacement, PlacementReader
-from dtrain.nodelist import expand
 from dtrain.plan import LaunchPlan
 from dtrain.run import attempts, events, files
 from dtrain.run.backend_files import SlurmFiles
-from dtrain.run.failures import FailureRecord
 from dtrain.run.rundir import RunDir
 
 _STOPS = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
@@ -108,7 +109,7 @@ class SlurmPlacement(PlacementReader):
         nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
         if self.node_rank < 0 or not nodelist:
             raise LaunchError("this is no step of a Slurm job: start it with srun")
-        names = tuple(expand(nodelist))
+        names = tuple(expand_nodelist(nodelist))
         if not plan.min_nodes <= len(names) <= plan.nodes:
             raise LaunchError(
                 f"the plan is for {plan.nodes} nodes, but this step has {len(names)}: {nodelist}; "
@@ -154,15 +155,15 @@ class SlurmPlacement(PlacementReader):
     def _record(self, plan: LaunchPlan, error: LaunchError) -> None:
         """Leave a failure record for a node that could not take its place."""
         node_rank = max(self.node_rank, 0)
-        FailureRecord(
+        lost.record(
+            replace(plan, attempt=plan.attempt + self.restarts),
+            node_rank,
+            str(error),
             kind="agent",
-            message=str(error),
-            exit_code=1,
-            node_rank=node_rank,
             node=socket.gethostname(),
-            time=time.time(),
+            restart=0,
             log=str(SlurmFiles(plan.run).node_log(node_rank)),
-        ).write(plan.run, plan.attempt + self.restarts)
+        )
 
 
 def own_address(names: tuple[str, ...], launched_from: str | None) -> str:
@@ -185,3 +186,28 @@ def own_address(names: tuple[str, ...], launched_from: str | None) -> str:
     raise LaunchError(
         f"the names of the other nodes cannot be resolved here: {', '.join(names[1:])}"
     )
+
+
+def expand_nodelist(nodelist: str) -> Iterator[str]:
+    """The names in a list as Slurm writes it: `gpu[1,03-05]-ib,login`, in order."""
+    for group in _split(nodelist):
+        parts = re.split(r"\[([^\]]*)\]", group)  # text and ranges in turn
+        choices = [_ranges(part) if odd % 2 else [part] for odd, part in enumerate(parts)]
+        for chosen in product(*choices):
+            yield "".join(chosen)
+
+
+def _split(nodelist: str) -> list[str]:
+    """Cut at commas that stand outside of brackets."""
+    return [part for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist) if part]
+
+
+def _ranges(text: str) -> list[str]:
+    found = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if dash:
+            found += [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
+        else:
+            found.append(part)
+    return found
