@@ -197,8 +197,8 @@ class NodeAgent(SimpleElasticAgent):
                 if message["code"] != 0:
                     self._failed[local_rank] = self._record_of(rank, message)
                 elif message["left"]:
-                    note = json.loads(message["left"])
-                    self._left.append(leaving.of_script(note, **self._place(rank, message)))
+                    place = self._place(rank, message["exited"], message["time"])
+                    self._left.append(leaving.of_script(json.loads(message["left"]), **place))
             message = self._next_message(0.0)
         if self._server.is_silent():
             self._end_alone()
@@ -226,23 +226,26 @@ class NodeAgent(SimpleElasticAgent):
         for own in failures.read_all(self.plan.run, self.plan.attempt, rank):
             if own.pid == message["exited"]:
                 return own
-        ran_out, place = self._memory.ran_out(), self._place(rank, message)
-        record = failures.of_exit_status(message["code"], out_of_memory=ran_out, **place)
+        record = failures.of_exit_status(
+            message["code"],
+            out_of_memory=self._memory.ran_out(),
+            **self._place(rank, message["exited"], message["time"]),
+        )
         if message["code"] == -signal.SIGKILL:
             known = verdict.ADVICE.get(record.kind, "find out who sent it, and whether for memory")
             record = replace(record, hint=f"{known}: {self._memory.told(message['peak'])}")
         record.write(self.plan.run, self.plan.attempt)
         return record
 
-    def _place(self, rank: int, message: dict[str, Any]) -> dict[str, Any]:
-        """Which rank ended where and when, for a record."""
+    def _place(self, rank: int, pid: int, when: float) -> dict[str, Any]:
+        """Which rank a record is of, where and when."""
         return {
             "rank": rank,
             "node_rank": self.node_rank,
             "node": self.node,
             "restart": self._restart,
-            "time": message["time"],
-            "pid": message["exited"],
+            "time": when,
+            "pid": pid,
             "log": self._log_of(rank),
         }
 
@@ -252,16 +255,8 @@ class NodeAgent(SimpleElasticAgent):
         logs = {pid: Path(self._log_of(rank)) for pid, rank in ranks.items()}
         answers = stack_dump.ask(logs.values(), lambda: self._signal(ranks, stack_dump.SIGNAL))
         for pid, rank in ranks.items():
-            record = lost.absent(
-                self.plan,
-                answers[logs[pid]],
-                pid=pid,
-                rank=rank,
-                node_rank=self.node_rank,
-                node=self.node,
-                restart=self._restart,
-                log=str(logs[pid]),
-            )
+            place = self._place(rank, pid, time.time())
+            record = lost.absent(self.plan, answers[logs[pid]], **place)
             self._absent += [] if record.collateral else [record]
 
     def _ranks(self, worker_group: WorkerGroup) -> dict[int, int]:

@@ -6,23 +6,20 @@ import logging
 import os
 import signal
 import socket
-import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from dtrain.errors import EXIT_USAGE, DtrainError
 from dtrain.forking import Channel
-from dtrain.node import gpus
+from dtrain.node import gpus, lost
 from dtrain.node.agent import NodeAgent, SameFailure
 from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.store import NodeTaken, PeerFailed, RendezvousFailed, RendezvousSettings
 from dtrain.plan import LaunchPlan
 from dtrain.procs import STOP_SIGNALS, ignore_stops
 from dtrain.run import events, failures, token
-from dtrain.run.failures import FailureRecord, Kind
 
 log = logging.getLogger(__name__)
 
@@ -56,47 +53,63 @@ def run_agent(
     os.environ["DTRAIN_NODE_NAME"] = plan.node_names[node_rank] or socket.gethostname()
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # what came meanwhile is heard now
-        listener = None if listen_fd is None else socket.socket(fileno=listen_fd)
-        handler = NodeRendezvous(_settings(plan, node_rank), listener, _notice(plan, node_rank))
-        spec = WorkerSpec(
-            role="worker",
-            local_world_size=plan.procs_per_node,
-            rdzv_handler=handler,
-            entrypoint="dtrain.worker",
-            max_restarts=1_000_000,  # counted by rendezvous round, the same on all nodes
-            monitor_interval=_MONITOR_S,
-        )
-        try:
-            if lacking := gpus.lacking(plan, inherited):
-                raise RendezvousFailed(lacking)
-            result = NodeAgent(spec, plan, node_rank, channel, inherited).run()
-        except RendezvousFailed as error:
-            handler.close_with(str(error))
-            raise
-        return int(result is None or result.is_failed())
-    except SignalException as error:
-        log.warning("stopped by %s", error.sigval.name)
-        return 128 + int(error.sigval)
-    except PeerFailed as error:
-        log.error("%s", error)
-        _record_peer(plan, node_rank, error)
-        return 1 if error.signal is None else 128 + error.signal
-    except NodeTaken as error:  # the run is the others', and goes on
-        log.error("%s", error)
-        return EXIT_USAGE
-    except SameFailure as error:
-        log.error("%s", error)
-        return 1
+        return _run(plan, node_rank, channel, listen_fd, inherited)
+    except Exception as error:
+        return _exit_code(plan, node_rank, error)
+
+
+def _run(
+    plan: LaunchPlan,
+    node_rank: int,
+    channel: Channel,
+    listen_fd: int | None,
+    inherited: dict[str, str],
+) -> int:
+    listener = None if listen_fd is None else socket.socket(fileno=listen_fd)
+    handler = NodeRendezvous(_settings(plan, node_rank), listener, _notice(plan, node_rank))
+    spec = WorkerSpec(
+        role="worker",
+        local_world_size=plan.procs_per_node,
+        rdzv_handler=handler,
+        entrypoint="dtrain.worker",
+        max_restarts=1_000_000,  # counted by rendezvous round, the same on all nodes
+        monitor_interval=_MONITOR_S,
+    )
+    try:
+        if lacking := gpus.lacking(plan, inherited):
+            raise RendezvousFailed(lacking)
+        result = NodeAgent(spec, plan, node_rank, channel, inherited).run()
     except RendezvousFailed as error:
-        log.error("%s", error)
-        _record_missing(plan, node_rank, error)
-        return 1
-    except Exception as error:  # as of a limit that this host sets
-        log.exception("the agent ends")
-        said = str(error) if isinstance(error, DtrainError) else f"{type(error).__name__}: {error}"
-        os.close(0)  # where no descriptor is left, the record needs one
-        _record(plan, node_rank, said).write(plan.run, plan.attempt)
-        return 1
+        handler.close_with(str(error))
+        raise
+    return int(result is None or result.is_failed())
+
+
+def _exit_code(plan: LaunchPlan, node_rank: int, error: Exception) -> int:
+    """Log why the agent ends, and leave the records that nobody else does; its exit code."""
+    match error:
+        case SignalException():
+            log.warning("stopped by %s", error.sigval.name)
+            return 128 + int(error.sigval)
+        case NodeTaken():  # the run is the others', and goes on
+            log.error("%s", error)
+            return EXIT_USAGE
+        case PeerFailed():
+            log.error("%s", error)
+            if error.signal is not None:
+                return 128 + error.signal
+            _record_peer(plan, node_rank, error)
+        case SameFailure():
+            log.error("%s", error)
+        case RendezvousFailed():
+            log.error("%s", error)
+            _record(plan, node_rank, str(error), error.missing)
+        case _:  # as of a limit that this host sets
+            log.exception("the agent ends")
+            kind = "" if isinstance(error, DtrainError) else f"{type(error).__name__}: "
+            os.close(0)  # where no descriptor is left, the record needs one
+            _record(plan, node_rank, f"{kind}{error}")
+    return 1
 
 
 def _settings(plan: LaunchPlan, node_rank: int) -> RendezvousSettings:
@@ -129,39 +142,29 @@ def _notice(plan: LaunchPlan, node_rank: int) -> Callable[[str], None]:
     return notice
 
 
-def _record(plan: LaunchPlan, node_rank: int, message: str) -> FailureRecord:
-    return FailureRecord(
-        kind="agent",
-        message=message,
-        exit_code=1,
-        node_rank=node_rank,
-        node=failures.node_name(),
-        time=time.time(),
-        log=str(plan.run.agent_log(plan.attempt, node_rank)),
-    )
-
-
-def _record_missing(plan: LaunchPlan, node_rank: int, error: RendezvousFailed) -> None:
-    """A node that did not come is the culprit; without one, this agent is."""
-    record = _record(plan, node_rank, str(error))
-    for missing in error.missing:
-        name = plan.node_names[missing]
-        kind: Kind = "node_missing" if missing != node_rank else "agent"
-        replace(record, kind=kind, node_rank=missing, node=name).write(plan.run, plan.attempt)
-    if not error.missing:
-        record.write(plan.run, plan.attempt)
+def _record(plan: LaunchPlan, node_rank: int, message: str, missing: Sequence[int] = ()) -> None:
+    """Leave a record of each node that did not come; where all have, of this one."""
+    for culprit in missing or [node_rank]:
+        is_ours = culprit == node_rank
+        lost.record(
+            plan,
+            culprit,
+            message,
+            log=str(plan.run.agent_log(plan.attempt, node_rank)),
+            kind="agent" if is_ours else "node_missing",
+            node=failures.node_name() if is_ours else plan.node_names[culprit],
+            restart=0,
+        )
 
 
 def _record_peer(plan: LaunchPlan, node_rank: int, error: PeerFailed) -> None:
     """Keep what another node has told us: its records may be on a disk that we do not see."""
-    if error.signal is not None:
-        return
-    if error.record is None:
-        _record_missing(plan, node_rank, RendezvousFailed(str(error)))
-        return
     told = error.record
+    if told is None:
+        _record(plan, node_rank, str(error))
+        return
     if told.node_rank >= plan.nodes or (told.rank or 0) >= plan.world_size:
-        _record_missing(plan, node_rank, RendezvousFailed(f"{error}: of no rank of this run"))
+        _record(plan, node_rank, f"{error}: of no rank of this run")
         return
     known = failures.read_all(plan.run, plan.attempt)
     place = (told.node_rank, told.rank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dtrain.node import stack_dump
 from dtrain.run import failures
@@ -13,17 +13,7 @@ if TYPE_CHECKING:
     from dtrain.plan import LaunchPlan
 
 
-def absent(
-    plan: LaunchPlan,
-    stack: list[Frame],
-    *,
-    rank: int,
-    node_rank: int,
-    node: str,
-    restart: int,
-    pid: int,
-    log: str,
-) -> FailureRecord:
+def absent(plan: LaunchPlan, stack: list[Frame], **place: Any) -> FailureRecord:
     """Leave a record of a rank that still runs now that others have given up waiting for it.
 
     The verdict decides whether it is to blame: one node does not know what happened on the
@@ -32,27 +22,16 @@ def absent(
     Args:
         plan: the launch, with the attempt.
         stack: where it is, the innermost call first.
-        rank: of the worker.
-        node_rank: of its node.
-        node: the node's name.
-        restart: of the workers.
-        pid: of the worker.
-        log: of the worker.
+        **place: `rank`, `node_rank`, `node`, `restart`, `time`, `pid`, `log`.
     """
     made = FailureRecord(
         kind="absent",
         message="did not come to the collective that the others waited for "
         f"({plan.collective_timeout_s:g} s)",
         exit_code=1,
-        node_rank=node_rank,
-        node=node,
-        rank=rank,
-        restart=restart,
-        time=time.time(),
-        pid=pid,
         frames=(failures.users_own(stack) or stack[:1])[::-1],
-        log=log,
         collateral=stack_dump.waits_or_leaves(stack),
+        **place,
     )
     made.write(plan.run, plan.attempt)
     return made

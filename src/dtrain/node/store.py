@@ -12,7 +12,6 @@ from torch.distributed import TCPStore
 
 from dtrain import checked, ports
 from dtrain.node import sealed
-from dtrain.node.sealed_server import Server
 from dtrain.plainjson import to_json
 from dtrain.run.failures import FailureRecord
 
@@ -188,7 +187,7 @@ def wait_s(nodes: int) -> float:
     return max(_WAIT_S, _WAIT_PER_NODE_S * nodes)
 
 
-def serve(settings: RendezvousSettings, listener: socket.socket | None) -> Server:
+def serve(settings: RendezvousSettings, listener: socket.socket | None) -> sealed.Server:
     """The run's store, served by this process.
 
     Args:
@@ -206,7 +205,7 @@ def serve(settings: RendezvousSettings, listener: socket.socket | None) -> Serve
                 f"port {settings.port} of the rendezvous cannot be opened here: "
                 f"{error.strerror}; choose another with --rdzv-endpoint HOST:PORT"
             ) from error
-    return Server(listener, settings.run_id, settings.token)
+    return sealed.Server(listener, settings.run_id, settings.token)
 
 
 def serve_anywhere(settings: RendezvousSettings, key: str) -> tuple[TCPStore, int]:

@@ -14,9 +14,8 @@ import pytest
 from torch.distributed import DistError, TCPStore
 
 from dtrain import ports
-from dtrain.node import sealed, sealed_server
-from dtrain.node.sealed import HeadGone, Remote
-from dtrain.node.sealed_server import Server
+from dtrain.node import sealed
+from dtrain.node.sealed import HeadGone, Remote, Server
 from support.launch import until
 
 TOKEN = b"t" * 32
@@ -139,7 +138,7 @@ def test_connections_that_prove_nothing_do_not_keep_others_out(
     head: Head, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, place = head
-    monkeypatch.setattr(sealed_server, "_STRANGERS", 3)
+    monkeypatch.setattr(sealed, "_STRANGERS", 3)
     idle = [socket.create_connection(place, 10) for _ in range(10)]
     try:
         assert connect(place).add("n", 1) == 1
@@ -151,7 +150,7 @@ def test_connections_that_prove_nothing_do_not_keep_others_out(
 
 def test_silence_is_hung_up_on(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     _, place = head
-    monkeypatch.setattr(sealed_server, "PROVE_WITHIN_S", 0.1)
+    monkeypatch.setattr(sealed, "PROVE_WITHIN_S", 0.1)
     _sends()(place)
     assert connect(place).add("n", 1) == 1
 

@@ -96,9 +96,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.node": (
         "environment gpus hashing hints leaving memory sealed stack_dump",
-        "heartbeat lost sealed_server silence worker",
-        "fork_server placement store",
-        "rendezvous",
+        "heartbeat lost silence store worker",
+        "fork_server placement rendezvous",
         "agent",
         "agent_process",
         "__main__",
