@@ -17,7 +17,7 @@ from dtrain.environ import HASH_SEED, inherited_env
 from dtrain.errors import LaunchError, UsageError
 from dtrain.job.launcher_options import LauncherOptions
 from dtrain.launchers import base
-from dtrain.node import gpus, lost
+from dtrain.node import gpus
 from dtrain.node.memory import Memory
 from dtrain.plan import Command, Facts, LaunchPlan
 from dtrain.run import failures, files
@@ -147,11 +147,12 @@ class NodeProcess:
         ):
             return  # an agent has ended it, and said why
         served = f" of nodes {', '.join(map(str, self._node_ranks))}" if others else ""
-        lost.record(
-            plan,
-            first,
+        failures.record_node(
+            plan.run,
+            plan.attempt,
             f"the node process{served} {failures.how_it_ended(status)}",
-            log=str(plan.run.host_log(plan.attempt, first)),
+            node_rank=first,
+            log=plan.run.host_log(plan.attempt, first),
             node=plan.node_names[first] or failures.node_name(),
             exit_code=128 - status,
             kind="oom" if self._memory.ran_out() else "node_lost",

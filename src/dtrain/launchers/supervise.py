@@ -147,14 +147,7 @@ def refused(plan: LaunchPlan, error: DtrainError, started: float) -> None:
         started: when the launch began.
     """
     if plan.is_of_node_zero and not failures.read_all(plan.run, plan.attempt):
-        FailureRecord(
-            kind="agent",
-            message=str(error),
-            exit_code=error.exit_code,
-            node_rank=0,
-            node=failures.node_name(),
-            time=time.time(),
-        ).write(plan.run, plan.attempt)
+        failures.record_node(plan.run, plan.attempt, str(error), exit_code=error.exit_code)
     finish(plan, Result("failed", error.exit_code, started, time.time()), print_nothing)
 
 
@@ -253,15 +246,13 @@ def _unexplained(plan: LaunchPlan, code: int) -> FailureRecord:
     said = [log for log, line in words.items() if line and not line.endswith(SERVER_ENDED)]
     # who fell has spoken last
     log = max(said, key=lambda log: log.stat().st_mtime, default=next(iter(logs)))
-    return FailureRecord(
-        kind="agent",
-        message=f"the node process {failures.how_it_ended(code)}: "
-        + (words[log] or "it has said nothing"),
+    how = f"the node process {failures.how_it_ended(code)}"
+    return failures.of_node(
+        f"{how}: {words[log] or 'it has said nothing'}",
         exit_code=code,
         node_rank=logs[log],
         node=plan.node_names[logs[log]],
-        time=time.time(),
-        log=str(log),
+        log=log,
     )
 
 

@@ -269,11 +269,13 @@ class NodeAgent(SimpleElasticAgent):
 
     def _end_alone(self) -> NoReturn:
         """Tell that the fork server is silent, and end it: what it forked, and we, die with it."""
-        record = lost.record(
-            self.plan,
-            self.node_rank,
+        record = failures.record_node(
+            self.plan.run,
+            self.plan.attempt,
             of_silence("the node process", self.plan.lost_after_s),
-            log=str(self.plan.run.agent_log(self.plan.attempt, self.node_rank)),
+            kind="node_lost",
+            node_rank=self.node_rank,
+            log=self.plan.run.agent_log(self.plan.attempt, self.node_rank),
             node=self.node,
             restart=self._restart,
         )

@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from dtrain.errors import EXIT_USAGE, DtrainError
 from dtrain.forking import Channel
-from dtrain.node import gpus, lost
+from dtrain.node import gpus
 from dtrain.node.agent import NodeAgent, SameFailure
 from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.store import NodeTaken, PeerFailed, RendezvousFailed, RendezvousSettings
@@ -146,14 +146,15 @@ def _record(plan: LaunchPlan, node_rank: int, message: str, missing: Sequence[in
     """Leave a record of each node that did not come; where all have, of this one."""
     for culprit in missing or [node_rank]:
         is_ours = culprit == node_rank
-        lost.record(
-            plan,
-            culprit,
+        failures.record_node(
+            plan.run,
+            plan.attempt,
             message,
-            log=str(plan.run.agent_log(plan.attempt, node_rank)),
             kind="agent" if is_ours else "node_missing",
+            node_rank=culprit,
             node=failures.node_name() if is_ours else plan.node_names[culprit],
             restart=0,
+            log=plan.run.agent_log(plan.attempt, node_rank),
         )
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.forking import Channel, Children, Ended, import_once
-from dtrain.node import lost, stack_dump
+from dtrain.node import stack_dump
 from dtrain.node.heartbeat import Peer, of_silence, pause_s
 from dtrain.plan import LaunchPlan
 from dtrain.procs import DEFERRED_SIGNALS, STOP_SIGNALS, fork_child, is_ending, kill_group
@@ -215,8 +215,17 @@ class ForkServer:
         how = f"the node agent was killed by {failures.signal_name(-code)}"
         if agent.peer.is_silent():
             how = of_silence("the node agent", plan.lost_after_s)
-        log = str(plan.run.agent_log(plan.attempt, agent.node_rank))
-        lost.record(plan, agent.node_rank, how, log=log, exit_code=128 - code, pid=agent.pid)
+        failures.record_node(
+            plan.run,
+            plan.attempt,
+            how,
+            kind="node_lost",
+            exit_code=128 - code,
+            node_rank=agent.node_rank,
+            node=plan.node_names[agent.node_rank],
+            pid=agent.pid,
+            log=plan.run.agent_log(plan.attempt, agent.node_rank),
+        )
 
     # -- requests ----------------------------------------------------------------------------
 

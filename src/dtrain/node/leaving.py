@@ -82,7 +82,7 @@ def of_script(note: dict[str, Any], **place: Any) -> FailureRecord:
         note: what `keep` has kept.
         **place: `rank`, `node_rank`, `node`, `restart`, `time`, `pid`, `log`.
     """
-    return FailureRecord(
+    return failures.of_worker(
         "left",
         f"left early, by {note['how']}: others still waited for it",
         0,

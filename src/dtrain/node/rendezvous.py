@@ -31,6 +31,7 @@ from dtrain.node import store as stores
 from dtrain.node.heartbeat import Hearts, of_silence
 from dtrain.node.sealed import HeadGone, Store
 from dtrain.node.store import Member, PeerFailed, RendezvousFailed, RendezvousSettings, Round
+from dtrain.run import failures
 from dtrain.run.failures import FailureRecord
 
 log = logging.getLogger(__name__)
@@ -302,14 +303,12 @@ class NodeRendezvous(RendezvousHandler):
         if len(self.members) - len(lost) >= settings.min_nodes:
             self._notice(f"{self._named(lost)} was lost; the others go on")
             return True
-        record = FailureRecord(
+        record = failures.of_node(
+            of_silence("its agent", settings.lost_after_s),
             kind="node_lost",
-            message=of_silence("its agent", settings.lost_after_s),
-            exit_code=1,
             node_rank=lost[0],
             node=settings.names[lost[0]] if settings.names else "",
             restart=self.round,
-            time=time.time(),
         )
         self.close_with(f"{self._named(lost)} was lost", record)
         raise PeerFailed(f"{self._named(lost)} was lost: {record.message}", record)

@@ -9,7 +9,6 @@ import gc
 import os
 import signal
 import sys
-import time
 import traceback
 from dataclasses import replace
 from datetime import timedelta
@@ -29,7 +28,7 @@ from dtrain.node import hints, leaving, stack_dump
 from dtrain.plan import LaunchPlan
 from dtrain.ranks import RankInfo
 from dtrain.run import events, failures, rundir
-from dtrain.run.failures import FailureRecord, Frame
+from dtrain.run.failures import Frame
 from dtrain.run.flight_recorder import Ring
 from dtrain.run.rundir import RunDir
 from dtrain.train.checks import collective_trace
@@ -207,8 +206,7 @@ def _last_words(error: BaseException, run: RunDir, ranks: RankInfo) -> int:
 
 def _leave_task(run: RunDir, ranks: RankInfo, frames: list[Frame]) -> int:
     """Before the end of a training, by `os._exit(0)`; the exit status."""
-    place = {**_place(run, ranks), "node": failures.node_name(), "pid": os.getpid()}
-    record = FailureRecord("left", "", 1, frames=frames, time=time.time(), **place)
+    record = failures.of_worker("left", "", 1, frames=frames, **_place(run, ranks))
     record = leaving.of_task(record, "os._exit(0)")
     record.write(run, _attempt())
     return record.exit_code

@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import time
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -173,10 +173,52 @@ def read_all(run: RunDir, attempt: int, rank: int | None = None) -> list[Failure
     return [record for record in records if record is not None]
 
 
+def of_node(
+    message: str,
+    *,
+    kind: Kind = "agent",
+    exit_code: int = 1,
+    node_rank: int = 0,
+    node: str | None = None,
+    restart: int = 0,
+    pid: int | None = None,
+    log: Path | str = "",
+) -> FailureRecord:
+    """The record of a node that fails now; `node` is the name of this one, unless it is given."""
+    name = node_name() if node is None else node
+    made = FailureRecord(kind, message, exit_code, node_rank, name, None, restart, time.time(), pid)
+    return replace(made, log=str(log))
+
+
+def record_node(
+    run: RunDir, attempt: int, message: str, *, restart: int | None = None, **fields: Any
+) -> FailureRecord:
+    """Write the record of a node.
+
+    Args:
+        run: the run.
+        attempt: its attempt.
+        message: why the node failed.
+        restart: None: the newest of which there is a record, so that this counts beside them.
+        **fields: as of `of_node`.
+    """
+    if restart is None:
+        restart = max((known.restart for known in read_all(run, attempt)), default=0)
+    made = of_node(message, restart=restart, **fields)
+    made.write(run, attempt)
+    return made
+
+
+def of_worker(kind: Kind, message: str, exit_code: int, **place: Any) -> FailureRecord:
+    """The record of a worker: of this process, which fails now, unless `place` says another."""
+    here = {"node": node_name(), "time": time.time(), "pid": os.getpid()}
+    return FailureRecord(kind, message, exit_code, **{**here, **place})
+
+
 def of_exception(
     error: BaseException, *, rank: int, node_rank: int, restart: int, log: str
 ) -> FailureRecord:
-    """The record of an exception that ended a worker."""
+    """The record of an exception that ended this worker."""
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
         kind: Kind = "exit"
@@ -186,16 +228,13 @@ def of_exception(
         message = _text(error)
     if len(message) > _MAX_MESSAGE:
         message = f"{message[:_MAX_MESSAGE]}\n(the log has all of it, {len(message):,} characters)"
-    return FailureRecord(
-        kind=kind,
-        message=message,
-        exit_code=code,
+    return of_worker(
+        kind,
+        message,
+        code,
         node_rank=node_rank,
-        node=node_name(),
         rank=rank,
         restart=restart,
-        time=time.time(),
-        pid=os.getpid(),
         type=error.type if isinstance(error, OtherProcessError) else type(error).__name__,
         frames=_frames(error),
         traceback="".join(traceback.format_exception(error))[: checked.MOST],
@@ -239,12 +278,12 @@ def of_exit_status(status: int, *, out_of_memory: bool, **place: Any) -> Failure
         **place: `rank`, `node_rank`, `node`, `restart`, `time`, `pid`, `log`.
     """
     if status >= 0:
-        return FailureRecord("exit", f"exited with code {status}", status, **place)
+        return of_worker("exit", f"exited with code {status}", status, **place)
     name = signal_name(-status)
     if -status == signal.SIGKILL and out_of_memory:
         message = "killed by the kernel: out of memory"
-        return FailureRecord("oom", message, 128 - status, **place)
-    return FailureRecord("signal", f"killed by {name}", 128 - status, **place)
+        return of_worker("oom", message, 128 - status, **place)
+    return of_worker("signal", f"killed by {name}", 128 - status, **place)
 
 
 def user_frames(trace: TracebackType | None, *, blank: bool = False) -> list[Frame]:

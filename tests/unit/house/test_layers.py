@@ -95,9 +95,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "launcher",
     ),
     "dtrain.node": (
-        "environment gpus hashing hints leaving memory sealed stack_dump",
+        "environment gpus hashing hints leaving memory placement sealed stack_dump",
         "heartbeat lost silence store worker",
-        "fork_server placement rendezvous",
+        "fork_server rendezvous",
         "agent",
         "agent_process",
         "__main__",

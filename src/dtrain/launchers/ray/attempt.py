@@ -28,7 +28,6 @@ from dtrain.plainjson import to_json
 from dtrain.plan import LaunchPlan
 from dtrain.run import events, failures, files
 from dtrain.run.backend_files import RayFiles
-from dtrain.run.failures import FailureRecord
 from dtrain.run.rundir import RunDir
 
 _ANSWER_S = 120.0  # for an actor's process to start, on a busy host
@@ -128,15 +127,15 @@ class Nodes:
         for rank, why in outcome.lost.items():
             first, last = rank * procs, (rank + 1) * procs - 1
             ranks = f"rank {first}" if first == last else f"ranks {first}-{last}"
-            FailureRecord(
+            failures.record_node(
+                self._plan.run,
+                self._attempt,
+                f"the node was lost, and with it {ranks}: {why}",
                 kind="node_lost",
-                message=f"the node was lost, and with it {ranks}: {why}",
-                exit_code=1,
                 node_rank=rank,
                 node=self.names[rank],
-                time=time.time(),
-                log=str(self._plan.run.agent_log(self._attempt, rank)),
-            ).write(self._plan.run, self._attempt)
+                log=self._plan.run.agent_log(self._attempt, rank),
+            )
 
     def record_silent(self, outcome: Outcome) -> None:
         """Leave a record of the first node that failed, where none of them has left one."""
@@ -146,20 +145,16 @@ class Nodes:
             return
         rank, code = failed[0], outcome.codes[failed[0]]
         log = run.host_log(self._attempt, rank)
-        said = (
-            log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            if log.exists()
-            else []
-        )
-        FailureRecord(
-            kind="agent",
-            message=f"the node process {failures.how_it_ended(code)}: {(said or ['no word'])[-1]}",
+        how = f"the node process {failures.how_it_ended(code)}"
+        failures.record_node(
+            run,
+            self._attempt,
+            f"{how}: {files.last_line(log) or 'no word'}",
             exit_code=code,
             node_rank=rank,
             node=self.names[rank],
-            time=time.time(),
-            log=str(log),
-        ).write(run, self._attempt)
+            log=log,
+        )
 
     def end(self) -> None:
         """Kill the actors, and what they have started with them."""

@@ -19,7 +19,6 @@ from dtrain.plan import LaunchPlan
 from dtrain.run import attempts, events, failures
 from dtrain.run.attempts import Handle
 from dtrain.run.backend_files import RayFiles
-from dtrain.run.failures import FailureRecord
 from dtrain.run.rundir import RunDir
 
 _SOONEST_S, _LATEST_S, _GROWTH = 0.5, 5.0, 1.2
@@ -147,14 +146,8 @@ class JobLaunch:
             return _STOPPED
         attempt = attempts.newest_of(run, self._plan.attempt)
         if not failures.read_all(run, attempt):
-            FailureRecord(
-                kind="agent",
-                message=f"the Ray job {self._job_id} failed: {self._message}",
-                exit_code=1,
-                node_rank=0,
-                node=f"the Ray job {self._job_id}",
-                time=time.time(),
-            ).write(run, attempt)
+            name = f"the Ray job {self._job_id}"
+            failures.record_node(run, attempt, f"{name} failed: {self._message}", node=name)
         return 1
 
     def stop(self) -> None:

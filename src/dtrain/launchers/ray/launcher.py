@@ -20,9 +20,8 @@ from dtrain.launchers.ray import job, refusal
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.launchers.ray.placement import ResourceRequest
 from dtrain.plan import Command, Facts, LaunchPlan
-from dtrain.run import attempts, code_archive, failures, snapshot
+from dtrain.run import attempts, code_archive, failures, files, snapshot
 from dtrain.run.backend_files import RayFiles
-from dtrain.run.failures import FailureRecord
 from dtrain.run.rundir import RunDir
 
 _LAST_WORDS_S = 3.0
@@ -172,19 +171,14 @@ class DriverProcess:
             refusal.record_head_lost(run, attempt, address)
         elif not failures.read_all(run, attempt):
             how = failures.signal_name(-code) if code < 0 else f"code {code}"
-            FailureRecord(
-                kind="agent",
-                message=f"the driver ended with {how}: {self._last_words()}",
+            words = files.last_line(self._folder.log) or "it has said nothing"
+            failures.record_node(
+                run,
+                attempt,
+                f"the driver ended with {how}: {words}",
                 exit_code=code if code > 0 else 128 - code,
-                node_rank=0,
-                node=socket.gethostname(),
-                time=time.time(),
-                log=str(self._folder.log),
-            ).write(run, attempt)
-
-    def _last_words(self) -> str:
-        text = self._folder.log.read_text(encoding="utf-8", errors="replace").strip()
-        return text.splitlines()[-1] if text else "it has said nothing"
+                log=self._folder.log,
+            )
 
 
 def _listens(address: str) -> bool:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from dtrain.errors import DtrainError, LaunchError, PlanError
-from dtrain.run import files
+from dtrain.run import failures, files
 from dtrain.run.backend_files import RayFiles
-from dtrain.run.failures import FailureRecord
 from dtrain.run.rundir import RunDir
 
 
@@ -32,12 +30,11 @@ def refused(run: RunDir) -> DtrainError | None:
 
 def record_head_lost(run: RunDir, attempt: int, address: str | None) -> None:
     """Leave a failure record: the cluster itself is gone."""
-    FailureRecord(
+    failures.record_node(
+        run,
+        attempt,
+        "the head of the Ray cluster was lost, and with it all nodes of the run",
         kind="node_lost",
-        message="the head of the Ray cluster was lost, and with it all nodes of the run",
-        exit_code=1,
-        node_rank=0,
         node=f"the cluster at {address}" if address else "the cluster of this run",
-        time=time.time(),
-        log=str(RayFiles(run).log),
-    ).write(run, attempt)
+        log=RayFiles(run).log,
+    )

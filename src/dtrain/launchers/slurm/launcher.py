@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -29,7 +28,6 @@ from dtrain.plan import Command, Facts, LaunchPlan
 from dtrain.run import events, failures, files, snapshot
 from dtrain.run.attempts import Handle
 from dtrain.run.backend_files import SlurmFiles
-from dtrain.run.failures import FailureRecord
 from dtrain.run.rundir import RunDir
 
 
@@ -231,7 +229,8 @@ class SlurmLaunch:
         names = [option] if option else ["time", "nodes", "cpus_per_node", "mem", "gpus"]
         places = [sbatch.place_of(self._plan, name) for name in names]
         where = "".join(f"; {place}" for place in places if place)
-        _record_refusal(self._plan, f"Slurm never starts it: {why} ({job.reason}){where}")
+        plan, reason = self._plan, f"Slurm never starts it: {why} ({job.reason}){where}"
+        failures.record_node(plan.run, plan.attempt, reason, exit_code=2)
         self.kill()
         self._cancel.unlink(missing_ok=True)
 
@@ -268,14 +267,3 @@ def _files_written() -> Iterator[None]:
 
 def _in_image(options: SlurmOptions) -> bool:
     return bool(options.apptainer or options.pyxis)
-
-
-def _record_refusal(plan: LaunchPlan, message: str) -> None:
-    FailureRecord(
-        kind="agent",
-        message=message,
-        exit_code=2,
-        node_rank=0,
-        node=failures.node_name(),
-        time=time.time(),
-    ).write(plan.run, plan.attempt)

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from dtrain.launchers.slurm import queue
 from dtrain.launchers.slurm.queue import Job
-from dtrain.node import lost
 from dtrain.node.placement.slurm import expand_nodelist
 from dtrain.plan import LaunchPlan
 from dtrain.run import attempts, failures
@@ -92,8 +91,15 @@ def _record(
     node_rank: int = 0,
     node: str = "the batch job",
 ) -> None:
-    log = str(SlurmFiles(plan.run).log)
-    lost.record(plan, node_rank, message, log=log, kind=kind, node=node)
+    failures.record_node(
+        plan.run,
+        plan.attempt,
+        message,
+        kind=kind,
+        node_rank=node_rank,
+        node=node,
+        log=SlurmFiles(plan.run).log,
+    )
 
 
 def _record_lost(plan: LaunchPlan, job: Job) -> None:

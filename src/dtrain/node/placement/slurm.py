@@ -9,16 +9,14 @@ import re
 import signal
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import product
 
 from dtrain import ports
 from dtrain.environ import inherited_env
 from dtrain.errors import LaunchError
-from dtrain.node import lost
 from dtrain.node.placement.base import Arguments, NodePlacement, PlacementReader
 from dtrain.plan import LaunchPlan
-from dtrain.run import attempts, events, files
+from dtrain.run import attempts, events, failures, files
 from dtrain.run.backend_files import SlurmFiles
 from dtrain.run.rundir import RunDir
 
@@ -155,14 +153,14 @@ class SlurmPlacement(PlacementReader):
     def _record(self, plan: LaunchPlan, error: LaunchError) -> None:
         """Leave a failure record for a node that could not take its place."""
         node_rank = max(self.node_rank, 0)
-        lost.record(
-            replace(plan, attempt=plan.attempt + self.restarts),
-            node_rank,
+        failures.record_node(
+            plan.run,
+            plan.attempt + self.restarts,
             str(error),
-            kind="agent",
+            node_rank=node_rank,
             node=socket.gethostname(),
             restart=0,
-            log=str(SlurmFiles(plan.run).node_log(node_rank)),
+            log=SlurmFiles(plan.run).node_log(node_rank),
         )
 
 
