@@ -10,7 +10,6 @@ import contextlib
 import os
 import secrets
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ from dtrain import procs
 from dtrain.errors import DamagedError, UsageError
 from dtrain.run import files
 from dtrain.run.rundir import RunDir
+from dtrain.waiting import repeating
 
 State = Literal["running", "succeeded", "failed", "cancelled", "lost", "prepared"]
 """`lost`: whoever drove the run died before it could write how it ended."""
@@ -153,20 +153,14 @@ def newest_of(run: RunDir, first: int) -> int:
 @contextlib.contextmanager
 def beating(run: RunDir, attempt: int) -> Iterator[None]:
     """While it lasts, hosts that share the disk see that the driver of an attempt lives."""
-    ended = threading.Event()
 
     def beat() -> None:
-        while not ended.wait(BEAT_S):
-            with contextlib.suppress(OSError):
-                os.utime(run.handle(attempt))
+        with contextlib.suppress(OSError):
+            os.utime(run.handle(attempt))
 
-    thread = threading.Thread(target=beat, name="beat", daemon=True)
-    if run.url is None:  # at a URL the mirror tells it
-        thread.start()
-    try:
+    # at a URL the mirror tells it
+    with contextlib.nullcontext() if run.url is not None else repeating(beat, BEAT_S):
         yield
-    finally:
-        ended.set()
 
 
 def is_silent(run: RunDir, attempt: int) -> bool:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from dtrain import checked
 from dtrain.checked import ExitCode, Name, Rank, Text, Time, Whole
 from dtrain.errors import DamagedError, DtrainError
+from dtrain.plainjson import to_json
 from dtrain.run import files, spill
 from dtrain.run.rundir import RunDir
 
@@ -213,6 +214,17 @@ def of_worker(kind: Kind, message: str, exit_code: int, **place: Any) -> Failure
     """The record of a worker: of this process, which fails now, unless `place` says another."""
     here = {"node": node_name(), "time": time.time(), "pid": os.getpid()}
     return FailureRecord(kind, message, exit_code, **{**here, **place})
+
+
+def with_log_in(run: RunDir, data: bytes) -> bytes:
+    """The text of a record that was written in another copy of the run, with its log in this."""
+    try:
+        record = checked.read(FailureRecord, data)
+    except ValueError:
+        return data  # and nobody will take it for one
+    inside = record.log.partition(f"/{run.id}/")[2]
+    log = str(run.path / inside) if inside else record.log
+    return to_json(asdict(replace(record, log=log)), indent=2).encode()
 
 
 def of_exception(

@@ -16,7 +16,7 @@ SRC = ROOT / "src"
 # from rows below its own. So no two parts import each other, whatever the way round.
 LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain": (
-        "assets callback checked errors plainjson procs ranks task",
+        "assets callback checked errors plainjson procs ranks task waiting",
         "__init__ catalog environ forking ports run testing",
         "job trace",
         "plan train",
@@ -44,7 +44,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "run",
         "__main__",
     ),
-    "dtrain.integrations": ("keras lightning script",),
+    "dtrain.integrations": (
+        "keras lightning script",
+    ),
     "dtrain.integrations.keras": (
         "callbacks data job_check optimizer random refusals statistics",
         "replica",
@@ -79,8 +81,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "array ray slurm",
     ),
     "dtrain.launchers.ray": (
-        "apart local_cluster mirror news options refusal sbatch",
-        "actor package placement raylet",
+        "actor job_output local_cluster options refusal sbatch",
+        "package placement raylet",
         "in_slurm job watch",
         "attempt launcher placing",
         "driver",
@@ -109,7 +111,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.run": (
         "files flight_recorder ids rundir",
-        "attempts backend_files events manifest spill token",
+        "attempts backend_files events manifest spill sync token",
         "failures remote snapshot",
         "code_archive lookup verdict",
     ),
@@ -209,10 +211,17 @@ TO_MEND: set[tuple[str, str]] = {
 TRAINING_PLANE = ("dtrain.train", "dtrain.integrations")
 LAUNCH_PLANE = (
     *("dtrain.errors", "dtrain.procs", "dtrain.plainjson", "dtrain.checked", "dtrain.environ"),
+<<<<<<< HEAD
     *("dtrain.forking", "dtrain.ports", "dtrain.nodelist", "dtrain.assets", "dtrain.ranks"),
     *("dtrain.task", "dtrain.callback", "dtrain.catalog", "dtrain.run", "dtrain.job"),
     *("dtrain.plan", "dtrain.trace", "dtrain.console", "dtrain.launchers", "dtrain.verify"),
     "dtrain.cli",
+=======
+    *("dtrain.ports", "dtrain.nodelist", "dtrain.assets", "dtrain.ranks", "dtrain.task"),
+    "dtrain.waiting",
+    *("dtrain.callback", "dtrain.catalog", "dtrain.run", "dtrain.job", "dtrain.plan"),
+    *("dtrain.trace", "dtrain.console", "dtrain.launchers", "dtrain.verify", "dtrain.cli"),
+>>>>>>> 4f673bc (One incremental copier: run/sync.py scans and applies, the URL, the beats and a job's output carry)
 )
 _IN_DRIVER = ("driver", "job", "attempt", "placing", "watch")
 RAY_DRIVER = tuple(f"dtrain.launchers.ray.{part}" for part in _IN_DRIVER)

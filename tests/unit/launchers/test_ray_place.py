@@ -1,4 +1,4 @@
-"""What fits on which node of a Ray cluster, in words; the job's mirror; the batch script."""
+"""What fits on which node of a Ray cluster, in words; a job's output; the batch script."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dtrain.errors import PlanError
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.located import Located, SourceLocation
 from dtrain.job.profile import checked_options, load_profile
-from dtrain.launchers.ray import driver, mirror, placement, sbatch
+from dtrain.launchers.ray import driver, job_output, placement, sbatch
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.launchers.ray.placement import ResourceRequest
 from dtrain.run.rundir import RunDir
@@ -121,17 +121,16 @@ def test_a_run_is_mirrored_line_by_line_and_twice_is_as_good_as_once(tmp_path: P
     log = there.rank_log(0, 0, 0)
     log.parent.mkdir(parents=True)
     out = io.StringIO()
-    kept = mirror.Mirror(there, out)
     for text in ("one\nzw\xf6", "lf\n"):
-        with log.open("a", encoding="utf-8") as file:
-            file.write(text)
-        there.events.write_text(text)
-        kept.send()
+        with job_output.printing(there, out):
+            with log.open("a", encoding="utf-8") as file:
+                file.write(text)
+            there.events.write_text(text)
     for _ in range(2):
-        mirror.apply(here, "of the program itself\n" + out.getvalue())
+        job_output.apply(here, "of the program itself\n" + out.getvalue())
         assert here.rank_log(0, 0, 0).read_bytes() == log.read_bytes()
-    outside = '@dtrain {"path": "../outside", "text": "x"}\n'
-    mirror.apply(here, outside)
+    outside = '@dtrain {"name": "../outside", "bytes": "x"}\n'
+    job_output.apply(here, outside)
     assert not (tmp_path / "outside").exists()
 
 

@@ -19,22 +19,20 @@ import pytest
 import torch
 
 from dtrain.errors import CheckpointError, PlanError
-from dtrain.launchers.ray import news
-from dtrain.launchers.ray.apart import take_news
-from dtrain.launchers.ray.news import News
 from dtrain.plan import LaunchPlan
-from dtrain.run import code_archive, snapshot
+from dtrain.run import code_archive, failures, snapshot, sync
 from dtrain.run.attempts import is_silent
 from dtrain.run.failures import FailureRecord
 from dtrain.run.files import append_line, write_json
 from dtrain.run.remote import mirror
 from dtrain.run.remote import store as place_module
 from dtrain.run.remote.checkpoints import RemoteCheckpoints
-from dtrain.run.remote.mirror import Mirror, Pusher
+from dtrain.run.remote.mirror import Mirror
 from dtrain.run.remote.rank_files import RemoteParts
-from dtrain.run.remote.runs import create, fetch, staging
+from dtrain.run.remote.runs import create, fetch, staging, syncing
 from dtrain.run.remote.store import RemoteStore, RemoteStoreError
 from dtrain.run.rundir import RunDir, list_runs
+from dtrain.run.sync import ChangeScanner, apply_changes
 from dtrain.train.checkpoint.files import read_checkpoint
 from dtrain.train.checkpoint.store import CheckpointStore
 
@@ -125,13 +123,13 @@ def test_both_copies_become_alike_and_only_what_is_new_travels(
     assert written == []
 
 
-def test_a_pusher_that_fails_says_so_at_the_end_and_then_goes_on(url: str, tmp_path: Path) -> None:
+def test_syncing_that_fails_says_so_at_the_end_and_then_goes_on(url: str, tmp_path: Path) -> None:
     run = run_at(url, tmp_path / "a")
     (tmp_path / "there").touch()  # no folder
-    pusher = Pusher(Mirror(run, str(run.url)))
-    pusher.start()
-    write_json(run.plan, {})
-    assert "cannot be reached" in pusher.end()
+    said: list[str] = []
+    with syncing(run, said.append):
+        write_json(run.plan, {})
+    assert ["cannot be reached" in text for text in said] == [True]
     (tmp_path / "there").unlink()
     Mirror(run, str(run.url)).push()
     assert "plan.json" in RemoteStore(str(run.url)).files()
@@ -178,12 +176,12 @@ def test_copies_that_nobody_has_looked_at_for_two_weeks_go(url: str, tmp_path: P
 def test_a_large_file_that_is_written_anew_stays_on_its_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(news, "_MOST_OF_A_FILE", 100)
-    scanner = News(str(tmp_path))
+    monkeypatch.setattr(sync, "_MOST_OF_A_FILE", 100)
+    scanner = ChangeScanner(tmp_path)
     (tmp_path / "small.bin").write_bytes(b"x" * 100)
     (tmp_path / "large.bin").write_bytes(b"x" * 101)
-    assert [piece["name"] for piece in scanner.collect()] == ["small.bin"]
-    assert scanner.collect() == []
+    assert [change["name"] for change in scanner.next_changes()] == ["small.bin"]
+    assert scanner.next_changes() == []
 
 
 # ---------------------------------------------------------------------- checkpoints
@@ -306,8 +304,9 @@ def test_a_node_tells_the_driver_all_that_is_new_once(tmp_path: Path) -> None:
     node.create(), driver.create()
     append_line(node.metrics, {"step": 1})
     append_line(driver.metrics, {"step": 1})
-    scanner = News(str(node.path))
-    assert scanner.collect() == []
+    scanner = ChangeScanner(node.path)
+    scanner.skip_present()
+    assert scanner.next_changes() == []
     append_line(node.metrics, {"step": 2})
     with node.metrics.open("a") as file:
         file.write('{"step": ')  # not all of a line is there yet
@@ -315,21 +314,21 @@ def test_a_node_tells_the_driver_all_that_is_new_once(tmp_path: Path) -> None:
     log.parent.mkdir(parents=True)
     log.write_bytes(b"\xff" * (5 << 20))  # more than goes at once
     FailureRecord("exit", "gone", 3, 1, "n1", rank=2, log=str(log)).write(node, 0)
-    while told := scanner.collect():
-        take_news(driver, told)
+    while told := scanner.next_changes():
+        apply_changes(driver.path, told, append_lines=True)
     with node.metrics.open("a") as file:
         file.write("3}\n")
-    take_news(driver, scanner.collect())
+    apply_changes(driver.path, scanner.next_changes(), append_lines=True)
     assert [json.loads(line)["step"] for line in driver.metrics.read_text().splitlines()] == [
         1,
         2,
         3,
     ]
     assert driver.rank_log(0, 1, 2).read_bytes() == log.read_bytes()
-    record = FailureRecord.read(driver.failure(0, 2))
-    assert record is not None
-    assert record.log == str(driver.rank_log(0, 1, 2))
-    take_news(driver, [{"name": "../../escaped", "bytes": b""}])
+    there = driver.failure(0, 2).read_bytes()
+    record = json.loads(failures.with_log_in(driver, there))
+    assert record["log"] == str(driver.rank_log(0, 1, 2))
+    apply_changes(driver.path, [{"name": "../../escaped", "bytes": b""}])
     assert not (tmp_path / "escaped").exists()
 
 
@@ -341,25 +340,26 @@ def test_what_a_killed_actor_has_left_is_removed_by_the_next_on_that_host(
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         archive.add(__file__, "plan.json")
     code = (
-        "import os, sys; from dtrain.launchers.ray import news;"
-        "print(news.settle('run-1', sys.stdin.buffer.read())); sys.stdout.flush(); os._exit(1)"
+        "import os, sys; from dtrain.run.sync import create_local_run_dir;"
+        "print(create_local_run_dir('run-1', sys.stdin.buffer.read()));"
+        "sys.stdout.flush(); os._exit(1)"
     )
     command = [sys.executable, "-c", code]
     killed = subprocess.run(command, input=buffer.getvalue(), stdout=subprocess.PIPE, check=False)
     left = Path(killed.stdout.decode().strip())
     assert (left / "plan.json").is_file()
     os.utime(left.parent, (1, 1))
-    mine = Path(news.settle("run-1", buffer.getvalue()))
+    mine = Path(sync.create_local_run_dir("run-1", buffer.getvalue()))
     assert not left.parent.exists()
     os.utime(mine.parent, (1, 1))
-    news._remove_orphans(str(tmp_path))
+    sync._remove_orphans(str(tmp_path))
     assert (mine / "plan.json").is_file()  # its owner lives
-    news.remove(str(mine))
+    sync.remove_local_run_dir(str(mine))
     assert not list(tmp_path.iterdir())
-    for lock in news._locks:
+    for lock in sync._locks:
         assert lock is not None
         os.close(lock)
-    news._locks.clear()
+    sync._locks.clear()
 
 
 def test_parts_of_ranks_meet_at_the_url(url: str, tmp_path: Path) -> None:

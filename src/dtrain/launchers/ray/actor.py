@@ -1,6 +1,6 @@
 """What the driver has on each node: an actor that starts, watches and ends the node's process.
 
-Sent by value with `news`, and the standard library is all that they import: a node needs no
+Sent by value with `run.sync`, and the standard library is all that they import: a node needs no
 more than Ray to say what else it lacks.
 """
 
@@ -16,8 +16,8 @@ import threading
 import time
 from typing import Any
 
-from dtrain.launchers.ray import news
-from dtrain.launchers.ray.news import News
+from dtrain.run import sync
+from dtrain.run.sync import ChangeScanner
 
 # Run by the interpreter that is to train: what it has, and in which version.
 _LOOK = """
@@ -55,7 +55,7 @@ class NodeActor:
         self._ended = threading.Event()
         self._heard = time.monotonic()
         self._folder = ""
-        self._news: News | None = None
+        self._scanner: ChangeScanner | None = None
 
     def look(self, wish: dict[str, Any]) -> dict[str, Any]:
         """What this node is and has.
@@ -77,15 +77,16 @@ class NodeActor:
         return found
 
     def settle(self, run_id: str, package: bytes) -> str:
-        """Make a run directory for this node alone; its path. See `news`."""
-        self._folder = news.settle(run_id, package)
-        self._news = news.News(self._folder)
+        """Make a run directory for this node alone; its path. See `run.sync`."""
+        self._folder = sync.create_local_run_dir(run_id, package)
+        self._scanner = ChangeScanner(self._folder)
+        self._scanner.skip_present()
         return self._folder
 
     def leave(self) -> None:
         """Remove this node's run directory."""
         if self._folder:
-            news.remove(self._folder)
+            sync.remove_local_run_dir(self._folder)
 
     def listen(self, host: str, candidates: list[int]) -> int:
         """Open the port of the rendezvous, the first of these that is free; 0 when none is."""
@@ -116,8 +117,8 @@ class NodeActor:
         self._heard = time.monotonic()
         self._ended.wait(wait_s)
         code = self._code
-        pieces = self._news.collect() if self._news is not None else []
-        return (None if pieces else code), pieces
+        changes = self._scanner.next_changes() if self._scanner is not None else []
+        return (None if changes else code), changes
 
     def signal(self, number: int) -> None:
         """Pass a signal on to the node's process."""

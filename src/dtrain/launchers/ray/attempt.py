@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dtrain import ports
 from dtrain.errors import LaunchError
-from dtrain.launchers.ray import actor, apart, news
+from dtrain.launchers.ray import actor, package
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.launchers.ray.placement import NodeView, ResourceRequest
 from dtrain.launchers.ray.watch import Outcome, Watch, first_line
 from dtrain.node.placement.ray import PlacedAs
 from dtrain.plainjson import to_json
 from dtrain.plan import LaunchPlan
-from dtrain.run import events, failures, files
+from dtrain.run import events, failures, files, sync
 from dtrain.run.backend_files import RayFiles
 from dtrain.run.rundir import RunDir
+from dtrain.run.sync import Change
 
 _ANSWER_S = 120.0  # for an actor's process to start, on a busy host
 _LEAVE_S = 10.0
@@ -93,7 +93,7 @@ class Nodes:
             "packages": list(_PACKAGES),
             "probe": "" if self._plan.run_url else str(probe),
             "url": self._plan.run_url.rpartition("/")[0],
-            "env": apart.variables(self._plan) if self._plan.run_url else {},
+            "env": package.node_variables(self._plan) if self._plan.run_url else {},
         }
         looks = self._ask({k: each.look.remote(wish) for k, each in enumerate(self.actors)})
         problems = _problems(self._plan, self.names, list(looks.values()), probe)
@@ -117,9 +117,17 @@ class Nodes:
             troubled: whether the cluster itself is lost.
         """
         grace_s = self._plan.stop_timeout_s + 5
-        take = partial(apart.take_news, self._plan.run)
+        take = self._take_changes
         watch = Watch(self.actors, self.views, grace_s, self._options.lost_after, take)
         return watch.run(stops, troubled)
+
+    def _take_changes(self, changes: list[Change]) -> None:
+        """Put what is new on a node that has a directory of its own into the driver's."""
+        run = self._plan.run
+        for change in changes:
+            if Path(change["name"]).parent.name == run.failures(0).name:
+                change["bytes"] = failures.with_log_in(run, change["bytes"])
+        sync.apply_changes(run.path, changes, append_lines=True)
 
     def record_lost(self, outcome: Outcome) -> None:
         """Leave a failure record for every node that was lost."""
@@ -182,8 +190,8 @@ class Nodes:
         """Each node's run directory: the one that all share, or one that is made there."""
         if not self._plan.run_url:
             return dict.fromkeys(range(len(self.actors)), self._plan.run)
-        package = ray.put(apart.package(self._plan, self._attempt))
-        made = {k: a.settle.remote(self._plan.run_id, package) for k, a in enumerate(self.actors)}
+        data = ray.put(package.for_node(self._plan, self._attempt))
+        made = {k: a.settle.remote(self._plan.run_id, data) for k, a in enumerate(self.actors)}
         return {rank: RunDir(path) for rank, path in self._ask(made).items()}
 
     def _start(self, rank: int, look: dict[str, Any], run: RunDir, placed_as: PlacedAs) -> Any:
@@ -209,7 +217,7 @@ class Nodes:
 
 def _actor(plan: LaunchPlan, group: PlacementGroup, bundle: int) -> Any:
     each = dict(ResourceRequest.of(plan).each)
-    cloudpickle.register_pickle_by_value(news)
+    cloudpickle.register_pickle_by_value(sync)
     cloudpickle.register_pickle_by_value(actor)
     return (
         ray.remote(actor.NodeActor)

@@ -68,7 +68,7 @@ def _drive(plan: LaunchPlan) -> int:
 
 
 def _drive_as_job(folder: Path) -> int:
-    from dtrain.launchers.ray.mirror import Mirror, tell
+    from dtrain.launchers.ray import job_output
     from dtrain.launchers.ray.package import unpack
     from dtrain.run.remote.mirror import STARTING
     from dtrain.run.remote.runs import detach, syncing
@@ -76,17 +76,16 @@ def _drive_as_job(folder: Path) -> int:
     try:
         plan, is_shared = unpack(folder)
     except DtrainError as error:
-        tell("ray/refusal.json", json.dumps(refusal.refusal(error)), sys.stdout)
+        reason = json.dumps(refusal.refusal(error)).encode()
+        job_output.print_change({"name": "ray/refusal.json", "bytes": reason}, sys.stdout)
         return error.exit_code
     if is_shared:
         return _drive(plan)
-    mirror = Mirror(plan.run, sys.stdout)
-    mirror.start()
-    try:
-        with syncing(plan.run, partial(_warn, plan.run), but=STARTING):
-            code = _drive(plan)
-    finally:
-        mirror.end()
+    with (
+        job_output.printing(plan.run, sys.stdout),
+        syncing(plan.run, partial(_warn, plan.run), but=STARTING),
+    ):
+        code = _drive(plan)
     if plan.run_url:
         detach(plan.run)
     return code

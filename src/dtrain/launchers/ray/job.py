@@ -13,7 +13,7 @@ from typing import Any
 
 from dtrain.errors import LaunchError, PlanError
 from dtrain.launchers import base, status, supervise
-from dtrain.launchers.ray import mirror, package, refusal
+from dtrain.launchers.ray import job_output, package, refusal
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.plan import LaunchPlan
 from dtrain.run import attempts, events, failures
@@ -186,7 +186,7 @@ class JobLaunch:
             self._message = (info.message or "").strip().splitlines()[0] if info.message else ""
             status = str(getattr(info.status, "value", info.status))
             if self._options.runs or self._plan.run_url or status == "FAILED":
-                mirror.apply(self._plan.run, self._server().get_job_logs(self._job_id))
+                job_output.apply(self._plan.run, self._server().get_job_logs(self._job_id))
             self._status = status
         except Exception as error:
             trouble = f"Ray does not answer: {_first_line(error)}; asking again"

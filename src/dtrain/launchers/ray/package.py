@@ -1,17 +1,20 @@
-"""What travels to the cluster with a Ray job: the code around the job file, and the plan."""
+"""What travels to a Ray cluster: with a job its code and plan, to a node its run directory."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+from dtrain.environ import MASK
 from dtrain.errors import LaunchError
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.plan import LaunchPlan
-from dtrain.run import code_archive, files, snapshot
+from dtrain.run import code_archive, files, snapshot, token
 from dtrain.run.backend_files import RayFiles
 from dtrain.run.remote.runs import attach, staging
 from dtrain.run.remote.store import is_url
@@ -93,3 +96,40 @@ def _with_code(plan: LaunchPlan, folder: Path) -> LaunchPlan:
     link.unlink(missing_ok=True)
     link.symlink_to(json.loads((folder / "link.json").read_text(encoding="utf-8")))
     return replace(plan, job_dir=str(link), code_dir=str(link))
+
+
+# -- to nodes that share no disk with the driver -------------------------------------------------
+
+
+def node_variables(plan: LaunchPlan) -> dict[str, str]:
+    """The job's variables, secret ones too, with which workers reach the place of runs."""
+    secret = files.read_as(dict[str, str], plan.run.secret_env(plan.attempt)) or {}
+    return {**{n: v for n, v in plan.worker_env.items() if v != MASK}, **secret}
+
+
+def for_node(plan: LaunchPlan, attempt: int) -> bytes:
+    """A tar file of all that a node needs to take part in an attempt.
+
+    Files of the run's folder itself are in it: workers go on with metrics of earlier attempts.
+    """
+    run = plan.run
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        token.of_attempt(run, attempt)
+        secret = (run.url_file, run.secret_env(attempt), run.token(attempt))
+        hidden = [path for path in secret if path.exists()]
+        here = [path for path in run.path.glob("[!.]*") if path.is_file()] + hidden
+        for path in (*sorted(here), *sorted((run.path / "tensorboard").rglob("*"))):
+            archive.add(path, str(path.relative_to(run.path)), recursive=False)
+        code = run.code / f"tree-{plan.attempt}.tar"
+        if code.exists():
+            _add_code(archive, code)
+    return buffer.getvalue()
+
+
+def _add_code(archive: tarfile.TarFile, code: Path) -> None:
+    with tarfile.open(code) as inner:
+        for member in inner:
+            content = inner.extractfile(member) if member.isfile() else None
+            member.name = f"code/{member.name}"
+            archive.addfile(member, content)

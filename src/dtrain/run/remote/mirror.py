@@ -1,8 +1,8 @@
 """A run's directory on this host, and its lasting copy at a URL, kept alike.
 
-Everything goes there but checkpoints (see `checkpoints.py`), hidden files, among them the
-values of secret variables, and copies of code. A file that only grows goes in pieces, so
-that what is new is all that travels: the first under the file's own name, the next with a suffix.
+Everything goes there but checkpoints (see `checkpoints.py`) and what never travels. A file that
+only grows goes in pieces, as a URL cannot be appended to and what is new is all that shall travel:
+the first under the file's own name, the next with a suffix.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from fnmatch import fnmatch
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dtrain.errors import DamagedError
-from dtrain.run import files
-from dtrain.run.remote.store import RemoteStore, RemoteStoreError
+from dtrain.run import files, sync
+from dtrain.run.remote.store import RemoteStore
 from dtrain.run.rundir import RunDir
+from dtrain.run.sync import ChangeScanner, Stat
 
 PIECE = 1 << 20
 _MARK = ".part-"
@@ -30,8 +29,16 @@ LAUNCH = (*STARTING, *(f"attempts/*/{name}.json" for name in ("handle", "result"
 """What it writes of a run that goes on without it."""
 LOGS = ("*.log*",)
 CODE = ("code/*",)
-_NEVER = ("checkpoints/*", "code/tree-*/*", "code/job-*", "alive.json")
-_PAUSE_S, _BEAT_S = 5.0, 20.0
+
+
+@dataclass
+class _Index:
+    """What is known of both copies: .mirror.json."""
+
+    sent: dict[str, Stat] = field(default_factory=dict)
+    """name → what is at the URL."""
+    seen: dict[str, str] = field(default_factory=dict)
+    """name at the URL → which version of it was brought here."""
 
 
 class Mirror:
@@ -40,14 +47,11 @@ class Mirror:
     def __init__(self, run: RunDir, url: str) -> None:
         self._run = run
         self._place = RemoteStore(url)
-        self._index = run.path / ".mirror.json"
-        known: dict[str, dict[str, Any]] = {}
+        self._path = run.path / ".mirror.json"
+        self._index = _Index()
         with contextlib.suppress(DamagedError):  # then all is compared again
-            known = files.read_as(dict[str, dict[str, Any]], self._index) or {}
-        self._sent: dict[str, list[int]] = known.get("sent", {})
-        """name → bytes and time of change of what is at the URL."""
-        self._seen: dict[str, str] = known.get("seen", {})
-        """name at the URL → which version of it was brought here."""
+            self._index = files.read_as(_Index, self._path) or self._index
+        self._scanner = ChangeScanner(run.path, self._index.sent)
 
     def push(self, only: Sequence[str] = (), but: Sequence[str] = ()) -> None:
         """Copy what is new here to the URL.
@@ -60,8 +64,10 @@ class Mirror:
             RemoteStoreError: the URL does not answer.
         """
         try:
-            for name in _files(self._run.path, only, but):
-                self._push(name)
+            for name, (sent, _), now in self._scanner.changed(only, but):
+                with contextlib.suppress(FileNotFoundError):
+                    self._push(name, sent, now[0])
+                    self._index.sent[name] = now
         finally:
             self._remember()
 
@@ -77,14 +83,13 @@ class Mirror:
         """
         try:
             for name, about in sorted(self._place.files().items()):
+                wanted = not only or sync.matches(name, only)
+                if not wanted or sync.matches(name, ("checkpoints/*", ".*", *but)):
+                    continue
                 version = _version(about)
-                wanted = not only or _matches(name, only)
-                if not wanted or _matches(name, ("checkpoints/*", ".*", *but)):
-                    continue
-                if self._seen.get(name) == version:
-                    continue
-                self._pull(name, about)
-                self._seen[name] = version
+                if self._index.seen.get(name) != version:
+                    self._pull(name, about)
+                    self._index.seen[name] = version
         finally:
             self._remember()
 
@@ -92,117 +97,36 @@ class Mirror:
         """Say that someone drives the run, and when this was."""
         self._place.write(self._run.beat.name, json.dumps({"time": time.time()}).encode())
 
-    def _push(self, name: str) -> None:
+    def _push(self, name: str, sent: int, size: int) -> None:
         path = self._run.path / name
-        try:
-            stat = path.stat()
-        except FileNotFoundError:
-            return
-        size, changed = self._sent.get(name, [-1, 0])
-        if [stat.st_size, stat.st_mtime_ns] == [size, changed]:
-            return
-        if grows(name):
-            # what was sent of the last piece goes again, whole
-            first = max(0, size) // PIECE if stat.st_size >= size else 0
-            with path.open("rb") as file:
-                for number in range(first, max(1, -(-stat.st_size // PIECE))):
-                    file.seek(number * PIECE)
-                    end = min(PIECE, stat.st_size - number * PIECE)
-                    self._place.write(_piece(name, number), file.read(end))
-        else:
+        if not sync.grows(name):
             self._place.put(path, name)
-        self._sent[name] = [stat.st_size, stat.st_mtime_ns]
+            return
+        # what was sent of the last piece goes again, whole
+        first = sent // PIECE if size >= sent else 0
+        with path.open("rb") as file:
+            for number in range(first, max(1, -(-size // PIECE))):
+                file.seek(number * PIECE)
+                part = f"{name}{_MARK}{number:06d}" if number else name
+                self._place.write(part, file.read(min(PIECE, size - number * PIECE)))
 
     def _pull(self, name: str, about: Any) -> None:
         base, mark, number = name.partition(_MARK)
-        path = self._run.path / base
-        files.make_parent(path)
-        data = self._place.read(name)
-        if data is None:
+        path = sync.path_inside(self._run.path, base)
+        data = None if path is None else self._place.read(name)
+        if path is None or data is None:
             return
-        if grows(base):
-            with path.open("r+b" if path.exists() else "w+b") as file:
-                file.seek(int(number) * PIECE if mark else 0)
-                file.write(data)
-        else:
-            files.write_atomic(path, data)
+        at = int(number) * PIECE if mark else 0
+        change = {"name": base, "at": at if sync.grows(base) else None, "bytes": data}
+        sync.apply_changes(self._run.path, [change])
         changed = changed_at(about)
         if changed is not None:
             os.utime(path, (changed, changed))
         stat = path.stat()
-        self._sent[base] = [stat.st_size, stat.st_mtime_ns]
+        self._index.sent[base] = (stat.st_size, stat.st_mtime_ns)
 
     def _remember(self) -> None:
-        files.write_json(self._index, {"sent": self._sent, "seen": self._seen})
-
-
-class Pusher:
-    """Pushes what is new, every few seconds, from a thread, until it is ended."""
-
-    def __init__(self, mirror: Mirror, only: Sequence[str] = (), but: Sequence[str] = ()) -> None:
-        self._mirror, self._only, self._but = mirror, only, but
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, daemon=True)
-        self.trouble = ""
-        """Why the URL could not be written to, the last time; empty when it could."""
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    def end(self) -> str:
-        """Push the rest; why it could not, empty when all is there."""
-        self._ended.set()
-        self._thread.join()
-        self._try()
-        return self.trouble
-
-    def _keep(self) -> None:
-        beat_at = 0.0
-        while True:
-            if not self._only and time.monotonic() >= beat_at:
-                self._try(beat=True)
-                beat_at = time.monotonic() + _BEAT_S
-            else:
-                self._try()
-            if self._ended.wait(_PAUSE_S):
-                return
-
-    def _try(self, *, beat: bool = False) -> None:
-        try:
-            if beat:
-                self._mirror.beat()
-            self._mirror.push(self._only, self._but)
-            self.trouble = ""
-        except (RemoteStoreError, OSError) as error:
-            self.trouble = str(error)
-
-
-def grows(name: str) -> bool:
-    """Whether a file is only ever appended to."""
-    return name.endswith((".log", ".jsonl")) or "events.out.tfevents" in name
-
-
-def _piece(name: str, number: int) -> str:
-    return f"{name}{_MARK}{number:06d}" if number else name
-
-
-def _files(folder: Path, only: Sequence[str], but: Sequence[str]) -> Iterator[str]:
-    """The names of a run's files that are to be kept, `plan.json` and the like first."""
-    found = []
-    for here, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.relpath(os.path.join(here, n), folder) for n in names if n[0] != "."]
-        inside = os.path.relpath(here, folder)
-        folders[:] = [n for n in folders if not _matches(f"{inside}/{n}/x".lstrip("./"), _NEVER)]
-    for name in sorted(found, key=lambda name: (name.count("/"), name)):
-        wanted = not only or _matches(name, only)
-        if wanted and not _matches(name, (*_NEVER, *but)):
-            yield name
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
+        files.write_json(self._path, asdict(self._index))
 
 
 def _version(about: Any) -> str:

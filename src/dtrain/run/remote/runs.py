@@ -14,14 +14,15 @@ from typing import Any
 
 from dtrain.errors import RunNotFound
 from dtrain.run import files, rundir
-from dtrain.run.attempts import Handle
-from dtrain.run.remote.mirror import CODE, LAUNCH, LOGS, Mirror, Pusher, changed_at
+from dtrain.run.attempts import BEAT_S, Handle
+from dtrain.run.remote.mirror import CODE, LAUNCH, LOGS, Mirror, changed_at
 from dtrain.run.remote.store import RemoteStore, RemoteStoreError
 from dtrain.run.rundir import RunDir
+from dtrain.waiting import repeating
 
 STAGING = "DTRAIN_STAGING"
 _OLD_S = 14 * 86400.0
-_REFRESH_S = 2.0
+_REFRESH_S, _PUSH_S = 2.0, 5.0
 _UNSYNCED = ".ahead"
 
 
@@ -110,12 +111,25 @@ def syncing(
     if url is None:
         yield
         return
-    pusher = Pusher(Mirror(run, url), only, but)
-    pusher.start()
+    mirror = Mirror(run, url)
+    beat_at, trouble = 0.0, ""
+
+    def push() -> None:
+        nonlocal beat_at, trouble
+        try:
+            if not only and time.monotonic() >= beat_at:
+                beat_at = time.monotonic() + BEAT_S
+                mirror.beat()
+            mirror.push(only, but)
+            trouble = ""
+        except (RemoteStoreError, OSError) as error:
+            trouble = str(error)
+
     try:
-        yield
+        with repeating(push, _PUSH_S):
+            yield
     finally:
-        trouble = pusher.end()
+        push()
         if trouble:
             say(f"not all of the run could be written: {trouble}; it is in {run.path}")
         else:
