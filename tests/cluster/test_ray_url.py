@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.run.remote.runs import staging
-from dtrain.run.remote.store import Place
+from dtrain.run.remote.store import RemoteStore
 from dtrain.run.rundir import RunDir, list_runs
 from support import warm
 from support.launch import OFTEN, SLOW, TINY, dtrain, events, metrics, started, until
@@ -95,7 +95,7 @@ def test_nodes_that_share_no_folder_train_are_killed_and_go_on(
     assert placed == [[ray.ip(7), ray.ip(8)]] * 3
     for folder in folders[:2]:
         assert not list(folder.rglob("model.pt"))  # cleared away, also by those that were killed
-    place = Place(RUNS)
+    place = RemoteStore(RUNS)
     told = b"".join(place.read(name) or b"" for name in place.files())
     assert server.env["AWS_SECRET_ACCESS_KEY"].encode() not in told
 
@@ -126,7 +126,7 @@ def test_a_ray_job_keeps_its_run_at_a_url(
     assert "finished: 60 steps" in followed.stdout
     (run,) = list_runs(staging(url))
     assert dtrain("status", "--runs", url, cwd=tmp_path).stdout.count(unbroken) == 1
-    names = Place(url).files()
+    names = RemoteStore(url).files()
     assert f"{run.id}/attempts/0/result.json" in names
     assert [name for name in names if name.endswith("/step-00000060/manifest.json")]
     assert not list(ray.folder.glob(".cache/dtrain/runs/*/*"))  # cleared away on the cluster

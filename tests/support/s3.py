@@ -10,7 +10,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from dtrain.ports import free_candidate
-from dtrain.run.remote.store import Place
+from dtrain.run.remote.store import RemoteStore
 from support.launch import until
 
 BUCKET = "bucket"
@@ -61,4 +61,4 @@ class S3:
 
 def make_bucket() -> None:
     """With the server's variables in our environment."""
-    Place(f"s3://{BUCKET}")._fs.mkdir(BUCKET)
+    RemoteStore(f"s3://{BUCKET}")._fs.mkdir(BUCKET)
