@@ -44,9 +44,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "run",
         "__main__",
     ),
-    "dtrain.integrations": (
-        "keras lightning script",
-    ),
+    "dtrain.integrations": ("keras lightning script",),
     "dtrain.integrations.keras": (
         "callbacks data job_check optimizer random refusals statistics",
         "replica",
@@ -209,19 +207,13 @@ TO_MEND: set[tuple[str, str]] = {
 """Pairs of a module and one above it that it imports."""
 
 TRAINING_PLANE = ("dtrain.train", "dtrain.integrations")
-LAUNCH_PLANE = (
-    *("dtrain.errors", "dtrain.procs", "dtrain.plainjson", "dtrain.checked", "dtrain.environ"),
-<<<<<<< HEAD
-    *("dtrain.forking", "dtrain.ports", "dtrain.nodelist", "dtrain.assets", "dtrain.ranks"),
-    *("dtrain.task", "dtrain.callback", "dtrain.catalog", "dtrain.run", "dtrain.job"),
-    *("dtrain.plan", "dtrain.trace", "dtrain.console", "dtrain.launchers", "dtrain.verify"),
-    "dtrain.cli",
-=======
-    *("dtrain.ports", "dtrain.nodelist", "dtrain.assets", "dtrain.ranks", "dtrain.task"),
-    "dtrain.waiting",
-    *("dtrain.callback", "dtrain.catalog", "dtrain.run", "dtrain.job", "dtrain.plan"),
-    *("dtrain.trace", "dtrain.console", "dtrain.launchers", "dtrain.verify", "dtrain.cli"),
->>>>>>> 4f673bc (One incremental copier: run/sync.py scans and applies, the URL, the beats and a job's output carry)
+LAUNCH_PLANE = tuple(
+    f"dtrain.{part}"
+    for row in (
+        "errors procs plainjson checked environ waiting forking ports assets ranks task callback",
+        "catalog run job plan planning trace console launchers verify cli",
+    )
+    for part in row.split()
 )
 _IN_DRIVER = ("driver", "job", "attempt", "placing", "watch")
 RAY_DRIVER = tuple(f"dtrain.launchers.ray.{part}" for part in _IN_DRIVER)

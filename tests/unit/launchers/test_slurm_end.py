@@ -15,6 +15,7 @@ from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base, supervise
 from dtrain.launchers.slurm import outcome, queue
+from dtrain.launchers.slurm.options import SlurmOptions
 from dtrain.launchers.slurm.queue import Job
 from dtrain.node.placement.base import Arguments
 from dtrain.node.placement.slurm import SlurmPlacement
