@@ -57,6 +57,15 @@ def files_with(secret: str, run: RunDir) -> list[Path]:
     return [path for path in files if secret.encode() in path.read_bytes()]
 
 
+def printed_plan(cwd: Path, launched: subprocess.Popen[str]) -> object:
+    """What `dtrain plan --json` prints where `dtrain launch` was given the same."""
+    command = [str(part) for part in launched.args]  # type: ignore[union-attr]
+    given = command[command.index("launch") + 1 :]
+    printed = dtrain("plan", "--json", *given, cwd=cwd)
+    assert printed.returncode == 0, printed.stderr
+    return json.loads(printed.stdout)["plan"]
+
+
 class LauncherContract:
     """Inherit it, and bring a fixture `way`. On every launcher the first test starts cold."""
 
@@ -68,12 +77,13 @@ class LauncherContract:
         secret = token_hex(16)
         arguments = (
             "--set", f"args.env_to={tmp_path}", "--env", "LEVEL=5", "--env", f"MY_TOKEN={secret}",
-            "--env", "PYTHONHASHSEED=77", "--env", f"DB=postgres://me:{secret}@host/x",
+            "--run-id", "contract", "--env", "PYTHONHASHSEED=77", "--env", f"DB=postgres://me:{secret}@host/x",
         )  # fmt: skip
         with way.launch(tmp_path, *arguments, **foreign) as processes:
             outputs = finish(processes)
             assert [process.returncode for process in processes] == [0] * len(processes), outputs
         run = the_run(tmp_path)
+        assert json.loads(run.plan.read_text()) in [printed_plan(tmp_path, p) for p in processes]
         envs = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
         for rank, env in enumerate(envs):
             expected = {

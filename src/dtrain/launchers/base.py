@@ -130,6 +130,25 @@ class ArrayCapable(Protocol):
         """
 
 
+class Several:
+    """Several launches as one: over when all are, with the worst exit code."""
+
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        self._launches = launches
+
+    def poll(self) -> int | None:
+        codes = [launch.poll() for launch in self._launches]
+        return None if None in codes else max(code for code in codes if code is not None)
+
+    def stop(self) -> None:
+        for launch in self._launches:
+            launch.stop()
+
+    def kill(self) -> None:
+        for launch in self._launches:
+            launch.kill()
+
+
 def load(name: str) -> Launcher:
     """The launcher of that name.
 

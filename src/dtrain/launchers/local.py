@@ -64,7 +64,8 @@ class LocalLauncher:
         return replace(plan, commands=(node_command(plan, facts, range(plan.nodes)),))
 
     def start(self, plan: LaunchPlan) -> NodeProcess:
-        return NodeProcess(plan, "127.0.0.1", self._spawn)
+        (command,) = plan.commands
+        return NodeProcess(plan, command, "127.0.0.1", self._spawn)
 
     def lacking(self, plan: LaunchPlan) -> str:
         return gpus.lacking(plan)
@@ -87,21 +88,25 @@ class LocalLauncher:
 
 
 class NodeProcess:
-    """A `python -m dtrain.node` of our own on this host."""
+    """A `python -m dtrain.node`, or what starts one on another host, in our hands."""
 
     def __init__(
-        self, plan: LaunchPlan, listen_host: str | None, spawn: Spawn | None = None
+        self,
+        plan: LaunchPlan,
+        command: Command,
+        listen_host: str | None,
+        spawn: Spawn | None = None,
     ) -> None:
-        """Start the plan's node command.
+        """Start a node command of a plan.
 
         Args:
             plan: the launch.
+            command: one of the plan's.
             listen_host: where to open the rendezvous port before anything starts, so that
                 nobody can take it in between; None when the head is another host.
             spawn: what starts it; None: a new interpreter.
         """
         _refuse_few_files(plan)
-        command = next(command for command in plan.commands if not command.by_hand)
         self._plan = plan
         self._node_ranks = command.node_ranks
         self._asked_to_end = False

@@ -49,7 +49,7 @@ class TorchrunLauncher(LocalLauncher):
 
     def start(self, plan: LaunchPlan) -> NodeProcess:
         listen = ports.to_listen_on(plan.rdzv_host) if plan.is_of_node_zero else None
-        return NodeProcess(plan, listen)
+        return NodeProcess(plan, plan.commands[0], listen)
 
 
 def _node_rank(plan: LaunchPlan, node_rank: int | str | None) -> int:

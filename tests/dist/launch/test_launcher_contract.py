@@ -5,7 +5,9 @@ A new launcher adds a class here or there, with a fixture `way`.
 
 from __future__ import annotations
 
+import shutil
 import signal
+import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from dtrain import catalog, ports
+from support import EXAMPLES
 from support.contract import LauncherContract, Started, Way, finish
 from support.launch import TINY, dtrain, metrics, started, wait_for_step
 
@@ -58,6 +61,64 @@ class TestTorchrun(LauncherContract):
     @pytest.fixture
     def way(self) -> Way:
         return Way(torchrun, ("", ""))
+
+
+HERE_ALONE = """launcher: rsh
+options:
+  shell: [env, "RSH_HOST={host}"]
+"""
+
+
+@pytest.mark.cold  # what is installed is found by a new interpreter
+class TestOutside(LauncherContract):
+    """The launcher of examples/launcher, which docs/extending.md shows."""
+
+    @pytest.fixture
+    def way(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Way:
+        installed = install(EXAMPLES / "launcher", tmp_path / "site")
+        monkeypatch.setenv("PYTHONPATH", str(installed))
+        (tmp_path / "launchers").mkdir()
+        (tmp_path / "launchers" / "rsh.yaml").write_text(HERE_ALONE)
+        hosts = ("127.0.0.1", "localhost")
+
+        @contextmanager
+        def launch(cwd: Path, *arguments: str, **env: str) -> Iterator[Started]:
+            asked = ("--launcher", "rsh", "--hosts", ",".join(hosts), "--nodes", "2")
+            with started(
+                "launch", *asked, "--procs", "2", *arguments, TINY, cwd=cwd, env=env
+            ) as process:
+                yield [process]
+
+        return Way(launch, hosts)
+
+    def test_its_flags_are_told_and_checked(self, tmp_path: Path, way: Way) -> None:
+        asked = ("launch", "--launcher", "rsh", "--dry-run")
+        told = dtrain(*asked, "--help", cwd=tmp_path).stdout
+        assert "--hosts HOST,HOST" in told
+        assert "--hosts" not in dtrain("launch", "--help", cwd=tmp_path).stdout
+        refused = dtrain(*asked, "--hosts", "a", "--nodes", "2", TINY, cwd=tmp_path)
+        assert refused.returncode == 2
+        assert "--hosts names 1 hosts for 2 nodes" in refused.stderr
+        (tmp_path / "launchers" / "rsh.yaml").write_text(f"{HERE_ALONE}  host: a\n")
+        refused = dtrain(*asked, "--hosts", "a", TINY, cwd=tmp_path)
+        assert refused.returncode == 2
+        assert "launchers/rsh.yaml:4:3" in refused.stderr
+
+
+def install(project: Path, folder: Path) -> Path:
+    """A project's module and entry points where Python finds them, as pip puts them there."""
+    described = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    info = folder / f"{described['name'].replace('-', '_')}-{described['version']}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Name: {described['name']}\nVersion: {described['version']}\n")
+    groups = [
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())
+        for group, points in described["entry-points"].items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(groups))
+    for module in project.glob("*.py"):
+        shutil.copy(module, folder)
+    return folder
 
 
 def test_a_killed_command_is_lost_and_can_be_resumed_at_another_size(tmp_path: Path) -> None:
