@@ -17,7 +17,7 @@ from dtrain.cli.main import _COMMANDS
 from dtrain.job.schema import job_schema
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("README.md", "docs/job-file.md", "docs/same-training.md")
+FILES = ("README.md", "docs/extending.md", "docs/job-file.md", "docs/same-training.md")
 
 
 def main() -> None:
@@ -94,6 +94,18 @@ def commands() -> str:
     return table(
         [("command", ""), *((f"`dtrain {name}`", text) for name, (_, text) in _COMMANDS.items())]
     )
+
+
+# -- docs/extending.md -------------------------------------------------------------------------
+
+
+def launcher() -> str:
+    """The launcher from outside, with its entry points."""
+    folder = ROOT / "examples" / "launcher"
+    module, project = (folder / name for name in ("rsh_launcher.py", "pyproject.toml"))
+    points = project.read_text()
+    points = points[points.index("[project.entry-points") : points.index("[tool.")].rstrip()
+    return f"```python\n{module.read_text()}```\n\n```toml\n{points}\n```"
 
 
 # -- docs/job-file.md --------------------------------------------------------------------------
@@ -203,6 +215,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "refusals": refusals,
     "strategies": strategies,
     "commands": commands,
+    "launcher": launcher,
     "fields": fields,
     "mistakes": mistakes,
 }
