@@ -1,1 +1,1 @@
-"""On a node: the agent, the bootstrap of a worker, failure records and the verdict."""
+"""On a node: the fork server, the agents and their rendezvous, and the workers."""

@@ -20,10 +20,10 @@ from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalExce
 from dtrain.forking import SERVER_ENDED, Channel
 from dtrain.node import leaving, lost, stack_dump
 from dtrain.node.environment import worker_environment
-from dtrain.node.heartbeat import Peer, of_silence, tell_now_and_then
+from dtrain.node.heartbeat import Peer, of_silence, send_heartbeats
 from dtrain.node.memory import Memory
 from dtrain.node.rendezvous import NodeRendezvous
-from dtrain.node.silence import Silence
+from dtrain.node.silence import SilenceWatcher
 from dtrain.node.store import PeerFailed
 from dtrain.plan import LaunchPlan
 from dtrain.procs import ignore_stops
@@ -60,7 +60,7 @@ class NodeAgent(SimpleElasticAgent):
         self.node = failures.node_name()
         self._channel = channel
         self._server = Peer(plan.lost_after_s)
-        tell_now_and_then(channel, plan.lost_after_s)
+        send_heartbeats(channel, plan.lost_after_s)
         self._inherited = inherited
         self._rendezvous_handler: NodeRendezvous = spec.rdzv_handler
         self._running: dict[int, int] = {}
@@ -81,25 +81,22 @@ class NodeAgent(SimpleElasticAgent):
         self._left.clear()
         self._memory = Memory()
         workers = worker_group.workers
-        self._channel.send(
+        logs = {worker.global_rank: self._log_of(worker.global_rank) for worker in workers}
+        asked = [
             {
-                "start": [
-                    {
-                        "run_dir": self.plan.run_dir,
-                        "log": self._log_of(worker.global_rank),
-                        "env": worker_environment(
-                            self.plan, worker_group, worker, self._restart, self._inherited
-                        ),
-                    }
-                    for worker in workers
-                ]
+                "run_dir": self.plan.run_dir,
+                "log": str(logs[worker.global_rank]),
+                "env": worker_environment(
+                    self.plan, worker_group, worker, self._restart, self._inherited
+                ),
             }
-        )
+            for worker in workers
+        ]
+        self._channel.send({"start": asked})
         pids = self._await_started()
         self._running = {pid: worker.local_rank for pid, worker in zip(pids, workers, strict=True)}
         self._event("workers_started", pids=pids, restart=self._restart)
-        ranks = [worker.global_rank for worker in workers]
-        self._silence = Silence(self.plan, {rank: Path(self._log_of(rank)) for rank in ranks})
+        self._silence = SilenceWatcher(self.plan, logs)
         return dict(enumerate(pids))
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -216,8 +213,8 @@ class NodeAgent(SimpleElasticAgent):
     def _signal_all(self, number: int) -> None:
         self._channel.send({"signal": 0, "number": int(number)})
 
-    def _log_of(self, rank: int) -> str:
-        return str(self.plan.run.rank_log(self.plan.attempt, self.node_rank, rank))
+    def _log_of(self, rank: int) -> Path:
+        return self.plan.run.rank_log(self.plan.attempt, self.node_rank, rank)
 
     # -- failures ----------------------------------------------------------------------------
 
@@ -233,7 +230,7 @@ class NodeAgent(SimpleElasticAgent):
         )
         if message["code"] == -signal.SIGKILL:
             known = verdict.ADVICE.get(record.kind, "find out who sent it, and whether for memory")
-            record = replace(record, hint=f"{known}: {self._memory.told(message['peak'])}")
+            record = replace(record, hint=f"{known}: {self._memory.describe(message['peak'])}")
         record.write(self.plan.run, self.plan.attempt)
         return record
 
@@ -246,13 +243,13 @@ class NodeAgent(SimpleElasticAgent):
             "restart": self._restart,
             "time": when,
             "pid": pid,
-            "log": self._log_of(rank),
+            "log": str(self._log_of(rank)),
         }
 
     def _note_absent(self, worker_group: WorkerGroup) -> None:
         """Keep which ranks still run now that others have given up, and where they are."""
         ranks = self._ranks(worker_group)
-        logs = {pid: Path(self._log_of(rank)) for pid, rank in ranks.items()}
+        logs = {pid: self._log_of(rank) for pid, rank in ranks.items()}
         answers = stack_dump.ask(logs.values(), lambda: self._signal(ranks, stack_dump.SIGNAL))
         for pid, rank in ranks.items():
             place = self._place(rank, pid, time.time())

@@ -132,7 +132,7 @@ class Peer:
         return self._signs > 0 and self._silence.look(self._signs) > self._lost_after_s
 
 
-def tell_now_and_then(channel: Channel, lost_after_s: float) -> None:
+def send_heartbeats(channel: Channel, lost_after_s: float) -> None:
     """Say from a thread that we are there, whatever our main thread waits for."""
 
     def tell() -> None:

@@ -29,7 +29,7 @@ class Memory:
         """How many bytes the host has swapped since, in and out."""
         return _swapped() - self._swapped
 
-    def told(self, peak: int) -> str:
+    def describe(self, peak: int) -> str:
         """The numbers, in words.
 
         Args:

@@ -79,7 +79,6 @@ class NodeRendezvous(RendezvousHandler):
     # -- what torch's agent calls ------------------------------------------------------------
 
     def get_backend(self) -> str:
-        """The name under which the agent reports us."""
         return "dtrain"
 
     @property
@@ -98,14 +97,13 @@ class NodeRendezvous(RendezvousHandler):
         number = self._join()
         if self._is_head:
             self._gather(number)
-        described = Round.told(self._wait_for(f"{number}/members"), self.settings)
+        described = Round.from_json(self._wait_for(f"{number}/members"), self.settings)
         self.members = described.members
         self.round = number
         place = described.node_ranks.index(self.settings.node_rank)
         worker_store = RendezvousStoreInfo(self.settings.host, described.port)
-        unasked = (
-            HashStore()
-        )  # ranks follow from the node rank, and we have an exit barrier of ours
+        # ranks follow from the node rank, and we have an exit barrier of ours
+        unasked = HashStore()
         return RendezvousInfo(unasked, place, len(self.members), worker_store)
 
     def num_nodes_waiting(self) -> int:
@@ -120,7 +118,7 @@ class NodeRendezvous(RendezvousHandler):
         keys = ["closed", f"{self.round + 1}/count"]
         closed, count = self._call(lambda: self._store.get_all(keys))
         if closed is not None:
-            raise PeerFailed.told(closed)
+            raise PeerFailed.from_json(closed)
         return int(count or 0) or int(self._is_head and self._without_lost())
 
     def is_closed(self) -> bool:
@@ -128,11 +126,9 @@ class NodeRendezvous(RendezvousHandler):
         return self._call(lambda: self._store.get("closed")) is not None
 
     def set_closed(self) -> None:
-        """Give up for all nodes."""
         self.close_with("closed")
 
     def get_run_id(self) -> str:
-        """The run's id."""
         return self.settings.run_id
 
     def shutdown(self) -> bool:
@@ -156,7 +152,7 @@ class NodeRendezvous(RendezvousHandler):
         why = PeerFailed(f"{me}: {reason}", record, signal)
         try:
             if self._store.add("closers", 1) == 1:  # the first reason is the cause
-                self._store.set("closed", why.to_tell())
+                self._store.set("closed", why.to_json())
         except HeadGone:
             log.info("the head is gone, nobody left to tell: %s", reason)
 
@@ -199,7 +195,7 @@ class NodeRendezvous(RendezvousHandler):
             raise stores.NodeTaken(
                 f"another host is node {me.node_rank} already; each needs its own --node-rank"
             )
-        self._call(lambda: self._store.set(f"{number}/node/{me.node_rank}", me.to_tell()))
+        self._call(lambda: self._store.set(f"{number}/node/{me.node_rank}", me.to_json()))
         self._call(lambda: self._store.add(f"{number}/count", 1))
         return number
 
@@ -235,12 +231,12 @@ class NodeRendezvous(RendezvousHandler):
                 notice_at = now + 2 * (now - started)
             time.sleep(_POLL_S)
         keys = [f"{number}/node/{rank}" for rank in self._joined(number)]
-        members = [Member.told(text) for text in self._store.get_all(keys) if text]
+        members = [Member.from_json(text) for text in self._store.get_all(keys) if text]
         # the last round's store for workers goes: its addresses are dead
         key = f"{settings.run_id}/workers/{number}"
         self._worker_store, port = stores.serve_anywhere(settings, key)
         self._store.add("completed", 1)
-        self._store.set(f"{number}/members", Round(members, port).to_tell())
+        self._store.set(f"{number}/members", Round(members, port).to_json())
 
     def _say_who_is_missing(self, number: int, count: int, waited_s: float) -> None:
         joined = ", ".join(self.settings.name_of(rank) for rank in self._joined(number))
@@ -263,7 +259,7 @@ class NodeRendezvous(RendezvousHandler):
 
     def _raise_if_closed(self) -> None:
         if (told := self._call(lambda: self._store.get("closed"))) is not None:
-            raise PeerFailed.told(told)
+            raise PeerFailed.from_json(told)
 
     def _call(self, request: Callable[[], Any]) -> Any:
         """Ask the store; a head that does not answer any more is a peer that failed."""

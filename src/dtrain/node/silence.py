@@ -27,11 +27,11 @@ _MOST_LOGS = 64
 """Of more ranks than this only our own are looked at, and rank 0."""
 
 
-class Silence:
+class SilenceWatcher:
     """Watches the logs and the metrics of a run, from one node."""
 
     def __init__(self, plan: LaunchPlan, own: Mapping[int, Path]) -> None:
-        """Begin.
+        """Begin to watch.
 
         Args:
             plan: the launch.

@@ -89,7 +89,7 @@ def frames(text: str) -> list[Frame]:
 
 def waits_or_leaves(stack: list[Frame]) -> bool:
     """Whether a rank waits for the others itself, or is about to end with an error."""
-    if any(frame.function == "_last_words" for frame in stack):
+    if any(f.function == "record_failure" and f.file.endswith("/node/worker.py") for f in stack):
         return True
     innermost = Path(stack[0].file).as_posix() if stack else ""
     # DDP's reductions are waited for inside of backward

@@ -56,12 +56,11 @@ class PeerFailed(Exception):
         self.record = record
         self.signal = signal
 
-    def to_tell(self) -> str:
-        """For the other nodes."""
+    def to_json(self) -> str:
         return to_json(asdict(_Closed(str(self), self.record, self.signal)))
 
     @classmethod
-    def told(cls, text: str) -> PeerFailed:
+    def from_json(cls, text: str) -> PeerFailed:
         """What another node has told."""
         try:
             closed = checked.read(_Closed, text)
@@ -118,14 +117,13 @@ class Member:
     name: checked.Name
     address: checked.Name
 
-    def to_tell(self) -> str:
-        """For the head."""
+    def to_json(self) -> str:
         return to_json(asdict(self))
 
     @classmethod
-    def told(cls, text: str) -> Member:
+    def from_json(cls, text: str) -> Member:
         """What a node has told the head; RendezvousFailed where it makes no sense."""
-        return _told(cls, text)
+        return _parse(cls, text)
 
 
 @dataclass(frozen=True)
@@ -142,14 +140,13 @@ class Round:
         """Of the members, in their order."""
         return [member.node_rank for member in self.members]
 
-    def to_tell(self) -> str:
-        """For all nodes."""
+    def to_json(self) -> str:
         return to_json(asdict(self))
 
     @classmethod
-    def told(cls, text: str, settings: RendezvousSettings) -> Round:
+    def from_json(cls, text: str, settings: RendezvousSettings) -> Round:
         """What the head has told a node; RendezvousFailed where it makes no sense."""
-        found = _told(cls, text)
+        found = _parse(cls, text)
         ranks = found.node_ranks
         if ranks != sorted(set(ranks)) or settings.node_rank not in ranks:
             raise RendezvousFailed(f"node {settings.node_rank} is not once among nodes {ranks}")
@@ -158,7 +155,7 @@ class Round:
         return found
 
 
-def _told(kind: type[T], text: str) -> T:
+def _parse(kind: type[T], text: str) -> T:
     try:
         return checked.read(kind, text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What every worker does before and after training: its place, its signals, its last words."""
+"""What every worker does before and after training: its place, its signals, its failure record."""
 
 from __future__ import annotations
 
@@ -50,98 +50,131 @@ def run_worker(run: RunDir, ring: Ring | None = None) -> int:
     end the process with `os._exit`: with a DDP module alive a normal exit hangs in 6-8 % of
     gloo runs, and it is ten times slower (measured, 100 runs of 4 ranks).
     """
-    ranks = RankInfo.from_env()
+    worker = _Worker(run, ring)
     faulthandler.enable()
-    if _has_agent():
+    if worker.has_agent:
         stack_dump.answer_aside()
-    _tell(run, ranks, "worker_started", process=procs.this_process())
+    worker.log_event("worker_started", process=procs.this_process())
     status = 1
     try:
-        status = _train(run, ranks, ring)
+        status = worker.work()
     except BaseException as error:
-        status = _last_words(error, run, ranks)
+        status = worker.record_failure(error)
     # os._exit skips these, and experiment trackers send their last data in them
     atexit._run_exitfuncs()
-    _tell(run, ranks, "worker_ended", exit_code=status)
+    worker.log_event("worker_ended", exit_code=status)
     return status
 
 
-def _tell(run: RunDir, ranks: RankInfo, event: str, **facts: Any) -> None:
-    """By hand there is no agent: rank 0 tells that it has begun, and how it has ended."""
-    if ranks.is_rank_zero and not _has_agent():
-        events.note_event(run, event, restart=ranks.restart, **facts)
+class _Worker:
+    def __init__(self, run: RunDir, ring: Ring | None) -> None:
+        self.run = run
+        self.ring = ring
+        self.ranks = RankInfo.from_env()
+        self.attempt = int(os.environ.get(rundir.ATTEMPT_VARIABLE, 0))
+        self.has_agent = "DTRAIN_NODE_NAME" in os.environ
 
+    def log_event(self, event: str, **facts: Any) -> None:
+        """By hand there is no agent: rank 0 says that it has begun, and how it has ended."""
+        if self.ranks.is_rank_zero and not self.has_agent:
+            events.note_event(self.run, event, restart=self.ranks.restart, **facts)
 
-def _has_agent() -> bool:
-    return "DTRAIN_NODE_NAME" in os.environ
+    def work(self) -> int:
+        plan = LaunchPlan.read(self.run)
+        spec = JobSpec.model_validate(yaml.safe_load(self.run.resolved.read_text(encoding="utf-8")))
+        self.attempt = int(os.environ.get(rundir.ATTEMPT_VARIABLE, plan.attempt))
+        torch.set_num_threads(plan.threads_per_proc)
+        if spec.script is not None:
+            return self._run_script(plan, spec)
+        try:
+            with leaving.hearing_exit(self._leave_task):
+                return self._train(plan, spec)
+        except (Exception, SystemExit) as error:
+            failures.in_step(error, 0)  # before the first
+            raise
 
-
-def _train(run: RunDir, ranks: RankInfo, ring: Ring | None) -> int:
-    plan = LaunchPlan.read(run)
-    spec = JobSpec.model_validate(yaml.safe_load(run.resolved.read_text(encoding="utf-8")))
-    attempt = int(os.environ.get(rundir.ATTEMPT_VARIABLE, plan.attempt))
-    if spec.script is not None:
-        return _run_script(plan, spec, ring)
-    try:
-        with leaving.hearing_exit(partial(_leave_task, run, ranks)):
-            return _train_task(plan, run, ranks, attempt, spec, ring)
-    except (Exception, SystemExit) as error:
-        failures.in_step(error, 0)  # before the first
-        raise
-
-
-def _train_task(
-    plan: LaunchPlan, run: RunDir, ranks: RankInfo, attempt: int, spec: JobSpec, ring: Ring | None
-) -> int:
-    assert spec.task is not None
-    setup_logging(run, ranks, attempt, own_file=not _has_agent())
-    torch.set_num_threads(plan.threads_per_proc)
-    stop = _stop_on_signals()
-    device = _device(plan, ranks)
-    _join_process_group(plan, ranks, device)
-    collective_trace.install(
-        ring
-    )  # before the task can take `from torch.distributed import all_reduce`
-    code_dir = Path(plan.code_dir or plan.job_dir)
-    os.environ.setdefault("KERAS_BACKEND", "torch")  # read once, when a task imports keras
-    task = load_task(spec.task, spec.args, code_dir, spec.trainer, spec.seed)
-    context = TrainContext(
-        spec=spec,
-        run=run,
-        ranks=ranks,
-        attempt=attempt,
-        task=task,
-        device=device,
-        local_devices=plan.replicas,
-        stop=stop,
-        recorder=Recorder.asked_for(run, ranks, task),
-        code_dir=code_dir,
-    )
-    trainer: Any = catalog.load("trainer", spec.trainer)(context)
-    trainer.run()
-    del trainer
-    gc.collect()  # DDP goes before its process group, or the teardown may hang
-    if dist.is_initialized():
-        dist.barrier()
-    return 0
-
-
-def _run_script(plan: LaunchPlan, spec: JobSpec, ring: Ring | None) -> int:
-    torch.set_num_threads(plan.threads_per_proc)
-    end_with_rank()  # also where the script's loader processes are deaf to SIGTERM
-    collective_trace.install(ring)
-    group = Group(plan.run, plan.collective_timeout_s)
-    run = catalog.load("trainer", spec.trainer)
-    script = Path(plan.code_dir or plan.job_dir) / str(spec.script)
-
-    def leave(how: str, frames: list[Frame]) -> int:
-        group.tell_if_none("to the end")
-        leaving.keep(ring, how, frames, group.is_over())
+    def _train(self, plan: LaunchPlan, spec: JobSpec) -> int:
+        assert spec.task is not None
+        setup_logging(self.run, self.ranks, self.attempt, own_file=not self.has_agent)
+        stop = _stop_on_signals()
+        device = _device(plan, self.ranks)
+        _join_process_group(plan, self.ranks, device)
+        # before the task can take `from torch.distributed import all_reduce`
+        collective_trace.install(self.ring)
+        code_dir = Path(plan.code_dir or plan.job_dir)
+        os.environ.setdefault("KERAS_BACKEND", "torch")  # read once, when a task imports keras
+        task = load_task(spec.task, spec.args, code_dir, spec.trainer, spec.seed)
+        context = TrainContext(
+            spec=spec,
+            run=self.run,
+            ranks=self.ranks,
+            attempt=self.attempt,
+            task=task,
+            device=device,
+            local_devices=plan.replicas,
+            stop=stop,
+            recorder=Recorder.asked_for(self.run, self.ranks, task),
+            code_dir=code_dir,
+        )
+        trainer: Any = catalog.load("trainer", spec.trainer)(context)
+        trainer.run()
+        del trainer
+        gc.collect()  # DDP goes before its process group, or the teardown may hang
+        if dist.is_initialized():
+            dist.barrier()
         return 0
 
-    with leaving.hearing_exit(partial(leave, "os._exit(0)")):
-        run(script, spec.arguments, plan.run, leave)
-    return 0
+    def _run_script(self, plan: LaunchPlan, spec: JobSpec) -> int:
+        end_with_rank()  # also where the script's loader processes are deaf to SIGTERM
+        collective_trace.install(self.ring)
+        group = Group(plan.run, plan.collective_timeout_s)
+        run_script = catalog.load("trainer", spec.trainer)
+        script = Path(plan.code_dir or plan.job_dir) / str(spec.script)
+
+        def leave(how: str, frames: list[Frame]) -> int:
+            group.tell_if_none("to the end")
+            leaving.keep(self.ring, how, frames, group.is_over())
+            return 0
+
+        with leaving.hearing_exit(partial(leave, "os._exit(0)")):
+            run_script(script, spec.arguments, plan.run, leave)
+        return 0
+
+    def record_failure(self, error: BaseException) -> int:
+        """Print the error, and leave the failure record; the exit status."""
+        record = failures.of_exception(error, **self._place())
+        if isinstance(error, SystemExit) and not error.code:  # only a task's: a script may
+            record = leaving.of_task(record, "sys.exit(0)")
+        record = replace(record, hint=hints.hint(error, record.frames, self.run))
+        if record.exit_code != 0:
+            record.write(self.run, self.attempt)
+            _tell_torchrun(error)
+        with contextlib.suppress(OSError):  # a full disk may be why we are here
+            if not isinstance(error, SystemExit):
+                print(failures.FAILURE_OPEN, file=sys.stderr)
+                traceback.print_exception(error)
+                if record.hint:
+                    print(f"dtrain: {record.hint}", file=sys.stderr)
+                print(failures.FAILURE_CLOSE, file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        return record.exit_code
+
+    def _leave_task(self, frames: list[Frame]) -> int:
+        """Record that a task ended the process by `os._exit(0)`; the exit status."""
+        record = failures.of_worker("left", "", 1, frames=frames, **self._place())
+        record = leaving.of_task(record, "os._exit(0)")
+        record.write(self.run, self.attempt)
+        return record.exit_code
+
+    def _place(self) -> dict[str, Any]:
+        ranks = self.ranks
+        return {
+            "rank": ranks.rank,
+            "node_rank": ranks.node_rank,
+            "restart": ranks.restart,
+            "log": str(self.run.rank_log(self.attempt, ranks.node_rank, ranks.rank)),
+        }
 
 
 def _stop_on_signals() -> StopFlag:
@@ -180,49 +213,6 @@ def _join_process_group(plan: LaunchPlan, ranks: RankInfo, device: torch.device)
         timeout=timedelta(seconds=plan.collective_timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
-
-
-def _last_words(error: BaseException, run: RunDir, ranks: RankInfo) -> int:
-    """Print the error, and leave the failure record; the exit status."""
-    attempt = _attempt()
-    record = failures.of_exception(error, **_place(run, ranks))
-    if isinstance(error, SystemExit) and not error.code:  # only a task's: a script may
-        record = leaving.of_task(record, "sys.exit(0)")
-    record = replace(record, hint=hints.hint(error, record.frames, run))
-    if record.exit_code != 0:
-        record.write(run, attempt)
-        _tell_torchrun(error)
-    with contextlib.suppress(OSError):  # a full disk may be why we are here
-        if not isinstance(error, SystemExit):
-            print(failures.FAILURE_OPEN, file=sys.stderr)
-            traceback.print_exception(error)
-            if record.hint:
-                print(f"dtrain: {record.hint}", file=sys.stderr)
-            print(failures.FAILURE_CLOSE, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    return record.exit_code
-
-
-def _leave_task(run: RunDir, ranks: RankInfo, frames: list[Frame]) -> int:
-    """Before the end of a training, by `os._exit(0)`; the exit status."""
-    record = failures.of_worker("left", "", 1, frames=frames, **_place(run, ranks))
-    record = leaving.of_task(record, "os._exit(0)")
-    record.write(run, _attempt())
-    return record.exit_code
-
-
-def _place(run: RunDir, ranks: RankInfo) -> dict[str, Any]:
-    return {
-        "rank": ranks.rank,
-        "node_rank": ranks.node_rank,
-        "restart": ranks.restart,
-        "log": str(run.rank_log(_attempt(), ranks.node_rank, ranks.rank)),
-    }
-
-
-def _attempt() -> int:
-    return int(os.environ.get(rundir.ATTEMPT_VARIABLE, 0))
 
 
 def _tell_torchrun(error: BaseException) -> None:

@@ -14,7 +14,7 @@ import pytest
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
 from dtrain.node import stack_dump
-from dtrain.node.silence import Silence
+from dtrain.node.silence import SilenceWatcher
 from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.procs import fork_child
 from support.launch import until
@@ -64,7 +64,7 @@ def test_silence_is_told_once_until_something_is_said(
     logs[0].parent.mkdir(parents=True)
     logs[0].write_text("begins\n")
     told: list[tuple[str, dict[str, Any]]] = []
-    silence = Silence(plan, logs)
+    silence = SilenceWatcher(plan, logs)
 
     def send(pids: Iterable[int], number: int) -> None:
         for pid in pids:
@@ -89,7 +89,7 @@ def test_silence_is_told_once_until_something_is_said(
 
 
 def test_a_node_that_does_not_see_rank_0_says_nothing(plan: LaunchPlan) -> None:
-    silence, told = Silence(plan, {}), []
+    silence, told = SilenceWatcher(plan, {}), []
     end = time.monotonic() + 0.2
     until(
         "four times the patience",

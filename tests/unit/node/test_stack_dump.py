@@ -54,7 +54,7 @@ def test_who_waits_for_others_is_told_from_who_hangs() -> None:
     waiting = Frame(f"{torch}/distributed/distributed_c10d.py", 3123, "all_reduce", "")
     reducing = Frame(f"{torch}/autograd/graph.py", 979, "_engine_run_backward", "")
     own = Frame("/home/me/task.py", 3, "loss", "")
-    leaving = Frame("/src/dtrain/node/worker.py", 3, "_last_words", "")
+    leaving = Frame("/src/dtrain/node/worker.py", 3, "record_failure", "")
     assert stack_dump.waits_or_leaves([waiting, own])
     assert stack_dump.waits_or_leaves([reducing, own])
     assert stack_dump.waits_or_leaves([own, leaving])

@@ -61,7 +61,7 @@ def test_a_text_that_fills_the_disk_is_cut(tmp_path: Path) -> None:
 def test_an_error_that_says_too_much_can_still_be_told() -> None:
     error = ValueError("x" * 10_000_000)
     record = failures.of_exception(error, rank=0, node_rank=0, restart=0, log="")
-    assert len(PeerFailed("why", record).to_tell()) < 1_000_000
+    assert len(PeerFailed("why", record).to_json()) < 1_000_000
 
 
 @pytest.mark.parametrize(("name", "value"), FORGED)
@@ -72,7 +72,7 @@ def test_what_is_forged_is_no_record(tmp_path: Path, name: str, value: Any) -> N
     run = RunDir(tmp_path)
     files.write_json(run.failure(0, 3), raw)
     assert failures.read_all(run, 0) == []
-    told = PeerFailed.told(json.dumps({"reason": "x", "record": raw, "signal": None}))
+    told = PeerFailed.from_json(json.dumps({"reason": "x", "record": raw, "signal": None}))
     assert told.record is None
     assert name in str(told)
 
@@ -83,18 +83,18 @@ def test_junk_is_told_as_such(tmp_path: Path, text: str) -> None:
     files.make_parent(run.failure(0, 0))
     run.failure(0, 0).write_text(text)
     assert failures.read_all(run, 0) == []
-    assert PeerFailed.told(text).record is None
+    assert PeerFailed.from_json(text).record is None
     with pytest.raises(RendezvousFailed):
-        Member.told(text)
+        Member.from_json(text)
     with pytest.raises(RendezvousFailed):
-        Round.told(text, SETTINGS)
+        Round.from_json(text, SETTINGS)
 
 
 @pytest.mark.parametrize("ranks", [[], [0], [1, 1], [1, 0], [0, 1, 2], [0, -1]])
 def test_a_round_without_us_or_with_strangers_is_none(ranks: list[int]) -> None:
     members = [{"node_rank": rank, "name": "n", "address": "10.0.0.1"} for rank in ranks]
     with pytest.raises(RendezvousFailed):
-        Round.told(json.dumps({"members": members, "port": 5}), SETTINGS)
+        Round.from_json(json.dumps({"members": members, "port": 5}), SETTINGS)
 
 
 @pytest.fixture
