@@ -167,7 +167,7 @@ class NodeAgent(SimpleElasticAgent):
     # -- workers -----------------------------------------------------------------------------
 
     def _await_started(self) -> list[int]:
-        """The pids of the workers just asked for; the server may still be importing torch."""
+        """Wait for the workers just asked for: the server may still import torch; their pids."""
         while True:
             message = self._next_message()
             if message is not None and "started" in message:
@@ -257,7 +257,7 @@ class NodeAgent(SimpleElasticAgent):
             self._absent += [] if record.collateral else [record]
 
     def _ranks(self, worker_group: WorkerGroup) -> dict[int, int]:
-        """pid → rank of the workers that run."""
+        """Map the pids of the workers that run to ranks."""
         return {pid: worker_group.workers[at].global_rank for pid, at in self._running.items()}
 
     def _signal(self, pids: Iterable[int], number: int) -> None:
@@ -283,7 +283,7 @@ class NodeAgent(SimpleElasticAgent):
         sys.exit("the node's fork server was silent")
 
     def _report_failure(self) -> bool:
-        """Tell of the failure here.
+        """Report the failure of workers here.
 
         Returns:
             Whether it is the one that the last restart was for, so that others would not help.

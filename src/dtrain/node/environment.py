@@ -17,7 +17,7 @@ from dtrain.run import failures, files, rundir
 def worker_environment(
     plan: LaunchPlan, group: WorkerGroup, worker: Any, restart: int, inherited: Mapping[str, str]
 ) -> dict[str, str]:
-    """Everything in a worker's environment; see design, section 6.
+    """Compose a worker's environment; see design, section 6.
 
     Args:
         plan: the launch.

@@ -23,7 +23,6 @@ def pause_s(lost_after_s: float) -> float:
 
 
 def of_silence(who: str, seconds: float) -> str:
-    """What there is to say of a process that is silent."""
     return f"{who} has not answered for {seconds:g} s: it is stopped, swapped out or cut off"
 
 
@@ -51,10 +50,9 @@ class Silence:
 
 
 class Hearts:
-    """The heartbeats of all nodes, in the store of the head; ours from a thread of its own."""
+    """Keeps the heartbeats of all nodes in the head's store; a thread sends our own."""
 
     def __init__(self, store: Store, node_rank: int, lost_after_s: float) -> None:
-        """Begin to beat as that node."""
         self._store = store
         self._node_rank = node_rank
         self._lost_after_s = lost_after_s
@@ -66,7 +64,6 @@ class Hearts:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def stop(self) -> None:
-        """Beat no more."""
         self._stopped.set()
 
     def has_twin(self) -> bool:
@@ -84,7 +81,7 @@ class Hearts:
         self._look_at = 0.0
 
     def lost(self, node_ranks: Iterable[int]) -> list[int]:
-        """Those of some nodes whose hearts have stood still for too long."""
+        """Return those of some nodes that have sent no heartbeat for too long."""
         ranks = [rank for rank in node_ranks if rank != self._node_rank]
         beats = self._store.get_all([f"beat/{rank}" for rank in ranks])
         lost = []
@@ -95,7 +92,7 @@ class Hearts:
         return lost
 
     def lost_now_and_then(self, node_ranks: Iterable[int]) -> list[int]:
-        """The same, looked at once a second."""
+        """Do the same at most once a second; between, nothing is lost."""
         now = time.monotonic()
         if now < self._look_at:
             return []
@@ -121,7 +118,6 @@ class Peer:
         self._signs = 0
 
     def hear(self) -> None:
-        """Note that it has said something."""
         self._signs += 1
 
     def is_silent(self) -> bool:

@@ -27,7 +27,7 @@ _OF_LOADERS = {kind.__name__: kind for kind in (FileNotFoundError, ImportError, 
 
 
 def hint(error: BaseException, frames: list[Frame], run: RunDir) -> str:
-    """One sentence; empty where there is nothing to say.
+    """Say what to do, in one sentence; empty where nothing is known.
 
     Args:
         error: what ended this worker, or came from one of its loader processes.

@@ -64,7 +64,7 @@ def keep(ring: Ring | None, how: str, frames: list[Frame], in_order: bool) -> No
 
 
 def of_task(record: FailureRecord, how: str) -> FailureRecord:
-    """A rank's record as that of one that left: a task's training ends by itself.
+    """Make a rank's record that of one that left: a task's training ends by itself.
 
     Args:
         record: where it was.
@@ -76,7 +76,7 @@ def of_task(record: FailureRecord, how: str) -> FailureRecord:
 
 
 def of_script(note: dict[str, Any], **place: Any) -> FailureRecord:
-    """The record of a script's rank; the verdict knows whether it is to blame.
+    """Make the record of a script's rank; the verdict knows whether it is to blame.
 
     Args:
         note: what `keep` has kept.

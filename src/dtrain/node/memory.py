@@ -12,7 +12,7 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 
 class Memory:
-    """This node's, from now on."""
+    """Watches this node's memory from now on."""
 
     def __init__(self) -> None:
         self._kills = _kills()
@@ -30,7 +30,7 @@ class Memory:
         return _swapped() - self._swapped
 
     def describe(self, peak: int) -> str:
-        """The numbers, in words.
+        """Say the numbers in words.
 
         Args:
             peak: what a rank had at most, in bytes.

@@ -71,7 +71,7 @@ class Store(abc.ABC):
 
 
 class Table(Store):
-    """What the head keeps. Its own agent asks it directly."""
+    """Is kept by the head, whose own agent asks it directly."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -158,8 +158,6 @@ class Remote(Store):
 
 
 class _Connection:
-    """To the head."""
-
     def __init__(self, sock: socket.socket, token: bytes) -> None:
         """Greet each other; OSError where it is no head that answers."""
         self._sock = sock
@@ -317,11 +315,9 @@ class _Guest:
 
     @property
     def is_proven(self) -> bool:
-        """Whether it has the token."""
         return self._number > 0
 
     def greet(self, run_id: bytes) -> None:
-        """Say the first words."""
         self.outgoing = GREETING.pack(MAGIC, self._nonce, len(run_id)) + run_id
 
     def go_on(self, ready: int) -> None:
@@ -370,7 +366,7 @@ class _Guest:
 
 
 class Seal:
-    """The hashes of one connection's messages."""
+    """Makes and checks the hashes of one connection's messages."""
 
     def __init__(self, token: bytes, nonces: bytes) -> None:
         self._key = blake2b(nonces, key=token, digest_size=32).digest()

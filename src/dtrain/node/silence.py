@@ -98,7 +98,7 @@ class SilenceWatcher:
 
 
 def where(found: Mapping[int, list[Frame]]) -> str:
-    """Where ranks are, those at one place together.
+    """Say where ranks are, those at one place together.
 
     Args:
         found: by rank, innermost call first; empty where a rank has not answered.

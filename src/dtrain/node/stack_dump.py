@@ -53,7 +53,7 @@ def aside(pid: int) -> Path | None:
 
 
 def ask(logs: Iterable[Path], send: Callable[[], None]) -> dict[Path, list[Frame]]:
-    """The stack of each of some workers, innermost call first; empty where there is no answer.
+    """Get the stack of each of some workers, innermost call first; empty without an answer.
 
     Args:
         logs: of the workers, or what `aside` has found.
@@ -75,7 +75,7 @@ def ask(logs: Iterable[Path], send: Callable[[], None]) -> dict[Path, list[Frame
 
 
 def frames(text: str) -> list[Frame]:
-    """The calls in what faulthandler wrote, innermost first."""
+    """Read what faulthandler wrote: the calls, innermost first."""
     return [
         Frame(
             found["file"],

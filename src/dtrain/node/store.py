@@ -61,7 +61,6 @@ class PeerFailed(Exception):
 
     @classmethod
     def from_json(cls, text: str) -> PeerFailed:
-        """What another node has told."""
         try:
             closed = checked.read(_Closed, text)
         except ValueError as error:
@@ -98,7 +97,7 @@ class RendezvousSettings:
 
 @dataclass(frozen=True)
 class _Closed:
-    """What all are told by the node that gives up first."""
+    """Is told to all by the node that gives up first."""
 
     __pydantic_config__ = checked.CONFIG
 
@@ -122,7 +121,7 @@ class Member:
 
     @classmethod
     def from_json(cls, text: str) -> Member:
-        """What a node has told the head; RendezvousFailed where it makes no sense."""
+        """Read what a node has told the head; RendezvousFailed where it makes no sense."""
         return _parse(cls, text)
 
 
@@ -137,7 +136,6 @@ class Round:
 
     @property
     def node_ranks(self) -> list[int]:
-        """Of the members, in their order."""
         return [member.node_rank for member in self.members]
 
     def to_json(self) -> str:
@@ -145,7 +143,7 @@ class Round:
 
     @classmethod
     def from_json(cls, text: str, settings: RendezvousSettings) -> Round:
-        """What the head has told a node; RendezvousFailed where it makes no sense."""
+        """Read what the head has told a node; RendezvousFailed where it makes no sense."""
         found = _parse(cls, text)
         ranks = found.node_ranks
         if ranks != sorted(set(ranks)) or settings.node_rank not in ranks:
@@ -163,14 +161,13 @@ def _parse(kind: type[T], text: str) -> T:
 
 
 class RateLimitedCache:
-    """What the head has answered; of many nodes, each asks it again only after a while."""
+    """Keeps what the head has answered; of many nodes, each asks again only after a while."""
 
     def __init__(self, nodes: int) -> None:
         self.pause_s = _PAUSE_PER_NODE_S * max(0, nodes - _FEW_NODES)
         self._answers: dict[str, tuple[int, float]] = {}
 
     def __call__(self, key: str, ask: Callable[[], int]) -> int:
-        """The answer to a question, asked now or a moment ago."""
         now = time.monotonic()
         answer, asked_at = self._answers.get(key, (0, 0.0))
         if now - asked_at >= self.pause_s:
@@ -180,7 +177,7 @@ class RateLimitedCache:
 
 
 def wait_s(nodes: int) -> float:
-    """How long one of so many pauses before it asks again for what is not there yet."""
+    """How long one of so many nodes pauses before it asks again for what is not there yet."""
     return max(_WAIT_S, _WAIT_PER_NODE_S * nodes)
 
 
