@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _PF_EXITING = 4
 _SAFE_THREADS = ("jemalloc_bg_thd",)
 """Of libraries that see to forks themselves: jemalloc comes with pyarrow, which pandas imports."""
@@ -40,6 +41,11 @@ def die_with_parent(parent_pid: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:
         os._exit(128 + signal.SIGKILL)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of what our children leave behind when they end."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def offer_current_folder() -> None:

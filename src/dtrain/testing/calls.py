@@ -7,8 +7,8 @@ import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from dtrain.testing import body, client, report
-from dtrain.testing.wire import Layout
+from dtrain.testing import body, client, report, wire
+from dtrain.testing.wire import Layout, Request
 
 T = TypeVar("T")
 
@@ -62,22 +62,16 @@ def run_ranks(
         ServerError: the process that forks the ranks died.
         TypeError: `fn` or an argument cannot be pickled.
     """
-    if client.importing_main:
+    if wire.is_importing_main:
         raise RuntimeError(
             "run_ranks was called while the script was imported again for the ranks; "
             "put the call under `if __name__ == '__main__':`"
         )
     layout = Layout(world_size, nodes)
     pickled, main = _pickle_call(fn, args, kwargs)
-    answer = client.current_server().run(
-        layout,
-        body.pack(pickled),
-        nodeid=os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0] or None,
-        is_item=False,
-        timeout_s=timeout,
-        init=init,
-        main=main,
-    )
+    nodeid = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0] or None
+    request = Request(layout, timeout, init, nodeid, body.pack(pickled), is_item=False)
+    answer = client.current_server().run(request, main)
     report.echo(answer)
     verdict = report.judge(answer)
     if verdict is not None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import pickle
 import signal
-import socket
 import sys
 import threading
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dtrain.testing.wire import Answer, Channel, Layout, Request
+from dtrain.forking import Channel
+from dtrain.procs import fork_child
+from dtrain.testing import wire
+from dtrain.testing.server import open_fds, serve
+from dtrain.testing.wire import Answer, Request
 
 if TYPE_CHECKING:
     import pytest
@@ -23,8 +25,6 @@ _START_S = 300.0
 _SLACK_S = 60.0
 """What the server may need beyond a request's own limit: stacks, killing, a busy machine."""
 
-importing_main = False
-"""True while a server imports the caller's script."""
 _forked: Server | None = None
 _own: Server | None = None
 
@@ -51,36 +51,33 @@ class Server:
 
     @classmethod
     def fork(cls, items: Mapping[str, pytest.Function]) -> Server:
-        """A server that is a copy of this process: it has every test module imported.
+        """Fork a server from this process: it has every test module imported.
 
         Call it before anything was computed here: threads and locks do not survive a fork.
         """
-        from dtrain.procs import fork_child
-        from dtrain.testing import server
-
-        ours, theirs = socket.socketpair()
+        ours, theirs = Channel.pair()
         log_fd = os.memfd_create("dtrain-ranks")
         parent = os.getpid()
         # A file object whose descriptor is closed behind its back might later write to, or
         # close, whatever got the same number: so everything that is open stays open.
-        keep = server.open_fds() - {ours.fileno()}
+        keep = open_fds() - {ours.fileno()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # for OpenBLAS's idle threads
             pid = fork_child(
-                lambda: server.serve(Channel(theirs), parent, items),
+                lambda: serve(theirs, parent, items),
                 stdout=log_fd,
                 stderr=log_fd,
                 keep_fds=keep,
             )
         theirs.close()
-        return cls(pid, Channel(ours), log_fd)
+        return cls(pid, ours, log_fd)
 
     @classmethod
     def start(cls) -> Server:
-        """A server in a new interpreter: from any process, whatever was computed there."""
+        """Start a server in a new interpreter: from any process, whatever was computed there."""
         import subprocess
 
-        ours, theirs = socket.socketpair()
+        ours, theirs = Channel.pair()
         log_fd = os.memfd_create("dtrain-ranks")
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; from dtrain.testing import server; "
@@ -96,20 +93,14 @@ class Server:
         )
         process.returncode = 0  # waited for in close(), by pid
         theirs.close()
-        return cls(process.pid, Channel(ours), log_fd)
+        return cls(process.pid, ours, log_fd)
 
-    def run(
-        self,
-        layout: Layout,
-        payload: bytes,
-        *,
-        nodeid: str | None,
-        is_item: bool,
-        timeout_s: float,
-        init: bool,
-        main: dict[str, Any] | None = None,
-    ) -> Answer:
+    def run(self, request: Request, main: dict[str, Any] | None = None) -> Answer:
         """Run a body on every rank and wait until none is left.
+
+        Args:
+            request: what to run.
+            main: how to import the script that the body refers to, as multiprocessing has it.
 
         Raises:
             ServerError: the server died, or does not answer.
@@ -117,15 +108,16 @@ class Server:
         with self._lock:
             self._await_ready()
             self._number += 1
-            number = self._number
-            request = Request(number, layout, timeout_s, init, nodeid, payload, is_item)
             try:
-                self._send(pickle.dumps((request, main)))
-                return self._answer(number, timeout_s + _SLACK_S)
+                try:
+                    wire.send(self._channel, {"run": self._number}, (request, main))
+                except OSError as error:
+                    raise self._failure("died") from error
+                return self._answer(request.timeout_s + _SLACK_S)
             except ServerError:
                 raise
             except BaseException:  # ^C, or a timeout of someone else's
-                self._cancel(number)
+                self._cancel()
                 raise
 
     def close(self) -> None:
@@ -147,26 +139,21 @@ class Server:
             self._receive(_START_S)
             self._ready = True
 
-    def _answer(self, number: int, timeout_s: float) -> Answer:
+    def _answer(self, timeout_s: float) -> Answer:
         while True:
-            answer: Answer = pickle.loads(self._receive(timeout_s))
-            if answer.number == number:
+            message, files = self._receive(timeout_s)
+            answer: Answer = wire.load(*files)
+            if message["run"] == self._number:  # else of a request that was given up
                 return answer
 
-    def _send(self, message: bytes) -> None:
+    def _receive(self, timeout_s: float) -> tuple[dict[str, Any], list[int]]:
         try:
-            self._channel.send(message)
-        except OSError as error:
+            message, files = self._channel.receive_with_files(timeout_s)
+        except EOFError as error:
             raise self._failure("died") from error
-
-    def _receive(self, timeout_s: float) -> bytes:
-        try:
-            message = self._channel.receive(timeout_s)
-        except TimeoutError as error:
-            raise self._failure(f"has not answered for {timeout_s:g} s") from error
         if message is None:
-            raise self._failure("died")
-        return message
+            raise self._failure(f"has not answered for {timeout_s:g} s")
+        return message, files
 
     def _failure(self, what: str) -> ServerError:
         size = os.fstat(self._log_fd).st_size
@@ -174,16 +161,16 @@ class Server:
         self.close()
         return ServerError(f"the process that forks ranks {what}\n{said}".rstrip())
 
-    def _cancel(self, number: int) -> None:
+    def _cancel(self) -> None:
         try:
-            self._channel.send(b"cancel")
-            self._answer(number, 5.0)
+            self._channel.send({"cancel": self._number})
+            self._answer(5.0)
         except BaseException:
             self.close()
 
 
 def current_server() -> Server:
-    """The server that was forked for this pytest session, or one of this process's own."""
+    """Return the server that was forked for this pytest session, or one of this process's own."""
     global _own
     if _forked is not None and has_forked():
         return _forked
@@ -194,7 +181,7 @@ def current_server() -> Server:
 
 
 def server_pids() -> set[int]:
-    """The servers that live on between calls: no leak."""
+    """Return the servers that live on between calls, which is no leak."""
     return {server.pid for server in (_forked, _own) if server is not None and server.alive}
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from dtrain.testing import body, calls, client, report
-from dtrain.testing.wire import Answer, Layout
+from dtrain.testing.wire import Answer, Layout, Request
 
 _verdicts = pytest.StashKey[report.Verdict]()
 
@@ -116,13 +116,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if mark is None:
         return None
     marker = _read_marker(mark, pyfuncitem)
+    payload = body.pack(_pickle_funcargs(pyfuncitem))
     answer = client.current_server().run(
-        marker.layout,
-        body.pack(_pickle_funcargs(pyfuncitem)),
-        nodeid=pyfuncitem.nodeid,
-        is_item=True,
-        timeout_s=marker.timeout_s,
-        init=marker.init,
+        Request(
+            marker.layout, marker.timeout_s, marker.init, pyfuncitem.nodeid, payload, is_item=True
+        )
     )
     _show_output(answer, pyfuncitem)
     verdict = report.judge(answer)

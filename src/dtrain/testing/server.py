@@ -1,32 +1,27 @@
 """The process that imported torch once and forks the ranks.
 
-It has one thread for as long as it lives. It ends when its caller does, and its ranks with it.
+It ends when its caller does, and its ranks with it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
-import gc
 import os
-import pickle
 import socket
 import sys
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dtrain.testing import body, client
+from dtrain.forking import ONE_THREAD, Channel, Children, import_once
+from dtrain.procs import adopt_orphans
+from dtrain.testing import body, wire
 from dtrain.testing.watch import Run
-from dtrain.testing.wire import Channel
 
 if TYPE_CHECKING:
     import pytest
 
 _TICK_S = 1.0
-_PR_SET_CHILD_SUBREAPER = 36
-
-_has_main = False
 
 
 def serve(channel: Channel, parent: int, items: Mapping[str, pytest.Function]) -> int:
@@ -42,24 +37,25 @@ def serve(channel: Channel, parent: int, items: Mapping[str, pytest.Function]) -
     """
     _settle()
     inherited = open_fds() - {channel.fileno()}
-    channel.send(b"ready")
-    while True:
+    children = Children()
+    has_main = False
+    channel.send({"ready": os.getpid()})
+    # The end of the channel is not seen while a child of the caller's holds a copy.
+    while os.getppid() == parent:
         try:
-            message = channel.receive(_TICK_S)
-        except TimeoutError:
-            # The end of the channel is not seen while a child of the caller's holds a copy.
-            if os.getppid() != parent:
-                return 0
+            message, files = channel.receive_with_files(_TICK_S)
+        except EOFError:
+            break
+        if message is None or "run" not in message:
             continue
-        if message is None:
-            return 0
-        if message == b"cancel":
-            continue
-        request, main = pickle.loads(message)
-        _import_main(main)
-        with Run(request, items, inherited) as run:
+        request, main = wire.load(*files)
+        if main is not None and not has_main:
+            _import_main(main)
+            has_main = True
+        with Run(request, items, inherited, children) as run:
             answer = run.until_done(channel, parent)
-        channel.send(pickle.dumps(answer))
+        wire.send(channel, message, answer)
+    return 0
 
 
 def main(fd: int, parent: int) -> None:
@@ -70,39 +66,35 @@ def main(fd: int, parent: int) -> None:
 def _settle() -> None:
     """Import what ranks need, fix the standard streams, adopt what ranks leave behind."""
     if "torch" not in sys.modules:
-        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-            os.environ.setdefault(name, "1")
+        for name, value in ONE_THREAD.items():
+            os.environ.setdefault(name, value)
     body.forget_pytest_logging()
     faulthandler.disable()
     streams = [open(os.devnull), *(open(fd, "w", 1, "utf-8", closefd=False) for fd in (1, 2))]  # noqa: SIM115
     os.dup2(streams[0].fileno(), 0)
     sys.stdin, sys.stdout, sys.stderr = streams
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch
-        import torch._dynamo  # DDP's first step would: 2.6 s in every rank
-        import torch.distributed
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # ranks do not copy the pages of what the collector would touch
+
+        torch.set_num_threads(1)
+        # DDP's first step would import torch._dynamo: 2.6 s in every rank
+        import_once(["torch._dynamo", "torch.distributed"])
 
 
-def _import_main(data: dict[str, Any] | None) -> None:
+def _import_main(data: dict[str, Any]) -> None:
     """Import the caller's script, as multiprocessing does, so that its functions are found."""
-    global _has_main
-    if data is None or _has_main:
-        return
     from multiprocessing import spawn
 
-    client.importing_main = _has_main = True
+    wire.is_importing_main = True
     try:
         spawn.prepare(data)
     finally:
-        client.importing_main = False
+        wire.is_importing_main = False
 
 
 def open_fds() -> set[int]:
-    """The descriptors open in this process."""
+    """List the descriptors open in this process."""
     listed = {int(name) for name in os.listdir("/proc/self/fd")}
     return {fd for fd in listed if os.path.exists(f"/proc/self/fd/{fd}")}

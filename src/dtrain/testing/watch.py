@@ -7,7 +7,6 @@ import faulthandler
 import io
 import os
 import pickle
-import select
 import signal
 import socket
 import struct
@@ -17,9 +16,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
+from dtrain.forking import Channel, Children
 from dtrain.procs import fork_child
 from dtrain.testing import body
-from dtrain.testing.wire import Answer, Channel, Outcome, RankResult, Request
+from dtrain.testing.wire import Answer, Outcome, RankResult, Request
 
 if TYPE_CHECKING:
     import pytest
@@ -41,18 +41,18 @@ class _Rank:
         self.result, self.stdout, self.stderr, self.stack = (
             os.memfd_create(f"dtrain-{name}") for name in ("result", "stdout", "stderr", "stack")
         )
-        self.pid = self.pidfd = -1
-        self.status: int | None = None
-        """Of waitpid, once the process was waited for."""
+        self.pid = 0
+        self.code: int | None = None
+        """How the process has ended: an exit status, or a signal's number, negative."""
         self.outcome: Outcome | None = None
 
     def tell(self, outcome: Outcome) -> None:
-        """Note how the body ended; called in the rank, the last call counts."""
+        """Note how the body ended; to be called in the rank, where the last call counts."""
         with open(self.result, "wb", closefd=False) as file:
             file.write(pickle.dumps(outcome))
 
     def told(self) -> Outcome | None:
-        """What the rank has told last, completely; None when nothing."""
+        """Return what the rank has told last, completely; None when nothing."""
         data = io.BytesIO(_read(self.result))
         last: Outcome | None = None
         with contextlib.suppress(Exception):
@@ -60,23 +60,17 @@ class _Rank:
                 last = pickle.load(data)
         return last
 
-    def wait(self) -> int:
-        if self.status is None:
-            self.status = os.waitpid(self.pid, 0)[1]
-        return self.status
-
     def kill(self, sig: int) -> None:
-        if self.status is None:
+        if self.code is None:
             os.kill(self.pid, sig)
 
     def close(self) -> None:
-        for fd in (self.result, self.stdout, self.stderr, self.stack, self.pidfd):
-            if fd >= 0:
-                os.close(fd)
+        for fd in (self.result, self.stdout, self.stderr, self.stack):
+            os.close(fd)
 
 
 def hold_port() -> socket.socket:
-    """A port that nobody else is given, and that rank 0 may bind: bound, and never listening.
+    """Bind a port, which nobody else is given and rank 0 may bind too; it never listens.
 
     On every address, as torch's store listens on all: a port held on one of them alone may be
     given to a listener or a connection on another, and rank 0 cannot have it then.
@@ -94,9 +88,14 @@ class Run:
     """One request: a context within which its ranks exist."""
 
     def __init__(
-        self, request: Request, items: Mapping[str, pytest.Function], inherited: set[int]
+        self,
+        request: Request,
+        items: Mapping[str, pytest.Function],
+        inherited: set[int],
+        children: Children,
     ) -> None:
         self._request = request
+        self._children = children
         self._item = items.get(request.nodeid or "")
         self._inherited = inherited
         self._first_failure: float | None = None
@@ -104,39 +103,33 @@ class Run:
     def __enter__(self) -> Run:
         self._port_holder = hold_port()
         self._port: int = self._port_holder.getsockname()[1]
-        self._done, done = os.pipe()
-        self._poll = select.poll()
-        self._poll.register(self._done, select.POLLIN)
+        # ours as well, so that it has no end when all ranks have ended
+        self._done, self._done_write = os.pipe()
         self._ranks = [_Rank(number) for number in range(self._request.layout.world_size)]
         self._started = time.monotonic()
         for rank in self._ranks:
-            self._fork(rank, done)
-        os.close(done)
+            rank.pid = fork_child(
+                partial(self._in_rank, rank),
+                stdout=rank.stdout,
+                stderr=rank.stderr,
+                keep_fds=[*self._inherited, rank.result, rank.stack, self._done_write],
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
         for rank in self._ranks:
             rank.close()
         os.close(self._done)
+        os.close(self._done_write)
         self._port_holder.close()
 
-    def _fork(self, rank: _Rank, done: int) -> None:
-        rank.pid = fork_child(
-            partial(self._in_rank, rank, done),
-            stdout=rank.stdout,
-            stderr=rank.stderr,
-            keep_fds=[*self._inherited, rank.result, rank.stack, done],
-        )
-        rank.pidfd = os.pidfd_open(rank.pid)
-        self._poll.register(rank.pidfd, select.POLLIN)
-
-    def _in_rank(self, rank: _Rank, done: int) -> int:
+    def _in_rank(self, rank: _Rank) -> int:
         faulthandler.enable(2)
         faulthandler.register(_STACK_SIGNAL, file=rank.stack, all_threads=True)
         body.run(rank.number, self._request, self._port, self._item, rank.tell)
         sys.stdout.flush()
         sys.stderr.flush()
-        os.write(done, struct.pack("<I", rank.number))
+        os.write(self._done_write, struct.pack("<I", rank.number))
         outcome = rank.told()
         while outcome and outcome.kind == "passed":
             signal.pause()  # others may still need our sockets; we are killed when all are done
@@ -144,8 +137,7 @@ class Run:
 
     def until_done(self, channel: Channel, parent: int) -> Answer:
         """Watch the ranks until all have reported or must be killed; leave no process."""
-        answer = Answer(self._request.number, self._request.layout)
-        self._poll.register(channel.fileno(), select.POLLIN)
+        answer = Answer(self._request.layout)
         while pending := [rank for rank in self._ranks if rank.outcome is None]:
             left = self._limit() - time.monotonic()
             if left <= 0:
@@ -153,10 +145,10 @@ class Run:
                     answer.timed_out_s = self._request.timeout_s
                 _dump_stacks(pending)
                 break
-            ready = {fd for fd, _ in self._poll.poll(min(left, _TICK_S) * 1000)}
+            ready = self._children.wait([channel, self._done], min(left, _TICK_S))
             if channel.fileno() in ready or os.getppid() != parent:
                 break  # nobody waits for the answer any more
-            self._collect(pending, ready)
+            self._collect(pending, is_one_done=self._done in ready)
         self._end()
         answer.results = [_result(rank) for rank in self._ranks]
         return answer
@@ -167,36 +159,35 @@ class Run:
             return limit
         return min(limit, self._first_failure + GRACE_S)
 
-    def _collect(self, pending: list[_Rank], ready: set[int]) -> None:
+    def _collect(self, pending: list[_Rank], *, is_one_done: bool) -> None:
         """Take in what ranks have reported, and the ends of those that never will."""
+        codes = {ended.pid: ended.code for ended in self._children.reap()}
+        for rank in self._ranks:
+            rank.code = codes.get(rank.pid, rank.code)
         reported: set[int] = set()
-        if self._done in ready:
-            data = os.read(self._done, 4096)
-            reported = {number for (number,) in struct.iter_unpack("<I", data)}
-            if not data:  # every rank is gone
-                self._poll.unregister(self._done)
+        if is_one_done:
+            reported = {rank for (rank,) in struct.iter_unpack("<I", os.read(self._done, 4096))}
         new = []
         for rank in pending:
-            if rank.pidfd not in ready and rank.number not in reported:
-                continue
-            rank.outcome = rank.told() or self._died(rank)
+            if rank.code is not None:
+                rank.outcome = rank.told() or self._died(rank.code)
+            elif rank.number in reported:
+                rank.outcome = rank.told()
             new.append(rank.outcome)
-            self._poll.unregister(rank.pidfd)
-        if self._first_failure is None and any(outcome.kind != "passed" for outcome in new):
+        if self._first_failure is None and any(each and each.kind != "passed" for each in new):
             self._first_failure = time.monotonic()
 
-    def _died(self, rank: _Rank) -> Outcome:
-        """The outcome of a rank that ended without a word.
+    def _died(self, code: int) -> Outcome:
+        """Return the outcome of a rank that ended without a word.
 
         It could not note the time. A death seen before any failure came before it; one seen
         later may still be the cause of broken connections, which `report.judge` allows for.
         """
-        status = os.waitstatus_to_exitcode(rank.wait())
-        if status < 0:
+        if code < 0:
             named = {int(sig): sig.name for sig in signal.Signals}
-            headline = f"killed by {named.get(-status, f'signal {-status}')}"
+            headline = f"killed by {named.get(-code, f'signal {-code}')}"
         else:
-            headline = f"the process ended with exit status {status} in the middle of the body"
+            headline = f"the process ended with exit status {code} in the middle of the body"
         died_at = 0.0 if self._first_failure is None else time.monotonic()
         return Outcome("died", died_at, headline)
 
@@ -204,7 +195,8 @@ class Run:
         for rank in self._ranks:
             rank.kill(signal.SIGKILL)
         for rank in self._ranks:
-            rank.wait()
+            if rank.code is None:
+                os.waitpid(rank.pid, 0)
         _end_orphans()
 
 

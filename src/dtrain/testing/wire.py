@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import socket
-import struct
-import time
+import os
+import pickle
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-MASTER_ADDR = "127.0.0.1"
+from dtrain.forking import Channel
+
+is_importing_main = False
+"""True while a server imports the caller's script."""
 
 Kind = Literal["passed", "failed", "skipped", "xfailed", "died", "killed"]
 """How a rank ended. `died`: by a signal or an exit of its own; `killed`: by us, still running."""
@@ -49,7 +51,7 @@ class Layout:
             "ROLE_RANK": rank,
             "ROLE_WORLD_SIZE": self.world_size,
             "ROLE_NAME": "default",
-            "MASTER_ADDR": MASTER_ADDR,
+            "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": master_port,
             "TORCHELASTIC_RUN_ID": "dtrain-testing",
             "TORCHELASTIC_RESTART_COUNT": 0,
@@ -67,8 +69,6 @@ class Layout:
 class Request:
     """One body to run on every rank."""
 
-    number: int
-    """Comes back with the answer: one that was given up on is told from the next."""
     layout: Layout
     timeout_s: float
     init: bool
@@ -118,7 +118,6 @@ class RankResult:
 class Answer:
     """What the server has to say to a request."""
 
-    number: int
     layout: Layout
     results: list[RankResult] = field(default_factory=list)
     """By rank."""
@@ -126,44 +125,16 @@ class Answer:
     """The limit, when it was passed."""
 
 
-class Channel:
-    """Whole messages over a stream socket."""
+def send(channel: Channel, message: dict[str, Any], value: object) -> None:
+    """Send a message with a value, pickled into a file in memory: it may be large."""
+    with open(os.memfd_create("dtrain-value"), "wb") as file:
+        pickle.dump(value, file)
+        file.flush()
+        channel.send(message, [file.fileno()])
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
-        self._buffer = bytearray()
 
-    def fileno(self) -> int:
-        """The socket's descriptor, to wait on."""
-        return self._socket.fileno()
-
-    def close(self) -> None:
-        """Close the socket; the other side sees the end."""
-        self._socket.close()
-
-    def send(self, message: bytes) -> None:
-        """Send one message; OSError when the other side is gone."""
-        self._socket.settimeout(None)
-        self._socket.sendall(struct.pack("<Q", len(message)) + message)
-
-    def receive(self, timeout_s: float | None = None) -> bytes | None:
-        """The next message; None when the other side is gone; TimeoutError when none came."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            if len(self._buffer) >= 8:
-                end = 8 + struct.unpack_from("<Q", self._buffer)[0]
-                if len(self._buffer) >= end:
-                    message = bytes(self._buffer[8:end])
-                    del self._buffer[:end]
-                    return message
-            if deadline is not None:
-                self._socket.settimeout(max(1e-3, deadline - time.monotonic()))
-            else:
-                self._socket.settimeout(None)
-            try:
-                chunk = self._socket.recv(1 << 20)
-            except ConnectionError:
-                return None
-            if not chunk:
-                return None
-            self._buffer += chunk
+def load(file: int) -> Any:
+    """Read the value that came with a message."""
+    with open(file, "rb") as value:
+        value.seek(0)  # where the sender has left it
+        return pickle.load(value)

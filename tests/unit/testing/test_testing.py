@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.testing import body, report
+from dtrain.forking import Channel
+from dtrain.testing import body, report, wire
 from dtrain.testing.watch import hold_port
-from dtrain.testing.wire import Answer, Channel, Kind, Layout, Outcome, RankResult
+from dtrain.testing.wire import Answer, Kind, Layout, Outcome, RankResult
 
 MISUSES = """
 import threading, unittest
@@ -100,7 +101,7 @@ def test_all_was_ended():
 
 def answer(*outcomes: Outcome, timed_out_s: float | None = None) -> Answer:
     results = [RankResult(rank, outcome) for rank, outcome in enumerate(outcomes)]
-    return Answer(1, Layout(len(outcomes)), results, timed_out_s)
+    return Answer(Layout(len(outcomes)), results, timed_out_s)
 
 
 def ended(kind: Kind, time: float = 0.0, headline: str = "", text: str = "") -> Outcome:
@@ -237,15 +238,13 @@ def test_a_ranks_system_exit_does_not_end_the_caller() -> None:
     assert verdict.error is None
 
 
-def test_channel_keeps_messages_whole() -> None:
-    ours, theirs = map(Channel, socket.socketpair())
-    with pytest.raises(TimeoutError):
-        ours.receive(0.01)
-    theirs.send(b"one")
-    theirs.send(b"")
-    theirs.send(b"x" * 10_000)
+def test_a_value_of_any_size_comes_with_a_message() -> None:
+    ours, theirs = Channel.pair()
+    wire.send(theirs, {"n": 1}, ["x" * 10_000_000])
     theirs.close()
-    assert [ours.receive(5) for _ in range(4)] == [b"one", b"", b"x" * 10_000, None]
+    message, files = ours.receive_with_files(5)
+    assert message == {"n": 1}
+    assert wire.load(*files) == ["x" * 10_000_000]
     ours.close()
 
 
