@@ -26,9 +26,9 @@ from torch import nn
 
 from dtrain.job.spec import ChecksSpec
 from dtrain.testing import run_ranks
-from dtrain.train.checks.ledger import KINDS, Ledger
+from dtrain.train.checks.replicas import KINDS, Ledger
 from dtrain.train.checks.spoilt import all_finite
-from dtrain.train.checks.train_state import Subject
+from dtrain.train.checks.train_state import TrainState
 from dtrain.train.data.content import digest, hash_of
 
 WIDTH, DEPTH, BATCH = 1024, 11, 64
@@ -64,7 +64,7 @@ def measure(rounds: int) -> dict[str, float]:
     plain = model()
     wrapped = nn.parallel.DistributedDataParallel(plain, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
-    ledger = Ledger(Subject(plain, optimizer))
+    ledger = Ledger(TrainState(plain, optimizer))
     x, y = torch.randn(BATCH, WIDTH), torch.randint(10, (BATCH,))
 
     def step() -> bool:

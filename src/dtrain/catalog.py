@@ -112,7 +112,7 @@ LAUNCHERS: Mapping[str, LauncherFact] = {
 
 STRATEGIES: Mapping[str, StrategyFact] = {
     "single": StrategyFact(
-        "dtrain.train.strategies.single:SingleStrategy",
+        "dtrain.train.strategies.base:SingleStrategy",
         "one process, the reference for all others",
         one_process=True,
         multi_node=False,

@@ -88,11 +88,9 @@ class Tensors:
     """By name: 2-norm of the tensor itself, not of its sketch."""
 
     def joined(self) -> Vector:
-        """All vectors, one after the other."""
         return np.concatenate([*self.vectors.values(), np.empty(0)])
 
     def norm(self) -> float:
-        """The 2-norm over all of them."""
         return math.hypot(*self.norms.values())
 
 
@@ -117,7 +115,6 @@ class StepRecord:
     data are a stream."""
 
     def write(self, folder: Path) -> None:
-        """Write the record to its file in a recording."""
         tensors = {"gradients": self.gradients, "parameters": self.parameters}
         tensors["buffers"] = self.buffers
         plain = ("step", "loss", "grad_norm", "facts")
@@ -139,7 +136,6 @@ class StepRecord:
 
     @classmethod
     def read(cls, path: Path) -> StepRecord:
-        """The record in a file."""
         with np.load(path, allow_pickle=False) as packed:
             meta = json.loads(str(packed["meta"]))
             lengths, digests, norms = (meta.pop(key) for key in ("lengths", "digests", "norms"))
@@ -196,7 +192,6 @@ class Recording:
 
     @property
     def last_step(self) -> int:
-        """Steps that were recorded."""
         return max(self.steps, default=0)
 
     def complete(self, world_size: int) -> Recording:
@@ -245,19 +240,15 @@ class Recording:
 
 
 class Writer:
-    """Writes a run's recording, from one rank."""
-
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder = folder
         self._lines = folder / f"rank-{rank:05d}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
 
     def step(self, record: StepRecord) -> None:
-        """Rank 0's view of a step."""
         record.write(self._folder)
 
     def line(self, line: RankLine) -> None:
-        """This rank's view of a step."""
         files.append_line(self._lines, asdict(line))
 
 

@@ -126,7 +126,7 @@ def train(case: Case, folder: Path, replicas: int = 1) -> Outcome:
     except DtrainError as error:
         return Outcome(type(error).__name__, str(error), getattr(error, "collateral", False))
     finally:
-        collective_trace.CHAIN.tamper = None
+        collective_trace.CHAIN.fault_hook = None
         if ranks.is_rank_zero:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return Outcome()

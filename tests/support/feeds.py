@@ -61,7 +61,8 @@ class Fault:
             return replace(request, samples=ids[1:])
         if self.kind == "swap":
             return replace(request, samples=np.concatenate([[(ids[0] + 1) % 1000], ids[1:]]))
-        positions = feed.order.epoch(request.epoch).positions_of(ids)  # type: ignore[attr-defined]
+        order = feed.order.epoch(request.epoch).block(0, feed.order.num_samples)
+        positions = np.argsort(order)[ids]
         return replace(request, samples=feed.order.epoch(request.epoch - 1).at(positions))
 
 

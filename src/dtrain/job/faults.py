@@ -1,6 +1,6 @@
 """Faults that are made on purpose: `rank=1,step=5,kind=flip-gradient-bit,param=first.weight`.
 
-Read here, where nothing of a training is known; made in `train.checks.inject`.
+Read here, where nothing of a training is known; made in `train.faults`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ KINDS: Mapping[str, str] = {**TENSOR_KINDS, **OTHER_KINDS}
 
 @dataclass(frozen=True)
 class Injection:
-    """One fault, on one rank, in one step."""
-
     kind: str
     rank: int
     step: int = 1

@@ -45,16 +45,10 @@ def gather_to_zero(value: Value) -> list[Value]:
 
 
 def from_zero(value: Value) -> Value:
-    """Rank 0's value, on every rank."""
-    return from_rank(0, value)
-
-
-def from_rank(rank: int, value: Value) -> Value:
-    """One rank's value, on every rank."""
     if not in_group():
         return value
-    is_ours = dist.get_rank() == rank
-    data = bytes_from_rank(rank, pack(value) if is_ours else b"")
+    is_ours = dist.get_rank() == 0
+    data = bytes_from_rank(0, pack(value) if is_ours else b"")
     return value if is_ours else cast(Value, unpack(data))
 
 

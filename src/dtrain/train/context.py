@@ -28,7 +28,6 @@ class StopFlag:
         """Why, in words; None while nobody has asked."""
 
     def request(self, reason: str) -> None:
-        """Ask to leave; the first reason stays."""
         if self.reason is None:
             self.reason = reason
 

@@ -61,7 +61,6 @@ def _place(function: Any) -> str:
 
 
 def described(value: Any) -> str:
-    """What a method returned, in a few words."""
     if inspect.isclass(value):
         return f"the class {value.__name__} and not an object of it"
     if inspect.isroutine(value):
@@ -70,11 +69,7 @@ def described(value: Any) -> str:
 
 
 def check_model(model: Any, task: Task) -> None:
-    """Make sure that it is a bare module with something to train.
-
-    Raises:
-        DtrainError: it is not.
-    """
+    """Make sure that it is a bare module with something to train."""
     told = named(task, "model")
     if not isinstance(model, torch.nn.Module):
         raise DtrainError(f"{told} returned {described(model)}, not a torch.nn.Module")
@@ -99,11 +94,7 @@ def check_model(model: Any, task: Task) -> None:
 
 
 def check_optimizer(optimizer: Any, model: torch.nn.Module, task: Task) -> None:
-    """Make sure that it is one optimizer, over parameters of the model, that steps by itself.
-
-    Raises:
-        DtrainError: it is not.
-    """
+    """Make sure that it is one optimizer, over parameters of the model, that steps by itself."""
     told = named(task, "optimizer")
     if isinstance(optimizer, list | tuple):
         raise DtrainError(
@@ -139,11 +130,7 @@ def left_out(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[s
 
 
 def check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, task: Task) -> None:
-    """Make sure that it counts steps of this optimizer.
-
-    Raises:
-        DtrainError: it does not.
-    """
+    """Make sure that it counts steps of this optimizer."""
     if scheduler is None:
         return
     told = named(task, "scheduler")
@@ -167,11 +154,6 @@ def check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, task: Task
 
 def remarks_on_length(scheduler: Any, steps: int | None, task: Task) -> Iterator[str]:
     """Where a scheduler that is made for a number of steps has not those of the training.
-
-    Args:
-        scheduler: of `task`.
-        steps: of the whole training; None where nobody knows.
-        task: whose method is named.
 
     Raises:
         DtrainError: torch would raise in the middle of the training.
@@ -197,15 +179,7 @@ def remarks_on_length(scheduler: Any, steps: int | None, task: Task) -> Iterator
 
 
 def check_data(dataset: Any, told: str) -> None:
-    """Make sure that samples can be taken out of what a method returned.
-
-    Args:
-        dataset: with a length and items, or something to iterate.
-        told: the method, see `named`.
-
-    Raises:
-        DtrainError: it is something else.
-    """
+    """Make sure that samples can be taken out of what a method returned."""
     anew = "return an object whose __iter__ begins anew each time"
     why = ""
     if dataset is None:
@@ -228,15 +202,7 @@ def check_data(dataset: Any, told: str) -> None:
 
 
 def check_dataset(dataset: Any, told: str) -> int:
-    """The length of a map-style data set.
-
-    Args:
-        dataset: with a length and items.
-        told: what gave it, see `named`.
-
-    Raises:
-        DtrainError: it has no length or no items, or it is empty.
-    """
+    """The length of a map-style data set."""
     check_data(dataset, told)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise DtrainError(

@@ -11,14 +11,11 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
-    """Autocast for forward, and the type it uses."""
-
     def __init__(self, precision: str, device: torch.device) -> None:
         self._device = device.type
         self._dtype = _AUTOCAST.get(precision)
 
     def __call__(self) -> contextlib.AbstractContextManager[Any]:
-        """A context for one forward."""
         if self._dtype is None:
             return contextlib.nullcontext()
         context: contextlib.AbstractContextManager[Any]

@@ -42,8 +42,6 @@ def seed_torch(seed: int) -> None:
 
 @dataclass(frozen=True)
 class RandomState:
-    """The state of the global generators of Python, NumPy and torch at one moment."""
-
     python: tuple[Any, ...]
     numpy: dict[str, Any]
     torch: torch.Tensor
@@ -68,7 +66,6 @@ class RandomState:
         )
 
     def restore(self) -> None:
-        """Put every generator back to this state."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
@@ -95,7 +92,6 @@ class RandomState:
 
     @classmethod
     def from_saved(cls, saved: dict[str, Any]) -> RandomState:
-        """The inverse of `to_saved`."""
         version, words, gauss = saved["python"]
         numpy_state = dict(saved["numpy"])
         key = numpy_state.pop("key").numpy().astype(np.uint32)

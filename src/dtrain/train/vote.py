@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Vote:
-    """What a majority of the ranks holds, and who holds something else."""
-
     reference: int
     """A rank of the majority, or rank 0."""
     others: tuple[int, ...]
@@ -32,18 +30,12 @@ class Vote:
         return "between ranks 0 and 1" if self.world_size == 2 else "between the ranks"
 
     def sides(self, suspects: str, references: str) -> str:
-        """What stands on the first rank that differs, and what on the reference.
-
-        Args:
-            suspects: the value there.
-            references: the value here.
-        """
+        """What stands on the first rank that differs, and what on the reference."""
         alone = self.decided and len(self.others) == 1
         there = "there" if alone else f"on rank {self.others[0]}"
         return f"{suspects} {there} and {references} on rank {self.reference}"
 
     def __str__(self) -> str:
-        """Who differs, as a sentence."""
         ranks = named(self.others)
         if self.decided:
             return f"{ranks} {'differ' if len(self.others) > 1 else 'differs'} from the others"
@@ -53,11 +45,7 @@ class Vote:
 
 
 def vote(values: Sequence[Hashable]) -> Vote:
-    """Who differs from the majority.
-
-    Args:
-        values: of all ranks.
-    """
+    """Who differs from the majority."""
     (value, votes), *_ = Counter(values).most_common()
     decided = 2 * votes > len(values)
     reference = values.index(value) if decided else 0

@@ -14,7 +14,7 @@ import torch
 
 from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
-from dtrain.train.checkpoint.files import verify_checkpoint
+from dtrain.train.checkpoint.files import read_checkpoint
 from dtrain.train.checkpoint.store import CheckpointStore
 
 _OPERATIONS = {
@@ -81,8 +81,7 @@ def best_of(run: RunDir, folder: Path) -> int | None:
     found = CheckpointStore(run, 0, 2)
     if found._remote is not None:
         found._remote.fetch(folder)
-    verify_checkpoint(folder)
-    return int(folder.joinpath("progress.json").read_text().split('"step":')[1].split("}")[0])
+    return int(read_checkpoint(folder)[1]["step"])
 
 
 def prepared(folder: Path, *, at_url: bool) -> RunDir:

@@ -17,7 +17,7 @@ from dtrain.errors import CheckpointError, DtrainError
 from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.testing import RankError, run_ranks
 from dtrain.train.checkpoint.files import read_checkpoint
-from dtrain.train.checks.errors import ReplicaError
+from dtrain.train.checks.replicas import ReplicaError
 from dtrain.train.load import as_task
 from dtrain.train.loop.native import NativeTrainer
 from support.trainings import Outcome, Regression, job, lines, same_end, train

@@ -20,8 +20,9 @@ from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
-from dtrain.train.checks.errors import NonFiniteError, ReplicaError
+from dtrain.train.checks.finite import NonFiniteError
 from dtrain.train.checks.initial_state import compare_surroundings
+from dtrain.train.checks.replicas import ReplicaError
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.load import load_task
 from dtrain.train.loop.native import NativeTrainer
@@ -429,7 +430,7 @@ def test_the_exchange_does_not_grow() -> None:
 
 def exchanged() -> int:
     """Bytes of the ledger's all-reduce, of a small model and of a large."""
-    from dtrain.train.checks.ledger import Ledger
+    from dtrain.train.checks.replicas import Ledger
     from dtrain.train.checks.train_state import TrainState
 
     seen = []

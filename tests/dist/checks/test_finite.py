@@ -17,7 +17,7 @@ from dtrain.ranks import RankInfo
 from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
 from dtrain.train.checkpoint.files import read_checkpoint
-from dtrain.train.checks.errors import NonFiniteError
+from dtrain.train.checks.finite import NonFiniteError
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.loop.native import NativeTrainer
 from support.faults import Talkative

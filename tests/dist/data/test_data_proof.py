@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from dtrain.testing import run_ranks
-from dtrain.train.data import proof
+from dtrain.train.data import exactly_once
 from dtrain.train.data.order import shuffled
 from dtrain.train.data.placement import EpochPlan, GlobalBatch, Position
 from support.feeds import Fault, Fed, Weighted, feed, spec
@@ -129,7 +129,7 @@ _BATCHES = EpochPlan.batches
 
 def test_long_epochs_are_checked_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that little is left to check when a job must leave at once."""
-    monkeypatch.setattr(proof, "_MAX_SAMPLES", 300)
+    monkeypatch.setattr(exactly_once, "_MAX_SAMPLES", 300)
     late = feed(JOB, Fault("drop", 0, 2))
     assert late.error is not None
     assert "rank 0, step 3: did not read sample" in late.error

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 from dtrain import procs
 
 _LARGEST = 1 << 20
-_STRATEGIES = ("ddp", "dp", "exact", "fsdp", "single")
+_STRATEGIES = ("ddp", "dp", "exact.strategy", "fsdp")
 _WITH_TORCH = ("dtrain.node", "dtrain.node.warm", "dtrain.export")
 _NAMESPACES = ("net", "uts", "ipc", "pid", "mnt")
 """`mnt` last: it brings another /proc."""

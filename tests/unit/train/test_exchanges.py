@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.errors import DtrainError
+from dtrain.train.data.exactly_once import Fault
 from dtrain.train.data.fetch import Probed
-from dtrain.train.data.findings import Fault
 from dtrain.train.data.overlap import Kept
 from dtrain.train.packed import pack, unpack
 from dtrain.train.seeding import RandomState

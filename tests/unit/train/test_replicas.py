@@ -12,7 +12,7 @@ from torch import nn
 from dtrain import Loss, Task
 from dtrain.errors import DtrainError
 from dtrain.train.loss import LossModule
-from dtrain.train.strategies.replicas import (
+from dtrain.train.strategies.dp import (
     CpuDataParallel,
     GatherableLoss,
     check_scatterable,

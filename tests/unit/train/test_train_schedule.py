@@ -11,7 +11,7 @@ import pytest
 from dtrain.errors import CheckpointError, DtrainError, UsageError
 from dtrain.job.spec import EarlyStoppingSpec, JobSpec
 from dtrain.train.data.placement import EpochPlan, Position
-from dtrain.train.loop.early_stopping import EarlyStopping
+from dtrain.train.loop.metric_callbacks import EarlyStopping
 from dtrain.train.loop.progress import Progress, Schedule, data_identity, refuse_to_end_before
 
 
@@ -24,7 +24,7 @@ def due_steps(job: JobSpec, what: str) -> list[int]:
     schedule, course, progress = Schedule(job), EpochPlan(50, 16, 3, None), Progress()
     found = []
     for batch in course.batches(0, Position()):
-        progress.step, progress.position = progress.step + 1, course.after(batch)
+        progress.step, progress.position = progress.step + 1, batch.after
         if getattr(schedule, what)(progress):
             found.append(progress.step)
     return found

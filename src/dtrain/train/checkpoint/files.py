@@ -68,15 +68,6 @@ def write_checkpoint(
     return sum(entry["bytes"] for entry in written.values())
 
 
-def verify_checkpoint(folder: Path) -> None:
-    """Read every byte and compare it with the manifest.
-
-    Raises:
-        CheckpointError: says what is wrong, without the folder's name.
-    """
-    _verify(folder, _read_manifest(folder))
-
-
 def _verify(folder: Path, listed: Manifest) -> None:
     for name, entry in listed.files.items():
         path = folder / name

@@ -72,10 +72,6 @@ def restoring(owner: str) -> Iterator[None]:
 def plain(value: Any, name: str) -> Any:
     """A tree with containers of its own, and the same tensors without their graphs.
 
-    Args:
-        value: to be saved.
-        name: whose it is.
-
     Raises:
         DtrainError: a checkpoint cannot hold it; names the leaf.
     """
@@ -95,7 +91,6 @@ def changed(value: Any, name: str, change: Change) -> Any:
 
 
 def leaves(value: Any, name: str) -> dict[str, Any]:
-    """All leaves of a tree, by name."""
     found: dict[str, Any] = {}
     changed(value, name, found.__setitem__)
     return found

@@ -14,15 +14,15 @@ import torch.distributed as dist
 
 from dtrain.errors import CheckpointError
 
-_WRAPPERS = ("_orig_mod.",)
-"""Prefixes that torch.compile puts into names."""
-
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers added."""
-    for prefix in _WRAPPERS:
-        name = name.replace(prefix, "")
-    return name
+    """A parameter's name without the prefixes that torch.compile adds."""
+    return name.replace("_orig_mod.", "")
+
+
+def plain_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The model's parameters by plain name, in its order."""
+    return {plain_name(name): each for name, each in model.named_parameters()}
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -103,7 +103,7 @@ def load_optimizer_state(
                 f"it does not fit the optimizer: no group of it holds exactly {_few(group)}"
             )
         new_groups.append({**options, "params": [position[name] for name in group]})
-    parameters = {plain_name(name): value for name, value in model.named_parameters()}
+    parameters = plain_parameters(model)
     state = {
         position[name]: {key: _as_cut(value, parameters[name]) for key, value in values.items()}
         for name, values in saved["state"].items()
@@ -116,7 +116,7 @@ def _add_groups(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
 ) -> None:
     """Add the groups of which this optimizer has no parameter, as they were."""
-    parameters = {plain_name(name): value for name, value in model.named_parameters()}
+    parameters = plain_parameters(model)
     known = {name for group in _group_names(model, optimizer) for name in group}
     for group in saved["groups"]:
         names = group["params"]
@@ -132,7 +132,7 @@ def parameters_sha256(model: torch.nn.Module) -> str:
     The same however the parameters are cut; where they are, all ranks must call it together.
     """
     digest = hashlib.sha256()
-    parameters = {plain_name(name): value for name, value in model.named_parameters()}
+    parameters = plain_parameters(model)
     for name in sorted(parameters):
         tensor = _full(parameters[name].detach()).cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -165,7 +165,7 @@ def _as_cut(value: Any, like: Any) -> Any:
 
 
 def _group_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-    names = {id(value): plain_name(name) for name, value in model.named_parameters()}
+    names = {id(value): name for name, value in plain_parameters(model).items()}
     groups = []
     for group in optimizer.param_groups:
         strangers = [value for value in group["params"] if id(value) not in names]

@@ -32,8 +32,6 @@ _NAME = re.compile(r"step-\d{8,}")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint that was read and is whole."""
-
     folder: Path
     tensors: dict[str, Any]
     progress: dict[str, Any]
@@ -93,11 +91,7 @@ class CheckpointStore:
         return folder, size
 
     def keep_as(self, folder: Path, name: str) -> None:
-        """Keep a checkpoint under another name too, which no later one pushes out.
-
-        Raises:
-            CheckpointError: on every rank, when rank 0 could not.
-        """
+        """Keep a checkpoint under another name too, which no later one pushes out."""
         problem = None
         if self._rank == 0:
             try:

@@ -11,9 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dtrain.train import collectives
-from dtrain.train.checks.errors import ReplicaError
-from dtrain.train.checks.ledger import Ledger
-from dtrain.train.checks.locate import locate
+from dtrain.train.checks.replicas import Ledger, ReplicaError
 from dtrain.train.checks.train_state import BUFFERS, TrainState
 
 logger = logging.getLogger("dtrain.check")
@@ -60,15 +58,11 @@ def check(
     known.calls += 1
     if known.calls % every:
         return
-    subject = TrainState(model, optimizer, scheduler, scaler)
-    ledger = Ledger(subject)
-    words = ledger.words()
-    kinds = ledger.differing(words)
-    if not kinds:
+    mismatch = Ledger(TrainState(model, optimizer, scheduler, scaler)).compare()
+    if mismatch is None:
         known.agreed = known.calls
         return
-    mismatch = locate(subject, words, kinds)
-    if kinds == [BUFFERS]:
+    if mismatch.kinds == (BUFFERS,):
         known.agreed = known.calls
         if not known.buffers_told:
             logger.warning("only buffers differ, which is told once: %s", mismatch.text)

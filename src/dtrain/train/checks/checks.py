@@ -10,14 +10,11 @@ import torch.distributed as dist
 
 from dtrain.train import collectives
 from dtrain.train.checks.collective_trace import CHAIN
-from dtrain.train.checks.errors import ReplicaError, Rollback
 from dtrain.train.checks.finite import FiniteGuard
-from dtrain.train.checks.ledger import Ledger
-from dtrain.train.checks.locate import locate
-from dtrain.train.checks.notices import BufferWrites, tell_batch_norm
+from dtrain.train.checks.notices import BufferWrites, Unused, tell_batch_norm
+from dtrain.train.checks.replicas import Ledger, ReplicaError
 from dtrain.train.checks.train_state import BUFFERS, MOMENTS, PARAMETERS, TrainState
 from dtrain.train.checks.unexpected_change import UnexpectedChangeDetector
-from dtrain.train.checks.unused import Unused
 from dtrain.train.context import TrainContext
 from dtrain.train.data.pipeline import Feed
 from dtrain.train.loss import LossModule
@@ -27,6 +24,14 @@ logger = logging.getLogger(__name__)
 
 _FIRST_LOOKS = 3
 """Steps at the start in which it is looked which rank writes which buffer."""
+
+
+class Rollback(Exception):
+    """A wish to go back to the newest checkpoint; carries the error to raise instead."""
+
+    def __init__(self, error: ReplicaError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Checks:
@@ -60,7 +65,7 @@ class Checks:
         self._subject = subject
         self._fault_hook = fault_hook
         self._ledger = Ledger(subject) if spec.every and collectives.in_group() else None
-        self._still, self._still_buffers = _watches(subject, context)
+        self._unchanged_state, self._unchanged_buffers = _watches(subject, context)
         writes = BufferWrites(subject.model, events, context)
         self._writes = writes if self._ledger is not None and writes.needed else None
         self._first_looks = 0
@@ -79,23 +84,17 @@ class Checks:
         tell_batch_norm(self._subject.model, self._context, self._events)
         self._compare(step)
         self._first_looks = step + _FIRST_LOOKS
-        watched = self._still is not None or self._writes is not None
+        watched = self._unchanged_state is not None or self._writes is not None
         if self._subject.optimizer is not None and watched:
             self._subject.optimizer.register_step_pre_hook(lambda *_: self._before_update())
 
     def step_begins(self, step: int, epoch: int, *, idle: bool) -> None:
-        """Before the first forward of a step, counted from 1.
-
-        Args:
-            step: the step.
-            epoch: of its samples.
-            idle: whether this rank has no samples in it.
-        """
-        if self._watched and self._still is not None:
-            self._still.begin()
+        """Before the first forward of a step, counted from 1."""
+        if self._watched and self._unchanged_state is not None:
+            self._unchanged_state.begin()
         self._fault_hook(self._subject, step)
-        if self._watched and self._still_buffers is not None:
-            self._found += self._still_buffers.look()
+        if self._watched and self._unchanged_buffers is not None:
+            self._found += self._unchanged_buffers.look()
         self.finite.begin(step, epoch)
         if self._writes is not None and (self._watched or step <= self._first_looks):
             self._writes.begin(idle=idle)
@@ -117,12 +116,12 @@ class Checks:
         if every and step % every == 0:
             self._feed.check()
             self._compare(step)
-            self._watched = self._still is not None or self._still_buffers is not None
+            self._watched = self._unchanged_state is not None or self._unchanged_buffers is not None
 
     def between_steps(self) -> None:
         """Once callbacks were told of a step: until the next, nobody changes a buffer."""
-        if self._watched and self._still_buffers is not None:
-            self._still_buffers.begin()
+        if self._watched and self._unchanged_buffers is not None:
+            self._unchanged_buffers.begin()
 
     def before_save(self, step: int) -> bool:
         """Before a checkpoint: it holds what all ranks agree on, and numbers.
@@ -142,13 +141,11 @@ class Checks:
     def _compare(self, step: int) -> None:
         if self._ledger is None:
             return
-        words = self._ledger.words()
-        kinds = self._ledger.differing(words)
-        if not kinds:
+        mismatch = self._ledger.compare()
+        if mismatch is None:
             self._agreed = step
             return
-        mismatch = locate(self._subject, words, kinds)
-        self._act(step, mismatch.text, list(mismatch.culprits), kinds)
+        self._act(step, mismatch.text, list(mismatch.culprits), list(mismatch.kinds))
 
     def _act(self, step: int, text: str, culprits: list[int], kinds: list[str]) -> None:
         before = "" if self._agreed is None else f"were one model after step {self._agreed} and "
@@ -174,8 +171,8 @@ class Checks:
     # -- what is compared with itself --------------------------------------------------------
 
     def _before_update(self) -> None:
-        if self._watched and self._still is not None:
-            self._found += self._still.look()
+        if self._watched and self._unchanged_state is not None:
+            self._found += self._unchanged_state.look()
         if self._writes is not None:
             self._writes.before_update()
 

@@ -55,12 +55,10 @@ _LIBRARIES = f"{Path(torch.__file__).parents[1]}/"
 _PACKAGE = f"{Path(__file__).resolve().parents[2]}/"
 
 Call = Callable[[], Any]
-Tamper = Callable[[bool, Call], Any]
+FaultHook = Callable[[bool, Call], Any]
 
 
 class Chain:
-    """The collectives of this process so far."""
-
     def __init__(self) -> None:
         self.value = 0
         self.count = 0
@@ -68,9 +66,9 @@ class Chain:
         self.ring: Ring | None = None
         """Where the verdict finds the last calls."""
         self._written = 0
-        self.alone = False
+        self.offline = False
         """Whether this process computes something by itself that the others do not."""
-        self.tamper: Tamper | None = None
+        self.fault_hook: FaultHook | None = None
         """Makes faults on purpose: is given whether the task made the call, and the call."""
         self._inside = threading.local()
 
@@ -80,7 +78,6 @@ class Chain:
         self.tail.clear()
 
     def add(self, text: str) -> None:
-        """One call, in words."""
         self.value = xxhash.xxh3_64_intdigest(text.encode(), seed=self.value)
         self.count += 1
         self.tail.append(text)
@@ -100,7 +97,7 @@ class Chain:
 
     def call(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a collective, and add it unless it is part of another or of a smaller group."""
-        if self.alone:
+        if self.offline:
             return _stand_in(name, kwargs)
         if getattr(self._inside, "yes", False) or not _is_world(args, kwargs):
             return function(*args, **kwargs)
@@ -111,7 +108,7 @@ class Chain:
                 return function(*args, **kwargs)
 
         site, users = _caller(sys._getframe(2))
-        return run() if self.tamper is None else self.tamper(users, run)
+        return run() if self.fault_hook is None else self.fault_hook(users, run)
 
 
 class AloneError(Exception):

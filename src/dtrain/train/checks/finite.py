@@ -14,19 +14,21 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.train import collectives
 from dtrain.train.checks import digest
 from dtrain.train.checks.collective_trace import CHAIN, AloneError
-from dtrain.train.checks.errors import NonFiniteError
 from dtrain.train.checks.spoilt import Spoilt, all_finite, and_more
 from dtrain.train.checks.train_state import GRADIENTS, PARAMETERS, TrainState
-from dtrain.train.data.fetch import Fetched
 from dtrain.train.data.loader import to_device
 from dtrain.train.data.permutation import Ids
 from dtrain.train.data.pipeline import Feed
@@ -40,17 +42,19 @@ _MAX_ALONE = 256
 """Samples that are tried one by one."""
 
 
-class FiniteGuard:
-    """Decides, before each update, whether its loss and gradients are numbers.
+class NonFiniteError(DtrainError):
+    """A loss or a gradient is NaN or infinite."""
 
-    Args:
-        subject: what is trained.
-        loss: the task's loss over the model.
-        feed: the data, to read a micro-batch again.
-        spec: the job.
-        ranks: the place of this process.
-        device: of the model.
-    """
+    def __init__(self, message: str, own: bool) -> None:
+        super().__init__(message)
+        self.collateral = not own
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), not self.collateral)
+
+
+class FiniteGuard:
+    """Decides, before each update, whether its loss and gradients are numbers."""
 
     def __init__(
         self,
@@ -62,35 +66,28 @@ class FiniteGuard:
         device: torch.device,
     ) -> None:
         self._subject = subject
-        self._loss = loss
-        self._feed = feed
         self._policy = spec.checks.on_nan
         self._max_skipped = spec.checks.max_skipped
         self._scaled = spec.train.precision == "fp16"
         self._ranks = ranks
-        self._device = device
         self._cut = subject.is_cut()
         self._step = 0
-        self._epoch = 0
-        self._ids: list[Ids] = []
-        self._losses: list[torch.Tensor] = []
+        self._search = _Search(subject, loss, feed, device)
         self._buffers: dict[str, torch.Tensor] = {}
         self._warned = False
         self._kept = Spoilt(subject)
         self.skipped_in_a_row = 0
-        feed.watchers.append(self._ids_read)
 
     def begin(self, step: int, epoch: int) -> None:
         """Before the first forward of a step, counted from 1."""
-        self._step, self._epoch = step, epoch
-        self._ids, self._losses = [], []
+        self._step = step
+        self._search.begin(epoch)
         if self._policy == "skip":  # a forward of NaN spoils BatchNorm's statistics for good
             named = self._subject.model.named_buffers()
             self._buffers = {name: each.clone() for name, each in named}
 
     def note(self, loss: torch.Tensor) -> None:
-        """The sum of losses of a micro-batch of this rank."""
-        self._losses.append(loss.detach())
+        self._search.losses.append(loss.detach())
 
     def accepts(self, loss: float, norm: torch.Tensor | None) -> bool:
         """Whether to update with the reduced gradients; called by all ranks.
@@ -115,7 +112,8 @@ class FiniteGuard:
         if not found:
             self.skipped_in_a_row = 0
             return True
-        error = self._explained(loss, norm)
+        finite_loss = math.isfinite(loss)
+        error = self._gradient_error(norm) if finite_loss else self._loss_error(loss)
         if self._policy == "stop":
             raise error
         if not self._warned or self._policy == "skip":
@@ -168,65 +166,140 @@ class FiniteGuard:
         gradients = self._subject.tensors(GRADIENTS).values()
         return not all_finite([digest.local(each) for each in gradients])
 
-    def _ids_read(self, fetched: Fetched) -> None:
-        self._ids.append(fetched.samples)
+    def _loss_error(self, loss: float) -> NonFiniteError:
+        what = f"the loss of step {self._step} is {loss}"
+        culprit = self._search.of_loss()
+        if culprit is None:
+            return NonFiniteError(f"{what}; this rank's own losses are finite", own=False)
+        spoilt = self._kept.found([PARAMETERS])  # buffers may be so by this forward
+        if spoilt:
+            what += (
+                f" ({spoilt[0]} was not finite before it{and_more(spoilt)}, though all "
+                "gradients were: an earlier update made it so)"
+            )
+        return NonFiniteError(f"{what}: rank {self._ranks.rank}'s{culprit}", own=True)
 
-    # -- whose it is, found out once ---------------------------------------------------------
-
-    def _explained(self, loss: float, norm: torch.Tensor | None) -> NonFiniteError:
-        bad = [i for i, each in enumerate(self._losses) if not math.isfinite(float(each))]
-        if not math.isfinite(loss):
-            what = f"the loss of step {self._step} is {loss}"
-            if not bad:
-                return NonFiniteError(f"{what}; this rank's own losses are finite", own=False)
-            spoilt = self._kept.found([PARAMETERS])  # buffers may be so by this forward
-            if spoilt:
-                what += (
-                    f" ({spoilt[0]} was not finite before it{and_more(spoilt)}, though all "
-                    "gradients were: an earlier update made it so)"
-                )
-            return NonFiniteError(f"{what}: rank {self._ranks.rank}'s{self._on(bad[0])}", own=True)
-        names = self._gradients()
+    def _gradient_error(self, norm: torch.Tensor | None) -> NonFiniteError:
+        gradient = f"the gradient of step {self._step}"
+        gradients = self._subject.tensors(GRADIENTS)
+        names = [n for n, each in gradients.items() if not all_finite([digest.local(each)])]
         if not names and not self._cut:
             return NonFiniteError(
-                f"the norm of the gradient of step {self._step} is {norm}, though each element of "
-                "it is finite: it is too large to be clipped",
+                f"the norm of {gradient} is {norm}, though each element of it is finite: it is too "
+                "large to be clipped",
                 own=True,
             )
         if not names:
-            return NonFiniteError(
-                f"the gradient of step {self._step} is not finite on another rank", own=False
-            )
+            return NonFiniteError(f"{gradient} is not finite on another rank", own=False)
         what = (
-            f"the gradient of step {self._step} is not finite in {len(names)} of "
-            f"{len(self._subject.parameters())} parameters, nearest to the loss {names[-1]}"
+            f"{gradient} is not finite in {len(names)} of {len(self._subject.parameters())} "
+            f"parameters, nearest to the loss {names[-1]}"
         )
-        if self._cut or not self._feed.rereadable:
-            why = "parameters are cut" if self._cut else "a stream cannot be read again"
-            return NonFiniteError(f"{what}; whose it is is not known: {why}", own=True)
         try:
-            index, own = self._own_gradients()
-        except AloneError as error:
-            why = f"the loss calls {error} of torch.distributed"
-            return NonFiniteError(f"{what}; whose it is is not known: {why}", own=True)
-        if index is None:
+            culprit = self._search.of_gradient()
+        except _UnknownSourceError as error:
+            return NonFiniteError(f"{what}; whose it is is not known: {error}", own=True)
+        if culprit is None:
             return NonFiniteError(f"{what}; this rank's own gradients are finite", own=False)
-        return NonFiniteError(
-            f"{what}: from {own[-1]} of rank {self._ranks.rank}{self._on(index, own[-1])}", own=True
+        source = f"from {culprit.parameter} of rank {self._ranks.rank}"
+        return NonFiniteError(f"{what}: {source}{culprit}", own=True)
+
+
+class _UnknownSourceError(Exception):
+    """Nobody can tell whose a gradient is; says why."""
+
+
+@dataclass(frozen=True)
+class _Culprit:
+    """A micro-batch of this rank that has a loss or a gradient that is not finite."""
+
+    number: int
+    num_micro_batches: int
+    samples: list[int]
+    """Empty where they are not known."""
+    parameter: str | None
+    """The one whose gradient it is; None: the loss is not finite."""
+    alone: list[int]
+    """Samples that give it without the others; empty where that is not known."""
+
+    def __str__(self) -> str:
+        if not self.samples:
+            return ""
+        more = len(self.samples) - _MAX_SHOWN
+        text = (
+            f", micro-batch {self.number} of {self.num_micro_batches}, samples "
+            f"{_first(self.samples)}{f' and {more} more' if more > 0 else ''}"
         )
+        if 0 < len(self.alone) < len(self.samples):
+            noun = "sample" if len(self.alone) == 1 else "samples"
+            text += f"\nalone, {noun} {_first(self.alone)} gives it"
+        return text
 
-    def _gradients(self) -> list[str]:
-        gradients = self._subject.tensors(GRADIENTS)
-        return [name for name, each in gradients.items() if not all_finite([digest.local(each)])]
 
-    def _own_gradients(self) -> tuple[int | None, list[str]]:
-        """The first micro-batch whose gradients are not finite, and of which parameters."""
+class _Search:
+    """Finds this rank's part in what is not finite, by computing its micro-batches again, alone."""
+
+    def __init__(
+        self, subject: TrainState, loss: LossModule, feed: Feed, device: torch.device
+    ) -> None:
+        self._subject = subject
+        self._loss = loss
+        self._feed = feed
+        self._device = device
+        self._epoch = 0
+        self._ids: list[Ids] = []
+        self.losses: list[torch.Tensor] = []
+        """The sum of each micro-batch of this step."""
+        self._why_not = ""
+        if subject.is_cut():
+            self._why_not = "parameters are cut"
+        elif not feed.rereadable:
+            self._why_not = "a stream cannot be read again"
+        feed.watchers.append(lambda fetched: self._ids.append(fetched.samples))
+
+    def begin(self, epoch: int) -> None:
+        self._epoch, self._ids, self.losses = epoch, [], []
+
+    def of_loss(self) -> _Culprit | None:
+        """The first micro-batch whose loss is not finite."""
+        losses = enumerate(self.losses)
+        bad = next((i for i, each in losses if not math.isfinite(float(each))), None)
+        return None if bad is None else self._culprit(bad, None)
+
+    def of_gradient(self) -> _Culprit | None:
+        """The first micro-batch whose own gradient is not finite.
+
+        Raises:
+            _UnknownSourceError: that cannot be found out.
+        """
+        if self._why_not:
+            raise _UnknownSourceError(self._why_not)
         parameters = {n: p for n, p in self._subject.parameters().items() if p.requires_grad}
-        for index, ids in enumerate(self._ids):
-            names = self._spoils(ids, parameters)
-            if names:
-                return index, names
-        return None, []
+        try:
+            for index, ids in enumerate(self._ids):
+                names = self._spoils(ids, parameters)
+                if names:
+                    return self._culprit(index, names[-1])
+        except AloneError as error:
+            raise _UnknownSourceError(f"the loss calls {error} of torch.distributed") from None
+        return None
+
+    def _culprit(self, index: int, parameter: str | None) -> _Culprit:
+        ids = self._ids[index] if index < len(self._ids) else np.zeros(0, dtype=np.int64)
+        alone = [] if self._why_not else self._alone(ids, parameter)
+        return _Culprit(index + 1, len(self.losses), ids.tolist(), parameter, alone)
+
+    def _alone(self, ids: Ids, parameter: str | None) -> list[int]:
+        """The samples whose loss, or gradient, alone is not finite, if they can be tried alone."""
+        singles = [ids[position : position + 1] for position in range(min(len(ids), _MAX_ALONE))]
+        try:
+            if parameter is None:
+                return [int(one[0]) for one in singles if self._loss_spoilt(one)]
+            only = {parameter: self._subject.parameters()[parameter]}
+            return [int(one[0]) for one in singles if self._spoils(one, only)]
+        except Exception as error:  # a norm over one sample, say: then nobody knows which it was
+            logger.debug("samples cannot be tried alone: %s", error)
+            return []
 
     def _spoils(self, ids: Ids, parameters: dict[str, torch.nn.Parameter]) -> list[str]:
         """To which parameters these samples bring a gradient that is not finite."""
@@ -238,46 +311,9 @@ class FiniteGuard:
         return [name for name, g in pairs if g is not None and not all_finite([g])]
 
     def _again(self, ids: Ids) -> torch.Tensor:
-        """The sum of losses of these samples."""
         batch = to_device(self._feed.again(self._epoch, ids), self._device)
         total: torch.Tensor = self._loss(batch, len(ids))[0]
         return total
-
-    def _on(self, index: int, parameter: str | None = None) -> str:
-        """Where a micro-batch's samples come from, in words.
-
-        Args:
-            index: of the micro-batch.
-            parameter: whose gradient is not finite; None: the loss is not.
-        """
-        if index >= len(self._ids):
-            return ""
-        ids = self._ids[index]
-        shown = ", ".join(map(str, ids[:_MAX_SHOWN].tolist()))
-        more = f" and {len(ids) - _MAX_SHOWN} more" if len(ids) > _MAX_SHOWN else ""
-        text = f", micro-batch {index + 1} of {len(self._losses)}, samples {shown}{more}"
-        guilty = self._guilty(ids, parameter) if self._feed.rereadable and not self._cut else []
-        if 0 < len(guilty) < len(ids):
-            alone = ", ".join(map(str, guilty[:_MAX_SHOWN]))
-            text += f"\nalone, {'sample' if len(guilty) == 1 else 'samples'} {alone} gives it"
-        return text
-
-    def _guilty(self, ids: Ids, parameter: str | None) -> list[int]:
-        """The samples whose loss, or gradient, alone is not finite, if they can be tried alone."""
-        guilty = []
-        try:
-            for position in range(min(len(ids), _MAX_ALONE)):
-                alone = ids[position : position + 1]
-                if (
-                    self._loss_spoilt(alone)
-                    if parameter is None
-                    else self._spoils(alone, {parameter: self._subject.parameters()[parameter]})
-                ):
-                    guilty.append(int(ids[position]))
-        except Exception as error:  # a norm over one sample, say: then nobody knows which it was
-            logger.debug("samples cannot be tried alone: %s", error)
-            return []
-        return guilty
 
     def _loss_spoilt(self, ids: Ids) -> bool:
         with self._undisturbed(), torch.no_grad():
@@ -289,12 +325,16 @@ class FiniteGuard:
         random = RandomState.capture()
         buffers = {name: each.clone() for name, each in self._subject.model.named_buffers()}
         try:
-            CHAIN.alone = True
+            CHAIN.offline = True
             with torch.enable_grad():
                 yield
         finally:
-            CHAIN.alone = False
+            CHAIN.offline = False
             random.restore()
             with torch.no_grad():
                 for name, buffer in self._subject.model.named_buffers():
                     buffer.copy_(buffers[name])
+
+
+def _first(samples: list[int]) -> str:
+    return ", ".join(map(str, samples[:_MAX_SHOWN]))

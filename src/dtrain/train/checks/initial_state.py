@@ -18,21 +18,16 @@ import torch.distributed as dist
 
 from dtrain.task import Task
 from dtrain.train import collectives
-from dtrain.train.checkpoint.state import plain_name
+from dtrain.train.checkpoint.state import plain_name, plain_parameters
 from dtrain.train.checks import digest
-from dtrain.train.checks.errors import ReplicaError
-from dtrain.train.checks.locate import element_difference
+from dtrain.train.checks.replicas import ReplicaError, element_difference
 from dtrain.train.vote import vote
 
 logger = logging.getLogger(__name__)
 
 
 def compare_surroundings(task: Task, seed: int) -> None:
-    """Make sure that all ranks run the same code with the same versions and seed.
-
-    Raises:
-        ReplicaError: names what differs, and on which ranks.
-    """
+    """Make sure that all ranks run the same code with the same versions and seed."""
     _agree(
         "the processes do not run the same program",
         {
@@ -92,12 +87,8 @@ def compare_model(model: torch.nn.Module, *, broadcast: bool) -> None:
 
 
 def compare_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Make sure that all ranks have the same optimizer: kind, groups, settings.
-
-    Raises:
-        ReplicaError: names what differs, and on which ranks.
-    """
-    names = {id(value): plain_name(name) for name, value in model.named_parameters()}
+    """Make sure that all ranks have the same optimizer: kind, groups, settings."""
+    names = {id(value): name for name, value in plain_parameters(model).items()}
     facts: dict[str, Any] = {"kind": type(optimizer).__name__}
     for index, group in enumerate(optimizer.param_groups):
         for key, value in group.items():

@@ -6,7 +6,7 @@ A warning of rank 0 and an event each.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase
@@ -25,13 +25,7 @@ _COPIED = ("ddp", "fsdp")
 
 
 def tell_batch_norm(model: torch.nn.Module, context: TrainContext, events: Events) -> None:
-    """Say that a BatchNorm normalises over a part of the step's samples, where it does.
-
-    Args:
-        model: in `train()`.
-        context: of the training.
-        events: of the run.
-    """
+    """Say that a BatchNorm normalises over a part of the step's samples, where it does."""
     strategy = context.spec.strategy
     replicas = context.local_devices if strategy == "dp" else context.ranks.world_size
     names = perturb.batch_norms(model, training=True)
@@ -50,7 +44,6 @@ def tell_batch_norm(model: torch.nn.Module, context: TrainContext, events: Event
 
 
 def remedy(strategy: str, device: str, *, of_keras: bool = False) -> str:
-    """What to do about a BatchNorm, where it is."""
     if of_keras:  # whose `synchronized=True` is for TensorFlow only
         return (
             "use a norm over features (LayerNormalization, GroupNormalization), or strategy 'exact'"
@@ -84,11 +77,7 @@ class BufferWrites:
         """Whether there is anything to look at."""
 
     def begin(self, *, idle: bool) -> None:
-        """Before a step's first forward.
-
-        Args:
-            idle: whether this rank has no samples in it.
-        """
+        """Before a step's first forward."""
         self._idle, self._written = idle, []
         self._before = self._digests()
 
@@ -142,6 +131,41 @@ class BufferWrites:
     def _digests(self) -> dict[str, int]:
         buffers = self._buffers()
         return dict(zip(buffers, digest.of_each(buffers.values()), strict=True))
+
+
+class Unused:
+    """Tells which parameters the first step, and a whole epoch, left without a gradient.
+
+    Costs nothing once every parameter has had one.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, torch.nn.Parameter], events: Events, *, active: bool
+    ) -> None:
+        self._waiting = {name: each for name, each in parameters.items() if each.requires_grad}
+        self._events = events
+        self._active = active
+        self._first = True
+
+    def step(self, step: int, *, ends_epoch: bool) -> None:
+        """After a step's backward, while its gradients are there."""
+        if not self._waiting or not self._active:
+            return
+        self._waiting = {n: p for n, p in self._waiting.items() if p.grad is None}
+        names = list(self._waiting)
+        if names and self._first:
+            self._tell(step, names, "step", "no sample of this step used them")
+        if names and ends_epoch:
+            self._tell(
+                step, names, "epoch", "no sample has used them so far; they stay as they are"
+            )
+            self._waiting = {}
+        self._first = False
+
+    def _tell(self, step: int, names: list[str], over: str, meaning: str) -> None:
+        shown = _few(names, limit=8)
+        logger.warning("parameters without a gradient after step %d: %s (%s)", step, shown, meaning)
+        self._events.write("unused_parameters", step=step, over=over, parameters=names)
 
 
 def _ranks(ranks: Iterable[int]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dtrain.train.checkpoint.state import plain_name
+from dtrain.train.checkpoint.state import plain_name, plain_parameters
 
 Named = dict[str, torch.Tensor]
 
@@ -19,8 +19,6 @@ PARAMETERS = "parameters"
 MOMENTS = "optimizer state"
 BUFFERS = "buffers"
 KEPT = "task state"
-
-TENSORS = (GRADIENTS, PARAMETERS, MOMENTS, BUFFERS)
 
 
 @dataclass
@@ -41,7 +39,6 @@ class TrainState:
     """Tensors and plain values that the task keeps, by name."""
 
     def tensors(self, kind: str) -> Named:
-        """All tensors of a kind by name, in the model's order."""
         find: dict[str, Callable[[], Named]] = {
             PARAMETERS: self.parameters,
             GRADIENTS: self._gradients,
@@ -51,10 +48,9 @@ class TrainState:
         return find[kind]()
 
     def __post_init__(self) -> None:
-        self._parameters = {plain_name(name): each for name, each in self.model.named_parameters()}
+        self._parameters = plain_parameters(self.model)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The model's parameters by plain name."""
         return self._parameters
 
     def is_cut(self) -> bool:

@@ -14,15 +14,12 @@ from dtrain.train.checks.train_state import TrainState
 
 
 class UnexpectedChangeDetector:
-    """Watches kinds of tensors of one rank."""
-
     def __init__(self, subject: TrainState, kinds: tuple[str, ...]) -> None:
         self._subject = subject
         self._kinds = kinds
         self._before: dict[str, dict[str, int]] = {}
 
     def begin(self) -> None:
-        """Keep the digests of this moment."""
         self._before = {kind: self._digests(kind) for kind in self._kinds}
 
     def look(self) -> list[str]:

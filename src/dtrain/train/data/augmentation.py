@@ -105,7 +105,6 @@ class Augmentation:
         self._quiet: list[Generator] = []
 
     def batch(self, epoch: int, samples: Ids) -> Any:
-        """The collated batch of these samples."""
         Now.key = self._seed, epoch
         try:
             if self._drawn is None:
@@ -218,7 +217,6 @@ class Augmentation:
 
 
 def listed(ids: list[int]) -> str:
-    """`samples 3, 1, 4`, the first of them."""
     more = f" and {len(ids) - _MAX_SHOWN} more" if len(ids) > _MAX_SHOWN else ""
     return f"sample{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids[:_MAX_SHOWN]))}{more}"
 
@@ -232,17 +230,14 @@ class _Spy:
         self._used: set[int] = set()
 
     def begin(self) -> None:
-        """Take note of where they stand, just seeded."""
         self._marks = [generator.mark() for generator in self._generators]
 
     def look(self) -> None:
-        """See which have moved since."""
         for index, mark in enumerate(self._marks):
             if self._generators[index].mark() != mark:
                 self._used.add(index)
 
     def verdict(self) -> tuple[list[Generator], list[Generator]]:
-        """The generators that were drawn from, and the others."""
         pairs = [(index in self._used, each) for index, each in enumerate(self._generators)]
         return [g for used, g in pairs if used], [g for used, g in pairs if not used]
 

@@ -33,7 +33,6 @@ class KeyedSums:
         return np.stack([mix_all(plain, self._keys[:2]), mix_all(plain, self._keys[2:])])
 
     def total(self, ids: Ids) -> Words:
-        """The sum of all ids; shape (3,)."""
         total = NOTHING.copy()
         for start in range(0, len(ids), _CHUNK):
             part = ids[start : start + _CHUNK]
@@ -88,17 +87,14 @@ class Tally:
             self._fold()
 
     def ranges(self) -> Words:
-        """The sums of each range; shape (ranges, 3)."""
         self._fold()
         return self._table[: (self.last_step - self.first_step) // self.width + 1]
 
     def total(self) -> Words:
-        """The sum of all; shape (3,)."""
         total: Words = self.ranges().sum(axis=0, dtype=np.uint64)
         return total
 
     def steps(self, index: int) -> range:
-        """The steps of a range."""
         first = self.first_step + index * self.width
         return range(first, min(first + self.width, self.last_step + 1))
 

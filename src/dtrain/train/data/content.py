@@ -84,7 +84,6 @@ def by_leaf(sample: Any, most: int = 16) -> dict[str, str]:
 
 
 def hash_of(contents: Mapping[int, int]) -> int:
-    """64 bits of several samples' digests and positions."""
     return xxhash.xxh3_64_intdigest(repr(tuple(contents.items())).encode())
 
 
@@ -192,7 +191,6 @@ def _closed(value: Any, path: str) -> Leaf:
 
 
 def _bits(value: Any) -> Any:
-    """The bytes of a leaf's value, contiguous."""
     if isinstance(value, torch.Tensor):
         if value.dtype in _UNKNOWN_TO_NUMPY:
             value = value.reshape(-1).view(torch.uint8)

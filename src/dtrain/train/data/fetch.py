@@ -34,7 +34,6 @@ class NotingCollate:
         """Of the last batch, if it is noted."""
 
     def __call__(self, rows: list[Any]) -> Any:
-        """The batch of these samples."""
         if self.notes:
             self.contents = [by_leaf(row) for row in rows]
         return self._collate(rows)
@@ -99,12 +98,7 @@ class Fetcher:
         """The batch for a request, on the CPU."""
         return self.fetch(request).batch
 
-    def __getitems__(self, request: Request) -> Fetched:
-        """torch's DataLoader asks in this way for what its batch sampler gave."""
-        return self.fetch(request)
-
     def fetch(self, request: Request) -> Fetched:
-        """The batch for a request, on the CPU, with the ids that the data set was asked for."""
         asked = request.samples
         if isinstance(request, Probe):
             return Fetched(asked, self._probed(request))
@@ -118,7 +112,6 @@ class Fetcher:
         return Fetched(asked, batch, self.collate.contents)
 
     def sample(self, epoch: int, sample: int) -> Any:
-        """One sample alone, as it would be in a batch."""
         return self._augmentation.sample(epoch, sample)
 
     def _probed(self, request: Request) -> Probed:

@@ -49,7 +49,6 @@ def mix(words: Words, key: Words, out: Words, scratch: Words) -> Words:
 
 
 def mix_all(words: Words, round_keys: Words) -> Words:
-    """Several rounds of `mix`, one per key, into a new array."""
     out, scratch = np.empty_like(words), np.empty_like(words)
     for index in range(len(round_keys)):
         words = mix(words, round_keys[index, ...], out, scratch)

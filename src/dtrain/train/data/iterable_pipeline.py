@@ -19,14 +19,15 @@ from dtrain.ranks import RankInfo
 from dtrain.task import Task
 from dtrain.train import collectives
 from dtrain.train.checkpoint.leaves import read, refuse_unreadable
+from dtrain.train.data import parted
 from dtrain.train.data.augmentation import sample_words
 from dtrain.train.data.content import hash_of
+from dtrain.train.data.exactly_once import Split
 from dtrain.train.data.fetch import Fetched, Request
 from dtrain.train.data.loader import Loader
 from dtrain.train.data.order import Order, of_stream
 from dtrain.train.data.pipeline import Feed, Step, Watch
 from dtrain.train.data.placement import EpochPlan, GlobalBatch, Position
-from dtrain.train.data.proof import Split
 from dtrain.train.data.stream import Block, BlockRequest, Resume, StreamFetcher
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,6 @@ class StreamFeed(Feed):
         return None
 
     def _where(self, position: Position) -> Resume:
-        """Where this rank's stream goes on."""
         return Resume(position.epoch, position.consumed, self._loaded)
 
     def _share(self, split: Split) -> tuple[int, tuple[range, ...]]:
@@ -150,10 +150,8 @@ class StreamFeed(Feed):
         return {start + int(word) for word in words}
 
     def _parted(self, batch: GlobalBatch) -> DtrainError:
-        from dtrain.train.data.parted import explain
-
         assert self._block is not None
-        return explain(batch, self._block, self.ranks.rank)
+        return parted.explain(batch, self._block, self.ranks.rank)
 
     # -- requests and answers ------------------------------------------------------------------
 
@@ -236,7 +234,6 @@ def encoded(state: Any) -> Any:
 
 
 def decoded(saved: Any) -> Any:
-    """The inverse of `encoded`."""
     if saved is None or "json" in saved:
         return None if saved is None else saved["json"]
     return read(io.BytesIO(base64.b64decode(saved["torch"])))

@@ -86,8 +86,6 @@ def fixed_eval_requests(
 
 
 class Source(Protocol[_Asked_contra, _Made_co]):
-    """Answers one request; it has `__getitems__`, a synonym, for torch's DataLoader."""
-
     def fetch(self, request: _Asked_contra) -> _Made_co:
         """What was asked for."""
 
@@ -137,11 +135,9 @@ class Loader(Generic[_Asked, _Made]):
             )
 
     def batches(self: Loader[Request, Fetched], requests: Iterable[Request]) -> Iterator[Any]:
-        """The batch of each request, in order."""
         return (fetched.batch for fetched in self.fetched(requests))
 
     def fetched(self, requests: Iterable[_Asked]) -> Iterator[_Made]:
-        """What was made for each request, in order."""
         self._requests.current = requests
         if self._loader is not None:
             made = iter(self._loader)

@@ -41,26 +41,17 @@ class LoaderProcessError(DtrainError):
 
 
 class _Own:
-    """In a loader process: which one it is."""
-
     number = 0
 
 
 @dataclass(frozen=True)
 class Failed:
-    """An error of a loader process, on its way to the rank."""
-
     error: OtherProcessError
     trace: str
 
 
 class Guarded:
-    """A fetcher whose errors are sent to the rank, for loader processes.
-
-    Args:
-        fetcher: answers requests.
-        workers: how many processes there are.
-    """
+    """A fetcher whose errors are sent to the rank, for loader processes."""
 
     def __init__(self, fetcher: Any, workers: int) -> None:
         self._fetcher = fetcher
@@ -87,7 +78,6 @@ class Guarded:
 
 
 def failed(error: BaseException) -> Failed:
-    """An error of this loader process, for the rank."""
     if isinstance(error, SystemExit):
         error.args = (f"sys.exit({error.code!r}) was called in a loader process",)
     _advise(error)
@@ -176,8 +166,6 @@ def _kill_all(owner: int) -> None:
 
 
 class Watched:
-    """The loader processes of one DataLoader, while it is iterated."""
-
     def __init__(self, guarded: Guarded, processes: list[Any]) -> None:
         self._guarded = guarded
         self.processes = processes

@@ -1,26 +1,35 @@
-"""Which sample stands at each position of each epoch: shuffled, in turn, weighted, or custom."""
+"""Which sample stands at each position of each epoch: shuffled, in turn, weighted, or custom.
+
+A weighted draw is a function of (seed, epoch, position) alone, so any rank can make any part of an
+epoch, and a resume begins anywhere: a keyed hash of the position gives 53 random bits, which are
+looked up in the running sum of the weights (inversion; Devroye, "Non-Uniform Random Variate
+Generation", 1986, section III.2).
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.task import Task
+from dtrain.train.data.hashing import keys, mix_all
 from dtrain.train.data.permutation import MAX_SAMPLES, PERMUTATION_VERSION, Ids, Permutation
-from dtrain.train.data.weighted import WEIGHTED_VERSION, WeightedEpoch, Weights
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 
 _MAX_SHOWN = 4
 
+WEIGHTED_VERSION = 1
+"""Of the map (weights, seed, epoch, position) → sample; another version is another order."""
+
 
 class EpochOrder(Protocol):
-    """The order of one epoch."""
-
     def at(self, positions: Ids) -> Ids:
         """The samples at any positions; same shape, int64."""
 
@@ -67,17 +76,12 @@ class Order:
 
 
 def shuffled(num_samples: int, seed: int) -> Order:
-    """A new permutation in every epoch."""
     name = f"shuffled, permutation version {PERMUTATION_VERSION}"
-
-    def make(epoch: int) -> Permutation:
-        return Permutation(num_samples, seed, epoch)
-
+    make = functools.partial(Permutation, num_samples, seed)
     return Order(num_samples, name, make, once=True, num_ids=num_samples)
 
 
 def in_turn(num_samples: int) -> Order:
-    """The data set's own order, 0 … num_samples-1."""
     plain = Permutation(num_samples, 0, 0, shuffle=False)
     return Order(num_samples, "not shuffled", lambda _: plain, once=True, num_ids=num_samples)
 
@@ -92,10 +96,7 @@ def weighted(weights: Any, num_samples: int, seed: int) -> Order:
     """As many draws as there are samples, with replacement; see `Weights`."""
     sums = Weights(weights, num_samples)
     name = f"weighted, version {WEIGHTED_VERSION}, weights {sums.digest}"
-
-    def make(epoch: int) -> WeightedEpoch:
-        return WeightedEpoch(sums, seed, epoch)
-
+    make = functools.partial(WeightedEpoch, sums, seed)
     return Order(num_samples, name, make, once=False, num_ids=num_samples)
 
 
@@ -124,11 +125,7 @@ def custom(make: Callable[[int], Any], dataset_size: int) -> Order:
 
 
 def order_of(task: Task, dataset_size: int, spec: JobSpec) -> Order:
-    """The order that a job's task and `data:` section ask for.
-
-    Raises:
-        DtrainError: they ask for two at once, or for something impossible.
-    """
+    """The order that a job's task and `data:` section ask for."""
 
     def make(epoch: int) -> Any:
         outer = RandomState.capture()
@@ -155,6 +152,64 @@ def order_of(task: Task, dataset_size: int, spec: JobSpec) -> Order:
     return weighted(weights, dataset_size, spec.seed)
 
 
+class Weights:
+    """The weights of all samples, as their running sum: 8 bytes a sample in every process.
+
+    Args:
+        weights: one number a sample, not negative, any array-like.
+        num_samples: how many there must be.
+
+    Raises:
+        DtrainError: they are not `num_samples` numbers that one can draw by.
+    """
+
+    def __init__(self, weights: Any, num_samples: int) -> None:
+        values = np.asarray(weights, dtype=np.float64)
+        if values.shape != (num_samples,):
+            raise DtrainError(
+                f"sample_weights() returned shape {values.shape}, but train_dataset() has "
+                f"{num_samples} samples; return one weight for each"
+            )
+        wrong = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+        if wrong.size:
+            raise DtrainError(
+                f"sample_weights() returned {values[wrong[0]]:g} for sample {wrong[0]}; weights "
+                "are finite and not negative"
+            )
+        self.digest = xxhash.xxh3_64_hexdigest(values.tobytes())
+        self.sums: NDArray[np.float64] = np.cumsum(values)
+        self.last = int(np.flatnonzero(values)[-1]) if self.sums[-1] > 0 else -1
+        """The last sample with a weight."""
+        if self.last < 0:
+            raise DtrainError("sample_weights() returned nothing but zeros: nothing can be drawn")
+
+
+class WeightedEpoch:
+    def __init__(self, weights: Weights, seed: int, epoch: int) -> None:
+        self.n = len(weights.sums)
+        self._weights = weights
+        self._keys = keys(3, "dtrain weighted", WEIGHTED_VERSION, seed, epoch)
+
+    def block(self, start: int, stop: int) -> Ids:
+        return self.at(np.arange(start, stop, dtype=np.int64))
+
+    def at(self, positions: Ids) -> Ids:
+        """The samples at any positions; same shape, int64.
+
+        Costs 0.4 µs a position with 1e6 weights, 0.8 with 1e7: the lookup misses the cache, half
+        as often when it goes through the sums in order.
+        """
+        words = mix_all(positions.reshape(-1).astype(np.uint64), self._keys)
+        sums = self._weights.sums
+        targets = (words >> np.uint64(11)).astype(np.float64) * (sums[-1] / 2.0**53)
+        in_order = np.argsort(targets)
+        found = np.empty(targets.shape, dtype=np.int64)
+        found[in_order] = np.searchsorted(sums, targets[in_order], side="right")
+        # rounding may lift a target to the very sum
+        np.minimum(found, self._weights.last, out=found)
+        return found.reshape(positions.shape)
+
+
 class _CustomEpoch:
     """What a task's `sample_order` returned for one epoch, checked where it is read."""
 
@@ -174,7 +229,6 @@ class _CustomEpoch:
             )
 
     def block(self, start: int, stop: int) -> Ids:
-        """The ids at positions start … stop-1."""
         if self._ids is not None:
             return self._checked(self._ids[start:stop], start)
         ids = _as_ids(self._given.block(start, stop))
@@ -246,6 +300,5 @@ def _as_ids(given: Any) -> Ids:
 
 
 def _some(ids: Ids) -> str:
-    """The first few of some ids."""
     shown = ", ".join(map(str, ids[:_MAX_SHOWN].tolist()))
     return shown + (", …" if len(ids) > _MAX_SHOWN else "")

@@ -38,8 +38,6 @@ values then gave a rank V/5 at most, of which another has a fifth."""
 @exchanged
 @dataclass(frozen=True)
 class Kept:
-    """What one rank has kept."""
-
     modulus: int
     num_seen: int
     """Samples whose digests the modulus divides."""
@@ -48,7 +46,6 @@ class Kept:
     """Where each stands first, in the rank's own stream; in order."""
 
     def thinned(self, modulus: int) -> Kept:
-        """What a larger modulus leaves."""
         if modulus == self.modulus:
             return self
         left = self.digests % np.uint64(modulus) == 0
@@ -64,8 +61,6 @@ class Kept:
 @exchanged
 @dataclass(frozen=True)
 class Finding:
-    """What one rank has in common with the others."""
-
     num_shared: int
     """Of its kept samples, those that another rank has read too."""
     num_compared: int
@@ -76,8 +71,6 @@ class Finding:
 
 
 class Overlap:
-    """One rank's samples of an epoch, so far."""
-
     def __init__(self, ranks: RankInfo) -> None:
         self._ranks = ranks
         self._most = min(_MAX_KEPT, _MAX_GATHERED // ranks.world_size)
@@ -85,7 +78,6 @@ class Overlap:
         self.clear()
 
     def clear(self) -> None:
-        """Begin another epoch."""
         self._modulus = 1
         self._num_seen = 0
         self._first: dict[int, int] = {}
@@ -147,7 +139,6 @@ class Overlap:
 
 
 def _finding(everyone: list[Kept], rank: int) -> Finding:
-    """What a rank has in common with each of the others."""
     mine = everyone[rank]
     shared = np.zeros(len(mine.digests), dtype=bool)
     example = None

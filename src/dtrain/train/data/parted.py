@@ -19,13 +19,7 @@ _REMEDY = (
 
 
 def explain(batch: GlobalBatch, block: Block, rank: int) -> BlamedError:
-    """The error; a collective, its message is the same on every rank.
-
-    Args:
-        batch: this rank's.
-        block: what this rank has read for it.
-        rank: this one.
-    """
+    """The error; a collective, its message is the same on every rank."""
     mine = (batch.epoch, batch.start, block.stop, block.ends_epoch)
     everyone = collectives.gather_to_all((mine, tuple(block.contents.items())))
     ballot = vote(everyone)

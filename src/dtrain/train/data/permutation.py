@@ -8,8 +8,6 @@ middle of an epoch of 1e12 samples is as quick as one at its start.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -53,10 +51,8 @@ class Permutation:
         masks = [np.array((1 << width) - 1, np.uint64) for width in self._bits]
         self._rounds = [(self._keys[i, ...], masks[i % 2]) for i in range(_ROUNDS)]
         self._table = self._make_table() if shuffle and n <= _TABLE_LIMIT else None
-        self._inverse_table: Ids | None = None
 
     def block(self, start: int, stop: int) -> Ids:
-        """The samples at positions start … stop-1 of the epoch, as int64, shape (stop - start,)."""
         if not 0 <= start <= stop <= self.n:
             raise ValueError(f"positions {start} … {stop} are not within 0 … {self.n}")
         if self._table is not None:
@@ -64,29 +60,20 @@ class Permutation:
         return self.at(np.arange(start, stop, dtype=np.int64))
 
     def at(self, positions: Ids) -> Ids:
-        """The samples at any positions, in any order; same shape, int64."""
         if self._table is not None:
             return self._table[positions]
-        return self._walk(positions, self._encrypt) if self._shuffle else positions
+        return self._walk(positions) if self._shuffle else positions
 
-    def positions_of(self, samples: Ids) -> Ids:
-        """Where samples stand in the epoch, the inverse of `at`; same shape, int64."""
-        if self._table is not None:
-            if self._inverse_table is None:
-                self._inverse_table = np.argsort(self._table)
-            return self._inverse_table[samples]
-        return self._walk(samples, self._decrypt) if self._shuffle else samples
-
-    def _walk(self, numbers: Ids, cipher: Callable[[Words], Words]) -> Ids:
+    def _walk(self, numbers: Ids) -> Ids:
         """Each number along its cycle of the cipher to the next number below n."""
         words = np.ascontiguousarray(numbers.reshape(-1)).view(np.uint64)
         found = np.empty(words.shape, dtype=np.int64)
         limit = np.uint64(self.n)
         for start in range(0, words.size, _CHUNK):
-            values = cipher(words[start : start + _CHUNK])
+            values = self._encrypt(words[start : start + _CHUNK])
             outside = np.flatnonzero(values >= limit)
             while outside.size:  # the domain is below 2n, so each walk ends at least half of them
-                walked = cipher(values[outside])
+                walked = self._encrypt(values[outside])
                 values[outside] = walked
                 outside = outside[walked >= limit]
             found[start : start + _CHUNK] = values
@@ -99,15 +86,6 @@ class Permutation:
             np.bitwise_and(mix(right, key, mixed, scratch), mask, out=mixed)
             np.bitwise_xor(left, mixed, out=left)
             left, right = right, left
-        return _joined(left, right, self._bits[1])
-
-    def _decrypt(self, words: Words) -> Words:
-        """The inverse of `_encrypt`; an even number of rounds leaves the widths as they began."""
-        left, right, mixed, scratch = _halves(words, self._bits[1])
-        for key, mask in reversed(self._rounds):
-            left, right = right, left
-            np.bitwise_and(mix(right, key, mixed, scratch), mask, out=mixed)
-            np.bitwise_xor(left, mixed, out=left)
         return _joined(left, right, self._bits[1])
 
     def _make_table(self) -> Ids:

@@ -16,14 +16,14 @@ from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.task import Task
 from dtrain.train.contract import check_dataset, named
-from dtrain.train.data import handles, samples
+from dtrain.train.data import samples, shared_files
 from dtrain.train.data.augmentation import sample_words
+from dtrain.train.data.exactly_once import Proof, Split
 from dtrain.train.data.fetch import Fetched, Fetcher, Probe, Request
 from dtrain.train.data.loader import Loader, train_requests
 from dtrain.train.data.order import Order, order_of
 from dtrain.train.data.permutation import Ids
 from dtrain.train.data.placement import EpochPlan, GlobalBatch, Position
-from dtrain.train.data.proof import Proof, Split
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +69,7 @@ class Feed(abc.ABC):
         """
 
     def agree(self, batch: GlobalBatch, total: float) -> None:
-        """Make sure that all ranks did the same step.
-
-        Args:
-            batch: this rank's.
-            total: the sum of all ranks' `batch.fingerprint`.
-
-        Raises:
-            DtrainError: on all ranks; they did not.
-        """
+        """Make sure that all ranks did the same step."""
         if total != self.ranks.world_size * batch.fingerprint:
             raise self._parted(batch)
 
@@ -107,7 +99,6 @@ class Feed(abc.ABC):
         return {} if self.proof is None else {"proof": self.proof.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`, on any number of ranks."""
         if self.proof is not None:
             self.proof.load_state_dict(state.get("proof", {}))
 
@@ -119,7 +110,6 @@ class Feed(abc.ABC):
     """Whether `again` works: samples have numbers."""
 
     def again(self, epoch: int, ids: Ids) -> Any:
-        """The batch of these samples, read once more, in this process."""
         raise NotImplementedError
 
     @abc.abstractmethod
@@ -139,8 +129,6 @@ class Feed(abc.ABC):
 
 
 class MapFeed(Feed):
-    """Of a map-style data set: every sample has a number."""
-
     rereadable = True
 
     def __init__(
@@ -160,15 +148,14 @@ class MapFeed(Feed):
     ) -> Iterator[Step]:
         requests = train_requests(self.course.batches(step, position), self.order, split)
         probes = self._probes(step, position)
-        opened = handles.places() if probes and self.spec.data.workers > 1 else {}
+        opened = shared_files.places() if probes and self.spec.data.workers > 1 else {}
         # the first to be asked for, and so read where all samples are: a data set may open its
         # files when it is read first, and must not have done so before loader processes are forked
         fetched = self._loader.fetched(itertools.chain(probes, watch(requests)))
         for probe in probes:
             mine = next(fetched).batch
-            samples.refuse_shared_files(
-                handles.moved(opened, self.dataset), self.spec.data.workers, self.ranks
-            )
+            moved = shared_files.moved(opened, self.dataset)
+            shared_files.refuse(moved, self.spec.data.workers, self.ranks)
             samples.compare(probe, mine, self._fetcher.sample, self.ranks)
         for batch in self.course.batches(step, position):
             num_micro_batches = len(split(batch))

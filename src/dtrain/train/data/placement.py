@@ -50,7 +50,6 @@ class GlobalBatch:
 
     @property
     def size(self) -> int:
-        """Samples in this step, over all ranks."""
         return self.stop - self.start
 
     def part(self, rank: int, world_size: int) -> range:
@@ -89,7 +88,6 @@ class GlobalBatch:
 
     @property
     def after(self) -> Position:
-        """The position once this batch is consumed."""
         return Position(self.epoch + 1, 0) if self.ends_epoch else Position(self.epoch, self.stop)
 
 
@@ -153,7 +151,3 @@ class EpochPlan:
             yield GlobalBatch(step, epoch, start, stop, ends_epoch)
             step += 1
             epoch, start = (epoch + 1, 0) if ends_epoch else (epoch, stop)
-
-    def after(self, batch: GlobalBatch) -> Position:
-        """The position once this batch is consumed."""
-        return batch.after

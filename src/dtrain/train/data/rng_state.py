@@ -20,8 +20,6 @@ _WORDS = 625 * 4
 
 
 class Generator(Protocol):
-    """One global generator."""
-
     def seed(self, word: int) -> None:
         """Begin anew from 64 random bits."""
 
@@ -160,7 +158,6 @@ def drawn_from(holder: Any, read: Callable[[], Any]) -> list[str]:
 
 
 def _place(generator: Any) -> str:
-    """Where a generator stands, comparable."""
     for name in ("getstate", "get_state"):
         if hasattr(generator, name):
             state = getattr(generator, name)()
@@ -187,7 +184,6 @@ def held(holder: Any, kinds: type | tuple[type, ...]) -> Iterator[tuple[str, Any
 
 
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds, and how to get there from it."""
     if isinstance(value, dict):
         yield from ((f"[{key!r}]", inner) for key, inner in value.items())
     elif isinstance(value, list | tuple) and len(value) < _MAX_LOOKED_AT:

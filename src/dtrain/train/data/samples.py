@@ -26,17 +26,7 @@ may have given the same twice."""
 
 
 def compare(probe: Probe, mine: Probed, read: Callable[[int, int], Any], ranks: RankInfo) -> None:
-    """Make sure that all ranks read the same; called by all ranks.
-
-    Args:
-        probe: what was asked for, the same on all ranks.
-        mine: what this rank read.
-        read: reads a sample of an epoch once more, in this process.
-        ranks: the place of this process.
-
-    Raises:
-        BlamedError: on all ranks: some read other data.
-    """
+    """Make sure that all ranks read the same; called by all ranks."""
     everyone = collectives.gather_to_all(mine)
     unsteady = [each for each in everyone if each.first != each.second]
     if unsteady:
@@ -49,30 +39,6 @@ def compare(probe: Probe, mine: Probed, read: Callable[[int, int], Any], ranks: 
         if ballot.others:
             _explain(ballot, sample, functools.partial(read, probe.epoch, sample), ranks)
             return
-
-
-def refuse_shared_files(files: list[str], workers: int, ranks: RankInfo) -> None:
-    """Make sure that loader processes share no position in a file; called by all ranks.
-
-    Args:
-        files: those in which loader processes of this rank share it.
-        workers: loader processes of each rank.
-        ranks: the place of this process.
-
-    Raises:
-        BlamedError: on all ranks: they do.
-    """
-    everyone = collectives.gather_to_all(files)
-    culprits = [rank for rank, theirs in enumerate(everyone) if theirs]
-    if culprits:
-        raise BlamedError(
-            f"{workers} loader processes share the position in a file that train_dataset() has "
-            f"opened: {everyone[culprits[0]][0]}\n"
-            "each reads where another has gone to: open it in __getitem__, when it is not open in "
-            "this process yet, read it by np.memmap or os.pread, or set data.workers: 0",
-            culprits,
-            ranks.rank,
-        )
 
 
 def _warn(sample: int, generators: tuple[str, ...], ranks: RankInfo) -> None:

@@ -10,11 +10,11 @@ from dtrain.job.stream import sharded_problem
 from dtrain.ranks import RankInfo
 from dtrain.task import Task
 from dtrain.train import collectives
+from dtrain.train.data.exactly_once import Split
 from dtrain.train.data.iterable_pipeline import StreamFeed, decoded, encoded
 from dtrain.train.data.order import Order, of_stream
 from dtrain.train.data.overlap import Overlap
 from dtrain.train.data.placement import GlobalBatch, Position
-from dtrain.train.data.proof import Split
 from dtrain.train.data.stream import Block, Resume
 from dtrain.train.seeding import derive_seed
 
@@ -50,11 +50,7 @@ class ShardedFeed(StreamFeed):
         """Samples that each rank has read of the epoch that has just ended."""
 
     def check(self) -> None:
-        """At the end of an epoch, make sure that the ranks' samples are not the same.
-
-        Raises:
-            DtrainError: they are.
-        """
+        """At the end of an epoch, make sure that the ranks' samples are not the same."""
         if self._overlap is not None and self._whole is not None:
             self._overlap.compare()
             self._overlap.clear()

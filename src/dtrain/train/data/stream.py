@@ -37,8 +37,6 @@ def is_stream(dataset: Any) -> bool:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where to begin in the first epoch."""
-
     epoch: int
     position: int
     """Samples of the epoch that were consumed."""
@@ -55,8 +53,6 @@ class Resume:
 
 @dataclass(frozen=True)
 class BlockRequest:
-    """One rank's micro-batches of a global batch of the stream."""
-
     epoch: int
     start: int
     """Position in the epoch of the block's first sample."""
@@ -73,8 +69,6 @@ class BlockRequest:
 
 
 class Block(NamedTuple):
-    """What a request came to."""
-
     epoch: int
     start: int
     stop: int
@@ -88,7 +82,6 @@ class Block(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Samples in it."""
         return max(0, self.stop - self.start)
 
 
@@ -110,10 +103,6 @@ class StreamFetcher:
         self._seeds = seed, seed if own_seed is None else own_seed
         self._pid = os.getpid()
         self._reader: _Reader | None = None
-
-    def __getitems__(self, request: BlockRequest) -> Block:
-        """torch's DataLoader asks in this way for what its batch sampler gave."""
-        return self.fetch(request)
 
     def fetch(self, request: BlockRequest) -> Block:
         """Read up to the end of the block, and collate this rank's part of it."""
@@ -211,7 +200,6 @@ class _Reader:
         return rows, contents
 
     def ends(self) -> bool:
-        """Whether there is no sample at `position`."""
         if not self._ahead and not self._ended:
             self._reseed()
             self._ahead = self._next()

@@ -14,13 +14,7 @@ _BY_VALUE = ("int", "float", "complex", "bool", "str", "bytes", "NoneType")
 
 
 def note_samples(error: Exception, rows: Sequence[Any], names: Sequence[str]) -> None:
-    """Add to an error of `collate` what is not alike in its samples, where that may be why.
-
-    Args:
-        error: what it raised.
-        rows: the samples.
-        names: what each is called, as `sample 13`.
-    """
+    """Add to an error of `collate` what is not alike in its samples, where that may be why."""
     stacks = "stack expects" in str(error) or any(
         frame.filename.endswith("torch/utils/data/_utils/collate.py")
         for frame in traceback.extract_tb(error.__traceback__)

@@ -30,9 +30,6 @@ def build_parts(context: TrainContext, strategy: Strategy) -> Parts:
 
     Every method of the task runs with its own seed, the same on all ranks, so that none of them
     changes what another draws.
-
-    Raises:
-        DtrainError: the task returned something that cannot be trained.
     """
     task, seed = context.task, context.spec.seed
     seed_everything(derive_seed("model", seed))
@@ -122,7 +119,6 @@ def feed_identity(feed: Feed) -> dict[str, Any]:
 
 
 def make_evaluators(context: TrainContext) -> Evaluators | None:
-    """What evaluates the task; None when it has no evaluation data."""
     seed_everything(derive_seed("eval_dataset", context.spec.seed))
     dataset = context.task.eval_dataset()
     if dataset is None:
@@ -131,6 +127,5 @@ def make_evaluators(context: TrainContext) -> Evaluators | None:
 
 
 def pins_memory(context: TrainContext) -> bool:
-    """Whether batches go through page-locked memory; `auto` means with a GPU."""
     wish = context.spec.data.pin_memory
     return context.device.type == "cuda" if wish == "auto" else bool(wish)

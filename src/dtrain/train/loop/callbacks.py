@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dtrain.callback import Callback, Session
-from dtrain.errors import CheckpointError, DtrainError, UsageError
-from dtrain.job.spec import BestSpec, EarlyStoppingSpec
+from dtrain.callback import Callback
+from dtrain.errors import DtrainError, UsageError
 from dtrain.train import collectives
 from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
 from dtrain.train.context import TrainContext
-from dtrain.train.loop.early_stopping import EarlyStopping, no_such_metric
+from dtrain.train.loop.metric_callbacks import EarlyStopping, KeepBest
 from dtrain.train.loop.progress import Progress
 from dtrain.train.loop.step import Parts
 
@@ -24,11 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def listed(callbacks: Any) -> list[Any]:
-    """What `Task.callbacks` returned, as a list.
-
-    Raises:
-        DtrainError: it is none.
-    """
+    """What `Task.callbacks` returned, as a list."""
     if not isinstance(callbacks, Iterable | None):
         raise DtrainError(f"callbacks() returned a {type(callbacks).__name__}, not a list of them")
     return list(callbacks or ())
@@ -42,8 +34,10 @@ class View:
         log: Callable[[str, float], None],
         keep_best: Callable[[], None],
     ) -> None:
-        self._context = context
-        self._parts = parts
+        self.rank = context.ranks.rank
+        self.run_dir = context.run.path
+        self.model = parts.model
+        self.optimizer = parts.optimizer
         self.progress = Progress()
         self._log = log
         self.batch_size = 0
@@ -60,28 +54,7 @@ class View:
     def epoch(self) -> int:
         return self.progress.position.epoch
 
-    @property
-    def rank(self) -> int:
-        return self._context.ranks.rank
-
-    @property
-    def model(self) -> torch.nn.Module:
-        return self._parts.model
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        return self._parts.optimizer
-
-    @property
-    def run_dir(self) -> Path:
-        return self._context.run.path
-
     def log(self, name: str, value: float) -> None:
-        """See `Session`.
-
-        Raises:
-            DtrainError: it is no number.
-        """
         try:
             self._log(name, float(value))
         except (TypeError, ValueError):
@@ -92,19 +65,7 @@ class View:
 
 
 class Callbacks:
-    """Tells all of them, in order: the user's first, so that what they keep is in a checkpoint.
-
-    Args:
-        context: of the training.
-        parts: what is trained.
-        log: takes numbers for the next line of metrics.
-        keep_best: saves, and keeps that checkpoint as the best one.
-        evaluates: whether the task has data for evaluation.
-
-    Raises:
-        DtrainError: `Task.callbacks` returned something else.
-        UsageError: the job asks for one that needs evaluations, and there are none.
-    """
+    """Tells all of them, in order: the user's first, so that what they keep is in a checkpoint."""
 
     def __init__(
         self,
@@ -130,7 +91,7 @@ class Callbacks:
         if spec.train.early_stopping is not None:
             if spec.eval.every_steps is None and spec.eval.every_epochs is None:
                 raise UsageError("train.early_stopping needs eval.every_steps or eval.every_epochs")
-            self._all["early_stopping"] = StopEarly(spec.train.early_stopping)
+            self._all["early_stopping"] = EarlyStopping(spec.train.early_stopping)
         if spec.checkpoint.best is not None:
             self._all["best"] = KeepBest(spec.checkpoint.best)
         needing = {"early_stopping": "train.early_stopping", "best": "checkpoint.best"}
@@ -140,7 +101,6 @@ class Callbacks:
 
     @property
     def each(self) -> list[Callback]:
-        """All of them."""
         return list(self._all.values())
 
     def add(self, name: str, callback: Callback) -> None:
@@ -149,7 +109,6 @@ class Callbacks:
         self.load_state_dict({name: self._loaded[name]} if name in self._loaded else {})
 
     def start(self, progress: Progress) -> None:
-        """Before the first step."""
         self.view.progress = progress
         self._tell("on_start")
 
@@ -175,11 +134,9 @@ class Callbacks:
         return reason is not None
 
     def saved(self, folder: Path) -> None:
-        """After a checkpoint."""
         self._tell("on_checkpoint", folder)
 
     def end(self) -> None:
-        """At the end of a complete training."""
         self._tell("on_end")
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,55 +177,3 @@ def _name(error: Exception, callback: Callback, method: str) -> None:
     """Let an error say in which callback it was; ours say it in their own words."""
     if not isinstance(error, DtrainError):
         error.add_note(f"in {method}() of callback {type(callback).__name__}")
-
-
-class StopEarly(Callback):
-    """Ends training when a metric no longer improves."""
-
-    def __init__(self, spec: EarlyStoppingSpec) -> None:
-        self._watch = EarlyStopping(spec)
-        self.state_dict = self._watch.state_dict  # type: ignore[method-assign]
-        self.load_state_dict = self._watch.load_state_dict  # type: ignore[method-assign]
-
-    def on_eval(self, session: Session, metrics: Mapping[str, float]) -> None:
-        self._watch.update(dict(metrics), session.step)
-        if self._watch.exhausted:
-            session.stop(str(self._watch))
-
-
-class KeepBest(Callback):
-    """Keeps the checkpoint with the best value of a metric."""
-
-    def __init__(self, spec: BestSpec) -> None:
-        self._spec = spec
-        self._best: float | None = None
-
-    def on_eval(self, session: Session, metrics: Mapping[str, float]) -> None:
-        """See `Callback`.
-
-        Raises:
-            UsageError: there is no metric of that name.
-        """
-        name = self._spec.metric
-        if name not in metrics:
-            raise no_such_metric("checkpoint.best.metric", name, metrics)
-        sign = 1 if self._spec.mode == "max" else -1
-        value = metrics[name]
-        if math.isnan(value) or (self._best is not None and sign * value <= sign * self._best):
-            return
-        self._best = value
-        session.keep_best()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"of": [self._spec.metric, self._spec.mode], "best": self._best}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Callback`.
-
-        Raises:
-            CheckpointError: it is of a state of something else.
-        """
-        if "best" not in state:
-            raise CheckpointError("it holds no best value")
-        if state["of"] == [self._spec.metric, self._spec.mode]:
-            self._best = state["best"]

@@ -17,7 +17,7 @@ from dtrain.train.checkpoint.state import (
     load_optimizer_state,
     model_state,
     optimizer_state,
-    plain_name,
+    plain_parameters,
 )
 from dtrain.train.checkpoint.store import CheckpointStore, Loaded
 from dtrain.train.context import TrainContext
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """Saves and restores one training: parameters, optimizer, random numbers, position."""
-
     def __init__(
         self,
         context: TrainContext,
@@ -50,8 +48,8 @@ class Saver:
         self._kept = kept
         self._data = data
         self._events = events
-        named = parts.model.named_parameters()
-        self._parameters = {plain_name(name): (each, each.requires_grad) for name, each in named}
+        named = plain_parameters(parts.model).items()
+        self._parameters = {name: (each, each.requires_grad) for name, each in named}
         """By name, and whether it requires a gradient as the task made it."""
         self._settings = Settings(context.spec, parts)
         keep = context.spec.checkpoint.keep

@@ -72,7 +72,6 @@ class Evaluators:
         return found
 
     def close(self) -> None:
-        """End the loader processes."""
         for each in self._each:
             each.close()
 
@@ -130,7 +129,6 @@ class Evaluator:
         return metrics
 
     def close(self) -> None:
-        """End the loader processes."""
         self._loader.close()
 
     def _sheltered(

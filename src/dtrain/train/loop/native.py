@@ -7,10 +7,10 @@ import logging
 from collections.abc import Callable
 
 from dtrain.run.failures import in_step
-from dtrain.train.checks.errors import Rollback
+from dtrain.train.checks.checks import Rollback
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.data import loader_process
-from dtrain.train.faults.inject import Injector
+from dtrain.train.faults import Injector
 from dtrain.train.loop.task_state import Kept
 from dtrain.train.loop.training import Metrics, Training
 
@@ -60,7 +60,6 @@ class NativeTrainer:
         return evaluate()
 
     def drive(self, training: Training) -> TrainResult:
-        """Do all of its steps, in a loop of our own."""
         complete = training.begin()
         if complete:
             for step in training.steps():

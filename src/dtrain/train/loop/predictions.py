@@ -32,8 +32,6 @@ UNNAMED = "predictions"
 @exchanged
 @dataclass(frozen=True)
 class _Column:
-    """What all rows of one array have in common."""
-
     dtype: str
     row: tuple[int, ...]
     """A row's shape."""
@@ -49,7 +47,6 @@ Columns = dict[str, _Column]
 
 
 def predicts(task: Task) -> bool:
-    """Whether a task has `predict`."""
     return type(task).predict is not Task.predict or "predict" in vars(task)
 
 
@@ -110,7 +107,6 @@ class Predictions:
             shutil.rmtree(self._folder.parent, ignore_errors=True)
 
     def discard(self) -> None:
-        """Remove what this rank has written."""
         self._close()
         shutil.rmtree(self._folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # the last one out

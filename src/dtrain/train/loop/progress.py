@@ -101,8 +101,6 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Saved:
-    """What `Progress.to_saved` has written."""
-
     step: int
     epoch: int
     consumed: int
@@ -124,15 +122,7 @@ _FIELDS = {"seed": "seed", "shuffle": "data.shuffle"}
 
 
 def refuse_to_end_before(step: int, end: int | None) -> None:
-    """Refuse a course that a checkpoint is past.
-
-    Args:
-        step: of the checkpoint; 0 without one.
-        end: the last step of the course; None when nobody knows it.
-
-    Raises:
-        DtrainError: it ends before.
-    """
+    """Refuse a course that a checkpoint is past."""
     if end is not None and step > end:
         raise DtrainError(
             f"the checkpoint is of step {step}, and the training is to end after step {end}; give "
@@ -145,12 +135,6 @@ def data_identity(
 ) -> dict[str, Any]:
     """What a position depends on. A data set may add a `fingerprint` of its own, or a method;
     that of a TensorDataset is the digest of its tensors, 0.27 ms for a million numbers.
-
-    Args:
-        spec: the job.
-        dataset: of the training.
-        num_samples: in an epoch; None for a stream.
-        order: the order's name.
     """
     fingerprint = getattr(dataset, "fingerprint", None)
     if fingerprint is None and type(dataset) is TensorDataset:
@@ -168,19 +152,15 @@ def data_identity(
 
 
 class Schedule:
-    """Whether an evaluation or a checkpoint follows a step."""
-
     def __init__(self, spec: JobSpec) -> None:
         self._spec = spec
         self._last_save = time.monotonic()
 
     def evaluation_due(self, progress: Progress) -> bool:
-        """Whether to evaluate now."""
         spec = self._spec.eval
         return _due(progress, spec.every_steps, spec.every_epochs)
 
     def save_due(self, progress: Progress) -> bool:
-        """Whether to save now, by the number of steps and epochs."""
         spec = self._spec.checkpoint
         return _due(progress, spec.every_steps, spec.every_epochs)
 

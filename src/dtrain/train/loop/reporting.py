@@ -33,7 +33,6 @@ class Report:
         self._since = time.monotonic()
 
     def started(self, progress: Progress, *, resumed: bool) -> None:
-        """Before the first step."""
         spec, ranks, course = self._context.spec, self._context.ranks, self._course
         self._events.write(
             "training_started",
@@ -87,7 +86,6 @@ class Report:
         logger.info("epoch %d: %d samples, %s", batch.epoch, sum(samples), told)
 
     def evaluated(self, progress: Progress) -> None:
-        """After an evaluation."""
         if self._active:
             position = progress.position
             epoch = position.epoch if position.consumed else position.epoch - 1
@@ -95,7 +93,6 @@ class Report:
             logger.info("evaluation after step %d: %s", progress.step, _listed(progress.metrics))
 
     def predicted(self, progress: Progress, num_samples: int) -> None:
-        """After predictions are written."""
         path = self._context.run.predictions
         self._events.write(
             "predictions_written", step=progress.step, file=path.name, samples=num_samples
@@ -105,13 +102,11 @@ class Report:
         )
 
     def left(self, progress: Progress, reason: str, rank: int) -> None:
-        """Before leaving because somebody asked to."""
         self._metrics.outcome = "stopped"
         self._events.write("stopped", reason=reason, rank=rank, step=progress.step)
         logger.warning("leaving after step %d: %s (on rank %d)", progress.step, reason, rank)
 
     def finished(self, result: TrainResult) -> None:
-        """At the end of a complete training."""
         self._metrics.outcome = "finished"
         self._events.write(
             "finished",
@@ -124,7 +119,6 @@ class Report:
         logger.info("finished: %d steps, %.1f s in this process", result.steps, result.seconds)
 
     def close(self) -> None:
-        """Flush what is buffered."""
         self._metrics.close()
 
 

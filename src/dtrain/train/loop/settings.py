@@ -22,12 +22,7 @@ Numbers = dict[str, Any]
 
 
 class Settings:
-    """What the job says of a training, and what its task made of that before anything was loaded.
-
-    Args:
-        spec: the job.
-        parts: as the task made them.
-    """
+    """What the job says of a training, and what its task made of that before a checkpoint came."""
 
     def __init__(self, spec: JobSpec, parts: Parts) -> None:
         said = spec.to_plain()
@@ -42,7 +37,6 @@ class Settings:
             self._scheduler = {"the scheduler's class": type(inner).__name__, **state}
 
     def to_saved(self) -> dict[str, Any]:
-        """For a checkpoint."""
         return {
             "args": self._args,
             "train": self._train,

@@ -45,8 +45,6 @@ class StepFlags(NamedTuple):
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What all ranks know once a step is done."""
-
     loss: float
     """Sum over everyone's sums / sum of everyone's weights, before the step."""
     flags: StepFlags

@@ -20,14 +20,7 @@ _FILE = "kept"
 
 
 class Kept:
-    """The state of one task and of its averages, for checkpoints and comparisons.
-
-    Args:
-        context: of the training.
-
-    Raises:
-        DtrainError: the task has only one of `state_dict` and `load_state_dict`.
-    """
+    """The state of one task and of its averages, for checkpoints and comparisons."""
 
     def __init__(self, context: TrainContext) -> None:
         self._task = context.task
@@ -40,15 +33,7 @@ class Kept:
         """The task's state before the first of all steps, where it may have to go back to that."""
 
     def begin(self, model: torch.nn.Module, callbacks: Iterable[Any]) -> None:
-        """Take the averages of a model that was just built, and begin from the first state.
-
-        Args:
-            model: the task's.
-            callbacks: of the training, some of which may be averages.
-
-        Raises:
-            DtrainError: a checkpoint could not hold the task's state; or averages cannot be kept.
-        """
+        """Take the averages of a model that was just built, and begin from the first state."""
         listed = [each for each in callbacks if isinstance(each, EMA)]
         for each in listed:
             each.attach(model)
@@ -70,16 +55,11 @@ class Kept:
         return model if averaged is None else averaged
 
     def update(self) -> None:
-        """After an optimizer step."""
         for each in self._averages.values():
             each.update()
 
     def state(self) -> dict[str, Any]:
-        """The state of each owner that has some; the tensors are the live ones.
-
-        Raises:
-            DtrainError: a checkpoint could not hold it.
-        """
+        """The state of each owner that has some; the tensors are the live ones."""
         states: dict[str, Any] = {name: each.kept() for name, each in self._averages.items()}
         if self._has_state:
             given = self._task.state_dict()
@@ -89,7 +69,6 @@ class Kept:
         return {owner: plain(each, owner) for owner, each in states.items() if each}
 
     def leaves(self) -> dict[str, Any]:
-        """All that it holds, by name."""
         return _leaves(self.state())
 
     def to_saved(self) -> dict[str, Any]:
@@ -157,7 +136,6 @@ class Kept:
 
 
 def _has_state(task: Task) -> bool:
-    """Whether a task has state of its own."""
     pair = ("state_dict", "load_state_dict")
     own = [n for n in pair if n in vars(task) or getattr(type(task), n) is not getattr(Task, n)]
     if len(own) == 1:

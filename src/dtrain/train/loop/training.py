@@ -18,7 +18,7 @@ from dtrain.train.checks.train_state import TrainState
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.data.pipeline import Step
 from dtrain.train.data.placement import GlobalBatch
-from dtrain.train.faults.inject import Injector
+from dtrain.train.faults import Injector
 from dtrain.train.loop import build
 from dtrain.train.loop.added_groups import watch_groups
 from dtrain.train.loop.callbacks import Callbacks
@@ -37,14 +37,7 @@ EvaluationWrapper = Callable[[Callable[[], Metrics | None]], Metrics | None]
 
 
 class Training:
-    """One training in one process, from set-up to result.
-
-    Args:
-        context: of the training.
-        injector: makes the faults that are asked for.
-        kept: what the task remembers; lasts over rollbacks.
-        evaluation_wrapper: calls each evaluation.
-    """
+    """One training in one process, from set-up to result."""
 
     def __init__(
         self,
@@ -141,11 +134,7 @@ class Training:
         return not self._owes_evaluation() or self._evaluate()
 
     def end(self, *, complete: bool) -> TrainResult:
-        """After the last step: evaluate and save, and leave when asked to.
-
-        Args:
-            complete: whether no step asked to leave.
-        """
+        """After the last step: evaluate and save, and leave when asked to."""
         if not (complete and self._evaluate_at_end()):
             return self._leave()
         self._injector.end(self._state, self.progress.step)

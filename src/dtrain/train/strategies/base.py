@@ -1,4 +1,4 @@
-"""What a strategy does for one optimizer step; this base is also the whole of `single`."""
+"""What a strategy does for one optimizer step; `single`, which does no more than that."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from dtrain.errors import UsageError
+from dtrain.errors import DtrainError, UsageError
 from dtrain.train.context import TrainContext
 from dtrain.train.data.placement import GlobalBatch
 from dtrain.train.loss import LossModule, LossParts
+
+_BROADCAST_BYTES = 250 * 1024 * 1024  # as DDP itself
 
 
 def known_norm(norm: torch.Tensor) -> torch.Tensor:
@@ -20,9 +23,16 @@ def known_norm(norm: torch.Tensor) -> torch.Tensor:
     return norm.nan_to_num(nan=0.0, posinf=math.inf)
 
 
-class Pending:
-    """Numbers on their way to being summed over all ranks."""
+def broadcast_buffers(buffers: list[torch.Tensor]) -> None:
+    """Give every rank the first rank's buffers, between two steps.
 
+    DDP does so before each forward; here replicas are equal at every step boundary.
+    """
+    if buffers:
+        dist._broadcast_coalesced(dist.group.WORLD, buffers, _BROADCAST_BYTES, 0)
+
+
+class Pending:
     def __init__(
         self,
         vector: torch.Tensor,
@@ -34,7 +44,6 @@ class Pending:
         self._read = read
 
     def wait(self) -> list[float]:
-        """The sums, the same on every rank."""
         if self._work is not None:
             self._work.wait()
         return self._read(self._vector.tolist())
@@ -139,4 +148,24 @@ class Strategy:
             raise UsageError(
                 f"strategy {name!r} trains in one process, but {self.world_size} were started; "
                 "use strategy 'ddp'"
+            )
+
+
+class SingleStrategy(Strategy):
+    """One process, one device."""
+
+    def __init__(self, context: TrainContext) -> None:
+        super().__init__(context)
+        self._require_one_process("single")
+
+
+def refuse_sparse(model: torch.nn.Module, strategy: str) -> None:
+    """Make sure that no layer makes sparse gradients."""
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) and isinstance(
+            module, torch.nn.Embedding | torch.nn.EmbeddingBag
+        ):
+            raise DtrainError(
+                f"{name} makes sparse gradients, which strategy {strategy!r} does not reduce; "
+                "build it with sparse=False, or use strategy 'single'"
             )

@@ -13,11 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain.train.context import TrainContext
 from dtrain.train.data.placement import GlobalBatch
 from dtrain.train.loss import NO_SAMPLES, LossModule, LossParts
-from dtrain.train.strategies.base import Pending, Strategy
-from dtrain.train.strategies.refusals import refuse_sparse
-from dtrain.train.strategies.trainable import Trainable
-
-_BROADCAST_BYTES = 250 * 1024 * 1024  # as DDP itself
+from dtrain.train.strategies.base import Pending, Strategy, broadcast_buffers, refuse_sparse
+from dtrain.train.strategies.parameters import Trainable
 
 
 class DDPStrategy(Strategy):
@@ -52,7 +49,6 @@ class DDPStrategy(Strategy):
         """Addresses of the gradients before the last micro-batch of this step."""
 
     def prepare(self, module: LossModule) -> None:
-        """Wrap the loss."""
         super().prepare(module)
         if self.world_size == 1:
             return
@@ -91,13 +87,7 @@ class DDPStrategy(Strategy):
         self._has_samples = False
 
     def finish_step(self) -> None:
-        """Give every rank the first rank's buffers, as DDP does before each forward.
-
-        Here instead of there, so that replicas are equal at every step boundary.
-        """
-        if self._ddp is not None and self._buffers:
-            group = dist.group.WORLD
-            dist._broadcast_coalesced(group, self._buffers, _BROADCAST_BYTES, 0)
+        broadcast_buffers(self._buffers)
 
     def start_sum(self, values: Sequence[float | torch.Tensor]) -> Pending:
         """Begin an all-reduce of a few scalars, in fp64."""

@@ -18,14 +18,17 @@ from dtrain.train.data.placement import GlobalBatch
 from dtrain.train.loss import LossModule, LossParts
 from dtrain.train.precision import Precision
 from dtrain.train.seeding import RandomState
-from dtrain.train.strategies.base import Pending, Strategy, known_norm
+from dtrain.train.strategies.base import (
+    Pending,
+    Strategy,
+    broadcast_buffers,
+    known_norm,
+    refuse_sparse,
+)
 from dtrain.train.strategies.fsdp_gathers import Gathers
 from dtrain.train.strategies.fsdp_wrapping import check_shardable, units
 from dtrain.train.strategies.lent import lend
-from dtrain.train.strategies.refusals import refuse_sparse
-from dtrain.train.strategies.unused_parameters import Usage
-
-_BROADCAST_BYTES = 250 * 1024 * 1024
+from dtrain.train.strategies.parameters import Usage
 
 _NOTHING = object()
 """Instead of a batch: a forward without a loss."""
@@ -58,21 +61,17 @@ class FSDPStrategy(Strategy):
         self._buffers: list[torch.Tensor] = []
         self._usage = Usage({})
         self._precision = Precision(context.spec.train.precision, context.device)
-        self._fillers = 0
+        self._padding_forwards = 0
         """How many forwards this rank owes the others in this step."""
-        self._shares = False
+        self._borrows_batch = False
         """Whether some rank is without samples in this step and has yet to borrow one."""
         self._lender = 0
         """The rank that it borrows from, one with as many samples as any."""
-        self._held: tuple[Any, int] = (None, 0)
+        self._last_batch: tuple[Any, int] = (None, 0)
         """The micro-batch that fillers run again, and its size."""
 
     def shard(self, module: LossModule) -> None:
-        """Replace the model's parameters by this rank's parts.
-
-        Raises:
-            DtrainError: FSDP cannot cut the model; says why.
-        """
+        """Replace the model's parameters by this rank's parts."""
         if self.world_size == 1:
             return
         refuse_sparse(module.model, "fsdp")
@@ -109,8 +108,8 @@ class FSDPStrategy(Strategy):
         size = self.context.spec.train.micro_batch_size
         self._lender = batch.fullest()
         most = len(batch.micro_batches(self._lender, self.world_size, size))
-        self._fillers = most - len(self.micro_batches(batch))
-        self._shares = not batch.reaches_every_rank(self.world_size)
+        self._padding_forwards = most - len(self.micro_batches(batch))
+        self._borrows_batch = not batch.reaches_every_rank(self.world_size)
         self._usage.clear()
 
     def loss(self, batch: Any, num_samples: int, *, last: bool) -> LossParts:
@@ -118,20 +117,20 @@ class FSDPStrategy(Strategy):
         if self._root is None:
             return super().loss(batch, num_samples, last=last)
         self._hold((batch, num_samples))
-        return self._forward(batch, num_samples, reduces=last and self._fillers == 0)
+        return self._forward(batch, num_samples, reduces=last and self._padding_forwards == 0)
 
     def finish_backward(self) -> None:
         """Run the forwards and backwards that this rank owes the others."""
         if self._root is None:
             return
         self._hold(None)
-        for left in reversed(range(self._fillers)):
+        for left in reversed(range(self._padding_forwards)):
             before = RandomState.capture()
             with self._precision():
-                total, _ = self._forward(*self._held, reduces=left == 0)
+                total, _ = self._forward(*self._last_batch, reduces=left == 0)
             total.backward(torch.zeros_like(total))
             before.restore()
-        self._held = (None, 0)
+        self._last_batch = (None, 0)
         assert self._gathers is not None
         self._gathers.finish_backward()
 
@@ -156,9 +155,7 @@ class FSDPStrategy(Strategy):
         return total
 
     def finish_step(self) -> None:
-        """Give every rank the first rank's buffers, as `ddp` does."""
-        if self._root is not None and self._buffers:
-            dist._broadcast_coalesced(dist.group.WORLD, self._buffers, _BROADCAST_BYTES, 0)
+        broadcast_buffers(self._buffers)
 
     def start_sum(self, values: Sequence[float | torch.Tensor]) -> Pending:
         """Prepare a sum. It is made on `wait`: ranks with fillers come here before the others,
@@ -186,7 +183,6 @@ class FSDPStrategy(Strategy):
             _forget_forwards(self._sharded)
 
     def close(self) -> None:
-        """Let go of the wrapped model."""
         super().close()
         self._root = self._gathers = None
         self._sharded, self._buffers = [], []
@@ -202,12 +198,12 @@ class FSDPStrategy(Strategy):
 
     def _hold(self, given: tuple[Any, int] | None) -> None:
         """Keep a micro-batch for fillers; where some rank has none, all get the lender's first."""
-        if self._shares:
-            self._shares = False
+        if self._borrows_batch:
+            self._borrows_batch = False
             context = self.context
-            self._held = lend(self._lender, given, context.device, context.code_dir)
+            self._last_batch = lend(self._lender, given, context.device, context.code_dir)
         elif given is not None:
-            self._held = given
+            self._last_batch = given
 
     def _read_sums(self, sums: list[float]) -> list[float]:
         """The sums but for our own, which say whose zero gradients to take back."""
@@ -231,8 +227,6 @@ class _Root(torch.nn.Module):
 
 
 class _Later(Pending):
-    """A sum that is made when it is waited for."""
-
     def __init__(
         self, vector: Callable[[], torch.Tensor], read: Callable[[list[float]], list[float]]
     ) -> None:
@@ -240,7 +234,6 @@ class _Later(Pending):
         self._read = read
 
     def wait(self) -> list[float]:
-        """The sums, the same on every rank."""
         vector = self._make()
         dist.all_reduce(vector)
         return self._read(vector.tolist())

@@ -48,7 +48,6 @@ class BlockList:
         self._returned: Any = None
 
     def call(self, block: FSDPModule, given: Any) -> None:
-        """Look at a call before it is made."""
         blocks = list(self.blocks.values())
         expected = blocks[self._called] if self._called < len(blocks) else None
         follows = self._called == 0 or _follows(given, self._returned)
@@ -56,11 +55,9 @@ class BlockList:
         self._called += 1
 
     def returned(self, outputs: Any) -> None:
-        """Keep what a block returned, until the next is called."""
         self._returned = outputs
 
     def end_forward(self) -> None:
-        """Begin anew with the next forward."""
         self.chained = self.chained and self._called == len(self.blocks)
         self._called, self._returned = 0, None
 
@@ -80,12 +77,7 @@ class BlockList:
 
 
 class Gathers:
-    """Keeps the gathers of a sharded model in one order.
-
-    Args:
-        model: whose `units` are sharded.
-        root: sharded around it.
-    """
+    """Keeps the gathers of a sharded model in one order."""
 
     def __init__(self, model: nn.Module, root: FSDPModule) -> None:
         self._lists = _lists(model)
@@ -115,7 +107,6 @@ class Gathers:
                 each.end_forward()
 
     def finish_backward(self) -> None:
-        """After the last backward of a step."""
         for each in self._whole():
             each.reduce()
         if self._learns:

@@ -42,11 +42,7 @@ def _stands_alone(block: nn.Module, uses: Counter[int]) -> bool:
 
 
 def check_shardable(model: nn.Module) -> None:
-    """Make sure that FSDP can cut every parameter.
-
-    Raises:
-        DtrainError: names the parameters that it cannot cut.
-    """
+    """Make sure that FSDP can cut every parameter."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 0:
             raise DtrainError(

@@ -28,15 +28,6 @@ def lend(lender: int, given: Given | None, device: torch.device, code: Path) -> 
 
     Nothing is built of it but tensors, arrays, plain values and containers, of which the classes
     are the task's own, dataclasses or of the standard kinds.
-
-    Args:
-        lender: who lends its own.
-        given: ours.
-        device: where it belongs.
-        code: the folder of the task's code.
-
-    Raises:
-        DtrainError: something else is in it.
     """
     file = io.BytesIO()
     if dist.get_rank() == lender:

@@ -31,11 +31,9 @@ class Attributes:
         self._kept: dict[str, Any] = {}
 
     def keep(self) -> None:
-        """Take note of the frozen ones as they are now."""
         self._kept = {name: _copy(self._held[name]) for name in self._frozen if name in self._held}
 
     def put_back(self) -> None:
-        """Give the frozen ones the values that they had."""
         for name, value in self._kept.items():
             self._held[name] = _copy(value)
 

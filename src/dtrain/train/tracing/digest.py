@@ -40,7 +40,6 @@ def of_random_state() -> str:
 
 
 def norm_of(tensor: torch.Tensor) -> float:
-    """The 2-norm, in fp64."""
     here = tensor.detach()
     return float(torch.linalg.vector_norm((here.abs() if here.is_complex() else here).double()))
 

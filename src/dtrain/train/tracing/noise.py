@@ -52,7 +52,6 @@ class FixedNoise(TorchDispatchMode):
         """Where was drawn, as `randn_like at task.py:12`."""
 
     def begin(self, batch: Any) -> None:
-        """Before the task's code runs on a batch."""
         self._keys, self._draws = _sample_keys(batch), 0
         self._calls += 1
         alone = self._keys if self._by_sample else []
@@ -81,13 +80,7 @@ class FixedNoise(TorchDispatchMode):
 def _draw(
     func: Any, args: Sequence[Any], kwargs: dict[str, Any], keys: list[int], number: int
 ) -> Any:
-    """Run an operator on each sample's part, or whole where it has none.
-
-    Args:
-        func, args, kwargs: of the operator.
-        keys: of the samples.
-        number: of the draw in its call of the task.
-    """
+    """Run an operator on each sample's part, or whole where it has none."""
     count = len(keys)
     given = (*args, *kwargs.values())
     if not any(_has_rows(each, count) for each in given):
@@ -117,7 +110,6 @@ def _has_rows(value: Any, count: int) -> bool:
 
 
 def _part(value: Any, index: int, count: int) -> Any:
-    """What of an operator's argument belongs to one sample."""
     if not _has_rows(value, count):
         return value
     if isinstance(value, torch.Tensor):

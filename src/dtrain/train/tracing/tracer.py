@@ -18,7 +18,7 @@ from dtrain.ranks import RankInfo
 from dtrain.run.rundir import RunDir
 from dtrain.task import Loss, Task
 from dtrain.trace import RankLine, StepRecord, Tensors, TraceOptions, Writer
-from dtrain.train.checkpoint.state import plain_name
+from dtrain.train.checkpoint.state import plain_name, plain_parameters
 from dtrain.train.data.fetch import Contents
 from dtrain.train.data.permutation import Ids
 from dtrain.train.tracing import digest, perturb
@@ -67,12 +67,7 @@ class Recorder:
     # -- for trainers ------------------------------------------------------------------------
 
     def read(self, ids: Ids, contents: Contents | None = None) -> None:
-        """Take note of a micro-batch that this rank has read.
-
-        Args:
-            ids: of its samples, in order.
-            contents: what they hold, where that is known.
-        """
+        """Take note of a micro-batch that this rank has read."""
         if not self._random:
             self._random = digest.of_random_state()
         self._ids.append(ids.tolist())
@@ -86,14 +81,7 @@ class Recorder:
         loss: float | None,
         grad_norm: float | None,
     ) -> None:
-        """Write what a step did. Called by all ranks at the step boundary.
-
-        Args:
-            step: optimizer steps done, this one included.
-            epoch: of the step's samples.
-            loss: of the whole global batch, as the trainer knows it.
-            grad_norm: of the reduced gradient before clipping, where that is known.
-        """
+        """Write what a step did. Called by all ranks at the step boundary."""
         random = digest.of_random_state()
         self._write_line(
             step,
@@ -260,7 +248,7 @@ class Recorder:
 
     def _parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         assert self._model is not None
-        return [(plain_name(name), each) for name, each in self._model.named_parameters()]
+        return list(plain_parameters(self._model).items())
 
     def _buffers(self) -> list[tuple[str, torch.Tensor]]:
         assert self._model is not None

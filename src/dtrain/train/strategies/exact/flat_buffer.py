@@ -34,7 +34,6 @@ class Layout:
         """Length of each vector, in elements."""
 
     def make(self) -> Flat:
-        """New vectors that hold nothing yet."""
         device = self.like[0].device if self.like else None
         return Flat(self, [
             torch.empty(size, dtype=dtype, device=device)
@@ -59,7 +58,6 @@ class Flat:
             vector.fill_(-0.0 if vector.is_floating_point() else 0)
 
     def add_(self, other: Flat) -> None:
-        """Add vectors of the same layout."""
         for mine, theirs in zip(self.vectors, other.vectors, strict=True):
             mine.add_(theirs)
 
@@ -72,7 +70,6 @@ class Pool:
         self._free: list[Flat] = []
 
     def take(self) -> Flat:
-        """One that holds nothing."""
         if not self._free:
             return self._layout.make()
         flat = self._free.pop()
@@ -80,7 +77,6 @@ class Pool:
         return flat
 
     def give(self, flat: Flat) -> None:
-        """Take one back that nobody uses any more."""
         self._free.append(flat)
 
 

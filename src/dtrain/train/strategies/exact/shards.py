@@ -14,8 +14,6 @@ from dtrain.train.strategies.exact.tree import Node, TreeSum
 
 @dataclass
 class Sums:
-    """What some shards add up to."""
-
     gradients: Flat
     buffers: dict[int, torch.Tensor] = field(default_factory=dict)
     """Of the buffers that forwards changed, by index."""
@@ -67,15 +65,10 @@ class ShardStep:
         self._losses[self.shard] = losses + in_fp64(total), weights + in_fp64(weight)
 
     def tallies(self) -> list[float | torch.Tensor]:
-        """Loss and weight of each shard, one after the other."""
         return [x for shard in self._shards for x in self._losses.get(shard, (0.0, 0.0))]
 
     def end(self, buffers: dict[int, torch.Tensor]) -> None:
-        """End the current shard.
-
-        Args:
-            buffers: what its forwards made of buffers, by index; nobody else uses them.
-        """
+        """End the current shard."""
         assert self._current is not None
         _add_buffers(self._current.value.buffers, buffers)
         self._tree.push(Node(self._current.level, self._current.index, self._current.value))

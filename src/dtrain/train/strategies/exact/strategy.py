@@ -9,11 +9,13 @@ computes which shard changes nothing, and neither does a resume on another numbe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils import deterministic
 
 from dtrain import catalog
 from dtrain.errors import DtrainError, UsageError
@@ -21,24 +23,21 @@ from dtrain.train.context import TrainContext
 from dtrain.train.data.placement import GlobalBatch
 from dtrain.train.loss import LossModule, LossParts
 from dtrain.train.seeding import derive_seed, seed_everything
-from dtrain.train.strategies.base import Pending, Strategy
-from dtrain.train.strategies.buffers import ShardBuffers
-from dtrain.train.strategies.exact.determinism import Pinned
+from dtrain.train.strategies.base import Pending, Strategy, refuse_sparse
+from dtrain.train.strategies.exact.buffers import ShardBuffers
 from dtrain.train.strategies.exact.exchange import Exchange
 from dtrain.train.strategies.exact.flat_buffer import Flat, Layout, Pool
 from dtrain.train.strategies.exact.shards import ShardStep, Sums
 from dtrain.train.strategies.exact.tree import Node, tree_sum
-from dtrain.train.strategies.refusals import refuse_sparse
-from dtrain.train.strategies.trainable import Trainable
-from dtrain.train.strategies.unused_parameters import Usage
+from dtrain.train.strategies.parameters import Trainable, Usage
+
+NUM_THREADS = 1
+"""On every layout: sums over a tensor are cut into as many parts as there are threads, and the
+launcher gives a rank cores / ranks of them."""
 
 
 class ExactStrategy(Strategy):
-    """Virtual shards, keyed random numbers, one fixed tree.
-
-    Raises:
-        UsageError: the number of processes does not divide `train.virtual_shards`.
-    """
+    """Virtual shards, keyed random numbers, one fixed tree."""
 
     def __init__(self, context: TrainContext) -> None:
         super().__init__(context)
@@ -61,11 +60,7 @@ class ExactStrategy(Strategy):
         self._step = ShardStep(0, self._shards, [], self._pool)
 
     def prepare(self, module: LossModule) -> None:
-        """Check that the model can be trained shard by shard.
-
-        Raises:
-            DtrainError: it cannot; says why.
-        """
+        """Check that the model can be trained shard by shard."""
         super().prepare(module)
         refuse_sparse(module.model, "exact")
         _refuse_sync_batch_norm(module.model)
@@ -79,7 +74,6 @@ class ExactStrategy(Strategy):
         return tuple(part for shard in self._shards for part in self._pieces(batch, shard))
 
     def start_step(self, batch: GlobalBatch) -> None:
-        """Begin with this rank's first shard."""
         if self._reduced is not None:
             self._pool.give(self._reduced)
             self._reduced = None
@@ -97,7 +91,6 @@ class ExactStrategy(Strategy):
         self._usage.clear()
 
     def loss(self, batch: Any, num_samples: int, *, last: bool) -> LossParts:
-        """(sum, weight) of a shard's next micro-batch."""
         shard, number, pieces = self._step.ahead.popleft()
         if number == 0:
             self._finish_shard()
@@ -136,7 +129,6 @@ class ExactStrategy(Strategy):
         seed_everything(derive_seed("update", self.context.spec.seed, self._step.number))
 
     def close(self) -> None:
-        """Let go of the model, and of the process's settings."""
         super().close()
         self._trainable, self._parameters, self._usage = None, [], Usage({})
         self._pool, self._reduced = Pool(Layout([], self.world_size)), None
@@ -196,3 +188,29 @@ def _refuse_sync_batch_norm(model: torch.nn.Module) -> None:
                 "'exact' use BatchNorm, which sees one virtual shard at a time on any number of "
                 "processes"
             )
+
+
+class Pinned:
+    """Pins what would make results depend on the layout, until it is released.
+
+    One thread. On a GPU also torch's deterministic algorithms and no trying-out of convolutions;
+    an operation that has no deterministic version then raises, which names it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._threads = torch.get_num_threads()
+        self._deterministic = torch.are_deterministic_algorithms_enabled()
+        self._fill = deterministic.fill_uninitialized_memory
+        self._benchmark = torch.backends.cudnn.benchmark
+        torch.set_num_threads(NUM_THREADS)
+        if device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first GEMM
+            torch.use_deterministic_algorithms(True)
+            deterministic.fill_uninitialized_memory = False  # NaN into every new tensor
+            torch.backends.cudnn.benchmark = False
+
+    def release(self) -> None:
+        torch.set_num_threads(self._threads)
+        torch.use_deterministic_algorithms(self._deterministic)
+        deterministic.fill_uninitialized_memory = self._fill
+        torch.backends.cudnn.benchmark = self._benchmark

@@ -49,7 +49,6 @@ class TreeSum(Generic[Value]):
         self._nodes.append(node)
 
     def push_leaf(self, leaf: int, value: Value) -> None:
-        """Add the next leaf."""
         self.push(Node(0, leaf, value))
 
     def pop_left_of(self, leaf: int) -> Value | None:

@@ -5,25 +5,25 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from dtrain.errors import UsageError
+from dtrain.errors import BlamedError, UsageError
 from dtrain.job.faults import TENSOR_KINDS, Injection, parse_injection
 from dtrain.task import Loss, Task
+from dtrain.train import collectives
 from dtrain.train.checkpoint.state import plain_name
 from dtrain.train.checks import digest
 from dtrain.train.checks.collective_trace import CHAIN
 from dtrain.train.checks.train_state import BUFFERS, GRADIENTS, MOMENTS, PARAMETERS, TrainState
 from dtrain.train.context import TrainContext
+from dtrain.train.data.exactly_once import Split
 from dtrain.train.data.fetch import Request
 from dtrain.train.data.pipeline import Feed, Watch
 from dtrain.train.data.placement import Position
-from dtrain.train.data.proof import Split
-from dtrain.train.faults.check import is_named, refuse_impossible, refuse_unmade
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,12 @@ _TARGETS = {
     "moment": MOMENTS,
     "buffer": BUFFERS,
 }
+
+_SHOWN = 8
+
+
+class NeverMadeError(BlamedError):
+    """A fault was asked for, and nothing came by in which it could be made."""
 
 
 class Injector:
@@ -60,7 +66,7 @@ class Injector:
 
     def seeded(self, context: TrainContext) -> TrainContext:
         """The context, with another seed where that is the fault."""
-        if not self._due("seed", step=None):
+        if not self._take(lambda each: each.kind == "seed"):
             return context
         return replace(
             context, spec=context.spec.model_copy(update={"seed": context.spec.seed + 1})
@@ -69,15 +75,10 @@ class Injector:
     def begin(self, task: Task, subject: TrainState, total_steps: int | None) -> None:
         """Before the first step: put hooks where faults will be made.
 
-        Args:
-            task: that is trained.
-            subject: likewise.
-            total_steps: of the training; None: nobody knows.
-
         Raises:
             UsageError: on all ranks: a fault that cannot be made in this training.
         """
-        refuse_impossible(self._faults, subject, total_steps)
+        _refuse_impossible(self._faults, subject, total_steps)
         if not self._waiting:
             return
         self._names = [name for name, _ in subject.model.named_parameters()]
@@ -86,14 +87,11 @@ class Injector:
             subject.optimizer.register_step_pre_hook(lambda *_: self._before_update(subject))
         for fault in self._waiting:
             if fault.kind in ("skip-collective", "swap-collectives"):
-                CHAIN.tamper = _Tamper(self, fault.kind)
+                CHAIN.fault_hook = _ChangedCollective(self, fault.kind)
 
     def between_steps(self, subject: TrainState, next_step: int) -> None:
         """Make the faults in what stays after a step; then begin the next one, counted from 1."""
-        for fault in self._take(
-            lambda each: each.kind in TENSOR_KINDS and each.target != "gradient"
-        ):
-            _tamper_tensor(fault, subject)
+        self._change_tensors(subject, gradients=False)
         self._step = next_step
 
     def end(self, subject: TrainState, last_step: int) -> None:
@@ -101,18 +99,11 @@ class Injector:
         if not self._faults:
             return
         self.between_steps(subject, last_step + 1)
-        CHAIN.tamper = None
-        refuse_unmade(self._waiting, last_step, self._rank)
+        CHAIN.fault_hook = None
+        _refuse_unmade(self._waiting, last_step, self._rank)
 
     def requests(self, feed: Feed, step: int, position: Position, split: Split) -> Watch:
-        """What passes on this rank's requests for data, one of them changed if that is a fault.
-
-        Args:
-            feed: the data.
-            step: optimizer steps done.
-            position: how far the data has been consumed.
-            split: this rank's micro-batches of a global batch.
-        """
+        """What passes on this rank's requests for data, one of them changed if that is a fault."""
         kinds = ("duplicate-sample", "drop-sample")
         faults = {fault.step: fault for fault in self._waiting if fault.kind in kinds}
         if not faults:
@@ -137,15 +128,10 @@ class Injector:
 
     def due(self, kind: str) -> bool:
         """Whether a fault of this kind is to be made now; once."""
-        return self._due(kind, step=self._step)
+        return bool(self._take(lambda each: each.kind == kind and each.step == self._step))
 
-    def _due(self, kind: str, step: int | None) -> bool:
-        found = self._take(lambda each: each.kind == kind, step=step)
-        return bool(found)
-
-    def _take(self, wanted: Callable[[Injection], bool], step: int | None = -1) -> list[Injection]:
-        at = self._step if step == -1 else step
-        found = [f for f in self._waiting if wanted(f) and (at is None or f.step == at)]
+    def _take(self, wanted: Callable[[Injection], bool]) -> list[Injection]:
+        found = [fault for fault in self._waiting if wanted(fault)]
         for fault in found:
             self._done(fault)
         return found
@@ -154,11 +140,18 @@ class Injector:
         self._waiting = [each for each in self._waiting if each is not fault]
         logger.warning("made a fault on purpose: %s in step %d", fault.kind, fault.step)
 
-    def _before_update(self, subject: TrainState) -> None:
+    def _change_tensors(self, subject: TrainState, *, gradients: bool) -> None:
         for fault in self._take(
-            lambda each: each.kind in TENSOR_KINDS and each.target == "gradient"
+            lambda each: (
+                each.kind in TENSOR_KINDS
+                and each.step == self._step
+                and (each.target == "gradient") == gradients
+            )
         ):
             _tamper_tensor(fault, subject)
+
+    def _before_update(self, subject: TrainState) -> None:
+        self._change_tensors(subject, gradients=True)
         assert subject.optimizer is not None
         if self.due("lr"):
             for group in subject.optimizer.param_groups:
@@ -184,7 +177,7 @@ class Injector:
     def _parameter(self, fault: Injection, model: torch.nn.Module) -> torch.Tensor:
         """A parameter as the model holds it now: a replica of `dp` has plain tensors."""
         for name in self._names:
-            if is_named(plain_name(name), fault.param):
+            if _is_named(plain_name(name), fault.param):
                 found: torch.Tensor = functools.reduce(getattr, name.split("."), model)
                 return found
         raise AssertionError(fault)  # refused before the first step
@@ -205,7 +198,7 @@ class _NaNBackward(torch.autograd.Function):
         return spoiled, None
 
 
-class _Tamper:
+class _ChangedCollective:
     """Leaves out a collective of the task's, or makes it change places with the next."""
 
     def __init__(self, injector: Injector, kind: str) -> None:
@@ -237,7 +230,7 @@ def _changed_loss(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) ->
 def _tamper_tensor(fault: Injection, subject: TrainState) -> None:
     """Change the tensor that the fault names, or the first in which it makes a difference."""
     tensors = subject.tensors(_TARGETS[fault.target])
-    wanted = {name: each for name, each in tensors.items() if is_named(name, fault.param)}
+    wanted = {name: each for name, each in tensors.items() if _is_named(name, fault.param)}
     for tensor in wanted.values():
         if _tampered(fault, digest.local(tensor)):
             return
@@ -248,7 +241,6 @@ def _tamper_tensor(fault: Injection, subject: TrainState) -> None:
 
 
 def _tampered(fault: Injection, tensor: torch.Tensor) -> bool:
-    """Whether the fault made a difference in this tensor."""
     if tensor.numel() < 2:  # Adam's counters, say
         return False
     flat, first = tensor.view(-1), fault.element
@@ -281,3 +273,69 @@ def _other_samples(fault: Injection, request: Request) -> Request:
     samples = request.samples.copy()
     samples[-1] = samples[0]
     return replace(request, samples=samples)
+
+
+def _refuse_impossible(
+    faults: Sequence[Injection], subject: TrainState, total_steps: int | None
+) -> None:
+    """Say of all faults, on all ranks alike, what cannot be meant."""
+    for fault in faults:
+        if total_steps is not None and fault.step > total_steps:
+            raise _error(fault, f"step {fault.step} is beyond the last, {total_steps}")
+        if fault.kind == "nan-gradient" or fault.kind in TENSOR_KINDS:
+            _refuse_place(fault, subject)
+
+
+def _refuse_unmade(waiting: Sequence[Injection], last_step: int, rank: int) -> None:
+    """At the end of a training, on all ranks that had faults to make: all must have been made."""
+    everyone = collectives.gather_to_all([_unmade(fault, last_step) for fault in waiting])
+    lines = [line for theirs in everyone for line in theirs]
+    if lines:
+        culprits = [number for number, theirs in enumerate(everyone) if theirs]
+        raise NeverMadeError("\n".join(lines), culprits, rank)
+
+
+def _refuse_place(fault: Injection, subject: TrainState) -> None:
+    tensors: Mapping[str, torch.Tensor] = subject.parameters()
+    what = "parameter"
+    if fault.kind in TENSOR_KINDS and fault.target == "buffer":
+        tensors, what = dict(subject.model.named_buffers()), "buffer"
+        if not tensors:
+            raise _error(fault, "the model has no buffers")
+    found = [each for name, each in tensors.items() if _may_be(name, fault)]
+    if not found:
+        listed = ", ".join(list(tensors)[:_SHOWN]) + (", …" if len(tensors) > _SHOWN else "")
+        raise _error(fault, f"there is no {what} {fault.param!r}; there are: {listed}")
+    last = fault.element + (fault.kind in TENSOR_KINDS and fault.action == "swap")
+    largest = max(each.numel() for each in found)
+    if last >= largest:
+        raise _error(
+            fault, f"element {last} is not one of {fault.param or 'any ' + what}'s {largest}"
+        )
+    bits = max(8 * each.element_size() for each in found)
+    if fault.bit is not None and fault.bit >= bits:
+        raise _error(fault, f"bit {fault.bit} is not one of an element's {bits}")
+
+
+def _may_be(name: str, fault: Injection) -> bool:
+    """Whether a parameter or buffer is meant, or one of the optimizer's tensors of it."""
+    of_optimizer = "moment" in fault.kind and _is_named(str(fault.param), name)
+    return _is_named(name, fault.param) or of_optimizer
+
+
+def _is_named(name: str, param: str | None) -> bool:
+    """Whether `param` means the tensor of this name; None means any."""
+    return param is None or name == param or name.startswith(f"{param}.")
+
+
+def _unmade(fault: Injection, last_step: int) -> str:
+    why = f"nothing came by in step {fault.step} in which it could be made"
+    if fault.step > last_step:
+        why = f"training ended after step {last_step}"
+    elif fault.kind in ("skip-collective", "swap-collectives"):
+        why = f"the task called no collective itself in step {fault.step}"
+    return f"--inject {fault.kind}: never made on rank {fault.rank}: {why}"
+
+
+def _error(fault: Injection, why: str) -> UsageError:
+    return UsageError(f"--inject {fault.kind} on rank {fault.rank}: {why}")

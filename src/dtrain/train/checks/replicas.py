@@ -1,6 +1,10 @@
-"""Who differs, in which tensor, in which element: found once the ledger's words differ.
+"""Whether all ranks still hold the same, by a few integers that are compared at once.
 
-Slower than the ledger by far, and only ever run on a mismatch. Called by all ranks together.
+Each rank brings one 64-bit word for each kind of thing (gradients, parameters, optimizer state,
+buffers, numbers, collectives, what the task keeps). The largest of all ranks' words and of their
+complements come back from one all-reduce of 112 bytes, whatever the size of the model or of the
+world: a kind is the same everywhere exactly if its largest word is the smallest too. Only when it
+is not, more is exchanged, by `locate`, to find who differs, in which tensor, in which element.
 """
 
 from __future__ import annotations
@@ -9,23 +13,78 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import xxhash
 
+from dtrain.errors import BlamedError
 from dtrain.train import collectives
 from dtrain.train.checks import digest
-from dtrain.train.checks.collective_trace import first_difference
-from dtrain.train.checks.ledger import KINDS
-from dtrain.train.checks.train_state import COLLECTIVES, KEPT, NUMBERS, TrainState
+from dtrain.train.checks.collective_trace import CHAIN, first_difference
+from dtrain.train.checks.train_state import (
+    BUFFERS,
+    COLLECTIVES,
+    GRADIENTS,
+    KEPT,
+    MOMENTS,
+    NUMBERS,
+    PARAMETERS,
+    TrainState,
+)
 from dtrain.train.vote import Vote, vote
+
+KINDS = (NUMBERS, COLLECTIVES, GRADIENTS, PARAMETERS, MOMENTS, BUFFERS, KEPT)
+"""Causes before their consequences: another rate makes other parameters."""
 
 _MAX_KINDS = 4
 
 
+class ReplicaError(BlamedError):
+    """The replicas are no longer one model."""
+
+
+class Ledger:
+    def __init__(self, subject: TrainState) -> None:
+        self.subject = subject
+        self._cut = subject.is_cut()
+
+    def compare(self) -> Mismatch | None:
+        """What differs between the ranks, if anything; called by all of them."""
+        words = self.words()
+        kinds = self.differing(words)
+        return locate(self.subject, words, kinds) if kinds else None
+
+    def words(self) -> list[int]:
+        """This rank's word for each of `KINDS`; 0 for what ranks hold different parts of."""
+        return [self._word(kind) for kind in KINDS]
+
+    def differing(self, words: list[int]) -> list[str]:
+        """The kinds that are not the same on all ranks; called by all of them."""
+        if not collectives.in_group():
+            return []
+        mine = np.array(words, dtype=np.uint64)
+        vector = torch.from_numpy(np.concatenate([mine, ~mine]).view(np.int64))
+        dist.all_reduce(vector, op=dist.ReduceOp.MAX)
+        largest, smallest = vector[: len(words)], ~vector[len(words) :]
+        return [kind for kind, same in zip(KINDS, largest == smallest, strict=True) if not same]
+
+    def _word(self, kind: str) -> int:
+        if kind == COLLECTIVES:
+            return CHAIN.value
+        if kind == NUMBERS:
+            return xxhash.xxh3_64_intdigest(repr(self.subject.counters()).encode())
+        if kind == KEPT:
+            facts = digest.of_leaves(self.subject.kept())
+            return xxhash.xxh3_64_intdigest(repr(sorted(facts.items())).encode()) if facts else 0
+        if self._cut and kind in (GRADIENTS, PARAMETERS, MOMENTS):
+            return 0
+        tensors = list(self.subject.tensors(kind).values())
+        return digest.of_all(tensors) if tensors else 0
+
+
 @dataclass(frozen=True)
 class Mismatch:
-    """What differs between ranks."""
-
     kinds: tuple[str, ...]
     culprits: tuple[int, ...]
     """The ranks that differ from the majority; empty when there is no majority."""
@@ -34,13 +93,7 @@ class Mismatch:
 
 
 def locate(subject: TrainState, words: list[int], kinds: list[str]) -> Mismatch:
-    """Find who differs, and where.
-
-    Args:
-        subject: as for the ledger.
-        words: this rank's.
-        kinds: those that differ.
-    """
+    """Find who differs, and where: slow, for a mismatch only, and called by all ranks together."""
     everyone = collectives.gather_to_all(words)
     lines = []
     first: Vote | None = None

@@ -12,6 +12,9 @@ import os
 import stat
 from typing import Any
 
+from dtrain.errors import BlamedError
+from dtrain.ranks import RankInfo
+from dtrain.train import collectives
 from dtrain.train.data.rng_state import held
 
 Places = dict[int, tuple[str, int]]
@@ -47,6 +50,27 @@ def moved(before: Places, dataset: Any) -> list[str]:
         for fd in fds
         if now[fd][0] == before[fd][0]
     ]
+
+
+def refuse(files: list[str], workers: int, ranks: RankInfo) -> None:
+    """Make sure that loader processes share no position in a file; called by all ranks.
+
+    Args:
+        files: those in which loader processes of this rank share it.
+        workers: loader processes of each rank.
+        ranks: the place of this process.
+    """
+    everyone = collectives.gather_to_all(files)
+    culprits = [rank for rank, theirs in enumerate(everyone) if theirs]
+    if culprits:
+        raise BlamedError(
+            f"{workers} loader processes share the position in a file that train_dataset() has "
+            f"opened: {everyone[culprits[0]][0]}\n"
+            "each reads where another has gone to: open it in __getitem__, when it is not open in "
+            "this process yet, read it by np.memmap or os.pread, or set data.workers: 0",
+            culprits,
+            ranks.rank,
+        )
 
 
 def _fd(file: io.IOBase) -> int:

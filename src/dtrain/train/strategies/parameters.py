@@ -1,4 +1,4 @@
-"""Which parameters got a gradient in a step."""
+"""Which parameters require a gradient now, and which got one in a step."""
 
 from __future__ import annotations
 
@@ -7,15 +7,36 @@ from functools import partial
 
 import torch
 
+from dtrain.train.checks.collective_trace import CHAIN
+
+
+class Trainable:
+    """The parameters of a model that are trained now."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._all = list(model.parameters())
+        self._flags: list[bool] = []
+
+    def changed(self) -> bool:
+        """Whether others are trained than at the last call; true at the first."""
+        flags = [parameter.requires_grad for parameter in self._all]
+        if flags == self._flags:
+            return False
+        self._flags = flags
+        # ranks that do not freeze alike will wait for one another
+        CHAIN.add(f"{sum(flags)} of {len(flags)} parameters require a gradient")
+        return True
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Those of the last call of `changed`, in the model's order."""
+        return [each for each, flag in zip(self._all, self._flags, strict=True) if flag]
+
 
 class Usage:
     """Notes which parameters get a gradient, where the gradient itself does not tell.
 
     FSDP fills in zeros for parameters that a rank did not use, so that all ranks reduce alike.
     An optimizer treats a gradient of zero unlike none: AdamW decays the weight.
-
-    Args:
-        parameters: as the optimizer has them, by name.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
@@ -35,7 +56,6 @@ class Usage:
                 parameter.requires_grad_(trained)
 
     def clear(self) -> None:
-        """Begin a step."""
         self._used.clear()
 
     def flags(self) -> list[float]:
@@ -43,11 +63,7 @@ class Usage:
         return [float(name in self._used) for name in self._parameters]
 
     def forget_unused(self, users: Sequence[float]) -> None:
-        """Take the gradient from parameters that nobody used.
-
-        Args:
-            users: for each parameter the sum of all ranks' flags.
-        """
+        """Take the gradient from parameters that nobody used."""
         if not any(users):
             return  # a loss depends on some parameter, so the notes are not to be trusted
         for parameter, count in zip(self._parameters.values(), users, strict=True):

@@ -1,14 +1,15 @@
-"""When a metric no longer improves. Decided from reduced metrics, so alike on every rank."""
+"""The callbacks of a job that watch a metric. Metrics are reduced, so all ranks decide alike."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dtrain.errors import UsageError
-from dtrain.job.spec import EarlyStoppingSpec
+from dtrain.callback import Callback, Session
+from dtrain.errors import CheckpointError, UsageError
+from dtrain.job.spec import BestSpec, EarlyStoppingSpec
 
 
 def no_such_metric(field: str, name: str, metrics: Iterable[str]) -> UsageError:
@@ -19,8 +20,8 @@ def no_such_metric(field: str, name: str, metrics: Iterable[str]) -> UsageError:
     return UsageError(f"{field} is {name!r}, but the evaluation brought: {found}{meant}")
 
 
-class EarlyStopping:
-    """Counts evaluations without improvement."""
+class EarlyStopping(Callback):
+    """Ends training when a metric no longer improves."""
 
     def __init__(self, spec: EarlyStoppingSpec) -> None:
         self._spec = spec
@@ -29,12 +30,12 @@ class EarlyStopping:
         self.waited = 0
         """Evaluations since the best one."""
 
-    def update(self, metrics: dict[str, float], step: int) -> None:
-        """Take in one evaluation.
+    def on_eval(self, session: Session, metrics: Mapping[str, float]) -> None:
+        self.update(metrics, session.step)
+        if self.exhausted:
+            session.stop(str(self))
 
-        Raises:
-            UsageError: it has no metric of the name that the job watches.
-        """
+    def update(self, metrics: Mapping[str, float], step: int) -> None:
         name = self._spec.metric
         if name not in metrics:
             raise no_such_metric("train.early_stopping.metric", name, metrics)
@@ -45,7 +46,6 @@ class EarlyStopping:
 
     @property
     def exhausted(self) -> bool:
-        """Whether patience is at its end."""
         return self.waited >= self._spec.patience
 
     def __str__(self) -> str:
@@ -55,7 +55,6 @@ class EarlyStopping:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has seen, and of what."""
         return {
             "of": [self._spec.metric, self._spec.mode],
             "best": self.best,
@@ -77,3 +76,31 @@ class EarlyStopping:
             return True
         gain = self.best - value if self._spec.mode == "min" else value - self.best
         return gain > self._spec.min_delta
+
+
+class KeepBest(Callback):
+    """Keeps the checkpoint with the best value of a metric."""
+
+    def __init__(self, spec: BestSpec) -> None:
+        self._spec = spec
+        self._best: float | None = None
+
+    def on_eval(self, session: Session, metrics: Mapping[str, float]) -> None:
+        name = self._spec.metric
+        if name not in metrics:
+            raise no_such_metric("checkpoint.best.metric", name, metrics)
+        sign = 1 if self._spec.mode == "max" else -1
+        value = metrics[name]
+        if math.isnan(value) or (self._best is not None and sign * value <= sign * self._best):
+            return
+        self._best = value
+        session.keep_best()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"of": [self._spec.metric, self._spec.mode], "best": self._best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "best" not in state:
+            raise CheckpointError("it holds no best value")
+        if state["of"] == [self._spec.metric, self._spec.mode]:
+            self._best = state["best"]

@@ -44,11 +44,7 @@ class ShardBuffers:
             slot.keep()
 
     def take(self, *, first: bool) -> dict[int, torch.Tensor]:
-        """What the shard just computed made of buffers, by index; starts afresh.
-
-        Args:
-            first: whether it is the step's first shard.
-        """
+        """What the shard just computed made of buffers, by index; starts afresh."""
         made = {index: slot.take(first=first) for index, slot in enumerate(self._slots)}
         taken = {index: value for index, value in made.items() if value is not None}
         for index in taken:

@@ -1,1 +1,0 @@
-"""Faults made on purpose, to see whether the checks find them."""
