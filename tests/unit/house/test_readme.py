@@ -34,7 +34,9 @@ def filler() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/extending.md", "docs/job-file.md", "docs/same-training.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/extending.md", "docs/job-file.md", "docs/same-training.md"]
+)
 def test_what_stands_elsewhere_too_is_the_same(name: str) -> None:
     text = (ROOT / name).read_text()
     assert "<!-- begin " in text
