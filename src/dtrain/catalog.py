@@ -257,12 +257,10 @@ def find(kind: str, name: str) -> str:
 
 
 def names(kind: str) -> list[str]:
-    """Every name of a kind, built in and from entry points."""
     return [*_TABLES[kind], *(name for name in _outside(kind) if name not in _TABLES[kind])]
 
 
 def load(kind: str, name: str) -> Any:
-    """Import and return the class behind a name; `PlanError` as in `find`."""
     return imported(find(kind, name))
 
 

@@ -60,8 +60,6 @@ def import_once(
 
 @dataclass(frozen=True)
 class Ended:
-    """A child that has ended."""
-
     pid: int
     code: int
     """Its exit status; negative for the signal that killed it."""
@@ -115,7 +113,6 @@ class Channel:
         return cls(left), cls(right)
 
     def fileno(self) -> int:
-        """Return the descriptor, to wait on and to keep open over a fork."""
         return self.sock.fileno()
 
     def send(self, message: dict[str, Any], files: Sequence[int] = ()) -> None:

@@ -148,7 +148,6 @@ class LaunchPlan:
 
     @property
     def run(self) -> RunDir:
-        """The run directory, made or not."""
         return RunDir(self.run_dir)
 
     @property

@@ -128,7 +128,6 @@ def _with_secrets(job: LoadedJob, run: RunDir) -> LoadedJob:
 
 
 def _env_of(text: str, run: RunDir) -> dict[str, Any]:
-    """launch.env of a job file as it is kept."""
     try:
         launch = (yaml.safe_load(text) or {}).get("launch") or {}
         return dict(launch.get("env") or {})

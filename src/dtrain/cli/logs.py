@@ -100,7 +100,6 @@ class _View:
         self._folder = LineFolder(LaunchPlan.read(run).world_size, _FOLD_WINDOW_S, click.echo)
 
     def show_history(self) -> None:
-        """Print what has been written so far."""
         from dtrain.console.history import merged
 
         logs = self._new_logs()
@@ -109,7 +108,6 @@ class _View:
         self._folder.flush(float("inf"))
 
     def show_new(self) -> None:
-        """Print what is new."""
         for rank, path in self._new_logs().items():
             self._logs.add(rank, path)
         now = time.monotonic()
@@ -118,7 +116,6 @@ class _View:
         self._folder.flush(now)
 
     def close(self) -> None:
-        """Print the rest."""
         self.show_new()
         for rank, line in self._logs.finish():
             self._show(rank, line, time.monotonic())

@@ -169,7 +169,6 @@ def _number(text: str) -> Any:
 
 
 def print_json(value: Any) -> None:
-    """Print indented JSON."""
     from dtrain.plainjson import to_json
 
     click.echo(to_json(value, indent=2))

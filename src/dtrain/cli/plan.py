@@ -34,7 +34,6 @@ def command(job: str, explain: bool, write: bool, as_json: bool, **options: Any)
 
 
 def show(prepared: Prepared, as_json: bool, explain: bool, *, written: bool = False) -> None:
-    """Print a plan, as text or JSON."""
     plan = prepared.plan
     if as_json:
         value = {"plan": plan.to_json()}

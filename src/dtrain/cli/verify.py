@@ -213,7 +213,6 @@ class _Waiting:
             self._shown = line
 
     def echo(self, line: str) -> None:
-        """Write a line in its place."""
         click.echo(("\r\x1b[K" if self._shown else "") + line)
         self._shown = ""
 

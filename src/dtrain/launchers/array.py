@@ -19,8 +19,6 @@ _TICK_S = 0.2
 
 @dataclass(frozen=True)
 class Element:
-    """One run of an array."""
-
     plan: LaunchPlan
     job: JobSpec
     job_text: str

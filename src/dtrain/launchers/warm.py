@@ -103,8 +103,6 @@ class WarmServer:
 
 
 class WarmNode:
-    """A node process that the server has forked."""
-
     def __init__(self, server: WarmServer, pid: int) -> None:
         self._server = server
         self._pid = pid
@@ -114,7 +112,6 @@ class WarmNode:
         return self._server.exit_code(self._pid)
 
     def send_signal(self, number: int) -> None:
-        """Signal it."""
         self._server.send(self._pid, number)
 
     def kill(self) -> None:
