@@ -72,7 +72,8 @@ class Popen(subprocess.Popen[Any]):
         if not select.select([self._connection], [], [], 0 if wait_flags else None)[0]:
             return 0, 0
         with self._connection:
-            return self.pid, wire.status(self._connection)
+            code = wire.exit_code(self._connection)
+        return self.pid, code << 8 if code >= 0 else -code
 
     def _internal_poll(self, _deadstate: int | None = None, *_: Any) -> int | None:
         if self._connection is None:

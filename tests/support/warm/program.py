@@ -13,7 +13,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from wire import request, status
+from wire import exit_code, request
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -35,7 +35,7 @@ def main(address: str, module: str, arguments: list[str]) -> NoReturn:
                 number,
                 lambda number, _frame: connection.send(json.dumps({"signal": number}).encode()),
             )
-    code = os.waitstatus_to_exitcode(status(connection))
+    code = exit_code(connection)
     if code < 0:
         signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
         os.kill(os.getpid(), -code)

@@ -9,28 +9,26 @@ import contextlib
 import ctypes
 import fcntl
 import io
-import json
 import os
-import select
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dtrain import procs
+from dtrain.forking import ONE_THREAD, Channel, Children, import_once
 
-_LARGEST = 1 << 20
 _STRATEGIES = ("ddp", "dp", "exact.strategy", "fsdp")
 _WITH_TORCH = ("dtrain.node", "dtrain.node.warm", "dtrain.export")
 _NAMESPACES = ("net", "uts", "ipc", "pid", "mnt")
 """`mnt` last: it brings another /proc."""
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PATH = [path for path in sys.path if path not in os.environ.get("PYTHONPATH", "").split(":")]
 """Of an interpreter without PYTHONPATH and without the folder that it is started in."""
@@ -40,7 +38,7 @@ _PATH = [path for path in sys.path if path not in os.environ.get("PYTHONPATH", "
 class _Asked:
     """A process that somebody waits for."""
 
-    connection: socket.socket
+    channel: Channel
     pid: int
     """Whose end is its end; our child."""
     target: int
@@ -49,61 +47,52 @@ class _Asked:
 
 def serve(listener: socket.socket) -> NoReturn:
     _import_all()
-    wake, woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    running: dict[socket.socket, _Asked] = {}
+    children = Children()
+    running: list[_Asked] = []
     while True:
-        ready = select.select([listener, wake, *running], [], [])[0]
-        if listener in ready:
-            connection = listener.accept()[0]
+        ready = children.wait([listener, *(asked.channel for asked in running)])
+        for asked in [each for each in running if each.channel.fileno() in ready]:
+            _pass_on(asked)
+        if listener.fileno() in ready:
+            channel = Channel(listener.accept()[0])
             try:
-                running[connection] = _start(connection)
-            except (OSError, ValueError):  # who asks has ended already
-                connection.close()
-        for connection in [each for each in ready if each in running]:
-            _pass_on(running[connection])
-        if wake in ready:
-            with contextlib.suppress(BlockingIOError):
-                os.read(wake, 512)
-        for pid, status in _reaped():
-            for asked in [each for each in running.values() if each.pid == pid]:
-                del running[asked.connection]
-                with asked.connection, contextlib.suppress(OSError):
-                    asked.connection.send(json.dumps({"status": status}).encode())
+                running.append(_start(channel))
+            except (OSError, EOFError):  # who asks has ended already
+                channel.close()
+        for ended in children.reap():
+            for asked in [each for each in running if each.pid == ended.pid]:
+                running.remove(asked)
+                with contextlib.suppress(OSError):
+                    asked.channel.send({"code": ended.code})
+                asked.channel.close()
 
 
 def _import_all() -> None:
     """Import what a launch of any strategy under either trainer does; one thread stays."""
-    import gc
     import importlib.util
 
     before = dict(os.environ)
-    for pool in ("OMP", "OPENBLAS", "MKL"):  # as `python -m dtrain.node` does, and for its reason
-        os.environ[f"{pool}_NUM_THREADS"] = "1"
+    os.environ.update(ONE_THREAD)
     modules = ["dtrain.cli.main", "dtrain.launchers.supervise", "torch._dynamo"]
     modules += ["dtrain.node.agent_process", "dtrain.node.worker", "dtrain.node.fork_server"]
     modules += ["dtrain.train.loop.native"]
     modules += [f"dtrain.train.strategies.{name}" for name in _STRATEGIES]
     if importlib.util.find_spec("pytorch_lightning"):
         modules.append("pytorch_lightning")
-    for module in modules:
-        importlib.import_module(module)
+    threads = import_once(modules)
     os.environ.clear()
     os.environ.update(before)
-    gc.collect()
-    gc.freeze()
-    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose the other threads"
+    assert not threads, "a fork would lose the other threads"
 
 
-def _start(connection: socket.socket) -> _Asked:
-    """Fork what a process asks for; `OSError` or `ValueError` when that process has ended."""
-    data, files, _, _ = socket.recv_fds(connection, _LARGEST, 8)
+def _start(channel: Channel) -> _Asked:
+    """Fork what a process asks for; `OSError` or `EOFError` when that process has ended."""
+    told, files = channel.receive_with_files(wait_s=None)
+    assert told is not None, "we wait for ever"
     spaces: list[int] = []
     try:
-        told = json.loads(data)
         if told["enter"]:
-            spaces = _namespaces_of(_peer(connection))
+            spaces = _namespaces_of(_peer(channel.sock))
 
         def fork() -> int:
             fds = dict(zip(told["numbers"], files, strict=True))
@@ -114,8 +103,8 @@ def _start(connection: socket.socket) -> _Asked:
         for fd in (*files, *spaces):
             os.close(fd)
     with contextlib.suppress(OSError):  # the next look at the connection finds its end, too
-        connection.send(json.dumps({"pid": target}).encode())
-    return _Asked(connection, pid, target)
+        channel.send({"pid": target})
+    return _Asked(channel, pid, target)
 
 
 def _peer(connection: socket.socket) -> int:
@@ -128,17 +117,11 @@ def _peer(connection: socket.socket) -> int:
 
 def _pass_on(asked: _Asked) -> None:
     """Do what the asker wants: a signal; or it has ended, and so does what it asked for."""
-    data = b""
-    with contextlib.suppress(OSError):
-        data = asked.connection.recv(_LARGEST)
+    number = signal.SIGKILL
+    with contextlib.suppress(EOFError):
+        number = (asked.channel.receive() or {})["signal"]
     with contextlib.suppress(ProcessLookupError):
-        os.kill(asked.target, json.loads(data)["signal"] if data else signal.SIGKILL)
-
-
-def _reaped() -> Iterator[tuple[int, int]]:
-    with contextlib.suppress(ChildProcessError):
-        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            yield ended
+        os.kill(asked.target, number)
 
 
 # ---------------------------------------------------------------------- another host's namespaces
@@ -231,7 +214,6 @@ def _become(
 
     import numpy as np
 
-    _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # when pytest is killed, so are we
     high = {number: fcntl.fcntl(fd, fcntl.F_DUPFD, 256) for number, fd in files.items()}
     for number, fd in high.items():
@@ -292,5 +274,5 @@ def _run_module(module: str, arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     procs.die_with_parent(int(sys.argv[2]))
     # so that what a dead command leaves is found below us, and ended
-    _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    procs.adopt_orphans()
     serve(socket.socket(fileno=int(sys.argv[1])))

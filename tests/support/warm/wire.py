@@ -32,7 +32,7 @@ def request(
         enter: whether it runs in our namespaces, and dies with us.
 
     Returns:
-        Where its end is told, see `status`, and its pid. When this connection ends, it is killed.
+        Where its end is told, see `exit_code`, and its pid. It is killed when this connection ends.
     """
     told = {"module": module, "arguments": list(arguments), "cwd": os.fspath(cwd),
             "env": dict(env), "numbers": list(files), "enter": enter}  # fmt: skip
@@ -43,9 +43,9 @@ def request(
     return connection, _receive(connection)["pid"]
 
 
-def status(connection: socket.socket) -> int:
-    """Wait for the end of a process; its status as `os.waitpid` gives it."""
-    return _receive(connection)["status"]
+def exit_code(connection: socket.socket) -> int:
+    """Wait for the end of a process; its exit code, negative for a signal."""
+    return _receive(connection)["code"]
 
 
 def _receive(connection: socket.socket) -> dict[str, int]:
