@@ -65,12 +65,12 @@ def dtrain_batches(n: int) -> Iterator[list[int]]:
     """A rank's batches as the trainer gets them."""
     from dtrain.train.data.loader import train_requests
     from dtrain.train.data.order import shuffled
-    from dtrain.train.data.placement import Course, GlobalBatch, Position
+    from dtrain.train.data.placement import EpochPlan, GlobalBatch, Position
 
     def split(batch: GlobalBatch) -> tuple[range, ...]:
         return batch.micro_batches(0, WORLD_SIZE, None)
 
-    batches = Course(n, WORLD_SIZE * BATCH, 1, None).batches(0, Position())
+    batches = EpochPlan(n, WORLD_SIZE * BATCH, 1, None).batches(0, Position())
     requests = train_requests(batches, shuffled(n, seed=1), split)
     return (request.samples.tolist() for request in requests)
 

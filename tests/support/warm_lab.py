@@ -21,14 +21,14 @@ from dtrain.testing import run_ranks
 from dtrain.train.context import TrainContext
 from dtrain.train.load import load_task
 from dtrain.train.loop.native import NativeTrainer
-from dtrain.train.strategies import ddp, dp, fsdp, single
+from dtrain.train.strategies import ddp, dp, fsdp
 from dtrain.train.strategies.exact import strategy
 from dtrain.train.tracing.tracer import Recorder
 from dtrain.verify.judge import Judge, Result
 from dtrain.verify.lab import Lab
 from dtrain.verify.pairs import Pair
 
-IMPORTED_ONCE = (ddp, dp, strategy, fsdp, single)  # not in every rank
+IMPORTED_ONCE = (ddp, dp, strategy, fsdp)  # not in every rank
 
 
 def train(spec: JobSpec, folder: Path, run: Path, attempt: int, replicas: int) -> str | None:
