@@ -229,6 +229,19 @@ def test_a_node_whose_own_name_is_on_loopback(breakable: Cluster, tmp_path: Path
 # ---------------------------------------------------------------------- the job's life
 
 
+@pytest.mark.parametrize("more", [(), ("-p", "short", "-t", "20h")])
+def test_what_is_planned_is_what_is_launched(
+    slurm: Cluster, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """Also with a time limit that the partition cuts."""
+    same = (*TWO, *more, "--slurm", "hold", "--run-id", "planned", TINY)
+    shown = json.loads(dtrain("plan", *same, "--json", cwd=tmp_path).stdout)["plan"]
+    done = dtrain("launch", "--detach", *same, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(the_run(tmp_path).plan.read_text()) == shown
+    assert len(shown["notes"]) == bool(more)
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason", "place"),
     [

@@ -41,6 +41,8 @@ def show(job: str, fields: tuple[str, ...], at_once: int | None, options: dict[s
     for element in elements:
         click.echo(f"{element.plan.run_id}: {element.chosen}")
     plans = [element.plan for element in elements]
+    for note in plans[0].notes:
+        click.echo(note)
     click.echo("\n".join(launcher.preview_array(plans, at_once)))
 
 

@@ -87,7 +87,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.launchers.slurm": (
         "options queue",
-        "outcome partition script",
+        "outcome script",
         "sbatch",
         "submitit",
         "array",

@@ -19,7 +19,8 @@ from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.profile import load_profile
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base
-from dtrain.launchers.slurm import array, partition, sbatch, script, submitit
+from dtrain.launchers.slurm import array, queue, sbatch, script, submitit
+from dtrain.launchers.slurm.launcher import SlurmLauncher
 from dtrain.launchers.slurm.options import SlurmOptions
 from dtrain.plan import Facts, LaunchPlan, make_plan
 
@@ -292,20 +293,28 @@ PartitionName=ever Default=NO MaxTime=UNLIMITED State=UP
 def test_a_time_limit_above_that_of_the_partition_is_cut(
     monkeypatch: pytest.MonkeyPatch, wanted: str | None, asked: str, given: str
 ) -> None:
-    def ask(*argv: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(argv, 0, PARTITIONS, "")
+    launcher = SlurmLauncher()
 
-    monkeypatch.setattr(partition, "run_command", ask)
-    plan = plan_of(partition=wanted, time=asked)
-    cut, said = partition.within_partition(plan)
-    assert cut.options.time == given
-    assert bool(said) == (cut != plan)
-    monkeypatch.setattr(
-        partition,
-        "run_command",
-        lambda *argv: subprocess.CompletedProcess(argv, 1, PARTITIONS, "away"),
-    )
-    assert partition.within_partition(plan) == (plan, "")
+    def facts(returncode: int) -> Facts:
+        done = subprocess.CompletedProcess([], returncode, PARTITIONS, "away")
+        monkeypatch.setattr(queue, "run_command", lambda *argv: done)
+        queue._partitions.cache_clear()
+        return launcher.survey(FACTS, SlurmOptions(partition=wanted, time=asked))
+
+    plan = plan_of(facts(0), partition=wanted, time=asked)
+    uncut = plan_of(partition=wanted, time=asked)
+    assert plan.options.time == given
+    assert bool(plan.notes) == (plan != uncut)
+    assert facts(1) == FACTS
+    queue._partitions.cache_clear()
+
+
+def test_slurm_is_asked_for_limits_only_when_they_may_cut_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(queue, "run_command", lambda *argv: pytest.fail(f"asked {argv}"))
+    for options in (SlurmOptions(), SlurmOptions(time="4h", requeue=0)):
+        assert SlurmLauncher().survey(FACTS, options) == FACTS
 
 
 ARRAY = """\

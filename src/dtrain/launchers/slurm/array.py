@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtrain.errors import PlanError
-from dtrain.launchers.slurm import partition, sbatch, script, submitit
+from dtrain.launchers.slurm import sbatch, script, submitit
 from dtrain.launchers.slurm.options import SlurmOptions
 from dtrain.launchers.slurm.queue import run_command
 from dtrain.plan import LaunchPlan
@@ -23,15 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _OWN = ("job-name", "comment")  # flags in which elements may differ
-
-
-def within_partition(plans: Sequence[LaunchPlan]) -> tuple[list[LaunchPlan], str]:
-    """The plans with a time limit that their partition gives, see `slurm_limits`."""
-    first, cut = partition.within_partition(plans[0])
-    if not cut:
-        return list(plans), ""
-    time = SlurmOptions.of(first.options).time
-    return [partition.with_time(plan, time) for plan in plans], cut
 
 
 def refuse_unlike(plans: Sequence[LaunchPlan]) -> None:

@@ -5,27 +5,28 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from dtrain.errors import LaunchError, PlanError
+from dtrain.job.launcher_options import AnyOptions
+from dtrain.job.units import parse_duration
 from dtrain.launchers import base, prepare, status, supervise
 from dtrain.launchers.base import Launch
 from dtrain.launchers.local import LocalLauncher
 from dtrain.launchers.slurm import (
     array,
     outcome,
-    partition,
     preview,
     queue,
     sbatch,
     script,
     submitit,
 )
-from dtrain.launchers.slurm.options import SlurmOptions
+from dtrain.launchers.slurm.options import SlurmOptions, as_slurm_writes
 from dtrain.launchers.slurm.queue import Job, Unreachable, Watcher
 from dtrain.plan import Command, Facts, LaunchPlan
-from dtrain.run import events, failures, files, snapshot
+from dtrain.run import events, failures, snapshot
 from dtrain.run.attempts import Handle
 from dtrain.run.backend_files import SlurmFiles
 from dtrain.run.rundir import RunDir
@@ -36,8 +37,15 @@ class SlurmLauncher:
 
     options_model = SlurmOptions
 
+    def survey(self, facts: Facts, options: AnyOptions) -> Facts:
+        """See `Surveying.survey`: the limits of the partitions, when they may cut the time."""
+        options = SlurmOptions.of(options)
+        if options.time is None or not options.requeue:
+            return facts
+        return replace(facts, limits_s=queue.time_limits(options.partition))
+
     def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
-        options = SlurmOptions.of(plan.options)
+        options, notes = _within_limits(SlurmOptions.of(plan.options), facts.limits_s)
         if options.venv:
             python = os.path.join(options.venv, "bin", "python")
         else:
@@ -50,6 +58,7 @@ class SlurmLauncher:
             rdzv_port=0,
             options=options,
             max_requeues=options.requeue,
+            notes=(*plan.notes, *notes),
             code_dir=str(snapshot.job_folder(plan.run.code, plan.attempt))
             if options.snapshot == "on"
             else "",
@@ -87,9 +96,8 @@ class SlurmLauncher:
         return f"afterok:{handle.job_id}"
 
     def start(self, plan: LaunchPlan) -> Launch:
-        plan, cut = partition.within_partition(plan)
         with _files_written():
-            _write(plan, cut)
+            _write(plan)
             by = submitit if SlurmOptions.of(plan.options).submit == "submitit" else sbatch
             job_id = by.submit(plan)
         handle = Handle.of_this_process(plan.launcher, plan.attempt)
@@ -103,10 +111,9 @@ class SlurmLauncher:
         self, plans: Sequence[LaunchPlan], at_once: int | None
     ) -> Sequence[SlurmLaunch]:
         array.refuse_unlike(plans)
-        plans, cut = array.within_partition(plans)
         with _files_written():
             for plan in plans:
-                _write(plan, cut)
+                _write(plan)
             job_ids = array.submit(plans, at_once)
         watcher = queue.shared_watcher()
         handles = [Handle.of_this_process(plan.launcher, plan.attempt) for plan in plans]
@@ -235,11 +242,29 @@ class SlurmLaunch:
         self._cancel.unlink(missing_ok=True)
 
 
-def _write(plan: LaunchPlan, cut: str) -> None:
-    """Everything that the job finds in its run directory."""
-    if cut:
-        files.write_json(plan.run.plan, plan.to_json())
-        events.note_event(plan.run, "waiting", what=cut)
+def _within_limits(
+    options: SlurmOptions, limits_s: Mapping[str, float]
+) -> tuple[SlurmOptions, list[str]]:
+    """The options with a time limit that their partition gives, and a sentence if it was cut.
+
+    The job then goes on over as many attempts as it needs. Of several partitions the one with the
+    longest limit counts.
+    """
+    name = max(limits_s, key=lambda name: limits_s[name], default="")
+    if options.time is None or not name or parse_duration(options.time) <= limits_s[name]:
+        return options, []
+    cut = as_slurm_writes(int(limits_s[name]))
+    note = (
+        f"partition {name} gives {cut} at a time, not {options.time}: the job goes on over as many "
+        f"attempts as it needs, at most {options.requeue + 1}"
+    )
+    return options.model_copy(update={"time": cut}), [note]
+
+
+def _write(plan: LaunchPlan) -> None:
+    """Everything that the job finds in its run directory, and what people should know of it."""
+    for note in plan.notes:
+        events.note_event(plan.run, "waiting", what=note)
     sbatch.write(plan)
     _keep_code(plan)
 

@@ -69,7 +69,7 @@ class SlurmOptions(LauncherOptions):
     account: SlurmText | None = None
     """Account that pays."""
     time: TimeLimit | None = None
-    """Time limit of one attempt; cut to that of the partition, see `within_partition`."""
+    """Time limit of one attempt; cut to that of the partition."""
     qos: SlurmText | None = None
     """Quality of service."""
     cpus_per_node: Count | None = None

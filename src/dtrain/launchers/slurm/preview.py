@@ -5,19 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 
-from dtrain.launchers.slurm import array, partition, sbatch, script, submitit
+from dtrain.launchers.slurm import array, sbatch, script, submitit
 from dtrain.launchers.slurm.options import SlurmOptions
 from dtrain.plan import LaunchPlan
 
 
 def show(plan: LaunchPlan) -> list[str]:
     """The script of a run, and what Slurm says of it where Slurm is at hand."""
-    plan, cut = partition.within_partition(plan) if _at_hand() else (plan, "")
     if SlurmOptions.of(plan.options).submit == "submitit":
         text = submitit.render([plan], submitit.parameters(plan))
     else:
         text = script.render(plan)
-    return _shown("script", text) + _asked(plan, text, cut)
+    return _shown("script", text) + _asked(plan, text)
 
 
 def show_array(plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
@@ -27,11 +26,10 @@ def show_array(plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
         PlanError: they cannot be one array.
     """
     array.refuse_unlike(plans)
-    plans, cut = array.within_partition(plans) if _at_hand() else (plans, "")
     text = array.render(plans, at_once)
     shown = _shown("script of the array", text)
     if SlurmOptions.of(plans[0].options).submit == "submitit":
-        return shown + _asked(plans[0], text, cut)
+        return shown + _asked(plans[0], text)
     return shown + show(plans[0])
 
 
@@ -43,8 +41,8 @@ def _shown(title: str, text: str) -> list[str]:
     return [title, *(f"  {line}" for line in text.splitlines())]
 
 
-def _asked(plan: LaunchPlan, text: str, cut: str) -> list[str]:
+def _asked(plan: LaunchPlan, text: str) -> list[str]:
     if not _at_hand():
         return []
-    said = [cut] if cut else []
-    return ["asked of Slurm", *(f"  {line}" for line in (*said, sbatch.test(plan, text)))]
+    said = sbatch.test(plan, text)
+    return ["asked of Slurm", *(f"  {line}" for line in said.splitlines())]

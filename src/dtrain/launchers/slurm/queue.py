@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 from dtrain.environ import inherited_env
 from dtrain.errors import LaunchError
+from dtrain.job.units import parse_duration
 
 _FIELDS = ("JobArrayID", "State", "Reason", "NodeList", "exit_code", "RestartCnt")
 _FORMAT = ",".join(f"{name}:|" for name in _FIELDS)
@@ -202,6 +204,42 @@ def nodes_down(job: Job) -> dict[str, str]:
     except LaunchError:
         return {}
     return dict(line.strip().split("|", 1) for line in listed.stdout.splitlines() if "|" in line)
+
+
+def time_limits(wanted: str | None) -> dict[str, float]:
+    """Seconds that a job may take in each partition it may use; empty when Slurm does not say.
+
+    Args:
+        wanted: partitions with commas; None: the default one.
+    """
+    try:
+        listed = _partitions()
+    except LaunchError:
+        return {}
+    limits = {}
+    for line in listed.splitlines():
+        fields = dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
+        name = fields.get("PartitionName", "")
+        if name in wanted.split(",") if wanted else fields.get("Default") == "YES":
+            limits[name] = _seconds(fields.get("MaxTime", ""))
+    return limits
+
+
+@functools.cache
+def _partitions() -> str:
+    """What scontrol says, asked once: every run of an array is planned by itself."""
+    listed = run_command("scontrol", "show", "partition", "--oneliner")
+    if listed.returncode != 0:
+        raise Unreachable(_first_line(listed.stderr))
+    return listed.stdout
+
+
+def _seconds(limit: str) -> float:
+    """A limit as Slurm writes it, `[D-]HH:MM:SS` or `UNLIMITED`."""
+    try:
+        return parse_duration(limit)
+    except ValueError:
+        return float("inf")
 
 
 class Watcher:
