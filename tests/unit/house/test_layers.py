@@ -90,8 +90,6 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "outcome script",
         "sbatch",
         "submitit",
-        "array",
-        "preview",
         "launcher",
     ),
     "dtrain.node": (

@@ -19,9 +19,11 @@ from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.profile import load_profile
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base
-from dtrain.launchers.slurm import array, queue, sbatch, script, submitit
-from dtrain.launchers.slurm.launcher import SlurmLauncher
+from dtrain.launchers.slurm import queue, sbatch, script, submitit
+from dtrain.launchers.slurm.launcher import SlurmLauncher, _refuse_unlike
 from dtrain.launchers.slurm.options import SlurmOptions
+from dtrain.launchers.slurm.sbatch import Sbatch
+from dtrain.launchers.slurm.submitit import Submitit
 from dtrain.plan import Facts, LaunchPlan, make_plan
 
 FACTS = Facts("digits-abc234", "/runs", "/usr/bin/python3", "laptop", cores=8, free_port=16000)
@@ -256,7 +258,7 @@ def test_an_elastic_job_takes_what_it_is_given() -> None:
 
 
 def test_an_elastic_job_by_submitit_leaves_the_number_of_nodes_to_slurm() -> None:
-    told = submitit.parameters(plan_of(launch={"nodes": "1:2"}, submit="submitit"))
+    told = submitit.parameters([plan_of(launch={"nodes": "1:2"}, submit="submitit")])
     assert told["additional_parameters"]["nodes"] == "1-2"
     given = '"$SLURM_JOB_NUM_NODES"'
     assert told["setup"][-1] == f"export SLURM_NNODES={given} SLURM_NTASKS={given}"
@@ -337,10 +339,10 @@ exec '/runs/it'"'"'s-'"$SLURM_ARRAY_TASK_ID"/slurm/job.sbatch
 
 def test_the_script_of_an_array() -> None:
     plans = [plan_of(replace(FACTS, run_id=f"it's-{n}"), slurm={"nice": "100"}) for n in range(3)]
-    array.refuse_unlike(plans)
-    assert array.render(plans, 2) == ARRAY
+    _refuse_unlike(plans)
+    assert Sbatch().render_array(plans, 2) == ARRAY
     with pytest.raises(PlanError, match="differ in --nice=100"):
-        array.refuse_unlike([*plans, plan_of()])
+        _refuse_unlike([*plans, plan_of()])
 
 
 BY_SUBMITIT = """\
@@ -359,7 +361,6 @@ BY_SUBMITIT = """\
 #SBATCH --signal=USR2@120
 
 # setup
-
 set -e
 # by hand
 module load cuda
@@ -394,13 +395,13 @@ def test_the_script_of_an_array_by_submitit() -> None:
     pytest.importorskip("submitit")
     setup = {"submit": "submitit", "setup": ["# by hand", "module load cuda"]}
     plans = [plan_of(replace(FACTS, run_id=f"it's-{n}"), **setup) for n in range(3)]
-    array.refuse_unlike(plans)
-    assert array.render(plans, 2) == BY_SUBMITIT.rstrip("\n")
-    assert "#SBATCH --array=0-2%3\n" in array.render(plans, None)
-    assert "--array" not in array.render(plans[:1], 2)  # submitit makes none of one
+    _refuse_unlike(plans)
+    assert Submitit().render_array(plans, 2) == BY_SUBMITIT.rstrip("\n")
+    assert "#SBATCH --array=0-2%3\n" in Submitit().render_array(plans, None)
+    assert "--array" not in Submitit().render_array(plans[:1], 2)  # submitit makes none of one
     slower = plan_of(launch={"nodes": 2, "stop_timeout": "50s"}, **setup)
     with pytest.raises(PlanError, match="differ in --wait=60, --wait=40; launch them one by one"):
-        array.refuse_unlike([*plans, slower])
+        _refuse_unlike([*plans, slower])
 
 
 @pytest.mark.parametrize("runs", ["/100%j", "/one\ntwo"])
@@ -408,14 +409,12 @@ def test_a_path_that_submitit_cannot_use_is_refused(runs: str) -> None:
     pytest.importorskip("submitit")
     plan = plan_of(replace(FACTS, runs=runs), submit="submitit")
     with pytest.raises(PlanError, match="submitit cannot use a path with a % or a line break"):
-        submitit.render([plan], submitit.parameters(plan))
+        Submitit().render(plan)
 
 
-def test_a_template_without_srun_is_refused_for_submitit(tmp_path: Path) -> None:
-    (tmp_path / "own.j2").write_text("#!/bin/bash\nmpirun {{ agent_command }}\n")
-    plan = plan_of(submit="submitit", template=str(tmp_path / "own.j2"))
-    with pytest.raises(PlanError, match="for submitit it needs #SBATCH lines, then a line `srun"):
-        submitit.parameters(plan)
+def test_a_template_is_refused_with_submitit() -> None:
+    with pytest.raises(PlanError, match="template is for submit: sbatch; submitit writes a script"):
+        plan_of(submit="submitit", template="own.j2")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from dtrain.errors import LaunchError, PlanError
 from dtrain.job.launcher_options import AnyOptions
@@ -14,22 +15,50 @@ from dtrain.job.units import parse_duration
 from dtrain.launchers import base, prepare, status, supervise
 from dtrain.launchers.base import Launch
 from dtrain.launchers.local import LocalLauncher
-from dtrain.launchers.slurm import (
-    array,
-    outcome,
-    preview,
-    queue,
-    sbatch,
-    script,
-    submitit,
-)
+from dtrain.launchers.slurm import outcome, queue, sbatch, script
 from dtrain.launchers.slurm.options import SlurmOptions, as_slurm_writes
 from dtrain.launchers.slurm.queue import Job, Unreachable, Watcher
+from dtrain.launchers.slurm.sbatch import Sbatch
+from dtrain.launchers.slurm.submitit import Submitit
 from dtrain.plan import Command, Facts, LaunchPlan
 from dtrain.run import events, failures, snapshot
 from dtrain.run.attempts import Handle
 from dtrain.run.backend_files import SlurmFiles
 from dtrain.run.rundir import RunDir
+
+
+class Submitter(Protocol):
+    """A way to hand jobs to Slurm. Run directories are written before anything is submitted.
+
+    Both ways to submit return job ids, of an array those of its elements, `ARRAY_INDEX`, and raise
+    PlanError when Slurm refuses: why in Slurm's words, and where that is written.
+    """
+
+    def command(self, plan: LaunchPlan) -> list[str]:
+        """What `dtrain plan` shows as the command."""
+
+    def files(self, plan: LaunchPlan) -> tuple[str, ...]:
+        """The files that it writes for each run."""
+
+    def alike(self, plan: LaunchPlan) -> list[str]:
+        """Flags that all elements of an array must have alike."""
+
+    def render(self, plan: LaunchPlan) -> str:
+        """The script that is submitted."""
+
+    def submit(self, plan: LaunchPlan) -> str: ...
+
+    def render_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> str:
+        """The script that is submitted."""
+
+    def submit_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]: ...
+
+
+_SUBMITTERS: dict[str, Submitter] = {"sbatch": Sbatch(), "submitit": Submitit()}
+
+
+def _submitter(plan: LaunchPlan) -> Submitter:
+    return _SUBMITTERS[SlurmOptions.of(plan.options).submit]
 
 
 class SlurmLauncher:
@@ -46,11 +75,8 @@ class SlurmLauncher:
 
     def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
         options, notes = _within_limits(SlurmOptions.of(plan.options), facts.limits_s)
-        if options.venv:
-            python = os.path.join(options.venv, "bin", "python")
-        else:
-            python = "python" if options.conda or _in_image(options) else facts.python
-        options = options.model_copy(update={"python": options.python or python})
+        python = options.python or _python(options, facts)
+        options = options.model_copy(update={"python": python})
         plan = replace(
             plan,
             node_names=("",) * plan.nodes,
@@ -63,20 +89,17 @@ class SlurmLauncher:
             if options.snapshot == "on"
             else "",
         )
-        script.flags(plan, options)  # refuses what cannot be meant
-        if options.submit == "submitit":  # which writes a script of its own
-            argv = ["submitit", *script.agent_command(plan, options)]
-        else:
-            argv = sbatch.command(plan)
-            plan = replace(plan, files=(*plan.files, str(SlurmFiles(plan.run).script)))
-        return replace(plan, commands=(Command(where=facts.host, argv=tuple(argv)),))
+        script.flags(plan)  # refuses what cannot be meant
+        by = _submitter(plan)
+        command = Command(where=facts.host, argv=tuple(by.command(plan)))
+        return replace(plan, files=(*plan.files, *by.files(plan)), commands=(command,))
 
     def preview(self, plan: LaunchPlan) -> list[str]:
-        """The script, and what Slurm says of it where Slurm is at hand; for `dtrain plan`."""
-        return preview.show(plan)
+        """See `Previewable.preview`: the script, and what Slurm says of it where it is at hand."""
+        text = _submitter(plan).render(plan)
+        return [*_shown("script", text), *sbatch.asked(plan, text)]
 
     def can_detach(self, plan: LaunchPlan) -> bool:
-        """Whether it goes on without this command: Slurm has it."""
         return True
 
     def dependency_on(self, run: RunDir) -> str | None:
@@ -98,23 +121,28 @@ class SlurmLauncher:
     def start(self, plan: LaunchPlan) -> Launch:
         with _files_written():
             _write(plan)
-            by = submitit if SlurmOptions.of(plan.options).submit == "submitit" else sbatch
-            job_id = by.submit(plan)
+            job_id = _submitter(plan).submit(plan)
         handle = Handle.of_this_process(plan.launcher, plan.attempt)
         return _note_submitted(plan, job_id, handle, Watcher())
 
     def preview_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
-        """The array's script, and what Slurm says of it; for `dtrain launch --dry-run`."""
-        return preview.show_array(plans, at_once)
+        """See `ArrayCapable.preview_array`; with the script of one run where each has its own."""
+        _refuse_unlike(plans)
+        by = _submitter(plans[0])
+        text = by.render_array(plans, at_once)
+        shown = _shown("script of the array", text)
+        if by.files(plans[0]):
+            return shown + self.preview(plans[0])
+        return shown + sbatch.asked(plans[0], text)
 
     def start_array(
         self, plans: Sequence[LaunchPlan], at_once: int | None
     ) -> Sequence[SlurmLaunch]:
-        array.refuse_unlike(plans)
+        _refuse_unlike(plans)
         with _files_written():
             for plan in plans:
                 _write(plan)
-            job_ids = array.submit(plans, at_once)
+            job_ids = _submitter(plans[0]).submit_array(plans, at_once)
         watcher = queue.shared_watcher()
         handles = [Handle.of_this_process(plan.launcher, plan.attempt) for plan in plans]
         return [
@@ -261,15 +289,30 @@ def _within_limits(
     return options.model_copy(update={"time": cut}), [note]
 
 
+def _refuse_unlike(plans: Sequence[LaunchPlan]) -> None:
+    by = _submitter(plans[0])
+    first = by.alike(plans[0])
+    for plan in plans[1:]:
+        flags = by.alike(plan)
+        if differ := [flag for flag in (*flags, *first) if (flag in flags) != (flag in first)]:
+            raise PlanError(
+                f"--array: Slurm gives all elements of an array the same, but {plan.run_id} and "
+                f"{plans[0].run_id} differ in {', '.join(differ)}; launch them one by one"
+            )
+
+
+def _shown(title: str, text: str) -> list[str]:
+    return [title, *(f"  {line}" for line in text.splitlines())]
+
+
 def _write(plan: LaunchPlan) -> None:
-    """Everything that the job finds in its run directory, and what people should know of it."""
+    """Write what the job finds in its run directory, and tell what people should know of it."""
     for note in plan.notes:
         events.note_event(plan.run, "waiting", what=note)
-    sbatch.write(plan)
-    _keep_code(plan)
-
-
-def _keep_code(plan: LaunchPlan) -> None:
+    folder = SlurmFiles(plan.run)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    for wish in folder.path.glob(folder.requeue("*").name):
+        wish.unlink(missing_ok=True)
     if plan.code_dir:
         prepare.keep_code(plan)
         snapshot.copy_tree(plan.job_dir, plan.run.code, plan.attempt)
@@ -283,12 +326,13 @@ def _note_submitted(plan: LaunchPlan, job_id: str, handle: Handle, watcher: Watc
 
 @contextlib.contextmanager
 def _files_written() -> Iterator[None]:
-    """Say which file could not be written."""
     try:
         yield
     except OSError as error:
         raise LaunchError(f"cannot write {error.filename}: {error.strerror}") from error
 
 
-def _in_image(options: SlurmOptions) -> bool:
-    return bool(options.apptainer or options.pyxis)
+def _python(options: SlurmOptions, facts: Facts) -> str:
+    if options.venv:
+        return os.path.join(options.venv, "bin", "python")
+    return "python" if options.conda or options.apptainer or options.pyxis else facts.python

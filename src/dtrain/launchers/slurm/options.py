@@ -63,84 +63,51 @@ class SlurmOptions(LauncherOptions):
     launcher = "slurm"
 
     submit: Literal["sbatch", "submitit"] = "sbatch"
-    """How the job is submitted."""
     partition: SlurmText | None = None
-    """Partition, or several with commas."""
     account: SlurmText | None = None
-    """Account that pays."""
     time: TimeLimit | None = None
-    """Time limit of one attempt; cut to that of the partition."""
     qos: SlurmText | None = None
-    """Quality of service."""
     cpus_per_node: Count | None = None
-    """CPUs of each node; None: one per process."""
     mem: SlurmText | None = None
-    """Memory of each node, as 64G."""
     gres: SlurmText | None = None
-    """Generic resources of each node, instead of --gpus-per-node."""
     constraint: SlurmText | None = None
-    """Features that nodes must have."""
     exclude: SlurmText | None = None
-    """Nodes to keep away from."""
     reservation: SlurmText | None = None
-    """Reservation to run in."""
     dependency: SlurmText | None = None
-    """What the job waits for."""
     mail: SlurmText | None = None
-    """Who hears of the end and of failures."""
     comment: SlurmText | None = None
-    """Said in the job's comment, after the run's id."""
     slurm: dict[str, Flag] = Field(default_factory=dict)
-    """Any other flag of sbatch by its long name."""
     signal_before: Duration = 120.0
-    """Seconds before the time limit at which the workers are asked to leave; at most half of it."""
     requeue: Natural = 100
-    """How often the job may be requeued."""
     setup: list[Text] = Field(default_factory=list)
-    """Lines of shell, run before the agents start."""
     modules: list[Text] = Field(default_factory=list)
-    """Environment modules to load."""
     venv: Text | None = None
-    """Folder of a virtual environment to activate."""
     conda: Text | None = None
-    """Conda environment to activate."""
     apptainer: Text | None = None
-    """Image in which `apptainer exec` runs the agents."""
     pyxis: Text | None = None
-    """Image in which Pyxis runs the agents."""
     container_args: list[Text] = Field(default_factory=list)
-    """Further arguments for the container."""
     python: Text | None = None
-    """Interpreter of the agents."""
     snapshot: Switch = "on"
-    """Whether workers import a copy of the code taken at submission."""
     template: Text | None = None
-    """Path of a template to use instead of the packaged one."""
 
     @property
     def cores_per_node(self) -> int | None:
         return self.cpus_per_node
 
     @model_validator(mode="after")
-    def _one_container(self) -> SlurmOptions:
+    def _goes_together(self) -> SlurmOptions:
         if self.apptainer and self.pyxis:
             raise ValueError("apptainer and pyxis are two ways to run one container: give one")
+        if self.template and self.submit == "submitit":
+            raise ValueError("template is for submit: sbatch; submitit writes a script of its own")
         return self
 
 
-# field of the options → flag of sbatch
-FLAGS = {
-    "partition": "partition",
-    "account": "account",
-    "time": "time",
-    "qos": "qos",
-    "mem": "mem",
-    "gres": "gres",
-    "constraint": "constraint",
-    "exclude": "exclude",
-    "reservation": "reservation",
-    "dependency": "dependency",
-}
+# options that are flags of sbatch of the same name
+FLAGS = (
+    "partition", "account", "time", "qos", "mem", "gres", "constraint", "exclude", "reservation",
+    "dependency",
+)  # fmt: skip
 
 # flags that dtrain sets itself, or that would break it → what to use instead
 _OURS = {
@@ -164,10 +131,8 @@ _OURS = {
 }
 
 
-def own_flag_problem(name: str) -> str | None:
+def own_flag_problem(flag: str) -> str | None:
     """Why a flag cannot be among the further flags of sbatch; None when it can."""
-    plain = name.lstrip("-").replace("_", "-")
-    if plain in FLAGS.values():
-        field = next(field for field, flag in FLAGS.items() if flag == plain)
-        return f"is an option of its own: say {field} instead"
-    return f"cannot be set here; use {_OURS[plain]}" if plain in _OURS else None
+    if flag in FLAGS:
+        return f"is an option of its own: say {flag} instead"
+    return f"cannot be set here; use {_OURS[flag]}" if flag in _OURS else None

@@ -1,9 +1,11 @@
-"""Hand a batch job to Slurm, and say what it was that Slurm did not like."""
+"""`submit: sbatch`: scripts of ours; and what it was that Slurm did not like of a job."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import shutil
+from collections.abc import Sequence
 
 from dtrain.errors import PlanError
 from dtrain.launchers.slurm import script
@@ -32,42 +34,79 @@ _ABOUT = (
 )  # fmt: skip
 
 
-def command(plan: LaunchPlan, *more: str) -> list[str]:
-    """The sbatch command of a plan."""
-    folder = SlurmFiles(plan.run)
-    output = f"--output={script.pattern(folder.log)}"
-    return ["sbatch", "--parsable", *more, output, str(folder.script)]
+class Sbatch:
+    """Submits a script of each run; of an array, one that starts the script of each element."""
+
+    def command(self, plan: LaunchPlan) -> list[str]:
+        folder = SlurmFiles(plan.run)
+        return [
+            "sbatch",
+            "--parsable",
+            f"--output={script.pattern(folder.log)}",
+            str(folder.script),
+        ]
+
+    def files(self, plan: LaunchPlan) -> tuple[str, ...]:
+        return (str(SlurmFiles(plan.run).script),)
+
+    def alike(self, plan: LaunchPlan) -> list[str]:
+        return [script.sbatch_option(*flag) for flag in script.shared_flags(plan)]
+
+    def render(self, plan: LaunchPlan) -> str:
+        return script.render(plan)
+
+    def submit(self, plan: LaunchPlan) -> str:
+        _write(plan)
+        return _submit(plan, self.command(plan))
+
+    def render_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> str:
+        flags = [
+            ("job-name", script.array_id(plans)),
+            ("comment", script.array_comment(plans)),
+            ("array", f"0-{len(plans) - 1}" + (f"%{at_once}" if at_once else "")),
+            *script.shared_flags(plans[0]),
+        ]
+        return "\n".join(
+            [
+                "#!/bin/bash",
+                f"# Runs {script.one_line(script.array_runs(plans))} of dtrain: "
+                "each has its own script.",
+                *(f"#SBATCH {script.sbatch_option(*flag)}" for flag in flags),
+                "",
+                f"exec {script.path_in_array(plans, SlurmFiles(plans[0].run).script)}",
+                "",
+            ]
+        )
+
+    def submit_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
+        for plan in plans:
+            _write(plan)
+        path = SlurmFiles(plans[0].run).array_script
+        files.write_atomic(path, self.render_array(plans, at_once), mode=0o755)
+        output = f"--output={script.array_logs(plans)}"
+        array = _submit(plans[0], ["sbatch", "--parsable", output, str(path)])
+        return [f"{array}_{index}" for index in range(len(plans))]
 
 
-def write(plan: LaunchPlan) -> None:
-    """Make a place for the job's logs, and write the batch script unless submitit writes one."""
-    folder = SlurmFiles(plan.run)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    for wish in folder.path.glob(folder.requeue("*").name):
-        wish.unlink(missing_ok=True)
-    if SlurmOptions.of(plan.options).submit == "sbatch":
-        files.write_atomic(folder.script, script.render(plan), mode=0o755)
+def _write(plan: LaunchPlan) -> None:
+    files.write_atomic(SlurmFiles(plan.run).script, script.render(plan), mode=0o755)
 
 
-def submit(plan: LaunchPlan) -> str:
-    """Submit the written script; the job's id.
-
-    Raises:
-        PlanError: Slurm refuses the job; says why in Slurm's words, and where that is written.
-    """
-    done = run_command(*command(plan))
+def _submit(plan: LaunchPlan, command: list[str]) -> str:
+    done = run_command(*command)
     if done.returncode != 0:
         raise PlanError(refusal(plan, done.stderr))
     return done.stdout.strip().partition(";")[0]
 
 
-def test(plan: LaunchPlan, text: str) -> str:
-    """What Slurm says of a plan's script without taking it: when and where, or why not."""
+def asked(plan: LaunchPlan, text: str) -> list[str]:
+    """What Slurm says of a script without taking it; nothing where Slurm is not at hand."""
+    if shutil.which("sbatch") is None:
+        return []
     done = run_command("sbatch", "--test-only", input_text=text)
-    if done.returncode != 0:
-        return refusal(plan, done.stderr)
     said = re.sub(r"^sbatch: Job \d+ ", "", done.stderr.strip())
-    return f"Slurm would take it: {said}"
+    told = refusal(plan, done.stderr) if done.returncode else f"Slurm would take it: {said}"
+    return ["asked of Slurm", *(f"  {line}" for line in told.splitlines())]
 
 
 def refusal(plan: LaunchPlan, said: str) -> str:
@@ -75,22 +114,19 @@ def refusal(plan: LaunchPlan, said: str) -> str:
     lines = [re.sub(r"^(sbatch: )?(error: )?", "", line) for line in said.strip().splitlines()]
     reasons = [line.removeprefix("Batch job submission failed: ") for line in lines if line]
     reason = "; ".join(dict.fromkeys(reasons)) or "no reason given"
-    return f"Slurm refuses the job: {reason}{about(plan, reason)}"
+    places = "".join(f"\n  {place}" for place in _places(plan, reason))
+    return f"Slurm refuses the job: {reason}{places}"
 
 
-def about(plan: LaunchPlan, reason: str) -> str:
-    """`\\n  FILE:LINE:COLUMN: OPTION: VALUE` for each option that a reason may be about."""
-    further = {
-        f"slurm.{flag}": f"--{flag.replace('_', '-')}"
-        for flag in SlurmOptions.of(plan.options).slurm
-    }
-    said = [name for name, flag in further.items() if flag in reason]
+def _places(plan: LaunchPlan, reason: str) -> list[str]:
+    """`FILE:LINE:COLUMN: OPTION: VALUE` of each option that a reason may be about."""
+    further = SlurmOptions.of(plan.options).slurm
+    said = [f"slurm.{flag}" for flag in further if f"--{flag.replace('_', '-')}" in reason]
     guesses = [options for pattern, options in _ABOUT if re.search(pattern, reason, re.IGNORECASE)]
     for options in (said, *guesses):
-        named = [place for name in options if (place := place_of(plan, name))]
-        if named:
-            return "".join(f"\n  {place}" for place in named)
-    return ""
+        if named := [place for name in options if (place := place_of(plan, name))]:
+            return named
+    return []
 
 
 def place_of(plan: LaunchPlan, name: str) -> str | None:

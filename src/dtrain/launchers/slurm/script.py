@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,76 +18,80 @@ from dtrain.run.backend_files import SlurmFiles
 
 _WAIT_S = 10
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]-]*")
+_OWN = ("job-name", "comment")  # flags in which elements of an array may differ
+
+_TEARDOWN = """\
+status=$?
+
+# The first agent leaves this file when the training is to go on in another attempt. Where another
+# node has failed, srun asks the first to leave as well: that is no reason to begin again.
+job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+if [ "$status" = 0 ] &&
+  [ -e REQUEUE_FILE"${SLURM_RESTART_COUNT:-0}" ] &&
+  [ "$(squeue -h -j "$job" -o %T)" = RUNNING ]; then
+  scontrol requeue "$job"
+fi
+exit "$status"
+"""
+
+Flag = tuple[str, str | None]
+"""The long name of a flag of sbatch, and its value; None of one without a value."""
 
 
-def render(plan: LaunchPlan, requeue_file: str | None = None) -> str:
+def render(plan: LaunchPlan) -> str:
     """The whole script, from the packaged template or the user's own.
-
-    Args:
-        plan: of the run, or of the first of those that share the script.
-        requeue_file: see `values`.
 
     Raises:
         PlanError: jinja2 is not installed, or the template cannot be read or filled.
     """
-    options = SlurmOptions.of(plan.options)
-    path = Path(options.template or asset_dir("slurm") / "job.sbatch.j2").expanduser()
-    return templates.fill(path, values(plan, options, requeue_file))
+    template = SlurmOptions.of(plan.options).template or asset_dir("slurm") / "job.sbatch.j2"
+    return templates.fill(Path(template).expanduser(), values(plan))
 
 
-def values(
-    plan: LaunchPlan, options: SlurmOptions, requeue_file: str | None = None
-) -> dict[str, Any]:
-    """What a template can use; texts are quoted for the place where they stand.
-
-    Args:
-        plan: of the run, or of the first of those that share the script.
-        options: the launcher's own.
-        requeue_file: as shell, where the script is shared by several runs; None: the plan's.
-    """
+def values(plan: LaunchPlan) -> dict[str, Any]:
+    """What a template can use; texts are quoted for the place where they stand."""
+    requeue_file = shlex.quote(str(SlurmFiles(plan.run).requeue("")))
     return {
         "run_id": one_line(plan.run_id),
-        "sbatch_options": [sbatch_option(name, value) for name, value in flags(plan, options)],
-        "setup_lines": setup_lines(options),
+        "sbatch_options": [sbatch_option(*flag) for flag in flags(plan)],
+        "setup_lines": setup_lines(plan),
         "srun_arguments": [
             f"--nodes={nodes_as_shell(plan)}",
             f"--ntasks={nodes_as_shell(plan)}",
-            *map(shlex.quote, srun_arguments(plan, options)),
+            *map(shlex.quote, srun_arguments(plan)),
         ],
-        "agent_command": shlex.join(agent_command(plan, options)),
-        "requeue_file": requeue_file or shlex.quote(str(SlurmFiles(plan.run).requeue(""))),
+        "agent_command": shlex.join(agent_command(plan)),
+        "teardown_lines": teardown_lines(requeue_file),
     }
 
 
-def flags(plan: LaunchPlan, options: SlurmOptions) -> list[tuple[str, str | None]]:
-    """Every flag of sbatch, by its long name, with its value; None for one without a value.
+def flags(plan: LaunchPlan) -> list[Flag]:
+    """Every flag of sbatch but for where it writes.
 
     Raises:
-        PlanError: one of `slurm:` is dtrain's own.
+        PlanError: one of `slurm:` is dtrain's own, or a value has a line break.
     """
+    options = SlurmOptions.of(plan.options)
     comment = f"dtrain run {plan.run_id}"
-    found: list[tuple[str, str | None]] = [
+    found: list[Flag] = [
         ("job-name", plan.run_id),
         ("comment", f"{comment} {options.comment}" if options.comment else comment),
         ("nodes", str(plan.nodes) if _is_fixed(plan) else f"{plan.min_nodes}-{plan.nodes}"),
         # with it, Slurm gives the fewest nodes of a range, however many are free
         *([("ntasks-per-node", "1")] if _is_fixed(plan) else []),
-        ("cpus-per-task", str(cpus_per_node(plan, options))),
+        ("cpus-per-task", str(_cpus_per_node(plan))),
     ]
     if plan.gpus_per_node and not options.gres:
         found.append(("gpus-per-node", str(plan.gpus_per_node)))
-    for field, flag in FLAGS.items():
-        value = getattr(options, field)
-        if value is not None:
-            found.append((flag, value))
+    found += [(flag, value) for flag in FLAGS if (value := getattr(options, flag)) is not None]
     if options.mail:
         found += [("mail-user", options.mail), ("mail-type", "END,FAIL,REQUEUE")]
     found += [
         ("signal", f"USR2@{_signal_before(options)}"),
         ("requeue" if options.requeue else "no-requeue", None),
         ("open-mode", "append"),
+        *_further_flags(options),
     ]
-    found += _further_flags(options)
     for name, value in found:
         if value is not None and not value.isprintable():
             raise PlanError(
@@ -95,19 +100,23 @@ def flags(plan: LaunchPlan, options: SlurmOptions) -> list[tuple[str, str | None
     return found
 
 
+def shared_flags(plan: LaunchPlan) -> list[Flag]:
+    """The flags that all elements of an array must have alike."""
+    return [flag for flag in flags(plan) if flag[0] not in _OWN]
+
+
 def _signal_before(options: SlurmOptions) -> int:
     """Seconds; of a short time limit the half, for the workers to get anywhere at all."""
     limit = parse_duration(options.time) if options.time else float("inf")
     return max(1, int(min(options.signal_before, limit / 2)))
 
 
-def _further_flags(options: SlurmOptions) -> list[tuple[str, str | None]]:
-    found: list[tuple[str, str | None]] = []
+def _further_flags(options: SlurmOptions) -> list[Flag]:
+    found: list[Flag] = []
     for name, value in options.slurm.items():
-        problem = own_flag_problem(name)
-        if problem:
-            raise PlanError(f"--slurm {name}: {problem}")
         flag = name.lstrip("-").replace("_", "-")
+        if problem := own_flag_problem(flag):
+            raise PlanError(f"--slurm {name}: {problem}")
         if not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
             raise PlanError(f"--slurm {name!r}: not the long name of a flag of sbatch")
         for each in value if isinstance(value, list) else [value]:
@@ -116,13 +125,14 @@ def _further_flags(options: SlurmOptions) -> list[tuple[str, str | None]]:
     return found
 
 
-def cpus_per_node(plan: LaunchPlan, options: SlurmOptions) -> int:
+def _cpus_per_node(plan: LaunchPlan) -> int:
     """CPUs that a node's agent and all of its workers share."""
-    return options.cpus_per_node or plan.procs_per_node * plan.replicas
+    return SlurmOptions.of(plan.options).cpus_per_node or plan.procs_per_node * plan.replicas
 
 
-def setup_lines(options: SlurmOptions) -> list[str]:
-    """Shell that makes the environment of the agents."""
+def setup_lines(plan: LaunchPlan) -> list[str]:
+    """What stands before srun: shell that makes the environment of the agents."""
+    options = SlurmOptions.of(plan.options)
     lines = list(options.setup)
     if options.modules:
         lines.append(f"module load {shlex.join(options.modules)}")
@@ -132,7 +142,17 @@ def setup_lines(options: SlurmOptions) -> list[str]:
         lines.append(f"conda activate {shlex.quote(options.conda)}")
     if options.venv:
         lines.append(f". {shlex.quote(options.venv + '/bin/activate')}")
-    return lines
+    wait = "trap : TERM USR2 # the agents leave in order, and the shell waits for them"
+    return ["set -e", *lines, "set +e", "", wait] if lines else [wait]
+
+
+def teardown_lines(requeue_file: str) -> list[str]:
+    """What stands after srun: it puts a job that is to go on back into the queue.
+
+    Args:
+        requeue_file: of the run, see `SlurmFiles.requeue`, without the number; as shell.
+    """
+    return _TEARDOWN.replace("REQUEUE_FILE", requeue_file).splitlines()
 
 
 def _is_fixed(plan: LaunchPlan) -> bool:
@@ -144,11 +164,12 @@ def nodes_as_shell(plan: LaunchPlan) -> str:
     return str(plan.nodes) if _is_fixed(plan) else '"$SLURM_JOB_NUM_NODES"'
 
 
-def srun_arguments(plan: LaunchPlan, options: SlurmOptions) -> list[str]:
+def srun_arguments(plan: LaunchPlan) -> list[str]:
     """One agent on each node, with all of the node's CPUs: srun does not take them from the job."""
+    options = SlurmOptions.of(plan.options)
     found = [
         "--ntasks-per-node=1",
-        f"--cpus-per-task={cpus_per_node(plan, options)}",
+        f"--cpus-per-task={_cpus_per_node(plan)}",
         "--kill-on-bad-exit=1",
         # all end together; without it srun waits for ever for a node whose step daemon was killed
         f"--wait={int(plan.stop_timeout_s) + _WAIT_S}",
@@ -160,8 +181,9 @@ def srun_arguments(plan: LaunchPlan, options: SlurmOptions) -> list[str]:
     return found
 
 
-def agent_command(plan: LaunchPlan, options: SlurmOptions) -> list[str]:
+def agent_command(plan: LaunchPlan) -> list[str]:
     """What srun starts on each node."""
+    options = SlurmOptions.of(plan.options)
     command = [options.python or "python", "-P", "-m", "dtrain.node", plan.run_dir]
     command += ["--placement", "slurm"]
     if not options.apptainer:
@@ -192,12 +214,35 @@ def one_line(text: str) -> str:
 
 
 def sbatch_option(name: str, value: str | None) -> str:
-    """A flag as it stands in a `#SBATCH` line."""
-    return f"--{name}" if value is None else f"--{name}={_for_sbatch(value)}"
+    """A flag in a `#SBATCH` line: read by rules of sbatch, and never by a shell."""
+    if value is None or _PLAIN.fullmatch(value):
+        return f"--{name}" if value is None else f"--{name}={value}"
+    escaped = re.sub(r'(["\\])', r"\\\1", value)
+    return f'--{name}="{escaped}"'
 
 
-def _for_sbatch(text: str) -> str:
-    """A value in a `#SBATCH` line: read by rules of sbatch, and never by a shell."""
-    if _PLAIN.fullmatch(text):
-        return text
-    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+def array_id(plans: Sequence[LaunchPlan]) -> str:
+    """What the ids of all runs of an array begin with: element k is `ID-k`."""
+    return plans[0].run_id.removesuffix("-0")
+
+
+def array_runs(plans: Sequence[LaunchPlan]) -> str:
+    return f"{array_id(plans)}-0 to {array_id(plans)}-{len(plans) - 1}"
+
+
+def array_comment(plans: Sequence[LaunchPlan]) -> str:
+    return f"dtrain runs {array_runs(plans)}"
+
+
+def array_logs(plans: Sequence[LaunchPlan]) -> str:
+    """Where Slurm writes what the script of each element says, as a pattern."""
+    run, log = plans[0].run.path, SlurmFiles(plans[0].run).log
+    folder = pattern(run.with_name(array_id(plans)))
+    return f"{folder}-%a/{log.relative_to(run)}"
+
+
+def path_in_array(plans: Sequence[LaunchPlan], path: Path) -> str:
+    """A path in the run directory of the first element, as shell that names each element's own."""
+    run = plans[0].run.path
+    folder = shlex.quote(f"{run.with_name(array_id(plans))}-")
+    return f'{folder}"$SLURM_ARRAY_TASK_ID"/{path.relative_to(run)}'

@@ -25,78 +25,99 @@ from dtrain.procs import serve_under_submitit
 from dtrain.run.backend_files import SlurmFiles
 
 
-def submit(plan: LaunchPlan) -> str:
-    """Submit a plan; the job's id.
+class Submitit:
+    """Submits by a script that submitit writes; runs of an array share it and the first's folder."""
+
+    def command(self, plan: LaunchPlan) -> list[str]:
+        return ["submitit", *script.agent_command(plan)]
+
+    def files(self, plan: LaunchPlan) -> tuple[str, ...]:
+        return ()
+
+    def alike(self, plan: LaunchPlan) -> list[str]:
+        flags = [script.sbatch_option(*flag) for flag in script.shared_flags(plan)]
+        return [*flags, *script.srun_arguments(plan)]
+
+    def render(self, plan: LaunchPlan) -> str:
+        return self.render_array([plan], None)
+
+    def submit(self, plan: LaunchPlan) -> str:
+        return self.submit_array([plan], None)[0]
+
+    def render_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> str:
+        _import()
+        from submitit.slurm.slurm import _make_sbatch_string  # it has no public way to show one
+
+        folder = _folder(plans[0])
+        command = f"{_python(plans[0])} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        told = parameters(plans, at_once)
+        if len(plans) > 1:
+            told["map_count"] = len(plans)
+        return _make_sbatch_string(command=command, folder=folder, **told)
+
+    def submit_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
+        submitit = _import()
+        from submitit.core.utils import FailedJobError
+
+        if shutil.which("srun") is None:
+            raise LaunchError(
+                "there is no srun here: launcher 'slurm' runs where Slurm's commands are"
+            )
+        commands = [script.agent_command(plan) for plan in plans]
+        try:
+            with _environment(slurm_env()), contextlib.redirect_stderr(io.StringIO()):  # we tell it
+                executor = submitit.SlurmExecutor(_folder(plans[0]), python=_python(plans[0]))
+                executor.update_parameters(**parameters(plans, at_once))
+                jobs = executor.map_array(serve_under_submitit, commands)
+                job_ids = [str(job.job_id) for job in jobs]
+        except FailedJobError as error:
+            said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")]
+            raise PlanError(sbatch.refusal(plans[0], "\n".join(said))) from None
+        for plan, job_id in zip(plans[1:], job_ids[1:], strict=True):
+            log = SlurmFiles(plan.run).submitit_log(job_id)
+            log.symlink_to(SlurmFiles(plans[0].run).submitit_log(job_id))
+        return job_ids
+
+
+def parameters(plans: Sequence[LaunchPlan], at_once: int | None = None) -> dict[str, Any]:
+    """What submitit's executor is told: our flags, our arguments of srun, our lines around it.
 
     Raises:
-        PlanError: submitit is not installed, or Slurm refuses the job.
-        LaunchError: there is no Slurm here.
+        PlanError: a flag is given several times.
     """
-    return _submit([plan], parameters(plan))[0]
+    plan, is_array = plans[0], len(plans) > 1  # submitit makes no array of one run
+    flags: dict[str, Any] = {}
+    for name, value in script.flags(plan):
+        if name in flags:
+            raise PlanError(f"--slurm {name}: submitit takes a flag only once")
+        flags[name] = True if value is None else value
+    folder = SlurmFiles(plan.run)
+    flags["output"] = script.pattern(folder.log)
+    requeue = shlex.quote(str(folder.requeue("")))
+    if is_array:
+        flags |= {
+            "job-name": script.array_id(plans),
+            "comment": script.array_comment(plans),
+            "output": script.array_logs(plans),
+        }
+        requeue = script.path_in_array(plans, folder.requeue(""))
+    nodes = script.nodes_as_shell(plan)
+    return {
+        "job_name": flags.pop("job-name"),
+        "nodes": plan.nodes,  # the most; Slurm is told what the flags say
+        "time": flags.pop("time", None),  # else it asks for 5 minutes
+        "wckey": None,
+        "additional_parameters": flags,
+        # srun reads these; its arguments are quoted, and the number of nodes may be the attempt's
+        "setup": [*script.setup_lines(plan), f"export SLURM_NNODES={nodes} SLURM_NTASKS={nodes}"],
+        "srun_args": script.srun_arguments(plan),
+        "teardown": script.teardown_lines(requeue),
+        "stderr_to_stdout": True,
+        **({"array_parallelism": at_once or len(plans)} if is_array else {}),
+    }
 
 
-def submit_array(plans: Sequence[LaunchPlan], told: dict[str, Any]) -> list[str]:
-    """Submit runs as one array of submitit's, whose files are in the folder of the first run.
-
-    Args:
-        plans: of the elements, in order.
-        told: the parameters that all share.
-
-    Returns:
-        The job ids of the elements.
-
-    Raises:
-        PlanError: submitit is not installed, or Slurm refuses the array.
-        LaunchError: there is no Slurm here.
-    """
-    job_ids = _submit(plans, told)
-    for plan, job_id in zip(plans[1:], job_ids[1:], strict=True):
-        log = SlurmFiles(plan.run).submitit_log(job_id)
-        log.symlink_to(SlurmFiles(plans[0].run).submitit_log(job_id))
-    return job_ids
-
-
-def render(plans: Sequence[LaunchPlan], told: dict[str, Any]) -> str:
-    """The script that submitit makes of these parameters.
-
-    Raises:
-        PlanError: submitit is not installed.
-    """
-    library()
-    from submitit.slurm import slurm
-
-    options = SlurmOptions.of(plans[0].options)
-    folder = folder_of(plans[0])
-    command = f"{python_of(options)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    if len(plans) > 1:
-        told = {**told, "map_count": len(plans)}
-    return slurm._make_sbatch_string(command=command, folder=folder, **told)
-
-
-def _submit(plans: Sequence[LaunchPlan], told: dict[str, Any]) -> list[str]:
-    submitit = library()
-    from submitit.core.utils import FailedJobError
-
-    if shutil.which("srun") is None:
-        raise LaunchError("there is no srun here: launcher 'slurm' runs where Slurm's commands are")
-    options = SlurmOptions.of(plans[0].options)
-    commands = [script.agent_command(plan, options) for plan in plans]
-    try:
-        with _environment(slurm_env()), contextlib.redirect_stderr(io.StringIO()):  # we tell it
-            executor = submitit.SlurmExecutor(folder_of(plans[0]), python=python_of(options))
-            executor.update_parameters(**told)
-            jobs = executor.map_array(serve_under_submitit, commands)
-            return [str(job.job_id) for job in jobs]
-    except FailedJobError as error:
-        raise PlanError(sbatch.refusal(plans[0], _said_by_sbatch(str(error)))) from None
-
-
-def library() -> Any:
-    """The package submitit.
-
-    Raises:
-        PlanError: it is not installed.
-    """
+def _import() -> Any:
     try:
         import submitit
     except ImportError:
@@ -104,7 +125,7 @@ def library() -> Any:
     return submitit
 
 
-def folder_of(plan: LaunchPlan) -> Path:
+def _folder(plan: LaunchPlan) -> Path:
     """Where submitit keeps its files.
 
     Raises:
@@ -118,61 +139,12 @@ def folder_of(plan: LaunchPlan) -> Path:
     return folder
 
 
-def python_of(options: SlurmOptions) -> str:
+def _python(plan: LaunchPlan) -> str:
     """The interpreter of submitit's own process, outside of any container."""
+    options = SlurmOptions.of(plan.options)
     inside = options.apptainer or options.pyxis
     python = sys.executable if inside or not options.python else options.python
     return f"{shlex.quote(python)} -P"
-
-
-def parameters(plan: LaunchPlan, requeue_file: str | None = None) -> dict[str, Any]:
-    """What submitit's executor is told: our flags, our arguments of srun, our lines around it.
-
-    Args:
-        plan: of the run, or of the first of an array.
-        requeue_file: of an array, see `slurm_script.values`.
-
-    Raises:
-        PlanError: a flag is given several times, or the template has no srun to replace.
-    """
-    options = SlurmOptions.of(plan.options)
-    flags: dict[str, Any] = {}
-    for name, value in script.flags(plan, options):
-        if name in flags:
-            raise PlanError(f"--slurm {name}: submitit takes a flag only once")
-        flags[name] = True if value is None else value
-    flags["output"] = script.pattern(SlurmFiles(plan.run).log)
-    nodes = script.nodes_as_shell(plan)
-    setup, teardown = _around_srun(script.render(plan, requeue_file), options)
-    return {
-        "job_name": flags.pop("job-name"),
-        "nodes": plan.nodes,  # the most; Slurm is told what the flags say
-        "time": flags.pop("time", None),  # else it asks for 5 minutes
-        "wckey": None,
-        "additional_parameters": flags,
-        # srun reads these; its arguments are quoted, and the number of nodes may be the attempt's
-        "setup": [*setup, f"export SLURM_NNODES={nodes} SLURM_NTASKS={nodes}"],
-        "srun_args": script.srun_arguments(plan, options),
-        "teardown": teardown,
-        "stderr_to_stdout": True,
-    }
-
-
-def _around_srun(text: str, options: SlurmOptions) -> tuple[list[str], list[str]]:
-    """The lines of a batch script between its directives and srun, and those after srun."""
-    before, _, after = text.partition("srun \\\n")
-    lines, rest = before.splitlines(), after.splitlines()
-    directives = [index for index, line in enumerate(lines) if line.startswith("#SBATCH")]
-    if not directives or "status=$?" not in rest:
-        raise PlanError(
-            f"template {options.template}: for submitit it needs #SBATCH lines, then a line "
-            "`srun \\` and after its end one with `status=$?`, as the packaged one has"
-        )
-    return lines[directives[-1] + 1 :], rest[rest.index("status=$?") :]
-
-
-def _said_by_sbatch(text: str) -> str:
-    return "\n".join(line for line in text.splitlines() if line.startswith("sbatch: "))
 
 
 @contextlib.contextmanager
