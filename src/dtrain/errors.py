@@ -38,6 +38,12 @@ def printable(text: str, most: int = 20_000) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in short)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error of another library, of which some have fifty."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
 class DtrainError(Exception):
     """Base of all errors meant for people: the CLI prints the message and never a traceback."""
 

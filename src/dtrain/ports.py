@@ -86,6 +86,16 @@ def free_candidate(host: str, key: str) -> int:
         return int(listener.getsockname()[1])
 
 
+def is_listening(address: str, timeout_s: float = 2.0) -> bool:
+    """Whether somebody listens at `HOST:PORT`."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def address_towards(host: str, port: int) -> str:
     """Our own address on the interface that routes to `host`."""
     infos = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)

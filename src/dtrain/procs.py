@@ -13,12 +13,11 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _PF_EXITING = 4
 _SAFE_THREADS = ("jemalloc_bg_thd",)
 """Of libraries that see to forks themselves: jemalloc comes with pyarrow, which pandas imports."""
@@ -41,11 +40,6 @@ def die_with_parent(parent_pid: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:
         os._exit(128 + signal.SIGKILL)
-
-
-def adopt_orphans() -> None:
-    """Become the parent of what our children leave behind when they end."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def offer_current_folder() -> None:
@@ -138,6 +132,32 @@ def kill_group(pgid: int, sig: int = signal.SIGKILL) -> bool:
     return True
 
 
+def shell_code(status: int) -> int:
+    """An exit status as a shell reports it: 128 + N for signal N, where `Popen` has -N."""
+    return status if status >= 0 else 128 - status
+
+
+def adopt_orphans() -> None:
+    """Become the parent of all that processes below this one leave behind, so that it is found."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def start_own(
+    argv: Sequence[str], *, env: Mapping[str, str], log: Path | None, pass_fds: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Start a process that runs a module of ours and ends with this one, by its flag `--parent`."""
+    with open(log or os.devnull, "ab") as file:
+        return subprocess.Popen(
+            [*argv, "--parent", str(os.getpid())],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            pass_fds=pass_fds,
+            start_new_session=True,  # a Ctrl-C is ours to pass on
+        )
+
+
 def ignore_stops() -> None:
     """Pass over further requests to leave: this process is leaving already."""
     for number in STOP_SIGNALS:
@@ -205,7 +225,7 @@ def serve_under_submitit(command: list[str]) -> int:
         signal.signal(number, lambda number, _frame: process.send_signal(number))
     code = process.wait()
     if code != 0:
-        os._exit(code if code > 0 else 128 - code)
+        os._exit(shell_code(code))
     return 0
 
 

@@ -4,7 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+Found = TypeVar("Found")
+
+
+def poll(
+    look: Callable[[], Found],
+    timeout_s: float,
+    pause_s: float = 0.05,
+    longest_pause_s: float | None = None,
+) -> Found:
+    """Call `look` until it finds something; what it found last, when the time is up.
+
+    Args:
+        look: what it returns is taken for found when it is true.
+        timeout_s: how long to wait.
+        pause_s: between two looks.
+        longest_pause_s: to which pauses grow; None: they do not.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not (found := look()) and time.monotonic() < deadline:
+        time.sleep(pause_s)
+        if longest_pause_s is not None:
+            pause_s = min(pause_s * 1.2, longest_pause_s)
+    return found
 
 
 @contextlib.contextmanager

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from dtrain import catalog
@@ -157,13 +156,3 @@ def load(name: str) -> Launcher:
     """
     launcher: Launcher = catalog.load("launcher", name)()
     return launcher
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Poll a condition until it holds; False when the time is up."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True

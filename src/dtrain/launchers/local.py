@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 import socket
-import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +15,13 @@ from dtrain import ports, procs
 from dtrain.environ import HASH_SEED, inherited_env
 from dtrain.errors import LaunchError, UsageError
 from dtrain.job.launcher_options import LauncherOptions
-from dtrain.launchers import base
 from dtrain.node import gpus
 from dtrain.node.memory import Memory
 from dtrain.plan import Command, Facts, LaunchPlan
 from dtrain.run import failures, files
 from dtrain.run.attempts import Handle
 from dtrain.run.rundir import RunDir
+from dtrain.waiting import poll
 
 
 class Process(Protocol):
@@ -82,9 +81,9 @@ class LocalLauncher:
         if not handle.is_here:
             raise UsageError(f"run {run.id} is driven from {handle.host}; cancel it there")
         os.kill(handle.pid, signal.SIGTERM)
-        if not base.wait_until(lambda: not handle.is_alive(run), timeout_s):
+        if not poll(lambda: not handle.is_alive(run), timeout_s):
             os.kill(handle.pid, signal.SIGKILL)  # the nodes and workers die with it
-            base.wait_until(lambda: not handle.is_alive(run), timeout_s)
+            poll(lambda: not handle.is_alive(run), timeout_s)
 
 
 class NodeProcess:
@@ -130,7 +129,7 @@ class NodeProcess:
         if not self._asked_to_end and -code not in procs.STOP_SIGNALS:
             self._asked_to_end = True
             self._record_killed(code)
-        return 128 - code
+        return procs.shell_code(code)
 
     def stop(self) -> None:
         self._asked_to_end = True
@@ -159,37 +158,26 @@ class NodeProcess:
             node_rank=first,
             log=plan.run.host_log(plan.attempt, first),
             node=plan.node_names[first] or failures.node_name(),
-            exit_code=128 - status,
+            exit_code=procs.shell_code(status),
             kind="oom" if self._memory.ran_out() else "node_lost",
         )
 
 
-class _Interpreter(subprocess.Popen[bytes]):
+class _Interpreter:
     """A node process in a new interpreter."""
 
     def __init__(
         self, argv: Sequence[str], env: Mapping[str, str], log: Path, listener: socket.socket | None
     ) -> None:
         keep = [] if listener is None else [listener.fileno()]
-        with log.open("ab") as file:
-            super().__init__(
-                [
-                    *argv,
-                    *("--parent", str(os.getpid())),
-                    *(part for fd in keep for part in ("--listen-fd", str(fd))),
-                ],
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                pass_fds=keep,
-                start_new_session=True,  # a Ctrl-C is ours to pass on
-            )
+        listen = [part for fd in keep for part in ("--listen-fd", str(fd))]
+        self._process = procs.start_own([*argv, *listen], env=env, log=log, pass_fds=keep)
+        self.poll, self.send_signal = self._process.poll, self._process.send_signal
 
     def kill(self) -> None:
         """End its group and wait for that."""
-        procs.kill_group(self.pid)
-        self.wait()
+        procs.kill_group(self._process.pid)
+        self._process.wait()
 
 
 def node_command(plan: LaunchPlan, facts: Facts, node_ranks: Iterable[int]) -> Command:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,16 +29,13 @@ class WarmServer:
         self._channel, theirs = Channel.pair()
         self._exited: dict[int, int] = {}
         self._ready = False
-        argv = [sys.executable, "-P", "-m", "dtrain.node.warm", "--parent", str(os.getpid())]
+        argv = [sys.executable, "-P", "-m", "dtrain.node.warm", "--socket", str(theirs.fileno())]
         with contextlib.closing(theirs):
-            self._process = subprocess.Popen(
-                [*argv, "--socket", str(theirs.fileno()), *modules],
+            self._process = procs.start_own(
+                [*argv, *modules],
                 env={**inherited_env(), HASH_SEED: hash_seed},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # what cannot be imported here, a cold launch tells of
+                log=None,  # what cannot be imported here, a cold launch tells of
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a Ctrl-C is ours to pass on
             )
 
     def is_ready(self) -> bool:

@@ -26,7 +26,14 @@ from dtrain.forking import Channel, Children, Ended, import_once
 from dtrain.node import stack_dump
 from dtrain.node.heartbeat import Peer, of_silence, pause_s
 from dtrain.plan import LaunchPlan
-from dtrain.procs import DEFERRED_SIGNALS, STOP_SIGNALS, fork_child, is_ending, kill_group
+from dtrain.procs import (
+    DEFERRED_SIGNALS,
+    STOP_SIGNALS,
+    fork_child,
+    is_ending,
+    kill_group,
+    shell_code,
+)
 from dtrain.ranks import RankInfo
 from dtrain.run import events, failures
 from dtrain.run.flight_recorder import Ring
@@ -195,7 +202,7 @@ class ForkServer:
             worker.save_collectives(self.plan)
 
     def _agent_ended(self, agent: _Agent, code: int) -> None:
-        agent.status = code if code >= 0 else 128 - code
+        agent.status = shell_code(code)
         for pid in agent.workers:
             kill_group(pid)
         agent.channel.close()
@@ -220,7 +227,7 @@ class ForkServer:
             plan.attempt,
             how,
             kind="node_lost",
-            exit_code=128 - code,
+            exit_code=shell_code(code),
             node_rank=agent.node_rank,
             node=plan.node_names[agent.node_rank],
             pid=agent.pid,

@@ -33,6 +33,7 @@ from dtrain.node.sealed import HeadGone, Store
 from dtrain.node.store import Member, PeerFailed, RendezvousFailed, RendezvousSettings, Round
 from dtrain.run import failures
 from dtrain.run.failures import FailureRecord
+from dtrain.waiting import poll
 
 log = logging.getLogger(__name__)
 
@@ -177,11 +178,9 @@ class NodeRendezvous(RendezvousHandler):
         """Leave for good; the head, whose store the others still read, leaves last."""
         self._hearts.stop()
         with contextlib.suppress(HeadGone):  # the head may be gone before it has answered
-            left = self._store.add("left", 1)
-            deadline = time.monotonic() + _LEAVE_S
-            while self._is_head and left < len(self.members) and time.monotonic() < deadline:
-                time.sleep(_POLL_S)
-                left = self._store.add("left", 0)
+            self._store.add("left", 1)
+            if self._is_head:
+                poll(lambda: self._store.add("left", 0) >= len(self.members), _LEAVE_S, _POLL_S)
 
     # -- joining -----------------------------------------------------------------------------
 

@@ -7,13 +7,13 @@ each other files.
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dtrain.run import files
 from dtrain.run.rundir import RunDir
+from dtrain.waiting import poll
 
 _LONGEST_PAUSE_S = 2.0  # 1,000 nodes may wait for a head whose prolog takes minutes
 
@@ -87,15 +87,12 @@ class SlurmFiles:
 
     def await_endpoint(self, attempt: int, timeout_s: float) -> dict[str, Any] | None:
         """What the head has written to `endpoint`; None when nothing comes in time."""
-        deadline = time.monotonic() + timeout_s
-        pause_s = 0.05
-        while True:
+
+        def look() -> dict[str, Any] | None:
             os.listdir(self.path)  # NFS looks for a file that was missing only in a new listing
-            found: dict[str, Any] | None = files.read_json(self.endpoint(attempt))
-            if found is not None or time.monotonic() > deadline:
-                return found
-            time.sleep(pause_s)
-            pause_s = min(pause_s * 1.2, _LONGEST_PAUSE_S)
+            return files.read_as(dict[str, Any], self.endpoint(attempt))
+
+        return poll(look, timeout_s, longest_pause_s=_LONGEST_PAUSE_S)
 
 
 class RayFiles:

@@ -20,6 +20,7 @@ from dtrain import checked
 from dtrain.checked import ExitCode, Name, Rank, Text, Time, Whole
 from dtrain.errors import DamagedError, DtrainError
 from dtrain.plainjson import to_json
+from dtrain.procs import shell_code
 from dtrain.run import files, spill
 from dtrain.run.rundir import RunDir
 
@@ -294,8 +295,8 @@ def of_exit_status(status: int, *, out_of_memory: bool, **place: Any) -> Failure
     name = signal_name(-status)
     if -status == signal.SIGKILL and out_of_memory:
         message = "killed by the kernel: out of memory"
-        return of_worker("oom", message, 128 - status, **place)
-    return of_worker("signal", f"killed by {name}", 128 - status, **place)
+        return of_worker("oom", message, shell_code(status), **place)
+    return of_worker("signal", f"killed by {name}", shell_code(status), **place)
 
 
 def user_frames(trace: TracebackType | None, *, blank: bool = False) -> list[Frame]:

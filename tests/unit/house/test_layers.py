@@ -73,9 +73,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "profile",
     ),
     "dtrain.launchers": (
-        "base flags prepare templates warm",
-        "local status stopping",
-        "supervise torchrun",
+        "base flags local prepare templates warm",
+        "status stopping torchrun",
+        "supervise",
         "array ray slurm",
     ),
     "dtrain.launchers.ray": (

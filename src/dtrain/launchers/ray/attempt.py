@@ -17,11 +17,11 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dtrain import ports
-from dtrain.errors import LaunchError
+from dtrain.errors import LaunchError, first_line
 from dtrain.launchers.ray import actor, package
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.launchers.ray.placement import NodeView, ResourceRequest
-from dtrain.launchers.ray.watch import Outcome, Watch, first_line
+from dtrain.launchers.ray.watch import Outcome, Watch
 from dtrain.node.placement.ray import PlacedAs
 from dtrain.plainjson import to_json
 from dtrain.plan import LaunchPlan

@@ -22,7 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtrain.errors import DtrainError, LaunchError
+from dtrain import ports
+from dtrain.errors import DtrainError, LaunchError, first_line
 from dtrain.launchers.ray import refusal
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.plan import LaunchPlan
@@ -180,8 +181,7 @@ class Driver:
         heard = time.monotonic()
         limit = min(self._options.lost_after, 15.0)
         while not self._cluster_gone.wait(1.0):
-            with contextlib.suppress(LaunchError):
-                reach(self._head, 2.0)
+            if ports.is_listening(self._head):
                 heard = time.monotonic()
             if time.monotonic() - heard > limit:
                 self._cluster_gone.set()
@@ -251,8 +251,7 @@ class Driver:
     def _wait_for_head(self) -> None:
         """A node was lost: if it was the head, it will be found out soon; ask it nothing before."""
         while not self._cluster_gone.wait(0.2):
-            with contextlib.suppress(LaunchError):
-                reach(self._head, 2.0)
+            if ports.is_listening(self._head):
                 return
 
     def _begin_attempt(self, attempt: int) -> None:
@@ -277,7 +276,7 @@ class Driver:
         events.note_event(self._plan.run, "waiting", what=text)
 
 
-def reach(address: str, timeout_s: float = _REACH_S) -> None:
+def reach(address: str) -> None:
     """See that somebody listens at `HOST:PORT`.
 
     Raises:
@@ -285,7 +284,7 @@ def reach(address: str, timeout_s: float = _REACH_S) -> None:
     """
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
     except OSError as error:
         raise LaunchError(
             f"no Ray cluster answers at {address}: {error.strerror or error}; "
@@ -300,7 +299,7 @@ def _refused(address: str, error: Exception) -> LaunchError:
         return LaunchError(
             f"the Ray cluster at {address} does not let us in; if it wants a token, set "
             f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (RAY_AUTH_MODE is {mode}): "
-            f"{said.splitlines()[0] if said else type(error).__name__}"
+            f"{first_line(error)}"
         )
     return LaunchError(f"the Ray cluster at {address} cannot be joined: {said[:500]}")
 

@@ -22,6 +22,7 @@ from types import FrameType
 
 from dtrain.errors import LaunchError
 from dtrain.launchers.ray import raylet
+from dtrain.procs import shell_code
 
 _UP_S = 600.0  # three tries of Ray's, each of which may take minutes on a busy host
 _LEAVE_S = 30.0
@@ -145,7 +146,7 @@ def _launch(arguments: Sequence[str], address: str) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, pass_on)
     code = process.wait()
-    return code if code >= 0 else 128 - code
+    return shell_code(code)
 
 
 def _protect(token: Path) -> None:

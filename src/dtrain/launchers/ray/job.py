@@ -11,8 +11,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from dtrain.errors import LaunchError, PlanError
-from dtrain.launchers import base, status, supervise
+from dtrain.errors import LaunchError, PlanError, first_line
+from dtrain.launchers import status, supervise
 from dtrain.launchers.ray import job_output, package, refusal
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.plan import LaunchPlan
@@ -20,6 +20,7 @@ from dtrain.run import attempts, events, failures
 from dtrain.run.attempts import Handle
 from dtrain.run.backend_files import RayFiles
 from dtrain.run.rundir import RunDir
+from dtrain.waiting import poll
 
 _SOONEST_S, _LATEST_S, _GROWTH = 0.5, 5.0, 1.2
 _OVER = {"SUCCEEDED", "FAILED", "STOPPED"}
@@ -51,7 +52,7 @@ def client(options: RayOptions) -> Any:
         return JobSubmissionClient(url(options))
     except Exception as error:  # ray raises ConnectionError, RuntimeError and its own
         raise LaunchError(
-            f"no Ray job server answers at {url(options)}: {_first_line(error)}; it is the "
+            f"no Ray job server answers at {url(options)}: {first_line(error)}; it is the "
             "dashboard's URL, as http://head:8265; where it wants a token, RAY_AUTH_TOKEN_PATH"
         ) from error
 
@@ -83,7 +84,7 @@ def submit(plan: LaunchPlan) -> JobLaunch:
             metadata={"dtrain": plan.run_id},
         )
     except Exception as error:
-        raise LaunchError(f"Ray refuses the job: {_first_line(error)}") from error
+        raise LaunchError(f"Ray refuses the job: {first_line(error)}") from error
     handle = Handle.of_this_process(plan.launcher, plan.attempt)
     replace(handle, job_id=job_id).write(plan.run)
     events.note_event(plan.run, "submitted", job_id=job_id, attempt=plan.attempt)
@@ -189,7 +190,7 @@ class JobLaunch:
                 job_output.apply(self._plan.run, self._server().get_job_logs(self._job_id))
             self._status = status
         except Exception as error:
-            trouble = f"Ray does not answer: {_first_line(error)}; asking again"
+            trouble = f"Ray does not answer: {first_line(error)}; asking again"
             self._client = None
         same = self._status == before
         self._pause_s = min(self._pause_s * _GROWTH, _LATEST_S) if same else _SOONEST_S
@@ -236,10 +237,5 @@ def cancel(run: RunDir, timeout_s: float) -> None:
     if launch is None:
         return
     launch.stop()
-    base.wait_until(launch.is_over, timeout_s + 15)
-    base.wait_until(lambda: status.state_of(run)[0] != "running", 10)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    poll(launch.is_over, timeout_s + 15)
+    poll(lambda: status.state_of(run)[0] != "running", 10)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import signal
-import socket
 import subprocess
 import time
 from dataclasses import replace
 
-from dtrain import procs
+from dtrain import ports, procs
 from dtrain.environ import inherited_env
 from dtrain.errors import LaunchError, PlanError
 from dtrain.launchers import prepare
@@ -115,15 +113,7 @@ class DriverProcess:
         (command,) = plan.commands
         env = {**inherited_env(), "RAY_USAGE_STATS_ENABLED": "0"}
         try:
-            with self._folder.log.open("ab") as log:
-                self._process = subprocess.Popen(
-                    [*command.argv, "--parent", str(os.getpid())],
-                    env=env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,  # a Ctrl-C is ours to pass on
-                )
+            self._process = procs.start_own(command.argv, env=env, log=self._folder.log)
         except OSError as error:
             raise LaunchError(f"cannot start {command.argv[0]}: {error.strerror}") from error
 
@@ -141,7 +131,7 @@ class DriverProcess:
             raise refused
         if not self._stopped:
             self._explain(code)
-        return code if code > 0 else 128 - code
+        return procs.shell_code(code)
 
     def stop(self) -> None:
         self._stopped = True
@@ -167,7 +157,7 @@ class DriverProcess:
         run = self._plan.run
         attempt = attempts.newest_of(run, self._plan.attempt)
         address = RayOptions.of(self._plan.options).address
-        if address and address != "auto" and not _listens(address):
+        if address and address != "auto" and not ports.is_listening(address):
             refusal.record_head_lost(run, attempt, address)
         elif not failures.read_all(run, attempt):
             how = failures.signal_name(-code) if code < 0 else f"code {code}"
@@ -176,15 +166,6 @@ class DriverProcess:
                 run,
                 attempt,
                 f"the driver ended with {how}: {words}",
-                exit_code=code if code > 0 else 128 - code,
+                exit_code=procs.shell_code(code),
                 log=self._folder.log,
             )
-
-
-def _listens(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), 2.0).close()
-    except (OSError, ValueError):
-        return False
-    return True

@@ -8,7 +8,6 @@ pid: `ray stop` would end every Ray of this machine.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import secrets
@@ -27,9 +26,8 @@ import psutil
 
 from dtrain.errors import LaunchError
 from dtrain.ports import free_candidate
+from dtrain.procs import adopt_orphans
 
-SUBREAPER = 36
-"""PR_SET_CHILD_SUBREAPER."""
 _OBJECT_STORE = 78_643_200  # the least that Ray takes; nothing of ours goes through it
 _START_S = 180.0
 UP_TEXT = b"Ray runtime started"
@@ -104,8 +102,7 @@ def main() -> None:
     """Be the keeper of a cluster, until standard input closes."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the cluster is needed while workers leave in order
-    # what Ray's processes leave behind becomes ours, and so is found
-    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()  # of Ray's processes
     spec = json.loads(sys.argv[1])
     try:
         up = _start(spec)

@@ -7,7 +7,6 @@ files, when its standard input closes, so however its owner ends.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import select
 import shutil
 import signal
@@ -19,9 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from dtrain import ports
+from dtrain import ports, procs
 from dtrain.launchers.ray.local_cluster import (
-    SUBREAPER,
     UP_TEXT,
     end_descendants,
     last_words,
@@ -44,8 +42,7 @@ def main() -> None:
     given = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it is needed while workers leave in order
-    # what Ray's processes leave behind becomes ours, and so is found
-    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    procs.adopt_orphans()  # of Ray's processes
     folder = Path(tempfile.mkdtemp(prefix="dtr-", dir="/tmp"))  # short: Ray's sockets are in it
     resources = {"CPU": float(given.cpus), **({"GPU": float(given.gpus)} if given.gpus else {})}
     try:

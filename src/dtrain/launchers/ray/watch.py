@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,9 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
+from dtrain.errors import first_line
 from dtrain.launchers.ray.placement import NodeView
+from dtrain.ports import is_listening
 
 _BEAT_S = 1.0
 
@@ -136,16 +137,6 @@ class Watch:
                 actor.signal.remote(int(number))
 
 
-def answers(node: NodeView, timeout_s: float = 2.0) -> bool:
+def answers(node: NodeView) -> bool:
     """Whether a node's raylet can be reached; Ray itself believes a dead one alive for a while."""
-    try:
-        socket.create_connection((node.address, node.port), timeout_s).close()
-    except OSError:
-        return False
-    return True
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error of Ray's, of which some have fifty."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:160] if lines else type(error).__name__
+    return is_listening(f"{node.address}:{node.port}")

@@ -12,7 +12,7 @@ from typing import Protocol
 from dtrain.errors import LaunchError, PlanError
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.units import parse_duration
-from dtrain.launchers import base, prepare, status, supervise
+from dtrain.launchers import prepare, status, supervise
 from dtrain.launchers.base import Launch
 from dtrain.launchers.local import LocalLauncher
 from dtrain.launchers.slurm import outcome, queue, sbatch, script
@@ -25,6 +25,7 @@ from dtrain.run import events, failures, snapshot
 from dtrain.run.attempts import Handle
 from dtrain.run.backend_files import SlurmFiles
 from dtrain.run.rundir import RunDir
+from dtrain.waiting import poll
 
 
 class Submitter(Protocol):
@@ -191,15 +192,15 @@ class SlurmLauncher:
             return
         if handle.is_here and handle.is_alive(run):
             os.kill(handle.pid, signal.SIGTERM)
-            if base.wait_until(lambda: not handle.is_alive(run), timeout_s):
+            if poll(lambda: not handle.is_alive(run), timeout_s):
                 return
         plan = replace(LaunchPlan.read(run), attempt=handle.first)
         launch = SlurmLaunch(plan, handle.job_id, Watcher())
         launch.stop()
-        if not base.wait_until(lambda: launch.poll() is not None, timeout_s):
+        if not poll(lambda: launch.poll() is not None, timeout_s):
             launch.kill()
-            base.wait_until(lambda: launch.poll() is not None, timeout_s)
-        base.wait_until(lambda: status.state_of(run)[0] != "running", 10)
+            poll(lambda: launch.poll() is not None, timeout_s)
+        poll(lambda: status.state_of(run)[0] != "running", 10)
 
 
 class SlurmLaunch:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from dtrain.errors import DtrainError, PlanError
+from dtrain.errors import DtrainError, PlanError, first_line
 
 _Value = TypeVar("_Value")
 
@@ -212,7 +212,7 @@ def _open(url: str) -> tuple[Any, str]:
             f"{_EXTRAS.get(package, f'pip install {package}')}"
         ) from error
     except Exception as error:
-        raise PlanError(f"{url} cannot be a place of runs: {_first_line(error)}") from error
+        raise PlanError(f"{url} cannot be a place of runs: {first_line(error)}") from error
     if not root.strip("/"):
         raise PlanError(f"{url} names no place: say which bucket or folder, as s3://bucket/runs")
     return fs, root.rstrip("/")
@@ -229,7 +229,7 @@ def _protocols(fs: Any) -> tuple[str, ...]:
 
 
 def _explained(url: str, error: Exception) -> RemoteStoreError:
-    said = _first_line(error)
+    said = first_line(error)
     if isinstance(error, FileNotFoundError):
         return RemoteStoreError(f"{url} is not there: {said}; make the bucket, or say another URL")
     if isinstance(error, PermissionError) or _lacks_credentials(error):
@@ -246,8 +246,3 @@ def _lacks_credentials(error: Exception) -> bool:
 
 def _nobody_there(error: Exception) -> bool:
     return type(error).__name__ == "EndpointConnectionError"
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
