@@ -203,7 +203,6 @@ LOGGERS: Mapping[str, LoggerFact] = {
     ),
     "wandb": LoggerFact(f"{_LOGGERS}:Wandb", "Weights & Biases", module="wandb", extra="wandb"),
     "comet": LoggerFact(f"{_LOGGERS}:Comet", "Comet", module="comet_ml", extra="comet"),
-    "neptune": LoggerFact(f"{_LOGGERS}:Neptune", "Neptune", module="neptune", extra="neptune"),
 }
 
 

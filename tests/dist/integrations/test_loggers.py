@@ -223,27 +223,6 @@ def test_comet_offline(tmp_path: Path) -> None:
     assert keys == 1
 
 
-READ_NEPTUNE = """
-steps = []
-for path in sorted(Path(sys.argv[1]).glob("neptune/offline/*/data-*.log"),
-                   key=lambda path: path.stat().st_mtime):
-    decoder, text = json.JSONDecoder(), path.read_text()
-    while text.strip():
-        entry, end = decoder.raw_decode(text.lstrip())
-        text = text.lstrip()[end:]
-        obj = entry["obj"]
-        if obj["type"] == "LogFloats" and obj["path"] == ["train", "loss"]:
-            steps += [value["step"] for value in obj["values"]]
-print(json.dumps(steps))
-"""
-
-
-@needs("neptune")
-def test_neptune_offline(tmp_path: Path) -> None:
-    entry = {"neptune": {"mode": "offline", "project": "a/digits"}}
-    assert tracked(tmp_path, [entry], READ_NEPTUNE)[0] == [1, 2, 3, 4, 5, 6, 7]
-
-
 # -- in a training -----------------------------------------------------------------------------
 
 
@@ -353,7 +332,7 @@ def test_entries_are_kept_as_written(tmp_path: Path) -> None:
     ("entry", "message"),
     [
         ("mlfow", "6:7: log.loggers[0]: there is no logger 'mlfow'; known: csv, tensorboard, "
-         "mlflow, wandb, comet, neptune; did you mean 'mlflow'?"),
+         "mlflow, wandb, comet; did you mean 'mlflow'?"),
         ("3", "6:7: log.loggers[0]: expected a logger's name, or one name with its options; "
          "found the number 3"),
         ("wandb: yes", "6:7: log.loggers[0]: expected options of wandb as `name: value`"),

@@ -61,6 +61,10 @@ def settings_of(spec: JobSpec) -> dict[str, str | int | float | bool]:
     return dict(_flat(plain, ""))
 
 
+def _named(split: str, values: Values) -> dict[str, float]:
+    return {f"{split}/{name}": value for name, value in values.items()}
+
+
 def _flat(value: Any, above: str) -> Iterator[tuple[str, str | int | float | bool]]:
     if isinstance(value, dict):
         for name, part in value.items():
@@ -128,8 +132,8 @@ class TensorBoard:
             self._writer.add_text("job", _as_text(context.settings))
 
     def write(self, split: str, step: int, epoch: int, values: Values) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(f"{split}/{name}", value, step)
+        for name, value in _named(split, values).items():
+            self._writer.add_scalar(name, value, step)
 
     def close(self, outcome: Outcome) -> None:
         self._writer.close()
@@ -190,7 +194,7 @@ class MLflow:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        named = {**{f"{split}/{name}": value for name, value in values.items()}, "epoch": epoch}
+        named = {**_named(split, values), "epoch": epoch}
         metrics = [Metric(name, value, now, step) for name, value in named.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
@@ -219,11 +223,23 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, split: str, step: int, epoch: int, values: Values) -> None:
-        named = {f"{split}/{name}": value for name, value in values.items()}
-        self._run.log({"step": step, "epoch": epoch, **named})
+        self._run.log({"step": step, "epoch": epoch, **_named(split, values)})
 
     def close(self, outcome: Outcome) -> None:
         self._run.finish(exit_code=0 if outcome != "failed" else 1)
+
+
+_COMET_EXTRAS = (
+    "auto_param_logging",
+    "auto_metric_logging",
+    "auto_output_logging",
+    "log_code",
+    "log_graph",
+    "log_git_metadata",
+    "log_git_patch",
+    "parse_args",
+)
+"""What Comet would gather on its own: it patches torch for some of it."""
 
 
 class Comet:
@@ -245,56 +261,8 @@ class Comet:
             self._experiment.log_parameters(dict(context.settings))
 
     def write(self, split: str, step: int, epoch: int, values: Values) -> None:
-        named = {f"{split}/{name}": value for name, value in values.items()}
-        self._experiment.log_metrics(named, step=step, epoch=epoch)
+        self._experiment.log_metrics(_named(split, values), step=step, epoch=epoch)
 
     def close(self, outcome: Outcome) -> None:
         self._experiment.log_other("outcome", outcome)
         self._experiment.end()
-
-
-_COMET_EXTRAS = (
-    "auto_param_logging",
-    "auto_metric_logging",
-    "auto_output_logging",
-    "log_code",
-    "log_graph",
-    "log_git_metadata",
-    "log_git_patch",
-    "parse_args",
-)
-"""What Comet would gather on its own: it patches torch for some of it."""
-
-
-class Neptune:
-    """One Neptune run of the run's id; options are those of `neptune.init_run`."""
-
-    supports_rewind = False
-
-    def __init__(self, context: LoggerContext, **options: Any) -> None:
-        import neptune
-
-        quiet = dict.fromkeys(_NEPTUNE_EXTRAS, False)
-        ours = {"custom_run_id": context.run.id, "name": context.run.id, "source_files": []}
-        # where it keeps what it has not sent
-        os.environ.setdefault("NEPTUNE_DATA_DIRECTORY", str(context.run.path / "neptune"))
-        self._run: Any = neptune.init_run(**{**quiet, **ours, **options})
-        if context.step == 0:
-            self._run["job"] = dict(context.settings)
-
-    def write(self, split: str, step: int, epoch: int, values: Values) -> None:
-        for name, value in values.items():
-            self._run[f"{split}/{name}"].append(value, step=step)
-
-    def close(self, outcome: Outcome) -> None:
-        self._run["outcome"] = outcome
-        self._run.stop()
-
-
-_NEPTUNE_EXTRAS = (
-    "capture_stdout",
-    "capture_stderr",
-    "capture_hardware_metrics",
-    "capture_traceback",
-    "git_ref",
-)
