@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dtrain.job.spec import JobSpec
@@ -44,10 +43,3 @@ class Case:
     def finding(self, found: str, likely: str, clause: str = GRADIENT) -> Finding:
         """What is to be said of this pair."""
         return Finding(clause, found, likely, self.step, self.shown.tensor)
-
-
-def few(items: Sequence[str | float], limit: int = 4) -> str:
-    """The first of them in words: `3, 2, 2, 1 and 4 more`."""
-    texts = [item if isinstance(item, str) else f"{item:.4g}" for item in items]
-    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
-    return ", ".join(texts[:limit]) + more

@@ -11,7 +11,7 @@ import numpy as np
 
 from dtrain.trace import Recording, StepRecord, Tensors, Vector
 from dtrain.verify import losses
-from dtrain.verify.case import Case, few
+from dtrain.verify.case import Case
 from dtrain.verify.clauses import (
     BUFFERS,
     CLIPPING,
@@ -20,6 +20,7 @@ from dtrain.verify.clauses import (
     SCALER,
     UPDATE,
     Finding,
+    few,
 )
 from dtrain.verify.compare import L1, apart
 

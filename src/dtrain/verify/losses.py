@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 
 from dtrain.trace import Recording
-from dtrain.verify.case import Case, few
-from dtrain.verify.clauses import LOSS, STATE, Finding
+from dtrain.verify.case import Case
+from dtrain.verify.clauses import LOSS, STATE, Finding, few
 from dtrain.verify.compare import L1, relative
 
 
@@ -34,19 +34,14 @@ def sum_for_mean(case: Case) -> Finding | None:
     if relative(*sums) > L1.parameters:
         return None
     counts = [len(part) for line in case.other.lines(case.step) for part in line.ids]
-    found = f"the scalars that loss() returns for {few([float(n) for n in counts])} samples add "
+    found = f"the scalars that loss() returns for {few(counts)} samples add "
     found += "up to the one for all of them"
     return case.finding(found, "loss() returns a sum, not a mean: return Loss(sum, n)", LOSS)
 
 
 def state_in_task(case: Case, names: Sequence[str]) -> Finding:
-    """That attributes of the task are the matter.
-
-    Args:
-        case: the pair.
-        names: of the attributes that change from step to step.
-    """
-    attributes = f"attribute{'s' if len(names) > 1 else ''} {few(list(names))}"
+    """Say that attributes of the task are the matter, which change from step to step."""
+    attributes = _attributes(names)
     likely = f"state in the task: {attributes}. "
     if case.pair.resume_after is not None:
         likely += "Checkpoints hold it only if the task has state_dict() and load_state_dict()"
@@ -57,16 +52,10 @@ def state_in_task(case: Case, names: Sequence[str]) -> Finding:
 
 
 def generator_in_task(case: Case, names: Sequence[str]) -> Finding:
-    """That the task draws from generators which it keeps itself.
-
-    Args:
-        case: the pair.
-        names: of the attributes that hold them.
-    """
-    attributes = f"attribute{'s' if len(names) > 1 else ''} {few(list(names))}"
+    """Say that the task draws from generators which it keeps itself, in these attributes."""
     likely = "its numbers go by how often it was asked on this rank, and are the same on all "
     likely += "ranks; draw from torch's own generator, which dtrain seeds for each rank"
-    return case.finding(f"the task has a generator of its own: {attributes}", likely, STATE)
+    return case.finding(f"the task has a generator of its own: {_attributes(names)}", likely, STATE)
 
 
 def loss_by_sample(case: Case, reference: Recording, other: Recording) -> Finding:
@@ -99,6 +88,10 @@ def unknown(case: Case) -> Finding:
     """What is to be said where no further run tells more."""
     likely = "the model reads its rank or world size, or looks at the whole local batch"
     return case.finding(_loss_text(case), likely, LOSS)
+
+
+def _attributes(names: Sequence[str]) -> str:
+    return f"attribute{'s' if len(names) > 1 else ''} {few(names)}"
 
 
 def _losses_of_samples(recording: Recording, step: int) -> list[dict[int, float]]:

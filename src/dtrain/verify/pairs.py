@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 from dtrain import catalog
 from dtrain.errors import PlanError
 from dtrain.job.spec import TrainSpec
 
-_MODULE_OF_EXTRA = {"lightning": "pytorch_lightning"}
-"""Extras whose module is not named after them."""
 ENOUGH = 2
 """Samples that BatchNorm wants at least in a forward pass; most jobs give it many more."""
 _ANSWER_S = 10.0  # Slurm's own commands try for minutes to reach a controller that is gone
@@ -45,7 +43,6 @@ class Pair:
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
         fact = catalog.STRATEGIES.get(self.strategy)
         return self.nodes * (1 if fact is not None and fact.one_process else self.procs)
 
@@ -104,7 +101,7 @@ def all_pairs(
     """
     pairs: list[Pair] = []
     for trainer, fact in catalog.TRAINERS.items():
-        if (trainer in trainers) if trainers else _installed(fact.extra):
+        if (trainer in trainers) if trainers else _installed(fact.module):
             for strategy in fact.strategies:
                 pair = Pair(strategy, trainer=trainer)
                 pairs += _of_strategy(pair, whole=trainer == reference.trainer)
@@ -258,5 +255,5 @@ def _check(kind: str, names: Iterable[str]) -> None:
         catalog.find(kind, name)
 
 
-def _installed(extra: str | None) -> bool:
-    return extra is None or importlib.util.find_spec(_MODULE_OF_EXTRA.get(extra, extra)) is not None
+def _installed(module: str | None) -> bool:
+    return module is None or find_spec(module) is not None

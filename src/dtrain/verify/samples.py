@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from dtrain.trace import Recording
-from dtrain.verify.clauses import DATA, Finding, ranks_in_words
+from dtrain.verify.clauses import DATA, Finding, few, ranks_in_words
 from dtrain.verify.pairs import Pair
 
 
@@ -19,50 +19,55 @@ def of_order(reference: Recording, other: Recording, pair: Pair, step: int) -> I
 
 
 def _explain_data(reference: Recording, other: Recording, pair: Pair, step: int) -> tuple[str, str]:
-    ours, theirs = reference.ids(step), other.ids(step)
+    """(what was seen, likely cause) of other samples in a step."""
+    ours, theirs = reference.ids(step), Counter(other.ids(step))
     ranks = [[i for part in line.ids for i in part] for line in other.lines(step)]
-    copies = len(ranks) > 1 and ranks[0] and all(part == ranks[0] for part in ranks[1:])
-    if step == 1 and copies:
-        return "all ranks read the same samples", "the data are not shared out between the ranks"
-    again = [i for i, count in Counter(theirs).items() if count > 1]
-    if again and set(theirs) != set(ours):
-        return (
-            f"samples {_few(again)} were read by several ranks",
+    copies = len(ranks) > 1 and ranks[0] != [] and all(part == ranks[0] for part in ranks[1:])
+    again = [i for i, count in theirs.items() if count > 1]
+    missing = [i for i in ours if i not in theirs]
+    origin = next((s for s in reference.steps if s and theirs.keys() <= {*reference.ids(s)}), None)
+    read = f"{'other samples' if origin is None else f'the samples of step {origin}'} were read"
+    is_new_epoch = {line.epoch for line in reference.lines(step)} != {0}
+    is_first = all(reference.ids(s) == other.ids(s) for s in range(1, step))
+    explanations = (
+        (
+            step == 1 and copies,
+            "all ranks read the same samples",
+            "the data are not shared out between the ranks",
+        ),
+        (
+            again and theirs.keys() != {*ours},
+            f"samples {few(again)} were read by several ranks",
             "the order comes from each rank's own seed",
-        )
-    if again:
-        return (
-            f"samples {_few(again)} were read {max(Counter(theirs).values())} times",
+        ),
+        (
+            again,
+            f"samples {few(again)} were read {max(theirs.values(), default=0)} times",
             "shares are padded to equal length by repeating samples (DistributedSampler)",
-        )
-    if Counter(ours) == Counter(theirs):
-        return "the same samples came in another order", "ranks deal them out in another order"
-    if set(theirs) < set(ours):
-        missing = [i for i in ours if i not in set(theirs)]
-        return (
-            f"samples {_few(missing)} were left out",
+        ),
+        (
+            theirs == Counter(ours),
+            "the same samples came in another order",
+            "ranks deal them out in another order",
+        ),
+        (
+            theirs.keys() < {*ours},
+            f"samples {few(missing)} were left out",
             "shares are cut to equal length: samples that do not divide are dropped (drop_last)",
-        )
-    return _explain_position(reference, other, pair, step)
-
-
-def _explain_position(
-    reference: Recording, other: Recording, pair: Pair, step: int
-) -> tuple[str, str]:
-    """Where the samples come from instead, when they are those of another step."""
-    theirs = set(other.ids(step))
-    origin = next(
-        (s for s in reference.steps if s > 0 and theirs and theirs <= set(reference.ids(s))), None
+        ),
+        (
+            pair.resume_after is not None and step == pair.resume_after + 1,
+            read,
+            "the resumed run went on at a wrong position of the data",
+        ),
+        (
+            is_new_epoch and is_first,
+            read,
+            "a new epoch repeats the order of the one before (set_epoch forgotten)",
+        ),
+        (True, read, "the order comes from another seed, or is another permutation"),
     )
-    found = "other samples were read"
-    if origin is not None:
-        found = f"the samples of step {origin} were read"
-    if pair.resume_after is not None and step == pair.resume_after + 1:
-        return found, "the resumed run went on at a wrong position of the data"
-    epochs = {line.epoch for line in reference.lines(step)}
-    if epochs != {0} and all(reference.ids(s) == other.ids(s) for s in range(1, step)):
-        return found, "a new epoch repeats the order of the one before (set_epoch forgotten)"
-    return found, "the order comes from another seed, or is another permutation"
+    return next((found, likely) for holds, found, likely in explanations if holds)
 
 
 def of_contents(reference: Recording, other: Recording, pair: Pair, step: int) -> Iterator[Finding]:
@@ -98,8 +103,3 @@ def other_contents(reference: Recording, other: Recording, step: int) -> list[di
         }
         for rank in other.contents(step)
     ]
-
-
-def _few(ids: list[int]) -> str:
-    more = f" and {len(ids) - 4} more" if len(ids) > 4 else ""
-    return ", ".join(map(str, ids[:4])) + more

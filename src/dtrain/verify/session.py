@@ -53,7 +53,6 @@ class Session:
             short last batch, unequal shares and a second epoch; `all`.
         overrides: settings of the job, as `--set` takes them.
         keep: where run directories stay; None: nowhere.
-        pairs: exactly these, instead of what the above would give.
         watch: called now and then while something runs.
 
     Raises:
@@ -76,7 +75,6 @@ class Session:
         epoch_samples: int | str = "auto",
         overrides: Sequence[str] = (),
         keep: str | Path | None = None,
-        pairs: Sequence[Pair] | None = None,
         watch: Callable[[Progress], None] | None = None,
     ) -> None:
         self._lab = Lab(job, overrides=overrides, steps=steps, keep=keep)
@@ -90,9 +88,7 @@ class Session:
         train = self._lab.spec.train
         self._reference = replace(self._lab.reference, gpus=gpus)
         trainers = self._trainers(trainers)
-        if pairs is not None:
-            self.pairs = list(pairs)
-        elif strategies or launchers or nodes or procs or gpus or only:
+        if strategies or launchers or nodes or procs or gpus or only:
             self.pairs = chosen(
                 trainers=trainers,
                 strategies=strategies,
@@ -104,9 +100,9 @@ class Session:
             )
         else:
             self.pairs = all_pairs(trainers, self._reference, clusters_here(os.environ))
-        asked_for = set(self.pairs) if only or pairs is not None or "exact" in strategies else set()
+        asked_for = set(self.pairs) if only or "exact" in strategies else set()
         self._left_out: dict[Pair, str] = {}
-        if not only and pairs is None:
+        if not only:
             self.pairs, self._left_out = with_more(self.pairs, train, steps, self._reference)
         self._optional = {pair for pair in self.pairs if _may_be_impossible(pair)} - asked_for
         self._done = 0

@@ -12,8 +12,6 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 10, 26
 
 @dataclass(frozen=True)
 class Line:
-    """One curve."""
-
     label: str
     values: Sequence[float | None]
     """At x = 1, 2, …; None leaves a gap."""

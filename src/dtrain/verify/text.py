@@ -26,7 +26,6 @@ Paint = Callable[[str, str], str]
 
 
 def plain(text: str, _colour: str) -> str:
-    """No colours."""
     return text
 
 
@@ -49,7 +48,6 @@ class Table:
         self._widths = (name, len(_HEADS[1]), 8, where)
 
     def head(self) -> str:
-        """The line above the rows."""
         return self._line([*_HEADS])
 
     def row(self, result: Result) -> str:
@@ -88,7 +86,6 @@ def verdict_of(result: Result) -> tuple[str, str]:
 
 
 def opening(report: Report) -> str:
-    """What is about to be compared."""
     samples = "" if report.samples is None else f", epochs of {report.samples} samples"
     deep = " in fp64" if report.deep else ""
     return f"{report.job}: {report.steps} steps{deep}{samples}; the reference is {report.reference}"
@@ -109,7 +106,6 @@ def closing(report: Report, width: int) -> str:
 
 
 def levels(report: Report) -> str:
-    """What the levels mean."""
     return "; ".join(_DEEP_LEVELS if report.deep else _LEVELS)
 
 
@@ -150,7 +146,6 @@ class Remark:
     """Lines to be shown as they are."""
 
     def text(self, width: int) -> str:
-        """For a terminal."""
         lines = wrap(self.headline, width)
         for label, value in self.details.items():
             first, *rest = wrap(value, max(40, width - 9))

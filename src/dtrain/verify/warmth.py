@@ -40,7 +40,6 @@ class Warmth:
         return LocalLauncher(server.spawn) if server is not None and server.is_ready() else None
 
     def close(self) -> None:
-        """End the servers."""
         for server in self._servers.values():
             server.close()
 
