@@ -19,8 +19,7 @@ from dtrain.environ import HASH_SEED, hash_seed, masked
 from dtrain.errors import PlanError
 from dtrain.job.faults import absent_rank
 from dtrain.job.launcher_options import AnyOptions
-from dtrain.job.spec import JobSpec
-from dtrain.job.stream import sharded_problem
+from dtrain.job.spec import JobSpec, sharded_problem
 from dtrain.run import files
 from dtrain.run.remote.runs import staging
 from dtrain.run.remote.store import is_url

@@ -130,32 +130,30 @@ def _belongs(homes: list[Keys]) -> str:
 
 def _wrong_value(details: list[ErrorDetails], written: Located) -> str:
     """`expected …; found …`, and how to mend it where that is plain."""
-    kinds = [detail["type"] for detail in details]
-    context = details[0].get("ctx", {})
-    if kinds[0] in _BOUNDS:
-        name, words = _BOUNDS[kinds[0]]
+    kind, context = _kind(details), details[0].get("ctx", {})
+    if kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
         return f"must be {words} {context[name]:g}; found {_found(written)}"
-    if kinds[0] == "value_error":
+    if kind == "value_error":
         return str(context["error"]).replace(found(written.value), _found(written))
-    allowed: list[str] = []
-    expected: list[str] = []
-    for detail in details:
-        if detail["type"] == "literal_error":
-            allowed += re.findall(r"'([^']*)'", detail["ctx"]["expected"])
-        elif detail["type"] == "bool_type":
-            allowed += ["true", "false"]
-        else:
-            expected.append(_EXPECTED.get(detail["type"], detail["msg"]))
+    allowed = [word for detail in details for word in _words(detail)]
+    expected = [_EXPECTED.get(d["type"], d["msg"]) for d in details if not _words(d)]
     if allowed:
-        expected.append(
-            " or ".join(allowed) if len(allowed) < 3 else f"one of {', '.join(allowed)}"
-        )
+        one_of = " or ".join(allowed) if len(allowed) < 3 else f"one of {', '.join(allowed)}"
+        expected.append(one_of)
     hint = ""
-    if kinds == ["string_type"] and written.raw:
+    if len(details) == 1 and kind == "string_type" and written.raw:
         hint = f'; put it in quotes: "{written.raw}"'
     elif isinstance(written.value, str):
         hint = did_you_mean(written.value, allowed)
     return f"expected {' or '.join(expected)}; found {_found(written)}{hint}"
+
+
+def _words(detail: ErrorDetails) -> list[str]:
+    """The words that would have been right, where only some are."""
+    if detail["type"] == "literal_error":
+        return re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+    return ["true", "false"] if detail["type"] == "bool_type" else []
 
 
 def _found(written: Located) -> str:

@@ -6,8 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
+from dtrain import catalog
 from dtrain.environ import HASH_SEED
 from dtrain.job.faults import parse_injection
+from dtrain.job.located import did_you_mean
 from dtrain.job.units import (
     found,
     is_number,
@@ -103,3 +105,46 @@ Few = Annotated[int, Field(ge=1, le=_MOST_PROCESSES), BeforeValidator(parse_whol
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(parse_whole)]
 NonNegative = Annotated[float, Field(ge=0), BeforeValidator(parse_real)]
 Positive = Annotated[float, Field(gt=0), BeforeValidator(parse_real)]
+
+
+def _checked_logger(value: Any) -> Any:
+    known = catalog.names("logger")
+    name = next(iter(value)) if isinstance(value, dict) and len(value) == 1 else value
+    if not isinstance(name, str):
+        raise ValueError(
+            f"expected a logger's name, or one name with its options; found {found(value)}"
+        )
+    if name not in known:
+        near = did_you_mean(name, known)
+        raise ValueError(f"there is no logger {name!r}; known: {', '.join(known)}{near}")
+    if isinstance(value, dict) and not isinstance(value[name], dict):
+        raise ValueError(f"expected options of {name} as `name: value`; found {found(value[name])}")
+    return value
+
+
+_LOGGER_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "enum": list(catalog.LOGGERS)},
+        {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 1,
+            "additionalProperties": {"type": "object"},
+        },
+    ]
+}
+
+LoggerEntry = Annotated[
+    str | dict[str, dict[str, Any]],
+    BeforeValidator(_checked_logger),
+    WithJsonSchema(_LOGGER_SCHEMA),
+]
+"""`tensorboard`, or `mlflow: {experiment: digits}`."""
+
+
+def split_entry(entry: str | dict[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """(name, options) of an entry."""
+    if isinstance(entry, str):
+        return entry, {}
+    ((name, options),) = entry.items()
+    return name, options

@@ -11,14 +11,14 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dtrain.errors import JobError, Problem
 from dtrain.job.located import SourceLocation, did_you_mean, shown_path
 from dtrain.job.spec import JobSpec
-from dtrain.job.static_check import module_file
+from dtrain.job.static_check import file_of
+from dtrain.job.static_source import parsed
 
 _CHANGES_THE_PATH = {
     "addsitedir",
@@ -51,18 +51,11 @@ def refuse_missing(job: JobSpec, folder: Path) -> None:
     problems = [
         problem
         for named in (job.script or job.task, data_module)
-        if (file := _file_of(named, folder)) is not None
+        if named and (file := file_of(named, folder)) is not None
         for problem in _missing(file, extra, seen)
     ]
     if problems:
         raise JobError(problems)
-
-
-def _file_of(named: str | None, folder: Path) -> Path | None:
-    if not named:
-        return None
-    target = named if named.endswith(".py") else named.rpartition(":")[0]
-    return folder / target if target.endswith(".py") else module_file(target, folder)
 
 
 def _missing(file: Path, extra: Sequence[str], seen: set[Path]) -> Iterator[Problem]:
@@ -71,9 +64,7 @@ def _missing(file: Path, extra: Sequence[str], seen: set[Path]) -> Iterator[Prob
         return
     seen.add(file)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(file.read_bytes())
+        tree = parsed(file)
     except (OSError, SyntaxError, ValueError):
         return
     if _may_change_the_path(tree):

@@ -33,7 +33,6 @@ class SourceLocation:
         return f"{self.origin} ({where})" if self.origin else where
 
     def problem(self, field: str, message: str) -> Problem:
-        """Something wrong at this place."""
         return Problem(self.file, self.line, self.column, field, message)
 
 

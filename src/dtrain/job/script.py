@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dtrain import catalog
 from dtrain.errors import UsageError
-from dtrain.job.static_source import Definition
+from dtrain.job.static_source import Definition, parsed
 from dtrain.job.yaml_reader import dump_yaml
 
 SCRIPT_FIELDS = ("name", "script", "arguments", "launch")
@@ -51,12 +50,10 @@ _DEFINES = (ast.Import, ast.ImportFrom, ast.Pass, *Definition.__args__)
 
 def does_nothing(path: Path) -> bool:
     """Whether a file that is run only imports and defines things; False when it is no Python."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            body = ast.parse(path.read_bytes()).body
-        except SyntaxError:
-            return False
+    try:
+        body = parsed(path).body
+    except SyntaxError:
+        return False
     return all(isinstance(each, _DEFINES) or _is_constant(each) for each in body)
 
 

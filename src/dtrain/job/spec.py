@@ -6,7 +6,7 @@ durations are seconds and sizes bytes once read, whatever the user wrote (`30m`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -26,6 +26,7 @@ from dtrain.job.fields import (
     Few,
     FewOrZero,
     InjectionText,
+    LoggerEntry,
     Name,
     Natural,
     NonNegative,
@@ -34,7 +35,6 @@ from dtrain.job.fields import (
     Text,
 )
 from dtrain.job.frameworks import job_checks
-from dtrain.job.loggers import LOGGER_SCHEMA, LoggerEntry, checked_logger
 from dtrain.job.script import SCRIPT_FIELDS, completed, meaningless
 from dtrain.job.units import parse_nodes
 
@@ -166,9 +166,7 @@ class LogSpec(Model):
 
     every_steps: Count = 10
     """A line of training metrics after every so many optimizer steps."""
-    loggers: list[
-        Annotated[LoggerEntry, BeforeValidator(checked_logger), WithJsonSchema(LOGGER_SCHEMA)]
-    ] = Field(default_factory=list)
+    loggers: list[LoggerEntry] = Field(default_factory=list)
     """Where metrics go besides `metrics.jsonl`: names, or one name with its options; see
     docs/loggers.md."""
 
@@ -303,6 +301,36 @@ def cross_problems(job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
         text = "needs evaluations during training; give eval.every_steps or eval.every_epochs"
         problems.append((("train", "early_stopping"), text))
     return problems
+
+
+def sharded_problem(job: JobSpec, world_sizes: Sequence[int]) -> str | None:
+    """Why `data.stream: sharded` cannot be; None when it can, or is not asked for.
+
+    Args:
+        job: as it is launched.
+        world_sizes: every number of processes that the launch may come to.
+    """
+    if job.data.stream == "same":
+        return None
+    if job.strategy == "exact":
+        return (
+            "strategy 'exact' gives the same bits on any number of processes, which a stream that "
+            "shards itself cannot (data.stream: sharded): each number reads in another order; "
+            "use 'ddp', or a stream that is the same on every rank"
+        )
+    if len(world_sizes) > 1:
+        return (
+            f"launch.nodes may come to {len(world_sizes)} sizes, and with data.stream: sharded a "
+            "restart needs as many processes as the start: each goes on in its own stream; give "
+            "one number of nodes"
+        )
+    batch = job.train.global_batch_size
+    if world_sizes[0] > batch:
+        return (
+            f"train.global_batch_size is {batch}, less than the {world_sizes[0]} processes; with "
+            "data.stream: sharded a step takes one sample or more of each process's own stream"
+        )
+    return None
 
 
 class ProfileSpec(Model):

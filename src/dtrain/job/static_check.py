@@ -11,8 +11,7 @@ from pathlib import Path
 from dtrain.errors import Problem
 from dtrain.job.frameworks import NamedClass, job_checks
 from dtrain.job.located import Located, SourceLocation, did_you_mean, dotted, shown_path
-from dtrain.job.relative import advice
-from dtrain.job.static_source import Source
+from dtrain.job.static_source import Source, relative_import_advice
 from dtrain.task import REQUIRED
 
 
@@ -42,7 +41,7 @@ def _reference_problems(named: NamedClass, reference: str, folder: Path) -> Iter
             f"expected a file or module and a class, as {example}; found {reference!r}"
         )
         return
-    file = folder / target if target.endswith(".py") else module_file(target, folder)
+    file = file_of(reference, folder)
     if file is None or not os.path.isfile(file):
         near = similar(folder / target) if file else ""
         what = f"file: {shown_path(file)}" if file else f"module: {target}"
@@ -104,11 +103,12 @@ def readable(
     shown = shown_path(file)
     try:
         source = Source(file)
-        relative = source.relative if alone else []
-        places = [
-            (SourceLocation(shown, each.lineno, each.col_offset + 1), each) for each in relative
+        return source, [
+            SourceLocation(shown, each.lineno, each.col_offset + 1).problem(
+                "", relative_import_advice(file.name, each)
+            )
+            for each in (source.relative if alone else [])
         ]
-        return source, [spot.problem("", advice(file.name, each)) for spot, each in places]
     except SyntaxError as error:
         spot = SourceLocation(shown, error.lineno, error.offset)
         return None, [spot.problem("", f"the {field}'s file is not Python: {error.msg}")]
@@ -130,12 +130,17 @@ def task_derives(task: str, base: str, folder: Path) -> bool:
         base: the last part of its name.
         folder: where job.yaml lies.
     """
-    target, _, name = task.rpartition(":")
-    file = folder / target if target.endswith(".py") else module_file(target, folder)
+    file, name = file_of(task, folder), task.rpartition(":")[2]
     return file is not None and os.path.isfile(file) and Source(file).derives(name, base)
 
 
-def module_file(module: str, folder: Path) -> Path | None:
+def file_of(reference: str, folder: Path) -> Path | None:
+    """The file that a task's or script's reference names; None when there is no such module."""
+    target = reference if reference.endswith(".py") else reference.rpartition(":")[0]
+    return folder / target if target.endswith(".py") else _module_file(target, folder)
+
+
+def _module_file(module: str, folder: Path) -> Path | None:
     """The file of a dotted module, found by its path alone: no parent package is imported."""
     where: Sequence[str] | None = None
     name, origin = "", None

@@ -17,6 +17,18 @@ from pathlib import Path
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
+def parsed(path: Path) -> ast.Module:
+    """Parse a file.
+
+    Raises:
+        SyntaxError: it is not Python.
+        OSError, ValueError: it cannot be read.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the user's own literals: "\d" and the like
+        return ast.parse(path.read_bytes())
+
+
 @dataclass(frozen=True)
 class Arguments:
     """The keyword arguments that a constructor takes."""
@@ -31,16 +43,8 @@ class Source:
     """The module-level names of one Python file."""
 
     def __init__(self, path: Path) -> None:
-        """Read and parse a file.
-
-        Raises:
-            SyntaxError: it is not Python.
-            OSError: it cannot be read.
-        """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the user's own literals: "\d" and the like
-            tree = ast.parse(path.read_bytes())
-        self._tree = tree
+        """Read and parse a file; errors as for `parsed`."""
+        self._tree = tree = parsed(path)
         words = {getattr(n, name, "") for n in ast.walk(tree) for name in ("attr", "id", "name")}
         self._is_plain = not words & _DYNAMIC
         at_top = [each for each in tree.body if isinstance(each, ast.ImportFrom) and each.level]
@@ -96,11 +100,14 @@ class Source:
         if len(found) != 1 or not isinstance(found[0], ast.ClassDef):
             return False
         bases = [ast.unparse(each) for each in found[0].bases]
-        origins = [self.origins.get(each, each).rpartition(".")[2] for each in bases]
-        above = [each for each in bases if each in self.definitions and each != name]
-        return base in origins or any(
-            self.definitions[each][0].lineno < found[0].lineno and self.derives(each, base)
-            for each in above
+        return any(
+            self.origins.get(each, each).rpartition(".")[2] == base
+            or (
+                each in self.definitions
+                and self._is_before(each, found[0])
+                and self.derives(each, base)
+            )
+            for each in bases
         )
 
     def imports(self, module: str) -> bool:
@@ -146,8 +153,7 @@ class Source:
             if self._origin(base) in _WITHOUT_CONSTRUCTOR:
                 continue
             above = ast.unparse(base)
-            before = all(other.lineno < node.lineno for other in self.definitions.get(above, []))
-            inherited = self.members(above) if before else None
+            inherited = self.members(above) if self._is_before(above, node) else None
             if inherited is None:
                 return None
             members |= inherited
@@ -157,6 +163,10 @@ class Source:
         """What a base class is, as `dtrain.Task`."""
         first, _, rest = ast.unparse(base).partition("[")[0].partition(".")
         return f"{self.origins.get(first, first)}{'.' + rest if rest else ''}"
+
+    def _is_before(self, name: str, node: ast.ClassDef) -> bool:
+        """Whether a base is defined above a class; or A(B), B(A) would not end."""
+        return all(each.lineno < node.lineno for each in self.definitions.get(name, []))
 
     def arguments(self, name: str) -> Arguments | None:
         """What calling this name takes; None when it cannot be told from this file alone."""
@@ -187,8 +197,7 @@ class Source:
             name = ast.unparse(base).partition("[")[0]
             if self._origin(base) in _WITHOUT_CONSTRUCTOR:
                 continue
-            before = all(other.lineno < node.lineno for other in self.definitions.get(name, []))
-            arguments = self.arguments(name) if before else None  # or A(B), B(A) would not end
+            arguments = self.arguments(name) if self._is_before(name, node) else None
             if arguments is None or arguments != Arguments():
                 return arguments
         return Arguments()
@@ -306,3 +315,16 @@ def is_installed(module: str) -> bool:
     """Whether a module's package is installed; a mere folder of that name is none."""
     spec = importlib.util.find_spec(module.partition(".")[0])
     return spec is not None and spec.origin is not None
+
+
+def relative_import_advice(file: str, statement: ast.ImportFrom) -> str:
+    """One sentence about a relative import in a file of that name."""
+    what = f"{file} is a file of its own, not part of a package"
+    if statement.level > 1:
+        return (
+            f"{what}: write the package's name instead of the dots, or name a task by its package, "
+            "as `task: package.module:Class`"
+        )
+    names = ast.unparse(ast.Import(statement.names)).removeprefix("import ")
+    way = f"from {statement.module} import" if statement.module else "import"
+    return f"{what}: write `{way} {names}`"

@@ -11,7 +11,7 @@ from bdb import BdbQuit
 from pathlib import Path
 
 from dtrain import catalog
-from dtrain.job.relative import advice
+from dtrain.job.static_source import relative_import_advice
 from dtrain.run import files
 from dtrain.run.failures import Frame, OtherProcessError
 from dtrain.run.rundir import RunDir
@@ -85,7 +85,7 @@ def _of_relative_import(frame: Frame) -> str:
         return ""
     for each in ast.walk(tree):
         if isinstance(each, ast.ImportFrom) and each.level and each.lineno == frame.line:
-            return advice(Path(frame.file).name, each)
+            return relative_import_advice(Path(frame.file).name, each)
     return ""
 
 

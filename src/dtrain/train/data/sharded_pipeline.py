@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dtrain.errors import UsageError
-from dtrain.job.spec import JobSpec
-from dtrain.job.stream import sharded_problem
+from dtrain.job.spec import JobSpec, sharded_problem
 from dtrain.ranks import RankInfo
 from dtrain.task import Task
 from dtrain.train import collectives

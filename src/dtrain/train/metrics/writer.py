@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from dtrain import catalog
-from dtrain.job.loggers import LoggerEntry, split_entry
+from dtrain.job.fields import LoggerEntry, split_entry
 from dtrain.job.spec import JobSpec
 from dtrain.run.files import append_line, read_lines
 from dtrain.run.rundir import RunDir
