@@ -9,8 +9,8 @@ from dtrain.task import Loss, Task
 
 if TYPE_CHECKING:
     from dtrain.integrations.script.checkpoint import Checkpoint as checkpoint
-    from dtrain.integrations.script.placement import stopping
     from dtrain.integrations.script.sampler import Sampler as sampler
+    from dtrain.integrations.script.stopping import stopping
     from dtrain.train.checks.api import check
     from dtrain.train.ema import EMA
 
@@ -34,7 +34,7 @@ _LATER = {
     "check": "dtrain.train.checks.api:check",
     "checkpoint": "dtrain.integrations.script.checkpoint:Checkpoint",
     "sampler": "dtrain.integrations.script.sampler:Sampler",
-    "stopping": "dtrain.integrations.script.placement:stopping",
+    "stopping": "dtrain.integrations.script.stopping:stopping",
 }
 
 

@@ -184,10 +184,8 @@ class _Bar:
         self._progress.update(self._task, completed=line["step"], text=text)
 
     def print(self, text: str) -> None:
-        """Print a line above the bar."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Take the bar away."""
         if self._progress is not None:
             self._progress.stop()

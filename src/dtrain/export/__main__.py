@@ -16,7 +16,6 @@ from dtrain.errors import DtrainError
 
 
 def main() -> int:
-    """Export, and say what was written; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m dtrain.export", description=__doc__)
     parser.add_argument("run_dir")
     parser.add_argument("--to", required=True)

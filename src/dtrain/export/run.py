@@ -33,7 +33,6 @@ class Exported:
     """Newer checkpoints that could not be used, by name, and why."""
 
     def lines(self) -> list[str]:
-        """For people."""
         passed_over = [f"{name} is not used: {why}" for name, why in self.rejected.items()]
         size = self.path.stat().st_size / 1e6
         wrote = f"wrote {self.path} from {self.checkpoint}, {size:.1f} MB"

@@ -22,7 +22,7 @@ import yaml
 
 from dtrain import catalog, procs
 from dtrain.errors import DtrainError
-from dtrain.integrations.script.group import Group
+from dtrain.integrations.script.run import GroupWatch
 from dtrain.job.spec import JobSpec
 from dtrain.node import hints, leaving, stack_dump
 from dtrain.plan import LaunchPlan
@@ -127,7 +127,7 @@ class _Worker:
     def _run_script(self, plan: LaunchPlan, spec: JobSpec) -> int:
         end_with_rank()  # also where the script's loader processes are deaf to SIGTERM
         collective_trace.install(self.ring)
-        group = Group(plan.run, plan.collective_timeout_s)
+        group = GroupWatch(plan.run, plan.collective_timeout_s)
         run_script = catalog.load("trainer", spec.trainer)
         script = Path(plan.code_dir or plan.job_dir) / str(spec.script)
 

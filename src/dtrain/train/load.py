@@ -13,19 +13,6 @@ from dtrain.task import REQUIRED, Task
 from dtrain.train.importing import job_problem, load_class
 from dtrain.train.seeding import derive_seed, seed_everything
 
-_OPTIONAL = (
-    "scheduler",
-    "eval_dataset",
-    "evaluate",
-    "predict",
-    "sample_weights",
-    "sample_order",
-    "callbacks",
-    "state_dict",
-    "load_state_dict",
-    "collate",
-)
-
 
 class Adapter(Protocol):
     """Makes tasks of what is written for another framework; `catalog.FRAMEWORKS` names it.
@@ -115,6 +102,6 @@ class _Adapted(Task):
 
     def __init__(self, made: Any) -> None:
         self.adapted = made
-        for method in (*REQUIRED, *_OPTIONAL):
-            if callable(getattr(made, method, None)):
+        for method in vars(Task):
+            if not method.startswith("_") and callable(getattr(made, method, None)):
                 setattr(self, method, getattr(made, method))

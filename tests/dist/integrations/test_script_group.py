@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dtrain.integrations.script import group
+from dtrain.integrations.script import run as script
 from dtrain.run import events
 from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
@@ -16,8 +16,8 @@ from support.launch import until
 
 def made_late(path: Path) -> tuple[str | None, ...]:
     """What is told before and after; the group is made after the warning, and destroyed."""
-    run, group.PATIENCE_S = RunDir(path), 0.05
-    watched = group.Group(run, 60)
+    run, script.GROUP_PATIENCE_S = RunDir(path), 0.05
+    watched = script.GroupWatch(run, 60)
     until("the warning", lambda: events.alone(run))
     before, over = events.alone(run), [watched.is_over()]
     dist.init_process_group("gloo")

@@ -46,21 +46,20 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.integrations": ("keras lightning script",),
     "dtrain.integrations.keras": (
-        "callbacks data job_check optimizer random refusals statistics",
-        "replica",
+        "callbacks data job_check optimizer variables",
         "task",
         "compiled_model",
         "adapter",
     ),
     "dtrain.integrations.lightning": (
-        "job_check loader loaders optimizers package",
+        "job_check optimizers package step_loader user_loaders",
         "compat",
         "environment logging",
         "module state",
         "adapter trainer",
     ),
     "dtrain.integrations.script": (
-        "group placement sampler threads",
+        "sampler stopping",
         "checkpoint run",
     ),
     "dtrain.job": (

@@ -12,8 +12,6 @@ from dtrain.train.seeding import RandomState
 
 
 class KerasAdapter:
-    """See `dtrain.train.load.Adapter`."""
-
     def matches(self, factory: Callable[..., Any]) -> bool:
         """Only what is returned tells; nobody returns a Keras model without an import of Keras."""
         return "keras" in sys.modules

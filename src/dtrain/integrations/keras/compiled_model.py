@@ -73,7 +73,6 @@ class CompiledModelTask(KerasTask):
         return given if given is not None else self._split()[1]
 
     def callbacks(self) -> Any:
-        """Those of `callbacks`."""
         given = self._fit.get("callbacks") or []
         return given if isinstance(given, list | tuple) else [given]
 

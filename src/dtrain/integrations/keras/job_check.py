@@ -17,8 +17,6 @@ _BACKEND = "KERAS_BACKEND"
 
 
 class KerasCheck(JobCheck):
-    """See `JobCheck`."""
-
     def of_class(
         self, named: NamedClass, name: str, file: Path, source: Source
     ) -> Iterator[Problem]:

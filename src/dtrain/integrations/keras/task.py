@@ -11,12 +11,12 @@ import torch
 from dtrain.errors import DtrainError
 from dtrain.integrations.keras.data import as_dataset
 from dtrain.integrations.keras.optimizer import KerasOptimizer
-from dtrain.integrations.keras.random import Draws
-from dtrain.integrations.keras.refusals import refuse_what_differs
-from dtrain.integrations.keras.replica import replicated
-from dtrain.integrations.keras.statistics import as_buffers
+from dtrain.integrations.keras.variables import SeedGenerators, as_buffers, replicated
 from dtrain.task import Loss, Task
 from dtrain.train.data.stream import is_stream
+
+_MEANS = ("sum_over_batch_size", "mean")
+"""Reductions of losses that are means over the samples of a batch."""
 
 
 class KerasTask(Task):
@@ -28,7 +28,7 @@ class KerasTask(Task):
 
     steps_per_epoch: int | None = None
     """Batches in an epoch, where `train_data()` is a generator without an end."""
-    _draws: Draws | None = None
+    _generators: SeedGenerators | None = None
 
     def compiled(self) -> Any:
         """The model, after `model.compile(optimizer, loss, metrics)`."""
@@ -65,9 +65,9 @@ class KerasTask(Task):
         if not model.built:
             batch = self.collate([_first(self.train_dataset())])
             model(keras.utils.unpack_x_y_sample_weight(batch)[0])
-        refuse_what_differs(model)
+        _refuse_what_differs(model)
         as_buffers(model)
-        self._draws = Draws(model)
+        self._generators = SeedGenerators(model)
         return model
 
     def train_dataset(self) -> Any:
@@ -110,11 +110,59 @@ class KerasTask(Task):
 
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         how = {"training": training} if model._call_has_training_arg else {}
-        draws = self._draws.keyed() if self._draws else contextlib.nullcontext()
+        draws = self._generators.keyed() if self._generators else contextlib.nullcontext()
         with draws, replicated(model):
             predicted = model(x, **how)
             loss = model._compute_loss(x, y, predicted, weight, training=training)
         return (x, y, weight), loss, predicted
+
+
+def _refuse_what_differs(model: Any) -> None:
+    """Make sure that what `compile` was given means the same here as in `fit`.
+
+    Raises:
+        DtrainError: something does not; says what to use.
+    """
+    _refuse_losses(model)
+    _refuse_optimizer(model.optimizer)
+    if model.jit_compile is True:
+        raise DtrainError(
+            "compile(jit_compile=True) is for fit, and dtrain does not compile models; leave it out"
+        )
+
+
+def _refuse_losses(model: Any) -> None:
+    import keras
+
+    losses = [each for each in keras.tree.flatten(model.loss) if hasattr(each, "reduction")]
+    for loss in losses:
+        if loss.reduction not in _MEANS:
+            raise DtrainError(
+                f"loss {loss.name!r} has reduction={loss.reduction!r}, whose size depends on how "
+                "a batch is cut; use reduction='sum_over_batch_size', the default"
+            )
+
+
+def _refuse_optimizer(optimizer: Any) -> None:
+    import keras
+
+    if optimizer is None:
+        raise DtrainError("the model is compiled without an optimizer: compile(optimizer=…)")
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise DtrainError(
+            "the optimizer scales the loss for float16, which dtrain does itself: leave Keras's "
+            "dtype policy at float32, and give train.precision: fp16"
+        )
+    if optimizer.gradient_accumulation_steps is not None:
+        raise DtrainError(
+            "the optimizer has gradient_accumulation_steps; leave them out, and give "
+            "train.micro_batch_size: a step is a whole global batch, in parts of that size"
+        )
+    if optimizer.use_ema:
+        raise DtrainError(
+            "the optimizer has use_ema, whose averages fit puts into the model at its end; there "
+            "is nothing like it here yet: leave it out"
+        )
 
 
 def _first(dataset: Any) -> Any:

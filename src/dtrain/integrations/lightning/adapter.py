@@ -12,8 +12,6 @@ from dtrain.train.importing import job_problem
 
 
 class LightningAdapter:
-    """See `dtrain.train.load.Adapter`."""
-
     def matches(self, factory: Callable[..., Any]) -> bool:
         return _package_of(factory) is not None
 

@@ -1,4 +1,4 @@
-"""What Lightning is told of the processes, so that it never guesses."""
+"""What Lightning is told of processes, devices and files, so that it never guesses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dtrain.train.checkpoint.state import model_state, optimizer_state
 from dtrain.train.loop.training import Training
 
 
-class Place(ClusterEnvironment):
+class DtrainEnvironment(ClusterEnvironment):
     """A ClusterEnvironment that says what dtrain's agents have decided.
 
     Alone, Lightning takes a batch job, a leftover variable or torchrun for what started it.
@@ -37,52 +37,46 @@ class Place(ClusterEnvironment):
 
     @property
     def creates_processes_externally(self) -> bool:
-        """Yes: they run already."""
         return True
 
     @property
     def main_address(self) -> str:
-        """The host of rank 0."""
         return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
     @property
     def main_port(self) -> int:
-        """Its port."""
         return int(os.environ.get("MASTER_PORT", 0))
 
     @staticmethod
     def detect() -> bool:
-        """Only by being handed over."""
         return False
 
     def world_size(self) -> int:
-        """Processes in all."""
         return self._ranks.world_size
 
     def set_world_size(self, size: int) -> None:
-        """Decided before."""
+        """The launcher has decided it."""
 
     def global_rank(self) -> int:
-        """This process's number."""
         return self._ranks.rank
 
     def set_global_rank(self, rank: int) -> None:
-        """Decided before."""
+        """The launcher has decided it."""
 
     def local_rank(self) -> int:
-        """Its number on its node."""
         return self._ranks.local_rank
 
     def node_rank(self) -> int:
-        """Its node's number."""
         return self._ranks.node_rank
 
 
-class Processes(DDPStrategy):
+class DtrainStrategy(DDPStrategy):
     """A Lightning strategy that wraps nothing: the work is shared by dtrain's own strategy."""
 
     def __init__(self, training: Training, ranks: RankInfo, step: Callable[[], None]) -> None:
-        super().__init__(cluster_environment=Place(ranks), checkpoint_io=SafeCheckpointIO())
+        super().__init__(
+            cluster_environment=DtrainEnvironment(ranks), checkpoint_io=SafeCheckpointIO()
+        )
         self._training = training
         self._step = step
 
@@ -112,18 +106,17 @@ class Processes(DDPStrategy):
         """DDP, if there is any, is below dtrain's strategy."""
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """As Lightning's, which cuts the mean of whole numbers down: 3 / 2 = 1."""
+        """Take means in floating point: of whole numbers, Lightning's makes 3 / 2 = 1."""
         if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
             tensor = tensor.double()
         return super().reduce(tensor, group, reduce_op)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """By plain name, and whole, also where ranks hold parts."""
+        """Return it whole and by plain names, also where ranks hold parts."""
         assert self.lightning_module is not None
         return model_state(self.lightning_module)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """By parameter name."""
         return optimizer_state(self._training.parts.model, optimizer)
 
     def teardown(self) -> None:
@@ -141,7 +134,6 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: Mapping[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Written aside in the same folder, fsynced, renamed."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as file:
@@ -161,7 +153,6 @@ class SafeCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, weights_only)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """With its digest."""
         super().remove_checkpoint(path)
         _digest_of(Path(path)).unlink(missing_ok=True)
 

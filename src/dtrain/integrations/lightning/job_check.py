@@ -43,8 +43,6 @@ _OURS = {
 
 
 class LightningCheck(JobCheck):
-    """See `JobCheck`."""
-
     def between_fields(self, job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
         section = job.get("lightning")
         if not isinstance(section, Mapping):

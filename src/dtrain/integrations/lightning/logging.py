@@ -47,7 +47,6 @@ class Logged:
 
     @contextlib.contextmanager
     def training(self, batch_index: int) -> Iterator[None]:
-        """Around a step."""
         self._stage, self.batch_index = "train", batch_index
         try:
             yield
@@ -56,7 +55,7 @@ class Logged:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Around an evaluation, which may be inside a step."""
+        """Enter an evaluation, which may be inside a step."""
         before, self._stage = self._stage, "evaluation"
         self._validated.clear()
         self._loader_of.clear()
@@ -67,7 +66,7 @@ class Logged:
 
     @contextlib.contextmanager
     def batch(self, loader: int | None) -> Iterator[tuple[int, dict[str, Loss | torch.Tensor]]]:
-        """Around a validation step: the batch's number, and what the step logs.
+        """Enter a validation step; gives the batch's number, and what the step logs.
 
         Args:
             loader: whose batch it is; None with a single one.

@@ -11,7 +11,9 @@ import torch
 
 from dtrain.errors import DtrainError, UsageError
 from dtrain.integrations.lightning.compat import is_overridden, pl
-from dtrain.integrations.lightning.loaders import (
+from dtrain.integrations.lightning.logging import Logged
+from dtrain.integrations.lightning.optimizers import EveryFew, configured
+from dtrain.integrations.lightning.user_loaders import (
     dataset_of,
     described,
     flat,
@@ -19,8 +21,6 @@ from dtrain.integrations.lightning.loaders import (
     takes_all,
     weights_of,
 )
-from dtrain.integrations.lightning.logging import Logged
-from dtrain.integrations.lightning.optimizers import EveryFew, configured
 from dtrain.ranks import RankInfo
 from dtrain.task import Loss, Task
 from dtrain.train import collectives
@@ -284,7 +284,6 @@ class _LoaderTask(Task):
         self._dataset = _evaluated(self, owner.name, loader)
 
     def eval_dataset(self) -> Any:
-        """Its data set."""
         return self._dataset
 
     def evaluate(self, model: torch.nn.Module, batch: Any) -> Any:

@@ -29,7 +29,6 @@ class EveryFew:
 
     @property
     def last_epoch(self) -> Any:
-        """See the scheduler."""
         return self.scheduler.last_epoch
 
     def steps_in(self, steps: int | None) -> int | None:
@@ -38,7 +37,7 @@ class EveryFew:
         return None if steps is None or between is None else steps // between
 
     def step(self) -> None:
-        """After an optimizer step."""
+        """Count an optimizer step."""
         between = self._steps_between(self._wish)
         if between is None:
             raise UsageError(
@@ -49,11 +48,9 @@ class EveryFew:
             self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the scheduler, and the count."""
         return {"scheduler": self.scheduler.state_dict(), "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
         self.scheduler.load_state_dict(state["scheduler"])
         self._count = state["count"]
 

@@ -17,7 +17,6 @@ class States(Callback):
         self._trainer = trainer
 
     def state_dict(self) -> dict[str, Any]:
-        """Of those that have some."""
         states: dict[str, Any] = call._call_callbacks_state_dict(self._trainer)
         return states
 

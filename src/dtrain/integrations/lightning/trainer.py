@@ -12,11 +12,11 @@ import torch
 from dtrain.callback import Callback
 from dtrain.errors import DtrainError, UsageError
 from dtrain.integrations.lightning.compat import PACKAGE, call, is_overridden, pl
-from dtrain.integrations.lightning.environment import Processes
-from dtrain.integrations.lightning.loader import StepLoader
+from dtrain.integrations.lightning.environment import DtrainStrategy
 from dtrain.integrations.lightning.logging import Logged
 from dtrain.integrations.lightning.module import ModuleTask
 from dtrain.integrations.lightning.state import EpochSums, States
+from dtrain.integrations.lightning.step_loader import StepLoader
 from dtrain.ranks import RankInfo
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.importing import load_class
@@ -83,10 +83,10 @@ class TaskModule(pl.LightningModule):
         self.model = model
 
     def training_step(self) -> None:
-        """Lightning wants to see one; see `Processes.training_step`."""
+        """Lightning wants to see one; see `DtrainStrategy.training_step`."""
 
     def configure_optimizers(self) -> None:
-        """Likewise; see `Processes.setup`."""
+        """Likewise; see `DtrainStrategy.setup`."""
 
 
 class _Drive(pl.Callback):
@@ -144,7 +144,7 @@ class _Drive(pl.Callback):
                 accelerator="cuda" if context.device.type == "cuda" else "cpu",
                 devices=ranks.local_world_size,
                 num_nodes=max(1, ranks.world_size // ranks.local_world_size),
-                strategy=Processes(self._training, ranks, self._step),
+                strategy=DtrainStrategy(self._training, ranks, self._step),
                 use_distributed_sampler=False,
                 max_epochs=course.total_epochs or -1,
                 max_steps=course.total_steps or -1,
@@ -181,7 +181,7 @@ class _Drive(pl.Callback):
         )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What the process before us still owed."""
+        """Run the evaluation that an interrupted attempt skipped."""
         self._complete = self._training.begin()
         if not self._complete or self._training.progress.stopped_early:
             self._end()
@@ -192,7 +192,7 @@ class _Drive(pl.Callback):
             self._publish(self._logged.of_epoch())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Inside of the fit, whose end takes things apart."""
+        """End training inside of the fit, whose own end takes things apart."""
         if self._result is not None:
             return
         if trainer.should_stop and self._complete and not self._exhausted:
@@ -210,7 +210,7 @@ class _Drive(pl.Callback):
     # -- in between --------------------------------------------------------------------------
 
     def _step(self) -> None:
-        """What Lightning calls for the module's training step."""
+        """Do a step; Lightning calls this for the module's training step."""
         assert self._loader.current is not None
         with self._logged.training(self._trainer.fit_loop.epoch_loop.batch_idx):
             self._complete = self._training.step(*self._loader.current)

@@ -12,7 +12,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.errors import CheckpointError, UsageError
-from dtrain.integrations.script.placement import RUN_VARIABLE, require_group
+from dtrain.integrations.script.stopping import RUN_VARIABLE, require_group
 from dtrain.run.events import note_event
 from dtrain.run.rundir import RunDir
 from dtrain.train import collectives

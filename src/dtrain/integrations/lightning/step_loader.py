@@ -41,7 +41,6 @@ class StepLoader:
         self.current: Step | None = None
 
     def __len__(self) -> int:
-        """Steps of a whole epoch."""
         return _ENDLESS if self._length is None else self._length
 
     def __iter__(self) -> Iterator[Any]:

@@ -77,7 +77,6 @@ def weights_of(sampler: Any) -> Any:
 
 
 def described(sampler: Any) -> str:
-    """A sampler in words."""
     shown = {name: getattr(sampler, name, None) for name in ("num_samples", "replacement")}
     told = ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
     return type(sampler).__name__ + (f" ({told})" if told else "")

@@ -1,4 +1,4 @@
-"""Where this process stands, and whether it was asked to leave."""
+"""Whether the processes of a script were asked to leave."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _listening = False
 
 
 def require_group(what: str) -> RankInfo:
-    """This process's place; several processes need a process group for what follows.
+    """This process's ranks; several processes need a process group for what follows.
 
     Raises:
         UsageError: there is none yet.
