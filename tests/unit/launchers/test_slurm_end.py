@@ -16,13 +16,14 @@ from dtrain.job.spec import JobSpec
 from dtrain.launchers import base, supervise
 from dtrain.launchers.slurm import outcome, queue
 from dtrain.launchers.slurm.options import SlurmOptions
+from dtrain.launchers.slurm.outcome import Ending
 from dtrain.launchers.slurm.queue import Job
 from dtrain.node.placement.base import Arguments
 from dtrain.node.placement.slurm import SlurmPlacement
 from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.run import failures, files, verdict
 from dtrain.run.attempts import Handle
-from dtrain.run.backend_files import SlurmFiles
+from dtrain.run.backend_files import End, SlurmFiles
 
 STOPPED = 128 + signal.SIGTERM
 
@@ -52,6 +53,64 @@ def end(plan: LaunchPlan, status: int, *, asked: bool = True, node_rank: int = 0
     return reader.finish(status, asked)
 
 
+def conclude(plan: LaunchPlan, job: Job) -> int:
+    """The exit code of a job that is over; what no node could tell is recorded."""
+    ending = outcome.ending_of(plan, job)
+    outcome.record(plan, job, ending)
+    return ending.exit_code
+
+
+LEFT, ENDED = End(STOPPED, left=True), End(3, left=False)
+LOST = "the node failed, and Slurm did not start the job again"
+OFTEN = (
+    "the job had to leave and was requeued 2 times already, as often as it may be (option requeue)"
+)
+
+
+@pytest.mark.parametrize(
+    ("job", "end", "facts", "ending"),
+    [
+        (Job("7", "FAILED", exit_code=1), ENDED, {}, Ending(3)),
+        (Job("7", "NODE_FAIL"), ENDED, {"cancelled": True}, Ending(3)),
+        (Job("7", "COMPLETED"), End(0, left=False), {}, Ending(0)),
+        (Job("7", "CANCELLED"), None, {}, Ending(STOPPED)),
+        (Job("7", "COMPLETED"), LEFT, {"cancelled": True}, Ending(STOPPED)),
+        (Job("7", "NODE_FAIL", exit_code=9), None, {}, Ending(9, LOST, "node_lost")),
+        (Job("7", "NODE_FAIL"), LEFT, {"recorded": True}, Ending(1, LOST, "node_lost")),
+        (Job("7", "COMPLETED", restarts=2), LEFT, {}, Ending(1, OFTEN)),
+        (
+            Job("7", "COMPLETED"),
+            LEFT,
+            {"asked_to_requeue": True, "recorded": True},
+            Ending(
+                1,
+                "the job had to leave, and Slurm did not let it requeue itself",
+                wants_requeue=True,
+            ),
+        ),
+        (
+            Job("7", "OUT_OF_MEMORY"),
+            None,
+            {"recorded": True},
+            Ending(1, "the job used more memory than it had asked for", "oom"),
+        ),
+        (Job("7", "DEADLINE"), None, {}, Ending(1, "the job's deadline has passed")),
+        (Job("7", "DEADLINE"), None, {"recorded": True}, Ending(1)),
+        (
+            Job("7", "FAILED", exit_code=5),
+            LEFT,
+            {"asked_to_requeue": True},
+            Ending(5, "job 7 ended with code 5", is_unexplained=True),
+        ),
+        (Job("7", "FAILED", exit_code=5), LEFT, {"recorded": True}, Ending(5)),
+    ],
+)
+def test_what_the_end_of_a_job_means(
+    job: Job, end: End | None, facts: dict[str, bool], ending: Ending
+) -> None:
+    assert outcome.classify(job, end, max_requeues=2, **facts) == ending
+
+
 def test_a_node_that_was_asked_to_leave_ends_well_and_wants_to_go_on(plan: LaunchPlan) -> None:
     plan.run.secret_env(0).touch()
     assert end(plan, STOPPED) == 0
@@ -78,7 +137,7 @@ def test_it_does_not_go_on_for_ever(plan: LaunchPlan, monkeypatch: pytest.Monkey
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert end(plan, STOPPED) == 0
     assert not SlurmFiles(plan.run).requeue(2).exists()
-    assert outcome.exit_code(plan, Job("7", "COMPLETED", restarts=2)) == 1
+    assert conclude(plan, Job("7", "COMPLETED", restarts=2)) == 1
     (record,) = failures.read_all(plan.run, 0)
     assert "requeued 2 times already, as often as it may be" in record.message
 
@@ -106,7 +165,7 @@ def test_what_only_slurm_knows_is_written_down(
 ) -> None:
     sinfo(monkeypatch, "")  # of nodes that are up again nothing is said
     SlurmFiles(plan.run).log.write_text("loading\nsrun: no such thing\n")
-    assert outcome.exit_code(plan, job) == (job.exit_code or 1)
+    assert conclude(plan, job) == (job.exit_code or 1)
     judged = verdict.judge(plan.run, 0)
     assert judged is not None
     assert judged.culprit.kind == kind
@@ -130,7 +189,7 @@ def test_the_node_that_slurm_lost_is_named(
     sinfo(monkeypatch, DOWN)
     if left:
         end(plan, STOPPED)
-    assert outcome.exit_code(plan, Job("7", "NODE_FAIL", nodes="n[1-2]", exit_code=143)) == 143
+    assert conclude(plan, Job("7", "NODE_FAIL", nodes="n[1-2]", exit_code=143)) == 143
     (record,) = failures.read_all(plan.run, 0)
     assert (record.kind, record.node_rank, record.node) == ("node_lost", 1, "n2")
     assert "down*, Not responding" in record.message
@@ -144,7 +203,7 @@ def test_a_failure_that_nobody_has_told_is_the_first_nodes(plan: LaunchPlan) -> 
     log.parent.mkdir(parents=True)
     log.write_text("Traceback …\nImportError: libcuda.so\n")
     end(plan, 3, asked=False)
-    supervise.settle(plan, outcome.exit_code(plan, Job("7", "FAILED", exit_code=3)), 0.0)
+    supervise.settle(plan, conclude(plan, Job("7", "FAILED", exit_code=3)), 0.0)
     kept = verdict.read(plan.run, 0)
     assert kept is not None
     assert (kept.exit_code, kept.culprit.node_rank) == (3, 0)
@@ -156,33 +215,36 @@ def test_another_nodes_failure_is_not_the_first_nodes_wish(plan: LaunchPlan) -> 
     """srun asks the first node to leave when another has failed."""
     SlurmFiles(plan.run).log.write_text("dtrain: n1 has no run folder\nsrun: Terminating step\n")
     end(plan, STOPPED)
-    assert outcome.exit_code(plan, Job("7", "FAILED", exit_code=1)) == 1
+    assert conclude(plan, Job("7", "FAILED", exit_code=1)) == 1
     (record,) = failures.read_all(plan.run, 0)
     assert "n1 has no run folder" in record.message
 
 
 def test_the_first_nodes_word_is_believed(plan: LaunchPlan) -> None:
     end(plan, 3, asked=False)
-    assert outcome.exit_code(plan, Job("7", "FAILED", exit_code=1)) == 3
+    assert conclude(plan, Job("7", "FAILED", exit_code=1)) == 3
     end(replace(plan, attempt=1), 0, asked=False)
-    assert outcome.exit_code(replace(plan, attempt=1), Job("7", "COMPLETED")) == 0
+    assert conclude(replace(plan, attempt=1), Job("7", "COMPLETED")) == 0
 
 
 def test_a_cancelled_job_has_not_failed(plan: LaunchPlan) -> None:
-    assert outcome.exit_code(plan, Job("7", "CANCELLED")) == STOPPED
+    assert conclude(plan, Job("7", "CANCELLED")) == STOPPED
     assert not failures.read_all(plan.run, 0)
 
 
 def test_only_a_job_that_left_to_go_on_is_put_back(plan: LaunchPlan) -> None:
+    def wants_requeue(job: Job) -> bool:
+        return outcome.ending_of(plan, job).wants_requeue
+
     done = Job("7", "COMPLETED")
-    assert not outcome.should_requeue(plan, done)
+    assert not wants_requeue(done)
     end(plan, STOPPED)
-    assert outcome.should_requeue(plan, done)
-    assert not outcome.should_requeue(plan, Job("7", "CANCELLED"))
-    assert not outcome.should_requeue(plan, Job("7", "COMPLETED", restarts=1))
+    assert wants_requeue(done)
+    assert not wants_requeue(Job("7", "CANCELLED"))
+    assert not wants_requeue(Job("7", "COMPLETED", restarts=1))
     Handle.of_this_process("slurm", 0).write(plan.run)
     SlurmFiles(plan.run).cancel(0).touch()
-    assert not outcome.should_requeue(plan, done)
+    assert not wants_requeue(done)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +254,7 @@ def test_only_a_job_that_left_to_go_on_is_put_back(plan: LaunchPlan) -> None:
 def test_a_job_that_has_said_nothing(plan: LaunchPlan, log: bool, words: str) -> None:
     if log:
         SlurmFiles(plan.run).log.touch()
-    outcome.exit_code(plan, Job("7", "FAILED", exit_code=7))
+    conclude(plan, Job("7", "FAILED", exit_code=7))
     (record,) = failures.read_all(plan.run, 0)
     assert words in record.message
 
@@ -200,6 +262,6 @@ def test_a_job_that_has_said_nothing(plan: LaunchPlan, log: bool, words: str) ->
 def test_what_srun_said_under_submitit_is_read_too(plan: LaunchPlan) -> None:
     SlurmFiles(plan.run).log.write_text("srun: error: task 1 failed\n")
     SlurmFiles(plan.run).submitit_log("7_1").write_text("dtrain: n1 has no run folder\nbye\n")
-    outcome.exit_code(plan, Job("7_1", "FAILED", exit_code=1))
+    conclude(plan, Job("7_1", "FAILED", exit_code=1))
     (record,) = failures.read_all(plan.run, 0)
     assert record.message == "job 7_1 ended with code 1: n1 has no run folder"

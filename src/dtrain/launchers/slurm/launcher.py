@@ -21,7 +21,7 @@ from dtrain.launchers.slurm.queue import Job, Unreachable, Watcher
 from dtrain.launchers.slurm.sbatch import Sbatch
 from dtrain.launchers.slurm.submitit import Submitit
 from dtrain.plan import Command, Facts, LaunchPlan
-from dtrain.run import events, failures, snapshot
+from dtrain.run import attempts, events, failures, snapshot
 from dtrain.run.attempts import Handle
 from dtrain.run.backend_files import SlurmFiles
 from dtrain.run.rundir import RunDir
@@ -168,8 +168,10 @@ class SlurmLauncher:
         if not job.is_over:
             return True
         plan = replace(LaunchPlan.read(run), attempt=handle.attempt)
-        code = outcome.exit_code(plan, job)
-        supervise.settle(plan, code, handle.started, cancelled=outcome.was_cancelled(plan))
+        ending = outcome.ending_of(plan, job)
+        outcome.record(plan, job, ending)
+        cancelled = outcome.was_cancelled(plan)
+        supervise.settle(plan, ending.exit_code, handle.started, cancelled=cancelled)
         return False
 
     def describe(self, run: RunDir) -> dict[str, str]:
@@ -217,15 +219,19 @@ class SlurmLaunch:
         self._put_back: set[int] = set()
 
     def poll(self) -> int | None:
-        plan = outcome.at_newest_attempt(self._plan)
+        plan = replace(self._plan, attempt=attempts.newest_of(self._plan.run, self._plan.attempt))
         ended = SlurmFiles(plan.run).end(plan.attempt).exists()
         job = self._watcher.job(self._job_id, now=ended)
         self._tell(job)
         if job.unschedulable is not None and not self._killed:
             self._give_up(job, *job.unschedulable)
-        if not job.is_over or self._requeued(plan, job):
+        if not job.is_over:
             return None
-        return outcome.exit_code(plan, job)
+        ending = outcome.ending_of(plan, job)
+        if ending.wants_requeue and self._requeue(job):
+            return None
+        outcome.record(plan, job, ending)
+        return ending.exit_code
 
     def stop(self) -> None:
         """See `Launch.stop`: the agents of a running job are asked, a waiting job is withdrawn."""
@@ -243,9 +249,9 @@ class SlurmLaunch:
         self._cancel.touch()
         queue.run_command("scancel", self._job_id)
 
-    def _requeued(self, plan: LaunchPlan, job: Job) -> bool:
-        """Put a job back into the queue that could not do it itself; whether that was so."""
-        if job.restarts in self._put_back or not outcome.should_requeue(plan, job):
+    def _requeue(self, job: Job) -> bool:
+        """Put a job back into the queue, once for each end; whether that was done."""
+        if job.restarts in self._put_back:
             return False
         self._put_back.add(job.restarts)
         self._watcher.forget(self._job_id)

@@ -1,25 +1,25 @@
-"""How a batch job ended: its exit code, and a record of what only Slurm knows."""
+"""How a batch job ended: what that means, and a record of what only Slurm knows."""
 
 from __future__ import annotations
 
 import signal
-from dataclasses import replace
+from dataclasses import dataclass
 
 from dtrain.launchers.slurm import queue
 from dtrain.launchers.slurm.queue import Job
 from dtrain.node.placement.slurm import expand_nodelist
 from dtrain.plan import LaunchPlan
-from dtrain.run import attempts, failures
+from dtrain.run import failures
 from dtrain.run.attempts import Handle
-from dtrain.run.backend_files import SlurmFiles
+from dtrain.run.backend_files import End, SlurmFiles
 from dtrain.run.failures import Kind
 
 _STOPPED = 128 + signal.SIGTERM
 
+_OUT_OF_MEMORY = "the job used more memory than it had asked for"
 _WORDS = {
     "TIMEOUT": "the time limit came before the workers had left; raise signal_before",
     "DEADLINE": "the job's deadline has passed",
-    "OUT_OF_MEMORY": "the job used more memory than it had asked for",
     "PREEMPTED": "preempted by another job, and Slurm did not start it again",
     "REVOKED": "revoked by Slurm",
     "GONE": "Slurm has forgotten the job, and its first node has not said how it ended",
@@ -28,92 +28,112 @@ _NODE_LOST = {
     "NODE_FAIL": "the node failed, and Slurm did not start the job again",
     "BOOT_FAIL": "the node did not boot",
 }
-_KINDS: dict[str, Kind] = {"OUT_OF_MEMORY": "oom"}
 
 
-def should_requeue(plan: LaunchPlan, job: Job) -> bool:
-    """Whether a job has ended that its first node wanted to be put back into the queue.
+@dataclass(frozen=True)
+class Ending:
+    """What it means that a job is over."""
 
-    Its batch script does that, unless the nodes have none of Slurm's commands.
+    exit_code: int
+    """Of the run."""
+    message: str = ""
+    """What no node could tell; empty when there is nothing to record."""
+    kind: Kind = "agent"
+    is_unexplained: bool = False
+    """Whether the job's logs may say more than the message."""
+    wants_requeue: bool = False
+    """Whether the first node left for the job to be put back into the queue.
+
+    The batch script does that, unless the nodes have none of Slurm's commands.
     """
-    folder = SlurmFiles(plan.run)
-    end = folder.read_end(plan.attempt)
-    return bool(
-        job.state == "COMPLETED"
-        and end is not None
-        and end.left
-        and folder.requeue(job.restarts).exists()
-        and not was_cancelled(plan)
-    )
 
 
-def exit_code(plan: LaunchPlan, job: Job) -> int:
-    """The exit code of a job that is over; what no node could tell is written down as a record.
+def ending_of(plan: LaunchPlan, job: Job) -> Ending:
+    """What is made of a job that is over.
 
     Args:
         plan: of the newest attempt.
         job: as Slurm knows it.
     """
     folder = SlurmFiles(plan.run)
-    end = folder.read_end(plan.attempt)
-    if end is not None and not end.left:
-        return end.exit_code
-    if was_cancelled(plan) or job.state == "CANCELLED":
-        return _STOPPED
-    records = failures.read_all(plan.run, plan.attempt)
-    if job.state in _NODE_LOST:
-        _record_lost(plan, job)
-    elif end is not None and job.state != "FAILED":  # then another node has failed, and it had to
-        _record(plan, _requeue_refusal_reason(plan, job))
-    elif job.state in _WORDS:
-        if not records or job.state in _KINDS:
-            _record(plan, _WORDS[job.state], _KINDS.get(job.state, "agent"))
-    elif not records:
-        _record(
-            plan, f"job {job.job_id} ended with code {job.exit_code}: {_last_words(folder, job)}"
-        )
-    return job.exit_code or 1
-
-
-def _requeue_refusal_reason(plan: LaunchPlan, job: Job) -> str:
-    if job.restarts >= plan.max_requeues:
-        return (
-            f"the job had to leave and was requeued {job.restarts} times already, as often as it "
-            "may be (option requeue)"
-        )
-    return "the job had to leave, and Slurm did not let it requeue itself"
-
-
-def _record(
-    plan: LaunchPlan,
-    message: str,
-    kind: Kind = "agent",
-    node_rank: int = 0,
-    node: str = "the batch job",
-) -> None:
-    failures.record_node(
-        plan.run,
-        plan.attempt,
-        message,
-        kind=kind,
-        node_rank=node_rank,
-        node=node,
-        log=SlurmFiles(plan.run).log,
+    return classify(
+        job,
+        folder.read_end(plan.attempt),
+        cancelled=was_cancelled(plan),
+        recorded=bool(failures.read_all(plan.run, plan.attempt)),
+        asked_to_requeue=folder.requeue(job.restarts).exists(),
+        max_requeues=plan.max_requeues,
     )
 
 
-def _record_lost(plan: LaunchPlan, job: Job) -> None:
-    """A record for each node that is down, or of one without a name where none is down any more.
+def classify(
+    job: Job,
+    end: End | None,
+    *,
+    cancelled: bool = False,
+    recorded: bool = False,
+    asked_to_requeue: bool = False,
+    max_requeues: int = 0,
+) -> Ending:
+    """See `ending_of`; pure.
 
-    Ranks of nodes follow the order of the names, see `node.placement.slurm`.
+    Args:
+        job: as Slurm knows it.
+        end: what the first node said of its own end; None when it said nothing.
+        cancelled: whether someone had asked for the end.
+        recorded: whether a node has left a failure record.
+        asked_to_requeue: whether the first node left the file that asks for it.
+        max_requeues: how often the job may be requeued.
     """
-    down = queue.nodes_down(job)
-    if not down:
-        _record(plan, f"one of {job.nodes}: {_NODE_LOST[job.state]}", "node_lost")
-    for name, why in down.items():
-        message = f"{_NODE_LOST[job.state]} (Slurm: {why})"
-        rank = list(expand_nodelist(job.nodes)).index(name)
-        _record(plan, message, "node_lost", node_rank=rank, node=name)
+    if end is not None and not end.left:
+        return Ending(end.exit_code)
+    if cancelled or job.state == "CANCELLED":
+        return Ending(_STOPPED)
+    code = job.exit_code or 1
+    if job.state in _NODE_LOST:
+        return Ending(code, _NODE_LOST[job.state], "node_lost")
+    if end is not None and job.state != "FAILED":  # then another node has failed, and it had to
+        why = "the job had to leave, and Slurm did not let it requeue itself"
+        if job.restarts >= max_requeues:
+            why = (
+                f"the job had to leave and was requeued {job.restarts} times already, as often as "
+                "it may be (option requeue)"
+            )
+        return Ending(code, why, wants_requeue=asked_to_requeue and job.state == "COMPLETED")
+    if job.state == "OUT_OF_MEMORY":
+        return Ending(code, _OUT_OF_MEMORY, "oom")
+    if recorded:
+        return Ending(code)
+    if job.state in _WORDS:
+        return Ending(code, _WORDS[job.state])
+    return Ending(code, f"job {job.job_id} ended with code {job.exit_code}", is_unexplained=True)
+
+
+def record(plan: LaunchPlan, job: Job, ending: Ending) -> None:
+    """Write down what no node could tell; of lost nodes, a record for each that is down."""
+
+    def note(message: str, node_rank: int = 0, node: str = "the batch job") -> None:
+        failures.record_node(
+            plan.run,
+            plan.attempt,
+            message,
+            kind=ending.kind,
+            node_rank=node_rank,
+            node=node,
+            log=SlurmFiles(plan.run).log,
+        )
+
+    if ending.kind == "node_lost":
+        down = queue.nodes_down(job)
+        ranks = list(expand_nodelist(job.nodes))  # they follow the order of the names
+        for name, why in down.items():
+            note(f"{ending.message} (Slurm: {why})", ranks.index(name), name)
+        if not down:
+            note(f"one of {job.nodes}: {ending.message}")
+    elif ending.is_unexplained:
+        note(f"{ending.message}: {_last_words(SlurmFiles(plan.run), job)}")
+    elif ending.message:
+        note(ending.message)
 
 
 def _last_words(folder: SlurmFiles, job: Job) -> str:
@@ -136,11 +156,6 @@ def _last_words(folder: SlurmFiles, job: Job) -> str:
             f"{folder.path.parent}"
         )
     return (ours or said or [nothing])[-1]
-
-
-def at_newest_attempt(plan: LaunchPlan) -> LaunchPlan:
-    """The plan of a submitted job with the attempt that the job has come to."""
-    return replace(plan, attempt=attempts.newest_of(plan.run, plan.attempt))
 
 
 def was_cancelled(plan: LaunchPlan) -> bool:

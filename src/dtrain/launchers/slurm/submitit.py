@@ -26,7 +26,7 @@ from dtrain.run.backend_files import SlurmFiles
 
 
 class Submitit:
-    """Submits by a script of submitit's, which the runs of an array share."""
+    """Submits by a script that submitit writes; the runs of an array share it, in one folder."""
 
     def command(self, plan: LaunchPlan) -> list[str]:
         return ["submitit", *script.agent_command(plan)]
