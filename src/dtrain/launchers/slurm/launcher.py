@@ -63,8 +63,6 @@ def _submitter(plan: LaunchPlan) -> Submitter:
 
 
 class SlurmLauncher:
-    """Submits, and follows; the job goes on without us."""
-
     options_model = SlurmOptions
 
     def survey(self, facts: Facts, options: AnyOptions) -> Facts:
@@ -104,15 +102,10 @@ class SlurmLauncher:
         return True
 
     def dependency_on(self, run: RunDir) -> str | None:
-        """What a job waits for that is to start after a run; None when it need not wait.
-
-        Raises:
-            PlanError: the run has no job, or it has failed.
-        """
         state, _ = status.state_of(run)
-        handle = Handle.read(run)
         if state == "succeeded":
             return None
+        handle = Handle.read(run)
         if handle is None or handle.job_id is None:
             raise PlanError(f"--after {run.id}: it has no Slurm job, it is {state}")
         if state != "running":
@@ -123,8 +116,7 @@ class SlurmLauncher:
         with _files_written():
             _write(plan)
             job_id = _submitter(plan).submit(plan)
-        handle = Handle.of_this_process(plan.launcher, plan.attempt)
-        return _note_submitted(plan, job_id, handle, Watcher())
+        return _note_submitted(plan, job_id, Watcher(), followed=True)
 
     def preview_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
         """See `ArrayCapable.preview_array`; with the script of one run where each has its own."""
@@ -144,11 +136,9 @@ class SlurmLauncher:
             for plan in plans:
                 _write(plan)
             job_ids = _submitter(plans[0]).submit_array(plans, at_once)
-        watcher = queue.shared_watcher()
-        handles = [Handle.of_this_process(plan.launcher, plan.attempt) for plan in plans]
         return [
-            _note_submitted(plan, job_id, replace(handle, identity=None), watcher)
-            for plan, job_id, handle in zip(plans, job_ids, handles, strict=True)
+            _note_submitted(plan, job_id, queue.shared, followed=False)
+            for plan, job_id in zip(plans, job_ids, strict=True)
         ]
 
     def is_running(self, run: RunDir) -> bool:
@@ -175,7 +165,6 @@ class SlurmLauncher:
         return False
 
     def describe(self, run: RunDir) -> dict[str, str]:
-        """How the job stands in Slurm's eyes; for `dtrain status`."""
         handle = Handle.read(run)
         if handle is None or handle.job_id is None:
             return {}
@@ -234,13 +223,10 @@ class SlurmLaunch:
         return ending.exit_code
 
     def stop(self) -> None:
-        """See `Launch.stop`: the agents of a running job are asked, a waiting job is withdrawn."""
+        """Ask the agents of a running job to leave; withdraw one that waits."""
         self._cancel.touch()
-        job = self._watcher.job(self._job_id, now=True)
-        if job.state == "RUNNING":
-            queue.run_command("scancel", "--signal=TERM", self._job_id)
-        else:
-            queue.run_command("scancel", self._job_id)
+        runs = self._watcher.job(self._job_id, now=True).state == "RUNNING"
+        queue.run_command("scancel", *(["--signal=TERM"] if runs else []), self._job_id)
 
     def kill(self) -> None:
         if self._killed or self._watcher.job(self._job_id).is_over:
@@ -325,8 +311,12 @@ def _write(plan: LaunchPlan) -> None:
         snapshot.copy_tree(plan.job_dir, plan.run.code, plan.attempt)
 
 
-def _note_submitted(plan: LaunchPlan, job_id: str, handle: Handle, watcher: Watcher) -> SlurmLaunch:
-    replace(handle, job_id=job_id).write(plan.run)
+def _note_submitted(
+    plan: LaunchPlan, job_id: str, watcher: Watcher, *, followed: bool
+) -> SlurmLaunch:
+    """Note the job's id; where it is followed, also that this process is who drives the run."""
+    handle = replace(Handle.of_this_process(plan.launcher, plan.attempt), job_id=job_id)
+    (handle if followed else replace(handle, identity=None)).write(plan.run)
     events.note_event(plan.run, "submitted", job_id=job_id, attempt=plan.attempt)
     return SlurmLaunch(plan, job_id, watcher)
 

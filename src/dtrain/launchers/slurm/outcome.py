@@ -32,10 +32,9 @@ _NODE_LOST = {
 
 @dataclass(frozen=True)
 class Ending:
-    """What it means that a job is over."""
+    """What it means for a run that its job is over."""
 
     exit_code: int
-    """Of the run."""
     message: str = ""
     """What no node could tell; empty when there is nothing to record."""
     kind: Kind = "agent"
@@ -49,12 +48,7 @@ class Ending:
 
 
 def ending_of(plan: LaunchPlan, job: Job) -> Ending:
-    """What is made of a job that is over.
-
-    Args:
-        plan: of the newest attempt.
-        job: as Slurm knows it.
-    """
+    """What is made of a job that is over, and of the newest attempt that it has come to."""
     folder = SlurmFiles(plan.run)
     return classify(
         job,
@@ -75,15 +69,11 @@ def classify(
     asked_to_requeue: bool = False,
     max_requeues: int = 0,
 ) -> Ending:
-    """See `ending_of`; pure.
+    """What is made of a job that is over, of what its first node said of its own end, and of files.
 
     Args:
-        job: as Slurm knows it.
-        end: what the first node said of its own end; None when it said nothing.
-        cancelled: whether someone had asked for the end.
         recorded: whether a node has left a failure record.
-        asked_to_requeue: whether the first node left the file that asks for it.
-        max_requeues: how often the job may be requeued.
+        asked_to_requeue: whether the first node has left the file that asks for it.
     """
     if end is not None and not end.left:
         return Ending(end.exit_code)

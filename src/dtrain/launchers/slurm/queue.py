@@ -20,8 +20,8 @@ _TIMEOUT_S = 60
 _SOONEST_S, _LATEST_S, _GROWTH = 0.5, 15.0, 1.3
 
 _OVER = {
-    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
-    "PREEMPTED", "REVOKED", "TIMEOUT",
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "GONE", "NODE_FAIL",
+    "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT",
 }  # fmt: skip
 
 # why a job waits, in words; a reason that is not here is shown as Slurm says it
@@ -76,8 +76,7 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing of it will run any more."""
-        return self.state in _OVER or self.state == "GONE"
+        return self.state in _OVER
 
     @property
     def unschedulable(self) -> tuple[str, str] | None:
@@ -106,11 +105,10 @@ def run_command(*argv: str, input_text: str | None = None) -> subprocess.Complet
         LaunchError: there is no such command here.
         Unreachable: it does not come to an end.
     """
-    env = slurm_env()
     try:
         return subprocess.run(
             argv, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT_S,
-            env=env, input=input_text, check=False,
+            env=slurm_env(), input=input_text, check=False,
         )  # fmt: skip
     except FileNotFoundError:
         raise LaunchError(
@@ -132,14 +130,11 @@ def parse_queue(text: str) -> dict[str, Job]:
     """What `squeue -O` has said, by job id."""
     found = {}
     for line in text.splitlines():
-        fields = line.split("|")
-        if len(fields) <= len(_FIELDS):
-            continue
-        job_id, state, reason, nodes, code, restarts = (part.strip() for part in fields[:6])
-        status = int(code) if code.isdigit() else 0
-        found[job_id] = Job(
-            job_id, state, reason, nodes, _shell_code(status >> 8, status & 0x7F), _int(restarts)
-        )
+        fields = [field.strip() for field in line.split("|")]
+        if len(fields) > len(_FIELDS):
+            job_id, state, reason, nodes, code, restarts = fields[:6]
+            exit_code = _shell_code(_int(code) >> 8, _int(code) & 0x7F)
+            found[job_id] = Job(job_id, state, reason, nodes, exit_code, _int(restarts))
     return found
 
 
@@ -148,13 +143,13 @@ def parse_accounting(text: str) -> dict[str, Job]:
     found = {}
     for line in text.splitlines():
         fields = line.split("|")
-        if len(fields) < 4:
-            continue
-        job_id, state, code, nodes = fields[:4]
-        exit_code, _, signal = code.partition(":")
-        word = (state.split() or ["UNKNOWN"])[0]  # `CANCELLED by 0`
-        nodes = "" if nodes == "None assigned" else nodes
-        found[job_id] = Job(job_id, word, "None", nodes, _shell_code(_int(exit_code), _int(signal)))
+        if len(fields) >= 4:
+            job_id, state, code, nodes = fields[:4]
+            exit_code, _, signal = code.partition(":")
+            word = (state.split() or ["UNKNOWN"])[0]  # `CANCELLED by 0`
+            nodes = "" if nodes == "None assigned" else nodes
+            status = _shell_code(_int(exit_code), _int(signal))
+            found[job_id] = Job(job_id, word, "None", nodes, status)
     return found
 
 
@@ -167,14 +162,8 @@ def query(job_ids: Iterable[str]) -> dict[str, Job]:
         Unreachable: the controller does not answer.
     """
     wanted = list(dict.fromkeys(job_ids))
-    listed = run_command(
-        "squeue",
-        "--noheader",
-        "--array",
-        "--states=all",
-        f"--user={os.getuid()}",
-        f"--Format={_FORMAT}",
-    )
+    ours = ("--noheader", "--array", "--states=all", f"--user={os.getuid()}")
+    listed = run_command("squeue", *ours, f"--Format={_FORMAT}")
     if listed.returncode != 0:
         raise Unreachable(_first_line(listed.stderr))
     known = parse_queue(listed.stdout)
@@ -187,10 +176,8 @@ def query(job_ids: Iterable[str]) -> dict[str, Job]:
 def _from_accounting(job_ids: list[str]) -> dict[str, Job]:
     if shutil.which("sacct") is None:
         return {}
-    listed = run_command(
-        "sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(job_ids)}",
-        "--format=JobID,State,ExitCode,NodeList",
-    )  # fmt: skip
+    shown = ("--noheader", "--parsable2", "--allocations", "--format=JobID,State,ExitCode,NodeList")
+    listed = run_command("sacct", *shown, f"--jobs={','.join(job_ids)}")
     return parse_accounting(listed.stdout) if listed.returncode == 0 else {}
 
 
@@ -254,12 +241,7 @@ class Watcher:
         """Why Slurm could not be asked the last time; None when it could."""
 
     def job(self, job_id: str, *, now: bool = False) -> Job:
-        """How a job stood when last asked.
-
-        Args:
-            job_id: of the job.
-            now: something has happened: ask at once, as long as the last answer is not fresh.
-        """
+        """How a job stood when last asked; with `now` asked at once, unless that was just now."""
         self._wanted.add(job_id)
         wait_s = _SOONEST_S if now else self._pause_s
         if job_id not in self._known or time.monotonic() - self._asked_at >= wait_s:
@@ -284,12 +266,8 @@ class Watcher:
         self._pause_s = min(self._pause_s * _GROWTH, _LATEST_S) if same else _SOONEST_S
 
 
-_shared = Watcher()
-
-
-def shared_watcher() -> Watcher:
-    """The one of this process, for many jobs."""
-    return _shared
+shared = Watcher()
+"""Of this process, for many jobs: those of an array, or all that `dtrain runs` lists."""
 
 
 def query_cached(job_id: str, *, now: bool = False) -> Job:
@@ -299,9 +277,9 @@ def query_cached(job_id: str, *, now: bool = False) -> Job:
         Unreachable: the controller does not answer.
         LaunchError: there is no squeue here.
     """
-    job = _shared.job(job_id, now=now)
-    if _shared.trouble is not None:
-        raise _shared.trouble
+    job = shared.job(job_id, now=now)
+    if shared.trouble is not None:
+        raise shared.trouble
     return job
 
 

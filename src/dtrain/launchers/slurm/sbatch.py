@@ -50,7 +50,7 @@ class Sbatch:
         return (str(SlurmFiles(plan.run).script),)
 
     def alike(self, plan: LaunchPlan) -> list[str]:
-        return [script.sbatch_option(*flag) for flag in script.shared_flags(plan)]
+        return script.shared_options(plan)
 
     def render(self, plan: LaunchPlan) -> str:
         return script.render(plan)
@@ -60,23 +60,17 @@ class Sbatch:
         return _submit(plan, self.command(plan))
 
     def render_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> str:
-        flags = [
+        runs = script.array_runs(plans)
+        own = [
             ("job-name", script.array_id(plans)),
-            ("comment", script.array_comment(plans)),
+            ("comment", f"dtrain runs {runs}"),
             ("array", f"0-{len(plans) - 1}" + (f"%{at_once}" if at_once else "")),
-            *script.shared_flags(plans[0]),
         ]
-        return "\n".join(
-            [
-                "#!/bin/bash",
-                f"# Runs {script.one_line(script.array_runs(plans))} of dtrain: "
-                "each has its own script.",
-                *(f"#SBATCH {script.sbatch_option(*flag)}" for flag in flags),
-                "",
-                f"exec {script.path_in_array(plans, SlurmFiles(plans[0].run).script)}",
-                "",
-            ]
-        )
+        options = [script.sbatch_option(*flag) for flag in own] + script.shared_options(plans[0])
+        lines = [f"#SBATCH {option}" for option in options]
+        about = f"# Runs {script.one_line(runs)} of dtrain: each has its own script."
+        start = f"exec {script.path_in_array(plans, SlurmFiles(plans[0].run).script)}"
+        return "\n".join(["#!/bin/bash", about, *lines, "", start, ""])
 
     def submit_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
         for plan in plans:

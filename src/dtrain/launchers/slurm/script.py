@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dtrain.assets import asset_dir
 from dtrain.errors import PlanError, quoted
@@ -34,38 +33,36 @@ fi
 exit "$status"
 """
 
-Flag = tuple[str, str | None]
+SbatchFlag = tuple[str, str | None]
 """The long name of a flag of sbatch, and its value; None of one without a value."""
 
 
 def render(plan: LaunchPlan) -> str:
     """The whole script, from the packaged template or the user's own.
 
+    What a template can use is quoted for the place where it stands.
+
     Raises:
         PlanError: jinja2 is not installed, or the template cannot be read or filled.
     """
-    template = SlurmOptions.of(plan.options).template or asset_dir("slurm") / "job.sbatch.j2"
-    return templates.fill(Path(template).expanduser(), values(plan))
-
-
-def values(plan: LaunchPlan) -> dict[str, Any]:
-    """What a template can use; texts are quoted for the place where they stand."""
-    requeue_file = shlex.quote(str(SlurmFiles(plan.run).requeue("")))
-    return {
+    nodes = nodes_as_shell(plan)
+    values = {
         "run_id": one_line(plan.run_id),
         "sbatch_options": [sbatch_option(*flag) for flag in flags(plan)],
         "setup_lines": setup_lines(plan),
         "srun_arguments": [
-            f"--nodes={nodes_as_shell(plan)}",
-            f"--ntasks={nodes_as_shell(plan)}",
+            f"--nodes={nodes}",
+            f"--ntasks={nodes}",
             *map(shlex.quote, srun_arguments(plan)),
         ],
         "agent_command": shlex.join(agent_command(plan)),
-        "teardown_lines": teardown_lines(requeue_file),
+        "teardown_lines": teardown_lines(shlex.quote(str(SlurmFiles(plan.run).requeue("")))),
     }
+    template = SlurmOptions.of(plan.options).template or asset_dir("slurm") / "job.sbatch.j2"
+    return templates.fill(Path(template).expanduser(), values)
 
 
-def flags(plan: LaunchPlan) -> list[Flag]:
+def flags(plan: LaunchPlan) -> list[SbatchFlag]:
     """Every flag of sbatch but for where it writes.
 
     Raises:
@@ -73,7 +70,7 @@ def flags(plan: LaunchPlan) -> list[Flag]:
     """
     options = SlurmOptions.of(plan.options)
     comment = f"dtrain run {plan.run_id}"
-    found: list[Flag] = [
+    found: list[SbatchFlag] = [
         ("job-name", plan.run_id),
         ("comment", f"{comment} {options.comment}" if options.comment else comment),
         ("nodes", str(plan.nodes) if _is_fixed(plan) else f"{plan.min_nodes}-{plan.nodes}"),
@@ -100,9 +97,9 @@ def flags(plan: LaunchPlan) -> list[Flag]:
     return found
 
 
-def shared_flags(plan: LaunchPlan) -> list[Flag]:
-    """The flags that all elements of an array must have alike."""
-    return [flag for flag in flags(plan) if flag[0] not in _OWN]
+def shared_options(plan: LaunchPlan) -> list[str]:
+    """The flags that all elements of an array must have alike, as they stand in `#SBATCH` lines."""
+    return [sbatch_option(*flag) for flag in flags(plan) if flag[0] not in _OWN]
 
 
 def _signal_before(options: SlurmOptions) -> int:
@@ -111,8 +108,8 @@ def _signal_before(options: SlurmOptions) -> int:
     return max(1, int(min(options.signal_before, limit / 2)))
 
 
-def _further_flags(options: SlurmOptions) -> list[Flag]:
-    found: list[Flag] = []
+def _further_flags(options: SlurmOptions) -> list[SbatchFlag]:
+    found: list[SbatchFlag] = []
     for name, value in options.slurm.items():
         flag = name.lstrip("-").replace("_", "-")
         if problem := own_flag_problem(flag):
@@ -228,10 +225,6 @@ def array_id(plans: Sequence[LaunchPlan]) -> str:
 
 def array_runs(plans: Sequence[LaunchPlan]) -> str:
     return f"{array_id(plans)}-0 to {array_id(plans)}-{len(plans) - 1}"
-
-
-def array_comment(plans: Sequence[LaunchPlan]) -> str:
-    return f"dtrain runs {array_runs(plans)}"
 
 
 def array_logs(plans: Sequence[LaunchPlan]) -> str:

@@ -35,8 +35,7 @@ class Submitit:
         return ()
 
     def alike(self, plan: LaunchPlan) -> list[str]:
-        flags = [script.sbatch_option(*flag) for flag in script.shared_flags(plan)]
-        return [*flags, *script.srun_arguments(plan)]
+        return [*script.shared_options(plan), *script.srun_arguments(plan)]
 
     def render(self, plan: LaunchPlan) -> str:
         return self.render_array([plan], None)
@@ -97,7 +96,7 @@ def parameters(plans: Sequence[LaunchPlan], at_once: int | None = None) -> dict[
     if is_array:
         flags |= {
             "job-name": script.array_id(plans),
-            "comment": script.array_comment(plans),
+            "comment": f"dtrain runs {script.array_runs(plans)}",
             "output": script.array_logs(plans),
         }
         requeue = script.path_in_array(plans, folder.requeue(""))
@@ -126,12 +125,8 @@ def _import() -> Any:
 
 
 def _folder(plan: LaunchPlan) -> Path:
-    """Where submitit keeps its files.
-
-    Raises:
-        PlanError: submitit would take a part of the path for a pattern, or of a line for a command.
-    """
     folder = SlurmFiles(plan.run).path
+    # it would take a part of such a path for a pattern, or a part of a line for a command
     if "%" in str(folder) or not str(folder).isprintable():
         raise PlanError(
             f"submitit cannot use a path with a % or a line break: {str(folder)!r}; use --runs DIR"
