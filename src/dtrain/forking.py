@@ -62,9 +62,9 @@ def import_once(
 class Ended:
     pid: int
     code: int
-    """Its exit status; negative for the signal that killed it."""
+    """Its exit status, or the number of the signal that killed it, negative."""
     peak: int
-    """Its largest resident memory, in bytes."""
+    """The most memory that it had resident, in bytes."""
 
 
 class Children:
@@ -147,7 +147,6 @@ class Channel:
         return json.loads(raw), files
 
     def close(self) -> None:
-        """Close this end."""
         self.sock.close()
 
 

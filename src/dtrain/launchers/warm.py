@@ -98,12 +98,13 @@ class WarmServer:
 
 
 class WarmNode:
+    """A node process that the server has forked: what `subprocess.Popen` is of one of our own."""
+
     def __init__(self, server: WarmServer, pid: int) -> None:
         self._server = server
         self._pid = pid
 
     def poll(self) -> int | None:
-        """Its exit status once it has ended, negative for a signal."""
         return self._server.exit_code(self._pid)
 
     def send_signal(self, number: int) -> None:

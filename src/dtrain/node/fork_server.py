@@ -5,8 +5,7 @@ import torch._dynamo while they meet their peers, and then forks workers when an
 DDP's first step would otherwise import torch._dynamo in each rank: 2.6 s, measured, and a
 restart would import everything again.
 
-The server never has a second thread, so that forking stays safe (measured over hundreds of
-forks). Everything that it forks dies with it; the workers of an agent that ended are killed.
+Everything that it forks dies with it; the workers of an agent that ended are killed.
 """
 
 from __future__ import annotations
@@ -292,7 +291,7 @@ def _become_worker(asked: dict[str, Any], ring: Ring) -> int:
 
 
 def _open_log(path: Path) -> int:
-    """A log to append to; where it cannot be opened (a full disk), output is dropped."""
+    """Open a log to append to; where that fails (a full disk), output is dropped."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -54,7 +54,6 @@ class Context:
 
     @classmethod
     def here(cls) -> Context:
-        """The context of this process."""
         filters = [entry for entry in warnings.filters if not why_not_picklable(entry)]
         return cls(dict(os.environ), os.getcwd(), list(sys.path), filters)
 
@@ -75,12 +74,12 @@ class Context:
 
 
 def pack(body: bytes) -> bytes:
-    """The payload of a request: this process's context, and the pickled body to run in it."""
+    """Make the payload of a request: this process's context, and the pickled body to run in it."""
     return pickle.dumps((Context.here(), body))
 
 
 def why_not_picklable(value: object) -> str:
-    """The error of pickling `value`; empty when it can be pickled."""
+    """Return the error of pickling `value`; empty when it can be pickled."""
     try:
         pickle.dumps(value)
     except Exception as error:

@@ -70,7 +70,6 @@ class _Shown:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker."""
     config.addinivalue_line(
         "markers",
         "ranks(world_size=None, *, nodes=1, ranks=None, timeout=60, init=True): run the body in "
@@ -174,7 +173,7 @@ def _wants_ranks(item: pytest.Item) -> bool:
 
 
 def _read_marker(mark: pytest.Mark, item: pytest.Function | None) -> _Marker:
-    """The marker's arguments; fails the test when they make no sense."""
+    """Read the marker's arguments; fail the test when they make no sense."""
     try:
         return _bind_marker(item, *mark.args, **mark.kwargs)
     except (TypeError, ValueError) as error:
@@ -205,7 +204,7 @@ def _bind_marker(
 
 
 def _pickle_funcargs(item: pytest.Function) -> bytes:
-    """The test's arguments for the ranks; fails the test, naming the fixture that cannot go."""
+    """Pickle the test's arguments; fail the test, naming the fixture that cannot go to ranks."""
     names = item._fixtureinfo.argnames
     for name in names:
         if name in _OWN_PROCESS_ONLY:

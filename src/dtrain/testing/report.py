@@ -30,7 +30,7 @@ class Verdict:
 
 
 def judge(answer: Answer) -> Verdict | None:
-    """The verdict on a request; None when every rank passed."""
+    """Return the verdict on a request; None when every rank passed."""
     results = answer.results
     if answer.timed_out_s is not None:
         return _timeout(answer)
@@ -49,7 +49,7 @@ def judge(answer: Answer) -> Verdict | None:
 
 
 def trim_stack(dump: str) -> str:
-    """A dump of faulthandler's without the frames below the test's body, which are ours."""
+    """Cut off a faulthandler dump the frames below the test's body, which are ours."""
     lines: list[str] = []
     skipping = False
     for line in dump.splitlines():
@@ -86,7 +86,7 @@ def _verdict(answer: Answer, culprit: RankResult, kind: Kind, headline: str) -> 
 
 
 def _timeout(answer: Answer) -> Verdict:
-    """Every stack, and the first failure, if there was one, in a line."""
+    """Show every stack, and the first failure, if there was one, in a line."""
     running = [r for r in answer.results if r.outcome.kind == "killed"]
     headline = (
         f"timed out after {answer.timed_out_s:g} s: {_ranks(running)} of "
@@ -104,7 +104,7 @@ def _timeout(answer: Answer) -> Verdict:
 
 
 def _others(results: Sequence[RankResult], culprit: RankResult | None) -> list[str]:
-    """What became of the ranks that neither passed nor failed first: a line for each kind of end.
+    """Tell of the ranks that neither passed nor failed first, in a line for each kind of end.
 
     Ends that read alike share a line.
     """

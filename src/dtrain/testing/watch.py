@@ -184,8 +184,9 @@ class Run:
         later may still be the cause of broken connections, which `report.judge` allows for.
         """
         if code < 0:
-            named = {int(sig): sig.name for sig in signal.Signals}
-            headline = f"killed by {named.get(-code, f'signal {-code}')}"
+            from dtrain.run.failures import signal_name
+
+            headline = f"killed by {signal_name(-code)}"
         else:
             headline = f"the process ended with exit status {code} in the middle of the body"
         died_at = 0.0 if self._first_failure is None else time.monotonic()
