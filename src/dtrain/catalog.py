@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from dtrain.errors import PlanError
@@ -145,7 +147,7 @@ TRAINERS: Mapping[str, TrainerFact] = {
         strategies=("single", "dp", "ddp", "fsdp", "exact"),
     ),
     "lightning": TrainerFact(
-        "dtrain.integrations.lightning.trainer:LightningTrainer",
+        "dtrain.integrations.lightning.adapter:make_trainer",
         "Lightning's loop, hooks, callbacks and loggers, for a task or a LightningModule",
         strategies=("single", "ddp", "fsdp", "exact"),
         extra="lightning",
@@ -264,11 +266,9 @@ def load(kind: str, name: str) -> Any:
 
 
 def imported(target: str) -> Any:
-    """What stands for `module:Class`, imported."""
-    import importlib
-
+    """Import and return what `module:Class` names."""
     module, _, attribute = target.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return getattr(import_module(module), attribute)
 
 
 def launcher(name: str) -> LauncherFact:
@@ -278,8 +278,6 @@ def launcher(name: str) -> LauncherFact:
 
 def export_problem(name: str) -> str | None:
     """What an export lacks here, with its pip command; None when nothing. Imports nothing."""
-    from importlib.util import find_spec
-
     fact = EXPORTS[name]
     missing = [module for module in fact.modules if find_spec(module) is None]
     if not missing:
@@ -289,12 +287,18 @@ def export_problem(name: str) -> str | None:
 
 def logger_problem(name: str) -> str | None:
     """Why a logger cannot be used with this Python; None when it can. Imports nothing."""
-    from importlib.util import find_spec
-
     fact = LOGGERS.get(name)
     if fact is None or fact.module is None or find_spec(fact.module) is not None:
         return None
     return f"logger {name!r} needs {fact.module}: pip install 'dtrain[{fact.extra}]'"
+
+
+def trainer_problem(name: str) -> str | None:
+    """Why a trainer cannot be used with this Python; None when it can. Imports nothing."""
+    fact = TRAINERS.get(name)
+    if fact is None or fact.module is None or find_spec(fact.module) is not None:
+        return None
+    return f"trainer {name!r} needs a package: pip install 'dtrain[{fact.extra}]'"
 
 
 def url_problem(launcher: str) -> str | None:

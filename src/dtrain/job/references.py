@@ -5,7 +5,6 @@ Nothing of the user's is imported or run, and nothing is started.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +68,7 @@ def _pair_problems(root: Located) -> Iterator[Problem]:
     except ValueError:
         most = 1
     problem = trainer and strategy and _pair_problem(root, trainer, strategy, most)
-    missing = _missing_extra(trainer)
+    missing = trainer and catalog.trainer_problem(trainer)
     if problem:
         said = [root.get((field,)) for field in ("strategy", "trainer")]
         place = next((written.place for written in (*said, nodes) if written), root.place)
@@ -87,13 +86,6 @@ def _pair_problem(root: Located, trainer: str, strategy: str, nodes: int) -> str
     if trainer == catalog.SCRIPT and not _has_script(root):
         return "trainer 'script' runs a script; name it as script: train.py instead of a task"
     return catalog.pair_problem(trainer, strategy, nodes)
-
-
-def _missing_extra(trainer: str | None) -> str | None:
-    fact = catalog.TRAINERS.get(trainer or "")
-    if fact is None or fact.module is None or importlib.util.find_spec(fact.module) is not None:
-        return None
-    return f"trainer {trainer!r} needs a package: pip install 'dtrain[{fact.extra}]'"
 
 
 def _script_problems(root: Located, folder: Path) -> Iterator[Problem]:

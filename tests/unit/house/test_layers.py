@@ -56,7 +56,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "compat",
         "environment logging",
         "module state",
-        "adapter trainer",
+        "trainer",
+        "adapter",
     ),
     "dtrain.integrations.script": (
         "sampler stopping",

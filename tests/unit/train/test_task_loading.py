@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from dtrain import Task
+from dtrain import Task, catalog
 from dtrain.errors import JobError
 from dtrain.train.load import load_task
 
@@ -122,3 +123,16 @@ def test_errors_of_the_users_own_code_come_through(tmp_path: Path) -> None:
             load_task(reference, {}, tmp_path)
     with pytest.raises(TypeError, match="mine"):
         load_task("raising.py:T", {}, tmp_path)
+
+
+def test_nothing_chooses_a_framework_before_the_task_is_imported() -> None:
+    """Workers are forked from a process that has imported the trainer and maybe the adapters."""
+    named = [("trainer", name) for name in catalog.TRAINERS]
+    named += [("framework", name) for name in catalog.FRAMEWORKS]
+    modules = sorted({catalog.find(*each).partition(":")[0] for each in named})
+    code = (
+        f"import sys, importlib; [importlib.import_module(name) for name in {modules}];"
+        "sys.exit(str({'keras', 'lightning', 'pytorch_lightning'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == "set()"

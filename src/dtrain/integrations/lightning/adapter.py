@@ -1,4 +1,8 @@
-"""A LightningModule as the task of a job, told without an import of Lightning."""
+"""What the catalog names of Lightning: a LightningModule as a task, and the trainer.
+
+Workers are forked from a process that has imported this, so nothing of Lightning is imported
+before the user's code has chosen one of its two packages.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,9 @@ from typing import Any
 
 from dtrain.integrations.lightning.package import PACKAGES, want
 from dtrain.task import Task
+from dtrain.train.context import TrainContext
 from dtrain.train.importing import job_problem
+from dtrain.train.loop.native import NativeTrainer
 
 
 class LightningAdapter:
@@ -23,6 +29,13 @@ class LightningAdapter:
         from dtrain.integrations.lightning.module import ModuleTask
 
         return ModuleTask(make, name)
+
+
+def make_trainer(context: TrainContext) -> NativeTrainer:
+    """Trainer `lightning`."""
+    from dtrain.integrations.lightning.trainer import LightningTrainer
+
+    return LightningTrainer(context)
 
 
 def _package_of(factory: Any) -> str | None:

@@ -1,8 +1,7 @@
 """Which of Lightning's two packages this process uses: that of the user's code.
 
 Lightning is one code in `pytorch_lightning` and `lightning`, whose classes know nothing of each
-other. `compat` takes its names from one of them when it is imported, which this and `adapter` put
-off until the user's code has been.
+other. `compat` takes its names from one of them when it is imported, which `adapter` puts off.
 """
 
 from __future__ import annotations
