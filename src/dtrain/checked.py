@@ -50,15 +50,6 @@ def read(kind: type[T], text: str | bytes) -> T:
     return found
 
 
-def reason(error: ValueError) -> str:
-    """The first thing that `read` found wrong, in one line."""
-    if not isinstance(error, ValidationError):
-        return str(error)[:200]
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"][:8])
-    return f"{place or 'all of it'}: {first['msg'][:200]}"
-
-
 def _without_surrogates(text: str | bytes) -> bytes:
     """Python has characters that no file has, as in the name of a file that is not UTF-8."""
     try:

@@ -71,7 +71,7 @@ def summary(run: RunDir) -> dict[str, Any]:
         "train": _metrics(last.get("train")),
         "eval": _metrics(last.get("eval")),
         "waits": "\n".join(waits.values()) or None if state == "running" else None,
-        "warning": events.alone(run),
+        "warning": events.ungrouped_warning(run),
         "parameters_sha256": finished.get("parameters_sha256"),
         **_described(run, plan.launcher),
         "url": run.url,

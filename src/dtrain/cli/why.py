@@ -46,6 +46,6 @@ def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
     elif state == "lost":
         click.echo(f"run {found.id} was ended from outside: its launcher was killed")
     elif state == "cancelled":
-        click.echo(events.how_stopped(found, number))
+        click.echo(events.stop_message(found, number))
     else:
         click.echo(f"run {found.id} has not failed: {_STANDS[state]}")

@@ -10,7 +10,7 @@ from dtrain.errors import DtrainError, LaunchError, PlanError, UsageError
 from dtrain.job.spec import JobSpec
 from dtrain.job.yaml_reader import dump_yaml
 from dtrain.plan import LaunchPlan
-from dtrain.run import events, files, snapshot, token
+from dtrain.run import attempts, events, files, snapshot
 from dtrain.run.attempts import Handle, Held, Result
 from dtrain.run.remote import runs as remote
 
@@ -82,7 +82,7 @@ def _write(plan: LaunchPlan, job: JobSpec, job_text: str) -> None:
         update={"launch": job.launch.model_copy(update={"env": environ.masked(job.launch.env)})}
     )
     run.attempt(plan.attempt).mkdir(parents=True, exist_ok=True)
-    token.of_attempt(run, plan.attempt)
+    attempts.token(run, plan.attempt)
     files.write_atomic(run.job, job_text, mode=0o600 if hidden else 0o644)
     files.write_json(run.plan, plan.to_json())
     if hidden:
@@ -129,4 +129,4 @@ def keep_code(plan: LaunchPlan) -> None:
     Never fails, see `snapshot.take`.
     """
     if not plan.run.code.exists():
-        snapshot.take(plan.job_dir, plan.run.code)
+        snapshot.take(plan.job_dir, plan.run)

@@ -67,7 +67,7 @@ def _by_hand(run: RunDir) -> tuple[State, Result | None]:
 def _judge(run: RunDir, started: dict[str, Any], ended: dict[str, Any] | None) -> tuple[State, int]:
     """The state, and the exit code of what has ended."""
     if ended is not None and ended["exit_code"] == 0:
-        stopped = events.stopped(run, _ATTEMPT)
+        stopped = events.stop_event(run, _ATTEMPT)
         return ("succeeded", 0) if stopped is None else ("cancelled", events.exit_code(stopped))
     found = verdict.judge(run, _ATTEMPT)
     newest = max((each.time for each in failures.read_all(run, _ATTEMPT)), default=0.0)

@@ -18,7 +18,7 @@ from dtrain.launchers.base import Detachable, Launch, Launcher
 from dtrain.launchers.stopping import Stop, Stopping, stop_requests
 from dtrain.plainjson import numbers
 from dtrain.plan import LaunchPlan
-from dtrain.run import attempts, events, failures, files, spill, verdict
+from dtrain.run import attempts, events, failures, files, verdict
 from dtrain.run.attempts import Handle, Result, State
 from dtrain.run.backend_files import SlurmFiles
 from dtrain.run.failures import FailureRecord
@@ -165,7 +165,7 @@ def _closing(plan: LaunchPlan, seconds: float) -> str:
     text = f"{plan.run_id}: succeeded in {seconds:.1f} s"
     finished = _finished(plan)
     if finished is None:
-        return f"{text}{events.but_alone(plan.run)}"
+        return f"{text}{events.but_ungrouped(plan.run)}"
     return f"{text}{outcome(plan)}\nparameters sha256 {finished['parameters_sha256']}"
 
 
@@ -203,7 +203,7 @@ def _conclude(plan: LaunchPlan, code: int, stop: Stop, console: Console) -> tupl
         return "cancelled", 128 + stop.signal
     state, code, found = _judge(plan, code)
     if state == "cancelled":
-        console.say(events.how_stopped(run, plan.attempt))
+        console.say(events.stop_message(run, plan.attempt))
     if found is not None:
         console.say(verdict.render(found, run))
     return state, code
@@ -218,7 +218,7 @@ def _judge(
     to leave, and a rank that failed knows better than its node.
     """
     if code == 0:
-        stopped = events.stopped(plan.run, plan.attempt)
+        stopped = events.stop_event(plan.run, plan.attempt)
         if stopped is None:
             return "succeeded", 0, None
         return "cancelled", events.exit_code(stopped), None
@@ -262,7 +262,7 @@ def finish(plan: LaunchPlan, result: Result, say: Callable[[str], None]) -> None
     if not plan.is_of_node_zero:
         return
     run.remove_secrets(plan.attempt)
-    spill.remove(run, plan.attempt)
+    failures.remove_aside(run, plan.attempt)
     try:
         if result.write(run, plan.attempt):
             events.note_event(run, "ended", state=result.state, exit_code=result.exit_code)

@@ -288,7 +288,7 @@ class NodeAgent(SimpleElasticAgent):
         Returns:
             Whether it is the one that the last restart was for, so that others would not help.
         """
-        first = verdict.of_node([*self._failed.values()], self._absent, self._left)
+        first = verdict.cause_on_node([*self._failed.values()], self._absent, self._left)
         repeated = self._before is not None and first.repeats(self._before)
         self._before = first
         if repeated:

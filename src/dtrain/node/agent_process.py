@@ -19,7 +19,7 @@ from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.store import NodeTaken, PeerFailed, RendezvousFailed, RendezvousSettings
 from dtrain.plan import LaunchPlan
 from dtrain.procs import STOP_SIGNALS, ignore_stops
-from dtrain.run import events, failures, token
+from dtrain.run import attempts, events, failures
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def _exit_code(plan: LaunchPlan, node_rank: int, error: Exception) -> int:
 
 def _settings(plan: LaunchPlan, node_rank: int) -> RendezvousSettings:
     try:
-        secret = token.of_attempt(plan.run, plan.attempt)
+        secret = attempts.token(plan.run, plan.attempt)
     except OSError as error:
         raise RendezvousFailed(
             f"the launch's token cannot be had: {error.strerror}: {error.filename}"

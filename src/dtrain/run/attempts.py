@@ -14,10 +14,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dtrain import procs
 from dtrain.errors import DamagedError, UsageError
+from dtrain.plainjson import to_json
 from dtrain.run import files
 from dtrain.run.rundir import RunDir
 from dtrain.waiting import repeating
@@ -25,6 +26,7 @@ from dtrain.waiting import repeating
 State = Literal["running", "succeeded", "failed", "cancelled", "lost", "prepared"]
 """`lost`: whoever drove the run died before it could write how it ended."""
 
+TOKEN_BYTES = 32
 BEAT_S = 20.0
 """How often the driver of a run says that it lives."""
 SILENT_S = 120.0
@@ -86,7 +88,11 @@ class Handle:
 
     def write(self, run: RunDir) -> None:
         """Write it anew; for who has claimed the attempt."""
-        files.write_json(run.handle(self.attempt), asdict(self))
+        files.make_parent(run.handle(self.attempt))
+        files.write_atomic(run.handle(self.attempt), self._text())
+
+    def _text(self) -> str:
+        return to_json(asdict(self), indent=2) + "\n"
 
     def claim(self, run: RunDir) -> None:
         """Take the attempt, the one after the newest.
@@ -96,7 +102,7 @@ class Handle:
         """
         newest = Handle.read(run)
         is_next = newest is None or newest.attempt + 1 == self.attempt
-        if not is_next or not _make_once(run.handle(self.attempt), asdict(self)):
+        if not is_next or not files.make_once(run.handle(self.attempt), self._text()):
             raise Held(run, Handle.read(run))
 
     def claim_node(self, run: RunDir, node_rank: int) -> None:
@@ -112,7 +118,7 @@ class Handle:
         number = max((int(text) + 1 for text in numbers if text.isdecimal()), default=0)
         holder = Handle._read(folder / f"handle-{number - 1}.json", self.attempt)
         free = holder is None or not holder.is_alive(run)
-        if not free or not _make_once(folder / f"handle-{number}.json", asdict(self)):
+        if not free or not files.make_once(folder / f"handle-{number}.json", self._text()):
             raise Held(run, holder)
 
     @property
@@ -129,7 +135,7 @@ class Handle:
         return not is_silent(run, self.attempt)
 
 
-def go_on(run: RunDir, attempt: int, job_id: str) -> None:
+def claim_for_job(run: RunDir, attempt: int, job_id: str) -> None:
     """Take a batch job's attempt, when it begins: the one submitted, or one after a requeue.
 
     Raises:
@@ -194,19 +200,25 @@ def _now(run: RunDir) -> float:
         return time.time()
 
 
-def _make_once(path: Path, value: dict[str, Any]) -> bool:
-    """Write a file that only one process can make; whether it was this one."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    files.write_json(aside, value)
+def token(run: RunDir, attempt: int) -> bytes:
+    """The secret by which the agents of an attempt know one another, see `node.sealed`.
+
+    Made by whichever host asks for it first. It is worth nothing once the attempt has ended: the
+    next one has another.
+
+    Raises:
+        OSError: it can be neither read nor written.
+    """
+    path = run.token(attempt)
+    if not path.exists():
+        files.make_once(path, secrets.token_hex(TOKEN_BYTES), mode=0o600)
     try:
-        os.link(aside, path)  # a rename would replace what another has just written
-    except FileExistsError:
-        # NFS sends a request again whose answer was lost, and then finds what it has made
-        return os.stat(aside).st_nlink == 2
-    finally:
-        aside.unlink()
-    files.fsync_dir(path.parent)
-    return True
+        found = bytes.fromhex(path.read_text(encoding="ascii"))
+    except ValueError:
+        found = b""
+    if len(found) != TOKEN_BYTES:
+        raise OSError(0, "is damaged", str(path))
+    return found
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ def pack(run: RunDir, attempt: int, limit: int, excludes: Sequence[str]) -> Path
         PlanError: it is larger than it may be; names the largest files.
         OSError: it cannot be written.
     """
-    tree = run.code / f"tree-{attempt}"
+    tree = run.code_tree(attempt)
     check_size(tree, limit, excludes)
-    target = run.code / f"tree-{attempt}.tar"
+    target = run.code_tar(attempt)
     with (
         files.replacing(target) as file,
         tarfile.open(fileobj=file, mode="w", dereference=True) as archive,
@@ -39,9 +39,9 @@ def pack(run: RunDir, attempt: int, limit: int, excludes: Sequence[str]) -> Path
         for path in sorted(tree.rglob("*")):
             if path.is_file() or (path.is_dir() and not path.is_symlink()):
                 archive.add(path, str(path.relative_to(run.code)), recursive=False)
-        job = tarfile.TarInfo(snapshot.job_folder(run.code, attempt).name)
+        job = tarfile.TarInfo(run.job_code(attempt).name)
         job.type = tarfile.SYMTYPE
-        job.linkname = os.readlink(snapshot.job_folder(run.code, attempt))
+        job.linkname = os.readlink(run.job_code(attempt))
         archive.addfile(job)
     return target
 

@@ -1,4 +1,4 @@
-"""What the training has told of itself: the events that rank 0 writes."""
+"""What events.jsonl says of a run: started, stopped, finished."""
 
 from __future__ import annotations
 
@@ -15,32 +15,27 @@ _TRAINING = ("training_started", "stopped", "finished")
 _BEGUN = ("training_started", "worker_started")
 
 
-def last_word(run: RunDir, attempt: int) -> dict[str, Any] | None:
-    """The newest event of an attempt's training; None of a script, and before it has begun."""
-    return next((e for e in reversed(_events(run)) if e["attempt"] == attempt), None)
-
-
-def stopped(run: RunDir, attempt: int) -> dict[str, Any] | None:
+def stop_event(run: RunDir, attempt: int) -> dict[str, Any] | None:
     """The event of a training that was asked to leave before its end; None of any other."""
-    word = last_word(run, attempt)
-    return word if word is not None and word["event"] == "stopped" else None
+    last = next((e for e in reversed(_training_events(run)) if e["attempt"] == attempt), None)
+    return last if last is not None and last["event"] == "stopped" else None
 
 
-def exit_code(stopped: dict[str, Any]) -> int:
-    """That of a training that left because of a signal."""
+def exit_code(stop_event: dict[str, Any]) -> int:
+    """The exit code of a training that was stopped by a signal: 128 + N."""
     known = signal.Signals.__members__
-    return 128 + known.get(stopped["reason"], signal.SIGTERM)
+    return 128 + known.get(stop_event["reason"], signal.SIGTERM)
 
 
-def how_stopped(run: RunDir, attempt: int) -> str:
+def stop_message(run: RunDir, attempt: int) -> str:
     """What people are told of an attempt that was asked to leave."""
-    event = stopped(run, attempt)
+    event = stop_event(run, attempt)
     who = "from elsewhere" if event is None else f"by {event['reason']} to rank {event['rank']}"
     after = "" if event is None else f" after step {event['step']}"
     return f"{run.id} was asked to stop {who}{after}\ngo on with: dtrain resume {run.id}"
 
 
-def alone(run: RunDir) -> str | None:
+def ungrouped_warning(run: RunDir) -> str | None:
     """The warning that a script's processes train each by itself, while that is so."""
     what, pid = None, None
     for event in files.read_lines(run.events, event=str):
@@ -53,9 +48,13 @@ def alone(run: RunDir) -> str | None:
     return what
 
 
-def but_alone(run: RunDir) -> str:
+def but_ungrouped(run: RunDir) -> str:
     """Likewise, to be added to what is said of the end; empty where it is not so."""
-    return "" if alone(run) is None else ", but without a process group: each process trained alone"
+    return (
+        ""
+        if ungrouped_warning(run) is None
+        else ", but without a process group: each process trained alone"
+    )
 
 
 def accepted_job(run: RunDir) -> Path:
@@ -64,7 +63,7 @@ def accepted_job(run: RunDir) -> Path:
     One that was refused, because its checkpoint is of other data, must not be what the next
     inherits. A batch job makes further attempts with the job that it was given.
     """
-    trained = max((event["attempt"] for event in _events(run)), default=None)
+    trained = max((event["attempt"] for event in _training_events(run)), default=None)
     kept = (
         run.resolved_of(each)
         for each in reversed(run.attempts())
@@ -78,7 +77,7 @@ def has_trained(run: RunDir) -> bool:
     return any(event["event"] in _BEGUN for event in files.read_lines(run.events, event=str))
 
 
-def _events(run: RunDir) -> list[dict[str, Any]]:
+def _training_events(run: RunDir) -> list[dict[str, Any]]:
     return [
         event
         for event in files.read_lines(run.events, event=str, attempt=int)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
+import stat
 import sys
 import sysconfig
+import tempfile
 import time
 import traceback
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -21,7 +25,7 @@ from dtrain.checked import ExitCode, Name, Rank, Text, Time, Whole
 from dtrain.errors import DamagedError, DtrainError
 from dtrain.plainjson import to_json
 from dtrain.procs import shell_code
-from dtrain.run import files, spill
+from dtrain.run import files
 from dtrain.run.rundir import RunDir
 
 Kind = Literal[
@@ -161,18 +165,59 @@ class FailureRecord:
             files.write_json(path, asdict(self))
         except OSError as error:
             with contextlib.suppress(OSError):
-                files.write_json(spill.made(run, attempt) / path.name, asdict(self))
+                files.write_json(_made_aside(run, attempt) / path.name, asdict(self))
             with contextlib.suppress(OSError):  # stderr is a file on the same disk
                 print(f"dtrain: cannot write {path}: {error.strerror}", file=sys.stderr)
 
 
 def read_all(run: RunDir, attempt: int, rank: int | None = None) -> list[FailureRecord]:
     """Every failure record of an attempt, or of one rank in it."""
-    folders = (run.failures(attempt), spill.folder(run, attempt))
+    folders = (run.failures(attempt), _aside(run, attempt))
     name = "*.json" if rank is None else run.failure(attempt, rank).name
     paths = [path for folder in folders if folder for path in sorted(folder.glob(name))]
     records = [FailureRecord.read(path) for path in paths]
     return [record for record in records if record is not None]
+
+
+# -- where records go when the run directory's disk is full, the likeliest cause -----------------
+
+
+def _aside(run: RunDir, attempt: int) -> Path | None:
+    """The folder of an attempt on this host; None where there is none of our own.
+
+    Any account may make one of that name: what another can write to is not believed.
+    """
+    path = _path_aside(run, attempt)
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    others_can = found.st_mode & 0o077
+    is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not others_can
+    return path if is_ours else None
+
+
+def _made_aside(run: RunDir, attempt: int) -> Path:
+    path = _path_aside(run, attempt)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if _aside(run, attempt) is None:
+        raise PermissionError(f"{path} is not ours")
+    return path
+
+
+def remove_aside(run: RunDir, attempt: int) -> None:
+    """Remove what this host has kept of an attempt's records outside its run directory."""
+    found = _aside(run, attempt)
+    if found is not None:
+        shutil.rmtree(found, ignore_errors=True)
+
+
+def _path_aside(run: RunDir, attempt: int) -> Path:
+    place = blake2b(os.path.realpath(run.attempt(attempt)).encode(), digest_size=16)
+    return Path(tempfile.gettempdir()) / f"dtrain-failures-{os.getuid()}-{place.hexdigest()}"
+
+
+# -- making records ------------------------------------------------------------------------------
 
 
 def of_node(

@@ -85,7 +85,7 @@ def parse_as(shape: type[Shape], text: str | bytes, where: str) -> Shape:
     try:
         return checked.read(shape, text)
     except ValueError as error:
-        raise DamagedError(where, checked.reason(error)) from None
+        raise DamagedError(where, str(error)[:200]) from None
 
 
 def read_lines(path: Path, **fields: type) -> Iterator[dict[str, Any]]:
@@ -176,6 +176,22 @@ def replacing(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
             aside.unlink()
         raise
     fsync_dir(path.parent)
+
+
+def make_once(path: Path, data: str | bytes, mode: int = 0o644) -> bool:
+    """Write a file that only one process can make; whether it was this one."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    make_parent(path)
+    write_atomic(aside, data, mode)
+    try:
+        os.link(aside, path)  # a rename would replace what another has just written
+    except FileExistsError:
+        # NFS sends a request again whose answer was lost, and then finds what it has made
+        return os.stat(aside).st_nlink == 2
+    finally:
+        aside.unlink()
+    fsync_dir(path.parent)
+    return True
 
 
 def fsync_dir(path: Path) -> None:

@@ -65,7 +65,7 @@ def read_ring(path: Path) -> dict[int, str]:
 
 
 @dataclass(frozen=True)
-class Parting:
+class Divergence:
     """Where the ranks' calls begin to differ."""
 
     number: int
@@ -81,7 +81,7 @@ class Parting:
     """One of those."""
 
 
-def parting(rings: Mapping[int, Mapping[int, str]]) -> Parting | None:
+def first_divergence(rings: Mapping[int, Mapping[int, str]]) -> Divergence | None:
     """The first call that is not the same on all ranks that made it; None when there is none.
 
     Args:
@@ -96,5 +96,5 @@ def parting(rings: Mapping[int, Mapping[int, str]]) -> Parting | None:
             reference = most if decided else next(iter(made.values()))
             rank = next(rank for rank, call in made.items() if call != reference)
             other = next(rank for rank, call in made.items() if call == reference)
-            return Parting(number, rank, decided, made[rank], reference, other)
+            return Divergence(number, rank, decided, made[rank], reference, other)
     return None

@@ -82,9 +82,31 @@ class RunDir:
         return self.path / "alive.json"
 
     @property
+    def unsynced(self) -> Path:
+        """There while this directory is ahead of its copy at the URL."""
+        return self.path / ".ahead"
+
+    @property
+    def sync_index(self) -> Path:
+        """What is known of both copies, see `dtrain.run.remote.mirror`."""
+        return self.path / ".mirror.json"
+
+    @property
     def code(self) -> Path:
         """The code snapshot: git SHA, patch, untracked files."""
         return self.path / "code"
+
+    def code_tree(self, attempt: int) -> Path:
+        """The copy of the code that an attempt has, and those that its job makes by itself."""
+        return self.code / f"tree-{attempt}"
+
+    def code_tar(self, attempt: int) -> Path:
+        """`code_tree` as one file."""
+        return self.code / f"tree-{attempt}.tar"
+
+    def job_code(self, attempt: int) -> Path:
+        """A link to the job's folder in `code_tree`, for workers to import from."""
+        return self.code / f"job-{attempt}"
 
     @property
     def metrics(self) -> Path:

@@ -14,7 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
-from dtrain.run import events, files, rundir
+from dtrain.run import events, files
+from dtrain.run.rundir import RunDir
 
 _MOST_BYTES = 50_000_000
 _MOST_FILES = 5_000
@@ -55,7 +56,7 @@ class _GitFailed(Exception):
     """git cannot say; the text is why."""
 
 
-def take(job_dir: str | os.PathLike[str], folder: Path) -> None:
+def take(job_dir: str | os.PathLike[str], run: RunDir) -> None:
     """Write `git.json`, `changes.patch` and `untracked/` for the repository that a job lies in.
 
     Never fails a launch: what goes wrong stands in `git.json` under `why`, after what was
@@ -63,21 +64,21 @@ def take(job_dir: str | os.PathLike[str], folder: Path) -> None:
 
     Args:
         job_dir: the job file's folder.
-        folder: where to write, `RunDir.code`; its run's folder is not part of the snapshot.
+        run: where to write; its folder is not part of the snapshot.
     """
     record: dict[str, Any] = {"git": False}
     try:
-        _fill(record, Path(job_dir).resolve(), folder)
+        _fill(record, Path(job_dir).resolve(), run.code)
     except _GitFailed as error:
         record["why"] = str(error)
     except Exception as error:  # a run without its code's record is better than no run
         record["why"] = f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError):
-        make_private(folder)
-        files.write_json(folder / "git.json", record)
+        make_private(run.code)
+        files.write_json(run.code / "git.json", record)
     secret = [each["path"] for each in record.get("left_out", []) if each["why"] == _SECRET]
     if secret:
-        events.note_event(rundir.RunDir(folder.parent), "secrets_left_out", files=secret)
+        events.note_event(run, "secrets_left_out", files=secret)
 
 
 def make_private(folder: Path) -> None:
@@ -92,18 +93,8 @@ def _may_be_secret(path: str) -> bool:
     return any(fnmatch(step, pattern) for step in steps for pattern in _SECRET_FILES)
 
 
-def job_folder(folder: Path, attempt: int) -> Path:
-    """Where `copy_tree` puts the job's folder, for the workers of an attempt to import from.
-
-    Args:
-        folder: `RunDir.code`.
-        attempt: the attempt that is submitted, and those that its job makes by itself.
-    """
-    return folder / f"job-{attempt}"
-
-
-def copy_tree(job_dir: str | os.PathLike[str], folder: Path, attempt: int) -> None:
-    """Copy the code around a job as it is now, for a job that starts later.
+def copy_tree(job_dir: str | os.PathLike[str], run: RunDir, attempt: int) -> None:
+    """Copy the code around a job as it is now, for a job that starts later: `RunDir.code_tree`.
 
     The repository's files that git does not ignore; without git, those of the job's folder. What
     is large, or over the limits, is a link to the original: data, which no edit changes. So is what
@@ -113,16 +104,16 @@ def copy_tree(job_dir: str | os.PathLike[str], folder: Path, attempt: int) -> No
         OSError: it cannot be written.
     """
     source = Path(job_dir).resolve()
-    tree = folder / f"tree-{attempt}"
+    tree = run.code_tree(attempt)
     shutil.rmtree(tree, ignore_errors=True)
-    make_private(folder)
+    make_private(run.code)
     try:
         top = Path(os.fsdecode(_git(source, "rev-parse", "--show-toplevel").removesuffix(b"\n")))
         listed = _git(top, "ls-files", "--cached", "--others", "--exclude-standard", "-z")
         paths = sorted({os.fsdecode(path) for path in listed.split(b"\0") if path})
     except _GitFailed:
         top, paths = source, sorted(_walk(source))
-    runs = folder.resolve().parents[1]
+    runs = run.path.resolve().parent
     room = _MOST_BYTES
     (tree / source.relative_to(top)).mkdir(parents=True)
     for number, path in enumerate(paths):
@@ -137,7 +128,7 @@ def copy_tree(job_dir: str | os.PathLike[str], folder: Path, attempt: int) -> No
             room -= size
         else:
             (tree / path.rstrip("/")).symlink_to(original)
-    link = job_folder(folder, attempt)
+    link = run.job_code(attempt)
     link.unlink(missing_ok=True)
     link.symlink_to(os.path.join(tree.name, os.path.relpath(source, top)))
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from dtrain.run import failures, files
 from dtrain.run.failures import FailureRecord, Frame, Kind
-from dtrain.run.flight_recorder import parting, read_ring
+from dtrain.run.flight_recorder import first_divergence, read_ring
 from dtrain.run.rundir import RunDir
 
 MAX_LINES = 15
@@ -68,7 +68,7 @@ class Verdict:
         }
 
 
-def of_node(
+def cause_on_node(
     failed: list[FailureRecord], absent: list[FailureRecord], left: list[FailureRecord]
 ) -> FailureRecord:
     """What one node tells the others: the failure that is a cause, or else the first."""
@@ -144,7 +144,9 @@ def _parted(
 ) -> list[FailureRecord]:
     """A record of the rank whose collectives were not the others', where that is so."""
     files = sorted(run.collectives(attempt, restart).glob("rank-*"))
-    found = parting({int(path.name.removeprefix("rank-")): read_ring(path) for path in files})
+    found = first_divergence(
+        {int(path.name.removeprefix("rank-")): read_ring(path) for path in files}
+    )
     if found is None:
         return []
     kind: Kind = "collectives" if found.decided else "parted"

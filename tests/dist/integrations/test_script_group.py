@@ -18,8 +18,8 @@ def made_late(path: Path) -> tuple[str | None, ...]:
     """What is told before and after; the group is made after the warning, and destroyed."""
     run, script.GROUP_PATIENCE_S = RunDir(path), 0.05
     watched = script.GroupWatch(run, 60)
-    until("the warning", lambda: events.alone(run))
-    before, over = events.alone(run), [watched.is_over()]
+    until("the warning", lambda: events.ungrouped_warning(run))
+    before, over = events.ungrouped_warning(run), [watched.is_over()]
     dist.init_process_group("gloo")
     until("the news", lambda: events_of(run, "group_made"))
     over.append(watched.is_over())
@@ -27,7 +27,7 @@ def made_late(path: Path) -> tuple[str | None, ...]:
     over.append(watched.is_over())
     watched.tell_if_none("to the end")
     assert over == [False, False, True]
-    return before, events.alone(run)
+    return before, events.ungrouped_warning(run)
 
 
 def test_a_group_that_comes_late_ends_the_warning(tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def test_tied_weights_and_blocks_called_twice(tmp_path: Path) -> None:
     same(runs[0][0], runs[1][0], 1e-10)
 
 
-class Parting(nn.Module):
+class Divergence(nn.Module):
     """A chain of two blocks, which rank 1 turns round in a step."""
 
     def __init__(self, step: int) -> None:
@@ -280,10 +280,10 @@ class Parting(nn.Module):
 
 
 class PartingRegression(Regression):
-    """The same data and loss over `Parting`."""
+    """The same data and loss over `Divergence`."""
 
     def model(self) -> nn.Module:
-        return Parting(step=self.net[2]).to(self.dtype)
+        return Divergence(step=self.net[2]).to(self.dtype)
 
 
 def test_ranks_that_part_later_are_told_with_the_block(tmp_path: Path) -> None:

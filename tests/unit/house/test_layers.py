@@ -107,9 +107,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.run": (
         "files flight_recorder ids rundir",
-        "attempts backend_files events manifest spill sync token",
-        "failures remote snapshot",
-        "code_archive lookup verdict",
+        "attempts backend_files events failures manifest sync",
+        "remote snapshot verdict",
+        "code_archive lookup",
     ),
     "dtrain.run.remote": (
         "store",

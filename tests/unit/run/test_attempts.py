@@ -65,29 +65,29 @@ def test_one_command_starts_a_node_and_another_when_it_has_ended(run: RunDir) ->
 
 def test_a_job_goes_on_until_the_run_is_anothers(run: RunDir) -> None:
     HERE.claim(run)
-    attempts.go_on(run, 0, "7")
-    attempts.go_on(run, 3, "7")  # it was requeued three times, and ran in the last only
+    attempts.claim_for_job(run, 0, "7")
+    attempts.claim_for_job(run, 3, "7")  # it was requeued three times, and ran in the last only
     assert [Handle.read(run, n) is not None for n in range(5)] == [True] * 4 + [False]
     assert attempts.newest_of(run, 0) == 3
     with pytest.raises(Held):
-        attempts.go_on(run, 3, "8")
+        attempts.claim_for_job(run, 3, "8")
     replace(HERE, attempt=4, first=4, job_id="8").claim(run)
     for attempt in (4, 5):
         with pytest.raises(Held) as held:
-            attempts.go_on(run, attempt, "7")
+            attempts.claim_for_job(run, attempt, "7")
         assert "job 8" in str(held.value)
-    attempts.go_on(run, 5, "8")
+    attempts.claim_for_job(run, 5, "8")
     assert (attempts.newest_of(run, 0), attempts.newest_of(run, 4)) == (3, 5)
 
 
 def test_a_job_whose_submission_was_not_written_down_is_known_once_it_runs(run: RunDir) -> None:
     HERE.claim(run)
-    attempts.go_on(run, 0, "7")
+    attempts.claim_for_job(run, 0, "7")
     holder = Handle.read(run)
     assert holder is not None
     assert holder.job_id == "7"
     with pytest.raises(Held):
-        attempts.go_on(run, 0, "8")
+        attempts.claim_for_job(run, 0, "8")
 
 
 def test_a_driver_that_cannot_be_seen_lives_as_long_as_it_is_heard_of(run: RunDir) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dtrain.run.flight_recorder import SLOTS, Parting, Ring, parting, read_ring
+from dtrain.run.flight_recorder import SLOTS, Divergence, Ring, first_divergence, read_ring
 
 
 def test_what_a_killed_process_wrote_is_there(tmp_path: Path) -> None:
@@ -31,9 +31,9 @@ def test_no_file_and_a_cut_file_say_nothing(tmp_path: Path) -> None:
 
 def test_where_ranks_part() -> None:
     same = {1: "a", 2: "b", 3: "c"}
-    assert parting({}) is None
-    assert parting({0: same, 1: {2: "b"}, 2: {}}) is None
+    assert first_divergence({}) is None
+    assert first_divergence({0: same, 1: {2: "b"}, 2: {}}) is None
     odd = {1: "a", 2: "c", 3: "d"}
-    assert parting({0: same, 1: odd, 2: same}) == Parting(2, 1, True, "c", "b", 0)
-    assert parting({0: odd, 1: same, 2: same}) == Parting(2, 0, True, "c", "b", 1)
-    assert parting({0: same, 1: odd}) == Parting(2, 1, False, "c", "b", 0)
+    assert first_divergence({0: same, 1: odd, 2: same}) == Divergence(2, 1, True, "c", "b", 0)
+    assert first_divergence({0: odd, 1: same, 2: same}) == Divergence(2, 0, True, "c", "b", 1)
+    assert first_divergence({0: same, 1: odd}) == Divergence(2, 1, False, "c", "b", 0)

@@ -28,7 +28,7 @@ from dtrain.run.remote import mirror
 from dtrain.run.remote import store as place_module
 from dtrain.run.remote.checkpoints import RemoteCheckpoints
 from dtrain.run.remote.mirror import Mirror
-from dtrain.run.remote.rank_files import RemoteParts
+from dtrain.run.remote.rank_files import RemoteRankFiles
 from dtrain.run.remote.runs import create, fetch, staging, syncing
 from dtrain.run.remote.store import RemoteStore, RemoteStoreError
 from dtrain.run.rundir import RunDir, list_runs
@@ -367,7 +367,7 @@ def test_parts_of_ranks_meet_at_the_url(url: str, tmp_path: Path) -> None:
     part = b.predictions_part(1)
     part.mkdir(parents=True)
     (part / "0").write_bytes(b"rows of rank 1")
-    theirs, ours = RemoteParts.of(b, "predictions"), RemoteParts.of(a, "predictions")
+    theirs, ours = RemoteRankFiles.of(b, "predictions"), RemoteRankFiles.of(a, "predictions")
     assert theirs is not None
     assert ours is not None
     theirs.give(part)
@@ -384,7 +384,7 @@ def test_code_travels_as_one_file(tmp_path: Path) -> None:
     (job / "big.bin").write_bytes(bytes(2 << 20))  # the copy of the code has a link to it
     run = RunDir(tmp_path / "runs" / "run-1")
     run.create()
-    snapshot.copy_tree(job, run.code, 0)
+    snapshot.copy_tree(job, run, 0)
     plan = cast(LaunchPlan, SimpleNamespace(run=run, attempt=0))
     with pytest.raises(PlanError, match=r"upload_limit: 1.0 MiB\); largest: big.bin"):
         code_archive.pack(plan.run, plan.attempt, 1 << 20, [])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dtrain.run import snapshot
+from dtrain.run.rundir import RunDir
 
 NAMES = ["plain.py", "with space", "quo'te\"", "semi;colon", "new\nline", "-dash", "é", ":colon"]
 
@@ -54,7 +55,7 @@ def repo(tmp_path: Path) -> Path:
 def take(repo: Path, tmp_path: Path) -> tuple[dict[str, Any], Path]:
     folder = tmp_path / "runs" / "one-k3v9ab" / "code"
     shutil.rmtree(folder, ignore_errors=True)
-    snapshot.take(repo / "jobs" / "one", folder)
+    snapshot.take(repo / "jobs" / "one", RunDir(folder.parent))
     return json.loads((folder / "git.json").read_text()), folder
 
 
@@ -145,7 +146,7 @@ def test_runs_are_not_part_of_the_code(repo: Path) -> None:
         for path in (repo / "runs" / "old-aaaaaa" / "log", run / "job.yaml"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("x")
-        snapshot.take(repo / "jobs" / "one", run / "code")
+        snapshot.take(repo / "jobs" / "one", RunDir(run))
         assert set(tree(run / "code" / "untracked")) == kept
         shutil.rmtree(run)
 
@@ -223,10 +224,10 @@ def test_no_repository_and_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_nothing_fails_a_launch(
     repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    snapshot.take(tmp_path / "nowhere", tmp_path / "code")
+    snapshot.take(tmp_path / "nowhere", RunDir(tmp_path))
     assert json.loads((tmp_path / "code" / "git.json").read_text())["git"] is False
     (tmp_path / "file").write_text("")
-    snapshot.take(repo, tmp_path / "file" / "run" / "code")
+    snapshot.take(repo, RunDir(tmp_path / "file" / "run"))
     (repo / "x").write_text("x")
     monkeypatch.setattr(shutil, "copy2", lambda *_, **__: 1 / 0)
     record, _ = take(repo, tmp_path)
@@ -273,8 +274,8 @@ def test_nobody_else_looks_into_the_copies(repo: Path, tmp_path: Path) -> None:
     _, folder = take(repo, tmp_path)
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o755)  # as it was in older runs
-    snapshot.copy_tree(repo / "jobs" / "one", folder, 0)
+    snapshot.copy_tree(repo / "jobs" / "one", RunDir(folder.parent), 0)
     assert folder.stat().st_mode & 0o777 == 0o700
-    copy = snapshot.job_folder(folder, 0)
+    copy = RunDir(folder.parent).job_code(0)
     assert not (copy / "job.yaml").is_symlink()
     assert (copy.resolve().parent / ".env").is_symlink()

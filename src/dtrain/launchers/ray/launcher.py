@@ -38,7 +38,7 @@ class RayLauncher:
         if options.submit == "job":
             asked = ("ray", "job", "submit", f"--address={job.url(options)}", "--")
             argv = (*asked, *job.entrypoint(options))
-        code = str(snapshot.job_folder(plan.run.code, plan.attempt))
+        code = str(plan.run.job_code(plan.attempt))
         return replace(
             plan,
             node_names=("",) * plan.nodes,
@@ -73,7 +73,7 @@ class RayLauncher:
         if plan.code_dir:
             try:
                 prepare.keep_code(plan)
-                snapshot.copy_tree(plan.job_dir, plan.run.code, plan.attempt)
+                snapshot.copy_tree(plan.job_dir, plan.run, plan.attempt)
                 if plan.run_url:
                     limits = (options.upload_limit, options.excludes)
                     code_archive.pack(plan.run, plan.attempt, *limits)

@@ -14,7 +14,7 @@ from dtrain.environ import MASK
 from dtrain.errors import LaunchError
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.plan import LaunchPlan
-from dtrain.run import code_archive, files, snapshot, token
+from dtrain.run import attempts, code_archive, files, snapshot
 from dtrain.run.backend_files import RayFiles
 from dtrain.run.remote.runs import attach, staging
 from dtrain.run.remote.store import is_url
@@ -31,9 +31,9 @@ def pack(plan: LaunchPlan) -> Path:
         OSError: it cannot be written.
     """
     run = plan.run
-    snapshot.copy_tree(plan.job_dir, run.code, plan.attempt)
-    link = snapshot.job_folder(run.code, plan.attempt)
-    tree = run.code / f"tree-{plan.attempt}"
+    snapshot.copy_tree(plan.job_dir, run, plan.attempt)
+    link = run.job_code(plan.attempt)
+    tree = run.code_tree(plan.attempt)
     options = RayOptions.of(plan.options)
     code_archive.check_size(tree, options.upload_limit, options.excludes)
     inside = tree / FOLDER
@@ -87,12 +87,11 @@ def unpack(folder: Path) -> tuple[LaunchPlan, bool]:
 
 def _with_code(plan: LaunchPlan, folder: Path) -> LaunchPlan:
     """The plan with its code on the shared disk: Ray's own copies are each node's, and vanish."""
-    code = plan.run.code
-    tree = code / f"tree-{plan.attempt}"
+    tree = plan.run.code_tree(plan.attempt)
     shutil.rmtree(tree, ignore_errors=True)
-    snapshot.make_private(code)
+    snapshot.make_private(tree.parent)
     shutil.copytree(folder.parent, tree, ignore=shutil.ignore_patterns(FOLDER))
-    link = snapshot.job_folder(code, plan.attempt)
+    link = plan.run.job_code(plan.attempt)
     link.unlink(missing_ok=True)
     link.symlink_to(json.loads((folder / "link.json").read_text(encoding="utf-8")))
     return replace(plan, job_dir=str(link), code_dir=str(link))
@@ -115,13 +114,13 @@ def for_node(plan: LaunchPlan, attempt: int) -> bytes:
     run = plan.run
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        token.of_attempt(run, attempt)
+        attempts.token(run, attempt)
         secret = (run.url_file, run.secret_env(attempt), run.token(attempt))
         hidden = [path for path in secret if path.exists()]
         here = [path for path in run.path.glob("[!.]*") if path.is_file()] + hidden
         for path in (*sorted(here), *sorted((run.path / "tensorboard").rglob("*"))):
             archive.add(path, str(path.relative_to(run.path)), recursive=False)
-        code = run.code / f"tree-{plan.attempt}.tar"
+        code = run.code_tar(plan.attempt)
         if code.exists():
             _add_code(archive, code)
     return buffer.getvalue()

@@ -84,9 +84,7 @@ class SlurmLauncher:
             options=options,
             max_requeues=options.requeue,
             notes=(*plan.notes, *notes),
-            code_dir=str(snapshot.job_folder(plan.run.code, plan.attempt))
-            if options.snapshot == "on"
-            else "",
+            code_dir=str(plan.run.job_code(plan.attempt)) if options.snapshot == "on" else "",
         )
         script.flags(plan)  # refuses what cannot be meant
         by = _submitter(plan)
@@ -308,7 +306,7 @@ def _write(plan: LaunchPlan) -> None:
         wish.unlink(missing_ok=True)
     if plan.code_dir:
         prepare.keep_code(plan)
-        snapshot.copy_tree(plan.job_dir, plan.run.code, plan.attempt)
+        snapshot.copy_tree(plan.job_dir, plan.run, plan.attempt)
 
 
 def _note_submitted(

@@ -115,7 +115,7 @@ class SlurmPlacement(PlacementReader):
             )
         attempt = plan.attempt + self.restarts
         if self.node_rank == 0:
-            attempts.go_on(plan.run, attempt, self._job_id())
+            attempts.claim_for_job(plan.run, attempt, self._job_id())
             return self._serve_as_head(plan, attempt, names)
         patience_s = min(plan.join_timeout_s, _MOST_ENDPOINT_S)
         found = SlurmFiles(plan.run).await_endpoint(attempt, patience_s)

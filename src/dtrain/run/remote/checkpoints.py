@@ -35,7 +35,7 @@ class RemoteCheckpoints:
 
     def __init__(self, run: RunDir, url: str) -> None:
         self._run = run
-        self._place = RemoteStore(f"{url}/checkpoints", patient=True)
+        self._store = RemoteStore(f"{url}/checkpoints", patient=True)
 
     @classmethod
     def of(cls, run: RunDir) -> RemoteCheckpoints | None:
@@ -45,7 +45,7 @@ class RemoteCheckpoints:
 
     def folders(self) -> list[Path]:
         """Where on this host the checkpoints of steps would be, in no order."""
-        names = [name.split("/")[0] for name in self._place.matching(f"step-*/{MANIFEST}")]
+        names = [name.split("/")[0] for name in self._store.matching(f"step-*/{MANIFEST}")]
         return [self._run.checkpoints / name for name in names if _STEP.fullmatch(name)]
 
     def upload(self, folder: Path, files: Iterable[str] | None = None) -> None:
@@ -60,19 +60,19 @@ class RemoteCheckpoints:
         inside = f"{folder.name}/{listed.digest}"
 
         def put(name: str) -> None:
-            self._place.put(folder / name, f"{inside}/{name}")
+            self._store.put(folder / name, f"{inside}/{name}")
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(put, listed.files if files is None else files))
-        there = self._place.files(folder.name)
+        there = self._store.files(folder.name)
         for name, entry in listed.files.items():
             about: Any = there.get(f"{inside}/{name}", {})
             if about.get("size") != entry.bytes:
                 raise RemoteStoreError(
-                    f"{self._place.url}/{inside}/{name} has {about.get('size', 'no')} bytes "
+                    f"{self._store.url}/{inside}/{name} has {about.get('size', 'no')} bytes "
                     f"instead of {entry.bytes}"
                 )
-        self._place.write(f"{folder.name}/{MANIFEST}", text)
+        self._store.write(f"{folder.name}/{MANIFEST}", text)
         self._clear(folder.name, there, but=inside)
 
     def fetch(self, folder: Path) -> None:
@@ -83,7 +83,7 @@ class RemoteCheckpoints:
         Raises:
             CheckpointError: it is not whole; says how.
         """
-        text = self._place.read(f"{folder.name}/{MANIFEST}")
+        text = self._store.read(f"{folder.name}/{MANIFEST}")
         if text is None:
             raise CheckpointError(f"{MANIFEST} is missing")
         with _alone(folder.parent):
@@ -92,38 +92,38 @@ class RemoteCheckpoints:
 
     def copy(self, name: str, to: str) -> None:
         """Keep a checkpoint under another name too."""
-        text = self._place.read(f"{name}/{MANIFEST}")
+        text = self._store.read(f"{name}/{MANIFEST}")
         if text is None:
-            raise RemoteStoreError(f"{self._place.url}/{name} has no {MANIFEST}")
+            raise RemoteStoreError(f"{self._store.url}/{name} has no {MANIFEST}")
         listed = manifest.parse(text)
         inside = listed.digest
         for file in listed.files:
-            self._place.copy(f"{name}/{inside}/{file}", f"{to}/{inside}/{file}")
-        self._place.write(f"{to}/{MANIFEST}", text)
-        self._clear(to, self._place.files(to), but=f"{to}/{inside}")
+            self._store.copy(f"{name}/{inside}/{file}", f"{to}/{inside}/{file}")
+        self._store.write(f"{to}/{MANIFEST}", text)
+        self._clear(to, self._store.files(to), but=f"{to}/{inside}")
 
     def reject(self, name: str) -> None:
         """Take a checkpoint that cannot be used for none from now on; its files stay."""
-        text = self._place.read(f"{name}/{MANIFEST}")
+        text = self._store.read(f"{name}/{MANIFEST}")
         if text is not None:
-            self._place.write(f"{name}/{_REJECTED}", text)
-            self._place.remove(f"{name}/{MANIFEST}")
+            self._store.write(f"{name}/{_REJECTED}", text)
+            self._store.remove(f"{name}/{MANIFEST}")
 
     def remove(self, name: str) -> None:
         """Remove a checkpoint."""
-        self._place.remove(f"{name}/{MANIFEST}")  # first: from now on there is none
-        self._place.remove(*self._place.files(name))
+        self._store.remove(f"{name}/{MANIFEST}")  # first: from now on there is none
+        self._store.remove(*self._store.files(name))
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers have left."""
-        found = list(self._place.files())
+        found = list(self._store.files())
         kept = {n.split("/")[0] for n in found if n.rpartition("/")[2] in (MANIFEST, _REJECTED)}
-        self._place.remove(*(name for name in found if name.split("/")[0] not in kept))
+        self._store.remove(*(name for name in found if name.split("/")[0] not in kept))
         inside: dict[str, set[str]] = defaultdict(set)
         for name in found:
             inside[name.split("/")[0]].add(name.rpartition("/")[0])
         for name in (each for each in kept if len(inside[each] - {each}) > 1):
-            text = self._place.read(f"{name}/{MANIFEST}")
+            text = self._store.read(f"{name}/{MANIFEST}")
             with suppress(CheckpointError):  # of one that is damaged nothing is known
                 whole = f"{name}/{manifest.parse(text or '').digest}"
                 self._clear(name, (file for file in found if file.startswith(f"{name}/")), whole)
@@ -135,7 +135,7 @@ class RemoteCheckpoints:
         aside.mkdir(parents=True)
         try:
             with ThreadPoolExecutor(_AT_ONCE) as pool:
-                got = list(pool.map(lambda n: self._place.get(f"{inside}/{n}", aside / n), files))
+                got = list(pool.map(lambda n: self._store.get(f"{inside}/{n}", aside / n), files))
             missing = [name for name, came in zip(files, got, strict=True) if not came]
             if missing:
                 raise CheckpointError(f"{missing[0]} is missing")
@@ -148,7 +148,7 @@ class RemoteCheckpoints:
     def _clear(self, name: str, files: Iterable[str], but: str) -> None:
         """Remove the files of an earlier checkpoint of the same name."""
         inside = [file for file in files if "/" in file.removeprefix(f"{name}/")]
-        self._place.remove(*(file for file in inside if not file.startswith(f"{but}/")))
+        self._store.remove(*(file for file in inside if not file.startswith(f"{but}/")))
 
 
 @contextmanager

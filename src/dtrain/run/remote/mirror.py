@@ -46,11 +46,10 @@ class Mirror:
 
     def __init__(self, run: RunDir, url: str) -> None:
         self._run = run
-        self._place = RemoteStore(url)
-        self._path = run.path / ".mirror.json"
+        self._store = RemoteStore(url)
         self._index = _Index()
         with contextlib.suppress(DamagedError):  # then all is compared again
-            self._index = files.read_as(_Index, self._path) or self._index
+            self._index = files.read_as(_Index, run.sync_index) or self._index
         self._scanner = ChangeScanner(run.path, self._index.sent)
 
     def push(self, only: Sequence[str] = (), but: Sequence[str] = ()) -> None:
@@ -82,7 +81,7 @@ class Mirror:
             RemoteStoreError: the URL does not answer.
         """
         try:
-            for name, about in sorted(self._place.files().items()):
+            for name, about in sorted(self._store.files().items()):
                 wanted = not only or sync.matches(name, only)
                 if not wanted or sync.matches(name, ("checkpoints/*", ".*", *but)):
                     continue
@@ -95,12 +94,12 @@ class Mirror:
 
     def beat(self) -> None:
         """Say that someone drives the run, and when this was."""
-        self._place.write(self._run.beat.name, json.dumps({"time": time.time()}).encode())
+        self._store.write(self._run.beat.name, json.dumps({"time": time.time()}).encode())
 
     def _push(self, name: str, sent: int, size: int) -> None:
         path = self._run.path / name
         if not sync.grows(name):
-            self._place.put(path, name)
+            self._store.put(path, name)
             return
         # what was sent of the last piece goes again, whole
         first = sent // PIECE if size >= sent else 0
@@ -108,12 +107,12 @@ class Mirror:
             for number in range(first, max(1, -(-size // PIECE))):
                 file.seek(number * PIECE)
                 part = f"{name}{_MARK}{number:06d}" if number else name
-                self._place.write(part, file.read(min(PIECE, size - number * PIECE)))
+                self._store.write(part, file.read(min(PIECE, size - number * PIECE)))
 
     def _pull(self, name: str, about: Any) -> None:
         base, mark, number = name.partition(_MARK)
         path = sync.path_inside(self._run.path, base)
-        data = None if path is None else self._place.read(name)
+        data = None if path is None else self._store.read(name)
         if path is None or data is None:
             return
         at = int(number) * PIECE if mark else 0
@@ -126,7 +125,7 @@ class Mirror:
         self._index.sent[base] = (stat.st_size, stat.st_mtime_ns)
 
     def _remember(self) -> None:
-        files.write_json(self._path, asdict(self._index))
+        files.write_json(self._run.sync_index, asdict(self._index))
 
 
 def _version(about: Any) -> str:

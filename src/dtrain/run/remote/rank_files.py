@@ -9,14 +9,14 @@ from dtrain.run.remote.store import RemoteStore
 from dtrain.run.rundir import RunDir
 
 
-class RemoteParts:
+class RemoteRankFiles:
     """One folder of each rank, on its way to rank 0."""
 
     def __init__(self, url: str, purpose: str) -> None:
-        self._place = RemoteStore(f"{url}/.{purpose}")
+        self._store = RemoteStore(f"{url}/.{purpose}")
 
     @classmethod
-    def of(cls, run: RunDir, purpose: str) -> RemoteParts | None:
+    def of(cls, run: RunDir, purpose: str) -> RemoteRankFiles | None:
         """Those of a run; None when it is kept in a folder, which all ranks see."""
         url = run.url
         return None if url is None else cls(url, purpose)
@@ -24,12 +24,12 @@ class RemoteParts:
     def give(self, folder: Path) -> None:
         """Send a folder's files there."""
         for path in folder.iterdir():
-            self._place.put(path, f"{folder.name}/{path.name}")
+            self._store.put(path, f"{folder.name}/{path.name}")
 
     def take(self, folders: Iterable[Path]) -> None:
         """Bring the folders here that others have sent, and remove them there."""
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in self._place.files(folder.name):
-                self._place.get(name, folder / Path(name).name)
-                self._place.remove(name)
+            for name in self._store.files(folder.name):
+                self._store.get(name, folder / Path(name).name)
+                self._store.remove(name)

@@ -23,7 +23,6 @@ from dtrain.waiting import repeating
 STAGING = "DTRAIN_STAGING"
 _OLD_S = 14 * 86400.0
 _REFRESH_S, _PUSH_S = 2.0, 5.0
-_UNSYNCED = ".ahead"
 
 
 def staging(url: str) -> Path:
@@ -70,7 +69,7 @@ def holder(run: RunDir, attempt: int) -> Handle | None:
 def mark_unsynced(run: RunDir) -> None:
     """Note that the directory on this host is ahead of the copy at the URL, if it has one."""
     if run.url is not None:
-        (run.path / _UNSYNCED).touch()
+        run.unsynced.touch()
 
 
 def attach(run: RunDir, url: str) -> None:
@@ -81,13 +80,13 @@ def attach(run: RunDir, url: str) -> None:
     """
     RemoteStore(url.rpartition("/")[0]).check()
     files.write_atomic(run.url_file, url, mode=0o600)
-    (run.path / _UNSYNCED).touch()
+    run.unsynced.touch()
     Mirror(run, url).pull(but=(*CODE, *LOGS))
 
 
 def detach(run: RunDir) -> None:
     """Remove a run's directory from this host, unless not all of it is at its URL."""
-    if not (run.path / _UNSYNCED).exists():
+    if not run.unsynced.exists():
         shutil.rmtree(run.path, ignore_errors=True)
 
 
@@ -172,7 +171,7 @@ def fetch(url: str, name: str | None = None) -> Path:
     except RemoteStoreError as error:
         raise RunNotFound(str(error)) from error
     for run in rundir.list_runs(folder):
-        ours = (run.path / _UNSYNCED).exists() or is_driven_here(run)
+        ours = run.unsynced.exists() or is_driven_here(run)
         if run.id not in ids and not ours:
             shutil.rmtree(run.path, ignore_errors=True)  # removed at the URL
     return folder
@@ -203,12 +202,11 @@ def is_driven_here(run: RunDir) -> bool:
 def _bring(run: RunDir, url: str, without_logs: bool) -> None:
     if is_driven_here(run):
         return
-    ahead = run.path / _UNSYNCED
-    if ahead.exists():  # whoever drove it was killed before all was written
+    if run.unsynced.exists():  # whoever drove it was killed before all was written
         handle = Handle.read(run)
         if handle is not None and _is_newest_at(url, handle):
             Mirror(run, url).push(() if handle.job_id is None else LAUNCH)
-        ahead.unlink()
+        run.unsynced.unlink()
     run.create()
     files.write_atomic(run.url_file, url, mode=0o600)
     Mirror(run, url).pull(but=(*CODE, *LOGS) if without_logs else CODE)
@@ -246,7 +244,7 @@ def _time(about: Any) -> float:
 
 def _tidy(run: RunDir) -> None:
     """All is at the URL: what is large need not stay here."""
-    (run.path / _UNSYNCED).unlink(missing_ok=True)
+    run.unsynced.unlink(missing_ok=True)
     for path in (*run.checkpoints.glob("*"), *run.code.glob("tree-*"), *run.code.glob("job-*")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -258,5 +256,5 @@ def _remove_old(folder: Path) -> None:
     """Runs that nobody has looked at for weeks; they are at the URL."""
     for run in rundir.list_runs(folder):
         is_old = time.time() - run.path.stat().st_mtime > _OLD_S
-        if is_old and not (run.path / _UNSYNCED).exists() and not is_driven_here(run):
+        if is_old and not run.unsynced.exists() and not is_driven_here(run):
             shutil.rmtree(run.path, ignore_errors=True)

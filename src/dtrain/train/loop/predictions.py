@@ -19,7 +19,7 @@ import torch
 
 from dtrain.errors import DtrainError
 from dtrain.run.files import replacing
-from dtrain.run.remote.rank_files import RemoteParts
+from dtrain.run.remote.rank_files import RemoteRankFiles
 from dtrain.task import Task
 from dtrain.train import collectives
 from dtrain.train.context import TrainContext
@@ -88,7 +88,7 @@ class Predictions:
             DtrainError: ranks predicted different things, or rank 0 cannot see a rank's files.
         """
         self._close()
-        shared = RemoteParts.of(self._context.run, "predictions")
+        shared = RemoteRankFiles.of(self._context.run, "predictions")
         if shared is not None and self._rows:
             shared.give(self._folder)
         everyone = collectives.gather_to_all((self._rows, self._columns))
