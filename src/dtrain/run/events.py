@@ -50,11 +50,8 @@ def ungrouped_warning(run: RunDir) -> str | None:
 
 def but_ungrouped(run: RunDir) -> str:
     """Likewise, to be added to what is said of the end; empty where it is not so."""
-    return (
-        ""
-        if ungrouped_warning(run) is None
-        else ", but without a process group: each process trained alone"
-    )
+    said = ", but without a process group: each process trained alone"
+    return "" if ungrouped_warning(run) is None else said
 
 
 def accepted_job(run: RunDir) -> Path:

@@ -144,9 +144,8 @@ def _parted(
 ) -> list[FailureRecord]:
     """A record of the rank whose collectives were not the others', where that is so."""
     files = sorted(run.collectives(attempt, restart).glob("rank-*"))
-    found = first_divergence(
-        {int(path.name.removeprefix("rank-")): read_ring(path) for path in files}
-    )
+    rings = {int(path.name.removeprefix("rank-")): read_ring(path) for path in files}
+    found = first_divergence(rings)
     if found is None:
         return []
     kind: Kind = "collectives" if found.decided else "parted"
