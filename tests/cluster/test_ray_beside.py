@@ -8,14 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from cluster import Cluster
-from dtrain.launchers.ray import sbatch
 from dtrain.run.rundir import list_runs
 from support import EXAMPLES
-from support.launch import TINY, events, status, the_run, until
+from support.launch import TINY, command_of, events, status, the_run, until
 from support.ray_cluster import RayCluster, needs_ray
 from support.slurm_cluster import submit
 
+IN_SLURM = EXAMPLES / "ray_in_slurm" / "job.sbatch"
 SEARCH = EXAMPLES / "ray_tune" / "search.py"
 
 
@@ -42,11 +44,10 @@ def test_tune_sees_the_metrics_of_its_trials(ray: RayCluster, tmp_path: Path) ->
 
 def test_a_ray_cluster_inside_a_slurm_job(slurm_cluster: Cluster, tmp_path: Path) -> None:
     needs_ray()
-    launch = ["--nodes", "2", "--procs", "1", "--runs", str(tmp_path / "runs"), str(TINY)]
-    script = tmp_path / "job.sbatch"
-    log = tmp_path / "log"
-    script.write_text(sbatch.render(["--nodes", "2", "--cpus", "2", "--", *launch]))
-    job = submit(slurm_cluster, f"--output={log}", f"--chdir={tmp_path}", str(script))
+    log, path = tmp_path / "log", f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    size = ("--nodes=2", "--cpus-per-task=2", f"--output={log}", f"--chdir={tmp_path}")
+    launch = ("--nodes", "2", "--procs", "1", "--runs", str(tmp_path / "runs"), str(TINY))
+    job = submit(slurm_cluster, *size, f"--export=ALL,PATH={path}", str(IN_SLURM), *launch)
 
     def is_over() -> bool:
         return not slurm_cluster.run(["squeue", "-h", "-j", job], check=False).stdout.strip()
@@ -56,9 +57,12 @@ def test_a_ray_cluster_inside_a_slurm_job(slurm_cluster: Cluster, tmp_path: Path
     finally:
         slurm_cluster.run(["scancel", job], check=False)
         slurm_cluster.wait_idle()
-    said = log.read_text(errors="replace") if log.exists() else "no log"
+    said = "".join(each.read_text(errors="replace") for each in tmp_path.glob("*log"))
     assert list_runs(tmp_path / "runs"), said[-3000:]
     assert status(the_run(tmp_path))["state"] == "succeeded", said[-3000:]
     (began,) = events(the_run(tmp_path), "attempt_started")
     assert len(set(began["nodes"])) == 2
+    shown = slurm_cluster.run(["scontrol", "show", "job", job]).stdout
+    assert "ExitCode=0:0" in shown, said[-3000:]
     assert not list(tmp_path.glob(".ray-*"))  # the token
+    assert not [p for p in psutil.process_iter() if f"/tmp/ray-{job}-" in command_of(p)]

@@ -79,9 +79,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "array ray slurm",
     ),
     "dtrain.launchers.ray": (
-        "actor job_output local_cluster options refusal sbatch",
-        "package placement raylet",
-        "in_slurm job watch",
+        "actor job_output local_cluster options refusal",
+        "package placement",
+        "job watch",
         "attempt launcher placing",
         "driver",
     ),

@@ -1,11 +1,8 @@
-"""What fits on which node of a Ray cluster, in words; a job's output; the batch script."""
+"""What fits on which node of a Ray cluster, in words; a job's output; options."""
 
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +15,7 @@ from dtrain.errors import PlanError
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.located import Located, SourceLocation
 from dtrain.job.profile import checked_options, load_profile
-from dtrain.launchers.ray import driver, job_output, placement, sbatch
+from dtrain.launchers.ray import driver, job_output, placement
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.launchers.ray.placement import ResourceRequest
 from dtrain.run.rundir import RunDir
@@ -134,40 +131,9 @@ def test_a_run_is_mirrored_line_by_line_and_twice_is_as_good_as_once(tmp_path: P
     assert not (tmp_path / "outside").exists()
 
 
-def test_the_batch_script_holds_a_cluster_with_a_token() -> None:
-    script = sbatch.render(
-        ["--nodes", "2", "--cpus", "8", "--gpus", "4", "--slurm", "time=60", "--setup", "module x",
-         "--", "--nodes", "2", "job file.yaml"]
-    )  # fmt: skip
-    for line in ("#SBATCH --nodes=2", "#SBATCH --cpus-per-task=8", "#SBATCH --gpus-per-node=4",
-                 "#SBATCH --time=60", "module x"):  # fmt: skip
-        assert line in script.splitlines()
-    ours = f"exec {sys.executable} -P -m dtrain.launchers.ray.in_slurm --cpus=8 --gpus=4 -- "
-    assert script.splitlines()[-1] == f"{ours}--nodes 2 'job file.yaml'"
-
-
 @pytest.mark.parametrize(
     ("address", "loopback"),
     [("127.0.0.7:6379", True), ("192.0.2.1:6379", False), ("no.such.host.invalid:1", False)],
 )
 def test_which_clusters_need_a_token_most(address: str, loopback: bool) -> None:
     assert driver.is_loopback(address) is loopback
-
-
-def test_outside_slurm_nothing_is_started_and_nothing_is_left(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "dtrain.launchers.ray.in_slurm",
-        "--cpus=1",
-        "--",
-        "job.yaml",
-    ]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "dtrain: this is no job of Slurm: hand the script to sbatch\n"
-    assert not list(tmp_path.iterdir())

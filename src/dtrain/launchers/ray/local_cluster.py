@@ -30,8 +30,7 @@ from dtrain.procs import adopt_orphans
 
 _OBJECT_STORE = 78_643_200  # the least that Ray takes; nothing of ours goes through it
 _START_S = 180.0
-UP_TEXT = b"Ray runtime started"
-"""What `ray start` says of a node that is up."""
+_UP = b"Ray runtime started"
 
 
 class OwnCluster:
@@ -114,11 +113,11 @@ def main() -> None:
     except OSError:
         pass  # whoever started us has gone already
     finally:
-        end_descendants()
+        _end_descendants()
         shutil.rmtree(spec["folder"], ignore_errors=True)
 
 
-def end_descendants() -> None:
+def _end_descendants() -> None:
     """Kill all processes below this one, those that are started meanwhile too."""
     deadline = time.monotonic() + 30
     while below := psutil.Process().children(recursive=True):
@@ -161,17 +160,17 @@ def _bring_up(spec: dict[str, Any], number: int, more: list[str]) -> None:
     for tries_left in (2, 1, 0):
         process, log = _start_node(spec, number, more)
         deadline = time.monotonic() + _START_S
-        while UP_TEXT not in log.read_bytes():
+        while _UP not in log.read_bytes():
             if select.select([sys.stdin], [], [], 0.05)[0]:
                 raise LaunchError("nobody waits for it any more")
             if time.monotonic() > deadline:
-                raise LaunchError(f"not up after {_START_S:.0f} s: {last_words(log)}")
+                raise LaunchError(f"not up after {_START_S:.0f} s: {_last_words(log)}")
             if process.poll() is not None:
                 break
         else:
             return
         if not tries_left:
-            raise LaunchError(f"it ended: {last_words(log)}")
+            raise LaunchError(f"it ended: {_last_words(log)}")
 
 
 def _start_node(
@@ -221,7 +220,7 @@ def _own_gpus(number: int, count: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(devices[number * count : (number + 1) * count])}
 
 
-def last_words(log: Path) -> str:
+def _last_words(log: Path) -> str:
     """The last lines that a node of Ray has said."""
     lines = [
         line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
