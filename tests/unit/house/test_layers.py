@@ -79,11 +79,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "array ray slurm",
     ),
     "dtrain.launchers.ray": (
-        "actor job_output local_cluster options refusal",
+        "actor job_output local_cluster options",
         "package placement",
-        "job watch",
-        "attempt launcher placing",
+        "attempt",
         "driver",
+        "job",
+        "launcher",
     ),
     "dtrain.launchers.slurm": (
         "options queue",
@@ -207,7 +208,7 @@ LAUNCH_PLANE = tuple(
     )
     for part in row.split()
 )
-_IN_DRIVER = ("driver", "job", "attempt", "placing", "watch")
+_IN_DRIVER = ("driver", "job", "attempt", "placement")
 RAY_DRIVER = tuple(f"dtrain.launchers.ray.{part}" for part in _IN_DRIVER)
 HEAVY = {"torch", "ray", "lightning", "pytorch_lightning", "keras", "submitit"}
 

@@ -17,7 +17,7 @@ from dtrain.job.located import Located, SourceLocation
 from dtrain.job.profile import checked_options, load_profile
 from dtrain.launchers.ray import driver, job_output, placement
 from dtrain.launchers.ray.options import RayOptions
-from dtrain.launchers.ray.placement import ResourceRequest
+from dtrain.launchers.ray.placement import Decision, Refuse, ResourceRequest, Take, Wait
 from dtrain.run.rundir import RunDir
 from support import JOBS
 
@@ -45,16 +45,63 @@ def test_nodes_are_in_the_order_of_their_addresses_and_named_by_host_where_that_
 def test_what_is_short_is_told_by_node() -> None:
     nodes = [node(1, CPU=8, GPU=4), node(2, CPU=2)]
     views = placement.views(nodes, {"id1": {"CPU": 8, "GPU": 1}, "id2": {"CPU": 2}})
-    wish = ResourceRequest(1, 2, {"CPU": 4, "GPU": 2}, {})
-    assert placement.choose(wish, views) == 0
-    assert placement.could(wish, views) == 1
-    assert placement.shortage(wish, views).splitlines() == [
+    request = ResourceRequest(1, 2, {"CPU": 4, "GPU": 2}, {})
+    assert placement.shortage(request, views).splitlines() == [
         "asked: 1 to 2 nodes with 4 CPU, 2 GPU each; 0 of the cluster's 2 can take it",
         "  10.0.0.1 (10.0.0.1): free 8 of 8 CPU, 1 of 4 GPU; 1 GPU short",
         "  10.0.0.2 (10.0.0.2): free 2 of 2 CPU; 2 CPU short; 2 GPU short",
     ]
     wrong_zone = ResourceRequest(1, 1, {"CPU": 1}, {"zone": "b"})
     assert "label zone is a" in placement.shortage(wrong_zone, views)
+
+
+FREE, BUSY = {"CPU": 4}, {"CPU": 0}
+
+
+@pytest.mark.parametrize(
+    ("free", "waited", "grows", "may_come_back", "decided"),
+    [
+        ([FREE, FREE, FREE], 0, False, False, Take(3)),
+        ([FREE, FREE, FREE, FREE], 0, False, False, Take(3)),  # no more than asked
+        ([FREE, FREE, BUSY], 0, False, False, Wait()),  # a third may become free in a moment
+        ([FREE, FREE, BUSY], 4, False, False, Take(2)),
+        ([FREE, BUSY, BUSY], 4, False, False, Wait()),
+        ([FREE, BUSY, BUSY], 4, True, False, Take(2, are_there=False)),
+        ([FREE], 0, True, False, Take(2, are_there=False)),
+        ([FREE], 0, False, True, Wait()),
+        ([FREE], 0, False, False, Refuse("cannot be placed: ")),
+        ([FREE, BUSY], 11, False, True, Refuse("not placed within 10 s (place_timeout): ")),
+    ],
+)
+def test_what_is_done_about_a_request(
+    free: list[dict[str, float]], waited: float, grows: bool, may_come_back: bool, decided: Decision
+) -> None:
+    views = placement.views(
+        [node(k, CPU=4) for k in range(len(free))], {f"id{k}": each for k, each in enumerate(free)}
+    )
+    request = ResourceRequest(2, 3, {"CPU": 4}, {})
+    found = placement.decide(request, views, waited, 10, grows=grows, may_come_back=may_come_back)
+    if isinstance(decided, Refuse):
+        decided = Refuse(decided.why + placement.shortage(request, views))
+    assert found == decided
+
+
+@pytest.mark.parametrize(
+    ("worst", "lost", "stops", "left", "code"),
+    [
+        (0, {}, 0, 3, 0),
+        (143, {}, 0, 3, 143),  # the workers' own failure: no other attempt
+        (1, {1: "cut"}, 0, 3, None),
+        (1, {1: "cut"}, 0, 0, 1),
+        (1, {1: "cut"}, 1, 3, 143),
+        (0, {}, 1, 3, 0),
+    ],
+)
+def test_what_follows_an_attempt(
+    worst: int, lost: dict[int, str], stops: int, left: int, code: int | None
+) -> None:
+    outcome: Any = SimpleNamespace(lost=lost, code=worst)
+    assert driver.decide(outcome, stops, left) == code
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,27 @@
-"""One attempt on a Ray cluster: an actor on each node, and what becomes of them."""
+"""One attempt on a Ray cluster: an actor on each node, beats to and from it, and its end."""
 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import GetTimeoutError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group_table
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
+from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dtrain import ports
-from dtrain.errors import LaunchError, first_line
+from dtrain.errors import LaunchError
 from dtrain.launchers.ray import actor, package
 from dtrain.launchers.ray.options import RayOptions
-from dtrain.launchers.ray.placement import NodeView, ResourceRequest
-from dtrain.launchers.ray.watch import Outcome, Watch
+from dtrain.launchers.ray.placement import Placed, ResourceRequest
 from dtrain.node.placement.ray import PlacedAs
 from dtrain.plainjson import to_json
 from dtrain.plan import LaunchPlan
@@ -31,8 +31,24 @@ from dtrain.run.rundir import RunDir
 from dtrain.run.sync import Change
 
 _ANSWER_S = 120.0  # for an actor's process to start, on a busy host
+_BEAT_S = 1.0
 _LEAVE_S = 10.0
 _PACKAGES = ("dtrain.node", "torch")
+
+
+@dataclass
+class Outcome:
+    """How an attempt ended."""
+
+    codes: dict[int, int] = field(default_factory=dict)
+    """node rank → exit code."""
+    lost: dict[int, str] = field(default_factory=dict)
+    """node rank → why no exit code came."""
+
+    @property
+    def code(self) -> int:
+        """The worst of the exit codes."""
+        return max([*self.codes.values(), *([1] if self.lost else [])])
 
 
 class NodeLost(Exception):
@@ -43,35 +59,20 @@ class NodeLost(Exception):
         self.node_rank = node_rank
 
 
-class Nodes:
+class ActorGroup:
     """The actors of one attempt, in the order of node ranks: that of the nodes' addresses."""
 
-    def __init__(
-        self,
-        plan: LaunchPlan,
-        attempt: int,
-        group: PlacementGroup,
-        nodes: Sequence[NodeView],
-    ) -> None:
-        """Start the actors.
-
-        Args:
-            plan: as it was launched.
-            attempt: its number.
-            group: the nodes' bundles, placed.
-            nodes: all of the cluster, in order.
-        """
+    def __init__(self, plan: LaunchPlan, attempt: int, placed: Placed) -> None:
+        """Start the actors."""
         self._plan = plan
         self._attempt = attempt
         self._options = RayOptions.of(plan.options)
-        self._folder = RayFiles(plan.run)
-        where = placement_group_table(group)["bundles_to_node_id"]
-        order = [node.id for node in nodes]
+        where = placement_group_table(placed.group)["bundles_to_node_id"]
+        views = {node.id: node for node in placed.nodes}
+        order = list(views)
         bundles = sorted(where, key=lambda bundle: order.index(where[bundle]))
-        by_id = {node.id: node for node in nodes}
-        self.views = [by_id[where[bundle]] for bundle in bundles]
-        self.actors = [_actor(plan, group, bundle) for bundle in bundles]
-        self.placed = plan
+        self.views = [views[where[bundle]] for bundle in bundles]
+        self.actors = [_start_actor(plan, placed, bundle) for bundle in bundles]
 
     @property
     def names(self) -> list[str]:
@@ -85,7 +86,7 @@ class Nodes:
             LaunchError: one cannot; says which and why.
             NodeLost: one went away meanwhile.
         """
-        probe = self._folder.probe(self._attempt)
+        probe = RayFiles(self._plan.run).probe(self._attempt)
         files.make_parent(probe / "driver")
         (probe / "driver").touch()
         wish = {
@@ -101,7 +102,6 @@ class Nodes:
             raise LaunchError(problems)
         host, port = self._rendezvous()
         placed_as = PlacedAs(self._attempt, tuple(self.names), host, port)
-        self.placed = self._plan.placed(**asdict(placed_as))
         events.note_event(
             self._plan.run, "attempt_started", attempt=self._attempt, nodes=self.names
         )
@@ -116,12 +116,11 @@ class Nodes:
             stops: how often we were asked to stop: once in order, twice at once.
             troubled: whether the cluster itself is lost.
         """
-        grace_s = self._plan.stop_timeout_s + 5
-        take = self._take_changes
-        watch = Watch(self.actors, self.views, grace_s, self._options.lost_after, take)
-        return watch.run(stops, troubled)
+        return _Watch(self, self._plan.stop_timeout_s + 5, self._options.lost_after).run(
+            stops, troubled
+        )
 
-    def _take_changes(self, changes: list[Change]) -> None:
+    def take_changes(self, changes: list[Change]) -> None:
         """Put what is new on a node that has a directory of its own into the driver's."""
         run = self._plan.run
         for change in changes:
@@ -215,7 +214,101 @@ class Nodes:
         return found
 
 
-def _actor(plan: LaunchPlan, group: PlacementGroup, bundle: int) -> Any:
+class _Watch:
+    """Beats to and from every node until all have ended."""
+
+    def __init__(self, group: ActorGroup, grace_s: float, lost_after_s: float) -> None:
+        """Prepare.
+
+        Args:
+            group: whom to watch.
+            grace_s: how long nodes may take to leave when one has failed, or all are asked to.
+            lost_after_s: how long a node may be silent.
+        """
+        self._group = group
+        self._actors = group.actors
+        self._outcome = Outcome()
+        self._lost_after_s = lost_after_s
+        self._grace_s = grace_s
+        self._beats: dict[Any, int] = {}
+        self._good = dict.fromkeys(range(len(self._actors)), time.monotonic())
+        self._asked = 0
+        self._deadline = float("inf")
+
+    def run(self, stops: Callable[[], int], troubled: Callable[[], bool]) -> Outcome:
+        for rank in range(len(self._actors)):
+            self._send(rank)
+        while len(self._outcome.codes) + len(self._outcome.lost) < len(self._actors):
+            waiting = [ref for ref, rank in self._beats.items() if rank not in self._outcome.lost]
+            ready, _ = ray.wait(waiting, timeout=0.1) if waiting else ([], [])
+            for ref in ready:
+                self._hear(self._beats.pop(ref), ref)
+            self._give_up_on_the_silent()
+            self._pass_on(stops())
+            if troubled():
+                self._kill()
+                return self._outcome
+            if time.monotonic() > self._deadline:
+                self._kill()
+        return self._outcome
+
+    def _send(self, rank: int) -> None:
+        self._beats[self._actors[rank].beat.remote(_BEAT_S)] = rank
+
+    def _hear(self, rank: int, ref: Any) -> None:
+        try:
+            code, changes = ray.get(ref)
+        except ActorUnavailableError as error:
+            if self._group.views[rank].answers():
+                time.sleep(0.1)  # Ray says next what became of it; do not ask in a tight loop
+                self._send(rank)
+            else:
+                self._lose(rank, f"its raylet is gone ({first_line(error)})")
+        except RayError as error:
+            gone = not self._group.views[rank].answers()
+            why = "its raylet is gone" if gone else "its actor was killed"
+            self._lose(rank, f"{why} ({first_line(error)})")
+        else:
+            self._good[rank] = time.monotonic()
+            self._group.take_changes(changes)
+            if code is None:
+                self._send(rank)
+                return
+            self._outcome.codes[rank] = code
+            if code != 0:  # the agents tell each other to end, and mostly have
+                self._deadline = min(self._deadline, time.monotonic() + self._grace_s)
+
+    def _give_up_on_the_silent(self) -> None:
+        """Nodes that a cut cable keeps silent; by now they have ended their workers themselves."""
+        limit = time.monotonic() - self._lost_after_s - 2 * _BEAT_S
+        for rank in set(self._beats.values()) - set(self._outcome.lost):
+            if self._good[rank] < limit:
+                self._lose(rank, f"no word from it for {self._lost_after_s + 2 * _BEAT_S:.0f} s")
+
+    def _lose(self, rank: int, why: str) -> None:
+        self._outcome.lost[rank] = why
+        self._kill()  # what the others do now is lost; the sooner all begin again the better
+
+    def _pass_on(self, asked: int) -> None:
+        if asked > self._asked == 0:
+            self._asked = asked
+            self._deadline = min(self._deadline, time.monotonic() + self._grace_s)
+            self._signal(signal.SIGTERM)
+        elif asked > max(1, self._asked):
+            self._asked = asked
+            self._kill()
+
+    def _kill(self) -> None:
+        self._deadline = time.monotonic() + 5
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for rank, each in enumerate(self._actors):
+            if rank not in self._outcome.codes and rank not in self._outcome.lost:
+                each.signal.remote(int(number))
+
+
+def _start_actor(plan: LaunchPlan, placed: Placed, bundle: int) -> Any:
     each = dict(ResourceRequest.of(plan).each)
     cloudpickle.register_pickle_by_value(sync)
     cloudpickle.register_pickle_by_value(actor)
@@ -229,7 +322,7 @@ def _actor(plan: LaunchPlan, group: PlacementGroup, bundle: int) -> Any:
             max_restarts=0,
             max_concurrency=4,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
-                group, placement_group_bundle_index=bundle
+                placed.group, placement_group_bundle_index=bundle
             ),
         )
         .remote()

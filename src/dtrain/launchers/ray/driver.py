@@ -20,21 +20,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dtrain import ports
-from dtrain.errors import DtrainError, LaunchError, first_line
-from dtrain.launchers.ray import refusal
+from dtrain.errors import DtrainError, LaunchError, PlanError, first_line
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.plan import LaunchPlan
 from dtrain.procs import die_with_parent
-from dtrain.run import events, verdict
+from dtrain.run import events, failures, files, verdict
 from dtrain.run.attempts import Handle, Held, Result
+from dtrain.run.backend_files import RayFiles
 from dtrain.run.rundir import RunDir
 
 if TYPE_CHECKING:
-    from dtrain.launchers.ray.placing import Placed
-    from dtrain.launchers.ray.watch import Outcome
+    from dtrain.launchers.ray.attempt import Outcome
+    from dtrain.launchers.ray.placement import Placed
 
 _REACH_S = 5.0
 _LAST_WORDS_S = 5.0
@@ -64,7 +64,7 @@ def _drive(plan: LaunchPlan) -> int:
         return Driver(plan).run()
     except DtrainError as error:
         print(f"dtrain: {error}", file=sys.stderr)
-        refusal.refuse(plan.run, error)
+        files.write_json(RayFiles(plan.run).refusal, _as_json(error))
         return error.exit_code
 
 
@@ -77,14 +77,14 @@ def _drive_as_job(folder: Path) -> int:
     try:
         plan, is_shared = unpack(folder)
     except DtrainError as error:
-        reason = json.dumps(refusal.refusal(error)).encode()
+        reason = json.dumps(_as_json(error)).encode()
         job_output.print_change({"name": "ray/refusal.json", "bytes": reason}, sys.stdout)
         return error.exit_code
     if is_shared:
         return _drive(plan)
     with (
         job_output.printing(plan.run, sys.stdout),
-        syncing(plan.run, partial(_warn, plan.run), but=STARTING),
+        syncing(plan.run, partial(_say, plan.run), but=STARTING),
     ):
         code = _drive(plan)
     if plan.run_url:
@@ -92,8 +92,45 @@ def _drive_as_job(folder: Path) -> int:
     return code
 
 
-def _warn(run: RunDir, text: str) -> None:
+def _say(run: RunDir, text: str) -> None:
     events.note_event(run, "waiting", what=text)
+
+
+def _as_json(refusal: DtrainError) -> dict[str, Any]:
+    return {"message": str(refusal), "usage": isinstance(refusal, PlanError)}
+
+
+def refusal_of(run: RunDir) -> DtrainError | None:
+    """Why a driver has started nothing; None when it has not said so."""
+    kept: dict[str, Any] | None = files.read_json(RayFiles(run).refusal)
+    if kept is None:
+        return None
+    return (PlanError if kept["usage"] else LaunchError)(kept["message"])
+
+
+def record_head_lost(run: RunDir, attempt: int, address: str | None) -> None:
+    """Leave a failure record: the cluster itself is gone."""
+    failures.record_node(
+        run,
+        attempt,
+        "the head of the Ray cluster was lost, and with it all nodes of the run",
+        kind="node_lost",
+        node=f"the cluster at {address}" if address else "the cluster of this run",
+        log=RayFiles(run).log,
+    )
+
+
+class HeadLost(Exception):
+    """The cluster itself is gone; Ray's own calls would hang now."""
+
+
+def decide(outcome: Outcome, stops: int, relaunches_left: int) -> int | None:
+    """The run's exit code after an attempt; None when another one is to follow."""
+    if not outcome.lost:
+        return outcome.code
+    if stops:
+        return _STOPPED
+    return outcome.code if relaunches_left <= 0 else None
 
 
 class Driver:
@@ -119,7 +156,11 @@ class Driver:
         with self._cluster() as address:
             self._connect(address)
             threading.Thread(target=self._watch_head, daemon=True).start()
-            return self._attempts()
+            try:
+                return self._attempts()
+            except HeadLost:
+                self._record_head_lost()
+                return 1
 
     def _on_signal(self, _number: int, _frame: object) -> None:
         self._stops += 1
@@ -186,67 +227,68 @@ class Driver:
             if time.monotonic() - heard > limit:
                 self._cluster_gone.set()
         time.sleep(_LAST_WORDS_S)  # for the nodes that can still be told to end
-        refusal.record_head_lost(self._plan.run, self._newest, self._options.address)
+        self._record_head_lost()
         os._exit(1)  # the main thread may hang in a call to the head for another minute
+
+    def _record_head_lost(self) -> None:
+        record_head_lost(self._plan.run, self._newest, self._options.address)
 
     # -- attempts ----------------------------------------------------------------------------
 
     def _attempts(self) -> int:
-        from dtrain.launchers.ray.placing import Placing
+        """Make attempts until one is the last; its exit code."""
+        from dtrain.launchers.ray.placement import Placing
 
         placing = Placing(self._plan, lambda: self._stops > 0, self._say)
         first = attempt = self._plan.attempt
-        code = 1
+        outcome = None
         while True:
             try:
-                placed = placing.place(again=attempt > first)
+                placed = placing.place(again=outcome is not None)
+                if placed is None:
+                    return _STOPPED
+                if outcome is not None:
+                    self._begin_attempt(attempt)
+                    self._conclude(attempt - 1, outcome.code)
             except DtrainError as error:
-                if attempt == first:
+                if outcome is None:
                     raise
                 self._say(f"the run cannot go on by itself: {error}")
-                return code
-            if placed is None:
-                return _STOPPED
-            if attempt > first:
-                try:
-                    self._begin_attempt(attempt)
-                except Held as held:
-                    self._say(f"the run cannot go on by itself: {held}")
-                    return code
-                self._conclude(attempt - 1, code)
+                return outcome.code
             self._newest = attempt
             outcome, names = self._attempt(attempt, placed)
-            code = _STOPPED if self._stops and outcome.lost else outcome.code
-            if self._cluster_gone.is_set():
-                refusal.record_head_lost(self._plan.run, attempt, self._options.address)
-                return 1  # Ray's own calls would hang now
             placing.free(placed)
-            if not outcome.lost or self._stops or attempt - first >= self._options.relaunch:
+            code = decide(outcome, self._stops, self._options.relaunch - (attempt - first))
+            if code is not None:
                 return code
-            attempt += 1
             who = ", ".join(f"node {rank} ({names[rank]})" for rank in outcome.lost)
+            attempt += 1
             self._say(f"{who} was lost; going on from the last checkpoint in attempt {attempt}")
 
     def _attempt(self, attempt: int, placed: Placed) -> tuple[Outcome, list[str]]:
-        """Start and watch an attempt; how it ended, and the names of its nodes."""
-        from dtrain.launchers.ray.attempt import NodeLost, Nodes
-        from dtrain.launchers.ray.watch import Outcome
+        """Start and watch an attempt; how it ended, and the names of its nodes.
 
-        nodes = Nodes(self._plan, attempt, placed.group, placed.nodes)
+        Raises:
+            HeadLost: nobody can say how.
+        """
+        from dtrain.launchers.ray.attempt import ActorGroup, NodeLost, Outcome
+
+        group = ActorGroup(self._plan, attempt, placed)
         try:
-            nodes.begin()
-            outcome = nodes.watch(lambda: self._stops, self._cluster_gone.is_set)
+            group.begin()
+            outcome = group.watch(lambda: self._stops, self._cluster_gone.is_set)
         except NodeLost as error:
             outcome = Outcome(lost={error.node_rank: str(error)})
         print(f"attempt {attempt}: {outcome}, asked to stop {self._stops} times", flush=True)
-        nodes.record_lost(outcome)
+        group.record_lost(outcome)
         if not self._stops:
-            nodes.record_silent(outcome)
+            group.record_silent(outcome)
         if outcome.lost:
             self._wait_for_head()
-        if not self._cluster_gone.is_set():
-            nodes.end()
-        return outcome, nodes.names
+        if self._cluster_gone.is_set():
+            raise HeadLost
+        group.end()
+        return outcome, group.names
 
     def _wait_for_head(self) -> None:
         """A node was lost: if it was the head, it will be found out soon; ask it nothing before."""
@@ -273,7 +315,7 @@ class Driver:
         Result("failed", code, self._began, time.time()).write(run, attempt)
 
     def _say(self, text: str) -> None:
-        events.note_event(self._plan.run, "waiting", what=text)
+        _say(self._plan.run, text)
 
 
 def reach(address: str) -> None:

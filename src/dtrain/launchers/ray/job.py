@@ -13,7 +13,7 @@ from typing import Any
 
 from dtrain.errors import LaunchError, PlanError, first_line
 from dtrain.launchers import status, supervise
-from dtrain.launchers.ray import job_output, package, refusal
+from dtrain.launchers.ray import driver, job_output, package
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.plan import LaunchPlan
 from dtrain.run import attempts, events, failures
@@ -35,7 +35,7 @@ def url(options: RayOptions) -> str:
 
 def entrypoint(options: RayOptions) -> list[str]:
     """What the job runs, in the folder that has travelled."""
-    module = ("-P", "-m", "dtrain.launchers.ray.driver", "--job", package.FOLDER)
+    module = ("-P", "-m", driver.__name__, "--job", package.FOLDER)
     return [options.python or "python", *module]
 
 
@@ -128,7 +128,7 @@ class JobLaunch:
         self._ask_at = time.monotonic() + self._pause_s
         if self._status not in _OVER:
             return None
-        refused = refusal.refused(self._plan.run)
+        refused = driver.refusal_of(self._plan.run)
         if refused is not None and self._status == "FAILED":
             raise refused
         return self.exit_code()

@@ -14,7 +14,7 @@ from dtrain.errors import LaunchError, PlanError
 from dtrain.launchers import prepare
 from dtrain.launchers.base import Launch
 from dtrain.launchers.local import LocalLauncher
-from dtrain.launchers.ray import job, refusal
+from dtrain.launchers.ray import driver, job
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.launchers.ray.placement import ResourceRequest
 from dtrain.plan import Command, Facts, LaunchPlan
@@ -33,8 +33,7 @@ class RayLauncher:
 
     def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
         options = RayOptions.of(plan.options)
-        driver = ("-P", "-m", "dtrain.launchers.ray.driver", plan.run_dir)
-        argv: tuple[str, ...] = (facts.python, *driver)
+        argv: tuple[str, ...] = (facts.python, "-P", "-m", driver.__name__, plan.run_dir)
         if options.submit == "job":
             asked = ("ray", "job", "submit", f"--address={job.url(options)}", "--")
             argv = (*asked, *job.entrypoint(options))
@@ -126,7 +125,7 @@ class DriverProcess:
         code = self._process.poll()
         if not code:
             return code
-        refused = refusal.refused(self._plan.run)
+        refused = driver.refusal_of(self._plan.run)
         if refused is not None:
             raise refused
         if not self._stopped:
@@ -158,7 +157,7 @@ class DriverProcess:
         attempt = attempts.newest_of(run, self._plan.attempt)
         address = RayOptions.of(self._plan.options).address
         if address and address != "auto" and not ports.is_listening(address):
-            refusal.record_head_lost(run, attempt, address)
+            driver.record_head_lost(run, attempt, address)
         elif not failures.read_all(run, attempt):
             how = failures.signal_name(-code) if code < 0 else f"code {code}"
             words = files.last_line(self._folder.log) or "it has said nothing"

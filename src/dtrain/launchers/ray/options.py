@@ -67,7 +67,7 @@ class RayOptions(LauncherOptions):
         return self.cpus_per_node
 
     @model_validator(mode="after")
-    def _of_one_door(self) -> RayOptions:
+    def _check_submit_mode(self) -> RayOptions:
         if self.submit == "job" and not self.address:
             raise ValueError("submit: job needs the address of a cluster's dashboard")
         if self.submit == "driver" and self.address not in (None, "auto"):

@@ -1,17 +1,28 @@
-"""Which nodes of a Ray cluster can take a node of ours, and what the others are short of."""
+"""Take the nodes of an attempt from a Ray cluster, all or none; say what they are short of."""
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Mapping, Sequence
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dtrain.errors import PlanError
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.plan import LaunchPlan
 
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
 _UNITS = {"memory": 1024**3}
 _SHOWN_NODES = 12
+_POLL_S = 0.2
+_RESERVE_S = 5.0
+_SETTLE_S = 3.0  # in which what an attempt had becomes free again
+_FIRST_NOTICE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,6 @@ class ResourceRequest:
 
     @classmethod
     def of(cls, plan: LaunchPlan) -> ResourceRequest:
-        """What a plan asks for."""
         options = RayOptions.of(plan.options)
         each: dict[str, float] = {
             "CPU": options.cpus_per_node or plan.procs_per_node * plan.replicas
@@ -59,22 +69,30 @@ class NodeView:
     free: Mapping[str, float]
     labels: Mapping[str, str]
 
-    def lacks(self, wish: ResourceRequest, *, now: bool) -> list[str]:
-        """What it is short of, in words; empty when it can take a node of the wish.
+    def answers(self, timeout_s: float = 2.0) -> bool:
+        """Whether its raylet can be reached; Ray believes a dead one alive for a while."""
+        try:
+            socket.create_connection((self.address, self.port), timeout_s).close()
+        except OSError:
+            return False
+        return True
+
+    def lacks(self, request: ResourceRequest, *, now: bool) -> list[str]:
+        """What it is short of, in words; empty when it can take a node of ours.
 
         Args:
-            wish: what is asked.
+            request: what is asked.
             now: of what is free at the moment, not of what it has.
         """
         have = self.free if now else self.total
         short = [
             f"{_amount(name, need - have.get(name, 0))} {name} short"
-            for name, need in wish.each.items()
+            for name, need in request.each.items()
             if have.get(name, 0) + 1e-6 < need
         ]
         return short + [
             f"label {name} is {self.labels.get(name, 'missing')}"
-            for name, value in wish.labels.items()
+            for name, value in request.labels.items()
             if self.labels.get(name) != value
         ]
 
@@ -115,30 +133,76 @@ def _sortable(address: str) -> tuple[int, int | str]:
         return 1, address
 
 
-def choose(wish: ResourceRequest, nodes: Sequence[NodeView]) -> int:
-    """How many nodes can be had now: as many as are free, 0 when those are too few."""
-    free = sum(not node.lacks(wish, now=True) for node in nodes)
-    return min(wish.most, free) if free >= wish.least else 0
+@dataclass(frozen=True)
+class Take:
+    """Reserve so many nodes."""
+
+    count: int
+    are_there: bool = True
+    """Otherwise the cluster is to grow, and may take its time."""
 
 
-def could(wish: ResourceRequest, nodes: Sequence[NodeView]) -> int:
-    """How many nodes could be had if nobody else used the cluster."""
-    return min(wish.most, sum(not node.lacks(wish, now=False) for node in nodes))
+@dataclass(frozen=True)
+class Wait:
+    """Look again a moment later."""
 
 
-def shortage(wish: ResourceRequest, nodes: Sequence[NodeView]) -> str:
+@dataclass(frozen=True)
+class Refuse:
+    """Give up."""
+
+    why: str
+
+
+Decision = Take | Wait | Refuse
+
+
+def decide(
+    request: ResourceRequest,
+    nodes: Sequence[NodeView],
+    waited_s: float,
+    patience_s: float,
+    *,
+    grows: bool,
+    may_come_back: bool,
+) -> Decision:
+    """What to do about a request.
+
+    Args:
+        request: what is asked.
+        nodes: all of the cluster that answer.
+        waited_s: how long we have waited for them.
+        patience_s: how long we may.
+        grows: the cluster makes new nodes when they are asked for.
+        may_come_back: nodes were lost, and others may be started in their place.
+    """
+    if waited_s > patience_s:
+        late = f"not placed within {patience_s:.0f} s (place_timeout)"
+        return Refuse(f"{late}: {shortage(request, nodes)}")
+    free = min(request.most, sum(not node.lacks(request, now=True) for node in nodes))
+    could = min(request.most, sum(not node.lacks(request, now=False) for node in nodes))
+    if free >= request.least:
+        return Take(free) if free >= could or waited_s > _SETTLE_S else Wait()
+    if grows:
+        return Take(request.least, are_there=False)
+    if could < request.least and not may_come_back:
+        return Refuse(f"cannot be placed: {shortage(request, nodes)}")
+    return Wait()
+
+
+def shortage(request: ResourceRequest, nodes: Sequence[NodeView]) -> str:
     """What was asked, what each node has free, and what is short there; several lines."""
-    fit = [node for node in nodes if not node.lacks(wish, now=True)]
+    fit = [node for node in nodes if not node.lacks(request, now=True)]
     has = f"{len(fit)} of the cluster's {len(nodes)} can take it" if nodes else "it has no nodes"
-    lines = [f"asked: {wish}; {has}"]
+    lines = [f"asked: {request}; {has}"]
     for node in nodes[:_SHOWN_NODES]:
-        names = [name for name in wish.each if name in node.total or name == "CPU"]
+        names = [name for name in request.each if name in node.total or name == "CPU"]
         free = ", ".join(
             f"{_amount(name, node.free.get(name, 0))} of "
             f"{_amount(name, node.total.get(name, 0))} {name}"
             for name in names
         )
-        lacks = "; ".join(node.lacks(wish, now=True)) or "fits"
+        lacks = "; ".join(node.lacks(request, now=True)) or "fits"
         lines.append(f"  {node.name} ({node.address}): free {free or 'nothing'}; {lacks}")
     if len(nodes) > _SHOWN_NODES:
         lines.append(f"  and {len(nodes) - _SHOWN_NODES} more")
@@ -153,3 +217,101 @@ def _amount(name: str, value: float) -> str:
     if name in _UNITS:
         return f"{value / _UNITS[name]:.1f} GiB of"
     return f"{value:g}"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Nodes that are ours."""
+
+    group: PlacementGroup
+    nodes: Sequence[NodeView]
+    """All of the cluster."""
+
+
+class Placing:
+    """Places one attempt after another."""
+
+    def __init__(
+        self, plan: LaunchPlan, is_stopped: Callable[[], bool], say: Callable[[str], None]
+    ) -> None:
+        self._options = RayOptions.of(plan.options)
+        self._request = ResourceRequest.of(plan)
+        self._is_stopped = is_stopped
+        self._say = say
+
+    def place(self, *, again: bool) -> Placed | None:
+        """Wait for nodes, and take them; None when we are asked to stop.
+
+        Args:
+            again: nodes were lost: they may come back, and Ray may not know of it yet.
+
+        Raises:
+            PlanError: the cluster never has so much, or not in time.
+        """
+        started = time.monotonic()
+        notice_at = started + _FIRST_NOTICE_S
+        patience = self._options.place_timeout
+        grows = self._options.autoscale == "on"
+        may_come_back = again and self._options.address is not None
+        while not self._is_stopped():
+            nodes, dead = self._look(again)
+            waited = time.monotonic() - started
+            decision = decide(
+                self._request, nodes, waited, patience, grows=grows, may_come_back=may_come_back
+            )
+            if isinstance(decision, Refuse):
+                raise PlanError(decision.why)
+            is_long = isinstance(decision, Take) and not decision.are_there
+            if is_long or time.monotonic() >= notice_at:
+                self._say(
+                    f"waiting for nodes since {waited:.0f} s: {shortage(self._request, nodes)}"
+                )
+                notice_at = time.monotonic() + 2 * waited
+            if isinstance(decision, Wait):
+                time.sleep(_POLL_S)
+                continue
+            within = _RESERVE_S if decision.are_there else patience - waited
+            group = self._reserve(decision.count, dead, within)
+            if group is not None:
+                return Placed(group, nodes if decision.are_there else self._look(again)[0])
+        return None
+
+    def free(self, placed: Placed) -> None:
+        """Give nodes back."""
+        from ray.util.placement_group import remove_placement_group
+
+        remove_placement_group(placed.group)
+
+    def _look(self, again: bool) -> tuple[list[NodeView], list[NodeView]]:
+        """The nodes of the cluster, and those that Ray lists although they do not answer."""
+        import ray
+        from ray._private import state
+
+        nodes = views(ray.nodes(), state.available_resources_per_node())
+        if not again:
+            return nodes, []
+        with ThreadPoolExecutor(32) as pool:
+            alive = list(pool.map(NodeView.answers, nodes))
+        dead = [node for node, answered in zip(nodes, alive, strict=True) if not answered]
+        return [node for node in nodes if node not in dead], dead
+
+    def _reserve(
+        self, count: int, dead: Sequence[NodeView], timeout_s: float
+    ) -> PlacementGroup | None:
+        """One bundle a node; None when somebody was quicker, or no new node came."""
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        labels = dict(self._request.labels)
+        if dead:
+            labels["ray.io/node-id"] = f"!in({','.join(node.id for node in dead)})"
+        group = placement_group(
+            [dict(self._request.each)] * count,
+            strategy="STRICT_SPREAD",
+            bundle_label_selector=[labels] * count if labels else None,
+        )
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and not self._is_stopped():
+            if group.wait(0.5):
+                return group
+        remove_placement_group(group)
+        return None
