@@ -18,7 +18,7 @@ from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dtrain import ports
-from dtrain.errors import LaunchError
+from dtrain.errors import LaunchError, first_line
 from dtrain.launchers.ray import actor, package
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.launchers.ray.placement import Placed, ResourceRequest

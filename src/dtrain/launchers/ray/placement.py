@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dtrain.errors import PlanError
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.plan import LaunchPlan
+from dtrain.ports import is_listening
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -69,13 +69,9 @@ class NodeView:
     free: Mapping[str, float]
     labels: Mapping[str, str]
 
-    def answers(self, timeout_s: float = 2.0) -> bool:
+    def answers(self) -> bool:
         """Whether its raylet can be reached; Ray believes a dead one alive for a while."""
-        try:
-            socket.create_connection((self.address, self.port), timeout_s).close()
-        except OSError:
-            return False
-        return True
+        return is_listening(f"{self.address}:{self.port}")
 
     def lacks(self, request: ResourceRequest, *, now: bool) -> list[str]:
         """What it is short of, in words; empty when it can take a node of ours.
