@@ -16,8 +16,6 @@ from dtrain.errors import PlanError
 
 @dataclass(frozen=True)
 class LauncherFact:
-    """A place where processes start."""
-
     target: str
     """`module:Class`, imported when used."""
     summary: str
@@ -46,8 +44,6 @@ class StrategyFact:
 
 @dataclass(frozen=True)
 class TrainerFact:
-    """Whose loop runs."""
-
     target: str
     summary: str
     strategies: tuple[str, ...]
@@ -77,8 +73,6 @@ OWN = "own"
 
 @dataclass(frozen=True)
 class LoggerFact:
-    """Where metrics go besides metrics.jsonl."""
-
     target: str
     summary: str
     module: str | None = None

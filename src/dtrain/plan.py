@@ -60,7 +60,6 @@ class Facts:
         attempt: int = 0,
         task_imports: tuple[str, ...] = (),
     ) -> Facts:
-        """Look around on this machine."""
         url = os.fspath(runs).rstrip("/") if is_url(runs) else ""
         folder = str(staging(url)) if url else os.path.abspath(runs)
         before = files.read_json(RunDir(os.path.join(folder, run_id)).plan) if attempt else None

@@ -12,8 +12,6 @@ FOREIGN_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_R
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One process's place, in torch's words."""
-
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0

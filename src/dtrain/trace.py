@@ -181,8 +181,6 @@ class RankLine:
 
 @dataclass(frozen=True)
 class Recording:
-    """A whole recorded training, read back."""
-
     steps: dict[int, StepRecord]
     """By number; 0 is the state before the first."""
     ranks: dict[int, dict[int, list[RankLine]]]

@@ -57,7 +57,6 @@ class LiveConsole:
             self.say(text)
 
     def tick(self) -> None:
-        """Show what is new."""
         if self._quiet:
             return
         for source, line in self._records.poll():

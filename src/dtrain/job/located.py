@@ -58,7 +58,6 @@ class Located:
         return cls(value, place, key=place)
 
     def plain(self) -> Any:
-        """The value without its places."""
         if isinstance(self.value, dict):
             return {name: part.plain() for name, part in self.value.items()}
         if isinstance(self.value, list):

@@ -91,7 +91,6 @@ class Source:
         return known or self.open_ended
 
     def classes(self) -> list[str]:
-        """The classes defined in the file."""
         return [n for n, found in self.definitions.items() if isinstance(found[-1], ast.ClassDef)]
 
     def derives(self, name: str, base: str) -> bool:

@@ -66,7 +66,6 @@ def parse_whole(value: Any) -> int:
 
 
 def parse_real(value: Any) -> float:
-    """A finite number."""
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     raise ValueError(f"expected a number; found {found(value)}")

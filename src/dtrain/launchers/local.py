@@ -42,8 +42,6 @@ Spawn = Callable[[Sequence[str], Mapping[str, str], Path, socket.socket | None],
 
 
 class NoOptions(LauncherOptions):
-    """Launcher local has no options."""
-
     launcher = "local"
 
 

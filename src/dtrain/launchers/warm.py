@@ -111,6 +111,5 @@ class WarmNode:
         self._server.send(self._pid, number)
 
     def kill(self) -> None:
-        """End it and wait for that."""
         self._server.send(self._pid, signal.SIGKILL)
         self._server.exit_code(self._pid, wait_s=None)

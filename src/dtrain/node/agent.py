@@ -185,7 +185,6 @@ class NodeAgent(SimpleElasticAgent):
         return message
 
     def _hear(self, worker_group: WorkerGroup, wait_s: float = 0.0) -> None:
-        """Take in which workers have ended."""
         message = self._next_message(wait_s)
         while message is not None:
             local_rank = self._running.pop(message.get("exited", 0), None)

@@ -123,7 +123,6 @@ class NodeRendezvous(RendezvousHandler):
         return int(count or 0) or int(self._is_head and self._without_lost())
 
     def is_closed(self) -> bool:
-        """Whether a node has given up."""
         return self._call(lambda: self._store.get("closed")) is not None
 
     def set_closed(self) -> None:

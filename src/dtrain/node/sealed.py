@@ -47,8 +47,6 @@ class HeadGone(DistError):
 
 
 class Store(abc.ABC):
-    """Texts and counters by key."""
-
     @abc.abstractmethod
     def add(self, key: str, amount: int) -> int:
         """Add to a counter, which begins with 0; what it is then."""
@@ -95,7 +93,6 @@ class Table(Store):
         return self
 
     def answer(self, request: list[Any]) -> Any:
-        """What is asked from another host."""
         match request:
             case ["add", str(key), int(amount)]:
                 return self.add(key, amount)
@@ -217,14 +214,11 @@ class Server:
         self._end = weakref.finalize(self, ours.close)
 
     def close(self) -> None:
-        """Hang up on everybody."""
         self._end()
         self._thread.join()
 
 
 class _Loop:
-    """What the server's thread does."""
-
     def __init__(
         self, listener: socket.socket, end: socket.socket, table: Table, run_id: str, token: bytes
     ) -> None:

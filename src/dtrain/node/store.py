@@ -108,8 +108,6 @@ class _Closed:
 
 @dataclass(frozen=True)
 class Member:
-    """One node of a round."""
-
     __pydantic_config__ = checked.CONFIG
 
     node_rank: checked.Rank

@@ -35,7 +35,6 @@ class SlurmFiles:
 
     @property
     def script(self) -> Path:
-        """The batch script that was submitted."""
         return self.path / "job.sbatch"
 
     @property
@@ -78,7 +77,6 @@ class SlurmFiles:
         return self.endpoint(attempt + 1).exists()
 
     def end(self, attempt: int) -> Path:
-        """How the first node's process ended."""
         return self.path / f"attempt-{attempt}-end.json"
 
     def read_end(self, attempt: int) -> End | None:
@@ -108,7 +106,6 @@ class RayFiles:
 
     @property
     def refusal(self) -> Path:
-        """Why nothing could be started."""
         return self.path / "refusal.json"
 
     def cancel(self, first: int) -> Path:

@@ -69,8 +69,6 @@ _OUR_OWN = str(Path(__file__).resolve().parent.parent)
 
 @dataclass(frozen=True)
 class Frame:
-    """One line of a traceback."""
-
     __pydantic_config__ = checked.CONFIG
 
     file: Text

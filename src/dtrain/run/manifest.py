@@ -13,16 +13,12 @@ NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """One file."""
-
     bytes: int
     xxh3_128: str
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json holds."""
-
     format: int
     files: dict[str, Entry]
     digest: str

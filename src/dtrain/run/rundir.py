@@ -29,7 +29,6 @@ class RunDir:
 
     @property
     def job(self) -> Path:
-        """job.yaml as the user gave it."""
         return self.path / "job.yaml"
 
     @property
@@ -120,7 +119,6 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
-        """All checkpoints."""
         return self.path / "checkpoints"
 
     @property
@@ -168,11 +166,9 @@ class RunDir:
         return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
 
     def node(self, attempt: int, node_rank: int) -> Path:
-        """One node's logs."""
         return self.attempt(attempt) / f"node-{node_rank}"
 
     def agent_log(self, attempt: int, node_rank: int) -> Path:
-        """The node agent's own log."""
         return self.node(attempt, node_rank) / "agent.log"
 
     def host_log(self, attempt: int, node_rank: int) -> Path:
@@ -202,7 +198,6 @@ class RunDir:
         return self.attempt(attempt) / "failures"
 
     def failure(self, attempt: int, rank: int) -> Path:
-        """The failure record of one worker."""
         return self.failures(attempt) / f"rank-{rank:05d}.json"
 
     def collectives(self, attempt: int, restart: int) -> Path:

@@ -42,8 +42,6 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of a failed attempt."""
-
     culprit: FailureRecord
     alike: list[int] = field(default_factory=list)
     """Other ranks that failed in just the same way, as all do when a disk is full."""
@@ -208,7 +206,6 @@ def _waits(records: list[FailureRecord]) -> list[str]:
 
 
 def place(frame: Frame) -> str:
-    """A line in a few words."""
     return f"{'/'.join(Path(frame.file).parts[-2:])}:{frame.line} in {frame.function}"
 
 

@@ -45,7 +45,6 @@ class Vote:
 
 
 def vote(values: Sequence[Hashable]) -> Vote:
-    """Who differs from the majority."""
     (value, votes), *_ = Counter(values).most_common()
     decided = 2 * votes > len(values)
     reference = values.index(value) if decided else 0

@@ -23,7 +23,6 @@ class Case:
 
     @property
     def step(self) -> int:
-        """The first step that differs."""
         return self.excess.step
 
     @property

@@ -34,8 +34,6 @@ verdict, only a reason to look in fp64; below the second figure it is rounding f
 
 @dataclass(frozen=True)
 class Distance:
-    """Between two sets of named tensors."""
-
     relative: float
     """2-norm of the difference / 2-norm of the reference; inf where names or shapes differ."""
     tensor: str
@@ -66,8 +64,6 @@ class Distance:
 
 @dataclass(frozen=True)
 class StepDistance:
-    """Between two trainings, in one step."""
-
     step: int
     loss: float
     grad_norm: float
@@ -103,8 +99,6 @@ class Excess:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two trainings, all steps."""
-
     steps: list[StepDistance]
     metrics: dict[str, float]
     """Relative difference of each metric of the evaluation at the end."""

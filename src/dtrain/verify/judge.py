@@ -33,8 +33,6 @@ _BEYOND_ROUNDING = 0.5
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one pair."""
-
     pair: Pair
     verdict: Verdict
     level: str | None
@@ -63,7 +61,6 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether this is the same training."""
         return self.verdict in ("same", "rounding")
 
 

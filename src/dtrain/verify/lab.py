@@ -48,8 +48,6 @@ class RunFailed(DtrainError):
 
 
 class Stopped(DtrainError):
-    """Somebody asked to stop."""
-
     exit_code = 130
 
 
@@ -64,11 +62,9 @@ class _Silent:
         """Not shown."""
 
     def tick(self) -> None:
-        """Passed on."""
         self._tick()
 
     def say(self, text: str) -> None:
-        """Kept."""
         self.said.append(text)
 
     def close(self) -> None:

@@ -34,7 +34,6 @@ class _Cut:
         return min(each for first in steps[0](samples) for each in steps[1](first))
 
     def is_even(self, samples: int) -> bool:
-        """Whether all parts have equally many."""
         return self.parts > 1 and samples % self.parts == 0
 
     def _shares(self, samples: int) -> Iterator[int]:
@@ -65,7 +64,6 @@ def _rest(batch: int, cuts: Sequence[_Cut], before: int) -> int:
     """The size of the short batch, which comes after `before` samples that are cut with it."""
 
     def missing(rest: int) -> int:
-        """How many samples the cuts lack."""
         wanted = ((min(ENOUGH, cut.fewest(batch)), cut.fewest(before + rest)) for cut in cuts)
         return sum(max(0, enough - fewest) for enough, fewest in wanted)
 

@@ -20,8 +20,6 @@ _ANSWER_S = 10.0  # Slurm's own commands try for minutes to reach a controller t
 
 @dataclass(frozen=True)
 class Pair:
-    """One way to run the job."""
-
     strategy: str
     procs: int = 1
     """Processes per node; for `dp`, replicas in the one process."""

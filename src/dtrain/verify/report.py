@@ -13,8 +13,6 @@ from dtrain.verify.judge import Result
 
 @dataclass
 class Report:
-    """All pairs of one job."""
-
     job: str
     """The job's name."""
     steps: int

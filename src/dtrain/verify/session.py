@@ -27,8 +27,6 @@ from dtrain.verify.report import Report
 
 @dataclass(frozen=True)
 class Progress:
-    """What runs at this moment."""
-
     row: int
     """Of the table, from 1 on; 0 while the reference runs for the first time."""
     rows: int

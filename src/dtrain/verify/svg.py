@@ -21,8 +21,6 @@ class Line:
 
 @dataclass(frozen=True)
 class Mark:
-    """A horizontal line at a value."""
-
     label: str
     value: float
 

@@ -51,7 +51,6 @@ class Table:
         return self._line([*_HEADS])
 
     def row(self, result: Result) -> str:
-        """The row of a pair."""
         text, colour = verdict_of(result)
         largest = "-" if result.largest is None else number(result.largest.value)
         cells = [result.pair.name, result.level or "-", largest, where(result)]

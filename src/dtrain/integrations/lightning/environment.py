@@ -84,7 +84,6 @@ class DtrainStrategy(DDPStrategy):
         """Nobody is to be launched."""
 
     def setup_distributed(self) -> None:
-        """The process group is up."""
         self.set_world_ranks()
         rank_zero_only.rank = self.global_rank
 

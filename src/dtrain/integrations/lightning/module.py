@@ -126,7 +126,6 @@ class ModuleTask(Task):
         return dataset
 
     def sample_weights(self) -> Any:
-        """Those of a WeightedRandomSampler."""
         return self._weights
 
     def eval_dataset(self) -> Any:
@@ -276,8 +275,6 @@ def _is_done(stage: str = "") -> None:
 
 
 class _LoaderTask(Task):
-    """One of several validation loaders."""
-
     def __init__(self, owner: ModuleTask, index: int, loader: Any) -> None:
         self._owner = owner
         self._index = index

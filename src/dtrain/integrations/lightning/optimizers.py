@@ -37,7 +37,6 @@ class EveryFew:
         return None if steps is None or between is None else steps // between
 
     def step(self) -> None:
-        """Count an optimizer step."""
         between = self._steps_between(self._wish)
         if between is None:
             raise UsageError(

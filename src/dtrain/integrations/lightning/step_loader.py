@@ -44,7 +44,6 @@ class StepLoader:
         return _ENDLESS if self._length is None else self._length
 
     def __iter__(self) -> Iterator[Any]:
-        """What is left of the epoch."""
         for batch, micro_batches, number in self._steps:
             shown: Any = {"step": batch.step, "epoch": batch.epoch, "samples": batch.size}
             if self._shows_batch and number:

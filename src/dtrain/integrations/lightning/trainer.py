@@ -71,7 +71,6 @@ class LightningTrainer(NativeTrainer):
             del self._drive  # it holds the training, which is closed before another is made
 
     def evaluation_wrapper(self, evaluate: Any) -> dict[str, float] | None:
-        """Lightning's hooks around an evaluation."""
         return self._drive.evaluate(evaluate)
 
 

@@ -70,7 +70,6 @@ class Sampler(torch.utils.data.Sampler[list[int]]):
 
     @property
     def epoch(self) -> int:
-        """Epochs that are complete."""
         return self._position.epoch
 
     @property

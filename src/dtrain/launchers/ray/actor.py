@@ -84,7 +84,6 @@ class NodeActor:
         return self._folder
 
     def leave(self) -> None:
-        """Remove this node's run directory."""
         if self._folder:
             sync.remove_local_run_dir(self._folder)
 

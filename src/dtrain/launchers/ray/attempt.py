@@ -38,8 +38,6 @@ _PACKAGES = ("dtrain.node", "torch")
 
 @dataclass
 class Outcome:
-    """How an attempt ended."""
-
     codes: dict[int, int] = field(default_factory=dict)
     """node rank → exit code."""
     lost: dict[int, str] = field(default_factory=dict)
@@ -47,7 +45,6 @@ class Outcome:
 
     @property
     def code(self) -> int:
-        """The worst of the exit codes."""
         return max([*self.codes.values(), *([1] if self.lost else [])])
 
 
@@ -63,7 +60,6 @@ class ActorGroup:
     """The actors of one attempt, in the order of node ranks: that of the nodes' addresses."""
 
     def __init__(self, plan: LaunchPlan, attempt: int, placed: Placed) -> None:
-        """Start the actors."""
         self._plan = plan
         self._attempt = attempt
         self._options = RayOptions.of(plan.options)
@@ -76,7 +72,6 @@ class ActorGroup:
 
     @property
     def names(self) -> list[str]:
-        """The nodes' names, by node rank."""
         return [view.name for view in self.views]
 
     def begin(self) -> None:
@@ -201,7 +196,6 @@ class ActorGroup:
         return self.actors[rank].start.remote(argv, os.getcwd(), str(log), lost_after)
 
     def _ask(self, refs: dict[int, Any]) -> dict[int, Any]:
-        """What nodes answer, by node rank."""
         found = {}
         deadline = time.monotonic() + _ANSWER_S
         for rank, ref in refs.items():

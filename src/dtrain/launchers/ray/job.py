@@ -28,7 +28,6 @@ _STOPPED = 128 + signal.SIGTERM
 
 
 def url(options: RayOptions) -> str:
-    """Of the cluster's dashboard."""
     address = str(options.address)
     return address if "://" in address else f"http://{address}"
 
@@ -92,7 +91,6 @@ def submit(plan: LaunchPlan) -> JobLaunch:
 
 
 def _runtime_env(plan: LaunchPlan, options: RayOptions, folder: str) -> dict[str, Any]:
-    """Ours over the user's."""
     given = options.runtime_env
     env = {
         **given.get("env_vars", {}),
@@ -103,8 +101,6 @@ def _runtime_env(plan: LaunchPlan, options: RayOptions, folder: str) -> dict[str
 
 
 class JobLaunch:
-    """A job in Ray's hands."""
-
     def __init__(self, plan: LaunchPlan, job_id: str) -> None:
         self._plan = plan
         self._options = RayOptions.of(plan.options)
@@ -170,7 +166,6 @@ class JobLaunch:
 
     @property
     def words(self) -> str:
-        """How the job stands, for people."""
         text = f"job {self._job_id} at {url(self._options)}: {self._status}"
         return f"{text}; {self._message}" if self._status == "PENDING" and self._message else text
 

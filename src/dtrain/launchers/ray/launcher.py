@@ -102,10 +102,7 @@ class RayLauncher:
 
 
 class DriverProcess:
-    """The driver, while it runs."""
-
     def __init__(self, plan: LaunchPlan) -> None:
-        """Start the plan's command."""
         self._plan = plan
         self._folder = RayFiles(plan.run)
         self._stopped = False

@@ -27,8 +27,6 @@ _FIRST_NOTICE_S = 2.0
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """What is asked of the cluster."""
-
     least: int
     most: int
     """Nodes."""
@@ -131,8 +129,6 @@ def _sortable(address: str) -> tuple[int, int | str]:
 
 @dataclass(frozen=True)
 class Take:
-    """Reserve so many nodes."""
-
     count: int
     are_there: bool = True
     """Otherwise the cluster is to grow, and may take its time."""
@@ -145,8 +141,6 @@ class Wait:
 
 @dataclass(frozen=True)
 class Refuse:
-    """Give up."""
-
     why: str
 
 
@@ -217,16 +211,12 @@ def _amount(name: str, value: float) -> str:
 
 @dataclass(frozen=True)
 class Placed:
-    """Nodes that are ours."""
-
     group: PlacementGroup
     nodes: Sequence[NodeView]
     """All of the cluster."""
 
 
 class Placing:
-    """Places one attempt after another."""
-
     def __init__(
         self, plan: LaunchPlan, is_stopped: Callable[[], bool], say: Callable[[str], None]
     ) -> None:
@@ -273,7 +263,6 @@ class Placing:
         return None
 
     def free(self, placed: Placed) -> None:
-        """Give nodes back."""
         from ray.util.placement_group import remove_placement_group
 
         remove_placement_group(placed.group)

@@ -193,8 +193,6 @@ class SlurmLauncher:
 
 
 class SlurmLaunch:
-    """A job in Slurm's hands."""
-
     def __init__(self, plan: LaunchPlan, job_id: str, watcher: Watcher) -> None:
         self._plan = plan
         self._job_id = job_id

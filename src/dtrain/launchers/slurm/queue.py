@@ -62,8 +62,6 @@ class Unreachable(LaunchError):
 
 @dataclass(frozen=True)
 class Job:
-    """How a job stands."""
-
     job_id: str
     state: str
     """As Slurm says it: PENDING, RUNNING, COMPLETED, …; GONE when Slurm has forgotten it."""
@@ -88,7 +86,6 @@ class Job:
 
     @property
     def description(self) -> str:
-        """How it stands, for people."""
         text = f"job {self.job_id} {self.state.lower().replace('_', ' ')}"
         if self.state == "PENDING":
             why = self.unschedulable[1] if self.unschedulable else _WAITS.get(self.reason, "")

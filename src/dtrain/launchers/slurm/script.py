@@ -179,7 +179,6 @@ def srun_arguments(plan: LaunchPlan) -> list[str]:
 
 
 def agent_command(plan: LaunchPlan) -> list[str]:
-    """What srun starts on each node."""
     options = SlurmOptions.of(plan.options)
     command = [options.python or "python", "-P", "-m", "dtrain.node", plan.run_dir]
     command += ["--placement", "slurm"]

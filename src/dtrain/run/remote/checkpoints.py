@@ -110,12 +110,10 @@ class RemoteCheckpoints:
             self._store.remove(f"{name}/{MANIFEST}")
 
     def remove(self, name: str) -> None:
-        """Remove a checkpoint."""
         self._store.remove(f"{name}/{MANIFEST}")  # first: from now on there is none
         self._store.remove(*self._store.files(name))
 
     def remove_leftovers(self) -> None:
-        """Remove what killed writers have left."""
         found = list(self._store.files())
         kept = {n.split("/")[0] for n in found if n.rpartition("/")[2] in (MANIFEST, _REJECTED)}
         self._store.remove(*(name for name in found if name.split("/")[0] not in kept))

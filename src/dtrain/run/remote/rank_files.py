@@ -22,7 +22,6 @@ class RemoteRankFiles:
         return None if url is None else cls(url, purpose)
 
     def give(self, folder: Path) -> None:
-        """Send a folder's files there."""
         for path in folder.iterdir():
             self._store.put(path, f"{folder.name}/{path.name}")
 

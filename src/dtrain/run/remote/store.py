@@ -138,7 +138,6 @@ class RemoteStore:
         return self._do(fetch, False)
 
     def copy(self, name: str, to: str) -> None:
-        """Copy a file within the place."""
         if self._is_local:
             os.makedirs(os.path.dirname(self._path(to)), exist_ok=True)
         self._must(lambda: self._fs.cp_file(self._path(name), self._path(to)))

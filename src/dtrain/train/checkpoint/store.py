@@ -149,7 +149,6 @@ class CheckpointStore:
         return str(self._run.checkpoints) if url is None else f"{url}/checkpoints"
 
     def _candidates(self) -> list[Path]:
-        """Newest first."""
         if self._remote is not None:
             return sorted(self._remote.folders(), key=_step_of, reverse=True)
         if not self._run.checkpoints.is_dir():

@@ -77,7 +77,6 @@ class BufferWrites:
         """Whether there is anything to look at."""
 
     def begin(self, *, idle: bool) -> None:
-        """Before a step's first forward."""
         self._idle, self._written = idle, []
         self._before = self._digests()
 

@@ -26,7 +26,6 @@ class Spoilt:
         self._meant = set(self._not_finite(_KINDS))
 
     def found(self, kinds: Iterable[str] = _KINDS) -> list[str]:
-        """Each in words, on this rank."""
         found = self._not_finite(kinds)
         return [f"{kind} {name}" for kind, name in found if (kind, name) not in self._meant]
 

@@ -72,8 +72,6 @@ class Segment:
 
 
 class Proof:
-    """One rank's part of the proof."""
-
     def __init__(self, order: Order, ranks: RankInfo, seed: int) -> None:
         self.order = order
         self.ranks = ranks

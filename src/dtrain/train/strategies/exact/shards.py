@@ -68,7 +68,6 @@ class ShardStep:
         return [x for shard in self._shards for x in self._losses.get(shard, (0.0, 0.0))]
 
     def end(self, buffers: dict[int, torch.Tensor]) -> None:
-        """End the current shard."""
         assert self._current is not None
         _add_buffers(self._current.value.buffers, buffers)
         self._tree.push(Node(self._current.level, self._current.index, self._current.value))
@@ -84,7 +83,6 @@ class ShardStep:
         ]
 
     def _skip_to(self, shard: int) -> None:
-        """Shards without samples add nothing."""
         for empty in range(self._next, shard):
             self._tree.push_leaf(empty, None)
         self._next = shard
