@@ -125,7 +125,7 @@ def test_a_command_killed_while_its_cluster_starts_leaves_nothing(tmp_path: Path
     needs_ray()
     with started("launch", "--launcher", "ray", TINY, cwd=tmp_path) as process:
         until("a node that starts", lambda: starting(process), 60)
-        (keeper,) = [p for p in descendants(process.pid) if "ray_cluster" in command_of(p)]
+        (keeper,) = [p for p in descendants(process.pid) if "local_cluster" in command_of(p)]
         folder = Path(json.loads(keeper.cmdline()[-1])["folder"])
         assert folder.is_dir()
     until("its folder to be gone", lambda: not folder.exists(), 20)

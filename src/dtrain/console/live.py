@@ -113,7 +113,7 @@ class LiveConsole:
         kind = event["event"]
         if kind == "training_started" and self._bar is not None:
             self._bar.start(event.get("total_steps"))
-        elif kind in ("waiting", "silent"):
+        elif kind in ("waiting", "notice", "silent"):
             self.say(f"{event['what']}")
         elif kind == "secrets_left_out":
             self.say(f"not copied, may hold secrets: {', '.join(event['files'])}")

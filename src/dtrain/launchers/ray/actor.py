@@ -164,40 +164,41 @@ class NodeActor:
                 self.signal(signal.SIGKILL)
 
 
+def _ask(argv: list[str], timeout_s: float, env: dict[str, str]) -> tuple[str, str]:
+    """What a command prints, and its last words where it fails.
+
+    Raises:
+        OSError, subprocess.TimeoutExpired: it cannot be run.
+    """
+    done = subprocess.run(
+        argv,
+        env={**os.environ, **env},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=timeout_s,
+        check=False,
+    )
+    words = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    return done.stdout, words if done.returncode else ""
+
+
 def _trouble_at(url: str, python: str, env: dict[str, str]) -> str:
     """Why the place of runs cannot be written to from here; empty when it can."""
     try:
-        done = subprocess.run(
-            [python, "-P", "-c", _REACH, url],
-            env={**os.environ, **env},
-            capture_output=True,
-            encoding="utf-8",
-            timeout=100,
-            check=False,
-        )
+        return _ask([python, "-P", "-c", _REACH, url], 100, env)[1]
     except (OSError, subprocess.TimeoutExpired):
         return f"{url} does not answer"
-    if done.returncode == 0:
-        return ""
-    return (done.stderr.strip().splitlines() or ["no reason given"])[-1]
 
 
 def _packages(python: str, names: list[str]) -> dict[str, Any]:
     """`versions` of packages, None for one that is missing; `trouble` in asking."""
     try:
-        done = subprocess.run(
-            [python, "-P", "-c", _LOOK, *names],
-            capture_output=True,
-            encoding="utf-8",
-            timeout=60,
-            check=False,
-        )
+        found, trouble = _ask([python, "-P", "-c", _LOOK, *names], 60, {})
     except (OSError, subprocess.TimeoutExpired) as error:
         return {"versions": {}, "trouble": f"{python} cannot be run: {error}"}
-    if done.returncode != 0:
-        said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        return {"versions": {}, "trouble": f"{python} failed: {said}"}
-    return {"versions": json.loads(done.stdout), "trouble": ""}
+    if trouble:
+        return {"versions": {}, "trouble": f"{python} failed: {trouble}"}
+    return {"versions": json.loads(found), "trouble": ""}
 
 
 def _leave_word(folder: str) -> str:

@@ -84,7 +84,7 @@ def _drive_as_job(folder: Path) -> int:
         return _drive(plan)
     with (
         job_output.printing(plan.run, sys.stdout),
-        syncing(plan.run, partial(_say, plan.run), but=STARTING),
+        syncing(plan.run, partial(_note, plan.run, "notice"), but=STARTING),
     ):
         code = _drive(plan)
     if plan.run_url:
@@ -92,8 +92,8 @@ def _drive_as_job(folder: Path) -> int:
     return code
 
 
-def _say(run: RunDir, text: str) -> None:
-    events.note_event(run, "waiting", what=text)
+def _note(run: RunDir, kind: str, text: str) -> None:
+    events.note_event(run, kind, what=text)
 
 
 def _as_json(refusal: DtrainError) -> dict[str, Any]:
@@ -239,7 +239,8 @@ class Driver:
         """Make attempts until one is the last; its exit code."""
         from dtrain.launchers.ray.placement import Placing
 
-        placing = Placing(self._plan, lambda: self._stops > 0, self._say)
+        say = partial(_note, self._plan.run, "waiting")
+        placing = Placing(self._plan, lambda: self._stops > 0, say)
         first = attempt = self._plan.attempt
         outcome = None
         while True:
@@ -292,9 +293,8 @@ class Driver:
 
     def _wait_for_head(self) -> None:
         """A node was lost: if it was the head, it will be found out soon; ask it nothing before."""
-        while not self._cluster_gone.wait(0.2):
-            if ports.is_listening(self._head):
-                return
+        while not self._cluster_gone.wait(0.2) and not ports.is_listening(self._head):
+            pass
 
     def _begin_attempt(self, attempt: int) -> None:
         """Take the next attempt, while the one before has no result: nobody else comes between."""
@@ -315,7 +315,7 @@ class Driver:
         Result("failed", code, self._began, time.time()).write(run, attempt)
 
     def _say(self, text: str) -> None:
-        _say(self._plan.run, text)
+        _note(self._plan.run, "notice", text)
 
 
 def reach(address: str) -> None:
