@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dtrain.errors import DtrainError
+from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base
 from dtrain.node.placement.base import Arguments
@@ -39,7 +40,7 @@ def plan(tmp_path: Path) -> LaunchPlan:
     facts = Facts("digits-abc", str(tmp_path), "python3", "laptop", cores=8, free_port=16000)
     made = make_plan(
         JobSpec.model_validate(given),
-        job_dir="/job", launcher="local", profile="local", options={}, facts=facts,
+        job_dir="/job", launcher="local", profile="local", options=AnyOptions(), facts=facts,
     )  # fmt: skip
     made = base.load("local").complete(made, facts)
     files.write_json(made.run.plan, made.to_json())
