@@ -24,6 +24,7 @@ from dtrain.job.static_source import task_imports
 from dtrain.job.yaml_reader import read_yaml
 from dtrain.launchers import base, status
 from dtrain.launchers.base import Dependable, HostChecking, Launcher, Surveying
+from dtrain.launchers.flags import FLAGS
 from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.run import code_archive, events, files, ids
 from dtrain.run.lookup import find
@@ -209,6 +210,7 @@ def _options(
     launcher: Launcher, profile: LoadedProfile, given: Mapping[str, Any], runs: str
 ) -> tuple[AnyOptions, dict[str, str]]:
     """The launcher's own options, and where each was written."""
+    _refuse_flags_of_others(launcher, profile.spec.launcher, given)
     aside = ("after", "ray")
     flags = {name: flag(f"--{name}", value) for name, value in given.items() if name not in aside}
     for text in given.get("ray", ()):
@@ -216,12 +218,21 @@ def _options(
     if "slurm" in given and not isinstance(given["slurm"], dict):
         flags["slurm"] = flag("--slurm", flags_of_sbatch(given["slurm"]))
     if "after" in given:
-        if not isinstance(launcher, Dependable):
-            raise PlanError(f"launcher {profile.spec.launcher!r} has no --after; 'slurm' has")
+        assert isinstance(launcher, Dependable)
         dependency = launcher.dependency_on(find(given["after"], runs))
         if dependency:
             flags["dependency"] = flag(f"--after {given['after']}", dependency)
     return checked_options(profile, flags, launcher.options_model)
+
+
+def _refuse_flags_of_others(launcher: Launcher, name: str, given: Mapping[str, Any]) -> None:
+    for each in FLAGS:
+        is_ours = each.launcher == name or each.option in launcher.options_model.model_fields
+        if each.option == "after" and isinstance(launcher, Dependable):
+            is_ours = True
+        if given.get(each.option) and not is_ours:
+            what = f"{each.names[-1]} is for launcher {each.launcher!r}"
+            raise PlanError(f"{what}, and this is {name!r}: choose it with --launcher")
 
 
 def _option_of_profile(spelling: str, text: str) -> dict[str, Any]:
