@@ -38,10 +38,10 @@ def printable(text: str, most: int = 20_000) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in short)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error of another library, of which some have fifty."""
+def first_line(error: BaseException, most: int = 300) -> str:
+    """What an error of a library says first; some say fifty lines, and some nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    return lines[0][:most] if lines else type(error).__name__
 
 
 class DtrainError(Exception):

@@ -68,11 +68,8 @@ class ActorGroup:
         order = list(views)
         bundles = sorted(where, key=lambda bundle: order.index(where[bundle]))
         self.views = [views[where[bundle]] for bundle in bundles]
+        self.names = [view.name for view in self.views]
         self.actors = [_start_actor(plan, placed, bundle) for bundle in bundles]
-
-    @property
-    def names(self) -> list[str]:
-        return [view.name for view in self.views]
 
     def begin(self) -> None:
         """See that every node can train, and start its process.
@@ -111,9 +108,8 @@ class ActorGroup:
             stops: how often we were asked to stop: once in order, twice at once.
             troubled: whether the cluster itself is lost.
         """
-        return _Watch(self, self._plan.stop_timeout_s + 5, self._options.lost_after).run(
-            stops, troubled
-        )
+        watch = _Watch(self, self._plan.stop_timeout_s + 5, self._options.lost_after)
+        return watch.run(stops, troubled)
 
     def take_changes(self, changes: list[Change]) -> None:
         """Put what is new on a node that has a directory of its own into the driver's."""
