@@ -190,7 +190,7 @@ class LaunchPlan:
 
         Raises:
             PlanError: there is none, so this is not a run directory.
-        DamagedError: what is in plan.json is no plan.
+            DamagedError: what is in plan.json is no plan.
         """
         plan = files.read_as(cls, run.plan)
         if plan is None:
@@ -217,23 +217,13 @@ def make_plan(
     """
     launch = job.launch
     min_nodes, nodes = launch.nodes
-    problem = catalog.pair_problem(job.trainer, job.strategy, nodes)
-    if problem:
+    if problem := catalog.pair_problem(job.trainer, job.strategy, nodes):
         raise PlanError(problem, ("strategy", "trainer", "launch.nodes"))
     procs, replicas = _processes(job)
-    world_sizes = [procs * count for count in range(min_nodes, nodes + 1)]
-    if problem := catalog.shard_problem(job.strategy, job.train.virtual_shards, world_sizes):
-        raise PlanError(problem, (*_SIZES, "strategy"))
-    if problem := sharded_problem(job, world_sizes):
-        raise PlanError(problem, ("data.stream", "strategy", *_SIZES))
-    inject = [] if facts.attempt else job.checks.inject  # only the first attempt has any
-    if problem := absent_rank(inject, procs * nodes):
-        raise PlanError(problem, ("checks.inject",))
+    _check_sizes(job, procs, facts.attempt)
+    if facts.runs_url and (problem := catalog.url_problem(launcher)):
+        raise PlanError(problem)
     threads = _threads(launcher, options, facts.cores, nodes, procs * replicas)
-    if facts.runs_url:
-        problem = catalog.url_problem(launcher)
-        if problem:
-            raise PlanError(problem)
     run = RunDir(os.path.join(facts.runs, facts.run_id))
     return LaunchPlan(
         run_id=facts.run_id,
@@ -280,6 +270,19 @@ def make_plan(
 
 
 _SIZES = ("launch.procs_per_node", "launch.gpus_per_node", "launch.nodes")
+
+
+def _check_sizes(job: JobSpec, procs: int, attempt: int) -> None:
+    """Refuse a number of processes that the strategy, the data or an injected fault cannot have."""
+    min_nodes, nodes = job.launch.nodes
+    world_sizes = [procs * count for count in range(min_nodes, nodes + 1)]
+    if problem := catalog.shard_problem(job.strategy, job.train.virtual_shards, world_sizes):
+        raise PlanError(problem, (*_SIZES, "strategy"))
+    if problem := sharded_problem(job, world_sizes):
+        raise PlanError(problem, ("data.stream", "strategy", *_SIZES))
+    inject = [] if attempt else job.checks.inject  # only the first attempt has any
+    if problem := absent_rank(inject, procs * nodes):
+        raise PlanError(problem, ("checks.inject",))
 
 
 def _processes(job: JobSpec) -> tuple[int, int]:
