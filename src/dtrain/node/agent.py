@@ -18,7 +18,7 @@ from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, 
 from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalException
 
 from dtrain.forking import SERVER_ENDED, Channel
-from dtrain.node import leaving, lost, stack_dump
+from dtrain.node import leaving, stack_dump
 from dtrain.node.environment import worker_environment
 from dtrain.node.heartbeat import Peer, of_silence, send_heartbeats
 from dtrain.node.memory import Memory
@@ -246,13 +246,26 @@ class NodeAgent(SimpleElasticAgent):
         }
 
     def _note_absent(self, worker_group: WorkerGroup) -> None:
-        """Keep which ranks still run now that others have given up, and where they are."""
+        """Record which ranks still run now that others have given up, and where they are.
+
+        The verdict decides whether one is to blame: one node does not know what happened on the
+        others.
+        """
         ranks = self._ranks(worker_group)
         logs = {pid: self._log_of(rank) for pid, rank in ranks.items()}
         answers = stack_dump.ask(logs.values(), lambda: self._signal(ranks, stack_dump.SIGNAL))
         for pid, rank in ranks.items():
-            place = self._place(rank, pid, time.time())
-            record = lost.absent(self.plan, answers[logs[pid]], **place)
+            stack = answers[logs[pid]]
+            record = failures.of_worker(
+                "absent",
+                "did not come to the collective that the others waited for "
+                f"({self.plan.collective_timeout_s:g} s)",
+                1,
+                frames=(failures.users_own(stack) or stack[:1])[::-1],
+                collateral=stack_dump.waits_or_leaves(stack),
+                **self._place(rank, pid, time.time()),
+            )
+            record.write(self.plan.run, self.plan.attempt)
             self._absent += [] if record.collateral else [record]
 
     def _ranks(self, worker_group: WorkerGroup) -> dict[int, int]:

@@ -73,7 +73,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "profile",
     ),
     "dtrain.launchers": (
-        "base flags local prepare templates warm",
+        "base flags local prepare warm",
         "status stopping torchrun",
         "supervise",
         "array ray slurm",
@@ -87,7 +87,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "launcher",
     ),
     "dtrain.launchers.slurm": (
-        "options queue",
+        "options queue templates",
         "outcome script",
         "sbatch",
         "submitit",
@@ -95,7 +95,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.node": (
         "environment gpus hashing hints leaving memory placement sealed stack_dump",
-        "heartbeat lost silence store worker",
+        "heartbeat silence store worker",
         "fork_server rendezvous",
         "agent",
         "agent_process",
