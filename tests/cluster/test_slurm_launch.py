@@ -284,7 +284,8 @@ def test_the_place_of_what_is_refused_is_a_line_of_the_profile(
 def test_a_detached_run_is_followed_and_cancelled_from_elsewhere(
     slurm: Cluster, tmp_path: Path
 ) -> None:
-    done = dtrain("launch", "--detach", *TWO, *SLOW, TINY, cwd=tmp_path)
+    longer = ("--set", "train.steps=600")  # than the next command takes to start
+    done = dtrain("launch", "--detach", *TWO, *SLOW, *longer, TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with started("logs", "--follow", cwd=tmp_path) as follower:
         run = wait_for_step(tmp_path, 3)
@@ -293,7 +294,7 @@ def test_a_detached_run_is_followed_and_cancelled_from_elsewhere(
         output = follower.communicate(timeout=60)[0]
     assert cancelled == {"id": run.id, "was": "running", "state": "cancelled"}
     assert follower.returncode == 143, output
-    assert "step 3/60" in output
+    assert "step 3/600" in output
     assert events(run, "stopped")
 
 
@@ -346,7 +347,8 @@ def test_a_job_trains_the_code_of_its_submission(slurm: Cluster, tmp_path: Path)
 
 def test_a_run_starts_after_another(slurm: Cluster, tmp_path: Path) -> None:
     one = ("--launcher", "slurm", "--detach")
-    dtrain("launch", *one, "--run-id", "first", *SLOW, TINY, cwd=tmp_path)
+    longer = ("--set", "args.pause=0.15")  # than the next command takes to start
+    dtrain("launch", *one, "--run-id", "first", *SLOW, *longer, TINY, cwd=tmp_path)
     done = dtrain("launch", *one, "--run-id", "second", "--after", "first", TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     second = RunDir(tmp_path / "runs" / "second")
