@@ -5,7 +5,7 @@ Looked at after each test, and cheap enough for an autouse fixture (about a mill
 * processes started by the test: children, their descendants, and orphans that carry our mark in
   their environment; one that was in place before the test may start others (a cluster's daemons);
 * ports that this process listens on;
-* files in /dev/shm, unless a process of someone else's has them open;
+* files in /dev/shm, unless a living process of someone else's has them open, or made them;
 * environment variables.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import signal
 import socket
 import time
@@ -190,15 +191,23 @@ def _leaked_shm(before: _Snapshot) -> list[str]:
     for name in set(_shm_names()) - before.shm:
         path = _SHM / name
         with contextlib.suppress(OSError):
-            if path.stat().st_uid == os.getuid() and not _used_by_others(path):
+            if path.stat().st_uid == os.getuid() and not _is_of_others(path):
                 path.unlink()
                 lines.append(f"file {path}")
     return lines
 
 
-def _used_by_others(path: Path) -> bool:
-    """Whether a process that is not ours has the file mapped or open: then it made it."""
-    for pid in _pids() - {os.getpid()}:
+def _is_of_others(path: Path) -> bool:
+    """Whether a living process that is not this one has the file open, or is named in its name.
+
+    As torch does it: `torch_PID_…`. Otherwise tests of another worker, which leave a file for a
+    moment, would be taken for ours.
+    """
+    others = _pids() - {os.getpid()}
+    number = re.search(r"\d+", path.name)
+    if number is not None and int(number[0]) in others:
+        return True
+    for pid in others:
         if str(path) in _read(f"/proc/{pid}/maps"):
             return True
         with contextlib.suppress(OSError):

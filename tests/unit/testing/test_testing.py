@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.forking import Channel
-from dtrain.testing import body, report, wire
+from dtrain.testing import body, leaks, report, wire
 from dtrain.testing.watch import hold_port
 from dtrain.testing.wire import Answer, Kind, Layout, Outcome, RankResult
 
@@ -303,3 +303,20 @@ def test_a_leak_fails_the_test_and_is_ended(pytester: pytest.Pytester) -> None:
     )
     assert "secret" not in result.stdout.str()
     assert not list(Path("/dev/shm").glob("dtrain-test-*"))
+
+
+def test_a_file_of_a_living_process_is_not_ours() -> None:
+    """Another worker's test may leave one for a moment, which its own guard takes away."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        path = Path(f"/dev/shm/dtrain-of-{other.pid}")
+        try:
+            with leaks.watching(processes=False) as found:
+                path.touch()
+            assert found == []
+            other.communicate(b"\n")
+            path.unlink()
+            with leaks.watching(processes=False) as found:
+                path.touch()
+            assert found == [f"file {path}"]
+        finally:
+            path.unlink(missing_ok=True)
