@@ -15,12 +15,34 @@ from dtrain.errors import PlanError
 
 
 @dataclass(frozen=True)
-class LauncherFact:
+class Needs:
+    """Packages without which something cannot be used."""
+
+    modules: tuple[str, ...] = ()
+    """By the names that are imported."""
+    extra: str = ""
+    """The pip extra that brings them."""
+
+    def problem(self, what: str) -> str | None:
+        """What is missing here, with its pip command; None when nothing. Imports nothing."""
+        missing = [module for module in self.modules if find_spec(module) is None]
+        if not missing:
+            return None
+        return f"{what} needs {' and '.join(missing)}: pip install 'dtrain[{self.extra}]'"
+
+
+NOTHING = Needs()
+
+
+@dataclass(frozen=True)
+class Fact:
     target: str
     """`module:Class`, imported when used."""
-    summary: str
-    extra: str | None = None
-    """The pip extra it needs, if any."""
+    needs: Needs = NOTHING
+
+
+@dataclass(frozen=True)
+class LauncherFact(Fact):
     allocates: bool = False
     """Nodes come with the cores that the job asks for, whatever this host has."""
     simulates: bool = False
@@ -30,11 +52,10 @@ class LauncherFact:
 
 
 @dataclass(frozen=True)
-class StrategyFact:
+class StrategyFact(Fact):
     """A way in which the processes share the work."""
 
-    target: str
-    summary: str
+    summary: str = ""
     one_process: bool = False
     """One process in all (`single`) or one per node (`dp`), whatever --procs says."""
     multi_node: bool = True
@@ -43,23 +64,24 @@ class StrategyFact:
 
 
 @dataclass(frozen=True)
-class TrainerFact:
-    target: str
-    summary: str
-    strategies: tuple[str, ...]
-    extra: str | None = None
-    module: str | None = None
-    """What that extra brings, by the name that is imported."""
+class TrainerFact(Fact):
+    strategies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class FrameworkFact:
-    """A library whose own models a job may name as its task."""
+class FrameworkFact(Fact):
+    """A library whose own models a job may name as its task; the target is a `load.Adapter`."""
 
-    target: str
-    """What makes tasks of them, a `dtrain.train.load.Adapter`."""
-    job_check: str
+    job_check: str = ""
     """What reads a job before a launch, a `dtrain.job.frameworks.JobCheck`."""
+
+
+@dataclass(frozen=True)
+class ExportFact:
+    """A form in which a trained model is written."""
+
+    suffix: str
+    needs: Needs = NOTHING
 
 
 LIGHTNING = ("pytorch_lightning", "lightning")
@@ -70,152 +92,90 @@ SCRIPT = "script"
 OWN = "own"
 """Stands for the strategy of a script: whatever it does by itself."""
 
-
-@dataclass(frozen=True)
-class LoggerFact:
-    target: str
-    summary: str
-    module: str | None = None
-    """The package it needs, as it is imported; None for none."""
-    extra: str | None = None
-
+_STRATEGIES = "dtrain.train.strategies"
+_INTEGRATIONS = "dtrain.integrations"
+_LOGGERS = "dtrain.train.metrics.loggers"
 
 LAUNCHERS: Mapping[str, LauncherFact] = {
-    "local": LauncherFact(
-        "dtrain.launchers.local:LocalLauncher",
-        "this machine, as one node or several simulated",
-        simulates=True,
-        urls=True,
-    ),
-    "torchrun": LauncherFact(
-        "dtrain.launchers.torchrun:TorchrunLauncher",
-        "this host is one node of the job; run the command on each host",
-    ),
-    "slurm": LauncherFact(
-        "dtrain.launchers.slurm.launcher:SlurmLauncher",
-        "one batch job of a Slurm cluster, with one node agent per node",
-        extra="slurm",
-        allocates=True,
-    ),
-    "ray": LauncherFact(
-        "dtrain.launchers.ray.launcher:RayLauncher",
-        "the nodes of a Ray cluster, one running or one of our own",
-        extra="ray",
-        allocates=True,
-        urls=True,
-    ),
+    "local": LauncherFact("dtrain.launchers.local:LocalLauncher", simulates=True, urls=True),
+    "torchrun": LauncherFact("dtrain.launchers.torchrun:TorchrunLauncher"),
+    "slurm": LauncherFact("dtrain.launchers.slurm.launcher:SlurmLauncher", allocates=True),
+    "ray": LauncherFact("dtrain.launchers.ray.launcher:RayLauncher", allocates=True, urls=True),
 }
 
 STRATEGIES: Mapping[str, StrategyFact] = {
     "single": StrategyFact(
-        "dtrain.train.strategies.base:SingleStrategy",
-        "one process, the reference for all others",
+        f"{_STRATEGIES}.base:SingleStrategy",
+        summary="one process, the reference for all others",
         one_process=True,
         multi_node=False,
     ),
     "dp": StrategyFact(
-        "dtrain.train.strategies.dp:DataParallelStrategy",
-        "nn.DataParallel: one process, one replica per device",
+        f"{_STRATEGIES}.dp:DataParallelStrategy",
+        summary="nn.DataParallel: one process, one replica per device",
         one_process=True,
         multi_node=False,
     ),
     "ddp": StrategyFact(
-        "dtrain.train.strategies.ddp:DDPStrategy",
-        "DistributedDataParallel: one process per device, gradients all-reduced",
+        f"{_STRATEGIES}.ddp:DDPStrategy",
+        summary="DistributedDataParallel: one process per device, gradients all-reduced",
     ),
     "fsdp": StrategyFact(
-        "dtrain.train.strategies.fsdp:FSDPStrategy",
-        "FSDP2 fully_shard: parameters, gradients and optimizer state cut over the processes",
+        f"{_STRATEGIES}.fsdp:FSDPStrategy",
+        summary="FSDP2 fully_shard: parameters, gradients and optimizer state cut over the "
+        "processes",
     ),
     "exact": StrategyFact(
-        "dtrain.train.strategies.exact.strategy:ExactStrategy",
-        "virtual shards added up in one fixed tree: the same bits on any number of processes",
+        f"{_STRATEGIES}.exact.strategy:ExactStrategy",
+        summary="virtual shards added up in one fixed tree: the same bits on any number of "
+        "processes",
         virtual_shards=True,
     ),
 }
 
 TRAINERS: Mapping[str, TrainerFact] = {
-    "native": TrainerFact(
-        "dtrain.train.loop.native:NativeTrainer",
-        "dtrain's own loop",
-        strategies=("single", "dp", "ddp", "fsdp", "exact"),
-    ),
+    "native": TrainerFact("dtrain.train.loop.native:NativeTrainer", strategies=tuple(STRATEGIES)),
     "lightning": TrainerFact(
-        "dtrain.integrations.lightning.adapter:make_trainer",
-        "Lightning's loop, hooks, callbacks and loggers, for a task or a LightningModule",
+        f"{_INTEGRATIONS}.lightning.adapter:make_trainer",
+        Needs(LIGHTNING[:1], "lightning"),
         strategies=("single", "ddp", "fsdp", "exact"),
-        extra="lightning",
-        module=LIGHTNING[0],
     ),
-    SCRIPT: TrainerFact(
-        "dtrain.integrations.script.run:run_script",
-        "a Python file as it is, with its own loop, as under torchrun",
-        strategies=(),
-    ),
+    SCRIPT: TrainerFact(f"{_INTEGRATIONS}.script.run:run_script"),
 }
-
 
 FRAMEWORKS: Mapping[str, FrameworkFact] = {
     "lightning": FrameworkFact(
-        "dtrain.integrations.lightning.adapter:LightningAdapter",
-        "dtrain.integrations.lightning.job_check:LightningCheck",
+        f"{_INTEGRATIONS}.lightning.adapter:LightningAdapter",
+        job_check=f"{_INTEGRATIONS}.lightning.job_check:LightningCheck",
     ),
     "keras": FrameworkFact(
-        "dtrain.integrations.keras.adapter:KerasAdapter",
-        "dtrain.integrations.keras.job_check:KerasCheck",
+        f"{_INTEGRATIONS}.keras.adapter:KerasAdapter",
+        job_check=f"{_INTEGRATIONS}.keras.job_check:KerasCheck",
     ),
 }
-
-
-@dataclass(frozen=True)
-class ExportFact:
-    """A form in which a trained model is written."""
-
-    suffix: str
-    modules: tuple[str, ...] = ()
-    """The packages it needs, as they are imported."""
-    extra: str | None = None
-
 
 EXPORTS: Mapping[str, ExportFact] = {
-    "safetensors": ExportFact(".safetensors", ("safetensors",), "export"),
+    "safetensors": ExportFact(".safetensors", Needs(("safetensors",), "export")),
     "torch-export": ExportFact(".pt2"),
-    "onnx": ExportFact(".onnx", ("onnx", "onnxscript", "onnxruntime"), "export"),
-    "keras": ExportFact(".keras", ("keras",), "keras"),
+    "onnx": ExportFact(".onnx", Needs(("onnx", "onnxscript", "onnxruntime"), "export")),
+    "keras": ExportFact(".keras", Needs(("keras",), "keras")),
 }
 
-_LOGGERS = "dtrain.train.metrics.loggers"
-
-LOGGERS: Mapping[str, LoggerFact] = {
-    "csv": LoggerFact(f"{_LOGGERS}:Csv", "train.csv and eval.csv in the run's folder"),
-    "tensorboard": LoggerFact(
-        f"{_LOGGERS}:TensorBoard",
-        "event files in the run's folder",
-        module="tensorboard",
-        extra="loggers",
-    ),
-    "mlflow": LoggerFact(
-        f"{_LOGGERS}:MLflow", "a tracking server, or a folder", module="mlflow", extra="mlflow"
-    ),
-    "wandb": LoggerFact(f"{_LOGGERS}:Wandb", "Weights & Biases", module="wandb", extra="wandb"),
-    "comet": LoggerFact(f"{_LOGGERS}:Comet", "Comet", module="comet_ml", extra="comet"),
+LOGGERS: Mapping[str, Fact] = {
+    "csv": Fact(f"{_LOGGERS}:Csv"),
+    "tensorboard": Fact(f"{_LOGGERS}:TensorBoard", Needs(("tensorboard",), "loggers")),
+    "mlflow": Fact(f"{_LOGGERS}:MLflow", Needs(("mlflow",), "mlflow")),
+    "wandb": Fact(f"{_LOGGERS}:Wandb", Needs(("wandb",), "wandb")),
+    "comet": Fact(f"{_LOGGERS}:Comet", Needs(("comet_ml",), "comet")),
 }
 
-
-@dataclass(frozen=True)
-class PlacementFact:
-    """A reader that tells a node process who it is."""
-
-    target: str
-
-
-PLACEMENTS: Mapping[str, PlacementFact] = {
-    "argv": PlacementFact("dtrain.node.placement.argv:ArgvPlacement"),
-    "slurm": PlacementFact("dtrain.node.placement.slurm:SlurmPlacement"),
-    "ray": PlacementFact("dtrain.node.placement.ray:RayPlacement"),
+PLACEMENTS: Mapping[str, Fact] = {
+    "argv": Fact("dtrain.node.placement.argv:ArgvPlacement"),
+    "slurm": Fact("dtrain.node.placement.slurm:SlurmPlacement"),
+    "ray": Fact("dtrain.node.placement.ray:RayPlacement"),
 }
 
-_TABLES: Mapping[str, Mapping[str, Any]] = {
+_TABLES: Mapping[str, Mapping[str, Fact]] = {
     "launcher": LAUNCHERS,
     "strategy": STRATEGIES,
     "trainer": TRAINERS,
@@ -242,9 +202,9 @@ def find(kind: str, name: str) -> str:
     Raises:
         PlanError: nothing of that kind has this name.
     """
-    table: Mapping[str, Any] = _TABLES[kind]
+    table = _TABLES[kind]
     if name in table:
-        return str(table[name].target)
+        return table[name].target
     outside = _outside(kind)
     if name in outside:
         return outside[name]
@@ -267,32 +227,13 @@ def imported(target: str) -> Any:
 
 def launcher(name: str) -> LauncherFact:
     """What is known of a launcher; of one from an entry point, only where it is."""
-    return LAUNCHERS.get(name) or LauncherFact(find("launcher", name), "")
+    return LAUNCHERS.get(name) or LauncherFact(find("launcher", name))
 
 
-def export_problem(name: str) -> str | None:
-    """What an export lacks here, with its pip command; None when nothing. Imports nothing."""
-    fact = EXPORTS[name]
-    missing = [module for module in fact.modules if find_spec(module) is None]
-    if not missing:
-        return None
-    return f"--to {name} needs {' and '.join(missing)}: pip install 'dtrain[{fact.extra}]'"
-
-
-def logger_problem(name: str) -> str | None:
-    """Why a logger cannot be used with this Python; None when it can. Imports nothing."""
-    fact = LOGGERS.get(name)
-    if fact is None or fact.module is None or find_spec(fact.module) is not None:
-        return None
-    return f"logger {name!r} needs {fact.module}: pip install 'dtrain[{fact.extra}]'"
-
-
-def trainer_problem(name: str) -> str | None:
-    """Why a trainer cannot be used with this Python; None when it can. Imports nothing."""
-    fact = TRAINERS.get(name)
-    if fact is None or fact.module is None or find_spec(fact.module) is not None:
-        return None
-    return f"trainer {name!r} needs a package: pip install 'dtrain[{fact.extra}]'"
+def problem_of(kind: str, name: str) -> str | None:
+    """What a trainer or logger lacks here, with its pip command; None when nothing."""
+    fact: Fact | None = _TABLES[kind].get(name)
+    return None if fact is None else fact.needs.problem(f"{kind} {name!r}")
 
 
 def url_problem(launcher: str) -> str | None:

@@ -170,13 +170,9 @@ def identity(pid: int) -> str | None:
     Pids are used again, and times of day shift when a clock is set: so the boot, the PID
     namespace, and the clock tick of the boot at which the process started.
     """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        around = _around()
-    except OSError:
-        return None
-    state, *fields = _after_name(stat)
-    return None if state in "ZX" else f"{around}/{pid}/{fields[18]}"
+    fields = _stat(pid)
+    ended = not fields or fields[0] in "ZX"
+    return None if ended else f"{_around()}/{pid}/{fields[19]}"
 
 
 def is_here(identity: str) -> bool:
@@ -198,18 +194,17 @@ def this_process() -> dict[str, Any]:
 
 def is_ending(pid: int) -> bool:
     """Whether a process is on its way out, or gone: a signal has nothing to do with it any more."""
+    fields = _stat(pid)
+    return not fields or bool(int(fields[6]) & _PF_EXITING)
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; none when there is no such process."""
     try:
-        flags = _after_name(
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        )[6]
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return True
-    return bool(int(flags) & _PF_EXITING)
-
-
-def _after_name(stat: str) -> list[str]:
-    """The fields of /proc/PID/stat from the state on; the name before may hold anything."""
-    return stat.rpartition(")")[2].split()
+        return []
+    return text.rpartition(")")[2].split()  # the name before may hold anything
 
 
 def serve_under_submitit(command: list[str]) -> int:

@@ -27,7 +27,7 @@ def command(
     from dtrain.errors import UsageError
 
     found = find(run, runs)
-    problem = catalog.export_problem(to)
+    problem = catalog.EXPORTS[to].needs.problem(f"--to {to}")
     if problem is not None:
         raise UsageError(problem)
     argv = [sys.executable, "-P", "-m", "dtrain.export", str(found.path), "--to", to]

@@ -94,7 +94,8 @@ def _lines(plan: LaunchPlan, written: bool) -> list[str]:
     if by_hand:
         lines += ["or by hand, without dtrain's agents"]
         if not written:
-            lines.append(f"  # first, where all hosts see it: {_write_command(plan)}")
+            same = f"the same `dtrain plan` with --write --run-id {shlex.quote(plan.run_id)}"
+            lines.append(f"  # first, where all hosts see it: {same}")
         lines += [f"  {_command(each)}" for each in by_hand]
     return lines
 
@@ -103,10 +104,6 @@ def _endpoint(plan: LaunchPlan) -> str:
     if not plan.rdzv_port:
         return "on the first node of the job, at a port that is free there"
     return f"{plan.rdzv_host}:{plan.rdzv_port}"
-
-
-def _write_command(plan: LaunchPlan) -> str:
-    return f"the same `dtrain plan` with --write --run-id {shlex.quote(plan.run_id)}"
 
 
 def _command(command: Command) -> str:

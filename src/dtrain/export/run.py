@@ -64,7 +64,7 @@ def export(
     fact = catalog.EXPORTS.get(to)
     if fact is None:
         raise UsageError(f"no format {to!r}; known: {', '.join(catalog.EXPORTS)}")
-    problem = catalog.export_problem(to)
+    problem = fact.needs.problem(f"--to {to}")
     if problem is not None:
         raise UsageError(problem)
     folder, tensors, rejected = _newest(run, step)

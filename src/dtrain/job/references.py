@@ -68,7 +68,7 @@ def _pair_problems(root: Located) -> Iterator[Problem]:
     except ValueError:
         most = 1
     problem = trainer and strategy and _pair_problem(root, trainer, strategy, most)
-    missing = trainer and catalog.trainer_problem(trainer)
+    missing = trainer and catalog.problem_of("trainer", trainer)
     if problem:
         said = [root.get((field,)) for field in ("strategy", "trainer")]
         place = next((written.place for written in (*said, nodes) if written), root.place)
@@ -107,7 +107,7 @@ def _logger_problems(root: Located) -> Iterator[Problem]:
     for index, entry in enumerate(entries):
         plain = entry.plain()
         name = next(iter(plain), None) if isinstance(plain, dict) else plain
-        problem = catalog.logger_problem(name) if isinstance(name, str) else None
+        problem = catalog.problem_of("logger", name) if isinstance(name, str) else None
         if problem:
             yield entry.place.problem(dotted(("log", "loggers", index)), problem)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 
 from dtrain import environ
 from dtrain.errors import DtrainError, LaunchError, PlanError, UsageError
@@ -52,6 +54,15 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
             f"cannot write the run directory {run.path}: {error.strerror}; "
             "choose another place with --runs DIR"
         ) from error
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Turn what goes wrong in writing further files into a `LaunchError` that says which."""
+    try:
+        yield
+    except OSError as error:
+        raise LaunchError(f"cannot write {error.filename}: {error.strerror}") from error
 
 
 def _claim(plan: LaunchPlan, handle: Handle) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dtrain import ports
-from dtrain.errors import PlanError, quoted
+from dtrain.errors import PlanError
 from dtrain.job.fields import Text
 from dtrain.job.launcher_options import LauncherOptions
-from dtrain.job.units import is_number
+from dtrain.job.units import is_number, parse_address
 from dtrain.launchers.local import LocalLauncher, NodeProcess, node_command
 from dtrain.plan import Command, Facts, LaunchPlan
 
@@ -76,10 +76,10 @@ def _endpoint(plan: LaunchPlan, endpoint: str | None, facts: Facts) -> tuple[str
                 "--rdzv-endpoint HOST:PORT"
             )
         return "127.0.0.1", facts.free_port
-    host, _, port = endpoint.rpartition(":")
-    if not host or not is_number(port) or not 0 < int(port) < 65536:
-        raise PlanError(f"--rdzv-endpoint {quoted(endpoint)} is not HOST:PORT, as head:29400")
-    return host.strip("[]"), int(port)
+    try:
+        return parse_address(endpoint)
+    except ValueError as error:
+        raise PlanError(f"--rdzv-endpoint: {error}, as head:29400") from None
 
 
 def _torchrun(plan: LaunchPlan, facts: Facts, node_rank: int) -> Command:

@@ -53,21 +53,23 @@ def run_agent(
     os.environ["DTRAIN_NODE_NAME"] = plan.node_names[node_rank] or socket.gethostname()
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # what came meanwhile is heard now
-        return _run(plan, node_rank, channel, listen_fd, inherited)
+        listener = None if listen_fd is None else socket.socket(fileno=listen_fd)
+        handler = NodeRendezvous(_settings(plan, node_rank), listener, _notice(plan, node_rank))
+        try:
+            if lacking := gpus.lacking(plan, inherited):
+                raise RendezvousFailed(lacking)
+            spec = _worker_spec(plan, handler)
+            result = NodeAgent(spec, plan, node_rank, channel, inherited).run()
+        except RendezvousFailed as error:
+            handler.close_with(str(error))
+            raise
+        return int(result is None or result.is_failed())
     except Exception as error:
         return _exit_code(plan, node_rank, error)
 
 
-def _run(
-    plan: LaunchPlan,
-    node_rank: int,
-    channel: Channel,
-    listen_fd: int | None,
-    inherited: dict[str, str],
-) -> int:
-    listener = None if listen_fd is None else socket.socket(fileno=listen_fd)
-    handler = NodeRendezvous(_settings(plan, node_rank), listener, _notice(plan, node_rank))
-    spec = WorkerSpec(
+def _worker_spec(plan: LaunchPlan, handler: NodeRendezvous) -> WorkerSpec:
+    return WorkerSpec(
         role="worker",
         local_world_size=plan.procs_per_node,
         rdzv_handler=handler,
@@ -75,14 +77,6 @@ def _run(
         max_restarts=1_000_000,  # counted by rendezvous round, the same on all nodes
         monitor_interval=_MONITOR_S,
     )
-    try:
-        if lacking := gpus.lacking(plan, inherited):
-            raise RendezvousFailed(lacking)
-        result = NodeAgent(spec, plan, node_rank, channel, inherited).run()
-    except RendezvousFailed as error:
-        handler.close_with(str(error))
-        raise
-    return int(result is None or result.is_failed())
 
 
 def _exit_code(plan: LaunchPlan, node_rank: int, error: Exception) -> int:

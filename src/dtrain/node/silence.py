@@ -6,7 +6,6 @@ be a fault: a script may print little. So the time doubles whenever a run goes o
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,7 +15,8 @@ from dtrain.node.memory import Memory
 from dtrain.plan import LaunchPlan
 from dtrain.run import failures
 from dtrain.run.failures import Frame
-from dtrain.run.verdict import place, rank_list
+from dtrain.run.verdict import place
+from dtrain.words import numbered
 
 _LONGEST_S = 60.0
 _LOOKS = 20
@@ -94,7 +94,7 @@ class SilenceWatcher:
         return "silent"
 
     def _look(self) -> list[int]:
-        return [_size(path) for path in self._files]
+        return [stack_dump.size(path) for path in self._files]
 
 
 def where(found: Mapping[int, list[Frame]]) -> str:
@@ -108,15 +108,8 @@ def where(found: Mapping[int, list[Frame]]) -> str:
         at = (failures.users_own(stack) or stack)[:1]
         text = f"at {place(at[0])}: {at[0].code}" if at else "without an answer"
         ranks.setdefault(text, []).append(rank)
-    return "; ".join(f"{rank_list(who)} {text}" for text, who in ranks.items())
+    return "; ".join(f"{numbered('rank', who)} {text}" for text, who in ranks.items())
 
 
 def _log(plan: LaunchPlan, rank: int) -> Path:
     return plan.run.rank_log(plan.attempt, rank // plan.procs_per_node, rank)
-
-
-def _size(path: Path) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0

@@ -59,19 +59,19 @@ def ask(logs: Iterable[Path], send: Callable[[], None]) -> dict[Path, list[Frame
         logs: of the workers, or what `aside` has found.
         send: sends them the signal that goes with it.
     """
-    before = {log: _size(log) for log in logs}
+    before = {log: size(log) for log in logs}
     send()
     last, quiet_since = dict(before), time.monotonic()
     deadline = quiet_since + _ANSWER_S
     while (now := time.monotonic()) < deadline:
-        sizes = {log: _size(log) for log in before}
+        sizes = {log: size(log) for log in before}
         if sizes != last:
             last, quiet_since = sizes, now
-        answered = all(last[log] > size for log, size in before.items())
+        answered = all(last[log] > began for log, began in before.items())
         if answered and now - quiet_since >= _QUIET_S:
             break
         time.sleep(_POLL_S)
-    return {log: frames(_tail(log, size)) for log, size in before.items()}
+    return {log: frames(_tail(log, began)) for log, began in before.items()}
 
 
 def frames(text: str) -> list[Frame]:
@@ -96,7 +96,8 @@ def waits_or_leaves(stack: list[Frame]) -> bool:
     return "/torch/distributed/" in innermost or innermost.endswith("/torch/autograd/graph.py")
 
 
-def _size(log: Path) -> int:
+def size(log: Path) -> int:
+    """In bytes; 0 where there is none."""
     try:
         return os.stat(log).st_size
     except OSError:

@@ -32,20 +32,11 @@ class SlurmFiles:
 
     def __init__(self, run: RunDir) -> None:
         self.path = run.slurm
-
-    @property
-    def script(self) -> Path:
-        return self.path / "job.sbatch"
-
-    @property
-    def array_script(self) -> Path:
+        self.script = self.path / "job.sbatch"
+        self.array_script = self.path / "array.sbatch"
         """Of the first run of an array: what was submitted, and starts the script of each."""
-        return self.path / "array.sbatch"
-
-    @property
-    def log(self) -> Path:
+        self.log = self.path / "job.log"
         """What the batch script and srun said."""
-        return self.path / "job.log"
 
     def submitit_log(self, job_id: str) -> Path:
         """What srun said, as submitit names it, when submitit has submitted the job."""
@@ -98,15 +89,9 @@ class RayFiles:
 
     def __init__(self, run: RunDir) -> None:
         self.path = run.path / "ray"
-
-    @property
-    def log(self) -> Path:
+        self.log = self.path / "driver.log"
         """What the driver, and Ray in it, said."""
-        return self.path / "driver.log"
-
-    @property
-    def refusal(self) -> Path:
-        return self.path / "refusal.json"
+        self.refusal = self.path / "refusal.json"
 
     def cancel(self, first: int) -> Path:
         """There when someone has cancelled the job that began with attempt `first`."""

@@ -225,14 +225,13 @@ def of_node(
     exit_code: int = 1,
     node_rank: int = 0,
     node: str | None = None,
-    restart: int = 0,
-    pid: int | None = None,
     log: Path | str = "",
+    **place: Any,
 ) -> FailureRecord:
     """The record of a node that fails now; `node` is the name of this one, unless it is given."""
     name = node_name() if node is None else node
-    made = FailureRecord(kind, message, exit_code, node_rank, name, None, restart, time.time(), pid)
-    return replace(made, log=str(log))
+    place = {"time": time.time(), "log": str(log), **place}
+    return FailureRecord(kind, message, exit_code, node_rank, name, **place)
 
 
 def record_node(

@@ -16,6 +16,32 @@ class RunDir:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
+        self.job = self.path / "job.yaml"
+        self.resolved = self.path / "resolved.yaml"
+        """The job with every default and override filled in."""
+        self.plan = self.path / "plan.json"
+        """The launch plan, secrets by name only."""
+        self.url_file = self.path / ".url"
+        """Holds `url`."""
+        self.beat = self.path / "alive.json"
+        """Of a run at a URL: when its driver last said that it lives."""
+        self.unsynced = self.path / ".ahead"
+        """There while this directory is ahead of its copy at the URL."""
+        self.sync_index = self.path / ".mirror.json"
+        """What is known of both copies, see `dtrain.run.remote.mirror`."""
+        self.code = self.path / "code"
+        """The code snapshot: git SHA, patch, untracked files."""
+        self.metrics = self.path / "metrics.jsonl"
+        """Metrics, one JSON object a line, written by rank 0."""
+        self.events = self.path / "events.jsonl"
+        """What happened to the run, one JSON object a line: started, saved, restarted, ended."""
+        self.checkpoints = self.path / "checkpoints"
+        self.slurm = self.path / "slurm"
+        """What belongs to the batch job, see `dtrain.run.backend_files`."""
+        self.recording = self.path / "recording"
+        """What each step did, in a run of `dtrain verify`."""
+        self.predictions = self.path / "predictions.npz"
+        """What the trained model predicts; row i of each array is sample i of the eval data."""
 
     def __repr__(self) -> str:
         return f"RunDir({str(self.path)!r})"
@@ -26,20 +52,6 @@ class RunDir:
         return self.path.name
 
     # -- of the run ------------------------------------------------------------------------
-
-    @property
-    def job(self) -> Path:
-        return self.path / "job.yaml"
-
-    @property
-    def resolved(self) -> Path:
-        """The job with every default and override filled in."""
-        return self.path / "resolved.yaml"
-
-    @property
-    def plan(self) -> Path:
-        """The launch plan, secrets by name only."""
-        return self.path / "plan.json"
 
     def secret_env(self, attempt: int) -> Path:
         """Values of secret variables: readable by the owner only, removed at the end.
@@ -63,37 +75,12 @@ class RunDir:
         return [int(name) for name in names if name.isdecimal()]
 
     @property
-    def url_file(self) -> Path:
-        """Holds `url`."""
-        return self.path / ".url"
-
-    @property
     def url(self) -> str | None:
         """Where this directory has its lasting copy; None for a run that is kept in it alone."""
         try:
             return self.url_file.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
-
-    @property
-    def beat(self) -> Path:
-        """Of a run at a URL: when its driver last said that it lives."""
-        return self.path / "alive.json"
-
-    @property
-    def unsynced(self) -> Path:
-        """There while this directory is ahead of its copy at the URL."""
-        return self.path / ".ahead"
-
-    @property
-    def sync_index(self) -> Path:
-        """What is known of both copies, see `dtrain.run.remote.mirror`."""
-        return self.path / ".mirror.json"
-
-    @property
-    def code(self) -> Path:
-        """The code snapshot: git SHA, patch, untracked files."""
-        return self.path / "code"
 
     def code_tree(self, attempt: int) -> Path:
         """The copy of the code that an attempt has, and those that its job makes by itself."""
@@ -106,35 +93,6 @@ class RunDir:
     def job_code(self, attempt: int) -> Path:
         """A link to the job's folder in `code_tree`, for workers to import from."""
         return self.code / f"job-{attempt}"
-
-    @property
-    def metrics(self) -> Path:
-        """Metrics, one JSON object a line, written by rank 0."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def events(self) -> Path:
-        """What happened to the run, one JSON object a line: started, saved, restarted, ended."""
-        return self.path / "events.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def slurm(self) -> Path:
-        """What belongs to the batch job, see `dtrain.run.backend_files`."""
-        return self.path / "slurm"
-
-    @property
-    def recording(self) -> Path:
-        """What each step did, in a run of `dtrain verify`."""
-        return self.path / "recording"
-
-    @property
-    def predictions(self) -> Path:
-        """What the trained model predicts; row i of each array is sample i of the eval data."""
-        return self.path / "predictions.npz"
 
     def predictions_part(self, rank: int) -> Path:
         """One rank's predictions, until rank 0 has joined all of them."""

@@ -18,6 +18,7 @@ from dtrain.run import failures, files
 from dtrain.run.failures import FailureRecord, Frame, Kind
 from dtrain.run.flight_recorder import first_divergence, read_ring
 from dtrain.run.rundir import RunDir
+from dtrain.words import numbered
 
 MAX_LINES = 15
 """Of the block, but for a reason that has more by itself."""
@@ -179,10 +180,10 @@ def render(verdict: Verdict, run: RunDir) -> str:
     if advice:
         tail.append(f"  try: {advice}")
     if verdict.alike:
-        tail.append(f"  {rank_list(verdict.alike)} failed in the same way")
+        tail.append(f"  {numbered('rank', verdict.alike)} failed in the same way")
     if verdict.collateral:
         what = "also failed, because of it" if len(verdict.collateral) > 1 else "failed with it"
-        tail.append(f"  {rank_list(verdict.collateral)} {what}")
+        tail.append(f"  {numbered('rank', verdict.collateral)} {what}")
     if culprit.repeated:
         place = f"in step {culprit.step}" if culprit.step else "before the first step"
         tail.append(f"  restarts: {verdict.restarts}; it failed in the same way {place} before")
@@ -201,7 +202,7 @@ def _waits(records: list[FailureRecord]) -> list[str]:
     for record in records:
         if record.rank is not None and failures.users_own(record.frames):
             ranks.setdefault(place(record.frames[-1]), []).append(record.rank)
-    told = [f"{rank_list(sorted(who))} waited at {place}" for place, who in ranks.items()]
+    told = [f"{numbered('rank', sorted(who))} waited at {place}" for place, who in ranks.items()]
     return told[:_MOST_PLACES]
 
 
@@ -296,13 +297,6 @@ def _short(path: str) -> str:
     except ValueError:
         return path
     return relative if len(relative) < len(path) and not relative.startswith("../..") else path
-
-
-def rank_list(ranks: list[int]) -> str:
-    """`ranks 0, 1`."""
-    if len(ranks) > 12:
-        return f"{len(ranks)} other ranks"
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _rank_flag(culprit: FailureRecord) -> str:

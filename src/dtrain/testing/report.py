@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dtrain.testing import body
 from dtrain.testing.wire import Answer, Kind, RankResult
+from dtrain.words import numbered
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,7 @@ def _end(result: RankResult) -> str:
 
 
 def _ranks(results: Sequence[RankResult]) -> str:
-    numbers = [result.rank for result in results]
-    names = ", ".join(map(str, numbers))
-    return f"rank {names}" if len(numbers) == 1 else f"ranks {names}"
+    return numbered("rank", (result.rank for result in results))
 
 
 def _error(result: RankResult) -> BaseException | None:

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from dtrain.words import numbered
+
 
 @dataclass(frozen=True)
 class Vote:
@@ -26,7 +28,7 @@ class Vote:
     def where(self) -> str:
         """On which ranks something is other than elsewhere."""
         if self.decided:
-            return f"on {named(self.others)}"
+            return f"on {numbered('rank', self.others)}"
         return "between ranks 0 and 1" if self.world_size == 2 else "between the ranks"
 
     def sides(self, suspects: str, references: str) -> str:
@@ -36,7 +38,7 @@ class Vote:
         return f"{suspects} {there} and {references} on rank {self.reference}"
 
     def __str__(self) -> str:
-        ranks = named(self.others)
+        ranks = numbered("rank", self.others)
         if self.decided:
             return f"{ranks} {'differ' if len(self.others) > 1 else 'differs'} from the others"
         if self.world_size == 2:
@@ -50,8 +52,3 @@ def vote(values: Sequence[Hashable]) -> Vote:
     reference = values.index(value) if decided else 0
     others = tuple(rank for rank, theirs in enumerate(values) if theirs != values[reference])
     return Vote(reference, others, decided, len(values))
-
-
-def named(ranks: Sequence[int]) -> str:
-    """`rank 1`, or `ranks 1, 2`."""
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

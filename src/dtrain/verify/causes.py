@@ -20,9 +20,9 @@ from dtrain.verify.clauses import (
     SCALER,
     UPDATE,
     Finding,
-    few,
 )
 from dtrain.verify.compare import L1, apart
+from dtrain.words import few
 
 _CLIPPED = 1 - 1e-4
 """A clipped gradient is as long as the limit, but for torch's 1e-6 against a division by 0."""
@@ -77,7 +77,7 @@ def _by_factor(case: Case) -> Finding | None:
     factor = _multiple(*_side_by_side(*_gradients(case)))
     if factor is None or abs(factor - 1) < _FACTOR:
         return None
-    found = f"the gradient is {_number(factor)} times the reference's"
+    found = f"the gradient is {factor:.6g} times the reference's"
     clause, likely = _meaning(factor, case)
     return case.finding(found, likely, clause)
 
@@ -140,7 +140,7 @@ def _update(case: Case) -> Finding:
     factor = _multiple(*(_moves(each, case.step) for each in (case.reference, case.other)))
     likely = "the optimizer's settings or state depend on the number of processes"
     if factor is not None and abs(factor - 1) > _FACTOR:
-        likely = f"parameters move {_number(factor)} times as far from the same gradient: "
+        likely = f"parameters move {factor:.6g} times as far from the same gradient: "
         likely += "updated more than once, or with another learning rate"
     return case.finding(found, likely, UPDATE)
 
@@ -240,7 +240,3 @@ def _weights_of_ranks(recording: Recording, step: int) -> list[float] | None:
 
 def _weight(recording: Recording, step: int) -> float:
     return math.fsum(_weights_of_ranks(recording, step) or []) or 1.0
-
-
-def _number(value: float) -> str:
-    return f"{value:.6g}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 DATA = "step s trains on the same ordered list of samples, each once"
@@ -42,15 +41,3 @@ class Finding:
     step: int
     """The first step in which it was seen."""
     tensor: str = ""
-
-
-def ranks_in_words(ranks: list[int]) -> str:
-    """`rank 1`, `ranks 0, 2`."""
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}"
-
-
-def few(items: Sequence[str | int | float]) -> str:
-    """The first of them in words: `3, 2, 2, 1 and 4 more`."""
-    texts = [f"{item:.4g}" if isinstance(item, float) else str(item) for item in items]
-    more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""
-    return ", ".join(texts[:4]) + more

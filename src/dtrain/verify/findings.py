@@ -17,9 +17,9 @@ from dtrain.verify.clauses import (
     START,
     UPDATE,
     Finding,
-    ranks_in_words,
 )
 from dtrain.verify.pairs import Pair
+from dtrain.words import numbered
 
 
 def exact_findings(reference: Recording, other: Recording, pair: Pair) -> Iterator[Finding]:
@@ -89,10 +89,11 @@ def _schedule(reference: Recording, other: Recording, pair: Pair, step: int) -> 
     _, theirs = wrong[0]
     group = next((g for g, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y), 0)
     of_group = f" of group {group}" if len(ours) > 1 else ""
-    where = "" if len(wrong) == len(lines) else f" on {ranks_in_words([rank for rank, _ in wrong])}"
+    those = numbered("rank", (rank for rank, _ in wrong))
+    where = "" if len(wrong) == len(lines) else f" on {those}"
     found = f"the learning rate{of_group} is {theirs[group]:.6g}{where}, not {ours[group]:.6g}"
     if where:
-        likely = f"something sets it on {ranks_in_words([rank for rank, _ in wrong])} alone"
+        likely = f"something sets it on {those} alone"
     else:
         likely = _explain_schedule(reference, other, group, pair, step)
     yield Finding(SCHEDULE, found, likely, step)
@@ -198,4 +199,4 @@ def _differing(digests: Sequence[str | None]) -> str:
     if most <= len(digests) // 2 or len(digests) == 2:
         return "the ranks differ from one another"
     others = [rank for rank, each in enumerate(digests) if each != usual]
-    return f"{ranks_in_words(others)} differ{'' if len(others) > 1 else 's'} from the others"
+    return f"{numbered('rank', others)} differ{'' if len(others) > 1 else 's'} from the others"

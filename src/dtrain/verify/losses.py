@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from dtrain.trace import Recording
 from dtrain.verify.case import Case
-from dtrain.verify.clauses import LOSS, STATE, Finding, few
+from dtrain.verify.clauses import LOSS, STATE, Finding
 from dtrain.verify.compare import L1, relative
+from dtrain.words import few, numbered
 
 
 def losses_differ(case: Case) -> bool:
@@ -41,7 +42,7 @@ def sum_for_mean(case: Case) -> Finding | None:
 
 def state_in_task(case: Case, names: Sequence[str]) -> Finding:
     """Say that attributes of the task are the matter, which change from step to step."""
-    attributes = _attributes(names)
+    attributes = numbered("attribute", names)
     likely = f"state in the task: {attributes}. "
     if case.pair.resume_after is not None:
         likely += "Checkpoints hold it only if the task has state_dict() and load_state_dict()"
@@ -55,7 +56,9 @@ def generator_in_task(case: Case, names: Sequence[str]) -> Finding:
     """Say that the task draws from generators which it keeps itself, in these attributes."""
     likely = "its numbers go by how often it was asked on this rank, and are the same on all "
     likely += "ranks; draw from torch's own generator, which dtrain seeds for each rank"
-    return case.finding(f"the task has a generator of its own: {_attributes(names)}", likely, STATE)
+    return case.finding(
+        f"the task has a generator of its own: {numbered('attribute', names)}", likely, STATE
+    )
 
 
 def loss_by_sample(case: Case, reference: Recording, other: Recording) -> Finding:
@@ -79,8 +82,7 @@ def loss_by_sample(case: Case, reference: Recording, other: Recording) -> Findin
     found += f"not {right[sample]:.6g}"
     likely = "the model or loss() reads its rank or world size"
     if 0 not in ranks:
-        likely += f", or something else is particular to rank{'s' if len(ranks) > 1 else ''} "
-        likely += ", ".join(map(str, ranks))
+        likely += f", or something else is particular to {numbered('rank', ranks)}"
     return case.finding(found, likely, LOSS)
 
 
@@ -88,10 +90,6 @@ def unknown(case: Case) -> Finding:
     """What is to be said where no further run tells more."""
     likely = "the model reads its rank or world size, or looks at the whole local batch"
     return case.finding(_loss_text(case), likely, LOSS)
-
-
-def _attributes(names: Sequence[str]) -> str:
-    return f"attribute{'s' if len(names) > 1 else ''} {few(names)}"
 
 
 def _losses_of_samples(recording: Recording, step: int) -> list[dict[int, float]]:

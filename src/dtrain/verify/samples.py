@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from dtrain.trace import Recording
-from dtrain.verify.clauses import DATA, Finding, few, ranks_in_words
+from dtrain.verify.clauses import DATA, Finding
 from dtrain.verify.pairs import Pair
+from dtrain.words import few, numbered
 
 
 def of_order(reference: Recording, other: Recording, pair: Pair, step: int) -> Iterator[Finding]:
@@ -82,8 +83,10 @@ def of_contents(reference: Recording, other: Recording, pair: Pair, step: int) -
     steps = [s for s in range(step, reference.last_step + 1) if s in other.steps]
     ever = {r for s in steps for r, each in enumerate(other_contents(reference, other, s)) if each}
     if len(ever) < len(wrong) and pair.resume_after is None:
-        likely = f"other data on {ranks_in_words(sorted(ever))}: a stale or other file, or a data "
-        likely += "set that looks at its rank"
+        where = numbered("rank", sorted(ever))
+        likely = (
+            f"other data on {where}: a stale or other file, or a data set that looks at its rank"
+        )
     else:
         likely = "the data set draws from a generator of its own, counts what it reads, or goes by "
         likely += "the order of a set, which the hash seed makes (PYTHONHASHSEED): what it gives "

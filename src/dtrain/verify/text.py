@@ -11,6 +11,7 @@ from dtrain.verify.judge import Result
 from dtrain.verify.pairs import Pair
 from dtrain.verify.report import Report
 from dtrain.verify.session import Progress
+from dtrain.words import few
 
 _LEVELS = (
     "L0 same samples",
@@ -173,7 +174,7 @@ def _cause(result: Result) -> object:
 
 
 def _remark(results: Sequence[Result]) -> Remark | None:
-    first, names = results[0], _names([result.pair.name for result in results])
+    first, names = results[0], few((each.pair.name for each in results), sep="; ")
     finding, one = first.finding, len(results) == 1
     if first.verdict == "failed":
         return Remark(f"{names} failed", raw=first.failure)
@@ -201,14 +202,6 @@ def _remark(results: Sequence[Result]) -> Remark | None:
         differ = "differs" if one else "differ"
         return Remark(f"{names} {differ} by rounding: in fp64 the difference shrinks {times}")
     return None
-
-
-def _names(names: Sequence[str]) -> str:
-    """`ddp ×2, ddp ×4 and 3 more`."""
-    if len(names) > 4:
-        return f"{'; '.join(names[:3])} and {len(names) - 3} more"
-    *others, last = names
-    return f"{'; '.join(others)} and {last}" if others else last
 
 
 def _cut(text: str, width: int) -> str:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from dtrain.errors import LaunchError, PlanError, first_line
-from dtrain.launchers import status, supervise
+from dtrain.launchers import prepare, status, supervise
 from dtrain.launchers.ray import driver, job_output, package
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.plan import LaunchPlan
@@ -68,10 +68,8 @@ def submit(plan: LaunchPlan) -> JobLaunch:
             "secret variables cannot travel with a Ray job, whose files others can read: set "
             "them on the cluster, or have it share the folder of runs"
         )
-    try:
+    with prepare.writing():
         folder = package.pack(plan)
-    except OSError as error:
-        raise LaunchError(f"cannot write {error.filename}: {error.strerror}") from error
     os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # what git ignores is left out already
     server = client(options)
     job_id = f"{plan.run_id}-{plan.attempt}"

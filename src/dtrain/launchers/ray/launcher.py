@@ -70,14 +70,12 @@ class RayLauncher:
         if options.submit == "job":
             return job.submit(plan)
         if plan.code_dir:
-            try:
+            with prepare.writing():
                 prepare.keep_code(plan)
                 snapshot.copy_tree(plan.job_dir, plan.run, plan.attempt)
                 if plan.run_url:
                     limits = (options.upload_limit, options.excludes)
                     code_archive.pack(plan.run, plan.attempt, *limits)
-            except OSError as error:
-                raise LaunchError(f"cannot write {error.filename}: {error.strerror}") from error
         return DriverProcess(plan)
 
     def is_running(self, run: RunDir) -> bool:

@@ -6,20 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dtrain.errors import quoted
 from dtrain.job.fields import Count, Duration, Natural, Positive, Size, Text
 from dtrain.job.launcher_options import LauncherOptions, Switch
-from dtrain.job.units import is_number
-
-
-def require_address(text: str) -> None:
-    """See that a text is HOST:PORT; `ValueError` when it is not, for people."""
-    host, _, port = text.rpartition(":")
-    if "://" in text or not host or not is_number(port) or not 0 < int(port) < 65536:
-        raise ValueError(
-            f"{quoted(text)} is not HOST:PORT of a Ray cluster's head, as 10.0.0.5:6379; for the "
-            "dashboard's URL say submit: job"
-        )
+from dtrain.job.units import parse_address
 
 
 class RayOptions(LauncherOptions):
@@ -71,7 +60,10 @@ class RayOptions(LauncherOptions):
         if self.submit == "job" and not self.address:
             raise ValueError("submit: job needs the address of a cluster's dashboard")
         if self.submit == "driver" and self.address not in (None, "auto"):
-            require_address(str(self.address))
+            try:
+                parse_address(str(self.address))
+            except ValueError as error:
+                raise ValueError(f"{error}; for the dashboard's URL say submit: job") from None
         if self.submit == "driver" and self.runs:
             raise ValueError("runs is for submit: job; here --runs says where runs are")
         return self

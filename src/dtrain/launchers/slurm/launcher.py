@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -111,7 +110,7 @@ class SlurmLauncher:
         return f"afterok:{handle.job_id}"
 
     def start(self, plan: LaunchPlan) -> Launch:
-        with _files_written():
+        with prepare.writing():
             _write(plan)
             job_id = _submitter(plan).submit(plan)
         return _note_submitted(plan, job_id, Watcher(), followed=True)
@@ -130,7 +129,7 @@ class SlurmLauncher:
         self, plans: Sequence[LaunchPlan], at_once: int | None
     ) -> Sequence[SlurmLaunch]:
         _refuse_unlike(plans)
-        with _files_written():
+        with prepare.writing():
             for plan in plans:
                 _write(plan)
             job_ids = _submitter(plans[0]).submit_array(plans, at_once)
@@ -315,14 +314,6 @@ def _note_submitted(
     (handle if followed else replace(handle, identity=None)).write(plan.run)
     events.note_event(plan.run, "submitted", job_id=job_id, attempt=plan.attempt)
     return SlurmLaunch(plan, job_id, watcher)
-
-
-@contextlib.contextmanager
-def _files_written() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise LaunchError(f"cannot write {error.filename}: {error.strerror}") from error
 
 
 def _python(options: SlurmOptions, facts: Facts) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dtrain.errors import CheckpointError
+from dtrain.words import few
 
 
 def plain_name(name: str) -> str:
@@ -53,7 +54,7 @@ def load_model_state(model: torch.nn.Module, state: dict[str, Any]) -> None:
         if isinstance(mine, torch.Tensor) and mine.shape != value.shape:
             problems.append(f"{name} is {tuple(value.shape)}, in the model {tuple(mine.shape)}")
     if problems:
-        raise CheckpointError(f"it does not fit the model: {_few(problems)}")
+        raise CheckpointError(f"it does not fit the model: {few(problems, apart='; ')}")
     model.load_state_dict(
         {actual[name]: _as_cut(value, current[actual[name]]) for name, value in state.items()}
     )
@@ -100,7 +101,7 @@ def load_optimizer_state(
         options = options_of.get(frozenset(group))
         if options is None:
             raise CheckpointError(
-                f"it does not fit the optimizer: no group of it holds exactly {_few(group)}"
+                f"it does not fit the optimizer: no group of it holds exactly {few(group)}"
             )
         new_groups.append({**options, "params": [position[name] for name in group]})
     parameters = plain_parameters(model)
@@ -177,8 +178,3 @@ def _group_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> li
             )
         groups.append([names[id(value)] for value in group["params"]])
     return groups
-
-
-def _few(items: list[str], limit: int = 4) -> str:
-    rest = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return "; ".join(items[:limit]) + rest

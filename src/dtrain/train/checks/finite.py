@@ -34,10 +34,10 @@ from dtrain.train.data.permutation import Ids
 from dtrain.train.data.pipeline import Feed
 from dtrain.train.loss import LossModule
 from dtrain.train.seeding import RandomState
+from dtrain.words import numbered
 
 logger = logging.getLogger(__name__)
 
-_MAX_SHOWN = 12
 _MAX_ALONE = 256
 """Samples that are tried one by one."""
 
@@ -225,14 +225,12 @@ class _Culprit:
     def __str__(self) -> str:
         if not self.samples:
             return ""
-        more = len(self.samples) - _MAX_SHOWN
         text = (
-            f", micro-batch {self.number} of {self.num_micro_batches}, samples "
-            f"{_first(self.samples)}{f' and {more} more' if more > 0 else ''}"
+            f", micro-batch {self.number} of {self.num_micro_batches}, "
+            f"{numbered('sample', self.samples)}"
         )
         if 0 < len(self.alone) < len(self.samples):
-            noun = "sample" if len(self.alone) == 1 else "samples"
-            text += f"\nalone, {noun} {_first(self.alone)} gives it"
+            text += f"\nalone, {numbered('sample', self.alone)} gives it"
         return text
 
 
@@ -334,7 +332,3 @@ class _Search:
             with torch.no_grad():
                 for name, buffer in self._subject.model.named_buffers():
                     buffer.copy_(buffers[name])
-
-
-def _first(samples: list[int]) -> str:
-    return ", ".join(map(str, samples[:_MAX_SHOWN]))

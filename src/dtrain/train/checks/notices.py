@@ -17,6 +17,7 @@ from dtrain.train.checks import digest
 from dtrain.train.context import TrainContext
 from dtrain.train.metrics.events import Events
 from dtrain.train.tracing import perturb
+from dtrain.words import few, numbered
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def tell_batch_norm(model: torch.nn.Module, context: TrainContext, events: Event
     logger.warning(
         "BatchNorm (%s) normalises over each %s's own samples, so that the training depends on "
         "their number, %d: %s",
-        _few(names), "replica" if strategy == "dp" else "process", replicas,
+        few(names, 5), "replica" if strategy == "dp" else "process", replicas,
         remedy(strategy, context.device.type, of_keras=perturb.is_of_keras(model)),
     )  # fmt: skip
 
@@ -112,11 +113,11 @@ class BufferWrites:
         )
         if self._rank != 0:
             return
-        end = f"what {_ranks(lost)} wrote is lost" if lost else "its write is everybody's"
+        end = f"what {numbered('rank', lost)} wrote is lost" if lost else "its write is everybody's"
         logger.warning(
             "in step %d %s changed the buffer %s, and %s did not. After each step all ranks are "
             "given rank 0's buffers: %s. A buffer is to be changed on all ranks alike",
-            step, _ranks(writers), _few(names), _ranks(others), end,
+            step, numbered("rank", writers), few(names, 5), numbered("rank", others), end,
         )  # fmt: skip
 
     def _buffers(self) -> dict[str, torch.Tensor]:
@@ -162,16 +163,6 @@ class Unused:
         self._first = False
 
     def _tell(self, step: int, names: list[str], over: str, meaning: str) -> None:
-        shown = _few(names, limit=8)
+        shown = few(names, 8)
         logger.warning("parameters without a gradient after step %d: %s (%s)", step, shown, meaning)
         self._events.write("unused_parameters", step=step, over=over, parameters=names)
-
-
-def _ranks(ranks: Iterable[int]) -> str:
-    numbers = list(ranks)
-    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
-
-
-def _few(names: list[str], limit: int = 5) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dtrain.train.checks import digest
 from dtrain.train.checks.train_state import TrainState
+from dtrain.words import few
 
 
 class UnexpectedChangeDetector:
@@ -30,8 +31,7 @@ class UnexpectedChangeDetector:
             now = self._digests(kind)
             changed = [name for name, each in digests.items() if now.get(name) != each]
             if changed:
-                more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-                found.append(f"{kind}: {changed[0]}{more}")
+                found.append(f"{kind}: {few(changed, 1)}")
         return found
 
     def _digests(self, kind: str) -> dict[str, int]:

@@ -23,6 +23,7 @@ from dtrain.train.data.hashing import Words, keys, mix_all
 from dtrain.train.data.permutation import Ids
 from dtrain.train.data.rng_state import Generator, global_generators
 from dtrain.train.data.unlike import note_samples
+from dtrain.words import numbered
 
 AUGMENTATION_VERSION = 1
 """Of the map (seed, epoch, sample) → words."""
@@ -38,10 +39,6 @@ def seed_for(purpose: str, seed: int, epoch: int, position: int) -> None:
     """Seed all global generators of this process for what is read at a position; 15 µs."""
     (word,) = sample_words(purpose, seed, epoch, np.array([position])).tolist()
     _seed(global_generators(), word, None)
-
-
-_MAX_SHOWN = 12
-"""Samples that are listed."""
 
 
 class Now:
@@ -165,15 +162,25 @@ class Augmentation:
             try:
                 rows = list(self._read_several(ids))
             except Exception as error:
-                error.add_note(f"it was reading {listed(ids)}")
+                error.add_note(f"it was reading {numbered('sample', ids)}")
                 raise
             if len(rows) != len(ids):
-                raise DtrainError(f"__getitems__() returned {len(rows)} samples for {listed(ids)}")
+                raise DtrainError(
+                    f"__getitems__() returned {len(rows)} samples for {numbered('sample', ids)}"
+                )
             return rows
+        return self._one_by_one(ids)
+
+    def _one_by_one(
+        self, ids: list[int], prepare: Callable[[int], None] | None = None
+    ) -> list[Any]:
+        """Samples in order; `prepare` is called with the index of each before it is read."""
         rows = []
         try:
-            for sample in ids:
+            for index, sample in enumerate(ids):
                 Now.sample = sample
+                if prepare is not None:
+                    prepare(index)
                 rows.append(self._read_one(sample))
         except BaseException as error:  # a loader process may be told to sys.exit(), too
             error.add_note(f"it was reading sample {Now.sample}")
@@ -187,15 +194,7 @@ class Augmentation:
         ours = get_worker_info() is None
         outer = [generator.capture() for generator in generators] if ours else []
         words = sample_words("sample", self._seed, epoch, samples).tolist()
-        rows = []
-        try:
-            for sample, word in zip(samples.tolist(), words, strict=True):
-                Now.sample = sample
-                _seed(generators, word, spy)
-                rows.append(self._read_one(sample))
-        except BaseException as error:  # a loader process may be told to sys.exit(), too
-            error.add_note(f"it was reading sample {Now.sample}")
-            raise
+        rows = self._one_by_one(samples.tolist(), lambda k: _seed(generators, words[k], spy))
         # what collate draws can only belong to a micro-batch, here named by its first sample
         (word,) = sample_words("collate", self._seed, epoch, samples[:1]).tolist()
         _seed(generators, word, spy)
@@ -211,14 +210,9 @@ class Augmentation:
             return self._collate(rows)
         except Exception as error:
             ids = samples.tolist()
-            error.add_note(f"it was making a batch of {listed(ids)}")
+            error.add_note(f"it was making a batch of {numbered('sample', ids)}")
             note_samples(error, rows, [f"sample {each}" for each in ids])
             raise
-
-
-def listed(ids: list[int]) -> str:
-    more = f" and {len(ids) - _MAX_SHOWN} more" if len(ids) > _MAX_SHOWN else ""
-    return f"sample{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids[:_MAX_SHOWN]))}{more}"
 
 
 class _Spy:

@@ -12,11 +12,12 @@ import torch
 from torch.utils.data import TensorDataset
 
 from dtrain.task import Task
-from dtrain.train.data.augmentation import Augmentation, listed
+from dtrain.train.data.augmentation import Augmentation
 from dtrain.train.data.content import by_leaf, digest
 from dtrain.train.data.permutation import Ids
 from dtrain.train.data.rng_state import drawn_from
 from dtrain.train.packed import exchanged
+from dtrain.words import numbered
 
 EVALUATION_EPOCH = -1
 """Instead of an epoch in the seeds of evaluation samples: the same at every evaluation."""
@@ -47,7 +48,7 @@ class Request:
     samples: Ids
 
     def __str__(self) -> str:
-        return listed(self.samples.tolist())
+        return numbered("sample", self.samples.tolist())
 
 
 @dataclass(frozen=True)

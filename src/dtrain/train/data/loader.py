@@ -64,25 +64,19 @@ def _look_up(order: Order, epoch: int, parts: list[range]) -> Iterator[Request]:
 
 
 def eval_requests(
-    num_samples: int, rank: int, world_size: int, batch_size: int | None
+    num_samples: int, rank: int, world_size: int, batch_size: int | None, *, fixed: bool = False
 ) -> list[Request]:
-    """A rank's share of an evaluation set, contiguous, in batches; every sample once in all."""
-    return [
-        Request(EVALUATION_EPOCH, np.arange(part.start, part.stop))
-        for part in pieces(shard(num_samples, rank, world_size), batch_size)
-    ]
+    """A rank's share of an evaluation set, contiguous, in batches; every sample once in all.
 
-
-def fixed_eval_requests(
-    num_samples: int, rank: int, world_size: int, batch_size: int | None
-) -> list[Request]:
-    """The same for batches that do not depend on the world size: ranks take whole ones."""
-    batches = pieces(range(num_samples), batch_size)
-    mine = shard(len(batches), rank, world_size)
-    return [
-        Request(EVALUATION_EPOCH, np.arange(part.start, part.stop))
-        for part in batches[mine.start : mine.stop]
-    ]
+    `fixed`: batches do not depend on the world size, and ranks take whole ones.
+    """
+    if fixed:
+        batches = pieces(range(num_samples), batch_size)
+        mine = shard(len(batches), rank, world_size)
+        parts = batches[mine.start : mine.stop]
+    else:
+        parts = pieces(shard(num_samples, rank, world_size), batch_size)
+    return [Request(EVALUATION_EPOCH, np.arange(part.start, part.stop)) for part in parts]
 
 
 class Source(Protocol[_Asked_contra, _Made_co]):

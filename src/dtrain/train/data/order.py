@@ -22,8 +22,7 @@ from dtrain.task import Task
 from dtrain.train.data.hashing import keys, mix_all
 from dtrain.train.data.permutation import MAX_SAMPLES, PERMUTATION_VERSION, Ids, Permutation
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
-
-_MAX_SHOWN = 4
+from dtrain.words import few
 
 WEIGHTED_VERSION = 1
 """Of the map (weights, seed, epoch, position) → sample; another version is another order."""
@@ -270,7 +269,7 @@ class _CustomEpoch:
         often = "twice" if counts.max() == 2 else "more than once"
         return (
             f"sample_order(): {len(again)} {'id comes' if len(again) == 1 else 'ids come'} {often} "
-            f"({_some(again)}), {len(never)} never ({_some(never)})"
+            f"({few(again.tolist())}), {len(never)} never ({few(never.tolist())})"
         )
 
     def _checked(self, ids: Ids, start: int) -> Ids:
@@ -297,8 +296,3 @@ def _as_ids(given: Any) -> Ids:
             "block(start, stop)"
         )
     return ids.astype(np.int64, copy=False)
-
-
-def _some(ids: Ids) -> str:
-    shown = ", ".join(map(str, ids[:_MAX_SHOWN].tolist()))
-    return shown + (", …" if len(ids) > _MAX_SHOWN else "")

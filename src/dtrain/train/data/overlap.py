@@ -19,7 +19,7 @@ from dtrain.errors import BlamedError
 from dtrain.ranks import RankInfo
 from dtrain.train import collectives
 from dtrain.train.packed import exchanged
-from dtrain.train.vote import named
+from dtrain.words import numbered
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,11 @@ class Overlap:
         shared = sum(finding.num_shared for finding in findings)
         compared = sum(finding.num_compared for finding in findings)
         if twins:
-            who = "every rank reads" if len(twins) == len(findings) else f"{named(twins)} read"
+            who = (
+                "every rank reads"
+                if len(twins) == len(findings)
+                else f"{numbered('rank', twins)} read"
+            )
             num_twins = sum(findings[rank].num_shared for rank in twins)
             num_theirs = sum(findings[rank].num_compared for rank in twins)
             raise BlamedError(

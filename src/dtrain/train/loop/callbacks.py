@@ -67,17 +67,9 @@ class View:
 class Callbacks:
     """Tells all of them, in order: the user's first, so that what they keep is in a checkpoint."""
 
-    def __init__(
-        self,
-        context: TrainContext,
-        parts: Parts,
-        log: Callable[[str, float], None],
-        keep_best: Callable[[], None],
-        *,
-        evaluates: bool,
-    ) -> None:
+    def __init__(self, context: TrainContext, view: View, *, evaluates: bool) -> None:
         spec = context.spec
-        self.view = View(context, parts, log, keep_best)
+        self.view = view
         self._all: dict[str, Callback] = {}
         self._loaded: dict[str, Any] = {}
         given = listed(context.task.callbacks())

@@ -16,7 +16,7 @@ from dtrain.train import collectives
 from dtrain.train.context import TrainContext
 from dtrain.train.contract import check_dataset, described, named
 from dtrain.train.data.fetch import Fetcher, Request
-from dtrain.train.data.loader import Loader, eval_requests, fixed_eval_requests, to_device
+from dtrain.train.data.loader import Loader, eval_requests, to_device
 from dtrain.train.loop.predictions import Predictions
 from dtrain.train.loss import in_fp64, read_loss
 from dtrain.train.precision import Precision
@@ -93,10 +93,8 @@ class Evaluator:
         fetcher = Fetcher(dataset, context.task, spec.seed)
         self._loader = Loader(fetcher, spec.data, spec.seed, pin_memory=pin_memory, lasting=True)
         self._exact = spec.strategy == "exact"
-        requests = fixed_eval_requests if self._exact else eval_requests
-        self._requests = requests(
-            self.num_samples, ranks.rank, ranks.world_size, _batch_size(context)
-        )
+        share = self.num_samples, ranks.rank, ranks.world_size, _batch_size(context)
+        self._requests = eval_requests(*share, fixed=self._exact)
 
     def __call__(
         self,

@@ -21,7 +21,7 @@ from dtrain.train.data.placement import GlobalBatch
 from dtrain.train.faults import Injector
 from dtrain.train.loop import build
 from dtrain.train.loop.added_groups import watch_groups
-from dtrain.train.loop.callbacks import Callbacks
+from dtrain.train.loop.callbacks import Callbacks, View
 from dtrain.train.loop.checkpointing import Saver
 from dtrain.train.loop.predictions import Predictions, predicts
 from dtrain.train.loop.progress import Progress, Schedule, refuse_to_end_before
@@ -70,13 +70,8 @@ class Training:
         self._evaluator = build.make_evaluators(context)
         self._schedule = Schedule(context.spec)
         self._report = Report(context, self._events, self.course)
-        self.callbacks = Callbacks(
-            context,
-            self.parts,
-            self._report.note,
-            self._keep_best,
-            evaluates=self._evaluator is not None,
-        )
+        view = View(context, self.parts, self._report.note, self._keep_best)
+        self.callbacks = Callbacks(context, view, evaluates=self._evaluator is not None)
         self._kept.begin(self.parts.model, self.callbacks.each)
 
     def _restore(self) -> bool:

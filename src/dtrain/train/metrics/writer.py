@@ -76,7 +76,7 @@ class Metrics:
         name, options = split_entry(entry)
 
         def make() -> None:
-            problem = catalog.logger_problem(name)
+            problem = catalog.problem_of("logger", name)
             if problem is not None:
                 raise ImportError(problem)
             self._loggers.append((name, catalog.load("logger", name)(context, **options)))
