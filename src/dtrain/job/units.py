@@ -60,7 +60,7 @@ def parse_address(text: str) -> tuple[str, int]:
     """`HOST:PORT`, as `10.0.0.5:6379` or `[::1]:6379`; the host without brackets."""
     host, _, port = text.rpartition(":")
     if "://" in text or not host or not is_number(port) or not 0 < int(port) < 65536:
-        raise ValueError(f"expected HOST:PORT, found {found(text)}")
+        raise ValueError(f"{quoted(text)} is not HOST:PORT")
     return host.strip("[]"), int(port)
 
 

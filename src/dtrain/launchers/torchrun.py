@@ -79,7 +79,7 @@ def _endpoint(plan: LaunchPlan, endpoint: str | None, facts: Facts) -> tuple[str
     try:
         return parse_address(endpoint)
     except ValueError as error:
-        raise PlanError(f"--rdzv-endpoint: {error}, as head:29400") from None
+        raise PlanError(f"--rdzv-endpoint {error}, as head:29400") from None
 
 
 def _torchrun(plan: LaunchPlan, facts: Facts, node_rank: int) -> Command:

@@ -99,7 +99,8 @@ def all_pairs(
     """
     pairs: list[Pair] = []
     for trainer, fact in catalog.TRAINERS.items():
-        if (trainer in trainers) if trainers else _installed(fact.module):
+        is_installed = catalog.problem_of("trainer", trainer) is None
+        if (trainer in trainers) if trainers else is_installed:
             for strategy in fact.strategies:
                 pair = Pair(strategy, trainer=trainer)
                 pairs += _of_strategy(pair, whole=trainer == reference.trainer)
@@ -136,7 +137,7 @@ def clusters_here(environ: Mapping[str, str]) -> list[str]:
                 asked, env=dict(environ), capture_output=True, timeout=_ANSWER_S, check=False
             )
             found += ["slurm"] if told.returncode == 0 else []
-    if environ.get("RAY_ADDRESS") and _installed("ray"):
+    if environ.get("RAY_ADDRESS") and find_spec("ray") is not None:
         found.append("ray")
     return found
 
@@ -251,7 +252,3 @@ def _sizes(strategy: str, asked: Sequence[int]) -> Sequence[int]:
 def _check(kind: str, names: Iterable[str]) -> None:
     for name in names:
         catalog.find(kind, name)
-
-
-def _installed(module: str | None) -> bool:
-    return module is None or find_spec(module) is not None

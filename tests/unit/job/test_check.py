@@ -452,10 +452,12 @@ def test_a_data_module_is_looked_at_as_a_task_is(check: Check, tmp_path: Path) -
 
 
 def test_a_missing_extra_is_one_line(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    fact = replace(catalog.TRAINERS["lightning"], module="not_installed_anywhere")
+    fact = replace(
+        catalog.TRAINERS["lightning"], needs=catalog.Needs(("not_installed_anywhere",), "lightning")
+    )
     monkeypatch.setitem(catalog.TRAINERS, "lightning", fact)  # type: ignore[arg-type]
     assert check(extra="trainer: lightning\n") == [
-        "job.yaml:6:10: trainer: trainer 'lightning' needs a package: "
+        "job.yaml:6:10: trainer: trainer 'lightning' needs not_installed_anywhere: "
         "pip install 'dtrain[lightning]'"
     ]
 

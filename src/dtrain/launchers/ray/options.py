@@ -63,7 +63,9 @@ class RayOptions(LauncherOptions):
             try:
                 parse_address(str(self.address))
             except ValueError as error:
-                raise ValueError(f"{error}; for the dashboard's URL say submit: job") from None
+                raise ValueError(
+                    f"{error} of the cluster; for the dashboard's URL say submit: job"
+                ) from None
         if self.submit == "driver" and self.runs:
             raise ValueError("runs is for submit: job; here --runs says where runs are")
         return self

@@ -54,7 +54,7 @@ def load_model_state(model: torch.nn.Module, state: dict[str, Any]) -> None:
         if isinstance(mine, torch.Tensor) and mine.shape != value.shape:
             problems.append(f"{name} is {tuple(value.shape)}, in the model {tuple(mine.shape)}")
     if problems:
-        raise CheckpointError(f"it does not fit the model: {few(problems, apart='; ')}")
+        raise CheckpointError(f"it does not fit the model: {few(problems, sep='; ')}")
     model.load_state_dict(
         {actual[name]: _as_cut(value, current[actual[name]]) for name, value in state.items()}
     )
