@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 def few(items: Iterable[object], most: int = 4, *, sep: str = ", ") -> str:
     """The first of them: `3, 2, 2, 1 and 4 more`."""
-    texts = [f"{item:.4g}" if isinstance(item, float) else str(item) for item in items]
-    more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return sep.join(texts[:most]) + more
+    given = list(items)
+    texts = (f"{item:.4g}" if isinstance(item, float) else str(item) for item in given[:most])
+    more = f" and {len(given) - most} more" if len(given) > most else ""
+    return sep.join(texts) + more
 
 
 def numbered(noun: str, which: Iterable[object], most: int = 12) -> str:

@@ -236,7 +236,7 @@ def test_an_order_with_an_id_twice_is_a_warning(tmp_path: Path) -> None:
     assert [outcome[0] for outcome in (*once, *several, *short)] == [None] * 6
     assert once[0][2] == ["sample_order(): 1 id comes twice (17), 1 never (3)"]
     assert several[0][2] == [
-        "sample_order(): 1 id comes more than once (17), 10 never (0, 1, 2, 3, …)"
+        "sample_order(): 1 id comes more than once (17), 10 never (0, 1, 2, 3 and 6 more)"
     ]
     assert short[0][2] == []
     assert [outcomes[1][2] for outcomes in (once, several)] == [[], []]

@@ -151,7 +151,7 @@ def test_a_missing_package_is_one_line_with_its_pip_command(
 ) -> None:
     from dtrain import catalog
 
-    fact = catalog.ExportFact(".none", ("no_such_package",), "export")
+    fact = catalog.ExportFact(".none", catalog.Needs(("no_such_package",), "export"))
     monkeypatch.setattr(catalog, "EXPORTS", {"none": fact})
     with pytest.raises(UsageError) as said:
         export(trained, "none")

@@ -294,7 +294,7 @@ class Faulty:
 def test_a_faulty_logger_never_stops_training(
     when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fact = catalog.LoggerFact(f"{__name__}:Faulty", "")
+    fact = catalog.Fact(f"{__name__}:Faulty")
     monkeypatch.setitem(catalog.LOGGERS, "faulty", fact)  # type: ignore[arg-type]
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # torch sets it for good
     plain = train(job(args={"dropout": 0.5}), tmp_path / "plain")
@@ -353,8 +353,8 @@ def test_a_missing_package_is_told_with_its_pip_command(
     """By name of a package that nobody has: what is installed here differs."""
     from dtrain.errors import JobError
 
-    fact = catalog.LoggerFact("dtrain.none:None", "", module="no_such_tracker", extra="wandb")
-    monkeypatch.setattr(catalog, "LOGGERS", {**catalog.LOGGERS, "wandb": fact})
+    fact = catalog.Fact("dtrain.none:None", catalog.Needs(("no_such_tracker",), "wandb"))
+    monkeypatch.setitem(catalog.LOGGERS, "wandb", fact)  # type: ignore[arg-type]
     with pytest.raises(JobError) as said:
         load_job(written(tmp_path, "    - csv\n    - wandb: {mode: offline}\n"))
     assert said.value.exit_code == 2

@@ -203,8 +203,8 @@ TRAINING_PLANE = ("dtrain.train", "dtrain.integrations")
 LAUNCH_PLANE = tuple(
     f"dtrain.{part}"
     for row in (
-        "errors procs plainjson checked environ waiting forking ports assets ranks task callback words",
-        "catalog run job plan planning trace console launchers verify cli",
+        "errors procs plainjson checked environ waiting forking ports assets ranks task callback",
+        "words catalog run job plan planning trace console launchers verify cli",
     )
     for part in row.split()
 )
