@@ -92,6 +92,7 @@ SCRIPT = "script"
 OWN = "own"
 """Stands for the strategy of a script: whatever it does by itself."""
 
+_KERAS = Needs(("keras",), "keras")
 _STRATEGIES = "dtrain.train.strategies"
 _INTEGRATIONS = "dtrain.integrations"
 _LOGGERS = "dtrain.train.metrics.loggers"
@@ -100,7 +101,12 @@ LAUNCHERS: Mapping[str, LauncherFact] = {
     "local": LauncherFact("dtrain.launchers.local:LocalLauncher", simulates=True, urls=True),
     "torchrun": LauncherFact("dtrain.launchers.torchrun:TorchrunLauncher"),
     "slurm": LauncherFact("dtrain.launchers.slurm.launcher:SlurmLauncher", allocates=True),
-    "ray": LauncherFact("dtrain.launchers.ray.launcher:RayLauncher", allocates=True, urls=True),
+    "ray": LauncherFact(
+        "dtrain.launchers.ray.launcher:RayLauncher",
+        Needs(("ray",), "ray"),
+        allocates=True,
+        urls=True,
+    ),
 }
 
 STRATEGIES: Mapping[str, StrategyFact] = {
@@ -150,6 +156,7 @@ FRAMEWORKS: Mapping[str, FrameworkFact] = {
     ),
     "keras": FrameworkFact(
         f"{_INTEGRATIONS}.keras.adapter:KerasAdapter",
+        _KERAS,
         job_check=f"{_INTEGRATIONS}.keras.job_check:KerasCheck",
     ),
 }
@@ -158,7 +165,7 @@ EXPORTS: Mapping[str, ExportFact] = {
     "safetensors": ExportFact(".safetensors", Needs(("safetensors",), "export")),
     "torch-export": ExportFact(".pt2"),
     "onnx": ExportFact(".onnx", Needs(("onnx", "onnxscript", "onnxruntime"), "export")),
-    "keras": ExportFact(".keras", Needs(("keras",), "keras")),
+    "keras": ExportFact(".keras", _KERAS),
 }
 
 LOGGERS: Mapping[str, Fact] = {
@@ -231,7 +238,7 @@ def launcher(name: str) -> LauncherFact:
 
 
 def problem_of(kind: str, name: str) -> str | None:
-    """What a trainer or logger lacks here, with its pip command; None when nothing."""
+    """What a launcher, trainer or logger lacks here, with its pip command; None when nothing."""
     fact: Fact | None = _TABLES[kind].get(name)
     return None if fact is None else fact.needs.problem(f"{kind} {name!r}")
 
@@ -253,8 +260,12 @@ def pair_problem(trainer: str, strategy: str, nodes: int) -> str | None:
 
     The sentence names the nearest combination that works.
     """
-    if trainer == SCRIPT:
-        return None if strategy == OWN else _NO_STRATEGY.format(strategy)
+    if trainer == SCRIPT and strategy != OWN:
+        return (
+            f"a script shares its work by itself and has no strategy {strategy!r}: leave the "
+            "strategy out, or write the training as a task, which trainer 'native' trains under "
+            "any"
+        )
     trainer_fact = TRAINERS.get(trainer)
     if trainer_fact is not None and strategy in STRATEGIES:
         if strategy not in trainer_fact.strategies:
@@ -265,12 +276,6 @@ def pair_problem(trainer: str, strategy: str, nodes: int) -> str | None:
         if nodes > 1 and not STRATEGIES[strategy].multi_node:
             return f"strategy {strategy!r} runs on one node, not {nodes}; use 'ddp' or --nodes 1"
     return None
-
-
-_NO_STRATEGY = (
-    "a script shares its work by itself and has no strategy {0!r}: leave the strategy out, or "
-    "write the training as a task, which trainer 'native' trains under any"
-)
 
 
 def shard_problem(strategy: str, virtual_shards: int, world_sizes: Iterable[int]) -> str | None:

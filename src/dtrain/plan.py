@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from dtrain import catalog, ports
@@ -144,7 +145,7 @@ class LaunchPlan:
     run_url: str = ""
     """Where the run is kept, when that is a URL; `run_dir` is then a copy, one on each host."""
 
-    @property
+    @cached_property
     def run(self) -> RunDir:
         return RunDir(self.run_dir)
 

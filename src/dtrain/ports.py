@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from dtrain.errors import LaunchError
+from dtrain.errors import LaunchError, quoted
 
 _LOWEST, _HIGHEST = 15000, 32767
 _TRIES = 64
@@ -86,11 +86,23 @@ def free_candidate(host: str, key: str) -> int:
         return int(listener.getsockname()[1])
 
 
+def parse_address(text: str) -> tuple[str, int]:
+    """The host, without brackets, and the port of `10.0.0.5:6379` or `[::1]:6379`.
+
+    Raises:
+        ValueError: it is not `HOST:PORT`.
+    """
+    host, _, port = text.rpartition(":")
+    is_port = port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536
+    if not host or "://" in text or not is_port:
+        raise ValueError(f"{quoted(text)} is not HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
 def is_listening(address: str, timeout_s: float = 2.0) -> bool:
     """Whether somebody listens at `HOST:PORT`."""
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+        socket.create_connection(parse_address(address), timeout_s).close()
     except (OSError, ValueError):
         return False
     return True

@@ -171,8 +171,12 @@ def identity(pid: int) -> str | None:
     namespace, and the clock tick of the boot at which the process started.
     """
     fields = _stat(pid)
-    ended = not fields or fields[0] in "ZX"
-    return None if ended else f"{_around()}/{pid}/{fields[19]}"
+    if not fields or fields[0] in "ZX":
+        return None
+    try:
+        return f"{_around()}/{pid}/{fields[19]}"
+    except OSError:
+        return None
 
 
 def is_here(identity: str) -> bool:
@@ -226,15 +230,8 @@ def serve_under_submitit(command: list[str]) -> int:
 
 def _reset_signals() -> None:
     signal.set_wakeup_fd(-1)
-    for sig in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-        signal.SIGCHLD,
-        signal.SIGQUIT,
-        signal.SIGUSR2,
-    ):
-        signal.signal(sig, signal.SIG_DFL)
+    for number in (*STOP_SIGNALS, signal.SIGCHLD, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

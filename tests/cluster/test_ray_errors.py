@@ -38,7 +38,7 @@ def test_a_wrong_address(ray: RayCluster, tmp_path: Path) -> None:
     said = refused(tmp_path, "--launcher", "ray", "--address", "127.0.0.1:9")
     assert "no Ray cluster answers at 127.0.0.1:9" in said
     said = refused(tmp_path, "--launcher", "ray", "--address", ray.dashboard)
-    assert "is not HOST:PORT of the cluster" in said
+    assert "is not HOST:PORT of the cluster's head" in said
     job = ("--launcher", "ray", "--ray", "submit=job", "--address", "http://127.0.0.1:9")
     assert "no Ray job server answers at http://127.0.0.1:9" in refused(tmp_path, *job)
 

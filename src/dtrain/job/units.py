@@ -56,14 +56,6 @@ def is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """`HOST:PORT`, as `10.0.0.5:6379` or `[::1]:6379`; the host without brackets."""
-    host, _, port = text.rpartition(":")
-    if "://" in text or not host or not is_number(port) or not 0 < int(port) < 65536:
-        raise ValueError(f"{quoted(text)} is not HOST:PORT")
-    return host.strip("[]"), int(port)
-
-
 def parse_whole(value: Any) -> int:
     """A whole number; `1e4` is one, `yes` and `"4"` are not."""
     if isinstance(value, int) and not isinstance(value, bool):

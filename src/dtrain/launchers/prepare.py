@@ -58,7 +58,7 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Turn what goes wrong in writing further files into a `LaunchError` that says which."""
+    """Raise a `LaunchError` that names the file where one cannot be written in here."""
     try:
         yield
     except OSError as error:

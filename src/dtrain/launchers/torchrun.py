@@ -12,7 +12,7 @@ from dtrain import ports
 from dtrain.errors import PlanError
 from dtrain.job.fields import Text
 from dtrain.job.launcher_options import LauncherOptions
-from dtrain.job.units import is_number, parse_address
+from dtrain.job.units import is_number
 from dtrain.launchers.local import LocalLauncher, NodeProcess, node_command
 from dtrain.plan import Command, Facts, LaunchPlan
 
@@ -77,7 +77,7 @@ def _endpoint(plan: LaunchPlan, endpoint: str | None, facts: Facts) -> tuple[str
             )
         return "127.0.0.1", facts.free_port
     try:
-        return parse_address(endpoint)
+        return ports.parse_address(endpoint)
     except ValueError as error:
         raise PlanError(f"--rdzv-endpoint {error}, as head:29400") from None
 

@@ -228,7 +228,10 @@ def of_node(
     log: Path | str = "",
     **place: Any,
 ) -> FailureRecord:
-    """The record of a node that fails now; `node` is the name of this one, unless it is given."""
+    """The record of a node that fails now, of this one unless `node` is the name of another.
+
+    `place` has further fields of the record: `restart`, `pid`.
+    """
     name = node_name() if node is None else node
     place = {"time": time.time(), "log": str(log), **place}
     return FailureRecord(kind, message, exit_code, node_rank, name, **place)

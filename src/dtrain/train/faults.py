@@ -24,6 +24,7 @@ from dtrain.train.data.exactly_once import Split
 from dtrain.train.data.fetch import Request
 from dtrain.train.data.pipeline import Feed, Watch
 from dtrain.train.data.placement import Position
+from dtrain.words import few
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,6 @@ _TARGETS = {
     "moment": MOMENTS,
     "buffer": BUFFERS,
 }
-
-_SHOWN = 8
 
 
 class NeverMadeError(BlamedError):
@@ -304,7 +303,7 @@ def _refuse_place(fault: Injection, subject: TrainState) -> None:
             raise _error(fault, "the model has no buffers")
     found = [each for name, each in tensors.items() if _may_be(name, fault)]
     if not found:
-        listed = ", ".join(list(tensors)[:_SHOWN]) + (", …" if len(tensors) > _SHOWN else "")
+        listed = few(tensors, 8)
         raise _error(fault, f"there is no {what} {fault.param!r}; there are: {listed}")
     last = fault.element + (fault.kind in TENSOR_KINDS and fault.action == "swap")
     largest = max(each.numel() for each in found)

@@ -56,9 +56,8 @@ def generator_in_task(case: Case, names: Sequence[str]) -> Finding:
     """Say that the task draws from generators which it keeps itself, in these attributes."""
     likely = "its numbers go by how often it was asked on this rank, and are the same on all "
     likely += "ranks; draw from torch's own generator, which dtrain seeds for each rank"
-    return case.finding(
-        f"the task has a generator of its own: {numbered('attribute', names)}", likely, STATE
-    )
+    found = f"the task has a generator of its own: {numbered('attribute', names)}"
+    return case.finding(found, likely, STATE)
 
 
 def loss_by_sample(case: Case, reference: Recording, other: Recording) -> Finding:

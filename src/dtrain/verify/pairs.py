@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
 from dtrain import catalog
 from dtrain.errors import PlanError
@@ -99,8 +98,8 @@ def all_pairs(
     """
     pairs: list[Pair] = []
     for trainer, fact in catalog.TRAINERS.items():
-        is_installed = catalog.problem_of("trainer", trainer) is None
-        if (trainer in trainers) if trainers else is_installed:
+        is_here = catalog.problem_of("trainer", trainer) is None
+        if trainer in trainers or (not trainers and is_here):
             for strategy in fact.strategies:
                 pair = Pair(strategy, trainer=trainer)
                 pairs += _of_strategy(pair, whole=trainer == reference.trainer)
@@ -137,7 +136,7 @@ def clusters_here(environ: Mapping[str, str]) -> list[str]:
                 asked, env=dict(environ), capture_output=True, timeout=_ANSWER_S, check=False
             )
             found += ["slurm"] if told.returncode == 0 else []
-    if environ.get("RAY_ADDRESS") and find_spec("ray") is not None:
+    if environ.get("RAY_ADDRESS") and catalog.problem_of("launcher", "ray") is None:
         found.append("ray")
     return found
 

@@ -517,7 +517,7 @@ def test_what_compile_cannot_be_given(check: Check, tmp_path: Path) -> None:
 
 def test_keras_is_needed(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "task.py").write_text(FUNCTION)
-    monkeypatch.setattr("dtrain.integrations.keras.job_check.find_spec", lambda name: None)
+    monkeypatch.setattr("dtrain.catalog.find_spec", lambda name: None)
     message = "the task needs keras: pip install 'dtrain[keras]'"
     assert check() == [f"job.yaml:2:7: task: {message}"]
 

@@ -123,7 +123,7 @@ def test_options_that_cannot_be_meant(options: dict[str, object], said: str) -> 
     [
         (("submit=job",), "--launcher ray: submit: job needs the address"),
         (("runs=s3://bucket/runs",), "runs is for submit: job"),
-        (("address=head",), "'head' is not HOST:PORT of the cluster"),
+        (("address=head",), "'head' is not HOST:PORT of the cluster's head"),
         (("address=http://head:8265",), "for the dashboard's URL say submit: job"),
         (("address=ray://head:10001",), "is not HOST:PORT"),
         (("address=':6379'",), "is not HOST:PORT"),

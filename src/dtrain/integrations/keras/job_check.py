@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
+from dtrain import catalog
 from dtrain.errors import Problem
 from dtrain.job.frameworks import JobCheck, NamedClass
 from dtrain.job.located import Located, SourceLocation, shown_path
@@ -22,8 +22,8 @@ class KerasCheck(JobCheck):
     ) -> Iterator[Problem]:
         if named.field != ("task",) or not _is_keras(source, name):
             return
-        if find_spec("keras") is None:
-            yield named.problem("the task needs keras: pip install 'dtrain[keras]'")
+        if problem := catalog.FRAMEWORKS["keras"].needs.problem("the task"):
+            yield named.problem(problem)
         yield from _strategy_problems(named.root)
         yield from _backend_problems(named)
         for call in source.calls("compile"):

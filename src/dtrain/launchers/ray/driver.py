@@ -324,9 +324,8 @@ def reach(address: str) -> None:
     Raises:
         LaunchError: nobody does.
     """
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
+        socket.create_connection(ports.parse_address(address), _REACH_S).close()
     except OSError as error:
         raise LaunchError(
             f"no Ray cluster answers at {address}: {error.strerror or error}; "
@@ -349,7 +348,7 @@ def _refused(address: str, error: Exception) -> LaunchError:
 def is_loopback(address: str) -> bool:
     """Whether a cluster is on this host; another one should ask for a token."""
     with contextlib.suppress(OSError, ValueError):
-        host = socket.gethostbyname(address.rpartition(":")[0].strip("[]"))
+        host = socket.gethostbyname(ports.parse_address(address)[0])
         return ipaddress.ip_address(host).is_loopback
     return False
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 import subprocess
 import time
 from dataclasses import replace
 
-from dtrain import ports, procs
+from dtrain import catalog, ports, procs
 from dtrain.environ import inherited_env
 from dtrain.errors import LaunchError, PlanError
 from dtrain.launchers import prepare
@@ -63,8 +62,8 @@ class RayLauncher:
         return RayOptions.of(plan.options).submit == "job"
 
     def start(self, plan: LaunchPlan) -> Launch:
-        if importlib.util.find_spec("ray") is None:
-            raise PlanError("launcher 'ray' needs Ray: pip install 'dtrain[ray]'")
+        if problem := catalog.problem_of("launcher", "ray"):
+            raise PlanError(problem)
         RayFiles(plan.run).clear()
         options = RayOptions.of(plan.options)
         if options.submit == "job":

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from dtrain.job.fields import Count, Duration, Natural, Positive, Size, Text
 from dtrain.job.launcher_options import LauncherOptions, Switch
-from dtrain.job.units import parse_address
+from dtrain.ports import parse_address
 
 
 class RayOptions(LauncherOptions):
@@ -64,7 +64,8 @@ class RayOptions(LauncherOptions):
                 parse_address(str(self.address))
             except ValueError as error:
                 raise ValueError(
-                    f"{error} of the cluster; for the dashboard's URL say submit: job"
+                    f"{error} of the cluster's head, as 10.0.0.5:6379; for the dashboard's URL say "
+                    "submit: job"
                 ) from None
         if self.submit == "driver" and self.runs:
             raise ValueError("runs is for submit: job; here --runs says where runs are")

@@ -225,10 +225,8 @@ class _Culprit:
     def __str__(self) -> str:
         if not self.samples:
             return ""
-        text = (
-            f", micro-batch {self.number} of {self.num_micro_batches}, "
-            f"{numbered('sample', self.samples)}"
-        )
+        samples = numbered("sample", self.samples)
+        text = f", micro-batch {self.number} of {self.num_micro_batches}, {samples}"
         if 0 < len(self.alone) < len(self.samples):
             text += f"\nalone, {numbered('sample', self.alone)} gives it"
         return text

@@ -107,11 +107,8 @@ class Overlap:
         shared = sum(finding.num_shared for finding in findings)
         compared = sum(finding.num_compared for finding in findings)
         if twins:
-            who = (
-                "every rank reads"
-                if len(twins) == len(findings)
-                else f"{numbered('rank', twins)} read"
-            )
+            some = f"{numbered('rank', twins)} read"
+            who = "every rank reads" if len(twins) == len(findings) else some
             num_twins = sum(findings[rank].num_shared for rank in twins)
             num_theirs = sum(findings[rank].num_compared for rank in twins)
             raise BlamedError(
