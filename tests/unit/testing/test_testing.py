@@ -305,10 +305,16 @@ def test_a_leak_fails_the_test_and_is_ended(pytester: pytest.Pytester) -> None:
     assert not list(Path("/dev/shm").glob("dtrain-test-*"))
 
 
-def test_a_file_of_a_living_process_is_not_ours() -> None:
-    """Another worker's test may leave one for a moment, which its own guard takes away."""
+def test_a_file_of_a_living_process_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker's test may leave one for a moment, which its own guard takes away.
+
+    In a folder of its own: what an ended process has left in /dev/shm, any worker's guard takes.
+    """
+    monkeypatch.setattr(leaks, "_SHM", tmp_path)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        path = Path(f"/dev/shm/dtrain-of-{other.pid}")
+        path = tmp_path / f"dtrain-of-{other.pid}"
         try:
             with leaks.watching(processes=False) as found:
                 path.touch()
