@@ -87,6 +87,9 @@ class ExportFact:
 LIGHTNING = ("pytorch_lightning", "lightning")
 """The packages that Lightning comes in, by the names that are imported."""
 
+OWN_LOOPS = ("single", "ddp")
+"""The strategies of Lightning's own loops, `lightning.step: lightning`."""
+
 SCRIPT = "script"
 """The trainer of a job that has a script instead of a task."""
 OWN = "own"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytorch_lightning as pl
@@ -99,13 +98,12 @@ class Data(pl.LightningDataModule):
 
 
 class SetUp(Lit):
-    """Counts what is called before training, and is copied in it, as by those that average."""
+    """Counts what is called before training."""
 
     def __init__(self, per_node: bool = True) -> None:
         super().__init__()
         self.prepare_data_per_node = per_node
         self.called: list[str] = []
-        self.copies: list[nn.Module] = []
 
     def prepare_data(self) -> None:
         self.called.append("prepare_data")
@@ -113,13 +111,10 @@ class SetUp(Lit):
     def setup(self, stage: str) -> None:
         self.called.append(f"setup {stage}")
 
+
+class Averaged(Lit):
     def configure_callbacks(self) -> Any:
         return EMAWeightAveraging(decay=0.5, device=None)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_end(outputs, batch, batch_idx)
-        copies, self.copies = self.copies, []
-        self.copies = [*copies, copy.deepcopy(self).net]
 
 
 class Swaps(Lit):
@@ -199,6 +194,11 @@ class PartByASampler(Lit):
 class Drawn(Lit):
     def train_dataloader(self) -> Any:
         return DataLoader(Points(50), sampler=RandomSampler(Points(50), True, num_samples=20))
+
+
+class DrawnEvaluation(Lit):
+    def val_dataloader(self) -> Any:
+        return DataLoader(Points(21), sampler=RandomSampler(Points(21), num_samples=9))
 
 
 class Batched(Lit):

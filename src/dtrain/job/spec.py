@@ -174,10 +174,16 @@ class LogSpec(Model):
 class LightningSpec(Model):
     """What only trainer `lightning` has."""
 
+    step: Literal["auto", "dtrain", "lightning"] = "auto"
+    """Who makes the steps of a LightningModule: dtrain, as under trainer `native`, bit for bit; or
+    Lightning, in its own loops. auto: dtrain, where the module can be trained so as it is."""
     data_module: Text | None = None
     """A LightningDataModule, as `file.py:Class`; None: the LightningModule has its loaders."""
     data_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of its constructor."""
+    find_unused_parameters: bool | None = None
+    """With Lightning's own loops: whether DDP looks in each step for parameters that it leaves out.
+    None: where the module makes its own steps."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of Lightning's Trainer, as `logger: true`."""
 

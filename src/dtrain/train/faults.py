@@ -82,8 +82,8 @@ class Injector:
             return
         self._names = [name for name, _ in subject.model.named_parameters()]
         self._watch_loss(task)
-        if subject.optimizer is not None:
-            subject.optimizer.register_step_pre_hook(lambda *_: self._before_update(subject))
+        for optimizer in subject.optimizers:
+            optimizer.register_step_pre_hook(lambda *_: self._before_update(subject))
         for fault in self._waiting:
             if fault.kind in ("skip-collective", "swap-collectives"):
                 CHAIN.fault_hook = _ChangedCollective(self, fault.kind)
@@ -151,10 +151,10 @@ class Injector:
 
     def _before_update(self, subject: TrainState) -> None:
         self._change_tensors(subject, gradients=True)
-        assert subject.optimizer is not None
         if self.due("lr"):
-            for group in subject.optimizer.param_groups:
-                group["lr"] *= 1.1
+            for optimizer in subject.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] *= 1.1
 
     def _watch_loss(self, task: Task) -> None:
         method = task.loss

@@ -20,11 +20,13 @@ class Adapter(Protocol):
     Its module imports nothing of the framework: whoever is adapted has imported that.
     """
 
-    def matches(self, factory: Callable[..., Any]) -> bool:
+    def matches(self, factory: Callable[..., Any], trainer: str) -> bool:
         """Whether the class or function that a job names is, or may return, the framework's."""
 
     def adapt(self, make: functools.partial[Any], name: str, trainer: str) -> Any:
-        """The task of what `make` makes; what it made, where that is not the framework's.
+        """The task of what `make` makes.
+
+        Where that is not the framework's: what it made, or None after a call that left no trace.
 
         Args:
             make: the factory with the job's arguments.
@@ -68,8 +70,10 @@ def load_task(
     make = functools.partial(factory, **args)
     for framework in catalog.FRAMEWORKS:
         adapter: Adapter = catalog.load("framework", framework)()
-        if adapter.matches(factory):
-            return as_task(adapter.adapt(make, name, trainer), name)
+        if adapter.matches(factory, trainer):
+            adapted = adapter.adapt(make, name, trainer)
+            if adapted is not None:
+                return as_task(adapted, name)
     return as_task(make(), name)
 
 

@@ -12,7 +12,7 @@ from dtrain.train.seeding import RandomState
 
 
 class KerasAdapter:
-    def matches(self, factory: Callable[..., Any]) -> bool:
+    def matches(self, factory: Callable[..., Any], trainer: str) -> bool:
         """Only what is returned tells; nobody returns a Keras model without an import of Keras."""
         return "keras" in sys.modules
 

@@ -7,6 +7,8 @@ before the user's code has chosen one of its two packages.
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,28 +16,40 @@ from dtrain.integrations.lightning.package import PACKAGES, want
 from dtrain.task import Task
 from dtrain.train.context import TrainContext
 from dtrain.train.importing import job_problem
-from dtrain.train.loop.native import NativeTrainer
+from dtrain.train.seeding import RandomState
 
 
 class LightningAdapter:
-    def matches(self, factory: Callable[..., Any]) -> bool:
-        return _package_of(factory) is not None
+    def matches(self, factory: Callable[..., Any], trainer: str) -> bool:
+        """What a function returns tells; nobody returns a module without an import of Lightning."""
+        imported = any(package in sys.modules for package in PACKAGES)
+        if inspect.isclass(factory):
+            return _package_of(factory) is not None
+        return trainer == "lightning" and imported
 
-    def adapt(self, make: functools.partial[Any], name: str, trainer: str) -> Task:
+    def adapt(self, make: functools.partial[Any], name: str, trainer: str) -> Task | None:
         """The module itself is made when its model is asked for."""
+        kind = make.func
+        if not inspect.isclass(kind):  # made for this only, as if it had not been
+            before = RandomState.capture()
+            kind = type(make())
+            before.restore()
+        package = _package_of(kind)
+        if package is None:
+            return None
         if trainer != "lightning":
             raise job_problem("task", f"{name} is a LightningModule; set trainer: lightning")
-        want(str(_package_of(make.func)))
+        want(package)
         from dtrain.integrations.lightning.module import ModuleTask
 
         return ModuleTask(make, name)
 
 
-def make_trainer(context: TrainContext) -> NativeTrainer:
+def make_trainer(context: TrainContext) -> Any:
     """Trainer `lightning`."""
-    from dtrain.integrations.lightning.trainer import LightningTrainer
+    from dtrain.integrations.lightning.choice import make_trainer
 
-    return LightningTrainer(context)
+    return make_trainer(context)
 
 
 def _package_of(factory: Any) -> str | None:

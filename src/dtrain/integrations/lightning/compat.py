@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import warnings
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dtrain.integrations.lightning.package import wanted
@@ -23,19 +26,58 @@ def _part(name: str) -> Any:
 call: Any = _part("trainer.call")
 is_overridden: Any = _part("utilities.model_helpers").is_overridden
 rank_zero_only: Any = _part("utilities").rank_zero_only
+CombinedLoader: Any = _part("utilities.combined_loader").CombinedLoader
 ClusterEnvironment: Any = _part("plugins.environments").ClusterEnvironment
 DDPStrategy: Any = _part("strategies").DDPStrategy
+ResultCollection: Any = _part("trainer.connectors.logger_connector.result")._ResultCollection
+MisconfigurationException: Any = _part("utilities.exceptions").MisconfigurationException
+extract_batch_size: Any = _part("utilities.data").extract_batch_size
+set_sampler_epoch: Any = _part("loops.fit_loop")._set_sampler_epoch
+sized_len: Any = _part("loops.fit_loop").sized_len
+TunerExit: Any = _part("utilities.exceptions")._TunerExitException
 LRSchedulerConfig: Any = _part("utilities.types").LRSchedulerConfig
 TorchCheckpointIO: Any = _part("plugins.io").TorchCheckpointIO
+
+
+def after(owner: Any, name: str, then: Callable[[], None]) -> None:
+    """Let something follow whenever a method of this object was called."""
+    method = getattr(owner, name)
+
+    def both(*given: Any, **named: Any) -> Any:
+        result = method(*given, **named)
+        then()
+        return result
+
+    setattr(owner, name, both)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without Lightning's warnings: of loader processes that it would like to have, of its own use
+    of torch, and of DDP's parameters."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning|lightning")
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True")
+        yield
+
 
 __all__ = [
     "PACKAGE",
     "ClusterEnvironment",
+    "CombinedLoader",
     "DDPStrategy",
     "LRSchedulerConfig",
+    "MisconfigurationException",
+    "ResultCollection",
     "TorchCheckpointIO",
+    "TunerExit",
+    "after",
     "call",
+    "extract_batch_size",
     "is_overridden",
     "pl",
+    "quietly",
     "rank_zero_only",
+    "set_sampler_epoch",
+    "sized_len",
 ]

@@ -70,22 +70,55 @@ class DtrainEnvironment(ClusterEnvironment):
         return self._ranks.node_rank
 
 
-class DtrainStrategy(DDPStrategy):
-    """A Lightning strategy that wraps nothing: the work is shared by dtrain's own strategy."""
+class OurProcesses:
+    """Mixed into a strategy of Lightning's: processes and their group are there already."""
 
-    def __init__(self, training: Training, ranks: RankInfo, step: Callable[[], None]) -> None:
-        super().__init__(
-            cluster_environment=DtrainEnvironment(ranks), checkpoint_io=SafeCheckpointIO()
+    def __init__(self, ranks: RankInfo, **options: Any) -> None:
+        super().__init__(  # type: ignore[call-arg]
+            cluster_environment=DtrainEnvironment(ranks),
+            checkpoint_io=SafeCheckpointIO(),
+            **options,
         )
-        self._training = training
-        self._step = step
 
     def _configure_launcher(self) -> None:
         """Nobody is to be launched."""
 
-    def setup_distributed(self) -> None:
+    def setup_distributed(self: Any) -> None:
         self.set_world_ranks()
         rank_zero_only.rank = self.global_rank
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Take means in floating point: of whole numbers, Lightning's makes 3 / 2 = 1."""
+        if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
+            tensor = tensor.double()
+        return super().reduce(tensor, group, reduce_op)  # type: ignore[misc]
+
+
+def deaf_to_signals(trainer: pl.Trainer) -> None:
+    """Leave signals to dtrain, which acts on them at a step boundary, on all ranks.
+
+    Lightning's own handler broadcasts from inside of the signal, whatever collective a rank is
+    in, and its loop broadcasts before every batch to hear of it.
+    """
+    signals: Any = trainer._signal_connector
+    loop: Any = trainer.fit_loop.epoch_loop
+    signals.register_signal_handlers = loop._broadcast_sigterm_tensor = _nothing
+
+
+def _nothing() -> None:
+    """Instead of what Lightning does for signals."""
+
+
+class DtrainStrategy(OurProcesses, DDPStrategy):
+    """A Lightning strategy that wraps nothing: the work is shared by dtrain's own strategy."""
+
+    def __init__(self, ranks: RankInfo, step: Callable[[], None]) -> None:
+        super().__init__(ranks)
+        self._step = step
+
+    def join(self, training: Training) -> None:
+        """Say whose model and optimizer they are; before the fit."""
+        self._training = training
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Model and optimizer are where they belong."""
@@ -103,12 +136,6 @@ class DtrainStrategy(DDPStrategy):
 
     def post_training_step(self) -> None:
         """DDP, if there is any, is below dtrain's strategy."""
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Take means in floating point: of whole numbers, Lightning's makes 3 / 2 = 1."""
-        if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
-            tensor = tensor.double()
-        return super().reduce(tensor, group, reduce_op)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return it whole and by plain names, also where ranks hold parts."""

@@ -32,6 +32,17 @@ _OURS = {
     "val_check_interval": "use eval.every_steps",
     "check_val_every_n_epoch": "use eval.every_epochs",
     "limit_val_batches": "all samples are evaluated, once",
+    "fast_dev_run": "use train.steps",
+    "overfit_batches": "use args: for a smaller data set",
+    "reload_dataloaders_every_n_epochs": "a data set is made once",
+    "min_epochs": "use train.early_stopping",
+    "min_steps": "use train.early_stopping",
+    "max_time": "the launch has a time limit",
+    "limit_test_batches": "there is no test",
+    "limit_predict_batches": "there is no predict",
+    "inference_mode": "evaluation is under no_grad",
+    "detect_anomaly": "checks.on_nan names what is not finite",
+    "sync_batchnorm": "convert the model's layers in __init__",
     "limit_train_batches": "use train.steps",
     "num_sanity_val_steps": "there is none",
     "use_distributed_sampler": "samples are placed by dtrain",
@@ -39,7 +50,25 @@ _OURS = {
     "callbacks": "return them from configure_callbacks() or callbacks()",
     "default_root_dir": "it is in the run's directory",
 }
-"""Arguments that are not the user's to give, and what to do instead."""
+"""Arguments that dtrain's step cannot follow, and what to do instead."""
+
+_LAUNCHED = (
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "plugins",
+    "precision",
+    "max_epochs",
+    "max_steps",
+    "enable_checkpointing",
+    "callbacks",
+    "default_root_dir",
+)
+"""Those that the job decides under Lightning's own loops too."""
+
+ARGUMENTS_OF_LOOPS = tuple(name for name in _OURS if name not in _LAUNCHED)
+"""Those that only Lightning's own loops follow."""
 
 
 class LightningCheck(JobCheck):
@@ -47,13 +76,20 @@ class LightningCheck(JobCheck):
         section = job.get("lightning")
         if not isinstance(section, Mapping):
             return []
-        if any(section.values()) and job.get("trainer", "native") != "lightning":
+        said = [each for each in section.values() if each != "auto"]
+        if any(said) and job.get("trainer", "native") != "lightning":
             return [(("lightning",), "is for trainer lightning; set that, or leave this out")]
+        own, strategy = section.get("step") == "lightning", job.get("strategy", "ddp")
+        if own and strategy in catalog.STRATEGIES and strategy not in catalog.OWN_LOOPS:
+            able = " and ".join(catalog.OWN_LOOPS)
+            text = f"Lightning's own loops have the strategies {able} here, not {strategy!r}"
+            return [(("lightning", "step"), text)]
         given = section.get("trainer")
+        refused = _OURS if section.get("step") == "dtrain" else _LAUNCHED
         return [
             (("lightning", "trainer", name), f"is decided by the job: {_OURS[name]}")
             for name in (given if isinstance(given, Mapping) else ())
-            if name in _OURS
+            if name in refused
         ]
 
     def references(self, root: Located) -> Iterator[Problem]:
@@ -78,10 +114,13 @@ class LightningCheck(JobCheck):
         if named.trainer != "lightning":
             return
         yield from _package_problems(named, source, shown_path(file))
+        step = named.root.get(("lightning", "step"))
+        if step is None or step.value != "dtrain":
+            return
         if source.sets_on_self(name, "automatic_optimization", False):
             yield named.problem(
-                f"{name} has automatic_optimization = False: it makes its own steps, and here the "
-                "step is dtrain's. Run it with a Trainer of its own, as script: train.py"
+                f"{name} has automatic_optimization = False: it makes its own steps, and with "
+                "lightning.step: dtrain they are dtrain's; leave that out"
             )
 
 

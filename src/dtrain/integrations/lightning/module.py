@@ -3,52 +3,32 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from dtrain.errors import DtrainError, UsageError
-from dtrain.integrations.lightning.compat import is_overridden, pl
+from dtrain.integrations.lightning.callbacks import why_not_beside_dtrain
+from dtrain.integrations.lightning.compat import CombinedLoader, call, is_overridden, pl, quietly
 from dtrain.integrations.lightning.logging import Logged
-from dtrain.integrations.lightning.optimizers import EveryFew, configured
+from dtrain.integrations.lightning.optimizers import EveryFew, configured, follows_metric
+from dtrain.integrations.lightning.suits import NeedsLoopsError, why_loops
 from dtrain.integrations.lightning.user_loaders import (
     dataset_of,
     described,
+    evaluated_samples,
     flat,
+    order_of_loader,
     sampler_of,
-    takes_all,
-    weights_of,
 )
 from dtrain.ranks import RankInfo
 from dtrain.task import Loss, Task
 from dtrain.train import collectives
 from dtrain.train.data.fetch import Fetched
 from dtrain.train.loop.evaluation import Sections
-
-_OWN_STEP = (
-    "optimizer_step",
-    "backward",
-    "configure_gradient_clipping",
-    "optimizer_zero_grad",
-    "lr_scheduler_step",
-)
-
-_NOT_CALLED = (
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_validation_batch_start",
-    "on_validation_batch_end",
-    "transfer_batch_to_device",
-    "on_save_checkpoint",
-    "on_load_checkpoint",
-)
-"""Hooks of a LightningModule that Lightning's own loop would call."""
-
-logger = logging.getLogger(__name__)
+from dtrain.train.seeding import derive_seed, seed_everything
 
 
 class ModuleTask(Task):
@@ -64,69 +44,71 @@ class ModuleTask(Task):
         self.name = name
         self.module: pl.LightningModule | None = None
         self.data_module: pl.LightningDataModule | None = None
+        self.make_data_module: Callable[[], pl.LightningDataModule] | None = None
         self.loader: int | None = None
         """Which of several validation loaders is looked at."""
         self._logged: Logged | None = None
         self._samples: Any = None
-        self._prepared = False
+        self._trainer: pl.Trainer | None = None
+        self._seed = self._batch_size = 0
+        self._loaders: dict[str, Any] = {}
         self._steps_per_epoch: int | None = None
         self._schedulers: list[Any] = []
 
     # -- the task ----------------------------------------------------------------------------
 
     def model(self) -> torch.nn.Module:
-        """The module.
+        """The module, attached to its trainer and set up, so that it has all its layers.
 
         Raises:
-            UsageError: it steps its optimizers by itself.
+            NeedsLoopsError: dtrain's step cannot train it as it is.
         """
-        module = self._make()
-        if not module.automatic_optimization:
-            raise UsageError(
-                f"{self.name} has automatic_optimization = False: it makes its own steps, and "
-                "here the step is dtrain's. Run it with a Trainer of its own, as script: train.py"
-            )
-        for name in _OWN_STEP:
-            if is_overridden(name, module, pl.LightningModule):
-                raise UsageError(
-                    f"{self.name} overrides {name}(), but the step is dtrain's here "
-                    "(train.clip_grad_norm, train.precision). Run it with a Trainer of its own, as "
-                    "script: train.py"
-                )
-        unheard = [name for name in _NOT_CALLED if is_overridden(name, module, pl.LightningModule)]
-        if unheard and RankInfo.from_env().is_rank_zero:
-            logger.warning(
-                "%s has %s, which dtrain does not call: the step, the device and the checkpoints "
-                "are its own",
-                self.name,
-                ", ".join(f"{name}()" for name in unheard),
-            )
-        self.module = module
+        self.module, self.data_module = module, data = self.made()
+        why = why_loops(module, data)
+        if why is not None:
+            raise NeedsLoopsError(why)
         self._training_step = module.training_step
         self._configure_optimizers = module.configure_optimizers
+        self._loaders = {}
+        assert self._trainer is not None
+        self._trainer.strategy.connect(module)
+        module.trainer = self._trainer
+        if data is not None:
+            self._trainer.datamodule = data
+            data.trainer = self._trainer
+        connector = self._trainer._data_connector
+        connector.attach_datamodule(module, data)
+        self._data_hooks = connector._datahook_selector
+        self._trainer._callback_connector._attach_model_callbacks()
+        for callback in self._trainer.callbacks:
+            why = why_not_beside_dtrain(callback)
+            if why is not None:
+                raise NeedsLoopsError(why)
+        self._prepare()
         return module
+
+    def made(self) -> tuple[pl.LightningModule, pl.LightningDataModule | None]:
+        """A new module, and a new data module where the job has one."""
+        return self._make(), None if self.make_data_module is None else self.make_data_module()
 
     def train_dataset(self) -> Any:
         """The data set of the training loader; the order and the batches are the job's.
 
         Raises:
-            UsageError: its order cannot be kept: a sampler of the user's own.
+            NeedsLoopsError: it has a sampler of the user's own, or is no loader of samples.
         """
         loader = self._loader("train_dataloader")
         if loader is None:
             raise UsageError(f"{self.name} has no train_dataloader(), and there is no data module")
         dataset = dataset_of(self, self.name, loader)
-        sampler = sampler_of(loader)
-        self._weights = weights_of(sampler)
-        if self._weights is None and not takes_all(sampler):
-            raise UsageError(
-                f"train_dataloader() of {self.name} has a {described(sampler)}; the order of "
-                "samples is dtrain's: leave the sampler out, or write a task with sample_order()"
-            )
+        self._weights, self._order = order_of_loader(loader, self._seed, f"{self.name} has")
         return dataset
 
     def sample_weights(self) -> Any:
         return self._weights
+
+    def sample_order(self, seed: int, epoch: int) -> Any:
+        return None if self._order is None else self._order(seed, epoch)
 
     def eval_dataset(self) -> Any:
         """The data set of the validation loader, or those of several; None without one.
@@ -138,8 +120,10 @@ class ModuleTask(Task):
         if not is_overridden("validation_step", self.module, pl.LightningModule):
             return None
         loaders = flat(self._loader("val_dataloader"))
+        if not loaders:
+            return None
         if len(loaders) < 2:
-            return _evaluated(self, self.name, loaders[0]) if loaders else None
+            return _evaluated(self, self.name, loaders[0])
         if not _takes(self.module.validation_step, "dataloader_idx"):
             raise UsageError(
                 f"val_dataloader() of {self.name} returned {len(loaders)} loaders, but "
@@ -152,12 +136,18 @@ class ModuleTask(Task):
         assert self._logged is not None
         self._logged.samples = self._samples
         batch = self._on_device(batch)
-        returned = _called(self._training_step, batch, self._logged.batch_index)
+        assert self.module is not None
+        self.module.automatic_optimization = True  # as its author knows it; the loop knows better
+        try:
+            returned = _called(self._training_step, batch, self._logged.batch_index)
+        finally:
+            self.module.automatic_optimization = False
         loss = returned.get("loss") if isinstance(returned, dict) else returned
         if not isinstance(loss, torch.Tensor):
             raise DtrainError(
                 f"training_step() of {self.name} returned {type(returned).__name__}; it must "
-                "return the loss, a mean over its batch, or a dict with it"
+                "return the loss, a mean over its batch, or a dict with it; a module that skips "
+                "batches trains with lightning.step: lightning"
             )
         return loss
 
@@ -167,26 +157,56 @@ class ModuleTask(Task):
         assert self.module is not None
         step = self.module.validation_step
         with self._logged.batch(self.loader) as (number, logged):
-            given: tuple[Any, ...] = (self._on_device(batch, self.loader or 0), number)
-            if _takes(step, "dataloader_idx"):
-                given = (*given, self.loader or 0)
-            _called(step, *given)
+            batch = self._on_device(batch, self.loader or 0)
+            place: tuple[Any, ...] = (batch, number)
+            if self.loader is not None:
+                place = (*place, self.loader)
+            self._call("on_validation_batch_start", *place)
+            given = (batch, number, self.loader or 0)
+            takes = _takes(step, "dataloader_idx")
+            output = _called(step, *given) if takes else _called(step, *given[:2])
+            self._call("on_validation_batch_end", output, *place)
         return dict(logged)
+
+    def _call(self, hook: str, *given: Any) -> None:
+        """Call a hook of the callbacks, then the module's."""
+        assert self._trainer is not None
+        call._call_callback_hooks(self._trainer, hook, *given)
+        call._call_lightning_module_hook(self._trainer, hook, *given)
+
+    @property
+    def train_loader(self) -> Any:
+        return self._loaders.get("train_dataloader")
 
     def optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         """The one that `configure_optimizers` returns.
 
         Raises:
-            UsageError: it returns several.
+            NeedsLoopsError: it returns none, several, or a scheduler that follows a metric.
         """
+        self._tell_length()
         optimizers, self._schedulers = configured(self._configure_optimizers())
         if len(optimizers) != 1 or len(self._schedulers) > 1:
-            raise UsageError(
+            raise NeedsLoopsError(
                 f"configure_optimizers() of {self.name} returned {len(optimizers)} optimizers and "
-                f"{len(self._schedulers)} schedulers; one of each is trained here. Run it with a "
-                "Trainer of its own, as script: train.py"
+                f"{len(self._schedulers)} schedulers"
+            )
+        if any(follows_metric(each) for each in self._schedulers):
+            raise NeedsLoopsError(
+                f"configure_optimizers() of {self.name} returned a scheduler that follows a metric"
             )
         return optimizers[0]
+
+    def _tell_length(self) -> None:
+        """Let Lightning's Trainer know of the training loader what schedules ask for."""
+        assert self._trainer is not None
+        loader = self._loader("train_dataloader")
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            return
+        fit: Any = self._trainer.fit_loop
+        with quietly():
+            fit._combined_loader = CombinedLoader(loader)
+        fit.max_batches = -(-len(loader.dataset) // self._batch_size)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """Its scheduler, which here counts in optimizer steps or in epochs as it asks."""
@@ -212,21 +232,28 @@ class ModuleTask(Task):
             "scheduler": self._configure_optimizers,
         }
 
-    def attach(self, trainer: pl.Trainer, logged: Logged, steps_per_epoch: int | None) -> None:
+    def attach(self, trainer: pl.Trainer, seed: int, batch_size: int) -> None:
+        """Before the model is asked for: whose trainer it sees from the beginning.
+
+        Args:
+            trainer: it.
+            seed: the job's; what `setup` draws is the same on all processes.
+            batch_size: samples of a step.
+        """
+        self._trainer, self._seed, self._batch_size = trainer, seed, batch_size
+
+    def begin(self, logged: Logged, steps_per_epoch: int | None) -> None:
         """Before the fit, in which Lightning is to prepare and set up nothing a second time."""
         self._logged = logged
         self._steps_per_epoch = steps_per_epoch
-        if self.data_module is not None:
-            trainer.datamodule = self.data_module
-            self.data_module.trainer = trainer
-        if self._prepared:
-            for source in self._sources():
-                vars(source).update(prepare_data=_is_done, setup=_is_done)
+        for source in self._sources():
+            stubs = {name: _is_done for name in _SET_UP if hasattr(source, name)}
+            vars(source).update(stubs)
 
     def set_up_is_over(self) -> None:
-        """Give module and data module their `prepare_data` and `setup` back, see `attach`."""
+        """Give module and data module their own methods back, see `begin`."""
         for source in self._sources():
-            for name in ("prepare_data", "setup"):
+            for name in _SET_UP:
                 vars(source).pop(name, None)
 
     def reads(self, fetched: Fetched) -> None:
@@ -241,37 +268,44 @@ class ModuleTask(Task):
         return None if self._steps_per_epoch is None else every * self._steps_per_epoch
 
     def _on_device(self, batch: Any, loader: int = 0) -> Any:
-        assert self.module is not None
-        batch = self.module.on_before_batch_transfer(batch, loader)
-        return self.module.on_after_batch_transfer(batch, loader)
+        """Between the data module's hooks, or the module's; dtrain has moved it already."""
+        for name in ("on_before_batch_transfer", "on_after_batch_transfer"):
+            batch = getattr(self._data_hooks.get_instance(name), name)(batch, loader)
+        return batch
 
     def _loader(self, method: str) -> Any:
+        if method in self._loaders:
+            return self._loaders[method]
         source = self.data_module or self.module
-        if not self._prepared:
-            self._prepare()
         if not is_overridden(method, source):
             source = self.module
-        if not is_overridden(method, source):
-            return None
-        return getattr(source, method)()
+        found = getattr(source, method)() if is_overridden(method, source) else None
+        self._loaders[method] = found
+        return found
 
     def _prepare(self) -> None:
         """Download on one process of each node, or of all, then set up on all."""
-        self._prepared = True
         ranks = RankInfo.from_env()
         for source in self._sources():
             if (ranks.local_rank if source.prepare_data_per_node else ranks.rank) == 0:
                 source.prepare_data()
         collectives.gather_to_all(None)
+        seed_everything(derive_seed("train_dataset", self._seed))
         for source in self._sources():
             source.setup("fit")
+        assert self.module is not None
+        self.module.configure_model()
 
     def _sources(self) -> list[Any]:
         return [each for each in (self.data_module, self.module) if each is not None]
 
 
-def _is_done(stage: str = "") -> None:
+_SET_UP = ("prepare_data", "setup", "configure_model", "configure_callbacks")
+
+
+def _is_done(stage: str = "") -> Any:
     """Instead of a hook that was called before the fit."""
+    return []
 
 
 class _LoaderTask(Task):
@@ -289,12 +323,10 @@ class _LoaderTask(Task):
 
 
 def _evaluated(task: Task, name: str, loader: Any) -> Any:
-    dataset, sampler = dataset_of(task, name, loader), sampler_of(loader)
-    if not takes_all(sampler):
-        raise UsageError(
-            f"val_dataloader() of {name} has a {described(sampler)}; all samples of its data set "
-            "are evaluated here, once: give it a Subset of the data instead"
-        )
+    dataset_of(task, name, loader)
+    dataset = evaluated_samples(loader)
+    if dataset is None:
+        raise NeedsLoopsError(f"val_dataloader() of {name} has a {described(sampler_of(loader))}")
     return dataset
 
 

@@ -17,13 +17,7 @@ class EveryFew:
     """A scheduler that is stepped after every so many steps: Lightning counts epochs too."""
 
     def __init__(self, wish: Wish, steps_between: Callable[[Wish], int | None]) -> None:
-        scheduler = wish["scheduler"]
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise UsageError(
-                "configure_optimizers() returned ReduceLROnPlateau, which is stepped with a "
-                "metric; take a scheduler that counts steps or epochs"
-            )
-        self.scheduler = scheduler
+        self.scheduler = wish["scheduler"]
         self._wish, self._steps_between = wish, steps_between
         self._count = 0
 
@@ -54,16 +48,26 @@ class EveryFew:
         self._count = state["count"]
 
 
+def follows_metric(scheduler: Any) -> bool:
+    """Whether a scheduler, or a dict with one, is stepped with the value of a metric."""
+    wish = scheduler if isinstance(scheduler, dict) else {"scheduler": scheduler}
+    plateau = isinstance(wish["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau)
+    return plateau or bool(wish.get("reduce_on_plateau"))
+
+
 def configured(given: Any) -> tuple[list[Any], list[Any]]:
     """Optimizers and schedulers, of the many things that `configure_optimizers` may return."""
     if isinstance(given, torch.optim.Optimizer):
         return [given], []
     if isinstance(given, dict):
         scheduler = given.get("lr_scheduler")
-        return [given["optimizer"]], [] if scheduler is None else [scheduler]
+        return [given["optimizer"]], [scheduler] if scheduler else []
+    if given is None:
+        return [], []
     if not isinstance(given, list | tuple):
         raise UsageError(f"configure_optimizers() returned {type(given).__name__}")
     if len(given) == 2 and isinstance(given[0], list | tuple):
-        return list(given[0]), list(given[1])
+        schedulers = [given[1]] if isinstance(given[1], dict) else list(given[1])
+        return list(given[0]), schedulers
     pairs = [configured(each) for each in given]
     return [o for optimizers, _ in pairs for o in optimizers], [s for _, ss in pairs for s in ss]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+import torch
+from torchmetrics import Metric
 
 from dtrain.callback import Callback
 from dtrain.integrations.lightning.compat import call, pl
 from dtrain.integrations.lightning.logging import Logged
+from dtrain.ranks import RankInfo
+from dtrain.train import collectives
 from dtrain.train.loop.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 
 class States(Callback):
@@ -42,3 +50,78 @@ class EpochSums(Callback):
         """Only rank 0 goes on with them, as the ranks' sums are added up."""
         if self._first:
             self._logged.go_on(state)
+
+
+class Metrics:
+    """Objects of torchmetrics in a module: what each process has counted in them so far."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._metrics = {
+            name: each for name, each in module.named_modules() if isinstance(each, Metric)
+        }
+
+    def state(self) -> list[dict[str, Any]]:
+        """Of every process, on rank 0; called by all ranks."""
+        mine = {
+            name: {"updates": each._update_count, "states": _copied(each)}
+            for name, each in self._metrics.items()
+            if each._update_count
+        }
+        return collectives.gather_to_zero(mine)
+
+    def load(self, states: list[dict[str, Any]], rank: int, world_size: int) -> None:
+        """Go on counting: each process from its own, or rank 0 from those of all of another
+        number of processes."""
+        if len(states) == world_size:
+            states = [states[rank]]
+        elif rank != 0:
+            return
+        for each in states:
+            for name, saved in each.items():
+                if name in self._metrics:
+                    self._add(name, saved)
+
+    def _add(self, name: str, saved: dict[str, Any]) -> None:
+        metric = self._metrics[name]
+        states = {key: _moved(value, metric.device) for key, value in saved["states"].items()}
+        first = metric._update_count == 0
+        metric._update_count += saved["updates"]
+        metric._computed = None
+        if first:
+            for key, value in states.items():
+                setattr(metric, key, value)
+            return
+        try:
+            metric._reduce_states(states)
+        except (TypeError, ValueError, RuntimeError):
+            metric.reset()
+            logger.warning(
+                "what %s (%s) has counted cannot be put together for another number of processes: "
+                "it begins afresh",
+                name,
+                type(metric).__name__,
+            )
+
+
+def _copied(metric: Metric) -> dict[str, Any]:
+    return {key: _moved(getattr(metric, key), torch.device("cpu")) for key in metric._defaults}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [each.detach().to(device, copy=True) for each in value]
+    return value.detach().to(device, copy=True)
+
+
+class Counts(Callback):
+    """What objects of torchmetrics have counted, in checkpoints of dtrain's step."""
+
+    def __init__(self, module: torch.nn.Module, ranks: RankInfo) -> None:
+        self._metrics, self._ranks = Metrics(module), ranks
+
+    def state_dict(self) -> dict[str, Any]:
+        states = self._metrics.state()
+        return {"ranks": states} if any(states) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._metrics.load(state.get("ranks", []), self._ranks.rank, self._ranks.world_size)

@@ -20,8 +20,9 @@ class StepLoader:
         training: whose steps.
         begun: called before the first step, with the number of those before it in its epoch.
         ended: called when there are no more.
-        shows_batch: give Lightning, and so its callbacks, this rank's first micro-batch of the
-            step. Else, and where a rank has none, the step's place in words.
+        loader: the user's, whose attributes this one has; Lightning, and so its callbacks, are then
+            given this rank's first micro-batch of the step. Without one, and where a rank has no
+            samples, the step's place in words.
     """
 
     def __init__(
@@ -29,15 +30,14 @@ class StepLoader:
         training: Training,
         begun: Callable[[int], None],
         ended: Callable[[], None],
-        *,
-        shows_batch: bool,
+        loader: Any = None,
     ) -> None:
         self._steps = training.steps(hooks=True)
         self._length = training.course.steps_per_epoch
         self._begun = begun
         self._ended = ended
         self._batch_size = training.course.global_batch_size
-        self._shows_batch = shows_batch
+        self._loader = loader
         self.current: Step | None = None
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class StepLoader:
     def __iter__(self) -> Iterator[Any]:
         for batch, micro_batches, number in self._steps:
             shown: Any = {"step": batch.step, "epoch": batch.epoch, "samples": batch.size}
-            if self._shows_batch and number:
+            if self._loader is not None and number:
                 first = next(micro_batches)
                 shown = first[1]
                 micro_batches = itertools.chain([first], micro_batches)
@@ -57,6 +57,12 @@ class StepLoader:
             if batch.ends_epoch:
                 return
         self._ended()
+
+    def __getattr__(self, name: str) -> Any:
+        loader = None if name.startswith("_") else self._loader
+        if loader is None:
+            raise AttributeError(name)
+        return getattr(loader, name)
 
     def close(self) -> None:
         """Let go of the steps that nobody takes any more.

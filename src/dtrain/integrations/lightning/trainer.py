@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import logging
-import traceback
-import warnings
 from typing import Any
 
 import torch
 
 from dtrain.callback import Callback
 from dtrain.errors import DtrainError, UsageError
-from dtrain.integrations.lightning.compat import PACKAGE, call, is_overridden, pl
-from dtrain.integrations.lightning.environment import DtrainStrategy
+from dtrain.integrations.lightning.callbacks import (
+    Leave,
+    add_callbacks,
+    name_callback,
+    why_not_beside_dtrain,
+)
+from dtrain.integrations.lightning.compat import PACKAGE, after, call, is_overridden, pl, quietly
+from dtrain.integrations.lightning.environment import DtrainStrategy, deaf_to_signals
 from dtrain.integrations.lightning.logging import Logged
 from dtrain.integrations.lightning.module import ModuleTask
-from dtrain.integrations.lightning.state import EpochSums, States
+from dtrain.integrations.lightning.state import Counts, EpochSums, States
 from dtrain.integrations.lightning.step_loader import StepLoader
 from dtrain.ranks import RankInfo
 from dtrain.train.context import TrainContext, TrainResult
-from dtrain.train.importing import load_class
+from dtrain.train.faults import Injector
 from dtrain.train.loop.callbacks import listed
 from dtrain.train.loop.native import NativeTrainer
+from dtrain.train.loop.task_state import Kept
 from dtrain.train.loop.training import Training
 
 logger = logging.getLogger(__name__)
@@ -36,13 +41,7 @@ class LightningTrainer(NativeTrainer):
 
     def __init__(self, context: TrainContext) -> None:
         super().__init__(context)
-        task, spec = context.task, context.spec.lightning
-        if isinstance(task, ModuleTask):
-            if spec.data_module is not None:
-                make = load_class("lightning.data_module", spec.data_module, context.code_dir)
-                task.data_module = _made(make, pl.LightningDataModule, spec.data_args)
-        elif spec.data_module is not None:
-            raise UsageError("lightning.data_module is for a LightningModule; a task has data")
+        task = context.task
         self._theirs: list[pl.Callback] = []
         given = task.callbacks
         task.callbacks = lambda: self._ours(given())  # type: ignore[method-assign]
@@ -59,14 +58,15 @@ class LightningTrainer(NativeTrainer):
                 raise DtrainError(f"callbacks() returned a {name} of {origin}, not one of {known}")
         return ours
 
-    def drive(self, training: Training) -> TrainResult:
+    def begin(self, context: TrainContext, injector: Injector, kept: Kept) -> Any:
+        """Make Lightning's Trainer first, which a module may ask while it is set up."""
+        self._drive = _Drive(context)
+        return super().begin(context, injector, kept)
+
+    def drive(self, training: Any) -> TrainResult:
         """Let Lightning's fit loop do all steps."""
-        task = self._context.task
-        module = task.module if isinstance(task, ModuleTask) else TaskModule(training.parts.model)
-        assert module is not None
-        self._drive = _Drive(self._context, training, module)
         try:
-            return self._drive.run(self._theirs)
+            return self._drive.run(training, self._theirs)
         finally:
             del self._drive  # it holds the training, which is closed before another is made
 
@@ -91,44 +91,51 @@ class TaskModule(pl.LightningModule):
 class _Drive(pl.Callback):
     """One fit, and what joins the two."""
 
-    def __init__(
-        self, context: TrainContext, training: Training, module: pl.LightningModule
-    ) -> None:
-        self._context = context
-        self._training = training
-        self._module = module
-        self._task = context.task if isinstance(context.task, ModuleTask) else None
-        self._logged = Logged(module, context.ranks.world_size)
-        self._complete = True
-        self._exhausted = False
-        self._result: TrainResult | None = None
-
-    def run(self, callbacks: list[pl.Callback]) -> TrainResult:
-        training, module = self._training, self._module
+    def __init__(self, context: TrainContext) -> None:
         # which devices there are, and what else could be installed
         logging.getLogger(f"{PACKAGE}.utilities.rank_zero").setLevel(logging.WARNING)
-        loader = StepLoader(training, self._begin, self._end, shows_batch=self._task is not None)
-        self._loader = loader
-        self._trainer = trainer = self._make_trainer(callbacks)
-        module.automatic_optimization = False
+        self._context = context
+        self._task = context.task if isinstance(context.task, ModuleTask) else None
+        self._exhausted = self._leaving = False
+        self._result: TrainResult | None = None
+        self._trainer = trainer = self._make_trainer()
+        deaf_to_signals(trainer)
+        fit: Any = trainer.fit_loop
+        after(fit.epoch_loop, "on_advance_end", self._after_batch)
+        after(fit, "on_advance_end", self._settle)
+        after(fit, "on_run_end", self._finish)
         if self._task is not None:
-            steps = training.course.steps_per_epoch
-            self._task.attach(trainer, self._logged, steps)
-            training.data.watchers.append(self._task.reads)
-        with warnings.catch_warnings():
-            # of the loaders of its own that Lightning would make
-            warnings.filterwarnings("ignore", module="pytorch_lightning|lightning")
+            spec = context.spec
+            self._task.attach(trainer, spec.seed, spec.train.global_batch_size)
+
+    def run(self, training: Training, callbacks: list[pl.Callback]) -> TrainResult:
+        self._training, task, trainer = training, self._task, self._trainer
+        module = TaskModule(training.parts.model) if task is None else task.module
+        assert module is not None
+        self._module = module
+        self._logged = Logged(module, self._context.ranks.world_size)
+        trainer.strategy.join(training)
+        add_callbacks(trainer, callbacks)
+        loader = StepLoader(
+            training, self._begin, self._end, None if task is None else task.train_loader
+        )
+        self._loader = loader
+        module.automatic_optimization = False
+        if task is not None:
+            task.begin(self._logged, training.course.steps_per_epoch)
+            training.data.watchers.append(task.reads)
+        with quietly():
             try:
                 trainer.fit(module, train_dataloaders=loader)
             except Exception as error:
-                self._name(error)
+                name_callback(error, self)
                 raise
             finally:
                 loader.close()
-        return self._result or training.end(complete=self._complete)
+        return self._result or training.end(complete=True)
 
-    def _make_trainer(self, callbacks: list[pl.Callback]) -> pl.Trainer:
-        context, course = self._context, self._training.course
+    def _make_trainer(self) -> pl.Trainer:
+        context = self._context
         spec, ranks = context.spec, context.ranks
         given: dict[str, Any] = {
             "logger": False,
@@ -143,14 +150,14 @@ class _Drive(pl.Callback):
                 accelerator="cuda" if context.device.type == "cuda" else "cpu",
                 devices=ranks.local_world_size,
                 num_nodes=max(1, ranks.world_size // ranks.local_world_size),
-                strategy=DtrainStrategy(self._training, ranks, self._step),
+                strategy=DtrainStrategy(ranks, self._step),
                 use_distributed_sampler=False,
-                max_epochs=course.total_epochs or -1,
-                max_steps=course.total_steps or -1,
-                enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
+                max_epochs=spec.train.epochs or -1,
+                max_steps=spec.train.steps or -1,
+                enable_checkpointing=False,  # but for callbacks that are
                 num_sanity_val_steps=0,
                 limit_val_batches=0,
-                callbacks=[self, *callbacks],
+                callbacks=[self],
                 **given,
             )
         except TypeError as error:
@@ -160,7 +167,8 @@ class _Drive(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put Lightning's counters where training is, before anyone looks at them."""
-        _look_at([each for each in trainer.callbacks if each is not self], self._context.ranks)
+        if self._task is None:
+            _look_at([each for each in trainer.callbacks if each is not self], self._context.ranks)
         progress = self._training.progress
         epochs = trainer.fit_loop.epoch_progress
         for count in (epochs.total, epochs.current):
@@ -178,33 +186,25 @@ class _Drive(pl.Callback):
         self._training.callbacks.add(
             "lightning.log", EpochSums(self._logged, self._training.progress, first=first)
         )
+        counts = Counts(pl_module, self._context.ranks)
+        self._training.callbacks.add("lightning.metrics", counts)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the evaluation that an interrupted attempt skipped."""
-        self._complete = self._training.begin()
-        if not self._complete or self._training.progress.stopped_early:
+        if not self._training.begin():
+            self._leave()
+        if self._training.progress.stopped_early:
             self._end()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Metrics of the epoch, over all ranks; not of one that is left in the middle."""
-        if self._complete:
-            self._publish(self._logged.of_epoch())
+        """Metrics of the epoch, over all ranks."""
+        self._publish(self._logged.of_epoch())
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End training inside of the fit, whose own end takes things apart."""
-        if self._result is not None:
-            return
-        if trainer.should_stop and self._complete and not self._exhausted:
+    def _finish(self) -> None:
+        """End training inside of the fit, whose own end takes things apart, after all hooks."""
+        if self._trainer.should_stop and not self._exhausted:
             self._training.progress.stopped_early = True  # by a callback of Lightning's
-        self._result = self._training.end(complete=self._complete)
-
-    def _name(self, error: Exception) -> None:
-        """Let an error say in which of Lightning's callbacks it was, and in which method."""
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, pl.Callback) and owner is not self:
-                error.add_note(f"in {frame.f_code.co_name}() of callback {type(owner).__name__}")
-                return
+        self._result = self._training.end(complete=True)
 
     # -- in between --------------------------------------------------------------------------
 
@@ -212,12 +212,25 @@ class _Drive(pl.Callback):
         """Do a step; Lightning calls this for the module's training step."""
         assert self._loader.current is not None
         with self._logged.training(self._trainer.fit_loop.epoch_loop.batch_idx):
-            self._complete = self._training.step(*self._loader.current)
+            self._training.update(*self._loader.current)
         self._count()
-        if not self._complete:  # saved before Lightning tells its callbacks of an epoch's end
-            self._result = self._training.end(complete=False)
-        if not self._complete or self._training.progress.stopped_early:
+
+    def _after_batch(self) -> None:
+        """After the hooks of a step evaluate, and save; at the end of an epoch, after its hooks."""
+        self._leaving = not self._training.evaluate_if_due()
+        if self._training.progress.stopped_early:
             self._end()
+        if not self._trainer.fit_loop.epoch_loop.done:
+            self._settle()
+
+    def _settle(self) -> None:
+        if self._leaving:
+            self._leave()
+        self._training.save_if_due()
+
+    def _leave(self) -> None:
+        self._result = self._training.end(complete=False)
+        raise Leave
 
     def _begin(self, done: int) -> None:
         """Lightning has just counted from 0; training may begin in the middle of an epoch."""
@@ -267,26 +280,16 @@ class _Drive(pl.Callback):
 
 
 def _look_at(callbacks: list[pl.Callback], ranks: RankInfo) -> None:
-    """Refuse what cannot be here, and say what is lost."""
+    """Refuse what a task's steps cannot follow, and say what is lost."""
     for each in callbacks:
-        name = type(each).__name__
-        if isinstance(each, pl.callbacks.StochasticWeightAveraging):
-            raise UsageError(
-                f"{name} has a schedule of its own, which dtrain's step does not follow; average "
-                "with Lightning's WeightAveraging or EMAWeightAveraging, or with dtrain.EMA"
-            )
-        if is_overridden("on_save_checkpoint", each, pl.Callback) and ranks.is_rank_zero:
+        why = why_not_beside_dtrain(each)
+        if why is None:
+            continue
+        if not is_overridden("on_save_checkpoint", each, pl.Callback):
+            raise UsageError(f"{why}, which dtrain's step does not follow")
+        if ranks.is_rank_zero:
             logger.warning(
                 "%s keeps something in Lightning's checkpoints that dtrain's do not have: a resume "
                 "begins it anew",
-                name,
+                type(each).__name__,
             )
-
-
-def _made(make: Any, kind: type, args: dict[str, Any]) -> Any:
-    made = make(**args)
-    if not isinstance(made, kind):
-        raise DtrainError(
-            f"lightning.data_module is a {type(made).__name__}, not a {kind.__name__} of {PACKAGE}"
-        )
-    return made

@@ -69,7 +69,7 @@ class Checkpoint:
         self._run = RunDir(place)
         self._run.checkpoints.mkdir(parents=True, exist_ok=True)
         self._store = CheckpointStore(self._run, self._ranks.rank, keep)
-        self._spoilt = Spoilt(TrainState(model, optimizer))
+        self._spoilt = Spoilt(TrainState(model, () if optimizer is None else (optimizer,)))
 
     def load(self) -> int:
         """Go on from the newest checkpoint that is whole: the steps done, 0 when there is none.

@@ -13,7 +13,7 @@ from dtrain.errors import CheckpointError, UsageError
 from dtrain.ranks import RankInfo
 from dtrain.train.contract import check_dataset
 from dtrain.train.data.order import in_turn, shuffled
-from dtrain.train.data.placement import EpochPlan, GlobalBatch, Position, shard
+from dtrain.train.data.placement import EpochPlan, GlobalBatch, Position
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class Sampler(torch.utils.data.Sampler[list[int]]):
                 "processes"
             )
         self._order = shuffled(size, seed) if shuffle else in_turn(size)
-        self._course = EpochPlan(size, global_batch_size, None, None)
+        self._course = EpochPlan(
+            size, global_batch_size, None, None, at_least=self._ranks.world_size
+        )
         self._identity = {"num_samples": size, "seed": seed, "order": self._order.name}
         self._position = Position()
         self._handed_out: Position | None = None
@@ -106,11 +108,11 @@ class Sampler(torch.utils.data.Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Steps to the end of the epoch."""
-        size, batch, consumed = self._course.num_samples, self._course.global_batch_size, 0
-        assert size is not None
-        consumed = self._position.consumed
-        steps, rest = divmod(size - consumed, batch)
-        return max(1, steps + (rest >= self._ranks.world_size))
+        assert self._course.num_samples is not None
+        left = self._course.num_samples - self._position.consumed
+        steps = replace(self._course, num_samples=left).steps_per_epoch
+        assert steps is not None
+        return steps
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: the position, and what it is a position in."""
@@ -132,11 +134,5 @@ class Sampler(torch.utils.data.Sampler[list[int]]):
         self._handed_out = None
 
     def _step(self, position: Position) -> _Step:
-        """The step at a position, with the end of the epoch where it is too short for all."""
         batch = next(self._course.batches(0, position))
-        if not batch.ends_epoch:
-            following = next(self._course.batches(0, batch.after))
-            if following.ends_epoch and following.size < self._ranks.world_size:
-                batch = replace(batch, stop=following.stop, ends_epoch=True)
-        part = shard(batch.size, self._ranks.rank, self._ranks.world_size)
-        return _Step(batch, range(batch.start + part.start, batch.start + part.stop))
+        return _Step(batch, batch.part(self._ranks.rank, self._ranks.world_size))

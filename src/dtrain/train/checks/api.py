@@ -58,7 +58,8 @@ def check(
     known.calls += 1
     if known.calls % every:
         return
-    mismatch = Ledger(TrainState(model, optimizer, scheduler, scaler)).compare()
+    optimizers, schedulers = (() if each is None else (each,) for each in (optimizer, scheduler))
+    mismatch = Ledger(TrainState(model, optimizers, schedulers, scaler)).compare()
     if mismatch is None:
         known.agreed = known.calls
         return

@@ -40,21 +40,24 @@ class Checks:
     Args:
         context: of the training.
         subject: what is trained.
-        loss: the task's loss over the model.
-        feed: the training data.
+        loss: the task's loss over the model; None: it cannot be computed a second time.
+        feed: the training data; None: dtrain does not read them.
         events: of the run.
         fault_hook: called with each step before its first forward, where a fault in what stays
             between two steps is seen by every check.
+        gradients_stay: whether a step's gradients are there after it.
     """
 
     def __init__(
         self,
         context: TrainContext,
         subject: TrainState,
-        loss: LossModule,
-        feed: Feed,
+        loss: LossModule | None,
+        feed: Feed | None,
         events: Events,
         fault_hook: Callable[[TrainState, int], None],
+        *,
+        gradients_stay: bool = True,
     ) -> None:
         spec = context.spec.checks
         self._spec = spec
@@ -69,7 +72,9 @@ class Checks:
         writes = BufferWrites(subject.model, events, context)
         self._writes = writes if self._ledger is not None and writes.needed else None
         self._first_looks = 0
-        self._unused = Unused(subject.parameters(), events, active=context.ranks.is_rank_zero)
+        self._unused = Unused(
+            subject.parameters(), events, active=context.ranks.is_rank_zero and gradients_stay
+        )
         self.finite = FiniteGuard(subject, loss, feed, context.spec, context.ranks, context.device)
         self._agreed: int | None = None
         """The step after which all ranks were last the same."""
@@ -85,8 +90,8 @@ class Checks:
         self._compare(step)
         self._first_looks = step + _FIRST_LOOKS
         watched = self._unchanged_state is not None or self._writes is not None
-        if self._subject.optimizer is not None and watched:
-            self._subject.optimizer.register_step_pre_hook(lambda *_: self._before_update())
+        for optimizer in self._subject.optimizers if watched else ():
+            optimizer.register_step_pre_hook(lambda *_: self._before_update())
 
     def step_begins(self, step: int, epoch: int, *, idle: bool) -> None:
         """Before the first forward of a step, counted from 1."""
@@ -114,7 +119,8 @@ class Checks:
             self._end_watch(step)
         every = self._spec.every
         if every and step % every == 0:
-            self._feed.check()
+            if self._feed is not None:
+                self._feed.check()
             self._compare(step)
             self._watched = self._unchanged_state is not None or self._unchanged_buffers is not None
 

@@ -59,8 +59,8 @@ class FiniteGuard:
     def __init__(
         self,
         subject: TrainState,
-        loss: LossModule,
-        feed: Feed,
+        loss: LossModule | None,
+        feed: Feed | None,
         spec: JobSpec,
         ranks: RankInfo,
         device: torch.device,
@@ -88,6 +88,14 @@ class FiniteGuard:
 
     def note(self, loss: torch.Tensor) -> None:
         self._search.losses.append(loss.detach())
+
+    def gradients_are_finite(self) -> bool:
+        """Whether this process's are, which are those of all once they are reduced."""
+        return not self._found(None)
+
+    def own_loss(self) -> float:
+        """The sum of this process's losses in this step."""
+        return float(sum(float(each) for each in self._search.losses))
 
     def accepts(self, loss: float, norm: torch.Tensor | None) -> bool:
         """Whether to update with the reduced gradients; called by all ranks.
@@ -236,7 +244,11 @@ class _Search:
     """Finds this rank's part in what is not finite, by computing its micro-batches again, alone."""
 
     def __init__(
-        self, subject: TrainState, loss: LossModule, feed: Feed, device: torch.device
+        self,
+        subject: TrainState,
+        loss: LossModule | None,
+        feed: Feed | None,
+        device: torch.device,
     ) -> None:
         self._subject = subject
         self._loss = loss
@@ -249,9 +261,12 @@ class _Search:
         self._why_not = ""
         if subject.is_cut():
             self._why_not = "parameters are cut"
+        elif loss is None or feed is None:
+            self._why_not = "this training step is not computed a second time"
         elif not feed.rereadable:
             self._why_not = "a stream cannot be read again"
-        feed.watchers.append(lambda fetched: self._ids.append(fetched.samples))
+        if feed is not None:
+            feed.watchers.append(lambda fetched: self._ids.append(fetched.samples))
 
     def begin(self, epoch: int) -> None:
         self._epoch, self._ids, self.losses = epoch, [], []
@@ -281,7 +296,9 @@ class _Search:
         return None
 
     def _culprit(self, index: int, parameter: str | None) -> _Culprit:
-        ids = self._ids[index] if index < len(self._ids) else np.zeros(0, dtype=np.int64)
+        # a manual step has several losses of one micro-batch
+        last = len(self._ids) - 1
+        ids = self._ids[min(index, last)] if self._ids else np.zeros(0, dtype=np.int64)
         alone = [] if self._why_not else self._alone(ids, parameter)
         return _Culprit(index + 1, len(self.losses), ids.tolist(), parameter, alone)
 
@@ -307,6 +324,8 @@ class _Search:
         return [name for name, g in pairs if g is not None and not all_finite([g])]
 
     def _again(self, ids: Ids) -> torch.Tensor:
+        assert self._feed is not None
+        assert self._loss is not None
         batch = to_device(self._feed.again(self._epoch, ids), self._device)
         total: torch.Tensor = self._loss(batch, len(ids))[0]
         return total

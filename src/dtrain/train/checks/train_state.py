@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +30,8 @@ class TrainState:
     """
 
     model: torch.nn.Module
-    optimizer: torch.optim.Optimizer | None = None
-    scheduler: Any | None = None
+    optimizers: Sequence[torch.optim.Optimizer] = ()
+    schedulers: Sequence[Any] = ()
     scaler: torch.amp.GradScaler | None = None
     numbers: Callable[[], Mapping[str, Any]] = field(default=dict)
     """Further numbers that are the same on all ranks, as the position in the data."""
@@ -60,12 +60,12 @@ class TrainState:
     def counters(self) -> dict[str, Any]:
         """Every number that all ranks should have alike."""
         counters: dict[str, Any] = {}
-        if self.optimizer is not None:
-            for index, group in enumerate(self.optimizer.param_groups):
+        for number, optimizer in enumerate(self.optimizers):
+            for index, group in enumerate(optimizer.param_groups):
                 place = f"lr of group {index}" if index else "lr"
-                counters[place] = float(group["lr"])
-        if self.scheduler is not None:
-            counters["scheduler step"] = getattr(self.scheduler, "last_epoch", None)
+                counters[_of(place, number)] = float(group["lr"])
+        for number, scheduler in enumerate(self.schedulers):
+            counters[_of("scheduler step", number)] = getattr(scheduler, "last_epoch", None)
         if self.scaler is not None:
             counters["loss scale"] = self.scaler.get_scale()
         return {**counters, **self.numbers()}
@@ -76,16 +76,19 @@ class TrainState:
         }
 
     def _moments(self) -> Named:
-        if self.optimizer is None:
-            return {}
-        state = self.optimizer.state
         return {
-            f"{name}.{key}": value
+            _of(f"{name}.{key}", number): value
+            for number, optimizer in enumerate(self.optimizers)
             for name, each in self.parameters().items()
-            if each in state
-            for key, value in state[each].items()
+            if each in optimizer.state
+            for key, value in optimizer.state[each].items()
             if isinstance(value, torch.Tensor)
         }
 
     def _buffers(self) -> Named:
         return {plain_name(name): each for name, each in self.model.named_buffers()}
+
+
+def _of(name: str, number: int) -> str:
+    """A name that says of which optimizer, or scheduler, where it is not the first."""
+    return f"{name} ({number})" if number else name

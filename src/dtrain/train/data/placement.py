@@ -113,11 +113,16 @@ class EpochPlan:
     global_batch_size: int
     epochs: int | None
     steps: int | None
+    at_least: int = 1
+    """Samples that an epoch's last step has; where fewer are left, the step before takes them."""
 
     @property
     def steps_per_epoch(self) -> int | None:
         """Optimizer steps in one epoch, the last may have fewer samples; None: nobody knows."""
-        return None if self.num_samples is None else -(-self.num_samples // self.global_batch_size)
+        if self.num_samples is None:
+            return None
+        steps, rest = divmod(self.num_samples, self.global_batch_size)
+        return max(1, steps + (rest >= self.at_least))
 
     @property
     def total_steps(self) -> int | None:
@@ -147,6 +152,8 @@ class EpochPlan:
         epoch, start = position.epoch, position.consumed
         while not self.over(step, epoch):
             stop = min(start + self.global_batch_size, self.num_samples)
+            if self.num_samples - stop < self.at_least:
+                stop = self.num_samples
             ends_epoch = stop == self.num_samples
             yield GlobalBatch(step, epoch, start, stop, ends_epoch)
             step += 1

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dtrain.callback import Callback
 from dtrain.errors import DtrainError, UsageError
 from dtrain.train import collectives
@@ -14,7 +16,6 @@ from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
 from dtrain.train.context import TrainContext
 from dtrain.train.loop.metric_callbacks import EarlyStopping, KeepBest
 from dtrain.train.loop.progress import Progress
-from dtrain.train.loop.step import Parts
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +31,15 @@ class View:
     def __init__(
         self,
         context: TrainContext,
-        parts: Parts,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
         log: Callable[[str, float], None],
         keep_best: Callable[[], None],
     ) -> None:
         self.rank = context.ranks.rank
         self.run_dir = context.run.path
-        self.model = parts.model
-        self.optimizer = parts.optimizer
+        self.model = model
+        self.optimizer = optimizer
         self.progress = Progress()
         self._log = log
         self.batch_size = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,83 +33,61 @@ from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 logger = logging.getLogger(__name__)
 
 
-class Saver:
-    def __init__(
-        self,
-        context: TrainContext,
-        parts: Parts,
-        callbacks: Callbacks,
-        kept: Kept,
-        data: dict[str, Any],
-        events: Events,
-    ) -> None:
+class Checkpoints:
+    """The checkpoints of a run, as a trainer writes and reads them; called by all ranks."""
+
+    def __init__(self, context: TrainContext, events: Events) -> None:
         self._context = context
-        self._parts = parts
-        self._callbacks = callbacks
-        self._kept = kept
-        self._data = data
         self._events = events
-        named = plain_parameters(parts.model).items()
-        self._parameters = {name: (each, each.requires_grad) for name, each in named}
-        """By name, and whether it requires a gradient as the task made it."""
-        self._settings = Settings(context.spec, parts)
         keep = context.spec.checkpoint.keep
         self._store = CheckpointStore(context.run, context.ranks.rank, keep)
-        self._random: dict[str, Any] | None = None
-        self._told: list[str] = []
-        """What a checkpoint and this training do not both have, in words."""
         self.saved_step: int | None = None
         """The step of the checkpoint written or read last."""
         self.folder: Path | None = None
         """That checkpoint."""
 
-    def save(self, progress: Progress) -> bool:
-        """Write a checkpoint unless this step's is there already; whether it was written.
+    def write(
+        self, step: int, tensors: Callable[[], dict[str, Any]], progress: dict[str, Any]
+    ) -> None:
+        """Write one.
 
-        Called by all ranks.
+        Args:
+            step: optimizer steps done.
+            tensors: gives what it holds, by file stem; called on rank 0.
+            progress: as plain JSON.
+
+        Raises:
+            CheckpointError: it cannot be written; nothing of it is there then.
         """
-        if self.saved_step == progress.step:
-            return False
         started = time.monotonic()
-        random = collectives.gather_to_zero(RandomState.capture().to_saved())
-        settings = self._settings.to_saved()
-        extras = {**self.small_states(), "random": random, "settings": settings}
-        tensors = self._tensors(extras) if is_sharded(self._parts.model) else None
-        self.folder, size = self._store.save(
-            progress.step,
-            lambda: tensors or self._tensors(extras),
-            progress.to_saved(self._data),
-            self._about(),
-        )
-        self.saved_step = progress.step
+        about = {
+            "time": time.time(),
+            "torch": torch.__version__,
+            "strategy": self._context.spec.strategy,
+            "world_size": self._context.ranks.world_size,
+        }
+        self.folder, size = self._store.save(step, tensors, progress, about)
+        self.saved_step = step
         seconds = time.monotonic() - started
         logger.info("saved %s: %.1f MB in %.2f s", self.folder.name, size / 1e6, seconds)
         self._events.write(
             "checkpoint_saved",
-            step=progress.step,
+            step=step,
             checkpoint=self.folder.name,
             bytes=size,
             seconds=round(seconds, 3),
         )
-        return True
 
-    def keep_best(self) -> None:
-        """Keep the checkpoint written or read last as the best one. Called by all ranks."""
-        assert self.folder is not None
-        self._store.keep_as(self.folder, "best")
-
-    def resume(self) -> Progress | None:
-        """Continue from the newest good checkpoint; None when the run has none yet.
+    def read_newest(self, apply: Callable[[Loaded], None]) -> Loaded | None:
+        """The newest good one, after `apply`, which may refuse it; None when there is none yet.
 
         Raises:
             CheckpointError: there are checkpoints, but none can be used.
         """
-        loaded = self._store.load_newest(self._apply)
-        if loaded is None:
-            return None
-        progress = Progress.from_saved(loaded.progress, self._data)
-        if self._settings.has_new_course(loaded.tensors["extras"]["settings"]):
-            progress.stopped_early = False
+        return self._store.load_newest(apply)
+
+    def tell_resumed(self, loaded: Loaded, progress: Progress) -> None:
+        """Say, once a training has taken it, which one it goes on from."""
         self.saved_step, self.folder = progress.step, loaded.folder
         logger.info("resumed from %s, after %d steps", loaded.folder.name, progress.step)
         self._events.write(
@@ -119,6 +98,69 @@ class Saver:
             checkpoint=loaded.folder.name,
             rejected=loaded.rejected,
         )
+
+    def keep_best(self) -> None:
+        """Keep the checkpoint written or read last as the best one."""
+        assert self.folder is not None
+        self._store.keep_as(self.folder, "best")
+
+
+class Saver(Checkpoints):
+    """Those of a task's training."""
+
+    def __init__(
+        self,
+        context: TrainContext,
+        parts: Parts,
+        callbacks: Callbacks,
+        kept: Kept,
+        data: dict[str, Any],
+        events: Events,
+    ) -> None:
+        super().__init__(context, events)
+        self._parts = parts
+        self._callbacks = callbacks
+        self._kept = kept
+        self._data = data
+        named = plain_parameters(parts.model).items()
+        self._parameters = {name: (each, each.requires_grad) for name, each in named}
+        """By name, and whether it requires a gradient as the task made it."""
+        self._settings = Settings(context.spec, parts)
+        self._random: dict[str, Any] | None = None
+        self._told: list[str] = []
+        """What a checkpoint and this training do not both have, in words."""
+
+    def save(self, progress: Progress) -> bool:
+        """Write a checkpoint unless this step's is there already; whether it was written.
+
+        Called by all ranks.
+        """
+        if self.saved_step == progress.step:
+            return False
+        random = collectives.gather_to_zero(RandomState.capture().to_saved())
+        settings = self._settings.to_saved()
+        extras = {**self.small_states(), "random": random, "settings": settings}
+        tensors = self._tensors(extras) if is_sharded(self._parts.model) else None
+        self.write(
+            progress.step,
+            lambda: tensors or self._tensors(extras),
+            progress.to_saved(self._data),
+        )
+        return True
+
+    def resume(self) -> Progress | None:
+        """Continue from the newest good checkpoint; None when the run has none yet.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none can be used.
+        """
+        loaded = self.read_newest(self._apply)
+        if loaded is None:
+            return None
+        progress = Progress.from_saved(loaded.progress, self._data)
+        if self._settings.has_new_course(loaded.tensors["extras"]["settings"]):
+            progress.stopped_early = False
+        self.tell_resumed(loaded, progress)
         for each in self._told:
             self._events.write("state_not_restored", step=progress.step, detail=each)
             if self._context.ranks.is_rank_zero:
@@ -195,12 +237,4 @@ class Saver:
             "optimizer": optimizer_state(parts.model, parts.optimizer),
             **self._kept.to_saved(),
             "extras": extras,
-        }
-
-    def _about(self) -> dict[str, Any]:
-        return {
-            "time": time.time(),
-            "torch": torch.__version__,
-            "strategy": self._context.spec.strategy,
-            "world_size": self._context.ranks.world_size,
         }

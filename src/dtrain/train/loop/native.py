@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from dtrain.run.failures import in_step
 from dtrain.train.checks.checks import Rollback
@@ -34,9 +35,7 @@ class NativeTrainer:
         kept = Kept(self._context)
         rollbacks = 0
         while True:
-            training = Training(
-                injector.seeded(self._context), injector, kept, self.evaluation_wrapper
-            )
+            training = self.begin(injector.seeded(self._context), injector, kept)
             try:
                 return self.drive(training)
             except Rollback as wish:
@@ -55,15 +54,20 @@ class NativeTrainer:
                 del training
                 gc.collect()  # no DDP may outlive its process group: 6-8 % of gloo exits hang
 
+    def begin(self, context: TrainContext, injector: Injector, kept: Kept) -> Any:
+        """A training at its beginning, or where its newest checkpoint is; `drive` is given it."""
+        return Training(context, injector, kept, self.evaluation_wrapper)
+
     def evaluation_wrapper(self, evaluate: Callable[[], Metrics | None]) -> Metrics | None:
         """Call an evaluation; other trainers have more to do around it."""
         return evaluate()
 
-    def drive(self, training: Training) -> TrainResult:
+    def drive(self, training: Any) -> TrainResult:
         complete = training.begin()
         if complete:
             for step in training.steps():
                 complete = training.step(*step)
                 if not complete:
                     break
-        return training.end(complete=complete)
+        result: TrainResult = training.end(complete=complete)
+        return result

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.data.placement import EpochPlan, GlobalBatch
 from dtrain.train.loop.progress import Progress
-from dtrain.train.loop.step import StepOutcome
 from dtrain.train.metrics.events import Events
 from dtrain.train.metrics.writer import Metrics
 
@@ -54,26 +54,39 @@ class Report:
         """Take a number into the next line of training metrics; a later value replaces it."""
         self._noted[name] = value
 
-    def step(self, progress: Progress, batch: GlobalBatch, outcome: StepOutcome, lr: float) -> None:
-        """After every step; writes a line of metrics when one is due, and after the first."""
+    def due(self, step: int) -> bool:
+        """Whether a line of metrics is to be written after a step, as after the first."""
+        return self._first or step % self._context.spec.log.every_steps == 0
+
+    def step(
+        self, step: int, epoch: int, samples: int, values: Callable[[], dict[str, float]]
+    ) -> None:
+        """After every step; writes a line of metrics when one is due.
+
+        Args:
+            step: that was done, counted from 1.
+            epoch: of it, counted from 0.
+            samples: of all ranks in it.
+            values: gives the metrics, of which loss and lr are shown first.
+        """
+        self._samples += samples
+        if not self.due(step):
+            return
+        self._first = False
         if not self._active:
             return
-        self._samples += batch.size
-        if not self._first and progress.step % self._context.spec.log.every_steps:
-            return
         now = time.monotonic()
-        values = {"loss": outcome.loss, "lr": float(lr)}
-        values["samples_per_second"] = round(self._samples / max(now - self._since, 1e-9), 1)
-        if outcome.grad_norm is not None:
-            values["grad_norm"] = float(outcome.grad_norm)
-        values.update(self._noted)
+        told = values()
+        speed = {"samples_per_second": round(self._samples / max(now - self._since, 1e-9), 1)}
+        head: dict[str, float] = {n: told.pop(n) for n in ("loss", "lr") if n in told}
+        told = {**head, **speed, **told, **self._noted}
         self._noted.clear()
-        self._metrics.write("train", progress.step, batch.epoch, values)
+        self._metrics.write("train", step, epoch, told)
         logger.info(
             "step %d/%s epoch %d: %s",
-            progress.step, self._course.total_steps or "?", batch.epoch, _listed(values),
+            step, self._course.total_steps or "?", epoch, _listed(told),
         )  # fmt: skip
-        self._first, self._samples, self._since = False, 0, now
+        self._samples, self._since = 0, now
 
     def epoch_read(self, batch: GlobalBatch, samples: list[int] | None) -> None:
         """After an epoch: how many samples each rank brought, where each brings its own."""

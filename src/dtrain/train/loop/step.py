@@ -53,6 +53,11 @@ class StepOutcome:
     skipped: bool
     """The gradient was not finite, so neither optimizer nor scheduler stepped."""
 
+    def told(self, lr: float) -> dict[str, float]:
+        """The metrics of the step, by name; `lr` is the rate that it was done with."""
+        norm = {} if self.grad_norm is None else {"grad_norm": float(self.grad_norm)}
+        return {"loss": self.loss, "lr": lr, **norm}
+
 
 class TrainStep:
     """Forward, backward, reduce, clip, update: once per global batch, on every rank."""

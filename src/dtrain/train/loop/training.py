@@ -70,7 +70,9 @@ class Training:
         self._evaluator = build.make_evaluators(context)
         self._schedule = Schedule(context.spec)
         self._report = Report(context, self._events, self.course)
-        view = View(context, self.parts, self._report.note, self._keep_best)
+        view = View(
+            context, self.parts.model, self.parts.optimizer, self._report.note, self._keep_best
+        )
         self.callbacks = Callbacks(context, view, evaluates=self._evaluator is not None)
         self._kept.begin(self.parts.model, self.callbacks.each)
 
@@ -105,8 +107,8 @@ class Training:
         context, parts, injector = self._context, self.parts, self._injector
         self._state = state = TrainState(
             parts.model,
-            parts.optimizer,
-            parts.scheduler,
+            (parts.optimizer,),
+            () if parts.scheduler is None else (parts.scheduler,),
             parts.scaler,
             lambda: self.progress.counters(),
             self._kept.leaves,
@@ -120,6 +122,8 @@ class Training:
             parts, self._strategy, context.spec.train, context.device, self._checks.finite
         )
         self._saver.begin_random(self.progress)
+        self._asked = StepFlags(0.0, 0.0, 0.0, 0.0)
+        """Of the last step, over all ranks."""
 
     def begin(self) -> bool:
         """Run the evaluation that an interrupted process skipped; False to leave."""
@@ -172,8 +176,15 @@ class Training:
         self, batch: GlobalBatch, micro_batches: Iterator[tuple[int, Any]], num_micro_batches: int
     ) -> bool:
         """One optimizer step and what is due after it; False to leave."""
+        self.update(batch, micro_batches, num_micro_batches)
+        return self.evaluate_if_due() and self.save_if_due()
+
+    def update(
+        self, batch: GlobalBatch, micro_batches: Iterator[tuple[int, Any]], num_micro_batches: int
+    ) -> None:
+        """One optimizer step; `evaluate_if_due`, then `save_if_due`, are to follow."""
         progress = self.progress
-        lr = self.parts.optimizer.param_groups[0]["lr"]
+        lr = float(self.parts.optimizer.param_groups[0]["lr"])
         self._strategy.start_step(batch)
         self._checks.step_begins(batch.step + 1, batch.epoch, idle=num_micro_batches == 0)
         outcome = self._step(micro_batches, num_micro_batches, batch.size, self._flags(batch))
@@ -191,8 +202,9 @@ class Training:
         self._checks.step_ended(progress.step, ends_epoch=batch.ends_epoch)
         self._update_session(batch.size)
         ends = self.callbacks.step(outcome.loss, ends_epoch=batch.ends_epoch)
-        self._report.step(progress, batch, outcome, lr)
-        return self._after_step(outcome.flags, ends=ends)
+        told = functools.partial(outcome.told, lr)
+        self._report.step(progress.step, batch.epoch, batch.size, told)
+        self._asked = outcome.flags._replace(end=float(outcome.flags.end or ends))
 
     def _update_session(self, batch_size: int = 0) -> None:
         """Let callbacks know what comes after the step that was just done."""
@@ -221,15 +233,17 @@ class Training:
             position=batch.fingerprint,
         )
 
-    def _after_step(self, flags: StepFlags, *, ends: bool) -> bool:
-        """Do what is due, agreed by all ranks; False to leave."""
-        if flags.leave:
+    def evaluate_if_due(self) -> bool:
+        """After a step, as all ranks have agreed in it; False to leave."""
+        if self._asked.leave:
             return False
-        if flags.end or ends:
+        if self._asked.end:
             self.progress.stopped_early = True
-        if self._schedule.evaluation_due(self.progress) and not self._evaluate():
-            return False
-        if flags.save or self._schedule.save_due(self.progress):
+        return not self._schedule.evaluation_due(self.progress) or self._evaluate()
+
+    def save_if_due(self) -> bool:
+        """Likewise; True."""
+        if self._asked.save or self._schedule.save_due(self.progress):
             self._save()
             self._schedule.saved()
         return True

@@ -1,0 +1,54 @@
+"""Lightning's callbacks: how they join a Trainer, and which dtrain's step does not serve."""
+
+from __future__ import annotations
+
+import traceback
+
+from dtrain.integrations.lightning.compat import TunerExit, is_overridden, pl
+
+_OF_LOOPS = (
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
+    "on_save_checkpoint",
+    "on_load_checkpoint",
+)
+"""Hooks of a callback around which dtrain's step has nothing to offer."""
+
+SCHEDULES = (
+    "StochasticWeightAveraging",
+    "GradientAccumulationScheduler",
+)
+TUNERS = ("LearningRateFinder", "BatchSizeFinder")
+
+
+class Leave(TunerExit):
+    """Ends a fit between two steps: Lightning tears down, and calls no hook of an end."""
+
+
+def why_not_beside_dtrain(callback: pl.Callback) -> str | None:
+    """Why a callback wants Lightning's own loops; None where dtrain's step will do."""
+    name = type(callback).__name__
+    for each in SCHEDULES:
+        if isinstance(callback, getattr(pl.callbacks, each)):
+            return f"{name} has a schedule of its own"
+    for hook in _OF_LOOPS:
+        if is_overridden(hook, callback, pl.Callback):
+            return f"callback {name} overrides {hook}()"
+    return None
+
+
+def add_callbacks(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
+    """Let a Trainer have more of them, in the order that Lightning wants."""
+    ordered = trainer._callback_connector._reorder_callbacks([*trainer.callbacks, *callbacks])
+    trainer.callbacks = ordered
+
+
+def name_callback(error: Exception, ours: pl.Callback) -> None:
+    """Let an error say in which of Lightning's callbacks it was, and in which method."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, pl.Callback) and owner is not ours:
+            error.add_note(f"in {frame.f_code.co_name}() of callback {type(owner).__name__}")
+            return

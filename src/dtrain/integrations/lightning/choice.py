@@ -1,0 +1,97 @@
+"""Whose loops train a LightningModule: dtrain's step, or Lightning's own."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+from dtrain.catalog import OWN_LOOPS
+from dtrain.errors import DtrainError, UsageError
+from dtrain.integrations.lightning.compat import PACKAGE, pl
+from dtrain.integrations.lightning.job_check import ARGUMENTS_OF_LOOPS
+from dtrain.integrations.lightning.loops.trainer import LoopsTrainer
+from dtrain.integrations.lightning.module import ModuleTask
+from dtrain.integrations.lightning.suits import NeedsLoopsError
+from dtrain.integrations.lightning.trainer import LightningTrainer
+from dtrain.train.context import TrainContext, TrainResult
+from dtrain.train.importing import load_class
+from dtrain.train.metrics.events import Events
+
+logger = logging.getLogger(__name__)
+
+
+def make_trainer(context: TrainContext) -> Any:
+    """The trainer that the job's `lightning.step` asks for.
+
+    Raises:
+        UsageError: the task is no LightningModule, and what only one has is asked for.
+    """
+    task, wish = context.task, context.spec.lightning
+    arguments = [name for name in wish.trainer if name in ARGUMENTS_OF_LOOPS]
+    if not isinstance(task, ModuleTask):
+        for field, asked in (
+            ("data_module", wish.data_module is not None),
+            ("step: lightning", wish.step == "lightning"),
+            (f"trainer.{arguments[0]}" if arguments else "", bool(arguments)),
+        ):
+            if asked:
+                raise UsageError(f"lightning.{field} is for a LightningModule; this is a task")
+        return LightningTrainer(context)
+    if wish.data_module is not None:
+        make = load_class("lightning.data_module", wish.data_module, context.code_dir)
+        task.make_data_module = functools.partial(_data_module, make, wish.data_args)
+    if wish.step == "lightning":
+        return LoopsTrainer(context)
+    if arguments:
+        return _Loops(context, f"lightning.trainer.{arguments[0]} is about Lightning's own loops")
+    return _Step(context, or_loops=wish.step == "auto")
+
+
+class _Step:
+    """dtrain's step, or Lightning's loops where that will not do."""
+
+    def __init__(self, context: TrainContext, *, or_loops: bool) -> None:
+        self._context = context
+        self._or_loops = or_loops
+
+    def run(self) -> TrainResult:
+        try:
+            return LightningTrainer(self._context).run()
+        except NeedsLoopsError as error:
+            if not self._or_loops:
+                raise UsageError(
+                    f"{error}; with lightning.step: dtrain that cannot be: leave that out"
+                ) from None
+            why = str(error)
+        return _Loops(self._context, why).run()
+
+
+class _Loops:
+    """Lightning's own loops, and one line that says why."""
+
+    def __init__(self, context: TrainContext, why: str) -> None:
+        self._context = context
+        self._why = why
+
+    def run(self) -> TrainResult:
+        context = self._context
+        if context.spec.strategy not in OWN_LOOPS:
+            raise UsageError(
+                f"{self._why}; so its loops would be Lightning's, which have no strategy "
+                f"{context.spec.strategy!r} here: use ddp"
+            )
+        if context.ranks.is_rank_zero:
+            logger.warning("the loops are Lightning's: %s", self._why)
+        Events(context.run, context.ranks, context.attempt).write("own_loops", why=self._why)
+        return LoopsTrainer(context).run()
+
+
+def _data_module(make: Any, args: dict[str, Any]) -> Any:
+    made = make(**args)
+    if not isinstance(made, pl.LightningDataModule):
+        raise DtrainError(
+            f"lightning.data_module is a {type(made).__name__}, not a LightningDataModule of "
+            f"{PACKAGE}"
+        )
+    return made

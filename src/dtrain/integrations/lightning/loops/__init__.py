@@ -1,0 +1,1 @@
+"""Lightning's own loops, with dtrain's samples, checks and checkpoints around them."""

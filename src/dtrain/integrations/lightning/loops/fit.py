@@ -1,0 +1,593 @@
+"""One fit by Lightning's own loops, and what dtrain does at its step boundaries."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dtrain.errors import UsageError
+from dtrain.integrations.lightning.callbacks import Leave, name_callback
+from dtrain.integrations.lightning.compat import (
+    PACKAGE,
+    MisconfigurationException,
+    after,
+    extract_batch_size,
+    pl,
+    quietly,
+)
+from dtrain.integrations.lightning.environment import deaf_to_signals
+from dtrain.integrations.lightning.loops.placement import (
+    OwnReading,
+    Turns,
+    placed_evaluation,
+    why_not_placed,
+)
+from dtrain.integrations.lightning.loops.state import ExactResults, dumped, restored
+from dtrain.integrations.lightning.loops.strategy import LoopsDDP
+from dtrain.integrations.lightning.loops.trainer_arguments import trainer_arguments
+from dtrain.integrations.lightning.module import ModuleTask
+from dtrain.integrations.lightning.state import Metrics
+from dtrain.integrations.lightning.user_loaders import flat
+from dtrain.train import collectives
+from dtrain.train.checkpoint.state import parameters_sha256
+from dtrain.train.checkpoint.store import Loaded
+from dtrain.train.checks.checks import Checks
+from dtrain.train.checks.initial_state import compare_surroundings
+from dtrain.train.checks.train_state import TrainState
+from dtrain.train.context import TrainContext, TrainResult
+from dtrain.train.data.placement import EpochPlan, Position
+from dtrain.train.faults import Injector
+from dtrain.train.loop.callbacks import Callbacks, View
+from dtrain.train.loop.checkpointing import Checkpoints
+from dtrain.train.loop.progress import Progress, Schedule, data_identity
+from dtrain.train.loop.reporting import Report
+from dtrain.train.metrics.events import Events
+from dtrain.train.seeding import RandomState, derive_seed, seed_everything
+from dtrain.train.strategies.base import broadcast_buffers
+
+logger = logging.getLogger(__name__)
+
+
+class _Loss:
+    """Where a fault of `--inject` changes the loss that a training step returned."""
+
+    def loss(self, module: pl.LightningModule, loss: torch.Tensor) -> torch.Tensor:
+        return loss
+
+
+class Fit(pl.Callback):
+    def __init__(self, context: TrainContext, injector: Injector) -> None:
+        self._started = time.monotonic()
+        self._context, self._injector = context, injector
+        spec, task = context.spec, context.task
+        assert isinstance(task, ModuleTask)
+        compare_surroundings(task, spec.seed)
+        seed_everything(derive_seed("model", spec.seed))
+        self._module, self._data_module = task.made()
+        self._events = Events(context.run, context.ranks, context.attempt)
+        self._checkpoints = Checkpoints(context, self._events)
+        self._loaded = self._checkpoints.read_newest(_check)
+        self.progress = Progress()
+        if self._loaded is not None:
+            self.progress = Progress.from_saved(self._loaded.progress, {})
+        self._schedule = Schedule(spec)
+        self._loss = _Loss()
+        self._trainer = self._make_trainer()
+        self._metrics: Metrics | None = None
+        self._turns: Turns | None = None
+        self._identity: dict[str, Any] = {}
+        self._votes_in_validation = True
+        self._several = False
+        self._told: set[str] = set()
+        self._sums: list[float | torch.Tensor] = [0.0, 0.0]
+        """Of this rank's losses in this step: their sum, and the samples they are of."""
+        self._in_step = False
+        self._read = self._batch_size = 0
+        """Samples of this step so far, of all processes; of this one's current batch."""
+        self._mid_epoch = self.progress.position.consumed > 0
+        self._flags = {"leave": False, "save": False, "end": False}
+        self._best_is_due = False
+        self._owes_validation = False
+        self._begun = False
+        self._result: TrainResult | None = None
+
+    def run(self) -> TrainResult:
+        """Fit to the end, or until a rank is asked to leave.
+
+        Raises:
+            DtrainError: a check failed, or the module breaks a rule; and what it raises itself.
+        """
+        logging.getLogger(f"{PACKAGE}.utilities.rank_zero").setLevel(logging.WARNING)
+        with quietly():
+            try:
+                self._trainer.fit(
+                    self._module,
+                    datamodule=self._data_module,
+                    ckpt_path=None if self._loaded is None else str(self._loaded.folder),
+                )
+            except Exception as error:
+                name_callback(error, self)
+                raise
+        return self._result or self._without_steps()
+
+    def close(self) -> None:
+        """End loader processes, and let go of the module's wrapper."""
+        if self._turns is not None:
+            self._turns.close()
+        if hasattr(self, "_report"):
+            self._report.close()
+        self._trainer.strategy.model = None
+
+    # -- before the first step ---------------------------------------------------------------
+
+    def _make_trainer(self) -> pl.Trainer:
+        context = self._context
+        loaded = None if self._loaded is None else restored(self._loaded.tensors)
+        strategy = LoopsDDP(context, self._weighed, self._returned, loaded)
+        automatic = self._module.automatic_optimization
+        try:
+            trainer = pl.Trainer(
+                strategy=strategy, callbacks=[self], **trainer_arguments(context, automatic)
+            )
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise UsageError(f"lightning.trainer: {error}") from None
+        deaf_to_signals(trainer)
+        self._join(trainer)
+        return trainer
+
+    def _join(self, trainer: pl.Trainer) -> None:
+        """Put what is dtrain's between what Lightning's loops do."""
+        data: Any = trainer._data_connector
+        fit: Any = trainer.fit_loop
+        steps: Any = fit.epoch_loop
+        log: Any = trainer._logger_connector
+        prepare, advance = data._prepare_dataloader, steps.advance
+        source = fit._data_source
+        request = source.dataloader
+        source.dataloader = lambda: self._requested(request())
+        after(data, "prepare_data", self._seed_data)
+        data._prepare_dataloader = lambda loader, shuffle, mode: self._placed(
+            loader, str(mode.value), lambda: prepare(loader, shuffle, mode)
+        )
+        steps.advance = lambda fetcher: self._advance(fetcher, advance)
+        after(steps, "on_advance_end", self._after_batch)
+        after(fit, "on_advance_end", self._after_epoch)
+        after(fit, "on_run_end", self._end)
+        steps._results = ExactResults(training=True)
+        steps.val_loop._results = ExactResults(training=False)
+        after(log, "epoch_end_reached", self._meet)
+        tell = log.log_eval_end_metrics
+        log.log_eval_end_metrics = lambda metrics: self._evaluated(metrics, tell)
+
+    def _seed_data(self) -> None:
+        """After `prepare_data`, which one process of a node calls: `setup` draws alike on all."""
+        seed_everything(derive_seed("train_dataset", self._context.spec.seed))
+
+    def _requested(self, loaders: Any) -> Any:
+        self._several = len(flat(loaders)) > 1
+        return loaders
+
+    def _placed(self, loader: Any, stage: str, by_lightning: Callable[[], Any]) -> Any:
+        """A user's loader as it is read here."""
+        if self._trainer.overfit_batches > 0 or stage not in ("train", "validate", "sanity_check"):
+            return by_lightning()
+        if stage != "train":
+            evaluation = placed_evaluation(loader, self._context)
+            if evaluation is None:
+                self._votes_in_validation = False
+                self._tell("val_dataloader", "is not read by dtrain: Lightning says who reads what")
+            return by_lightning() if evaluation is None else evaluation
+        why = "several loaders" if self._several else why_not_placed(loader)
+        if why is None:
+            return self._place(loader)
+        self._tell(
+            "train_dataloader",
+            f"has {why}: Lightning says who reads what, and that all samples are read once is not "
+            "proven. A resume in mid-epoch reads the batches before it again, and drops them",
+        )
+        done = 0
+        if self._mid_epoch and not self._begun:
+            done = self._trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        try:
+            dealt_out = by_lightning()
+        except TypeError as error:
+            raise UsageError(
+                f"train_dataloader() of {type(self._module).__name__}: {error}\nin the job: "
+                "lightning.trainer: {use_distributed_sampler: false}"
+            ) from None
+        seed, trainer = self._context.spec.seed, self._trainer
+        return OwnReading(dealt_out, seed, lambda: trainer.current_epoch, done)
+
+    def _place(self, loader: Any) -> Turns:
+        if self._turns is not None:
+            self._turns.close()
+        self._turns = turns = Turns(
+            loader, self._context, self.progress.step, self.progress.position
+        )
+        feed, spec, trainer = turns.feed, self._context.spec, self._trainer
+        self._identity = data_identity(spec, feed.dataset, feed.order.num_samples, feed.order.name)
+        if self._loaded is not None and not self._begun:
+            Progress.from_saved(self._loaded.progress, self._identity)  # of the same data
+            feed.load_state_dict(self.progress.feed)
+        if turns.accumulated > 1:
+            if not self._module.automatic_optimization:
+                raise UsageError(
+                    "train.micro_batch_size: with automatic_optimization = False a step is the "
+                    "module's own, and Lightning does not accumulate; leave it out"
+                )
+            trainer.accumulate_grad_batches = turns.accumulated
+            if spec.eval.every_steps is not None:
+                trainer.val_check_interval = spec.eval.every_steps * turns.accumulated
+        recorder = self._context.recorder
+        if recorder is not None:
+            feed.note_contents()
+            feed.watchers.append(lambda each: recorder.read(each.samples, each.contents))
+        step, position = self.progress.step, self.progress.position
+        turns.watched(self._injector.requests(feed, step, position, turns.split))
+        return turns
+
+    def _tell(self, method: str, what: str) -> None:
+        if method not in self._told and self._context.ranks.is_rank_zero:
+            logger.warning("%s() of %s %s", method, type(self._module).__name__, what)
+            self._events.write("own_loader", method=method, detail=what)
+        self._told.add(method)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Get ready for the first step: everything is made and restored."""
+        context = self._context
+        optimizers = list(trainer.strategy.optimizers)
+        schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
+        self._optimizers = optimizers
+        course = self._course()
+        self._report = Report(context, self._events, course)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._state = TrainState(
+            pl_module, optimizers, schedulers, scaler, lambda: self.progress.counters()
+        )
+        self._metrics = Metrics(pl_module)
+        feed = None if self._turns is None else self._turns.feed
+        loss: Any = self._loss
+        self._injector.begin(loss, self._state, course.total_steps)
+        self._checks = Checks(
+            context,
+            self._state,
+            None,
+            feed,
+            self._events,
+            self._injector.between_steps,
+            gradients_stay=pl_module.automatic_optimization,
+        )
+        self._checks.begin(self.progress.step)
+        first = optimizers[0] if optimizers else None
+        self._view = View(context, pl_module, first, self._report.note, self._keep_best)
+        validates = trainer.fit_loop.epoch_loop.val_loop
+        self._callbacks = Callbacks(context, self._view, evaluates=trainer.enable_validation)
+        if self._loaded is not None:
+            self._go_on(self._loaded.tensors["extras"], validates)
+        self._callbacks.start(self.progress)
+        self._report.started(self.progress, resumed=self._loaded is not None)
+
+    def _go_on(self, extras: dict[str, Any], validation: Any) -> None:
+        assert self._loaded is not None
+        assert self._metrics is not None
+        ranks = self._context.ranks
+        self._checkpoints.tell_resumed(self._loaded, self.progress)
+        self._callbacks.load_state_dict(extras["callbacks"])
+        self._metrics.load(extras["metrics"], ranks.rank, ranks.world_size)
+        self._trainer.fit_loop.epoch_loop._results.load(extras["logged"], ranks.rank)
+        known = self._loaded.tensors["lightning"]["callback_metrics"]
+        self._trainer._logger_connector._callback_metrics.update(known)
+        self._owes_validation = extras["owes_validation"]
+        validation.restarting = False
+
+    def _course(self) -> EpochPlan:
+        """What is to be said of the length of this training."""
+        trainer, spec = self._trainer, self._context.spec
+        steps, epochs = spec.train.steps, spec.train.epochs
+        batches = trainer.fit_loop.max_batches
+        size = None if self._turns is None else self._turns.feed.order.num_samples
+        batch = spec.train.global_batch_size
+        if self._module.automatic_optimization is False:
+            steps = None  # Lightning counts those of each optimizer
+        if epochs is not None and batches != float("inf"):
+            per_epoch = -(-int(batches) // trainer.accumulate_grad_batches)
+            steps = min(steps or per_epoch * epochs, per_epoch * epochs)
+        return EpochPlan(size, batch, epochs, steps, at_least=self._context.ranks.world_size)
+
+    def _advance(self, fetcher: Any, advance: Callable[[Any], None]) -> None:
+        """Begin a batch; the first one after all that is to be got ready."""
+        trainer = self._trainer
+        if not self._begun:
+            self._begun = True
+            for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop):
+                loop._restarting = False  # every checkpoint is of a step boundary
+            if self._loaded is not None:
+                # a schedule sets it where an epoch begins, which this one did before
+                extras = self._loaded.tensors["extras"]
+                trainer.accumulate_grad_batches = extras["accumulated"]
+            self._begin_random()
+            if self._owes_validation:  # which comes after this
+                self._owes_validation = False
+                return
+        advance(fetcher)
+
+    def _begin_random(self) -> None:
+        ranks, seed = self._context.ranks, self._context.spec.seed
+        random = [] if self._loaded is None else self._loaded.tensors["extras"]["random"]
+        self._loaded = None
+        if len(random) == ranks.world_size:
+            RandomState.from_saved(random[ranks.rank]).restore()
+        else:
+            seed_everything(derive_seed("train", seed, ranks.rank, self.progress.step))
+
+    # -- in a step ---------------------------------------------------------------------------
+
+    def _returned(self, returned: Any) -> Any:
+        """Note the loss that a training step returned, if it did."""
+        loss = returned.get("loss") if isinstance(returned, Mapping) else returned
+        if not isinstance(loss, torch.Tensor):
+            return returned
+        changed = self._loss.loss(self._module, loss)
+        samples = self._samples()
+        self._sums[0] = self._sums[0] + changed.detach().double() * samples
+        self._sums[1] = self._sums[1] + samples
+        if changed is loss:
+            return returned
+        return {**returned, "loss": changed} if isinstance(returned, Mapping) else changed
+
+    def _weighed(self, loss: torch.Tensor) -> torch.Tensor:
+        self._checks.finite.note(loss)
+        scale = 1.0 if self._turns is None else self._turns.scale()
+        return loss if scale == 1.0 else loss * scale
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch_size = _size(batch) if self._turns is None else 0
+        if not self._in_step:
+            self._in_step, self._read = True, 0
+            self._checks.step_begins(self.progress.step + 1, trainer.current_epoch, idle=False)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
+    ) -> None:
+        """Refuse a gradient that is not finite; with `on_nan: skip` it is left out."""
+        if not self._checks.finite.gradients_are_finite():
+            losses = collectives.gather_to_all(self._checks.finite.own_loss())
+            if not self._checks.finite.accepts(sum(losses), None):
+                for parameter in pl_module.parameters():
+                    parameter.grad = None
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._read += self._samples() * self._context.ranks.world_size
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            self._stepped()
+
+    def _samples(self) -> int:
+        """Of this process in the current micro-batch."""
+        if self._turns is not None and self._turns.current is not None:
+            return self._turns.current.samples
+        return self._batch_size
+
+    def _stepped(self) -> None:
+        """Take note that a step is done, compare, and tell; nothing is acted upon yet."""
+        progress, trainer = self.progress, self._trainer
+        epoch = trainer.current_epoch
+        ends_epoch = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        progress.step += 1
+        samples, before = self._read, progress.position.consumed
+        if self._turns is not None and self._turns.current is not None:
+            samples = self._turns.current.batch.stop - before
+        progress.position = Position(epoch, before + samples)
+        if ends_epoch:
+            progress.position = Position(epoch + 1, 0)
+        self._mid_epoch, self._in_step = not ends_epoch, False
+        if self._context.ranks.world_size > 1:
+            broadcast_buffers(list(self._module.buffers()))
+        loss = self._exchange()
+        self._record(epoch, loss)
+        self._checks.step_ended(progress.step, ends_epoch=ends_epoch)
+        self._view.batch_size = samples
+        ends = self._callbacks.step(float("nan") if loss is None else loss, ends_epoch=ends_epoch)
+        self._flags["end"] = self._flags["end"] or ends
+        self._report.step(progress.step, epoch, samples, lambda: self._values(loss))
+        self._sums = [0.0, 0.0]
+
+    def _exchange(self) -> float | None:
+        """Tell one another of wishes, and of losses where they are wanted; the mean loss."""
+        wanted = self._report.due(self.progress.step) or self._context.recorder is not None
+        total, weight = (float(each) for each in self._sums) if wanted else (0.0, 0.0)
+        wishes = [
+            self._context.stop.reason is not None,
+            self._context.ranks.is_rank_zero and self._schedule.save_overdue(),
+            self._view.ending is not None,
+        ]
+        sums = torch.tensor([total, weight, *map(float, wishes)], dtype=torch.float64)
+        if collectives.in_group():
+            dist.all_reduce(sums)
+        total, weight, *asked = sums.tolist()
+        self._flags = dict(zip(self._flags, (each > 0 for each in asked), strict=True))
+        return total / weight if weight else None
+
+    def _values(self, loss: float | None) -> dict[str, float]:
+        """What a line of metrics holds: what the step logged too, as this process knows it."""
+        rates = [group["lr"] for each in self._optimizers for group in each.param_groups]
+        logged = self._trainer.fit_loop.epoch_loop._results.metrics(on_step=True)["log"]
+        values = {} if loss is None else {"loss": loss}
+        values |= {"lr": float(rates[0])} if rates else {}
+        return {**{name: float(each) for name, each in logged.items()}, **values}
+
+    def _record(self, epoch: int, loss: float | None) -> None:
+        if self._context.recorder is not None:
+            self._context.recorder.step(self.progress.step, epoch, loss=loss, grad_norm=None)
+
+    # -- between two steps -------------------------------------------------------------------
+
+    def _after_batch(self) -> None:
+        """Act on what was asked for, unless the epoch ends here: then after its hooks."""
+        loop = self._trainer.fit_loop.epoch_loop
+        if not self._in_step and not loop.done:
+            self._boundary()
+
+    def _after_epoch(self) -> None:
+        trainer = self._trainer
+        if not trainer.fit_loop.done:
+            self._mid_epoch = False
+            self.progress.position = Position(trainer.current_epoch, 0)
+            if self._turns is not None:
+                self._turns.leave_epoch(trainer.current_epoch)
+        self._boundary()
+
+    def _boundary(self) -> None:
+        if self._flags["leave"]:
+            self._leave(owes_validation=False)
+        if self._flags["end"]:
+            self.progress.stopped_early = self._trainer.should_stop = True
+        best, self._best_is_due = self._best_is_due, False
+        due = self._flags["save"] or self._schedule.save_due(self.progress)
+        if best or due:
+            saved = self._save()
+            if best and saved:
+                self._checkpoints.keep_best()
+            self._schedule.saved()
+        if self._mid_epoch:
+            self._checks.between_steps()
+
+    def _save(self, *, owes_validation: bool = False) -> bool:
+        """Write a checkpoint unless this step's is there; whether what there is now is good."""
+        turns, progress = self._turns, self.progress
+        if turns is not None:
+            turns.feed.check()
+        if not self._checks.before_save(progress.step):
+            return False
+        if self._checkpoints.saved_step == progress.step:
+            return True
+        if turns is not None:
+            progress.feed = turns.feed.state_dict()
+        assert self._metrics is not None
+        extras = {
+            "random": collectives.gather_to_zero(RandomState.capture().to_saved()),
+            "metrics": self._metrics.state(),
+            "logged": self._trainer.fit_loop.epoch_loop._results.state(),
+            "callbacks": self._callbacks.state_dict(),
+            "owes_validation": owes_validation,
+            "accumulated": self._trainer.accumulate_grad_batches,
+        }
+        held = dumped(self._trainer, mid_epoch=self._mid_epoch or owes_validation)
+        self._checkpoints.write(
+            progress.step, lambda: {**held, "extras": extras}, progress.to_saved(self._identity)
+        )
+        assert self._checkpoints.folder is not None
+        self._callbacks.saved(self._checkpoints.folder)
+        return True
+
+    def _keep_best(self) -> None:
+        self._best_is_due = True
+
+    def _leave(self, *, owes_validation: bool) -> None:
+        self._save(owes_validation=owes_validation)
+        reasons = collectives.gather_to_all(self._context.stop.reason)
+        rank, reason = next((r, why) for r, why in enumerate(reasons) if why is not None)
+        self._report.left(self.progress, reason, rank)
+        self._result = self._as_result(stopped=reason)
+        raise Leave
+
+    def _end(self) -> None:
+        """After Lightning's `on_train_end`, in which callbacks may change the weights."""
+        if self._trainer.should_stop and not self._flags["leave"]:
+            self.progress.stopped_early = True
+        self._validate_at_end()
+        self._injector.end(self._state, self.progress.step)
+        self._save()
+        self._callbacks.end()
+        self._result = self._as_result(parameters_sha256=parameters_sha256(self._module))
+        self._report.finished(self._result)
+
+    def _validate_at_end(self) -> None:
+        """Validate what training ended with, unless that is done."""
+        trainer = self._trainer
+        if not trainer.enable_validation or self.progress.evaluated_step == self.progress.step:
+            return
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+
+    # -- validation --------------------------------------------------------------------------
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Leave a validation that a rank is asked to leave; the next attempt begins it anew."""
+        if trainer.sanity_checking or not self._votes_in_validation or self._in_step:
+            return
+        asked = torch.tensor(int(self._context.stop.reason is not None))
+        if collectives.in_group():
+            dist.all_reduce(asked)
+        if int(asked):
+            trainer.fit_loop.epoch_loop.val_loop._module_mode.restore(pl_module)
+            self._leave(owes_validation=True)
+
+    def _meet(self) -> None:
+        if not self._trainer.sanity_checking:
+            results: Any = self._trainer._results
+            results.meet()
+
+    def _evaluated(self, metrics: Mapping[str, Any], tell: Callable[[Any], None]) -> None:
+        tell(metrics)
+        if self._trainer.sanity_checking or not hasattr(self, "_callbacks"):
+            return
+        progress = self.progress
+        progress.metrics = {name: float(each) for name, each in metrics.items()}
+        progress.evaluated_step = progress.step
+        self._report.evaluated(progress)
+        if self._callbacks.evaluated(progress.metrics):
+            self._flags["end"] = True
+
+    def _without_steps(self) -> TrainResult:
+        """Nothing was to be done: the checkpoint is that of the last step."""
+        if self._loaded is None:
+            raise UsageError(
+                f"{type(self._module).__name__} trained nothing: Lightning's fit ended before its "
+                "first batch, as with limit_train_batches: 0"
+            )
+        self._report = Report(self._context, self._events, self._course())
+        self._report.started(self.progress, resumed=True)
+        self._checkpoints.tell_resumed(self._loaded, self.progress)
+        result = self._as_result(parameters_sha256=parameters_sha256(self._module))
+        self._report.finished(result)
+        return result
+
+    def _as_result(self, **ended: Any) -> TrainResult:
+        return TrainResult(
+            metrics=self.progress.metrics,
+            steps=self.progress.step,
+            seconds=time.monotonic() - self._started,
+            stopped_early=self.progress.stopped_early,
+            checkpoint=self._checkpoints.folder,
+            **ended,
+        )
+
+
+def _check(found: Loaded) -> None:
+    """Refuse a checkpoint that is not of Lightning's loops."""
+    restored(found.tensors)
+
+
+def _size(batch: Any) -> int:
+    """Samples in a batch of a user's own loader, 1 where Lightning cannot tell."""
+    try:
+        return int(extract_batch_size(batch))
+    except MisconfigurationException:
+        return 1

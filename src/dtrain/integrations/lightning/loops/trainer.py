@@ -1,0 +1,25 @@
+"""A LightningModule under Lightning's own loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dtrain.integrations.lightning.loops.fit import Fit
+from dtrain.train.context import TrainContext, TrainResult
+from dtrain.train.faults import Injector
+from dtrain.train.loop.native import NativeTrainer
+from dtrain.train.loop.task_state import Kept
+
+
+class LoopsTrainer(NativeTrainer):
+    """Lightning runs its loops, hooks, optimization and precision, automatic or manual.
+
+    dtrain deals out the samples, compares the ranks, saves and goes on, and leaves in order.
+    """
+
+    def begin(self, context: TrainContext, injector: Injector, kept: Kept) -> Fit:
+        return Fit(context, injector)
+
+    def drive(self, training: Any) -> TrainResult:
+        result: TrainResult = training.run()
+        return result

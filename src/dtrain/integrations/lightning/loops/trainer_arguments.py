@@ -1,0 +1,75 @@
+"""The arguments of Lightning's Trainer for its own loops: the job's fields, and the user's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dtrain.errors import UsageError
+from dtrain.train.context import TrainContext
+
+_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+_SAME = {
+    "gradient_clip_val": "train.clip_grad_norm",
+    "accumulate_grad_batches": "train.micro_batch_size",
+    "val_check_interval": "eval.every_steps",
+    "check_val_every_n_epoch": "eval.every_epochs",
+}
+"""Arguments of which the job has a field of its own; only one of both is given."""
+
+
+def trainer_arguments(context: TrainContext, automatic: bool) -> dict[str, Any]:
+    """All arguments but the strategy and the callbacks.
+
+    Args:
+        context: of the training.
+        automatic: whether Lightning makes the steps, and not the module.
+
+    Raises:
+        UsageError: two of the job's wishes do not go together; names them.
+    """
+    spec, ranks = context.spec, context.ranks
+    own = spec.lightning.trainer
+    fields: dict[str, Any] = {
+        "train.clip_grad_norm": spec.train.clip_grad_norm,
+        "train.micro_batch_size": spec.train.micro_batch_size,
+        "eval.every_steps": spec.eval.every_steps,
+        "eval.every_epochs": spec.eval.every_epochs,
+    }
+    for name, field in _SAME.items():
+        if name in own and fields[field] is not None:
+            raise UsageError(f"lightning.trainer.{name} and {field} say the same; give one of them")
+    if spec.eval.every_steps is not None and spec.eval.every_epochs is not None:
+        raise UsageError(
+            "Lightning's loops validate by steps or by epochs; give one of eval.every_*"
+        )
+    if spec.train.clip_grad_norm is not None and not automatic:
+        raise UsageError(
+            "train.clip_grad_norm: with automatic_optimization = False a step is the module's own; "
+            "leave it out, and call self.clip_gradients() in training_step()"
+        )
+    ours: dict[str, Any] = {
+        "accelerator": "cuda" if context.device.type == "cuda" else "cpu",
+        "devices": ranks.local_world_size,
+        "num_nodes": max(1, ranks.world_size // ranks.local_world_size),
+        "precision": _PRECISION[spec.train.precision],
+        "max_epochs": -1 if spec.train.epochs is None else spec.train.epochs,
+        "max_steps": -1 if spec.train.steps is None else spec.train.steps,
+    }
+    if spec.train.clip_grad_norm is not None:
+        ours["gradient_clip_val"] = spec.train.clip_grad_norm
+    if spec.eval.every_steps is not None:
+        ours |= {"val_check_interval": spec.eval.every_steps, "check_val_every_n_epoch": None}
+    elif spec.eval.every_epochs is not None:
+        ours["check_val_every_n_epoch"] = spec.eval.every_epochs
+    defaults = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": str(context.run.path / "lightning"),
+        "log_every_n_steps": spec.log.every_steps,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": ranks.world_size > 1,
+    }
+    return {**defaults, **own, **ours}

@@ -1,0 +1,81 @@
+"""Whether dtrain's step can train a LightningModule as its author wrote it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from typing import Any
+
+from dtrain.errors import UsageError
+from dtrain.integrations.lightning.compat import PACKAGE, is_overridden, pl
+
+
+class NeedsLoopsError(UsageError):
+    """It cannot; says why."""
+
+
+_OF_LOOPS = (
+    "optimizer_step",
+    "backward",
+    "configure_gradient_clipping",
+    "optimizer_zero_grad",
+    "lr_scheduler_step",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_validation_model_zero_grad",
+    "on_validation_model_eval",
+    "on_validation_model_train",
+    "configure_sharded_model",
+    "transfer_batch_to_device",
+    "on_save_checkpoint",
+    "on_load_checkpoint",
+)
+"""Hooks of a LightningModule around which dtrain's step has nothing to offer."""
+
+_OF_DATA = ("on_exception", "state_dict", "load_state_dict", "transfer_batch_to_device")
+"""Those of a data module."""
+
+
+def why_loops(module: Any, data_module: Any) -> str | None:
+    """Why a module is to be trained by Lightning's own loops; None where dtrain's step will do."""
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        return f"{name} has automatic_optimization = False: it makes its own steps"
+    for hook in _OF_LOOPS:
+        if is_overridden(hook, module, pl.LightningModule):
+            return f"{name} overrides {hook}()"
+    for hook in _OF_DATA:
+        if data_module is not None and is_overridden(hook, data_module, pl.LightningDataModule):
+            return f"{type(data_module).__name__} overrides {hook}()"
+    code = _code(type(module))
+    if _may_skip(code):
+        return f"training_step() of {name} may return None, to skip a batch"
+    if any(isinstance(node, ast.Attribute) and node.attr == "all_gather" for node in code):
+        return f"{name} calls all_gather(): its loss is of the samples of all processes"
+    return None
+
+
+def _code(kind: type) -> list[ast.AST]:
+    """All that the user's classes say, newest first; nothing where there is no source."""
+    nodes: list[ast.AST] = []
+    for base in kind.__mro__:
+        if base.__module__.startswith(PACKAGE):
+            break
+        try:
+            nodes += ast.walk(ast.parse(textwrap.dedent(inspect.getsource(base))))
+        except (OSError, TypeError, SyntaxError):
+            continue
+    return nodes
+
+
+def _may_skip(code: list[ast.AST]) -> bool:
+    steps = [e for e in code if isinstance(e, ast.FunctionDef) and e.name == "training_step"]
+    inside = ast.walk(steps[0]) if steps else ()
+    returns = [each.value for each in inside if isinstance(each, ast.Return)]
+    return any(
+        value is None or (isinstance(value, ast.Constant) and value.value is None)
+        for value in returns
+    )

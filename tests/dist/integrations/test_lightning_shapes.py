@@ -1,0 +1,103 @@
+"""Modules in the shapes of public code: they train as with Lightning's own Trainer, and resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning_shapes
+import pytest
+import torch
+
+from dtrain.testing import run_ranks
+from support.lightning_fit import Done, by_lightning, fit
+
+OURS = {
+    "Plain", "Counted", "Length", "LateLayers", "ValidationHooks", "Asks", "BareDict",
+    "EmptyDict", "AsksLoader", "EmaInCallback", "with_objects", "OwnSampler", "WithoutLoaders",
+}  # fmt: skip
+"""Those that dtrain's step trains."""
+
+THEIRS = {
+    "Manual", "Gan", "Plateau", "WarmUp", "WrappedWarmUp", "Clips",
+    "OwnBatchSampler", "SeveralLoaders", "StepHooks", "EmaInCheckpoint", "Averaged", "Stream",
+    "CountedByHand", "Gathers", "ShortByHand", "ReadyBatches", "WithoutLoadersByHand",
+    "OwnIterator", "Skips", "NoOptimizer", "AsksLoaderByHand", "Accumulates",
+}  # fmt: skip
+"""Those of which the loops are Lightning's."""
+
+DATA = {"lightning": {"data_module": "lightning_shapes.py:Transfers"}}
+JOBS: dict[str, dict[str, Any]] = {
+    "with_objects": {"args": {"lr": 0.1}},
+    "OwnBatchSampler": {"lightning": {"trainer": {"use_distributed_sampler": False}}},
+    "WithoutLoaders": DATA,
+    "WithoutLoadersByHand": DATA,
+}
+OWN_READING = {
+    "OwnSampler",
+    "OwnBatchSampler",
+    "SeveralLoaders",
+    "Stream",
+    "ReadyBatches",
+    "OwnIterator",
+}
+
+
+def close(mine: Done, theirs: Done, metrics: bool = True) -> None:
+    assert mine.parameters.keys() == theirs.parameters.keys()
+    for name, value in theirs.parameters.items():
+        torch.testing.assert_close(mine.parameters[name], value, rtol=0, atol=2e-6)
+    for name, value in theirs.remembered.items():
+        torch.testing.assert_close(mine.remembered[name], value, rtol=0, atol=2e-6)
+    if metrics:
+        assert mine.metrics == pytest.approx(theirs.metrics, abs=2e-6)
+
+
+WITHOUT_METRICS = {"ShortByHand", "Stream"}
+"""Lightning does not validate at the end of these epochs; here what training ends with is."""
+
+
+def reference(name: str) -> Done:
+    make = getattr(lightning_shapes, {"EmptyDict": "Plain"}.get(name, name))
+    args = JOBS.get(name, {}).get("args", {})
+    data = lightning_shapes.Transfers() if JOBS.get(name) is DATA else None
+    return by_lightning(lambda: make(**args), data)
+
+
+@pytest.mark.parametrize("name", sorted((OURS | THEIRS) - {"OwnBatchSampler"}))
+def test_on_one_rank_as_with_lightnings_own_trainer(name: str, tmp_path: Path) -> None:
+    mine = fit(tmp_path, name, JOBS.get(name, {}))
+    assert (mine.why is None) == (name in OURS), mine.why
+    close(mine, reference(name), metrics=name not in WITHOUT_METRICS)
+
+
+STOP = dict.fromkeys([*OWN_READING, "ShortByHand", "OwnSampler"], 3)
+"""After how many batches a training is left."""
+
+
+def twice(folder: Path, name: str) -> tuple[Done, Done, Done]:
+    """Unbroken; left after five batches; and resumed from there."""
+    job = {**JOBS.get(name, {}), "checkpoint": {"every_steps": 3}}
+    whole = fit(folder / "whole", name, job)
+    return (
+        whole,
+        fit(folder / "cut", name, job, stop_after=STOP.get(name, 5)),
+        fit(folder / "cut", name, job),
+    )
+
+
+@pytest.mark.parametrize("name", sorted((OURS | THEIRS) - {"Skips"}))
+def test_on_two_ranks_left_and_resumed_in_mid_epoch(name: str, tmp_path: Path) -> None:
+    """The same bits as unbroken; and where dtrain deals out the samples, as on one rank."""
+    for whole, cut, resumed in run_ranks(twice, 2, tmp_path, name):
+        assert cut.stopped == "test"
+        assert 0 < cut.steps < whole.steps == resumed.steps
+        for key, value in {**whole.parameters, **whole.remembered}.items():
+            assert torch.equal({**resumed.parameters, **resumed.remembered}[key], value), key
+        assert resumed.metrics == whole.metrics
+    if name not in OWN_READING and name not in ALONE:
+        close(whole, fit(tmp_path / "one", name, JOBS.get(name, {})), metrics=False)
+
+
+ALONE = {"Clips", "StepHooks", "NoOptimizer"}
+"""What they make of a gradient is not the sum of what they make of its parts."""
