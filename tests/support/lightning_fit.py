@@ -136,7 +136,7 @@ def by_lightning(make: Any, data: Any = None, batch: int = 16, **trainer: Any) -
 
     def ordered() -> Any:
         given = loader()
-        if type(getattr(given, "sampler", None)) is not RandomSampler:
+        if trainer.get("devices") or type(getattr(given, "sampler", None)) is not RandomSampler:
             return given
         sampler = InOrder(len(given.dataset), batch)
         return DataLoader(given.dataset, batch_sampler=sampler)

@@ -134,6 +134,10 @@ class DtrainStrategy(OurProcesses, DDPStrategy):
         """The whole step is dtrain's; it calls the module's."""
         self._step()
 
+    def batch_to_device(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
+        """A batch that is shown to Lightning is where it belongs."""
+        return batch
+
     def post_training_step(self) -> None:
         """DDP, if there is any, is below dtrain's strategy."""
 

@@ -96,12 +96,15 @@ class Logged:
         """Begin with sums of the same epoch, which only one rank is given."""
         self._epoch = {name: (total, weight) for name, (total, weight) in sums.items()}
 
+    def counted(self) -> dict[str, float]:
+        """Of the objects of torchmetrics that batches were logged with. Called by all ranks."""
+        names = {name for each in collectives.gather_to_all(list(self._metrics)) for name in each}
+        return {name: float(self._of_name(name).compute()) for name in sorted(names)}
+
     def of_evaluation(self) -> dict[str, float]:
         """What the end of an evaluation says beyond its batches. Called by all ranks."""
         found, self._evaluation = self._evaluation, {}
-        metrics = self._agreed(found)
-        names = {name for each in collectives.gather_to_all(list(self._metrics)) for name in each}
-        metrics |= {name: float(self._of_name(name).compute()) for name in sorted(names)}
+        metrics = self._agreed(found) | self.counted()
         for each in self._metrics.values():  # one may have several names
             each.reset()
         self._metrics = {}

@@ -14,6 +14,7 @@ from dtrain.integrations.lightning.callbacks import why_not_beside_dtrain
 from dtrain.integrations.lightning.compat import CombinedLoader, call, is_overridden, pl, quietly
 from dtrain.integrations.lightning.logging import Logged
 from dtrain.integrations.lightning.optimizers import EveryFew, configured, follows_metric
+from dtrain.integrations.lightning.step_loader import Ready
 from dtrain.integrations.lightning.suits import NeedsLoopsError, why_loops
 from dtrain.integrations.lightning.user_loaders import (
     dataset_of,
@@ -27,6 +28,7 @@ from dtrain.ranks import RankInfo
 from dtrain.task import Loss, Task
 from dtrain.train import collectives
 from dtrain.train.data.fetch import Fetched
+from dtrain.train.data.loader import to_device
 from dtrain.train.loop.evaluation import Sections
 from dtrain.train.seeding import derive_seed, seed_everything
 
@@ -135,7 +137,7 @@ class ModuleTask(Task):
         """What `training_step` returned: a mean over the batch's samples."""
         assert self._logged is not None
         self._logged.samples = self._samples
-        batch = self._on_device(batch)
+        batch = batch.batch if isinstance(batch, Ready) else self.on_device(batch)
         assert self.module is not None
         self.module.automatic_optimization = True  # as its author knows it; the loop knows better
         try:
@@ -157,7 +159,7 @@ class ModuleTask(Task):
         assert self.module is not None
         step = self.module.validation_step
         with self._logged.batch(self.loader) as (number, logged):
-            batch = self._on_device(batch, self.loader or 0)
+            batch = self.on_device(batch, self.loader or 0)
             place: tuple[Any, ...] = (batch, number)
             if self.loader is not None:
                 place = (*place, self.loader)
@@ -249,6 +251,8 @@ class ModuleTask(Task):
         for source in self._sources():
             stubs = {name: _is_done for name in _SET_UP if hasattr(source, name)}
             vars(source).update(stubs)
+        # of what is shown to Lightning; `on_device` has called the hooks
+        vars(self.module)["_on_before_batch_transfer"] = _as_it_is
 
     def set_up_is_over(self) -> None:
         """Give module and data module their own methods back, see `begin`."""
@@ -267,11 +271,14 @@ class ModuleTask(Task):
             return every
         return None if self._steps_per_epoch is None else every * self._steps_per_epoch
 
-    def _on_device(self, batch: Any, loader: int = 0) -> Any:
-        """Between the data module's hooks, or the module's; dtrain has moved it already."""
-        for name in ("on_before_batch_transfer", "on_after_batch_transfer"):
-            batch = getattr(self._data_hooks.get_instance(name), name)(batch, loader)
-        return batch
+    def on_device(self, batch: Any, loader: int = 0) -> Any:
+        """A batch on the module's device, between the data module's hooks, or the module's."""
+        assert self.module is not None
+        before, after = (
+            getattr(self._data_hooks.get_instance(name), name)
+            for name in ("on_before_batch_transfer", "on_after_batch_transfer")
+        )
+        return after(to_device(before(batch, loader), self.module.device), loader)
 
     def _loader(self, method: str) -> Any:
         if method in self._loaders:
@@ -301,6 +308,10 @@ class ModuleTask(Task):
 
 
 _SET_UP = ("prepare_data", "setup", "configure_model", "configure_callbacks")
+
+
+def _as_it_is(batch: Any, dataloader_idx: int = 0) -> Any:
+    return batch
 
 
 def _is_done(stage: str = "") -> Any:

@@ -13,6 +13,16 @@ _ENDLESS = 2**31
 """Length of an epoch that nobody knows the length of; such a pass ends when it ends."""
 
 
+class Ready:
+    """A micro-batch that the hooks of its transfer were called for; it is on its device."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def to(self, *_: Any, **__: Any) -> Ready:
+        return self
+
+
 class StepLoader:
     """Hands out a training's steps in turn; `current` is the one to be done.
 
@@ -23,6 +33,7 @@ class StepLoader:
         loader: the user's, whose attributes this one has; Lightning, and so its callbacks, are then
             given this rank's first micro-batch of the step. Without one, and where a rank has no
             samples, the step's place in words.
+        ready: makes of a micro-batch what a training step is given.
     """
 
     def __init__(
@@ -31,6 +42,7 @@ class StepLoader:
         begun: Callable[[int], None],
         ended: Callable[[], None],
         loader: Any = None,
+        ready: Callable[[Any], Any] = lambda batch: batch,
     ) -> None:
         self._steps = training.steps(hooks=True)
         self._length = training.course.steps_per_epoch
@@ -38,6 +50,7 @@ class StepLoader:
         self._ended = ended
         self._batch_size = training.course.global_batch_size
         self._loader = loader
+        self._ready = ready
         self.current: Step | None = None
 
     def __len__(self) -> int:
@@ -47,9 +60,9 @@ class StepLoader:
         for batch, micro_batches, number in self._steps:
             shown: Any = {"step": batch.step, "epoch": batch.epoch, "samples": batch.size}
             if self._loader is not None and number:
-                first = next(micro_batches)
-                shown = first[1]
-                micro_batches = itertools.chain([first], micro_batches)
+                samples, first = next(micro_batches)
+                shown = self._ready(first)
+                micro_batches = itertools.chain([(samples, Ready(shown))], micro_batches)
             if self.current is None:
                 self._begun(-(-batch.start // self._batch_size))
             self.current = (batch, micro_batches, number)

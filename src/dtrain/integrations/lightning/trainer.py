@@ -116,9 +116,8 @@ class _Drive(pl.Callback):
         self._logged = Logged(module, self._context.ranks.world_size)
         trainer.strategy.join(training)
         add_callbacks(trainer, callbacks)
-        loader = StepLoader(
-            training, self._begin, self._end, None if task is None else task.train_loader
-        )
+        told = () if task is None else (task.train_loader, task.on_device)
+        loader = StepLoader(training, self._begin, self._end, *told)
         self._loader = loader
         module.automatic_optimization = False
         if task is not None:
@@ -250,7 +249,6 @@ class _Drive(pl.Callback):
 
     def evaluate(self, evaluate: Any) -> dict[str, float] | None:
         """Lightning's hooks around an evaluation, and what it knows of metrics."""
-        trainer = self._trainer
         self._count()
         for hook in ("on_validation_start", "on_validation_epoch_start"):
             self._call(hook)
@@ -258,25 +256,29 @@ class _Drive(pl.Callback):
             metrics: dict[str, float] | None = evaluate()
             if metrics is None:
                 return None
-            self._call("on_validation_epoch_end", callbacks=False)
+            self._know(metrics | self._logged.counted())
+            self._call("on_validation_epoch_end")
             metrics |= self._logged.of_evaluation()
         self._publish(metrics)
-        call._call_callback_hooks(trainer, "on_validation_epoch_end")
         self._call("on_validation_end")
         return metrics
 
-    def _call(self, hook: str, *, callbacks: bool = True) -> None:
-        if callbacks:
-            call._call_callback_hooks(self._trainer, hook)
+    def _call(self, hook: str) -> None:
+        call._call_callback_hooks(self._trainer, hook)
         call._call_lightning_module_hook(self._trainer, hook)
 
     def _publish(self, metrics: dict[str, float]) -> None:
-        trainer, forked = self._trainer, self._logged.forked
+        named = self._know(metrics)
+        for each in self._trainer.loggers:
+            each.log_metrics(named, step=self._trainer.global_step)
+
+    def _know(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Let `trainer.callback_metrics` have them; by the names that Lightning gives them."""
+        forked = self._logged.forked
         named = {forked.get(name, name): value for name, value in metrics.items()}
         known = {name: torch.tensor(value) for name, value in {**metrics, **named}.items()}
-        trainer.callback_metrics.update(known)
-        for each in trainer.loggers:
-            each.log_metrics(named, step=trainer.global_step)
+        self._trainer.callback_metrics.update(known)
+        return named
 
 
 def _look_at(callbacks: list[pl.Callback], ranks: RankInfo) -> None:
