@@ -82,8 +82,7 @@ class Injector:
             return
         self._names = [name for name, _ in subject.model.named_parameters()]
         self._watch_loss(task)
-        for optimizer in subject.optimizers:
-            optimizer.register_step_pre_hook(lambda *_: self._before_update(subject))
+        subject.before_updates(functools.partial(self._before_update, subject))
         for fault in self._waiting:
             if fault.kind in ("skip-collective", "swap-collectives"):
                 CHAIN.fault_hook = _ChangedCollective(self, fault.kind)

@@ -291,6 +291,9 @@ def recorded(spec: JobSpec, pair: Pair, wish: TraceOptions, steps: int) -> JobSp
                 update={"every_steps": None, "every_epochs": None, "every": None, "keep": 1}
             ),
             "checks": _QUIET,
+            "lightning": spec.lightning.model_copy(
+                update={"step": "lightning"} if pair.own_loops else {}
+            ),
             "log": spec.log.model_copy(update={"every_steps": 1, "loggers": []}),
             "launch": launch.model_copy(
                 update={

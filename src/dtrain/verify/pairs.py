@@ -33,6 +33,8 @@ class Pair:
     """Loader processes per rank; None: as in the job."""
     resume_after: int | None = None
     """Stop after so many steps and go on in a second attempt; None: in one go."""
+    own_loops: bool = False
+    """Whether a LightningModule is trained by Lightning's own loops; else as the job says."""
     overrides: tuple[str, ...] = ()
     """Further settings of the job, as `--set` takes them."""
     title: str | None = None
@@ -59,6 +61,7 @@ class Pair:
         if self.title is not None:
             return self.title
         words = [] if self.trainer == "native" else [self.trainer]
+        words += ["own loops"] if self.own_loops else []
         words.append(self.strategy)
         if self.nodes > 1:
             words.append(f"{self.nodes} nodes")
@@ -103,6 +106,9 @@ def all_pairs(
             for strategy in fact.strategies:
                 pair = Pair(strategy, trainer=trainer)
                 pairs += _of_strategy(pair, whole=trainer == reference.trainer)
+    for strategy in catalog.OWN_LOOPS if reference.trainer == "lightning" else ():
+        pair = Pair(strategy, trainer="lightning", own_loops=True)
+        pairs += _of_strategy(pair, whole=False)
     ddp = replace(reference, strategy="ddp", procs=2)
     if ddp in pairs:
         pairs += [replace(ddp, launcher=cluster) for cluster in clusters]
@@ -169,6 +175,7 @@ def _plainness(pair: Pair, reference: Pair) -> tuple[object, ...]:
     return (
         pair.parts == 1,
         pair.trainer != reference.trainer,
+        pair.own_loops,
         pair.strategy != "ddp",
         pair.parts,
         pair.nodes,
@@ -235,7 +242,10 @@ def chosen(
                     continue
                 for size in _sizes(strategy, procs):
                     for launcher in launchers or ("local",):
-                        found[Pair(strategy, size, node_count, trainer, launcher, gpus)] = None
+                        pair = Pair(strategy, size, node_count, trainer, launcher, gpus)
+                        found[pair] = None
+                        if reference.trainer == "lightning" and strategy in catalog.OWN_LOOPS:
+                            found[replace(pair, own_loops=True)] = None
     found.pop(replace(reference, gpus=gpus), None)
     if not found:
         raise PlanError("; ".join(dict.fromkeys(problems)) or "nothing to compare with itself")

@@ -137,10 +137,13 @@ class Session:
         if self._judge is None:
             self._lab.warm_up(self.pairs)
             self._judge = Judge(self._lab, self._reference)
+            facts = self._judge.reference.steps[1].facts
+            if facts.get("own_steps"):  # of a module that accumulates by itself, if at all
+                self._optional |= {pair for pair in self.pairs if pair.micro_batch_size}
             self._report = Report(
                 job=self._lab.spec.name,
                 steps=self._lab.steps,
-                samples=self._judge.reference.steps[1].facts.get("num_samples"),
+                samples=facts.get("num_samples"),
                 reference=self._reference.name,
                 recording=self._judge.reference,
                 deep=self._lab.wish.fp64,

@@ -14,7 +14,6 @@ from dtrain.integrations.lightning.callbacks import why_not_beside_dtrain
 from dtrain.integrations.lightning.compat import CombinedLoader, call, is_overridden, pl, quietly
 from dtrain.integrations.lightning.logging import Logged
 from dtrain.integrations.lightning.optimizers import EveryFew, configured, follows_metric
-from dtrain.integrations.lightning.step_loader import Ready
 from dtrain.integrations.lightning.suits import NeedsLoopsError, why_loops
 from dtrain.integrations.lightning.user_loaders import (
     dataset_of,
@@ -51,6 +50,7 @@ class ModuleTask(Task):
         """Which of several validation loaders is looked at."""
         self._logged: Logged | None = None
         self._samples: Any = None
+        self._is_ready = False
         self._trainer: pl.Trainer | None = None
         self._seed = self._batch_size = 0
         self._loaders: dict[str, Any] = {}
@@ -137,7 +137,8 @@ class ModuleTask(Task):
         """What `training_step` returned: a mean over the batch's samples."""
         assert self._logged is not None
         self._logged.samples = self._samples
-        batch = batch.batch if isinstance(batch, Ready) else self.on_device(batch)
+        self._is_ready, ready = False, self._is_ready
+        batch = batch if ready else self.on_device(batch)
         assert self.module is not None
         self.module.automatic_optimization = True  # as its author knows it; the loop knows better
         try:
@@ -270,6 +271,12 @@ class ModuleTask(Task):
         if wish.get("interval", "epoch") == "step":
             return every
         return None if self._steps_per_epoch is None else every * self._steps_per_epoch
+
+    def shown(self, batch: Any) -> Any:
+        """The next training step's first micro-batch, as that and callbacks are given it."""
+        batch = self.on_device(batch)
+        self._is_ready = True
+        return batch
 
     def on_device(self, batch: Any, loader: int = 0) -> Any:
         """A batch on the module's device, between the data module's hooks, or the module's."""

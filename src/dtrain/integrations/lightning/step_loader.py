@@ -13,16 +13,6 @@ _ENDLESS = 2**31
 """Length of an epoch that nobody knows the length of; such a pass ends when it ends."""
 
 
-class Ready:
-    """A micro-batch that the hooks of its transfer were called for; it is on its device."""
-
-    def __init__(self, batch: Any) -> None:
-        self.batch = batch
-
-    def to(self, *_: Any, **__: Any) -> Ready:
-        return self
-
-
 class StepLoader:
     """Hands out a training's steps in turn; `current` is the one to be done.
 
@@ -33,7 +23,7 @@ class StepLoader:
         loader: the user's, whose attributes this one has; Lightning, and so its callbacks, are then
             given this rank's first micro-batch of the step. Without one, and where a rank has no
             samples, the step's place in words.
-        ready: makes of a micro-batch what a training step is given.
+        ready: makes of a micro-batch what a training step is given, and hears that it is the next.
     """
 
     def __init__(
@@ -62,7 +52,7 @@ class StepLoader:
             if self._loader is not None and number:
                 samples, first = next(micro_batches)
                 shown = self._ready(first)
-                micro_batches = itertools.chain([(samples, Ready(shown))], micro_batches)
+                micro_batches = itertools.chain([(samples, shown)], micro_batches)
             if self.current is None:
                 self._begun(-(-batch.start // self._batch_size))
             self.current = (batch, micro_batches, number)

@@ -116,7 +116,7 @@ class _Drive(pl.Callback):
         self._logged = Logged(module, self._context.ranks.world_size)
         trainer.strategy.join(training)
         add_callbacks(trainer, callbacks)
-        told = () if task is None else (task.train_loader, task.on_device)
+        told = () if task is None else (task.train_loader, task.shown)
         loader = StepLoader(training, self._begin, self._end, *told)
         self._loader = loader
         module.automatic_optimization = False

@@ -90,8 +90,8 @@ class Checks:
         self._compare(step)
         self._first_looks = step + _FIRST_LOOKS
         watched = self._unchanged_state is not None or self._writes is not None
-        for optimizer in self._subject.optimizers if watched else ():
-            optimizer.register_step_pre_hook(lambda *_: self._before_update())
+        if watched:
+            self._subject.before_updates(self._before_update)
 
     def step_begins(self, step: int, epoch: int, *, idle: bool) -> None:
         """Before the first forward of a step, counted from 1."""

@@ -37,6 +37,8 @@ class TrainState:
     """Further numbers that are the same on all ranks, as the position in the data."""
     kept: Callable[[], Mapping[str, Any]] = field(default=dict)
     """Tensors and plain values that the task keeps, by name."""
+    hear_updates: Callable[[Callable[[], None]], None] | None = None
+    """Takes what is to be called before each update; None: before each optimizer's `step`."""
 
     def tensors(self, kind: str) -> Named:
         find: dict[str, Callable[[], Named]] = {
@@ -49,6 +51,14 @@ class TrainState:
 
     def __post_init__(self) -> None:
         self._parameters = plain_parameters(self.model)
+
+    def before_updates(self, call: Callable[[], None]) -> None:
+        """Have something called whenever gradients are about to be used."""
+        if self.hear_updates is not None:
+            self.hear_updates(call)
+            return
+        for optimizer in self.optimizers:
+            optimizer.register_step_pre_hook(lambda *_: call())
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return self._parameters

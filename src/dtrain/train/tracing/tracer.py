@@ -8,8 +8,9 @@ that were drawn. A trainer has two calls to make, `read` and `step`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -95,6 +96,52 @@ class Recorder:
         self._ids, self._contents, self._losses, self._lr = [], [], [], []
         self._gradients, self._given, self._stepped = Tensors(), None, 0
 
+    # -- for one that makes the steps itself -------------------------------------------------
+
+    def watch_module(self, module: Any) -> None:
+        """See what goes into the `training_step` of a LightningModule, and its loss."""
+        self._watch_model(module)
+        self._facts["own_steps"] = not module.automatic_optimization
+        step = module.training_step
+
+        @functools.wraps(step)
+        def watched(batch: Any, *given: Any, **named: Any) -> Any:
+            returned: Any = None
+
+            def loss(_: Any, batch: Any) -> torch.Tensor:
+                nonlocal returned
+                returned = step(batch, *given, **named)
+                found = returned.get("loss") if isinstance(returned, Mapping) else returned
+                return torch.zeros(()) if found is None else found
+
+            self._watched_loss(self._in_precision(loss))(module, batch)
+            return returned
+
+        module.training_step = watched
+
+    def watch_optimizers(
+        self, optimizers: Iterable[torch.optim.Optimizer], *, resumed: bool
+    ) -> None:
+        """See what they are given; where training begins, write what it begins with."""
+        for optimizer in optimizers:
+            # not before it: `step` may be given a closure that computes the gradients
+            optimizer.register_step_post_hook(self._before_update)
+        if not resumed:
+            self._begin_lines()
+
+    @property
+    def in_fp64(self) -> bool:
+        """Whether all is to be computed in fp64."""
+        return self._wish.fp64
+
+    def shortened(self, dataset: Any, task: Task) -> Any:
+        """The part of a training data set that this run reads."""
+        return self._shortened(dataset, task)
+
+    def evaluated(self, dataset: Any) -> Any:
+        """Likewise, of a data set for evaluation."""
+        return perturb.first_samples(dataset, self._wish.max_eval_samples)
+
     # -- around the task ---------------------------------------------------------------------
 
     def _wrap(self, task: Task) -> None:
@@ -102,15 +149,13 @@ class Recorder:
             name: getattr(task, name)
             for name in ("model", "optimizer", "loss", "evaluate", "train_dataset", "eval_dataset")
         }
-        wish, own = self._wish, vars(task)
+        own = vars(task)
         own["model"] = lambda: self._watch_model(methods["model"]())
         own["optimizer"] = lambda model: self._watch_optimizer(methods["optimizer"](model))
         own["loss"] = self._watched_loss(self._in_precision(methods["loss"]))
         own["evaluate"] = self._watched_evaluation(self._in_precision(methods["evaluate"]))
         own["train_dataset"] = lambda: self._shortened(methods["train_dataset"](), task)
-        own["eval_dataset"] = lambda: perturb.first_samples(
-            methods["eval_dataset"](), wish.max_eval_samples
-        )
+        own["eval_dataset"] = lambda: self.evaluated(methods["eval_dataset"]())
 
     def _shortened(self, dataset: Any, task: Task) -> Any:
         """The first samples, unless the task has an order of its own, which is for all."""
@@ -137,10 +182,13 @@ class Recorder:
 
     def _watch_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         optimizer.register_step_pre_hook(self._before_update)
+        self._begin_lines()
+        return optimizer
+
+    def _begin_lines(self) -> None:
         self._attributes.keep()
         self._write_line(0, epoch=0, ids=[], random=digest.of_random_state(), drew=False)
         self._write_record(0, loss=None, grad_norm=None)
-        return optimizer
 
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._step_context.close()

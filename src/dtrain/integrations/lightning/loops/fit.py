@@ -69,6 +69,8 @@ class Fit(pl.Callback):
         compare_surroundings(task, spec.seed)
         seed_everything(derive_seed("model", spec.seed))
         self._module, self._data_module = task.made()
+        if context.recorder is not None:
+            context.recorder.watch_module(self._module)
         self._events = Events(context.run, context.ranks, context.attempt)
         self._checkpoints = Checkpoints(context, self._events)
         self._loaded = self._checkpoints.read_newest(_check)
@@ -84,8 +86,11 @@ class Fit(pl.Callback):
         self._votes_in_validation = True
         self._several = False
         self._told: set[str] = set()
+        self._before_updates: list[Callable[[], None]] = []
         self._sums: list[float | torch.Tensor] = [0.0, 0.0]
         """Of this rank's losses in this step: their sum, and the samples they are of."""
+        self._rate, self._rate_known = 0.0, False
+        """Learning rate of this step, once an optimizer has stepped in it."""
         self._in_step = False
         self._read = self._batch_size = 0
         """Samples of this step so far, of all processes; of this one's current batch."""
@@ -247,9 +252,16 @@ class Fit(pl.Callback):
         self._report = Report(context, self._events, course)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._state = TrainState(
-            pl_module, optimizers, schedulers, scaler, lambda: self.progress.counters()
+            pl_module,
+            optimizers,
+            schedulers,
+            scaler,
+            lambda: self.progress.counters(),
+            hear_updates=self._before_updates.append,
         )
         self._metrics = Metrics(pl_module)
+        if context.recorder is not None:
+            context.recorder.watch_optimizers(optimizers, resumed=self._loaded is not None)
         feed = None if self._turns is None else self._turns.feed
         loss: Any = self._loss
         self._injector.begin(loss, self._state, course.total_steps)
@@ -314,6 +326,9 @@ class Fit(pl.Callback):
             if self._owes_validation:  # which comes after this
                 self._owes_validation = False
                 return
+        if not self._in_step:
+            self._in_step, self._read = True, 0
+            self._checks.step_begins(self.progress.step + 1, trainer.current_epoch, idle=False)
         advance(fetcher)
 
     def _begin_random(self) -> None:
@@ -349,14 +364,15 @@ class Fit(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batch_size = _size(batch) if self._turns is None else 0
-        if not self._in_step:
-            self._in_step, self._read = True, 0
-            self._checks.step_begins(self.progress.step + 1, trainer.current_epoch, idle=False)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
         """Refuse a gradient that is not finite; with `on_nan: skip` it is left out."""
+        if not self._rate_known:  # the first optimizer's, before its scheduler changes it
+            self._rate, self._rate_known = float(optimizer.param_groups[0]["lr"]), True
+        for call in self._before_updates:
+            call()
         if not self._checks.finite.gradients_are_finite():
             losses = collectives.gather_to_all(self._checks.finite.own_loss())
             if not self._checks.finite.accepts(sum(losses), None):
@@ -403,7 +419,7 @@ class Fit(pl.Callback):
         ends = self._callbacks.step(float("nan") if loss is None else loss, ends_epoch=ends_epoch)
         self._flags["end"] = self._flags["end"] or ends
         self._report.step(progress.step, epoch, samples, lambda: self._values(loss))
-        self._sums = [0.0, 0.0]
+        self._sums, self._rate_known = [0.0, 0.0], False
 
     def _exchange(self) -> float | None:
         """Tell one another of wishes, and of losses where they are wanted; the mean loss."""
@@ -423,10 +439,9 @@ class Fit(pl.Callback):
 
     def _values(self, loss: float | None) -> dict[str, float]:
         """What a line of metrics holds: what the step logged too, as this process knows it."""
-        rates = [group["lr"] for each in self._optimizers for group in each.param_groups]
         logged = self._trainer.fit_loop.epoch_loop._results.metrics(on_step=True)["log"]
         values = {} if loss is None else {"loss": loss}
-        values |= {"lr": float(rates[0])} if rates else {}
+        values |= {"lr": self._rate} if self._optimizers else {}
         return {**{name: float(each) for name, each in logged.items()}, **values}
 
     def _record(self, epoch: int, loss: float | None) -> None:
@@ -443,6 +458,7 @@ class Fit(pl.Callback):
 
     def _after_epoch(self) -> None:
         trainer = self._trainer
+        self._in_step = False  # where the last batch was to be left out
         if not trainer.fit_loop.done:
             self._mid_epoch = False
             self.progress.position = Position(trainer.current_epoch, 0)

@@ -105,7 +105,10 @@ class Turns:
         if not spec.data.workers and loader.num_workers:
             data = spec.data.model_copy(update={"workers": loader.num_workers})
             spec = spec.model_copy(update={"data": data})
-        self.feed: Feed = MapFeed(loader.dataset, task, spec, context.ranks, pin_memory=pin)
+        dataset, recorder = loader.dataset, context.recorder
+        if recorder is not None:
+            dataset = recorder.shortened(dataset, task)
+        self.feed: Feed = MapFeed(dataset, task, spec, context.ranks, pin_memory=pin)
         size, batch = self.feed.order.num_samples, spec.train.global_batch_size
         if min(size, batch) < self._world_size:
             raise UsageError(
@@ -248,6 +251,8 @@ def placed_evaluation(loader: Any, context: TrainContext) -> Any | None:
     dataset = evaluated_samples(loader) if taken_apart else None
     if dataset is None:
         return None
+    if context.recorder is not None:
+        dataset = context.recorder.evaluated(dataset)
     ranks, size = context.ranks, len(dataset)
     if size < ranks.world_size:
         raise UsageError(

@@ -56,6 +56,8 @@ def trainer_arguments(context: TrainContext, automatic: bool) -> dict[str, Any]:
         "max_epochs": -1 if spec.train.epochs is None else spec.train.epochs,
         "max_steps": -1 if spec.train.steps is None else spec.train.steps,
     }
+    if context.recorder is not None and context.recorder.in_fp64:
+        ours["precision"] = "64-true"
     if spec.train.clip_grad_norm is not None:
         ours["gradient_clip_val"] = spec.train.clip_grad_norm
     if spec.eval.every_steps is not None:
