@@ -6,6 +6,7 @@ not what this script would make of it.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,9 @@ from typing import Any
 from dtrain import catalog
 from dtrain.cli.main import _COMMANDS
 from dtrain.job.schema import job_schema
+
+Problem = Callable[[str, int], str | None]
+"""Why a strategy cannot be on so many nodes; None when it can."""
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("README.md", "docs/extending.md", "docs/job-file.md", "docs/same-training.md")
@@ -63,16 +67,21 @@ def matrix() -> str:
     for trainer in catalog.TRAINERS:
         cells = [cell(trainer, strategy) for strategy in catalog.STRATEGIES]
         rows += [(f"`{trainer}`", f"`{launcher}`", *cells) for launcher in catalog.LAUNCHERS]
+        if trainer == "lightning":
+            cells = [cell(trainer, each, catalog.own_loops_problem) for each in catalog.STRATEGIES]
+            own = f"`{trainer}`, own loops"
+            rows += [(own, f"`{launcher}`", *cells) for launcher in catalog.LAUNCHERS]
     return table(rows)
 
 
-def cell(trainer: str, strategy: str) -> str:
+def cell(trainer: str, strategy: str, problem: Problem | None = None) -> str:
     """`yes`, `one node`, `its own` or `no`, from the catalog; the launcher makes no difference."""
     if trainer == catalog.SCRIPT:
         return "its own"
-    if catalog.pair_problem(trainer, strategy, 1) is not None:
+    problem = problem or functools.partial(catalog.pair_problem, trainer)
+    if problem(strategy, 1) is not None:
         return "no"
-    return "yes" if catalog.pair_problem(trainer, strategy, 2) is None else "one node"
+    return "yes" if problem(strategy, 2) is None else "one node"
 
 
 def refusals() -> str:
@@ -80,6 +89,7 @@ def refusals() -> str:
     trainers = [trainer for trainer in catalog.TRAINERS if trainer != catalog.SCRIPT]
     pairs = [(trainer, strategy) for trainer in trainers for strategy in catalog.STRATEGIES]
     said = [catalog.pair_problem(*pair, nodes) for nodes in (1, 2) for pair in pairs]
+    said += [catalog.own_loops_problem(strategy) for strategy in ("fsdp", "exact")]
     said.append(catalog.pair_problem(catalog.SCRIPT, "ddp", 1))
     return "\n".join(f"- {text}" for text in dict.fromkeys(said) if text)
 

@@ -281,6 +281,16 @@ def pair_problem(trainer: str, strategy: str, nodes: int) -> str | None:
     return None
 
 
+def own_loops_problem(strategy: str, nodes: int = 1) -> str | None:
+    """Why Lightning's own loops cannot train under a strategy; None when they can."""
+    if strategy in STRATEGIES and strategy not in OWN_LOOPS:
+        return (
+            f"Lightning's own loops have no strategy {strategy!r} here; they have: "
+            f"{', '.join(OWN_LOOPS)}"
+        )
+    return pair_problem("lightning", strategy, nodes)
+
+
 def shard_problem(strategy: str, virtual_shards: int, world_sizes: Iterable[int]) -> str | None:
     """Why a number of processes cannot share the virtual shards evenly; None when all can.
 

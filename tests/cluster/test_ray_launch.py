@@ -28,6 +28,7 @@ from support.launch import (
     wait_for_step,
     worker_pids,
 )
+from support.lightning_kill import in_both_ways, killed_in_mid_epoch
 from support.ray_cluster import RayCluster, on
 
 
@@ -80,6 +81,13 @@ def test_a_killed_worker_is_named_and_started_again(
     assert f"rank 3 on {ray.ip(1)} failed: killed by SIGKILL; restart 1 of 1" in output
     assert run.attempts() == [0]
     assert status(run)["parameters_sha256"] == unbroken
+
+
+@in_both_ways
+def test_a_lightning_module_is_killed_and_goes_on(
+    ray: RayCluster, tmp_path: Path, way: str
+) -> None:
+    killed_in_mid_epoch(tmp_path, way, *on(ray, procs=1))
 
 
 def test_a_killed_actor_is_named_and_the_next_attempt_goes_on(

@@ -37,6 +37,7 @@ from support.launch import (
     until,
     wait_for_step,
 )
+from support.lightning_kill import in_both_ways, killed_in_mid_epoch
 from support.slurm_cluster import TWO, by_submitit, goes_on, job_of, once, sha, submit
 
 
@@ -69,13 +70,13 @@ def test_digits_on_two_nodes_is_the_training_of_one_machine(slurm: Cluster, tmp_
         assert status(here)["parameters_sha256"] == status(there)["parameters_sha256"]
 
 
-def test_a_lightning_module(slurm: Cluster, tmp_path: Path) -> None:
-    job = DIGITS.parents[1] / "lightning" / "job.yaml"
-    done = dtrain("launch", *TWO, job, "--set", "train.epochs=1", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
-    run = the_run(tmp_path)
-    assert set(run.rank_logs(0)) == {0, 1, 2, 3}
-    assert [event["step"] for event in events(run, "checkpoint_saved")][-1] == 23
+@in_both_ways
+def test_a_lightning_module_is_killed_and_goes_on(slurm: Cluster, tmp_path: Path, way: str) -> None:
+    def kill_rank(_run: RunDir, pid: int) -> None:
+        slurm.run(["kill", "-KILL", str(pid)], host="n1")
+
+    two = ("--launcher", "slurm", "--nodes", "2", "--procs", "1")
+    killed_in_mid_epoch(tmp_path, way, *two, kill_rank=kill_rank)
 
 
 def left_and_resumed(run: RunDir, reason: str) -> None:

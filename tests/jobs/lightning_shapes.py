@@ -6,6 +6,7 @@ None draws random numbers in training, so that Lightning's own Trainer can be as
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -563,6 +564,91 @@ class Accumulates(Plain):
         return [GradientAccumulationScheduler({0: 1, 1: 2})]
 
 
+class Swa(Plain):
+    """Averages its weights in the second half, and ends with the average."""
+
+    def configure_callbacks(self) -> Any:
+        return [pl.callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)]
+
+
+class FindsRate(Plain):
+    def configure_callbacks(self) -> Any:
+        return [pl.callbacks.LearningRateFinder()]
+
+
+class FindsBatchSize(Plain):
+    def configure_callbacks(self) -> Any:
+        return [pl.callbacks.BatchSizeFinder()]
+
+
+class Counting(Plain):
+    """Counts its batches and validations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained = self.validated = self.sane = 0
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        """Makes the loops Lightning's."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.trained += 1
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.sanity_checking:
+            self.sane += 1
+        else:
+            self.validated += 1
+        super().validation_step(batch, batch_idx)
+
+
+class Normed(Counting):
+    """Has buffers that every forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+
+class StopsInValidation(Counting):
+    """Is asked to leave in its second validation."""
+
+    stop: Any = None
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if self.stop is not None and self.trainer.current_epoch == 1 and batch_idx == 1:
+            self.stop.request("test")
+
+
+class RankLogs(Counting):
+    """Logs what only some ranks have, and a maximum and a sum."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if self.global_rank == 0:
+            self.log("of_one", 3.0)
+        self.log("largest", batch[1].max(), reduce_fx="max")
+        self.log("count", float(len(batch[0])), reduce_fx="sum")
+
+
+class LeftOut(Counting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(2, 2)
+
+
+class Failing(pl.Callback):
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise ZeroDivisionError
+
+
+class Fails(Counting):
+    def configure_callbacks(self) -> Any:
+        return [Failing()]
+
+
 class WithObjects(Plain):
     def __init__(self, net: nn.Module, make_optimizer: Any) -> None:
         super().__init__()
@@ -588,3 +674,17 @@ class NaN(Plain):
         x, _ = batch
         bad = (x == Points(50).x[7]).all(dim=1).any() and self.current_epoch == 1
         return self.mse(batch) * (float("nan") if bad else 1.0)
+
+
+class Slow(Plain):
+    """Takes its time, so that it can be killed in the middle of an epoch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        time.sleep(0.05)
+        return super().training_step(batch, batch_idx)
+
+
+class SlowGan(Gan):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        time.sleep(0.05)
+        super().training_step(batch, batch_idx)

@@ -48,8 +48,23 @@ class Done:
         return Done, (None, *others)
 
 
-def fit(folder: Path, name: str, job: dict[str, Any], stop_after: int | None = None) -> Done:
-    """Train `lightning_shapes.py:name` under trainer lightning."""
+def fit(
+    folder: Path,
+    name: str,
+    job: dict[str, Any],
+    stop_after: int | None = None,
+    *,
+    stop_attribute: bool = False,
+) -> Done:
+    """Train `lightning_shapes.py:name` under trainer lightning.
+
+    Args:
+        folder: of the run.
+        name: of the module, or its reference.
+        job: sections of the job.
+        stop_after: ask the training to leave after so many batches of this process.
+        stop_attribute: let the module ask for that, by its attribute `stop`.
+    """
     torch.set_num_threads(1)
     train = {"epochs": 2, "global_batch_size": 16, **job.get("train", {})}
     spec = JobSpec.model_validate(
@@ -75,6 +90,8 @@ def fit(folder: Path, name: str, job: dict[str, Any], stop_after: int | None = N
     def kept() -> Any:
         module = make()
         made.append(module)
+        if stop_attribute:
+            module.stop = stop
         if stop_after is not None:
             _stop_after(module, stop_after, stop)
         return module

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 from dtrain import catalog
 from support import ROOT
 from support.launch import TINY, dtrain, events, the_run
 
+LIT = ROOT / "examples" / "lightning" / "job.yaml"
 SCRIPT = ROOT / "examples" / "script" / "job.yaml"
 FIRST_OF_TWO = ("--node-rank", "0", "--rdzv-endpoint", "127.0.0.1:29400")
 README = (ROOT / "README.md").read_text()
@@ -20,7 +23,7 @@ Rows = dict[str, list[str]]
 def told(launcher: str) -> Rows:
     """What README says of a launcher."""
     rows = [line.split("|")[1:-1] for line in README.splitlines() if f" | `{launcher}` |" in line]
-    return {row[0].strip(" `"): [cell.strip() for cell in row[2:]] for row in rows}
+    return {row[0].replace("`", "").strip(): [cell.strip() for cell in row[2:]] for row in rows}
 
 
 def shown(cwd: Path, launcher: str, profile: str, *, nodes: int = 2) -> Rows:
@@ -44,23 +47,48 @@ def shown(cwd: Path, launcher: str, profile: str, *, nodes: int = 2) -> Rows:
         for trainer in catalog.TRAINERS
         if trainer != catalog.SCRIPT
     }
+    rows["lightning, own loops"] = own_loops(cwd, launcher, profile, nodes)
     return {**rows, catalog.SCRIPT: [by_itself(cwd, profile, nodes)] * len(catalog.STRATEGIES)}
 
 
 def verified(cwd: Path, strategies: str, *arguments: str) -> set[tuple[str, str]]:
     """The trainers and strategies that were launched and are the same training."""
+    trainers = ("--trainer", "native,lightning")
+    pairs = the_same(cwd, "--strategy", strategies, *trainers, *arguments, TINY)
+    return {(pair["trainer"], pair["strategy"]) for pair in pairs}
+
+
+def the_same(cwd: Path, *arguments: str | Path) -> list[dict[str, Any]]:
+    """The pairs of a verify; all are the same training."""
     done = dtrain(
-        "verify", "--json", "--only", "--steps", "2", "--trainer", "native,lightning",
-        "--strategy", strategies, *arguments, TINY,
+        "verify", "--json", "--only", "--steps", "2", *arguments,
         cwd=cwd, timeout=400, env={"TMPDIR": str(cwd)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return {(pair["trainer"], pair["strategy"]) for pair in json.loads(done.stdout)["pairs"]}
+    pairs: list[dict[str, Any]] = json.loads(done.stdout)["pairs"]
+    return pairs
 
 
-def cell(trainer: str, strategy: str, launcher: str, trained: set[tuple[str, str]]) -> str:
+def own_loops(cwd: Path, launcher: str, profile: str, nodes: int) -> list[str]:
+    """The cells of a LightningModule under Lightning's own loops."""
+    one = ("--launcher", profile, "--strategy", "single")
+    several = ("--strategy", "ddp", "--nodes", str(nodes), "--procs", str(2 // nodes))
+    pairs = the_same(cwd, *one, LIT) + the_same(cwd, "--launcher", profile, *several, LIT)
+    trained = {("lightning", pair["strategy"]) for pair in pairs if pair["own_loops"]}
+    own = ("--set", "lightning.step=lightning")
+    return [cell("lightning", each, launcher, trained, LIT, *own) for each in catalog.STRATEGIES]
+
+
+def cell(
+    trainer: str,
+    strategy: str,
+    launcher: str,
+    trained: set[tuple[str, str]],
+    job: Path = TINY,
+    *settings: str,
+) -> str:
     """One cell; what is not `yes` must be refused with a sentence that README has."""
-    pair = ("--set", f"trainer={trainer}", "--set", f"strategy={strategy}", TINY)
+    pair = ("--set", f"trainer={trainer}", "--set", f"strategy={strategy}", *settings, job)
     if (trainer, strategy) not in trained:
         return "no" if is_refused("--launcher", launcher, *pair) else "not launched, not refused"
     two = ("--nodes", "2", *(FIRST_OF_TWO if launcher == "torchrun" else ()))
@@ -73,9 +101,9 @@ def is_refused(*arguments: str | Path) -> bool:
     if done.returncode == 0:
         return False
     assert done.returncode == 2, done.stderr
-    _, strategy, said = done.stderr.strip().partition(": strategy: ")
-    assert strategy, done.stderr
-    assert said in README, done.stderr
+    said = re.split(": strategy: |: lightning.step: ", done.stderr.strip(), maxsplit=1)
+    assert len(said) == 2, done.stderr
+    assert said[1] in README, done.stderr
     return True
 
 

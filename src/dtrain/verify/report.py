@@ -61,6 +61,7 @@ def _row(result: Result) -> dict[str, Any]:
         "pair": pair.name,
         "trainer": pair.trainer,
         "strategy": pair.strategy,
+        "own_loops": pair.own_loops,
         "launcher": pair.launcher,
         "nodes": pair.nodes,
         "procs": pair.procs,

@@ -18,6 +18,7 @@ from support.launch import (
     wait_for_step,
     worker_pids,
 )
+from support.lightning_kill import WAYS, killed_in_mid_epoch
 
 EXAMPLE = ROOT / "examples" / "lightning" / "job.yaml"
 SHORT = ("--procs", "2", "--set", "train.epochs=3", "--set", "log.every_steps=1")
@@ -44,6 +45,16 @@ def test_the_example_survives_the_death_of_a_rank(survived: dict[str, Any]) -> N
     assert survived["steps"] == 3 * 23
     assert set(survived["metrics"]) == {"val_loss", "val_acc"}
     assert survived["metrics"]["val_acc"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("launcher", "way"),
+    [*(("local", way) for way in WAYS), ("torchrun", "dtrain"), ("torchrun", "lightning")],
+)
+def test_a_module_is_killed_in_mid_epoch_and_goes_on(
+    launcher: str, way: str, tmp_path: Path
+) -> None:
+    killed_in_mid_epoch(tmp_path, way, "--launcher", launcher, "--procs", "2")
 
 
 def test_by_torchrun_in_the_package_lightning(survived: dict[str, Any], tmp_path: Path) -> None:

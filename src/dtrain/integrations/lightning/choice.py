@@ -6,7 +6,7 @@ import functools
 import logging
 from typing import Any
 
-from dtrain.catalog import OWN_LOOPS
+from dtrain.catalog import own_loops_problem
 from dtrain.errors import DtrainError, UsageError
 from dtrain.integrations.lightning.compat import PACKAGE, pl
 from dtrain.integrations.lightning.job_check import ARGUMENTS_OF_LOOPS
@@ -76,11 +76,9 @@ class _Loops:
 
     def run(self) -> TrainResult:
         context = self._context
-        if context.spec.strategy not in OWN_LOOPS:
-            raise UsageError(
-                f"{self._why}; so its loops would be Lightning's, which have no strategy "
-                f"{context.spec.strategy!r} here: use ddp"
-            )
+        problem = own_loops_problem(context.spec.strategy)
+        if problem is not None:
+            raise UsageError(f"{self._why}; and {problem}")
         if context.ranks.is_rank_zero:
             logger.warning("the loops are Lightning's: %s", self._why)
         Events(context.run, context.ranks, context.attempt).write("own_loops", why=self._why)

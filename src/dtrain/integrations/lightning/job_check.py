@@ -15,6 +15,7 @@ from dtrain.job.frameworks import JobCheck, NamedClass
 from dtrain.job.located import Located, did_you_mean, dotted, shown_path
 from dtrain.job.static_source import Source, is_installed
 
+_STRATEGIES = catalog.TRAINERS["lightning"].strategies
 _LAUNCH = "use --nodes, --procs and --gpus"
 _CHECKPOINT = "use the checkpoint: section; a ModelCheckpoint of your own is kept too"
 _OURS = {
@@ -79,11 +80,11 @@ class LightningCheck(JobCheck):
         said = [each for each in section.values() if each != "auto"]
         if any(said) and job.get("trainer", "native") != "lightning":
             return [(("lightning",), "is for trainer lightning; set that, or leave this out")]
-        own, strategy = section.get("step") == "lightning", job.get("strategy", "ddp")
-        if own and strategy in catalog.STRATEGIES and strategy not in catalog.OWN_LOOPS:
-            able = " and ".join(catalog.OWN_LOOPS)
-            text = f"Lightning's own loops have the strategies {able} here, not {strategy!r}"
-            return [(("lightning", "step"), text)]
+        strategy = job.get("strategy", "ddp")
+        if section.get("step") == "lightning" and strategy in _STRATEGIES:
+            problem = catalog.own_loops_problem(strategy)
+            if problem is not None:
+                return [(("lightning", "step"), problem)]
         given = section.get("trainer")
         refused = _OURS if section.get("step") == "dtrain" else _LAUNCHED
         return [

@@ -1,0 +1,294 @@
+"""Lightning's own loops: what dtrain does around them, and what of the Trainer's arguments holds."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning_shapes
+import pytest
+import torch
+from lightning_shapes import Points
+
+from dtrain.errors import CheckpointError, DtrainError, UsageError
+from dtrain.run.rundir import RunDir
+from dtrain.testing import RankError, run_ranks
+from support.launch import events, metrics
+from support.lightning_fit import by_lightning, fit
+
+
+def trainer(**arguments: Any) -> dict[str, Any]:
+    return {"lightning": {"trainer": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trained", "validated", "sane"),
+    [
+        ({"fast_dev_run": True}, 1, 1, 0),
+        ({"limit_train_batches": 2}, 4, 12, 0),
+        ({"limit_train_batches": 0.5, "limit_val_batches": 3}, 4, 6, 0),
+        ({"overfit_batches": 1}, 2, 2, 0),
+        ({"num_sanity_val_steps": 2}, 8, 12, 2),
+        ({"val_check_interval": 2, "check_val_every_n_epoch": 1}, 8, 24, 0),
+        ({"accumulate_grad_batches": 2}, 8, 12, 0),
+        ({"max_time": "00:00:00:00"}, 1, 6, 0),
+    ],
+)
+def test_arguments_that_only_its_loops_follow(
+    arguments: dict[str, Any], trained: int, validated: int, sane: int, tmp_path: Path
+) -> None:
+    own = "check_val_every_n_epoch" in arguments
+    job = {**trainer(**arguments), **({"eval": {}} if own else {})}
+    done = fit(tmp_path, "Counting", job)
+    counts = done.module.trained, done.module.validated, done.module.sane
+    assert counts == (trained, validated, sane)
+    assert done.why == f"lightning.trainer.{next(iter(arguments))} is about Lightning's own loops"
+
+
+def test_an_epoch_that_is_cut_short_is_the_beginning_of_another(tmp_path: Path) -> None:
+    """With `limit_train_batches`: each epoch has an order of its own, also after a resume."""
+    job = {**trainer(limit_train_batches=2), "train": {"epochs": 3}}
+    whole = fit(tmp_path / "whole", "Counting", job)
+    cut = fit(tmp_path / "cut", "Counting", job, stop_after=3)
+    resumed = fit(tmp_path / "cut", "Counting", job)
+    assert (whole.steps, cut.steps, resumed.steps) == (6, 3, 6)
+    for name, value in whole.parameters.items():
+        assert torch.equal(resumed.parameters[name], value)
+
+
+def test_averaged_weights_are_what_training_ends_with(tmp_path: Path) -> None:
+    mine = fit(tmp_path, "Swa", {"train": {"epochs": 3}})
+    theirs = by_lightning(lightning_shapes.Swa, max_epochs=3)
+    assert mine.why == "StochasticWeightAveraging has a schedule of its own"
+    for name, value in theirs.parameters.items():
+        torch.testing.assert_close(mine.parameters[name], value, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "job", "message"),
+    [
+        ("FindsRate", {}, "LearningRateFinder trains before the training"),
+        ("FindsBatchSize", {}, "BatchSizeFinder trains before the training"),
+        (
+            "Manual",
+            {"train": {"micro_batch_size": 4}},
+            "train.micro_batch_size: with automatic_optimization = False",
+        ),
+        ("Manual", {"train": {"clip_grad_norm": 1.0}}, "train.clip_grad_norm: with automatic"),
+        ("Manual", {"strategy": "fsdp"}, "own loops have no strategy 'fsdp' here"),
+        ("Counting", {"eval": {"every_epochs": 1, "every_steps": 1}}, "by steps or by epochs"),
+        (
+            "Counting",
+            {**trainer(gradient_clip_val=1.0), "train": {"clip_grad_norm": 1.0}},
+            "lightning.trainer.gradient_clip_val and train.clip_grad_norm say the same",
+        ),
+        ("Counting", trainer(limit_train_batches=0), "Counting trained nothing"),
+        ("Counting", {"lightning": {"step": "dtrain"}}, "with lightning.step: dtrain that cannot"),
+    ],
+)
+def test_what_cannot_be_is_told(
+    name: str, job: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        fit(tmp_path, name, job)
+
+
+def test_a_checkpoint_of_the_other_way_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path, "Plain", {}, stop_after=3)
+    with pytest.raises(CheckpointError, match="it was made with dtrain's step"):
+        fit(tmp_path, "Plain", {"lightning": {"step": "lightning"}})
+
+
+def test_the_newest_checkpoint_that_is_whole_is_taken(tmp_path: Path) -> None:
+    job = {"checkpoint": {"every_steps": 2}}
+    whole = fit(tmp_path / "whole", "Counting", job)
+    fit(tmp_path / "cut", "Counting", job, stop_after=5)
+    run = RunDir(tmp_path / "cut")
+    (newest,) = run.checkpoint(5).glob("model*")
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    newest.write_bytes(damaged)
+    resumed = fit(tmp_path / "cut", "Counting", job)
+    (event,) = events(run, "resumed")
+    assert event["step"] == 4
+    assert list(event["rejected"]) == ["step-00000005"]
+    for name, value in whole.parameters.items():
+        assert torch.equal(resumed.parameters[name], value)
+
+
+def micro(folder: Path, size: int | None) -> dict[str, torch.Tensor]:
+    train = {"micro_batch_size": size, "clip_grad_norm": 0.1}
+    return fit(folder, "Counting", {"train": train}).parameters
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(1, 5), (2, 3), (3, None), (3, 2), (4, 1)])
+def test_every_sample_of_a_step_weighs_the_same(
+    ranks: int, size: int | None, tmp_path: Path
+) -> None:
+    """On any number of ranks and micro-batches, of unequal size; the end of an epoch too."""
+    expected = micro(tmp_path / "one", None)
+    for mine in run_ranks(micro, ranks, tmp_path / "several", size):
+        for name, value in expected.items():
+            torch.testing.assert_close(mine[name], value, rtol=0, atol=2e-6)
+
+
+def resumed_elsewhere(folder: Path, stop: int | None) -> tuple[dict[str, torch.Tensor], Any]:
+    done = fit(folder, "CountedByHand", {}, stop_after=stop)
+    return done.parameters, done.remembered
+
+
+def test_goes_on_in_mid_epoch_on_another_number_of_ranks(tmp_path: Path) -> None:
+    """Samples, weights, and what objects of torchmetrics have counted."""
+    expected = fit(tmp_path / "whole", "CountedByHand", {})
+    run_ranks(resumed_elsewhere, 2, tmp_path / "cut", 6)
+    for parameters, counted in run_ranks(resumed_elsewhere, 3, tmp_path / "cut", None):
+        for name, value in expected.parameters.items():
+            torch.testing.assert_close(parameters[name], value, rtol=0, atol=2e-6)
+        error = counted["error"]  # synchronised by torchmetrics; the mean is each rank's own
+        torch.testing.assert_close(error, expected.remembered["error"], rtol=0, atol=2e-6)
+
+
+def ranks_logs(folder: Path) -> dict[str, float]:
+    return fit(folder, "RankLogs", {}).metrics
+
+
+def test_logged_values_are_put_together_over_all_samples(tmp_path: Path) -> None:
+    """21 samples over three ranks; also one that only one rank logs, for which nobody waits."""
+    expected = fit(tmp_path / "one", "RankLogs", {}).metrics
+    assert expected["count"] == 21
+    assert expected["largest"] == pytest.approx(float(Points(21, 2).y.max()))
+    for mine in run_ranks(ranks_logs, 3, tmp_path / "three"):
+        assert {**mine, "of_one": 3.0} == pytest.approx(expected, abs=2e-6)
+
+
+def spoilt(folder: Path, policy: str) -> tuple[int, float]:
+    done = fit(folder, "NaN", {"checks": {"on_nan": policy}})
+    worst = max(float(each.abs().max()) for each in done.parameters.values())
+    return done.steps, worst
+
+
+def test_a_loss_that_is_no_number_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"the loss of step \d is nan: rank \d's.* 7[,\s]"):
+        run_ranks(spoilt, 2, tmp_path, "stop")
+
+
+def test_a_step_of_nan_is_left_out(tmp_path: Path) -> None:
+    for steps, worst in run_ranks(spoilt, 2, tmp_path, "skip"):
+        assert steps == 8
+        assert math.isfinite(worst)
+
+
+FAULTS = {
+    "flip-parameter-bit": "parameters: net.0.weight",
+    "flip-gradient-bit": "are not one model",
+    "flip-moment-bit": "optimizer state: ",
+    "flip-buffer-bit": "buffers: ",
+    "nan-gradient": "is nan|is not finite",
+    "duplicate-sample": "read sample",
+    "lr": "learning rate",
+}
+
+
+def faulty(folder: Path, kind: str) -> None:
+    checks = {"every": 1, "inject": [f"rank=1,step=3,kind={kind}"]}
+    fit(folder, "Normed", {"checks": checks})
+
+
+@pytest.mark.parametrize("kind", ["flip-parameter-bit", "flip-gradient-bit", "lr", "nan-loss"])
+def test_faults_are_found(kind: str, tmp_path: Path) -> None:
+    message = {**FAULTS, "nan-loss": "the loss of step 3 is nan"}[kind]
+    with pytest.raises(RankError, match=message):
+        run_ranks(faulty, 2, tmp_path, kind)
+
+
+def rolled_back(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    checks = {
+        "every": 1,
+        "on_mismatch": "rollback",
+        "inject": ["rank=1,step=4,kind=flip-parameter-bit"],
+    }
+    done = fit(folder, "Normed", {"checks": checks, "checkpoint": {"every_steps": 3}})
+    return done.steps, done.parameters
+
+
+def test_goes_back_to_the_newest_checkpoint(tmp_path: Path) -> None:
+    first, second = run_ranks(rolled_back, 2, tmp_path)
+    assert first[0] == second[0] == 8
+    assert all(torch.equal(value, second[1][name]) for name, value in first[1].items())
+    (resumed,) = events(RunDir(tmp_path), "resumed")
+    assert resumed["step"] == 3
+
+
+def left_in_validation(folder: Path) -> tuple[list[Any], list[dict[str, torch.Tensor]], list[int]]:
+    whole = fit(folder / "whole", "StopsInValidation", {})
+    cut = fit(folder / "cut", "StopsInValidation", {}, stop_attribute=True)
+    resumed = fit(folder / "cut", "StopsInValidation", {})
+    counts = [cut.module.validated, resumed.module.validated, resumed.steps]
+    return [whole.metrics, resumed.metrics], [whole.parameters, resumed.parameters], counts
+
+
+def test_a_validation_that_is_left_is_run_again(tmp_path: Path) -> None:
+    for known, (whole, resumed), counts in run_ranks(left_in_validation, 2, tmp_path):
+        assert known[0] == known[1]
+        assert counts == [3 + 2, 3, 8]
+        assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_early_stopping_and_the_best_checkpoint_are_the_jobs(tmp_path: Path) -> None:
+    job: dict[str, Any] = {
+        "train": {
+            "epochs": 30,
+            "early_stopping": {"metric": "val_loss", "patience": 2, "min_delta": 1.0},
+        },
+        "checkpoint": {"best": {"metric": "val_loss", "mode": "min"}},
+    }
+    done = fit(tmp_path, "Counting", job)
+    assert done.steps == 3 * 4
+    run = RunDir(tmp_path)
+    assert (run.checkpoints / "best" / "manifest.json").is_file()
+    lines = metrics(run, "train")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert all({"loss", "lr", "samples_per_second"} <= set(line) for line in lines)
+
+
+def test_bf16(tmp_path: Path) -> None:
+    mine = fit(tmp_path, "Counting", {"train": {"precision": "bf16"}})
+    theirs = by_lightning(lightning_shapes.Counting, precision="bf16-mixed")
+    for name, value in theirs.parameters.items():
+        torch.testing.assert_close(mine.parameters[name], value, rtol=0, atol=2e-6)
+
+
+def test_a_later_end_goes_on_where_steps_ended_it(tmp_path: Path) -> None:
+    """`train.steps` cuts an epoch, and a later end goes on with the rest of it."""
+    steps: dict[str, Any] = {"train": {"epochs": None, "steps": 8}}
+    whole = fit(tmp_path / "whole", "Counting", steps)
+    fit(tmp_path / "cut", "Counting", {"train": {"epochs": None, "steps": 6}})
+    longer = fit(tmp_path / "cut", "Counting", steps)
+    assert longer.steps == whole.steps == 8
+    for name, value in whole.parameters.items():
+        assert torch.equal(longer.parameters[name], value)
+
+
+def test_a_run_that_is_complete_trains_nothing_more(tmp_path: Path) -> None:
+    first = fit(tmp_path, "Counting", {})
+    second = fit(tmp_path, "Counting", {})
+    assert second.steps == first.steps == 8
+    assert second.module.trained == 0
+
+
+def unused(folder: Path, find: bool) -> int:
+    return fit(folder, "LeftOut", {"lightning": {"find_unused_parameters": find}}).steps
+
+
+def test_parameters_without_a_part_in_the_loss(tmp_path: Path) -> None:
+    assert run_ranks(unused, 2, tmp_path / "found", True) == [8, 8]
+    with pytest.raises(RankError, match="lightning.find_unused_parameters: true"):
+        run_ranks(unused, 2, tmp_path / "not", False)
+
+
+def test_errors_name_the_callback(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError) as caught:
+        fit(tmp_path, "Fails", {})
+    assert caught.value.__notes__[0] == "in on_train_batch_end() of callback Failing"
+    assert issubclass(UsageError, DtrainError)
