@@ -16,9 +16,9 @@ from pytorch_lightning.demos import boring_classes as boring
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from dtrain.errors import DtrainError
+from dtrain.integrations.lightning.user_loaders import drawing_alike
 from dtrain.ranks import RankInfo
-from dtrain.testing import RankError, run_ranks
+from dtrain.testing import run_ranks
 from dtrain.train.seeding import derive_seed, seed_everything
 from support.lightning_fit import SEED, Done, InOrder, by_lightning, fit
 
@@ -173,8 +173,8 @@ def _read_as_by_dtrain(source: Any, demo: Demo) -> None:
         setup(stage)
 
     def in_order() -> Any:
-        seed_everything(derive_seed("optimizer", SEED))  # which is made right before
-        loader = train()
+        with drawing_alike("train_dataloader", SEED):
+            loader = train()
         if isinstance(loader, list):
             return [_with_own_generator(each) for each in loader]
         data, own = loader.dataset, torch.Generator()
@@ -186,9 +186,8 @@ def _read_as_by_dtrain(source: Any, demo: Demo) -> None:
         return DataLoader(data, batch_sampler=InOrder(len(data), BATCH), generator=own)
 
     def validated() -> Any:
-        if demo.why is None:
-            seed_everything(derive_seed("eval_dataset", SEED))
-        loaders = val()
+        with drawing_alike("val_dataloader", SEED):
+            loaders = val()
         for each in loaders if isinstance(loaders, list) else [loaders]:
             _with_own_generator(each)
         return loaders
@@ -209,31 +208,7 @@ def close(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> Non
         torch.testing.assert_close(mine[key], value, rtol=0, atol=2e-6)
 
 
-def fails(reason: str, *errors: type[BaseException]) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason, raises=errors)
-
-
-REFUSED = {
-    "no_len": fails(
-        "a stream to validate on is refused, and not left to Lightning's loops",
-        DtrainError,
-        RankError,
-    ),
-    "no_len_scheduler": fails(
-        "a scheduler by epochs over a stream is refused, and not left to Lightning's loops",
-        DtrainError,
-        RankError,
-    ),
-}
-COUNT = fails("in training_step() self.global_step is 0 under dtrain's step", AssertionError)
-
-
-def marked(marks: dict[str, pytest.MarkDecorator]) -> list[Any]:
-    """All names as parameters."""
-    return [pytest.param(n, marks=marks[n]) if n in marks else n for n in sorted(DEMOS)]
-
-
-@pytest.mark.parametrize("name", marked({**REFUSED, "dqn": COUNT}))
+@pytest.mark.parametrize("name", sorted(DEMOS))
 def test_on_one_rank_as_with_lightnings_own_trainer(name: str, tmp_path: Path) -> None:
     demo = DEMOS[name]
     mine = by_dtrain(name, tmp_path)
@@ -248,7 +223,7 @@ def test_on_one_rank_as_with_lightnings_own_trainer(name: str, tmp_path: Path) -
     assert mine.metrics == pytest.approx(theirs.metrics, abs=2e-6)
 
 
-@pytest.mark.parametrize("name", marked(REFUSED))
+@pytest.mark.parametrize("name", sorted(DEMOS))
 def test_on_two_ranks(name: str, tmp_path: Path) -> None:
     demo = DEMOS[name]
     first, second = run_ranks(by_dtrain, 2, name, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 
+from dtrain.errors import UsageError
 from dtrain.integrations.lightning.compat import TunerExit, is_overridden, pl
 
 _OF_LOOPS = (
@@ -20,7 +21,8 @@ SCHEDULES = (
     "StochasticWeightAveraging",
     "GradientAccumulationScheduler",
 )
-TUNERS = ("LearningRateFinder", "BatchSizeFinder")
+_TUNERS = ("LearningRateFinder", "BatchSizeFinder")
+"""Callbacks that train before the training."""
 
 
 class Leave(TunerExit):
@@ -37,6 +39,17 @@ def why_not_beside_dtrain(callback: pl.Callback) -> str | None:
         if is_overridden(hook, callback, pl.Callback):
             return f"callback {name} overrides {hook}()"
     return None
+
+
+def refuse_tuners(trainer: pl.Trainer) -> None:
+    """Refuse what trains before the training: no checkpoint would know of it."""
+    for callback in trainer.callbacks:
+        name = type(callback).__name__
+        if isinstance(callback, tuple(getattr(pl.callbacks, each) for each in _TUNERS)):
+            raise UsageError(
+                f"{name} trains before the training, which a resume could not repeat: run it by "
+                "itself, with Lightning's Trainer, and write what it finds into the job"
+            )
 
 
 def add_callbacks(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:

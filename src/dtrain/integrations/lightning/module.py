@@ -10,14 +10,21 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from dtrain.errors import DtrainError, UsageError
-from dtrain.integrations.lightning.callbacks import why_not_beside_dtrain
+from dtrain.integrations.lightning.callbacks import refuse_tuners, why_not_beside_dtrain
 from dtrain.integrations.lightning.compat import CombinedLoader, call, is_overridden, pl, quietly
 from dtrain.integrations.lightning.logging import Logged
-from dtrain.integrations.lightning.optimizers import EveryFew, configured, follows_metric
+from dtrain.integrations.lightning.optimizers import (
+    EveryFew,
+    as_wish,
+    by_steps,
+    configured,
+    follows_metric,
+)
 from dtrain.integrations.lightning.suits import NeedsLoopsError, why_loops
 from dtrain.integrations.lightning.user_loaders import (
     dataset_of,
     described,
+    drawing_alike,
     evaluated_samples,
     flat,
     order_of_loader,
@@ -82,6 +89,7 @@ class ModuleTask(Task):
         connector.attach_datamodule(module, data)
         self._data_hooks = connector._datahook_selector
         self._trainer._callback_connector._attach_model_callbacks()
+        refuse_tuners(self._trainer)
         for callback in self._trainer.callbacks:
             why = why_not_beside_dtrain(callback)
             if why is not None:
@@ -198,13 +206,22 @@ class ModuleTask(Task):
             raise NeedsLoopsError(
                 f"configure_optimizers() of {self.name} returned a scheduler that follows a metric"
             )
+        if self._is_stream() and any(not by_steps(each) for each in self._schedulers):
+            raise NeedsLoopsError(
+                f"configure_optimizers() of {self.name} returned a scheduler by epochs, and the "
+                "data are a stream, of which nobody knows the length"
+            )
         return optimizers[0]
+
+    def _is_stream(self) -> bool:
+        loader = self._loader("train_dataloader")
+        return isinstance(getattr(loader, "dataset", None), IterableDataset)
 
     def _tell_length(self) -> None:
         """Let Lightning's Trainer know of the training loader what schedules ask for."""
         assert self._trainer is not None
         loader = self._loader("train_dataloader")
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        if not isinstance(loader, DataLoader) or self._is_stream():
             return
         fit: Any = self._trainer.fit_loop
         with quietly():
@@ -215,9 +232,8 @@ class ModuleTask(Task):
         """Its scheduler, which here counts in optimizer steps or in epochs as it asks."""
         if not self._schedulers:
             return None
-        wish = self._schedulers[0]
-        wish = wish if isinstance(wish, dict) else {"scheduler": wish}
-        if wish.get("interval", "epoch") == "step" and wish.get("frequency", 1) == 1:
+        wish = as_wish(self._schedulers[0])
+        if by_steps(wish) and wish.get("frequency", 1) == 1:
             return wish["scheduler"]
         return EveryFew(wish, self.steps_between)
 
@@ -268,7 +284,7 @@ class ModuleTask(Task):
     def steps_between(self, wish: dict[str, Any]) -> int | None:
         """Optimizer steps between two of a scheduler's; None: nobody knows."""
         every = int(wish.get("frequency", 1))
-        if wish.get("interval", "epoch") == "step":
+        if by_steps(wish):
             return every
         return None if self._steps_per_epoch is None else every * self._steps_per_epoch
 
@@ -293,7 +309,8 @@ class ModuleTask(Task):
         source = self.data_module or self.module
         if not is_overridden(method, source):
             source = self.module
-        found = getattr(source, method)() if is_overridden(method, source) else None
+        with drawing_alike(method, self._seed):
+            found = getattr(source, method)() if is_overridden(method, source) else None
         self._loaders[method] = found
         return found
 
@@ -341,7 +358,8 @@ class _LoaderTask(Task):
 
 
 def _evaluated(task: Task, name: str, loader: Any) -> Any:
-    dataset_of(task, name, loader)
+    if isinstance(dataset_of(task, name, loader), IterableDataset):
+        raise NeedsLoopsError(f"val_dataloader() of {name} has a stream, which cannot be cut")
     dataset = evaluated_samples(loader)
     if dataset is None:
         raise NeedsLoopsError(f"val_dataloader() of {name} has a {described(sampler_of(loader))}")

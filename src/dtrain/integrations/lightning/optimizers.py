@@ -48,9 +48,18 @@ class EveryFew:
         self._count = state["count"]
 
 
+def as_wish(scheduler: Any) -> Wish:
+    return scheduler if isinstance(scheduler, dict) else {"scheduler": scheduler}
+
+
+def by_steps(scheduler: Any) -> bool:
+    """Whether a scheduler, or a dict with one, counts optimizer steps, and not epochs."""
+    return bool(as_wish(scheduler).get("interval", "epoch") == "step")
+
+
 def follows_metric(scheduler: Any) -> bool:
     """Whether a scheduler, or a dict with one, is stepped with the value of a metric."""
-    wish = scheduler if isinstance(scheduler, dict) else {"scheduler": scheduler}
+    wish = as_wish(scheduler)
     plateau = isinstance(wish["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau)
     return plateau or bool(wish.get("reduce_on_plateau"))
 

@@ -244,8 +244,11 @@ class _Drive(pl.Callback):
 
     def _count(self) -> None:
         """`trainer.global_step` follows the steps that were done."""
-        steps = self._trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
-        steps.ready = steps.completed = self._training.progress.step
+        loop = self._trainer.fit_loop.epoch_loop
+        automatic = loop.automatic_optimization.optim_progress.optimizer.step
+        for steps in (automatic, loop.manual_optimization.optim_step_progress):
+            # Lightning looks at one or the other, as `automatic_optimization` is just now
+            steps.total.ready = steps.total.completed = self._training.progress.step
 
     def evaluate(self, evaluate: Any) -> dict[str, float] | None:
         """Lightning's hooks around an evaluation, and what it knows of metrics."""

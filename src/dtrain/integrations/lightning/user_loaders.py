@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from dtrain.integrations.lightning.suits import NeedsLoopsError
 from dtrain.task import Task
 from dtrain.train import collectives
 from dtrain.train.data.permutation import Ids
-from dtrain.train.seeding import derive_seed, seed_everything
+from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 
 
 def dataset_of(task: Task, name: str, loader: Any) -> Any:
@@ -48,6 +49,21 @@ def dataset_of(task: Task, name: str, loader: Any) -> Any:
     if loader.collate_fn is not default_collate:
         task.collate = loader.collate_fn  # type: ignore[method-assign]
     return loader.dataset
+
+
+@contextlib.contextmanager
+def drawing_alike(method: str, seed: int) -> Iterator[None]:
+    """Give what a method that makes loaders draws random numbers of its own, as on all ranks."""
+    outer = RandomState.capture()
+    seed_everything(derive_seed(_OF_LOADERS.get(method, method), seed))
+    try:
+        yield
+    finally:
+        outer.restore()
+
+
+_OF_LOADERS = {"train_dataloader": "train_dataset", "val_dataloader": "eval_dataset"}
+"""Methods of a task that say the same."""
 
 
 def flat(loaders: Any) -> list[Any]:

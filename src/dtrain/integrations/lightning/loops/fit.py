@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dtrain.errors import UsageError
-from dtrain.integrations.lightning.callbacks import Leave, name_callback
+from dtrain.integrations.lightning.callbacks import Leave, name_callback, refuse_tuners
 from dtrain.integrations.lightning.compat import (
     PACKAGE,
     MisconfigurationException,
@@ -32,7 +33,7 @@ from dtrain.integrations.lightning.loops.strategy import LoopsDDP
 from dtrain.integrations.lightning.loops.trainer_arguments import trainer_arguments
 from dtrain.integrations.lightning.module import ModuleTask
 from dtrain.integrations.lightning.state import Metrics
-from dtrain.integrations.lightning.user_loaders import flat
+from dtrain.integrations.lightning.user_loaders import drawing_alike, flat
 from dtrain.train import collectives
 from dtrain.train.checkpoint.state import parameters_sha256
 from dtrain.train.checkpoint.store import Loaded
@@ -152,9 +153,10 @@ class Fit(pl.Callback):
         steps: Any = fit.epoch_loop
         log: Any = trainer._logger_connector
         prepare, advance = data._prepare_dataloader, steps.advance
-        source = fit._data_source
-        request = source.dataloader
-        source.dataloader = lambda: self._requested(request())
+        for source in (fit._data_source, steps.val_loop._data_source):
+            source.dataloader = functools.partial(self._requested, source.name, source.dataloader)
+        callbacks = functools.partial(refuse_tuners, trainer)
+        after(trainer._callback_connector, "_attach_model_callbacks", callbacks)
         after(data, "prepare_data", self._seed_data)
         data._prepare_dataloader = lambda loader, shuffle, mode: self._placed(
             loader, str(mode.value), lambda: prepare(loader, shuffle, mode)
@@ -173,7 +175,9 @@ class Fit(pl.Callback):
         """After `prepare_data`, which one process of a node calls: `setup` draws alike on all."""
         seed_everything(derive_seed("train_dataset", self._context.spec.seed))
 
-    def _requested(self, loaders: Any) -> Any:
+    def _requested(self, method: str, request: Callable[[], Any]) -> Any:
+        with drawing_alike(method, self._context.spec.seed):
+            loaders = request()
         self._several = len(flat(loaders)) > 1
         return loaders
 
