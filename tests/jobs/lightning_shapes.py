@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -562,6 +563,39 @@ class Accumulates(Plain):
 
     def configure_callbacks(self) -> Any:
         return [GradientAccumulationScheduler({0: 1, 1: 2})]
+
+
+class Tested(Plain):
+    """Has a test and predictions, which a callback writes."""
+
+    def test_dataloader(self) -> Any:
+        return DataLoader(Points(23, 4), batch_size=4)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", self.mse(batch))
+        self.log("tested", float(len(batch[0])), reduce_fx="sum")
+
+    def predict_dataloader(self) -> Any:
+        return DataLoader(Points(10, 5), batch_size=4)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self(batch[0])
+
+    def configure_callbacks(self) -> Any:
+        return [Written()]
+
+
+class Written(pl.callbacks.BasePredictionWriter):
+    def __init__(self) -> None:
+        super().__init__("epoch")
+
+    def write_on_epoch_end(
+        self, trainer: Any, pl_module: Any, predictions: Any, batch_indices: Any
+    ) -> None:
+        rows = torch.cat(predictions)
+        file = Path(trainer.default_root_dir) / f"predictions-{trainer.global_rank}.pt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"rows": rows, "ids": [i for each in batch_indices[0] for i in each]}, file)
 
 
 class Swa(Plain):

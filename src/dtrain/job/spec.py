@@ -181,6 +181,9 @@ class LightningSpec(Model):
     """A LightningDataModule, as `file.py:Class`; None: the LightningModule has its loaders."""
     data_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of its constructor."""
+    also_run: list[Literal["validate", "test", "predict"]] = Field(default_factory=list)
+    """What of Lightning's Trainer is run besides: `validate` before the training, `test` and
+    `predict` after it. Lightning's own loops do."""
     find_unused_parameters: bool | None = None
     """With Lightning's own loops: whether DDP looks in each step for parameters that it leaves out.
     None: where the module makes its own steps."""

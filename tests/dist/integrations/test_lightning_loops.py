@@ -278,6 +278,38 @@ def test_a_run_that_is_complete_trains_nothing_more(tmp_path: Path) -> None:
     assert second.module.trained == 0
 
 
+ALSO = {"lightning": {"also_run": ["validate", "test", "predict"]}}
+
+
+def also_run(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
+    job = {**ALSO, "train": {"global_batch_size": 15}}
+    done = fit(folder, "Tested", job)
+    return done.parameters, done.steps
+
+
+def test_validates_before_and_tests_and_predicts_after(tmp_path: Path) -> None:
+    """Over uneven ranks each sample is tested once, and predicted once."""
+    (parameters, _), *_ = run_ranks(also_run, 2, tmp_path)
+    run = RunDir(tmp_path)
+    splits = {name: metrics(run, name)[0] for name in ("validate", "test")}
+    assert (splits["validate"]["step"], splits["test"]["step"]) == (0, 8)
+    module = lightning_shapes.Tested()
+    module.load_state_dict(parameters)
+    points = Points(23, 4)
+    with torch.no_grad():
+        loss = float(torch.nn.functional.mse_loss(module(points.x), points.y))
+        expected = module(Points(10, 5).x)
+    assert splits["test"]["test_loss"] == pytest.approx(loss, abs=2e-6)
+    assert splits["test"]["tested"] == 23
+    (finished,) = events(run, "finished")
+    assert {"val_loss", "test_loss"} <= set(finished["metrics"])
+    found = torch.full((10, 1), float("nan"))
+    for file in sorted((tmp_path / "lightning").glob("predictions-*.pt")):
+        kept = torch.load(file)
+        found[kept["ids"]] = kept["rows"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
 def unused(folder: Path, find: bool) -> int:
     return fit(folder, "LeftOut", {"lightning": {"find_unused_parameters": find}}).steps
 

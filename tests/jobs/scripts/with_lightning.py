@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Game(pl.LightningModule):
-    """Two optimizers in turn, as in a GAN: what trainer `lightning` refuses and a script may do."""
+    """Two optimizers in turn, as in a GAN, with a Trainer of the script's own."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ def make_trainer(context: TrainContext) -> Any:
         for field, asked in (
             ("data_module", wish.data_module is not None),
             ("step: lightning", wish.step == "lightning"),
+            ("also_run", bool(wish.also_run)),
             (f"trainer.{arguments[0]}" if arguments else "", bool(arguments)),
         ):
             if asked:
@@ -43,6 +44,8 @@ def make_trainer(context: TrainContext) -> Any:
         task.make_data_module = functools.partial(_data_module, make, wish.data_args)
     if wish.step == "lightning":
         return LoopsTrainer(context)
+    if wish.also_run:
+        return _Loops(context, f"lightning.also_run: {wish.also_run[0]} is one of them")
     if arguments:
         return _Loops(context, f"lightning.trainer.{arguments[0]} is about Lightning's own loops")
     return _Step(context, or_loops=wish.step == "auto")

@@ -85,6 +85,8 @@ class LightningCheck(JobCheck):
             problem = catalog.own_loops_problem(strategy)
             if problem is not None:
                 return [(("lightning", "step"), problem)]
+        if section.get("step") == "dtrain" and section.get("also_run"):
+            return [(("lightning", "also_run"), "is for Lightning's own loops, not step: dtrain")]
         given = section.get("trainer")
         refused = _OURS if section.get("step") == "dtrain" else _LAUNCHED
         return [

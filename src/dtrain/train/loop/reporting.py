@@ -99,11 +99,16 @@ class Report:
         logger.info("epoch %d: %d samples, %s", batch.epoch, sum(samples), told)
 
     def evaluated(self, progress: Progress) -> None:
+        self.measured("eval", progress, progress.metrics)
+
+    def measured(self, split: str, progress: Progress, metrics: dict[str, float]) -> None:
+        """Write the metrics of a split, as they are after the steps that are done."""
         if self._active:
             position = progress.position
-            epoch = position.epoch if position.consumed else position.epoch - 1
-            self._metrics.write("eval", progress.step, epoch, progress.metrics)
-            logger.info("evaluation after step %d: %s", progress.step, _listed(progress.metrics))
+            epoch = max(0, position.epoch if position.consumed else position.epoch - 1)
+            self._metrics.write(split, progress.step, epoch, metrics)
+            what = "evaluation" if split == "eval" else split
+            logger.info("%s after step %d: %s", what, progress.step, _listed(metrics))
 
     def predicted(self, progress: Progress, num_samples: int) -> None:
         path = self._context.run.predictions

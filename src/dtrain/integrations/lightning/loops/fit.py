@@ -6,6 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,6 +88,9 @@ class Fit(pl.Callback):
         self._votes_in_validation = True
         self._several = False
         self._told: set[str] = set()
+        self._validated: dict[str, float] = {}
+        self._tested: dict[str, float] = {}
+        """Metrics of a validation before the training, and of a test after it."""
         self._before_updates: list[Callable[[], None]] = []
         self._sums: list[float | torch.Tensor] = [0.0, 0.0]
         """Of this rank's losses in this step: their sum, and the samples they are of."""
@@ -111,15 +115,31 @@ class Fit(pl.Callback):
         logging.getLogger(f"{PACKAGE}.utilities.rank_zero").setLevel(logging.WARNING)
         with quietly():
             try:
+                if self._loaded is None:
+                    self._also_run("validate")
                 self._trainer.fit(
                     self._module,
                     datamodule=self._data_module,
                     ckpt_path=None if self._loaded is None else str(self._loaded.folder),
                 )
+                result = self._result or self._without_steps()
+                if result.stopped is not None:
+                    return result
+                self._also_run("test")
+                self._also_run("predict")
             except Exception as error:
                 name_callback(error, self)
                 raise
-        return self._result or self._without_steps()
+        result = replace(result, metrics={**result.metrics, **self._tested})
+        self._report.finished(result)
+        return result
+
+    def _also_run(self, stage: str) -> None:
+        """Run another of Lightning's loops, if the job asks for it; its callbacks write what it
+        predicts."""
+        if stage in self._context.spec.lightning.also_run:
+            more = {"return_predictions": False} if stage == "predict" else {"verbose": False}
+            getattr(self._trainer, stage)(self._module, datamodule=self._data_module, **more)
 
     def close(self) -> None:
         """End loader processes, and let go of the module's wrapper."""
@@ -166,7 +186,8 @@ class Fit(pl.Callback):
         after(fit, "on_advance_end", self._after_epoch)
         after(fit, "on_run_end", self._end)
         steps._results = ExactResults(training=True)
-        steps.val_loop._results = ExactResults(training=False)
+        for loop in (steps.val_loop, trainer.validate_loop, trainer.test_loop):
+            loop._results = ExactResults(training=False)
         after(log, "epoch_end_reached", self._meet)
         tell = log.log_eval_end_metrics
         log.log_eval_end_metrics = lambda metrics: self._evaluated(metrics, tell)
@@ -183,13 +204,14 @@ class Fit(pl.Callback):
 
     def _placed(self, loader: Any, stage: str, by_lightning: Callable[[], Any]) -> Any:
         """A user's loader as it is read here."""
-        if self._trainer.overfit_batches > 0 or stage not in ("train", "validate", "sanity_check"):
+        if self._trainer.overfit_batches > 0 or stage == "predict":
             return by_lightning()
         if stage != "train":
             evaluation = placed_evaluation(loader, self._context)
             if evaluation is None:
                 self._votes_in_validation = False
-                self._tell("val_dataloader", "is not read by dtrain: Lightning says who reads what")
+                method = "test_dataloader" if stage == "test" else "val_dataloader"
+                self._tell(method, "is not read by dtrain: Lightning says who reads what")
             return by_lightning() if evaluation is None else evaluation
         why = "several loaders" if self._several else why_not_placed(loader)
         if why is None:
@@ -287,6 +309,8 @@ class Fit(pl.Callback):
             self._go_on(self._loaded.tensors["extras"], validates)
         self._callbacks.start(self.progress)
         self._report.started(self.progress, resumed=self._loaded is not None)
+        if self._validated:
+            self._report.measured("validate", self.progress, self._validated)
 
     def _go_on(self, extras: dict[str, Any], validation: Any) -> None:
         assert self._loaded is not None
@@ -373,7 +397,7 @@ class Fit(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
         """Refuse a gradient that is not finite; with `on_nan: skip` it is left out."""
-        if not self._rate_known:  # the first optimizer's, before its scheduler changes it
+        if optimizer.param_groups and not self._rate_known:  # the first optimizer's, before its scheduler changes it
             self._rate, self._rate_known = float(optimizer.param_groups[0]["lr"]), True
         for call in self._before_updates:
             call()
@@ -533,7 +557,6 @@ class Fit(pl.Callback):
         self._save()
         self._callbacks.end()
         self._result = self._as_result(parameters_sha256=parameters_sha256(self._module))
-        self._report.finished(self._result)
 
     def _validate_at_end(self) -> None:
         """Validate what training ended with, unless that is done."""
@@ -550,7 +573,12 @@ class Fit(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any
     ) -> None:
         """Leave a validation that a rank is asked to leave; the next attempt begins it anew."""
-        if trainer.sanity_checking or not self._votes_in_validation or self._in_step:
+        if (
+            trainer.state.fn != "fit"
+            or trainer.sanity_checking
+            or not self._votes_in_validation
+            or self._in_step
+        ):
             return
         asked = torch.tensor(int(self._context.stop.reason is not None))
         if collectives.in_group():
@@ -566,10 +594,18 @@ class Fit(pl.Callback):
 
     def _evaluated(self, metrics: Mapping[str, Any], tell: Callable[[Any], None]) -> None:
         tell(metrics)
-        if self._trainer.sanity_checking or not hasattr(self, "_callbacks"):
+        stage, known = self._trainer.state.fn, {n: float(each) for n, each in metrics.items()}
+        if self._trainer.sanity_checking:
+            return
+        if stage == "validate":
+            self._validated = known
+        if stage == "test":
+            self._tested = known
+            self._report.measured("test", self.progress, known)
+        if stage != "fit":
             return
         progress = self.progress
-        progress.metrics = {name: float(each) for name, each in metrics.items()}
+        progress.metrics = known
         progress.evaluated_step = progress.step
         self._report.evaluated(progress)
         if self._callbacks.evaluated(progress.metrics):
@@ -585,9 +621,7 @@ class Fit(pl.Callback):
         self._report = Report(self._context, self._events, self._course())
         self._report.started(self.progress, resumed=True)
         self._checkpoints.tell_resumed(self._loaded, self.progress)
-        result = self._as_result(parameters_sha256=parameters_sha256(self._module))
-        self._report.finished(result)
-        return result
+        return self._as_result(parameters_sha256=parameters_sha256(self._module))
 
     def _as_result(self, **ended: Any) -> TrainResult:
         return TrainResult(

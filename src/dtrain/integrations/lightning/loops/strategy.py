@@ -46,14 +46,16 @@ class LoopsDDP(OurProcesses, DDPStrategy):
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Compare the module of all processes first: DDP gives them rank 0's without a word."""
-        if self.world_size > 1:
+        if self.world_size == 1:
+            super(DDPStrategy, self).setup(trainer)  # DDP's own wants a group
+        else:
             broadcast = self._context.spec.checks.init == "broadcast"
             compare_model(self.lightning_module, broadcast=broadcast)
             wish = self._context.spec.lightning.find_unused_parameters
             # of several optimizers each leaves the others' parameters out
             manual = not self.lightning_module.automatic_optimization
             self._ddp_kwargs["find_unused_parameters"] = manual if wish is None else wish
-        super().setup(trainer)
+            super().setup(trainer)
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         seed_everything(derive_seed("optimizer", self._context.spec.seed))
