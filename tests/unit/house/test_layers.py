@@ -63,7 +63,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.integrations.lightning.loops": (
         "placement strategy trainer_arguments",
-        "state",
+        "reading state",
         "fit",
         "trainer",
     ),

@@ -408,15 +408,29 @@ def test_what_of_lightnings_trainer_the_job_decides(check: Check) -> None:
     assert problem.endswith("lightning: is for trainer lightning; set that, or leave this out")
 
 
-def test_a_module_that_makes_its_own_steps_is_for_a_script(check: Check, tmp_path: Path) -> None:
+def test_a_module_that_makes_its_own_steps(check: Check, tmp_path: Path) -> None:
     init = (
         "  def __init__(self):\n    super().__init__()\n    self.automatic_optimization = False\n"
     )
     text = f"import lightning as L\nclass Digits(L.LightningModule):\n{init}"
     (tmp_path / "task.py").write_text(text)
-    (problem,) = check(extra="trainer: lightning\n")
+    assert check(extra="trainer: lightning\n") == []
+    (problem,) = check(extra="trainer: lightning\nlightning: {step: dtrain}\n")
     assert "Digits has automatic_optimization = False: it makes its own steps" in problem
-    assert problem.endswith("Run it with a Trainer of its own, as script: train.py")
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [
+        ("{step: dtrain, trainer: {limit_train_batches: 2}}", "lightning.trainer.limit_train"),
+        ("{step: dtrain, also_run: [test]}", "lightning.also_run"),
+        ("{step: lightning}\nstrategy: fsdp", "lightning.step"),
+        ("{trainer: {max_epochs: 2}}", "lightning.trainer.max_epochs"),
+    ],
+)
+def test_what_does_not_go_with_a_way_of_stepping(check: Check, section: str, field: str) -> None:
+    (problem,) = check(extra=f"trainer: lightning\nlightning: {section}\n")
+    assert field in problem
 
 
 def test_an_argument_that_lightnings_trainer_does_not_have(check: Check) -> None:

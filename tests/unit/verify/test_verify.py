@@ -284,14 +284,16 @@ def test_of_a_lightning_module_one_process_of_lightning_is_the_reference() -> No
     assert {"lightning ddp 2 nodes ×2", "lightning exact"} <= set(names)
     assert "lightning ddp 2 nodes ×2" not in [p.name for p in all_pairs(["lightning"])]
     assert choose(reference=reference, strategies=["single", "fsdp"], procs=[2]) == [
-        "lightning fsdp ×2"
+        "lightning own loops single",
+        "lightning fsdp ×2",
     ]
 
 
 def test_which_trainer_a_job_is_compared_with(tmp_path: Path) -> None:
     job = ROOT / "examples" / "lightning" / "job.yaml"
     with Session(job, strategies=["ddp"], procs=[2], only=True) as session:
-        assert [pair.name for pair in session.pairs] == ["lightning ddp ×2"]
+        names = [pair.name for pair in session.pairs]
+        assert names == ["lightning ddp ×2", "lightning own loops ddp ×2"]
     with pytest.raises(PlanError, match="LitDigits is a LightningModule, which trainer 'native'"):
         Session(job, trainers=["lightning", "native"])
     chosen = {"strategies": ["ddp"], "procs": [2], "only": True}

@@ -23,18 +23,12 @@ from dtrain.integrations.lightning.compat import (
     quietly,
 )
 from dtrain.integrations.lightning.environment import deaf_to_signals
-from dtrain.integrations.lightning.loops.placement import (
-    OwnReading,
-    Turns,
-    placed_evaluation,
-    why_not_placed,
-)
+from dtrain.integrations.lightning.loops.reading import Reading
 from dtrain.integrations.lightning.loops.state import ExactResults, dumped, restored
 from dtrain.integrations.lightning.loops.strategy import LoopsDDP
 from dtrain.integrations.lightning.loops.trainer_arguments import trainer_arguments
 from dtrain.integrations.lightning.module import ModuleTask
 from dtrain.integrations.lightning.state import Metrics
-from dtrain.integrations.lightning.user_loaders import drawing_alike, flat
 from dtrain.train import collectives
 from dtrain.train.checkpoint.state import parameters_sha256
 from dtrain.train.checkpoint.store import Loaded
@@ -46,7 +40,7 @@ from dtrain.train.data.placement import EpochPlan, Position
 from dtrain.train.faults import Injector
 from dtrain.train.loop.callbacks import Callbacks, View
 from dtrain.train.loop.checkpointing import Checkpoints
-from dtrain.train.loop.progress import Progress, Schedule, data_identity
+from dtrain.train.loop.progress import Progress, Schedule
 from dtrain.train.loop.reporting import Report
 from dtrain.train.metrics.events import Events
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
@@ -81,13 +75,11 @@ class Fit(pl.Callback):
             self.progress = Progress.from_saved(self._loaded.progress, {})
         self._schedule = Schedule(spec)
         self._loss = _Loss()
+        self._reading = Reading(
+            context, self._events, injector, self._module, self.progress, self._loaded
+        )
         self._trainer = self._make_trainer()
         self._metrics: Metrics | None = None
-        self._turns: Turns | None = None
-        self._identity: dict[str, Any] = {}
-        self._votes_in_validation = True
-        self._several = False
-        self._told: set[str] = set()
         self._validated: dict[str, float] = {}
         self._tested: dict[str, float] = {}
         """Metrics of a validation before the training, and of a test after it."""
@@ -143,8 +135,7 @@ class Fit(pl.Callback):
 
     def close(self) -> None:
         """End loader processes, and let go of the module's wrapper."""
-        if self._turns is not None:
-            self._turns.close()
+        self._reading.close()
         if hasattr(self, "_report"):
             self._report.close()
         self._trainer.strategy.model = None
@@ -172,15 +163,11 @@ class Fit(pl.Callback):
         fit: Any = trainer.fit_loop
         steps: Any = fit.epoch_loop
         log: Any = trainer._logger_connector
-        prepare, advance = data._prepare_dataloader, steps.advance
-        for source in (fit._data_source, steps.val_loop._data_source):
-            source.dataloader = functools.partial(self._requested, source.name, source.dataloader)
+        advance = steps.advance
         callbacks = functools.partial(refuse_tuners, trainer)
         after(trainer._callback_connector, "_attach_model_callbacks", callbacks)
         after(data, "prepare_data", self._seed_data)
-        data._prepare_dataloader = lambda loader, shuffle, mode: self._placed(
-            loader, str(mode.value), lambda: prepare(loader, shuffle, mode)
-        )
+        self._reading.join(trainer)
         steps.advance = lambda fetcher: self._advance(fetcher, advance)
         after(steps, "on_advance_end", self._after_batch)
         after(fit, "on_advance_end", self._after_epoch)
@@ -195,78 +182,6 @@ class Fit(pl.Callback):
     def _seed_data(self) -> None:
         """After `prepare_data`, which one process of a node calls: `setup` draws alike on all."""
         seed_everything(derive_seed("train_dataset", self._context.spec.seed))
-
-    def _requested(self, method: str, request: Callable[[], Any]) -> Any:
-        with drawing_alike(method, self._context.spec.seed):
-            loaders = request()
-        self._several = len(flat(loaders)) > 1
-        return loaders
-
-    def _placed(self, loader: Any, stage: str, by_lightning: Callable[[], Any]) -> Any:
-        """A user's loader as it is read here."""
-        if self._trainer.overfit_batches > 0 or stage == "predict":
-            return by_lightning()
-        if stage != "train":
-            evaluation = placed_evaluation(loader, self._context)
-            if evaluation is None:
-                self._votes_in_validation = False
-                method = "test_dataloader" if stage == "test" else "val_dataloader"
-                self._tell(method, "is not read by dtrain: Lightning says who reads what")
-            return by_lightning() if evaluation is None else evaluation
-        why = "several loaders" if self._several else why_not_placed(loader)
-        if why is None:
-            return self._place(loader)
-        self._tell(
-            "train_dataloader",
-            f"has {why}: Lightning says who reads what, and that all samples are read once is not "
-            "proven. A resume in mid-epoch reads the batches before it again, and drops them",
-        )
-        done = 0
-        if self._mid_epoch and not self._begun:
-            done = self._trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        try:
-            dealt_out = by_lightning()
-        except TypeError as error:
-            raise UsageError(
-                f"train_dataloader() of {type(self._module).__name__}: {error}\nin the job: "
-                "lightning.trainer: {use_distributed_sampler: false}"
-            ) from None
-        seed, trainer = self._context.spec.seed, self._trainer
-        return OwnReading(dealt_out, seed, lambda: trainer.current_epoch, done)
-
-    def _place(self, loader: Any) -> Turns:
-        if self._turns is not None:
-            self._turns.close()
-        self._turns = turns = Turns(
-            loader, self._context, self.progress.step, self.progress.position
-        )
-        feed, spec, trainer = turns.feed, self._context.spec, self._trainer
-        self._identity = data_identity(spec, feed.dataset, feed.order.num_samples, feed.order.name)
-        if self._loaded is not None and not self._begun:
-            Progress.from_saved(self._loaded.progress, self._identity)  # of the same data
-            feed.load_state_dict(self.progress.feed)
-        if turns.accumulated > 1:
-            if not self._module.automatic_optimization:
-                raise UsageError(
-                    "train.micro_batch_size: with automatic_optimization = False a step is the "
-                    "module's own, and Lightning does not accumulate; leave it out"
-                )
-            trainer.accumulate_grad_batches = turns.accumulated
-            if spec.eval.every_steps is not None:
-                trainer.val_check_interval = spec.eval.every_steps * turns.accumulated
-        recorder = self._context.recorder
-        if recorder is not None:
-            feed.note_contents()
-            feed.watchers.append(lambda each: recorder.read(each.samples, each.contents))
-        step, position = self.progress.step, self.progress.position
-        turns.watched(self._injector.requests(feed, step, position, turns.split))
-        return turns
-
-    def _tell(self, method: str, what: str) -> None:
-        if method not in self._told and self._context.ranks.is_rank_zero:
-            logger.warning("%s() of %s %s", method, type(self._module).__name__, what)
-            self._events.write("own_loader", method=method, detail=what)
-        self._told.add(method)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Get ready for the first step: everything is made and restored."""
@@ -288,7 +203,7 @@ class Fit(pl.Callback):
         self._metrics = Metrics(pl_module)
         if context.recorder is not None:
             context.recorder.watch_optimizers(optimizers, resumed=self._loaded is not None)
-        feed = None if self._turns is None else self._turns.feed
+        feed = None if self._reading.turns is None else self._reading.turns.feed
         loss: Any = self._loss
         self._injector.begin(loss, self._state, course.total_steps)
         self._checks = Checks(
@@ -330,7 +245,7 @@ class Fit(pl.Callback):
         trainer, spec = self._trainer, self._context.spec
         steps, epochs = spec.train.steps, spec.train.epochs
         batches = trainer.fit_loop.max_batches
-        size = None if self._turns is None else self._turns.feed.order.num_samples
+        size = None if self._reading.turns is None else self._reading.turns.feed.order.num_samples
         batch = spec.train.global_batch_size
         if self._module.automatic_optimization is False:
             steps = None  # Lightning counts those of each optimizer
@@ -343,7 +258,7 @@ class Fit(pl.Callback):
         """Begin a batch; the first one after all that is to be got ready."""
         trainer = self._trainer
         if not self._begun:
-            self._begun = True
+            self._begun = self._reading.begun = True
             for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop):
                 loop._restarting = False  # every checkpoint is of a step boundary
             if self._loaded is not None:
@@ -385,19 +300,20 @@ class Fit(pl.Callback):
 
     def _weighed(self, loss: torch.Tensor) -> torch.Tensor:
         self._checks.finite.note(loss)
-        scale = 1.0 if self._turns is None else self._turns.scale()
+        scale = 1.0 if self._reading.turns is None else self._reading.turns.scale()
         return loss if scale == 1.0 else loss * scale
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batch_size = _size(batch) if self._turns is None else 0
+        self._batch_size = _size(batch) if self._reading.turns is None else 0
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
         """Refuse a gradient that is not finite; with `on_nan: skip` it is left out."""
-        if optimizer.param_groups and not self._rate_known:  # the first optimizer's, before its scheduler changes it
+        if optimizer.param_groups and not self._rate_known:
+            # the first optimizer's, before its scheduler changes it
             self._rate, self._rate_known = float(optimizer.param_groups[0]["lr"]), True
         for call in self._before_updates:
             call()
@@ -421,8 +337,9 @@ class Fit(pl.Callback):
 
     def _samples(self) -> int:
         """Of this process in the current micro-batch."""
-        if self._turns is not None and self._turns.current is not None:
-            return self._turns.current.samples
+        turns = self._reading.turns
+        if turns is not None and turns.current is not None:
+            return turns.current.samples
         return self._batch_size
 
     def _stepped(self) -> None:
@@ -432,8 +349,9 @@ class Fit(pl.Callback):
         ends_epoch = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
         progress.step += 1
         samples, before = self._read, progress.position.consumed
-        if self._turns is not None and self._turns.current is not None:
-            samples = self._turns.current.batch.stop - before
+        turns = self._reading.turns
+        if turns is not None and turns.current is not None:
+            samples = turns.current.batch.stop - before
         progress.position = Position(epoch, before + samples)
         if ends_epoch:
             progress.position = Position(epoch + 1, 0)
@@ -490,8 +408,8 @@ class Fit(pl.Callback):
         if not trainer.fit_loop.done:
             self._mid_epoch = False
             self.progress.position = Position(trainer.current_epoch, 0)
-            if self._turns is not None:
-                self._turns.leave_epoch(trainer.current_epoch)
+            if self._reading.turns is not None:
+                self._reading.turns.leave_epoch(trainer.current_epoch)
         self._boundary()
 
     def _boundary(self) -> None:
@@ -511,7 +429,7 @@ class Fit(pl.Callback):
 
     def _save(self, *, owes_validation: bool = False) -> bool:
         """Write a checkpoint unless this step's is there; whether what there is now is good."""
-        turns, progress = self._turns, self.progress
+        turns, progress = self._reading.turns, self.progress
         if turns is not None:
             turns.feed.check()
         if not self._checks.before_save(progress.step):
@@ -531,7 +449,9 @@ class Fit(pl.Callback):
         }
         held = dumped(self._trainer, mid_epoch=self._mid_epoch or owes_validation)
         self._checkpoints.write(
-            progress.step, lambda: {**held, "extras": extras}, progress.to_saved(self._identity)
+            progress.step,
+            lambda: {**held, "extras": extras},
+            progress.to_saved(self._reading.identity),
         )
         assert self._checkpoints.folder is not None
         self._callbacks.saved(self._checkpoints.folder)
@@ -576,7 +496,7 @@ class Fit(pl.Callback):
         if (
             trainer.state.fn != "fit"
             or trainer.sanity_checking
-            or not self._votes_in_validation
+            or not self._reading.validation_is_placed
             or self._in_step
         ):
             return
