@@ -598,6 +598,18 @@ class Written(pl.callbacks.BasePredictionWriter):
         torch.save({"rows": rows, "ids": [i for each in batch_indices[0] for i in each]}, file)
 
 
+class Saves(Plain):
+    """With a ModelCheckpoint, which Lightning can read, and its own early stopping."""
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        """Makes the loops Lightning's."""
+
+    def configure_callbacks(self) -> Any:
+        self.saver = pl.callbacks.ModelCheckpoint(every_n_train_steps=3, save_top_k=-1)
+        stopping = pl.callbacks.EarlyStopping("val_loss", patience=1, min_delta=9.0)
+        return [self.saver, stopping]
+
+
 class Swa(Plain):
     """Averages its weights in the second half, and ends with the average."""
 

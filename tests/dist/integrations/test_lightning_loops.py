@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -271,11 +272,44 @@ def test_a_later_end_goes_on_where_steps_ended_it(tmp_path: Path) -> None:
         assert torch.equal(longer.parameters[name], value)
 
 
+def test_an_end_that_is_past_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path, "Counting", {"train": {"epochs": 3}})
+    with pytest.raises(DtrainError, match=r"the checkpoint is of epoch 3, .* after epoch 2"):
+        fit(tmp_path, "Counting", {"train": {"epochs": 2}})
+
+
 def test_a_run_that_is_complete_trains_nothing_more(tmp_path: Path) -> None:
     first = fit(tmp_path, "Counting", {})
     second = fit(tmp_path, "Counting", {})
     assert second.steps == first.steps == 8
     assert second.module.trained == 0
+
+
+def test_a_training_that_was_stopped_early_stays_so(tmp_path: Path) -> None:
+    """By a callback of Lightning's; its files are Lightning's, and whole."""
+    first = fit(tmp_path, "Saves", {"train": {"epochs": 9}})
+    assert first.steps == 8
+    second = fit(tmp_path, "Saves", {"train": {"epochs": 9}})
+    assert (second.steps, second.told[-1]) == (8, "finished")
+    third = fit(tmp_path, "Saves", {"train": {"epochs": 10}})
+    assert third.steps == 12  # it has another end, so it goes on; and then there is none better
+    files = sorted((tmp_path / "lightning").rglob("*step=6.ckpt"))
+    assert files[0].with_name(files[0].name + ".xxh3").is_file()
+    module = lightning_shapes.Saves.load_from_checkpoint(files[0])
+    assert set(module.state_dict()) == set(first.parameters)
+
+
+def test_an_average_at_the_end_is_in_the_last_checkpoint(tmp_path: Path) -> None:
+    job = {"train": {"epochs": 3}, "checkpoint": {"every_epochs": 1}}
+    done = fit(tmp_path, "Swa", job)
+    state = torch.load(RunDir(tmp_path).checkpoint(12) / "model.pt")
+    assert all(torch.equal(state[name], value) for name, value in done.parameters.items())
+
+
+@pytest.mark.parametrize("train", [{"epochs": 1}, {"epochs": None, "steps": 2}])
+def test_its_loader_processes_end_with_it(train: dict[str, Any], tmp_path: Path) -> None:
+    fit(tmp_path, "Counting", {"train": train, "data": {"workers": 1}})
+    assert multiprocessing.active_children() == []
 
 
 ALSO = {"lightning": {"also_run": ["validate", "test", "predict"]}}
@@ -324,4 +358,3 @@ def test_errors_name_the_callback(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         fit(tmp_path, "Fails", {})
     assert caught.value.__notes__[0] == "in on_train_batch_end() of callback Failing"
-    assert issubclass(UsageError, DtrainError)

@@ -121,12 +121,12 @@ _FIELDS = {"seed": "seed", "shuffle": "data.shuffle"}
 """What of a data's identity is written in job.yaml, and where."""
 
 
-def refuse_to_end_before(step: int, end: int | None) -> None:
-    """Refuse a course that a checkpoint is past."""
-    if end is not None and step > end:
+def refuse_to_end_before(done: int, end: int | None, unit: str = "step") -> None:
+    """Refuse a course that a checkpoint is past, in steps or in epochs that are complete."""
+    if end is not None and done > end:
         raise DtrainError(
-            f"the checkpoint is of step {step}, and the training is to end after step {end}; give "
-            "it a later end, as --set train.epochs=20, or launch a new run"
+            f"the checkpoint is of {unit} {done}, and the training is to end after {unit} {end}; "
+            "give it a later end, as --set train.epochs=20, or launch a new run"
         )
 
 

@@ -21,10 +21,10 @@ _MAX_RANKS = 16
 class Report:
     """Speaks on rank 0 and is silent elsewhere."""
 
-    def __init__(self, context: TrainContext, events: Events, course: EpochPlan) -> None:
+    def __init__(self, context: TrainContext, events: Events) -> None:
         self._context = context
         self._events = events
-        self._course = course
+        self._total_steps: int | None = None
         self._active = context.ranks.is_rank_zero
         self._metrics = Metrics(context.run, context.spec, active=self._active)
         self._first = True
@@ -32,8 +32,10 @@ class Report:
         self._samples = 0
         self._since = time.monotonic()
 
-    def started(self, progress: Progress, *, resumed: bool) -> None:
-        spec, ranks, course = self._context.spec, self._context.ranks, self._course
+    def started(self, progress: Progress, course: EpochPlan, *, resumed: bool) -> None:
+        """Before the first step of a course."""
+        spec, ranks = self._context.spec, self._context.ranks
+        self._total_steps = course.total_steps
         self._events.write(
             "training_started",
             total_steps=course.total_steps,
@@ -84,7 +86,7 @@ class Report:
         self._metrics.write("train", step, epoch, told)
         logger.info(
             "step %d/%s epoch %d: %s",
-            step, self._course.total_steps or "?", epoch, _listed(told),
+            step, self._total_steps or "?", epoch, _listed(told),
         )  # fmt: skip
         self._samples, self._since = 0, now
 

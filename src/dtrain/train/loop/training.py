@@ -56,7 +56,7 @@ class Training:
         resumed = self._restore()
         self._wrap()
         self._arm()
-        self._report.started(self.progress, resumed=resumed)
+        self._report.started(self.progress, self.course, resumed=resumed)
 
     def _build(self) -> None:
         """Make the parts, the data and the callbacks from the task, alike on every rank."""
@@ -69,7 +69,7 @@ class Training:
         self.course = self.data.course
         self._evaluator = build.make_evaluators(context)
         self._schedule = Schedule(context.spec)
-        self._report = Report(context, self._events, self.course)
+        self._report = Report(context, self._events)
         view = View(
             context, self.parts.model, self.parts.optimizer, self._report.note, self._keep_best
         )

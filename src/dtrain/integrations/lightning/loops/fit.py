@@ -40,7 +40,7 @@ from dtrain.train.data.placement import EpochPlan, Position
 from dtrain.train.faults import Injector
 from dtrain.train.loop.callbacks import Callbacks, View
 from dtrain.train.loop.checkpointing import Checkpoints
-from dtrain.train.loop.progress import Progress, Schedule
+from dtrain.train.loop.progress import Progress, Schedule, refuse_to_end_before
 from dtrain.train.loop.reporting import Report
 from dtrain.train.metrics.events import Events
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
@@ -68,11 +68,15 @@ class Fit(pl.Callback):
         if context.recorder is not None:
             context.recorder.watch_module(self._module)
         self._events = Events(context.run, context.ranks, context.attempt)
+        self._report = Report(context, self._events)
         self._checkpoints = Checkpoints(context, self._events)
         self._loaded = self._checkpoints.read_newest(_check)
         self.progress = Progress()
         if self._loaded is not None:
             self.progress = Progress.from_saved(self._loaded.progress, {})
+            refuse_to_end_before(self.progress.position.epoch, spec.train.epochs, "epoch")
+            if self._loaded.tensors["extras"]["train"] != spec.to_plain()["train"]:
+                self.progress.stopped_early = False  # it has another end now
         self._schedule = Schedule(spec)
         self._loss = _Loss()
         self._reading = Reading(
@@ -136,8 +140,7 @@ class Fit(pl.Callback):
     def close(self) -> None:
         """End loader processes, and let go of the module's wrapper."""
         self._reading.close()
-        if hasattr(self, "_report"):
-            self._report.close()
+        self._report.close()
         self._trainer.strategy.model = None
 
     # -- before the first step ---------------------------------------------------------------
@@ -183,14 +186,16 @@ class Fit(pl.Callback):
         """After `prepare_data`, which one process of a node calls: `setup` draws alike on all."""
         seed_everything(derive_seed("train_dataset", self._context.spec.seed))
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A training that was stopped early stays so."""
+        trainer.should_stop = self.progress.stopped_early
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Get ready for the first step: everything is made and restored."""
         context = self._context
         optimizers = list(trainer.strategy.optimizers)
         schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
         self._optimizers = optimizers
-        course = self._course()
-        self._report = Report(context, self._events, course)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._state = TrainState(
             pl_module,
@@ -205,6 +210,7 @@ class Fit(pl.Callback):
             context.recorder.watch_optimizers(optimizers, resumed=self._loaded is not None)
         feed = None if self._reading.turns is None else self._reading.turns.feed
         loss: Any = self._loss
+        course = self._course()
         self._injector.begin(loss, self._state, course.total_steps)
         self._checks = Checks(
             context,
@@ -218,27 +224,26 @@ class Fit(pl.Callback):
         self._checks.begin(self.progress.step)
         first = optimizers[0] if optimizers else None
         self._view = View(context, pl_module, first, self._report.note, self._keep_best)
-        validates = trainer.fit_loop.epoch_loop.val_loop
         self._callbacks = Callbacks(context, self._view, evaluates=trainer.enable_validation)
         if self._loaded is not None:
-            self._go_on(self._loaded.tensors["extras"], validates)
+            self._go_on(self._loaded)
         self._callbacks.start(self.progress)
-        self._report.started(self.progress, resumed=self._loaded is not None)
+        self._report.started(self.progress, course, resumed=self._loaded is not None)
         if self._validated:
             self._report.measured("validate", self.progress, self._validated)
 
-    def _go_on(self, extras: dict[str, Any], validation: Any) -> None:
-        assert self._loaded is not None
+    def _go_on(self, loaded: Loaded) -> None:
+        """Take from a checkpoint what Lightning does not."""
         assert self._metrics is not None
-        ranks = self._context.ranks
-        self._checkpoints.tell_resumed(self._loaded, self.progress)
+        ranks, loops, extras = self._context.ranks, self._trainer.fit_loop, loaded.tensors["extras"]
+        self._checkpoints.tell_resumed(loaded, self.progress)
         self._callbacks.load_state_dict(extras["callbacks"])
         self._metrics.load(extras["metrics"], ranks.rank, ranks.world_size)
-        self._trainer.fit_loop.epoch_loop._results.load(extras["logged"], ranks.rank)
-        known = self._loaded.tensors["lightning"]["callback_metrics"]
+        loops.epoch_loop._results.load(extras["logged"], ranks.rank)
+        known = loaded.tensors["lightning"]["callback_metrics"]
         self._trainer._logger_connector._callback_metrics.update(known)
         self._owes_validation = extras["owes_validation"]
-        validation.restarting = False
+        loops.epoch_loop.val_loop.restarting = False
 
     def _course(self) -> EpochPlan:
         """What is to be said of the length of this training."""
@@ -399,24 +404,26 @@ class Fit(pl.Callback):
     def _after_batch(self) -> None:
         """Act on what was asked for, unless the epoch ends here: then after its hooks."""
         loop = self._trainer.fit_loop.epoch_loop
+        if self._flags["end"]:
+            self.progress.stopped_early = self._trainer.should_stop = True
         if not self._in_step and not loop.done:
             self._boundary()
 
     def _after_epoch(self) -> None:
+        """Likewise; after the last epoch, `_end` follows and saves what training ends with."""
         trainer = self._trainer
         self._in_step = False  # where the last batch was to be left out
-        if not trainer.fit_loop.done:
-            self._mid_epoch = False
-            self.progress.position = Position(trainer.current_epoch, 0)
-            if self._reading.turns is not None:
-                self._reading.turns.leave_epoch(trainer.current_epoch)
+        if trainer.fit_loop.done:
+            return
+        self._mid_epoch = False
+        self.progress.position = Position(trainer.current_epoch, 0)
+        if self._reading.turns is not None:
+            self._reading.turns.leave_epoch(trainer.current_epoch)
         self._boundary()
 
     def _boundary(self) -> None:
         if self._flags["leave"]:
             self._leave(owes_validation=False)
-        if self._flags["end"]:
-            self.progress.stopped_early = self._trainer.should_stop = True
         best, self._best_is_due = self._best_is_due, False
         due = self._flags["save"] or self._schedule.save_due(self.progress)
         if best or due:
@@ -444,6 +451,7 @@ class Fit(pl.Callback):
             "metrics": self._metrics.state(),
             "logged": self._trainer.fit_loop.epoch_loop._results.state(),
             "callbacks": self._callbacks.state_dict(),
+            "train": self._context.spec.to_plain()["train"],
             "owes_validation": owes_validation,
             "accumulated": self._trainer.accumulate_grad_batches,
         }
@@ -470,11 +478,12 @@ class Fit(pl.Callback):
 
     def _end(self) -> None:
         """After Lightning's `on_train_end`, in which callbacks may change the weights."""
-        if self._trainer.should_stop and not self._flags["leave"]:
+        if self._trainer.should_stop:
             self.progress.stopped_early = True
         self._validate_at_end()
         self._injector.end(self._state, self.progress.step)
-        self._save()
+        if self._save() and self._best_is_due:
+            self._checkpoints.keep_best()
         self._callbacks.end()
         self._result = self._as_result(parameters_sha256=parameters_sha256(self._module))
 
@@ -538,8 +547,7 @@ class Fit(pl.Callback):
                 f"{type(self._module).__name__} trained nothing: Lightning's fit ended before its "
                 "first batch, as with limit_train_batches: 0"
             )
-        self._report = Report(self._context, self._events, self._course())
-        self._report.started(self.progress, resumed=True)
+        self._report.started(self.progress, self._course(), resumed=True)
         self._checkpoints.tell_resumed(self._loaded, self.progress)
         return self._as_result(parameters_sha256=parameters_sha256(self._module))
 
