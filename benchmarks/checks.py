@@ -64,7 +64,7 @@ def measure(rounds: int) -> dict[str, float]:
     plain = model()
     wrapped = nn.parallel.DistributedDataParallel(plain, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
-    ledger = Ledger(TrainState(plain, optimizer))
+    ledger = Ledger(TrainState(plain, (optimizer,)))
     x, y = torch.randn(BATCH, WIDTH), torch.randint(10, (BATCH,))
 
     def step() -> bool:

@@ -404,11 +404,6 @@ class Short(Plain):
         return -1 if batch_idx == 2 else None
 
 
-class ShortByHand(Short):
-    def on_before_zero_grad(self, optimizer: Any) -> None:
-        """Makes the loops Lightning's."""
-
-
 class LateLayers(Plain):
     def __init__(self) -> None:
         super().__init__()

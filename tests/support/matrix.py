@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dtrain import catalog
-from support import ROOT
+from support import JOBS, ROOT
 from support.launch import TINY, dtrain, events, the_run
 
-LIT = ROOT / "examples" / "lightning" / "job.yaml"
+LIT = JOBS / "lightning_slow.yaml"
+PLAIN = ("--set", "task=lightning_shapes.py:Plain")
 SCRIPT = ROOT / "examples" / "script" / "job.yaml"
 FIRST_OF_TWO = ("--node-rank", "0", "--rdzv-endpoint", "127.0.0.1:29400")
 README = (ROOT / "README.md").read_text()
@@ -73,7 +74,8 @@ def own_loops(cwd: Path, launcher: str, profile: str, nodes: int) -> list[str]:
     """The cells of a LightningModule under Lightning's own loops."""
     one = ("--launcher", profile, "--strategy", "single")
     several = ("--strategy", "ddp", "--nodes", str(nodes), "--procs", str(2 // nodes))
-    pairs = the_same(cwd, *one, LIT) + the_same(cwd, "--launcher", profile, *several, LIT)
+    profiles = ("--launcher", profile)
+    pairs = the_same(cwd, *one, *PLAIN, LIT) + the_same(cwd, *profiles, *several, *PLAIN, LIT)
     trained = {("lightning", pair["strategy"]) for pair in pairs if pair["own_loops"]}
     own = ("--set", "lightning.step=lightning")
     return [cell("lightning", each, launcher, trained, LIT, *own) for each in catalog.STRATEGIES]

@@ -34,7 +34,7 @@ FEATURES = [
     ("torchmetrics in `training_step`", "counts lost by a resume", ["Counted", "CountedByHand"]),
     ("`trainer.estimated_stepping_batches` and the like", STOPPED, ["Length"]),
     ("`all_gather()` in the loss", LOST, ["Gathers"]),
-    ("`on_train_batch_start()` returns -1", LOST, ["ShortByHand"]),
+    ("`on_train_batch_start()` returns -1", LOST, ["Short"]),
     ("layers made in `setup()`, `configure_model()`", "never trained", ["LateLayers"]),
     ("`batch_size=None`", REFUSED, ["ReadyBatches"]),
     ("`on_validation_batch_end()` of a callback", LOST, ["ValidationHooks"]),
@@ -92,7 +92,7 @@ def close(mine: Done, theirs: Done, metrics: bool = True) -> None:
         assert mine.metrics == pytest.approx(theirs.metrics, abs=2e-6)
 
 
-WITHOUT_METRICS = {"ShortByHand", "Stream"}
+WITHOUT_METRICS = {"Short", "Stream"}
 """Lightning does not validate at the end of these epochs; here what training ends with is."""
 
 
@@ -110,7 +110,7 @@ def test_on_one_rank_as_with_lightnings_own_trainer(name: str, tmp_path: Path) -
     close(mine, reference(name), metrics=name not in WITHOUT_METRICS)
 
 
-STOP = dict.fromkeys([*OWN_READING, "ShortByHand", "OwnSampler"], 3)
+STOP = dict.fromkeys([*OWN_READING, "Short", "OwnSampler"], 3)
 """After how many batches a training is left."""
 
 

@@ -17,10 +17,7 @@ _OF_LOOPS = (
 )
 """Hooks of a callback around which dtrain's step has nothing to offer."""
 
-SCHEDULES = (
-    "StochasticWeightAveraging",
-    "GradientAccumulationScheduler",
-)
+_SCHEDULES = ("StochasticWeightAveraging", "GradientAccumulationScheduler")
 _TUNERS = ("LearningRateFinder", "BatchSizeFinder")
 """Callbacks that train before the training."""
 
@@ -32,7 +29,7 @@ class Leave(TunerExit):
 def why_not_beside_dtrain(callback: pl.Callback) -> str | None:
     """Why a callback wants Lightning's own loops; None where dtrain's step will do."""
     name = type(callback).__name__
-    for each in SCHEDULES:
+    for each in _SCHEDULES:
         if isinstance(callback, getattr(pl.callbacks, each)):
             return f"{name} has a schedule of its own"
     for hook in _OF_LOOPS:

@@ -105,7 +105,7 @@ class ModuleTask(Task):
         """The data set of the training loader; the order and the batches are the job's.
 
         Raises:
-            NeedsLoopsError: it has a sampler of the user's own, or is no loader of samples.
+            NeedsLoopsError: its sampler makes batches, or it is no loader of samples.
         """
         loader = self._loader("train_dataloader")
         if loader is None:

@@ -53,6 +53,8 @@ def why_loops(module: Any, data_module: Any) -> str | None:
     code = _code(type(module))
     if _may_skip(code):
         return f"training_step() of {name} may return None, to skip a batch"
+    if _may_end_epoch(code):
+        return f"on_train_batch_start() of {name} may return -1, to end an epoch"
     if any(isinstance(node, ast.Attribute) and node.attr == "all_gather" for node in code):
         return f"{name} calls all_gather(): its loss is of the samples of all processes"
     return None
@@ -72,10 +74,17 @@ def _code(kind: type) -> list[ast.AST]:
 
 
 def _may_skip(code: list[ast.AST]) -> bool:
-    steps = [e for e in code if isinstance(e, ast.FunctionDef) and e.name == "training_step"]
-    inside = ast.walk(steps[0]) if steps else ()
-    returns = [each.value for each in inside if isinstance(each, ast.Return)]
-    return any(
-        value is None or (isinstance(value, ast.Constant) and value.value is None)
-        for value in returns
-    )
+    returned = _returned(code, "training_step")
+    return any(each is None or ast.unparse(each) == "None" for each in returned)
+
+
+def _may_end_epoch(code: list[ast.AST]) -> bool:
+    returned = _returned(code, "on_train_batch_start")
+    return any(each is not None and "-1" in ast.unparse(each) for each in returned)
+
+
+def _returned(code: list[ast.AST], method: str) -> list[ast.expr | None]:
+    """What the newest of these methods returns, line by line."""
+    found = [each for each in code if isinstance(each, ast.FunctionDef) and each.name == method]
+    inside = ast.walk(found[0]) if found else ()
+    return [each.value for each in inside if isinstance(each, ast.Return)]
