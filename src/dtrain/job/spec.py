@@ -184,7 +184,7 @@ class LightningSpec(Model):
     also_run: list[Literal["validate", "test", "predict"]] = Field(default_factory=list)
     """What of Lightning's Trainer is run besides: `validate` before the training, `test` and
     `predict` after it. Lightning's own loops do."""
-    find_unused_parameters: bool | None = None
+    find_unused: bool | None = None
     """With Lightning's own loops: whether DDP looks in each step for parameters that it leaves out.
     None: where the module makes its own steps."""
     trainer: dict[str, Any] = Field(default_factory=dict)

@@ -345,12 +345,12 @@ def test_validates_before_and_tests_and_predicts_after(tmp_path: Path) -> None:
 
 
 def unused(folder: Path, find: bool) -> int:
-    return fit(folder, "LeftOut", {"lightning": {"find_unused_parameters": find}}).steps
+    return fit(folder, "LeftOut", {"lightning": {"find_unused": find}}).steps
 
 
 def test_parameters_without_a_part_in_the_loss(tmp_path: Path) -> None:
     assert run_ranks(unused, 2, tmp_path / "found", True) == [8, 8]
-    with pytest.raises(RankError, match=r"lightning\.find_unused_parameters: true"):
+    with pytest.raises(RankError, match=r"lightning\.find_unused: true"):
         run_ranks(unused, 2, tmp_path / "not", False)
 
 

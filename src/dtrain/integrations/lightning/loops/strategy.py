@@ -51,7 +51,7 @@ class LoopsDDP(OurProcesses, DDPStrategy):
         else:
             broadcast = self._context.spec.checks.init == "broadcast"
             compare_model(self.lightning_module, broadcast=broadcast)
-            wish = self._context.spec.lightning.find_unused_parameters
+            wish = self._context.spec.lightning.find_unused
             # of several optimizers each leaves the others' parameters out
             manual = not self.lightning_module.automatic_optimization
             self._ddp_kwargs["find_unused_parameters"] = manual if wish is None else wish
@@ -76,7 +76,7 @@ class LoopsDDP(OurProcesses, DDPStrategy):
         if "finished reduction in the prior iteration" in str(exception):
             exception.add_note(
                 "some parameters had no part in the loss of the last step: with "
-                "lightning.find_unused_parameters: true DDP looks for them"
+                "lightning.find_unused: true DDP looks for them"
             )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
