@@ -46,8 +46,6 @@ from dtrain.train.metrics.events import Events
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 from dtrain.train.strategies.base import broadcast_buffers
 
-logger = logging.getLogger(__name__)
-
 
 class _Loss:
     """Where a fault of `--inject` changes the loss that a training step returned."""
