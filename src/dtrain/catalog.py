@@ -87,7 +87,7 @@ class ExportFact:
 LIGHTNING = ("pytorch_lightning", "lightning")
 """The packages that Lightning comes in, by the names that are imported."""
 
-OWN_LOOPS = ("single", "ddp")
+OWN_LOOPS = ("single", "ddp", "fsdp")
 """The strategies of Lightning's own loops, `lightning.step: lightning`."""
 
 SCRIPT = "script"

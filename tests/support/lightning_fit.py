@@ -103,7 +103,7 @@ def fit(
     told = events(run)
     why = [each["why"] for each in told if each["event"] == "own_loops"]
     metrics = {n: float(each) for n, each in module.trainer.callback_metrics.items()}
-    state = {n: each.detach().clone() for n, each in module.state_dict().items()}
+    state = {n: whole(each.detach()).clone() for n, each in module.state_dict().items()}
     return Done(
         module,
         state,
@@ -114,6 +114,11 @@ def fit(
         [each["event"] for each in told],
         dict(getattr(module, "remembered", {})),
     )
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """With all its parts; all ranks call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _stop_after(module: Any, batches: int, stop: StopFlag) -> None:

@@ -50,6 +50,11 @@ class TrainContext:
     code_dir: Path = Path()
     """Where the job's files are, or a copy of them."""
 
+    @property
+    def cuts_model(self) -> bool:
+        """Whether each process holds a part of the model."""
+        return self.spec.strategy == "fsdp" and self.ranks.world_size > 1
+
 
 @dataclass(frozen=True)
 class TrainResult:

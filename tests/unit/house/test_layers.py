@@ -180,6 +180,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.train.strategies": (
         "base fsdp_wrapping lent parameters",
         "ddp dp exact fsdp_gathers",
+        "fsdp_sharded",
         "fsdp",
     ),
     "dtrain.train.strategies.exact": (

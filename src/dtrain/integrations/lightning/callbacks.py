@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterable, Sequence
 
 from dtrain.errors import UsageError
 from dtrain.integrations.lightning.compat import TunerExit, is_overridden, pl
@@ -20,6 +21,8 @@ _OF_LOOPS = (
 _SCHEDULES = ("StochasticWeightAveraging", "GradientAccumulationScheduler")
 _TUNERS = ("LearningRateFinder", "BatchSizeFinder")
 """Callbacks that train before the training."""
+_AVERAGES = ("StochasticWeightAveraging", "WeightAveraging")
+"""Those that keep a copy of the model; the second is new in Lightning 2.6."""
 
 
 class Leave(TunerExit):
@@ -29,24 +32,41 @@ class Leave(TunerExit):
 def why_not_beside_dtrain(callback: pl.Callback) -> str | None:
     """Why a callback wants Lightning's own loops; None where dtrain's step will do."""
     name = type(callback).__name__
-    for each in _SCHEDULES:
-        if isinstance(callback, getattr(pl.callbacks, each)):
-            return f"{name} has a schedule of its own"
+    if isinstance(callback, _kinds(_SCHEDULES)):
+        return f"{name} has a schedule of its own"
     for hook in _OF_LOOPS:
         if is_overridden(hook, callback, pl.Callback):
             return f"callback {name} overrides {hook}()"
     return None
 
 
-def refuse_tuners(trainer: pl.Trainer) -> None:
-    """Refuse what trains before the training: no checkpoint would know of it."""
-    for callback in trainer.callbacks:
+def refuse_callbacks(callbacks: Sequence[pl.Callback], *, cut: bool) -> None:
+    """Refuse what cannot be done in either way.
+
+    Args:
+        callbacks: of a Trainer.
+        cut: whether each process holds a part of the model.
+
+    Raises:
+        UsageError: one trains before the training, of which no checkpoint would know, or puts
+            whole parameters beside parts.
+    """
+    for callback in callbacks:
         name = type(callback).__name__
-        if isinstance(callback, tuple(getattr(pl.callbacks, each) for each in _TUNERS)):
+        if isinstance(callback, _kinds(_TUNERS)):
             raise UsageError(
                 f"{name} trains before the training, which a resume could not repeat: run it by "
                 "itself, with Lightning's Trainer, and write what it finds into the job"
             )
+        if cut and isinstance(callback, _kinds(_AVERAGES)):
+            raise UsageError(
+                f"{name} copies the model, of which with strategy 'fsdp' each process holds a "
+                "part; use strategy 'ddp'"
+            )
+
+
+def _kinds(names: Iterable[str]) -> tuple[type, ...]:
+    return tuple(getattr(pl.callbacks, each) for each in names if hasattr(pl.callbacks, each))
 
 
 def add_callbacks(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:

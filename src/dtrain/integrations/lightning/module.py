@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from dtrain.errors import DtrainError, UsageError
-from dtrain.integrations.lightning.callbacks import refuse_tuners, why_not_beside_dtrain
+from dtrain.integrations.lightning.callbacks import refuse_callbacks, why_not_beside_dtrain
 from dtrain.integrations.lightning.compat import CombinedLoader, call, is_overridden, pl, quietly
 from dtrain.integrations.lightning.logging import Logged
 from dtrain.integrations.lightning.optimizers import (
@@ -89,7 +89,7 @@ class ModuleTask(Task):
         connector.attach_datamodule(module, data)
         self._data_hooks = connector._datahook_selector
         self._trainer._callback_connector._attach_model_callbacks()
-        refuse_tuners(self._trainer)
+        refuse_callbacks(self._trainer.callbacks, cut=False)
         for callback in self._trainer.callbacks:
             why = why_not_beside_dtrain(callback)
             if why is not None:

@@ -13,6 +13,7 @@ from dtrain.integrations.lightning.callbacks import (
     Leave,
     add_callbacks,
     name_callback,
+    refuse_callbacks,
     why_not_beside_dtrain,
 )
 from dtrain.integrations.lightning.compat import PACKAGE, after, call, is_overridden, pl, quietly
@@ -167,7 +168,9 @@ class _Drive(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put Lightning's counters where training is, before anyone looks at them."""
         if self._task is None:
-            _look_at([each for each in trainer.callbacks if each is not self], self._context.ranks)
+            theirs = [each for each in trainer.callbacks if each is not self]
+            refuse_callbacks(theirs, cut=self._context.cuts_model)
+            _look_at(theirs, self._context.ranks)
         progress = self._training.progress
         epochs = trainer.fit_loop.epoch_progress
         for count in (epochs.total, epochs.current):

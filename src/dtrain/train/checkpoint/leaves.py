@@ -56,6 +56,8 @@ def refuse_unreadable(value: Any, name: str) -> None:
     elif type(value) in (list, tuple):
         for index, each in enumerate(value):
             refuse_unreadable(each, f"{name}[{index}]")
+    elif hasattr(value, "full_tensor"):
+        raise _is_a_part(name)
     elif not _is_readable(value):
         raise _cannot_hold(name, value)
 
@@ -106,10 +108,7 @@ def _checked(name: str, leaf: Any) -> Any:
         return leaf
     tensor = leaf.detach()
     if hasattr(tensor, "full_tensor"):
-        raise DtrainError(
-            f"{name} is one rank's part of a tensor that strategy 'fsdp' has cut; leave the "
-            "model's own parameters out, a checkpoint holds them anyway"
-        )
+        raise _is_a_part(name)
     if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
         raise DtrainError(
             f"{name} is a {type(tensor).__name__} of layout {tensor.layout}; a "
@@ -127,6 +126,14 @@ def _is_readable(leaf: Any) -> bool:
         return type(read(file)) is type(leaf)
     except Exception:  # whatever saving somebody's object raises
         return False
+
+
+def _is_a_part(name: str) -> DtrainError:
+    return DtrainError(
+        f"{name} is one rank's part of a tensor that strategy 'fsdp' has cut; leave the model's "
+        "own parameters out, a checkpoint holds them anyway; of a copy keep its .full_tensor(), "
+        "which all ranks call together"
+    )
 
 
 def _cannot_hold(name: str, leaf: Any) -> DtrainError:

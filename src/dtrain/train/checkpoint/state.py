@@ -36,7 +36,7 @@ def model_state(model: torch.nn.Module) -> dict[str, Any]:
 
     Those of which ranks hold parts are put together on rank 0, on the CPU, and None elsewhere.
     """
-    return {plain_name(name): _gathered(value) for name, value in model.state_dict().items()}
+    return {plain_name(name): gathered(value) for name, value in model.state_dict().items()}
 
 
 def load_model_state(model: torch.nn.Module, state: dict[str, Any]) -> None:
@@ -56,22 +56,29 @@ def load_model_state(model: torch.nn.Module, state: dict[str, Any]) -> None:
     if problems:
         raise CheckpointError(f"it does not fit the model: {few(problems, sep='; ')}")
     model.load_state_dict(
-        {actual[name]: _as_cut(value, current[actual[name]]) for name, value in state.items()}
+        {actual[name]: as_cut(value, current[actual[name]]) for name, value in state.items()}
     )
 
 
-def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def optimizer_state(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The optimizer's state, by plain parameter name instead of position; tensors as there.
+
+    Args:
+        model: whose names.
+        optimizer: of its parameters.
+        state: its `state_dict()`, where the caller has it.
 
     Raises:
         CheckpointError: it holds parameters that are not the model's.
     """
     groups = _group_names(model, optimizer)
     names = [name for group in groups for name in group]
-    state = optimizer.state_dict()
+    state = optimizer.state_dict() if state is None else state
     return {
         "state": {
-            names[index]: {key: _gathered(value) for key, value in values.items()}
+            names[index]: {key: gathered(value) for key, value in values.items()}
             for index, values in state["state"].items()
         },
         "groups": [
@@ -106,7 +113,7 @@ def load_optimizer_state(
         new_groups.append({**options, "params": [position[name] for name in group]})
     parameters = plain_parameters(model)
     state = {
-        position[name]: {key: _as_cut(value, parameters[name]) for key, value in values.items()}
+        position[name]: {key: as_cut(value, parameters[name]) for key, value in values.items()}
         for name, values in saved["state"].items()
         if name in position
     }
@@ -147,7 +154,7 @@ def _full(tensor: torch.Tensor) -> torch.Tensor:
     return full
 
 
-def _gathered(value: Any) -> Any:
+def gathered(value: Any) -> Any:
     """A tensor of which ranks hold parts, whole on rank 0 and None elsewhere; others as given."""
     if not hasattr(value, "full_tensor"):
         return value
@@ -155,7 +162,7 @@ def _gathered(value: Any) -> Any:
     return full.cpu() if dist.get_rank() == 0 else None
 
 
-def _as_cut(value: Any, like: Any) -> Any:
+def as_cut(value: Any, like: Any) -> Any:
     """This rank's part of a whole tensor, where `like` is cut and has its shape."""
     if not hasattr(like, "full_tensor") or getattr(value, "shape", None) != like.shape:
         return value

@@ -90,8 +90,9 @@ class FiniteGuard:
         self._search.losses.append(loss.detach())
 
     def gradients_are_finite(self) -> bool:
-        """Whether this process's are, which are those of all once they are reduced."""
-        return not self._found(None)
+        """Whether those of all ranks are, once they are reduced; called by all ranks."""
+        found = self._found(None)
+        return not (self._of_any(found) if self._cut else found)
 
     def own_loss(self) -> float:
         """The sum of this process's losses in this step."""
@@ -113,10 +114,8 @@ class FiniteGuard:
         """
         found = not math.isfinite(loss) or self._found(norm)
         # elsewhere all ranks see the same reduced gradient
-        if (self._policy == "skip" or self._cut) and collectives.in_group():
-            flag = torch.tensor(int(found))
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            found = bool(flag)
+        if self._policy == "skip" or self._cut:
+            found = self._of_any(found)
         if not found:
             self.skipped_in_a_row = 0
             return True
@@ -153,6 +152,13 @@ class FiniteGuard:
         if self._ranks.is_rank_zero:
             logger.warning("no checkpoint after step %d: %s is not finite", step, first)
         return False
+
+    def _of_any(self, found: bool) -> bool:
+        if not collectives.in_group():
+            return found
+        flag = torch.tensor(int(found))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
 
     def _skip(self, error: NonFiniteError) -> bool:
         self.skipped_in_a_row += 1

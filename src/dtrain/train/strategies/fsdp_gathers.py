@@ -61,20 +61,6 @@ class BlockList:
         self.chained = self.chained and self._called == len(self.blocks)
         self._called, self._returned = 0, None
 
-    def gather(self) -> None:
-        """Gather all blocks; they stay so until `reduce`, and no backward reduces them."""
-        for block in self.blocks.values():
-            _set_streaming(block, False)
-            block.unshard()
-
-    def reduce(self) -> None:
-        """Sum the gradients over the ranks, block by block, and cut the parameters again."""
-        for block in self.blocks.values():
-            _set_streaming(block, True)
-            for group in _groups(block):
-                group.post_backward()
-                group.finalize_backward()
-
 
 class Gathers:
     """Keeps the gathers of a sharded model in one order."""
@@ -95,7 +81,7 @@ class Gathers:
     def forward(self) -> Iterator[None]:
         """Around each forward of a step; all ranks run as many."""
         for each in self._whole():
-            each.gather()
+            gather(each.blocks.values())
         self._in_forward = True
         try:
             yield
@@ -108,7 +94,7 @@ class Gathers:
 
     def finish_backward(self) -> None:
         for each in self._whole():
-            each.reduce()
+            reduce(each.blocks.values())
         if self._learns:
             self._learns = False
             self._settle()
@@ -166,7 +152,7 @@ class Gathers:
         each.whole = True
         CHAIN.add(f"fsdp gathers all of {each.name}")
         with CHAIN.apart():
-            each.gather()
+            gather(each.blocks.values())
 
     def _settle(self) -> None:
         """After the first step: ranks need not agree where all lists are chains on all of them."""
@@ -174,6 +160,22 @@ class Gathers:
         chained = torch.tensor(int(mine))
         dist.all_reduce(chained, op=dist.ReduceOp.MIN)
         self._meets = not int(chained)
+
+
+def gather(blocks: Iterable[FSDPModule]) -> None:
+    """Gather blocks; they stay so until `reduce`, and no backward reduces them."""
+    for block in blocks:
+        _set_streaming(block, False)
+        block.unshard()
+
+
+def reduce(blocks: Iterable[FSDPModule]) -> None:
+    """Sum their gradients over the ranks, block by block, and cut the parameters again."""
+    for block in blocks:
+        _set_streaming(block, True)
+        for group in _groups(block):
+            group.post_backward()
+            group.finalize_backward()
 
 
 def _lists(model: nn.Module) -> list[BlockList]:
@@ -201,8 +203,8 @@ def _set_streaming(block: FSDPModule, streams: bool) -> None:
 
 def _groups(block: FSDPModule) -> Iterable[Any]:
     state = block._get_fsdp_state()
-    groups: Iterable[Any] = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    return groups
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [each for each in groups if each is not None]  # a root whose blocks hold it all
 
 
 def _follows(given: Any, returned: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dtrain.errors import UsageError
-from dtrain.integrations.lightning.callbacks import Leave, name_callback, refuse_tuners
+from dtrain.integrations.lightning.callbacks import Leave, name_callback, refuse_callbacks
 from dtrain.integrations.lightning.compat import (
     PACKAGE,
     MisconfigurationException,
@@ -25,7 +25,7 @@ from dtrain.integrations.lightning.compat import (
 from dtrain.integrations.lightning.environment import deaf_to_signals
 from dtrain.integrations.lightning.loops.reading import Reading
 from dtrain.integrations.lightning.loops.state import ExactResults, dumped, restored
-from dtrain.integrations.lightning.loops.strategy import LoopsDDP
+from dtrain.integrations.lightning.loops.strategy import LoopsDDP, LoopsFSDP
 from dtrain.integrations.lightning.loops.trainer_arguments import trainer_arguments
 from dtrain.integrations.lightning.module import ModuleTask
 from dtrain.integrations.lightning.state import Metrics
@@ -98,6 +98,8 @@ class Fit(pl.Callback):
         self._best_is_due = False
         self._owes_validation = False
         self._begun = False
+        self._whole = contextlib.ExitStack()
+        """Open while parameters are whole for a validation, a test or a prediction."""
         self._result: TrainResult | None = None
 
     def run(self) -> TrainResult:
@@ -139,14 +141,15 @@ class Fit(pl.Callback):
         """End loader processes, and let go of the module's wrapper."""
         self._reading.close()
         self._report.close()
-        self._trainer.strategy.model = None
+        self._strategy.close()
 
     # -- before the first step ---------------------------------------------------------------
 
     def _make_trainer(self) -> pl.Trainer:
         context = self._context
         loaded = None if self._loaded is None else restored(self._loaded.tensors)
-        strategy = LoopsDDP(context, self._weighed, self._returned, loaded)
+        kind = LoopsFSDP if context.cuts_model else LoopsDDP
+        self._strategy = strategy = kind(context, self._weighed, self._returned, loaded)
         automatic = self._module.automatic_optimization
         try:
             trainer = pl.Trainer(
@@ -165,8 +168,7 @@ class Fit(pl.Callback):
         steps: Any = fit.epoch_loop
         log: Any = trainer._logger_connector
         advance = steps.advance
-        callbacks = functools.partial(refuse_tuners, trainer)
-        after(trainer._callback_connector, "_attach_model_callbacks", callbacks)
+        after(trainer._callback_connector, "_attach_model_callbacks", self._look_at_callbacks)
         after(data, "prepare_data", self._seed_data)
         self._reading.join(trainer)
         steps.advance = lambda fetcher: self._advance(fetcher, advance)
@@ -179,6 +181,9 @@ class Fit(pl.Callback):
         after(log, "epoch_end_reached", self._meet)
         tell = log.log_eval_end_metrics
         log.log_eval_end_metrics = lambda metrics: self._evaluated(metrics, tell)
+
+    def _look_at_callbacks(self) -> None:
+        refuse_callbacks(self._trainer.callbacks, cut=self._context.cuts_model)
 
     def _seed_data(self) -> None:
         """After `prepare_data`, which one process of a node calls: `setup` draws alike on all."""
@@ -496,6 +501,16 @@ class Fit(pl.Callback):
 
     # -- validation --------------------------------------------------------------------------
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The first of all callbacks: until `on_validation_end` processes may read unequally."""
+        self._whole.enter_context(self._strategy.whole())
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._whole.close()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any
     ) -> None:
@@ -512,6 +527,7 @@ class Fit(pl.Callback):
             dist.all_reduce(asked)
         if int(asked):
             trainer.fit_loop.epoch_loop.val_loop._module_mode.restore(pl_module)
+            self._whole.close()
             self._leave(owes_validation=True)
 
     def _meet(self) -> None:

@@ -35,9 +35,11 @@ def dumped(trainer: pl.Trainer, *, mid_epoch: bool) -> dict[str, Any]:
     for name in list(state):
         if any(name.startswith(prefix) for prefix in _OF_RUN):
             del state[name]
-    optimizers = [named_state(module, each) for each in trainer.strategy.optimizers]
     model = state.pop("state_dict")
-    del state["optimizer_states"]
+    optimizers = [
+        named_state(module, *each)
+        for each in zip(trainer.strategy.optimizers, state.pop("optimizer_states"), strict=True)
+    ]
     state["callback_metrics"] = dict(trainer._logger_connector._callback_metrics)
     _place(state["loops"]["fit_loop"], mid_epoch=mid_epoch)
     for name, value in state.items():

@@ -1,29 +1,37 @@
-"""Lightning's DDP over dtrain's processes; it launches nothing and joins no group."""
+"""Lightning's strategies over dtrain's processes; they launch nothing and join no group."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_map
 
-from dtrain.integrations.lightning.compat import DDPStrategy, pl
+from dtrain.integrations.lightning.compat import DDPStrategy, after, pl
 from dtrain.integrations.lightning.environment import OurProcesses
-from dtrain.train.checkpoint.state import load_optimizer_state, optimizer_state
+from dtrain.train.checkpoint.state import (
+    as_cut,
+    gathered,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+)
 from dtrain.train.checks.initial_state import compare_model
 from dtrain.train.context import TrainContext
 from dtrain.train.seeding import derive_seed, seed_everything
+from dtrain.train.strategies.fsdp_sharded import Sharded
 
 
-class LoopsDDP(OurProcesses, DDPStrategy):
-    """DDP over several processes, the plain module in one.
-
-    Buffers are rank 0's after every step, as under dtrain's own strategies, instead of before
-    every forward.
+class LoopsStrategy(OurProcesses, DDPStrategy):
+    """What is the same however the module is shared; DDPStrategy is how the processes talk.
 
     Args:
         context: of the training.
-        weighed: is given the loss of a micro-batch and gives what is to be trained on.
+        weighed: is given the loss of a micro-batch and gives what is to be trained on, whose
+            gradient is averaged over the processes.
         returned: is given what a training step returned, and may change it.
         loaded: what Lightning is given for the file that it goes on from.
     """
@@ -41,21 +49,13 @@ class LoopsDDP(OurProcesses, DDPStrategy):
         self._returned = returned
         self._loaded = loaded
 
-    def _setup_model(self, model: torch.nn.Module) -> Any:
-        return model if self.world_size == 1 else super()._setup_model(model)
+    def whole(self) -> AbstractContextManager[None]:
+        """A context in which every process holds all parameters, as for evaluation."""
+        return nullcontext()
 
-    def setup(self, trainer: pl.Trainer) -> None:
-        """Compare the module of all processes first: DDP gives them rank 0's without a word."""
-        if self.world_size == 1:
-            super(DDPStrategy, self).setup(trainer)  # DDP's own wants a group
-        else:
-            broadcast = self._context.spec.checks.init == "broadcast"
-            compare_model(self.lightning_module, broadcast=broadcast)
-            wish = self._context.spec.lightning.find_unused
-            # of several optimizers each leaves the others' parameters out
-            manual = not self.lightning_module.automatic_optimization
-            self._ddp_kwargs["find_unused_parameters"] = manual if wish is None else wish
-            super().setup(trainer)
+    def close(self) -> None:
+        """Let go of the module's wrapper."""
+        self.model = None
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         seed_everything(derive_seed("optimizer", self._context.spec.seed))
@@ -72,13 +72,6 @@ class LoopsDDP(OurProcesses, DDPStrategy):
         result: torch.Tensor = super().backward(loss, optimizer, *args, **kwargs)
         return result
 
-    def on_exception(self, exception: BaseException) -> None:
-        if "finished reduction in the prior iteration" in str(exception):
-            exception.add_note(
-                "some parameters had no part in the loss of the last step: with "
-                "lightning.find_unused: true DDP looks for them"
-            )
-
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         if self._loaded is not None:
             return self._loaded
@@ -92,17 +85,175 @@ class LoopsDDP(OurProcesses, DDPStrategy):
         for optimizer, state in zip(self.optimizers, states, strict=True):
             load_named_state(self.lightning_module, optimizer, state)
 
+    def _compare(self) -> None:
+        """Before the processes' modules are made one, which is done without a word."""
+        broadcast = self._context.spec.checks.init == "broadcast"
+        compare_model(self.lightning_module, broadcast=broadcast)
 
-def named_state(module: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
-    """An optimizer's state by parameter name; as it is of one that is not torch's kind."""
-    state: dict[str, Any] = optimizer.state_dict()
+
+class LoopsDDP(LoopsStrategy):
+    """DDP over several processes, the plain module in one.
+
+    Buffers are rank 0's after every step, as under dtrain's own strategies, instead of before
+    every forward.
+    """
+
+    def _setup_model(self, model: torch.nn.Module) -> Any:
+        return model if self.world_size == 1 else super()._setup_model(model)
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        if self.world_size == 1:
+            super(DDPStrategy, self).setup(trainer)  # DDP's own wants a group
+        else:
+            self._compare()
+            wish = self._context.spec.lightning.find_unused
+            # of several optimizers each leaves the others' parameters out
+            manual = not self.lightning_module.automatic_optimization
+            self._ddp_kwargs["find_unused_parameters"] = manual if wish is None else wish
+            super().setup(trainer)
+
+    def on_exception(self, exception: BaseException) -> None:
+        if "finished reduction in the prior iteration" in str(exception):
+            exception.add_note(
+                "some parameters had no part in the loss of the last step: with "
+                "lightning.find_unused: true DDP looks for them"
+            )
+
+
+class LoopsFSDP(LoopsStrategy):
+    """FSDP2, as under dtrain's own strategy, over two processes or more.
+
+    Lightning's FSDPStrategy makes parameters flat, which leaves no names to compare, save and
+    resume by, and does not do manual optimization (github.com/Lightning-AI/pytorch-lightning,
+    issue 19685). Here a step by hand runs on whole parameters, which are cut during updates.
+    """
+
+    def __init__(
+        self,
+        context: TrainContext,
+        weighed: Callable[[torch.Tensor], torch.Tensor],
+        returned: Callable[[Any], Any],
+        loaded: dict[str, Any] | None,
+    ) -> None:
+        size = context.ranks.world_size  # gradients are summed
+        super().__init__(context, lambda loss: weighed(loss) / size, returned, loaded)
+        self._made: Sharded | None = None
+        self._reduces = True
+        """Whether this backward is followed by an update."""
+
+    @property
+    def _sharded(self) -> Sharded:
+        assert self._made is not None
+        return self._made
+
+    @property
+    def _by_hand(self) -> bool:
+        return not self.lightning_module.automatic_optimization
+
+    def whole(self) -> AbstractContextManager[None]:
+        return self._sharded.whole()
+
+    def close(self) -> None:
+        super().close()
+        self._made = None
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        if self._made is None and self._layer_sync:
+            self.model = self._layer_sync.apply(self.model)
+        super(DDPStrategy, self).setup(trainer)
+
+    def _setup_model(self, model: torch.nn.Module) -> Any:
+        """Cut the module, unless that was done for another of the Trainer's loops."""
+        module = self.lightning_module
+        if self._made is None:
+            self._compare()
+            self._made = Sharded(
+                module, module, self.root_device, self.world_size, by_hand=self._by_hand
+            )
+            if self._by_hand:
+                for name in ("toggle_optimizer", "untoggle_optimizer"):
+                    after(module, name, self._made.toggled)
+        return model if self._by_hand else self._made.root
+
+    def teardown(self) -> None:
+        """Parts stay where they are."""
+        assert self.accelerator is not None
+        self.accelerator.teardown()
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        self._reduces = False
+        try:
+            yield
+        finally:
+            self._reduces = True
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._by_hand:
+            with self._sharded.forward(reduces=self._reduces):
+                return super().training_step(*args, **kwargs)
+        self._sharded.gather()
+        result = super().training_step(*args, **kwargs)
+        self._sharded.cut()
+        return result
+
+    def backward(
+        self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        result = super().backward(closure_loss, optimizer, *args, **kwargs)
+        if self._reduces and self._by_hand:
+            self._sharded.reduce()
+        elif self._reduces:
+            self._sharded.finish_backward()
+            self._forget_unused()
+        return result
+
+    def optimizer_step(
+        self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any
+    ) -> Any:
+        if not self._by_hand:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+        def then_cut() -> Any:
+            self._sharded.gather()  # unless this is the first call of it
+            result = closure()
+            self._sharded.cut()
+            return result
+
+        result = super().optimizer_step(optimizer, then_cut, model, **kwargs)
+        self._sharded.gather()
+        return result
+
+    def _forget_unused(self) -> None:
+        """Take the gradient of zero from parameters that no process used."""
+        usage = self._sharded.usage
+        flags = torch.tensor(usage.flags())
+        dist.all_reduce(flags)
+        usage.forget_unused(flags.tolist())
+        usage.clear()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return it whole on rank 0, empty elsewhere. Called by all ranks."""
+        state = model_state(self.lightning_module)
+        return state if self.is_global_zero else {}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Return it whole on rank 0, empty elsewhere. Called by all ranks."""
+        state: dict[str, Any] = tree_map(gathered, super().optimizer_state(optimizer))
+        return state if self.is_global_zero else {}
+
+
+def named_state(module: torch.nn.Module, optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's `state_dict()` by parameter name; as it is of one not torch's kind."""
     if set(state) == {"state", "param_groups"}:
-        return optimizer_state(module, optimizer)
+        return optimizer_state(module, optimizer, state)
     return {"own": state}
 
 
 def load_named_state(module: torch.nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
     if "own" in state:
         optimizer.load_state_dict(state["own"])
+        for parameter, values in optimizer.state.items():
+            values.update({key: as_cut(each, parameter) for key, each in values.items()})
     else:
         load_optimizer_state(module, optimizer, state)
