@@ -89,7 +89,7 @@ def refusals() -> str:
     trainers = [trainer for trainer in catalog.TRAINERS if trainer != catalog.SCRIPT]
     pairs = [(trainer, strategy) for trainer in trainers for strategy in catalog.STRATEGIES]
     said = [catalog.pair_problem(*pair, nodes) for nodes in (1, 2) for pair in pairs]
-    said += [catalog.own_loops_problem(strategy) for strategy in ("fsdp", "exact")]
+    said.append(catalog.own_loops_problem("exact"))
     said.append(catalog.pair_problem(catalog.SCRIPT, "ddp", 1))
     return "\n".join(f"- {text}" for text in dict.fromkeys(said) if text)
 

@@ -29,6 +29,7 @@ WAYS = {
     "dtrain": (),
     "lightning": ("--set", "lightning.step=lightning"),
     "manual": ("--set", "task=lightning_shapes.py:SlowGan"),
+    "fsdp": ("--set", "lightning.step=lightning", "--set", "strategy=fsdp"),
 }
 """Of stepping, and how a job asks for them."""
 

@@ -73,7 +73,7 @@ def the_same(cwd: Path, *arguments: str | Path) -> list[dict[str, Any]]:
 def own_loops(cwd: Path, launcher: str, profile: str, nodes: int) -> list[str]:
     """The cells of a LightningModule under Lightning's own loops."""
     one = ("--launcher", profile, "--strategy", "single")
-    several = ("--strategy", "ddp", "--nodes", str(nodes), "--procs", str(2 // nodes))
+    several = ("--strategy", "ddp,fsdp", "--nodes", str(nodes), "--procs", str(2 // nodes))
     profiles = ("--launcher", profile)
     pairs = the_same(cwd, *one, *PLAIN, LIT) + the_same(cwd, *profiles, *several, *PLAIN, LIT)
     trained = {("lightning", pair["strategy"]) for pair in pairs if pair["own_loops"]}

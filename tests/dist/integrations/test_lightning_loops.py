@@ -76,7 +76,7 @@ def test_averaged_weights_are_what_training_ends_with(tmp_path: Path) -> None:
             "train.micro_batch_size: with automatic_optimization = False",
         ),
         ("Manual", {"train": {"clip_grad_norm": 1.0}}, "train.clip_grad_norm: with automatic"),
-        ("Manual", {"strategy": "fsdp"}, "own loops have no strategy 'fsdp' here"),
+        ("Manual", {"strategy": "exact"}, "own loops have no strategy 'exact' here"),
         ("Counting", {"eval": {"every_epochs": 1, "every_steps": 1}}, "by steps or by epochs"),
         (
             "Counting",
@@ -117,18 +117,21 @@ def test_the_newest_checkpoint_that_is_whole_is_taken(tmp_path: Path) -> None:
         assert torch.equal(resumed.parameters[name], value)
 
 
-def micro(folder: Path, size: int | None) -> dict[str, torch.Tensor]:
+def micro(folder: Path, size: int | None, strategy: str) -> dict[str, torch.Tensor]:
     train = {"global_batch_size": 15, "micro_batch_size": size, "clip_grad_norm": 0.1}
-    return fit(folder, "Counting", {"train": train}).parameters
+    return fit(folder, "Counting", {"train": train, "strategy": strategy}).parameters
 
 
-@pytest.mark.parametrize(("ranks", "size"), [(1, 5), (2, 3), (3, None), (3, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "size", "strategy"),
+    [(1, 5, "ddp"), (2, 3, "fsdp"), (3, None, "ddp"), (3, 2, "fsdp"), (3, 2, "ddp"), (4, 1, "ddp")],
+)
 def test_every_sample_of_a_step_weighs_the_same(
-    ranks: int, size: int | None, tmp_path: Path
+    ranks: int, size: int | None, strategy: str, tmp_path: Path
 ) -> None:
     """On any number of ranks and micro-batches, of unequal size; the end of an epoch too."""
-    expected = micro(tmp_path / "one", None)
-    for mine in run_ranks(micro, ranks, tmp_path / "several", size):
+    expected = micro(tmp_path / "one", None, "single")
+    for mine in run_ranks(micro, ranks, tmp_path / "several", size, strategy):
         for name, value in expected.items():
             torch.testing.assert_close(mine[name], value, rtol=0, atol=2e-6)
 
@@ -163,19 +166,24 @@ def test_logged_values_are_put_together_over_all_samples(tmp_path: Path) -> None
         assert {**mine, "of_one": 3.0} == pytest.approx(expected, abs=2e-6)
 
 
-def spoilt(folder: Path, policy: str) -> tuple[int, float]:
-    done = fit(folder, "NaN", {"checks": {"on_nan": policy}})
+on_both = pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+
+
+def spoilt(folder: Path, policy: str, strategy: str) -> tuple[int, float]:
+    done = fit(folder, "NaN", {"checks": {"on_nan": policy}, "strategy": strategy})
     worst = max(float(each.abs().max()) for each in done.parameters.values())
     return done.steps, worst
 
 
-def test_a_loss_that_is_no_number_is_named(tmp_path: Path) -> None:
+@on_both
+def test_a_loss_that_is_no_number_is_named(strategy: str, tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"the loss of step \d is nan: rank \d's.* 7[,\s]"):
-        run_ranks(spoilt, 2, tmp_path, "stop")
+        run_ranks(spoilt, 2, tmp_path, "stop", strategy)
 
 
-def test_a_step_of_nan_is_left_out(tmp_path: Path) -> None:
-    for steps, worst in run_ranks(spoilt, 2, tmp_path, "skip"):
+@on_both
+def test_a_step_of_nan_is_left_out(strategy: str, tmp_path: Path) -> None:
+    for steps, worst in run_ranks(spoilt, 2, tmp_path, "skip", strategy):
         assert steps == 8
         assert math.isfinite(worst)
 
@@ -193,15 +201,23 @@ FAULTS = {
 """Kinds, and what is said of each."""
 
 
-def faulty(folder: Path, kind: str) -> None:
+def faulty(folder: Path, kind: str, strategy: str) -> None:
     checks = {"every": 1, "inject": [f"rank=1,step=3,kind={kind}"]}
-    fit(folder, "Normed", {"checks": checks, "train": {"global_batch_size": 15}})
+    job = {"checks": checks, "train": {"global_batch_size": 15}, "strategy": strategy}
+    fit(folder, "Normed", job)
 
 
-@pytest.mark.parametrize("kind", FAULTS)
-def test_faults_are_found(kind: str, tmp_path: Path) -> None:
+OF_PARTS = ("flip-parameter-bit", "flip-moment-bit", "nan-gradient")
+"""Kinds that are looked for in another way where parameters are cut."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [*((kind, "ddp") for kind in FAULTS), *((kind, "fsdp") for kind in OF_PARTS)],
+)
+def test_faults_are_found(kind: str, strategy: str, tmp_path: Path) -> None:
     with pytest.raises(RankError, match=FAULTS[kind]):
-        run_ranks(faulty, 2, tmp_path, kind)
+        run_ranks(faulty, 2, tmp_path, kind, strategy)
 
 
 def rolled_back(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
@@ -223,16 +239,20 @@ def test_goes_back_to_the_newest_checkpoint(tmp_path: Path) -> None:
     assert resumed["step"] == 3
 
 
-def left_in_validation(folder: Path) -> tuple[list[Any], list[dict[str, torch.Tensor]], list[int]]:
-    whole = fit(folder / "whole", "StopsInValidation", {})
-    cut = fit(folder / "cut", "StopsInValidation", {}, stop_attribute=True)
-    resumed = fit(folder / "cut", "StopsInValidation", {})
+def left_in_validation(
+    folder: Path, strategy: str
+) -> tuple[list[Any], list[dict[str, torch.Tensor]], list[int]]:
+    job = {"strategy": strategy}
+    whole = fit(folder / "whole", "StopsInValidation", job)
+    cut = fit(folder / "cut", "StopsInValidation", job, stop_attribute=True)
+    resumed = fit(folder / "cut", "StopsInValidation", job)
     counts = [cut.module.validated, resumed.module.validated, resumed.steps]
     return [whole.metrics, resumed.metrics], [whole.parameters, resumed.parameters], counts
 
 
-def test_a_validation_that_is_left_is_run_again(tmp_path: Path) -> None:
-    for known, (whole, resumed), counts in run_ranks(left_in_validation, 2, tmp_path):
+@on_both
+def test_a_validation_that_is_left_is_run_again(strategy: str, tmp_path: Path) -> None:
+    for known, (whole, resumed), counts in run_ranks(left_in_validation, 2, tmp_path, strategy):
         assert known[0] == known[1]
         assert counts == [3 + 2, 3, 8]
         assert all(torch.equal(resumed[name], value) for name, value in whole.items())
@@ -316,15 +336,16 @@ def test_its_loader_processes_end_with_it(train: dict[str, Any], tmp_path: Path)
 ALSO = {"lightning": {"also_run": ["validate", "test", "predict"]}}
 
 
-def also_run(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
-    job = {**ALSO, "train": {"global_batch_size": 15}}
+def also_run(folder: Path, strategy: str) -> tuple[dict[str, torch.Tensor], int]:
+    job = {**ALSO, "train": {"global_batch_size": 15}, "strategy": strategy}
     done = fit(folder, "Tested", job)
     return done.parameters, done.steps
 
 
-def test_validates_before_and_tests_and_predicts_after(tmp_path: Path) -> None:
+@on_both
+def test_validates_before_and_tests_and_predicts_after(strategy: str, tmp_path: Path) -> None:
     """Over uneven ranks each sample is tested once, and predicted once."""
-    (parameters, _), *_ = run_ranks(also_run, 2, tmp_path)
+    (parameters, _), *_ = run_ranks(also_run, 2, tmp_path, strategy)
     run = RunDir(tmp_path)
     splits = {name: metrics(run, name)[0] for name in ("validate", "test")}
     assert (splits["validate"]["step"], splits["test"]["step"]) == (0, 8)

@@ -36,12 +36,13 @@ def read(source: Path | io.BytesIO) -> Any:
         return torch.load(source, map_location="cpu", weights_only=True)
 
 
-def refuse_unreadable(value: Any, name: str) -> None:
+def refuse_unreadable(value: Any, name: str, *, parts: bool = False) -> None:
     """Make sure that `read` gives back what is to be saved, with the same types.
 
     Args:
-        value: a tree; tensors of it are not looked at.
+        value: a tree; plain tensors of it are not looked at.
         name: whose it is.
+        parts: whether there may be a rank's parts of tensors, as what is saved is whole.
 
     Raises:
         DtrainError: it does not; names the leaf.
@@ -52,12 +53,13 @@ def refuse_unreadable(value: Any, name: str) -> None:
         for key, each in value.items():
             if type(key) not in _PLAIN and not _is_readable(key):
                 raise DtrainError(f"{name} has a key {key!r}; a checkpoint takes str and int")
-            refuse_unreadable(each, f"{name}[{key!r}]")
+            refuse_unreadable(each, f"{name}[{key!r}]", parts=parts)
     elif type(value) in (list, tuple):
         for index, each in enumerate(value):
-            refuse_unreadable(each, f"{name}[{index}]")
+            refuse_unreadable(each, f"{name}[{index}]", parts=parts)
     elif hasattr(value, "full_tensor"):
-        raise _is_a_part(name)
+        if not parts:
+            raise _is_a_part(name)
     elif not _is_readable(value):
         raise _cannot_hold(name, value)
 

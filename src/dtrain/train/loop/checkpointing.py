@@ -223,7 +223,9 @@ class Saver(Checkpoints):
         refuse_unreadable(small["scheduler"], f"state_dict() of scheduler {kind}")
         optimizer = parts.optimizer
         refuse_unreadable(
-            optimizer.state_dict(), f"state_dict() of optimizer {type(optimizer).__name__}"
+            optimizer.state_dict(),
+            f"state_dict() of optimizer {type(optimizer).__name__}",
+            parts=True,
         )
         for name, value in parts.model.state_dict().items():
             if not isinstance(value, torch.Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -65,6 +66,7 @@ class Fit(pl.Callback):
         self._module, self._data_module = task.made()
         if context.recorder is not None:
             context.recorder.watch_module(self._module)
+        self._see_losses(self._module)
         self._events = Events(context.run, context.ranks, context.attempt)
         self._report = Report(context, self._events)
         self._checkpoints = Checkpoints(context, self._events)
@@ -149,7 +151,7 @@ class Fit(pl.Callback):
         context = self._context
         loaded = None if self._loaded is None else restored(self._loaded.tensors)
         kind = LoopsFSDP if context.cuts_model else LoopsDDP
-        self._strategy = strategy = kind(context, self._weighed, self._returned, loaded)
+        self._strategy = strategy = kind(context, self._weighed, loaded)
         automatic = self._module.automatic_optimization
         try:
             trainer = pl.Trainer(
@@ -293,8 +295,18 @@ class Fit(pl.Callback):
 
     # -- in a step ---------------------------------------------------------------------------
 
+    def _see_losses(self, module: pl.LightningModule) -> None:
+        """Within the forward of whatever the strategy wraps around the module."""
+        step = module.training_step
+
+        @functools.wraps(step)
+        def seen(*args: Any, **kwargs: Any) -> Any:
+            return self._returned(step(*args, **kwargs))
+
+        module.training_step = seen
+
     def _returned(self, returned: Any) -> Any:
-        """Note the loss that a training step returned, if it did."""
+        """Note the loss that a training step returned, if it did; a fault may change it."""
         loss = returned.get("loss") if isinstance(returned, Mapping) else returned
         if not isinstance(loss, torch.Tensor):
             return returned

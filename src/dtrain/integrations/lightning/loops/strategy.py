@@ -32,7 +32,6 @@ class LoopsStrategy(OurProcesses, DDPStrategy):
         context: of the training.
         weighed: is given the loss of a micro-batch and gives what is to be trained on, whose
             gradient is averaged over the processes.
-        returned: is given what a training step returned, and may change it.
         loaded: what Lightning is given for the file that it goes on from.
     """
 
@@ -40,13 +39,11 @@ class LoopsStrategy(OurProcesses, DDPStrategy):
         self,
         context: TrainContext,
         weighed: Callable[[torch.Tensor], torch.Tensor],
-        returned: Callable[[Any], Any],
         loaded: dict[str, Any] | None,
     ) -> None:
         super().__init__(context.ranks, broadcast_buffers=False)
         self._context = context
         self._weighed = weighed
-        self._returned = returned
         self._loaded = loaded
 
     def whole(self) -> AbstractContextManager[None]:
@@ -60,9 +57,6 @@ class LoopsStrategy(OurProcesses, DDPStrategy):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         seed_everything(derive_seed("optimizer", self._context.spec.seed))
         super().setup_optimizers(trainer)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._returned(super().training_step(*args, **kwargs))
 
     def backward(
         self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any
@@ -132,11 +126,10 @@ class LoopsFSDP(LoopsStrategy):
         self,
         context: TrainContext,
         weighed: Callable[[torch.Tensor], torch.Tensor],
-        returned: Callable[[Any], Any],
         loaded: dict[str, Any] | None,
     ) -> None:
         size = context.ranks.world_size  # gradients are summed
-        super().__init__(context, lambda loss: weighed(loss) / size, returned, loaded)
+        super().__init__(context, lambda loss: weighed(loss) / size, loaded)
         self._made: Sharded | None = None
         self._reduces = True
         """Whether this backward is followed by an update."""
