@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from lightning_shapes import Counting, Manual, Plain
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 
 class OwnParameters(Counting):
@@ -96,3 +98,8 @@ class UsedBySome(Plain):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.5)
+
+
+class CutsItself(Counting):
+    def configure_model(self) -> None:
+        fully_shard(self.net[0], mesh=init_device_mesh("cpu", (2,)))

@@ -68,19 +68,24 @@ def described(value: Any) -> str:
     return type(value).__name__
 
 
-def check_model(model: Any, task: Task) -> None:
-    """Make sure that it is a bare module with something to train."""
-    told = named(task, "model")
-    if not isinstance(model, torch.nn.Module):
-        raise DtrainError(f"{told} returned {described(model)}, not a torch.nn.Module")
+def refuse_wrapped(model: torch.nn.Module, told: str) -> None:
+    """Make sure that nothing of a model is shared over processes yet, whoever `told` made it."""
     for name, module in model.named_modules():
         wrapper = _wrapper(module)
         if wrapper is not None:
             what = "a model" if not name else f"a model whose {name} is"
             raise DtrainError(
-                f"{told} returned {what} wrapped in {wrapper} already; return the bare model, and "
-                "say in the job how it is shared: strategy: ddp, fsdp or dp"
+                f"{told} made {what} wrapped in {wrapper} already; make the bare model, and say in "
+                "the job how it is shared: strategy: ddp, fsdp or dp"
             )
+
+
+def check_model(model: Any, task: Task) -> None:
+    """Make sure that it is a bare module with something to train."""
+    told = named(task, "model")
+    if not isinstance(model, torch.nn.Module):
+        raise DtrainError(f"{told} returned {described(model)}, not a torch.nn.Module")
+    refuse_wrapped(model, told)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     lazy = [name for name, each in tensors.items() if torch.nn.parameter.is_lazy(each)]
     if lazy:

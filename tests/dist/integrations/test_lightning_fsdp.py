@@ -112,6 +112,12 @@ def test_files_of_lightnings_callbacks_are_whole(tmp_path: Path) -> None:
     assert not torch.equal(module.net[0].weight, state["net.0.weight"])
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_module_that_cuts_itself_is_refused(strategy: str, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"CutsItself made a model whose net\.0 is wrapped in FSDP"):
+        run_ranks(one, 2, tmp_path, "lightning_parts.py:CutsItself", strategy)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -15,12 +15,14 @@ from dtrain.integrations.lightning.environment import OurProcesses
 from dtrain.train.checkpoint.state import (
     as_cut,
     gathered,
+    is_sharded,
     load_optimizer_state,
     model_state,
     optimizer_state,
 )
 from dtrain.train.checks.initial_state import compare_model
 from dtrain.train.context import TrainContext
+from dtrain.train.contract import refuse_wrapped
 from dtrain.train.seeding import derive_seed, seed_everything
 from dtrain.train.strategies.fsdp_sharded import Sharded
 
@@ -81,8 +83,10 @@ class LoopsStrategy(OurProcesses, DDPStrategy):
 
     def _compare(self) -> None:
         """Before the processes' modules are made one, which is done without a word."""
-        broadcast = self._context.spec.checks.init == "broadcast"
-        compare_model(self.lightning_module, broadcast=broadcast)
+        module = self.lightning_module
+        if is_sharded(module) or self._context.cuts_model:  # DDP within DDP is the module's own
+            refuse_wrapped(module, type(module).__name__)
+        compare_model(module, broadcast=self._context.spec.checks.init == "broadcast")
 
 
 class LoopsDDP(LoopsStrategy):
