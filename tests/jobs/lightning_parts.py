@@ -94,6 +94,9 @@ class UsedBySome(Plain):
         if self.global_rank == 0:  # what another process is not given
             made = made + self.seldom(x)
         self.manual_backward(nn.functional.mse_loss(made, y))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
         optimizer.step()
 
     def configure_optimizers(self) -> Any:

@@ -137,6 +137,8 @@ class LoopsFSDP(LoopsStrategy):
         self._made: Sharded | None = None
         self._reduces = True
         """Whether this backward is followed by an update."""
+        self._in_step = False
+        """Whether a step by hand runs, on whole parameters."""
 
     @property
     def _sharded(self) -> Sharded:
@@ -190,7 +192,9 @@ class LoopsFSDP(LoopsStrategy):
             with self._sharded.forward(reduces=self._reduces):
                 return super().training_step(*args, **kwargs)
         self._sharded.gather()
+        self._in_step = True
         result = super().training_step(*args, **kwargs)
+        self._in_step = False
         self._sharded.cut()
         return result
 
@@ -218,7 +222,8 @@ class LoopsFSDP(LoopsStrategy):
             return result
 
         result = super().optimizer_step(optimizer, then_cut, model, **kwargs)
-        self._sharded.gather()
+        if self._in_step:
+            self._sharded.gather()
         return result
 
     def _forget_unused(self) -> None:
