@@ -16,6 +16,7 @@ from dtrain.run.rundir import RunDir, list_runs
 from support import EXAMPLES
 
 JOB = EXAMPLES / "digits" / "job.yaml"
+MODULE = EXAMPLES / "lightning" / "job.yaml"
 ONE_GPU = ("--gpus", "1", "--procs", "1")
 
 
@@ -51,11 +52,11 @@ def dtrain(*arguments: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
-def train(cwd: Path, *arguments: str, epochs: int = 3) -> RunDir:
+def train(cwd: Path, *arguments: str, epochs: int = 3, job: Path = JOB) -> RunDir:
     """Train the digits for a few epochs; the run."""
     settings = ("--set", f"train.epochs={epochs}", "--set", "log.every_steps=1")
     before = {run.id for run in list_runs(cwd / "runs")}
-    dtrain("launch", *arguments, *settings, JOB, cwd=cwd)
+    dtrain("launch", *arguments, *settings, job, cwd=cwd)
     (run,) = [run for run in list_runs(cwd / "runs") if run.id not in before]
     return run
 
@@ -107,6 +108,31 @@ def test_a_checkpoint_moves_between_devices(tmp_path: Path, first: str) -> None:
     steps = [line["step"] for line in metrics(run)]
     assert steps == list(range(1, len(steps) + 1))
     assert metrics(run, "eval")[-1]["accuracy"] >= 0.9
+
+
+def as_on_the_cpu(cwd: Path, *arguments: str) -> RunDir:
+    """Train the LightningModule; its first losses are those of the CPU."""
+    run = train(cwd, *arguments, job=MODULE)
+    assert plan(run)["device"] == "cuda"
+    reference = train(cwd, "--procs", "1", "--strategy", "single", job=MODULE)
+    for here, there in zip(metrics(run)[:5], metrics(reference)[:5], strict=True):
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-2)
+    return run
+
+
+@pytest.mark.parametrize("step", ["dtrain", "lightning"])
+def test_a_lightning_module_is_trained_and_resumed(tmp_path: Path, step: str) -> None:
+    run = as_on_the_cpu(tmp_path, *ONE_GPU, "--set", f"lightning.step={step}")
+    done = metrics(run)[-1]["step"]
+    dtrain("resume", run.id, "--set", "train.epochs=4", cwd=tmp_path)
+    assert metrics(run)[-1]["step"] > done
+
+
+@pytest.mark.skipif(num_gpus() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("step", ["dtrain", "lightning"])
+def test_a_lightning_module_is_cut_over_two_gpus(tmp_path: Path, step: str) -> None:
+    two = ("--gpus", "2", "--procs", "2", "--strategy", "fsdp")
+    as_on_the_cpu(tmp_path, *two, "--set", f"lightning.step={step}")
 
 
 def test_more_gpus_than_there_are_is_told(tmp_path: Path) -> None:

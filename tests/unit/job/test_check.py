@@ -424,7 +424,7 @@ def test_a_module_that_makes_its_own_steps(check: Check, tmp_path: Path) -> None
     [
         ("{step: dtrain, trainer: {limit_train_batches: 2}}", "lightning.trainer.limit_train"),
         ("{step: dtrain, also_run: [test]}", "lightning.also_run"),
-        ("{step: lightning}\nstrategy: fsdp", "lightning.step"),
+        ("{step: lightning}\nstrategy: exact", "lightning.step"),
         ("{trainer: {max_epochs: 2}}", "lightning.trainer.max_epochs"),
     ],
 )

@@ -286,6 +286,7 @@ def test_of_a_lightning_module_one_process_of_lightning_is_the_reference() -> No
     assert choose(reference=reference, strategies=["single", "fsdp"], procs=[2]) == [
         "lightning own loops single",
         "lightning fsdp ×2",
+        "lightning own loops fsdp ×2",
     ]
 
 

@@ -135,6 +135,7 @@ class LoopsFSDP(LoopsStrategy):
         size = context.ranks.world_size  # gradients are summed
         super().__init__(context, lambda loss: weighed(loss) / size, loaded)
         self._made: Sharded | None = None
+        self._by_hand = False
         self._reduces = True
         """Whether this backward is followed by an update."""
         self._in_step = False
@@ -144,10 +145,6 @@ class LoopsFSDP(LoopsStrategy):
     def _sharded(self) -> Sharded:
         assert self._made is not None
         return self._made
-
-    @property
-    def _by_hand(self) -> bool:
-        return not self.lightning_module.automatic_optimization
 
     def whole(self) -> AbstractContextManager[None]:
         return self._sharded.whole()
@@ -166,6 +163,7 @@ class LoopsFSDP(LoopsStrategy):
         module = self.lightning_module
         if self._made is None:
             self._compare()
+            self._by_hand = not module.automatic_optimization
             self._made = Sharded(
                 module, module, self.root_device, self.world_size, by_hand=self._by_hand
             )
