@@ -64,6 +64,7 @@ def killed_in_mid_epoch(
         kill_rank(run, worker_pids(run)[1])
         output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
+    assert "available: " not in output  # what Lightning says of devices
     (resumed,) = events(run, "resumed")
     assert resumed["step"] % STEPS_PER_EPOCH != 0
     assert bool(events(run, "own_loops")) == (way == "manual")

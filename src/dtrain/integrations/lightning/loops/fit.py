@@ -110,7 +110,6 @@ class Fit(pl.Callback):
         Raises:
             DtrainError: a check failed, or the module breaks a rule; and what it raises itself.
         """
-        logging.getLogger(f"{PACKAGE}.utilities.rank_zero").setLevel(logging.WARNING)
         with quietly():
             try:
                 if self._loaded is None:
@@ -153,6 +152,8 @@ class Fit(pl.Callback):
         kind = LoopsFSDP if context.cuts_model else LoopsDDP
         self._strategy = strategy = kind(context, self._weighed, loaded)
         automatic = self._module.automatic_optimization
+        # which devices there are, and what else could be installed
+        logging.getLogger(f"{PACKAGE}.utilities.rank_zero").setLevel(logging.WARNING)
         try:
             trainer = pl.Trainer(
                 strategy=strategy, callbacks=[self], **trainer_arguments(context, automatic)
