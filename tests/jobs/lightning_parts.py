@@ -37,6 +37,12 @@ class OwnParameters(Counting):
         mine = [each.detach() for each in self.parameters()]
         self.held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in mine)
 
+    def on_validation_start(self) -> None:
+        if self.global_rank == 0:  # all parameters are here, so nobody else is needed
+            self.judged(torch.ones(2, 6))
+
+    on_validation_epoch_end = on_validation_start
+
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.5)
 
@@ -75,7 +81,7 @@ class ByClosure(Manual):
 
 
 class UsedBySome(Plain):
-    """By hand: two losses before an update, a part that some batches use, one that is frozen."""
+    """Manual optimization: two losses an update, a part that one rank uses, one that is frozen."""
 
     def __init__(self) -> None:
         super().__init__()

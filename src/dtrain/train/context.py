@@ -51,7 +51,7 @@ class TrainContext:
     """Where the job's files are, or a copy of them."""
 
     @property
-    def cuts_model(self) -> bool:
+    def shards_model(self) -> bool:
         """Whether each process holds a part of the model."""
         return self.spec.strategy == "fsdp" and self.ranks.world_size > 1
 

@@ -24,7 +24,7 @@ AUTOMATIC = [
     "SeveralLoaders",
     "WrappedWarmUp",
 ]
-BY_HAND = [
+MANUAL = [
     "CountedByHand",
     "Gan",
     "Manual",
@@ -59,7 +59,7 @@ def trainings(folder: Path, names: list[str]) -> list[tuple[Done, Done, Done]]:
     return found
 
 
-@pytest.mark.parametrize("names", [AUTOMATIC, BY_HAND], ids=["automatic", "by hand"])
+@pytest.mark.parametrize("names", [AUTOMATIC, MANUAL], ids=["automatic", "manual"])
 def test_it_is_the_training_of_ddp_and_resumes_in_mid_epoch(
     names: list[str], tmp_path: Path
 ) -> None:

@@ -40,12 +40,12 @@ def why_not_beside_dtrain(callback: pl.Callback) -> str | None:
     return None
 
 
-def refuse_callbacks(callbacks: Sequence[pl.Callback], *, cut: bool) -> None:
+def refuse_callbacks(callbacks: Sequence[pl.Callback], *, sharded: bool) -> None:
     """Refuse what cannot be done in either way.
 
     Args:
         callbacks: of a Trainer.
-        cut: whether each process holds a part of the model.
+        sharded: whether each process holds a part of the model.
 
     Raises:
         UsageError: one trains before the training, of which no checkpoint would know, or puts
@@ -58,7 +58,7 @@ def refuse_callbacks(callbacks: Sequence[pl.Callback], *, cut: bool) -> None:
                 f"{name} trains before the training, which a resume could not repeat: run it by "
                 "itself, with Lightning's Trainer, and write what it finds into the job"
             )
-        if cut and isinstance(callback, _kinds(_AVERAGES)):
+        if sharded and isinstance(callback, _kinds(_AVERAGES)):
             raise UsageError(
                 f"{name} copies the model, of which with strategy 'fsdp' each process holds a "
                 "part; use strategy 'ddp'"

@@ -89,7 +89,8 @@ class ModuleTask(Task):
         connector.attach_datamodule(module, data)
         self._data_hooks = connector._datahook_selector
         self._trainer._callback_connector._attach_model_callbacks()
-        refuse_callbacks(self._trainer.callbacks, cut=False)
+        # one that copies the model needs Lightning's loops, which look again
+        refuse_callbacks(self._trainer.callbacks, sharded=False)
         for callback in self._trainer.callbacks:
             why = why_not_beside_dtrain(callback)
             if why is not None:

@@ -169,7 +169,7 @@ class _Drive(pl.Callback):
         """Put Lightning's counters where training is, before anyone looks at them."""
         if self._task is None:
             theirs = [each for each in trainer.callbacks if each is not self]
-            refuse_callbacks(theirs, cut=self._context.cuts_model)
+            refuse_callbacks(theirs, sharded=self._context.shards_model)
             _look_at(theirs, self._context.ranks)
         progress = self._training.progress
         epochs = trainer.fit_loop.epoch_progress

@@ -24,10 +24,9 @@ _NOTHING = object()
 class Sharded:
     """A model of which each process holds a part, cut block by block (see `units`).
 
-    Gradients are summed over the processes, not averaged. A step is a forward of `root` in
-    `forward`, its backward, and `finish_backward`; or, where it makes backwards and updates inside
-    of itself, it runs between `gather` and `cut`, with `reduce` after each backward and the model
-    cut during each update.
+    A step is a forward of `root` in `forward`, its backward, and `finish_backward`. One of manual
+    optimization runs between `unshard` and `reshard`, with `reduce` after each backward, and
+    resharded during each update.
 
     Args:
         model: on its device; its optimizer is made afterwards. Its parameters become parts, under
@@ -36,7 +35,8 @@ class Sharded:
             holds it. Any method of the model may be called in it.
         device: of the model.
         world_size: the number of processes.
-        by_hand: whether steps make backwards and updates inside of themselves.
+        divide_by: what the sum of the processes' gradients is divided by.
+        manual: whether backwards and updates are made inside of a step.
 
     Raises:
         DtrainError: the model has what cannot be cut.
@@ -49,7 +49,8 @@ class Sharded:
         device: torch.device,
         world_size: int,
         *,
-        by_hand: bool = False,
+        divide_by: float = 1.0,
+        manual: bool = False,
     ) -> None:
         refuse_sparse(model, "fsdp")
         check_shardable(model)
@@ -62,16 +63,16 @@ class Sharded:
             unit.register_forward_hook(_own_outputs)
             fully_shard(unit, mesh=mesh, mp_policy=_policy(unit))
             assert isinstance(unit, FSDPModule)
-            unit.set_gradient_divide_factor(1.0)
+            unit.set_gradient_divide_factor(divide_by)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
             self._units.append(unit)
         self._gathers = Gathers(model, self.root)
         self._become_root()
         self._model = model
         self._parts = dict(model.named_parameters())
-        self.usage = Usage({} if by_hand else self._parts)
-        """Which parameters get a gradient in a step that is not by hand."""
-        if not by_hand:
+        self.usage = Usage({} if manual else self._parts)
+        """Which parameters get a gradient in a step without manual optimization."""
+        if not manual:
             with self.whole():
                 self.usage.watch(model)
             if hasattr(self.root, "set_reduce_scatter_unused_params"):  # since torch 2.13
@@ -99,12 +100,12 @@ class Sharded:
         """After the last backward of a step."""
         self._gathers.finish_backward()
 
-    def gather(self) -> None:
+    def unshard(self) -> None:
         """Make the parameters whole ones, on all processes; what is whole stays as it is."""
         gather(self._units)
 
-    def cut(self) -> None:
-        """The inverse of `gather`; what was frozen or toggled in between stays so."""
+    def reshard(self) -> None:
+        """The inverse of `unshard`; what was frozen or toggled in between stays so."""
         for name, parameter in self._model.named_parameters():
             self._parts[name].requires_grad_(parameter.requires_grad)
         for unit in self._units:
@@ -117,7 +118,7 @@ class Sharded:
             parameter.requires_grad_(self._parts[name].requires_grad)
 
     def reduce(self) -> None:
-        """After a backward between `gather` and `cut`: add its gradients to those of the parts."""
+        """After a backward while unsharded: add its gradients to those of the parts."""
         parameters = list(self._model.parameters())
         used = torch.tensor([int(each.grad is not None) for each in parameters])
         dist.all_reduce(used, op=dist.ReduceOp.MAX)
@@ -125,7 +126,7 @@ class Sharded:
             if by_any and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         reduce(self._units)
-        self.gather()
+        self.unshard()
 
     @contextmanager
     def whole(self) -> Iterator[None]:

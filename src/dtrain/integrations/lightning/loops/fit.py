@@ -149,7 +149,7 @@ class Fit(pl.Callback):
     def _make_trainer(self) -> pl.Trainer:
         context = self._context
         loaded = None if self._loaded is None else restored(self._loaded.tensors)
-        kind = LoopsFSDP if context.cuts_model else LoopsDDP
+        kind = LoopsFSDP if context.shards_model else LoopsDDP
         self._strategy = strategy = kind(context, self._weighed, loaded)
         automatic = self._module.automatic_optimization
         # which devices there are, and what else could be installed
@@ -186,7 +186,7 @@ class Fit(pl.Callback):
         log.log_eval_end_metrics = lambda metrics: self._evaluated(metrics, tell)
 
     def _look_at_callbacks(self) -> None:
-        refuse_callbacks(self._trainer.callbacks, cut=self._context.cuts_model)
+        refuse_callbacks(self._trainer.callbacks, sharded=self._context.shards_model)
 
     def _seed_data(self) -> None:
         """After `prepare_data`, which one process of a node calls: `setup` draws alike on all."""

@@ -28,7 +28,9 @@ from dtrain.train.strategies.fsdp_sharded import Sharded
 
 
 class LoopsStrategy(OurProcesses, DDPStrategy):
-    """What is the same however the module is shared; DDPStrategy is how the processes talk.
+    """What is the same whatever wraps the module.
+
+    DDPStrategy is its base for barriers, broadcasts and reductions of metrics.
 
     Args:
         context: of the training.
@@ -84,7 +86,7 @@ class LoopsStrategy(OurProcesses, DDPStrategy):
     def _compare(self) -> None:
         """Before the processes' modules are made one, which is done without a word."""
         module = self.lightning_module
-        if is_sharded(module) or self._context.cuts_model:  # DDP within DDP is the module's own
+        if is_sharded(module) or self._context.shards_model:  # DDP within DDP is the module's own
             refuse_wrapped(module, type(module).__name__)
         compare_model(module, broadcast=self._context.spec.checks.init == "broadcast")
 
@@ -123,23 +125,15 @@ class LoopsFSDP(LoopsStrategy):
 
     Lightning's FSDPStrategy makes parameters flat, which leaves no names to compare, save and
     resume by, and does not do manual optimization (github.com/Lightning-AI/pytorch-lightning,
-    issue 19685). Here a step by hand runs on whole parameters, which are cut during updates.
+    issue 19685). Here such a step runs on whole parameters, resharded during updates.
     """
 
-    def __init__(
-        self,
-        context: TrainContext,
-        weighed: Callable[[torch.Tensor], torch.Tensor],
-        loaded: dict[str, Any] | None,
-    ) -> None:
-        size = context.ranks.world_size  # gradients are summed
-        super().__init__(context, lambda loss: weighed(loss) / size, loaded)
-        self._made: Sharded | None = None
-        self._by_hand = False
-        self._reduces = True
-        """Whether this backward is followed by an update."""
-        self._in_step = False
-        """Whether a step by hand runs, on whole parameters."""
+    _made: Sharded | None = None
+    _manual = False
+    _reduces = True
+    """Whether this backward is followed by an update."""
+    _in_step = False
+    """Whether a step of manual optimization runs, on whole parameters."""
 
     @property
     def _sharded(self) -> Sharded:
@@ -163,14 +157,15 @@ class LoopsFSDP(LoopsStrategy):
         module = self.lightning_module
         if self._made is None:
             self._compare()
-            self._by_hand = not module.automatic_optimization
+            self._manual = not module.automatic_optimization
+            size = self.world_size
             self._made = Sharded(
-                module, module, self.root_device, self.world_size, by_hand=self._by_hand
+                module, module, self.root_device, size, divide_by=size, manual=self._manual
             )
-            if self._by_hand:
+            if self._manual:
                 for name in ("toggle_optimizer", "untoggle_optimizer"):
                     after(module, name, self._made.toggled)
-        return model if self._by_hand else self._made.root
+        return model if self._manual else self._made.root
 
     def teardown(self) -> None:
         """Parts stay where they are."""
@@ -186,21 +181,21 @@ class LoopsFSDP(LoopsStrategy):
             self._reduces = True
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._by_hand:
+        if not self._manual:
             with self._sharded.forward(reduces=self._reduces):
                 return super().training_step(*args, **kwargs)
-        self._sharded.gather()
+        self._sharded.unshard()
         self._in_step = True
         result = super().training_step(*args, **kwargs)
         self._in_step = False
-        self._sharded.cut()
+        self._sharded.reshard()
         return result
 
     def backward(
         self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         result = super().backward(closure_loss, optimizer, *args, **kwargs)
-        if self._reduces and self._by_hand:
+        if self._reduces and self._manual:
             self._sharded.reduce()
         elif self._reduces:
             self._sharded.finish_backward()
@@ -210,18 +205,18 @@ class LoopsFSDP(LoopsStrategy):
     def optimizer_step(
         self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any
     ) -> Any:
-        if not self._by_hand:
+        if not self._manual:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
 
-        def then_cut() -> Any:
-            self._sharded.gather()  # unless this is the first call of it
+        def then_reshard() -> Any:
+            self._sharded.unshard()  # an optimizer may call it again after an update
             result = closure()
-            self._sharded.cut()
+            self._sharded.reshard()
             return result
 
-        result = super().optimizer_step(optimizer, then_cut, model, **kwargs)
+        result = super().optimizer_step(optimizer, then_reshard, model, **kwargs)
         if self._in_step:
-            self._sharded.gather()
+            self._sharded.unshard()
         return result
 
     def _forget_unused(self) -> None:
