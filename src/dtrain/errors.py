@@ -75,7 +75,8 @@ class Problem:
             place += f":{self.line}"
             if self.column is not None:
                 place += f":{self.column}"
-        field = f"{self.field}: " if self.field else ""
+        named = self.line is None and self.file.endswith(f" {self.field}")  # `-o mem`
+        field = f"{self.field}: " if self.field and not named else ""
         return printable(f"{place}: {field}{self.message}", most=1000).replace("\n", "\\n")
 
 

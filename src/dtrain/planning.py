@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ from dtrain.job.imports import refuse_missing
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.load import LoadedJob, flag, load_job
 from dtrain.job.located import Located, SourceLocation
-from dtrain.job.profile import LoadedProfile, checked_options, load_profile
+from dtrain.job.profile import LoadedProfile, checked_options, load_profile, parse_options
 from dtrain.job.script import job_of_script
 from dtrain.job.spec import JobSpec
 from dtrain.job.static_source import task_imports
-from dtrain.job.yaml_reader import read_yaml
 from dtrain.launchers import base, status
 from dtrain.launchers.base import Dependable, HostChecking, Launcher, Surveying
 from dtrain.launchers.flags import FLAGS
@@ -48,8 +46,10 @@ class Request:
     """`FIELD=VALUE`, as of --set."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Fields of job.yaml that flags set, with the flag's spelling."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the launcher that flags set."""
+    options: Mapping[str, Located] = field(default_factory=dict)
+    """Options of the launcher that have a flag of their own, and `after`, with that spelling."""
+    further_options: Sequence[str] = ()
+    """`NAME=VALUE` of any options of the launcher, as of -o."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def plan_run(job_path: str, request: Request) -> Prepared:
     run_id += request.suffix
     if problem := ids.problem(run_id):
         raise UsageError(f"--run-id {quoted(run_id)} cannot be the id of a run: {problem}")
-    return _planned(job, profile, request.options, run_id, request.runs, job_dir)
+    return _planned(job, profile, request, {}, run_id, request.runs, job_dir)
 
 
 def plan_attempt(run: RunDir, request: Request) -> Prepared:
@@ -90,7 +90,8 @@ def plan_attempt(run: RunDir, request: Request) -> Prepared:
     return _planned(
         _with_secrets(job, run),
         profile,
-        _laid_over(request.options, _options_before(before)),
+        request,
+        _options_before(before),
         run.id,
         before.run_url.rpartition("/")[0] or run.path.parent,
         job_dir,
@@ -136,28 +137,28 @@ def _env_of(text: str, run: RunDir) -> dict[str, Any]:
         raise DamagedError(str(run.job), "it is no job file") from None
 
 
-def _laid_over(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags of this command over those of the first; of --ray each option by itself."""
-    return {**before, **given, "ray": (*before["ray"], *given.get("ray", ()))}
-
-
-def _options_before(before: LaunchPlan) -> dict[str, Any]:
-    """What flags gave of the launcher's options when the run was launched, but for --after."""
+def _options_before(before: LaunchPlan) -> dict[str, Located]:
+    """The launcher's options that flags set when the run was launched, but for --after."""
     options = before.options.model_dump(mode="json")
-    places = {name: before.sources.get(name, "") for name in options}
-    by_ray = [name for name, place in places.items() if place.startswith("--ray ")]
-    kept = {
-        name: options[name]
-        for name, place in places.items()
-        if place.startswith("-") and name not in by_ray and not place.startswith("--after ")
-    }
-    return {**kept, "ray": tuple(f"{name}={json.dumps(options[name])}" for name in by_ray)}
+    kept = Located({}, SourceLocation("-o"))
+    for name, place in before.sources.items():
+        head, _, entry = name.partition(".")
+        if head not in options or not place.startswith("-") or place.startswith("--after "):
+            continue
+        value = options[head]
+        if not isinstance(value, dict):
+            kept = flag(place, value).nest((head,)).merge_over(kept)
+        elif entry:
+            kept = flag(place, value[entry]).nest((head, entry)).merge_over(kept)
+    found: dict[str, Located] = kept.value
+    return found
 
 
 def _planned(
     job: LoadedJob,
     profile: LoadedProfile,
-    given: Mapping[str, Any],
+    request: Request,
+    before: Mapping[str, Located],
     run_id: str,
     runs: str | os.PathLike[str],
     job_dir: Path,
@@ -166,7 +167,7 @@ def _planned(
     launcher = base.load(profile.spec.launcher)
     if isinstance(launcher, HostChecking):  # others may have another Python
         refuse_missing(job.spec, job_dir)
-    options, sources = _options(launcher, profile, given, str(runs))
+    options, sources = _options(launcher, profile, request, before)
     sources |= _sizes_from(job)
     imports = task_imports(job.spec.script or job.spec.task, job_dir)
     facts = Facts.gather(run_id, runs, attempt, imports)
@@ -207,51 +208,41 @@ def complete_plan(
 
 
 def _options(
-    launcher: Launcher, profile: LoadedProfile, given: Mapping[str, Any], runs: str
+    launcher: Launcher, profile: LoadedProfile, request: Request, before: Mapping[str, Located]
 ) -> tuple[AnyOptions, dict[str, str]]:
-    """The launcher's own options, and where each was written."""
-    _refuse_flags_of_others(launcher, profile.spec.launcher, given)
-    aside = ("after", "ray")
-    flags = {name: flag(f"--{name}", value) for name, value in given.items() if name not in aside}
-    for text in given.get("ray", ()):
-        flags |= _option_of_profile("--ray", text)
-    if "slurm" in given and not isinstance(given["slurm"], dict):
-        flags["slurm"] = flag("--slurm", flags_of_sbatch(given["slurm"]))
-    if "after" in given:
+    """The launcher's own options, and where each was written.
+
+    Args:
+        launcher: of the profile.
+        profile: what a launch without flags would have.
+        request: its options are laid over all others.
+        before: options that flags set when the run was launched.
+    """
+    _refuse_flags_of_others(launcher, profile.spec.launcher, request.options)
+    flags = {name: value for name, value in request.options.items() if name != "after"}
+    further = parse_options(request.further_options, launcher.options_model)
+    for name in flags.keys() & further.keys():
+        raise JobError([further[name].place.problem("", f"{flags[name].place.file} is given too")])
+    if after := request.options.get("after"):
         assert isinstance(launcher, Dependable)
-        dependency = launcher.dependency_on(find(given["after"], runs))
+        dependency = launcher.dependency_on(find(after.value, request.runs))
         if dependency:
-            flags["dependency"] = flag(f"--after {given['after']}", dependency)
-    return checked_options(profile, flags, launcher.options_model)
+            flags["dependency"] = flag(f"--after {after.value}", dependency)
+    here = SourceLocation(f"--launcher {profile.name}")
+    given = Located({**flags, **further}, here).merge_over(Located(dict(before), here))
+    return checked_options(profile, given.value, launcher.options_model)
 
 
-def _refuse_flags_of_others(launcher: Launcher, name: str, given: Mapping[str, Any]) -> None:
+def _refuse_flags_of_others(launcher: Launcher, name: str, given: Mapping[str, Located]) -> None:
     for each in FLAGS:
         is_ours = each.launcher == name or each.option in launcher.options_model.model_fields
         if each.option == "after" and isinstance(launcher, Dependable):
             is_ours = True
-        if given.get(each.option) and not is_ours:
-            what = f"{each.names[-1]} is for launcher {each.launcher!r}"
-            raise PlanError(f"{what}, and this is {name!r}: choose it with --launcher")
-
-
-def _option_of_profile(spelling: str, text: str) -> dict[str, Any]:
-    """`relaunch=5` as the option of a profile that it sets; the value is YAML."""
-    name, _, value = text.partition("=")
-    place = SourceLocation(f"{spelling} {name}")
-    written, problems = read_yaml(value, lambda _: place)
-    if problems:
-        raise JobError(problems)
-    return {name: written or Located(None, place)}
-
-
-def flags_of_sbatch(texts: Iterable[str]) -> dict[str, Any]:
-    """`nice=100` → {nice: 100}; `exclusive` → {exclusive: True}; a list of what is given again."""
-    found: dict[str, list[Any]] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        found.setdefault(name, []).append(value if equals else True)
-    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
+        if each.option in given and not is_ours:
+            raise PlanError(
+                f"{given[each.option].place.file} needs --launcher {each.launcher}; "
+                f"the launcher here is {name!r}"
+            )
 
 
 def _sizes_from(job: LoadedJob) -> dict[str, str]:

@@ -84,7 +84,7 @@ def test_a_lost_head_is_told(tmp_path: Path) -> None:
     needs_ray()
     with RayCluster(2, 2, first=60) as cluster:
         env = {name: value for name, value in cluster.env.items() if name != "HOME"}
-        where = (*on(cluster), "--ray", "lost_after=8")  # until then Ray keeps a core busy
+        where = (*on(cluster), "-o", "lost_after=8")  # until then Ray keeps a core busy
         with started("launch", *where, *SLOW, *OFTEN, TINY, cwd=tmp_path, env=env) as process:
             wait_for_step(tmp_path, 5)
             cluster.kill(0)
@@ -100,7 +100,7 @@ def test_a_cluster_of_its_own_goes_with_the_run_and_leaves_others_alone(
     """Two clusters and two launches on one host at the same time."""
     here, there = tmp_path / "own", tmp_path / "other"
     here.mkdir(), there.mkdir()
-    own = ("--launcher", "ray", "--nodes", "2", "--procs", "2", "--ray", "dashboard=on")
+    own = ("--launcher", "ray", "--nodes", "2", "--procs", "2", "-o", "dashboard=true")
     with (
         started("launch", *own, TINY, cwd=here) as mine,
         started("launch", *on(ray), TINY, cwd=there) as theirs,

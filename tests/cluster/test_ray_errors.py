@@ -14,7 +14,7 @@ from support.launch import TINY, dtrain, started, until
 from support.ray_cluster import RayCluster, on
 
 SOURCE = Path(package.__file__).parents[1]
-GEAR = ("--ray", "resources={gear: 1}")
+GEAR = ("-o", "resources={gear: 1}")
 
 
 def refused(cwd: Path, *arguments: str | Path, job: Path = TINY, **env: str) -> str:
@@ -39,7 +39,7 @@ def test_a_wrong_address(ray: RayCluster, tmp_path: Path) -> None:
     assert "no Ray cluster answers at 127.0.0.1:9" in said
     said = refused(tmp_path, "--launcher", "ray", "--address", ray.dashboard)
     assert "is not HOST:PORT of the cluster's head" in said
-    job = ("--launcher", "ray", "--ray", "submit=job", "--address", "http://127.0.0.1:9")
+    job = ("--launcher", "ray", "-o", "submit=job", "--address", "http://127.0.0.1:9")
     assert "no Ray job server answers at http://127.0.0.1:9" in refused(tmp_path, *job)
 
 
@@ -58,7 +58,7 @@ def test_more_than_the_cluster_has(ray: RayCluster, tmp_path: Path) -> None:
         assert f"{where}: free 4 of 4 CPU; 4 GPU short" in said
     said = refused(tmp_path, *on(ray, "3"))
     assert "asked: 3 nodes with 2 CPU each; 2 of the cluster's 2 can take it" in said
-    said = refused(tmp_path, *on(ray), "--ray", "labels={zone: a}")
+    said = refused(tmp_path, *on(ray), "-o", "labels={zone: a}")
     assert "label zone is missing" in said
 
 
@@ -69,7 +69,7 @@ def test_what_is_taken_is_waited_for(ray: RayCluster, tmp_path: Path) -> None:
     slow = ("--set", "args.pause=0.2", "--set", "train.steps=400")
     with started("launch", *on(ray, "1", 4), *slow, TINY, cwd=holder) as process:
         until("it to run", lambda: ray.trainers(), 60)
-        short = ("--ray", "place_timeout=4s")
+        short = ("-o", "place_timeout=4s")
         done = dtrain("launch", *on(ray, "2", 4), *short, TINY, cwd=waiter)
         process.terminate()
         process.communicate(timeout=60)
@@ -101,7 +101,7 @@ def test_a_folder_too_large_to_travel(ray: RayCluster, tmp_path: Path) -> None:
         if path.is_file():
             shutil.copy2(path, tmp_path)
     (tmp_path / "weights.bin").write_bytes(bytes(3 << 20))
-    job = ("--launcher", "ray", "--address", ray.dashboard, "--ray", "submit=job")
-    said = refused(tmp_path, *job, "--ray", "upload_limit=1MiB", job=tmp_path / "job.yaml")
+    job = ("--launcher", "ray", "--address", ray.dashboard, "-o", "submit=job")
+    said = refused(tmp_path, *job, "-o", "upload_limit=1MiB", job=tmp_path / "job.yaml")
     assert "more than travels to Ray's nodes (upload_limit: 1.0 MiB)" in said
     assert "weights.bin (3.0 MiB)" in said

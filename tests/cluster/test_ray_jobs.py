@@ -21,11 +21,11 @@ from support.ray_cluster import RayCluster
 
 
 def as_job(cluster: RayCluster, runs: Path | None = None) -> tuple[str, ...]:
-    where = ("--launcher", "ray", "--address", cluster.dashboard, "--ray", "submit=job")
-    away = () if runs is None else ("--ray", f"runs={runs}")
+    where = ("--launcher", "ray", "--address", cluster.dashboard, "-o", "submit=job")
+    away = () if runs is None else ("-o", f"cluster_runs={runs}")
     return (
         *where,
-        "--ray",
+        "-o",
         f"python={warm.programs() / 'python'}",
         *away,
         "--nodes",
@@ -68,7 +68,7 @@ def test_it_is_cancelled_from_afar_and_resumed(
         process.kill()  # the laptop is closed
         process.communicate(timeout=10)
         assert status(run)["state"] == "running"
-    assert "cancelled" in dtrain("cancel", cwd=laptop).stdout
+    assert "cancelled" in dtrain("cancel", "last", cwd=laptop).stdout
     until("no process of ours on any node", lambda: not ray.trainers(), 10)
     resumed = dtrain("resume", "--set", "args.pause=0", cwd=laptop, timeout=180)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr

@@ -117,7 +117,7 @@ def test_a_lost_node_is_replaced_by_one_that_comes(
         until("a word on it", lambda: "waiting for nodes" in json.dumps(events(the_run(tmp_path))))
         ray.start([4], gear=1)
 
-    run, output = trains_through(ray, tmp_path, lose, *OFTEN, "--ray", "resources={gear: 1}")
+    run, output = trains_through(ray, tmp_path, lose, *OFTEN, "-o", "resources={gear: 1}")
     assert f"node 1 ({ray.ip(3)}) was lost; going on from the last checkpoint" in output
     placed = [event["nodes"] for event in events(run, "attempt_started")]
     assert placed == [[ray.ip(2), ray.ip(3)], [ray.ip(2), ray.ip(4)]]
@@ -126,7 +126,7 @@ def test_a_lost_node_is_replaced_by_one_that_comes(
 
 def test_an_elastic_run_goes_on_with_the_nodes_that_remain(ray: RayCluster, tmp_path: Path) -> None:
     ray.start([2, 3], gear=1)
-    gear = ("--ray", "resources={gear: 1}")
+    gear = ("-o", "resources={gear: 1}")
     run, _ = trains_through(ray, tmp_path, lambda run: ray.kill(2), *OFTEN, *gear, nodes="1:2")
     placed = [event["nodes"] for event in events(run, "attempt_started")]
     assert placed == [[ray.ip(2), ray.ip(3)], [ray.ip(3)]]

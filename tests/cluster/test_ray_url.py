@@ -18,7 +18,7 @@ from support.ray_cluster import RayCluster, on
 from support.s3 import BUCKET, S3, make_bucket
 
 RUNS = f"s3://{BUCKET}/ray"
-GEAR = ("--ray", "resources={gear: 1}")
+GEAR = ("-o", "resources={gear: 1}")
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,8 @@ def test_a_ray_job_keeps_its_run_at_a_url(
     )
     for name, value in {**server.env, "DTRAIN_STAGING": str(tmp_path / "laptop")}.items():
         monkeypatch.setenv(name, value)
-    where = ("--launcher", "ray", "--address", ray.dashboard, "--ray", "submit=job")
-    python = ("--ray", f"python={warm.programs() / 'python'}", "--nodes", "2", "--procs", "2")
+    where = ("--launcher", "ray", "--address", ray.dashboard, "-o", "submit=job")
+    python = ("-o", f"python={warm.programs() / 'python'}", "--nodes", "2", "--procs", "2")
     url = f"s3://{BUCKET}/jobs"
     sent = dtrain(
         "launch", "--detach", *where, *python, "--runs", url, *SLOW, TINY, cwd=tmp_path, timeout=180

@@ -128,7 +128,7 @@ def test_an_array_of_thirty(slurm: Cluster, tmp_path: Path) -> None:
     shown = dtrain("launch", *ONE, *many, "--dry-run", "--at-once", "4", TINY, cwd=tmp_path).stdout
     assert "#SBATCH --array=0-29%4" in shown
     assert "Slurm would take it" in shown
-    done = dtrain("launch", *ONE, *many, "--slurm", "hold", "--detach", TINY, cwd=tmp_path)
+    done = dtrain("launch", *ONE, *many, "-o", "slurm.hold", "--detach", TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     listed = slurm.run(["squeue", "--array", "--noheader", "--format=%i %j"]).stdout
     assert len([line for line in listed.splitlines() if line.endswith(" many")]) == 30

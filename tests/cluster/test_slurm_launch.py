@@ -235,7 +235,7 @@ def test_what_is_planned_is_what_is_launched(
     slurm: Cluster, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     """Also with a time limit that the partition cuts."""
-    same = (*TWO, *more, "--slurm", "hold", "--run-id", "planned", TINY)
+    same = (*TWO, *more, "-o", "slurm.hold", "--run-id", "planned", TINY)
     shown = json.loads(dtrain("plan", *same, "--json", cwd=tmp_path).stdout)["plan"]
     done = dtrain("launch", "--detach", *same, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -248,7 +248,7 @@ def test_what_is_planned_is_what_is_launched(
     [
         (("-p", "nowhere"), "Invalid partition name specified", "--partition: partition: nowhere"),
         (("--gpus", "9"), "Requested node configuration is not available", "--gpus: gpus: 9"),
-        (("--slurm", "mem-per-cpu=900G"), "Memory specification", "--slurm: mem-per-cpu: 900G"),
+        (("-o", "slurm.mem-per-cpu=900G"), "Memory specification", "-o slurm.mem-per-cpu: 900G"),
         (("--nodes", "9"), "(Partition", "--nodes: nodes: 9"),
     ],
 )
@@ -261,9 +261,7 @@ def test_what_slurm_cannot_give_is_refused_with_its_reason(
     assert reason in output
     assert place in output
     assert "Traceback" not in output
-    run = the_run(tmp_path)
-    assert status(run)["state"] == "failed"
-    assert reason in dtrain("why", cwd=tmp_path).stdout
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_the_place_of_what_is_refused_is_a_line_of_the_profile(
@@ -291,7 +289,7 @@ def test_a_detached_run_is_followed_and_cancelled_from_elsewhere(
     with started("logs", "--follow", cwd=tmp_path) as follower:
         run = wait_for_step(tmp_path, 3)
         assert "running on" in status(run)["slurm"]
-        cancelled = json.loads(dtrain("cancel", "--json", cwd=tmp_path).stdout)
+        cancelled = json.loads(dtrain("cancel", "--json", "last", cwd=tmp_path).stdout)
         output = follower.communicate(timeout=60)[0]
     assert cancelled == {"id": run.id, "was": "running", "state": "cancelled"}
     assert follower.returncode == 143, output
@@ -304,7 +302,7 @@ def test_a_waiting_job_says_why_and_can_be_withdrawn(slurm: Cluster, tmp_path: P
     dtrain("launch", "--detach", *TWO, TINY, cwd=tmp_path)
     run = the_run(tmp_path)
     until("a reason", lambda: "nodes to become free" in status(run)["slurm"])
-    cancelled = json.loads(dtrain("cancel", "--json", cwd=tmp_path).stdout)
+    cancelled = json.loads(dtrain("cancel", "--json", "last", cwd=tmp_path).stdout)
     assert cancelled["state"] == "cancelled"
 
 
@@ -336,7 +334,7 @@ def test_a_job_trains_the_code_of_its_submission(slurm: Cluster, tmp_path: Path)
         (place / "site.yaml").write_text(
             f"launcher: slurm\nextends: slurm\noptions:\n  snapshot: {snapshot}\n"
         )
-        held = ("--slurm", "hold")
+        held = ("-o", "slurm.hold")
         arguments = ("--launcher", "site", "--detach", "--run-id", snapshot, *held)
         done = dtrain("launch", *arguments, job, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -374,7 +372,7 @@ def test_hostile_names(slurm: Cluster, tmp_path: Path) -> None:
     folder = tmp_path / 'it\'s "so"; $(touch gone) `x` 100%j\nnext'
     shutil.copytree(TINY.parent, folder)
     name = '--name=a\'b "c"; $(touch gone)'
-    comment = "comment=--slurm"
+    comment = "slurm.comment=--slurm"
     done = dtrain(
         "launch", *TWO, name, "-p", "main", "--env", "ODD=$(touch gone)'\"\n;", "--set",
         f"args.env_to={json.dumps(str(folder))}", "job.yaml", cwd=folder,
@@ -382,15 +380,15 @@ def test_hostile_names(slurm: Cluster, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((folder / "3.json").read_text())["ODD"] == "$(touch gone)'\"\n;"
     assert not list(tmp_path.rglob("gone"))
-    refused = dtrain("plan", *TWO, "--slurm", comment, "job.yaml", cwd=folder)
-    assert "comment: cannot be set here; use option comment" in refused.stderr
+    refused = dtrain("plan", *TWO, "-o", comment, "job.yaml", cwd=folder)
+    assert "'comment' cannot be set here; use option comment" in refused.stderr
 
 
 def test_many_jobs_are_told_of_by_one_command(slurm: Cluster, tmp_path: Path) -> None:
     """Thirty, submitted in a row; `dtrain runs` asks Slurm once for all of them."""
     count = 30
     for number in range(count):
-        arguments = ("--detach", "--slurm", "hold", "--run-id", f"run-{number}")
+        arguments = ("--detach", "-o", "slurm.hold", "--run-id", f"run-{number}")
         assert not dtrain(
             "launch", "--launcher", "slurm", *arguments, TINY, cwd=tmp_path
         ).returncode
@@ -408,7 +406,7 @@ def test_many_jobs_are_told_of_by_one_command(slurm: Cluster, tmp_path: Path) ->
 def test_the_script_is_clean(slurm: Cluster, tmp_path: Path) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    dtrain("launch", "--detach", "--slurm", "hold", *TWO, TINY, cwd=tmp_path)
+    dtrain("launch", "--detach", "-o", "slurm.hold", *TWO, TINY, cwd=tmp_path)
     script = the_run(tmp_path).slurm / "job.sbatch"
     done = subprocess.run(["shellcheck", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -443,7 +441,7 @@ def test_agents_without_slurms_commands_are_requeued_too(
 
 def test_a_job_that_starts_after_the_run_was_resumed_leaves(slurm: Cluster, tmp_path: Path) -> None:
     """Its command was killed between sbatch and noting the job, which nobody knew of after that."""
-    held = ("--slurm", "hold", "--set", "train.steps=400", "--set", "args.pause=0.05")
+    held = ("-o", "slurm.hold", "--set", "train.steps=400", "--set", "args.pause=0.05")
     done = dtrain("launch", "--detach", *once(tmp_path), *held, TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = the_run(tmp_path)

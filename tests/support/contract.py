@@ -141,7 +141,7 @@ class LauncherContract:
             refused = dtrain("resume", cwd=tmp_path)
             assert refused.returncode == 2
             assert f"run {run.id} is held by" in refused.stderr
-            cancelled = json.loads(dtrain("cancel", "--json", cwd=tmp_path).stdout)
+            cancelled = json.loads(dtrain("cancel", "--json", "last", cwd=tmp_path).stdout)
             assert cancelled == {"id": run.id, "was": "running", "state": "cancelled"}
             finish(processes, 30)
             assert not any(map(alive, below))

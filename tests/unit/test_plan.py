@@ -212,7 +212,7 @@ def test_torchrun_on_several_hosts_writes_the_same_plan_but_for_the_node() -> No
         ({"node_rank": 2}, r"--node-rank 2 does not exist among 2 nodes"),
         ({"node_rank": 0, "rdzv_endpoint": "head"}, r"'head' is not HOST:PORT"),
         ({"node_rank": 0, "rdzv_endpoint": "head:99999"}, r"is not HOST:PORT"),
-        ({"nodes_rank": 0}, r"has no option 'nodes_rank'; did you mean 'node_rank'\?"),
+        ({"nodes_rank": 0}, r"option nodes_rank: unknown; did you mean 'node_rank'\?"),
     ],
 )
 def test_torchrun_says_which_flag_is_missing(options: dict[str, Any], message: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.errors import PlanError
+from dtrain.job.load import flag as written
 from dtrain.launchers.flags import FLAGS, Flag
 from dtrain.planning import Request, plan_run
 from support.launch import TINY
@@ -15,11 +16,11 @@ from support.launch import TINY
 @pytest.mark.parametrize("launcher", ["local", "torchrun"])
 @pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.option)
 def test_a_flag_of_another_launcher_is_refused(flag: Flag, launcher: str, tmp_path: Path) -> None:
-    given = ("submit=job",) if flag.multiple else "0"
-    request = Request(launcher=launcher, runs=str(tmp_path), options={flag.option: given})
+    given = {flag.option: written(f"--{flag.option}", "0")}
+    request = Request(launcher=launcher, runs=str(tmp_path), options=given)
     if flag.launcher == launcher:
         return
-    with pytest.raises(PlanError, match=f"is for launcher '{flag.launcher}'"):
+    with pytest.raises(PlanError, match=f"needs --launcher {flag.launcher}; "):
         plan_run(str(TINY), request)
 
 

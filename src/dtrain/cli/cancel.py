@@ -1,4 +1,4 @@
-"""`dtrain cancel`: end a run in order."""
+"""`dtrain cancel`: stop a run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from dtrain.cli import options as shared
 from dtrain.run.lookup import find
 
 
-@click.command("cancel")
-@shared.run_argument
+@click.command(
+    "cancel",
+    cls=shared.Command,
+    examples=(("dtrain cancel last", "Stop the run that was started last."),),
+)
+@click.argument("run")
 @shared.runs_option
 @shared.json_option
 def command(run: str, runs: str, as_json: bool) -> None:
-    """End RUN (an id, a unique prefix, or `last`): its workers save and leave at the next step."""
+    """Stop RUN (an id, a unique prefix, or `last`): its workers save a checkpoint, then exit."""
     from dtrain.errors import UsageError
     from dtrain.launchers import base, status
     from dtrain.plan import LaunchPlan

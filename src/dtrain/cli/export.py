@@ -9,13 +9,25 @@ from dtrain.cli import options as shared
 from dtrain.run.lookup import find
 
 
-@click.command("export")
+@click.command(
+    "export",
+    cls=shared.Command,
+    examples=(("dtrain export --to safetensors last", "Write the model of the newest run."),),
+)
 @shared.run_argument
+@shared.option(
+    shared.WHAT, "--to", required=True, type=click.Choice(list(catalog.EXPORTS)), help="Format."
+)
+@shared.option(
+    shared.WHAT, "--step", type=int, help="Step of the checkpoint.  [default: the newest intact]"
+)
+@shared.option(
+    shared.WHAT, "--averaged", is_flag=True, help="Write the weights that dtrain.EMA averaged."
+)
 @shared.runs_option
-@click.option("--to", required=True, type=click.Choice(list(catalog.EXPORTS)), help="The format.")
-@click.option("--step", type=int, help="Checkpoint of that step; the newest good one unless said.")
-@click.option("--averaged", is_flag=True, help="The weights that dtrain.EMA has averaged.")
-@click.option("-o", "--output", metavar="FILE", help="Where to; RUN-STEP with the format's suffix.")
+@shared.option(
+    shared.WHERE, "--output", metavar="FILE", help="File to write.  [default: RUN-STEP.SUFFIX]"
+)
 def command(
     run: str, runs: str, to: str, step: int | None, averaged: bool, output: str | None
 ) -> int:

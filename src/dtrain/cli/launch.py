@@ -12,22 +12,37 @@ if TYPE_CHECKING:
     from dtrain.planning import Prepared
 
 
-@click.command("launch", cls=shared.LaunchCommand)
+@click.command(
+    "launch",
+    cls=shared.LaunchCommand,
+    examples=(
+        (
+            "dtrain launch --nodes 2 --procs 2 job.yaml",
+            "Two nodes simulated on this machine, with two processes each.",
+        ),
+        (
+            "dtrain launch --launcher slurm --nodes 2 --gpus 4 job.yaml",
+            "A batch job of two nodes with four GPUs each.",
+        ),
+    ),
+)
 @click.argument("job")
 @shared.script_arguments
 @shared.job_options
-@click.option("--dry-run", "--dryrun", is_flag=True, help="Show the plan and start nothing.")
-@click.option("--explain", is_flag=True, help="With --dry-run: where each value came from.")
-@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
-@click.option("--detach", is_flag=True, help="Submit and return; for launchers slurm and ray.")
-@click.option("-q", "--quiet", is_flag=True, help="Show only the end and what went wrong.")
-@click.option(
+@shared.quiet_option
+@shared.detach_option
+@shared.dry_run_option
+@shared.explain_option
+@shared.json_option
+@shared.option(
+    shared.MORE,
     "--array",
     multiple=True,
     metavar="FIELD=V,V,…",
-    help="Launcher slurm: a run for each value, as one array; may be repeated.",
+    help="Start a run for each value, as one array of launcher slurm; repeatable.",
 )
-@click.option(
+@shared.option(
+    shared.MORE,
     "--at-once",
     type=click.IntRange(min=1),
     metavar="N",
@@ -44,15 +59,16 @@ def command(
     at_once: int | None,
     **options: Any,
 ) -> int:
-    """Train JOB (a job.yaml, or a script): as one process or many, here or elsewhere.
+    """Train JOB, a job.yaml or a script, on one or more processes: on this machine, on other
+    hosts, by Slurm or on Ray.
 
-    What follows `--` is the command line of a script.
+    Arguments of a script follow `--`.
     """
     from dtrain.cli.plan import show
     from dtrain.planning import plan_run
 
     if (explain or as_json) and (array or not dry_run):
-        raise click.UsageError("--explain and --json are of --dry-run for one run")
+        raise click.UsageError("--explain and --json need --dry-run, and no --array")
     if array:
         from dtrain.cli import array as arrays
 
@@ -61,7 +77,7 @@ def command(
             return 0
         return arrays.launch(job, array, options, at_once=at_once, detach=detach, quiet=quiet)
     if at_once:
-        raise click.UsageError("--at-once is for runs of an --array, and there is none")
+        raise click.UsageError("--at-once needs --array")
     prepared = plan_run(job, shared.request(options))
     if dry_run:
         show(prepared, as_json, explain)
@@ -82,7 +98,7 @@ def start(prepared: Prepared, quiet: bool, detach: bool = False) -> int:
     if detach and not can_detach(launcher, plan):
         raise UsageError(
             f"launcher {plan.launcher!r} cannot --detach: its processes end with the command; "
-            "launcher 'slurm' can, and launcher 'ray' with --ray submit=job"
+            "launcher 'slurm' can, and launcher 'ray' with -o submit=job"
         )
     console = LiveConsole(plan, quiet=quiet)
     return drive(launcher, plan, prepared.job.spec, prepared.job.text, console, detach=detach)

@@ -19,13 +19,28 @@ _FOLD_WINDOW_S = 0.3
 _POLL_S = 0.1
 
 
-@click.command("logs")
+@click.command(
+    "logs",
+    cls=shared.Command,
+    examples=(
+        (
+            "dtrain logs --follow --rank 0",
+            "What rank 0 of the newest run writes, until the run ends.",
+        ),
+    ),
+)
 @shared.run_argument
 @shared.runs_option
-@click.option("-f", "--follow", is_flag=True, help="Go on until the run has ended.")
-@click.option("--rank", type=int, multiple=True, help="Only this rank; may be repeated.")
-@click.option("--node", type=int, multiple=True, help="Only ranks of this node; may be repeated.")
-@click.option("--attempt", type=int, help="Which attempt; the newest unless said.")
+@shared.option(shared.WATCH, "-f", "--follow", is_flag=True, help="Follow the run until it ends.")
+@shared.option(
+    shared.WHAT, "--rank", type=int, multiple=True, help="Only this rank; may be repeated."
+)
+@shared.option(
+    shared.WHAT, "--node", type=int, multiple=True, help="Only ranks of this node; may be repeated."
+)
+@shared.option(
+    shared.WHAT, "--attempt", type=int, help="Number of the attempt.  [default: the newest]"
+)
 @shared.json_option
 def command(
     run: str,

@@ -19,19 +19,26 @@ from dtrain.errors import EXIT_FAILURE, EXIT_USAGE, DtrainError, printable
 # name → (module, one line of help). The lines stand here so that `dtrain --help` imports no
 # command, no pydantic and no torch: it is the first thing that anybody tries.
 _COMMANDS = {
-    "launch": ("dtrain.cli.launch", "Train a job: as one process or many, here or elsewhere."),
+    "launch": (
+        "dtrain.cli.launch",
+        "Train a job on one or more processes: on this machine, other hosts, Slurm or Ray.",
+    ),
     "plan": (
         "dtrain.cli.plan",
         "Show every command, variable and file of a launch; start nothing.",
     ),
-    "resume": ("dtrain.cli.resume", "Go on with a run from its newest good checkpoint."),
+    "resume": ("dtrain.cli.resume", "Continue a run from its newest intact checkpoint."),
     "runs": ("dtrain.cli.runs", "List the runs."),
-    "status": ("dtrain.cli.status", "How a run stands."),
+    "status": ("dtrain.cli.status", "Show a run's state, progress and newest metrics."),
     "logs": ("dtrain.cli.logs", "Show what the ranks of a run wrote, and follow it."),
     "why": ("dtrain.cli.why", "Why a run failed: the culprit, its error, what to try."),
-    "cancel": ("dtrain.cli.cancel", "End a run in order."),
-    "verify": ("dtrain.cli.verify", "Show that a job is the same training in every way to run it."),
+    "cancel": ("dtrain.cli.cancel", "Stop a run: its workers save a checkpoint, then exit."),
+    "verify": (
+        "dtrain.cli.verify",
+        "Check that a job is the same training under every strategy and size.",
+    ),
     "export": ("dtrain.cli.export", "Write a run's model for other programs, and check it."),
+    "launchers": ("dtrain.cli.launchers", "List launchers, profiles and their options."),
     "schema": ("dtrain.cli.schema", "Print the JSON Schema of job.yaml, for editors."),
 }
 
@@ -98,7 +105,7 @@ def _version(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda name: name.replace("_", "-"),
-        "max_content_width": 100,
+        "max_content_width": 80,
     },
 )
 @click.option("--version", is_flag=True, callback=_version, expose_value=False, is_eager=True)

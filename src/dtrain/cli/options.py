@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they become a plan."""
+"""Options that several commands share, their groups in `--help`, and how they become a plan."""
 
 from __future__ import annotations
 
@@ -12,19 +12,94 @@ from dtrain.launchers import flags
 from dtrain.launchers.flags import Flag
 
 if TYPE_CHECKING:
+    from dtrain.job.located import Located
     from dtrain.planning import Request
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-runs_option = click.option(
+WHAT = "What"
+SIZE = "How many processes"
+WHERE = "Where"
+WATCH = "Watching"
+MORE = "More"
+_WIDEST = 26
+
+
+class _Option(click.Option):
+    """An option that stands in a group of its own in `--help`."""
+
+    def __init__(self, *args: Any, group: str = MORE, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+def option(group: str, *names: str, **settings: Any) -> Callable[[_Function], _Function]:
+    """Declare an option, as `click.option` does, in a group of `--help`."""
+    return click.option(*names, cls=_Option, group=group, **settings)
+
+
+class Command(click.Command):
+    """A command whose `--help` has groups of options, and examples at the end."""
+
+    def __init__(self, *args: Any, examples: tuple[tuple[str, str], ...] = (), **more: Any) -> None:
+        """As of click, with examples: command lines, each with what it does."""
+        super().__init__(*args, **more)
+        self._examples = examples
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {WHAT: [], SIZE: [], WHERE: []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and isinstance(param, click.Option):
+                groups.setdefault(getattr(param, "group", MORE), []).append(record)
+        for last in (WATCH, MORE):
+            groups[last] = groups.pop(last, [])
+        width = min(_WIDEST, max(len(name) for part in groups.values() for name, _ in part))
+        for title, records in groups.items():
+            if records:
+                with formatter.section(title):
+                    aligned = [(name.ljust(width), text) for name, text in records]
+                    formatter.write_dl(aligned, col_max=width)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self._examples:
+            formatter.write_paragraph()
+            formatter.write_text("Examples:")
+            for line, text in self._examples:
+                formatter.write(f"  # {text}\n  {line}\n")
+
+
+runs_option = option(
+    WHERE,
     "--runs",
     default="runs",
     envvar="DTRAIN_RUNS",
     show_default=True,
     metavar="DIR|URL",
-    help="Folder of all runs, or a URL, as s3://bucket/runs.",
+    help="Folder of all runs, or a URL, for example s3://bucket/runs.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+json_option = option(WATCH, "--json", "as_json", is_flag=True, help="Print JSON.")
+quiet_option = option(
+    WATCH, "-q", "--quiet", is_flag=True, help="Show only the end and what went wrong."
+)
+dry_run_option = option(
+    WATCH, "--dry-run", "--dryrun", is_flag=True, help="Show the plan and start nothing."
+)
+explain_option = option(
+    WATCH, "--explain", is_flag=True, help="Show in the plan where each value came from."
+)
+detach_option = option(
+    WATCH, "--detach", is_flag=True, help="Submit and return; launchers slurm and ray."
+)
+option_option = option(
+    WHERE,
+    "-o",
+    "--option",
+    "options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Set an option of the launcher; repeatable. `dtrain launchers NAME` lists them.",
+)
 script_arguments = click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- …]")
 run_argument = click.argument("run", default="last")
 
@@ -41,28 +116,31 @@ _FIELDS = {
 }
 
 _SIZE_OPTIONS = (
-    click.option("--nodes", "--nnodes", metavar="N|MIN:MAX", help="Number of nodes."),
-    click.option("--gpus", "--gpus-per-node", metavar="N",
-                 help="GPUs per node; 0 trains on the CPU."),
-    click.option("--procs", "--nproc-per-node", "--procs-per-node", metavar="N",
-                 help="Processes per node."),
-    click.option("--strategy", metavar="NAME", help="How processes share the work."),
-    click.option("--max-restarts", metavar="N", help="Restarts of failed workers."),
-    click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE",
-                 help="Any field of job.yaml, as train.epochs=3; may be repeated."),
-    click.option("--env", "environment", multiple=True, metavar="NAME=VALUE",
-                 help="A variable for every worker; may be repeated."),
+    option(SIZE, "-N", "--nodes", "--nnodes", metavar="N|MIN:MAX", help="Number of nodes."),
+    option(SIZE, "--procs", "--nproc-per-node", "--ntasks-per-node", metavar="N",
+           help="Processes per node.  [default: one per GPU, or one]"),
+    option(SIZE, "--gpus", "--gpus-per-node", metavar="N",
+           help="GPUs per node; 0 trains on the CPU."),
+    option(SIZE, "--strategy", metavar="NAME",
+           help="How processes share the work: single, dp, ddp, fsdp or exact."),
+    option(WHAT, "--set", "overrides", multiple=True, metavar="FIELD=VALUE",
+           help="Set a field of job.yaml, for example train.epochs=3; repeatable."),
+    option_option,
+    option(WHERE, "-e", "--env", "environment", multiple=True, metavar="NAME[=VALUE]",
+           help="Set a variable for every worker; repeatable."),
+    option(MORE, "--max-restarts", metavar="N", help="Restarts of failed workers."),
 )  # fmt: skip
 _JOB_OPTIONS = (
-    click.option("--launcher", default="local", show_default=True, metavar="NAME",
-                 help="A profile: launchers/NAME.yaml, yours or the packaged one."),
-    click.option("--trainer", metavar="NAME", help="Whose loop runs."),
-    click.option("--seed", metavar="N", help="Seed of the whole training."),
-    click.option("--name", metavar="TEXT", help="Name of the run."),
-    click.option("--inject", "inject", multiple=True, metavar="RANK,STEP,KIND",
-                 help="A fault on purpose, as rank=1,step=5,kind=flip-gradient-bit; see docs."),
-    click.option("--run-id", metavar="ID",
-                 help="Id of the run; needed where several hosts start the same run."),
+    option(WHAT, "--trainer", metavar="NAME",
+           help="Training loop: native (dtrain's), or lightning."),
+    option(WHAT, "--seed", metavar="N", help="Seed of the whole training."),
+    option(WHAT, "--name", metavar="TEXT", help="Name of the run."),
+    option(WHERE, "--launcher", default="local", show_default=True, metavar="NAME",
+           help="Where processes start: local, torchrun, slurm, ray, or a profile of your own."),
+    option(MORE, "--inject", "inject", multiple=True, metavar="RANK,STEP,KIND",
+           help="Cause a fault, for example rank=1,step=5,kind=flip-gradient-bit."),
+    option(MORE, "--run-id", metavar="ID",
+           help="Id of the run; needed where several hosts start the same run."),
 )  # fmt: skip
 
 
@@ -71,16 +149,21 @@ _OF_LAUNCHER = "launcher_option_"
 
 
 def _click_option(flag: Flag) -> Callable[[_Function], _Function]:
-    return click.option(
+    return option(
+        f"Launcher {flag.launcher}",
         *flag.names,
         f"{_OF_LAUNCHER}{flag.option}",
-        multiple=flag.multiple,
         metavar=flag.metavar,
-        help=f"Launcher {flag.launcher}: {flag.help}",
+        help=flag.help,
+        callback=_with_unit(flag.unit) if flag.unit else None,
     )
 
 
-class LaunchCommand(click.Command):
+def _with_unit(unit: str) -> Callable[[click.Context, click.Parameter, str | None], str | None]:
+    return lambda _context, _option, text: f"{text}{unit}" if text and text.isdecimal() else text
+
+
+class LaunchCommand(Command):
     """A command that also takes the flags of launchers from outside.
 
     They are looked for only where one is not known, or help is asked for: that takes 0.1 s.
@@ -107,15 +190,15 @@ class LaunchCommand(click.Command):
 
 def size_options(function: _Function) -> _Function:
     """Options that say how large a launch is; for launch, plan and resume."""
-    for option in reversed((*_SIZE_OPTIONS, *map(_click_option, flags.FLAGS), runs_option)):
-        function = option(function)
+    for each in reversed((*_SIZE_OPTIONS, runs_option, *map(_click_option, flags.FLAGS))):
+        function = each(function)
     return function
 
 
 def job_options(function: _Function) -> _Function:
     """Options that only a new run has; for launch and plan."""
-    for option in reversed(_JOB_OPTIONS):
-        function = option(function)
+    for each in reversed(_JOB_OPTIONS):
+        function = each(function)
     return size_options(function)
 
 
@@ -123,19 +206,25 @@ def request(options: dict[str, Any]) -> Request:
     """What a command was asked for besides the job."""
     from dtrain.planning import Request
 
-    of_launcher = {
-        name.removeprefix(_OF_LAUNCHER): value
-        for name, value in options.items()
-        if name.startswith(_OF_LAUNCHER) and value
-    }
     return Request(
         launcher=options.get("launcher", ""),
         runs=options["runs"],
         run_id=options.get("run_id"),
         overrides=options["overrides"],
         fields=written_flags(options),
-        options=of_launcher,
+        options=_launcher_options(options),
+        further_options=options["options"],
     )
+
+
+def _launcher_options(options: dict[str, Any]) -> dict[str, Located]:
+    from dtrain.job.load import flag
+
+    return {
+        option: flag(f"--{option.replace('_', '-')}", value)
+        for name, value in options.items()
+        if value and (option := name.removeprefix(_OF_LAUNCHER)) != name
+    }
 
 
 def written_flags(options: dict[str, Any]) -> dict[str, Any]:

@@ -14,12 +14,21 @@ if TYPE_CHECKING:
     from dtrain.planning import Prepared
 
 
-@click.command("plan", cls=shared.LaunchCommand)
+@click.command(
+    "plan",
+    cls=shared.LaunchCommand,
+    examples=(
+        ("dtrain plan --explain job.yaml", "What a launch would do, and where each value is from."),
+        ("dtrain plan --launcher slurm --nodes 2 job.yaml", "The batch script of a launch."),
+    ),
+)
 @click.argument("job")
 @shared.script_arguments
 @shared.job_options
-@click.option("--explain", is_flag=True, help="Show where each value of the job came from.")
-@click.option("--write", is_flag=True, help="Write the run directory, to start workers by hand.")
+@shared.explain_option
+@shared.option(
+    shared.MORE, "--write", is_flag=True, help="Write the run directory, to start workers by hand."
+)
 @shared.json_option
 def command(job: str, explain: bool, write: bool, as_json: bool, **options: Any) -> None:
     """Show every command, variable and file of a launch of JOB; start nothing."""
@@ -39,6 +48,7 @@ def show(prepared: Prepared, as_json: bool, explain: bool, *, written: bool = Fa
         value = {"plan": plan.to_json()}
         if explain:
             value["sources"] = prepared.job.sources
+            value["option_sources"] = _option_sources(prepared)
         shared.print_json(value)
         return
     lines = [*_lines(plan, written), *plan.notes, *_preview(prepared)]
@@ -113,12 +123,35 @@ def _command(command: Command) -> str:
 
 
 def _explained(prepared: Prepared) -> list[str]:
-    lines = ["", "where each value came from"]
-    spec: Any = prepared.job.spec
-    width = max(len(field) for field in prepared.job.sources)
-    for field, source in prepared.job.sources.items():
-        lines.append(f"  {field:<{width}}  {_value(spec, field)!s:<12}  {source}")
+    tables = [
+        ("where each value came from", prepared.job.spec, prepared.job.sources),
+        (
+            f"options of launcher {prepared.plan.launcher!r}",
+            prepared.plan.options,
+            _option_sources(prepared),
+        ),
+    ]
+    lines: list[str] = []
+    for title, values, sources in tables:
+        width = max(map(len, sources), default=0)
+        rows = [(name, _value(values, name), source) for name, source in sources.items()]
+        lines += ["", title] if rows else []
+        lines += [f"  {name:<{width}}  {value!s:<12}  {source}" for name, value, source in rows]
     return lines
+
+
+def _option_sources(prepared: Prepared) -> dict[str, str]:
+    """Where each option of the launcher was written, `default` where nowhere."""
+    options, written = prepared.plan.options, prepared.plan.sources
+    names = (
+        name for name in type(options).model_fields if not isinstance(getattr(options, name), dict)
+    )
+    sections = (
+        name
+        for name in written
+        if name.partition(".")[0] in type(options).model_fields and "." in name
+    )
+    return {name: written.get(name, "default") for name in (*names, *sections)}
 
 
 def _value(spec: Any, field: str) -> Any:

@@ -15,20 +15,40 @@ if TYPE_CHECKING:
     from dtrain.run.rundir import RunDir
 
 
-@click.command("resume", cls=shared.LaunchCommand)
+@click.command(
+    "resume",
+    cls=shared.LaunchCommand,
+    examples=(
+        ("dtrain resume", "Go on with the run that was started last."),
+        ("dtrain resume digits-4f --procs 4", "Go on with a run, on four processes."),
+    ),
+)
 @shared.run_argument
 @shared.size_options
-@click.option("--dry-run", "--dryrun", is_flag=True, help="Show the plan and start nothing.")
-@click.option("-q", "--quiet", is_flag=True, help="Show only the end and what went wrong.")
-def command(run: str, dry_run: bool, quiet: bool, **options: Any) -> int:
-    """Go on with RUN (an id, a unique prefix, or `last`) from its newest good checkpoint.
+@shared.quiet_option
+@shared.detach_option
+@shared.dry_run_option
+@shared.explain_option
+@shared.json_option
+def command(
+    run: str,
+    dry_run: bool,
+    explain: bool,
+    as_json: bool,
+    detach: bool,
+    quiet: bool,
+    **options: Any,
+) -> int:
+    """Continue RUN (an id, a unique prefix, or `last`) from its newest intact checkpoint.
 
-    The run goes on as it was launched; flags change what they name, as its size.
+    All settings stay as launched unless a flag changes them, for example --procs 4.
     """
     from dtrain.cli.launch import start
     from dtrain.cli.plan import show
     from dtrain.planning import plan_attempt
 
+    if (explain or as_json) and not dry_run:
+        raise click.UsageError("--explain and --json need --dry-run")
     found = find(run, options["runs"])
     asked = shared.request(options)
     _check(found, asked)
@@ -37,9 +57,9 @@ def command(run: str, dry_run: bool, quiet: bool, **options: Any) -> int:
     spec = prepared.job.spec
     _refuse_to_end_before(found, spec.train.steps if spec.script is None else None)
     if dry_run:
-        show(prepared, as_json=False, explain=False)
+        show(prepared, as_json, explain)
         return 0
-    return start(prepared, quiet)
+    return start(prepared, quiet, detach)
 
 
 def _check(run: RunDir, asked: Request) -> None:
@@ -51,14 +71,15 @@ def _check(run: RunDir, asked: Request) -> None:
     from dtrain.launchers import status
     from dtrain.run.attempts import Handle, Held
 
-    if asked.options.get("node_rank", "0") != "0":
+    if (rank := asked.options.get("node_rank")) and rank.value != "0":
         return
     state, _ = status.state_of(run)
     if state == "running":
         raise Held(run, Handle.read(run))
     if state == "succeeded" and not any(text.startswith("train") for text in asked.overrides):
         raise UsageError(
-            f"run {run.id} has finished; to train on, give it a new end, as --set train.epochs=20"
+            f"run {run.id} has finished; to train on, give it a new end, for example "
+            "--set train.epochs=20"
         )
 
 

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 _DAMAGED = "damaged"
 
 
-@click.command("runs")
+@click.command(
+    "runs",
+    cls=shared.Command,
+    examples=(("dtrain runs", "All runs in the folder `runs`, the newest last."),),
+)
 @shared.runs_option
 @shared.json_option
 def command(runs: str, as_json: bool) -> None:

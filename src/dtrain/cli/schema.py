@@ -7,14 +7,19 @@ import click
 from dtrain.cli import options as shared
 
 
-@click.command("schema")
+@click.command(
+    "schema",
+    cls=shared.Command,
+    examples=(
+        ("dtrain schema > job.schema.json", "Write the schema where an editor finds it."),
+        (
+            "# yaml-language-server: $schema=job.schema.json",
+            "First line of a job.yaml that an editor is to check:",
+        ),
+    ),
+)
 def command() -> None:
-    """Print the JSON Schema of job.yaml, for completion and checks in editors.
-
-    \b
-    dtrain schema > job.schema.json
-    # yaml-language-server: $schema=job.schema.json     as the first line of job.yaml
-    """
+    """Print the JSON Schema of job.yaml, for completion and checks in editors."""
     from dtrain.job.schema import job_schema
 
     shared.print_json(job_schema())

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from dtrain.run.rundir import RunDir
 
 
-@click.command("status")
+@click.command(
+    "status",
+    cls=shared.Command,
+    examples=(("dtrain status last", "The run that was started last."),),
+)
 @shared.run_argument
 @shared.runs_option
 @shared.json_option

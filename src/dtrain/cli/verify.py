@@ -71,9 +71,25 @@ def _writable(context: click.Context, option: click.Parameter, given: str | None
     return given
 
 
-@click.command("verify")
+@click.command(
+    "verify",
+    cls=shared.Command,
+    examples=(
+        ("dtrain verify job.yaml", "Every strategy and size that this machine can run."),
+        ("dtrain verify --strategy ddp,fsdp --procs 2 job.yaml", "Only these."),
+    ),
+)
 @click.argument("job", nargs=-1, required=True, callback=_one_job, metavar="JOB")
-@click.option(
+@shared.option(
+    shared.WHAT,
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Set a field of job.yaml, for example train.global_batch_size=32; repeatable.",
+)
+@shared.option(
+    shared.WHAT,
     "--steps",
     default=5,
     show_default=True,
@@ -81,15 +97,17 @@ def _writable(context: click.Context, option: click.Parameter, given: str | None
     metavar="K",
     help="Optimizer steps of each run.",
 )
-@click.option(
-    "--strategy",
-    "strategies",
-    multiple=True,
-    callback=_list,
-    metavar="NAME,…",
-    help="Only these strategies.",
+@shared.option(
+    shared.WHAT,
+    "--epoch-samples",
+    default="auto",
+    callback=_samples,
+    metavar="N|all",
+    help="Samples of an epoch.  [default: so few that the runs have a short last batch and a "
+    "second epoch]",
 )
-@click.option(
+@shared.option(
+    shared.WHAT,
     "--trainer",
     "trainers",
     multiple=True,
@@ -97,61 +115,77 @@ def _writable(context: click.Context, option: click.Parameter, given: str | None
     metavar="NAME,…",
     help="Only these trainers.",
 )
-@click.option(
+@shared.option(
+    shared.WHAT,
+    "--deep",
+    is_flag=True,
+    help="Run everything in fp64: rounding differences nearly vanish, real errors stay.",
+)
+@shared.option(
+    shared.SIZE,
+    "--nodes",
+    multiple=True,
+    callback=_numbers,
+    metavar="N,…",
+    help="Numbers of nodes, for example 1,2.",
+)
+@shared.option(
+    shared.SIZE,
+    "--procs",
+    multiple=True,
+    callback=_numbers,
+    metavar="N,…",
+    help="Processes per node, for example 1,2,4.",
+)
+@shared.option(shared.SIZE, "--gpus", is_flag=True, help="Give each process a GPU.")
+@shared.option(
+    shared.SIZE,
+    "--strategy",
+    "strategies",
+    multiple=True,
+    callback=_list,
+    metavar="NAME,…",
+    help="Only these strategies.",
+)
+@shared.option(
+    shared.SIZE,
+    "--only",
+    is_flag=True,
+    help="Run only what is named: not also micro-batches, a resumed run and strategy exact.",
+)
+@shared.option(
+    shared.WHERE,
     "--launcher",
     "launchers",
     multiple=True,
     callback=_list,
     metavar="NAME,…",
-    help="Profiles, as for `dtrain launch`.",
+    help="Where processes start; as for `dtrain launch`.",
 )
-@click.option(
-    "--procs", multiple=True, callback=_numbers, metavar="N,…", help="Processes per node, as 1,2,4."
+@shared.option_option
+@shared.option(
+    shared.WHERE,
+    "--keep",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="Keep the run directories here.",
 )
-@click.option("--nodes", multiple=True, callback=_numbers, metavar="N,…", help="Nodes, as 1,2.")
-@click.option(
-    "--only",
-    is_flag=True,
-    help="Only what the options above name: no rows with micro-batches, resumed, and by `exact`.",
-)
-@click.option("--gpus", is_flag=True, help="Give each process a GPU.")
-@click.option(
-    "--deep",
-    is_flag=True,
-    help="Run everything in fp64, where a mistake of one part in a million is no rounding.",
-)
-@click.option(
-    "--epoch-samples",
-    default="auto",
-    callback=_samples,
-    metavar="N|all",
-    help="Samples of an epoch. By default so few that the runs see a short last batch "
-    "and a second epoch.",
-)
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="FIELD=VALUE",
-    help="Any field of job.yaml, as train.global_batch_size=32; may be repeated.",
-)
-@click.option(
+@shared.option(
+    shared.WATCH,
     "--html",
     type=click.Path(dir_okay=False),
     callback=_writable,
     metavar="FILE",
-    help="Write the same as a page, with pictures.",
-)
-@click.option(
-    "--keep", type=click.Path(file_okay=False), metavar="DIR", help="Keep the run directories here."
+    help="Write the report as a page, with pictures.",
 )
 @shared.json_option
 def command(html: str | None, as_json: bool, **options: Any) -> int:  # fmt: skip
-    """Run JOB for a few steps in every way this machine can; is each the same training?
+    """Run JOB for a few steps under every strategy and size available here, and compare: is each
+    the same training?
 
     Samples, losses, gradients and parameters are compared with those of a single process. What
-    differs is run again in fp64, where rounding all but disappears and a mistake does not.
-    Exit code 1 when any of them is another training.
+    differs is run again in fp64, where rounding differences nearly vanish and real errors stay.
+    The exit code is 1 when one of them is another training.
     """
     from dtrain.verify.session import Session
 

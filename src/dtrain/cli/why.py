@@ -15,10 +15,16 @@ _STANDS = {
 }
 
 
-@click.command("why")
+@click.command(
+    "why",
+    cls=shared.Command,
+    examples=(("dtrain why last", "Why the run that was started last failed."),),
+)
 @shared.run_argument
 @shared.runs_option
-@click.option("--attempt", type=int, help="Which attempt; the newest unless said.")
+@shared.option(
+    shared.WHAT, "--attempt", type=int, help="Number of the attempt.  [default: the newest]"
+)
 @shared.json_option
 def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
     """Why RUN (an id, a unique prefix, or `last`) failed."""

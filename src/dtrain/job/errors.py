@@ -32,21 +32,25 @@ _BOUNDS = {
 }
 
 
-def explain(error: ValidationError, root: Located, model: type[Model]) -> list[Problem]:
+def explain(
+    error: ValidationError, root: Located, model: type[Model], listed: str = ""
+) -> list[Problem]:
     """One problem for each field that pydantic refused.
 
     Args:
         error: from validating `root.plain()` as `model`.
         root: what was written, with places.
         model: the model of the whole file, for hints about where a key belongs.
+        listed: a sentence with the keys of the top section; empty: what the file can have.
     """
+    listed = listed or f"this file can have: {', '.join(model.model_fields)}"
     by_field: dict[Keys, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         by_field.setdefault(_keys(detail, root), []).append(detail)
     by_field.pop((), None)  # between fields: told by cross_problems, with places
     misspelt = {_meant(keys, model) for keys, d in by_field.items() if _kind(d) == _UNKNOWN}
     return [
-        _problem(keys, details, root, model)
+        _problem(keys, details, root, model, listed)
         for keys, details in by_field.items()
         if not (_kind(details) == "missing" and keys in misspelt)
     ]
@@ -95,7 +99,9 @@ def _meant(keys: Keys, model: type[Model]) -> Keys:
     return (*keys[:-1], suggest(str(keys[-1]), here) or "")
 
 
-def _problem(keys: Keys, details: list[ErrorDetails], root: Located, model: type[Model]) -> Problem:
+def _problem(
+    keys: Keys, details: list[ErrorDetails], root: Located, model: type[Model], listed: str
+) -> Problem:
     if _kind(details) == "missing":
         field = (model_at(model, keys[:-1]) or model).model_fields[str(keys[-1])]
         about = (field.description or "").replace("\n", " ").partition(". ")[0].rstrip(".")
@@ -103,11 +109,11 @@ def _problem(keys: Keys, details: list[ErrorDetails], root: Located, model: type
     written = root.path(keys)[-1]
     if _kind(details) == _UNKNOWN:
         place = written.key or written.place
-        return place.problem(dotted(keys), _unknown_key(keys, root, model))
+        return place.problem(dotted(keys), _unknown_key(keys, root, model, listed))
     return written.place.problem(dotted(keys), _wrong_value(details, written))
 
 
-def _unknown_key(keys: Keys, root: Located, model: type[Model]) -> str:
+def _unknown_key(keys: Keys, root: Located, model: type[Model], listed: str) -> str:
     word, section = str(keys[-1]), keys[:-1]
     here = list((model_at(model, section) or model).model_fields)
     others = [other for other in fields_of(model) if other[:-1] != section]
@@ -120,8 +126,9 @@ def _unknown_key(keys: Keys, root: Located, model: type[Model]) -> str:
     if near := suggest(word, [str(other[-1]) for other in others]):
         homes = [other for other in others if other[-1] == near]
         return f"unknown; did you mean {near!r}? It belongs {_belongs(homes)}"
-    where = f"{dotted(section)} has" if section else "this file can have"
-    return f"unknown; {where}: {', '.join(here)}"
+    if section:
+        listed = f"{dotted(section)} has: {', '.join(here)}"
+    return f"unknown; {listed}"
 
 
 def _belongs(homes: list[Keys]) -> str:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import ClassVar, Self
 
-from pydantic import BeforeValidator, ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from dtrain.errors import PlanError
+from dtrain.job.located import did_you_mean
 from dtrain.job.spec import Model
-
-
-def _switch(value: Any) -> Any:
-    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-
-
-Switch = Annotated[Literal["on", "off"], BeforeValidator(_switch)]
-"""YAML 1.1 reads `on` as a boolean."""
 
 
 class AnyOptions(Model):
@@ -36,6 +28,15 @@ class LauncherOptions(AnyOptions):
     model_config = ConfigDict(extra="forbid")
 
     launcher: ClassVar[str]
+    further: ClassVar[str] = ""
+    """What else can be set, as the end of a sentence that lists the options."""
+
+    @classmethod
+    def listed(cls) -> str:
+        """A sentence that names every option, for the error about an unknown one."""
+        names = ", ".join(cls.model_fields)
+        has = f"the options {names}" if names else "no options"
+        return f"launcher {cls.launcher!r} has {has}{cls.further}"
 
     @classmethod
     def of(cls, options: AnyOptions) -> Self:
@@ -54,8 +55,5 @@ class LauncherOptions(AnyOptions):
         if first["type"] != "extra_forbidden":
             where = f"option {name}" if name else "options"
             raise PlanError(f"launcher {cls.launcher!r}, {where}: {first['msg']}")
-        known = list(cls.model_fields)
-        near = get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        has = f"it has: {', '.join(known)}" if known else "it has none"
-        raise PlanError(f"launcher {cls.launcher!r} has no option {name!r}{hint} ({has})")
+        near = did_you_mean(name, list(cls.model_fields))
+        raise PlanError(f"option {name}: unknown{near or f'; {cls.listed()}'}")

@@ -125,12 +125,14 @@ def read_root(
     return _open_empty_sections(root, model), problems
 
 
-def validate(root: Located, model: type[AnyModel]) -> tuple[AnyModel | None, list[Problem]]:
-    """What is written as a spec, or every problem of single fields."""
+def validate(
+    root: Located, model: type[AnyModel], listed: str = ""
+) -> tuple[AnyModel | None, list[Problem]]:
+    """What is written as a spec, or every problem of single fields; `listed` as for `explain`."""
     try:
         return model.model_validate(root.plain()), []
     except ValidationError as error:
-        return None, explain(error, root, model)
+        return None, explain(error, root, model, listed)
 
 
 def sort_problems(problems: Sequence[Problem], first: str) -> list[Problem]:

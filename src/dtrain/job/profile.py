@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar, get_origin
 
 from pydantic import ValidationError
 
 from dtrain import catalog
 from dtrain.assets import asset_dir
-from dtrain.errors import JobError, Problem
+from dtrain.errors import JobError, Problem, quoted
+from dtrain.job.launcher_options import LauncherOptions
 from dtrain.job.load import (
-    AnyModel,
     numbers_as_text,
     read_root,
     sort_problems,
@@ -23,8 +24,9 @@ from dtrain.job.load import (
 from dtrain.job.located import Located, SourceLocation, did_you_mean, shown_path
 from dtrain.job.spec import Model, ProfileSpec
 from dtrain.job.units import found
-from dtrain.job.yaml_reader import read_text
+from dtrain.job.yaml_reader import Locate, read_text, read_yaml
 
+OptionsModel = TypeVar("OptionsModel", bound=LauncherOptions)
 Layer = tuple[Path, Located, list[Problem]]
 
 
@@ -79,9 +81,55 @@ def load_profile(name: str, job_dir: str | os.PathLike[str]) -> LoadedProfile:
     )
 
 
+def parse_options(texts: Iterable[str], model: type[LauncherOptions]) -> dict[str, Located]:
+    """Read the texts of `-o NAME=VALUE`; values are YAML.
+
+    A dot leads into a section, for example `labels.zone=a`. There NAME alone means true, and a name
+    given again makes a list; so does an option that is a list.
+
+    Raises:
+        JobError: every text that cannot be read, and every option given twice.
+    """
+    given = Located({}, SourceLocation("-o"))
+    problems: list[Problem] = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        head, dot, entry = name.partition(".")
+        place = SourceLocation(f"-o {name}")
+        keys = (head.replace("-", "_"), *([entry] if dot else []))
+        if not all(keys) or not (equals or dot) or not name.isprintable():
+            problems.append(SourceLocation("-o").problem("", f"{quoted(text)} is not NAME=VALUE"))
+            continue
+        written, bad = read_yaml(value if equals else "true", _at(place))
+        problems += bad
+        written, before = written or Located(None, place), given.get(keys)
+        if dot and before:
+            listed = before.value if isinstance(before.value, list) else [before]
+            written = Located([*listed, written], place)
+        elif not dot and _is_list(model, keys[0]) and not isinstance(written.value, list):
+            listed = before.value if before else []
+            written = Located([*listed, written], place)
+        elif before:
+            problems.append(place.problem("", "given twice"))
+        given = replace(written, key=place).nest(keys).merge_over(given)
+    if problems:
+        raise JobError(problems)
+    found: dict[str, Located] = given.value
+    return found
+
+
+def _at(place: SourceLocation) -> Locate:
+    return lambda _mark: place
+
+
+def _is_list(model: type[Model], name: str) -> bool:
+    field = model.model_fields.get(name)
+    return field is not None and get_origin(field.annotation) is list
+
+
 def checked_options(
-    profile: LoadedProfile, flags: Mapping[str, Located], model: type[AnyModel]
-) -> tuple[AnyModel, dict[str, str]]:
+    profile: LoadedProfile, flags: Mapping[str, Located], model: type[OptionsModel]
+) -> tuple[OptionsModel, dict[str, str]]:
     """A launcher's options, from a profile and flags, and where each was written.
 
     Of a section, as `slurm:`, also where each of its entries was: `slurm.nodelist`.
@@ -92,7 +140,7 @@ def checked_options(
     here = SourceLocation(f"--launcher {profile.name}")
     given = {name: part for name, part in profile.options.items() if part.value is not None}
     root = Located(dict(flags), here).merge_over(Located(given, here))
-    options, problems = validate(root, model)
+    options, problems = validate(root, model, model.listed())
     if problems or options is None:
         problems = problems or _between_options(root, model)
         raise JobError(sort_problems(problems, shown_path(profile.chain[0])))

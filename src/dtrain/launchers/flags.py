@@ -1,7 +1,8 @@
-"""The flags of `dtrain launch` that set options of one launcher.
+"""Flags of `dtrain launch` with which people set options of one launcher most often.
 
-They are read for `--help`, so this imports nothing. A launcher from outside brings its own as a
-sequence of `Flag`s, named by an entry point of group `dtrain.flags`.
+Every option can be set by `-o NAME=VALUE` too. The flags are read for `--help`, so this module
+imports nothing. A launcher from outside brings its own as a sequence of `Flag`s, named by an entry
+point of group `dtrain.flags`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ class Flag:
     launcher: str
     metavar: str
     help: str
-    multiple: bool = False
+    unit: str = ""
+    """Unit of a bare number, where the launcher's own command has one; empty: the option's."""
 
     @property
     def option(self) -> str:
@@ -25,27 +27,19 @@ class Flag:
 
 
 FLAGS = (
-    Flag(("--node-rank",), "torchrun", "K", "which node this host is."),
-    Flag(("--rdzv-endpoint",), "torchrun", "HOST:PORT", "where node 0 listens."),
-    Flag(("-p", "--partition"), "slurm", "NAME", "partition."),
-    Flag(("-A", "--account"), "slurm", "NAME", "account."),
-    Flag(("-t", "--time"), "slurm", "TIME", "time limit, as 4h."),
+    Flag(("--node-rank",), "torchrun", "K", "Which node this host is."),
+    Flag(("--rdzv-endpoint",), "torchrun", "HOST:PORT", "Where node 0 listens."),
+    Flag(("-p", "--partition"), "slurm", "NAME", "Partition."),
+    Flag(("-A", "--account"), "slurm", "NAME", "Account."),
     Flag(
-        ("--slurm",),
-        "slurm",
-        "FLAG=VALUE",
-        "any other flag of sbatch, as nice=100; may be repeated.",
-        multiple=True,
+        ("-t", "--time"), "slurm", "TIME", "Time limit, for example 4h; a number is minutes.", "m"
     ),
-    Flag(("--after",), "slurm", "RUN", "start when the job of that run has succeeded."),
-    Flag(("--address",), "ray", "HOST:PORT", "a running cluster."),
-    Flag(
-        ("--ray",),
-        "ray",
-        "OPTION=VALUE",
-        "any option of its profile, as relaunch=5; may be repeated.",
-        multiple=True,
-    ),
+    Flag(("--qos",), "slurm", "NAME", "Quality of service."),
+    Flag(("--mem",), "slurm", "SIZE", "Memory of each node, for example 64G."),
+    Flag(("--gres",), "slurm", "LIST", "Generic resources of each node."),
+    Flag(("-C", "--constraint"), "slurm", "LIST", "Features that nodes must have."),
+    Flag(("--after",), "slurm", "RUN", "Start when the job of that run has succeeded."),
+    Flag(("--address",), "ray", "HOST:PORT", "Head of a running cluster."),
 )
 
 

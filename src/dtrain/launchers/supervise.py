@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -130,7 +131,6 @@ def print_nothing(_text: str) -> None:
 
 
 def _start(launcher: Launcher, plan: LaunchPlan, started: float) -> Launch:
-    """Start a plan; one that is refused has failed, and nothing of it is left to be cleaned up."""
     try:
         return launcher.start(plan)
     except DtrainError as error:
@@ -139,13 +139,20 @@ def _start(launcher: Launcher, plan: LaunchPlan, started: float) -> Launch:
 
 
 def refused(plan: LaunchPlan, error: DtrainError, started: float) -> None:
-    """Write down that a launch has failed for a reason that no node has told.
+    """Remove a new run that was refused before a worker started; the error says why.
+
+    A further attempt of a run is recorded as failed, as is a launch that others may know of: of
+    several commands, one per host, or at a URL.
 
     Args:
         plan: the launch.
         error: why.
         started: when the launch began.
     """
+    is_shared = bool(plan.run_url) or 0 < len(plan.node_ranks) < plan.nodes
+    if plan.attempt == 0 and not is_shared and not plan.run.rank_logs(0):
+        shutil.rmtree(plan.run.path, ignore_errors=True)
+        return
     if plan.is_of_node_zero and not failures.read_all(plan.run, plan.attempt):
         failures.record_node(plan.run, plan.attempt, str(error), exit_code=error.exit_code)
     finish(plan, Result("failed", error.exit_code, started, time.time()), print_nothing)

@@ -23,8 +23,9 @@ class TorchrunOptions(LauncherOptions):
     launcher = "torchrun"
 
     node_rank: int | Text | None = None
+    """Which node this host is, from 0."""
     rdzv_endpoint: Text | None = None
-    """HOST:PORT at which node 0 listens."""
+    """HOST:PORT at which node 0 listens, for example head:29400."""
 
 
 class TorchrunLauncher(LocalLauncher):

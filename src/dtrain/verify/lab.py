@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,8 @@ from types import TracebackType
 from dtrain import catalog, trace
 from dtrain.environ import hash_seed
 from dtrain.errors import DtrainError, UsageError
-from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.load import LoadedJob, load_job
-from dtrain.job.profile import LoadedProfile, load_profile
+from dtrain.job.profile import LoadedProfile, checked_options, load_profile, parse_options
 from dtrain.job.spec import ChecksSpec, JobSpec
 from dtrain.job.static_check import task_derives
 from dtrain.job.static_source import task_imports
@@ -77,6 +76,7 @@ class Lab:
     Args:
         job: path of job.yaml.
         overrides: settings for all runs, as `--set` takes them.
+        options: launcher → `NAME=VALUE` options of it.
         steps: optimizer steps of each run.
         max_train_samples: of the training data, so that an epoch ends within the run; None: all.
         max_eval_samples: of the evaluation data; None: all.
@@ -88,6 +88,7 @@ class Lab:
         job: str | Path,
         *,
         overrides: Sequence[str] = (),
+        options: Mapping[str, Sequence[str]] | None = None,
         steps: int = 5,
         max_train_samples: int | None = None,
         max_eval_samples: int | None = None,
@@ -95,6 +96,7 @@ class Lab:
     ) -> None:
         self._path = Path(job).absolute()
         self._overrides = tuple(overrides)
+        self._options = options or {}
         self._keep = None if keep is None else Path(keep).absolute()
         self._made: dict[str | None, Path] = {}
         self._recordings: dict[tuple[Pair, TraceOptions], Recording | RunFailed] = {}
@@ -231,8 +233,9 @@ class Lab:
         if replace(pair, gpus=False) == self.reference:
             # what depends on the order of a set is to differ here, and not in another program
             facts = replace(facts, hash_seed=hash_seed(os.environ, default="1"))
-        options = AnyOptions(**profile.spec.options)
         launcher = base.load(profile.spec.launcher)
+        given = parse_options(self._options.get(pair.launcher, ()), launcher.options_model)
+        options, _ = checked_options(profile, given, launcher.options_model)
         return complete_plan(spec, profile, launcher, self._path.parent, options, facts)
 
     def _folder(self, pair: Pair) -> Path:

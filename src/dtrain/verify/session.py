@@ -50,6 +50,7 @@ class Session:
         epoch_samples: train on the first so many samples; `auto`: so few that five steps see a
             short last batch, unequal shares and a second epoch; `all`.
         overrides: settings of the job, as `--set` takes them.
+        options: `NAME=VALUE` options of the launchers that are named.
         keep: where run directories stay; None: nowhere.
         watch: called now and then while something runs.
 
@@ -72,10 +73,12 @@ class Session:
         deep: bool = False,
         epoch_samples: int | str = "auto",
         overrides: Sequence[str] = (),
+        options: Sequence[str] = (),
         keep: str | Path | None = None,
         watch: Callable[[Progress], None] | None = None,
     ) -> None:
-        self._lab = Lab(job, overrides=overrides, steps=steps, keep=keep)
+        by_launcher = dict.fromkeys(launchers or ["local"], options)
+        self._lab = Lab(job, overrides=overrides, options=by_launcher, steps=steps, keep=keep)
         if self._lab.spec.data.stream == "sharded":
             raise PlanError(
                 "dtrain verify compares with one process, which a stream that shards itself gives "

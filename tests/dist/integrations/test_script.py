@@ -175,7 +175,7 @@ def test_asked_to_stop_it_saves_and_goes_on_by_resume(tmp_path: Path) -> None:
         for line in process.stdout or ():
             if "epoch 2:" in line:
                 break
-        assert dtrain("cancel", cwd=tmp_path).returncode == 0
+        assert dtrain("cancel", "last", cwd=tmp_path).returncode == 0
         process.communicate(timeout=60)
     run = the_run(tmp_path)
     saved = events(run, "checkpoint_saved")[-1]["step"]

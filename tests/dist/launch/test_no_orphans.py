@@ -162,7 +162,7 @@ def test_cancel_from_another_terminal(tmp_path: Path) -> None:
         process.communicate(timeout=10)
         assert not any(map(alive, below))
     assert process.returncode == 143
-    again = dtrain("cancel", cwd=tmp_path)
+    again = dtrain("cancel", "last", cwd=tmp_path)
     assert again.stdout == f"{the_run(tmp_path).id}: nothing to cancel, it is cancelled\n"
 
 

@@ -90,10 +90,10 @@ def test_no_duration(refused: Say, text: str) -> None:
 
 
 def test_no_duration_of_a_profile(refused: Say) -> None:
-    wrong = ("--ray", "place_timeout=0", "--ray", "lost_after=1e20")
+    wrong = ("-o", "place_timeout=0", "-o", "lost_after=1e20")
     said = refused("plan", "--launcher", "ray", *wrong, str(TINY))
-    assert "--ray place_timeout: " in said
-    assert "--ray lost_after: " in said
+    assert "-o place_timeout: " in said
+    assert "-o lost_after: " in said
 
 
 LONG = "n" * 300

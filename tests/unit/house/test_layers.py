@@ -30,7 +30,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.cli": (
         "main options",
-        "array cancel export logs plan schema status verify why",
+        "array cancel export launchers logs plan schema status verify why",
         "launch runs",
         "resume",
     ),
@@ -82,7 +82,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.launchers": (
         "base flags local prepare warm",
-        "status stopping torchrun",
+        "listing status stopping torchrun",
         "supervise",
         "array ray slurm",
     ),

@@ -13,8 +13,7 @@ from dtrain import planning
 from dtrain.cli.main import main
 from dtrain.errors import PlanError
 from dtrain.job.launcher_options import AnyOptions
-from dtrain.job.located import Located, SourceLocation
-from dtrain.job.profile import checked_options, load_profile
+from dtrain.job.profile import checked_options, load_profile, parse_options
 from dtrain.launchers.ray import driver, job_output, placement
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.launchers.ray.placement import Decision, Refuse, ResourceRequest, Take, Wait
@@ -109,7 +108,7 @@ def test_what_follows_an_attempt(
     [
         ({"adress": "x:1"}, "adress"),
         ({"submit": "job"}, "needs the address"),
-        ({"runs": "/shared"}, "--runs says where"),
+        ({"cluster_runs": "/shared"}, "--runs names the folder"),
         ({"relaunch": -1}, "relaunch"),
     ],
 )
@@ -122,19 +121,27 @@ def test_options_that_cannot_be_meant(options: dict[str, object], said: str) -> 
     ("flags", "said"),
     [
         (("submit=job",), "--launcher ray: submit: job needs the address"),
-        (("runs=s3://bucket/runs",), "runs is for submit: job"),
+        (("cluster_runs=s3://b/runs",), "cluster_runs is for submit: job"),
         (("address=head",), "'head' is not HOST:PORT of the cluster's head"),
         (("address=http://head:8265",), "for the dashboard's URL say submit: job"),
         (("address=ray://head:10001",), "is not HOST:PORT"),
         (("address=':6379'",), "is not HOST:PORT"),
-        (("adress=x:1", "relaunch=-1"), "--ray adress: adress: unknown; did you mean 'address'?"),
+        (("adress=x:1", "relaunch=-1"), "-o adress: unknown; did you mean 'address'?"),
     ],
 )
 def test_such_options_are_told_by_the_command(
     flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["plan", "--launcher", "ray", *(f"--ray={flag}" for flag in flags), str(TINY)])
+        main(
+            [
+                "plan",
+                "--launcher",
+                "ray",
+                *(part for flag in flags for part in ("-o", flag)),
+                str(TINY),
+            ]
+        )
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
 
@@ -142,20 +149,29 @@ def test_such_options_are_told_by_the_command(
 def test_a_mapping_that_a_flag_says_is_known_for_the_flags() -> None:
     """Or the next attempt would go on without it."""
     profile = load_profile("ray", TINY.parent)
-    flag = Located(
-        {"gear": Located(1, SourceLocation("--ray resources"))}, SourceLocation("--ray resources")
-    )
-    _, sources = checked_options(profile, {"resources": flag}, RayOptions)
-    assert sources["resources"] == "--ray resources"
+    given = parse_options(["resources={gear: 1}"], RayOptions)
+    _, sources = checked_options(profile, given, RayOptions)
+    assert sources["resources"] == "-o resources"
 
 
 def test_what_a_flag_said_of_the_launcher_is_said_again_at_a_resume() -> None:
-    said = {"resources": "--ray resources", "resources.gear": "--ray resources"}
+    given = parse_options(["resources.gear=1", "relaunch=5"], RayOptions)
     before: Any = SimpleNamespace(
-        options=AnyOptions(resources={"gear": 1}, memory=5),
-        sources={**said, "memory": "launchers/site.yaml:4:11"},
+        options=AnyOptions(resources={"gear": 1, "disk": 2}, relaunch=5, memory=5),
+        sources={
+            "resources": "-o resources.gear",
+            "resources.gear": "-o resources.gear",
+            "resources.disk": "launchers/site.yaml:5:5",
+            "relaunch": "-o relaunch",
+            "memory": "launchers/site.yaml:4:11",
+        },
     )
-    assert planning._options_before(before) == {"ray": ('resources={"gear": 1}',)}
+    found = planning._options_before(before)
+    assert {name: part.plain() for name, part in found.items()} == {
+        "resources": {"gear": 1},
+        "relaunch": 5,
+    }
+    assert found["relaunch"].place == given["relaunch"].place
 
 
 def test_a_run_is_mirrored_line_by_line_and_twice_is_as_good_as_once(tmp_path: Path) -> None:

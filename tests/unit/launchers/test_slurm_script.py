@@ -16,7 +16,7 @@ from dtrain.assets import asset_dir
 from dtrain.cli import array as cli_array
 from dtrain.errors import JobError, PlanError, UsageError
 from dtrain.job.launcher_options import AnyOptions
-from dtrain.job.profile import load_profile
+from dtrain.job.profile import load_profile, parse_options
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base
 from dtrain.launchers.slurm import queue, sbatch, script, submitit
@@ -25,6 +25,7 @@ from dtrain.launchers.slurm.options import SlurmOptions
 from dtrain.launchers.slurm.sbatch import Sbatch
 from dtrain.launchers.slurm.submitit import Submitit
 from dtrain.plan import Facts, LaunchPlan, make_plan
+from dtrain.planning import Request
 
 FACTS = Facts("digits-abc234", "/runs", "/usr/bin/python3", "laptop", cores=8, free_port=16000)
 JOB: dict[str, Any] = {
@@ -232,16 +233,16 @@ def test_a_template_fills_in_and_does_nothing_else(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"partion": "gpu"}, r"no option 'partion'.*it has: submit, partition"),
+        ({"partion": "gpu"}, r"option partion: unknown; did you mean 'partition'"),
         ({"time": 90}, "say it with a unit"),
         ({"time": "90"}, "say it with a unit"),
         (
             {"slurm": {"partition": "x"}},
-            "--slurm partition: is an option of its own: say partition",
+            "'partition' is an option of its own: write partition",
         ),
-        ({"slurm": {"ntasks": "4"}}, "--slurm ntasks: cannot be set here; use --procs"),
-        ({"slurm": {"test-only": True}}, "test-only: cannot be set here; use `dtrain plan`"),
-        ({"slurm": {"wait": True}}, "wait: cannot be set here; use nothing: without --detach"),
+        ({"slurm": {"ntasks": "4"}}, "'ntasks' cannot be set here; use --procs"),
+        ({"slurm": {"test-only": True}}, "'test-only' cannot be set here; use `dtrain plan`"),
+        ({"slurm": {"wait": True}}, "'wait' cannot be set here; use nothing: without --detach"),
         ({"slurm": {"a b": "4"}}, "not the long name of a flag"),
     ],
 )
@@ -437,11 +438,41 @@ def test_wrong_values_of_an_array(text: str) -> None:
 
 
 def test_a_flag_of_sbatch_that_is_given_twice_is_passed_on_twice() -> None:
-    given = ("nice=1", "exclusive", "gres-flags=a", "gres-flags=b")
-    found = planning.flags_of_sbatch(given)
-    assert found == {"nice": "1", "exclusive": True, "gres-flags": ["a", "b"]}
+    texts = ["slurm.nice=1", "slurm.exclusive", "slurm.gres-flags=a", "slurm.gres-flags=b"]
+    found = parse_options(texts, SlurmOptions)["slurm"].plain()
+    assert found == {"nice": 1, "exclusive": True, "gres-flags": ["a", "b"]}
     text = script.render(plan_of(slurm=found))
+    assert "#SBATCH --nice=1\n#SBATCH --exclusive\n" in text
     assert "#SBATCH --gres-flags=a\n#SBATCH --gres-flags=b\n" in text
+
+
+@pytest.mark.parametrize(
+    ("texts", "places"),
+    [
+        (["mem=1G", "mem=2G"], ["-o mem"]),
+        (["mem"], ["-o"]),
+        (["=1", "slurm.=1", "mem={"], ["-o", "-o", "-o mem"]),
+        (["modules={a: 1}"], []),
+    ],
+)
+def test_options_that_cannot_be_read(texts: list[str], places: list[str]) -> None:
+    try:
+        parse_options(texts, SlurmOptions)
+        found = []
+    except JobError as error:
+        found = [problem.file for problem in error.problems]
+    assert found == places
+
+
+def test_an_option_that_is_a_list_takes_one_value_or_several() -> None:
+    one = parse_options(["modules=cuda", "setup=[a, b]"], SlurmOptions)
+    assert {name: part.plain() for name, part in one.items()} == {
+        "modules": ["cuda"],
+        "setup": ["a", "b"],
+    }
+    two = parse_options(["modules=cuda", "modules=gcc", "cpus-per-node=4"], SlurmOptions)
+    assert two["modules"].plain() == ["cuda", "gcc"]
+    assert two["cpus_per_node"].plain() == 4
 
 
 def test_time_as_slurm_writes_it() -> None:
@@ -459,7 +490,9 @@ def test_wrong_options_are_told_with_their_places(
     )
     profile = load_profile("site", tmp_path)
     with pytest.raises(JobError) as caught:
-        planning._options(base.load("slurm"), profile, {"slurm": ("nice=1",)}, "runs")
+        planning._options(
+            base.load("slurm"), profile, Request(further_options=["slurm.nice=1"]), {}
+        )
     first, second = str(caught.value).splitlines()
     assert first == "launchers/site.yaml:4:3: partion: unknown; did you mean 'partition'?"
     assert second.startswith("launchers/site.yaml:5:9: time: say it with a unit")
@@ -487,18 +520,18 @@ def test_wrong_options_are_told_with_their_places(
         ),
         (
             "sbatch: unrecognized option '--no-such=1'\n",
-            "Slurm refuses the job: unrecognized option '--no-such=1'\n  --slurm: no_such: 1",
+            "Slurm refuses the job: unrecognized option '--no-such=1'\n  -o slurm.no_such: 1",
         ),
         (
             "sbatch: error: Invalid node name specified\n",
-            "Slurm refuses the job: Invalid node name specified\n  --slurm: nodelist: n9",
+            "Slurm refuses the job: Invalid node name specified\n  -o slurm.nodelist: n9",
         ),
         ("", "Slurm refuses the job: no reason given"),
     ],
 )
 def test_a_refusal_is_told_in_slurms_words_with_the_place(said: str, told: str) -> None:
     plan = plan_of(partition="gpu", mem="900G", slurm={"no_such": "1", "nodelist": "n9"})
-    further = {"slurm.no_such": "--slurm", "slurm.nodelist": "--slurm"}
+    further = {"slurm.no_such": "-o slurm.no_such", "slurm.nodelist": "-o slurm.nodelist"}
     places = {"partition": "-p", "mem": "launchers/site.yaml:7:8", **further}
     plan = replace(plan, sources=places)
     assert sbatch.refusal(plan, said) == told

@@ -176,7 +176,7 @@ class Driver:
         from dtrain.launchers.ray.placement import ResourceRequest
 
         each = ResourceRequest.of(self._plan).each
-        own = OwnCluster(self._plan.nodes, each, dashboard=self._options.dashboard == "on")
+        own = OwnCluster(self._plan.nodes, each, dashboard=self._options.dashboard)
         self._say("starting a Ray cluster on this machine; --address HOST:PORT takes a running one")
         with own as address:
             if own.dashboard_url:

@@ -63,7 +63,7 @@ def submit(plan: LaunchPlan) -> JobLaunch:
         DtrainError: it is too large, has secrets that cannot travel, or is refused.
     """
     options = RayOptions.of(plan.options)
-    if (options.runs or plan.run_url) and plan.run.secret_env(plan.attempt).exists():
+    if (options.cluster_runs or plan.run_url) and plan.run.secret_env(plan.attempt).exists():
         raise PlanError(
             "secret variables cannot travel with a Ray job, whose files others can read: set "
             "them on the cluster, or have it share the folder of runs"
@@ -179,7 +179,7 @@ class JobLaunch:
             info = self._server().get_job_info(self._job_id)
             self._message = (info.message or "").strip().splitlines()[0] if info.message else ""
             status = str(getattr(info.status, "value", info.status))
-            if self._options.runs or self._plan.run_url or status == "FAILED":
+            if self._options.cluster_runs or self._plan.run_url or status == "FAILED":
                 job_output.apply(self._plan.run, self._server().get_job_logs(self._job_id))
             self._status = status
         except Exception as error:

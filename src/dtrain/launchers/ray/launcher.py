@@ -43,7 +43,7 @@ class RayLauncher:
             rdzv_host="",
             rdzv_port=0,
             options=options,
-            code_dir=code if options.snapshot == "on" or options.submit == "job" else "",
+            code_dir=code if options.snapshot or options.submit == "job" else "",
             commands=(Command(where=facts.host, argv=argv),),
         )
 

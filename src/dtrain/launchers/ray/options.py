@@ -7,49 +7,50 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from dtrain.job.fields import Count, Duration, Natural, Positive, Size, Text
-from dtrain.job.launcher_options import LauncherOptions, Switch
+from dtrain.job.launcher_options import LauncherOptions
 from dtrain.ports import parse_address
 
 
 class RayOptions(LauncherOptions):
-    """What a profile says in `options:`; launchers/ray.yaml tells of each."""
+    """Options of launcher `ray`."""
 
     launcher = "ray"
 
     address: Text | None = None
-    """HOST:PORT of the cluster, its dashboard's URL with `submit: job`; None: one of our own."""
+    """HOST:PORT of a cluster's head, or `auto`; its dashboard's URL with submit=job. Empty: start
+    a cluster on this machine."""
     submit: Literal["driver", "job"] = "driver"
-    """Who drives: this command, or a Ray job."""
+    """Whether this command drives the run, or a Ray job, which goes on without it."""
     cpus_per_node: Count | None = None
-    """CPUs of each node; None: one per process."""
+    """CPUs of each node; empty: one per process."""
     memory: Size | None = None
-    """Bytes of each node."""
+    """Memory of each node, for example 64G."""
     resources: dict[str, Positive] = Field(default_factory=dict)
-    """Custom resources of each node."""
+    """Custom resources of each node, for example resources.fast_disk=1."""
     labels: dict[str, Text] = Field(default_factory=dict)
-    """Labels that each node must have."""
+    """Labels that each node must have, for example labels.zone=a."""
     place_timeout: Duration = 600.0
-    """Seconds to wait for nodes to become free, or to come back."""
-    autoscale: Switch = "off"
-    """Whether nodes that the cluster does not have yet may come."""
+    """How long to wait for nodes to become free, or to come back."""
+    autoscale: bool = False
+    """Wait for nodes that the cluster does not have yet."""
     relaunch: Natural = 3
-    """How often a new attempt is begun after a node was lost."""
+    """How often a new attempt is started after a node was lost."""
     lost_after: Duration = 30.0
-    """Seconds without a word after which a node is lost, and ends its workers by itself."""
+    """How long without a heartbeat until a node is lost; it then ends its workers itself."""
     python: Text | None = None
-    """Interpreter on the nodes; None: Ray's own."""
-    snapshot: Switch = "on"
-    """Whether workers import a copy of the code taken at the launch."""
-    dashboard: Switch = "off"
-    """Whether a cluster of our own has Ray's dashboard, on loopback."""
-    runs: Text | None = None
-    """With `submit: job`: the folder or URL of all runs on the cluster."""
+    """Python interpreter on the nodes; empty: that of the cluster's Ray."""
+    snapshot: bool = True
+    """Train the code as it was at the launch, not as it is when a worker starts."""
+    dashboard: bool = False
+    """Start Ray's dashboard, on loopback, with a cluster on this machine."""
+    cluster_runs: Text | None = None
+    """Folder or URL of all runs on the cluster, with submit=job; empty: it sees the folder here."""
     excludes: list[Text] = Field(default_factory=list)
-    """Patterns of files that do not travel, with `submit: job` or to nodes that share no folder."""
+    """Patterns of files that are not sent to the cluster, besides those that git ignores."""
     upload_limit: Size = 100 * 1024**2
-    """The most bytes that travel so."""
+    """The most bytes that are sent to the cluster."""
     runtime_env: dict[str, Any] = Field(default_factory=dict)
-    """With `submit: job`: further fields of Ray's runtime_env."""
+    """Further fields of Ray's runtime_env, with submit=job."""
 
     @property
     def cores_per_node(self) -> int | None:
@@ -67,6 +68,6 @@ class RayOptions(LauncherOptions):
                     f"{error} of the cluster's head, as 10.0.0.5:6379; for the dashboard's URL say "
                     "submit: job"
                 ) from None
-        if self.submit == "driver" and self.runs:
-            raise ValueError("runs is for submit: job; here --runs says where runs are")
+        if self.submit == "driver" and self.cluster_runs:
+            raise ValueError("cluster_runs is for submit: job; otherwise --runs names the folder")
         return self

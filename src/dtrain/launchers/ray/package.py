@@ -60,13 +60,13 @@ def unpack(folder: Path) -> tuple[LaunchPlan, bool]:
     text = (folder / "plan.json").read_text(encoding="utf-8")
     raw = json.loads(text)
     there = RunDir(raw["run_dir"])
-    runs = raw["run_url"].rpartition("/")[0] or raw["options"]["runs"]
+    runs = raw["run_url"].rpartition("/")[0] or raw["options"]["cluster_runs"]
     if not runs and there.plan.exists() and there.plan.read_text(encoding="utf-8") == text:
         return LaunchPlan.read(there), True
     if not runs:
         raise LaunchError(
-            f"the cluster does not see the run directory {there.path}; say with option runs which "
-            "folder of the cluster all its nodes share, or a URL"
+            f"the cluster does not see the run directory {there.path}; set option "
+            "cluster_runs to a folder that all nodes of the cluster share, or to a URL"
         )
     url = f"{runs.rstrip('/')}/{there.id}" if is_url(runs) else ""
     root = staging(runs)  # that of the command that has sent us may be on this very host

@@ -237,7 +237,7 @@ class Placing:
         started = time.monotonic()
         notice_at = started + _FIRST_NOTICE_S
         patience = self._options.place_timeout
-        grows = self._options.autoscale == "on"
+        grows = self._options.autoscale
         may_come_back = again and self._options.address is not None
         while not self._is_stopped():
             nodes, dead = self._look(again)

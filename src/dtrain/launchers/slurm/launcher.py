@@ -83,7 +83,7 @@ class SlurmLauncher:
             options=options,
             max_requeues=options.requeue,
             notes=(*plan.notes, *notes),
-            code_dir=str(plan.run.job_code(plan.attempt)) if options.snapshot == "on" else "",
+            code_dir=str(plan.run.job_code(plan.attempt)) if options.snapshot else "",
         )
         script.flags(plan)  # refuses what cannot be meant
         by = _submitter(plan)

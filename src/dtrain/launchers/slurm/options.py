@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from dtrain.job.fields import Count, Duration, Natural, Text
-from dtrain.job.launcher_options import LauncherOptions, Switch
+from dtrain.job.launcher_options import LauncherOptions
 from dtrain.job.units import found, parse_duration
 
 _UNITS = (
@@ -58,37 +58,65 @@ Flag = Annotated[bool | str | list[str], BeforeValidator(_flag)]
 
 
 class SlurmOptions(LauncherOptions):
-    """What a profile says in `options:`; launchers/slurm.yaml tells of each."""
+    """Options of launcher `slurm`; most are flags of sbatch."""
 
     launcher = "slurm"
+    further = "; any other flag of sbatch is slurm.FLAG, for example -o slurm.nice=100"
 
     submit: Literal["sbatch", "submitit"] = "sbatch"
+    """How the job is submitted."""
     partition: SlurmText | None = None
+    """Partition; empty: the cluster's default."""
     account: SlurmText | None = None
+    """Account; empty: the user's default."""
     time: TimeLimit | None = None
+    """Time limit of one attempt, for example 4h; the partition's limit is the most."""
     qos: SlurmText | None = None
+    """Quality of service."""
     cpus_per_node: Count | None = None
+    """CPUs of each node; empty: one per process."""
     mem: SlurmText | None = None
+    """Memory of each node, for example 64G; 0 is all of it."""
     gres: SlurmText | None = None
+    """Generic resources of each node; empty: the GPUs of --gpus."""
     constraint: SlurmText | None = None
+    """Features that nodes must have."""
     exclude: SlurmText | None = None
+    """Nodes that are not used."""
     reservation: SlurmText | None = None
+    """Reservation to run in."""
     dependency: SlurmText | None = None
+    """Jobs to wait for, for example afterok:123; see --after."""
     mail: SlurmText | None = None
+    """Address that gets a mail when the job ends, fails or is requeued."""
     comment: SlurmText | None = None
+    """Comment of the job, added to the run's id."""
     slurm: dict[str, Flag] = Field(default_factory=dict)
+    """Other flags of sbatch, for example slurm.nice=100."""
     signal_before: Duration = 120.0
+    """How long before the time limit workers save and exit; at most half of it."""
     requeue: Natural = 100
+    """How often the job may be requeued for a further attempt."""
     setup: list[Text] = Field(default_factory=list)
+    """Lines of shell that run before the agents start."""
     modules: list[Text] = Field(default_factory=list)
+    """Environment modules to load."""
     venv: Text | None = None
+    """Folder of a virtual environment."""
     conda: Text | None = None
+    """Name or folder of a conda environment."""
     apptainer: Text | None = None
+    """Image in which the agents run, by apptainer exec."""
     pyxis: Text | None = None
+    """Image in which the agents run, by srun --container-image."""
     container_args: list[Text] = Field(default_factory=list)
+    """Further arguments of apptainer exec, or of srun for pyxis."""
     python: Text | None = None
-    snapshot: Switch = "on"
+    """Python interpreter; empty: that of venv, conda or image, or of this command."""
+    snapshot: bool = True
+    """Train the code as it was at submission, not as it is when the job starts."""
     template: Text | None = None
+    """Jinja2 template of the batch script, instead of the packaged one."""
 
     @property
     def cores_per_node(self) -> int | None:
@@ -134,5 +162,5 @@ _OURS = {
 def own_flag_problem(flag: str) -> str | None:
     """Why a flag cannot be among the further flags of sbatch; None when it can."""
     if flag in FLAGS:
-        return f"is an option of its own: say {flag} instead"
+        return f"is an option of its own: write {flag} instead of slurm.{flag}"
     return f"cannot be set here; use {_OURS[flag]}" if flag in _OURS else None

@@ -108,6 +108,8 @@ def refusal(plan: LaunchPlan, said: str) -> str:
     lines = [re.sub(r"^(sbatch: )?(error: )?", "", line) for line in said.strip().splitlines()]
     reasons = [line.removeprefix("Batch job submission failed: ") for line in lines if line]
     reason = "; ".join(dict.fromkeys(reasons)) or "no reason given"
+    if re.search(r"resolve_ctls|fetch_config|contact slurm controller", reason, re.IGNORECASE):
+        return f"no Slurm cluster answers; run this on a login node of the cluster. Slurm: {reason}"
     places = "".join(f"\n  {place}" for place in _places(plan, reason))
     return f"Slurm refuses the job: {reason}{places}"
 
@@ -134,4 +136,5 @@ def place_of(plan: LaunchPlan, name: str) -> str | None:
     value = known.get(name, getattr(options, name, None))
     if value in (None, {}, []):
         return None
-    return f"{source}: {name.removeprefix('slurm.')}: {shlex.quote(str(value))}"
+    named = "" if source.endswith(f" {name}") else f"{name.removeprefix('slurm.')}: "
+    return f"{source}: {named}{shlex.quote(str(value))}"

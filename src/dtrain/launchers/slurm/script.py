@@ -87,7 +87,7 @@ def flags(plan: LaunchPlan) -> list[SbatchFlag]:
         ("signal", f"USR2@{_signal_before(options)}"),
         ("requeue" if options.requeue else "no-requeue", None),
         ("open-mode", "append"),
-        *_further_flags(options),
+        *_further_flags(plan, options),
     ]
     for name, value in found:
         if value is not None and not value.isprintable():
@@ -108,14 +108,16 @@ def _signal_before(options: SlurmOptions) -> int:
     return max(1, int(min(options.signal_before, limit / 2)))
 
 
-def _further_flags(options: SlurmOptions) -> list[SbatchFlag]:
+def _further_flags(plan: LaunchPlan, options: SlurmOptions) -> list[SbatchFlag]:
     found: list[SbatchFlag] = []
     for name, value in options.slurm.items():
         flag = name.lstrip("-").replace("_", "-")
-        if problem := own_flag_problem(flag):
-            raise PlanError(f"--slurm {name}: {problem}")
+        problem = own_flag_problem(flag)
         if not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
-            raise PlanError(f"--slurm {name!r}: not the long name of a flag of sbatch")
+            problem = "not the long name of a flag of sbatch"
+        if problem:
+            source = plan.sources.get(f"slurm.{name}", "option")
+            raise PlanError(f"{source}: {quoted(name)} {problem}")
         for each in value if isinstance(value, list) else [value]:
             if each is not False:
                 found.append((flag, None if each is True else str(each)))

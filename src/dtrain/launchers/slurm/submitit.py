@@ -88,7 +88,7 @@ def parameters(plans: Sequence[LaunchPlan], at_once: int | None = None) -> dict[
     flags: dict[str, Any] = {}
     for name, value in script.flags(plan):
         if name in flags:
-            raise PlanError(f"--slurm {name}: submitit takes a flag only once")
+            raise PlanError(f"-o slurm.{name}: submitit takes a flag only once")
         flags[name] = True if value is None else value
     folder = SlurmFiles(plan.run)
     flags["output"] = script.pattern(folder.log)

@@ -1,0 +1,142 @@
+"""Launchers and profiles as `dtrain launchers` lists them: every option, its value, its source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtrain import catalog
+from dtrain.assets import asset_dir
+from dtrain.errors import DtrainError, first_line
+from dtrain.job.located import Located, shown_path
+from dtrain.job.profile import (
+    LoadedProfile,
+    load_profile,
+    place_text,
+    profile_names,
+    search_path,
+)
+from dtrain.job.spec import LaunchSpec, Model
+from dtrain.launchers import base
+from dtrain.launchers.flags import FLAGS, outside
+
+
+@dataclass(frozen=True)
+class ProfileListing:
+    """A profile, by the name that `--launcher` takes."""
+
+    name: str
+    launcher: str
+    file: str
+    description: str
+    problem: str
+    """Why it cannot be used here, with what to do; empty when it can."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a profile."""
+
+    section: str
+    """`launch` or `options`."""
+    name: str
+    kind: str
+    """For example `text`, `number`, `duration`, or the words that it may be."""
+    value: str
+    source: str
+    """File and line, or `default`."""
+    flags: tuple[str, ...]
+    """Flags of `dtrain launch` that set it, besides `-o`."""
+    help: str
+
+
+def profiles(job_dir: str | os.PathLike[str] = ".") -> list[ProfileListing]:
+    """List every profile that can be named, those of this folder and the packaged ones."""
+    names = profile_names(search_path(Path(job_dir)))
+    return [_listing(name, job_dir) for name in names]
+
+
+def settings(
+    name: str, job_dir: str | os.PathLike[str] = "."
+) -> tuple[ProfileListing, list[Setting]]:
+    """List every field of a profile.
+
+    Raises:
+        JobError: there is no such profile, or its files are wrong.
+    """
+    profile = load_profile(name, job_dir)
+    model = base.load(profile.spec.launcher).options_model
+    found = [
+        *_settings("launch", LaunchSpec, profile),
+        *_settings("options", model, profile),
+    ]
+    return _about(profile), found
+
+
+def _listing(name: str, job_dir: str | os.PathLike[str]) -> ProfileListing:
+    try:
+        return _about(load_profile(name, job_dir))
+    except DtrainError as error:
+        return ProfileListing(name, "", "", "", first_line(error))
+
+
+def _about(profile: LoadedProfile) -> ProfileListing:
+    launcher = profile.spec.launcher
+    problem = catalog.problem_of("launcher", launcher) or ""
+    path = profile.chain[0]
+    file = "packaged" if path.parent == asset_dir("launchers") else shown_path(path)
+    return ProfileListing(profile.name, launcher, file, profile.spec.description, problem)
+
+
+def _settings(section: str, model: type[Model], profile: LoadedProfile) -> Iterator[Setting]:
+    written = profile.launch if section == "launch" else profile.options
+    fields = model.model_json_schema().get("properties", {})
+    flags = {each.option: each.names for each in (*FLAGS, *outside())}
+    for name, schema in fields.items():
+        value, source = _value(written.get(name), schema)
+        yield Setting(
+            section,
+            name,
+            _kind(schema),
+            value,
+            source,
+            flags.get(name, ()) if section == "options" else (),
+            schema.get("description", "").replace("\n", " "),
+        )
+
+
+def _value(part: Located | None, schema: dict[str, Any]) -> tuple[str, str]:
+    """A field's value and where it is set; `default` stands for the packaged profile too."""
+    if part is None or part.value is None:
+        return _text(schema.get("default")), "default"
+    value = part.raw if part.raw is not None else _text(part.plain())
+    is_packaged = part.place.file.startswith(str(asset_dir("launchers")))
+    return value, "default" if is_packaged else place_text(part.place)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "empty" if value in (None, [], {}) else str(value)
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    """A word for the type of a field, from its JSON Schema."""
+    if "enum" in schema:
+        return " or ".join(map(str, schema["enum"]))
+    for one in schema.get("anyOf", ()):
+        if one.get("type") != "null":
+            return _kind(one)
+    kind = schema.get("type")
+    if isinstance(kind, list):
+        return "size" if "integer" in kind else "duration"
+    words = {
+        "boolean": "true or false",
+        "integer": "number",
+        "array": "list",
+        "object": "section",
+    }
+    return words.get(str(kind), "text")
