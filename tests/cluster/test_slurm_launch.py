@@ -249,10 +249,9 @@ def test_what_is_planned_is_what_is_launched(
         (("-p", "nowhere"), "Invalid partition name specified", "--partition: partition: nowhere"),
         (("--gpus", "9"), "Requested node configuration is not available", "--gpus: gpus: 9"),
         (("-o", "slurm.mem-per-cpu=900G"), "Memory specification", "-o slurm.mem-per-cpu: 900G"),
-        (("--nodes", "9"), "(Partition", "--nodes: nodes: 9"),
     ],
 )
-def test_what_slurm_cannot_give_is_refused_with_its_reason(
+def test_what_slurm_refuses_leaves_no_run(
     slurm: Cluster, tmp_path: Path, arguments: tuple[str, ...], reason: str, place: str
 ) -> None:
     done = dtrain("launch", "--launcher", "slurm", *arguments, TINY, cwd=tmp_path)
@@ -262,6 +261,19 @@ def test_what_slurm_cannot_give_is_refused_with_its_reason(
     assert place in output
     assert "Traceback" not in output
     assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_job_that_slurm_never_starts_is_withdrawn_with_its_reason(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    done = dtrain("launch", "--launcher", "slurm", "--nodes", "9", TINY, cwd=tmp_path)
+    output = done.stdout + done.stderr
+    assert done.returncode == 2, output
+    assert "(Partition" in output
+    assert "--nodes: nodes: 9" in output
+    run = the_run(tmp_path)
+    assert status(run)["state"] == "failed"
+    assert "(Partition" in dtrain("why", cwd=tmp_path).stdout
 
 
 def test_the_place_of_what_is_refused_is_a_line_of_the_profile(

@@ -82,15 +82,10 @@ def _drive(
         console.say(f"submitted; `dtrain logs --follow {plan.run_id}` shows it")
         return 0
     try:
-        prepare.keep_code(plan)
-        with attempts.beating(plan.run, plan.attempt):
-            code = _follow(plan, launch, stop, console)
+        code = _follow_to_end(plan, launch, stop, console)
     except DtrainError as error:  # found out by the launcher's own process
         refused(plan, error, started)
         raise
-    finally:
-        launch.kill()
-        console.close()
     plan = replace(plan, attempt=attempts.newest_of(plan.run, plan.attempt))
     state, code = _conclude(plan, code, stop, console)
     if state == "succeeded":
@@ -192,13 +187,19 @@ def _finished(plan: LaunchPlan) -> dict[str, Any] | None:
     return found[-1] if found else None
 
 
-def _follow(plan: LaunchPlan, launch: Launch, stop: Stop, console: Console) -> int:
+def _follow_to_end(plan: LaunchPlan, launch: Launch, stop: Stop, console: Console) -> int:
     stopping = Stopping(stop, plan.stop_timeout_s, console.say)
-    while (code := launch.poll()) is None:
-        console.tick()
-        stopping.pass_on([launch])
-        time.sleep(_TICK_S)
-    return code
+    try:
+        prepare.keep_code(plan)
+        with attempts.beating(plan.run, plan.attempt):
+            while (code := launch.poll()) is None:
+                console.tick()
+                stopping.pass_on([launch])
+                time.sleep(_TICK_S)
+        return code
+    finally:
+        launch.kill()
+        console.close()
 
 
 def _conclude(plan: LaunchPlan, code: int, stop: Stop, console: Console) -> tuple[State, int]:
