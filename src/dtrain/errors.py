@@ -45,9 +45,20 @@ def first_line(error: BaseException, most: int = 300) -> str:
 
 
 class DtrainError(Exception):
-    """Base of all errors meant for people: the CLI prints the message and never a traceback."""
+    """Base of all errors meant for people: the CLI prints the message and never a traceback.
+
+    Args:
+        message: what is wrong, where, and what to do.
+        code: stable name of the kind of error, for example `run.not-found`; docs/errors.md lists
+            all. A class whose errors are all of one kind sets it itself.
+    """
 
     exit_code = EXIT_FAILURE
+    code = ""
+
+    def __init__(self, message: str, *, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code or self.code
 
 
 class UsageError(DtrainError):
@@ -68,6 +79,8 @@ class Problem:
     field: str
     """Dotted path of the field, as `train.global_batch_size`; empty for the whole file."""
     message: str
+    code: str = ""
+    """Stable name of the kind of problem, for example `job.unknown-field`."""
 
     def __str__(self) -> str:
         place = self.file
@@ -90,7 +103,7 @@ class JobError(DtrainError):
         lines = [str(problem) for problem in self.problems[:_MOST_SHOWN]]
         if len(self.problems) > _MOST_SHOWN:
             lines.append(f"and {len(self.problems) - _MOST_SHOWN} more")
-        super().__init__("\n".join(lines))
+        super().__init__("\n".join(lines), code=self.problems[0].code)
 
 
 class PlanError(DtrainError):
@@ -99,19 +112,20 @@ class PlanError(DtrainError):
     Args:
         message: what does not go together, and what would.
         fields: dotted fields of the job that it is about, first the one to change.
+        code: as for `DtrainError`.
     """
 
     exit_code = EXIT_USAGE
 
-    def __init__(self, message: str, fields: Sequence[str] = ()) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, fields: Sequence[str] = (), *, code: str = "") -> None:
+        super().__init__(message, code=code)
         self.fields = tuple(fields)
 
     def placed(self, sources: Mapping[str, str]) -> PlanError:
         """The error with the place where the first of its fields that is written stands."""
         places = [sources.get(field, "default") for field in self.fields]
         place = next((place for place in places if place != "default"), None)
-        return PlanError(f"{place}: {self}") if place else self
+        return PlanError(f"{place}: {self}", code=self.code) if place else self
 
 
 class RunNotFound(DtrainError):
@@ -132,6 +146,8 @@ class DamagedError(DtrainError):
         why: what is wrong with it.
     """
 
+    code = "run.damaged-file"
+
     def __init__(self, where: str, why: str) -> None:
         self.why = why
         super().__init__(f"{where} is damaged: {why}; bring it back from a copy, or remove the run")
@@ -148,14 +164,15 @@ class BlamedError(DtrainError):
         message: the same on all ranks.
         culprits: ranks that are to blame; empty when nobody can tell.
         rank: this process's.
+        code: as for `DtrainError`.
     """
 
-    def __init__(self, message: str, culprits: Sequence[int], rank: int) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, culprits: Sequence[int], rank: int, *, code: str = "") -> None:
+        super().__init__(message, code=code)
         self.culprits = list(culprits)
         self.rank = rank
         self.collateral = bool(culprits) and rank not in culprits
         """Whether the cause is on another rank."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.culprits, self.rank)
+        return type(self), (str(self), self.culprits, self.rank), self.__dict__

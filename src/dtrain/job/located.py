@@ -32,8 +32,8 @@ class SourceLocation:
         where = self.file if self.line is None else f"{self.file}:{self.line}"
         return f"{self.origin} ({where})" if self.origin else where
 
-    def problem(self, field: str, message: str) -> Problem:
-        return Problem(self.file, self.line, self.column, field, message)
+    def problem(self, field: str, message: str, code: str = "") -> Problem:
+        return Problem(self.file, self.line, self.column, field, message, code)
 
 
 @dataclass(frozen=True)

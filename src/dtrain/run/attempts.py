@@ -36,6 +36,8 @@ SILENT_S = 120.0
 class Held(UsageError):
     """Another command or job drives the run, or has made the attempt already."""
 
+    code = "run.held"
+
     def __init__(self, run: RunDir, holder: Handle | None) -> None:
         """With the holder's handle; None: workers that were started by hand."""
         who = "workers that were started by hand" if holder is None else str(holder)

@@ -16,7 +16,7 @@ SRC = ROOT / "src"
 # from rows below its own. So no two parts import each other, whatever the way round.
 LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain": (
-        "assets callback checked errors plainjson procs ranks task waiting words",
+        "assets callback checked codes errors plainjson procs ranks task waiting words",
         "__init__ catalog environ forking ports run",
         "job testing trace",
         "plan train",
@@ -34,6 +34,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "launch runs",
         "resume",
     ),
+    "dtrain.codes": ("entry", "launch training", "__init__"),
     "dtrain.console": (
         "fold history out tail",
         "live",
