@@ -218,7 +218,9 @@ def find(kind: str, name: str) -> str:
     outside = _outside(kind)
     if name in outside:
         return outside[name]
-    raise PlanError(f"unknown {kind} {name!r}; known: {', '.join(names(kind))}")
+    raise PlanError(
+        f"unknown {kind} {name!r}; known: {', '.join(names(kind))}", code="plan.unknown-name"
+    )
 
 
 def names(kind: str) -> list[str]:

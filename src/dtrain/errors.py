@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,20 @@ def first_line(error: BaseException, most: int = 300) -> str:
     return lines[0][:most] if lines else type(error).__name__
 
 
+def told(error: DtrainError, mark: Callable[[str], str] = str) -> str:
+    """The lines that a person reads: `dtrain: MESSAGE  [code]`, for each of several problems.
+
+    Args:
+        error: what to tell.
+        mark: how `[code]` is written, for example dim.
+    """
+    lines = []
+    for message, code in error.parts():
+        first, *rest = printable(message).split("\n")
+        lines += [f"dtrain: {first}  {mark(f'[{code}]')}" if code else f"dtrain: {first}", *rest]
+    return "\n".join(lines)
+
+
 class DtrainError(Exception):
     """Base of all errors meant for people: the CLI prints the message and never a traceback.
 
@@ -55,10 +69,16 @@ class DtrainError(Exception):
 
     exit_code = EXIT_FAILURE
     code = ""
+    problems: Sequence[Problem] = ()
+    """What is wrong in files of the user's; only of a JobError."""
 
     def __init__(self, message: str, *, code: str = "") -> None:
         super().__init__(message)
         self.code = code or self.code
+
+    def parts(self) -> list[tuple[str, str]]:
+        """Each problem that the error tells of, with its code."""
+        return [(str(self), self.code)]
 
 
 class UsageError(DtrainError):
@@ -100,10 +120,13 @@ class JobError(DtrainError):
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = list(problems)
-        lines = [str(problem) for problem in self.problems[:_MOST_SHOWN]]
-        if len(self.problems) > _MOST_SHOWN:
-            lines.append(f"and {len(self.problems) - _MOST_SHOWN} more")
+        lines = [message for message, _ in self.parts()]
         super().__init__("\n".join(lines), code=self.problems[0].code)
+
+    def parts(self) -> list[tuple[str, str]]:
+        shown = [(str(problem), problem.code) for problem in self.problems[:_MOST_SHOWN]]
+        further = len(self.problems) - len(shown)
+        return [*shown, (f"and {further} more", "")] if further else shown
 
 
 class PlanError(DtrainError):

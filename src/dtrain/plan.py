@@ -195,7 +195,9 @@ class LaunchPlan:
         """
         plan = files.read_as(cls, run.plan)
         if plan is None:
-            raise PlanError(f"{run.path} is not a run directory: it has no plan.json")
+            raise PlanError(
+                f"{run.path} is not a run directory: it has no plan.json", code="run.no-plan"
+            )
         inside = plan.code_dir.removeprefix(f"{plan.run_dir}/")
         code_dir = plan.code_dir if inside == plan.code_dir else str(run.path / inside)
         return replace(plan, run_dir=str(run.path), code_dir=code_dir)
@@ -219,11 +221,13 @@ def make_plan(
     launch = job.launch
     min_nodes, nodes = launch.nodes
     if problem := catalog.pair_problem(job.trainer, job.strategy, nodes):
-        raise PlanError(problem, ("strategy", "trainer", "launch.nodes"))
+        raise PlanError(
+            problem, ("strategy", "trainer", "launch.nodes"), code="plan.unsupported-combination"
+        )
     procs, replicas = _processes(job)
     _check_sizes(job, procs, facts.attempt)
     if facts.runs_url and (problem := catalog.url_problem(launcher)):
-        raise PlanError(problem)
+        raise PlanError(problem, code="plan.launcher-needs-folder")
     threads = _threads(launcher, options, facts.cores, nodes, procs * replicas)
     run = RunDir(os.path.join(facts.runs, facts.run_id))
     return LaunchPlan(
@@ -278,12 +282,12 @@ def _check_sizes(job: JobSpec, procs: int, attempt: int) -> None:
     min_nodes, nodes = job.launch.nodes
     world_sizes = [procs * count for count in range(min_nodes, nodes + 1)]
     if problem := catalog.shard_problem(job.strategy, job.train.virtual_shards, world_sizes):
-        raise PlanError(problem, (*_SIZES, "strategy"))
+        raise PlanError(problem, (*_SIZES, "strategy"), code="plan.uneven-shards")
     if problem := sharded_problem(job, world_sizes):
-        raise PlanError(problem, ("data.stream", "strategy", *_SIZES))
+        raise PlanError(problem, ("data.stream", "strategy", *_SIZES), code="plan.sharded-stream")
     inject = [] if attempt else job.checks.inject  # only the first attempt has any
     if problem := absent_rank(inject, procs * nodes):
-        raise PlanError(problem, ("checks.inject",))
+        raise PlanError(problem, ("checks.inject",), code="plan.absent-rank")
 
 
 def _processes(job: JobSpec) -> tuple[int, int]:
@@ -295,6 +299,7 @@ def _processes(job: JobSpec) -> tuple[int, int]:
             f"{asked} processes per node cannot share {launch.gpus_per_node} GPUs; "
             f"use --procs {launch.gpus_per_node} or leave it out",
             _SIZES,
+            code="plan.more-processes-than-gpus",
         )
     wanted = asked or launch.gpus_per_node or 1
     strategy = catalog.STRATEGIES.get(job.strategy)
@@ -306,6 +311,7 @@ def _processes(job: JobSpec) -> tuple[int, int]:
                 f"strategy 'single' is one process, not {wanted}; use 'ddp', or leave out "
                 "--procs and --gpus",
                 (*_SIZES, "strategy"),
+                code="plan.single-is-one-process",
             )
         return 1, 1
     return 1, wanted

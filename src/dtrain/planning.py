@@ -76,7 +76,9 @@ def plan_run(job_path: str, request: Request) -> Prepared:
     run_id = ids.new(job.spec.name) if request.run_id is None else request.run_id
     run_id += request.suffix
     if problem := ids.problem(run_id):
-        raise UsageError(f"--run-id {quoted(run_id)} cannot be the id of a run: {problem}")
+        raise UsageError(
+            f"--run-id {quoted(run_id)} cannot be the id of a run: {problem}", code="usage.run-id"
+        )
     return _planned(job, profile, request, {}, run_id, request.runs, job_dir)
 
 
@@ -108,7 +110,8 @@ def _job_dir_of(before: LaunchPlan) -> Path:
     kept = code_archive.unpack(before.run)
     if kept is None:
         raise UsageError(
-            f"the job's folder {here} is not on this host, and its code not at the URL"
+            f"the job's folder {here} is not on this host, and its code not at the URL",
+            code="run.code-gone",
         )
     return kept
 
@@ -222,7 +225,13 @@ def _options(
     flags = {name: value for name, value in request.options.items() if name != "after"}
     further = parse_options(request.further_options, launcher.options_model)
     for name in flags.keys() & further.keys():
-        raise JobError([further[name].place.problem("", f"{flags[name].place.file} is given too")])
+        raise JobError(
+            [
+                further[name].place.problem(
+                    "", f"{flags[name].place.file} is given too", code="option.given-twice"
+                )
+            ]
+        )
     if after := request.options.get("after"):
         assert isinstance(launcher, Dependable)
         dependency = launcher.dependency_on(find(after.value, request.runs))
@@ -241,7 +250,8 @@ def _refuse_flags_of_others(launcher: Launcher, name: str, given: Mapping[str, L
         if each.option in given and not is_ours:
             raise PlanError(
                 f"{given[each.option].place.file} needs --launcher {each.launcher}; "
-                f"the launcher here is {name!r}"
+                f"the launcher here is {name!r}",
+                code="usage.flag-of-other-launcher",
             )
 
 

@@ -73,8 +73,13 @@ def listen_on_candidate(host: str, key: str) -> socket.socket:
             return listen(host, port)
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                raise LaunchError(f"cannot listen on {host}: {error.strerror}") from error
-    raise LaunchError(f"no free port on {host} among {_TRIES} tried in {_LOWEST}-{_HIGHEST}")
+                raise LaunchError(
+                    f"cannot listen on {host}: {error.strerror}", code="launch.port-not-opened"
+                ) from error
+    raise LaunchError(
+        f"no free port on {host} among {_TRIES} tried in {_LOWEST}-{_HIGHEST}",
+        code="launch.no-free-port",
+    )
 
 
 def free_candidate(host: str, key: str) -> int:

@@ -61,7 +61,9 @@ def prepare(
 
     choices = list(product(*(values(text) for text in fields)))
     if len(set(choices)) != len(choices):
-        raise UsageError(f"--array: the same value twice: {', '.join(fields)}")
+        raise UsageError(
+            f"--array: the same value twice: {', '.join(fields)}", code="usage.array-repeats"
+        )
     asked, found = shared.request(options), list[Element]()
     launcher: Any = None
     for index, chosen in enumerate(choices):
@@ -69,7 +71,10 @@ def prepare(
         prepared = plan_run(job, replace(asked, overrides=overrides, suffix=f"-{index}"))
         launcher, plan = prepared.launcher, prepared.plan
         if not isinstance(launcher, ArrayCapable):
-            raise UsageError(f"launcher {plan.launcher!r} has no --array; launcher 'slurm' has")
+            raise UsageError(
+                f"launcher {plan.launcher!r} has no --array; launcher 'slurm' has",
+                code="usage.array-unsupported",
+            )
         asked = replace(asked, run_id=plan.run_id.removesuffix(f"-{index}"))
         text = prepared.job.text
         found.append(Element(plan, prepared.job.spec, text, ", ".join(chosen)))
@@ -88,5 +93,8 @@ def values(text: str) -> list[str]:
     written = _VALUE.findall(listed)
     found = [value.strip() for value in written]
     if not field or not all(found) or not found or ",".join(written) != listed:
-        raise UsageError(f"--array {text}: expected FIELD=VALUE,VALUE,…, as train.lr=0.1,0.01")
+        raise UsageError(
+            f"--array {text}: expected FIELD=VALUE,VALUE,…, as train.lr=0.1,0.01",
+            code="usage.array-syntax",
+        )
     return [f"{field}={value}" for value in found]

@@ -28,7 +28,10 @@ def command(run: str, runs: str, as_json: bool) -> None:
     was, _ = status.state_of(found)
     if was == "running":
         if Handle.read(found) is None:
-            raise UsageError(f"run {found.id} was started by hand; stop it where it was started")
+            raise UsageError(
+                f"run {found.id} was started by hand; stop it where it was started",
+                code="run.started-by-hand",
+            )
         base.load(plan.launcher).cancel(found, plan.stop_timeout_s + 10)
     state, _ = status.state_of(found)
     if as_json:

@@ -41,7 +41,7 @@ def command(
     found = find(run, runs)
     problem = catalog.EXPORTS[to].needs.problem(f"--to {to}")
     if problem is not None:
-        raise UsageError(problem)
+        raise UsageError(problem, code="plan.missing-package")
     argv = [sys.executable, "-P", "-m", "dtrain.export", str(found.path), "--to", to]
     argv += ["--step", str(step)] if step is not None else []
     argv += ["--averaged"] if averaged else []

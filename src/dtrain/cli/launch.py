@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtrain.cli import options as shared
+from dtrain.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
     from dtrain.planning import Prepared
@@ -68,7 +69,8 @@ def command(
     from dtrain.planning import plan_run
 
     if (explain or as_json) and (array or not dry_run):
-        raise click.UsageError("--explain and --json need --dry-run, and no --array")
+        text = "--explain and --json need --dry-run, and no --array"
+        raise UsageError(text, code="usage.flag-without-effect")
     if array:
         from dtrain.cli import array as arrays
 
@@ -77,7 +79,7 @@ def command(
             return 0
         return arrays.launch(job, array, options, at_once=at_once, detach=detach, quiet=quiet)
     if at_once:
-        raise click.UsageError("--at-once needs --array")
+        raise UsageError("--at-once needs --array", code="usage.flag-without-effect")
     prepared = plan_run(job, shared.request(options))
     if dry_run:
         show(prepared, as_json, explain)
@@ -89,16 +91,18 @@ def start(prepared: Prepared, quiet: bool, detach: bool = False) -> int:
     """Start a plan and follow it to its end, or only start it; the exit code."""
     from dtrain.cli.plan import lacking
     from dtrain.console.live import LiveConsole
-    from dtrain.errors import PlanError, UsageError
     from dtrain.launchers.supervise import can_detach, drive
 
     plan, launcher = prepared.plan, prepared.launcher
     if short := lacking(prepared):
-        raise PlanError(short, ("launch.gpus_per_node",)).placed(prepared.job.sources)
+        raise PlanError(short, ("launch.gpus_per_node",), code="plan.too-few-gpus").placed(
+            prepared.job.sources
+        )
     if detach and not can_detach(launcher, plan):
         raise UsageError(
             f"launcher {plan.launcher!r} cannot --detach: its processes end with the command; "
-            "launcher 'slurm' can, and launcher 'ray' with -o submit=job"
+            "launcher 'slurm' can, and launcher 'ray' with -o submit=job",
+            code="usage.detach-unsupported",
         )
     console = LiveConsole(plan, quiet=quiet)
     return drive(launcher, plan, prepared.job.spec, prepared.job.text, console, detach=detach)

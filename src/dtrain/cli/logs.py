@@ -71,7 +71,9 @@ def command(
         have = f"ranks: {sorted(logs)}"
         if node:
             have = f"nodes: {sorted({of_node for of_node, _ in logs.values()})}; {have}"
-        raise RunNotFound(f"attempt {number} of {found.id} has no such log; {have}")
+        raise RunNotFound(
+            f"attempt {number} of {found.id} has no such log; {have}", code="run.no-such-log"
+        )
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from dtrain.console import out
-from dtrain.errors import EXIT_FAILURE, EXIT_USAGE, DtrainError, printable
+from dtrain.errors import DtrainError, UsageError, printable
 
 # name → (module, one line of help). The lines stand here so that `dtrain --help` imports no
 # command, no pydantic and no torch: it is the first thing that anybody tries.
@@ -73,7 +73,8 @@ class _LazyGroup(click.Group):
 
             near = get_close_matches(args[0], _COMMANDS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise click.UsageError(f"No command {args[0]!r}.{hint}", ctx) from None
+            text = f"No command {args[0]!r}.{hint}"
+            raise UsageError(text, code="usage.unknown-command") from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -124,28 +125,52 @@ def main(argv: list[str] | None = None) -> Any:
     out.prepare()
     try:
         status = cli.main(args=argv, standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
     except click.exceptions.Abort:
         sys.exit(130)
-    except DtrainError as error:
-        text = printable(str(error))
-        _complain(f"dtrain: {text}" if "\n" not in text else text)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        if out.is_gone(error):
-            out.give_up()
-            _complain(f"dtrain: cannot print: {error.strerror}")
-        elif error.filename is not None:
-            _complain(f"dtrain: {printable(str(error.filename), most=300)}: {error.strerror}")
-        elif _is_nowhere():
-            _complain("dtrain: the current folder is gone; change to one that is there")
-            sys.exit(EXIT_USAGE)
-        else:
+    except (click.ClickException, DtrainError, OSError) as error:
+        known = _as_told(error)
+        if known is None:
             raise
-        sys.exit(EXIT_USAGE if error.errno == errno.ENAMETOOLONG else EXIT_FAILURE)
+        words = sys.argv[1:] if argv is None else argv
+        words = words[: words.index("--")] if "--" in words else words
+        command = next((word for word in words if word in _COMMANDS), "")
+        out.complain(known, command, as_json="--json" in words)
+        sys.exit(known.exit_code)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+_CLICK_CODES = {
+    "NoSuchOption": "usage.unknown-option",
+    "MissingParameter": "usage.missing-argument",
+    "BadParameter": "usage.invalid-value",
+    "BadOptionUsage": "usage.option-without-value",
+    "UsageError": "usage.unexpected-argument",
+}
+"""Class of click's errors → code; of several, the nearest class counts."""
+
+
+def _as_told(error: click.ClickException | DtrainError | OSError) -> DtrainError | None:
+    """The error with a code that a person is told; None for one that nobody foresaw."""
+    if isinstance(error, DtrainError):
+        return error
+    if isinstance(error, click.ClickException):
+        names = (each.__name__ for each in type(error).__mro__)
+        code = next(_CLICK_CODES[name] for name in names if name in _CLICK_CODES)
+        return UsageError(error.format_message(), code=code)
+    if out.is_gone(error):
+        out.give_up()
+        return DtrainError(f"cannot print: {error.strerror}", code="file.console-gone")
+    if error.filename is not None:
+        place = printable(str(error.filename), most=300)
+        kind = UsageError if error.errno == errno.ENAMETOOLONG else DtrainError
+        return kind(f"{place}: {error.strerror}", code="file.not-usable")
+    if _is_nowhere():
+        text = "the current folder is gone; change to one that is there"
+        return UsageError(text, code="file.current-folder-gone")
+    return None
 
 
 def _is_nowhere() -> bool:
@@ -154,8 +179,3 @@ def _is_nowhere() -> bool:
     except FileNotFoundError:
         return True
     return False
-
-
-def _complain(text: str) -> None:
-    with contextlib.suppress(OSError):  # stderr may be gone as well
-        click.echo(text, err=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from dtrain.errors import UsageError
 from dtrain.launchers import flags
 from dtrain.launchers.flags import Flag
 
@@ -244,7 +245,8 @@ def written_flags(options: dict[str, Any]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             if name not in os.environ:
-                raise click.UsageError(f"--env {name}: not set here; write --env {name}=VALUE")
+                text = f"--env {name}: not set here; write --env {name}=VALUE"
+                raise UsageError(text, code="usage.variable-not-set")
             value = os.environ[name]
         written[f"launch.env.{name}"] = flag(f"--env {name}", value)
     return written

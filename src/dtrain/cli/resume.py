@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtrain.cli import options as shared
+from dtrain.errors import UsageError
 from dtrain.run.lookup import find
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def command(
     from dtrain.planning import plan_attempt
 
     if (explain or as_json) and not dry_run:
-        raise click.UsageError("--explain and --json need --dry-run")
+        text = "--explain and --json need --dry-run"
+        raise UsageError(text, code="usage.flag-without-effect")
     found = find(run, options["runs"])
     asked = shared.request(options)
     _check(found, asked)
@@ -67,7 +69,6 @@ def _check(run: RunDir, asked: Request) -> None:
 
     Of several commands, one a node, only node 0's decides.
     """
-    from dtrain.errors import UsageError
     from dtrain.launchers import status
     from dtrain.run.attempts import Handle, Held
 
@@ -79,13 +80,13 @@ def _check(run: RunDir, asked: Request) -> None:
     if state == "succeeded" and not any(text.startswith("train") for text in asked.overrides):
         raise UsageError(
             f"run {run.id} has finished; to train on, give it a new end, for example "
-            "--set train.epochs=20"
+            "--set train.epochs=20",
+            code="run.finished",
         )
 
 
 def _refuse_without_effect(overrides: Iterable[str]) -> None:
     """Refuse settings that only a new run can have."""
-    from dtrain.errors import UsageError
 
     why = {
         "name": "a run keeps its name",
@@ -94,17 +95,20 @@ def _refuse_without_effect(overrides: Iterable[str]) -> None:
     for text in overrides:
         field = text.partition("=")[0].strip()
         if field in why:
-            raise UsageError(f"--set {field} has no effect here: {why[field]}; launch a new run")
+            raise UsageError(
+                f"--set {field} has no effect here: {why[field]}; launch a new run",
+                code="run.setting-without-effect",
+            )
 
 
 def _refuse_to_end_before(run: RunDir, end: int | None) -> None:
     """Refuse an end that the newest checkpoint is past; the workers see to one given in epochs."""
-    from dtrain.errors import UsageError
 
     names = (path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*"))
     newest = max((int(name) for name in names if name.isdecimal()), default=0)
     if end is not None and end < newest:
         raise UsageError(
             f"run {run.id} has a checkpoint of step {newest}, which is past train.steps={end}; "
-            "give it a later end"
+            "give it a later end",
+            code="run.end-passed",
         )

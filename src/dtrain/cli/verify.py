@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtrain.cli import options as shared
+from dtrain.errors import UsageError, quoted
 
 if TYPE_CHECKING:
     from dtrain.verify.report import Report
@@ -29,8 +30,6 @@ def _is_count(text: str) -> bool:
 
 
 def _numbers(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> list[int]:
-    from dtrain.errors import quoted
-
     numbers = []
     for text in _list(context, option, given):
         if not _is_count(text):
@@ -43,8 +42,6 @@ def _samples(_context: click.Context, _option: click.Parameter, given: str) -> i
     if given in ("all", "auto"):
         return given
     if not _is_count(given):
-        from dtrain.errors import quoted
-
         raise click.BadParameter(f"{quoted(given)} is not a number of samples, 'auto' or 'all'")
     return int(given)
 
@@ -52,12 +49,14 @@ def _samples(_context: click.Context, _option: click.Parameter, given: str) -> i
 def _one_job(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> str:
     numbers = [text for text in given if _is_count(text)]
     if len(given) > 1 and numbers:
-        raise click.UsageError(
+        raise UsageError(
             f"{numbers[0]} is no job; --gpus takes no number here: it gives each process a GPU, "
-            f"and --procs {numbers[0]} says how many there are"
+            f"and --procs {numbers[0]} says how many there are",
+            code="usage.unexpected-argument",
         )
     if len(given) > 1:
-        raise click.UsageError(f"one job at a time, not {' '.join(given)}")
+        text = f"one job at a time, not {' '.join(given)}"
+        raise UsageError(text, code="usage.unexpected-argument")
     return given[0]
 
 

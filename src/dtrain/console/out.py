@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Iterator
 
+from dtrain.errors import DtrainError, told
+
 _STDOUT = 1
 _GONE = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
 
@@ -36,6 +38,35 @@ def give_up() -> None:
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, _STDOUT)
     os.close(sink)
+
+
+def complain(error: DtrainError, command: str, *, as_json: bool) -> None:
+    """Tell of an error on stderr.
+
+    Args:
+        error: that ends the command.
+        command: its name, for the hint at its help; empty: none.
+        as_json: one JSON object instead of lines.
+    """
+    lines = [_as_json(error) if as_json else told(error, _dim)]
+    if error.code.startswith("usage.") and not as_json:
+        lines.append(f"see: {' '.join(['dtrain', *command.split(), '--help'])}")
+    with contextlib.suppress(OSError):  # stderr may be gone as well
+        print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _dim(text: str) -> str:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain or not sys.stderr.isatty() else f"\x1b[2m{text}\x1b[0m"
+
+
+def _as_json(error: DtrainError) -> str:
+    from dtrain.plainjson import to_json
+
+    names = ("code", "file", "line", "column", "field", "message")
+    problems = [{name: getattr(each, name) for name in names} for each in error.problems]
+    about = {"code": error.code, "message": str(error), "exit_code": error.exit_code}
+    return to_json({"error": {**about, "problems": problems}})
 
 
 def is_gone(error: OSError) -> bool:

@@ -39,7 +39,10 @@ def safetensors(state: Mapping[str, Any], path: Path, about: dict[str, str]) -> 
     read = load_file(path)
     for name, value in tensors.items():
         if name not in read or not _same_bits(value, read[name]):
-            raise DtrainError(f"{name} is not what it was after it was read back")
+            raise DtrainError(
+                f"{name} is not what it was after it was read back",
+                code="export.changed-when-read-back",
+            )
     return f"all {len(tensors)} tensors are bit for bit those of the checkpoint"
 
 
@@ -82,7 +85,8 @@ def keras(trained: Trained, path: Path) -> str:
     if not isinstance(trained.model, library.Model):
         raise UsageError(
             f"the model is a {type(trained.model).__name__}, not a keras.Model; "
-            "--to torch-export writes any that torch can export"
+            "--to torch-export writes any that torch can export",
+            code="export.not-keras",
         )
     trained.model.save(path)
     loaded: Any = library.saving.load_model(path, compile=False)
@@ -146,7 +150,10 @@ def _compared(trained: Trained, run: Runner) -> str:
 
 def _difference(call: Call, outputs: Sequence[torch.Tensor]) -> float:
     if [tuple(t.shape) for t in outputs] != [tuple(t.shape) for t in call.outputs]:
-        raise DtrainError("the exported model gives outputs of other shapes than the model")
+        raise DtrainError(
+            "the exported model gives outputs of other shapes than the model",
+            code="export.outputs-differ",
+        )
     worst = 0.0
     for mine, theirs in zip(call.outputs, outputs, strict=True):
         gap = (mine.double() - theirs.double()).abs().max().item() if mine.numel() else 0.0
@@ -154,7 +161,8 @@ def _difference(call: Call, outputs: Sequence[torch.Tensor]) -> float:
         if not gap <= _TOLERANCE * max(largest, 1.0) or math.isnan(gap):
             raise DtrainError(
                 f"the exported model is another: outputs differ by {gap:.1e}, and the largest is "
-                f"{largest:.1e}; nothing was kept"
+                f"{largest:.1e}; nothing was kept",
+                code="export.outputs-differ",
             )
         worst = max(worst, gap)
     return worst
@@ -171,5 +179,6 @@ def _refusal(what: str, error: Exception) -> UsageError:
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UsageError(
         f"{what} cannot export this model: {first.strip()[:300]}; --to safetensors writes its "
-        "parameters"
+        "parameters",
+        code="export.model-unsupported",
     )

@@ -107,7 +107,8 @@ def _call(task: Task, model: torch.nn.Module, batch: Any, num_samples: int) -> C
     if not seen or not seen[0].outputs:
         raise UsageError(
             "the task never calls the model itself, as model(x) that returns tensors, but its "
-            "methods: there is no one call to export. --to safetensors writes its parameters"
+            "methods: there is no one call to export. --to safetensors writes its parameters",
+            code="export.no-single-call",
         )
     return seen[0]
 

@@ -63,15 +63,17 @@ def export(
     """
     fact = catalog.EXPORTS.get(to)
     if fact is None:
-        raise UsageError(f"no format {to!r}; known: {', '.join(catalog.EXPORTS)}")
+        raise UsageError(
+            f"no format {to!r}; known: {', '.join(catalog.EXPORTS)}", code="export.unknown-format"
+        )
     problem = fact.needs.problem(f"--to {to}")
     if problem is not None:
-        raise UsageError(problem)
+        raise UsageError(problem, code="plan.missing-package")
     folder, tensors, rejected = _newest(run, step)
     number = int(folder.name.removeprefix("step-"))
     target = output or Path(f"{run.id}-{number}{fact.suffix}")
     if not target.parent.is_dir():
-        raise UsageError(f"--output: there is no folder {target.parent}")
+        raise UsageError(f"--output: there is no folder {target.parent}", code="export.no-folder")
     about = {"run": run.id, "step": str(number)}
     state = _averaged(tensors) if averaged else tensors["model"]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
@@ -92,7 +94,9 @@ def _averaged(tensors: dict[str, Any]) -> dict[str, Any]:
             weights: dict[str, Any] = state["weights"]
             return weights
     raise UsageError(
-        "--averaged: the checkpoint holds no average of the model, which a task with dtrain.EMA has"
+        "--averaged: the checkpoint holds no average of the model, which a task with dtrain.EMA "
+        "has",
+        code="export.no-average",
     )
 
 
@@ -100,7 +104,10 @@ def _model(run: RunDir, state: dict[str, Any]) -> Trained:
     plan = LaunchPlan.read(run)
     spec = read_job(accepted_job(run))
     if not spec.task:
-        raise UsageError("this run is of a script, which knows its model alone: --to safetensors")
+        raise UsageError(
+            "this run is of a script, which knows its model alone: --to safetensors",
+            code="export.script-format",
+        )
     return trained_model(spec, plan.code_dir or plan.job_dir, state)
 
 
@@ -113,13 +120,17 @@ def _newest(run: RunDir, step: int | None) -> tuple[Path, dict[str, Any], dict[s
     if not folders:
         raise UsageError(
             f"run {run.id} has no checkpoint; it is saved as job.yaml's checkpoint: "
-            "says, and at the end of training"
+            "says, and at the end of training",
+            code="export.no-checkpoint",
         )
     if step is not None:
         steps = [int(folder.name.removeprefix("step-")) for folder in folders]
         if step not in steps:
             listed = ", ".join(map(str, sorted(steps)))
-            raise UsageError(f"--step {step}: run {run.id} has checkpoints of steps {listed}")
+            raise UsageError(
+                f"--step {step}: run {run.id} has checkpoints of steps {listed}",
+                code="export.no-such-step",
+            )
         folders = [folders[steps.index(step)]]
     rejected: dict[str, str] = {}
     for folder in folders:
@@ -132,4 +143,7 @@ def _newest(run: RunDir, step: int | None) -> tuple[Path, dict[str, Any], dict[s
             continue
         return folder, tensors, rejected
     listed = "".join(f"\n  {name}: {why}" for name, why in rejected.items())
-    raise CheckpointError(f"no checkpoint can be used:{listed}\nthey are in {run.checkpoints}")
+    raise CheckpointError(
+        f"no checkpoint can be used:{listed}\nthey are in {run.checkpoints}",
+        code="export.no-usable-checkpoint",
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import get_args
+from typing import Literal, get_args
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -15,6 +15,9 @@ from dtrain.errors import Problem
 from dtrain.job.located import Keys, Located, did_you_mean, dotted, suggest
 from dtrain.job.spec import Model
 from dtrain.job.units import found
+
+Area = Literal["job", "profile", "option"]
+"""Of what the fields are; the first part of the codes of problems with them."""
 
 _EXPECTED = {
     "string_too_short": "some text",
@@ -33,7 +36,11 @@ _BOUNDS = {
 
 
 def explain(
-    error: ValidationError, root: Located, model: type[Model], listed: str = ""
+    error: ValidationError,
+    root: Located,
+    model: type[Model],
+    listed: str = "",
+    area: Area = "job",
 ) -> list[Problem]:
     """One problem for each field that pydantic refused.
 
@@ -42,6 +49,7 @@ def explain(
         root: what was written, with places.
         model: the model of the whole file, for hints about where a key belongs.
         listed: a sentence with the keys of the top section; empty: what the file can have.
+        area: of what the fields are.
     """
     listed = listed or f"this file can have: {', '.join(model.model_fields)}"
     by_field: dict[Keys, list[ErrorDetails]] = {}
@@ -50,7 +58,7 @@ def explain(
     by_field.pop((), None)  # between fields: told by cross_problems, with places
     misspelt = {_meant(keys, model) for keys, d in by_field.items() if _kind(d) == _UNKNOWN}
     return [
-        _problem(keys, details, root, model, listed)
+        _problem(keys, details, root, model, listed, area)
         for keys, details in by_field.items()
         if not (_kind(details) == "missing" and keys in misspelt)
     ]
@@ -100,17 +108,40 @@ def _meant(keys: Keys, model: type[Model]) -> Keys:
 
 
 def _problem(
-    keys: Keys, details: list[ErrorDetails], root: Located, model: type[Model], listed: str
+    keys: Keys,
+    details: list[ErrorDetails],
+    root: Located,
+    model: type[Model],
+    listed: str,
+    area: Area,
 ) -> Problem:
     if _kind(details) == "missing":
         field = (model_at(model, keys[:-1]) or model).model_fields[str(keys[-1])]
         about = (field.description or "").replace("\n", " ").partition(". ")[0].rstrip(".")
-        return root.place_of(keys).problem(dotted(keys), f"missing: {about}")
+        return root.place_of(keys).problem(
+            dotted(keys), f"missing: {about}", code=f"{area}.missing-field"
+        )
     written = root.path(keys)[-1]
     if _kind(details) == _UNKNOWN:
         place = written.key or written.place
-        return place.problem(dotted(keys), _unknown_key(keys, root, model, listed))
-    return written.place.problem(dotted(keys), _wrong_value(details, written))
+        return place.problem(
+            dotted(keys), _unknown_key(keys, root, model, listed), code=f"{area}.unknown-field"
+        )
+    code = code_of(_kind(details), area)
+    return written.place.problem(dotted(keys), _wrong_value(details, written), code=code)
+
+
+def code_of(kind: str, area: Area) -> str:
+    """The code of a value that pydantic refused.
+
+    Args:
+        kind: pydantic's name of the error, for example `int_type`.
+        area: of what the field is.
+    """
+    if kind in _BOUNDS:
+        return f"{area}.out-of-range"
+    is_type = kind.endswith(("_type", "_parsing", "_from_float"))
+    return f"{area}.wrong-type" if is_type else f"{area}.invalid-value"
 
 
 def _unknown_key(keys: Keys, root: Located, model: type[Model], listed: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from dtrain.job.located import FieldProblem
 from dtrain.job.units import is_number
 
 TENSOR_KINDS: Mapping[str, str] = {
@@ -92,17 +93,17 @@ def parse_injection(text: str) -> Injection:
     return Injection(**fields)  # type: ignore[arg-type]
 
 
-def late_faults(job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
-    """Faults in steps that the training does not have: pairs of a field and a sentence."""
+def late_faults(job: Mapping[str, Any]) -> list[FieldProblem]:
+    """Faults in steps that the training does not have."""
     train, checks = job["train"], job.get("checks")
     steps, texts = train.get("steps"), checks.get("inject") if isinstance(checks, Mapping) else None
-    problems: list[tuple[tuple[str, ...], str]] = []
+    problems: list[FieldProblem] = []
     for text in texts if isinstance(steps, int) and isinstance(texts, list) else []:
         with contextlib.suppress(ValueError, AttributeError):  # told where the field is checked
             fault = parse_injection(text)
             if fault.step > steps:
                 why = f"{fault.kind} in step {fault.step}: the last is {steps}, of train.steps"
-                problems.append((("checks", "inject"), why))
+                problems.append((("checks", "inject"), why, "job.fault-after-the-end"))
     return problems
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dtrain import catalog
 from dtrain.errors import Problem
-from dtrain.job.located import Keys, Located, SourceLocation, dotted
+from dtrain.job.located import FieldProblem, Keys, Located, SourceLocation, dotted
 from dtrain.job.static_source import Source
 
 
@@ -28,15 +28,15 @@ class NamedClass:
     def place(self) -> SourceLocation:
         return self.root.place_of(self.field)
 
-    def problem(self, message: str) -> Problem:
-        return self.place.problem(dotted(self.field), message)
+    def problem(self, message: str, *, code: str = "") -> Problem:
+        return self.place.problem(dotted(self.field), message, code=code)
 
 
 class JobCheck:
     """Base of the checks; they read files, and import neither the framework nor torch."""
 
-    def between_fields(self, job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
-        """Pairs of a field and a sentence, as `dtrain.job.spec.cross_problems` returns them."""
+    def between_fields(self, job: Mapping[str, Any]) -> list[FieldProblem]:
+        """What is wrong between fields, as of `dtrain.job.spec.cross_problems`."""
         return []
 
     def references(self, root: Located) -> Iterator[Problem]:

@@ -80,6 +80,7 @@ def _missing(file: Path, extra: Sequence[str], seen: set[Path]) -> Iterator[Prob
                 "",
                 f"imports {name}, which {sys.executable} does not have"
                 f"{did_you_mean(name, others) or '; install the package that has it there'}",
+                code="job.missing-import",
             )
         elif beside is not None and beside.origin and Path(beside.origin).parent == Path(own):
             yield from _missing(Path(beside.origin), extra, seen)

@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 from pydantic import ConfigDict, ValidationError
 
 from dtrain.errors import PlanError
+from dtrain.job.errors import code_of
 from dtrain.job.located import did_you_mean
 from dtrain.job.spec import Model
 
@@ -54,6 +55,8 @@ class LauncherOptions(AnyOptions):
         name = ".".join(map(str, first["loc"]))
         if first["type"] != "extra_forbidden":
             where = f"option {name}" if name else "options"
-            raise PlanError(f"launcher {cls.launcher!r}, {where}: {first['msg']}")
+            message = f"launcher {cls.launcher!r}, {where}: {first['msg']}"
+            raise PlanError(message, code=code_of(first["type"], "option"))
         near = did_you_mean(name, list(cls.model_fields))
-        raise PlanError(f"option {name}: unknown{near or f'; {cls.listed()}'}")
+        message = f"option {name}: unknown{near or f'; {cls.listed()}'}"
+        raise PlanError(message, code="option.unknown-field")

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dtrain.environ import may_tell
 from dtrain.errors import JobError, Problem
-from dtrain.job.errors import explain, submodel
+from dtrain.job.errors import Area, explain, submodel
 from dtrain.job.located import Keys, Located, SourceLocation, dotted, shown_path
 from dtrain.job.references import outside_problems
 from dtrain.job.spec import JobSpec, Model, cross_problems
@@ -78,8 +78,8 @@ def load_job(
     spec, wrong = validate(root, JobSpec)
     problems += wrong
     problems += [
-        root.place_of(keys).problem(dotted(keys), message)
-        for keys, message in cross_problems(root.plain())
+        root.place_of(keys).problem(dotted(keys), message, code=code)
+        for keys, message, code in cross_problems(root.plain())
     ]
     problems += outside_problems(root, job_dir or path.parent)
     if problems or spec is None:
@@ -116,23 +116,31 @@ def read_root(
     root, problems = read_yaml(text, in_file(shown, origin))
     required = [name for name, field in model.model_fields.items() if field.is_required()]
     if root is None and not problems:
-        problems = [SourceLocation(shown).problem("", f"empty; needed are: {', '.join(required)}")]
+        problems = [
+            SourceLocation(shown).problem(
+                "", f"empty; needed are: {', '.join(required)}", code="yaml.empty"
+            )
+        ]
     elif root is not None and not isinstance(root.value, dict):
         kind = "a list" if isinstance(root.value, list) else "one value"
-        problems.append(root.place.problem("", f"expected `name: value` lines; found {kind}"))
+        problems.append(
+            root.place.problem(
+                "", f"expected `name: value` lines; found {kind}", code="yaml.not-a-section"
+            )
+        )
     if root is None or not isinstance(root.value, dict):
         raise JobError(problems)
     return _open_empty_sections(root, model), problems
 
 
 def validate(
-    root: Located, model: type[AnyModel], listed: str = ""
+    root: Located, model: type[AnyModel], listed: str = "", area: Area = "job"
 ) -> tuple[AnyModel | None, list[Problem]]:
-    """What is written as a spec, or every problem of single fields; `listed` as for `explain`."""
+    """What is written as a spec, or every problem of single fields; arguments as of `explain`."""
     try:
         return model.model_validate(root.plain()), []
     except ValidationError as error:
-        return None, explain(error, root, model, listed)
+        return None, explain(error, root, model, listed, area)
 
 
 def sort_problems(problems: Sequence[Problem], first: str) -> list[Problem]:
@@ -191,7 +199,9 @@ def _override(text: str) -> tuple[Located | None, list[Problem]]:
         or not all(keys[:2])
         or not (keys[-1] or keys[:2] == ("launch", "env"))
     ):
-        return None, [place.problem("", "expected FIELD=VALUE, as train.epochs=3")]
+        return None, [
+            place.problem("", "expected FIELD=VALUE, as train.epochs=3", code="usage.set-syntax")
+        ]
     written, problems = read_yaml(value, lambda _: place)
     if problems:
         return None, problems

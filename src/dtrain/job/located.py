@@ -11,6 +11,8 @@ from dtrain.errors import Problem
 
 Keys = tuple[str | int, ...]
 """The way to a value through sections (names) and lists (positions)."""
+FieldProblem = tuple[tuple[str, ...], str, str]
+"""A problem without its place: the field, a sentence, and the code of the kind of problem."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class SourceLocation:
         where = self.file if self.line is None else f"{self.file}:{self.line}"
         return f"{self.origin} ({where})" if self.origin else where
 
-    def problem(self, field: str, message: str, code: str = "") -> Problem:
+    def problem(self, field: str, message: str, *, code: str = "") -> Problem:
         return Problem(self.file, self.line, self.column, field, message, code)
 
 

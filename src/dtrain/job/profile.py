@@ -64,12 +64,14 @@ def load_profile(name: str, job_dir: str | os.PathLike[str]) -> LoadedProfile:
     for _, nearer, _ in layers[-2::-1]:
         root = nearer.merge_over(root)
     root = numbers_as_text(root)
-    spec, problems = validate(root, ProfileSpec)
+    spec, problems = validate(root, ProfileSpec, area="profile")
     problems += [problem for _, _, of_file in layers for problem in of_file]
     launcher, known = root.get(("launcher",)), catalog.names("launcher")
     if launcher and isinstance(launcher.value, str) and launcher.value not in known:
         message = f"unknown; known: {', '.join(known)}{did_you_mean(launcher.value, known)}"
-        problems.append(launcher.place.problem("launcher", message))
+        problems.append(
+            launcher.place.problem("launcher", message, code="profile.unknown-launcher")
+        )
     if problems or spec is None:
         raise JobError(sort_problems(problems, shown_path(layers[0][0])))
     section = root.get(("launch",))
@@ -98,7 +100,11 @@ def parse_options(texts: Iterable[str], model: type[LauncherOptions]) -> dict[st
         place = SourceLocation(f"-o {name}")
         keys = (head.replace("-", "_"), *([entry] if dot else []))
         if not all(keys) or not (equals or dot) or not name.isprintable():
-            problems.append(SourceLocation("-o").problem("", f"{quoted(text)} is not NAME=VALUE"))
+            problems.append(
+                SourceLocation("-o").problem(
+                    "", f"{quoted(text)} is not NAME=VALUE", code="option.syntax"
+                )
+            )
             continue
         written, bad = read_yaml(value if equals else "true", _at(place))
         problems += bad
@@ -110,7 +116,7 @@ def parse_options(texts: Iterable[str], model: type[LauncherOptions]) -> dict[st
             listed = before.value if before else []
             written = Located([*listed, written], place)
         elif before:
-            problems.append(place.problem("", "given twice"))
+            problems.append(place.problem("", "given twice", code="option.given-twice"))
         given = replace(written, key=place).nest(keys).merge_over(given)
     if problems:
         raise JobError(problems)
@@ -140,7 +146,7 @@ def checked_options(
     here = SourceLocation(f"--launcher {profile.name}")
     given = {name: part for name, part in profile.options.items() if part.value is not None}
     root = Located(dict(flags), here).merge_over(Located(given, here))
-    options, problems = validate(root, model, model.listed())
+    options, problems = validate(root, model, model.listed(), area="option")
     if problems or options is None:
         problems = problems or _between_options(root, model)
         raise JobError(sort_problems(problems, shown_path(profile.chain[0])))
@@ -159,7 +165,7 @@ def _between_options(root: Located, model: type[Model]) -> list[Problem]:
         model.model_validate(root.plain())
     except ValidationError as error:
         said = [detail["msg"].removeprefix("Value error, ") for detail in error.errors()]
-        return [root.place.problem("", text) for text in said]
+        return [root.place.problem("", text, code="option.conflict") for text in said]
     return []
 
 
@@ -201,7 +207,13 @@ def _layers(
         raise JobError([_not_found(name, asked_by, where, folders)])
     if path in above:
         circle = " → ".join(map(shown_path, [*above[above.index(path) :], path]))
-        raise JobError([asked_by.problem("extends", f"profiles extend in a circle: {circle}")])
+        raise JobError(
+            [
+                asked_by.problem(
+                    "extends", f"profiles extend in a circle: {circle}", code="profile.circle"
+                )
+            ]
+        )
     shown = shown_path(path)
     root, problems = read_root(
         read_text(path, shown), shown, ProfileSpec, f"profile {Path(shown).stem}"
@@ -212,7 +224,7 @@ def _layers(
         return
     if not isinstance(extends.value, str):
         message = f"expected the name of a profile; found {found(extends.plain())}"
-        raise JobError([extends.place.problem("extends", message)])
+        raise JobError([extends.place.problem("extends", message, code="profile.wrong-type")])
     further = folders[folders.index(path.parent) + 1 :] if extends.value == name else folders
     yield from _layers(extends.value, extends.place, further, folders, [*above, path])
 
@@ -227,4 +239,6 @@ def _not_found(
     near = did_you_mean(name, [known for known in profile_names(all_) if known != name])
     searched = ", ".join(map(shown_path, where)) or "nothing, as this file is the last of its name"
     field = "" if asked_by.line is None else "extends"
-    return asked_by.problem(field, f"there is no profile {name!r}; searched: {searched}{near}")
+    return asked_by.problem(
+        field, f"there is no profile {name!r}; searched: {searched}{near}", code="profile.not-found"
+    )

@@ -57,7 +57,7 @@ def _name_problems(root: Located) -> Iterator[Problem]:
         name, known = _text(root, kind), catalog.names(kind)
         if name is not None and name not in known:
             message = f"unknown; known: {', '.join(known)}{did_you_mean(name, known)}"
-            yield root.place_of((kind,)).problem(kind, message)
+            yield root.place_of((kind,)).problem(kind, message, code="job.unknown-name")
 
 
 def _pair_problems(root: Located) -> Iterator[Problem]:
@@ -72,9 +72,9 @@ def _pair_problems(root: Located) -> Iterator[Problem]:
     if problem:
         said = [root.get((field,)) for field in ("strategy", "trainer")]
         place = next((written.place for written in (*said, nodes) if written), root.place)
-        yield place.problem("strategy", problem)
+        yield place.problem("strategy", problem, code="plan.unsupported-combination")
     elif missing:
-        yield root.place_of(("trainer",)).problem("trainer", missing)
+        yield root.place_of(("trainer",)).problem("trainer", missing, code="plan.missing-package")
 
 
 def _pair_problem(root: Located, trainer: str, strategy: str, nodes: int) -> str | None:
@@ -95,7 +95,11 @@ def _script_problems(root: Located, folder: Path) -> Iterator[Problem]:
         return
     file = folder / script
     if not os.path.isfile(file):
-        yield place.problem("script", f"no such file: {shown_path(file)}{similar(file)}")
+        yield place.problem(
+            "script",
+            f"no such file: {shown_path(file)}{similar(file)}",
+            code="job.script-not-found",
+        )
         return
     yield from readable(file, place, "script", alone=True)[1]
 
@@ -109,7 +113,9 @@ def _logger_problems(root: Located) -> Iterator[Problem]:
         name = next(iter(plain), None) if isinstance(plain, dict) else plain
         problem = catalog.problem_of("logger", name) if isinstance(name, str) else None
         if problem:
-            yield entry.place.problem(dotted(("log", "loggers", index)), problem)
+            yield entry.place.problem(
+                dotted(("log", "loggers", index)), problem, code="plan.missing-package"
+            )
 
 
 def _path_problems(root: Located, folder: Path) -> Iterator[Problem]:
@@ -119,4 +125,6 @@ def _path_problems(root: Located, folder: Path) -> Iterator[Problem]:
         if isinstance(part.value, str) and not os.path.lexists(folder / part.value):
             path = folder / part.value
             message = f"no such file or folder: {shown_path(path)}{similar(path)}"
-            yield part.place.problem(dotted(("data", "paths", index)), message)
+            yield part.place.problem(
+                dotted(("data", "paths", index)), message, code="job.data-not-found"
+            )

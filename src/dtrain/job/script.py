@@ -10,6 +10,7 @@ from typing import Any
 
 from dtrain import catalog
 from dtrain.errors import UsageError
+from dtrain.job.located import FieldProblem
 from dtrain.job.static_source import Definition, parsed
 from dtrain.job.yaml_reader import dump_yaml
 
@@ -40,9 +41,10 @@ def completed(job: Any) -> Any:
     }
 
 
-def meaningless(job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
-    """Fields of a job with a script that would do nothing: pairs of a field and a sentence."""
-    return [((field,), _UP_TO_THE_SCRIPT) for field in job if field not in _ALLOWED]
+def meaningless(job: Mapping[str, Any]) -> list[FieldProblem]:
+    """Fields of a job with a script that would do nothing."""
+    code = "job.field-without-effect"
+    return [((field,), _UP_TO_THE_SCRIPT, code) for field in job if field not in _ALLOWED]
 
 
 _DEFINES = (ast.Import, ast.ImportFrom, ast.Pass, *Definition.__args__)
@@ -69,9 +71,12 @@ def job_of_script(path: str) -> str | None:
     if not path.endswith(".py"):
         return None
     if not os.path.isfile(path):
-        raise UsageError(f"there is no script {path}")
+        raise UsageError(f"there is no script {path}", code="job.script-not-found")
     if does_nothing(Path(path)):
         beside = Path(path).with_name("job.yaml")
         name = str(beside) if beside.is_file() else "the job.yaml that names its task"
-        raise UsageError(f"{path} does nothing when it is run, it only defines; launch {name}")
+        raise UsageError(
+            f"{path} does nothing when it is run, it only defines; launch {name}",
+            code="job.script-only-defines",
+        )
     return dump_yaml({"name": Path(path).stem, "script": Path(path).name})

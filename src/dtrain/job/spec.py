@@ -35,6 +35,7 @@ from dtrain.job.fields import (
     Text,
 )
 from dtrain.job.frameworks import job_checks
+from dtrain.job.located import FieldProblem
 from dtrain.job.script import SCRIPT_FIELDS, completed, meaningless
 from dtrain.job.units import parse_nodes
 
@@ -279,12 +280,12 @@ class JobSpec(Model):
     def _fields_fit(self) -> JobSpec:
         problems = cross_problems(self.to_plain())
         if problems:
-            raise ValueError("; ".join(f"{'.'.join(keys)}: {text}" for keys, text in problems))
+            raise ValueError("; ".join(f"{'.'.join(keys)}: {text}" for keys, text, _ in problems))
         return self
 
 
-def cross_problems(job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
-    """What is wrong between fields: pairs of a field and a sentence.
+def cross_problems(job: Mapping[str, Any]) -> list[FieldProblem]:
+    """What is wrong between fields.
 
     Takes plain data in which single fields may be wrong too, so that both kinds of problem can
     be told at once; what depends on a wrong field is passed over.
@@ -292,23 +293,25 @@ def cross_problems(job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
     if job.get("script") is not None:
         return meaningless(job)
     if job.get("arguments"):
-        return [(("arguments",), "only a script has a command line; a task has args")]
+        text = "only a script has a command line; a task has args"
+        return [(("arguments",), text, "job.field-without-effect")]
     problems = [each for check in job_checks() for each in check.between_fields(job)]
     train, evaluation = job.get("train"), job.get("eval", {})
     if not isinstance(train, Mapping) or not isinstance(evaluation, Mapping):
         return problems
     endless = train.get("epochs") is None and train.get("steps") is None
     if endless and set(train) <= set(TrainSpec.model_fields):
-        problems.append((("train",), "give epochs or steps, or training would never end"))
+        text = "give epochs or steps, or training would never end"
+        problems.append((("train",), text, "job.endless-training"))
     micro, batch = train.get("micro_batch_size"), train.get("global_batch_size")
     if isinstance(micro, int | float) and isinstance(batch, int | float) and micro > batch:
         text = f"{micro} samples per forward pass are more than global_batch_size, {batch}"
-        problems.append((("train", "micro_batch_size"), text))
+        problems.append((("train", "micro_batch_size"), text, "job.micro-batch-too-large"))
     problems += late_faults(job)
     during = [evaluation.get("every_steps"), evaluation.get("every_epochs")]
     if train.get("early_stopping") is not None and during == [None, None]:
         text = "needs evaluations during training; give eval.every_steps or eval.every_epochs"
-        problems.append((("train", "early_stopping"), text))
+        problems.append((("train", "early_stopping"), text, "job.no-evaluation-to-stop-by"))
     return problems
 
 

@@ -38,14 +38,15 @@ def _reference_problems(named: NamedClass, reference: str, folder: Path) -> Iter
         python = reference.endswith((".py", ".py:"))
         example = f"{reference.rstrip(':')}:Class" if python else "file.py:Class"
         yield named.problem(
-            f"expected a file or module and a class, as {example}; found {reference!r}"
+            f"expected a file or module and a class, as {example}; found {reference!r}",
+            code="job.reference-syntax",
         )
         return
     file = file_of(reference, folder)
     if file is None or not os.path.isfile(file):
         near = similar(folder / target) if file else ""
         what = f"file: {shown_path(file)}" if file else f"module: {target}"
-        yield named.problem(f"no such {what}{near}")
+        yield named.problem(f"no such {what}{near}", code="job.code-not-found")
     elif file.suffix == ".py":
         yield from _class_problems(named, file, name, alone=target.endswith(".py"))
 
@@ -59,7 +60,10 @@ def _class_problems(named: NamedClass, file: Path, name: str, *, alone: bool) ->
     if not source.has(name):
         classes = source.classes()
         listed = f"; it has: {', '.join(classes)}" if classes else ""
-        yield named.problem(f"{shown} has no class {name!r}{listed}{did_you_mean(name, classes)}")
+        yield named.problem(
+            f"{shown} has no class {name!r}{listed}{did_you_mean(name, classes)}",
+            code="job.class-not-found",
+        )
         return
     for check in job_checks():
         yield from check.of_class(named, name, file, source)
@@ -76,7 +80,9 @@ def _method_problems(source: Source, name: str, shown: str) -> Iterator[Problem]
         node = source.definitions[name][0]
         lacks = " and ".join(f"{method}()" for method in missing)
         message = f"class {name} has no {lacks}; a task needs {', '.join(REQUIRED)}"
-        yield SourceLocation(shown, node.lineno, node.col_offset + 1).problem("", message)
+        yield SourceLocation(shown, node.lineno, node.col_offset + 1).problem(
+            "", message, code="job.task-incomplete"
+        )
 
 
 def _argument_problems(named: NamedClass, source: Source, name: str) -> Iterator[Problem]:
@@ -89,11 +95,17 @@ def _argument_problems(named: NamedClass, source: Source, name: str) -> Iterator
     for word in unknown:
         listed = f"it takes: {', '.join(known)}" if known else "it takes none"
         message = f"{name} has no such argument; {listed}{did_you_mean(word, known)}"
-        yield (given[word].key or given[word].place).problem(f"{field}.{word}", message)
+        yield (given[word].key or given[word].place).problem(
+            f"{field}.{word}", message, code="job.unknown-argument"
+        )
     for word in takes.required:
         if word not in given:
             place = named.root.place_of((*named.args, word) if written else named.field)
-            yield place.problem(f"{field}.{word}", f"missing; {name} needs this argument")
+            yield place.problem(
+                f"{field}.{word}",
+                f"missing; {name} needs this argument",
+                code="job.missing-argument",
+            )
 
 
 def readable(
@@ -105,15 +117,21 @@ def readable(
         source = Source(file)
         return source, [
             SourceLocation(shown, each.lineno, each.col_offset + 1).problem(
-                "", relative_import_advice(file.name, each)
+                "", relative_import_advice(file.name, each), code="job.relative-import"
             )
             for each in (source.relative if alone else [])
         ]
     except SyntaxError as error:
         spot = SourceLocation(shown, error.lineno, error.offset)
-        return None, [spot.problem("", f"the {field}'s file is not Python: {error.msg}")]
+        return None, [
+            spot.problem(
+                "", f"the {field}'s file is not Python: {error.msg}", code="job.not-python"
+            )
+        ]
     except (OSError, ValueError) as error:
-        return None, [place.problem(field, f"{shown} cannot be read: {error}")]
+        return None, [
+            place.problem(field, f"{shown} cannot be read: {error}", code="file.unreadable")
+        ]
 
 
 def similar(path: Path) -> str:

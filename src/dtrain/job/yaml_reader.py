@@ -114,17 +114,18 @@ def read_text(path: Path, shown: str) -> str:
         siblings = (
             [p.name for p in path.parent.glob("*.y*ml")] if os.path.isdir(path.parent) else []
         )
-        message = f"no such file{did_you_mean(path.name, siblings)}"
+        message, code = f"no such file{did_you_mean(path.name, siblings)}", "file.not-found"
     except IsADirectoryError:
-        message = "this is a folder; name the YAML file in it"
+        message, code = "this is a folder; name the YAML file in it", "file.is-a-folder"
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         column = error.start - raw.rfind(b"\n", 0, error.start)
         message = f"not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
-        raise JobError([SourceLocation(shown, line, column).problem("", message)]) from None
+        place = SourceLocation(shown, line, column)
+        raise JobError([place.problem("", message, code="file.not-utf8")]) from None
     except OSError as error:
-        message = f"cannot be read: {error.strerror}"
-    raise JobError([SourceLocation(shown).problem("", message)])
+        message, code = f"cannot be read: {error.strerror}", "file.unreadable"
+    raise JobError([SourceLocation(shown).problem("", message, code=code)])
 
 
 def _bytes_of(path: Path, shown: str) -> bytes:
@@ -134,11 +135,12 @@ def _bytes_of(path: Path, shown: str) -> bytes:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError
         if not stat.S_ISREG(mode):
-            raise JobError([SourceLocation(shown).problem("", "a pipe or a device; name a file")])
+            message = "a pipe or a device; name a file"
+            raise JobError([SourceLocation(shown).problem("", message, code="file.not-regular")])
         raw = file.read(_MOST_BYTES + 1)
     if len(raw) > _MOST_BYTES:
         message = f"more than {_MOST_BYTES // 1_000_000} MB; that is no job or profile"
-        raise JobError([SourceLocation(shown).problem("", message)])
+        raise JobError([SourceLocation(shown).problem("", message, code="file.too-large")])
     return raw
 
 
@@ -162,17 +164,16 @@ def read_yaml(text: str, locate: Locate) -> tuple[Located | None, list[Problem]]
         return written, list(dict.fromkeys(reader.problems))
     except _TooMuch as error:
         mark = error.problem_mark or _mark(text, 0)
-        return None, [locate(mark).problem("", str(error.problem))]
+        return None, [locate(mark).problem("", str(error.problem), code="yaml.too-many-values")]
     except yaml.MarkedYAMLError as error:
         return None, [_syntax_problem(error, locate)]
     except yaml.reader.ReaderError as error:
         mark = _mark(text, error.position)
-        return None, [
-            locate(mark).problem("", f"character {text[error.position]!r} is not allowed")
-        ]
+        message = f"character {text[error.position]!r} is not allowed"
+        return None, [locate(mark).problem("", message, code="yaml.syntax")]
     except RecursionError:
-        start = locate(_mark(text, 0))
-        return None, [start.problem("", "nested too deeply, or an alias that contains itself")]
+        message = "nested too deeply, or an alias that contains itself"
+        return None, [locate(_mark(text, 0)).problem("", message, code="yaml.too-deep")]
 
 
 def in_file(shown: str, origin: str = "") -> Locate:
@@ -193,8 +194,8 @@ def _syntax_problem(error: yaml.MarkedYAMLError, locate: Locate) -> Problem:
         if re.search(pattern, words):
             if "inside quotes" in message:
                 mark = error.context_mark or mark
-            return locate(mark).problem("", message)
-    return locate(mark).problem("", f"not YAML: {words}")
+            return locate(mark).problem("", message, code="yaml.syntax")
+    return locate(mark).problem("", f"not YAML: {words}", code="yaml.syntax")
 
 
 def _is_text(value: str) -> bool:
@@ -237,16 +238,18 @@ class _Reader:
             if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
                 self.take(node, len(node.value) // 100)
                 if not _is_text(node.value):
-                    self.tell(node, "an escape that is no character")
+                    self.tell(node, "an escape that is no character", code="yaml.value-unsupported")
                     return None
                 if node.tag == _TAG + "int" and len(node.value) > _MOST_DIGITS:
-                    self.tell(node, f"a whole number of more than {_MOST_DIGITS} digits")
+                    text = f"a whole number of more than {_MOST_DIGITS} digits"
+                    self.tell(node, text, code="yaml.value-unsupported")
                     return None
                 return self.loader.construct_object(node)
         except (ValueError, KeyError):
             pass
         tag = node.tag.replace(_TAG, "!!")
-        self.tell(node, f"a value of type {tag} is not understood here; write plain values")
+        text = f"a value of type {tag} is not understood here; write plain values"
+        self.tell(node, text, code="yaml.value-unsupported")
         return None
 
     def pairs(self, node: yaml.MappingNode) -> _Pairs:
@@ -266,14 +269,16 @@ class _Reader:
                         merged = {**self.pairs(source), **merged}
                         self.take(source, len(merged))
                     else:
-                        self.tell(source, "only a section can be merged with `<<`")
+                        text = "only a section can be merged with `<<`"
+                        self.tell(source, text, code="yaml.merge-without-section")
                 continue
             is_text = isinstance(key, yaml.ScalarNode) and _is_text(key.value)
             if not is_text or key.tag != _TAG + "str":
-                self.tell(key, self.odd_key(key))
+                self.tell(key, self.odd_key(key), code="yaml.key-not-text")
             elif key.value in own:
                 first = own[key.value][0].start_mark
-                self.tell(key, f"{key.value!r} is given twice, first on line {first.line + 1}")
+                text = f"{key.value!r} is given twice, first on line {first.line + 1}"
+                self.tell(key, text, code="yaml.duplicate-key")
             else:
                 own[key.value] = (key, part)
         return {**merged, **own}
@@ -285,5 +290,5 @@ class _Reader:
         reads = f", and YAML reads {word} as a boolean" if key.tag == _TAG + "bool" else ""
         return f'a key must be text{reads}: put it in quotes, as "{word}"'
 
-    def tell(self, node: yaml.Node, message: str) -> None:
-        self.problems.append(self.locate(node.start_mark).problem("", message))
+    def tell(self, node: yaml.Node, message: str, *, code: str) -> None:
+        self.problems.append(self.locate(node.start_mark).problem("", message, code=code))

@@ -77,7 +77,10 @@ class LocalLauncher:
         if handle is None or not handle.is_alive(run):
             return
         if not handle.is_here:
-            raise UsageError(f"run {run.id} is driven from {handle.host}; cancel it there")
+            raise UsageError(
+                f"run {run.id} is driven from {handle.host}; cancel it there",
+                code="run.driven-elsewhere",
+            )
         os.kill(handle.pid, signal.SIGTERM)
         if not poll(lambda: not handle.is_alive(run), timeout_s):
             os.kill(handle.pid, signal.SIGKILL)  # the nodes and workers die with it
@@ -115,7 +118,10 @@ class NodeProcess:
             files.make_parent(log)
             self._process = (spawn or _Interpreter)(command.argv, env, log, listener)
         except OSError as error:
-            raise LaunchError(f"cannot start {command.argv[0]}: {error.strerror}") from error
+            raise LaunchError(
+                f"cannot start {command.argv[0]}: {error.strerror}",
+                code="launch.command-not-started",
+            ) from error
         finally:
             if listener is not None:
                 listener.close()
@@ -193,7 +199,8 @@ def _refuse_few_files(plan: LaunchPlan) -> None:
     if most < needed:
         raise LaunchError(
             f"a process may have {most} files open here, and this launch needs {needed}: "
-            "raise the limit first, as with `ulimit -n 4096`"
+            "raise the limit first, as with `ulimit -n 4096`",
+            code="launch.too-few-open-files",
         )
 
 
@@ -203,5 +210,6 @@ def _listen(host: str, port: int) -> Any:
     except OSError as error:
         raise LaunchError(
             f"port {port} of the rendezvous cannot be opened on {host or 'this host'}: "
-            f"{error.strerror}; launch again for another port, or choose one with --rdzv-endpoint"
+            f"{error.strerror}; launch again for another port, or choose one with --rdzv-endpoint",
+            code="launch.port-not-opened",
         ) from error

@@ -52,7 +52,8 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
             run.handle(plan.attempt).unlink(missing_ok=True)  # nothing was started
         raise LaunchError(
             f"cannot write the run directory {run.path}: {error.strerror}; "
-            "choose another place with --runs DIR"
+            "choose another place with --runs DIR",
+            code="launch.not-writable",
         ) from error
 
 
@@ -62,7 +63,9 @@ def writing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise LaunchError(f"cannot write {error.filename}: {error.strerror}") from error
+        raise LaunchError(
+            f"cannot write {error.filename}: {error.strerror}", code="launch.not-writable"
+        ) from error
 
 
 def _claim(plan: LaunchPlan, handle: Handle) -> None:
@@ -111,7 +114,8 @@ def _refuse_secrets(job: JobSpec, job_text: str) -> None:
     if written:
         raise PlanError(
             f"the job file holds the value of {', '.join(written)}, and would stand beside the run "
-            f"at its URL: take it out, and give it with --env {written[0]}"
+            f"at its URL: take it out, and give it with --env {written[0]}",
+            code="url.secret-in-job-file",
         )
 
 
@@ -130,7 +134,8 @@ def _refuse_existing(plan: LaunchPlan) -> None:
         exists = holder is not None or events.has_trained(run)
     if exists:
         raise UsageError(
-            f"run {run.id} exists; go on with: dtrain resume {run.id}, or give another --run-id"
+            f"run {run.id} exists; go on with: dtrain resume {run.id}, or give another --run-id",
+            code="run.exists",
         )
 
 

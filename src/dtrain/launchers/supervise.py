@@ -149,7 +149,9 @@ def refused(plan: LaunchPlan, error: DtrainError, started: float) -> None:
         shutil.rmtree(plan.run.path, ignore_errors=True)
         return
     if plan.is_of_node_zero and not failures.read_all(plan.run, plan.attempt):
-        failures.record_node(plan.run, plan.attempt, str(error), exit_code=error.exit_code)
+        failures.record_node(
+            plan.run, plan.attempt, str(error), exit_code=error.exit_code, code=error.code
+        )
     finish(plan, Result("failed", error.exit_code, started, time.time()), print_nothing)
 
 

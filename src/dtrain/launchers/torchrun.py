@@ -58,13 +58,15 @@ def _node_rank(plan: LaunchPlan, node_rank: int | str | None) -> int:
         if plan.nodes > 1:
             raise PlanError(
                 f"launcher 'torchrun' with {plan.nodes} nodes: say which one this host is "
-                f"with --node-rank 0 … {plan.nodes - 1}"
+                f"with --node-rank 0 … {plan.nodes - 1}",
+                code="torchrun.no-node-rank",
             )
         return 0
     if not is_number(str(node_rank)) or int(node_rank) >= plan.nodes:
         raise PlanError(
             f"--node-rank {str(node_rank)[:60]} does not exist among {plan.nodes} nodes "
-            f"(0 … {plan.nodes - 1})"
+            f"(0 … {plan.nodes - 1})",
+            code="torchrun.invalid-node-rank",
         )
     return int(node_rank)
 
@@ -74,13 +76,16 @@ def _endpoint(plan: LaunchPlan, endpoint: str | None, facts: Facts) -> tuple[str
         if plan.nodes > 1:
             raise PlanError(
                 "launcher 'torchrun' with several nodes: say where node 0 is with "
-                "--rdzv-endpoint HOST:PORT"
+                "--rdzv-endpoint HOST:PORT",
+                code="torchrun.no-endpoint",
             )
         return "127.0.0.1", facts.free_port
     try:
         return ports.parse_address(endpoint)
     except ValueError as error:
-        raise PlanError(f"--rdzv-endpoint {error}, as head:29400") from None
+        raise PlanError(
+            f"--rdzv-endpoint {error}, as head:29400", code="torchrun.invalid-endpoint"
+        ) from None
 
 
 def _torchrun(plan: LaunchPlan, facts: Facts, node_rank: int) -> Command:

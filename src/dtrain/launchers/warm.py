@@ -61,7 +61,9 @@ class WarmServer:
         while (message := self._hear()) is not None and "started" not in message:
             pass
         if message is None:
-            raise LaunchError("the process from which nodes are forked has ended")
+            raise LaunchError(
+                "the process from which nodes are forked has ended", code="launch.fork-server-ended"
+            )
         return WarmNode(self, message["started"])
 
     def send(self, pid: int, number: int) -> None:

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = cast("Arguments", parser.parse_args(argv))
 
-    from dtrain.errors import DtrainError
+    from dtrain.errors import DtrainError, told
     from dtrain.procs import DEFERRED_SIGNALS, die_with_parent
 
     if arguments.parent:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         status = _serve(arguments, argv)
     except DtrainError as error:
-        print(f"dtrain: {error}", file=sys.stderr)
+        print(told(error), file=sys.stderr)
         status = error.exit_code
     sys.stdout.flush()
     sys.stderr.flush()

@@ -72,7 +72,7 @@ def of_task(record: FailureRecord, how: str) -> FailureRecord:
     """
     where = f" in step {record.step}" if record.step else ""
     message = f"left early, by {how}{where}: training had not ended"
-    return replace(record, kind="left", message=message, exit_code=1, type="")
+    return replace(record, kind="left", code="", message=message, exit_code=1, type="")
 
 
 def of_script(note: dict[str, Any], **place: Any) -> FailureRecord:

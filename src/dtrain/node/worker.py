@@ -192,7 +192,8 @@ def _device(plan: LaunchPlan, ranks: RankInfo) -> torch.device:
     if ranks.local_rank >= found:
         raise DtrainError(
             f"{plan.gpus_per_node} GPUs per node were asked for, but this node shows {found}; "
-            "check --gpus and CUDA_VISIBLE_DEVICES"
+            "check --gpus and CUDA_VISIBLE_DEVICES",
+            code="gpu.too-few-on-node",
         )
     torch.cuda.set_device(ranks.local_rank)
     return torch.device("cuda", ranks.local_rank)
@@ -203,7 +204,8 @@ def _join_process_group(plan: LaunchPlan, ranks: RankInfo, device: torch.device)
         if plan.world_size > 1:
             raise DtrainError(
                 f"this run has {plan.world_size} ranks, but no RANK is set: start the worker "
-                "with torchrun, or the run with `dtrain launch`"
+                "with torchrun, or the run with `dtrain launch`",
+                code="node.no-rank",
             )
         return
     dist.init_process_group(

@@ -82,7 +82,8 @@ def check_size(tree: Path, limit: int, excludes: Sequence[str]) -> None:
         raise PlanError(
             f"the code around the job is {_mib(total)}, more than travels to Ray's nodes "
             f"(upload_limit: {_mib(limit)}); largest: {listed}; keep data elsewhere, or leave it "
-            "out with option excludes"
+            "out with option excludes",
+            code="ray.code-too-large",
         )
 
 

@@ -14,6 +14,7 @@ import sysconfig
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -42,6 +43,22 @@ Kind = Literal[
     "timeout",  # all waited for one another
     "left",  # with status 0, before the end
 ]
+
+KIND_CODES: Mapping[Kind, str] = {
+    "exception": "failure.exception",
+    "exit": "failure.exit",
+    "signal": "failure.signal",
+    "oom": "failure.out-of-memory",
+    "node_missing": "failure.node-missing",
+    "node_lost": "failure.node-lost",
+    "agent": "failure.agent",
+    "collectives": "failure.collectives-differ",
+    "parted": "failure.ranks-parted",
+    "absent": "failure.rank-absent",
+    "timeout": "failure.timeout",
+    "left": "failure.rank-left",
+}
+"""The code of a failure, where no error of dtrain has one of its own."""
 
 # Lines around a traceback in a rank's log: a console leaves out what the verdict will say.
 FAILURE_OPEN = "dtrain: this rank has failed:"
@@ -84,20 +101,22 @@ class OtherProcessError(Exception):
         message: its text and its notes.
         type: the name of its class.
         frames: as of `user_frames`.
+        code: of an error of dtrain.
     """
 
-    def __init__(self, message: str, type: str, frames: list[Frame]) -> None:
+    def __init__(self, message: str, type: str, frames: list[Frame], code: str = "") -> None:
         super().__init__(message)
         self.type = type
         self.frames = frames
+        self.code = code
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OtherProcessError, (str(self), self.type, self.frames)
+        return OtherProcessError, (str(self), self.type, self.frames, self.code)
 
     @classmethod
     def of(cls, error: BaseException) -> OtherProcessError:
         """What there is to say of an error in this process."""
-        return cls(_text(error), type(error).__name__, _frames(error))
+        return cls(_text(error), type(error).__name__, _frames(error), _code(error))
 
 
 @dataclass(frozen=True)
@@ -136,6 +155,12 @@ class FailureRecord:
     """Whether the restart before had failed in just this way."""
     hint: Text = ""
     """What to do about it, where that depends on where the process stood."""
+    code: Text = ""
+    """Stable name of the error; when it is left out, that of the kind."""
+
+    def __post_init__(self) -> None:
+        if not self.code:
+            object.__setattr__(self, "code", KIND_CODES[self.kind])
 
     def repeats(self, before: FailureRecord) -> bool:
         """Whether it is the same error at the same line of the same step."""
@@ -230,7 +255,7 @@ def of_node(
 ) -> FailureRecord:
     """The record of a node that fails now, of this one unless `node` is the name of another.
 
-    `place` has further fields of the record: `restart`, `pid`.
+    `place` has further fields of the record: `restart`, `pid`, `code`.
     """
     name = node_name() if node is None else node
     place = {"time": time.time(), "log": str(log), **place}
@@ -299,6 +324,7 @@ def of_exception(
         log=log,
         collateral=getattr(error, "collateral", False),
         step=None if _may_pass(error) else getattr(error, _STEP, None),
+        code=_code(error),
     )
 
 
@@ -319,6 +345,10 @@ def _may_pass(error: BaseException) -> bool:
 
 def _text(error: BaseException) -> str:
     return "\n".join([str(error), *getattr(error, "__notes__", [])])
+
+
+def _code(error: BaseException) -> str:
+    return error.code if isinstance(error, DtrainError | OtherProcessError) else ""
 
 
 def _frames(error: BaseException) -> list[Frame]:

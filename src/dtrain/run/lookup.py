@@ -57,13 +57,15 @@ def find_run(name: str, root: str | os.PathLike[str], shown: str = "") -> RunDir
     from dtrain.run.rundir import RunDir, list_runs
 
     if not name:  # as of a variable of the shell that is not set: it would be any run's beginning
-        raise RunNotFound("RUN is empty; it is an id, the beginning of one, or `last`")
+        raise RunNotFound(
+            "RUN is empty; it is an id, the beginning of one, or `last`", code="run.empty-name"
+        )
     with contextlib.suppress(OSError):  # too long for a path
         if os.sep in name and (Path(name) / "resolved.yaml").is_file():
             return RunDir(name)
     runs, where = list_runs(root), shown or str(Path(root).absolute())
     if not runs:
-        raise RunNotFound(f"no runs in {where}; say where with --runs DIR")
+        raise RunNotFound(f"no runs in {where}; say where with --runs DIR", code="run.no-runs")
     if name == "last":
         # started last, not made last: a resumed run is the newest again
         return max(runs, key=lambda run: run.resolved.stat().st_mtime_ns)
@@ -74,5 +76,9 @@ def find_run(name: str, root: str | os.PathLike[str], shown: str = "") -> RunDir
         return matches[0]
     if matches:
         listed = ", ".join(run.id for run in matches[:6])
-        raise RunNotFound(f"{quoted(name)} could be any of {len(matches)} runs: {listed}")
-    raise RunNotFound(f"no run {quoted(name)} in {where}; `dtrain runs` lists them")
+        raise RunNotFound(
+            f"{quoted(name)} could be any of {len(matches)} runs: {listed}", code="run.ambiguous"
+        )
+    raise RunNotFound(
+        f"no run {quoted(name)} in {where}; `dtrain runs` lists them", code="run.not-found"
+    )

@@ -34,10 +34,15 @@ def parse(text: str | bytes) -> Manifest:
     try:
         manifest = files.parse_as(Manifest, text, NAME)
     except DamagedError as error:
-        raise CheckpointError(f"{NAME} is damaged: {error.why}") from None
+        raise CheckpointError(
+            f"{NAME} is damaged: {error.why}", code="checkpoint.damaged-manifest"
+        ) from None
     wrong = [name for name in (*manifest.files, manifest.digest) if not _is_name(name)]
     if wrong:
-        raise CheckpointError(f"{NAME} is damaged: {wrong[0][:200]!r} is the name of no file")
+        raise CheckpointError(
+            f"{NAME} is damaged: {wrong[0][:200]!r} is the name of no file",
+            code="checkpoint.damaged-manifest",
+        )
     return manifest
 
 

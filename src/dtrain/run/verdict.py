@@ -59,6 +59,7 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         """For `--json` and verdict.json."""
         return {
+            "code": self.culprit.code,
             "culprit": asdict(self.culprit),
             "alike": self.alike,
             "collateral": self.collateral,
@@ -93,8 +94,8 @@ def judge(run: RunDir, attempt: int) -> Verdict | None:
     if len(records) > 1 and _only_waited(records):
         said = ["the ranks waited for one another in a collective until it timed out"]
         said += (places := _waits(records))
-        nobody = replace(first, kind="timeout", rank=None, type="", message="\n".join(said),
-                         frames=[] if places else first.frames)  # fmt: skip
+        nobody = replace(first, kind="timeout", code="", rank=None, type="",
+                         message="\n".join(said), frames=[] if places else first.frames)  # fmt: skip
         return Verdict(nobody, collateral=_ranks(records), restarts=last)
     error = _error_of(first)
     same = [record for record in records if _error_of(record) == error]
@@ -157,7 +158,7 @@ def _parted(
     own = [record for record in records if record.rank == found.rank]
     first = min(records, key=_guilt)
     place = own[0] if own else first
-    return [replace(place, kind=kind, message=message, rank=found.rank, frames=[],
+    return [replace(place, kind=kind, code="", message=message, rank=found.rank, frames=[],
                     exit_code=first.exit_code)]  # fmt: skip
 
 
@@ -174,7 +175,7 @@ def read(run: RunDir, attempt: int) -> Verdict | None:
 def render(verdict: Verdict, run: RunDir) -> str:
     """The block that people read: at most 15 lines, and all of the reason."""
     culprit = verdict.culprit
-    head = [_headline(culprit)]
+    head = [f"{_headline(culprit)}  [{culprit.code}]"]
     tail = [f"  log: {_short(culprit.log)}"] if culprit.log else []
     advice = culprit.hint or ADVICE.get(culprit.kind)
     if advice:

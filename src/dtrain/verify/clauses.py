@@ -21,6 +21,26 @@ EVALUATION = "every sample is evaluated exactly once"
 BITWISE = "what promises the same bits has the same bits"
 MODEL = "model() gives every process the same bare model"
 
+CLAUSE_CODES = {
+    DATA: "verify.other-samples",
+    START: "verify.other-start",
+    LOSS: "verify.other-loss",
+    STATE: "verify.state-outside-checkpoint",
+    BATCH_NORM: "verify.batch-norm",
+    GRADIENT: "verify.other-gradient",
+    CLIPPING: "verify.clipping-order",
+    SCALER: "verify.loss-scaling",
+    SCHEDULE: "verify.other-learning-rate",
+    UPDATE: "verify.other-updates",
+    REPLICAS: "verify.replicas-differ",
+    BUFFERS: "verify.buffers-differ",
+    RANDOM: "verify.same-random-numbers",
+    EVALUATION: "verify.evaluation-differs",
+    BITWISE: "verify.bits-differ",
+    MODEL: "verify.other-model",
+}
+"""Clause → the code of a finding that it does not hold."""
+
 GENERATORS = ("Generator", "Random", "RandomState")
 """Types of generators that a task may keep: torch's, NumPy's and Python's."""
 OTHER_GENERATORS = ("random at", "numpy.random at")
@@ -41,3 +61,8 @@ class Finding:
     step: int
     """The first step in which it was seen."""
     tensor: str = ""
+
+    @property
+    def code(self) -> str:
+        """Stable name of what does not hold, for example `verify.batch-norm`."""
+        return CLAUSE_CODES[self.clause]

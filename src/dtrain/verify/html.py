@@ -20,6 +20,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+small { color: var(--soft); font-weight: 400; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
@@ -59,7 +60,9 @@ def write(report: Report, path: str | Path) -> None:
     try:
         Path(path).write_text(page(report), encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+        raise UsageError(
+            f"cannot write {path}: {error.strerror}", code="file.not-writable"
+        ) from error
 
 
 def page(report: Report) -> str:
@@ -112,7 +115,8 @@ def _table(report: Report) -> str:
 def _reasons(report: Report) -> list[str]:
     parts = []
     for remark in text.remarks(report.results):
-        parts.append(f"<h2>{escape(remark.headline)}</h2>")
+        code = f" <small>{remark.code}</small>" if remark.code else ""
+        parts.append(f"<h2>{escape(remark.headline)}{code}</h2>")
         if remark.details:
             cells = (f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in remark.details.items())
             parts.append(f"<dl>{''.join(cells)}</dl>")

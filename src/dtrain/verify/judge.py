@@ -47,6 +47,8 @@ class Result:
     """The run's own verdict, where it failed."""
     reason: str = ""
     """Of that, the error itself in one line."""
+    error_code: str = ""
+    """Of that, the code."""
     shrinks: float | None = None
     """By how much the difference shrinks in fp64; None when that was not needed."""
     fixed_noise: bool = False
@@ -62,6 +64,11 @@ class Result:
     @property
     def passed(self) -> bool:
         return self.verdict in ("same", "rounding")
+
+    @property
+    def code(self) -> str:
+        """The code of what is wrong; empty when nothing is."""
+        return self.error_code if self.finding is None else self.finding.code
 
 
 class Judge:
@@ -80,9 +87,15 @@ class Judge:
             self.reference = lab.record(reference)
         except RunFailed as error:
             how = " in fp64" if lab.wish.fp64 else ""
-            raise RunFailed(f"the job does not run as one process{how}:\n{error}") from None
+            raise RunFailed(
+                f"the job does not run as one process{how}:\n{error}",
+                code="verify.reference-failed",
+            ) from None
         if not self.reference.steps:
-            raise RunFailed("the job trained, but recorded nothing to compare with")
+            raise RunFailed(
+                "the job trained, but recorded nothing to compare with",
+                code="verify.nothing-recorded",
+            )
         self._bits: dict[Pair, tuple[Pair, Recording]] = {}
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[Result]:
@@ -95,13 +108,23 @@ class Judge:
             except RunFailed as error:
                 result = self._failed(pair, error)
             except DtrainError as error:
-                result = Result(pair, "failed", None, failure=str(error), reason=str(error))
+                result = Result(
+                    pair,
+                    "failed",
+                    None,
+                    failure=str(error),
+                    error_code=error.code,
+                    reason=str(error),
+                )
             yield self._with_bits(result)
 
     def _judge(self, pair: Pair) -> Result:
         other = self.lab.record(pair)
         if not other.steps:
-            return Result(pair, "failed", None, failure=f"trainer {pair.trainer!r} records nothing")
+            failure = f"trainer {pair.trainer!r} records nothing"
+            return Result(
+                pair, "failed", None, failure=failure, error_code="verify.nothing-recorded"
+            )
         finding = next(exact_findings(self.reference, other, pair), None)
         comparison = compare(self.reference, other)
         result = Result(
@@ -126,7 +149,13 @@ class Judge:
     def _failed(self, pair: Pair, error: RunFailed) -> Result:
         """A run that failed; it may have recorded before why it is another training."""
         result = Result(
-            pair, "failed", None, failure=str(error), reason=error.reason, recording=error.recording
+            pair,
+            "failed",
+            None,
+            failure=str(error),
+            error_code=error.code,
+            reason=error.reason,
+            recording=error.recording,
         )
         if error.recording is None:
             return result
@@ -172,7 +201,8 @@ class Judge:
             reference, other = self._both(result.pair, wish)
         except RunFailed as error:
             text = f"it differs, and cannot be run in fp64 to see why:\n{error}"
-            return replace(result, verdict="failed", level="L0", failure=text)
+            code = "verify.fp64-failed"
+            return replace(result, verdict="failed", level="L0", failure=text, error_code=code)
         exact = compare(reference, other)
         assert result.largest is not None
         if not self.lab.wish.fp64:

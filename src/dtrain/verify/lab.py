@@ -38,8 +38,17 @@ _COLLECTIVE_TIMEOUT_S = 300.0
 class RunFailed(DtrainError):
     """A run of the job failed; the message is its verdict."""
 
-    def __init__(self, message: str, trace: Recording | None = None, reason: str = "") -> None:
-        super().__init__(message)
+    code = "verify.run-failed"
+
+    def __init__(
+        self,
+        message: str,
+        trace: Recording | None = None,
+        reason: str = "",
+        *,
+        code: str = "",
+    ) -> None:
+        super().__init__(message, code=code)
         self.recording = trace
         """What was recorded until then; None where nothing was."""
         self.reason = reason
@@ -48,6 +57,7 @@ class RunFailed(DtrainError):
 
 class Stopped(DtrainError):
     exit_code = 130
+    code = "verify.stopped"
 
 
 class _Silent:
@@ -113,7 +123,10 @@ class Lab:
         self.spec: JobSpec = self._load(REFERENCE)[0].spec
         """The job as its reference runs it."""
         if self.spec.script is not None:
-            raise UsageError("dtrain verify compares tasks; it cannot see into a script's own loop")
+            raise UsageError(
+                "dtrain verify compares tasks; it cannot see into a script's own loop",
+                code="verify.script",
+            )
         self.reference = REFERENCE if self._is_task() else replace(REFERENCE, trainer="lightning")
         """What the others are compared with."""
 
@@ -253,7 +266,9 @@ class Lab:
                 self._made[where] = Path(tempfile.mkdtemp(prefix="dtrain-verify-", dir=where))
             except OSError as error:
                 why = f"{error.strerror}: {error.filename}"
-                raise UsageError(f"no place for the runs ({why}); say one: --keep DIR") from None
+                raise UsageError(
+                    f"no place for the runs ({why}); say one: --keep DIR", code="verify.no-place"
+                ) from None
         return self._made[where]
 
 

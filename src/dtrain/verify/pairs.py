@@ -248,7 +248,10 @@ def chosen(
                             found[replace(pair, own_loops=True)] = None
     found.pop(replace(reference, gpus=gpus), None)
     if not found:
-        raise PlanError("; ".join(dict.fromkeys(problems)) or "nothing to compare with itself")
+        raise PlanError(
+            "; ".join(dict.fromkeys(problems)) or "nothing to compare with itself",
+            code="verify.nothing-to-compare",
+        )
     return list(found)
 
 

@@ -73,6 +73,7 @@ def _row(result: Result) -> dict[str, Any]:
         "fixed_noise": result.fixed_noise,
         "draws": list(result.draws),
         "same_bits_as": result.bits_of or None,
+        "code": result.code or None,
         "finding": None if result.finding is None else asdict(result.finding),
         "failure": result.failure or None,
         "loss": losses(result.recording),

@@ -82,7 +82,8 @@ class Session:
         if self._lab.spec.data.stream == "sharded":
             raise PlanError(
                 "dtrain verify compares with one process, which a stream that shards itself gives "
-                "another order than several (data.stream: sharded)"
+                "another order than several (data.stream: sharded)",
+                code="verify.sharded-stream",
             )
         if watch is not None:
             self._lab.watch = lambda pair, wish: watch(self._progress(pair, wish))
@@ -183,7 +184,8 @@ class Session:
             if trainer != only:
                 raise PlanError(
                     f"{self._lab.spec.task} is a LightningModule, which trainer {trainer!r} cannot "
-                    f"train: it is compared with one process of trainer {only!r}"
+                    f"train: it is compared with one process of trainer {only!r}",
+                    code="verify.trainer-unsuitable",
                 )
         return (only,)
 

@@ -144,9 +144,11 @@ class Remark:
     details: dict[str, str] = field(default_factory=dict)
     raw: str = ""
     """Lines to be shown as they are."""
+    code: str = ""
+    """Of what is wrong."""
 
     def text(self, width: int) -> str:
-        lines = wrap(self.headline, width)
+        lines = wrap(f"{self.headline} [{self.code}]" if self.code else self.headline, width)
         for label, value in self.details.items():
             first, *rest = wrap(value, max(40, width - 9))
             lines += [f"  {label:<6} {first}", *(f"         {line}" for line in rest)]
@@ -177,7 +179,7 @@ def _remark(results: Sequence[Result]) -> Remark | None:
     first, names = results[0], few((each.pair.name for each in results), sep="; ")
     finding, one = first.finding, len(results) == 1
     if first.verdict == "failed":
-        return Remark(f"{names} failed", raw=first.failure)
+        return Remark(f"{names} failed", code=first.code, raw=first.failure)
     if finding is not None:
         step = min(result.finding.step for result in results if result.finding is not None)
         when = "from the start" if step == 0 else f"from step {step} on"
@@ -186,6 +188,7 @@ def _remark(results: Sequence[Result]) -> Remark | None:
         return Remark(
             f"{names} {which} {when}",
             {label: value for label, value in details.items() if value},
+            code=first.code,
             raw=first.failure,
         )
     if first.fixed_noise:

@@ -12,7 +12,7 @@ from typing import Any
 from dtrain import catalog
 from dtrain.errors import Problem
 from dtrain.job.frameworks import JobCheck, NamedClass
-from dtrain.job.located import Located, did_you_mean, dotted, shown_path
+from dtrain.job.located import FieldProblem, Located, did_you_mean, dotted, shown_path
 from dtrain.job.static_source import Source, is_installed
 
 _STRATEGIES = catalog.TRAINERS["lightning"].strategies
@@ -73,24 +73,26 @@ ARGUMENTS_OF_LOOPS = tuple(name for name in _OURS if name not in _LAUNCHED)
 
 
 class LightningCheck(JobCheck):
-    def between_fields(self, job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    def between_fields(self, job: Mapping[str, Any]) -> list[FieldProblem]:
         section = job.get("lightning")
         if not isinstance(section, Mapping):
             return []
         said = [each for each in section.values() if each != "auto"]
         if any(said) and job.get("trainer", "native") != "lightning":
-            return [(("lightning",), "is for trainer lightning; set that, or leave this out")]
+            text = "is for trainer lightning; set that, or leave this out"
+            return [(("lightning",), text, "job.field-without-effect")]
         strategy = job.get("strategy", "ddp")
         if section.get("step") == "lightning" and strategy in _STRATEGIES:
             problem = catalog.own_loops_problem(strategy)
             if problem is not None:
-                return [(("lightning", "step"), problem)]
+                return [(("lightning", "step"), problem, "plan.unsupported-combination")]
         if section.get("step") == "dtrain" and section.get("also_run"):
-            return [(("lightning", "also_run"), "is for Lightning's own loops, not step: dtrain")]
-        given = section.get("trainer")
+            text = "is for Lightning's own loops, not step: dtrain"
+            return [(("lightning", "also_run"), text, "job.field-without-effect")]
+        given, code = section.get("trainer"), "job.field-decided-elsewhere"
         refused = _OURS if section.get("step") == "dtrain" else _LAUNCHED
         return [
-            (("lightning", "trainer", name), f"is decided by the job: {_OURS[name]}")
+            (("lightning", "trainer", name), f"is decided by the job: {_OURS[name]}", code)
             for name in (given if isinstance(given, Mapping) else ())
             if name in refused
         ]

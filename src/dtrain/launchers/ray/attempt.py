@@ -91,7 +91,7 @@ class ActorGroup:
         looks = self._ask({k: each.look.remote(wish) for k, each in enumerate(self.actors)})
         problems = _problems(self._plan, self.names, list(looks.values()), probe)
         if problems:
-            raise LaunchError(problems)
+            raise LaunchError(problems, code="ray.node-unsuitable")
         host, port = self._rendezvous()
         placed_as = PlacedAs(self._attempt, tuple(self.names), host, port)
         events.note_event(
@@ -173,7 +173,10 @@ class ActorGroup:
             if port:
                 break
         else:
-            raise LaunchError(f"no free port on {self.names[0]} among {len(candidates)} tried")
+            raise LaunchError(
+                f"no free port on {self.names[0]} among {len(candidates)} tried",
+                code="launch.no-free-port",
+            )
         return host, int(port)
 
     def _settled(self) -> dict[int, RunDir]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain import ports
-from dtrain.errors import DtrainError, LaunchError, PlanError, first_line
+from dtrain.errors import DtrainError, LaunchError, PlanError, first_line, told
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.plan import LaunchPlan
 from dtrain.procs import die_with_parent
@@ -63,7 +63,7 @@ def _drive(plan: LaunchPlan) -> int:
     try:
         return Driver(plan).run()
     except DtrainError as error:
-        print(f"dtrain: {error}", file=sys.stderr)
+        print(told(error), file=sys.stderr)
         files.write_json(RayFiles(plan.run).refusal, _as_json(error))
         return error.exit_code
 
@@ -97,7 +97,11 @@ def _note(run: RunDir, kind: str, text: str) -> None:
 
 
 def _as_json(refusal: DtrainError) -> dict[str, Any]:
-    return {"message": str(refusal), "usage": isinstance(refusal, PlanError)}
+    return {
+        "message": str(refusal),
+        "code": refusal.code,
+        "usage": isinstance(refusal, PlanError),
+    }
 
 
 def refusal_of(run: RunDir) -> DtrainError | None:
@@ -105,7 +109,8 @@ def refusal_of(run: RunDir) -> DtrainError | None:
     kept: dict[str, Any] | None = files.read_json(RayFiles(run).refusal)
     if kept is None:
         return None
-    return (PlanError if kept["usage"] else LaunchError)(kept["message"])
+    kind = PlanError if kept["usage"] else LaunchError
+    return kind(kept["message"], code=kept["code"])
 
 
 def record_head_lost(run: RunDir, attempt: int, address: str | None) -> None:
@@ -329,7 +334,8 @@ def reach(address: str) -> None:
     except OSError as error:
         raise LaunchError(
             f"no Ray cluster answers at {address}: {error.strerror or error}; "
-            "`ray start --head` prints its address"
+            "`ray start --head` prints its address",
+            code="ray.no-cluster",
         ) from error
 
 
@@ -340,9 +346,12 @@ def _refused(address: str, error: Exception) -> LaunchError:
         return LaunchError(
             f"the Ray cluster at {address} does not let us in; if it wants a token, set "
             f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (RAY_AUTH_MODE is {mode}): "
-            f"{first_line(error)}"
+            f"{first_line(error)}",
+            code="ray.not-allowed",
         )
-    return LaunchError(f"the Ray cluster at {address} cannot be joined: {said[:500]}")
+    return LaunchError(
+        f"the Ray cluster at {address} cannot be joined: {said[:500]}", code="ray.cannot-join"
+    )
 
 
 def is_loopback(address: str) -> bool:

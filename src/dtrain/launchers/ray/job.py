@@ -52,7 +52,8 @@ def client(options: RayOptions) -> Any:
     except Exception as error:  # ray raises ConnectionError, RuntimeError and its own
         raise LaunchError(
             f"no Ray job server answers at {url(options)}: {first_line(error)}; it is the "
-            "dashboard's URL, as http://head:8265; where it wants a token, RAY_AUTH_TOKEN_PATH"
+            "dashboard's URL, as http://head:8265; where it wants a token, RAY_AUTH_TOKEN_PATH",
+            code="ray.no-job-server",
         ) from error
 
 
@@ -66,7 +67,8 @@ def submit(plan: LaunchPlan) -> JobLaunch:
     if (options.cluster_runs or plan.run_url) and plan.run.secret_env(plan.attempt).exists():
         raise PlanError(
             "secret variables cannot travel with a Ray job, whose files others can read: set "
-            "them on the cluster, or have it share the folder of runs"
+            "them on the cluster, or have it share the folder of runs",
+            code="ray.secret-variables",
         )
     with prepare.writing():
         folder = package.pack(plan)
@@ -81,7 +83,9 @@ def submit(plan: LaunchPlan) -> JobLaunch:
             metadata={"dtrain": plan.run_id},
         )
     except Exception as error:
-        raise LaunchError(f"Ray refuses the job: {first_line(error)}") from error
+        raise LaunchError(
+            f"Ray refuses the job: {first_line(error)}", code="ray.job-refused"
+        ) from error
     handle = Handle.of_this_process(plan.launcher, plan.attempt)
     replace(handle, job_id=job_id).write(plan.run)
     events.note_event(plan.run, "submitted", job_id=job_id, attempt=plan.attempt)

@@ -63,7 +63,7 @@ class RayLauncher:
 
     def start(self, plan: LaunchPlan) -> Launch:
         if problem := catalog.problem_of("launcher", "ray"):
-            raise PlanError(problem)
+            raise PlanError(problem, code="plan.missing-package")
         RayFiles(plan.run).clear()
         options = RayOptions.of(plan.options)
         if options.submit == "job":
@@ -108,7 +108,10 @@ class DriverProcess:
         try:
             self._process = procs.start_own(command.argv, env=env, log=self._folder.log)
         except OSError as error:
-            raise LaunchError(f"cannot start {command.argv[0]}: {error.strerror}") from error
+            raise LaunchError(
+                f"cannot start {command.argv[0]}: {error.strerror}",
+                code="launch.command-not-started",
+            ) from error
 
     def poll(self) -> int | None:
         """See `Launch.poll`.

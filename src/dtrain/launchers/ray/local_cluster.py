@@ -73,7 +73,10 @@ class OwnCluster:
         up: dict[str, Any] = json.loads(said) if said else {"error": "its keeper was killed"}
         if "error" in up:
             self.__exit__()
-            raise LaunchError(f"a Ray cluster on this machine cannot be started: {up['error']}")
+            raise LaunchError(
+                f"a Ray cluster on this machine cannot be started: {up['error']}",
+                code="ray.local-cluster-failed",
+            )
         self.dashboard_url = up["dashboard"]
         return str(up["address"])
 
@@ -162,15 +165,18 @@ def _bring_up(spec: dict[str, Any], number: int, more: list[str]) -> None:
         deadline = time.monotonic() + _START_S
         while _UP not in log.read_bytes():
             if select.select([sys.stdin], [], [], 0.05)[0]:
-                raise LaunchError("nobody waits for it any more")
+                raise LaunchError("nobody waits for it any more", code="ray.local-cluster-failed")
             if time.monotonic() > deadline:
-                raise LaunchError(f"not up after {_START_S:.0f} s: {_last_words(log)}")
+                raise LaunchError(
+                    f"not up after {_START_S:.0f} s: {_last_words(log)}",
+                    code="ray.local-cluster-failed",
+                )
             if process.poll() is not None:
                 break
         else:
             return
         if not tries_left:
-            raise LaunchError(f"it ended: {_last_words(log)}")
+            raise LaunchError(f"it ended: {_last_words(log)}", code="ray.local-cluster-failed")
 
 
 def _start_node(

@@ -66,7 +66,8 @@ def unpack(folder: Path) -> tuple[LaunchPlan, bool]:
     if not runs:
         raise LaunchError(
             f"the cluster does not see the run directory {there.path}; set option "
-            "cluster_runs to a folder that all nodes of the cluster share, or to a URL"
+            "cluster_runs to a folder that all nodes of the cluster share, or to a URL",
+            code="ray.folder-not-shared",
         )
     url = f"{runs.rstrip('/')}/{there.id}" if is_url(runs) else ""
     root = staging(runs)  # that of the command that has sent us may be on this very host

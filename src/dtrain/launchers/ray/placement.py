@@ -246,7 +246,7 @@ class Placing:
                 self._request, nodes, waited, patience, grows=grows, may_come_back=may_come_back
             )
             if isinstance(decision, Refuse):
-                raise PlanError(decision.why)
+                raise PlanError(decision.why, code="ray.too-few-resources")
             is_long = isinstance(decision, Take) and not decision.are_there
             if is_long or time.monotonic() >= notice_at:
                 self._say(

@@ -104,9 +104,15 @@ class SlurmLauncher:
             return None
         handle = Handle.read(run)
         if handle is None or handle.job_id is None:
-            raise PlanError(f"--after {run.id}: it has no Slurm job, it is {state}")
+            raise PlanError(
+                f"--after {run.id}: it has no Slurm job, it is {state}",
+                code="slurm.run-without-job",
+            )
         if state != "running":
-            raise PlanError(f"--after {run.id}: it will not succeed, it is {state}")
+            raise PlanError(
+                f"--after {run.id}: it will not succeed, it is {state}",
+                code="slurm.run-will-not-succeed",
+            )
         return f"afterok:{handle.job_id}"
 
     def start(self, plan: LaunchPlan) -> Launch:
@@ -285,7 +291,8 @@ def _refuse_unlike(plans: Sequence[LaunchPlan]) -> None:
         if differ := [flag for flag in (*flags, *first) if (flag in flags) != (flag in first)]:
             raise PlanError(
                 f"--array: Slurm gives all elements of an array the same, but {plan.run_id} and "
-                f"{plans[0].run_id} differ in {', '.join(differ)}; launch them one by one"
+                f"{plans[0].run_id} differ in {', '.join(differ)}; launch them one by one",
+                code="slurm.array-differs",
             )
 
 

@@ -59,6 +59,8 @@ _HOPELESS = {
 class Unreachable(LaunchError):
     """The controller does not answer; what we knew still holds."""
 
+    code = "slurm.controller-silent"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -109,7 +111,8 @@ def run_command(*argv: str, input_text: str | None = None) -> subprocess.Complet
         )  # fmt: skip
     except FileNotFoundError:
         raise LaunchError(
-            f"there is no {argv[0]} here: launcher 'slurm' runs where Slurm's commands are"
+            f"there is no {argv[0]} here: launcher 'slurm' runs where Slurm's commands are",
+            code="slurm.no-commands",
         ) from None
     except subprocess.TimeoutExpired:
         raise Unreachable(f"{argv[0]} has not answered for {_TIMEOUT_S} s") from None

@@ -16,22 +16,28 @@ from dtrain.run import files
 from dtrain.run.backend_files import SlurmFiles
 
 # what sbatch says → the options that it may be about; `slurm.X` is flag X among the further ones
-_ABOUT = (
-    (r"partition", ("partition",)),
-    (r"account", ("account", "partition")),
-    (r"qos", ("qos",)),
-    (r"time", ("time",)),
-    (r"memory|--mem\b", ("mem", "slurm.mem-per-cpu", "slurm.mem-per-gpu")),
-    (r"generic resource|gres", ("gres", "gpus")),
-    (r"feature", ("constraint",)),
-    (r"reservation", ("reservation",)),
-    (r"dependency", ("dependency",)),
-    (r"node name", ("exclude", "slurm.nodelist")),
+_ABOUT_CODES = (
+    (r"(?<!/)partition", "slurm.partition-invalid", ("partition",)),
+    (r"account", "slurm.account-invalid", ("account", "partition")),
+    (r"qos", "slurm.qos-invalid", ("qos",)),
+    (r"time", "slurm.time-invalid", ("time",)),
+    (
+        r"memory|--mem\b",
+        "slurm.memory-invalid",
+        ("mem", "slurm.mem-per-cpu", "slurm.mem-per-gpu"),
+    ),
+    (r"generic resource|gres", "slurm.gres-invalid", ("gres", "gpus")),
+    (r"feature", "slurm.constraint-invalid", ("constraint",)),
+    (r"reservation", "slurm.reservation-invalid", ("reservation",)),
+    (r"dependency", "slurm.dependency-invalid", ("dependency",)),
+    (r"node name", "slurm.node-name-invalid", ("exclude", "slurm.nodelist")),
     (
         r"node configuration|node count|processors|cpu",
+        "slurm.nodes-not-available",
         ("gpus", "gres", "cpus_per_node", "mem", "nodes"),
     ),
 )  # fmt: skip
+"""A pattern of Slurm's reason, its code, and the options that it may be about."""
 
 
 class Sbatch:
@@ -89,7 +95,7 @@ def _write(plan: LaunchPlan) -> None:
 def _submit(plan: LaunchPlan, command: list[str]) -> str:
     done = run_command(*command)
     if done.returncode != 0:
-        raise PlanError(refusal(plan, done.stderr))
+        raise refusal(plan, done.stderr)
     return done.stdout.strip().partition(";")[0]
 
 
@@ -99,26 +105,31 @@ def asked(plan: LaunchPlan, text: str) -> list[str]:
         return []
     done = run_command("sbatch", "--test-only", input_text=text)
     said = re.sub(r"^sbatch: Job \d+ ", "", done.stderr.strip())
-    told = refusal(plan, done.stderr) if done.returncode else f"Slurm would take it: {said}"
+    told = str(refusal(plan, done.stderr)) if done.returncode else f"Slurm would take it: {said}"
     return ["asked of Slurm", *(f"  {line}" for line in told.splitlines())]
 
 
-def refusal(plan: LaunchPlan, said: str) -> str:
-    """Slurm's reason, and the place of the option that it is about."""
+def refusal(plan: LaunchPlan, said: str) -> PlanError:
+    """The error with Slurm's reason, and the place of the option that it is about."""
     lines = [re.sub(r"^(sbatch: )?(error: )?", "", line) for line in said.strip().splitlines()]
     reasons = [line.removeprefix("Batch job submission failed: ") for line in lines if line]
     reason = "; ".join(dict.fromkeys(reasons)) or "no reason given"
     if re.search(r"resolve_ctls|fetch_config|contact slurm controller", reason, re.IGNORECASE):
-        return f"no Slurm cluster answers; run this on a login node of the cluster. Slurm: {reason}"
+        text = f"no Slurm cluster answers; run this on a login node of the cluster. Slurm: {reason}"
+        return PlanError(text, code="slurm.no-cluster")
     places = "".join(f"\n  {place}" for place in _places(plan, reason))
-    return f"Slurm refuses the job: {reason}{places}"
+    codes = [code for pattern, code, _ in _ABOUT_CODES if re.search(pattern, reason, re.IGNORECASE)]
+    code = codes[0] if codes else "slurm.refused"
+    return PlanError(f"Slurm refuses the job: {reason}{places}", code=code)
 
 
 def _places(plan: LaunchPlan, reason: str) -> list[str]:
     """`FILE:LINE:COLUMN: OPTION: VALUE` of each option that a reason may be about."""
     further = SlurmOptions.of(plan.options).slurm
     said = [f"slurm.{flag}" for flag in further if f"--{flag.replace('_', '-')}" in reason]
-    guesses = [options for pattern, options in _ABOUT if re.search(pattern, reason, re.IGNORECASE)]
+    guesses = [
+        options for pattern, _, options in _ABOUT_CODES if re.search(pattern, reason, re.IGNORECASE)
+    ]
     for options in (said, *guesses):
         if named := [place for name in options if (place := place_of(plan, name))]:
             return named

@@ -92,7 +92,8 @@ def flags(plan: LaunchPlan) -> list[SbatchFlag]:
     for name, value in found:
         if value is not None and not value.isprintable():
             raise PlanError(
-                f"--{name} {quoted(value)}: a line break cannot stand in a batch script"
+                f"--{name} {quoted(value)}: a line break cannot stand in a batch script",
+                code="slurm.line-break",
             )
     return found
 
@@ -117,7 +118,7 @@ def _further_flags(plan: LaunchPlan, options: SlurmOptions) -> list[SbatchFlag]:
             problem = "not the long name of a flag of sbatch"
         if problem:
             source = plan.sources.get(f"slurm.{name}", "option")
-            raise PlanError(f"{source}: {quoted(name)} {problem}")
+            raise PlanError(f"{source}: {quoted(name)} {problem}", code="slurm.flag-not-allowed")
         for each in value if isinstance(value, list) else [value]:
             if each is not False:
                 found.append((flag, None if each is True else str(each)))
@@ -202,7 +203,10 @@ def pattern(path: Path) -> str:
         PlanError: it holds a backslash, which takes their meaning from all patterns.
     """
     if "\\" in str(path):
-        raise PlanError(f"Slurm cannot write to a path with a backslash: {path}; use --runs DIR")
+        raise PlanError(
+            f"Slurm cannot write to a path with a backslash: {path}; use --runs DIR",
+            code="slurm.path-not-usable",
+        )
     return str(path).replace("%", "%%")
 
 

@@ -60,7 +60,8 @@ class Submitit:
 
         if shutil.which("srun") is None:
             raise LaunchError(
-                "there is no srun here: launcher 'slurm' runs where Slurm's commands are"
+                "there is no srun here: launcher 'slurm' runs where Slurm's commands are",
+                code="slurm.no-commands",
             )
         commands = [script.agent_command(plan) for plan in plans]
         try:
@@ -71,7 +72,7 @@ class Submitit:
                 job_ids = [str(job.job_id) for job in jobs]
         except FailedJobError as error:
             said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")]
-            raise PlanError(sbatch.refusal(plans[0], "\n".join(said))) from None
+            raise sbatch.refusal(plans[0], "\n".join(said)) from None
         for plan, job_id in zip(plans[1:], job_ids[1:], strict=True):
             log = SlurmFiles(plan.run).submitit_log(job_id)
             log.symlink_to(SlurmFiles(plans[0].run).submitit_log(job_id))
@@ -88,7 +89,9 @@ def parameters(plans: Sequence[LaunchPlan], at_once: int | None = None) -> dict[
     flags: dict[str, Any] = {}
     for name, value in script.flags(plan):
         if name in flags:
-            raise PlanError(f"-o slurm.{name}: submitit takes a flag only once")
+            raise PlanError(
+                f"-o slurm.{name}: submitit takes a flag only once", code="slurm.flag-repeated"
+            )
         flags[name] = True if value is None else value
     folder = SlurmFiles(plan.run)
     flags["output"] = script.pattern(folder.log)
@@ -120,7 +123,9 @@ def _import() -> Any:
     try:
         import submitit
     except ImportError:
-        raise PlanError("submit: submitit needs it: pip install 'dtrain[slurm]'") from None
+        raise PlanError(
+            "submit: submitit needs it: pip install 'dtrain[slurm]'", code="plan.missing-package"
+        ) from None
     return submitit
 
 
@@ -129,7 +134,8 @@ def _folder(plan: LaunchPlan) -> Path:
     # it would take a part of such a path for a pattern, or a part of a line for a command
     if "%" in str(folder) or not str(folder).isprintable():
         raise PlanError(
-            f"submitit cannot use a path with a % or a line break: {str(folder)!r}; use --runs DIR"
+            f"submitit cannot use a path with a % or a line break: {str(folder)!r}; use --runs DIR",
+            code="slurm.path-not-usable",
         )
     return folder
 

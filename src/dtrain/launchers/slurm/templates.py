@@ -24,7 +24,10 @@ def fill(path: Path, values: Mapping[str, Any]) -> str:
         import jinja2
         from jinja2.sandbox import SandboxedEnvironment
     except ImportError:
-        raise PlanError("launcher 'slurm' needs jinja2: pip install 'dtrain[slurm]'") from None
+        raise PlanError(
+            "launcher 'slurm' needs jinja2: pip install 'dtrain[slurm]'",
+            code="plan.missing-package",
+        ) from None
     environment = SandboxedEnvironment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -36,13 +39,21 @@ def fill(path: Path, values: Mapping[str, Any]) -> str:
         text = path.read_text(encoding="utf-8")
         return _joined(environment.from_string(text).generate(values))
     except OSError as error:
-        raise PlanError(f"template {path} cannot be read: {error.strerror}") from error
+        raise PlanError(
+            f"template {path} cannot be read: {error.strerror}", code="slurm.template-unreadable"
+        ) from error
     except UnicodeDecodeError as error:
-        raise PlanError(f"template {path} is not UTF-8; save it as UTF-8") from error
+        raise PlanError(
+            f"template {path} is not UTF-8; save it as UTF-8", code="slurm.template-unreadable"
+        ) from error
     except jinja2.TemplateSyntaxError as error:
-        raise PlanError(f"template {path}:{error.lineno}: {error.message}") from error
+        raise PlanError(
+            f"template {path}:{error.lineno}: {error.message}", code="slurm.template-invalid"
+        ) from error
     except Exception as error:  # whatever its expressions raise
-        raise PlanError(f"template {path}{_line(error)}: {error}") from error
+        raise PlanError(
+            f"template {path}{_line(error)}: {error}", code="slurm.template-invalid"
+        ) from error
 
 
 class _Range:

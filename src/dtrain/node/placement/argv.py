@@ -16,7 +16,9 @@ class ArgvPlacement(PlacementReader):
     def join(self, plan: LaunchPlan) -> NodePlacement:
         node_ranks = self.arguments.node_rank
         if not node_ranks:
-            raise UsageError("say with --node-rank which node of the run this is")
+            raise UsageError(
+                "say with --node-rank which node of the run this is", code="node.no-node-rank"
+            )
         if len(node_ranks) == plan.nodes:  # no other node waits to be told
             signal.pthread_sigmask(signal.SIG_UNBLOCK, DEFERRED_SIGNALS)
         return NodePlacement(plan, node_ranks, self.arguments.listen_fd, self.environ)

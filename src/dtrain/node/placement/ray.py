@@ -29,7 +29,7 @@ class RayPlacement(PlacementReader):
         try:
             placed = checked.read(PlacedAs, arguments.placed_as or "")
         except ValueError as error:
-            raise UsageError(f"--placed-as: {error}") from None
+            raise UsageError(f"--placed-as: {error}", code="node.invalid-placement") from None
         clean = inherited_env(self.environ)  # and without what Ray puts there
         environ = {name: clean[name] for name in clean if not name.startswith("RAY_")}
         node_ranks = arguments.node_rank or []

@@ -47,7 +47,8 @@ class SlurmPlacement(PlacementReader):
         except OSError as error:
             raise LaunchError(
                 f"{os.uname().nodename} has no run folder: is it on all nodes, at the same path? "
-                f"({error.strerror}: {path})"
+                f"({error.strerror}: {path})",
+                code="slurm.folder-not-shared",
             ) from error
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -94,7 +95,10 @@ class SlurmPlacement(PlacementReader):
     def _check_requeue_limit(self, plan: LaunchPlan) -> None:
         most = plan.max_requeues
         if self.restarts > most:
-            raise LaunchError(f"the job was requeued more than {most} times (option requeue)")
+            raise LaunchError(
+                f"the job was requeued more than {most} times (option requeue)",
+                code="slurm.requeued-too-often",
+            )
 
     def _resolve_placement(self, plan: LaunchPlan) -> socket.socket | None:
         """Set `plan`; on the head, the open port of the rendezvous.
@@ -106,12 +110,15 @@ class SlurmPlacement(PlacementReader):
         environ = self.environ
         nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
         if self.node_rank < 0 or not nodelist:
-            raise LaunchError("this is no step of a Slurm job: start it with srun")
+            raise LaunchError(
+                "this is no step of a Slurm job: start it with srun", code="slurm.no-step"
+            )
         names = tuple(expand_nodelist(nodelist))
         if not plan.min_nodes <= len(names) <= plan.nodes:
             raise LaunchError(
                 f"the plan is for {plan.nodes} nodes, but this step has {len(names)}: {nodelist}; "
-                f"start it with srun --nodes={plan.nodes} --ntasks-per-node=1"
+                f"start it with srun --nodes={plan.nodes} --ntasks-per-node=1",
+                code="slurm.wrong-node-count",
             )
         attempt = plan.attempt + self.restarts
         if self.node_rank == 0:
@@ -120,7 +127,9 @@ class SlurmPlacement(PlacementReader):
         patience_s = min(plan.join_timeout_s, _MOST_ENDPOINT_S)
         found = SlurmFiles(plan.run).await_endpoint(attempt, patience_s)
         if found is None or found["job"] != self._job_key():
-            raise LaunchError(f"the agent on {names[0]} has not said where it listens")
+            raise LaunchError(
+                f"the agent on {names[0]} has not said where it listens", code="slurm.head-silent"
+            )
         self.plan = plan.placed(attempt, names, found["host"], found["port"])
         return None
 
@@ -182,7 +191,8 @@ def own_address(names: tuple[str, ...], launched_from: str | None) -> str:
             if not on_loopback or name == address:  # a node named so, on a cluster of one machine
                 return ports.address_towards(str(address), 9)
     raise LaunchError(
-        f"the names of the other nodes cannot be resolved here: {', '.join(names[1:])}"
+        f"the names of the other nodes cannot be resolved here: {', '.join(names[1:])}",
+        code="slurm.names-unresolved",
     )
 
 

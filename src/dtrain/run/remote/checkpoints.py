@@ -70,7 +70,8 @@ class RemoteCheckpoints:
             if about.get("size") != entry.bytes:
                 raise RemoteStoreError(
                     f"{self._store.url}/{inside}/{name} has {about.get('size', 'no')} bytes "
-                    f"instead of {entry.bytes}"
+                    f"instead of {entry.bytes}",
+                    code="url.incomplete-checkpoint",
                 )
         self._store.write(f"{folder.name}/{MANIFEST}", text)
         self._clear(folder.name, there, but=inside)
@@ -85,7 +86,7 @@ class RemoteCheckpoints:
         """
         text = self._store.read(f"{folder.name}/{MANIFEST}")
         if text is None:
-            raise CheckpointError(f"{MANIFEST} is missing")
+            raise CheckpointError(f"{MANIFEST} is missing", code="checkpoint.missing-manifest")
         with _alone(folder.parent):
             if _bytes(folder / MANIFEST) != text:
                 self._bring(folder, text)
@@ -94,7 +95,9 @@ class RemoteCheckpoints:
         """Keep a checkpoint under another name too."""
         text = self._store.read(f"{name}/{MANIFEST}")
         if text is None:
-            raise RemoteStoreError(f"{self._store.url}/{name} has no {MANIFEST}")
+            raise RemoteStoreError(
+                f"{self._store.url}/{name} has no {MANIFEST}", code="url.incomplete-checkpoint"
+            )
         listed = manifest.parse(text)
         inside = listed.digest
         for file in listed.files:
@@ -136,7 +139,7 @@ class RemoteCheckpoints:
                 got = list(pool.map(lambda n: self._store.get(f"{inside}/{n}", aside / n), files))
             missing = [name for name, came in zip(files, got, strict=True) if not came]
             if missing:
-                raise CheckpointError(f"{missing[0]} is missing")
+                raise CheckpointError(f"{missing[0]} is missing", code="checkpoint.missing-file")
             write_atomic(aside / MANIFEST, text)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)

@@ -169,7 +169,7 @@ def fetch(url: str, name: str | None = None) -> Path:
             if name is None or _is_meant(run_id, name, ids):
                 _bring(RunDir(folder / run_id), f"{url.rstrip('/')}/{run_id}", name is None)
     except RemoteStoreError as error:
-        raise RunNotFound(str(error)) from error
+        raise RunNotFound(str(error), code=error.code) from error
     for run in rundir.list_runs(folder):
         ours = run.unsynced.exists() or is_driven_here(run)
         if run.id not in ids and not ours:

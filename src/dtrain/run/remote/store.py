@@ -65,10 +65,12 @@ class RemoteStore:
         try:
             self.write(name, b"dtrain")
             if self.read(name) != b"dtrain":
-                raise RemoteStoreError(f"{self.url} does not give back what was written")
+                raise RemoteStoreError(
+                    f"{self.url} does not give back what was written", code="url.unreliable"
+                )
             self.remove(name)
         except RemoteStoreError as error:
-            raise PlanError(str(error)) from error
+            raise PlanError(str(error), code=error.code) from error
 
     def files(self, below: str = "") -> dict[str, Mapping[str, Any]]:
         """What fsspec tells of each file below a name, by name; empty where there is none."""
@@ -189,10 +191,13 @@ def _open(url: str) -> tuple[Any, str]:
     if "@" in parts.netloc:
         raise PlanError(
             f"the URL of runs at {parts.hostname} holds a password; it would stand in files that "
-            "others read: leave it out, credentials are taken from the environment"
+            "others read: leave it out, credentials are taken from the environment",
+            code="url.password",
         )
     if parts.scheme == "memory":
-        raise PlanError("runs at memory:// would be gone with the process that wrote them")
+        raise PlanError(
+            "runs at memory:// would be gone with the process that wrote them", code="url.in-memory"
+        )
     import fsspec
 
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
@@ -208,12 +213,18 @@ def _open(url: str) -> tuple[Any, str]:
         package = _package(parts.scheme)
         raise PlanError(
             f"runs at {parts.scheme}:// need the package {package}: "
-            f"{_EXTRAS.get(package, f'pip install {package}')}"
+            f"{_EXTRAS.get(package, f'pip install {package}')}",
+            code="plan.missing-package",
         ) from error
     except Exception as error:
-        raise PlanError(f"{url} cannot be a place of runs: {first_line(error)}") from error
+        raise PlanError(
+            f"{url} cannot be a place of runs: {first_line(error)}", code="url.invalid"
+        ) from error
     if not root.strip("/"):
-        raise PlanError(f"{url} names no place: say which bucket or folder, as s3://bucket/runs")
+        raise PlanError(
+            f"{url} names no place: say which bucket or folder, as s3://bucket/runs",
+            code="url.invalid",
+        )
     return fs, root.rstrip("/")
 
 
@@ -230,13 +241,16 @@ def _protocols(fs: Any) -> tuple[str, ...]:
 def _explained(url: str, error: Exception) -> RemoteStoreError:
     said = first_line(error)
     if isinstance(error, FileNotFoundError):
-        return RemoteStoreError(f"{url} is not there: {said}; make the bucket, or say another URL")
+        return RemoteStoreError(
+            f"{url} is not there: {said}; make the bucket, or say another URL", code="url.not-found"
+        )
     if isinstance(error, PermissionError) or _lacks_credentials(error):
         return RemoteStoreError(
             f"{url} does not let us in: {said}; credentials are taken from the environment, as "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
+            code="url.no-access",
         )
-    return RemoteStoreError(f"{url} cannot be reached: {said}")
+    return RemoteStoreError(f"{url} cannot be reached: {said}", code="url.unreachable")
 
 
 def _lacks_credentials(error: Exception) -> bool:
