@@ -6,4 +6,882 @@ from collections.abc import Mapping
 
 from dtrain.codes.entry import Entry
 
-LAUNCH: Mapping[str, Entry] = {}
+LAUNCH: Mapping[str, Entry] = {
+    "usage.unknown-command": Entry(
+        "dtrain has no command of this name.",
+        "Run `dtrain --help`; it lists all commands.",
+    ),
+    "usage.unknown-option": Entry(
+        "The command has no such option.",
+        "Run the command with `--help`; it lists all options.",
+    ),
+    "usage.missing-argument": Entry(
+        "The command needs an argument that was not given.",
+        "Add the argument. `--help` shows where it stands in the command line.",
+    ),
+    "usage.unexpected-argument": Entry(
+        "The command was given more arguments than it takes.",
+        "Remove the argument. Options begin with a dash, and the arguments of a script "
+        "follow `--`.",
+    ),
+    "usage.invalid-value": Entry(
+        "An option has a value that it cannot have.",
+        "Give one of the values that the message or `--help` names.",
+    ),
+    "usage.option-without-value": Entry(
+        "An option that needs a value has none, or an option that takes none has one.",
+        "Write the option as `--help` shows it.",
+    ),
+    "usage.flag-without-effect": Entry(
+        "A flag was given that does nothing without another one, or beside another one.",
+        "Add the flag that the message names, or remove this one.",
+    ),
+    "usage.flag-of-other-launcher": Entry(
+        "A flag belongs to a launcher that does not start this run.",
+        "Choose that launcher with `--launcher`, or remove the flag.",
+    ),
+    "usage.set-syntax": Entry(
+        "A `--set` is not of the form FIELD=VALUE.",
+        "Write it like `--set train.epochs=3`.",
+    ),
+    "usage.variable-not-set": Entry(
+        "`--env NAME` passes on a variable that is not set in this shell.",
+        "Set the variable first, or give its value with `--env NAME=VALUE`.",
+    ),
+    "usage.run-id": Entry(
+        "The text of `--run-id` cannot be the name of a folder and of a job.",
+        "Use letters, digits, dots, dashes and underscores.",
+    ),
+    "usage.array-syntax": Entry(
+        "An `--array` is not of the form FIELD=VALUE,VALUE,…",
+        "Write it like `--array train.lr=0.1,0.01`.",
+    ),
+    "usage.array-repeats": Entry(
+        "An `--array` has the same value twice, so two runs would be the same.",
+        "Remove one of the two values.",
+    ),
+    "usage.array-unsupported": Entry(
+        "The launcher cannot start an array of runs.",
+        "Use launcher slurm, or launch the runs one by one.",
+    ),
+    "usage.detach-unsupported": Entry(
+        "The launcher's processes end with the command, so it cannot return before them.",
+        "Use launcher slurm, or launcher ray with `-o submit=job`; or leave `--detach` out.",
+    ),
+    "file.not-found": Entry(
+        "There is no file of this name.",
+        "Check the path. The message names a file of a similar name, if there is one.",
+    ),
+    "file.is-a-folder": Entry(
+        "The path names a folder, and a file is needed.",
+        "Name the YAML file in that folder.",
+    ),
+    "file.not-regular": Entry(
+        "The path names a pipe or a device, which may never end.",
+        "Write the text to a file, and name that file.",
+    ),
+    "file.too-large": Entry(
+        "The file is much larger than a job or a profile can be.",
+        "Check that the path names the right file.",
+    ),
+    "file.not-utf8": Entry(
+        "The file is not text in UTF-8.",
+        "Save it as UTF-8. The message shows the line with the wrong byte.",
+    ),
+    "file.unreadable": Entry(
+        "The file is there, but it cannot be read.",
+        "Look at its permissions, and at those of its folders.",
+    ),
+    "file.not-writable": Entry(
+        "A file cannot be written.",
+        "Choose another place, make room on the disk, or change the permissions of the folder.",
+    ),
+    "file.not-usable": Entry(
+        "The system refuses to open a file or a folder.",
+        "The message has the system's reason. Check the path and its permissions.",
+    ),
+    "file.console-gone": Entry(
+        "What the command prints cannot be written: its console is gone, or its disk is full.",
+        "Run the command again where its output can be written.",
+    ),
+    "file.current-folder-gone": Entry(
+        "The current folder was removed while the shell stood in it.",
+        "Change to a folder that exists.",
+    ),
+    "yaml.syntax": Entry(
+        "The file is not YAML at this place.",
+        "Look at the line and at the one above: quotes, brackets, colons and indentation.",
+    ),
+    "yaml.empty": Entry(
+        "The file has no content.",
+        "Write at least the fields that the message names.",
+    ),
+    "yaml.not-a-section": Entry(
+        "The file holds a list or one value, and `name: value` lines are needed.",
+        "Write the fields as `name: value` lines.",
+    ),
+    "yaml.duplicate-key": Entry(
+        "The same key is written twice in a section, and only one value can be meant.",
+        "Remove one of the two lines.",
+    ),
+    "yaml.key-not-text": Entry(
+        "A key is not text: YAML reads some words as other things, for example `on` as true.",
+        "Put the key in quotes.",
+    ),
+    "yaml.value-unsupported": Entry(
+        "A value has a YAML type, a size or an escape that dtrain does not read.",
+        "Write a plain text, number, boolean, list or section.",
+    ),
+    "yaml.merge-without-section": Entry(
+        "`<<` takes the lines of another section, and what follows it is no section.",
+        "Name a section with an anchor after `<<`.",
+    ),
+    "yaml.too-deep": Entry(
+        "Sections are nested too deeply, or an alias contains itself.",
+        "Write the file with fewer levels, and look at its aliases.",
+    ),
+    "yaml.too-many-values": Entry(
+        "The file has more values than a job or a profile can mean.",
+        "Keep large data in a file of its own that the task reads.",
+    ),
+    "job.unknown-field": Entry(
+        "job.yaml has no field of this name, or not in this section.",
+        "Use the name that the message suggests, or move the line to the section that it "
+        "names. docs/job-file.md lists all fields.",
+    ),
+    "job.missing-field": Entry(
+        "job.yaml lacks a field that it needs.",
+        "Add the field.",
+    ),
+    "job.wrong-type": Entry(
+        "A field has a value of the wrong kind, for example text where a number is needed.",
+        "Write a value of the kind that the message names.",
+    ),
+    "job.out-of-range": Entry(
+        "A number is smaller or larger than the field allows.",
+        "Choose a number within the bounds that the message names.",
+    ),
+    "job.invalid-value": Entry(
+        "A field has a value that it cannot have.",
+        "Write a value of the form that the message shows.",
+    ),
+    "job.unknown-name": Entry(
+        "The trainer or the strategy does not exist, or its package is not installed.",
+        "Use one of the names that the message lists.",
+    ),
+    "job.field-without-effect": Entry(
+        "A field would do nothing in this job, for example because it belongs to another trainer.",
+        "Remove the field, or set what the message names.",
+    ),
+    "job.field-decided-elsewhere": Entry(
+        "An argument of the framework's own trainer is decided by other fields of the job.",
+        "Set the field that the message names, and remove the argument.",
+    ),
+    "job.endless-training": Entry(
+        "The job has neither `train.epochs` nor `train.steps`, so it would never end.",
+        "Set one of the two.",
+    ),
+    "job.micro-batch-too-large": Entry(
+        "`train.micro_batch_size` is larger than `train.global_batch_size`.",
+        "Make the micro batch smaller, or leave it out.",
+    ),
+    "job.no-evaluation-to-stop-by": Entry(
+        "`train.early_stopping` needs evaluations during the training, and there are none.",
+        "Set `eval.every_steps` or `eval.every_epochs`.",
+    ),
+    "job.fault-after-the-end": Entry(
+        "An injected fault is planned for a step that the training does not have.",
+        "Choose a step up to `train.steps`.",
+    ),
+    "job.reference-syntax": Entry(
+        "A class is not named by its file or module and its own name.",
+        "Write `file.py:Class` or `package.module:Class`.",
+    ),
+    "job.code-not-found": Entry(
+        "The file or the module of a class does not exist.",
+        "Check the path; it is relative to job.yaml. A module must be importable from the "
+        "folder of job.yaml.",
+    ),
+    "job.class-not-found": Entry(
+        "The file exists, but it has no class of this name.",
+        "Use one of the classes that the message lists.",
+    ),
+    "job.task-incomplete": Entry(
+        "The task's class lacks methods that every task must have.",
+        "Add the methods that the message names.",
+    ),
+    "job.unknown-argument": Entry(
+        "`args` has an argument that the class does not take.",
+        "Remove it, or use a name that the message lists.",
+    ),
+    "job.missing-argument": Entry(
+        "The class needs an argument that `args` does not have.",
+        "Add it to `args`.",
+    ),
+    "job.relative-import": Entry(
+        "A file that is named by its path has no package, so it cannot import relatively.",
+        "Import the module by its full name, or name the class as `package.module:Class`.",
+    ),
+    "job.not-python": Entry(
+        "The file is not valid Python.",
+        "Correct the line that the message names.",
+    ),
+    "job.missing-import": Entry(
+        "The code imports a package that this Python does not have.",
+        "Install the package in the environment that runs dtrain.",
+    ),
+    "job.script-not-found": Entry(
+        "There is no script at this path.",
+        "Check the path; in job.yaml it is relative to job.yaml.",
+    ),
+    "job.script-only-defines": Entry(
+        "The script defines things and runs nothing, so launching it would do nothing.",
+        "Launch the job.yaml that names its task.",
+    ),
+    "job.data-not-found": Entry(
+        "A path of `data.paths` does not exist.",
+        "Check the path; it is relative to job.yaml.",
+    ),
+    "profile.not-found": Entry(
+        "There is no profile of this name in any of the folders that are searched.",
+        "Use a name that `dtrain launchers` lists, or write `launchers/NAME.yaml`.",
+    ),
+    "profile.circle": Entry(
+        "Profiles extend one another in a circle.",
+        "Remove one of the `extends:` lines that the message shows.",
+    ),
+    "profile.unknown-launcher": Entry(
+        "The profile names a launcher that does not exist.",
+        "Use one of the launchers that the message lists.",
+    ),
+    "profile.unknown-field": Entry(
+        "A profile has no field of this name.",
+        "Use the name that the message suggests. Options of the launcher belong under `options:`.",
+    ),
+    "profile.missing-field": Entry(
+        "The profile lacks a field that it needs.",
+        "Add the field.",
+    ),
+    "profile.wrong-type": Entry(
+        "A field of the profile has a value of the wrong kind.",
+        "Write a value of the kind that the message names.",
+    ),
+    "profile.out-of-range": Entry(
+        "A number in the profile is smaller or larger than the field allows.",
+        "Choose a number within the bounds that the message names.",
+    ),
+    "profile.invalid-value": Entry(
+        "A field of the profile has a value that it cannot have.",
+        "Write a value of the form that the message shows.",
+    ),
+    "option.syntax": Entry(
+        "A `-o` is not of the form NAME=VALUE.",
+        "Write it like `-o partition=gpu`.",
+    ),
+    "option.given-twice": Entry(
+        "An option of the launcher is given twice on the command line.",
+        "Remove one of the two.",
+    ),
+    "option.conflict": Entry(
+        "Two options of the launcher exclude each other, or one needs another.",
+        "Change or remove one of them, as the message says.",
+    ),
+    "option.unknown-field": Entry(
+        "The launcher has no option of this name.",
+        "Use one that the message names; `dtrain launchers NAME` lists all.",
+    ),
+    "option.missing-field": Entry(
+        "The launcher needs an option that was not given.",
+        "Add the option to the profile, or give it with `-o NAME=VALUE`.",
+    ),
+    "option.wrong-type": Entry(
+        "An option of the launcher has a value of the wrong kind.",
+        "Write a value of the kind that the message names.",
+    ),
+    "option.out-of-range": Entry(
+        "A number is smaller or larger than the option allows.",
+        "Choose a number within the bounds that the message names.",
+    ),
+    "option.invalid-value": Entry(
+        "An option of the launcher has a value that it cannot have.",
+        "Write a value of the form that the message shows.",
+    ),
+    "plan.unsupported-combination": Entry(
+        "This trainer does not train under this strategy, or not on so many nodes.",
+        "Use the combination that the message names. README.md has a table of all.",
+    ),
+    "plan.unknown-name": Entry(
+        "No launcher, strategy, trainer or logger has this name here.",
+        "Use one of the names that the message lists, or install the package that brings it.",
+    ),
+    "plan.missing-package": Entry(
+        "A package that this feature needs is not installed.",
+        "Install it with the pip command of the message.",
+    ),
+    "plan.more-processes-than-gpus": Entry(
+        "More processes per node were asked for than GPUs per node.",
+        "Use as many processes as GPUs, or leave the number of processes out.",
+    ),
+    "plan.single-is-one-process": Entry(
+        "Strategy single is one process, and more were asked for.",
+        "Use strategy ddp, or leave the sizes out.",
+    ),
+    "plan.too-few-gpus": Entry(
+        "This machine has fewer GPUs than the launch needs.",
+        "Ask for fewer GPUs, or launch where there are more.",
+    ),
+    "plan.uneven-shards": Entry(
+        "The strategy cuts each step into parts that so many processes cannot share evenly.",
+        "Use a number of processes that the message names.",
+    ),
+    "plan.sharded-stream": Entry(
+        "A stream of data that shards itself does not suit this strategy or a changing "
+        "number of processes.",
+        "Use what the message names: another strategy, a fixed number of nodes, or a "
+        "stream that is the same on every rank.",
+    ),
+    "plan.absent-rank": Entry(
+        "A fault is to be injected on a rank that the launch does not have.",
+        "Choose a rank that exists, or launch more processes.",
+    ),
+    "plan.launcher-needs-folder": Entry(
+        "This launcher cannot keep its runs at a URL.",
+        "Give a folder that all nodes share with `--runs`, or use a launcher that takes a URL.",
+    ),
+    "launch.not-writable": Entry(
+        "The folder of the run cannot be written.",
+        "Choose another place with `--runs`, or make room on the disk.",
+    ),
+    "launch.command-not-started": Entry(
+        "The system could not start the command of the launch.",
+        "The message has the system's reason. Check that the program is there and may be run.",
+    ),
+    "launch.too-few-open-files": Entry(
+        "A process may open fewer files here than the launch needs.",
+        "Raise the limit, for example with `ulimit -n 4096`, and launch again.",
+    ),
+    "launch.port-not-opened": Entry(
+        "A port that the processes meet at cannot be opened on this host.",
+        "Launch again, or choose another address with `--rdzv-endpoint`.",
+    ),
+    "launch.no-free-port": Entry(
+        "No free port was found on the host.",
+        "Wait until other programs end, or stop some of them.",
+    ),
+    "launch.fork-server-ended": Entry(
+        "The process that starts the workers of this comparison has ended early.",
+        "Look for an error above, or for too little memory, and try again.",
+    ),
+    "run.not-found": Entry(
+        "No run has this name.",
+        "`dtrain runs` lists them. Say where they are with `--runs`.",
+    ),
+    "run.ambiguous": Entry(
+        "Several runs begin with this text.",
+        "Write more letters of the id.",
+    ),
+    "run.empty-name": Entry(
+        "The name of a run is empty.",
+        "Give an id, the beginning of one, or `last`.",
+    ),
+    "run.no-runs": Entry(
+        "There are no runs in this place.",
+        "Say where the runs are with `--runs`.",
+    ),
+    "run.no-plan": Entry(
+        "The folder is not the folder of a run.",
+        "Name a run that `dtrain runs` lists.",
+    ),
+    "run.no-such-attempt": Entry(
+        "The run has no attempt of this number.",
+        "Use one of the numbers that the message lists.",
+    ),
+    "run.no-such-log": Entry(
+        "The attempt has no log of this rank or node.",
+        "Use one that the message lists.",
+    ),
+    "run.exists": Entry(
+        "There is a run of this id already.",
+        "Continue it with `dtrain resume`, or choose another `--run-id`.",
+    ),
+    "run.finished": Entry(
+        "The run has trained to its end.",
+        "To train on, give it a later end, for example `--set train.epochs=20`.",
+    ),
+    "run.end-passed": Entry(
+        "The newest checkpoint is of a later step than the new end of the training.",
+        "Give a later end.",
+    ),
+    "run.setting-without-effect": Entry(
+        "The setting only counts at the start of a run, so it would do nothing at a resume.",
+        "Launch a new run with it.",
+    ),
+    "run.held": Entry(
+        "Another command or job drives this run at the moment.",
+        "Wait until it ends, or end it with `dtrain cancel`.",
+    ),
+    "run.started-by-hand": Entry(
+        "The workers of the run were started by hand, so dtrain cannot stop them.",
+        "Stop them where they were started.",
+    ),
+    "run.driven-elsewhere": Entry(
+        "The command that drives the run is on another host.",
+        "Cancel the run on that host.",
+    ),
+    "run.code-gone": Entry(
+        "The folder with the job's code is not on this host, and no copy of it was kept.",
+        "Resume on a host that has the folder.",
+    ),
+    "run.damaged-file": Entry(
+        "A file of the run does not hold what dtrain has written there.",
+        "Bring the file back from a copy, or remove the run.",
+    ),
+    "torchrun.no-node-rank": Entry(
+        "Several hosts start this run, and this one does not know which node it is.",
+        "Add `--node-rank` with a number of its own on each host.",
+    ),
+    "torchrun.invalid-node-rank": Entry(
+        "The number of `--node-rank` is not that of a node of this run.",
+        "Count the nodes from 0.",
+    ),
+    "torchrun.no-endpoint": Entry(
+        "Several hosts start this run, and this one does not know where node 0 is.",
+        "Add `--rdzv-endpoint HOST:PORT` with the address of node 0.",
+    ),
+    "torchrun.invalid-endpoint": Entry(
+        "The address of `--rdzv-endpoint` is not HOST:PORT.",
+        "Write it like `head:29400`.",
+    ),
+    "slurm.no-commands": Entry(
+        "Slurm's commands are not installed on this machine.",
+        "Run dtrain on a login node of the cluster.",
+    ),
+    "slurm.no-cluster": Entry(
+        "No Slurm cluster answers here.",
+        "Run dtrain on a login node of the cluster.",
+    ),
+    "slurm.controller-silent": Entry(
+        "Slurm's controller does not answer at the moment.",
+        "Try again. The job goes on meanwhile, if it was submitted.",
+    ),
+    "slurm.partition-invalid": Entry(
+        "Slurm has no such partition, or it does not take this job.",
+        "Set option `partition` to one that `sinfo` lists.",
+    ),
+    "slurm.account-invalid": Entry(
+        "Slurm does not know the account, or it may not use this partition.",
+        "Set option `account` to one that `sacctmgr show assoc` lists for you.",
+    ),
+    "slurm.qos-invalid": Entry(
+        "The quality of service does not exist, or this account may not use it.",
+        "Set option `qos` to one that your account has.",
+    ),
+    "slurm.time-invalid": Entry(
+        "The time limit is longer than the partition allows, or not a time.",
+        "Set option `time` to less; `sinfo` shows the limits.",
+    ),
+    "slurm.memory-invalid": Entry(
+        "No node of the partition has so much memory.",
+        "Set option `mem` to less.",
+    ),
+    "slurm.gres-invalid": Entry(
+        "The partition has no such GPUs, or fewer on each node.",
+        "Change `--gpus` or option `gres`; `sinfo -o %G` lists what there is.",
+    ),
+    "slurm.constraint-invalid": Entry(
+        "No node has the feature that option `constraint` asks for.",
+        "Use a feature that `sinfo -o %f` lists.",
+    ),
+    "slurm.reservation-invalid": Entry(
+        "The reservation does not exist, has ended, or is not for you.",
+        "Use one that `scontrol show reservation` lists, or remove the option.",
+    ),
+    "slurm.dependency-invalid": Entry(
+        "The job is to wait for another job that Slurm does not know.",
+        "Check the number of that job in option `dependency`.",
+    ),
+    "slurm.node-name-invalid": Entry(
+        "Slurm has no node of this name.",
+        "Use names that `sinfo -N` lists.",
+    ),
+    "slurm.nodes-not-available": Entry(
+        "The partition has no nodes with so many GPUs, cores or so much memory.",
+        "Ask for fewer nodes, GPUs, cores or less memory, or for another partition.",
+    ),
+    "slurm.refused": Entry(
+        "Slurm refuses the job for another reason, which the message has.",
+        "Change the option that Slurm's reason names.",
+    ),
+    "slurm.line-break": Entry(
+        "A value for the batch script has a line break in it.",
+        "Write the value in one line.",
+    ),
+    "slurm.flag-not-allowed": Entry(
+        "A further flag of sbatch would break what dtrain sets itself, or is no long flag.",
+        "Use the option of dtrain that the message names, or the flag's long name.",
+    ),
+    "slurm.flag-repeated": Entry(
+        "A flag is given several times, and submitit takes it only once.",
+        "Give it once, or use `submit: sbatch`.",
+    ),
+    "slurm.path-not-usable": Entry(
+        "Slurm or submitit cannot write to a path with this character.",
+        "Choose a folder with another name with `--runs`.",
+    ),
+    "slurm.template-unreadable": Entry(
+        "The template of the batch script cannot be read as text.",
+        "Check its path and permissions, and save it as UTF-8.",
+    ),
+    "slurm.template-invalid": Entry(
+        "The template of the batch script has a mistake.",
+        "Correct the line that the message names. docs/slurm.md has the variables.",
+    ),
+    "slurm.array-differs": Entry(
+        "The runs of an array differ in what Slurm gives to all elements alike.",
+        "Launch them one by one.",
+    ),
+    "slurm.run-without-job": Entry(
+        "The run that this one is to wait for has no Slurm job.",
+        "Name a run that Slurm has started or will start.",
+    ),
+    "slurm.run-will-not-succeed": Entry(
+        "The run that this one is to wait for has failed or was cancelled.",
+        "Launch without `--after`, or resume the other run first.",
+    ),
+    "slurm.folder-not-shared": Entry(
+        "A node of the job does not see the folder of the run.",
+        "Keep the runs on a disk that all nodes have at the same path, with `--runs`.",
+    ),
+    "slurm.requeued-too-often": Entry(
+        "Slurm has put the job back into the queue more often than option `requeue` allows.",
+        "Look why nodes fail, then resume the run.",
+    ),
+    "slurm.no-step": Entry(
+        "The agent was not started as a step of a Slurm job.",
+        "Start it with `srun`, or let `dtrain launch` do so.",
+    ),
+    "slurm.wrong-node-count": Entry(
+        "The step of Slurm has another number of nodes than the plan.",
+        "Start it with the `srun` command of the message.",
+    ),
+    "slurm.head-silent": Entry(
+        "The agent of the first node has not said where the others find it.",
+        "Look at the log of the first node; it may not have started, or may not see the "
+        "folder of the run.",
+    ),
+    "slurm.names-unresolved": Entry(
+        "A node cannot find the addresses of the other nodes by their names.",
+        "Ask the administrators to let the nodes resolve one another's names.",
+    ),
+    "ray.no-cluster": Entry(
+        "No Ray cluster answers at this address.",
+        "Check the address; `ray start --head` prints it.",
+    ),
+    "ray.not-allowed": Entry(
+        "The Ray cluster refuses this client; it may want a token.",
+        "Set RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH as the message says.",
+    ),
+    "ray.cannot-join": Entry(
+        "The Ray cluster answers, but this client cannot join it.",
+        "The message has Ray's reason, often another version of Ray or Python. Use the "
+        "versions of the cluster.",
+    ),
+    "ray.no-job-server": Entry(
+        "No Ray job server answers at this URL.",
+        "Give the URL of the cluster's dashboard, for example `http://head:8265`.",
+    ),
+    "ray.job-refused": Entry(
+        "The Ray job server refuses the job.",
+        "The message has its reason.",
+    ),
+    "ray.secret-variables": Entry(
+        "Variables that may be secret would be readable by others in a Ray job's files.",
+        "Set them on the cluster, or let the cluster share the folder of runs.",
+    ),
+    "ray.too-few-resources": Entry(
+        "The Ray cluster never has so many nodes, cores or GPUs, or not in time.",
+        "Ask for less, or raise option `place_timeout`.",
+    ),
+    "ray.node-unsuitable": Entry(
+        "A node of the Ray cluster lacks a package, has another version, or does not see "
+        "the folder of the run.",
+        "Make the nodes alike, as the message says for each of them.",
+    ),
+    "ray.folder-not-shared": Entry(
+        "The Ray cluster does not see the folder of the run.",
+        "Set option `cluster_runs` to a folder that all nodes share, or to a URL.",
+    ),
+    "ray.code-too-large": Entry(
+        "The code beside the job is too large to be sent to the nodes.",
+        "Keep data elsewhere, or leave it out with option `excludes`.",
+    ),
+    "ray.local-cluster-failed": Entry(
+        "Ray could not be started on this machine.",
+        "The message has Ray's last lines. Look for other Ray processes and for too little memory.",
+    ),
+    "url.invalid": Entry(
+        "The text cannot be the URL of a place for runs.",
+        "Write it like `s3://bucket/runs`.",
+    ),
+    "url.password": Entry(
+        "The URL holds a password, which others could read in the run's files.",
+        "Leave the password out, and set the credentials as variables.",
+    ),
+    "url.in-memory": Entry(
+        "What is kept at `memory://` is gone with the process.",
+        "Use a folder or another URL.",
+    ),
+    "url.not-found": Entry(
+        "The place that the URL names does not exist.",
+        "Create the bucket or the folder, or correct the URL.",
+    ),
+    "url.no-access": Entry(
+        "The service at the URL refuses these credentials.",
+        "Set the credentials as variables, as the message says.",
+    ),
+    "url.unreachable": Entry(
+        "The service at the URL does not answer.",
+        "Check the URL and the network, and try again.",
+    ),
+    "url.unreliable": Entry(
+        "The service does not return what was written to it.",
+        "Use another service, or look at its settings.",
+    ),
+    "url.incomplete-checkpoint": Entry(
+        "A checkpoint at the URL lacks files, or some have another size than was written.",
+        "Resume from an older checkpoint. Look for what removes files there.",
+    ),
+    "url.secret-in-job-file": Entry(
+        "The job file holds the value of a secret variable, and would be stored at the URL.",
+        "Remove the value from the job file, and give it with `--env NAME`.",
+    ),
+    "node.no-node-rank": Entry(
+        "The agent does not know which node it is.",
+        "Start it with `--node-rank`.",
+    ),
+    "node.invalid-placement": Entry(
+        "The launcher has told the agent something that it cannot read.",
+        "Start the agent through `dtrain launch`.",
+    ),
+    "node.no-rank": Entry(
+        "A worker was started without the variables that say which rank it is.",
+        "Start it with torchrun, or the run with `dtrain launch`.",
+    ),
+    "gpu.too-few-on-node": Entry(
+        "A node shows fewer GPUs than the run needs.",
+        "Check `--gpus`, the request to the cluster, and CUDA_VISIBLE_DEVICES.",
+    ),
+    "checkpoint.missing-manifest": Entry(
+        "A checkpoint has no list of its files, so it was not written to its end.",
+        "Nothing: an older checkpoint is used.",
+    ),
+    "checkpoint.damaged-manifest": Entry(
+        "The list of a checkpoint's files is damaged.",
+        "Nothing, if there is an older checkpoint. Look at the disk.",
+    ),
+    "checkpoint.missing-file": Entry(
+        "A file of a checkpoint is missing.",
+        "Nothing, if there is an older checkpoint. Look for what removes files there.",
+    ),
+    "failure.exception": Entry(
+        "A worker raised an error of Python.",
+        "Read the lines of your code that the verdict shows.",
+    ),
+    "failure.exit": Entry(
+        "A worker ended by itself with a status other than 0.",
+        "Look in its log for what called `exit`.",
+    ),
+    "failure.signal": Entry(
+        "A worker was killed by a signal.",
+        "Look for who sent it: the cluster, an administrator, or a crash of a library.",
+    ),
+    "failure.out-of-memory": Entry(
+        "The system killed a worker because the memory was used up.",
+        "Ask for more memory, or make `micro_batch_size` or `data.workers` smaller.",
+    ),
+    "failure.node-missing": Entry(
+        "A node did not join in time.",
+        "Check that its agent was started and that it can reach the first node.",
+    ),
+    "failure.node-lost": Entry(
+        "A node stopped answering during the run.",
+        "Look at that host, then resume the run.",
+    ),
+    "failure.agent": Entry(
+        "The agent of a node, or the launcher, failed before or beside the workers.",
+        "The message has the reason.",
+    ),
+    "failure.collectives-differ": Entry(
+        "One rank called other collectives than all others.",
+        "Look for a branch in your code that only this rank takes.",
+    ),
+    "failure.ranks-parted": Entry(
+        "Ranks called different collectives, and no majority shows which is right.",
+        "Look before the shown lines for a branch that only some ranks take.",
+    ),
+    "failure.rank-absent": Entry(
+        "A rank was still busy when the others had waited too long for it.",
+        "Look at the line where it was: it may be slow, or wait for something else.",
+    ),
+    "failure.rank-left": Entry(
+        "A rank ended before the training did, and the others waited for it.",
+        "Leave the loop in the same step on all ranks.",
+    ),
+    "failure.timeout": Entry(
+        "All ranks waited for one another until the time was over.",
+        "Look for a collective that not all ranks call, and at the network between them.",
+    ),
+    "verify.run-failed": Entry(
+        "A run of the comparison failed.",
+        "Read its verdict below the line.",
+    ),
+    "verify.reference-failed": Entry(
+        "The job fails as one process already, so nothing can be compared.",
+        "Make the job run with `dtrain launch --procs 1` first.",
+    ),
+    "verify.nothing-recorded": Entry(
+        "The job trained, but nothing was recorded that could be compared.",
+        "Use trainer native, or train for at least one step.",
+    ),
+    "verify.nothing-to-compare": Entry(
+        "None of the chosen combinations can be run.",
+        "Choose others; the message says why each is impossible.",
+    ),
+    "verify.fp64-failed": Entry(
+        "A pair differs, and it cannot be run in fp64 to show whether that is rounding.",
+        "Make the task run in fp64: create tensors in the default dtype.",
+    ),
+    "verify.script": Entry(
+        "`dtrain verify` compares tasks, and a script has a loop of its own.",
+        "Write the training as a task.",
+    ),
+    "verify.sharded-stream": Entry(
+        "A stream that shards itself gives one process another order than several.",
+        "Compare with `data.stream: same`.",
+    ),
+    "verify.trainer-unsuitable": Entry(
+        "The task is of a framework that the chosen trainer cannot train.",
+        "Choose the trainer that the message names.",
+    ),
+    "verify.no-place": Entry(
+        "The runs of the comparison cannot be written anywhere.",
+        "Name a folder with `--keep`.",
+    ),
+    "verify.stopped": Entry(
+        "The comparison was stopped before its end.",
+        "Run it again.",
+    ),
+    "verify.other-samples": Entry(
+        "Another number of processes trains on other samples, or in another order.",
+        "Draw every choice of samples from the seed and the step, never from the rank.",
+    ),
+    "verify.other-start": Entry(
+        "Processes begin with other parameters.",
+        "Do not seed by rank in `model()`, and read no random numbers of your own there.",
+    ),
+    "verify.other-model": Entry(
+        "Processes build models with other parameters.",
+        "Build the same model in every process.",
+    ),
+    "verify.other-loss": Entry(
+        "The loss of a sample depends on the process that computes it.",
+        "Compute the loss from the sample alone.",
+    ),
+    "verify.other-gradient": Entry(
+        "The gradient is not that of the whole batch.",
+        "Return sums with weights, and leave the division to dtrain.",
+    ),
+    "verify.other-learning-rate": Entry(
+        "The learning rate depends on something else than the optimizer steps.",
+        "Compute it from the number of optimizer steps alone.",
+    ),
+    "verify.other-updates": Entry(
+        "There are more or fewer updates than global batches, or an update uses another gradient.",
+        "Let the loop call the optimizer, once for each global batch.",
+    ),
+    "verify.state-outside-checkpoint": Entry(
+        "The task keeps something that changes during the training and is not in the checkpoint.",
+        "Keep it in the model's buffers or in the task's state.",
+    ),
+    "verify.batch-norm": Entry(
+        "BatchNorm normalises over the samples of each process, not over the whole batch.",
+        "Use a norm over features, SyncBatchNorm on GPUs, or strategy exact.",
+    ),
+    "verify.clipping-order": Entry(
+        "Gradients are clipped before they are reduced.",
+        "Clip through the job's own setting.",
+    ),
+    "verify.loss-scaling": Entry(
+        "Gradients are used before they are divided by the scale of the loss.",
+        "Leave loss scaling and autocast to dtrain.",
+    ),
+    "verify.replicas-differ": Entry(
+        "Ranks hold different parameters after a step.",
+        "Write to the parameters only through the optimizer.",
+    ),
+    "verify.buffers-differ": Entry(
+        "Ranks hold different buffers after a step.",
+        "Change buffers in the same way on all ranks.",
+    ),
+    "verify.same-random-numbers": Entry(
+        "All ranks draw the same random numbers, so their noise is the same.",
+        "Do not seed again in the task.",
+    ),
+    "verify.evaluation-differs": Entry(
+        "The evaluation does not count every sample exactly once.",
+        "Return sums and counts, and leave the average to dtrain.",
+    ),
+    "verify.bits-differ": Entry(
+        "Two runs that must give the same bits do not.",
+        "Look for something that depends on time, on the launcher, or that a resume does "
+        "not restore.",
+    ),
+    "export.unknown-format": Entry(
+        "There is no export format of this name.",
+        "Use one of the formats that the message lists.",
+    ),
+    "export.no-folder": Entry(
+        "The folder for the output does not exist.",
+        "Create it, or name another one with `--output`.",
+    ),
+    "export.no-checkpoint": Entry(
+        "The run has no checkpoint to export.",
+        "Train until one is saved; `checkpoint:` in job.yaml says when.",
+    ),
+    "export.no-such-step": Entry(
+        "The run has no checkpoint of this step.",
+        "Use one of the steps that the message lists.",
+    ),
+    "export.no-usable-checkpoint": Entry(
+        "All checkpoints of the run are damaged.",
+        "Bring the files back from a copy. The message says what is wrong with each.",
+    ),
+    "export.no-average": Entry(
+        "The checkpoint holds no average of the model.",
+        "Train with `dtrain.EMA`, or leave `--averaged` out.",
+    ),
+    "export.script-format": Entry(
+        "The run is of a script, of which only the parameters are known.",
+        "Use `--to safetensors`.",
+    ),
+    "export.not-keras": Entry(
+        "The model is not a Keras model.",
+        "Use `--to torch-export`, which takes other models.",
+    ),
+    "export.no-single-call": Entry(
+        "The task calls parts of the model, so there is no one call to export.",
+        "Call the model itself in the task, or use `--to safetensors`.",
+    ),
+    "export.model-unsupported": Entry(
+        "The exporter cannot write this model.",
+        "The message has its reason. `--to safetensors` writes the parameters of any model.",
+    ),
+    "export.outputs-differ": Entry(
+        "The exported model gives other outputs than the model, so it was not kept.",
+        "Look for code in the model that depends on Python values or on randomness.",
+    ),
+    "export.changed-when-read-back": Entry(
+        "A file that was written is not the same when it is read back.",
+        "Look at the disk, and export again.",
+    ),
+}

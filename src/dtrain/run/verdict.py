@@ -94,8 +94,9 @@ def judge(run: RunDir, attempt: int) -> Verdict | None:
     if len(records) > 1 and _only_waited(records):
         said = ["the ranks waited for one another in a collective until it timed out"]
         said += (places := _waits(records))
-        nobody = replace(first, kind="timeout", code="", rank=None, type="",
-                         message="\n".join(said), frames=[] if places else first.frames)  # fmt: skip
+        frames = [] if places else first.frames
+        nobody = replace(first, kind="timeout", code="", rank=None, type="", frames=frames,
+                         message="\n".join(said))  # fmt: skip
         return Verdict(nobody, collateral=_ranks(records), restarts=last)
     error = _error_of(first)
     same = [record for record in records if _error_of(record) == error]
