@@ -15,13 +15,20 @@ from typing import Any
 
 from dtrain import catalog
 from dtrain.cli.main import _COMMANDS
+from dtrain.codes import CODES
 from dtrain.job.schema import job_schema
 
 Problem = Callable[[str, int], str | None]
 """Why a strategy cannot be on so many nodes; None when it can."""
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("README.md", "docs/extending.md", "docs/job-file.md", "docs/same-training.md")
+FILES = (
+    "README.md",
+    "docs/errors.md",
+    "docs/extending.md",
+    "docs/job-file.md",
+    "docs/same-training.md",
+)
 
 
 def main() -> None:
@@ -104,6 +111,45 @@ def commands() -> str:
     return table(
         [("command", ""), *((f"`dtrain {name}`", text) for name, (_, text) in _COMMANDS.items())]
     )
+
+
+# -- docs/errors.md ----------------------------------------------------------------------------
+
+AREAS = {
+    "usage": "The command line",
+    "file": "Files",
+    "yaml": "YAML",
+    "job": "job.yaml and what it names",
+    "profile": "Profiles",
+    "option": "Options of a launcher",
+    "plan": "What goes together",
+    "launch": "The start of a launch",
+    "run": "Runs",
+    "torchrun": "Launcher torchrun",
+    "slurm": "Launcher slurm",
+    "ray": "Launcher ray",
+    "url": "Runs at a URL",
+    "node": "Nodes and workers",
+    "gpu": "GPUs",
+    "checkpoint": "Checkpoints",
+    "failure": "Failures of a run",
+    "verify": "dtrain verify",
+    "export": "dtrain export",
+}
+"""First part of a code → the title of its section; those of other areas come after these."""
+
+
+def errors() -> str:
+    """Every code with its cause and cure, area by area."""
+    areas = dict.fromkeys([*AREAS, *(code.partition(".")[0] for code in CODES)])
+    parts = []
+    for area in areas:
+        rows = [("code", "what is wrong", "what to do")]
+        for code, entry in CODES.items():
+            if code.startswith(f"{area}."):
+                rows.append((f'<a id="{code}"></a>`{code}`', entry.cause, entry.cure))
+        parts.append(f"## {AREAS.get(area, area.capitalize())}\n\n{table(rows)}")
+    return "\n\n".join(parts)
 
 
 # -- docs/extending.md -------------------------------------------------------------------------
@@ -225,6 +271,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "refusals": refusals,
     "strategies": strategies,
     "commands": commands,
+    "errors": errors,
     "launcher": launcher,
     "fields": fields,
     "mistakes": mistakes,

@@ -158,8 +158,8 @@ def _as_told(error: click.ClickException | DtrainError | OSError) -> DtrainError
         return error
     if isinstance(error, click.ClickException):
         names = (each.__name__ for each in type(error).__mro__)
-        code = next(_CLICK_CODES[name] for name in names if name in _CLICK_CODES)
-        return UsageError(error.format_message(), code=code)
+        name = next(name for name in names if name in _CLICK_CODES)
+        return UsageError(error.format_message(), code=_CLICK_CODES[name])
     if out.is_gone(error):
         out.give_up()
         return DtrainError(f"cannot print: {error.strerror}", code="file.console-gone")

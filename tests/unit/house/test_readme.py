@@ -36,7 +36,14 @@ def filler() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/extending.md", "docs/job-file.md", "docs/same-training.md"]
+    "name",
+    [
+        "README.md",
+        "docs/errors.md",
+        "docs/extending.md",
+        "docs/job-file.md",
+        "docs/same-training.md",
+    ],
 )
 def test_what_stands_elsewhere_too_is_the_same(name: str) -> None:
     text = (ROOT / name).read_text()
