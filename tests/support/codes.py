@@ -396,15 +396,15 @@ def _listed(value: ast.expr) -> list[ast.expr]:
 
 
 def _by_call(call: ast.Call, reader: Reader) -> Iterator[Made]:
-    name = ast.unparse(call.func).rpartition(".")[2]
+    name = _name_of(call, reader)
     given = next((each.value for each in call.keywords if each.arg in ("code", "error_code")), None)
     codes = [] if given is None else reader.codes(given)
     passed_on = given is not None and not codes and _is_passed_on(given, reader)
     if name in family() and name != "JobError":
         codes = codes or [code for code in [own_code(name)] if code]
         yield codes, _of_class(name, call, reader), passed_on
-    elif name == "ValueError":
-        if code := _of_value_error(reader):
+    elif name in ("ValueError", "WrongTypeError"):
+        if code := _of_value_error(name, reader):
             yield [code], reader.texts(call.args[0]), False
     elif name == "BadParameter":
         yield ["usage.invalid-value"], reader.texts(call.args[0]), False
@@ -420,6 +420,16 @@ def _by_call(call: ast.Call, reader: Reader) -> Iterator[Made]:
         yield codes, reader.texts(call.args[min(_PLACES[name], len(call.args) - 1)]), passed_on
     elif codes:
         yield codes, reader.texts(call.args[0]) if "code" in _keywords(call) else [], False
+
+
+def _name_of(call: ast.Call, reader: Reader) -> str:
+    """What is called: a name, or the class of errors that a variable holds."""
+    if isinstance(call.func, ast.Name) and call.func.id not in family():
+        held = [each for value in reader.values(call.func) for each in ast.walk(value)]
+        kinds = [each.id for each in held if isinstance(each, ast.Name) and each.id in family()]
+        if kinds:
+            return kinds[0]
+    return ast.unparse(call.func).rpartition(".")[2]
 
 
 def _is_problem(call: ast.Call, name: str) -> bool:
@@ -455,11 +465,11 @@ def _of_class(name: str, call: ast.Call, reader: Reader) -> list[str]:
     return reader.texts(call.args[0]) if call.args else []
 
 
-def _of_value_error(reader: Reader) -> str:
+def _of_value_error(name: str, reader: Reader) -> str:
     """The code under which a ValueError of a field's check is told."""
     parts = reader.module.name.split(".")
     if parts[1] == "job":
-        return "job.invalid-value"
+        return "job.invalid-value" if name == "ValueError" else "job.wrong-type"
     if parts[1] == "launchers" and parts[-1] == "options" and reader.function is not None:
         after = any("after" in ast.unparse(each) for each in reader.function.decorator_list)
         return "option.conflict" if after else "option.invalid-value"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.errors import PlanError
 from dtrain.job.load import flag as written
 from dtrain.launchers.flags import FLAGS, Flag
 from dtrain.planning import Request, plan_run
+from support.errors import raises
 from support.launch import TINY
 
 
@@ -20,7 +20,7 @@ def test_a_flag_of_another_launcher_is_refused(flag: Flag, launcher: str, tmp_pa
     request = Request(launcher=launcher, runs=str(tmp_path), options=given)
     if flag.launcher == launcher:
         return
-    with pytest.raises(PlanError, match=f"needs --launcher {flag.launcher}; "):
+    with raises("usage.flag-of-other-launcher", f"--launcher {flag.launcher}"):
         plan_run(str(TINY), request)
 
 

@@ -7,8 +7,8 @@ import itertools
 import pytest
 
 from dtrain import ports
-from dtrain.errors import LaunchError
 from dtrain.ranks import RankInfo, scrubbed
+from support.errors import raises
 from support.launch import network_address
 
 
@@ -36,7 +36,7 @@ def test_a_busy_port_is_passed_over() -> None:
 def test_no_port_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     with ports.listen("127.0.0.1", 0) as taken:
         monkeypatch.setattr(ports, "candidates", lambda _: iter([taken.getsockname()[1]]))
-        with pytest.raises(LaunchError, match="no free port"):
+        with raises("launch.no-free-port", "127.0.0.1"):
             ports.listen_on_candidate("127.0.0.1", "x")
 
 

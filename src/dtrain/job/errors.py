@@ -14,7 +14,7 @@ from dtrain.environ import may_tell
 from dtrain.errors import Problem
 from dtrain.job.located import Keys, Located, did_you_mean, dotted, suggest
 from dtrain.job.spec import Model
-from dtrain.job.units import found
+from dtrain.job.units import WrongTypeError, found
 
 Area = Literal["job", "profile", "option"]
 """Of what the fields are; the first part of the codes of problems with them."""
@@ -127,20 +127,18 @@ def _problem(
         return place.problem(
             dotted(keys), _unknown_key(keys, root, model, listed), code=f"{area}.unknown-field"
         )
-    code = code_of(_kind(details), area)
+    code = code_of(details[0], area)
     return written.place.problem(dotted(keys), _wrong_value(details, written), code=code)
 
 
-def code_of(kind: str, area: Area) -> str:
-    """The code of a value that pydantic refused.
-
-    Args:
-        kind: pydantic's name of the error, for example `int_type`.
-        area: of what the field is.
-    """
+def code_of(detail: ErrorDetails, area: Area) -> str:
+    """The code of a value that pydantic refused; `area` as of `explain`."""
+    kind = detail["type"]
     if kind in _BOUNDS:
         return f"{area}.out-of-range"
-    is_type = kind.endswith(("_type", "_parsing", "_from_float"))
+    is_type = kind.endswith(("_type", "_parsing", "_from_float")) or isinstance(
+        detail.get("ctx", {}).get("error"), WrongTypeError
+    )
     return f"{area}.wrong-type" if is_type else f"{area}.invalid-value"
 
 

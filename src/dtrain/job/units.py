@@ -37,6 +37,10 @@ _BARE_SIZE = re.compile(rf"({_NUMBER})\s*([kmgt])i?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
+class WrongTypeError(ValueError):
+    """A value is of another kind than its field, for example text where a number is needed."""
+
+
 def found(value: Any) -> str:
     """What a value is, in words for a message: `the number 3`, `the text 'abc'`, `a list`."""
     if value is None:
@@ -62,13 +66,13 @@ def parse_whole(value: Any) -> int:
         return value
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    raise ValueError(f"expected a whole number; found {found(value)}")
+    raise WrongTypeError(f"expected a whole number; found {found(value)}")
 
 
 def parse_real(value: Any) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
-    raise ValueError(f"expected a number; found {found(value)}")
+    raise WrongTypeError(f"expected a number; found {found(value)}")
 
 
 def parse_duration(value: Any) -> float:

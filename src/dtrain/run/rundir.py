@@ -189,7 +189,8 @@ class RunDir:
             kind = UsageError if error.errno == errno.ENAMETOOLONG else LaunchError
             raise kind(
                 f"cannot write the run directory {self.path}: {error.strerror}; "
-                "choose another place with --runs DIR"
+                "choose another place with --runs DIR",
+                code="launch.not-writable",
             ) from error
 
 

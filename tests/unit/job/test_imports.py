@@ -10,6 +10,7 @@ import pytest
 from dtrain.errors import JobError
 from dtrain.job.imports import refuse_missing
 from dtrain.job.spec import JobSpec
+from support.errors import raises
 
 
 def spec(**fields: Any) -> JobSpec:
@@ -81,7 +82,7 @@ def test_where_the_job_may_find_more(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_script_and_a_data_module_are_read_too(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("import nowhere_x\n")
     script = JobSpec.model_validate({"name": "t", "script": "train.py"})
-    with pytest.raises(JobError, match=r"train\.py:1:1: imports nowhere_x"):
+    with raises("job.missing-import", "train.py:1:1: ", "nowhere_x"):
         refuse_missing(script, tmp_path)
     data = {"data_module": "train.py:Data"}
     (said,) = missing(tmp_path, "", trainer="lightning", lightning=data)

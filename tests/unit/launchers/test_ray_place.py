@@ -11,7 +11,6 @@ import pytest
 
 from dtrain import planning
 from dtrain.cli.main import main
-from dtrain.errors import PlanError
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.profile import checked_options, load_profile, parse_options
 from dtrain.launchers.ray import driver, job_output, placement
@@ -19,6 +18,7 @@ from dtrain.launchers.ray.options import RayOptions
 from dtrain.launchers.ray.placement import Decision, Refuse, ResourceRequest, Take, Wait
 from dtrain.run.rundir import RunDir
 from support import JOBS
+from support.errors import raises
 
 TINY = JOBS / "tiny" / "job.yaml"
 
@@ -104,16 +104,16 @@ def test_what_follows_an_attempt(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "code", "names"),
     [
-        ({"adress": "x:1"}, "adress"),
-        ({"submit": "job"}, "needs the address"),
-        ({"cluster_runs": "/shared"}, "--runs names the folder"),
-        ({"relaunch": -1}, "relaunch"),
+        ({"adress": "x:1"}, "option.unknown-field", "adress"),
+        ({"submit": "job"}, "option.invalid-value", "submit: job"),
+        ({"cluster_runs": "/shared"}, "option.invalid-value", "--runs"),
+        ({"relaunch": -1}, "option.out-of-range", "relaunch"),
     ],
 )
-def test_options_that_cannot_be_meant(options: dict[str, object], said: str) -> None:
-    with pytest.raises(PlanError, match=said):
+def test_options_that_cannot_be_meant(options: dict[str, object], code: str, names: str) -> None:
+    with raises(code, names):
         RayOptions.of(AnyOptions(**options))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from dtrain import procs
 from dtrain.cli.status import summary
-from dtrain.errors import LaunchError, UsageError
+from dtrain.errors import UsageError
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base, prepare, status
@@ -20,6 +20,7 @@ from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.run import events
 from dtrain.run.attempts import Handle, Result
 from dtrain.run.failures import FailureRecord
+from support.errors import raises
 
 TRAIN = {"epochs": 1, "global_batch_size": 8}
 JOB = JobSpec.model_validate({"name": "digits", "task": "task.py:T", "train": TRAIN})
@@ -63,13 +64,13 @@ def test_another_node_of_the_same_launch_is_not_refused(plan: LaunchPlan) -> Non
     other = replace(plan, commands=(replace(command, node_ranks=(1,)),))
     prepare.prepare(other, JOB, "name: digits\n")
     Result("succeeded", 0, 0.0, 1.0).write(plan.run, 0)
-    with pytest.raises(UsageError, match="digits-abc exists"):
+    with raises("run.exists", "digits-abc"):
         prepare.prepare(other, JOB, "name: digits\n")
 
 
 def test_a_launch_that_could_not_be_written_leaves_the_id_free(plan: LaunchPlan) -> None:
     plan.run.plan.mkdir(parents=True)  # so that it cannot be a file
-    with pytest.raises(LaunchError, match="cannot write the run directory"):
+    with raises("launch.not-writable", str(plan.run.path)):
         launch(plan)
     plan.run.plan.rmdir()
     launch(plan)
@@ -94,7 +95,7 @@ def test_status_says_what_a_running_run_waits_for(plan: LaunchPlan) -> None:
 def test_a_run_that_was_started_by_hand_is_not_launched_over(plan: LaunchPlan) -> None:
     prepare.prepare(plan, JOB, "name: digits\n")
     events.note_event(plan.run, "training_started", attempt=0)
-    with pytest.raises(UsageError, match="digits-abc exists"):
+    with raises("run.exists", "digits-abc"):
         launch(plan)
 
 

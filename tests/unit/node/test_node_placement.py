@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from dtrain.errors import DtrainError
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base
@@ -18,6 +17,7 @@ from dtrain.node.placement.base import Arguments
 from dtrain.node.placement.ray import RayPlacement
 from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.run import files
+from support.errors import raises
 
 READER = """\
 from dtrain.errors import LaunchError
@@ -104,5 +104,5 @@ def test_what_ray_says_is_checked(plan: LaunchPlan, wrong: dict[str, Any]) -> No
     arguments = Arguments()
     said = {"attempt": 0, "node_names": ["a"], "host": "10.0.0.7", "port": 29400, **wrong}
     arguments.placed_as = files.to_json(said)
-    with pytest.raises(DtrainError, match=f"--placed-as: {next(iter(wrong))}"):
+    with raises("node.invalid-placement", f"--placed-as: {next(iter(wrong))}"):
         RayPlacement(arguments, {}).join(plan)

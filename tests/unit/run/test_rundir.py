@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.errors import LaunchError, RunNotFound
 from dtrain.run import files, ids, lookup
 from dtrain.run.rundir import RunDir
+from support.errors import raises
 
 HOSTILE = ["plain", "with space", "quo'te\"s", "semi;colon", "$(echo hi)", "new\nline"]
 
@@ -37,11 +37,11 @@ def test_found_by_id_prefix_path_and_last(tmp_path: Path) -> None:
     assert lookup.find_run("digits-aaa222", tmp_path).path == first.path
     assert lookup.find_run("text", tmp_path).path == third.path
     assert lookup.find_run(str(second.path), "elsewhere").path == second.path
-    with pytest.raises(RunNotFound, match=r"any of 2 runs: digits-aaa222, digits-aab222"):
+    with raises("run.ambiguous", "2 runs: digits-aaa222, digits-aab222"):
         lookup.find_run("digits", tmp_path)
-    with pytest.raises(RunNotFound, match="no run 'nix'"):
+    with raises("run.not-found", "'nix'"):
         lookup.find_run("nix", tmp_path)
-    with pytest.raises(RunNotFound, match="no runs in"):
+    with raises("run.no-runs"):
         lookup.find_run("last", tmp_path / "empty")
 
 
@@ -105,7 +105,7 @@ def test_lines_cut_short_are_passed_over(tmp_path: Path) -> None:
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(LaunchError, match=r"cannot write the run directory .*file/run.*--runs"):
+    with raises("launch.not-writable", "file/run", "--runs DIR"):
         RunDir(tmp_path / "file" / "run").create()
 
 

@@ -195,7 +195,7 @@ def test_the_block_has_at_most_15_lines(run: RunDir) -> None:
     assert all(len(line) <= 110 or "yyy" in line or "deep" in line for line in lines)
     assert text.index("not so") < text.index("deep/deep")
     assert text.split()[text.split().index("word-0") :][: len(words)] == words, "nothing is cut"
-    assert lines[0] == "FAILED: rank 3 on node 1 (node-1) raised ValueError"
+    assert lines[0] == "FAILED: rank 3 on node 1 (node-1) raised ValueError  [failure.exception]"
     assert "task_8.py:8" in text
     assert "and 27 more" in text
     assert "rank-00003.log" in text
@@ -217,7 +217,7 @@ def test_the_place_at_the_end_of_what_is_wrong_is_not_cut_off(run: RunDir) -> No
     record(None, kind="agent", message=message).write(run, 0)
     found = verdict.judge(run, 0)
     assert found is not None
-    assert verdict.render(found, run).splitlines()[0].endswith(message)
+    assert verdict.render(found, run).splitlines()[0].endswith(f"{message}  [failure.agent]")
 
 
 def test_what_another_try_would_meet_again_is_not_to_be_resumed(run: RunDir) -> None:
@@ -268,7 +268,7 @@ def test_a_kill_with_the_kernel_short_of_memory_is_oom() -> None:
 def test_words_for_a_node_without_a_name_and_for_an_end() -> None:
     missing = record(None, kind="node_missing", node_rank=1, node="", message="node 1 never joined")
     head = verdict.render(verdict.Verdict(missing), RunDir("x")).splitlines()[0]
-    assert head == "FAILED: node 1: node 1 never joined"
+    assert head == "FAILED: node 1: node 1 never joined  [failure.node-missing]"
     assert failures.how_it_ended(-9) == "was killed by SIGKILL"
     assert failures.how_it_ended(3) == "ended with code 3"
 
