@@ -33,7 +33,8 @@ class RshLauncher:
         options = RshOptions.of(plan.options)
         hosts = tuple(options.hosts.split(","))
         if len(hosts) != plan.nodes:
-            raise PlanError(f"--hosts names {len(hosts)} hosts for {plan.nodes} nodes")
+            text = f"--hosts names {len(hosts)} hosts for {plan.nodes} nodes"
+            raise PlanError(text, code="rsh.too-few-hosts")
         node = (facts.python, "-P", "-m", "dtrain.node", plan.run_dir, "--placement", "rsh")
         shells = [[part.format(host=host) for part in options.shell] for host in hosts]
         commands = tuple(

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,12 @@ def told(error: DtrainError, mark: Callable[[str], str] = str) -> str:
         first, *rest = printable(message).split("\n")
         lines += [f"dtrain: {first}  {mark(f'[{code}]')}" if code else f"dtrain: {first}", *rest]
     return "\n".join(lines)
+
+
+def without_code(line: str) -> tuple[str, str]:
+    """A line that `told` has made for another process, and the code at its end; empty: none."""
+    found = re.search(r"  \[([a-z]+\.[a-z0-9-]+)\]$", line)
+    return (line, "") if found is None else (line[: found.start()], found[1])
 
 
 class DtrainError(Exception):

@@ -123,7 +123,7 @@ class LauncherContract:
                 assert process.returncode == 3, output
                 (headline,) = [line for line in output.splitlines() if line.startswith("FAILED")]
                 assert headline.startswith("FAILED: rank 2 on node 1 (")
-                assert headline.endswith("): sys.exit(3)")
+                assert headline.endswith("): sys.exit(3)  [failure.exit]")
                 assert "Traceback" not in output
 
     def test_cancel_ends_all_of_it_in_order_and_resume_goes_on(

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from dtrain import checked
 from dtrain.checked import ExitCode, Name, Rank, Text, Time, Whole
-from dtrain.errors import DamagedError, DtrainError
+from dtrain.errors import DamagedError, DtrainError, without_code
 from dtrain.plainjson import to_json
 from dtrain.procs import shell_code
 from dtrain.run import files
@@ -258,7 +258,8 @@ def of_node(
     `place` has further fields of the record: `restart`, `pid`, `code`.
     """
     name = node_name() if node is None else node
-    place = {"time": time.time(), "log": str(log), **place}
+    message, code = without_code(message)  # it may end with what a process of the node printed
+    place = {"time": time.time(), "log": str(log), "code": code, **place}
     return FailureRecord(kind, message, exit_code, node_rank, name, **place)
 
 

@@ -365,7 +365,7 @@ def test_an_injected_fault_ends_in_a_verdict(tmp_path: Path) -> None:
     assert done.returncode == 1
     block = done.stdout[done.stdout.index("FAILED") :].splitlines()
     assert block[0].startswith("FAILED: rank 1 on node 1 (")
-    assert block[0].endswith("raised ReplicaError")
+    assert " raised ReplicaError  [" in block[0]
     assert "one model after step 4 and are not one model after step 6" in block[1]
     assert "rank 1 differs from the others" in block[2]
     assert "parameters: weight[0, 2] is" in block[3]
@@ -377,20 +377,21 @@ def test_an_injected_fault_ends_in_a_verdict(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("fault", "code", "message"),
     [
-        ("rank=1,kind=flip-parameter-bitt", "did you mean 'flip-parameter-bit'?"),
-        ("rank=1", "kind missing"),
-        ("rank=2,kind=lr", "--inject: lr on rank 2: there will be only 2 ranks, 0 to 1"),
-        ("rank=1,kind=lr,step=999", "lr in step 999: the last is 12, of train.steps"),
+        ("rank=1,kind=flip-parameter-bitt", "job.invalid-value", "'flip-parameter-bit'?"),
+        ("rank=1", "job.invalid-value", "kind missing"),
+        ("rank=2,kind=lr", "plan.absent-rank", "--inject: lr on rank 2: "),
+        ("rank=1,kind=lr,step=999", "job.fault-after-the-end", "lr in step 999: "),
     ],
 )
 def test_a_fault_that_cannot_be_meant_is_told_before_anything_starts(
-    tmp_path: Path, fault: str, message: str
+    tmp_path: Path, fault: str, code: str, message: str
 ) -> None:
     done = dtrain("launch", "--procs", "2", "--inject", fault, TINY, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
+    assert done.stderr.endswith(f"  [{code}]\n")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
 

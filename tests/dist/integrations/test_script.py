@@ -34,7 +34,7 @@ def test_a_hand_written_loop_goes_on_after_a_crash_in_the_middle_of_an_epoch(
     assert [event["step"] for event in events(run, "checkpoint_saved")][-1] == 3 * 23
     again = dtrain("resume", cwd=tmp_path)
     assert again.returncode == 2
-    assert "has finished" in again.stderr
+    assert "[run.finished]" in again.stderr
 
 
 def test_a_script_that_fails_has_a_verdict(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_logs_fold_and_select(folder: Path, run: RunDir) -> None:
     assert {"rank": 1, "line": "hello there"} in [json.loads(line) for line in lines]
     missing = dtrain("logs", "--rank", "9", cwd=folder)
     assert missing.returncode == 2
-    assert missing.stderr.endswith("has no such log; ranks: [0, 1, 2, 3]\n")
+    assert missing.stderr.endswith("; ranks: [0, 1, 2, 3]  [run.no-such-log]\n")
     missing = dtrain("logs", "--node", "5", cwd=folder)
     assert "no such log; nodes: [0, 1]; ranks: [0, 1, 2, 3]" in missing.stderr
 
@@ -110,23 +110,22 @@ def test_gpus_that_are_not_there_are_planned_and_not_launched(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("setting", "words"),
+    ("setting", "code"),
     [
-        ("name=other", "--set name has no effect here: a run keeps its name"),
-        (
-            "checks.inject=[]",
-            "--set checks.inject has no effect here: faults are made in a run's f",
-        ),
-        ("args.lr=0.5", "has finished; to train on, give it a new end"),
+        ("name=other", "run.setting-without-effect"),
+        ("checks.inject=[]", "run.setting-without-effect"),
+        ("args.lr=0.5", "run.finished"),
     ],
 )
 def test_settings_that_a_resume_cannot_use_are_refused(
-    folder: Path, run: RunDir, setting: str, words: str
+    folder: Path, run: RunDir, setting: str, code: str
 ) -> None:
-    new_end = [] if "finished" in words else ["--set", "train.steps=20"]
+    new_end = [] if code == "run.finished" else ["--set", "train.steps=20"]
     done = dtrain("resume", "--dry-run", "--set", setting, *new_end, cwd=folder)
     assert done.returncode == 2
-    assert words in done.stderr
+    assert done.stderr.endswith(f"  [{code}]\n")
+    named = run.id if code == "run.finished" else f"--set {setting.partition('=')[0]} "
+    assert named in done.stderr
 
 
 def test_the_run_directory_has_all_of_it(run: RunDir) -> None:
@@ -168,7 +167,7 @@ def test_a_full_console_is_told_in_a_line(folder: Path) -> None:
     for command in ("status", "--help"):
         done = in_shell(f"{command} > /dev/full", folder)
         assert done.returncode == 1
-        assert done.stderr == "dtrain: cannot print: No space left on device\n"
+        assert done.stderr == "dtrain: cannot print: No space left on device  [file.console-gone]\n"
 
 
 def test_a_training_goes_on_when_nobody_reads_or_the_console_is_full(tmp_path: Path) -> None:
@@ -211,7 +210,7 @@ def test_launch_executes_the_plan_that_was_printed(tmp_path: Path) -> None:
         again = dtrain(*command, "--set", "seed=5", *arguments, cwd=tmp_path)
         assert again.returncode == 2
         advice = "go on with: dtrain resume planned, or give another --run-id"
-        assert again.stderr == f"dtrain: run planned exists; {advice}\n"
+        assert again.stderr == f"dtrain: run planned exists; {advice}  [run.exists]\n"
     assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 
 
@@ -238,29 +237,31 @@ def test_the_torchrun_line_works_as_printed(tmp_path: Path) -> None:
     assert set(run.rank_logs(0)) == {0, 1}
     mixed = dtrain("launch", "--run-id", "by-hand", TINY, cwd=tmp_path)
     assert mixed.returncode == 2
-    assert "run by-hand exists" in mixed.stderr
+    assert "by-hand" in mixed.stderr
+    assert "[run.exists]" in mixed.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "name"),
     [
-        (["--set", "train.global_batch_sise=3"], "did you mean"),
-        (["--strategy", "dpp"], "ddp"),
-        (["--strategy", "single", "--procs", "2"], "strategy 'single' is one process, not 2"),
-        (["--nodes", "two"], "--nodes"),
-        (["--launcher", "slum"], "there is no profile 'slum'"),
-        (["--run-id", "../x"], "--run-id '../x'"),
-        (["--name", ""], "--name"),
-        (["--json"], "--dry-run"),
-        (["--env", "NOT_SET_ANYWHERE"], "--env NOT_SET_ANYWHERE=VALUE"),
+        (["--set", "train.global_batch_sise=3"], "job.unknown-field", "'global_batch_size'?"),
+        (["--strategy", "dpp"], "job.unknown-name", "'ddp'?"),
+        (["--strategy", "single", "--procs", "2"], "plan.single-is-one-process", "not 2"),
+        (["--nodes", "two"], "job.invalid-value", "--nodes: "),
+        (["--launcher", "slum"], "profile.not-found", "--launcher slum: "),
+        (["--run-id", "../x"], "usage.run-id", "--run-id '../x'"),
+        (["--name", ""], "job.invalid-value", "--name: "),
+        (["--json"], "usage.flag-without-effect", "--dry-run"),
+        (["--env", "NIX_X"], "usage.variable-not-set", "--env NIX_X=VALUE"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_starts(
-    tmp_path: Path, arguments: list[str], message: str
+    tmp_path: Path, arguments: list[str], code: str, name: str
 ) -> None:
     done = dtrain("launch", *arguments, TINY, cwd=tmp_path)
     assert done.returncode == 2
-    assert message in done.stderr
+    assert code in done.stderr
+    assert name in done.stderr
     assert "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == []
 
@@ -271,7 +272,8 @@ def test_a_module_that_is_missing_here_is_told_where_the_launch_is_here(tmp_path
     job.write_text("{name: t, task: 'task.py:T', train: {steps: 1, global_batch_size: 1}}")
     done = dtrain("launch", job, cwd=tmp_path)
     assert done.returncode == 2
-    assert "task.py:2:1: imports no_such_module" in done.stderr
+    assert done.stderr.startswith("dtrain: task.py:2:1: imports no_such_module")
+    assert done.stderr.endswith("  [job.missing-import]\n")
     assert not (tmp_path / "runs").exists()
     elsewhere = dtrain("plan", "--launcher", "slurm", job, cwd=tmp_path)  # with its own Python
     assert elsewhere.returncode == 0, elsewhere.stderr
@@ -288,4 +290,4 @@ def test_usage_errors_are_2(tmp_path: Path, arguments: list[str]) -> None:
     if arguments == ["lanch"]:
         assert "Did you mean 'launch'?" in done.stderr
     if arguments[-1] == str(DIGITS_TASK):
-        assert f"does nothing when it is run, it only defines; launch {DIGITS}" in done.stderr
+        assert f"; launch {DIGITS}  [job.script-only-defines]" in done.stderr

@@ -79,21 +79,22 @@ def test_a_killed_run_goes_on_from_another_host(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "env", "said"),
+    ("arguments", "env", "code", "name"),
     [
-        (("--runs", "s3://nobodys-bucket/runs"), {}, "is not there: The specified bucket does not"),
-        (("--runs", RUNS), {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "cannot be reached"),
-        (("--runs", RUNS), {name: "" for name in KEYS}, "does not let us in"),
-        (("--runs", "s4://bucket/runs"), {}, "Protocol not known: s4"),
-        (("--runs", RUNS, "--launcher", "slurm"), {}, "launchers 'local' and 'ray' take a URL"),
+        (("--runs", "s3://nobodys-bucket/runs"), {}, "url.not-found", "s3://nobodys-bucket/runs"),
+        (("--runs", RUNS), {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "url.unreachable", RUNS),
+        (("--runs", RUNS), {name: "" for name in KEYS}, "url.no-access", RUNS),
+        (("--runs", "s4://bucket/runs"), {}, "url.invalid", "Protocol not known: s4"),
+        (("--runs", RUNS, "--launcher", "slurm"), {}, "plan.launcher-needs-folder", "'slurm'"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_starts(
-    s3: S3, tmp_path: Path, arguments: tuple[str, ...], env: dict[str, str], said: str
+    s3: S3, tmp_path: Path, arguments: tuple[str, ...], env: dict[str, str], code: str, name: str
 ) -> None:
     done = dtrain("launch", *arguments, TINY, cwd=tmp_path, env=env)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert said in done.stderr
+    assert done.stderr.endswith(f"  [{code}]\n")
+    assert name in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
 
@@ -102,7 +103,8 @@ def test_commands_that_read_a_url_that_does_not_answer(s3: S3, tmp_path: Path) -
     away = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     done = dtrain("status", "--runs", RUNS, cwd=tmp_path, env=away)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "cannot be reached" in done.stderr
+    assert "[url.unreachable]" in done.stderr
     done = dtrain("why", "nix", "--runs", f"s3://{BUCKET}/empty", cwd=tmp_path)
     assert done.returncode == 2
-    assert f"no runs in s3://{BUCKET}/empty" in done.stderr
+    assert f"s3://{BUCKET}/empty" in done.stderr
+    assert "[run.no-runs]" in done.stderr

@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dtrain.errors import LaunchError
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.load import LoadedJob, load_job
 from dtrain.job.profile import load_profile
@@ -22,6 +21,7 @@ from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.run import failures, files, ids
 from dtrain.run.attempts import Handle
 from dtrain.run.rundir import RunDir
+from support.errors import raises
 from support.launch import TINY, alive, events, wait_for
 
 
@@ -111,7 +111,7 @@ def test_a_server_that_cannot_import_or_has_threads_is_not_ready(
     try:
         assert not any(server.is_ready() for server in servers)
         assert not any(server.is_ready() for server in servers), "when it is asked again"
-        with pytest.raises(LaunchError, match="from which nodes are forked has ended"):
+        with raises("launch.fork-server-ended"):
             launch(servers[0], tmp_path)
     finally:
         for server in servers:

@@ -226,6 +226,7 @@ def test_killed_on_four_processes_and_resumed_on_two_is_one_process_with_more_th
     refused_ = dtrain("launch", "job.yaml", "--procs", "3", "--runs", "refused", cwd=tmp_path)
     assert refused_.returncode == 2
     assert "use 2 or 4 processes" in refused_.stderr
+    assert "[plan.uneven-shards]" in refused_.stderr
 
 
 def status(cwd: Path, runs: str) -> dict[str, Any]:

@@ -172,22 +172,23 @@ def test_batch_norm_trains_in_shards_and_micro_batches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "name"),
     [
-        (["--strategy", "dpp"], "unknown strategy 'dpp'"),
-        (["--strategy", "dp", "--nodes", "2"], "strategy 'dp' runs on one node"),
-        (["--procs", "two"], "'two' is not a number from 1 on"),
-        (["--epoch-samples", "few"], "'few' is not a number of samples"),
-        (["--set", "train.stepz=3"], "did you mean 'steps'"),
-        (["--launcher", "slum", "--steps", "1"], "there is no profile 'slum'"),
+        (["--strategy", "dpp"], "plan.unknown-name", "'dpp'"),
+        (["--strategy", "dp", "--nodes", "2"], "verify.nothing-to-compare", "strategy 'dp'"),
+        (["--procs", "two"], "usage.invalid-value", "'two'"),
+        (["--epoch-samples", "few"], "usage.invalid-value", "'few'"),
+        (["--set", "train.stepz=3"], "job.unknown-field", "'steps'?"),
+        (["--launcher", "slum", "--steps", "1"], "profile.not-found", "--launcher slum"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_starts(
-    tmp_path: Path, arguments: list[str], message: str
+    tmp_path: Path, arguments: list[str], code: str, name: str
 ) -> None:
     done = dtrain("verify", *arguments, TINY, cwd=tmp_path, env={"TMPDIR": str(tmp_path)})
     assert done.returncode == 2, done.stdout
-    assert message in done.stderr
+    assert f"  [{code}]\n" in done.stderr
+    assert name in done.stderr
     assert "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == []
 
@@ -197,7 +198,11 @@ def test_a_job_that_does_not_run_at_all(tmp_path: Path) -> None:
         "verify", "--set", "args.misbehave=raise", "--set", "args.rank=0", TINY, cwd=tmp_path
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("the job does not run as one process:\nFAILED: rank 0 ")
+    first, second, *_ = done.stderr.splitlines()
+    assert first.startswith("dtrain: ")
+    assert first.endswith("  [verify.reference-failed]")
+    assert second.startswith("FAILED: rank 0 ")
+    assert second.endswith("  [failure.exception]")
     assert done.stderr.endswith("\n  more: `--keep DIR` keeps the run and its logs\n")
     assert "log:" not in done.stderr  # it is gone
     assert "Traceback" not in done.stderr

@@ -261,7 +261,10 @@ def test_a_job_that_has_said_nothing(plan: LaunchPlan, log: bool, words: str) ->
 
 def test_what_srun_said_under_submitit_is_read_too(plan: LaunchPlan) -> None:
     SlurmFiles(plan.run).log.write_text("srun: error: task 1 failed\n")
-    SlurmFiles(plan.run).submitit_log("7_1").write_text("dtrain: n1 has no run folder\nbye\n")
+    SlurmFiles(plan.run).submitit_log("7_1").write_text(
+        "dtrain: n1 has no run folder  [slurm.folder-not-shared]\nbye\n"
+    )
     conclude(plan, Job("7_1", "FAILED", exit_code=1))
     (record,) = failures.read_all(plan.run, 0)
     assert record.message == "job 7_1 ended with code 1: n1 has no run folder"
+    assert record.code == "slurm.folder-not-shared"
