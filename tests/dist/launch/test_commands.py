@@ -245,7 +245,7 @@ def test_the_torchrun_line_works_as_printed(tmp_path: Path) -> None:
     ("arguments", "code", "name"),
     [
         (["--set", "train.global_batch_sise=3"], "job.unknown-field", "'global_batch_size'?"),
-        (["--strategy", "dpp"], "job.unknown-name", "'ddp'?"),
+        (["--strategy", "dpp"], "job.unknown-name", "ddp"),
         (["--strategy", "single", "--procs", "2"], "plan.single-is-one-process", "not 2"),
         (["--nodes", "two"], "job.invalid-value", "--nodes: "),
         (["--launcher", "slum"], "profile.not-found", "--launcher slum: "),
