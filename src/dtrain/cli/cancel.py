@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from dtrain.cli import completers
 from dtrain.cli import options as shared
 from dtrain.run.lookup import find
 
@@ -13,7 +14,7 @@ from dtrain.run.lookup import find
     cls=shared.Command,
     examples=(("dtrain cancel last", "Stop the run that was started last."),),
 )
-@click.argument("run")
+@click.argument("run", shell_complete=completers.runs)
 @shared.runs_option
 @shared.json_option
 def command(run: str, runs: str, as_json: bool) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         ),
     ),
 )
-@click.argument("job")
+@shared.job_argument
 @shared.script_arguments
 @shared.job_options
 @shared.quiet_option

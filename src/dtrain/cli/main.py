@@ -39,6 +39,7 @@ _COMMANDS = {
     ),
     "export": ("dtrain.cli.export", "Write a run's model for other programs, and check it."),
     "launchers": ("dtrain.cli.launchers", "List launchers, profiles and their options."),
+    "completion": ("dtrain.cli.completion", "Print the script that completes commands in a shell."),
     "schema": ("dtrain.cli.schema", "Print the JSON Schema of job.yaml, for editors."),
 }
 
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> Any:
     """Run the command line; errors meant for people are printed without a traceback."""
     out.prepare()
     try:
-        status = cli.main(args=argv, standalone_mode=False)
+        status = cli.main(args=argv, prog_name="dtrain", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

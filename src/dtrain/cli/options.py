@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from dtrain.cli import completers
 from dtrain.launchers import flags
 from dtrain.launchers.flags import Flag
 
@@ -98,10 +99,12 @@ option_option = option(
     "options",
     multiple=True,
     metavar="NAME=VALUE",
+    shell_complete=completers.options,
     help="Set an option of the launcher; repeatable. `dtrain launchers NAME` lists them.",
 )
 script_arguments = click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- …]")
-run_argument = click.argument("run", default="last")
+run_argument = click.argument("run", default="last", shell_complete=completers.runs)
+job_argument = click.argument("job", shell_complete=completers.files)
 
 # option → the field of job.yaml that it sets
 _FIELDS = {
@@ -121,9 +124,10 @@ _SIZE_OPTIONS = (
            help="Processes per node.  [default: one per GPU, or one]"),
     option(SIZE, "--gpus", "--gpus-per-node", metavar="N",
            help="GPUs per node; 0 trains on the CPU."),
-    option(SIZE, "--strategy", metavar="NAME",
+    option(SIZE, "--strategy", metavar="NAME", shell_complete=completers.strategies,
            help="How processes share the work: single, dp, ddp, fsdp or exact."),
     option(WHAT, "--set", "overrides", multiple=True, metavar="FIELD=VALUE",
+           shell_complete=completers.fields,
            help="Set a field of job.yaml, for example train.epochs=3; repeatable."),
     option_option,
     option(WHERE, "-e", "--env", "environment", multiple=True, metavar="NAME[=VALUE]",
@@ -131,11 +135,12 @@ _SIZE_OPTIONS = (
     option(MORE, "--max-restarts", metavar="N", help="Restarts of failed workers."),
 )  # fmt: skip
 _JOB_OPTIONS = (
-    option(WHAT, "--trainer", metavar="NAME",
+    option(WHAT, "--trainer", metavar="NAME", shell_complete=completers.trainers,
            help="Training loop: native (dtrain's), or lightning."),
     option(WHAT, "--seed", metavar="N", help="Seed of the whole training."),
     option(WHAT, "--name", metavar="TEXT", help="Name of the run."),
     option(WHERE, "--launcher", default="local", show_default=True, metavar="NAME",
+           shell_complete=completers.profiles,
            help="Where processes start: local, torchrun, slurm, ray, or a profile of your own."),
     option(MORE, "--inject", "inject", multiple=True, metavar="RANK,STEP,KIND",
            help="Cause a fault, for example rank=1,step=5,kind=flip-gradient-bit."),

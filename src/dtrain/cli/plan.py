@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         ("dtrain plan --launcher slurm --nodes 2 job.yaml", "The batch script of a launch."),
     ),
 )
-@click.argument("job")
+@shared.job_argument
 @shared.script_arguments
 @shared.job_options
 @shared.explain_option

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dtrain.cli import completers
 from dtrain.cli import options as shared
 
 if TYPE_CHECKING:
@@ -79,7 +80,14 @@ def _writable(context: click.Context, option: click.Parameter, given: str | None
         ("dtrain verify --strategy ddp,fsdp --procs 2 job.yaml", "Only these."),
     ),
 )
-@click.argument("job", nargs=-1, required=True, callback=_one_job, metavar="JOB")
+@click.argument(
+    "job",
+    nargs=-1,
+    required=True,
+    callback=_one_job,
+    metavar="JOB",
+    shell_complete=completers.files,
+)
 @shared.option(
     shared.WHAT,
     "--set",

@@ -1,7 +1,7 @@
 """Every code of an error, problem, verdict and finding, with its cause and its cure.
 
-docs/errors.md is made from these tables. A code is `area.what`, in lower case with hyphens; it never
-changes its meaning, so scripts may depend on it.
+docs/errors.md is made from these tables. A code is `area.what`, in lower case with hyphens; it
+never changes its meaning, so scripts may depend on it.
 """
 
 from __future__ import annotations

@@ -29,8 +29,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "__main__",
     ),
     "dtrain.cli": (
-        "main options",
-        "array cancel export launchers logs plan schema status verify why",
+        "completers main",
+        "options",
+        "array cancel completion export launchers logs plan schema status verify why",
         "launch runs",
         "resume",
     ),
