@@ -231,6 +231,7 @@ def test_lines_and_events_of_a_run(tmp_path: Path) -> None:
         ("train", 4, 0),
         ("eval", 6, 1),
         ("train", 8, 1),
+        ("train", 9, 2),  # and so has the last
         ("eval", 9, 2),
     ]
     assert {"loss", "lr", "samples_per_second", "grad_norm", "time"} < set(metrics[0])

@@ -56,8 +56,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.integrations.lightning": (
         "job_check optimizers package step_loader",
         "compat",
-        "callbacks environment logging suits",
-        "state user_loaders",
+        "callbacks environment reductions suits",
+        "logging user_loaders",
+        "state",
         "module",
         "loops trainer",
         "choice",
