@@ -137,6 +137,9 @@ class LaunchPlan:
     """Where workers find the task, when that is not `job_dir` but a copy of it."""
     sources: dict[str, str] = field(default_factory=dict)
     """Where the launcher's settings were written: `launchers/slurm.yaml:9:14`, or a flag."""
+    set_by_flags: dict[str, Any] = field(default_factory=dict)
+    """Fields of the job that flags have set, of the first launch and of each resume; those of
+    secret names are masked."""
     commands: tuple[Command, ...] = ()
     notes: tuple[str, ...] = ()
     """What people should know before it starts, as that a time limit was cut."""

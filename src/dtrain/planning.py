@@ -96,6 +96,7 @@ def plan_attempt(run: RunDir, request: Request) -> Prepared:
         before.run_url.rpartition("/")[0] or run.path.parent,
         job_dir,
         status.next_attempt(run),
+        before.set_by_flags,
     )
 
 
@@ -163,6 +164,7 @@ def _planned(
     runs: str | os.PathLike[str],
     job_dir: Path,
     attempt: int = 0,
+    set_before: Mapping[str, Any] | None = None,
 ) -> Prepared:
     launcher = base.load(profile.spec.launcher)
     if isinstance(launcher, HostChecking):  # others may have another Python
@@ -175,7 +177,23 @@ def _planned(
         plan = complete_plan(job.spec, profile, launcher, job_dir, options, facts, sources)
     except PlanError as error:
         raise error.placed(job.sources) from None
+    plan = replace(plan, set_by_flags={**(set_before or {}), **_set_by_flags(job)})
     return Prepared(plan, launcher, job, profile)
+
+
+def _set_by_flags(job: LoadedJob) -> dict[str, Any]:
+    """Fields whose value a flag has given, by name; what is secret is left out of it."""
+    found: dict[str, Any] = {}
+    for name, source in job.sources.items():
+        value: Any = job.spec.to_plain() if source.startswith("--") else None
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        own = name.rpartition(".")[2]
+        if name.startswith("launch.env.") and value is not None:
+            found[name] = environ.masked({own: value})[own]
+        elif value is not None:
+            found[name] = environ.shown(own, value)
+    return found
 
 
 def complete_plan(

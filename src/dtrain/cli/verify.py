@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import click
 
 from dtrain.cli import completers
 from dtrain.cli import options as shared
+from dtrain.console import out
 
 if TYPE_CHECKING:
     from dtrain.verify.report import Report
@@ -199,7 +199,7 @@ def command(html: str | None, as_json: bool, **options: Any) -> int:  # fmt: ski
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # there are folders to clear away
     waiting = _Waiting()
-    shows = not as_json and sys.stdout.isatty()
+    shows = not as_json and out.on_terminal()
     with Session(**options, watch=waiting.show if shows else None) as session:
         report = _quietly(session) if as_json else _aloud(session, waiting)
     if as_json:
@@ -223,8 +223,7 @@ def _aloud(session: Session, waiting: _Waiting) -> Report:
     from dtrain.verify import text
 
     width = shutil.get_terminal_size().columns
-    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    table = text.Table(session.pairs, width, _paint if colours else text.plain)
+    table = text.Table(session.pairs, width, out.paint)
     session.begin()
     waiting.echo(text.opening(session.report))
     waiting.echo("\n" + table.head())
@@ -257,7 +256,3 @@ class _Waiting:
     def echo(self, line: str) -> None:
         click.echo(("\r\x1b[K" if self._shown else "") + line)
         self._shown = ""
-
-
-def _paint(text: str, colour: str) -> str:
-    return click.style(text, fg=colour)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from dtrain.cli import options as shared
+from dtrain.console import out
 from dtrain.run.lookup import find
 
 _STANDS = {
@@ -48,7 +49,7 @@ def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
     if as_json:
         shared.print_json(verdicts.to_json() if failed and verdicts else None)
     elif failed and verdicts is not None:
-        click.echo(verdict.render(verdicts, found))
+        click.echo(verdict.render(verdicts, found, out.width(), out.paint))
     elif state == "lost":
         click.echo(f"run {found.id} was ended from outside: its launcher was killed")
     elif state == "cancelled":

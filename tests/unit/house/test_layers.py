@@ -119,7 +119,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.run": (
         "files flight_recorder ids rundir",
-        "attempts backend_files events failures manifest sync",
+        "attempts backend_files events failures manifest progress sync",
         "remote snapshot verdict",
         "code_archive lookup",
     ),

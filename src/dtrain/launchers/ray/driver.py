@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain import ports
-from dtrain.errors import DtrainError, LaunchError, PlanError, first_line
+from dtrain.errors import DtrainError, LaunchError, PlanError, first_line, shortened
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.plan import LaunchPlan
 from dtrain.procs import die_with_parent
@@ -342,7 +342,7 @@ def _refused(address: str, error: Exception) -> LaunchError:
             f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (RAY_AUTH_MODE is {mode}): "
             f"{first_line(error)}"
         )
-    return LaunchError(f"the Ray cluster at {address} cannot be joined: {said[:500]}")
+    return LaunchError(f"the Ray cluster at {address} cannot be joined: {shortened(said, 500)}")
 
 
 def is_loopback(address: str) -> bool:
