@@ -37,4 +37,4 @@ def command(run: str, runs: str, as_json: bool) -> None:
     elif was == "running":
         click.echo(f"{found.id}: {state}")
     else:
-        click.echo(f"{found.id}: nothing to cancel, it is {state}")
+        click.echo(f"{found.id} has already ended ({state}); nothing to cancel")

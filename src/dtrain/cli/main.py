@@ -8,7 +8,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
@@ -44,6 +44,34 @@ _COMMANDS = {
 }
 
 
+_MEANT = {
+    "help": "--help",
+    "info": "status",
+    "kill": "cancel",
+    "list": "runs",
+    "log": "logs",
+    "ls": "runs",
+    "ps": "runs",
+    "run": "launch",
+    "show": "status",
+    "start": "launch",
+    "stop": "cancel",
+    "submit": "launch",
+    "tail": "logs",
+    "train": "launch",
+}
+"""What other tools call a command."""
+
+
+def _nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is most like one, dashes in front left aside."""
+    from difflib import get_close_matches
+
+    bare = {name.lstrip("-"): name for name in known}
+    near = get_close_matches(word.lstrip("-"), bare, n=1)
+    return bare[near[0]] if near else None
+
+
 class _LazyGroup(click.Group):
     """A group that imports a command when it is called."""
 
@@ -70,10 +98,8 @@ class _LazyGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError:
-            from difflib import get_close_matches
-
-            near = get_close_matches(args[0], _COMMANDS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            near = _MEANT.get(args[0]) or _nearest(args[0], _COMMANDS)
+            hint = f" Did you mean {near!r}?" if near else ""
             raise click.UsageError(f"No command {args[0]!r}.{hint}", ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -95,9 +121,12 @@ def _readers_may_leave() -> Iterator[None]:
 
 def _version(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
     if asked:
+        import platform
         from importlib.metadata import version
 
-        click.echo(f"dtrain {version('dtrain')}")
+        parts = ("dtrain", "torch")
+        told = [f"{name} {version(name)}" for name in parts]
+        click.echo(", ".join([*told, f"Python {platform.python_version()}"]))
         ctx.exit()
 
 
@@ -109,7 +138,14 @@ def _version(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
         "max_content_width": 80,
     },
 )
-@click.option("--version", is_flag=True, callback=_version, expose_value=False, is_eager=True)
+@click.option(
+    "--version",
+    is_flag=True,
+    callback=_version,
+    expose_value=False,
+    is_eager=True,
+    help="Show the versions of dtrain, torch and Python, and exit.",
+)
 def cli() -> None:
     """One training definition, launched anywhere, provably the same training, and hard to kill.
 
@@ -126,6 +162,9 @@ def main(argv: list[str] | None = None) -> Any:
     try:
         status = cli.main(args=argv, prog_name="dtrain", standalone_mode=False)
     except click.ClickException as error:
+        if isinstance(error, click.NoSuchOption):
+            near = _nearest(error.option_name, error.possibilities or ())
+            error.possibilities = [near] if near else None  # type: ignore[misc]
         error.show()
         sys.exit(error.exit_code)
     except click.exceptions.Abort:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,6 +12,7 @@ import click
 from dtrain.cli import completers
 from dtrain.launchers import flags
 from dtrain.launchers.flags import Flag
+from dtrain.words import numbered
 
 if TYPE_CHECKING:
     from dtrain.job.located import Located
@@ -180,10 +182,13 @@ class LaunchCommand(Command):
             self._add_outside()
         try:
             return super().parse_args(ctx, args)
-        except click.NoSuchOption:
+        except click.NoSuchOption as error:
             if not self._add_outside():
-                raise
+                raise _of_script(error, given) from None
+        try:
             return super().parse_args(ctx, given)
+        except click.NoSuchOption as error:
+            raise _of_script(error, given) from None
 
     def _add_outside(self) -> bool:
         known = {param.name for param in self.params}
@@ -191,6 +196,21 @@ class LaunchCommand(Command):
             if f"{_OF_LAUNCHER}{each.option}" not in known:
                 _click_option(each)(self)
         return len(self.params) > len(known)
+
+
+def _of_script(error: click.NoSuchOption, given: list[str]) -> click.UsageError:
+    """The error of an option that is the script's, with the command line that gives it one."""
+    scripts = [number for number, text in enumerate(given) if text.endswith(".py")]
+    name = error.option_name
+    found = [n for n, text in enumerate(given) if text.replace("_", "-").startswith(name)]
+    if not scripts or not found or found[0] < scripts[0] or error.ctx is None:
+        return error
+    line = shlex.join([*given[: found[0]], "--", *given[found[0] :]])
+    return click.UsageError(
+        f"{name} is not an option of dtrain. Put -- before the arguments of the script:\n"
+        f"  {error.ctx.command_path} {line}",
+        error.ctx,
+    )
 
 
 def size_options(function: _Function) -> _Function:
@@ -259,6 +279,12 @@ def _number(text: str) -> Any:
     from dtrain.job.units import is_number
 
     return int(text) if is_number(text.removeprefix("-")) else text
+
+
+def no_attempt(run_id: str, asked: int, there: list[int]) -> str:
+    """What to say when a run has no attempt of a number."""
+    has = numbered("attempt", there) if there else "no attempt yet"
+    return f"run {run_id} has no attempt {asked}; it has {has}"
 
 
 def print_json(value: Any) -> None:

@@ -83,6 +83,8 @@ def _lines(plan: LaunchPlan, written: bool) -> list[str]:
         f"size       {nodes} node(s) × {plan.procs_per_node} = {ranks} on {plan.device}, "
         f"{plan.backend}, {plan.threads_per_proc} thread(s) each",
     ]
+    if plan.script:
+        lines.insert(1, f"script     {shlex.join(plan.script)}")
     if plan.replicas > 1:
         lines.append(f"replicas   {plan.replicas} in the one process")
     for node_rank, name in enumerate(plan.node_names):

@@ -53,10 +53,7 @@ def _samples(_context: click.Context, _option: click.Parameter, given: str) -> i
 def _one_job(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> str:
     numbers = [text for text in given if _is_count(text)]
     if len(given) > 1 and numbers:
-        raise click.UsageError(
-            f"{numbers[0]} is no job; --gpus takes no number here: it gives each process a GPU, "
-            f"and --procs {numbers[0]} says how many there are"
-        )
+        raise click.UsageError(f"--gpus takes no number in verify; use --gpus --procs {numbers[0]}")
     if len(given) > 1:
         raise click.UsageError(f"one job at a time, not {' '.join(given)}")
     return given[0]

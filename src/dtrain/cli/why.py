@@ -37,7 +37,7 @@ def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
     found = find(run, runs)
     attempts = found.attempts()
     if not attempts or (attempt is not None and attempt not in attempts):
-        raise RunNotFound(f"run {found.id} has no attempt {attempt or 0}; it has {attempts}")
+        raise RunNotFound(shared.no_attempt(found.id, attempt or 0, attempts))
     number = attempts[-1] if attempt is None else attempt
     verdicts = verdict.read(found, number) or verdict.judge(found, number)
     if number == attempts[-1]:

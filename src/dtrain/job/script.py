@@ -18,8 +18,8 @@ SCRIPT_FIELDS = ("name", "script", "arguments", "launch")
 
 _ALLOWED = (*SCRIPT_FIELDS, "trainer", "strategy")  # the last two have sentences of their own
 _UP_TO_THE_SCRIPT = (
-    "has no meaning with a script, which sees to it by itself; leave it out, or write the training "
-    "as a task"
+    "does not apply to a script: remove it and do it inside the script, or write the training as "
+    "a task"
 )
 
 
@@ -72,6 +72,6 @@ def job_of_script(path: str) -> str | None:
         raise UsageError(f"there is no script {path}")
     if does_nothing(Path(path)):
         beside = Path(path).with_name("job.yaml")
-        name = str(beside) if beside.is_file() else "the job.yaml that names its task"
-        raise UsageError(f"{path} does nothing when it is run, it only defines; launch {name}")
+        command = f"dtrain launch {beside if beside.is_file() else 'job.yaml'}"
+        raise UsageError(f"{path} only defines things. Launch the job that uses it: {command}")
     return dump_yaml({"name": Path(path).stem, "script": Path(path).name})

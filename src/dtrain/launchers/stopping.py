@@ -43,7 +43,7 @@ class Stopping:
         if self._stop.count and not self._asked:
             self._asked = self._stop.count
             self._deadline = time.monotonic() + self._patience_s + _KILL_AFTER_S
-            self._say("stopping: the workers leave at the next step; again to kill them now")
+            self._say("stopping at the next step; press Ctrl-C again to kill the workers now")
             for launch in launches:
                 launch.stop()
         if self._stop.count > max(self._asked, 1) or time.monotonic() > self._deadline:

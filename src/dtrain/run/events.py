@@ -30,9 +30,9 @@ def exit_code(stop_event: dict[str, Any]) -> int:
 def stop_message(run: RunDir, attempt: int) -> str:
     """What people are told of an attempt that was asked to leave."""
     event = stop_event(run, attempt)
-    who = "from elsewhere" if event is None else f"by {event['reason']} to rank {event['rank']}"
+    who = "" if event is None else f" by {event['reason']} to rank {event['rank']}"
     after = "" if event is None else f" after step {event['step']}"
-    return f"{run.id} was asked to stop {who}{after}\ngo on with: dtrain resume {run.id}"
+    return f"{run.id} was stopped{who}{after}\ngo on with: dtrain resume {run.id}"
 
 
 def ungrouped_warning(run: RunDir) -> str | None:

@@ -157,7 +157,7 @@ def _parted(
     if found.decided:
         what, here, there = "its collectives are not the other ranks'", "", "elsewhere"
     else:
-        what = f"and rank {found.other} are in different collectives: no majority says who is right"
+        what = f"and rank {found.other} called different collectives: no majority says who is right"
         here, there = f"on rank {found.rank} ", f"on rank {found.other}"
     message = f"{what}\n{here}number {found.number} is {found.call}\n{there} it is {found.others}"
     own = [record for record in records if record.rank == found.rank]
@@ -204,8 +204,7 @@ def render(
     if verdict.alike:
         tail.append(f"  {numbered('rank', verdict.alike)} failed in the same way")
     if verdict.collateral:
-        what = "also failed, because of it" if len(verdict.collateral) > 1 else "failed with it"
-        tail.append(f"  {numbered('rank', verdict.collateral)} {what}")
+        tail.append(f"  {numbered('rank', verdict.collateral)} failed as a consequence")
     if culprit.repeated:
         place = f"in step {culprit.step}" if culprit.step else "before the first step"
         tail.append(f"  restarts: {verdict.restarts}; it failed in the same way {place} before")

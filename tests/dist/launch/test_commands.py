@@ -288,4 +288,7 @@ def test_usage_errors_are_2(tmp_path: Path, arguments: list[str]) -> None:
     if arguments == ["lanch"]:
         assert "Did you mean 'launch'?" in done.stderr
     if arguments[-1] == str(DIGITS_TASK):
-        assert f"does nothing when it is run, it only defines; launch {DIGITS}" in done.stderr
+        assert (
+            f"only defines things. Launch the job that uses it: dtrain launch {DIGITS}"
+            in done.stderr
+        )

@@ -163,7 +163,9 @@ def test_cancel_from_another_terminal(tmp_path: Path) -> None:
         assert not any(map(alive, below))
     assert process.returncode == 143
     again = dtrain("cancel", "last", cwd=tmp_path)
-    assert again.stdout == f"{the_run(tmp_path).id}: nothing to cancel, it is cancelled\n"
+    assert (
+        again.stdout == f"{the_run(tmp_path).id} has already ended (cancelled); nothing to cancel\n"
+    )
 
 
 @pytest.mark.cold

@@ -217,7 +217,9 @@ def test_the_place_at_the_end_of_what_is_wrong_is_not_cut_off(run: RunDir) -> No
     record(None, kind="agent", message=message).write(run, 0)
     found = verdict.judge(run, 0)
     assert found is not None
-    assert verdict.render(found, run).splitlines()[0].endswith(message)
+    text = verdict.render(found, run, 80)
+    assert message in " ".join(line.strip() for line in text.splitlines())
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_what_another_try_would_meet_again_is_not_to_be_resumed(run: RunDir) -> None:

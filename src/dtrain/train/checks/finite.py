@@ -242,7 +242,8 @@ class _Culprit:
         samples = numbered("sample", self.samples)
         text = f", micro-batch {self.number} of {self.num_micro_batches}, {samples}"
         if 0 < len(self.alone) < len(self.samples):
-            text += f"\nalone, {numbered('sample', self.alone)} gives it"
+            gives = "gives" if len(self.alone) == 1 else "give"
+            text += f"\ncomputed alone, {numbered('sample', self.alone)} {gives} it"
         return text
 
 

@@ -49,8 +49,8 @@ class Report:
         self._metrics.begin(progress.step)
         self._since = time.monotonic()
         logger.info(
-            "rank %d of %d, %s: from step %d on, %s, %d samples a step, %s",
-            ranks.rank, ranks.world_size, spec.strategy, progress.step + 1, _length(course),
+            "rank %d of %d, %s: %s, batch %d, %s",
+            ranks.rank, ranks.world_size, spec.strategy, _length(course, progress.step + 1),
             spec.train.global_batch_size, spec.train.precision,
         )  # fmt: skip
 
@@ -168,14 +168,14 @@ def _epoch_of(progress: Progress) -> int:
     return max(0, position.epoch if position.consumed else position.epoch - 1)
 
 
-def _length(course: EpochPlan) -> str:
-    """How long training is, in words, as far as that is known before."""
+def _length(course: EpochPlan, first: int) -> str:
+    """How long training is from its first step here, as far as that is known before."""
+    if course.total_steps is None:
+        return f"from step {first} on, epochs of a stream"
+    steps = f"steps {first}-{course.total_steps}"
     if course.num_samples is None:
-        return "epochs of a stream" if course.total_steps is None else f"to {course.total_steps}"
-    return (
-        f"to {course.total_steps}, {course.steps_per_epoch} an epoch of {course.num_samples} "
-        "samples"
-    )
+        return steps
+    return f"{steps}, {course.steps_per_epoch} per epoch of {course.num_samples} samples"
 
 
 def _listed(values: dict[str, float]) -> str:
