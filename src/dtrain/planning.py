@@ -84,7 +84,7 @@ def plan_attempt(run: RunDir, request: Request) -> Prepared:
     """Plan the next attempt of a run; errors as for `plan_run`."""
     before = LaunchPlan.read(run)
     job_dir = _job_dir_of(before)
-    profile = load_profile(before.profile, job_dir)
+    profile = load_profile(before.profile, job_dir, f"run {run.id}")
     inherited = events.accepted_job(run)
     job = load_job(inherited, request.overrides, {}, request.fields, job_dir=job_dir)
     return _planned(

@@ -46,8 +46,7 @@ def command(runs: str, as_json: bool) -> None:
     elif not rows:
         click.echo(f"no runs in {runs}")
     else:
-        width = out.width() if out.on_terminal() else None
-        click.echo("\n".join(table(rows, width)))
+        click.echo("\n".join(table(rows, out.width())))
         for row in rows:
             if row["state"] == _DAMAGED:
                 click.echo(row["reason"], err=True)

@@ -179,7 +179,8 @@ def steps(row: dict[str, Any]) -> str:
 
 def _folded(label: str, text: str) -> str:
     """A line for a terminal of any width; for a pipe, one line."""
-    if not out.on_terminal():
+    width = out.width()
+    if width is None:
         return label + text
     indent = " " * len(label)
     return "\n".join(
@@ -187,7 +188,7 @@ def _folded(label: str, text: str) -> str:
         for number, line in enumerate(text.splitlines())
         for folded in textwrap.wrap(
             line,
-            max(40, out.width()),
+            max(40, width),
             initial_indent=indent if number else label,
             subsequent_indent=indent,
             break_long_words=False,

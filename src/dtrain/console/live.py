@@ -87,8 +87,8 @@ class LiveConsole:
             for each in self._pace.pick(line, now) if paced and self._pace else [line]:
                 self._folder.feed(rank, _STAMP.sub("", each), now)
 
-    def width(self) -> int:
-        """Columns that a line may have."""
+    def width(self) -> int | None:
+        """Columns that a line may have; None for any."""
         return out.width()
 
     def paint(self, text: str, colour: str | None) -> str:

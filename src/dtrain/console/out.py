@@ -10,8 +10,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 
-PIPE_WIDTH = 110
-"""Columns of text for a file or a pipe, which have no width."""
 STATE_COLOURS = {
     "running": "cyan",
     "succeeded": "green",
@@ -31,9 +29,9 @@ def on_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
-def width() -> int:
-    """Columns of the terminal, or those that text has in a file."""
-    return shutil.get_terminal_size().columns if on_terminal() else PIPE_WIDTH
+def width() -> int | None:
+    """Columns of the terminal; None of a file or a pipe, which have no width."""
+    return shutil.get_terminal_size().columns if on_terminal() else None
 
 
 def paint(text: str, colour: str | None) -> str:

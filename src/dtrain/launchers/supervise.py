@@ -46,8 +46,8 @@ class Console(Protocol):
     def close(self) -> None:
         """Show the rest; nothing more will come."""
 
-    def width(self) -> int:
-        """Columns that a line may have."""
+    def width(self) -> int | None:
+        """Columns that a line may have; None for any."""
 
     def paint(self, text: str, colour: str | None) -> str:
         """A text in a colour, where colours are shown."""

@@ -22,6 +22,8 @@ from dtrain.words import numbered
 
 MAX_LINES = 15
 """Of the block, but for a reason that has more by itself."""
+_WIDTH = 110
+"""Columns of the reason where nothing else has a width."""
 _NARROWEST = 40
 """Columns below which text is folded by the terminal itself."""
 _FAILED = "FAILED: "
@@ -185,18 +187,22 @@ def summary(verdict: Verdict) -> str:
 
 
 def render(
-    verdict: Verdict, run: RunDir, width: int = 110, paint: Paint = lambda text, _colour: text
+    verdict: Verdict,
+    run: RunDir,
+    width: int | None = None,
+    paint: Paint = lambda text, _colour: text,
 ) -> str:
     """The block that people read: at most 15 lines, and all of the reason and of what to try.
 
     Args:
         verdict: of an attempt.
         run: whose.
-        width: columns; longer lines are folded between words.
+        width: columns, to which lines are folded between words; None where nothing has a width,
+            and only lines of the reason are folded.
         paint: gives a text its colour.
     """
     culprit = verdict.culprit
-    head = _folded(_headline(culprit), width, "")
+    head = [_headline(culprit)]
     tail = [f"  log: {_short(culprit.log)}"] if culprit.log else []
     advice = culprit.hint or ADVICE.get(culprit.kind)
     if advice:
@@ -212,11 +218,14 @@ def render(
         tail.append(f"  restarts: {verdict.restarts}, all that were allowed")
     resume = "" if culprit.type in _NOT_TO_RESUME else f" · dtrain resume {run.id}"
     tail.append(f"  more: dtrain logs {run.id}{_rank_flag(culprit)}{resume}")
-    reason = [line for text in _reason(culprit) for line in _folded(text, width)]
-    tail = [line for text in tail for line in _folded(text, width, "")]
+    columns = width or _WIDTH
+    reason = [line for text in _reason(culprit) for line in _folded(text, columns)]
+    if width is not None:
+        head = _folded(head[0], columns, "")
+        tail = [line for text in tail for line in _folded(text, columns, "")]
     room = MAX_LINES - len(head) - len(reason) - len(tail)
     head[0] = paint(_FAILED, "red") + head[0].removeprefix(_FAILED)
-    return "\n".join([*head, *_frames(culprit, room, width), *reason, *tail])
+    return "\n".join([*head, *_frames(culprit, room, columns), *reason, *tail])
 
 
 def _waits(records: list[FailureRecord]) -> list[str]:

@@ -50,10 +50,6 @@ class Stopped(DtrainError):
     exit_code = 130
 
 
-_WIDTH = 110
-"""Columns of what is kept of a failure."""
-
-
 class _Silent:
     """A console that keeps what the launcher says, and passes on that time passes."""
 
@@ -73,8 +69,8 @@ class _Silent:
     def close(self) -> None:
         """Nothing to do."""
 
-    def width(self) -> int:
-        return _WIDTH
+    def width(self) -> int | None:
+        return None
 
     def paint(self, text: str, _colour: str | None) -> str:
         return text

@@ -45,7 +45,8 @@ def test_the_console_shows_rank_0_and_folds_the_rest(folder: Path) -> None:
 
 def test_runs(folder: Path, run: RunDir) -> None:
     lines = dtrain("runs", cwd=folder).stdout.splitlines()
-    assert lines[0].split() == ["RUN", "STATE", "STEP", "RANKS", "STRATEGY", "LAUNCHER", "STARTED"]
+    heads = ["RUN", "STATE", "STEP", "RANKS", "STRATEGY", "LAUNCHER", "STARTED", "DURATION"]
+    assert lines[0].split() == [*heads, "METRIC", "SET"]
     assert lines[1].split()[:6] == [run.id, "succeeded", "12", "4", "ddp", "local"]
     (row,) = json.loads(dtrain("runs", "--json", cwd=folder).stdout)
     assert row["id"] == run.id
@@ -58,7 +59,7 @@ def test_status_by_any_name(folder: Path, run: RunDir, name: str) -> None:
     status = json.loads(dtrain("status", name, "--json", cwd=folder).stdout)
     assert status["id"] == run.id
     assert status["eval"]["loss"] == pytest.approx(metrics(run, "eval")[-1]["loss"])
-    assert "state              succeeded\n" in dtrain("status", name, cwd=folder).stdout
+    assert "state               succeeded\n" in dtrain("status", name, cwd=folder).stdout
 
 
 def test_an_unknown_run(folder: Path) -> None:
@@ -185,7 +186,7 @@ def test_plan_starts_and_writes_nothing(tmp_path: Path) -> None:
     before = dict(os.environ)
     plan = dtrain("plan", "--nodes", "2", "--procs", "2", "--env", "MY_TOKEN=s3cret", "--explain",
                   TINY, cwd=tmp_path, env={"X": "1"})  # fmt: skip
-    dry = dtrain("launch", "--dry-run", "--explain", "--nodes=2", "--procs-per-node", "2",
+    dry = dtrain("launch", "--dry-run", "--explain", "--nodes=2", "--nproc-per-node", "2",
                  "--set", "launch.join-timeout=77s", TINY, cwd=tmp_path)  # fmt: skip
     assert (plan.returncode, dry.returncode) == (0, 0), plan.stderr + dry.stderr
     assert os.listdir(tmp_path) == []

@@ -286,3 +286,36 @@ def test_a_record_that_cannot_be_written_is_kept_aside(
     found = verdict.judge(run, 0)
     assert found is not None
     assert found.culprit.rank == 1
+
+
+def test_a_terminal_folds_between_words_and_the_remedy_is_whole(run: RunDir) -> None:
+    remedy = "take a scheduler that counts steps or epochs, or train with lightning.step: lightning"
+    long = "/a/path/of/ninety/characters/" + "x" * 61
+    culprit = record(
+        1, message=f"ReduceLROnPlateau is stepped with a metric; {remedy}", hint=remedy, log=long
+    )
+    text = verdict.render(verdict.Verdict(culprit, collateral=[0]), run, 80)
+    lines = text.splitlines()
+    assert len(lines) <= verdict.MAX_LINES
+    assert all(len(line) <= 80 for line in lines if long not in line)
+    assert "…" not in text
+    assert " ".join(text.split()).count(remedy) == 2
+    assert "  rank 0 failed as a consequence" in lines
+    wide = verdict.render(verdict.Verdict(culprit), run, 200).splitlines()
+    assert f"  ReduceLROnPlateau is stepped with a metric; {remedy}" in wide
+
+
+def test_failed_is_painted_and_nothing_else(run: RunDir) -> None:
+    text = verdict.render(
+        verdict.Verdict(record(1)), run, 80, lambda text, colour: f"<{colour}{text}>"
+    )
+    assert text.splitlines()[0] == "<redFAILED: >rank 1 on node 0 (node-0) raised ValueError"
+    assert "<" not in text.partition("\n")[2]
+
+
+def test_a_line_for_status(run: RunDir) -> None:
+    said = verdict.summary(verdict.Verdict(record(1, message="no such column\nin the file")))
+    assert said == "rank 1 on node 0 (node-0) raised ValueError: no such column"
+    killed = record(2, kind="signal", type="", message="was killed by SIGKILL")
+    said = verdict.summary(verdict.Verdict(killed))
+    assert said == "rank 2 on node 1 (node-1): was killed by SIGKILL"
