@@ -6,6 +6,7 @@ import click
 
 from dtrain.cli import completers
 from dtrain.cli import options as shared
+from dtrain.console import out
 from dtrain.run.lookup import find
 
 
@@ -35,6 +36,6 @@ def command(run: str, runs: str, as_json: bool) -> None:
     if as_json:
         shared.print_json({"id": found.id, "was": was, "state": state})
     elif was == "running":
-        click.echo(f"{found.id}: {state}")
+        click.echo(f"{found.id}: {out.state(state)}")
     else:
         click.echo(f"{found.id} has already ended ({state}); nothing to cancel")

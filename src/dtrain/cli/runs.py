@@ -120,5 +120,4 @@ def _total(widths: dict[str, int]) -> int:
 def _padded(name: str, text: str, size: int) -> str:
     if len(text) > size:
         text = f"{text[: size - 2]} …"
-    colour = out.STATE_COLOURS.get(text) if name == "STATE" else None
-    return out.paint(text, colour) + " " * (size - len(text))
+    return (out.state(text) if name == "STATE" else text) + " " * (size - len(text))

@@ -148,7 +148,7 @@ def _text(name: str, value: Any, row: dict[str, Any]) -> str:
     if value in (None, {}) or name in ("total_steps", "percent"):
         return ""
     if name == "state":
-        return out.paint(value, out.STATE_COLOURS.get(value))
+        return out.state(value)
     if name == "why":
         return f"{value}; `dtrain why {row['id']}` shows more"
     if name == "step":

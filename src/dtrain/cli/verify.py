@@ -56,6 +56,12 @@ def _one_job(_context: click.Context, _option: click.Parameter, given: tuple[str
         raise click.UsageError(f"--gpus takes no number in verify; use --gpus --procs {numbers[0]}")
     if len(given) > 1:
         raise click.UsageError(f"one job at a time, not {' '.join(given)}")
+    if given[0].endswith(".py"):
+        from dtrain.errors import quoted
+
+        raise click.UsageError(
+            f"verify needs a job.yaml with a task; {quoted(given[0])} is a script"
+        )
     return given[0]
 
 

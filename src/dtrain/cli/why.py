@@ -41,7 +41,7 @@ def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
     number = attempts[-1] if attempt is None else attempt
     verdicts = verdict.read(found, number) or verdict.judge(found, number)
     if number == attempts[-1]:
-        state = status.state_of(found)[0]
+        state, result = status.state_of(found)
     else:
         result = Result.read(found, number)
         state = "failed" if result is None else result.state
@@ -53,6 +53,6 @@ def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
     elif state == "lost":
         click.echo(f"run {found.id} was ended from outside: its launcher was killed")
     elif state == "cancelled":
-        click.echo(events.stop_message(found, number))
+        click.echo(events.stop_message(found, number, 0 if result is None else result.exit_code))
     else:
         click.echo(f"run {found.id} has not failed: {_STANDS[state]}")

@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 
-STATE_COLOURS = {
+_STATE_COLOURS = {
     "running": "cyan",
     "succeeded": "green",
     "failed": "red",
@@ -39,6 +39,11 @@ def paint(text: str, colour: str | None) -> str:
     if colour is None or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if on_terminal() else text
+
+
+def state(name: str) -> str:
+    """The state of a run, in its colour."""
+    return paint(name, _STATE_COLOURS.get(name))
 
 
 def say(text: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain import catalog
-from dtrain.errors import UsageError
+from dtrain.errors import UsageError, quoted
 from dtrain.job.static_source import Definition, parsed
 from dtrain.job.yaml_reader import dump_yaml
 
@@ -45,6 +45,7 @@ def meaningless(job: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
     return [((field,), _UP_TO_THE_SCRIPT) for field in job if field not in _ALLOWED]
 
 
+_NO_JOBS = (".sh", ".ipynb", ".sbatch", ".slurm")
 _DEFINES = (ast.Import, ast.ImportFrom, ast.Pass, *Definition.__args__)
 
 
@@ -66,6 +67,8 @@ def _is_constant(statement: ast.stmt) -> bool:
 
 def job_of_script(path: str) -> str | None:
     """The job that `dtrain launch train.py` means; None for a job file."""
+    if path.endswith(_NO_JOBS):
+        raise UsageError(f"{quoted(path)} is neither a job (.yaml) nor a Python script (.py)")
     if not path.endswith(".py"):
         return None
     if not os.path.isfile(path):

@@ -229,7 +229,7 @@ def _conclude(plan: LaunchPlan, code: int, stop: Stop, console: Console) -> tupl
         return "cancelled", 128 + stop.signal
     state, code, found = _judge(plan, code)
     if state == "cancelled":
-        console.say(events.stop_message(run, plan.attempt))
+        console.say(events.stop_message(run, plan.attempt, code))
     if found is not None:
         console.say(verdict.render(found, run, console.width(), console.paint))
     return state, code

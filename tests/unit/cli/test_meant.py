@@ -101,3 +101,15 @@ def test_plan_shows_a_script_and_its_arguments(
     with pytest.raises(SystemExit):
         main(["plan", str(TINY)])
     assert "\nscript " not in capsys.readouterr().out
+
+
+def test_what_is_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.sh").write_text("python train.py\n")
+    told = "dtrain: 'run.sh' is neither a job (.yaml) nor a Python script (.py)\n"
+    assert said(capsys, "launch", "run.sh") == told
+    assert "verify needs a job.yaml with a task; 'train.py' is a script" in said(
+        capsys, "verify", "train.py"
+    )
