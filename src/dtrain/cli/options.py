@@ -28,18 +28,6 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 script_arguments = click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- …]")
 run_argument = click.argument("run", default="last")
 
-# option → the field of job.yaml that it sets
-_FIELDS = {
-    "nodes": "launch.nodes",
-    "gpus": "launch.gpus_per_node",
-    "procs": "launch.procs_per_node",
-    "max_restarts": "launch.max_restarts",
-    "strategy": "strategy",
-    "trainer": "trainer",
-    "seed": "seed",
-    "name": "name",
-}
-
 _SIZE_OPTIONS = (
     click.option("--nodes", "--nnodes", metavar="N|MIN:MAX", help="Number of nodes."),
     click.option("--gpus", "--gpus-per-node", metavar="N",
@@ -141,10 +129,11 @@ def request(options: dict[str, Any]) -> Request:
 def written_flags(options: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given, as fields of job.yaml with the flag's spelling for errors."""
     from dtrain.job.load import flag
+    from dtrain.planning import FIELDS
 
     written = {
         field: flag(f"--{name.replace('_', '-')}", _number(options[name]))
-        for name, field in _FIELDS.items()
+        for name, field in FIELDS.items()
         if options.get(name) is not None
     }
     if options.get("arguments"):

@@ -26,6 +26,11 @@ def find(name: str, runs: str) -> RunDir:
     return find_run(name, here(runs, name), runs if is_url(runs) else "")
 
 
+def place_of_runs(runs: str | os.PathLike[str] | None = None) -> str:
+    """The folder or URL of all runs; where a program names none, the command line's."""
+    return os.environ.get("DTRAIN_RUNS", "runs") if runs is None else os.fspath(runs)
+
+
 def here(runs: str, name: str | None = None) -> str:
     """The folder of all runs; of runs at a URL, one of this host with what is new of them.
 
