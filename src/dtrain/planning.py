@@ -70,14 +70,15 @@ class JobOfClass:
     """The job of a class that a person has in their hands: there is no job.yaml."""
 
     values: Mapping[str, Any]
-    """Fields of job.yaml."""
+    """Fields of job.yaml; those of the request are among them, and have places of their own."""
     folder: Path
     """In the place of job.yaml's folder."""
     place: str
     """How errors name it: `launch(Digits)`."""
 
     def load(self, request: Request, profile: LoadedProfile) -> LoadedJob:
-        root = Located.of(self.values, SourceLocation(self.place))
+        own = {name: self.values[name] for name in ("name", "task")}
+        root = Located.of(own, SourceLocation(self.place))
         return load_job(
             self.place,
             request.overrides,

@@ -35,7 +35,7 @@ def is_definition(value: Any) -> bool:
 
 
 def has(task: Any) -> bool:
-    """Whether a class or function of `__main__` was defined in a cell."""
+    """Whether a class or function was defined in a cell."""
     return _definition(task) is not None
 
 
@@ -63,26 +63,27 @@ def write(task: Any) -> Path:
 
 def gather(task: Any) -> str:
     """The text of the file; errors as for `write`."""
-    return _Gatherer(task.__name__).text(task)
+    return _Gatherer(task).text()
 
 
 class _Gatherer:
     """Collects the names that a class needs, and those that they need."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._known: dict[str, Any] = vars(sys.modules["__main__"])
-        self._statements = [*_statements()]
+    def __init__(self, task: Any) -> None:
+        self._task = task
+        self._known: dict[str, Any] = vars(sys.modules[task.__module__])
+        self._statements = [each for cell in _cells(task) for each in _parsed(cell)]
         self._imports: dict[str, None] = {}
         self._body: list[str] = []
         self._seen: set[str] = set()
         flag = self._known.get("annotations")
         self._future = _FUTURE if type(flag).__module__ == "__future__" else ""
 
-    def text(self, task: Any) -> str:
-        self._seen.add(task.__name__)
-        self._define(task.__name__, task)
-        head = _HEAD.format(name=self._name) + (f"\n{self._future}" if self._future else "")
+    def text(self) -> str:
+        name = self._task.__name__
+        self._seen.add(name)
+        self._define(name, self._task)
+        head = _HEAD.format(name=name) + (f"\n{self._future}" if self._future else "")
         parts = ["\n".join(self._imports)] if self._imports else []
         return (
             "\n\n".join([head.rstrip(), *parts]) + "".join(f"\n\n\n{p}" for p in self._body) + "\n"
@@ -96,7 +97,7 @@ class _Gatherer:
         value = self._known[name]
         if lines := [*self._import_lines(name, value)]:
             self._imports.update(dict.fromkeys(lines))
-        elif is_definition(value) and value.__module__ == "__main__":
+        elif is_definition(value) and value.__module__ == self._task.__module__:
             self._define(name, value)
         elif _is_literal(value):
             self._body.append(f"{name} = {value!r}")
@@ -112,17 +113,22 @@ class _Gatherer:
 
     def _define(self, name: str, value: Any) -> None:
         """Add a class or function after all that its definition runs, and before the rest."""
-        found = _definition(value)
-        if found is None:
+        found = _definition(value) if value.__name__ == name else self._newest(name)
+        if found is not None:
+            self._add(found, name)
+        elif self._known.get(value.__name__) is value and value.__name__ != name:
+            self._need(value.__name__, name)
+            self._body.append(f"{name} = {value.__name__}")
+        else:
             raise UsageError(
                 f"{name!r} has no source that workers could import: move it into a file and "
                 "import it"
             )
-        if value.__name__ == name:
-            self._add(found, name)
-            return
-        self._need(value.__name__, name)  # another name of something in the notebook
-        self._body.append(f"{name} = {value.__name__}")
+
+    def _newest(self, name: str) -> str | None:
+        """The newest definition of a name, where a decorator has made something else of it."""
+        texts = (_in_text(cell, name) for cell in reversed(_cells(self._task)))
+        return next((text for text in texts if text is not None), None)
 
     def _add(self, source: str, name: str) -> None:
         table = symtable.symtable(self._future + source, "<cell>", "exec")
@@ -152,7 +158,7 @@ class _Gatherer:
             yield f"import {value.__name__}" + ("" if value.__name__ == name else f" as {name}")
             return
         module, own = getattr(value, "__module__", None), getattr(value, "__name__", None)
-        if module not in (None, "__main__", "builtins") and isinstance(own, str):
+        if module not in (None, self._task.__module__) and isinstance(own, str):
             line = f"from {module} import {own}" + ("" if own == name else f" as {name}")
             if _gives(line, name, value):  # as of `from torch.nn import *`
                 yield line
@@ -165,13 +171,17 @@ class _Gatherer:
         return None
 
 
-def _statements() -> Iterator[ast.stmt]:
-    """All statements of the cells that were run, in order."""
-    for cell in vars(sys.modules["__main__"]).get("In", ()):
-        try:
-            yield from _at_top(ast.parse(cell).body)
-        except (SyntaxError, ValueError):
-            continue
+def _cells(task: Any) -> list[str]:
+    """The cells that were run, in order, as IPython keeps them."""
+    return list(vars(sys.modules[task.__module__]).get("In", ()))
+
+
+def _parsed(cell: str) -> list[ast.stmt]:
+    """The statements of a cell; none of one that is no Python."""
+    try:
+        return [*_at_top(ast.parse(cell).body)]
+    except (SyntaxError, ValueError):
+        return []
 
 
 def _at_top(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
@@ -209,7 +219,7 @@ def _gives(line: str, name: str, value: Any) -> bool:
 
 
 def _definition(value: Any) -> str | None:
-    """The source of a class or function of `__main__`, with its decorators, from its own cell.
+    """The source of a class or function, with its decorators, from the cell that defined it.
 
     The code of a function knows its cell. Of a class, Python before 3.13 does not; its methods do,
     and one without is looked for in the cells from the newest on.
@@ -221,11 +231,8 @@ def _definition(value: Any) -> str | None:
             found = _in_text(_cell_of(function), value.__name__)
             if found is not None:
                 return found
-    for cell in reversed(vars(sys.modules["__main__"]).get("In", ())):
-        found = _in_text(cell, value.__name__)
-        if found is not None:
-            return found
-    return None
+    texts = (_in_text(cell, value.__name__) for cell in reversed(_cells(value)))
+    return next((text for text in texts if text is not None), None)
 
 
 def _is_of(function: FunctionType, value: Any) -> bool:
@@ -243,12 +250,8 @@ def _cell_of(function: FunctionType) -> str:
 
 def _in_text(text: str, name: str) -> str | None:
     """The last definition of a name in a cell, as written there."""
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError):
-        return None
     lines = text.splitlines()
-    for statement in reversed([*_at_top(tree.body)]):
+    for statement in reversed(_parsed(text)):
         if isinstance(statement, Definition) and statement.name == name:
             first = min([statement.lineno, *(each.lineno for each in statement.decorator_list)])
             if statement.col_offset == 0:

@@ -7,8 +7,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from dtrain.console import out
+from dtrain.console import notebook, out
 from dtrain.console.fold import LineFolder
+from dtrain.console.notebook import NotebookBar
 from dtrain.console.tail import Follower
 from dtrain.plainjson import numbers
 from dtrain.plan import LaunchPlan
@@ -46,8 +47,10 @@ class LiveConsole:
         self._failures: list[dict[str, Any]] = []
         self._restart = 0
         self._folder = LineFolder(plan.world_size, _FOLD_WINDOW_S, self._print)
-        self._bar: _Bar | None = None
-        if sys.stdout.isatty() and not quiet:
+        self._bar: _Bar | NotebookBar | None = None
+        if not quiet and notebook.is_here():
+            self._bar = NotebookBar()
+        elif not quiet and sys.stdout.isatty():
             self._bar = _Bar()
         self._records.skip_to_end()  # a resumed run has told its past already
 

@@ -40,7 +40,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "resume",
     ),
     "dtrain.console": (
-        "fold history out tail",
+        "fold history notebook out tail",
         "live",
     ),
     "dtrain.export": (
