@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import dtrain
+from dtrain.api.asked import Asked, request, sections
 from dtrain.api.task_class import job_of_class
 from dtrain.errors import JobError, UsageError
 
@@ -79,15 +80,16 @@ def test_problems_are_placed_at_the_arguments(folder: Path) -> None:
             train={"steps": "x"},
             procs="many",
             chekpoint={},
-            set={"a.b": 1},
+            set={"evel.b": 1},
         )
     assert str(told.value).splitlines() == [
         "plan(args=…): args.widht: Net has no such argument; it takes: width; did you mean "
         "'width'?",
         "plan(chekpoint=…): chekpoint: unknown; did you mean 'checkpoint'?",
         "plan(procs=…): launch.procs_per_node: expected a whole number; found the text 'many'",
-        "plan(set={'a.b': …}): a: unknown; did you mean 'eval'?",
-        "plan(train=…): train.global_batch_size: missing",
+        "plan(set={'evel.b': …}): evel: unknown; did you mean 'eval'?",
+        "plan(train=…): train.global_batch_size: missing: Samples per optimizer step, over all "
+        "processes",
         "plan(train=…): train.steps: expected a whole number; found the text 'x'",
     ]
     with pytest.raises(JobError, match=r"plan\(Net\): train: missing"):
@@ -96,8 +98,6 @@ def test_problems_are_placed_at_the_arguments(folder: Path) -> None:
 
 def test_values_keep_their_types(folder: Path) -> None:
     import numpy as np
-
-    from dtrain.api.asked import Asked, request
 
     asked: Asked = {
         "set": {"train.lr": np.float32(0.5), "data.paths": [Path("a"), "b"], "eval": None},
@@ -225,10 +225,11 @@ def test_dtrain_plan_is_a_function_whoever_imports_the_module() -> None:
 
 def test_the_job_that_is_written_can_be_launched_by_the_command(folder: Path) -> None:
     task = importlib.import_module("net_module").Net
-    from dtrain.planning import Request, plan_run
+    from dtrain.planning import plan_run
 
-    job = job_of_class("launch", task, {"train": TRAIN, "args": {"width": 5}})
-    text = plan_run(job, Request(runs=str(folder))).job.text
+    asked: Asked = {"train": TRAIN, "args": {"width": 5}, "runs": folder}
+    job = job_of_class("launch", task, sections(asked))
+    text = plan_run(job, request("launch", asked, Asked)).job.text
     assert yaml.safe_load(text) == {**job.values}
     (folder / "project" / "job.yaml").write_text(text)
     again = dtrain.plan(folder / "project" / "job.yaml", runs=folder)
