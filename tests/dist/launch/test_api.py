@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pytest
 import dtrain
 from dtrain.errors import JobError, LaunchError, PlanError, RunNotFound, UsageError
 from dtrain.run.rundir import RunDir, list_runs
+from support import ROOT
 from support import launch as cli
 from support.launch import TINY, alive, descendants, the_run, until, wait_for_step
 
@@ -322,6 +325,23 @@ def test_in_a_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Wrong uses 'data' of the notebook, a Tensor" in said[6]
     assert cells_of(first) == cells_of(second)
     assert "    def loss(self, model, batch):" in (folder / cells_of(first)).read_text()
+
+
+@pytest.mark.parametrize("name", ["docs/python.md", "README.md"])
+def test_the_docs(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they show is run, as the cells of a notebook."""
+    import nbclient
+    from nbformat import v4
+
+    monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    shutil.copytree(ROOT / "tests" / "jobs", folder / "tests" / "jobs")
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / name).read_text(), re.M | re.S)
+    shown = [block for block in blocks if name != "README.md" or "dtrain.launch(" in block]
+    notebook = v4.new_notebook(cells=[v4.new_code_cell(block) for block in shown])
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute(cwd=str(folder))
+    for cell, block in zip(notebook.cells, shown, strict=True):
+        assert ("FAILED: rank 1" in texts(cell)) == ("misbehave" in block)
 
 
 def texts(cell: Any) -> str:
