@@ -113,12 +113,13 @@ class _Gatherer:
 
     def _define(self, name: str, value: Any) -> None:
         """Add a class or function after all that its definition runs, and before the rest."""
-        found = _definition(value) if value.__name__ == name else self._newest(name)
+        own: str = value.__name__
+        found = _definition(value) if own == name else self._newest(name)
         if found is not None:
             self._add(found, name)
-        elif self._known.get(value.__name__) is value and value.__name__ != name:
-            self._need(value.__name__, name)
-            self._body.append(f"{name} = {value.__name__}")
+        elif own != name and self._known.get(own) is value:
+            self._need(own, name)
+            self._body.append(f"{name} = {own}")
         else:
             raise UsageError(
                 f"{name!r} has no source that workers could import: move it into a file and "

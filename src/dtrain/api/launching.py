@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from dtrain.planning import Prepared
     from dtrain.verify.report import Report
 
+Job = str | os.PathLike[str] | Callable[..., Any]
+"""A path, or a class (or a function) that makes a task."""
+
 
 @takes(Asked)
-def plan(job: Any, **asked: Unpack[Asked]) -> LaunchPlan:
+def plan(job: Job, **asked: Unpack[Asked]) -> LaunchPlan:
     """Plan a launch and start nothing: what `dtrain plan` shows.
 
     Args:
@@ -46,15 +49,15 @@ def plan(job: Any, **asked: Unpack[Asked]) -> LaunchPlan:
 
 
 @takes(Asked)
-def launch(job: Any, *, detach: bool = False, **asked: Unpack[Asked]) -> Run:
+def launch(job: Job, *, detach: bool = False, **asked: Unpack[Asked]) -> Run:
     """Launch a job, as `dtrain launch` does; returns once its nodes are started.
 
     The run ends, in order, when this process does. `Run.wait` waits for it.
 
     Args:
         job: path of a job.yaml or of a script, or the class of a task, a LightningModule, or a
-            function that returns a compiled Keras model. A class may be in a file, or in a cell of
-            a notebook; its job is made of the sections below, and needs at least `train`.
+            function that returns a compiled Keras model and its data. A class may be in a file, or
+            in a cell of a notebook; the sections below are its job, which needs at least `train`.
         detach: return as soon as it is submitted, and let it go on without this process; for
             launchers slurm and ray.
         nodes: number of nodes, or a range as "2:4". `local` simulates them on this machine.
@@ -119,7 +122,7 @@ def resume(run: str | Run = "last", *, detach: bool = False, **asked: Unpack[Siz
 
 
 def verify(
-    job: Any,
+    job: Job,
     *,
     steps: int = 5,
     strategies: Sequence[str] = (),
@@ -191,7 +194,7 @@ def verify(
         return session.report
 
 
-def _planned(function: str, job: Any, asked: Asked) -> Prepared:
+def _planned(function: str, job: Job, asked: Asked) -> Prepared:
     from dtrain.planning import plan_run
 
     wish = request(function, asked, Asked)
@@ -234,7 +237,7 @@ def _refuse_in_worker() -> None:
 
 
 @contextlib.contextmanager
-def _job_file(job: Any) -> Iterator[str]:
+def _job_file(job: Job) -> Iterator[str]:
     """The path of a job file, which is made for a class and removed afterwards."""
     if isinstance(job, str | os.PathLike):
         yield os.fspath(job)

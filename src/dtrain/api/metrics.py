@@ -19,6 +19,7 @@ class Metrics(list[dict[str, Any]]):
 
     @classmethod
     def read(cls, run: RunDir, split: str | None = None) -> Metrics:
+        """The metrics of a run so far, of one split or of both."""
         lines = files.read_lines(run.metrics, split=str, step=int)
         chosen = (line for line in lines if split in (None, line["split"]))
         # JSON has no NaN: null stands for it

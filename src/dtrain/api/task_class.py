@@ -35,7 +35,7 @@ def job_of_class(function: str, task: Any, fields: Mapping[str, Any]) -> JobOfCl
     """
     if not cells.is_definition(task):
         raise UsageError(
-            f"{function}() takes the path of a job.yaml, or a task's class, and not "
+            f"{function}() takes the path of a job.yaml, or the class of a task, and not "
             f"{_of_kind(task)}"
         )
     name = task.__qualname__

@@ -262,7 +262,7 @@ def test_verify() -> None:
 
 
 CELLS = [
-    "import asyncio, os, threading\nimport torch\nfrom torch import nn\nimport dtrain",
+    "import asyncio, os, threading, time\nimport torch\nfrom torch import nn\nimport dtrain",
     "SAMPLES = 64\n\ndef linear(width):\n    return nn.Linear(width, 1)",
     """\
 class Regression(dtrain.Task):
@@ -294,7 +294,7 @@ slow = dtrain.launch(Regression, args={"pause": 0.05}, train={**train, "steps": 
 
 def interrupt_when_it_trains():
     while len(slow.metrics()) < 3:
-        pass
+        time.sleep(0.05)
     os.kill(os.getpid(), 2)
 
 threading.Thread(target=interrupt_when_it_trains).start()
