@@ -20,18 +20,13 @@ from dtrain.run.lookup import find
 @shared.json_option
 def command(run: str, runs: str, as_json: bool) -> None:
     """Stop RUN (an id, a unique prefix, or `last`): its workers save a checkpoint, then exit."""
-    from dtrain.errors import UsageError
-    from dtrain.launchers import base, status
-    from dtrain.plan import LaunchPlan
-    from dtrain.run.attempts import Handle
+    from dtrain.launchers import status
+    from dtrain.launchers.stopping import cancel
 
     found = find(run, runs)
-    plan = LaunchPlan.read(found)
     was, _ = status.state_of(found)
     if was == "running":
-        if Handle.read(found) is None:
-            raise UsageError(f"run {found.id} was started by hand; stop it where it was started")
-        base.load(plan.launcher).cancel(found, plan.stop_timeout_s + 10)
+        cancel(found)
     state, _ = status.state_of(found)
     if as_json:
         shared.print_json({"id": found.id, "was": was, "state": state})

@@ -11,7 +11,7 @@ import click
 
 from dtrain.cli import options as shared
 from dtrain.errors import RunNotFound, quoted
-from dtrain.run.lookup import find
+from dtrain.run.lookup import attempt_of, find
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,10 +100,7 @@ def command(
     its exit code is the run's.
     """
     found = find(run, runs)
-    attempts = found.attempts()
-    if attempt is not None and attempt not in attempts:
-        raise RunNotFound(shared.no_attempt(found.id, attempt, attempts))
-    number = attempt if attempt is not None else (attempts[-1] if attempts else 0)
+    number = attempt_of(found, attempt) if found.attempts() or attempt else 0
     newer = follow and attempt is None
     view = _View(found, number, rank, node, tail, as_json)
     if follow:

@@ -12,7 +12,6 @@ import click
 from dtrain.cli import completers
 from dtrain.launchers import flags
 from dtrain.launchers.flags import Flag
-from dtrain.words import numbered
 
 if TYPE_CHECKING:
     from dtrain.job.located import Located
@@ -107,18 +106,6 @@ option_option = option(
 script_arguments = click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- …]")
 run_argument = click.argument("run", default="last", shell_complete=completers.runs)
 job_argument = click.argument("job", shell_complete=completers.files)
-
-# option → the field of job.yaml that it sets
-_FIELDS = {
-    "nodes": "launch.nodes",
-    "gpus": "launch.gpus_per_node",
-    "procs": "launch.procs_per_node",
-    "max_restarts": "launch.max_restarts",
-    "strategy": "strategy",
-    "trainer": "trainer",
-    "seed": "seed",
-    "name": "name",
-}
 
 _SIZE_OPTIONS = (
     option(SIZE, "-N", "--nodes", "--nnodes", metavar="N|MIN:MAX", help="Number of nodes."),
@@ -255,10 +242,11 @@ def _launcher_options(options: dict[str, Any]) -> dict[str, Located]:
 def written_flags(options: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given, as fields of job.yaml with the flag's spelling for errors."""
     from dtrain.job.load import flag
+    from dtrain.planning import FIELDS
 
     written = {
         field: flag(f"--{name.replace('_', '-')}", _number(options[name]))
-        for name, field in _FIELDS.items()
+        for name, field in FIELDS.items()
         if options.get(name) is not None
     }
     if options.get("arguments"):
@@ -279,12 +267,6 @@ def _number(text: str) -> Any:
     from dtrain.job.units import is_number
 
     return int(text) if is_number(text.removeprefix("-")) else text
-
-
-def no_attempt(run_id: str, asked: int, there: list[int]) -> str:
-    """What to say when a run has no attempt of a number."""
-    has = numbered("attempt", there) if there else "no attempt yet"
-    return f"run {run_id} has no attempt {asked}; it has {has}"
 
 
 def print_json(value: Any) -> None:

@@ -52,19 +52,11 @@ def show(prepared: Prepared, as_json: bool, explain: bool, *, written: bool = Fa
         shared.print_json(value)
         return
     lines = [*_lines(plan, written), *plan.notes, *_preview(prepared)]
-    if short := lacking(prepared):
+    if short := prepared.lacking:
         lines.append(f"not to be launched on this host: {short}")
     click.echo("\n".join(lines))
     if explain:
         click.echo("\n".join(_explained(prepared)))
-
-
-def lacking(prepared: Prepared) -> str:
-    """Why this host cannot take a plan, as a sentence; empty when it can, or others are asked."""
-    from dtrain.launchers.base import HostChecking
-
-    launcher = prepared.launcher
-    return launcher.lacking(prepared.plan) if isinstance(launcher, HostChecking) else ""
 
 
 def _preview(prepared: Prepared) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -10,10 +10,6 @@ from dtrain.cli import options as shared
 from dtrain.console import out
 from dtrain.run.lookup import here
 
-if TYPE_CHECKING:
-    from dtrain.run.rundir import RunDir
-
-_DAMAGED = "damaged"
 _LEFT_OUT = ("LAUNCHER", "STRATEGY", "RANKS", "STARTED", "SET")
 """Columns that a terminal does not show where there are too few, in this order."""
 _SHORTEST_SET = 16
@@ -38,31 +34,19 @@ def command(runs: str, as_json: bool) -> None:
 
     A narrow terminal shows fewer columns; --json, and a pipe, have all of them.
     """
+    from dtrain.launchers.summary import DAMAGED, row
     from dtrain.run.rundir import list_runs
 
-    rows = [_row(run) for run in list_runs(here(runs))]
+    rows = [row(run) for run in list_runs(here(runs))]
     if as_json:
         shared.print_json(rows)
     elif not rows:
         click.echo(f"no runs in {runs}")
     else:
         click.echo("\n".join(table(rows, out.width())))
-        for row in rows:
-            if row["state"] == _DAMAGED:
-                click.echo(row["reason"], err=True)
-
-
-def _row(run: RunDir) -> dict[str, Any]:
-    """What is known of a run; of one that cannot be read, why not."""
-    from dtrain.cli.status import summary
-    from dtrain.errors import DtrainError
-
-    try:
-        return summary(run)
-    except (DtrainError, OSError) as error:
-        unknown = dict.fromkeys(("step", "world_size", "strategy", "launcher", "started"))
-        path = {"url": run.url, "path": str(run.path)}
-        return {"id": run.id, "state": _DAMAGED, "reason": str(error), **unknown, **path}
+        for each in rows:
+            if each["state"] == DAMAGED:
+                click.echo(each["reason"], err=True)
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:

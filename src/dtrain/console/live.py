@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from dtrain.console import out
+from dtrain.console import notebook, out
 from dtrain.console.fold import LineFolder
+from dtrain.console.notebook import NotebookBar
 from dtrain.console.tail import Follower
 from dtrain.plainjson import numbers
 from dtrain.plan import LaunchPlan
@@ -53,10 +54,12 @@ class LiveConsole:
         self._failures: list[dict[str, Any]] = []
         self._restart = 0
         self._folder = LineFolder(plan.world_size, _FOLD_WINDOW_S, self._print)
-        self._bar: _Bar | None = None
+        self._bar: _Bar | NotebookBar | None = None
         self._pace: StepLines | None = None
         """Of a terminal, whose bar shows the steps between."""
-        if out.on_terminal() and not quiet:
+        if not quiet and notebook.is_here():
+            self._bar = NotebookBar()
+        elif not quiet and out.on_terminal():
             self._bar, self._pace = _Bar(), StepLines()
         self._records.skip_to_end()  # a resumed run has told its past already
 

@@ -21,8 +21,8 @@ SHELLS = {
     "zsh": ["zsh", "-f", "-i"],
 }
 SET_UP = {
-    "bash": 'eval "$(dtrain completion bash)"; PS1=rea''dy',
-    "zsh": 'autoload -U compinit; compinit -u -D; eval "$(dtrain completion zsh)"; PS1=rea''dy',
+    "bash": 'eval "$(dtrain completion bash)"; PS1=ready',
+    "zsh": 'autoload -U compinit; compinit -u -D; eval "$(dtrain completion zsh)"; PS1=ready',
 }
 PATIENCE_S = 30
 
@@ -60,7 +60,7 @@ def shell(name: str, folder: Path) -> Iterator[Keys]:
     process = subprocess.Popen(
         SHELLS[name], cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs,
         start_new_session=True,
-        env={**os.environ, "PATH": path, "TERM": "xterm", "HOME": str(folder), "ZDOTDIR": str(folder)},
+        env={**os.environ, "PATH": path, "TERM": "xterm", "HOME": str(folder)},
     )  # fmt: skip
     os.close(theirs)
     keys = Keys(ours)

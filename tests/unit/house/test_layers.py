@@ -24,9 +24,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "keras node",
         "launchers worker",
         "planning",
-        "verify",
-        "cli",
+        "resuming verify",
+        "api cli",
         "__main__",
+    ),
+    "dtrain.api": (
+        "asked cells driving metrics",
+        "run task_class",
+        "launching",
     ),
     "dtrain.cli": (
         "completers main",
@@ -37,7 +42,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.codes": ("entry", "launch training", "__init__"),
     "dtrain.console": (
-        "fold history out tail",
+        "fold history notebook out tail",
         "live",
     ),
     "dtrain.export": (
@@ -86,8 +91,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.launchers": (
         "base flags local prepare warm",
         "listing status stopping torchrun",
-        "supervise",
-        "array ray slurm",
+        "summary supervise",
+        "array driver ray slurm",
     ),
     "dtrain.launchers.ray": (
         "actor job_output local_cluster options",
@@ -216,7 +221,7 @@ LAUNCH_PLANE = tuple(
     f"dtrain.{part}"
     for row in (
         "errors procs plainjson checked environ waiting forking ports assets ranks task callback",
-        "words catalog run job plan planning trace console launchers verify cli",
+        "words catalog run job plan planning resuming trace console launchers verify api cli",
     )
     for part in row.split()
 )
