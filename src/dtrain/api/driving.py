@@ -73,21 +73,24 @@ class Driver:
         """Have it start a plan; it goes on to drive that to its end.
 
         Raises:
-            DtrainError: it is refused. Nothing runs then.
+            DtrainError: it is refused, or ended before nodes were started. Nothing runs then.
         """
         from dtrain.console.live import LiveConsole
 
         self.plan = order.plan
         self.console = LiveConsole(order.plan)
-        run = order.plan.run.path
-        _drivers[run] = self
         try:
             self._hand_over(order)
             while not self._is_started and self._process.poll() is None:
                 self._hear()
                 time.sleep(_POLL_S)
-            if order.detach or not self._is_started:
+            self._hear()
+            if order.detach or not (self._is_started or self._has_concluded):
                 self.close()
+                if not self._has_concluded:
+                    raise LaunchError("the driver process of the run was killed as it started")
+            else:
+                _drivers[order.plan.run.path] = self
         except KeyboardInterrupt:
             self.signal(signal.SIGINT)
             self.close()
@@ -107,13 +110,12 @@ class Driver:
         """
         code = self._process.wait()
         self._hear()
-        broken = code > 0 and not self._has_concluded and self._error is None
-        told = self._last_words() if broken else ""
+        last_words = self._last_words()
         self._forget()
         if self._error is not None:
             raise self._error
-        if broken:
-            raise LaunchError(f"the driver process of the run broke down:\n{told}")
+        if code > 0 and not self._has_concluded:
+            raise LaunchError(f"the driver process of the run broke down:\n{last_words}")
         return procs.shell_code(code)
 
     def poll(self) -> int | None:
@@ -167,8 +169,8 @@ class Driver:
 
     def _forget(self) -> None:
         self._process.wait()
-        if self.plan is not None:
-            _drivers.pop(self.plan.run.path, None)
+        if self.plan is not None and _drivers.get(self.plan.run.path) is self:
+            del _drivers[self.plan.run.path]
         for file in (self._reports, self._stderr, self._process.stdin):
             if file is not None:
                 file.close()

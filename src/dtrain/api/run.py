@@ -110,7 +110,7 @@ class Run(AbstractContextManager["Run"]):
 
         Returns:
             The exit code of `dtrain launch`: 0 when every rank ended 0, the culprit's when one
-            failed, 128 + N when the run was stopped by signal N.
+            failed, 128 + N when the run was stopped by signal N, 1 when it was lost.
 
         Raises:
             TimeoutError: it has not ended by then; it goes on.

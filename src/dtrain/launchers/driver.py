@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dtrain import checked
+from dtrain import checked, errors
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base
@@ -48,8 +48,8 @@ class Reports:
     """The console of a driver: tells the process that asked, by lines of JSON.
 
     `{"said": TEXT}`, `{"started": true}` once nodes are started, at the end `{"concluded": CODE}`
-    or `{"refused": MESSAGE, "kind": CLASS, "exit_code": N}`. They go to a file, so that nothing
-    waits for a reader.
+    or `{"refused": MESSAGE, "kind": CLASS, "exit_code": N}`, with a class of `dtrain.errors`. They
+    go to a file, so that nothing waits for a reader.
     """
 
     def __init__(self, plan: LaunchPlan, parent: int) -> None:
@@ -113,7 +113,10 @@ def main() -> int:
         report(concluded=code)
         return code
     except DtrainError as error:
-        report(refused=str(error), kind=type(error).__name__, exit_code=error.exit_code)
+        kinds = [
+            each.__name__ for each in type(error).__mro__ if each.__module__ == errors.__name__
+        ]
+        report(refused=str(error), kind=kinds[0], exit_code=error.exit_code)
         return error.exit_code
 
 

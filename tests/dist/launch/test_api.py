@@ -134,6 +134,9 @@ def test_an_exception_in_the_block_stops_the_run_in_order(folder: Path) -> None:
     run = dtrain.launch(TINY, procs=2, **SLOW)
     with pytest.raises(TimeoutError, match=f"run {run.id} has not ended yet"):
         run.wait(timeout=0.1)
+    for again in (lambda: dtrain.launch(TINY, run_id=run.id), lambda: dtrain.resume(run)):
+        with pytest.raises(UsageError, match=f"run {run.id} is held by"):
+            again()
     with pytest.raises(ZeroDivisionError):
         fail(dtrain.Run.find(run.id))  # another `Run` of it, in the process that drives it
     assert run.status()["state"] == "cancelled"
