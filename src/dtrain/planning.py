@@ -117,7 +117,7 @@ class Prepared:
         if detach and not can_detach(self.launcher, self.plan):
             raise UsageError(
                 f"launcher {self.plan.launcher!r} cannot --detach: its processes end with the "
-                "command; launcher 'slurm' can, and launcher 'ray' with --ray submit=job"
+                "command; launcher 'slurm' can, and launcher 'ray' with -o submit=job"
             )
 
 
