@@ -144,7 +144,7 @@ def test_an_exception_in_the_block_stops_the_run_in_order(folder: Path) -> None:
     saved = max(path.name for path in run.directory.checkpoints.iterdir())
     assert int(saved.removeprefix("step-")) >= 3
     said = read(run.directory.driver_log(0, [0]))
-    assert "stopping: the workers leave at the next step" in said
+    assert "stopping at the next step" in said
 
 
 SCRIPT = """
@@ -178,7 +178,7 @@ def test_ctrl_c_stops_in_order_and_is_raised(folder: Path) -> None:
         out, err = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
     assert err.rstrip().endswith("KeyboardInterrupt")
-    assert "stopping: the workers leave at the next step" in out
+    assert "stopping at the next step" in out
     assert f"go on with: dtrain resume {run.id}" in out
     assert cli.status(run)["state"] == "cancelled"
     assert [*run.checkpoints.iterdir()]
@@ -212,7 +212,7 @@ def test_a_second_interrupt_kills(folder: Path) -> None:
     def interrupt() -> None:
         os.kill(own, signal.SIGINT)
         log = run.directory.driver_log(0, [0])
-        until("the request to stop", lambda: "again to kill them now" in read(log))
+        until("the request to stop", lambda: "again to kill" in read(log))
         os.kill(own, signal.SIGINT)
 
     thread = threading.Timer(0.3, interrupt)
@@ -244,7 +244,7 @@ import sys
 if "dtrain.launchers.driver" in sys.orig_argv:
     from dtrain.launchers import supervise
     def broken(*_): raise ValueError("out of cheese")
-    supervise._follow = broken
+    supervise._follow_to_end = broken
 """
 
 
