@@ -120,8 +120,9 @@ class Logged:
     def _of_name(self, name: str) -> Metric:
         if name not in self._metrics:
             raise DtrainError(
-                f"the metric {name} was logged on some ranks only; every rank needs a sample to "
-                "evaluate for an object of torchmetrics"
+                f"the metric {name} was logged on some ranks only; for an object of torchmetrics "
+                "every rank needs a sample to evaluate",
+                code="lightning.metric-on-some-ranks",
             )
         return self._metrics[name]
 
@@ -156,7 +157,8 @@ class Logged:
         """To the loader whose batch is looked at, and to no other."""
         if self._loader_of.setdefault(what, self._loader) != self._loader:
             raise DtrainError(
-                f"{sentence} for two validation loaders, which would mix them; each needs its own"
+                f"{sentence} for two validation loaders, which would mix them; each needs its own",
+                code="lightning.log-of-two-loaders",
             )
 
     def _log_step(self, name: str, value: Any, *args: Any, **options: Any) -> None:
@@ -186,7 +188,8 @@ def _must_be_mean(name: str, options: Mapping[str, Any]) -> None:
     if reduction not in ("mean", torch.mean):
         raise DtrainError(
             f"self.log({name!r}, reduce_fx={reduction}): epochs and evaluations have means here; "
-            "log the mean over the batch, or an object of torchmetrics"
+            "log the mean over the batch, or an object of torchmetrics",
+            code="lightning.log-not-a-mean",
         )
 
 
