@@ -16,6 +16,7 @@ from dtrain.run.rundir import RunDir
 from dtrain.testing import RankError, run_ranks
 from dtrain.train.context import TrainContext
 from dtrain.train.loop.evaluation import Evaluator
+from support.coded import refused
 from support.trainings import job, lines, train
 
 
@@ -124,5 +125,5 @@ def test_a_misspelt_metric_is_told_with_the_one_that_was_meant(
     section: dict[str, Any], field: str, tmp_path: Path
 ) -> None:
     config = job("single", {"held_out": 5}, eval={"every_steps": 1}, **section)
-    with pytest.raises(UsageError, match=rf"{field} is 'mes'.*did you mean 'mse'\?"):
+    with refused("eval.no-such-metric", f"{field} is 'mes'", "'mse'?", kind=UsageError):
         train(config, tmp_path)
