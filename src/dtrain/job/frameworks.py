@@ -28,8 +28,8 @@ class NamedClass:
     def place(self) -> SourceLocation:
         return self.root.place_of(self.field)
 
-    def problem(self, message: str) -> Problem:
-        return self.place.problem(dotted(self.field), message)
+    def problem(self, message: str, *, code: str = "") -> Problem:
+        return self.place.problem(dotted(self.field), message, code=code)
 
 
 class JobCheck:

@@ -142,8 +142,9 @@ class Logged:
     def _of_name(self, name: str) -> Metric:
         if name not in self._metrics:
             raise DtrainError(
-                f"the metric {name} was logged on some ranks only; every rank needs a sample to "
-                "evaluate for an object of torchmetrics"
+                f"the metric {name} was logged on some ranks only; for an object of torchmetrics "
+                "every rank needs a sample to evaluate",
+                code="lightning.metric-on-some-ranks",
             )
         return self._metrics[name]
 
@@ -189,7 +190,8 @@ class Logged:
         """To the loader whose batch is looked at, and to no other."""
         if self._loader_of.setdefault(what, self._loader) != self._loader:
             raise DtrainError(
-                f"{sentence} for two validation loaders, which would mix them; each needs its own"
+                f"{sentence} for two validation loaders, which would mix them; each needs its own",
+                code="lightning.log-of-two-loaders",
             )
 
     def _log_step(self, name: str, value: Any, options: dict[str, Any]) -> None:
@@ -225,7 +227,8 @@ def _must_be_mean(name: str, options: Mapping[str, Any]) -> None:
     if not _is_mean(options):
         raise DtrainError(
             f"self.log({name!r}, reduce_fx={options['reduce_fx']}): epochs and evaluations have "
-            "means here; log the mean over the batch, or an object of torchmetrics"
+            "means here; log the mean over the batch, or an object of torchmetrics",
+            code="lightning.log-not-a-mean",
         )
 
 

@@ -58,7 +58,10 @@ class LightningTrainer(NativeTrainer):
             if not isinstance(each, Callback):
                 origin, name = type(each).__module__.partition(".callbacks")[0], type(each).__name__
                 known = f"dtrain or {PACKAGE}"
-                raise DtrainError(f"callbacks() returned a {name} of {origin}, not one of {known}")
+                raise DtrainError(
+                    f"callbacks() returned a {name} of {origin}, not one of {known}",
+                    code="task.bad-callbacks",
+                )
         return ours
 
     def begin(self, context: TrainContext, injector: Injector, kept: Kept) -> Any:
@@ -170,7 +173,9 @@ class _Drive(pl.Callback):
                 **given,
             )
         except TypeError as error:
-            raise UsageError(f"lightning.trainer: {error}") from None
+            raise UsageError(
+                f"lightning.trainer: {error}", code="lightning.trainer-refused"
+            ) from None
 
     # -- hooks -------------------------------------------------------------------------------
 
@@ -313,7 +318,9 @@ def _look_at(callbacks: list[pl.Callback], ranks: RankInfo) -> None:
         if why is None:
             continue
         if not is_overridden("on_save_checkpoint", each, pl.Callback):
-            raise UsageError(f"{why}, which dtrain's step does not follow")
+            raise UsageError(
+                f"{why}, which dtrain's step does not follow", code="lightning.needs-own-loops"
+            )
         if ranks.is_rank_zero:
             logger.warning(
                 "%s keeps something in Lightning's checkpoints that dtrain's do not have: a resume "

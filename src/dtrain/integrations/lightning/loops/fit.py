@@ -160,7 +160,9 @@ class Fit(pl.Callback):
                 strategy=strategy, callbacks=[self], **trainer_arguments(context, automatic)
             )
         except (TypeError, ValueError, MisconfigurationException) as error:
-            raise UsageError(f"lightning.trainer: {error}") from None
+            raise UsageError(
+                f"lightning.trainer: {error}", code="lightning.trainer-refused"
+            ) from None
         deaf_to_signals(trainer)
         self._join(trainer)
         return trainer
@@ -595,7 +597,8 @@ class Fit(pl.Callback):
         if self._loaded is None:
             raise UsageError(
                 f"{type(self._module).__name__} trained nothing: Lightning's fit ended before its "
-                "first batch, as with limit_train_batches: 0"
+                "first batch, for example because of limit_train_batches: 0",
+                code="lightning.no-batches",
             )
         self._report.started(self.progress, self._course(), resumed=True)
         self._checkpoints.tell_resumed(self._loaded, self.progress)

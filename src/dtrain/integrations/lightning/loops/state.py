@@ -59,8 +59,9 @@ def restored(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "lightning" not in tensors:
         raise CheckpointError(
-            "it was made with dtrain's step, and these are Lightning's: launch it with "
-            "--set lightning.step=dtrain"
+            "it was made with dtrain's step, and these are Lightning's loops: launch it with "
+            "--set lightning.step=dtrain",
+            code="lightning.checkpoint-of-other-step",
         )
     return {
         **tensors["lightning"],
