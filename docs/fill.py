@@ -1,7 +1,7 @@
-"""Fill the parts of README and docs that stand elsewhere too: `python docs/fill.py`.
+"""Fill the generated parts of README and docs: `python docs/fill.py`.
 
-A part lies between `<!-- begin NAME -->` and `<!-- end NAME -->`. A test fails when a file is
-not what this script would make of it.
+A generated part is between `<!-- begin NAME -->` and `<!-- end NAME -->`. A test fails when a file
+differs from the output of this script.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dtrain.codes import CODES
 from dtrain.job.schema import job_schema
 
 Problem = Callable[[str, int], str | None]
-"""Why a strategy cannot be on so many nodes; None when it can."""
+"""Why a strategy cannot run on a number of nodes; None if it can."""
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = (
@@ -32,7 +32,7 @@ FILES = (
 
 
 def main() -> None:
-    """Rewrite what is stale."""
+    """Rewrite the files that are out of date."""
     for name in FILES:
         path = ROOT / name
         before = path.read_text()
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def filled(text: str) -> str:
-    """A document with every part made anew."""
+    """Return a document in which every generated part is current."""
 
     def part(match: re.Match[str]) -> str:
         return f"{match[1]}\n{PARTS[match[2]]()}\n{match[3]}"
@@ -69,7 +69,7 @@ def example() -> str:
 
 
 def matrix() -> str:
-    """Trainers x strategies x launchers: what works."""
+    """The table of trainers, strategies and launchers that work together."""
     rows = [("trainer", "launcher", *(f"`{name}`" for name in catalog.STRATEGIES))]
     for trainer in catalog.TRAINERS:
         cells = [cell(trainer, strategy) for strategy in catalog.STRATEGIES]
@@ -92,7 +92,7 @@ def cell(trainer: str, strategy: str, problem: Problem | None = None) -> str:
 
 
 def refusals() -> str:
-    """What the planner says of every other combination."""
+    """The planner's messages for all combinations that do not work."""
     trainers = [trainer for trainer in catalog.TRAINERS if trainer != catalog.SCRIPT]
     pairs = [(trainer, strategy) for trainer in trainers for strategy in catalog.STRATEGIES]
     said = [catalog.pair_problem(*pair, nodes) for nodes in (1, 2) for pair in pairs]
@@ -102,7 +102,7 @@ def refusals() -> str:
 
 
 def strategies() -> str:
-    """What each strategy is."""
+    """A list of the strategies, with a summary of each."""
     return "\n".join(f"- `{name}`: {fact.summary}" for name, fact in catalog.STRATEGIES.items())
 
 
@@ -135,6 +135,7 @@ AREAS = {
     "failure": "Failures of a run",
     "verify": "dtrain verify",
     "export": "dtrain export",
+    "api": "Calls from Python",
 }
 """First part of a code → the title of its section; those of other areas come after these."""
 
@@ -156,7 +157,7 @@ def errors() -> str:
 
 
 def launcher() -> str:
-    """The launcher from outside, with its entry points."""
+    """The external launcher of the examples, with its entry points."""
     folder = ROOT / "examples" / "launcher"
     module, project = (folder / name for name in ("rsh_launcher.py", "pyproject.toml"))
     points = project.read_text()
@@ -204,7 +205,7 @@ def submodel(schema: Mapping[str, Any], field: Mapping[str, Any]) -> Mapping[str
 
 
 def value_of(field: Mapping[str, Any]) -> str:
-    """What may be written, in words."""
+    """Describe the values that a field accepts."""
     options = [each for each in field.get("anyOf", []) if each.get("type") != "null"]
     if len(options) > 1:
         if any("pattern" in each for each in options):
@@ -228,14 +229,14 @@ def value_of(field: Mapping[str, Any]) -> str:
 
 
 def bounds(field: Mapping[str, Any]) -> str:
-    """`, 1 or more` and the like."""
+    """The range of a number, for example `, 1 or more`."""
     if "exclusiveMinimum" in field:
         return f" above {field['exclusiveMinimum']:g}"
     return f", {field['minimum']:g} or more" if "minimum" in field else ""
 
 
 def default_of(field: Mapping[str, Any]) -> str:
-    """What holds when the field is left out."""
+    """The value of a field that is left out."""
     value = field.get("default")
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
@@ -257,11 +258,11 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 
 def mistakes() -> str:
-    """What the tests do wrong on purpose, by the clause that it breaks."""
+    """The mistakes that the tests make on purpose, by the rule that each breaks."""
     sys.path.insert(0, str(ROOT / "tests"))
     from support.mistakes import listed
 
-    rows = [("clause", "mistakes")]
+    rows = [("rule", "mistakes")]
     return table([*rows, *((clause, " ".join(some)) for clause, some in listed())])
 
 

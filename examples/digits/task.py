@@ -1,4 +1,4 @@
-"""Handwritten digits: 1,797 images of 8 by 8 pixels that come with scikit-learn, ten classes.
+"""Handwritten digits: 1,797 images of 8 by 8 pixels from scikit-learn, in ten classes.
 
 E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
 """
@@ -19,7 +19,7 @@ Batch = list[torch.Tensor]
 
 
 class Digits(Task):
-    """A small convolutional network: 98 % of the held-out digits are right after ten epochs."""
+    """A small convolutional network; 98 % of the held-out digits are correct after ten epochs."""
 
     def __init__(self, width: int = 16, lr: float = 0.01, decay_steps: int = 230) -> None:
         self.width = width
@@ -32,7 +32,7 @@ class Digits(Task):
         self.held_out, self.rest = order[:360], order[360:]
 
     def model(self) -> nn.Module:
-        """Two convolutions and a linear layer; 5,050 parameters."""
+        """Return two convolutions and a linear layer, with 5,050 parameters."""
         return nn.Sequential(
             nn.Conv2d(1, self.width, kernel_size=3, padding=1),
             nn.ReLU(),
@@ -44,28 +44,28 @@ class Digits(Task):
         )
 
     def train_dataset(self) -> TensorDataset:
-        """1,437 images."""
+        """Return 1,437 images with their labels."""
         return TensorDataset(self.images[self.rest], self.labels[self.rest])
 
     def eval_dataset(self) -> TensorDataset:
-        """The other 360."""
+        """Return the other 360 images."""
         return TensorDataset(self.images[self.held_out], self.labels[self.held_out])
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """A mean over the samples of the batch, however many there are."""
+        """Return the mean over the samples of the batch."""
         images, labels = batch
         return cross_entropy(model(images), labels)
 
     def optimizer(self, model: nn.Module) -> Optimizer:
-        """AdamW."""
+        """Return AdamW over all parameters."""
         return AdamW(model.parameters(), lr=self.lr)
 
     def scheduler(self, optimizer: Optimizer) -> LinearLR:
-        """Down to a twentieth, in optimizer steps."""
+        """Decrease the learning rate to a twentieth, a little after each optimizer step."""
         return LinearLR(optimizer, 1.0, 0.05, total_iters=self.decay_steps)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Loss]:
-        """Sums over the batch; dtrain divides once, over all ranks."""
+        """Return sums over the batch; dtrain divides once, over all ranks."""
         images, labels = batch
         scores = model(images)
         right = (scores.argmax(dim=1) == labels).sum()

@@ -1,4 +1,4 @@
-"""Handwritten digits with Keras 3: 1,797 images of 8 by 8 pixels that come with scikit-learn.
+"""Handwritten digits with Keras 3: 1,797 images of 8 by 8 pixels from scikit-learn.
 
 E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
 """
@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 
 def digits(width: int = 64) -> tuple[keras.Model, dict[str, Any]]:
-    """A compiled model, and what `model.fit` would be given: 1,437 images, and 360 to evaluate."""
+    """Return a compiled model and arguments of `model.fit`: 1,437 images, and 360 to evaluate."""
     pixels, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     x, y = pixels[order].astype("float32") / 16, labels[order].astype("int64")

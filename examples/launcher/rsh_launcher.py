@@ -1,4 +1,4 @@
-"""Launcher `rsh`: one node on each host of a list, started by ssh or by what stands for it."""
+"""Launcher `rsh`: one node on each host of a list, started by ssh or a similar command."""
 
 import os
 import socket
@@ -15,8 +15,8 @@ from dtrain.plan import Command, Facts, LaunchPlan
 from dtrain.procs import die_with_parent, kill_group
 from dtrain.run.rundir import RunDir
 
-FLAGS = (Flag(("--hosts",), "rsh", "HOST,HOST", "where the nodes are, node 0 first."),)
-HERE = LocalLauncher()  # the command that launches is a process of this host, as with `local`
+FLAGS = (Flag(("--hosts",), "rsh", "HOST,HOST", "hosts of the nodes, node 0 first."),)
+HERE = LocalLauncher()  # the launching command is a process of this host, as with `local`
 
 
 class RshOptions(LauncherOptions):
@@ -67,7 +67,7 @@ class Rsh(subprocess.Popen):
 
 
 class RshPlacement(PlacementReader):
-    """On a node: the host's name says which one it is."""
+    """Find the rank of this node from the name of the host."""
 
     def begin(self, run: RunDir) -> None:
         die_with_parent(os.getppid())  # the node ends with its ssh

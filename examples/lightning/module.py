@@ -14,10 +14,10 @@ Batch = list[torch.Tensor]
 
 
 class DigitsData(pl.LightningDataModule):
-    """1,437 images of 8 by 8 pixels to train on, 360 held out; they come with scikit-learn."""
+    """1,437 images of 8 by 8 pixels for training and 360 for validation, from scikit-learn."""
 
     def setup(self, stage: str) -> None:
-        """Read and split."""
+        """Read the images and split them."""
         pixels, labels = load_digits(return_X_y=True)
         images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
         classes = torch.tensor(labels)
@@ -26,16 +26,16 @@ class DigitsData(pl.LightningDataModule):
         self.held_out = TensorDataset(images[order[:360]], classes[order[:360]])
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Of it dtrain takes the data set."""
+        """Return a loader; dtrain uses its dataset, and the batch size of the job."""
         return DataLoader(self.train, batch_size=32, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """The held-out images."""
+        """Return a loader over the held-out images."""
         return DataLoader(self.held_out, batch_size=32)
 
 
 class LitDigits(pl.LightningModule):
-    """A small convolutional network: 98 % of the held-out digits are right after ten epochs."""
+    """A small convolutional network; 98 % of the held-out digits are correct after ten epochs."""
 
     def __init__(self, width: int = 16, lr: float = 0.01) -> None:
         super().__init__()
@@ -52,19 +52,19 @@ class LitDigits(pl.LightningModule):
         self.val_acc = MulticlassAccuracy(num_classes=10, average="micro")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """A score for each class."""
+        """Return a score for each class."""
         scores: torch.Tensor = self.net(images)
         return scores
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """A mean over the batch."""
+        """Return the mean over the batch."""
         images, labels = batch
         loss = cross_entropy(self(images), labels)
         self.log("train_loss", loss, on_epoch=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """What it logs is exact over all processes."""
+        """Log metrics, which dtrain computes exactly over all processes."""
         images, labels = batch
         scores = self(images)
         self.val_acc(scores, labels)
@@ -72,6 +72,6 @@ class LitDigits(pl.LightningModule):
         self.log("val_acc", self.val_acc)
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[object]]:
-        """AdamW; the learning rate falls a little every epoch."""
+        """Return AdamW with a learning rate that decreases after every epoch."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)]

@@ -1,8 +1,8 @@
-"""Ray Tune over a dtrain job: every trial is a launch of its own, and Tune sees its metrics.
+"""Ray Tune over a dtrain job: every trial is a separate launch, and Tune gets its metrics.
 
 python examples/ray_tune/search.py --address auto --trials 4
 
-A trial itself needs next to nothing; its launch asks Ray for whole nodes, all or none.
+A trial itself needs almost no resources; its launch asks Ray for whole nodes, all or none.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def trial(config: dict[str, Any]) -> None:
         for line in evaluations(Path(config["runs"], run_id, "metrics.jsonl"), launch):
             tune.report({"accuracy": line["accuracy"], "loss": line["loss"], "step": line["step"]})
     finally:
-        launch.terminate()  # Tune may stop a trial early; the workers save and leave
+        launch.terminate()  # Tune may stop a trial early; the workers save and exit
     if launch.wait() != 0:
         raise RuntimeError(f"`dtrain why {run_id} --runs {config['runs']}` says what failed")
 
 
 def evaluations(path: Path, launch: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl that are of an evaluation, as they come, until the launch ends."""
+    """Yield each line of metrics.jsonl with an evaluation, until the launch ends."""
     seen = 0
     while True:
         ended = launch.poll() is not None
@@ -62,12 +62,14 @@ def evaluations(path: Path, launch: subprocess.Popen[bytes]) -> Iterator[dict[st
 
 
 def main() -> None:
-    """Search."""
+    """Run the search."""
     parser = argparse.ArgumentParser(description="A search over learning rates.")
-    parser.add_argument("--address", default="auto", help="of the Ray cluster")
+    parser.add_argument("--address", default="auto", help="address of the Ray cluster")
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--at-once", type=int, default=2)
-    parser.add_argument("--nodes", type=int, default=1, help="of each trial, of 2 processes")
+    parser.add_argument(
+        "--nodes", type=int, default=1, help="nodes of each trial, with 2 processes each"
+    )
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--runs", default="runs", help="a folder that all nodes share")
     given = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Handwritten digits with a loop of one's own: `torchrun train.py` runs it too.
+"""Handwritten digits with a hand-written loop; it also runs with `torchrun train.py`.
 
-What it takes from dtrain is by choice: `sampler` (no sample twice or never, also after a restart in
-the middle of an epoch), `checkpoint` (verified bytes), `check` (the replicas are one model) and
-`stopping` (save and leave when asked to).
+The script uses these optional parts of dtrain: `sampler` (each sample exactly once, also after a
+restart in the middle of an epoch), `checkpoint` (verified bytes), `check` (the replicas are one
+model) and `stopping` (save and exit when asked to).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import dtrain
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """1,437 images to train on, and the other 360."""
+    """Return 1,437 images for training, and the other 360."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     classes = torch.tensor(labels)
@@ -34,7 +34,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def accuracy(model: nn.Module, data: TensorDataset) -> float:
-    """The share of images that the model names; each process looks at its own part."""
+    """Return the fraction of correct images; each process evaluates its own part."""
     mine = range(dtrain.rank(), len(data), dtrain.world_size())
     images, classes = data[list(mine)]
     with torch.no_grad():
@@ -44,7 +44,7 @@ def accuracy(model: nn.Module, data: TensorDataset) -> float:
 
 
 def main() -> None:
-    """Train, and go on from the newest checkpoint where there is one."""
+    """Train, starting from the newest checkpoint if there is one."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--lr", type=float, default=0.01)

@@ -1,7 +1,7 @@
 """A small language model of bytes, trained on Python's own standard library.
 
-Each sample is one paragraph of a module, so no two need be of the same length; the loss counts
-every byte alike, however the paragraphs are dealt to processes and micro-batches.
+Each sample is one paragraph of a module, so samples have different lengths. The loss gives every
+byte the same weight, on any number of processes and with any micro-batches.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from dtrain import Loss, Task
 
 START = 256  # after the 256 bytes
-NOTHING = -100  # a target that cross_entropy passes over
+NOTHING = -100  # a target that cross_entropy ignores
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Block(nn.Module):
-    """Causal self-attention and a two-layer network, each added to what came in."""
+    """Causal self-attention and a two-layer network, each added to its input."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shape (samples, length, width) in and out."""
+        """Map shape (samples, length, width) to the same shape."""
         samples, length, width = x.shape
         made = self.queries_keys_values(self.before_attention(x))
         made = made.view(samples, length, 3, self.heads, width // self.heads)
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
         self.scores = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shape (samples, length) → (samples, length, 256)."""
+        """Map shape (samples, length) to (samples, length, 256)."""
         return self.scores(self.blocks(self.bytes(x) + self.positions[: x.shape[1]]))
 
 
@@ -84,41 +84,41 @@ class Text(Task):
         self.files = sorted(folder.glob("*.py"))[:modules]
 
     def paragraphs(self, files: list[Path]) -> list[torch.Tensor]:
-        """Every paragraph with at least 20 bytes, cut to the model's length; ragged."""
+        """Return every paragraph with at least 20 bytes, cut to the model's length."""
         texts = [part for file in files for part in file.read_bytes().split(b"\n\n")]
         return [torch.tensor([START, *text[: self.length]]) for text in texts if len(text) >= 20]
 
     def train_dataset(self) -> list[torch.Tensor]:
-        """Nine modules of ten."""
+        """Return the paragraphs of nine modules out of ten."""
         return self.paragraphs([file for i, file in enumerate(self.files) if i % 10])
 
     def eval_dataset(self) -> list[torch.Tensor]:
-        """Every tenth module: its text is new to the model."""
+        """Return the paragraphs of every tenth module, which the model does not train on."""
         return self.paragraphs(self.files[::10])
 
     def collate(self, samples: list[torch.Tensor]) -> Batch:
-        """Inputs and targets, shape (samples, length of the longest)."""
+        """Return inputs and targets of shape (samples, length of the longest)."""
         return (
             pad_sequence([sample[:-1] for sample in samples], batch_first=True),
             pad_sequence([sample[1:] for sample in samples], True, padding_value=NOTHING),
         )
 
     def model(self) -> nn.Module:
-        """140,864 parameters."""
+        """Return a decoder with 140,864 parameters."""
         return Decoder(*self.shape, heads=4)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """The sum over all bytes, and how many there are."""
+        """Return the sum over all bytes, and the number of bytes."""
         inputs, targets = batch
         total = cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
         return Loss(total, (targets != NOTHING).sum())
 
     def optimizer(self, model: nn.Module) -> Optimizer:
-        """AdamW."""
+        """Return AdamW over all parameters."""
         return AdamW(model.parameters(), lr=self.lr, weight_decay=0.1)
 
     def scheduler(self, optimizer: Optimizer) -> LambdaLR:
-        """Up over 20 steps, then down along a cosine."""
+        """Increase the learning rate over 20 steps, then decrease it along a cosine."""
 
         def rate(step: int) -> float:
             return min((step + 1) / 20, 0.5 + 0.5 * math.cos(math.pi * min(1, step / self.steps)))
@@ -126,6 +126,6 @@ class Text(Task):
         return LambdaLR(optimizer, rate)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Loss]:
-        """Bits per byte."""
+        """Return the bits per byte."""
         loss = self.loss(model, batch)
         return {"bits_per_byte": Loss(loss.sum / math.log(2), loss.weight)}

@@ -8,7 +8,7 @@ have() { for name; do command -v "$name" >/dev/null || return 1; done; }
 give_up() { echo "Slurm's tests will be skipped: $1"; exit 0; }
 install() { apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=120 "$@" >"$log" 2>&1; }
 
-have slurmctld slurmd munged ip shellcheck && exit 0
+have slurmctld slurmd munged ip shellcheck zsh fish && exit 0
 have apt-get || give_up "it is not installed, and there is no apt-get"
 [ "$(id -u)" = 0 ] || give_up "it is not installed; as root: apt-get install slurm-wlm munge iproute2"
 
@@ -25,3 +25,5 @@ install slurm-wlm munge iproute2 || { tail -3 "$log"; give_up "apt-get could not
 # For sacct, and to read the scripts; without them only their tests are skipped.
 install slurmdbd mariadb-server || tail -3 "$log"
 install shellcheck || tail -3 "$log"
+# The shells whose completion is tried; bash is there.
+install zsh fish || tail -3 "$log"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dtrain.callback import Callback
 from dtrain.task import Loss, Task
 
 if TYPE_CHECKING:
+    from dtrain.api.launching import launch, plan, resume, verify
+    from dtrain.api.run import Run, runs
     from dtrain.integrations.script.checkpoint import Checkpoint as checkpoint
     from dtrain.integrations.script.sampler import Sampler as sampler
     from dtrain.integrations.script.stopping import stopping
@@ -18,24 +22,47 @@ __all__ = [
     "EMA",
     "Callback",
     "Loss",
+    "Run",
     "Task",
     "check",
     "checkpoint",
+    "launch",
+    "plan",
     "rank",
+    "resume",
+    "runs",
     "sampler",
     "stopping",
+    "verify",
     "world_size",
 ]
 __version__ = "0.1.0"
 
-# these bring torch with them, which the launch plane does without
+# Most bring torch with them, which the launch plane does without; the others bring pydantic.
 _LATER = {
     "EMA": "dtrain.train.ema:EMA",
+    "Run": "dtrain.api.run:Run",
     "check": "dtrain.train.checks.api:check",
     "checkpoint": "dtrain.integrations.script.checkpoint:Checkpoint",
+    "launch": "dtrain.api.launching:launch",
+    "plan": "dtrain.api.launching:plan",
+    "resume": "dtrain.api.launching:resume",
+    "runs": "dtrain.api.run:runs",
     "sampler": "dtrain.integrations.script.sampler:Sampler",
     "stopping": "dtrain.integrations.script.stopping:stopping",
+    "verify": "dtrain.api.launching:verify",
 }
+
+
+class _Package(ModuleType):
+    """`dtrain.plan` and `dtrain.verify` are functions, whoever has imported the modules."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("plan", "verify") or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def rank() -> int:
@@ -53,7 +80,7 @@ def world_size() -> int:
 
 
 def __getattr__(name: str) -> Any:
-    """Import what comes with torch when it is first used."""
+    """Import what is large when it is first used."""
     if name in _LATER:
         import importlib
 

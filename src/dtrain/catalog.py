@@ -267,9 +267,9 @@ def pair_problem(trainer: str, strategy: str, nodes: int) -> str | None:
     """
     if trainer == SCRIPT and strategy != OWN:
         return (
-            f"a script shares its work by itself and has no strategy {strategy!r}: leave the "
-            "strategy out, or write the training as a task, which trainer 'native' trains under "
-            "any"
+            f"a script sets up DDP or FSDP by itself, so strategy {strategy!r} does not apply: "
+            "leave the strategy out, or write the training as a task, which trainer 'native' "
+            "trains under any"
         )
     trainer_fact = TRAINERS.get(trainer)
     if trainer_fact is not None and strategy in STRATEGIES:

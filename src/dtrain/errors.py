@@ -30,19 +30,27 @@ _MOST_SHOWN = 50
 
 def quoted(text: str) -> str:
     """What a person wrote, in one printable line of bounded length, for a message."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+    return repr(shortened(text, 60))
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters: what is too much is left out in the middle."""
+    if len(text) <= most:
+        return text
+    kept = max(0, most - 3)
+    return f"{text[: kept - kept // 2]} … {text[len(text) - kept // 2 :]}"
 
 
 def printable(text: str, most: int = 20_000) -> str:
     """A text for a terminal: of bounded length, control characters but line breaks escaped."""
-    short = text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+    short = shortened(text, most)
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in short)
 
 
 def first_line(error: BaseException, most: int = 300) -> str:
     """What an error of a library says first; some say fifty lines, and some nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:most] if lines else type(error).__name__
+    return shortened(lines[0], most) if lines else type(error).__name__
 
 
 def told(error: DtrainError, mark: Callable[[str], str] = str) -> str:

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from dtrain import catalog, ports
-from dtrain.environ import HASH_SEED, hash_seed, masked
+from dtrain.environ import HASH_SEED, hash_seed, masked, shown
 from dtrain.errors import PlanError
 from dtrain.job.faults import absent_rank
 from dtrain.job.launcher_options import AnyOptions
@@ -137,6 +137,11 @@ class LaunchPlan:
     """Where workers find the task, when that is not `job_dir` but a copy of it."""
     sources: dict[str, str] = field(default_factory=dict)
     """Where the launcher's settings were written: `launchers/slurm.yaml:9:14`, or a flag."""
+    script: tuple[str, ...] = ()
+    """Path of the script and its arguments, of which secret ones are masked; empty of a task."""
+    set_by_flags: dict[str, Any] = field(default_factory=dict)
+    """Fields of the job that flags have set, of the first launch and of each resume; those of
+    secret names are masked."""
     commands: tuple[Command, ...] = ()
     notes: tuple[str, ...] = ()
     """What people should know before it starts, as that a time limit was cut."""
@@ -266,6 +271,7 @@ def make_plan(
             **masked(launch.env),
         },
         options=options,
+        script=_script(job, job_dir),
         sources=dict(sources or {}),
         files=tuple(
             str(path)
@@ -323,6 +329,12 @@ def _threads(launcher: str, options: AnyOptions, cores_here: int, nodes: int, pe
     if fact.allocates:
         return max(1, (options.cores_per_node or per_node) // per_node)
     return max(1, cores_here // (per_node * (nodes if fact.simulates else 1)))
+
+
+def _script(job: JobSpec, job_dir: str) -> tuple[str, ...]:
+    if job.script is None:
+        return ()
+    return (os.path.join(job_dir, job.script), *shown("arguments", list(job.arguments)))
 
 
 def _preload(job: JobSpec, facts: Facts) -> tuple[str, ...]:

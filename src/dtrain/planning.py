@@ -20,14 +20,28 @@ from dtrain.job.profile import LoadedProfile, checked_options, load_profile, par
 from dtrain.job.script import job_of_script
 from dtrain.job.spec import JobSpec
 from dtrain.job.static_source import task_imports
+from dtrain.job.yaml_reader import dump_yaml
 from dtrain.launchers import base, status
 from dtrain.launchers.base import Dependable, HostChecking, Launcher, Surveying
 from dtrain.launchers.flags import FLAGS
+from dtrain.launchers.supervise import can_detach
 from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.run import code_archive, events, files, ids
 from dtrain.run.lookup import find
 from dtrain.run.remote.runs import bring_code
 from dtrain.run.rundir import RunDir
+
+FIELDS = {
+    "nodes": "launch.nodes",
+    "gpus": "launch.gpus_per_node",
+    "procs": "launch.procs_per_node",
+    "max_restarts": "launch.max_restarts",
+    "strategy": "strategy",
+    "trainer": "trainer",
+    "seed": "seed",
+    "name": "name",
+}
+"""A flag, or an argument of `dtrain.launch` → the field of job.yaml that it sets."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,31 @@ class Request:
 
 
 @dataclass(frozen=True)
+class JobOfClass:
+    """The job of a class that a person has in their hands: there is no job.yaml."""
+
+    values: Mapping[str, Any]
+    """Fields of job.yaml; those of the request are among them, and have places of their own."""
+    folder: Path
+    """In the place of job.yaml's folder."""
+    place: str
+    """How errors name it: `launch(Digits)`."""
+
+    def load(self, request: Request, profile: LoadedProfile) -> LoadedJob:
+        own = {name: self.values[name] for name in ("name", "task")}
+        root = Located.of(own, SourceLocation(self.place))
+        return load_job(
+            self.place,
+            request.overrides,
+            profile.launch,
+            request.fields,
+            job_dir=self.folder,
+            text=dump_yaml(self.values),
+            root=root,
+        )
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A plan and what it was made of."""
 
@@ -61,18 +100,52 @@ class Prepared:
     job: LoadedJob
     profile: LoadedProfile
 
+    @property
+    def lacking(self) -> str:
+        """Why this host cannot take the plan, as a sentence; empty when it can, or others do."""
+        return self.launcher.lacking(self.plan) if isinstance(self.launcher, HostChecking) else ""
 
-def plan_run(job_path: str, request: Request) -> Prepared:
+    def refuse_unlaunchable(self, detach: bool) -> None:
+        """Refuse what can be planned here and not launched from here.
+
+        Raises:
+            PlanError: this host lacks something.
+            UsageError: the launcher cannot `detach`.
+        """
+        if short := self.lacking:
+            raise PlanError(short, ("launch.gpus_per_node",), code="plan.too-few-gpus").placed(
+                self.job.sources
+            )
+        if detach and not can_detach(self.launcher, self.plan):
+            raise UsageError(
+                f"launcher {self.plan.launcher!r} cannot --detach: its processes end with the "
+                "command; launcher 'slurm' can, and launcher 'ray' with -o submit=job",
+                code="usage.detach-unsupported",
+            )
+
+
+def plan_run(job: str | JobOfClass, request: Request) -> Prepared:
     """Plan a new run.
+
+    Args:
+        job: path of a job file or a script, or the job of a class.
+        request: what is asked for besides.
 
     Raises:
         JobError: job, profile or flags are wrong.
         PlanError: they do not go together.
     """
-    job_dir = Path(job_path).absolute().parent
+    if isinstance(job, JobOfClass):
+        profile = load_profile(request.launcher, job.folder)
+        return _new_run(job.load(request, profile), profile, request, job.folder)
+    job_dir = Path(job).absolute().parent
     profile = load_profile(request.launcher, job_dir)
-    script = job_of_script(job_path)
-    job = load_job(job_path, request.overrides, profile.launch, request.fields, text=script)
+    text = job_of_script(job)
+    loaded = load_job(job, request.overrides, profile.launch, request.fields, text=text)
+    return _new_run(loaded, profile, request, job_dir)
+
+
+def _new_run(job: LoadedJob, profile: LoadedProfile, request: Request, job_dir: Path) -> Prepared:
     run_id = ids.new(job.spec.name) if request.run_id is None else request.run_id
     run_id += request.suffix
     if problem := ids.problem(run_id):
@@ -86,7 +159,7 @@ def plan_attempt(run: RunDir, request: Request) -> Prepared:
     """Plan the next attempt of a run; errors as for `plan_run`."""
     before = LaunchPlan.read(run)
     job_dir = _job_dir_of(before)
-    profile = load_profile(before.profile, job_dir)
+    profile = load_profile(before.profile, job_dir, f"run {run.id}")
     inherited = events.accepted_job(run)
     job = load_job(inherited, request.overrides, {}, request.fields, job_dir=job_dir)
     return _planned(
@@ -98,6 +171,7 @@ def plan_attempt(run: RunDir, request: Request) -> Prepared:
         before.run_url.rpartition("/")[0] or run.path.parent,
         job_dir,
         status.next_attempt(run),
+        before.set_by_flags,
     )
 
 
@@ -166,6 +240,7 @@ def _planned(
     runs: str | os.PathLike[str],
     job_dir: Path,
     attempt: int = 0,
+    set_before: Mapping[str, Any] | None = None,
 ) -> Prepared:
     launcher = base.load(profile.spec.launcher)
     if isinstance(launcher, HostChecking):  # others may have another Python
@@ -178,7 +253,23 @@ def _planned(
         plan = complete_plan(job.spec, profile, launcher, job_dir, options, facts, sources)
     except PlanError as error:
         raise error.placed(job.sources) from None
+    plan = replace(plan, set_by_flags={**(set_before or {}), **_set_by_flags(job)})
     return Prepared(plan, launcher, job, profile)
+
+
+def _set_by_flags(job: LoadedJob) -> dict[str, Any]:
+    """Fields whose value a flag has given, by name; what is secret is left out of it."""
+    found: dict[str, Any] = {}
+    for name, source in job.sources.items():
+        value: Any = job.spec.to_plain() if source.startswith("--") else None
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        own = name.rpartition(".")[2]
+        if name.startswith("launch.env.") and value is not None:
+            found[name] = environ.masked({own: value})[own]
+        elif value is not None:
+            found[name] = environ.shown(own, value)
+    return found
 
 
 def complete_plan(

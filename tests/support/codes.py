@@ -16,7 +16,7 @@ from support import ROOT
 
 SRC = ROOT / "src"
 GOLDEN = ROOT / "tests" / "golden" / "messages.txt"
-NOT_YET = ("train", "integrations")
+NOT_YET: tuple[str, ...] = ()
 """Packages of dtrain whose errors have no codes yet."""
 FORM = re.compile(r"[a-z]+\.[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -89,6 +89,18 @@ def _module(name: str, path: Path) -> Module:
     return made
 
 
+def _unpacked(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+    """The names of a target; of what a call returns several, each as a subscript of the call."""
+    if isinstance(target, ast.Name):
+        yield target.id, value
+    elif isinstance(target, ast.Tuple):
+        for index, each in enumerate(target.elts):
+            part: ast.expr = ast.Subscript(value, ast.Constant(index))
+            if isinstance(value, ast.Tuple):
+                part = value.elts[index]
+            yield from _unpacked(each, part)
+
+
 def _assigned(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
     """The names that a statement or an expression gives values to."""
     if isinstance(node, ast.AnnAssign | ast.NamedExpr) and isinstance(node.target, ast.Name):
@@ -96,12 +108,7 @@ def _assigned(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
             yield node.target.id, node.value
     elif isinstance(node, ast.Assign):
         for target in node.targets:
-            if isinstance(target, ast.Name):
-                yield target.id, node.value
-            elif isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-                for name, value in zip(target.elts, node.value.elts, strict=True):
-                    if isinstance(name, ast.Name):
-                        yield name.id, value
+            yield from _unpacked(target, node.value)
 
 
 # -- classes of errors -----------------------------------------------------------------------------
@@ -220,6 +227,8 @@ class Reader:
         for each, (place, leaves) in at.items():
             if getattr(each, "lineno", node.lineno + 1) > node.lineno:
                 continue
+            if node in ast.walk(each) and isinstance(each, ast.Assign):
+                continue
             for target, value in _assigned(each):
                 if target == node.id and _before(place, here):
                     found = [(each, value)]
@@ -250,6 +259,16 @@ class Reader:
                 if isinstance(node, ast.Return) and node.value is not None:
                     yield Reader(module, function, self.deep - 1), node.value
 
+    def parts(self, call: ast.Call, index: int) -> list[tuple[Reader, ast.expr]]:
+        """What a call can return at a place of a tuple."""
+        if ast.unparse(call.func).endswith("from_zero"):  # the ranks get what rank 0 has given
+            inside = call.args[0]
+            return [(self, inside.elts[index])] if isinstance(inside, ast.Tuple) else []
+        returned = self.returned(call)
+        return [
+            (there, each.elts[index]) for there, each in returned if isinstance(each, ast.Tuple)
+        ]
+
     def codes(self, node: ast.expr) -> list[str]:
         """The codes that an expression can be; empty where it is that of something else."""
         match node:
@@ -257,6 +276,8 @@ class Reader:
                 return [text] if FORM.fullmatch(text) else []
             case ast.IfExp():
                 return [*self.codes(node.body), *self.codes(node.orelse)]
+            case ast.BoolOp():
+                return [code for each in node.values for code in self.codes(each)]
             case ast.JoinedStr(values=[ast.FormattedValue(value=ast.Name(id="area")), last]):
                 assert isinstance(last, ast.Constant)
                 return [f"{area}{last.value}" for area in areas()]
@@ -265,6 +286,8 @@ class Reader:
             case ast.Subscript(value=ast.Name(id=name) as table) if name.endswith("_CODES"):
                 listed = [each for value in self.values(table) for each in _listed(value)]
                 return [code for each in listed for code in self.codes(each)]
+            case ast.Subscript(value=ast.Call() as call, slice=ast.Constant(value=int(index))):
+                return [c for there, each in self.parts(call, index) for c in there.codes(each)]
             case ast.Call():
                 found = [
                     code for reader, value in self.returned(node) for code in reader.codes(value)
@@ -297,6 +320,9 @@ class Reader:
                 found = Reader(self.module, self.function, self.deep - 1)
                 values = [text for each in self.values(node) for text in found.texts(each)]
                 return values or [f"<{node.id}>"]
+            case ast.Subscript(value=ast.Call() as call, slice=ast.Constant(value=int(index))):
+                values = [t for there, each in self.parts(call, index) for t in there.texts(each)]
+                return values or [_source(node)]
             case ast.Call():
                 values = [
                     text for reader, each in self.returned(node) for text in reader.texts(each)

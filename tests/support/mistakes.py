@@ -167,7 +167,7 @@ REFUSED = [
 ]
 """Those that the launch itself refuses, in its own words."""
 
-LAUNCH = "a launch refuses these by itself, before the first step"
+LAUNCH = "a launch refuses these before the first step, without verify"
 
 
 def listed() -> Iterator[tuple[str, list[str]]]:

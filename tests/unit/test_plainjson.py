@@ -13,7 +13,10 @@ from torch import nn
 
 from dtrain import Loss
 from dtrain.cli import status
+from dtrain.launchers import summary
 from dtrain.plainjson import numbers, to_json
+from dtrain.run.progress import Progress
+from dtrain.run.rundir import RunDir
 from support.trainings import Regression, job, train
 
 
@@ -69,7 +72,8 @@ def test_all_files_of_a_training(tmp_path: Path) -> None:
     frame = pandas.read_json(tmp_path / "metrics.jsonl", lines=True)
     assert frame["loss"].dtype == float
     assert math.isnan(frame[frame.step == 10].iloc[0]["loss"])
-    assert "nothing nan  much nan  one 1" in status._text("eval", status._metrics(lines[-1]))
+    metrics = summary._metrics(Progress.read(RunDir(tmp_path)), "eval")
+    assert "nothing nan  much nan  one 1" in status._text("eval", metrics, {})
     again = train(job("single", {"held_out": 5}, train={"steps": 8}, **sections), tmp_path)
     assert again.result is not None
     metrics = again.result.metrics

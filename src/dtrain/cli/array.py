@@ -32,7 +32,9 @@ def launch(
     from dtrain.launchers.array import drive_array
 
     launcher, elements = prepare(job, fields, options)
-    return drive_array(launcher, elements, out.say, at_once=at_once, detach=detach, quiet=quiet)
+    return drive_array(
+        launcher, elements, out.say, at_once=at_once, detach=detach, quiet=quiet, paint=out.state
+    )
 
 
 def show(job: str, fields: tuple[str, ...], at_once: int | None, options: dict[str, Any]) -> None:

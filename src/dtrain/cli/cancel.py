@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
+from dtrain.cli import completers
 from dtrain.cli import options as shared
+from dtrain.console import out
 from dtrain.run.lookup import find
 
 
@@ -13,30 +15,22 @@ from dtrain.run.lookup import find
     cls=shared.Command,
     examples=(("dtrain cancel last", "Stop the run that was started last."),),
 )
-@click.argument("run")
+@click.argument("run", shell_complete=completers.runs)
 @shared.runs_option
 @shared.json_option
 def command(run: str, runs: str, as_json: bool) -> None:
     """Stop RUN (an id, a unique prefix, or `last`): its workers save a checkpoint, then exit."""
-    from dtrain.errors import UsageError
-    from dtrain.launchers import base, status
-    from dtrain.plan import LaunchPlan
-    from dtrain.run.attempts import Handle
+    from dtrain.launchers import status
+    from dtrain.launchers.stopping import cancel
 
     found = find(run, runs)
-    plan = LaunchPlan.read(found)
     was, _ = status.state_of(found)
     if was == "running":
-        if Handle.read(found) is None:
-            raise UsageError(
-                f"run {found.id} was started by hand; stop it where it was started",
-                code="run.started-by-hand",
-            )
-        base.load(plan.launcher).cancel(found, plan.stop_timeout_s + 10)
+        cancel(found)
     state, _ = status.state_of(found)
     if as_json:
         shared.print_json({"id": found.id, "was": was, "state": state})
     elif was == "running":
-        click.echo(f"{found.id}: {state}")
+        click.echo(f"{found.id}: {out.state(state)}")
     else:
-        click.echo(f"{found.id}: nothing to cancel, it is {state}")
+        click.echo(f"{found.id} has already ended ({state}); nothing to cancel")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtrain.cli import options as shared
-from dtrain.errors import PlanError, UsageError
+from dtrain.errors import UsageError
 
 if TYPE_CHECKING:
     from dtrain.planning import Prepared
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         ),
     ),
 )
-@click.argument("job")
+@shared.job_argument
 @shared.script_arguments
 @shared.job_options
 @shared.quiet_option
@@ -89,20 +89,10 @@ def command(
 
 def start(prepared: Prepared, quiet: bool, detach: bool = False) -> int:
     """Start a plan and follow it to its end, or only start it; the exit code."""
-    from dtrain.cli.plan import lacking
     from dtrain.console.live import LiveConsole
-    from dtrain.launchers.supervise import can_detach, drive
+    from dtrain.launchers.supervise import drive
 
-    plan, launcher = prepared.plan, prepared.launcher
-    if short := lacking(prepared):
-        raise PlanError(short, ("launch.gpus_per_node",), code="plan.too-few-gpus").placed(
-            prepared.job.sources
-        )
-    if detach and not can_detach(launcher, plan):
-        raise UsageError(
-            f"launcher {plan.launcher!r} cannot --detach: its processes end with the command; "
-            "launcher 'slurm' can, and launcher 'ray' with -o submit=job",
-            code="usage.detach-unsupported",
-        )
+    prepared.refuse_unlaunchable(detach)
+    plan, job = prepared.plan, prepared.job
     console = LiveConsole(plan, quiet=quiet)
-    return drive(launcher, plan, prepared.job.spec, prepared.job.text, console, detach=detach)
+    return drive(prepared.launcher, plan, job.spec, job.text, console, detach=detach)

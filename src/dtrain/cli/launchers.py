@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dtrain.cli import completers
 from dtrain.cli import options as shared
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
         ("dtrain launchers slurm", "The options of launcher slurm."),
     ),
 )
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completers.profiles)
 @shared.json_option
 def command(name: str | None, as_json: bool) -> None:
     """List launchers and profiles; of NAME, every option, its value and where it is set."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections import deque
 from typing import TYPE_CHECKING
 
 import click
 
 from dtrain.cli import options as shared
-from dtrain.run.lookup import find
+from dtrain.errors import RunNotFound, quoted
+from dtrain.run.lookup import attempt_of, find
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,6 +20,27 @@ if TYPE_CHECKING:
 
 _FOLD_WINDOW_S = 0.3
 _POLL_S = 0.1
+
+
+def _numbers(
+    _context: click.Context, option: click.Parameter, given: tuple[str, ...]
+) -> list[range]:
+    """`0-3,7` as ranges.
+
+    Raises:
+        BadParameter: it is none.
+    """
+    found: list[range] = []
+    for text in (part.strip() for each in given for part in each.split(",")):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text, re.ASCII)
+        if match is None:
+            what = f"{quoted(text)} is no {option.name}; write for example 3, 0-3 or 0-3,7"
+            raise click.BadParameter(what)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise click.BadParameter(f"{quoted(text)} has no {option.name} in it")
+        found.append(range(first, last + 1))
+    return found
 
 
 @click.command(
@@ -33,10 +57,28 @@ _POLL_S = 0.1
 @shared.runs_option
 @shared.option(shared.WATCH, "-f", "--follow", is_flag=True, help="Follow the run until it ends.")
 @shared.option(
-    shared.WHAT, "--rank", type=int, multiple=True, help="Only this rank; may be repeated."
+    shared.WATCH,
+    "-n",
+    "--tail",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Begin with the last N lines.  [default: all]",
 )
 @shared.option(
-    shared.WHAT, "--node", type=int, multiple=True, help="Only ranks of this node; may be repeated."
+    shared.WHAT,
+    "--rank",
+    multiple=True,
+    callback=_numbers,
+    metavar="N,N-M",
+    help="Only these ranks, for example 0-3,7; repeatable.",
+)
+@shared.option(
+    shared.WHAT,
+    "--node",
+    multiple=True,
+    callback=_numbers,
+    metavar="N,N-M",
+    help="Only ranks of these nodes; repeatable.",
 )
 @shared.option(
     shared.WHAT, "--attempt", type=int, help="Number of the attempt.  [default: the newest]"
@@ -46,23 +88,21 @@ def command(
     run: str,
     runs: str,
     follow: bool,
-    rank: tuple[int, ...],
-    node: tuple[int, ...],
+    tail: int | None,
+    rank: list[range],
+    node: list[range],
     attempt: int | None,
     as_json: bool,
 ) -> int:
     """Show what the ranks of RUN (an id, a unique prefix, or `last`) wrote.
 
-    Identical lines of several ranks are folded into one. With --follow the exit code is the
-    run's, and it never ends before the run has.
+    Identical lines of several ranks are folded into one. --follow waits for the end of the run, and
+    its exit code is the run's.
     """
-    from dtrain.errors import RunNotFound
-
     found = find(run, runs)
-    attempts = found.attempts()
-    number = attempt if attempt is not None else (attempts[-1] if attempts else 0)
+    number = attempt_of(found, attempt) if found.attempts() or attempt else 0
     newer = follow and attempt is None
-    view = _View(found, number, rank, node, as_json)
+    view = _View(found, number, rank, node, tail, as_json)
     if follow:
         return _follow(found, view, newer)
     view.show_history()
@@ -83,6 +123,7 @@ def _follow(run: RunDir, view: _View, newer: bool) -> int:
     from dtrain.run.remote.runs import refresher
 
     refresh = refresher(run)
+    view.begin_to_follow()
     while (stand := status.state_of(run))[0] in ("running", "prepared"):
         refresh()
         view.show_new()
@@ -101,8 +142,9 @@ class _View:
         self,
         run: RunDir,
         attempt: int,
-        ranks: tuple[int, ...],
-        nodes: tuple[int, ...],
+        ranks: list[range],
+        nodes: list[range],
+        tail: int | None,
         as_json: bool,
     ) -> None:
         from dtrain.console.fold import LineFolder
@@ -111,18 +153,36 @@ class _View:
 
         self._run, self._attempt = run, attempt
         self._ranks, self._nodes = ranks, nodes
-        self._as_json = as_json
+        self._as_json, self._tail = as_json, tail
+        self._past: deque[str] | None = None
+        """The last lines of what was written before, while that is looked through."""
         self._logs: Follower[int] = Follower()
         self.seen: set[int] = set()
-        self._folder = LineFolder(LaunchPlan.read(run).world_size, _FOLD_WINDOW_S, click.echo)
+        self._folder = LineFolder(LaunchPlan.read(run).world_size, _FOLD_WINDOW_S, self._print)
 
     def show_history(self) -> None:
+        """All that is written, in order of time; or the last lines of it."""
+        self._show_past(self._new_logs())
+
+    def begin_to_follow(self) -> None:
+        """Show the last lines of what is written by now, where not all of it is wanted."""
+        if self._tail is not None:
+            logs, read = self._new_logs(), dict[int, int]()
+            self._show_past(logs, read)
+            for rank, path in logs.items():
+                self._logs.add(rank, path, read[rank])
+
+    def _show_past(self, logs: dict[int, Path], read: dict[int, int] | None = None) -> None:
         from dtrain.console.history import merged
 
-        logs = self._new_logs()
-        for now, rank, line in merged(logs):
+        if self._tail is not None:
+            self._past = deque(maxlen=self._tail)
+        for now, rank, line in merged(logs, read):
             self._show(rank, line, now)
         self._folder.flush(float("inf"))
+        past, self._past = self._past, None
+        for text in past or ():
+            click.echo(text)
 
     def show_new(self) -> None:
         for rank, path in self._new_logs().items():
@@ -151,16 +211,22 @@ class _View:
             rank: path
             for rank, (node, path) in self._run.rank_logs(self._attempt).items()
             if rank not in self.seen
-            and (not self._ranks or rank in self._ranks)
-            and (not self._nodes or node in self._nodes)
+            and (not self._ranks or any(rank in each for each in self._ranks))
+            and (not self._nodes or any(node in each for each in self._nodes))
         }
         self.seen |= new.keys()
         return new
+
+    def _print(self, text: str) -> None:
+        if self._past is None:
+            click.echo(text)
+        else:
+            self._past.append(text)
 
     def _show(self, rank: int, line: str, now: float) -> None:
         if self._as_json:
             import json
 
-            click.echo(json.dumps({"rank": rank, "line": line}))
+            self._print(json.dumps({"rank": rank, "line": line}))
         else:
             self._folder.feed(rank, line, now)

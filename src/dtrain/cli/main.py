@@ -8,7 +8,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
@@ -39,8 +39,37 @@ _COMMANDS = {
     ),
     "export": ("dtrain.cli.export", "Write a run's model for other programs, and check it."),
     "launchers": ("dtrain.cli.launchers", "List launchers, profiles and their options."),
+    "completion": ("dtrain.cli.completion", "Print the script that completes commands in a shell."),
     "schema": ("dtrain.cli.schema", "Print the JSON Schema of job.yaml, for editors."),
 }
+
+
+_MEANT = {
+    "help": "--help",
+    "info": "status",
+    "kill": "cancel",
+    "list": "runs",
+    "log": "logs",
+    "ls": "runs",
+    "ps": "runs",
+    "run": "launch",
+    "show": "status",
+    "start": "launch",
+    "stop": "cancel",
+    "submit": "launch",
+    "tail": "logs",
+    "train": "launch",
+}
+"""What other tools call a command."""
+
+
+def _nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is most like one, dashes in front left aside."""
+    from difflib import get_close_matches
+
+    bare = {name.lstrip("-"): name for name in known}
+    near = get_close_matches(word.lstrip("-"), bare, n=1)
+    return bare[near[0]] if near else None
 
 
 class _LazyGroup(click.Group):
@@ -69,10 +98,8 @@ class _LazyGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError:
-            from difflib import get_close_matches
-
-            near = get_close_matches(args[0], _COMMANDS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            near = _MEANT.get(args[0]) or _nearest(args[0], _COMMANDS)
+            hint = f" Did you mean {near!r}?" if near else ""
             text = f"No command {args[0]!r}.{hint}"
             raise UsageError(text, code="usage.unknown-command") from None
 
@@ -95,9 +122,12 @@ def _readers_may_leave() -> Iterator[None]:
 
 def _version(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
     if asked:
+        import platform
         from importlib.metadata import version
 
-        click.echo(f"dtrain {version('dtrain')}")
+        parts = ("dtrain", "torch")
+        told = [f"{name} {version(name)}" for name in parts]
+        click.echo(", ".join([*told, f"Python {platform.python_version()}"]))
         ctx.exit()
 
 
@@ -109,7 +139,14 @@ def _version(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
         "max_content_width": 80,
     },
 )
-@click.option("--version", is_flag=True, callback=_version, expose_value=False, is_eager=True)
+@click.option(
+    "--version",
+    is_flag=True,
+    callback=_version,
+    expose_value=False,
+    is_eager=True,
+    help="Show the versions of dtrain, torch and Python, and exit.",
+)
 def cli() -> None:
     """One training definition, launched anywhere, provably the same training, and hard to kill.
 
@@ -124,7 +161,7 @@ def main(argv: list[str] | None = None) -> Any:
     """Run the command line; errors meant for people are printed without a traceback."""
     out.prepare()
     try:
-        status = cli.main(args=argv, standalone_mode=False)
+        status = cli.main(args=argv, prog_name="dtrain", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
@@ -157,6 +194,9 @@ def _as_told(error: click.ClickException | DtrainError | OSError) -> DtrainError
     if isinstance(error, DtrainError):
         return error
     if isinstance(error, click.ClickException):
+        if isinstance(error, click.NoSuchOption):
+            near = _nearest(error.option_name, error.possibilities or ())
+            error.possibilities = [near] if near else None  # type: ignore[misc]
         names = (each.__name__ for each in type(error).__mro__)
         name = next(name for name in names if name in _CLICK_CODES)
         return UsageError(error.format_message(), code=_CLICK_CODES[name])

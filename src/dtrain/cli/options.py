@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from dtrain.cli import completers
 from dtrain.errors import UsageError
 from dtrain.launchers import flags
 from dtrain.launchers.flags import Flag
@@ -99,22 +101,12 @@ option_option = option(
     "options",
     multiple=True,
     metavar="NAME=VALUE",
+    shell_complete=completers.options,
     help="Set an option of the launcher; repeatable. `dtrain launchers NAME` lists them.",
 )
 script_arguments = click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- …]")
-run_argument = click.argument("run", default="last")
-
-# option → the field of job.yaml that it sets
-_FIELDS = {
-    "nodes": "launch.nodes",
-    "gpus": "launch.gpus_per_node",
-    "procs": "launch.procs_per_node",
-    "max_restarts": "launch.max_restarts",
-    "strategy": "strategy",
-    "trainer": "trainer",
-    "seed": "seed",
-    "name": "name",
-}
+run_argument = click.argument("run", default="last", shell_complete=completers.runs)
+job_argument = click.argument("job", shell_complete=completers.files)
 
 _SIZE_OPTIONS = (
     option(SIZE, "-N", "--nodes", "--nnodes", metavar="N|MIN:MAX", help="Number of nodes."),
@@ -122,9 +114,10 @@ _SIZE_OPTIONS = (
            help="Processes per node.  [default: one per GPU, or one]"),
     option(SIZE, "--gpus", "--gpus-per-node", metavar="N",
            help="GPUs per node; 0 trains on the CPU."),
-    option(SIZE, "--strategy", metavar="NAME",
+    option(SIZE, "--strategy", metavar="NAME", shell_complete=completers.strategies,
            help="How processes share the work: single, dp, ddp, fsdp or exact."),
     option(WHAT, "--set", "overrides", multiple=True, metavar="FIELD=VALUE",
+           shell_complete=completers.fields,
            help="Set a field of job.yaml, for example train.epochs=3; repeatable."),
     option_option,
     option(WHERE, "-e", "--env", "environment", multiple=True, metavar="NAME[=VALUE]",
@@ -132,11 +125,12 @@ _SIZE_OPTIONS = (
     option(MORE, "--max-restarts", metavar="N", help="Restarts of failed workers."),
 )  # fmt: skip
 _JOB_OPTIONS = (
-    option(WHAT, "--trainer", metavar="NAME",
+    option(WHAT, "--trainer", metavar="NAME", shell_complete=completers.trainers,
            help="Training loop: native (dtrain's), or lightning."),
     option(WHAT, "--seed", metavar="N", help="Seed of the whole training."),
     option(WHAT, "--name", metavar="TEXT", help="Name of the run."),
     option(WHERE, "--launcher", default="local", show_default=True, metavar="NAME",
+           shell_complete=completers.profiles,
            help="Where processes start: local, torchrun, slurm, ray, or a profile of your own."),
     option(MORE, "--inject", "inject", multiple=True, metavar="RANK,STEP,KIND",
            help="Cause a fault, for example rank=1,step=5,kind=flip-gradient-bit."),
@@ -176,10 +170,13 @@ class LaunchCommand(Command):
             self._add_outside()
         try:
             return super().parse_args(ctx, args)
-        except click.NoSuchOption:
+        except click.NoSuchOption as error:
             if not self._add_outside():
-                raise
+                raise _of_script(error, given) from None
+        try:
             return super().parse_args(ctx, given)
+        except click.NoSuchOption as error:
+            raise _of_script(error, given) from None
 
     def _add_outside(self) -> bool:
         known = {param.name for param in self.params}
@@ -187,6 +184,21 @@ class LaunchCommand(Command):
             if f"{_OF_LAUNCHER}{each.option}" not in known:
                 _click_option(each)(self)
         return len(self.params) > len(known)
+
+
+def _of_script(error: click.NoSuchOption, given: list[str]) -> click.NoSuchOption | UsageError:
+    """The error of an option that is the script's, with the command line that gives it one."""
+    scripts = [number for number, text in enumerate(given) if text.endswith(".py")]
+    name = error.option_name
+    found = [n for n, text in enumerate(given) if text.replace("_", "-").startswith(name)]
+    if not scripts or not found or found[0] < scripts[0] or error.ctx is None:
+        return error
+    line = shlex.join([*given[: found[0]], "--", *given[found[0] :]])
+    return UsageError(
+        f"{name} is not an option of dtrain. Put -- before the arguments of the script:\n"
+        f"  {error.ctx.command_path} {line}",
+        code="usage.option-of-script",
+    )
 
 
 def size_options(function: _Function) -> _Function:
@@ -231,10 +243,11 @@ def _launcher_options(options: dict[str, Any]) -> dict[str, Located]:
 def written_flags(options: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given, as fields of job.yaml with the flag's spelling for errors."""
     from dtrain.job.load import flag
+    from dtrain.planning import FIELDS
 
     written = {
         field: flag(f"--{name.replace('_', '-')}", _number(options[name]))
-        for name, field in _FIELDS.items()
+        for name, field in FIELDS.items()
         if options.get(name) is not None
     }
     if options.get("arguments"):

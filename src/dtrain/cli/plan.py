@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         ("dtrain plan --launcher slurm --nodes 2 job.yaml", "The batch script of a launch."),
     ),
 )
-@click.argument("job")
+@shared.job_argument
 @shared.script_arguments
 @shared.job_options
 @shared.explain_option
@@ -52,19 +52,11 @@ def show(prepared: Prepared, as_json: bool, explain: bool, *, written: bool = Fa
         shared.print_json(value)
         return
     lines = [*_lines(plan, written), *plan.notes, *_preview(prepared)]
-    if short := lacking(prepared):
+    if short := prepared.lacking:
         lines.append(f"not to be launched on this host: {short}")
     click.echo("\n".join(lines))
     if explain:
         click.echo("\n".join(_explained(prepared)))
-
-
-def lacking(prepared: Prepared) -> str:
-    """Why this host cannot take a plan, as a sentence; empty when it can, or others are asked."""
-    from dtrain.launchers.base import HostChecking
-
-    launcher = prepared.launcher
-    return launcher.lacking(prepared.plan) if isinstance(launcher, HostChecking) else ""
 
 
 def _preview(prepared: Prepared) -> list[str]:
@@ -83,6 +75,8 @@ def _lines(plan: LaunchPlan, written: bool) -> list[str]:
         f"size       {nodes} node(s) × {plan.procs_per_node} = {ranks} on {plan.device}, "
         f"{plan.backend}, {plan.threads_per_proc} thread(s) each",
     ]
+    if plan.script:
+        lines.insert(1, f"script     {shlex.join(plan.script)}")
     if plan.replicas > 1:
         lines.append(f"replicas   {plan.replicas} in the one process")
     for node_rank, name in enumerate(plan.node_names):

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from dtrain.cli import options as shared
+from dtrain.console import out
 from dtrain.run.lookup import here
 
-if TYPE_CHECKING:
-    from dtrain.run.rundir import RunDir
-
-_DAMAGED = "damaged"
+_LEFT_OUT = ("LAUNCHER", "STRATEGY", "RANKS", "STARTED", "SET")
+"""Columns that a terminal does not show where there are too few, in this order."""
+_SHORTEST_SET = 16
+_HAS_A_COLUMN = (
+    "name",
+    "strategy",
+    "launch.nodes",
+    "launch.procs_per_node",
+    "launch.gpus_per_node",
+)
 
 
 @click.command(
@@ -23,47 +30,78 @@ _DAMAGED = "damaged"
 @shared.runs_option
 @shared.json_option
 def command(runs: str, as_json: bool) -> None:
-    """List the runs, the oldest first."""
+    """List the runs, the newest last.
+
+    A narrow terminal shows fewer columns; --json, and a pipe, have all of them.
+    """
+    from dtrain.launchers.summary import DAMAGED, row
     from dtrain.run.rundir import list_runs
 
-    rows = [_row(run) for run in list_runs(here(runs))]
+    rows = [row(run) for run in list_runs(here(runs))]
     if as_json:
         shared.print_json(rows)
     elif not rows:
         click.echo(f"no runs in {runs}")
     else:
-        click.echo("\n".join(_table(rows)))
-        for row in rows:
-            if row["state"] == _DAMAGED:
-                click.echo(row["reason"], err=True)
+        click.echo("\n".join(table(rows, out.width())))
+        for each in rows:
+            if each["state"] == DAMAGED:
+                click.echo(each["reason"], err=True)
 
 
-def _row(run: RunDir) -> dict[str, Any]:
-    """What is known of a run; of one that cannot be read, why not."""
-    from dtrain.cli.status import summary
-    from dtrain.errors import DtrainError
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the table, by heading."""
+    from dtrain.run.files import duration, local_time
 
-    try:
-        return summary(run)
-    except (DtrainError, OSError) as error:
-        unknown = dict.fromkeys(("step", "world_size", "strategy", "launcher", "started"))
-        path = {"url": run.url, "path": str(run.path)}
-        return {"id": run.id, "state": _DAMAGED, "reason": str(error), **unknown, **path}
+    last = row.get("eval") or {k: v for k, v in row.get("train", {}).items() if k == "loss"}
+    metric = next((f"{name} {value:.4g}" for name, value in last.items()), None)
+    done, total = row["step"], row.get("total_steps")
+    given = row.get("set", {}).items()
+    told = {
+        "RUN": row["id"],
+        "STATE": row["state"],
+        "STEP": done if total in (None, done) else f"{done or 0}/{total}",
+        "RANKS": row["world_size"],
+        "STRATEGY": row["strategy"],
+        "LAUNCHER": row["launcher"],
+        "STARTED": local_time(row["started"]) if row["started"] else None,
+        "DURATION": None if row.get("duration") is None else duration(row["duration"]),
+        "METRIC": metric,
+        "SET": " ".join(f"{k}={v}" for k, v in given if k not in _HAS_A_COLUMN) or None,
+    }
+    return {name: "-" if value is None else str(value) for name, value in told.items()}
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    from dtrain.run.files import local_time
+def table(rows: list[dict[str, Any]], width: int | None) -> list[str]:
+    """The runs as lines.
 
-    cells: list[tuple[str, ...]] = [
-        ("RUN", "STATE", "STEP", "RANKS", "STRATEGY", "LAUNCHER", "STARTED")
-    ]
-    for row in rows:
-        when = local_time(row["started"]) if row["started"] else None
-        told = (row["step"], row["world_size"], row["strategy"], row["launcher"], when)
-        shown = ("-" if value is None else str(value) for value in told)
-        cells.append((row["id"], row["state"], *shown))
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    ]
+    Args:
+        rows: summaries.
+        width: columns that a line may have; None for any. Where there are too few, SET is
+            shortened, then LAUNCHER, STRATEGY, RANKS and STARTED are left out, then SET.
+    """
+    cells = [_cells(row) for row in rows]
+    widths = {name: max(len(name), *(len(each[name]) for each in cells)) for name in cells[0]}
+    if width is not None:
+        wanted = widths["SET"]
+        widths["SET"] = min(wanted, _SHORTEST_SET)
+        left_out = list(_LEFT_OUT)
+        while _total(widths) > width and left_out:
+            del widths[left_out.pop(0)]
+        if "SET" in widths:
+            widths["SET"] = min(wanted, widths["SET"] + width - _total(widths))
+    lines = ["  ".join(name.ljust(size) for name, size in widths.items()).rstrip()]
+    for each in cells:
+        parts = [_padded(name, each[name], size) for name, size in widths.items()]
+        lines.append("  ".join(parts).rstrip())
+    return lines
+
+
+def _total(widths: dict[str, int]) -> int:
+    return sum(widths.values()) + 2 * (len(widths) - 1)
+
+
+def _padded(name: str, text: str, size: int) -> str:
+    if len(text) > size:
+        text = f"{text[: size - 2]} …"
+    return (out.state(text) if name == "STATE" else text) + " " * (size - len(text))

@@ -1,16 +1,19 @@
-"""`dtrain status`: how one run stands."""
+"""`dtrain status`: the state of one run, and how far it is."""
 
 from __future__ import annotations
 
+import textwrap
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dtrain.cli import options as shared
+from dtrain.console import out
 from dtrain.run.lookup import find
 
 if TYPE_CHECKING:
-    from dtrain.run.rundir import RunDir
+    pass
 
 
 @click.command(
@@ -22,87 +25,70 @@ if TYPE_CHECKING:
 @shared.runs_option
 @shared.json_option
 def command(run: str, runs: str, as_json: bool) -> None:
-    """How RUN (an id, a unique prefix, or `last`) stands."""
+    """Show the state, progress and newest metrics of RUN (an id, a unique prefix, or `last`)."""
+    from dtrain.launchers.summary import summary
+
     row = summary(find(run, runs))
     if as_json:
         shared.print_json(row)
         return
-    for name, value in row.items():
-        if value not in (None, {}):
-            click.echo(f"{name.replace('_', ' '):<18} {_text(name, value)}")
+    texts = {name: text for name, value in row.items() if (text := _text(name, value, row))}
+    indent = max(map(len, texts)) + 2
+    for name, text in texts.items():
+        click.echo(_folded(f"{name:<{indent}}", text))
 
 
-def summary(run: RunDir) -> dict[str, Any]:
-    """What is known of a run: its state, its place, its last metrics."""
-    from dtrain.launchers import status
-    from dtrain.plan import LaunchPlan
-    from dtrain.run import events, files
-    from dtrain.run.attempts import Handle
+def _text(name: str, value: Any, row: dict[str, Any]) -> str:
+    """A value for people; empty where there is nothing to show."""
+    from dtrain.run.files import duration, local_time
 
-    plan = LaunchPlan.read(run)
-    handle = Handle.read(run)
-    state, result = status.state_of(run)
-    last: dict[str, dict[str, Any]] = {}
-    for line in files.read_lines(run.metrics, split=str, step=int):
-        last[line["split"]] = line
-    finished: dict[str, Any] = {}
-    waits: dict[tuple[str, Any], str] = {}
-    for event in files.read_lines(run.events, event=str):
-        if event["event"] == "finished":
-            finished = event
-        elif event["event"] == "threads_left":
-            waits["rank", event.get("rank")] = str(event.get("what"))
-        elif event["event"] == "silent":
-            waits["node", event.get("node_rank")] = str(event.get("what"))
-        elif event["event"] == "heard":
-            waits.pop(("node", event.get("node_rank")), None)
-        elif event["event"] == "workers_started":
-            waits.clear()
-    newest = max(last.values(), key=lambda line: line["step"], default=None)
-    return {
-        "id": run.id,
-        "state": state,
-        "exit_code": None if result is None else result.exit_code,
-        "attempt": handle.attempt if handle else plan.attempt,
-        "launcher": plan.launcher,
-        "strategy": plan.strategy,
-        "trainer": plan.trainer,
-        "nodes": plan.nodes,
-        "world_size": plan.world_size,
-        "started": None if handle is None else handle.started,
-        "ended": None if result is None else result.ended,
-        "step": None if newest is None else newest["step"],
-        "train": _metrics(last.get("train")),
-        "eval": _metrics(last.get("eval")),
-        "waits": "\n".join(waits.values()) or None if state == "running" else None,
-        "warning": events.ungrouped_warning(run),
-        "parameters_sha256": finished.get("parameters_sha256"),
-        **_described(run, plan.launcher),
-        "url": run.url,
-        "path": str(run.path),
-    }
-
-
-def _described(run: RunDir, launcher: str) -> dict[str, str]:
-    """What only some launchers know: how the batch job stands."""
-    from dtrain.launchers import base
-
-    found = base.load(launcher)
-    return found.describe(run) if isinstance(found, base.Describable) else {}
-
-
-def _metrics(line: dict[str, Any] | None) -> dict[str, Any]:
-    from dtrain.plainjson import numbers
-
-    hidden = ("time", "step", "epoch", "split")
-    return numbers({k: v for k, v in (line or {}).items() if k not in hidden})
-
-
-def _text(name: str, value: Any) -> str:
+    if value in (None, {}) or name in ("total_steps", "percent"):
+        return ""
+    if name == "state":
+        return out.state(value)
+    if name == "why":
+        return f"{value}; `dtrain why {row['id']}` shows more"
+    if name == "step":
+        return steps(row)
     if name in ("started", "ended"):
-        from dtrain.run.files import local_time
-
         return local_time(value)
+    if name == "duration":
+        return duration(value)
+    if name == "eta":
+        return f"{local_time(value)}, in {duration(value - time.time())}"
+    if name == "samples_per_second":
+        return f"{value:.6g}"
+    if name == "train":
+        value = {key: number for key, number in value.items() if key != "samples_per_second"}
+    if name == "set":
+        return "  ".join(f"{key}={each}" for key, each in value.items())
     if isinstance(value, dict):
         return "  ".join(f"{key} {number:.6g}" for key, number in value.items())
     return str(value)
+
+
+def steps(row: dict[str, Any]) -> str:
+    """`20 of 48 (41 %)`, or `20` where nobody knows how many there will be."""
+    if row.get("total_steps") is None:
+        return str(row["step"])
+    return f"{row['step']} of {row['total_steps']} ({row['percent']} %)"
+
+
+def _folded(label: str, text: str) -> str:
+    """A line for a terminal of any width; for a pipe, one line."""
+    width = out.width()
+    if width is None:
+        return label + text
+    indent = " " * len(label)
+    return "\n".join(
+        folded
+        for number, line in enumerate(text.splitlines())
+        for folded in textwrap.wrap(
+            line,
+            max(40, width),
+            initial_indent=indent if number else label,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dtrain.cli import completers
 from dtrain.cli import options as shared
+from dtrain.console import out
 from dtrain.errors import UsageError, quoted
 
 if TYPE_CHECKING:
@@ -49,14 +50,14 @@ def _samples(_context: click.Context, _option: click.Parameter, given: str) -> i
 def _one_job(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> str:
     numbers = [text for text in given if _is_count(text)]
     if len(given) > 1 and numbers:
-        raise UsageError(
-            f"{numbers[0]} is no job; --gpus takes no number here: it gives each process a GPU, "
-            f"and --procs {numbers[0]} says how many there are",
-            code="usage.unexpected-argument",
-        )
+        text = f"--gpus takes no number in verify; use --gpus --procs {numbers[0]}"
+        raise UsageError(text, code="usage.unexpected-argument")
     if len(given) > 1:
         text = f"one job at a time, not {' '.join(given)}"
         raise UsageError(text, code="usage.unexpected-argument")
+    if given[0].endswith(".py"):
+        text = f"verify needs a job.yaml with a task; {quoted(given[0])} is a script"
+        raise UsageError(text, code="verify.script")
     return given[0]
 
 
@@ -78,7 +79,14 @@ def _writable(context: click.Context, option: click.Parameter, given: str | None
         ("dtrain verify --strategy ddp,fsdp --procs 2 job.yaml", "Only these."),
     ),
 )
-@click.argument("job", nargs=-1, required=True, callback=_one_job, metavar="JOB")
+@click.argument(
+    "job",
+    nargs=-1,
+    required=True,
+    callback=_one_job,
+    metavar="JOB",
+    shell_complete=completers.files,
+)
 @shared.option(
     shared.WHAT,
     "--set",
@@ -190,7 +198,7 @@ def command(html: str | None, as_json: bool, **options: Any) -> int:  # fmt: ski
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # there are folders to clear away
     waiting = _Waiting()
-    shows = not as_json and sys.stdout.isatty()
+    shows = not as_json and out.on_terminal()
     with Session(**options, watch=waiting.show if shows else None) as session:
         report = _quietly(session) if as_json else _aloud(session, waiting)
     if as_json:
@@ -214,8 +222,7 @@ def _aloud(session: Session, waiting: _Waiting) -> Report:
     from dtrain.verify import text
 
     width = shutil.get_terminal_size().columns
-    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    table = text.Table(session.pairs, width, _paint if colours else text.plain)
+    table = text.Table(session.pairs, width, out.paint)
     session.begin()
     waiting.echo(text.opening(session.report))
     waiting.echo("\n" + table.head())
@@ -248,7 +255,3 @@ class _Waiting:
     def echo(self, line: str) -> None:
         click.echo(("\r\x1b[K" if self._shown else "") + line)
         self._shown = ""
-
-
-def _paint(text: str, colour: str) -> str:
-    return click.style(text, fg=colour)

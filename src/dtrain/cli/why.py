@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from dtrain.cli import options as shared
+from dtrain.console import out
 from dtrain.run.lookup import find
 
 _STANDS = {
@@ -28,33 +29,20 @@ _STANDS = {
 @shared.json_option
 def command(run: str, runs: str, attempt: int | None, as_json: bool) -> None:
     """Why RUN (an id, a unique prefix, or `last`) failed."""
-    from dtrain.errors import RunNotFound
-    from dtrain.launchers import status
+    from dtrain.launchers.summary import judged
     from dtrain.run import events, verdict
     from dtrain.run.attempts import Result
 
     found = find(run, runs)
-    attempts = found.attempts()
-    if not attempts or (attempt is not None and attempt not in attempts):
-        raise RunNotFound(
-            f"run {found.id} has no attempt {attempt or 0}; it has {attempts}",
-            code="run.no-such-attempt",
-        )
-    number = attempts[-1] if attempt is None else attempt
-    verdicts = verdict.read(found, number) or verdict.judge(found, number)
-    if number == attempts[-1]:
-        state = status.state_of(found)[0]
-    else:
-        result = Result.read(found, number)
-        state = "failed" if result is None else result.state
-    failed = state in ("failed", "lost") and verdicts is not None
+    number, state, failed = judged(found, attempt)
     if as_json:
-        shared.print_json(verdicts.to_json() if failed and verdicts else None)
-    elif failed and verdicts is not None:
-        click.echo(verdict.render(verdicts, found))
+        shared.print_json(failed.to_json() if failed else None)
+    elif failed is not None:
+        click.echo(verdict.render(failed, found, out.width(), out.paint))
     elif state == "lost":
         click.echo(f"run {found.id} was ended from outside: its launcher was killed")
     elif state == "cancelled":
-        click.echo(events.stop_message(found, number))
+        result = Result.read(found, number)
+        click.echo(events.stop_message(found, number, 0 if result is None else result.exit_code))
     else:
         click.echo(f"run {found.id} has not failed: {_STANDS[state]}")

@@ -24,6 +24,14 @@ LAUNCH: Mapping[str, Entry] = {
         "Remove the argument. Options begin with a dash, and the arguments of a script "
         "follow `--`.",
     ),
+    "usage.option-of-script": Entry(
+        "An option of the script stands among the options of dtrain.",
+        "Put `--` before the arguments of the script.",
+    ),
+    "usage.not-a-job": Entry(
+        "The file is neither a job file nor a Python script.",
+        "Name a `.yaml` or a `.py` file.",
+    ),
     "usage.invalid-value": Entry(
         "An option has a value that it cannot have.",
         "Give one of the values that the message or `--help` names.",
@@ -371,6 +379,10 @@ LAUNCH: Mapping[str, Entry] = {
     "launch.fork-server-ended": Entry(
         "The process that starts the workers of this comparison has ended early.",
         "Look for an error above, or for too little memory, and try again.",
+    ),
+    "launch.driver-ended": Entry(
+        "The process that drives the run ended before its time.",
+        "The message has its last lines. Look for too little memory.",
     ),
     "run.not-found": Entry(
         "No run has this name.",
@@ -883,5 +895,33 @@ LAUNCH: Mapping[str, Entry] = {
     "export.changed-when-read-back": Entry(
         "A file that was written is not the same when it is read back.",
         "Look at the disk, and export again.",
+    ),
+    "api.invalid-argument": Entry(
+        "A function of dtrain was called with an argument that it does not take.",
+        "Give what the message names.",
+    ),
+    "api.value-not-for-jobs": Entry(
+        "A value was given that a job file cannot hold.",
+        "Give numbers, texts, lists and dicts, and create other objects inside the task.",
+    ),
+    "api.class-needs-notebook": Entry(
+        "The task uses a value of the notebook that workers cannot receive.",
+        "Create the value inside the class, or move it into a file and import it.",
+    ),
+    "api.class-without-source": Entry(
+        "The class has no source text that workers could import.",
+        "Move the class into a file, and import it from there.",
+    ),
+    "api.class-not-importable": Entry(
+        "Workers cannot import the class by its name.",
+        "Define it at the top of a file or of a cell.",
+    ),
+    "api.main-thread-only": Entry(
+        "The function handles Ctrl-C, so it works in the main thread only.",
+        "Call it in the main thread.",
+    ),
+    "api.launch-at-import": Entry(
+        "Each worker imports this file, and would then launch another run.",
+        'Put the call under `if __name__ == "__main__":`.',
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import os
 import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -11,20 +12,44 @@ from pathlib import Path
 _STAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[,.](\d{3}) ")
 
 
-def merged(logs: Mapping[int, Path]) -> Iterator[tuple[float, int, str]]:
+def merged(
+    logs: Mapping[int, Path], read: dict[int, int] | None = None
+) -> Iterator[tuple[float, int, str]]:
     """(time, rank, line) of several ranks' logs, in order of time; reads as it goes.
 
     A line without a time of its own has that of the line before it.
+
+    Args:
+        logs: the file of each rank.
+        read: is given how many bytes of each file were read, for who will read on: a last line
+            that has no end yet is left for then.
     """
-    return heapq.merge(*(_timed(rank, path) for rank, path in logs.items()), key=lambda x: x[0])
+    timed = (_timed(rank, path, read) for rank, path in logs.items())
+    return heapq.merge(*timed, key=lambda each: each[0])
 
 
-def _timed(rank: int, path: Path) -> Iterator[tuple[float, int, str]]:
+def _timed(rank: int, path: Path, read: dict[int, int] | None) -> Iterator[tuple[float, int, str]]:
     now = 0.0
+    for line in _lines(path) if read is None else _whole_lines(rank, path, read):
+        now = max(now, _time_of(line) or now)
+        yield now, rank, line
+
+
+def _lines(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            now = max(now, _time_of(line) or now)
-            yield now, rank, line.rstrip("\n")
+            yield line.rstrip("\n")
+
+
+def _whole_lines(rank: int, path: Path, read: dict[int, int]) -> Iterator[str]:
+    """What the file holds now; what comes while it is read is left for later."""
+    with path.open("rb") as file:
+        size, read[rank] = file.seek(0, os.SEEK_END), file.seek(0)
+        for line in file:
+            if not line.endswith(b"\n") or read[rank] + len(line) > size:
+                return
+            read[rank] += len(line)
+            yield line[:-1].decode(errors="replace")
 
 
 def _time_of(line: str) -> float | None:

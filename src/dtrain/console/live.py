@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
-import sys
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from dtrain.console import out
+from dtrain.console import notebook, out
 from dtrain.console.fold import LineFolder
+from dtrain.console.notebook import NotebookBar
 from dtrain.console.tail import Follower
 from dtrain.plainjson import numbers
 from dtrain.plan import LaunchPlan
@@ -19,7 +21,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _FOLD_WINDOW_S = 0.3
+_STEP_LINES_EVERY_S = 10.0
+_SAID = r"^\d{4}-\d\d-\d\d \S+ \w+ dtrain\.train\.loop\.reporting: "
+_STEP_LINE = re.compile(_SAID + r"step (\d+)/(\d+|\?) ")
+_END_LINE = re.compile(_SAID + r"(finished: |leaving after )")
 _WIDEST_BAR = 100
+_BESIDE_TEXT = 40
+"""Columns that a bar needs besides its text: step, bar, time left."""
 _SERIOUS = re.compile(r"^\d{4}-\d\d-\d\d \S+ (WARNING|ERROR|CRITICAL) ")
 # On a console the time is now, and what is said at INFO needs no level and no module.
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\d \S+ (INFO \S+: )?")
@@ -46,9 +54,13 @@ class LiveConsole:
         self._failures: list[dict[str, Any]] = []
         self._restart = 0
         self._folder = LineFolder(plan.world_size, _FOLD_WINDOW_S, self._print)
-        self._bar: _Bar | None = None
-        if sys.stdout.isatty() and not quiet:
-            self._bar = _Bar()
+        self._bar: _Bar | NotebookBar | None = None
+        self._pace: StepLines | None = None
+        """Of a terminal, whose bar shows the steps between."""
+        if not quiet and notebook.is_here():
+            self._bar = NotebookBar()
+        elif not quiet and out.on_terminal():
+            self._bar, self._pace = _Bar(), StepLines()
         self._records.skip_to_end()  # a resumed run has told its past already
 
     def begin(self, text: str) -> None:
@@ -67,10 +79,24 @@ class LiveConsole:
                 self._bar.metrics(record)
         self._find_logs()
         now = time.monotonic()
-        for (_, rank), line in self._logs.poll():
-            if self._is_shown(rank, line):
-                self._folder.feed(rank, _STAMP.sub("", line), now)
+        self._feed(self._logs.poll(), now)
         self._folder.flush(now)
+
+    def _feed(self, logged: Iterable[tuple[tuple[int, int], str]], now: float) -> None:
+        for (_, rank), line in logged:
+            if not self._is_shown(rank, line):
+                continue
+            paced = rank == 0 and self._pace is not None
+            for each in self._pace.pick(line, now) if paced and self._pace else [line]:
+                self._folder.feed(rank, _STAMP.sub("", each), now)
+
+    def width(self) -> int | None:
+        """Columns that a line may have; None for any."""
+        return out.width()
+
+    def paint(self, text: str, colour: str | None) -> str:
+        """A text in a colour, where colours are shown."""
+        return out.paint(text, colour)
 
     def _find_logs(self) -> None:
         """Follow what was not there before, in further attempts too: batch jobs are requeued."""
@@ -90,10 +116,8 @@ class LiveConsole:
     def close(self) -> None:
         """Show the rest, and take the progress bar away."""
         self.tick()
-        now = time.monotonic()
-        for (_, rank), line in self._logs.finish():
-            if not self._quiet and self._is_shown(rank, line):
-                self._folder.feed(rank, _STAMP.sub("", line), now)
+        if not self._quiet:
+            self._feed(self._logs.finish(), time.monotonic())
         self._folder.flush(float("inf"))
         if self._bar is not None:
             self._bar.close()
@@ -143,6 +167,35 @@ class LiveConsole:
             self._bar.print(text)
 
 
+class StepLines:
+    """Which lines of steps are shown: the first, one in ten seconds, and the last."""
+
+    def __init__(self) -> None:
+        self._shown_at = -math.inf
+        self._held: str | None = None
+        """The newest line of a step that was not shown."""
+
+    def pick(self, line: str, now: float) -> list[str]:
+        """The lines to show when rank 0 says one.
+
+        Args:
+            line: of its log.
+            now: seconds of a clock that does not go back.
+        """
+        step = _STEP_LINE.match(line)
+        if step is None:
+            is_end, held = _END_LINE.match(line) is not None, self._held
+            if not is_end or held is None:
+                return [line]
+            self._held = None
+            return [held, line]
+        if step[1] != step[2] and now - self._shown_at < _STEP_LINES_EVERY_S:
+            self._held = line
+            return []
+        self._held, self._shown_at = None, now
+        return [line]
+
+
 class _Bar:
     """The progress bar of a terminal; it stays below the lines."""
 
@@ -150,6 +203,7 @@ class _Bar:
         from rich.console import Console
 
         self._console = Console(highlight=False)
+        self._text = ""
         if self._console.width > _WIDEST_BAR:
             self._console.width = _WIDEST_BAR  # lines above it are not wrapped, see `print`
         self._progress: Progress | None = None
@@ -166,6 +220,7 @@ class _Bar:
                 MofNCompleteColumn(),
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[text]}"),
+                TextColumn("ETA"),
                 Remaining(),
                 console=self._console,
                 transient=True,
@@ -178,9 +233,13 @@ class _Bar:
         """Move to the step of a line of metrics.jsonl."""
         if self._progress is None or self._task is None or line["split"] != "train":
             return
-        loss = numbers(line).get("loss")
-        text = "" if loss is None else f"epoch {line['epoch']}  loss {loss:.4f}"
-        self._progress.update(self._task, completed=line["step"], text=text)
+        values = numbers(line)
+        if "loss" in values:
+            text = f"epoch {line['epoch']}  loss {values['loss']:.4f}"
+            speed = f"  {values.get('samples_per_second', 0.0):,.0f} samples/s"
+            room = self._console.width - len(text) - len(speed) - _BESIDE_TEXT
+            self._text = text + speed if room >= 0 else text
+        self._progress.update(self._task, completed=line["step"], text=self._text)
 
     def print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)

@@ -6,13 +6,46 @@ import contextlib
 import errno
 import io
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 
 from dtrain.errors import DtrainError, told
 
+_STATE_COLOURS = {
+    "running": "cyan",
+    "succeeded": "green",
+    "failed": "red",
+    "lost": "red",
+    "damaged": "red",
+    "cancelled": "yellow",
+}
+"""A run's state → its colour; one that is only prepared has none."""
+_COLOURS = {"red": 31, "green": 32, "yellow": 33, "cyan": 36}
 _STDOUT = 1
 _GONE = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
+
+
+def on_terminal() -> bool:
+    """Whether a person looks at what is printed."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def width() -> int | None:
+    """Columns of the terminal; None of a file or a pipe, which have no width."""
+    return shutil.get_terminal_size().columns if on_terminal() else None
+
+
+def paint(text: str, colour: str | None) -> str:
+    """A text in a colour, on a terminal that shows colours and where NO_COLOR is not set."""
+    if colour is None or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if on_terminal() else text
+
+
+def state(name: str) -> str:
+    """The state of a run, in its colour."""
+    return paint(name, _STATE_COLOURS.get(name))
 
 
 def say(text: str) -> None:

@@ -60,9 +60,9 @@ class Follower(Generic[Key]):
         self._files: dict[Key, _File] = {}
         self._turn = 0
 
-    def add(self, key: Key, path: Path) -> None:
-        """Follow a file from its beginning; `key` comes back with each of its lines."""
-        self._files[key] = _File(path)
+    def add(self, key: Key, path: Path, position: int = 0) -> None:
+        """Follow a file from a byte on; `key` comes back with each of its lines."""
+        self._files[key] = _File(path, position)
 
     def skip_to_end(self) -> None:
         """Pass over all that the files hold now."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dtrain.errors import DtrainError, UsageError
+from dtrain.errors import DtrainError, UsageError, shortened
 from dtrain.export.model import Call, Trained, tensors_in
 
 _TOLERANCE = 1e-4
@@ -178,7 +178,7 @@ def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 def _refusal(what: str, error: Exception) -> UsageError:
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UsageError(
-        f"{what} cannot export this model: {first.strip()[:300]}; --to safetensors writes its "
-        "parameters",
+        f"{what} cannot export this model: {shortened(first.strip(), 300)}; --to safetensors writes"
+        " its parameters",
         code="export.model-unsupported",
     )

@@ -26,6 +26,13 @@ _EXPECTED = {
     "model_type": "a section of `name: value` lines",
     "list_type": "a list",
 }
+_BATCH = "train.global_batch_size (samples per step, over all processes)"
+_COMMON_NAMES = {
+    "batch_size": _BATCH,
+    "train.batch_size": _BATCH,
+    "data.batch_size": _BATCH,
+}
+"""Names of other tools for fields of dtrain."""
 _UNKNOWN = "extra_forbidden"
 _BOUNDS = {
     "greater_than_equal": ("ge", "at least"),
@@ -104,6 +111,8 @@ def _kind(details: list[ErrorDetails]) -> str:
 def _meant(keys: Keys, model: type[Model]) -> Keys:
     """The field of the same section that a misspelt key is near to."""
     here = list((model_at(model, keys[:-1]) or model).model_fields)
+    if meant := _COMMON_NAMES.get(dotted(keys)):
+        return tuple(meant.partition(" ")[0].split("."))
     return (*keys[:-1], suggest(str(keys[-1]), here) or "")
 
 
@@ -146,6 +155,8 @@ def _unknown_key(keys: Keys, root: Located, model: type[Model], listed: str) -> 
     word, section = str(keys[-1]), keys[:-1]
     here = list((model_at(model, section) or model).model_fields)
     others = [other for other in fields_of(model) if other[:-1] != section]
+    if meant := _COMMON_NAMES.get(dotted(keys)):
+        return f"unknown; did you mean {meant}?"
     if homes := [other for other in others if other[-1] == word]:
         return f"unknown here; it belongs {_belongs(homes)}"
     if near := suggest(word, here):

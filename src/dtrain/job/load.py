@@ -46,6 +46,7 @@ def load_job(
     flags: Mapping[str, Located] | None = None,
     job_dir: Path | None = None,
     text: str | None = None,
+    root: Located | None = None,
 ) -> LoadedJob:
     """Read and check a job: flag > --set > job.yaml > profile > default.
 
@@ -56,6 +57,7 @@ def load_job(
         flags: dotted field → `flag(spelling, value)`.
         job_dir: what `task` and `data.paths` are relative to; None: the job file's folder.
         text: the job itself, where there is no such file.
+        root: what the text says, with places that a person knows; None: it is read from the text.
 
     Raises:
         JobError: every problem of the file, the flags and what they name, sorted by place.
@@ -63,7 +65,9 @@ def load_job(
     path = Path(path)
     shown = shown_path(path)
     text = read_text(path, shown) if text is None else text
-    root, problems = read_root(text, shown, JobSpec)
+    problems: list[Problem] = []
+    if root is None:
+        root, problems = read_root(text, shown, JobSpec)
     base = Located({}, root.place)
     if profile_launch:
         base = Located(dict(profile_launch), root.place).nest(("launch",))

@@ -46,7 +46,9 @@ class LoadedProfile:
     """What its `options:` section says and where, for `checked_options`."""
 
 
-def load_profile(name: str, job_dir: str | os.PathLike[str]) -> LoadedProfile:
+def load_profile(
+    name: str, job_dir: str | os.PathLike[str], asked_by: str | None = None
+) -> LoadedProfile:
     """Find a profile by name, and merge it over those it extends.
 
     A file that extends its own name extends the next one of that name along the search path.
@@ -54,12 +56,15 @@ def load_profile(name: str, job_dir: str | os.PathLike[str]) -> LoadedProfile:
     Args:
         name: as given with `--launcher`.
         job_dir: the job file's folder.
+        asked_by: who names it, for errors; None for `--launcher`.
 
     Raises:
         JobError: there is no such profile, or the problems of its files, sorted by place.
     """
     folders = search_path(Path(job_dir))
-    layers = list(_layers(name, SourceLocation(f"--launcher {name}"), folders, folders, []))
+    layers = list(
+        _layers(name, SourceLocation(asked_by or f"--launcher {name}"), folders, folders, [])
+    )
     root = layers[-1][1]
     for _, nearer, _ in layers[-2::-1]:
         root = nearer.merge_over(root)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain import catalog
-from dtrain.errors import UsageError
+from dtrain.errors import UsageError, quoted
 from dtrain.job.located import FieldProblem
 from dtrain.job.static_source import Definition, parsed
 from dtrain.job.yaml_reader import dump_yaml
@@ -19,8 +19,8 @@ SCRIPT_FIELDS = ("name", "script", "arguments", "launch")
 
 _ALLOWED = (*SCRIPT_FIELDS, "trainer", "strategy")  # the last two have sentences of their own
 _UP_TO_THE_SCRIPT = (
-    "has no meaning with a script, which sees to it by itself; leave it out, or write the training "
-    "as a task"
+    "does not apply to a script: remove it and do it inside the script, or write the training as "
+    "a task"
 )
 
 
@@ -47,6 +47,7 @@ def meaningless(job: Mapping[str, Any]) -> list[FieldProblem]:
     return [((field,), _UP_TO_THE_SCRIPT, code) for field in job if field not in _ALLOWED]
 
 
+_NO_JOBS = (".sh", ".ipynb", ".sbatch", ".slurm")
 _DEFINES = (ast.Import, ast.ImportFrom, ast.Pass, *Definition.__args__)
 
 
@@ -68,15 +69,18 @@ def _is_constant(statement: ast.stmt) -> bool:
 
 def job_of_script(path: str) -> str | None:
     """The job that `dtrain launch train.py` means; None for a job file."""
+    if path.endswith(_NO_JOBS):
+        raise UsageError(
+            f"{quoted(path)} is neither a job (.yaml) nor a Python script (.py)",
+            code="usage.not-a-job",
+        )
     if not path.endswith(".py"):
         return None
     if not os.path.isfile(path):
         raise UsageError(f"there is no script {path}", code="job.script-not-found")
     if does_nothing(Path(path)):
         beside = Path(path).with_name("job.yaml")
-        name = str(beside) if beside.is_file() else "the job.yaml that names its task"
-        raise UsageError(
-            f"{path} does nothing when it is run, it only defines; launch {name}",
-            code="job.script-only-defines",
-        )
+        command = f"dtrain launch {beside if beside.is_file() else 'job.yaml'}"
+        text = f"{path} only defines things. Launch the job that uses it: {command}"
+        raise UsageError(text, code="job.script-only-defines")
     return dump_yaml({"name": Path(path).stem, "script": Path(path).name})

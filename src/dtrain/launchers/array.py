@@ -34,11 +34,12 @@ def drive_array(
     at_once: int | None = None,
     detach: bool = False,
     quiet: bool = False,
+    paint: Callable[[str], str] = str,
 ) -> int:
     """Write the run directories, submit them, and follow them to their ends; the exit code.
 
     0 when all have succeeded, else that of the first one that has not. Who follows is none of
-    the runs' driver: they go on when this process is killed.
+    the runs' driver: they go on when this process is killed. `paint` gives a state its colour.
 
     Raises:
         LaunchError: the array cannot be submitted.
@@ -63,7 +64,7 @@ def drive_array(
         say(f"submitted {len(plans)} runs; `dtrain runs` lists them")
         return 0
     with stop_requests() as stop:
-        return _Follower(elements, launches, say, tell).follow(stop)
+        return _Follower(elements, launches, say, tell, paint).follow(stop)
 
 
 class _Follower:
@@ -75,6 +76,7 @@ class _Follower:
         launches: Sequence[Submitted],
         say: Callable[[str], None],
         tell: Callable[[str], None],
+        paint: Callable[[str], str],
     ) -> None:
         self._live = dict(zip((element.plan.run_id for element in elements), launches, strict=True))
         self._elements = {element.plan.run_id: element for element in elements}
@@ -82,6 +84,7 @@ class _Follower:
         self._told: dict[str, str] = {}
         self._say = say
         self._tell = tell
+        self._paint = paint
 
     def follow(self, stop: Stop) -> int:
         patience_s = max(element.plan.stop_timeout_s for element in self._elements.values())
@@ -110,5 +113,5 @@ class _Follower:
             return False
         self._codes[run_id] = 1 if result is None else result.exit_code
         more = supervise.outcome(element.plan) if state == "succeeded" else f"; dtrain why {run_id}"
-        self._say(f"{run_id} ({element.chosen}): {state}{more}")
+        self._say(f"{run_id} ({element.chosen}): {self._paint(state)}{more}")
         return True

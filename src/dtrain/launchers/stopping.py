@@ -9,7 +9,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
+from dtrain.errors import UsageError
+from dtrain.launchers import base
 from dtrain.launchers.base import Launch
+from dtrain.plan import LaunchPlan
+from dtrain.run.attempts import Handle
+from dtrain.run.rundir import RunDir
 
 _KILL_AFTER_S = 5.0  # past the workers' own stop_timeout
 
@@ -43,7 +48,7 @@ class Stopping:
         if self._stop.count and not self._asked:
             self._asked = self._stop.count
             self._deadline = time.monotonic() + self._patience_s + _KILL_AFTER_S
-            self._say("stopping: the workers leave at the next step; again to kill them now")
+            self._say("stopping at the next step; press Ctrl-C again to kill the workers now")
             for launch in launches:
                 launch.stop()
         if self._stop.count > max(self._asked, 1) or time.monotonic() > self._deadline:
@@ -63,3 +68,24 @@ def stop_requests() -> Iterator[Stop]:
         sys.stdout.flush()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def cancel(run: RunDir, timeout_s: float | None = None) -> None:
+    """End a run that another process drives: in order, and by force when its time is up.
+
+    Args:
+        run: which runs.
+        timeout_s: seconds to leave in; None: a little more than `launch.stop_timeout`.
+
+    Raises:
+        UsageError: it was started by hand, or it is driven from another host.
+    """
+    plan = LaunchPlan.read(run)
+    if Handle.read(run) is None:
+        raise UsageError(
+            f"run {run.id} was started by hand; stop it where it was started",
+            code="run.started-by-hand",
+        )
+    base.load(plan.launcher).cancel(
+        run, plan.stop_timeout_s + 10 if timeout_s is None else timeout_s
+    )

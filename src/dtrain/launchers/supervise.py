@@ -23,6 +23,7 @@ from dtrain.run import attempts, events, failures, files, verdict
 from dtrain.run.attempts import Handle, Result, State
 from dtrain.run.backend_files import SlurmFiles
 from dtrain.run.failures import FailureRecord
+from dtrain.run.progress import Progress
 from dtrain.run.remote import runs as remote
 from dtrain.run.remote.mirror import LAUNCH
 from dtrain.run.verdict import Verdict
@@ -44,6 +45,12 @@ class Console(Protocol):
 
     def close(self) -> None:
         """Show the rest; nothing more will come."""
+
+    def width(self) -> int | None:
+        """Columns that a line may have; None for any."""
+
+    def paint(self, text: str, colour: str | None) -> str:
+        """A text in a colour, where colours are shown."""
 
 
 def drive(
@@ -89,7 +96,8 @@ def _drive(
     plan = replace(plan, attempt=attempts.newest_of(plan.run, plan.attempt))
     state, code = _conclude(plan, code, stop, console)
     if state == "succeeded":
-        console.say(_closing(plan, max(0.0, time.time() - started)))  # clocks are set back
+        seconds = max(0.0, time.time() - started)  # clocks are set back
+        console.say(_closing(plan, console.paint("succeeded", "green"), seconds))
     finish(plan, Result(state, code, started, time.time()), console.say)
     return code
 
@@ -164,22 +172,32 @@ def _opening(plan: LaunchPlan) -> str:
     return f"{plan.run_id}{again}: {what} by {plan.launcher}, {ranks}{nodes}; {where}"
 
 
-def _closing(plan: LaunchPlan, seconds: float) -> str:
-    """What came of it, with the digest by which two runs are compared at a glance."""
-    text = f"{plan.run_id}: succeeded in {seconds:.1f} s"
+def _closing(plan: LaunchPlan, succeeded: str, seconds: float) -> str:
+    """What came of it, where it is, and the digest by which two runs are compared at a glance."""
+    text = f"{plan.run_id}: {succeeded} in {seconds:.1f} s"
     finished = _finished(plan)
     if finished is None:
         return f"{text}{events.but_ungrouped(plan.run)}"
-    return f"{text}{outcome(plan)}\nparameters sha256 {finished['parameters_sha256']}"
+    digest = f"parameters sha256 {finished['parameters_sha256']}"
+    return "\n".join([f"{text}{outcome(plan)}", *_checkpoint(plan), digest])
+
+
+def _checkpoint(plan: LaunchPlan) -> list[str]:
+    """Where the model is, in a line."""
+    newest = Progress.read(plan.run).checkpoint
+    if newest is None:
+        return []
+    return [f"checkpoint {plan.run_url or plan.run_dir}/checkpoints/{newest}"]
 
 
 def outcome(plan: LaunchPlan) -> str:
-    """` after 230 steps: accuracy 0.98`; nothing of a run whose training tells of no end."""
+    """` after 230 steps: accuracy 0.98`; nothing of a run whose training has written no end."""
     finished = _finished(plan)
     if finished is None:
         return ""
     metrics = ", ".join(f"{n} {value:.4g}" for n, value in numbers(finished["metrics"]).items())
-    return f" after {finished['steps']} steps: {metrics}"
+    steps = f" after {finished['steps']} step{'' if finished['steps'] == 1 else 's'}"
+    return f"{steps}: {metrics}" if metrics else steps
 
 
 def _finished(plan: LaunchPlan) -> dict[str, Any] | None:
@@ -213,9 +231,9 @@ def _conclude(plan: LaunchPlan, code: int, stop: Stop, console: Console) -> tupl
         return "cancelled", 128 + stop.signal
     state, code, found = _judge(plan, code)
     if state == "cancelled":
-        console.say(events.stop_message(run, plan.attempt))
+        console.say(events.stop_message(run, plan.attempt, code))
     if found is not None:
-        console.say(verdict.render(found, run))
+        console.say(verdict.render(found, run, console.width(), console.paint))
     return state, code
 
 

@@ -27,12 +27,14 @@ def exit_code(stop_event: dict[str, Any]) -> int:
     return 128 + known.get(stop_event["reason"], signal.SIGTERM)
 
 
-def stop_message(run: RunDir, attempt: int) -> str:
-    """What people are told of an attempt that was asked to leave."""
+def stop_message(run: RunDir, attempt: int, code: int) -> str:
+    """What people are told of an attempt that was asked to leave, with an exit code."""
     event = stop_event(run, attempt)
-    who = "from elsewhere" if event is None else f"by {event['reason']} to rank {event['rank']}"
+    who = f" by {event['reason']} to rank {event['rank']}" if event else ""
+    if event is None and code - 128 in {*signal.Signals}:
+        who = f" by {signal.Signals(code - 128).name} to dtrain launch"
     after = "" if event is None else f" after step {event['step']}"
-    return f"{run.id} was asked to stop {who}{after}\ngo on with: dtrain resume {run.id}"
+    return f"{run.id} was stopped{who}{after}\ngo on with: dtrain resume {run.id}"
 
 
 def ungrouped_warning(run: RunDir) -> str | None:

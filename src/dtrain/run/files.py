@@ -12,10 +12,11 @@ import secrets
 import stat
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from dtrain.errors import DamagedError
+from dtrain.errors import DamagedError, shortened
 from dtrain.plainjson import to_json
 
 Shape = TypeVar("Shape")
@@ -54,7 +55,7 @@ def read_json(path: Path) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise DamagedError(str(path), f"it holds no JSON: {why[:200]}") from None
+        raise DamagedError(str(path), f"it holds no JSON: {shortened(why, 300)}") from None
     if value is None:
         raise DamagedError(str(path), "it holds only null")
     return value
@@ -85,7 +86,7 @@ def parse_as(shape: type[Shape], text: str | bytes, where: str) -> Shape:
     try:
         return checked.read(shape, text)
     except ValueError as error:
-        raise DamagedError(where, str(error)[:200]) from None
+        raise DamagedError(where, shortened(str(error), 300)) from None
 
 
 def read_lines(path: Path, **fields: type) -> Iterator[dict[str, Any]]:
@@ -126,6 +127,14 @@ def local_time(seconds: float) -> str:
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
     except (OverflowError, ValueError, OSError):
+        return "?"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: `0:01:05`, `2 days, 3:00:00`."""
+    try:
+        return str(timedelta(seconds=round(max(0.0, seconds))))
+    except (OverflowError, ValueError):
         return "?"
 
 

@@ -26,6 +26,11 @@ def find(name: str, runs: str) -> RunDir:
     return find_run(name, here(runs, name), runs if is_url(runs) else "")
 
 
+def place_of_runs(runs: str | os.PathLike[str] | None = None) -> str:
+    """The folder or URL of all runs; where a program names none, the command line's."""
+    return os.environ.get("DTRAIN_RUNS", "runs") if runs is None else os.fspath(runs)
+
+
 def here(runs: str, name: str | None = None) -> str:
     """The folder of all runs; of runs at a URL, one of this host with what is new of them.
 
@@ -82,3 +87,22 @@ def find_run(name: str, root: str | os.PathLike[str], shown: str = "") -> RunDir
     raise RunNotFound(
         f"no run {quoted(name)} in {where}; `dtrain runs` lists them", code="run.not-found"
     )
+
+
+def attempt_of(run: RunDir, number: int | None) -> int:
+    """The number of an attempt that a person named; None is the newest.
+
+    Raises:
+        RunNotFound: the run has no such attempt; says which it has.
+    """
+    from dtrain.errors import RunNotFound
+    from dtrain.words import numbered
+
+    there = run.attempts()
+    if number in there:
+        return number
+    if number is None and there:
+        return there[-1]
+    has = numbered("attempt", there) if there else "no attempt yet"
+    text = f"run {run.id} has no attempt {number or 0}; it has {has}"
+    raise RunNotFound(text, code="run.no-such-attempt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from dtrain.errors import LaunchError, UsageError
@@ -132,6 +133,10 @@ class RunDir:
     def host_log(self, attempt: int, node_rank: int) -> Path:
         """What the fork server of a host says, by the last node that it serves."""
         return self.node(attempt, node_rank) / "host.log"
+
+    def driver_log(self, attempt: int, node_ranks: Sequence[int]) -> Path:
+        """What the driver process of a launch from Python says, which serves these nodes here."""
+        return self.node(attempt, min(node_ranks, default=0)) / "driver.log"
 
     def rank_log(self, attempt: int, node_rank: int, rank: int) -> Path:
         """stdout and stderr of one worker, over all restarts of the attempt."""

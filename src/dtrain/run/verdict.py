@@ -9,7 +9,7 @@ import os
 import re
 import textwrap
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ from dtrain.words import numbered
 MAX_LINES = 15
 """Of the block, but for a reason that has more by itself."""
 _WIDTH = 110
+"""Columns of the reason where nothing else has a width."""
+_NARROWEST = 40
+"""Columns below which text is folded by the terminal itself."""
+_FAILED = "FAILED: "
 _NOT_TO_RESUME = ("UsageError", "NeverMadeError")
 """Errors that another try makes again."""
 _FILE = re.compile(r'^  File "(.+)", line \d+, in ', re.MULTILINE)
@@ -39,6 +43,10 @@ ADVICE = {
     "timeout": "look for a collective that not all ranks call, and at the network between them",
 }
 """What to try, by kind of failure, where the record has no hint of its own."""
+
+
+Paint = Callable[[str, str | None], str]
+"""Gives a text a colour, or none."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,7 @@ def _parted(
     if found.decided:
         what, here, there = "its collectives are not the other ranks'", "", "elsewhere"
     else:
-        what = f"and rank {found.other} are in different collectives: no majority says who is right"
+        what = f"and rank {found.other} called different collectives: no majority says who is right"
         here, there = f"on rank {found.rank} ", f"on rank {found.other}"
     message = f"{what}\n{here}number {found.number} is {found.call}\n{there} it is {found.others}"
     own = [record for record in records if record.rank == found.rank]
@@ -173,8 +181,28 @@ def read(run: RunDir, attempt: int) -> Verdict | None:
     return files.read_as(Verdict, run.verdict(attempt))
 
 
-def render(verdict: Verdict, run: RunDir) -> str:
-    """The block that people read: at most 15 lines, and all of the reason."""
+def summary(verdict: Verdict) -> str:
+    """Why it failed, in one line: `rank 1 on node 0 (gpu-a) raised ValueError: no such column`."""
+    culprit = verdict.culprit
+    text = _headline(culprit).removeprefix(_FAILED)
+    return f"{text}: {_reason(culprit)[0].strip()}" if culprit.kind == "exception" else text
+
+
+def render(
+    verdict: Verdict,
+    run: RunDir,
+    width: int | None = None,
+    paint: Paint = lambda text, _colour: text,
+) -> str:
+    """The block that people read: at most 15 lines, and all of the reason and of what to try.
+
+    Args:
+        verdict: of an attempt.
+        run: whose.
+        width: columns, to which lines are folded between words; None where nothing has a width,
+            and only lines of the reason are folded.
+        paint: gives a text its colour.
+    """
     culprit = verdict.culprit
     head = [f"{_headline(culprit)}  [{culprit.code}]"]
     tail = [f"  log: {_short(culprit.log)}"] if culprit.log else []
@@ -184,8 +212,7 @@ def render(verdict: Verdict, run: RunDir) -> str:
     if verdict.alike:
         tail.append(f"  {numbered('rank', verdict.alike)} failed in the same way")
     if verdict.collateral:
-        what = "also failed, because of it" if len(verdict.collateral) > 1 else "failed with it"
-        tail.append(f"  {numbered('rank', verdict.collateral)} {what}")
+        tail.append(f"  {numbered('rank', verdict.collateral)} failed as a consequence")
     if culprit.repeated:
         place = f"in step {culprit.step}" if culprit.step else "before the first step"
         tail.append(f"  restarts: {verdict.restarts}; it failed in the same way {place} before")
@@ -193,9 +220,14 @@ def render(verdict: Verdict, run: RunDir) -> str:
         tail.append(f"  restarts: {verdict.restarts}, all that were allowed")
     resume = "" if culprit.type in _NOT_TO_RESUME else f" · dtrain resume {run.id}"
     tail.append(f"  more: dtrain logs {run.id}{_rank_flag(culprit)}{resume}")
-    reason = [line for text in _reason(culprit) for line in _folded(text)]
+    columns = width or _WIDTH
+    reason = [line for text in _reason(culprit) for line in _folded(text, columns)]
+    if width is not None:
+        head = _folded(head[0], columns, "")
+        tail = [line for text in tail for line in _folded(text, columns, "")]
     room = MAX_LINES - len(head) - len(reason) - len(tail)
-    return "\n".join([*head, *_frames(culprit, room), *reason, *tail])
+    head[0] = paint(_FAILED, "red") + head[0].removeprefix(_FAILED)
+    return "\n".join([*head, *_frames(culprit, room, columns), *reason, *tail])
 
 
 def _waits(records: list[FailureRecord]) -> list[str]:
@@ -238,14 +270,14 @@ def _guilt(record: FailureRecord) -> tuple[int, float]:
 
 def _headline(culprit: FailureRecord) -> str:
     if culprit.kind == "timeout":
-        return f"FAILED: {_first_line(culprit.message)}"
+        return f"{_FAILED}{_first_line(culprit.message)}"
     if culprit.rank is None:
-        return f"FAILED: {_node_of(culprit)}: {_first_line(culprit.message)}"
+        return f"{_FAILED}{_node_of(culprit)}: {_first_line(culprit.message)}"
     where = f"rank {culprit.rank} on {_node_of(culprit)}"
     if culprit.kind == "exception":
-        return f"FAILED: {where} raised {culprit.type}"
+        return f"{_FAILED}{where} raised {culprit.type}"
     colon = "" if culprit.kind in ("absent", "left", "parted") else ":"
-    return f"FAILED: {where}{colon} {_first_line(culprit.message)}"
+    return f"{_FAILED}{where}{colon} {_first_line(culprit.message)}"
 
 
 def _node_of(culprit: FailureRecord) -> str:
@@ -253,12 +285,12 @@ def _node_of(culprit: FailureRecord) -> str:
     return f"node {culprit.node_rank}" + (f" ({culprit.node})" if culprit.node else "")
 
 
-def _frames(culprit: FailureRecord, room: int) -> list[str]:
+def _frames(culprit: FailureRecord, room: int, width: int) -> list[str]:
     """The innermost calls for which there is room; the last in any case."""
     shown: list[str] = []
     for frame in reversed(culprit.frames[-3:]):
         lines = [f"  {_short(frame.file)}:{frame.line} in {frame.function}"]
-        lines += _folded(frame.code, "    ") if frame.code else []
+        lines += _folded(frame.code, width, "    ") if frame.code else []
         if shown and len(shown) + len(lines) > room:
             break
         shown = [*lines, *shown]
@@ -279,12 +311,12 @@ def _first_line(text: str) -> str:
     return text.strip().splitlines()[0] if text.strip() else "no message"
 
 
-def _folded(text: str, indent: str = "  ") -> list[str]:
+def _folded(text: str, width: int, indent: str = "  ") -> list[str]:
     """A line as several, none of which is cut; further ones are set in."""
     own = text[: len(text) - len(text.lstrip())]
     return textwrap.wrap(
         text.strip(),
-        _WIDTH,
+        max(width, _NARROWEST),
         initial_indent=indent + own,
         subsequent_indent=f"{indent}{own}  ",
         break_long_words=False,

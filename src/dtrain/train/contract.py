@@ -75,8 +75,9 @@ def refuse_wrapped(model: torch.nn.Module, told: str) -> None:
         if wrapper is not None:
             what = "a model" if not name else f"a model whose {name} is"
             raise DtrainError(
-                f"{told} made {what} wrapped in {wrapper} already; make the bare model, and say in "
-                "the job how it is shared: strategy: ddp, fsdp or dp"
+                f"{told} made {what} wrapped in {wrapper} already; make the bare model, and set "
+                "strategy: ddp, fsdp or dp in the job",
+                code="task.model-wrapped",
             )
 
 
@@ -84,18 +85,24 @@ def check_model(model: Any, task: Task) -> None:
     """Make sure that it is a bare module with something to train."""
     told = named(task, "model")
     if not isinstance(model, torch.nn.Module):
-        raise DtrainError(f"{told} returned {described(model)}, not a torch.nn.Module")
+        raise DtrainError(
+            f"{told} returned {described(model)}, not a torch.nn.Module", code="task.not-a-model"
+        )
     refuse_wrapped(model, told)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     lazy = [name for name, each in tensors.items() if torch.nn.parameter.is_lazy(each)]
     if lazy:
         raise DtrainError(
-            f"{told} returned a model whose {lazy[0]} has no shape yet: its layer is a lazy one, "
-            "which takes its size from the first batch, when optimizer and ranks need it already; "
-            "call the model once in model(), on zeros of a sample's shape, or write the size"
+            f"{told} returned a model whose {lazy[0]} has no shape yet. Its layer is a lazy one, "
+            "which takes its size from the first batch, but the optimizer and the ranks need it "
+            "before. Call the model once in model(), on zeros of a sample's shape, or write the "
+            "size",
+            code="task.lazy-layer",
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise DtrainError(f"{told} returned a model without trainable parameters")
+        raise DtrainError(
+            f"{told} returned a model without trainable parameters", code="task.nothing-to-train"
+        )
 
 
 def check_optimizer(optimizer: Any, model: torch.nn.Module, task: Task) -> None:
@@ -103,17 +110,22 @@ def check_optimizer(optimizer: Any, model: torch.nn.Module, task: Task) -> None:
     told = named(task, "optimizer")
     if isinstance(optimizer, list | tuple):
         raise DtrainError(
-            f"{told} returned {len(optimizer)} optimizers; one is trained here: give it several "
-            "groups of parameters, each with options of its own"
+            f"{told} returned {len(optimizer)} optimizers, but a task has one. Give that one "
+            "several groups of parameters, each with its own options",
+            code="task.several-optimizers",
         )
     if not _has_all(optimizer, _OPTIMIZER):
-        raise DtrainError(f"{told} returned {described(optimizer)}, not a torch.optim.Optimizer")
+        raise DtrainError(
+            f"{told} returned {described(optimizer)}, not a torch.optim.Optimizer",
+            code="task.not-an-optimizer",
+        )
     needed = _needed(getattr(type(optimizer), "step", None))  # a scheduler replaces the object's
     if needed:
         raise DtrainError(
             f"{told} returned {type(optimizer).__name__}, whose step({', '.join(needed)}) computes "
-            "the loss anew as often as it likes; here a step has one gradient, that of its global "
-            "batch: take an optimizer whose step() needs nothing, as AdamW or SGD"
+            "the loss several times. In dtrain a step has one gradient, that of its global batch. "
+            "Use an optimizer whose step() needs no argument, for example AdamW or SGD",
+            code="task.optimizer-needs-closure",
         )
     known = {id(each) for each in model.parameters()}
     held = [each for group in optimizer.param_groups for each in group["params"]]
@@ -121,9 +133,10 @@ def check_optimizer(optimizer: Any, model: torch.nn.Module, task: Task) -> None:
     if strangers:
         raise DtrainError(
             f"{told} returned an optimizer with {len(strangers)} of {len(held)} parameters that "
-            f"are not the model's, the first of shape {tuple(strangers[0].shape)}; take them from "
-            "the model that optimizer(model) is given, and make what else is trained, as a layer "
-            "of the loss, a part of that model in model()"
+            f"are not the model's, the first of shape {tuple(strangers[0].shape)}. Take them from "
+            "the model that optimizer(model) receives. If something else is trained, for example a "
+            "layer of the loss, make it a part of that model in model()",
+            code="task.optimizer-foreign-parameters",
         )
 
 
@@ -141,19 +154,23 @@ def check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, task: Task
     told = named(task, "scheduler")
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
         raise DtrainError(
-            f"{told} returned ReduceLROnPlateau, which is stepped with a metric; schedulers are "
-            "stepped after every optimizer step here, so take one that counts steps"
+            f"{told} returned ReduceLROnPlateau, which is stepped with a metric. dtrain steps the "
+            "scheduler after every optimizer step, so use one that counts steps",
+            code="task.plateau-scheduler",
         )
     if not _has_all(scheduler, _SCHEDULER):
         raise DtrainError(
-            f"{told} returned {described(scheduler)}, not a scheduler of torch.optim.lr_scheduler"
+            f"{told} returned {described(scheduler)}, not a scheduler of torch.optim.lr_scheduler",
+            code="task.not-a-scheduler",
         )
     for each, _ in _spans(scheduler, None):
         its = getattr(each, "optimizer", optimizer)
         if its is not optimizer and isinstance(its, torch.optim.Optimizer):
             raise DtrainError(
-                f"{told} returned {type(each).__name__} over another optimizer, whose rate it "
-                "would change for nobody; make it over the one that scheduler(optimizer) is given"
+                f"{told} returned {type(each).__name__} of another optimizer, so it would not "
+                "change the learning rate of this training. Make it for the optimizer that "
+                "scheduler(optimizer) receives",
+                code="task.scheduler-of-other-optimizer",
             )
 
 
@@ -178,7 +195,10 @@ def remarks_on_length(scheduler: Any, steps: int | None, task: Task) -> Iterator
         if length > span and name == "total_steps":
             yield f"{what}: it ends before its rate has come down; {counted}"
         elif length < span and not end:
-            raise DtrainError(f"{what}: torch would raise after step {length}; {counted}")
+            raise DtrainError(
+                f"{what}: torch would raise after step {length}; {counted}",
+                code="task.scheduler-too-short",
+            )
         elif length < span:
             yield f"{what}: {end} from step {length} on; {counted}"
 
@@ -203,7 +223,7 @@ def check_data(dataset: Any, told: str) -> None:
     elif hasattr(dataset, "__next__") and not hasattr(dataset, "__getitem__"):
         why = f", an iterator, which can be gone through only once; {anew}"
     if why:
-        raise DtrainError(f"{told} returned {described(dataset)}{why}")
+        raise DtrainError(f"{told} returned {described(dataset)}{why}", code="data.not-a-data-set")
 
 
 def check_dataset(dataset: Any, told: str) -> int:
@@ -213,11 +233,12 @@ def check_dataset(dataset: Any, told: str) -> int:
         raise DtrainError(
             f"{told} returned {type(dataset).__name__}, which lacks __len__ or __getitem__; "
             "the order and the shares of ranks are computed from the position, so a map-style "
-            "data set is needed"
+            "data set is needed",
+            code="data.no-positions",
         )
     length = len(dataset)
     if length == 0:
-        raise DtrainError(f"{told} returned an empty data set")
+        raise DtrainError(f"{told} returned an empty data set", code="data.empty")
     return length
 
 

@@ -49,11 +49,15 @@ class EMA(Callback):
     ) -> None:
         if model is not None and not isinstance(model, torch.nn.Module):
             raise DtrainError(
-                f"dtrain.EMA({model!r}): the model comes first, as in dtrain.EMA(model, 0.999); "
-                "in callbacks() it is dtrain.EMA(decay=0.999)"
+                f"dtrain.EMA({model!r}): the first argument is the model, for example "
+                "dtrain.EMA(model, 0.999); in callbacks() write dtrain.EMA(decay=0.999)",
+                code="ema.bad-argument",
             )
         if not 0 <= decay <= 1:
-            raise DtrainError(f"dtrain.EMA: decay is {decay}; it is a number from 0 to 1")
+            raise DtrainError(
+                f"dtrain.EMA: decay is {decay}; it must be a number from 0 to 1",
+                code="ema.bad-argument",
+            )
         self.decay = decay
         self.use_buffers = use_buffers
         self.source = model
@@ -82,8 +86,9 @@ class EMA(Callback):
             self.source, self._averaged = model, None
         if self.source is not model:
             raise DtrainError(
-                "callbacks() returned a dtrain.EMA of a part of the model, and evaluation is of "
-                "the whole; keep that one in the task only, and give callbacks() none of it"
+                "callbacks() returned a dtrain.EMA of a part of the model, but the whole model is "
+                "evaluated; keep that one in the task, and do not return it from callbacks()",
+                code="ema.part-of-model",
             )
 
     def start(self) -> None:
@@ -124,17 +129,23 @@ class EMA(Callback):
         if self._averaged is not None:
             return self._averaged
         if self.source is None:
-            raise DtrainError("dtrain.EMA without a model has none before training begins")
+            raise DtrainError(
+                "dtrain.EMA without a model has none before training begins",
+                code="ema.no-model-yet",
+            )
         _refuse_parts(self.source)
         average = get_ema_multi_avg_fn(self.decay)
         try:
             made = AveragedModel(self.source, multi_avg_fn=average, use_buffers=self.use_buffers)
         except (RuntimeError, TypeError) as error:
-            raise DtrainError(f"dtrain.EMA cannot copy the model: {error}") from error
+            raise DtrainError(
+                f"dtrain.EMA cannot copy the model: {error}", code="ema.cannot-copy"
+            ) from error
         if list(model_state(made.module)) != list(model_state(self.source)):
             raise DtrainError(
                 f"dtrain.EMA cannot copy the model: copy.deepcopy of a {type(self.source).__name__}"
-                " holds other tensors, as with a model of Keras"
+                " holds other tensors, for example with a model of Keras",
+                code="ema.cannot-copy",
             )
         self._averaged = made
         made.module.requires_grad_(False).eval()
@@ -151,7 +162,8 @@ def _refuse_parts(model: torch.nn.Module) -> None:
     if is_sharded(model):
         raise DtrainError(
             "strategy 'fsdp' cuts the weights into one part per process, and dtrain.EMA averages "
-            "whole ones; use strategy 'ddp', or 'exact'"
+            "whole ones; use strategy 'ddp', or 'exact'",
+            code="ema.needs-whole-weights",
         )
 
 

@@ -39,6 +39,8 @@ _TARGETS = {
 class NeverMadeError(BlamedError):
     """A fault was asked for, and nothing came by in which it could be made."""
 
+    code = "inject.never-made"
+
 
 class Injector:
     """This rank's faults; each is made once in a process.
@@ -55,7 +57,8 @@ class Injector:
         for fault in faults:
             if fault.rank >= context.ranks.world_size:
                 raise UsageError(
-                    f"--inject: rank {fault.rank} is not one of {context.ranks.world_size}"
+                    f"--inject: rank {fault.rank} is not one of {context.ranks.world_size}",
+                    code="plan.absent-rank",
                 )
         self._faults = faults
         self._rank = context.ranks.rank
@@ -107,7 +110,9 @@ class Injector:
         if not faults:
             return iter
         if not feed.rereadable:
-            raise UsageError("--inject: samples of a stream cannot be changed")
+            raise UsageError(
+                "--inject: samples of a stream cannot be changed", code="inject.impossible"
+            )
 
         def changed(requests: Iterable[Request]) -> Iterator[Request]:
             source = iter(requests)
@@ -235,7 +240,8 @@ def _tamper_tensor(fault: Injection, subject: TrainState) -> None:
             return
     what = f"{fault.param!r} among " if fault.param else ""
     raise UsageError(
-        f"--inject {fault.kind}: changes nothing in {what}{', '.join(list(tensors)[:8]) or 'none'}"
+        f"--inject {fault.kind}: changes nothing in {what}{', '.join(list(tensors)[:8]) or 'none'}",
+        code="inject.impossible",
     )
 
 
@@ -280,7 +286,11 @@ def _refuse_impossible(
     """Say of all faults, on all ranks alike, what cannot be meant."""
     for fault in faults:
         if total_steps is not None and fault.step > total_steps:
-            raise _error(fault, f"step {fault.step} is beyond the last, {total_steps}")
+            raise _error(
+                fault,
+                f"step {fault.step} is beyond the last, {total_steps}",
+                code="job.fault-after-the-end",
+            )
         if fault.kind == "nan-gradient" or fault.kind in TENSOR_KINDS:
             _refuse_place(fault, subject)
 
@@ -336,5 +346,5 @@ def _unmade(fault: Injection, last_step: int) -> str:
     return f"--inject {fault.kind}: never made on rank {fault.rank}: {why}"
 
 
-def _error(fault: Injection, why: str) -> UsageError:
-    return UsageError(f"--inject {fault.kind} on rank {fault.rank}: {why}")
+def _error(fault: Injection, why: str, *, code: str = "inject.impossible") -> UsageError:
+    return UsageError(f"--inject {fault.kind} on rank {fault.rank}: {why}", code=code)

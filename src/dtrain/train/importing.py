@@ -27,13 +27,19 @@ def load_class(field: str, reference: str, job_dir: str | os.PathLike[str]) -> C
     procs.offer_current_folder()
     place, _, name = reference.rpartition(":")
     if not place or not name:
-        raise job_problem(field, f"{reference!r} is not `file.py:Class` or `package.module:Class`")
+        raise job_problem(
+            field,
+            f"{reference!r} is not `file.py:Class` or `package.module:Class`",
+            code="job.reference-syntax",
+        )
     module = _from_file(folder / place) if place.endswith(".py") else _from_name(place, folder)
     factory: Any = module
     for part in name.split("."):
         factory = getattr(factory, part, None)
     if not callable(factory):
-        raise job_problem(field, f"{place} has no class {name!r}{_classes(module)}")
+        raise job_problem(
+            field, f"{place} has no class {name!r}{_classes(module)}", code="job.class-not-found"
+        )
     made: Callable[..., Any] = factory
     return made
 
@@ -42,7 +48,7 @@ def _from_file(path: Path) -> ModuleType:
     """The module in a file, under its stem, so that pickles and its siblings find the same one."""
     path = path.resolve()
     if not path.is_file():
-        raise job_problem("task", f"there is no file {path}")
+        raise job_problem("task", f"there is no file {path}", code="job.code-not-found")
     _make_importable(path.parent)
     name = path.stem
     known = sys.modules.get(name)
@@ -72,7 +78,9 @@ def _from_name(name: str, folder: Path) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not (name + ".").startswith(error.name + "."):
             raise  # the module is there, something that it imports is not
-        raise job_problem("task", f"there is no module {error.name!r}") from error
+        raise job_problem(
+            "task", f"there is no module {error.name!r}", code="job.code-not-found"
+        ) from error
 
 
 def _make_importable(folder: Path) -> None:
@@ -89,6 +97,6 @@ def _classes(module: ModuleType) -> str:
     return f"; it has {', '.join(here)}" if here else ""
 
 
-def job_problem(field: str, message: str) -> JobError:
+def job_problem(field: str, message: str, *, code: str) -> JobError:
     """The error that one field of job.yaml is wrong."""
-    return JobError([Problem("job.yaml", None, None, field, message)])
+    return JobError([Problem("job.yaml", None, None, field, message, code)])

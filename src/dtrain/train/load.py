@@ -81,7 +81,9 @@ def _check_arguments(factory: Callable[..., Any], name: str, args: Mapping[str, 
     try:
         inspect.signature(factory).bind(**args)
     except TypeError as error:
-        raise job_problem("args", f"{name}({', '.join(args)}): {error}") from None
+        raise job_problem(
+            "args", f"{name}({', '.join(args)}): {error}", code="task.bad-arguments"
+        ) from None
     except ValueError:
         pass  # a callable without a readable signature
 
@@ -97,7 +99,11 @@ def as_task(made: Any, name: str) -> Task:
     else:
         missing = [m for m in REQUIRED if not callable(getattr(made, m, None))]
     if missing:
-        raise job_problem("task", f"{name} lacks {', '.join(f'{m}()' for m in missing)}")
+        raise job_problem(
+            "task",
+            f"{name} lacks {', '.join(f'{m}()' for m in missing)}",
+            code="job.task-incomplete",
+        )
     return made if isinstance(made, Task) else _Adapted(made)
 
 

@@ -46,12 +46,14 @@ def _scalar(value: Any, what: str) -> torch.Tensor:
     else:
         raise DtrainError(
             f"{what} {described(value)}; return a scalar tensor (the mean over the batch) or "
-            "dtrain.task.Loss(sum, weight)"
+            "dtrain.task.Loss(sum, weight)",
+            code="task.loss-not-scalar",
         )
     if tensor.numel() != 1:
         raise DtrainError(
             f"{what} a tensor of shape {tuple(tensor.shape)}, not of one element; reduce it first "
-            "(mean for a scalar loss, sum for Loss)"
+            "(mean for a scalar loss, sum for Loss)",
+            code="task.loss-not-scalar",
         )
     if tensor.dtype in (torch.float16, torch.bfloat16):  # a sum of 100 losses has 8 bits there
         tensor = tensor.float()
@@ -86,7 +88,8 @@ class LossModule(torch.nn.Module):
         if not total.requires_grad and torch.is_grad_enabled():
             raise DtrainError(
                 f"{self._told} returned a tensor without a graph (detached, computed under "
-                "no_grad, or of a frozen model): it does not depend on any trainable parameter"
+                "no_grad, or of a frozen model): it does not depend on any trainable parameter",
+                code="task.loss-without-graph",
             )
         return total, weight
 

@@ -79,6 +79,12 @@ class _Silent:
     def close(self) -> None:
         """Nothing to do."""
 
+    def width(self) -> int | None:
+        return None
+
+    def paint(self, text: str, _colour: str | None) -> str:
+        return text
+
 
 class Lab:
     """One job, and the recordings of it made so far. A context manager: it leaves no runs behind.

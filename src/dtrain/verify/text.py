@@ -208,4 +208,7 @@ def _remark(results: Sequence[Result]) -> Remark | None:
 
 
 def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
+    """The name of a pair or a parameter as a cell holds it: both its ends can be read."""
+    if len(text) <= width:
+        return text
+    return f"{text[: width // 2]}…{text[len(text) - (width - 1) // 2 :]}"[:width]

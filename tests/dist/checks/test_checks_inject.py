@@ -46,7 +46,7 @@ LATE = {
 }
 
 
-def said(faults: list[str], folder: Path) -> list[tuple[str, bool, int]]:
+def said(faults: list[str], folder: Path) -> list[tuple[str, str, bool, int]]:
     """Of a training with each fault on rank 1: its error, whose it is, and the steps done."""
     torch.set_num_threads(1)
     told = []
@@ -67,7 +67,8 @@ def said(faults: list[str], folder: Path) -> list[tuple[str, bool, int]]:
         with pytest.raises(DtrainError) as caught:
             NativeTrainer(context).run()
         steps = run.metrics.read_text().count("\n") if run.metrics.exists() else 0
-        told.append((str(caught.value), getattr(caught.value, "collateral", False), steps))
+        error = caught.value
+        told.append((error.code, str(error), getattr(error, "collateral", False), steps))
     return told
 
 
@@ -75,7 +76,13 @@ def test_a_fault_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     expected = EARLY | LATE
     results = run_ranks(said, 2, list(expected), tmp_path)
     for rank, told in enumerate(results):
-        for (fault, message), (text, collateral, steps) in zip(expected.items(), told, strict=True):
+        for (fault, message), (code, text, collateral, steps) in zip(
+            expected.items(), told, strict=True
+        ):
+            late = (
+                "job.fault-after-the-end" if "is beyond the last" in text else "inject.impossible"
+            )
+            assert code == ("inject.never-made" if fault in LATE else late), fault
             assert message in text, (fault, text)
             assert "\n" not in text
             assert collateral == (fault in LATE and rank == 0), fault

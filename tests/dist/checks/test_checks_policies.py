@@ -219,7 +219,7 @@ class Poisoned(Talkative):
 
 def test_the_sample_is_named(tmp_path: Path) -> None:
     results = run_ranks(trained, 2, tmp_path, Poisoned, {})
-    assert any("alone, sample 77 gives it" in each for each in results)
+    assert any("computed alone, sample 77 gives it" in each for each in results)
     assert sum("own losses are finite" in each for each in results) == 1
 
 
@@ -415,7 +415,7 @@ def test_a_left_out_collective_ends_in_a_verdict(
     places = re.findall(r"all_reduce\(float32\[\]\) at talkative/task\.py:(\d+)", "\n".join(calls))
     if world_size == 2:
         assert head.startswith("FAILED: rank 1 on node 0 (")
-        assert ") and rank 0 are in different collectives: " in head
+        assert ") and rank 0 called different collectives: " in head
         assert [call.split()[2] for call in calls] == ["1", "0"]
         assert sorted(places) == ["28", "29"]
     else:

@@ -74,7 +74,13 @@ def test_onnx_by_the_command(trained: RunDir) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     done = dtrain(
-        "export", "digits", "--to", "onnx", "-o", Path.cwd() / "m.onnx", cwd=trained.path.parents[1]
+        "export",
+        "digits",
+        "--to",
+        "onnx",
+        "--output",
+        Path.cwd() / "m.onnx",
+        cwd=trained.path.parents[1],
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

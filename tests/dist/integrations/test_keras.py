@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 from dtrain import catalog
-from dtrain.errors import DtrainError, JobError
+from dtrain.errors import JobError
 from dtrain.job.spec import JobSpec
 from dtrain.keras import KerasTask
 from dtrain.ranks import RankInfo
@@ -26,6 +26,7 @@ from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.load import load_task
 from dtrain.train.loss import LossModule
 from support import EXAMPLES
+from support.coded import refused
 from support.launch import dtrain
 
 EXAMPLE = EXAMPLES / "keras"
@@ -132,7 +133,7 @@ def test_dp_and_one_process_and_the_keras_file(tmp_path: Path) -> None:
     job = EXAMPLE / "job.yaml"
     done = dtrain("launch", job, "--strategy", "single", "--procs", "1", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    done = dtrain("export", "last", "--to", "keras", "-o", tmp_path / "m.keras", cwd=tmp_path)
+    done = dtrain("export", "last", "--to", "keras", "--output", tmp_path / "m.keras", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"outputs on 32 and 16 samples of eval_dataset\(\) differ by", done.stdout)
     import keras
@@ -182,34 +183,32 @@ def test_what_cannot_be_trained_is_told(tmp_path: Path) -> None:
     use_torch()
     import keras
 
-    with pytest.raises(DtrainError, match=r"strategy 'fsdp' cannot cut .*; use 'ddp'"):
+    with refused("plan.unsupported-combination", "'fsdp'", "'ddp'"):
         train(tmp_path, steps=1, strategy="fsdp")
 
     def not_compiled() -> Any:
         return keras.Sequential([keras.layers.Dense(1)])
 
-    with pytest.raises(DtrainError, match=r"it must return a keras.Model after model.compile"):
+    with refused("keras.not-compiled", "Sequential"):
         Odd(not_compiled).model()
-    with pytest.raises(DtrainError, match="reduction='sum', whose size depends on how"):
+    with refused("keras.loss-reduction", "reduction='sum',"):
         Odd(lambda: small(loss=keras.losses.MeanSquaredError(reduction="sum"))).model()
     adam = keras.optimizers.Adam
     for optimizer, said in (
-        (adam(gradient_accumulation_steps=2), "give train.micro_batch_size"),
-        (adam(use_ema=True), "the optimizer has use_ema"),
-        (keras.optimizers.LossScaleOptimizer(adam()), "give train.precision: fp16"),
+        (adam(gradient_accumulation_steps=2), "train.micro_batch_size"),
+        (adam(use_ema=True), "use_ema"),
+        (keras.optimizers.LossScaleOptimizer(adam()), "train.precision: fp16"),
     ):
-        with pytest.raises(DtrainError, match=said):
+        with refused("keras.optimizer-option", said):
             Odd(lambda made=optimizer: small(optimizer=made)).model()
-    with pytest.raises(DtrainError, match=r"compile\(jit_compile=True\) is for fit"):
+    with refused("keras.compile-argument", "compile(jit_compile=True)"):
         Odd(lambda: small(jit_compile=True)).model()
     task = Odd(lambda: small(metrics=[keras.metrics.AUC()]))
     model = task.model()
-    with pytest.raises(DtrainError, match=r"metric 'auc' \(AUC\) is not a mean over samples"):
+    with refused("keras.metric-not-a-mean", "'auc' (AUC)"):
         task.evaluate(model, [torch.ones(8, 3), torch.ones(8, 1)])
     keras.config.backend = lambda: "jax"
-    with pytest.raises(
-        DtrainError, match=r"Keras runs on backend 'jax'.*--env KERAS_BACKEND=torch"
-    ):
+    with refused("keras.other-backend", "'jax'", "--env KERAS_BACKEND=torch"):
         Odd(small).model()
 
 
@@ -333,17 +332,17 @@ def test_what_fit_takes_as_data(tmp_path: Path) -> None:
 
     stream = as_dataset(batches, steps_per_epoch=3)
     assert [[int(row[1]) for row in stream] for _ in range(2)] == [[*range(10)]] * 2
-    with pytest.raises(DtrainError, match="can be gone through only once"):
+    with refused("keras.one-pass-data", "generator"):
         as_dataset(batches())
     nested = as_dataset(({"a": x, "b": y}, y))
     assert len(nested) == 10
     assert int(nested[3][0]["b"]) == 3
-    with pytest.raises(DtrainError, match=r"different numbers of samples: \[9, 10\]"):
+    with refused("keras.unequal-arrays", "[9, 10]"):
         as_dataset(({"a": x, "b": y[1:]}, y))
     loader = torch.utils.data.DataLoader(TensorDataset(torch.tensor(y)), shuffle=True)
     assert as_dataset(loader) is loader.dataset
     loader = torch.utils.data.DataLoader(loader.dataset, collate_fn=list)
-    with pytest.raises(DtrainError, match="sampler or a collate_fn of its own"):
+    with refused("keras.own-loader"):
         as_dataset(loader)
 
     def trained(name: str, data: Any, steps_per_epoch: int | None = None) -> list[Any]:
@@ -374,14 +373,13 @@ def test_what_a_function_or_a_callback_cannot_ask_for(tmp_path: Path) -> None:
         "    model.compile('sgd', 'mse')\n"
         "    return (model, {'x': [1.0], **fit}) if fit.pop('data', True) else model\n"
     )
-    for args, said in (
-        ({"data": False}, "made returned a Keras model without its data: return model, {'x': x"),
-        ({"epochs": 3}, "made returned 'epochs' for fit; that is train.epochs of the job"),
-        ({"z": 3}, "made returned 'z' for fit; it may return x, y, sample_weight"),
+    for args, code, said in (
+        ({"data": False}, "keras.no-data", "return model, {'x': x"),
+        ({"epochs": 3}, "keras.fit-argument", "made returned 'epochs' for fit; that is train.epo"),
+        ({"z": 3}, "keras.fit-argument", "made returned 'z' for fit; it may return x, y, sample_w"),
     ):
-        with pytest.raises(JobError) as told:
+        with refused(code, said, kind=JobError):
             load_task("made.py:made", args, tmp_path)
-        assert said in str(told.value)
     import keras
 
     from dtrain.integrations.keras.callbacks import KerasCallbacks
@@ -392,14 +390,14 @@ def test_what_a_function_or_a_callback_cannot_ask_for(tmp_path: Path) -> None:
     calls = keras.callbacks
     for each, said in (
         (calls.BackupAndRestore(tmp_path), "BackupAndRestore is not used here; instead: the job's"),
-        (calls.EarlyStopping(restore_best_weights=True), "use checkpoint.best of the job"),
-        (Tests(), r"Tests has on_test_end\(\), which is never called here"),
+        (calls.EarlyStopping(restore_best_weights=True), "checkpoint.best"),
+        (Tests(), "Tests has on_test_end()"),
     ):
-        with pytest.raises(DtrainError, match=said):
+        with refused("keras.callback-unsupported", said):
             KerasCallbacks([each])
     task = Odd(small)
     task.callbacks = lambda: [calls.EarlyStopping("accuracy")]  # type: ignore[method-assign]
-    with pytest.raises(DtrainError, match="EarlyStopping watches 'accuracy', and after epoch 1"):
+    with refused("keras.no-such-monitor", "EarlyStopping watches 'accuracy'", "after epoch 1"):
         train(tmp_path / "a", task, steps=2, strategy="single")
     task = Odd(small)
     task.callbacks = lambda: [calls.EarlyStopping("loss", patience=1, min_delta=9.0)]  # type: ignore[method-assign]

@@ -11,7 +11,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from dtrain.testing import RankError, run_ranks
+from dtrain.testing import run_ranks
+from support.coded import refused
 from support.lightning_fit import Done, fit
 
 AUTOMATIC = [
@@ -114,18 +115,20 @@ def test_files_of_lightnings_callbacks_are_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_module_that_cuts_itself_is_refused(strategy: str, tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=r"CutsItself made a model whose net\.0 is wrapped in FSDP"):
+    with refused("task.model-wrapped", "CutsItself", "net.0 is wrapped in FSDP"):
         run_ranks(one, 2, tmp_path, "lightning_parts.py:CutsItself", strategy)
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "code", "words"),
     [
-        ("Averaged", "EMAWeightAveraging copies the model, of which with strategy 'fsdp'"),
-        ("Swa", "StochasticWeightAveraging copies the model, of which with strategy 'fsdp'"),
-        ("EmaInCallback", r"average.*\['net.0.weight'\] is one rank's part of a tensor"),
+        ("Averaged", "lightning.average-of-parts", "EMAWeightAveraging"),
+        ("Swa", "lightning.average-of-parts", "StochasticWeightAveraging"),
+        ("EmaInCallback", "checkpoint.part-of-tensor", "['net.0.weight']"),
     ],
 )
-def test_what_keeps_copies_of_parts_is_refused(name: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=message):
+def test_what_keeps_copies_of_parts_is_refused(
+    name: str, code: str, words: str, tmp_path: Path
+) -> None:
+    with refused(code, words):
         run_ranks(one, 2, tmp_path, name, "fsdp", 5)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from dtrain.run.rundir import RunDir
-from support.launch import DIGITS, TINY, dtrain, metrics, started, the_run, wait_for_step
+from support.launch import DIGITS, TINY, dtrain, events, metrics, started, the_run, wait_for_step
 
 DIGITS_TASK = DIGITS.with_name("task.py")
 
@@ -45,7 +48,8 @@ def test_the_console_shows_rank_0_and_folds_the_rest(folder: Path) -> None:
 
 def test_runs(folder: Path, run: RunDir) -> None:
     lines = dtrain("runs", cwd=folder).stdout.splitlines()
-    assert lines[0].split() == ["RUN", "STATE", "STEP", "RANKS", "STRATEGY", "LAUNCHER", "STARTED"]
+    heads = ["RUN", "STATE", "STEP", "RANKS", "STRATEGY", "LAUNCHER", "STARTED", "DURATION"]
+    assert lines[0].split() == [*heads, "METRIC", "SET"]
     assert lines[1].split()[:6] == [run.id, "succeeded", "12", "4", "ddp", "local"]
     (row,) = json.loads(dtrain("runs", "--json", cwd=folder).stdout)
     assert row["id"] == run.id
@@ -58,7 +62,7 @@ def test_status_by_any_name(folder: Path, run: RunDir, name: str) -> None:
     status = json.loads(dtrain("status", name, "--json", cwd=folder).stdout)
     assert status["id"] == run.id
     assert status["eval"]["loss"] == pytest.approx(metrics(run, "eval")[-1]["loss"])
-    assert "state              succeeded\n" in dtrain("status", name, cwd=folder).stdout
+    assert "state               succeeded\n" in dtrain("status", name, cwd=folder).stdout
 
 
 def test_an_unknown_run(folder: Path) -> None:
@@ -83,6 +87,34 @@ def test_logs_fold_and_select(folder: Path, run: RunDir) -> None:
     assert missing.stderr.endswith("; ranks: [0, 1, 2, 3]  [run.no-such-log]\n")
     missing = dtrain("logs", "--node", "5", cwd=folder)
     assert "no such log; nodes: [0, 1]; ranks: [0, 1, 2, 3]" in missing.stderr
+
+
+def test_logs_of_ranges_of_ranks(folder: Path) -> None:
+    def ranks(*chosen: str) -> set[int]:
+        done = dtrain("logs", "--json", *chosen, cwd=folder)
+        return {json.loads(line)["rank"] for line in done.stdout.splitlines()}
+
+    assert ranks("--rank", "0-1,3") == ranks("--rank", "0-1", "--rank", "3") == {0, 1, 3}
+    assert ranks("--node", "0-1", "--rank", "2-900") == {2, 3}
+    for wrong in ("x", "1-", "3-1", "", "1,,2"):
+        done = dtrain("logs", "--rank", wrong, cwd=folder)
+        assert (done.returncode, done.stdout) == (2, ""), wrong
+
+
+@pytest.mark.parametrize("more", [(), ("--follow",)])
+def test_the_last_lines_of_logs(folder: Path, more: tuple[str, ...]) -> None:
+    lines = dtrain("logs", cwd=folder).stdout.splitlines()
+    for number in (0, 1, 7, 100_000):
+        done = dtrain("logs", "--tail", str(number), *more, cwd=folder)
+        assert done.returncode == 0
+        assert done.stdout.splitlines() == lines[max(0, len(lines) - number) :]
+
+
+def test_logs_of_an_attempt_that_is_not_there(folder: Path, run: RunDir) -> None:
+    for more in ((), ("--follow",)):
+        done = dtrain("logs", "--attempt", "3", *more, cwd=folder)
+        assert done.returncode == 2
+        assert done.stderr == f"dtrain: run {run.id} has no attempt 3; it has attempt 0\n"
 
 
 def test_why_of_a_run_that_did_not_fail(folder: Path, run: RunDir) -> None:
@@ -146,6 +178,43 @@ def test_follow_ends_with_the_run_and_with_its_code(tmp_path: Path) -> None:
     assert followed.returncode == process.returncode == 3
     assert "step 2/100" in followed.stdout
     assert "step 19/100" in followed.stdout
+    status = dtrain("status", cwd=tmp_path).stdout
+    run = the_run(tmp_path)
+    assert "\nstate               failed\nwhy                 rank 1 on node 0 (" in status
+    assert f"; `dtrain why {run.id}` shows more\n" in status
+    assert "\nstep                19 of 100 (19 %)\n" in status
+
+
+def test_status_of_a_running_run_says_when_it_will_end(tmp_path: Path) -> None:
+    arguments = (
+        "--set",
+        "args.pause=0.05",
+        "--set",
+        "train.steps=2000",
+        "--env",
+        "MY_TOKEN=s3cret",
+    )
+    with started("launch", "--procs", "2", *arguments, TINY, cwd=tmp_path) as process:
+        wait_for_step(tmp_path, 4)
+        row = json.loads(dtrain("status", "--json", cwd=tmp_path).stdout)
+        text = dtrain("status", cwd=tmp_path).stdout
+        (line,) = dtrain("runs", cwd=tmp_path).stdout.splitlines()[1:]
+        # Ctrl-C between two lines of metrics: the last step that was done is told
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert row["total_steps"] == 2000
+    assert row["eta"] > time.time()
+    assert 0 < row["samples_per_second"] == row["train"]["samples_per_second"]
+    assert row["set"]["launch.env.MY_TOKEN"] == "(set, not shown)"
+    assert re.search(r"\nstep +\d+ of 2000 \(0 %\)\n", text)
+    assert re.search(r"\neta +\d{4}-\d\d-\d\d [\d:]+, in 0:0\d:\d\d\n", text)
+    assert re.search(
+        r" running +\d+/2000 .* loss [\d.]+ +args\.pause=0\.05 train\.steps=2000", line
+    )
+    ended = json.loads(dtrain("status", "--json", cwd=tmp_path).stdout)
+    assert ended["state"] == "cancelled"
+    stopped = [each for each in events(the_run(tmp_path)) if each["event"] == "stopped"]
+    assert ended["step"] == stopped[-1]["step"] == metrics(the_run(tmp_path))[-1]["step"]
 
 
 def in_shell(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -184,7 +253,7 @@ def test_plan_starts_and_writes_nothing(tmp_path: Path) -> None:
     before = dict(os.environ)
     plan = dtrain("plan", "--nodes", "2", "--procs", "2", "--env", "MY_TOKEN=s3cret", "--explain",
                   TINY, cwd=tmp_path, env={"X": "1"})  # fmt: skip
-    dry = dtrain("launch", "--dry-run", "--explain", "--nodes=2", "--procs-per-node", "2",
+    dry = dtrain("launch", "--dry-run", "--explain", "--nodes=2", "--nproc-per-node", "2",
                  "--set", "launch.join-timeout=77s", TINY, cwd=tmp_path)  # fmt: skip
     assert (plan.returncode, dry.returncode) == (0, 0), plan.stderr + dry.stderr
     assert os.listdir(tmp_path) == []
@@ -290,4 +359,4 @@ def test_usage_errors_are_2(tmp_path: Path, arguments: list[str]) -> None:
     if arguments == ["lanch"]:
         assert "Did you mean 'launch'?" in done.stderr
     if arguments[-1] == str(DIGITS_TASK):
-        assert f"; launch {DIGITS}  [job.script-only-defines]" in done.stderr
+        assert f": dtrain launch {DIGITS}  [job.script-only-defines]" in done.stderr

@@ -84,7 +84,7 @@ def test_a_run_that_a_worker_left_is_not_finished_and_goes_on(tmp_path: Path) ->
     run = the_run(tmp_path)
     (left,) = events(run, "stopped")
     assert 3 <= left["step"] < 12
-    stopped = f"{run.id} was asked to stop by SIGTERM to rank 1 after step {left['step']}\n"
+    stopped = f"{run.id} was stopped by SIGTERM to rank 1 after step {left['step']}\n"
     assert f"{stopped}go on with: dtrain resume {run.id}\n" in done.stdout
     assert dtrain("why", cwd=tmp_path).stdout.startswith(stopped)
     status = json.loads(dtrain("status", "--json", cwd=tmp_path).stdout)
@@ -115,7 +115,7 @@ def test_a_rank_that_hangs_is_named_and_not_who_waited_for_it(tmp_path: Path) ->
     )
     assert len(lines) <= MAX_LINES
     assert any("task.py" in line and "in wait_forever" in line for line in lines)
-    assert "  rank 0 failed with it" in lines
+    assert "  rank 0 failed as a consequence" in lines
     assert any(line.strip().startswith("log: ") and "rank-00001.log" in line for line in lines)
 
 

@@ -150,7 +150,7 @@ def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
         output, _ = process.communicate(timeout=15)
         assert wait_for(lambda: not any(map(alive, below)), 5)
     assert process.returncode == 130
-    assert "again to kill them now" in output
+    assert "press Ctrl-C again to kill the workers now" in output
 
 
 def test_cancel_from_another_terminal(tmp_path: Path) -> None:
@@ -163,7 +163,9 @@ def test_cancel_from_another_terminal(tmp_path: Path) -> None:
         assert not any(map(alive, below))
     assert process.returncode == 143
     again = dtrain("cancel", "last", cwd=tmp_path)
-    assert again.stdout == f"{the_run(tmp_path).id}: nothing to cancel, it is cancelled\n"
+    assert (
+        again.stdout == f"{the_run(tmp_path).id} has already ended (cancelled); nothing to cancel\n"
+    )
 
 
 @pytest.mark.cold

@@ -45,9 +45,11 @@ def test_a_progress_bar_that_fits(tmp_path: Path, columns: int) -> None:
     assert code == 0, raw
     text = ESCAPES.sub("", raw).replace("\r", "\n")
     bars = [line for line in text.split("\n") if "━" in line or re.search(r"step +\d+/12 ", line)]
-    assert any("loss" in line for line in bars)
+    assert any("loss" in line and "samples/s" in line for line in bars)
+    assert all("ETA" in line for line in bars if "━" in line)
     assert max(len(line) for line in bars if "━" in line) <= min(columns, 100)
-    assert "step 12/12 epoch 2: loss" in text
+    # the first and the last: between them the bar shows the steps
+    assert re.findall(r"^step (\d+)/12 epoch", text, re.MULTILINE) == ["1", "12"]
     assert "succeeded in" in text
 
 
@@ -55,3 +57,18 @@ def test_no_colour_when_asked(tmp_path: Path) -> None:
     code, raw = on_a_terminal(80, "launch", "--procs", "1", str(TINY), cwd=tmp_path, NO_COLOR="1")
     assert code == 0
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", raw), "a colour in spite of NO_COLOR"
+
+
+def test_a_failure_and_states_have_colours_and_fit(tmp_path: Path) -> None:
+    arguments = ("--procs", "2", "--set", "args.misbehave=raise", str(TINY))
+    code, raw = on_a_terminal(80, "launch", *arguments, cwd=tmp_path)
+    assert code == 1
+    assert "\x1b[31mFAILED: \x1b[0mrank 1 on node 0" in raw
+    for command in ("why", "status", "runs"):
+        _, raw = on_a_terminal(80, command, cwd=tmp_path)
+        assert "\x1b[31m" in raw, command
+        assert "…" not in raw
+        lines = ESCAPES.sub("", raw).splitlines()
+        assert max(len(line) for line in lines if "/" not in line) <= 80, lines
+        _, raw = on_a_terminal(80, command, cwd=tmp_path, NO_COLOR="1")
+        assert "\x1b" not in raw, command

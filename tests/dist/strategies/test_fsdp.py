@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dtrain.errors import DtrainError
 from dtrain.testing import RankError, run_ranks
 from dtrain.train.strategies.fsdp_wrapping import check_shardable, units
+from support.coded import refused
 from support.trainings import Outcome, Regression, job, losses, steps_of, train
 
 
@@ -235,11 +235,11 @@ def test_what_cannot_be_cut_is_named(kind: str) -> None:
     check_shardable(model)
     if kind == "scalar":
         model[1].gain = nn.Parameter(torch.tensor(1.5))
-        message = r"parameter 1.gain is a scalar.*torch.tensor\(\[1.5\]\)"
+        code, words = "strategy.scalar-parameter", ("1.gain", "torch.tensor([1.5])")
     else:
         model[1].bias = nn.Parameter(torch.zeros(2, dtype=torch.float64))
-        message = "1.weight is float32, 1.bias is float64"
-    with pytest.raises(DtrainError, match=message):
+        code, words = "strategy.mixed-types", ("1.weight is float32", "1.bias is float64")
+    with refused(code, *words):
         check_shardable(model)
 
 

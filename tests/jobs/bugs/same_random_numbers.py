@@ -1,4 +1,4 @@
-"""All ranks seed their random numbers alike."""
+"""All ranks use the same random seed."""
 
 from dtrain.train.loop import checkpointing
 

@@ -1,4 +1,4 @@
-"""fp16: the loss is scaled up, and nobody scales the gradients down again."""
+"""fp16: the loss is scaled up, and the gradients are not scaled down again."""
 
 import torch
 

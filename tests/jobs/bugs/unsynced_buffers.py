@@ -1,4 +1,4 @@
-"""Nobody takes care of the buffers: every rank keeps its own."""
+"""Buffers are not synchronised: every rank keeps its own."""
 
 from handmade import Handmade, install
 

@@ -1,4 +1,4 @@
-"""A resumed run begins its epoch anew."""
+"""A resumed run starts its epoch from the beginning."""
 
 from dtrain.train.data.placement import Position
 from dtrain.train.loop.progress import Progress

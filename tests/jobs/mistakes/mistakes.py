@@ -61,7 +61,7 @@ class Small(Task):
 
 
 class Rows(Dataset[Any]):
-    """The numbers, as a data set of one's own."""
+    """The numbers, as a dataset class."""
 
     def __init__(self, off: dict[int, float] | None = None) -> None:
         self.x, self.y = numbers().tensors
@@ -84,7 +84,7 @@ class StaleFile(Small):
 
 
 class StaleSample(Small):
-    """Rank 1's file differs in one sample, which is none of those compared before training."""
+    """Rank 1's file differs in one sample that is not compared before the training."""
 
     def train_dataset(self) -> Any:
         wrong = self.mistake and dtrain.rank() == 1
@@ -105,7 +105,7 @@ class Jittered(Rows):
 
 
 class PrivateGenerator(Small):
-    """The data set draws from a generator of its own."""
+    """The dataset draws from its own generator."""
 
     def train_dataset(self) -> Any:
         return Jittered(own=self.mistake)
@@ -128,7 +128,7 @@ class Parted(IterableDataset[Any]):
 
 
 class ShardsItself(Small):
-    """A stream that gives each rank its part, of which it then keeps a part."""
+    """A stream gives each rank only its part, and the rank then keeps only a part of that."""
 
     how = "by rank"
 
@@ -137,19 +137,19 @@ class ShardsItself(Small):
 
 
 class ShufflesByRank(ShardsItself):
-    """A stream in an order of each rank's own."""
+    """A stream has a different order on each rank."""
 
     how = "shuffled"
 
 
 class SkipsOne(ShardsItself):
-    """A stream that begins one sample later on rank 1."""
+    """A stream starts one sample later on rank 1."""
 
     how = "skips one"
 
 
 class OrderByRank(Small):
-    """The order of the samples follows from the rank."""
+    """The order of the samples depends on the rank."""
 
     def sample_order(self, seed: int, epoch: int) -> Any:
         shift = dtrain.rank() if self.mistake else 0
@@ -157,7 +157,7 @@ class OrderByRank(Small):
 
 
 class Evaluated(Small):
-    """Ranks evaluate other samples."""
+    """Ranks evaluate the wrong samples."""
 
     def eval_dataset(self) -> Any:
         x, y = numbers().tensors
@@ -169,7 +169,7 @@ class Evaluated(Small):
 
 
 class SumForMean(Small):
-    """A scalar that is a sum stands for a mean."""
+    """loss() returns a scalar that is a sum, not a mean."""
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         errors = self.errors(model, batch)
@@ -177,7 +177,7 @@ class SumForMean(Small):
 
 
 class MeanOfPositives(Small):
-    """A scalar that is a mean over some of the samples."""
+    """loss() returns a scalar that is a mean over only some of the samples."""
 
     def loss(self, model: nn.Module, batch: Any) -> Loss | torch.Tensor:
         positive = batch[1] > 0
@@ -198,7 +198,7 @@ class InBatch(Small):
 
 
 class BranchesOnRank(Small):
-    """Rank 1 computes another loss."""
+    """Rank 1 computes a different loss."""
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
         errors = self.errors(model, batch)
@@ -208,7 +208,7 @@ class BranchesOnRank(Small):
 
 
 class ReadsWorldSize(Small):
-    """The loss is divided by the number of processes, as people do who know DDP's mean."""
+    """The loss is divided by the number of processes, to correct for DDP's mean."""
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
         errors = self.errors(model, batch)
@@ -253,7 +253,7 @@ class Updates(Small):
 
 
 class Counts(Small):
-    """A counter in the task decides how hard the loss is."""
+    """A counter in the task changes the loss."""
 
     def __init__(self, mistake: bool = True) -> None:
         super().__init__(mistake)
@@ -266,7 +266,7 @@ class Counts(Small):
 
 
 class Averages(Small):
-    """An average of the weights in the task, moved on in loss(), is what is evaluated."""
+    """The evaluation uses an average of the weights that loss() updates."""
 
     def __init__(self, mistake: bool = True) -> None:
         super().__init__(mistake)
@@ -285,7 +285,7 @@ class Averages(Small):
 
 
 class Teacher(Averages):
-    """The average is the teacher of the model."""
+    """The same average is the teacher of the model."""
 
     def loss(self, model: nn.Module, batch: Any) -> Loss | torch.Tensor:
         errors = self.errors(model, batch)
@@ -296,7 +296,7 @@ class Teacher(Averages):
 
 
 class OwnNoise(Small):
-    """The loss draws from a generator of the task's own."""
+    """The loss draws from the task's own generator."""
 
     def __init__(self, mistake: bool = True) -> None:
         super().__init__(mistake)
@@ -314,7 +314,7 @@ class OwnNoise(Small):
 
 
 class OwnRate(Small):
-    """From the third step on rank 1 has another learning rate in its second group."""
+    """From the third step on, rank 1 has a different learning rate in its second group."""
 
     def optimizer(self, model: Any) -> torch.optim.Optimizer:
         groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.003}]
@@ -331,7 +331,7 @@ class OwnRate(Small):
 
 
 class OwnDecay(Small):
-    """Rank 1 has another weight decay."""
+    """Rank 1 has a different weight decay."""
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         decay = 0.1 if self.mistake and dtrain.rank() == 1 else 0.01
@@ -378,7 +378,7 @@ class WrapsItself(Small):
 
 
 class OwnStart(Small):
-    """Rank 1 begins with another bias."""
+    """Rank 1 starts with a different bias."""
 
     def model(self) -> Any:
         model: Any = super().model()

@@ -24,19 +24,25 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "keras node",
         "launchers worker",
         "planning",
-        "verify",
-        "cli",
+        "resuming verify",
+        "api cli",
         "__main__",
     ),
+    "dtrain.api": (
+        "asked cells driving metrics",
+        "run task_class",
+        "launching",
+    ),
     "dtrain.cli": (
-        "main options",
-        "array cancel export launchers logs plan schema status verify why",
+        "completers main",
+        "options",
+        "array cancel completion export launchers logs plan schema status verify why",
         "launch runs",
         "resume",
     ),
     "dtrain.codes": ("entry", "launch training", "__init__"),
     "dtrain.console": (
-        "fold history out tail",
+        "fold history notebook out tail",
         "live",
     ),
     "dtrain.export": (
@@ -55,8 +61,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.integrations.lightning": (
         "job_check optimizers package step_loader",
         "compat",
-        "callbacks environment logging suits",
-        "state user_loaders",
+        "callbacks environment reductions suits",
+        "logging user_loaders",
+        "state",
         "module",
         "loops trainer",
         "choice",
@@ -85,8 +92,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.launchers": (
         "base flags local prepare warm",
         "listing status stopping torchrun",
-        "supervise",
-        "array ray slurm",
+        "summary supervise",
+        "array driver ray slurm",
     ),
     "dtrain.launchers.ray": (
         "actor job_output local_cluster options",
@@ -118,7 +125,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.run": (
         "files flight_recorder ids rundir",
-        "attempts backend_files events failures manifest sync",
+        "attempts backend_files events failures manifest progress sync",
         "remote snapshot verdict",
         "code_archive lookup",
     ),
@@ -215,7 +222,7 @@ LAUNCH_PLANE = tuple(
     f"dtrain.{part}"
     for row in (
         "errors procs plainjson checked environ waiting forking ports assets ranks task callback",
-        "words catalog run job plan planning trace console launchers verify cli",
+        "words catalog run job plan planning resuming trace console launchers verify api cli",
     )
     for part in row.split()
 )

@@ -189,7 +189,11 @@ def test_every_leaf_has_a_source(load: Load) -> None:
          "checkpoint or under log"),
         ("  global_batchsize: 3", "6:3: train.global_batchsize: unknown; did you mean "
          "'global_batch_size'?"),
+        ("  batch_size: 3", "6:3: train.batch_size: unknown; did you mean train.global_batch_size "
+         "(samples per step, over all processes)?"),
         ("  max-epochs: 3", "6:3: train.max-epochs: unknown; did you mean 'epochs'?"),
+        ("launch: {gpus: 3}", "6:10: launch.gpus: unknown; did you mean 'gpus_per_node'?"),
+        ("launch: {procs: 3}", "6:10: launch.procs: unknown; did you mean 'procs_per_node'?"),
         ("gpus: 3", "6:1: gpus: unknown; did you mean 'gpus_per_node'? It belongs under launch"),
         ("num_workers: 3", "6:1: num_workers: unknown; did you mean 'workers'? It belongs under "
          "data"),

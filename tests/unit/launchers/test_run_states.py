@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from dtrain import procs
-from dtrain.cli.status import summary
 from dtrain.errors import UsageError
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
 from dtrain.launchers import base, prepare, status
+from dtrain.launchers.summary import summary
 from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.run import events
 from dtrain.run.attempts import Handle, Result

@@ -217,7 +217,9 @@ def test_the_place_at_the_end_of_what_is_wrong_is_not_cut_off(run: RunDir) -> No
     record(None, kind="agent", message=message).write(run, 0)
     found = verdict.judge(run, 0)
     assert found is not None
-    assert verdict.render(found, run).splitlines()[0].endswith(f"{message}  [failure.agent]")
+    text = verdict.render(found, run, 80)
+    assert message in " ".join(line.strip() for line in text.splitlines())
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_what_another_try_would_meet_again_is_not_to_be_resumed(run: RunDir) -> None:
@@ -284,3 +286,36 @@ def test_a_record_that_cannot_be_written_is_kept_aside(
     found = verdict.judge(run, 0)
     assert found is not None
     assert found.culprit.rank == 1
+
+
+def test_a_terminal_folds_between_words_and_the_remedy_is_whole(run: RunDir) -> None:
+    remedy = "take a scheduler that counts steps or epochs, or train with lightning.step: lightning"
+    long = "/a/path/of/ninety/characters/" + "x" * 61
+    culprit = record(
+        1, message=f"ReduceLROnPlateau is stepped with a metric; {remedy}", hint=remedy, log=long
+    )
+    text = verdict.render(verdict.Verdict(culprit, collateral=[0]), run, 80)
+    lines = text.splitlines()
+    assert len(lines) <= verdict.MAX_LINES
+    assert all(len(line) <= 80 for line in lines if long not in line)
+    assert "…" not in text
+    assert " ".join(text.split()).count(remedy) == 2
+    assert "  rank 0 failed as a consequence" in lines
+    wide = verdict.render(verdict.Verdict(culprit), run, 200).splitlines()
+    assert f"  ReduceLROnPlateau is stepped with a metric; {remedy}" in wide
+
+
+def test_failed_is_painted_and_nothing_else(run: RunDir) -> None:
+    text = verdict.render(
+        verdict.Verdict(record(1)), run, 80, lambda text, colour: f"<{colour}{text}>"
+    )
+    assert text.splitlines()[0] == "<redFAILED: >rank 1 on node 0 (node-0) raised ValueError"
+    assert "<" not in text.partition("\n")[2]
+
+
+def test_a_line_for_status(run: RunDir) -> None:
+    said = verdict.summary(verdict.Verdict(record(1, message="no such column\nin the file")))
+    assert said == "rank 1 on node 0 (node-0) raised ValueError: no such column"
+    killed = record(2, kind="signal", type="", message="was killed by SIGKILL")
+    said = verdict.summary(verdict.Verdict(killed))
+    assert said == "rank 2 on node 1 (node-1): was killed by SIGKILL"

@@ -16,6 +16,7 @@ from dtrain.errors import CheckpointError
 from dtrain.train.checkpoint import files
 from dtrain.train.checkpoint.files import read_checkpoint, remove_leftovers, write_checkpoint
 from dtrain.train.checkpoint.state import load_model_state, model_state, parameters_sha256
+from support.coded import refused
 
 TENSORS = {"model": {"w": torch.arange(1000.0)}, "extras": {"scheduler": None, "n": [1, 2.5]}}
 
@@ -49,34 +50,29 @@ def flip(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "code", "name"),
     [
-        pytest.param(edit("model.pt", flip), "model.pt is damaged: its xxh3", id="bit in a tensor"),
-        pytest.param(edit("extras.pt", lambda d: d[:-1]), "extras.pt has", id="short"),
-        pytest.param(edit("model.pt", lambda d: d + b"x"), "model.pt has", id="long"),
-        pytest.param(edit("progress.json", flip), "progress.json is damaged", id="position"),
-        pytest.param(lambda f: (f / "extras.pt").unlink(), "extras.pt is missing", id="file gone"),
-        pytest.param(
-            lambda f: (f / "manifest.json").unlink(), "manifest.json is missing", id="no manifest"
-        ),
-        pytest.param(
-            edit("manifest.json", lambda d: d[:50]),
-            "manifest.json is damaged",
-            id="half a manifest",
-        ),
-        pytest.param(
+        (edit("model.pt", flip), "damaged-file", "model.pt"),
+        (edit("extras.pt", lambda d: d[:-1]), "damaged-file", "extras.pt"),
+        (edit("model.pt", lambda d: d + b"x"), "damaged-file", "model.pt"),
+        (edit("progress.json", flip), "damaged-file", "progress.json"),
+        (lambda f: (f / "extras.pt").unlink(), "missing-file", "extras.pt"),
+        (lambda f: (f / "manifest.json").unlink(), "missing-manifest", "manifest.json"),
+        (edit("manifest.json", lambda d: d[:50]), "damaged-manifest", "manifest.json"),
+        (
             edit("manifest.json", lambda d: d.replace(b'"world_size": 2', b'"world_size": 3')),
-            "manifest.json is damaged: its own digest",
-            id="manifest edited",
+            *("damaged-manifest", "manifest.json"),
         ),
-        pytest.param(
-            edit("manifest.json", lambda d: b"[]"), "manifest.json is damaged", id="other JSON"
-        ),
+        (edit("manifest.json", lambda d: b"[]"), "damaged-manifest", "manifest.json"),
+    ],
+    ids=[
+        *("bit in a tensor", "short", "long", "position", "file gone", "no manifest"),
+        *("half a manifest", "manifest edited", "other JSON"),
     ],
 )
-def test_damage(folder: Path, damage: Callable[[Path], Any], words: str) -> None:
+def test_damage(folder: Path, damage: Callable[[Path], Any], code: str, name: str) -> None:
     damage(folder)
-    with pytest.raises(CheckpointError, match=words):
+    with refused(f"checkpoint.{code}", name, kind=CheckpointError):
         read_checkpoint(folder)
 
 
@@ -98,7 +94,7 @@ def test_every_single_byte_of_the_manifest_counts(folder: Path) -> None:
 def test_objects_that_would_have_to_be_unpickled_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "step-00000001"
     write_checkpoint(path, {"model": Path("x")}, {}, {})
-    with pytest.raises(CheckpointError, match=r"model.pt cannot be read: Weights only load failed"):
+    with refused("checkpoint.damaged-file", "model.pt", "Weights only load", kind=CheckpointError):
         read_checkpoint(path)
 
 
@@ -106,7 +102,7 @@ def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(files, "_FORMAT", 2)
     write_checkpoint(tmp_path / "step-00000001", {}, {}, {})
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="its format is 2, this dtrain reads 1"):
+    with refused("checkpoint.other-format", "is 2", "reads 1", kind=CheckpointError):
         read_checkpoint(tmp_path / "step-00000001")
 
 
@@ -165,7 +161,7 @@ def test_a_pipe_is_not_waited_for_and_a_planted_file_is_not_read(folder: Path) -
     assert set(read_checkpoint(folder)[0]) == {"model", "extras"}
     (folder / "model.pt").unlink()
     os.mkfifo(folder / "model.pt")
-    with pytest.raises(CheckpointError, match="no regular file"):
+    with refused("checkpoint.damaged-file", "model.pt", kind=CheckpointError):
         read_checkpoint(folder)
 
 
@@ -197,6 +193,6 @@ def test_the_digest_of_parameters_sees_names_types_shapes_and_bytes() -> None:
 def test_a_model_state_that_does_not_fit_changes_nothing() -> None:
     model, other = nn.Linear(2, 2), nn.Linear(2, 3)
     before = model.weight.clone()
-    with pytest.raises(CheckpointError, match=r"weight is \(3, 2\), in the model \(2, 2\)"):
+    with refused("checkpoint.other-model", "weight is (3, 2)", "(2, 2)", kind=CheckpointError):
         load_model_state(model, model_state(other))
     assert torch.equal(model.weight, before)

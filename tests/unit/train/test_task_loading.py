@@ -13,6 +13,7 @@ import pytest
 from dtrain import Task, catalog
 from dtrain.errors import JobError
 from dtrain.train.load import load_task
+from support.coded import refused
 
 METHODS = """
   def model(self): return "model"
@@ -89,26 +90,29 @@ def test_a_class_of_its_own_gets_the_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reference", "args", "words"),
+    ("reference", "args", "code", "words"),
     [
-        ("own.py", {}, "is not `file.py:Class`"),
-        ("gone.py:T", {}, "there is no file"),
-        ("own.py:X", {}, "own.py has no class 'X'; it has T, Half"),
-        ("no_such_package.x:T", {}, "there is no module 'no_such_package'"),
-        ("own.py:T", {"a": 1, "b": 1}, r"args: T\(a, b\): got an unexpected keyword argument 'b'"),
-        ("own.py:T", {}, r"T\(\): missing a required argument: 'a'"),
-        ("own.py:Half", {}, r"Half lacks loss\(\), optimizer\(\)"),
+        ("own.py", {}, "job.reference-syntax", "'own.py'"),
+        ("gone.py:T", {}, "job.code-not-found", "gone.py"),
+        ("own.py:X", {}, "job.class-not-found", "own.py has no class 'X'; it has T, Half"),
+        ("no_such_package.x:T", {}, "job.code-not-found", "'no_such_package'"),
+        (
+            *("own.py:T", {"a": 1, "b": 1}, "task.bad-arguments"),
+            "args: T(a, b): got an unexpected keyword argument 'b'",
+        ),
+        ("own.py:T", {}, "task.bad-arguments", "T(): missing a required argument: 'a'"),
+        ("own.py:Half", {}, "job.task-incomplete", "Half lacks loss(), optimizer()"),
     ],
 )
-def test_what_is_wrong_is_said(
-    tmp_path: Path, reference: str, args: dict[str, int], words: str
+def test_what_is_wrong_has_a_code(
+    tmp_path: Path, reference: str, args: dict[str, int], code: str, words: str
 ) -> None:
     write(
         tmp_path / "own.py",
         f"class T:\n  def __init__(self, a): pass\n{METHODS}\n"
         "class Half:\n  def model(self): pass\n  def train_dataset(self): pass\n",
     )
-    with pytest.raises(JobError, match=words):
+    with refused(code, words, kind=JobError):
         load_task(reference, args, tmp_path)
 
 

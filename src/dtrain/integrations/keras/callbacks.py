@@ -165,12 +165,14 @@ def _refuse(each: Any) -> None:
     for name in names:
         if name in _INSTEAD:
             raise DtrainError(
-                f"Keras's callback {name} is not used here; instead: {_INSTEAD[name]}"
+                f"Keras's callback {name} is not used here; instead: {_INSTEAD[name]}",
+                code="keras.callback-unsupported",
             )
     if getattr(each, "restore_best_weights", False):
         raise DtrainError(
             "EarlyStopping(restore_best_weights=True) would change the weights after the last "
-            "checkpoint; use checkpoint.best of the job, which keeps the best as a checkpoint"
+            "checkpoint; use checkpoint.best of the job, which keeps the best as a checkpoint",
+            code="keras.callback-unsupported",
         )
     base = keras.callbacks.Callback
     own = [
@@ -181,7 +183,8 @@ def _refuse(each: Any) -> None:
     if own:
         raise DtrainError(
             f"callback {type(each).__name__} has {own[0]}(), which is never called here: dtrain "
-            "evaluates; use on_epoch_end, or on_eval of a dtrain.Callback"
+            "evaluates; use on_epoch_end, or on_eval of a dtrain.Callback",
+            code="keras.callback-unsupported",
         )
 
 
@@ -210,8 +213,9 @@ def _check_monitors(callbacks: list[Any], logs: Mapping[str, float], epoch: int)
             raise DtrainError(
                 f"{type(each).__name__} watches {monitor!r}, and after epoch {epoch + 1} there "
                 f"is: {', '.join(sorted(logs))}. Values that begin with val_ need data for "
-                "evaluation, and eval.every_epochs: 1 in the job; metrics of training itself "
-                "besides the loss are not computed"
+                "evaluation, and eval.every_epochs: 1 in the job. Of the training data only the "
+                "loss is computed, no other metric",
+                code="keras.no-such-monitor",
             )
 
 

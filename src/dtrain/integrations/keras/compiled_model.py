@@ -82,7 +82,8 @@ class CompiledModelTask(KerasTask):
         if y is None:
             if fraction:
                 raise DtrainError(
-                    "validation_split needs arrays x and y; give validation_data instead"
+                    "validation_split needs arrays x and y; give validation_data instead",
+                    code="keras.split-needs-arrays",
                 )
             return (x, None)
         import keras
@@ -100,16 +101,23 @@ def _checked(made: Any, name: str) -> tuple[Any, Mapping[str, Any]]:
         raise job_problem(
             "task",
             f"{name} returned a Keras model without its data: return model, {{'x': x, 'y': y}}, "
-            "the arguments that model.fit would be given",
+            "the arguments that model.fit would receive",
+            code="keras.no-data",
         )
     model, fit = made
     for word in fit:
         if word in _OURS:
-            raise job_problem("task", f"{name} returned {word!r} for fit; that is {_OURS[word]}")
+            raise job_problem(
+                "task",
+                f"{name} returned {word!r} for fit; that is {_OURS[word]}",
+                code="keras.fit-argument",
+            )
         if word not in _TAKEN:
             raise job_problem(
-                "task", f"{name} returned {word!r} for fit; it may return {', '.join(_TAKEN)}"
+                "task",
+                f"{name} returned {word!r} for fit; it may return {', '.join(_TAKEN)}",
+                code="keras.fit-argument",
             )
     if fit.get("x") is None:
-        raise job_problem("task", f"{name} returned no x for fit")
+        raise job_problem("task", f"{name} returned no x for fit", code="keras.no-data")
     return model, fit

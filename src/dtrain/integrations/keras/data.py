@@ -48,8 +48,9 @@ def as_dataset(data: Any, steps_per_epoch: int | None = None) -> Any:
         return _of_loader(data)
     if inspect.isgenerator(data) or hasattr(data, "__next__"):
         raise DtrainError(
-            f"a {type(data).__name__} can be gone through only once, and every process needs its "
-            "own, anew in each epoch: give the function that returns it"
+            f"a {type(data).__name__} can be gone through only once, but every process needs its "
+            "own, and a new one in each epoch: give the function that returns it",
+            code="keras.one-pass-data",
         )
     if callable(data) and not hasattr(data, "__getitem__"):
         return Stream(data, steps_per_epoch)
@@ -66,7 +67,10 @@ class Samples(Dataset[Any]):
         self._parts = self._map(_tensor, parts)
         lengths = {len(leaf) for leaf in keras.tree.flatten(self._parts)}
         if len(lengths) != 1:
-            raise DtrainError(f"arrays have different numbers of samples: {sorted(lengths)}")
+            raise DtrainError(
+                f"arrays have different numbers of samples: {sorted(lengths)}",
+                code="keras.unequal-arrays",
+            )
         self._length = lengths.pop()
 
     def __len__(self) -> int:
@@ -90,7 +94,8 @@ class Rows(Dataset[Any]):
         if batches.num_batches is None:
             raise DtrainError(
                 f"{type(batches).__name__} has no length, so that no order can be computed; give "
-                "it __len__(), or give a function that returns a generator of batches"
+                "it __len__(), or give a function that returns a generator of batches",
+                code="keras.no-length",
             )
         self._batches = batches
         self._kept: OrderedDict[int, Any] = OrderedDict()
@@ -107,7 +112,8 @@ class Rows(Dataset[Any]):
         if full and self._num_rows(number) != self._size:
             raise DtrainError(
                 f"item {number} of {type(self._batches).__name__} has {self._num_rows(number)} "
-                f"samples, item 0 has {self._size}; all but the last must have as many"
+                f"samples, item 0 has {self._size}; all but the last must have as many",
+                code="keras.unequal-batches",
             )
         return _row(self._batch(number), row)
 
@@ -155,8 +161,9 @@ def _of_loader(loader: DataLoader[Any]) -> Any:
     ):
         return loader.dataset
     raise DtrainError(
-        "a DataLoader with a sampler or a collate_fn of its own: give its data set, and say the "
-        "order as sample_order() or sample_weights(), the batches as collate(), in a KerasTask"
+        "a DataLoader with a sampler or a collate_fn of its own: return its data set, and write "
+        "the order as sample_order() or sample_weights(), the batches as collate(), in a KerasTask",
+        code="keras.own-loader",
     )
 
 

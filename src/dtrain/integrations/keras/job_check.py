@@ -23,7 +23,7 @@ class KerasCheck(JobCheck):
         if named.field != ("task",) or not _is_keras(source, name):
             return
         if problem := catalog.FRAMEWORKS["keras"].needs.problem("the task"):
-            yield named.problem(problem)
+            yield named.problem(problem, code="plan.missing-package")
         yield from _strategy_problems(named.root)
         yield from _backend_problems(named)
         for call in source.calls("compile"):
@@ -31,7 +31,7 @@ class KerasCheck(JobCheck):
                 message = _compile_problem(keyword)
                 if message:
                     spot = SourceLocation(shown_path(file), keyword.lineno, keyword.col_offset + 1)
-                    yield spot.problem("", message)
+                    yield spot.problem("", message, code="keras.compile-argument")
 
 
 def _is_keras(source: Source, name: str) -> bool:
@@ -49,7 +49,7 @@ def _strategy_problems(root: Located) -> Iterator[Problem]:
             "strategy 'fsdp' cannot cut the variables of Keras; use 'ddp': single, dp, ddp and "
             "exact work"
         )
-        yield strategy.place.problem("strategy", message)
+        yield strategy.place.problem("strategy", message, code="plan.unsupported-combination")
 
 
 def _backend_problems(named: NamedClass) -> Iterator[Problem]:
@@ -62,7 +62,8 @@ def _backend_problems(named: NamedClass) -> Iterator[Problem]:
             f"{_BACKEND} is {backend!r}{'' if given else ' in the environment'}, and dtrain trains "
             f"with 'torch': leave it unset, or give --env {_BACKEND}=torch"
         )
-        yield (given.place if given else named.place).problem(where, message)
+        place = given.place if given else named.place
+        yield place.problem(where, message, code="keras.other-backend")
 
 
 def _compile_problem(keyword: ast.keyword) -> str | None:

@@ -53,14 +53,16 @@ class KerasTask(Task):
         if keras.config.backend() != "torch":
             raise DtrainError(
                 f"Keras runs on backend {keras.config.backend()!r}, and dtrain trains with "
-                "'torch': leave KERAS_BACKEND unset, or give --env KERAS_BACKEND=torch"
+                "'torch': leave KERAS_BACKEND unset, or give --env KERAS_BACKEND=torch",
+                code="keras.other-backend",
             )
         keras.utils.clear_session()  # names count up otherwise, and checkpoints go by name
         model = self.compiled()
         if not isinstance(model, keras.Model) or not getattr(model, "compiled", False):
             raise DtrainError(
                 f"compiled() returned {type(model).__name__}; it must return a keras.Model after "
-                "model.compile(optimizer=…, loss=…)"
+                "model.compile(optimizer=…, loss=…)",
+                code="keras.not-compiled",
             )
         if not model.built:
             batch = self.collate([_first(self.train_dataset())])
@@ -84,7 +86,10 @@ class KerasTask(Task):
     def optimizer(self, model: Any) -> torch.optim.Optimizer:
         """The compiled optimizer, as torch's."""
         if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-            raise DtrainError("strategy 'fsdp' cannot cut the variables of Keras; use 'ddp'")
+            raise DtrainError(
+                "strategy 'fsdp' cannot cut the variables of Keras; use 'ddp'",
+                code="plan.unsupported-combination",
+            )
         return KerasOptimizer(model)
 
     def evaluate(self, model: Any, batch: Any) -> Mapping[str, Loss | torch.Tensor | float]:
@@ -127,7 +132,9 @@ def _refuse_what_differs(model: Any) -> None:
     _refuse_optimizer(model.optimizer)
     if model.jit_compile is True:
         raise DtrainError(
-            "compile(jit_compile=True) is for fit, and dtrain does not compile models; leave it out"
+            "compile(jit_compile=True) is for fit, and dtrain does not compile models; leave it "
+            "out",
+            code="keras.compile-argument",
         )
 
 
@@ -139,7 +146,8 @@ def _refuse_losses(model: Any) -> None:
         if loss.reduction not in _MEANS:
             raise DtrainError(
                 f"loss {loss.name!r} has reduction={loss.reduction!r}, whose size depends on how "
-                "a batch is cut; use reduction='sum_over_batch_size', the default"
+                "a batch is cut; use reduction='sum_over_batch_size', the default",
+                code="keras.loss-reduction",
             )
 
 
@@ -147,21 +155,27 @@ def _refuse_optimizer(optimizer: Any) -> None:
     import keras
 
     if optimizer is None:
-        raise DtrainError("the model is compiled without an optimizer: compile(optimizer=…)")
+        raise DtrainError(
+            "the model is compiled without an optimizer; write compile(optimizer=…)",
+            code="keras.not-compiled",
+        )
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise DtrainError(
             "the optimizer scales the loss for float16, which dtrain does itself: leave Keras's "
-            "dtype policy at float32, and give train.precision: fp16"
+            "dtype policy at float32, and set train.precision: fp16",
+            code="keras.optimizer-option",
         )
     if optimizer.gradient_accumulation_steps is not None:
         raise DtrainError(
-            "the optimizer has gradient_accumulation_steps; leave them out, and give "
-            "train.micro_batch_size: a step is a whole global batch, in parts of that size"
+            "the optimizer has gradient_accumulation_steps; leave them out, and set "
+            "train.micro_batch_size: a step is a whole global batch, in parts of that size",
+            code="keras.optimizer-option",
         )
     if optimizer.use_ema:
         raise DtrainError(
-            "the optimizer has use_ema, whose averages fit puts into the model at its end; there "
-            "is nothing like it here yet: leave it out"
+            "the optimizer has use_ema, whose averages fit puts into the model at its end. dtrain "
+            "does not do that yet: leave it out",
+            code="keras.optimizer-option",
         )
 
 
@@ -183,7 +197,8 @@ def _compiled_metrics(model: Any) -> list[Any]:
         if not isinstance(metric, keras.metrics.Mean):
             raise DtrainError(
                 f"metric {metric.name!r} ({type(metric).__name__}) is not a mean over samples, so "
-                "parts of it from several processes do not make a whole; write predict(), and "
-                "compute it from predictions.npz"
+                "it cannot be put together from the parts of several processes; write predict(), "
+                "and compute it from predictions.npz",
+                code="keras.metric-not-a-mean",
             )
     return flat

@@ -38,7 +38,11 @@ class LightningAdapter:
         if package is None:
             return None
         if trainer != "lightning":
-            raise job_problem("task", f"{name} is a LightningModule; set trainer: lightning")
+            raise job_problem(
+                "task",
+                f"{name} is a LightningModule; set trainer: lightning",
+                code="lightning.needs-trainer",
+            )
         want(package)
         from dtrain.integrations.lightning.module import ModuleTask
 

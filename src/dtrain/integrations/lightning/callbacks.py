@@ -56,12 +56,14 @@ def refuse_callbacks(callbacks: Sequence[pl.Callback], *, sharded: bool) -> None
         if isinstance(callback, _kinds(_TUNERS)):
             raise UsageError(
                 f"{name} trains before the training, which a resume could not repeat: run it by "
-                "itself, with Lightning's Trainer, and write what it finds into the job"
+                "itself, with Lightning's Trainer, and write what it finds into the job",
+                code="lightning.tuner-callback",
             )
         if sharded and isinstance(callback, _kinds(_AVERAGES)):
             raise UsageError(
                 f"{name} copies the model, of which with strategy 'fsdp' each process holds a "
-                "part; use strategy 'ddp'"
+                "part; use strategy 'ddp'",
+                code="lightning.average-of-parts",
             )
 
 

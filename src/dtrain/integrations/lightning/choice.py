@@ -37,7 +37,10 @@ def make_trainer(context: TrainContext) -> Any:
             (f"trainer.{arguments[0]}" if arguments else "", bool(arguments)),
         ):
             if asked:
-                raise UsageError(f"lightning.{field} is for a LightningModule; this is a task")
+                raise UsageError(
+                    f"lightning.{field} is for a LightningModule; this is a task",
+                    code="job.field-without-effect",
+                )
         return LightningTrainer(context)
     if wish.data_module is not None:
         make = load_class("lightning.data_module", wish.data_module, context.code_dir)
@@ -64,7 +67,8 @@ class _Step:
         except NeedsLoopsError as error:
             if not self._or_loops:
                 raise UsageError(
-                    f"{error}; with lightning.step: dtrain that cannot be: leave that out"
+                    f"{error}; lightning.step: dtrain cannot train that: leave that field out",
+                    code="lightning.needs-own-loops",
                 ) from None
             why = str(error)
         return _Loops(self._context, why).run()
@@ -81,7 +85,7 @@ class _Loops:
         context = self._context
         problem = own_loops_problem(context.spec.strategy)
         if problem is not None:
-            raise UsageError(f"{self._why}; and {problem}")
+            raise UsageError(f"{self._why}; and {problem}", code="plan.unsupported-combination")
         if context.ranks.is_rank_zero:
             logger.warning("the loops are Lightning's: %s", self._why)
         Events(context.run, context.ranks, context.attempt).write("own_loops", why=self._why)
@@ -93,6 +97,7 @@ def _data_module(make: Any, args: dict[str, Any]) -> Any:
     if not isinstance(made, pl.LightningDataModule):
         raise DtrainError(
             f"lightning.data_module is a {type(made).__name__}, not a LightningDataModule of "
-            f"{PACKAGE}"
+            f"{PACKAGE}",
+            code="lightning.not-a-data-module",
         )
     return made

@@ -179,7 +179,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         kept = _digest_of(target)
         if kept.exists() and kept.read_text(encoding="utf-8") != _digest(target):
-            raise CheckpointError(f"{target} is damaged: its xxh3 is not the one beside it")
+            raise CheckpointError(
+                f"{target} is damaged: its xxh3 is not the one beside it",
+                code="checkpoint.damaged-file",
+            )
         return super().load_checkpoint(path, map_location, weights_only)
 
     def remove_checkpoint(self, path: Any) -> None:

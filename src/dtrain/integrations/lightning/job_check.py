@@ -107,7 +107,9 @@ class LightningCheck(JobCheck):
             if known and name not in known and name not in _OURS:
                 message = f"Lightning's Trainer has no such argument{did_you_mean(name, known)}"
                 place = given[name].key or given[name].place
-                yield place.problem(dotted((*field, name)), message)
+                yield place.problem(
+                    dotted((*field, name)), message, code="lightning.no-such-argument"
+                )
 
     def of_class(
         self, named: NamedClass, name: str, file: Path, source: Source
@@ -115,7 +117,9 @@ class LightningCheck(JobCheck):
         if source.derives(name, "LightningModule") and named.trainer == "native":
             strategies = ", ".join(catalog.TRAINERS["lightning"].strategies)
             near = f"trainer: lightning, which has {strategies}"
-            yield named.problem(f"{name} is a LightningModule; it needs {near}")
+            yield named.problem(
+                f"{name} is a LightningModule; it needs {near}", code="lightning.needs-trainer"
+            )
         if named.trainer != "lightning":
             return
         yield from _package_problems(named, source, shown_path(file))
@@ -125,7 +129,8 @@ class LightningCheck(JobCheck):
         if source.sets_on_self(name, "automatic_optimization", False):
             yield named.problem(
                 f"{name} has automatic_optimization = False: it makes its own steps, and with "
-                "lightning.step: dtrain they are dtrain's; leave that out"
+                "lightning.step: dtrain they are dtrain's; leave that field out",
+                code="lightning.needs-own-loops",
             )
 
 
@@ -150,5 +155,6 @@ def _package_problems(named: NamedClass, source: Source, shown: str) -> Iterator
         hint = f", or import {here[0]} instead, which is the same code" if here else ""
         pip = package.replace("_", "-")
         yield named.problem(
-            f"{shown} imports {package}, which is not installed: pip install {pip}{hint}"
+            f"{shown} imports {package}, which is not installed: pip install {pip}{hint}",
+            code="job.missing-import",
         )

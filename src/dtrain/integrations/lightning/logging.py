@@ -15,25 +15,31 @@ import torch
 from torchmetrics import Metric
 
 from dtrain.errors import DtrainError
+from dtrain.integrations.lightning import reductions
 from dtrain.integrations.lightning.compat import pl
 from dtrain.task import Loss
 from dtrain.train import collectives
 
 Means = dict[str, tuple[float, float]]
 """By name: sum and weight."""
+Sums = dict[str, tuple[float | torch.Tensor, float]]
+"""Likewise, where a sum may be on a device."""
 
 
 class Logged:
     """Stands in for `self.log` of a module while it trains or is evaluated."""
 
-    def __init__(self, module: pl.LightningModule, world_size: int) -> None:
-        self._module = module
-        self._world_size = world_size
+    def __init__(self, module: pl.LightningModule, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
         self._original = module.log
         self._stage = ""
         self.samples = 0
         """In the batch that is looked at."""
-        self._epoch: Means = {}
+        self._step: Sums = {}
+        """Of the step that is done, all its micro-batches; by the names of Lightning's loggers."""
+        self._epoch: Sums = {}
+        self._hidden: set[str] = set()
+        """What is logged for epochs and neither for a logger nor for a progress bar."""
         self._evaluation: Means = {}
         self._batch: dict[str, Loss | torch.Tensor] = {}
         self._metrics: dict[str, Metric] = {}
@@ -48,6 +54,7 @@ class Logged:
     @contextlib.contextmanager
     def training(self, batch_index: int) -> Iterator[None]:
         self._stage, self.batch_index = "train", batch_index
+        self._step = {}
         try:
             yield
         finally:
@@ -80,17 +87,32 @@ class Logged:
         finally:
             self._stage = "evaluation"
 
+    def of_step(self) -> dict[str, float]:
+        """Means over the samples of the last step, of all ranks; waits for the device.
+
+        Called by all ranks.
+        """
+        own: dict[str, reductions.Part] = {
+            name: ("mean", total, weight) for name, (total, weight) in _read(self._step).items()
+        }
+        results = self._trainer.fit_loop.epoch_loop._results
+        return reductions.of_step(results, float(self.samples), own)
+
+    def shown(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Those of an epoch that are for a logger or a progress bar."""
+        return {name: value for name, value in metrics.items() if name not in self._hidden}
+
     def of_epoch(self) -> dict[str, float]:
         """Means over all that was logged with `on_epoch` in training steps; then it is forgotten.
 
         Called by all ranks.
         """
-        found, self._epoch = self._epoch, {}
+        found, self._epoch = _read(self._epoch), {}
         return self._agreed(found)
 
     def epoch_so_far(self) -> Means:
         """The sums of the epoch until now, over all ranks. Called by all ranks."""
-        return _sums(collectives.gather_to_all(self._epoch))
+        return _sums(collectives.gather_to_all(_read(self._epoch)))
 
     def go_on(self, sums: Mapping[str, Sequence[float]]) -> None:
         """Begin with sums of the same epoch, which only one rank is given."""
@@ -120,16 +142,28 @@ class Logged:
     def _of_name(self, name: str) -> Metric:
         if name not in self._metrics:
             raise DtrainError(
-                f"the metric {name} was logged on some ranks only; every rank needs a sample to "
-                "evaluate for an object of torchmetrics"
+                f"the metric {name} was logged on some ranks only; for an object of torchmetrics "
+                "every rank needs a sample to evaluate",
+                code="lightning.metric-on-some-ranks",
             )
         return self._metrics[name]
 
-    def _log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+    def _log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        **options: Any,
+    ) -> None:
+        options |= {"prog_bar": prog_bar, "logger": logger}
+        options |= {"on_step": on_step, "on_epoch": on_epoch}
         if not self._stage:
-            self._original(name, value, *args, **options)
+            self._original(name, value, **options)
         elif self._stage == "train":
-            self._log_step(name, value, *args, **options)
+            self._log_step(name, value, options)
         elif self._stage == "batch":
             self._log_batch(name, value, options)
         elif isinstance(value, Metric):
@@ -156,37 +190,45 @@ class Logged:
         """To the loader whose batch is looked at, and to no other."""
         if self._loader_of.setdefault(what, self._loader) != self._loader:
             raise DtrainError(
-                f"{sentence} for two validation loaders, which would mix them; each needs its own"
+                f"{sentence} for two validation loaders, which would mix them; each needs its own",
+                code="lightning.log-of-two-loaders",
             )
 
-    def _log_step(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+    def _log_step(self, name: str, value: Any, options: dict[str, Any]) -> None:
         """Of a step now and from this rank, as Lightning has it; of an epoch at its end."""
         if isinstance(value, Metric):
-            self._original(name, value, *args, **options)
+            self._original(name, value, **options)
             return
-        size = options.pop("batch_size", None) or self.samples
-        of_epoch = options.pop("on_epoch", None)
+        size, of_epoch = options.pop("batch_size", None) or self.samples, options["on_epoch"]
+        is_shown = options["logger"] in (True, None) or options["prog_bar"]
         if of_epoch:
             _must_be_mean(name, options)
-            weight = float(size)
-            total, before = self._epoch.get(name, (0.0, 0.0))
-            self._epoch[name] = total + _number(value) * weight, before + weight
+            _add(self._epoch, name, value, float(size))
+            if not is_shown:
+                self._hidden |= {name, f"{name}_epoch"}
         options |= {"on_epoch": False, "sync_dist": False, "batch_size": size}
-        if not options.setdefault("on_step", True):
+        if options["on_step"] is False:
             return
+        options["on_step"] = True
+        if is_shown and _is_mean(options):
+            _add(self._step, f"{name}_step" if of_epoch else name, value, float(size))
         if of_epoch:  # Lightning has three names for it
             self.forked[name] = f"{name}_epoch"
-            self._original(f"{name}_step", value, *args, **options)
-            args, options = (), {**options, "logger": False, "prog_bar": False}
-        self._original(name, value, *args, **options)
+            self._original(f"{name}_step", value, **options)
+            options |= {"logger": False, "prog_bar": False}
+        self._original(name, value, **options)
+
+
+def _is_mean(options: Mapping[str, Any]) -> bool:
+    return options.get("reduce_fx", "mean") in ("mean", torch.mean)
 
 
 def _must_be_mean(name: str, options: Mapping[str, Any]) -> None:
-    reduction = options.get("reduce_fx", "mean")
-    if reduction not in ("mean", torch.mean):
+    if not _is_mean(options):
         raise DtrainError(
-            f"self.log({name!r}, reduce_fx={reduction}): epochs and evaluations have means here; "
-            "log the mean over the batch, or an object of torchmetrics"
+            f"self.log({name!r}, reduce_fx={options['reduce_fx']}): epochs and evaluations have "
+            "means here; log the mean over the batch, or an object of torchmetrics",
+            code="lightning.log-not-a-mean",
         )
 
 
@@ -199,6 +241,18 @@ def _weighted(name: str, value: Any, options: Mapping[str, Any]) -> Loss | torch
 
 def _number(value: Any) -> float:
     return float(value.detach() if isinstance(value, torch.Tensor) else value)
+
+
+def _add(sums: Sums, name: str, value: Any, weight: float) -> None:
+    """Without waiting for the device that a tensor is on."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().double()
+    total, before = sums.get(name, (0.0, 0.0))
+    sums[name] = total + value * weight, before + weight
+
+
+def _read(sums: Sums) -> Means:
+    return {name: (float(total), weight) for name, (total, weight) in sums.items()}
 
 
 def _means(everyone: list[Means]) -> dict[str, float]:

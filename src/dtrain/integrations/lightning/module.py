@@ -110,7 +110,11 @@ class ModuleTask(Task):
         """
         loader = self._loader("train_dataloader")
         if loader is None:
-            raise UsageError(f"{self.name} has no train_dataloader(), and there is no data module")
+            raise UsageError(
+                f"{self.name} has no train_dataloader(), and there is no data module; write the "
+                "method, or set lightning.data_module",
+                code="lightning.no-train-loader",
+            )
         dataset = dataset_of(self, self.name, loader)
         self._weights, self._order = order_of_loader(loader, self._seed, f"{self.name} has")
         return dataset
@@ -138,7 +142,8 @@ class ModuleTask(Task):
         if not _takes(self.module.validation_step, "dataloader_idx"):
             raise UsageError(
                 f"val_dataloader() of {self.name} returned {len(loaders)} loaders, but "
-                "validation_step() has no argument dataloader_idx"
+                "validation_step() has no argument dataloader_idx",
+                code="lightning.no-dataloader-idx",
             )
         return Sections([_LoaderTask(self, index, each) for index, each in enumerate(loaders)])
 
@@ -159,7 +164,8 @@ class ModuleTask(Task):
             raise DtrainError(
                 f"training_step() of {self.name} returned {type(returned).__name__}; it must "
                 "return the loss, a mean over its batch, or a dict with it; a module that skips "
-                "batches trains with lightning.step: lightning"
+                "batches trains with lightning.step: lightning",
+                code="lightning.no-loss",
             )
         return loss
 
@@ -210,7 +216,7 @@ class ModuleTask(Task):
         if self._is_stream() and any(not by_steps(each) for each in self._schedulers):
             raise NeedsLoopsError(
                 f"configure_optimizers() of {self.name} returned a scheduler by epochs, and the "
-                "data are a stream, of which nobody knows the length"
+                "data are a stream, whose length is not known"
             )
         return optimizers[0]
 

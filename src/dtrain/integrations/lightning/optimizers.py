@@ -34,7 +34,8 @@ class EveryFew:
         between = self._steps_between(self._wish)
         if between is None:
             raise UsageError(
-                "a scheduler by epochs needs data of a known length; use interval step"
+                "a scheduler by epochs needs data of a known length; use interval step",
+                code="lightning.scheduler-by-epochs",
             )
         self._count += 1
         if self._count % between == 0:
@@ -74,7 +75,11 @@ def configured(given: Any) -> tuple[list[Any], list[Any]]:
     if given is None:
         return [], []
     if not isinstance(given, list | tuple):
-        raise UsageError(f"configure_optimizers() returned {type(given).__name__}")
+        raise UsageError(
+            f"configure_optimizers() returned {type(given).__name__}; return an optimizer, or "
+            "another value that Lightning accepts",
+            code="lightning.bad-optimizers",
+        )
     if len(given) == 2 and isinstance(given[0], list | tuple):
         schedulers = [given[1]] if isinstance(given[1], dict) else list(given[1])
         return list(given[0]), schedulers

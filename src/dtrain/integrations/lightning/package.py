@@ -25,7 +25,8 @@ def want(package: str) -> None:
     compat = sys.modules.get("dtrain.integrations.lightning.compat")
     if compat is not None and package != compat.PACKAGE:
         raise DtrainError(
-            f"this process trains with {compat.PACKAGE}; a module of {package} needs another one"
+            f"this process trains with {compat.PACKAGE}; a module of {package} needs another one",
+            code="lightning.two-packages",
         )
     _wanted = package
 

@@ -14,6 +14,8 @@ from dtrain.integrations.lightning.compat import PACKAGE, is_overridden, pl
 class NeedsLoopsError(UsageError):
     """It cannot; says why."""
 
+    code = "lightning.needs-own-loops"
+
 
 _OF_LOOPS = (
     "optimizer_step",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dtrain.callback import Callback
 from dtrain.errors import DtrainError, UsageError
+from dtrain.integrations.lightning import reductions
 from dtrain.integrations.lightning.callbacks import (
     Leave,
     add_callbacks,
@@ -56,7 +58,10 @@ class LightningTrainer(NativeTrainer):
             if not isinstance(each, Callback):
                 origin, name = type(each).__module__.partition(".callbacks")[0], type(each).__name__
                 known = f"dtrain or {PACKAGE}"
-                raise DtrainError(f"callbacks() returned a {name} of {origin}, not one of {known}")
+                raise DtrainError(
+                    f"callbacks() returned a {name} of {origin}, not one of {known}",
+                    code="task.bad-callbacks",
+                )
         return ours
 
     def begin(self, context: TrainContext, injector: Injector, kept: Kept) -> Any:
@@ -105,6 +110,10 @@ class _Drive(pl.Callback):
         after(fit.epoch_loop, "on_advance_end", self._after_batch)
         after(fit, "on_advance_end", self._settle)
         after(fit, "on_run_end", self._finish)
+        log: Any = trainer._logger_connector
+        fit.epoch_loop._results = reductions.QuietResults(True, trainer)
+        tell_epoch = log.update_train_epoch_metrics
+        log.update_train_epoch_metrics = lambda: self._epoch_ended(tell_epoch)
         if self._task is not None:
             spec = context.spec
             self._task.attach(trainer, spec.seed, spec.train.global_batch_size)
@@ -114,7 +123,10 @@ class _Drive(pl.Callback):
         module = TaskModule(training.parts.model) if task is None else task.module
         assert module is not None
         self._module = module
-        self._logged = Logged(module, self._context.ranks.world_size)
+        self._logged = Logged(module, trainer)
+        self._of_epoch: dict[str, float] = {}
+        """What `training_step` logged for the epoch that has just ended."""
+        training.logged = self._logged.of_step
         trainer.strategy.join(training)
         add_callbacks(trainer, callbacks)
         told = () if task is None else (task.train_loader, task.shown)
@@ -161,7 +173,9 @@ class _Drive(pl.Callback):
                 **given,
             )
         except TypeError as error:
-            raise UsageError(f"lightning.trainer: {error}") from None
+            raise UsageError(
+                f"lightning.trainer: {error}", code="lightning.trainer-refused"
+            ) from None
 
     # -- hooks -------------------------------------------------------------------------------
 
@@ -200,7 +214,13 @@ class _Drive(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Metrics of the epoch, over all ranks."""
-        self._publish(self._logged.of_epoch())
+        self._of_epoch = self._publish(self._logged.of_epoch())
+
+    def _epoch_ended(self, tell: Callable[[], None]) -> None:
+        """Write what was logged for the epoch, before Lightning forgets it."""
+        others = reductions.of_epoch(self._trainer.fit_loop.epoch_loop._results)
+        self._training.epoch_ended(others | self._logged.shown(self._of_epoch))
+        tell()
 
     def _finish(self) -> None:
         """End training inside of the fit, whose own end takes things apart, after all hooks."""
@@ -265,18 +285,22 @@ class _Drive(pl.Callback):
             self._know(metrics | self._logged.counted())
             self._call("on_validation_epoch_end")
             metrics |= self._logged.of_evaluation()
-        self._publish(metrics)
+        named = self._publish(metrics)
         self._call("on_validation_end")
-        return metrics
+        if self._task is not None:
+            self._training.keep_names("eval", named)
+        return named
 
     def _call(self, hook: str) -> None:
         call._call_callback_hooks(self._trainer, hook)
         call._call_lightning_module_hook(self._trainer, hook)
 
-    def _publish(self, metrics: dict[str, float]) -> None:
+    def _publish(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Give them to Lightning's loggers; by the names that they have there."""
         named = self._know(metrics)
         for each in self._trainer.loggers:
             each.log_metrics(named, step=self._trainer.global_step)
+        return named
 
     def _know(self, metrics: dict[str, float]) -> dict[str, float]:
         """Let `trainer.callback_metrics` have them; by the names that Lightning gives them."""
@@ -294,7 +318,9 @@ def _look_at(callbacks: list[pl.Callback], ranks: RankInfo) -> None:
         if why is None:
             continue
         if not is_overridden("on_save_checkpoint", each, pl.Callback):
-            raise UsageError(f"{why}, which dtrain's step does not follow")
+            raise UsageError(
+                f"{why}, which dtrain's step does not follow", code="lightning.needs-own-loops"
+            )
         if ranks.is_rank_zero:
             logger.warning(
                 "%s keeps something in Lightning's checkpoints that dtrain's do not have: a resume "

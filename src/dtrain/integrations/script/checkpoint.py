@@ -60,7 +60,10 @@ class Checkpoint:
         self._ranks = require_group("dtrain.checkpoint()")
         place = folder or os.environ.get(RUN_VARIABLE)
         if place is None:
-            raise UsageError("this is not a run of dtrain: say where with checkpoint(folder=…)")
+            raise UsageError(
+                "this is not a run of dtrain: give a folder, checkpoint(folder=…)",
+                code="script.no-folder",
+            )
         while isinstance(model, DistributedDataParallel):
             model = model.module
         self._model = model
@@ -112,7 +115,8 @@ class Checkpoint:
         if found is not None:
             raise CheckpointError(
                 f"after step {step}, {found[0]} is not finite{and_more(found)}: nothing of it is "
-                "saved, and the checkpoints before it are intact"
+                "saved, and the checkpoints before it are intact",
+                code="check.state-not-finite",
             )
 
     def _tensors(self, random: list[dict[str, Any]]) -> dict[str, Any]:
@@ -133,7 +137,9 @@ class Checkpoint:
             others, random = (loaded.tensors["extras"][name] for name in ("others", "random"))
             missing = [name for name in self._others if name not in others]
             if missing:
-                raise CheckpointError(f"it holds no {', '.join(missing)}")
+                raise CheckpointError(
+                    f"it holds no {', '.join(missing)}", code="checkpoint.state-missing"
+                )
             load_model_state(self._model, loaded.tensors["model"])
             if self._optimizer is not None:
                 load_optimizer_state(self._model, self._optimizer, loaded.tensors["optimizer"])
@@ -141,7 +147,9 @@ class Checkpoint:
                 with restoring(name):
                     each.load_state_dict(others[name])
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"it does not fit this training: {error!r}") from error
+            raise CheckpointError(
+                f"it does not fit this training: {error!r}", code="checkpoint.state-refused"
+            ) from error
         if len(random) == self._ranks.world_size:
             RandomState.from_saved(random[self._ranks.rank]).restore()
 

@@ -59,7 +59,8 @@ class Sampler(torch.utils.data.Sampler[list[int]]):
             raise UsageError(
                 f"{self._ranks.world_size} processes cannot share steps of "
                 f"{min(global_batch_size, size)} samples; take a larger global_batch_size or fewer "
-                "processes"
+                "processes",
+                code="data.too-few-samples",
             )
         self._order = shuffled(size, seed) if shuffle else in_turn(size)
         self._course = EpochPlan(
@@ -96,7 +97,8 @@ class Sampler(torch.utils.data.Sampler[list[int]]):
         if self._handed_out not in (None, self._position):
             raise UsageError(
                 "a whole epoch was read, but step() of the sampler was not called once after each "
-                "optimizer step, so nobody knows how far training is"
+                "optimizer step, so the sampler does not know how far training is",
+                code="script.sampler-not-stepped",
             )
         position, epoch = self._position, self._position.epoch
         order = self._order.epoch(epoch)
@@ -128,7 +130,8 @@ class Sampler(torch.utils.data.Sampler[list[int]]):
         for name, value in self._identity.items():
             if state[name] != value:
                 raise CheckpointError(
-                    f"its samples are others: {name} was {state[name]}, is {value}"
+                    f"its samples are others: {name} was {state[name]}, is {value}",
+                    code="checkpoint.other-data",
                 )
         self._position = Position(state["epoch"], state["consumed"])
         self._handed_out = None

@@ -29,7 +29,8 @@ def require_group(what: str) -> RankInfo:
     if ranks.world_size > 1 and not collectives.in_group():
         raise UsageError(
             f"{what} speaks to the other {ranks.world_size - 1} processes: call it after "
-            "torch.distributed.init_process_group()"
+            "torch.distributed.init_process_group()",
+            code="script.no-process-group",
         )
     return ranks
 

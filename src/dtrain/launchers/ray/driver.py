@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain import ports
-from dtrain.errors import DtrainError, LaunchError, PlanError, first_line, told
+from dtrain.errors import DtrainError, LaunchError, PlanError, first_line, shortened, told
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.plan import LaunchPlan
 from dtrain.procs import die_with_parent
@@ -349,9 +349,8 @@ def _refused(address: str, error: Exception) -> LaunchError:
             f"{first_line(error)}",
             code="ray.not-allowed",
         )
-    return LaunchError(
-        f"the Ray cluster at {address} cannot be joined: {said[:500]}", code="ray.cannot-join"
-    )
+    text = f"the Ray cluster at {address} cannot be joined: {shortened(said, 500)}"
+    return LaunchError(text, code="ray.cannot-join")
 
 
 def is_loopback(address: str) -> bool:

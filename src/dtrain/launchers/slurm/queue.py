@@ -38,7 +38,7 @@ _WAITS = {
     "Reservation": "waiting for its reservation to begin",
     "QOSMaxJobsPerUserLimit": "you run as many jobs as the QOS allows",
     "AssocMaxJobsLimit": "your account runs as many jobs as it may",
-    "None": "not looked at by the scheduler yet",
+    "None": "waiting for the scheduler",
 }
 # why a job waits for ever
 _HOPELESS = {

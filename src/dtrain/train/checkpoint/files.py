@@ -74,15 +74,23 @@ def _verify(folder: Path, listed: Manifest) -> None:
         try:
             about = path.stat()
             if not stat.S_ISREG(about.st_mode):
-                raise CheckpointError(f"{name} is no regular file")
+                raise CheckpointError(f"{name} is no regular file", code="checkpoint.damaged-file")
             if about.st_size != entry.bytes:
-                raise CheckpointError(f"{name} has {about.st_size} bytes instead of {entry.bytes}")
+                raise CheckpointError(
+                    f"{name} has {about.st_size} bytes instead of {entry.bytes}",
+                    code="checkpoint.damaged-file",
+                )
             if _digest_file(path) != entry.xxh3_128:
-                raise CheckpointError(f"{name} is damaged: its xxh3 is not the manifest's")
+                raise CheckpointError(
+                    f"{name} is damaged: its xxh3 is not the manifest's",
+                    code="checkpoint.damaged-file",
+                )
         except FileNotFoundError:
-            raise CheckpointError(f"{name} is missing") from None
+            raise CheckpointError(f"{name} is missing", code="checkpoint.missing-file") from None
         except OSError as error:
-            raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
+            raise CheckpointError(
+                f"{name} cannot be read: {error.strerror}", code="checkpoint.unreadable-file"
+            ) from error
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -99,10 +107,12 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             tensors[path.stem] = leaves.read(path)
         except Exception as error:
             first = str(error).strip().splitlines()[:1]
-            raise CheckpointError(f"{path.name} cannot be read: {''.join(first)}") from error
+            raise CheckpointError(
+                f"{path.name} cannot be read: {''.join(first)}", code="checkpoint.damaged-file"
+            ) from error
     if _PROGRESS not in listed.files:
-        raise CheckpointError(f"{_PROGRESS} is missing")
-    with _said_of_the_checkpoint(_PROGRESS):
+        raise CheckpointError(f"{_PROGRESS} is missing", code="checkpoint.missing-file")
+    with _reason_against_it(_PROGRESS, code="checkpoint.damaged-file"):
         progress = files.read_as(dict[str, Any], folder / _PROGRESS)
     return tensors, progress or {}
 
@@ -219,27 +229,35 @@ def _put_in_place(aside: Path, final: Path) -> None:
 
 
 def _read_manifest(folder: Path) -> Manifest:
-    with _said_of_the_checkpoint(MANIFEST):
+    with _reason_against_it(MANIFEST, code="checkpoint.damaged-manifest"):
         told = files.read_as(dict[str, Any], folder / MANIFEST)
     if told is None:
-        raise CheckpointError(f"{MANIFEST} is missing")
+        raise CheckpointError(f"{MANIFEST} is missing", code="checkpoint.missing-manifest")
     if told.get("digest") != _manifest_digest(told):
-        raise CheckpointError(f"{MANIFEST} is damaged: its own digest does not match")
+        raise CheckpointError(
+            f"{MANIFEST} is damaged: its own digest does not match",
+            code="checkpoint.damaged-manifest",
+        )
     found = manifest.parse(json.dumps(told))
     if found.format != _FORMAT:
-        raise CheckpointError(f"its format is {found.format}, this dtrain reads {_FORMAT}")
+        raise CheckpointError(
+            f"its format is {found.format}, this dtrain reads {_FORMAT}",
+            code="checkpoint.other-format",
+        )
     return found
 
 
 @contextlib.contextmanager
-def _said_of_the_checkpoint(name: str) -> Iterator[None]:
+def _reason_against_it(name: str, *, code: str) -> Iterator[None]:
     """A file that cannot be read, or holds something else, is a reason to take an older one."""
     try:
         yield
     except DamagedError as error:
-        raise CheckpointError(f"{name} is damaged: {error.why}") from None
+        raise CheckpointError(f"{name} is damaged: {error.why}", code=code) from None
     except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
+        raise CheckpointError(
+            f"{name} cannot be read: {error.strerror}", code="checkpoint.unreadable-file"
+        ) from error
 
 
 def _manifest_digest(listed: dict[str, Any]) -> str:

@@ -52,7 +52,7 @@ def refuse_unreadable(value: Any, name: str, *, parts: bool = False) -> None:
     if type(value) in (dict, OrderedDict):
         for key, each in value.items():
             if type(key) not in _PLAIN and not _is_readable(key):
-                raise DtrainError(f"{name} has a key {key!r}; a checkpoint takes str and int")
+                raise _cannot_hold_key(name, key)
             refuse_unreadable(each, f"{name}[{key!r}]", parts=parts)
     elif type(value) in (list, tuple):
         for index, each in enumerate(value):
@@ -70,7 +70,9 @@ def restoring(owner: str) -> Iterator[None]:
     try:
         yield
     except _MISFIT as error:
-        raise CheckpointError(f"{owner} cannot take its state back: {error!r}") from error
+        raise CheckpointError(
+            f"{owner} cannot take its state back: {error!r}", code="checkpoint.state-refused"
+        ) from error
 
 
 def plain(value: Any, name: str) -> Any:
@@ -87,7 +89,7 @@ def changed(value: Any, name: str, change: Change) -> Any:
     if type(value) in (dict, OrderedDict):
         for key in value:
             if type(key) not in (str, int):
-                raise DtrainError(f"{name} has a key {key!r}; a checkpoint takes str and int")
+                raise _cannot_hold_key(name, key)
         return {key: changed(each, f"{name}[{key!r}]", change) for key, each in value.items()}
     if type(value) in (list, tuple):
         return type(value)(changed(each, f"{name}[{i}]", change) for i, each in enumerate(value))
@@ -114,7 +116,8 @@ def _checked(name: str, leaf: Any) -> Any:
     if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
         raise DtrainError(
             f"{name} is a {type(tensor).__name__} of layout {tensor.layout}; a "
-            "checkpoint takes plain dense tensors"
+            "checkpoint takes plain dense tensors",
+            code="checkpoint.unsaveable-value",
         )
     return tensor
 
@@ -132,9 +135,17 @@ def _is_readable(leaf: Any) -> bool:
 
 def _is_a_part(name: str) -> DtrainError:
     return DtrainError(
-        f"{name} is one rank's part of a tensor that strategy 'fsdp' has cut; leave the model's "
-        "own parameters out, a checkpoint holds them anyway; of a copy keep its .full_tensor(), "
-        "which all ranks call together"
+        f"{name} is one rank's part of a tensor that strategy 'fsdp' has cut. Leave the model's "
+        "own parameters out: a checkpoint holds them anyway. Of a copy, keep its .full_tensor(), "
+        "which all ranks must call together",
+        code="checkpoint.part-of-tensor",
+    )
+
+
+def _cannot_hold_key(name: str, key: Any) -> DtrainError:
+    return DtrainError(
+        f"{name} has a key {key!r}; keys in a checkpoint must be str or int",
+        code="checkpoint.unsaveable-key",
     )
 
 
@@ -142,6 +153,7 @@ def _cannot_hold(name: str, leaf: Any) -> DtrainError:
     kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}".removeprefix("builtins.")
     return DtrainError(
         f"{name} is a {kind}, which a checkpoint cannot hold; it takes tensors, NumPy's arrays and "
-        "numbers, numbers, str and None, in dicts, lists and tuples (an object as its own "
-        "state_dict(), a set as a list)"
+        "numbers, numbers, str and None, in dicts, lists and tuples. Save the state_dict() of an "
+        "object, and a list instead of a set",
+        code="checkpoint.unsaveable-value",
     )

@@ -54,7 +54,9 @@ def load_model_state(model: torch.nn.Module, state: dict[str, Any]) -> None:
         if isinstance(mine, torch.Tensor) and mine.shape != value.shape:
             problems.append(f"{name} is {tuple(value.shape)}, in the model {tuple(mine.shape)}")
     if problems:
-        raise CheckpointError(f"it does not fit the model: {few(problems, sep='; ')}")
+        raise CheckpointError(
+            f"it does not fit the model: {few(problems, sep='; ')}", code="checkpoint.other-model"
+        )
     model.load_state_dict(
         {actual[name]: as_cut(value, current[actual[name]]) for name, value in state.items()}
     )
@@ -108,7 +110,8 @@ def load_optimizer_state(
         options = options_of.get(frozenset(group))
         if options is None:
             raise CheckpointError(
-                f"it does not fit the optimizer: no group of it holds exactly {few(group)}"
+                f"it does not fit the optimizer: no group of it holds exactly {few(group)}",
+                code="checkpoint.other-groups",
             )
         new_groups.append({**options, "params": [position[name] for name in group]})
     parameters = plain_parameters(model)
@@ -181,7 +184,8 @@ def _group_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> li
             raise CheckpointError(
                 f"the optimizer holds {len(strangers)} parameters that are not in the model (the "
                 f"first has shape {tuple(strangers[0].shape)}), so their state has no name; make "
-                "them parameters of the model"
+                "them parameters of the model",
+                code="task.optimizer-foreign-parameters",
             )
         groups.append([names[id(value)] for value in group["params"]])
     return groups

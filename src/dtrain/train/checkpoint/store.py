@@ -71,7 +71,7 @@ class CheckpointStore:
             CheckpointError: on every rank, when rank 0 could not write it.
         """
         folder = self._run.checkpoint(step)
-        size, problem = 0, None
+        size, problem, code = 0, None, ""
         cause: Exception | None = None
         if self._rank == 0:
             try:
@@ -84,15 +84,15 @@ class CheckpointStore:
                     self._has_saved = True
                 self._remove_old(folder)
             except Exception as error:  # whatever it is, the other ranks wait to hear of it
-                cause, problem = error, _explain(folder, error)
-        size, problem = collectives.from_zero((size, problem))
+                cause, (problem, code) = error, _explain(folder, error)
+        size, problem, code = collectives.from_zero((size, problem, code))
         if problem is not None:
-            raise CheckpointError(problem) from cause
+            raise CheckpointError(problem, code=code) from cause
         return folder, size
 
     def keep_as(self, folder: Path, name: str) -> None:
         """Keep a checkpoint under another name too, which no later one pushes out."""
-        problem = None
+        problem, code = None, ""
         if self._rank == 0:
             try:
                 if self._remote is None:
@@ -100,10 +100,10 @@ class CheckpointStore:
                 else:
                     self._remote.copy(folder.name, name)
             except OSError as error:
-                problem = _explain(folder.with_name(name), error)
-        problem = collectives.from_zero(problem)
+                problem, code = _explain(folder.with_name(name), error)
+        problem, code = collectives.from_zero((problem, code))
         if problem is not None:
-            raise CheckpointError(problem)
+            raise CheckpointError(problem, code=code)
 
     def load_newest(self, apply: Callable[[Loaded], None]) -> Loaded | None:
         """Read and apply the newest checkpoint that is whole and fits on every rank.
@@ -140,7 +140,8 @@ class CheckpointStore:
         listed = "".join(f"\n  {folder.name}: {why}" for folder, why in rejected.items())
         raise CheckpointError(
             f"none of the {len(rejected)} checkpoints can be used, and beginning again at step 0 "
-            f"would hide that:{listed}\nmove them away to begin again; they are in {self._where}"
+            f"would hide that:{listed}\nmove them away to begin again; they are in {self._where}",
+            code="checkpoint.none-loads",
         )
 
     @property
@@ -165,7 +166,10 @@ class CheckpointStore:
                 self._remote.fetch(folder)
             loaded = Loaded(folder, *read_checkpoint(folder), rejected=why)
             if loaded.progress.get("step") != _step_of(folder):
-                raise CheckpointError(f"it is of step {loaded.progress.get('step')!r:.40}")
+                raise CheckpointError(
+                    f"it is of step {loaded.progress.get('step')!r:.40}",
+                    code="checkpoint.wrong-folder",
+                )
             apply(loaded)
         except CheckpointError as error:
             return None, str(error)
@@ -199,18 +203,20 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _explain(folder: Path, error: Exception) -> str:
-    what = f"cannot write checkpoint {folder.name}: "
+def _explain(folder: Path, error: Exception) -> tuple[str, str]:
+    """Why a checkpoint cannot be written, and the code of that error."""
+    what, code = f"cannot write checkpoint {folder.name}: ", "checkpoint.cannot-write"
     if isinstance(error, DtrainError):
-        return what + str(error)
+        return what + str(error), error.code or code
     if not isinstance(error, OSError):
-        return f"{what}{type(error).__name__}: {error}"
+        return f"{what}{type(error).__name__}: {error}", code
     what += error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        code = "checkpoint.no-space"
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(folder.parent).free
             what += (
                 f"; {free / 1e6:,.1f} MB are free there. Make room, or write less "
                 "(checkpoint.keep, checkpoint.every_steps); the checkpoints before it are intact"
             )
-    return f"{what}\nin {folder.parent}"
+    return f"{what}\nin {folder.parent}", code

@@ -43,14 +43,22 @@ _MAX_ALONE = 256
 
 
 class NonFiniteError(DtrainError):
-    """A loss or a gradient is NaN or infinite."""
+    """A loss, a gradient or something that is kept between steps is NaN or infinite.
 
-    def __init__(self, message: str, own: bool) -> None:
-        super().__init__(message)
+    Args:
+        message: what is not finite, and of which step.
+        own: whether the cause is on this rank, as far as is known.
+        code: as for `DtrainError`.
+    """
+
+    code = "check.not-finite"
+
+    def __init__(self, message: str, own: bool, *, code: str = "") -> None:
+        super().__init__(message, code=code)
         self.collateral = not own
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), not self.collateral)
+        return type(self), (str(self), not self.collateral), self.__dict__
 
 
 class FiniteGuard:
@@ -146,6 +154,7 @@ class FiniteGuard:
             "gradients were: an update or a forward made it so. Nothing of it is saved; the "
             "checkpoints before it are intact",
             own=bool(spoilt),
+            code="check.state-not-finite",
         )
         if self._policy != "warn":
             raise error
@@ -167,6 +176,7 @@ class FiniteGuard:
                 f"{self._max_skipped} steps in a row were skipped already "
                 f"(checks.max_skipped):\n{error}",
                 own=not error.collateral,
+                code="check.too-many-skipped",
             )
         for name, buffer in self._subject.model.named_buffers():
             buffer.copy_(self._buffers[name])
@@ -202,6 +212,7 @@ class FiniteGuard:
                 f"the norm of {gradient} is {norm}, though each element of it is finite: it is too "
                 "large to be clipped",
                 own=True,
+                code="check.gradient-too-large",
             )
         if not names:
             return NonFiniteError(f"{gradient} is not finite on another rank", own=False)
@@ -212,7 +223,9 @@ class FiniteGuard:
         try:
             culprit = self._search.of_gradient()
         except _UnknownSourceError as error:
-            return NonFiniteError(f"{what}; whose it is is not known: {error}", own=True)
+            return NonFiniteError(
+                f"{what}; which rank it comes from is not known: {error}", own=True
+            )
         if culprit is None:
             return NonFiniteError(f"{what}; this rank's own gradients are finite", own=False)
         source = f"from {culprit.parameter} of rank {self._ranks.rank}"
@@ -242,7 +255,8 @@ class _Culprit:
         samples = numbered("sample", self.samples)
         text = f", micro-batch {self.number} of {self.num_micro_batches}, {samples}"
         if 0 < len(self.alone) < len(self.samples):
-            text += f"\nalone, {numbered('sample', self.alone)} gives it"
+            gives = "gives" if len(self.alone) == 1 else "give"
+            text += f"\ncomputed alone, {numbered('sample', self.alone)} {gives} it"
         return text
 
 

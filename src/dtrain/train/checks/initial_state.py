@@ -36,6 +36,7 @@ def compare_surroundings(task: Task, seed: int) -> None:
             "the task's code": _code(task),
             "the seed": seed,
         },
+        code="check.programs-differ",
     )
 
 
@@ -58,6 +59,7 @@ def compare_model(model: torch.nn.Module, *, broadcast: bool) -> None:
             + f", number {index}"
             for index, (name, each) in enumerate(tensors.items())
         },
+        code="check.model-differs",
     )
     everyone = collectives.gather_to_all(digest.of_each(tensors.values()))
     if all(each == everyone[0] for each in everyone):
@@ -73,13 +75,17 @@ def compare_model(model: torch.nn.Module, *, broadcast: bool) -> None:
     ]
     where = element_difference(names[0], tensors[names[0]], ballot.reference, suspect)
     more = f", and in {len(names) - 1} more tensors" if len(names) > 1 else ""
-    text = f"model() gave other initial values, though all ranks were seeded alike:\n{where}{more}"
+    text = (
+        "model() gave different initial values on the ranks, though all were seeded alike:\n"
+        f"{where}{more}"
+    )
     if not broadcast:
         hint = "build the model from torch's, NumPy's or Python's generators, not from the rank, "
         raise ReplicaError(
             f"{text}\n{hint}or write checks.init: broadcast to take rank 0's values",
             ballot.culprits,
             dist.get_rank(),
+            code="check.initial-values-differ",
         )
     logger.warning("%s; rank 0's are used everywhere", text)
     for tensor in tensors.values():
@@ -95,7 +101,9 @@ def compare_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
             if key == "params":
                 value = [names.get(id(parameter), "?") for parameter in value]
             facts[f"{key} of group {index}"] = str(value)
-    _agree("optimizer() built another optimizer on some ranks", facts)
+    _agree(
+        "optimizer() built another optimizer on some ranks", facts, code="check.optimizer-differs"
+    )
 
 
 def _state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -103,7 +111,7 @@ def _state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {plain_name(name): each for name, each in named.items()}
 
 
-def _agree(problem: str, mine: Mapping[str, Any]) -> None:
+def _agree(problem: str, mine: Mapping[str, Any], *, code: str) -> None:
     """Raise `ReplicaError` unless all ranks have the same facts, in the same order."""
     if not collectives.in_group():
         return
@@ -118,6 +126,7 @@ def _agree(problem: str, mine: Mapping[str, Any]) -> None:
                     f"on rank {ballot.reference}",
                     ballot.culprits,
                     dist.get_rank(),
+                    code=code,
                 )
 
 

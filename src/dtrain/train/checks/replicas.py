@@ -43,6 +43,8 @@ _MAX_KINDS = 4
 class ReplicaError(BlamedError):
     """The replicas are no longer one model."""
 
+    code = "check.replicas-differ"
+
 
 class Ledger:
     def __init__(self, subject: TrainState) -> None:

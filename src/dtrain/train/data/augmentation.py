@@ -65,7 +65,11 @@ def sample_seed(sample: int | None = None) -> int:
     if sample is None:
         sample = Now.sample
     if sample is None:
-        raise DtrainError("sample_seed() needs the sample's id inside of __getitems__")
+        raise DtrainError(
+            "sample_seed() is called in __getitems__, where it needs the sample's id: "
+            "sample_seed(id)",
+            code="data.sample-seed-needs-id",
+        )
     (word,) = sample_words("sample_seed", *Now.key, np.array([sample])).tolist()
     return int(word >> 1)
 
@@ -166,7 +170,9 @@ class Augmentation:
                 raise
             if len(rows) != len(ids):
                 raise DtrainError(
-                    f"__getitems__() returned {len(rows)} samples for {numbered('sample', ids)}"
+                    f"__getitems__() returned {len(rows)} samples for {numbered('sample', ids)}; "
+                    "return one for each id",
+                    code="data.wrong-number-of-samples",
                 )
             return rows
         return self._one_by_one(ids)

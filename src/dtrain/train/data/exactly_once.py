@@ -95,7 +95,8 @@ class Proof:
             raise DtrainError(
                 f"step {batch.step + 1} begins at position {batch.start} of epoch {batch.epoch}, "
                 f"but training has consumed epoch {self._next.epoch} up to {self._next.consumed}: "
-                "samples would be read twice or not at all"
+                "samples would be read twice or not at all",
+                code="data.not-exactly-once",
             )
         if self._segment is not None and self._segment.complete(batch):
             self.check()
@@ -218,11 +219,11 @@ def _explained(proof: Proof, segment: Segment, num_read: int, num_expected: int)
             "epoch were not read once each"
         )
     lines.append(
-        "nothing of these steps was saved; a loader or data set that was changed to read other "
-        "samples than it is asked for is the likely cause"
+        "nothing of these steps was saved; the likely cause is a loader or data set that was "
+        "changed and reads other samples than it is asked for"
     )
     culprits = sorted({fault.rank for fault in faults if fault.rank is not None})
-    return BlamedError("\n".join(lines), culprits, proof.ranks.rank)
+    return BlamedError("\n".join(lines), culprits, proof.ranks.rank, code="data.not-exactly-once")
 
 
 def _own(proof: Proof, segment: Segment) -> list[Fault]:

@@ -88,7 +88,9 @@ class StreamFeed(Feed):
                 yield batch, self._take(block.epoch, block.parts, shown), len(block.parts)
                 step += 1
             elif batch.start == 0:
-                raise DtrainError(f"train_dataset() gave no samples in epoch {batch.epoch}")
+                raise DtrainError(
+                    f"train_dataset() gave no samples in epoch {batch.epoch}", code="data.empty"
+                )
             self._epoch += batch.ends_epoch
             if self.course.over(step, self._epoch):
                 return
@@ -216,7 +218,8 @@ def _refuse_order(task: Task, seed: int) -> None:
         if given is not None:
             raise DtrainError(
                 f"the task has {name}(), but train_dataset() can only be iterated; an order "
-                "needs a data set with __len__ and __getitem__"
+                "needs a data set with __len__ and __getitem__",
+                code="data.order-of-stream",
             )
 
 

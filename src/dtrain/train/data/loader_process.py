@@ -39,6 +39,8 @@ _LONGEST_FOLDER = 60
 class LoaderProcessError(DtrainError):
     """A loader process is gone."""
 
+    code = "data.loader-process-ended"
+
 
 class _Own:
     number = 0

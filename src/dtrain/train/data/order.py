@@ -137,7 +137,9 @@ def order_of(task: Task, dataset_size: int, spec: JobSpec) -> Order:
     own, weights = make(0), task.sample_weights()
     if own is not None and weights is not None:
         raise DtrainError(
-            "the task has sample_order() and sample_weights(); only one can say the order"
+            "the task has sample_order() and sample_weights(), but only one of them can decide the "
+            "order; remove the other",
+            code="data.two-orders",
         )
     if own is not None:
         return custom(make, dataset_size)
@@ -146,7 +148,8 @@ def order_of(task: Task, dataset_size: int, spec: JobSpec) -> Order:
     if not spec.data.shuffle:
         raise DtrainError(
             "data.shuffle is false, but the task has sample_weights(), whose draws are random; "
-            "remove one of them"
+            "remove one of them",
+            code="data.weights-without-shuffle",
         )
     return weighted(weights, dataset_size, spec.seed)
 
@@ -167,20 +170,25 @@ class Weights:
         if values.shape != (num_samples,):
             raise DtrainError(
                 f"sample_weights() returned shape {values.shape}, but train_dataset() has "
-                f"{num_samples} samples; return one weight for each"
+                f"{num_samples} samples; return one weight for each",
+                code="data.bad-weights",
             )
         wrong = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
         if wrong.size:
             raise DtrainError(
                 f"sample_weights() returned {values[wrong[0]]:g} for sample {wrong[0]}; weights "
-                "are finite and not negative"
+                "are finite and not negative",
+                code="data.bad-weights",
             )
         self.digest = xxhash.xxh3_64_hexdigest(values.tobytes())
         self.sums: NDArray[np.float64] = np.cumsum(values)
         self.last = int(np.flatnonzero(values)[-1]) if self.sums[-1] > 0 else -1
         """The last sample with a weight."""
         if self.last < 0:
-            raise DtrainError("sample_weights() returned nothing but zeros: nothing can be drawn")
+            raise DtrainError(
+                "sample_weights() returned nothing but zeros: nothing can be drawn",
+                code="data.bad-weights",
+            )
 
 
 class WeightedEpoch:
@@ -220,11 +228,16 @@ class _CustomEpoch:
             self._ids = _as_ids(given)
         self.n = len(given)
         if self.n == 0:
-            raise DtrainError("sample_order() returned no ids at all; an epoch needs one or more")
+            raise DtrainError(
+                "sample_order() returned no ids at all; an epoch needs one or more",
+                code="data.bad-order",
+            )
         if length is not None and self.n != length:
             raise DtrainError(
                 f"sample_order() returned {self.n} ids for one epoch, {length} for the first; all "
-                "epochs have the same length, or a position would not say how far training is"
+                "epochs must have the same length, or a position would not tell how far training "
+                "is",
+                code="data.order-length-changes",
             )
 
     def block(self, start: int, stop: int) -> Ids:
@@ -234,7 +247,8 @@ class _CustomEpoch:
         if len(ids) != stop - start:
             raise DtrainError(
                 f"block({start}, {stop}) of what sample_order() returned gave {len(ids)} ids, not "
-                f"{stop - start}"
+                f"{stop - start}",
+                code="data.bad-order",
             )
         return self._checked(ids, start)
 
@@ -277,7 +291,8 @@ class _CustomEpoch:
         if outside.size:
             raise DtrainError(
                 f"sample_order() puts sample {ids[outside[0]]} at position {start + outside[0]}, "
-                f"but train_dataset() has samples 0 to {self._size - 1}"
+                f"but train_dataset() has samples 0 to {self._size - 1}",
+                code="data.bad-order",
             )
         return ids
 
@@ -288,11 +303,14 @@ def _as_ids(given: Any) -> Ids:
     try:
         ids = np.asarray(given)
     except (TypeError, ValueError) as error:
-        raise DtrainError(f"sample_order() returned {type(given).__name__}: {error}") from None
+        raise DtrainError(
+            f"sample_order() returned {type(given).__name__}: {error}", code="data.bad-order"
+        ) from None
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise DtrainError(
             f"sample_order() returned {type(given).__name__}, read as {ids.dtype} of shape "
             f"{ids.shape}; return a sequence of sample ids, or an object with __len__ and "
-            "block(start, stop)"
+            "block(start, stop)",
+            code="data.bad-order",
         )
     return ids.astype(np.int64, copy=False)

@@ -113,10 +113,11 @@ class Overlap:
             num_theirs = sum(findings[rank].num_compared for rank in twins)
             raise BlamedError(
                 f"data.stream is sharded, but {who} the same samples: {num_twins} of {num_theirs} "
-                "compared are on another rank too\nremove data.stream: sharded, and dtrain deals "
-                "the samples out, or let the stream shard itself",
+                "compared are on another rank too\nremove data.stream: sharded, so that dtrain "
+                "deals the samples out, or let the stream shard itself",
                 [] if len(twins) == len(findings) else twins,
                 self._ranks.rank,
+                code="data.stream-not-sharded",
             )
         telling = all(each.telling for each in everyone if each.num_seen)
         if shared and telling and not self._warned and self._ranks.is_rank_zero:

@@ -12,9 +12,9 @@ from dtrain.train.data.stream import Block
 from dtrain.train.vote import vote
 
 _REMEDY = (
-    "a stream must give every rank the same samples in the same order, of which dtrain gives each "
-    "its part:\nremove what shards or shuffles by RANK, get_rank() or get_worker_info(), or write "
-    "data.stream: sharded"
+    "a stream must give every rank the same samples in the same order; dtrain gives each rank its "
+    "part of them\nremove what shards or shuffles by RANK, get_rank() or get_worker_info(), or "
+    "write data.stream: sharded"
 )
 
 
@@ -31,7 +31,7 @@ def explain(batch: GlobalBatch, block: Block, rank: int) -> BlamedError:
         _difference(ours, theirs, ballot.reference, suspect),
         _REMEDY,
     ]
-    return BlamedError("\n".join(lines), ballot.culprits, rank)
+    return BlamedError("\n".join(lines), ballot.culprits, rank, code="data.streams-differ")
 
 
 Given = tuple[tuple[int, int, int, bool], tuple[tuple[int, int], ...]]

@@ -77,7 +77,8 @@ class Feed(abc.ABC):
         """What to say when ranks did not do the same step; called by all ranks."""
         return DtrainError(
             f"step {batch.step + 1}: other ranks are not at positions {batch.start} to "
-            f"{batch.stop - 1} of epoch {batch.epoch} as rank {self.ranks.rank} is"
+            f"{batch.stop - 1} of epoch {batch.epoch}, where rank {self.ranks.rank} is",
+            code="data.ranks-out-of-step",
         )
 
     def samples_read(self) -> list[int] | None:

@@ -73,10 +73,11 @@ def _explain(ballot: Vote, sample: int, read: Callable[[], Any], ranks: RankInfo
     raise BlamedError(
         f"train_dataset() differs {ballot.where}: sample {sample}"
         f"{', ' if what.startswith('element') else ' '}{what}\n"
-        "every rank must see the same data: is it another file there, an older copy, or does it "
-        "look at the rank?",
+        "every rank must see the same data: is there another file on that node, or an older copy, "
+        "or does the data set look at the rank?",
         ballot.culprits,
         ranks.rank,
+        code="data.not-same-on-ranks",
     )
 
 

@@ -34,7 +34,7 @@ class ShardedFeed(StreamFeed):
     ) -> None:
         problem = sharded_problem(spec, [ranks.world_size])
         if problem:
-            raise UsageError(problem)
+            raise UsageError(problem, code="plan.sharded-stream")
         self._world_size = ranks.world_size
         self._derived = derive_seed("sharded", spec.seed, ranks.rank)
         super().__init__(dataset, task, spec, ranks, pin_memory=pin_memory)

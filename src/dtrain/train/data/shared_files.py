@@ -66,10 +66,12 @@ def refuse(files: list[str], workers: int, ranks: RankInfo) -> None:
         raise BlamedError(
             f"{workers} loader processes share the position in a file that train_dataset() has "
             f"opened: {everyone[culprits[0]][0]}\n"
-            "each reads where another has gone to: open it in __getitem__, when it is not open in "
-            "this process yet, read it by np.memmap or os.pread, or set data.workers: 0",
+            "each of them reads from where another has moved the position: open the file in "
+            "__getitem__ when it is not yet open in this process, read it by np.memmap or "
+            "os.pread, or set data.workers: 0",
             culprits,
             ranks.rank,
+            code="data.file-position-shared",
         )
 
 

@@ -30,7 +30,8 @@ def watch_groups(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> No
                 raise DtrainError(
                     f"add_param_group() was given a parameter of shape {tuple(value.shape)} that "
                     "the model did not have when training began, so that no rank exchanges its "
-                    "gradient and no resume finds it; make it in model()"
+                    "gradient and no resume finds it; make it in model()",
+                    code="task.optimizer-foreign-parameters",
                 )
         add({**group, "params": given})
 

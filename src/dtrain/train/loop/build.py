@@ -88,8 +88,9 @@ def train_feed(context: TrainContext) -> Feed:
     elif spec.data.stream != "same":
         raise UsageError(
             f"data.stream: {spec.data.stream} is for data sets that can only be iterated, and "
-            f"train_dataset() returned {type(dataset).__name__}\nits samples are dealt out by "
-            "dtrain: remove data.stream, and what shards the data set by rank"
+            f"train_dataset() returned {type(dataset).__name__}\ndtrain deals out its samples: "
+            "remove data.stream, and what shards the data set by rank",
+            code="data.stream-of-map-style",
         )
     return kind(dataset, context.task, spec, context.ranks, pin_memory=pins_memory(context))
 
@@ -114,6 +115,7 @@ def feed_identity(feed: Feed) -> dict[str, Any]:
             "every rank must see the same data, dtrain gives each its part",
             ballot.culprits,
             feed.ranks.rank,
+            code="data.not-same-on-ranks",
         )
     return identity
 

@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 def listed(callbacks: Any) -> list[Any]:
     """What `Task.callbacks` returned, as a list."""
     if not isinstance(callbacks, Iterable | None):
-        raise DtrainError(f"callbacks() returned a {type(callbacks).__name__}, not a list of them")
+        raise DtrainError(
+            f"callbacks() returned a {type(callbacks).__name__}, not a list of them",
+            code="task.bad-callbacks",
+        )
     return list(callbacks or ())
 
 
@@ -60,7 +63,10 @@ class View:
         try:
             self._log(name, float(value))
         except (TypeError, ValueError):
-            raise DtrainError(f"session.log({name!r}, {value!r}): it takes a number") from None
+            raise DtrainError(
+                f"session.log({name!r}, {value!r}): it takes a number",
+                code="task.log-not-a-number",
+            ) from None
 
     def stop(self, reason: str) -> None:
         self.ending = self.ending or reason
@@ -79,19 +85,28 @@ class Callbacks:
         for index, each in enumerate(adapt(given) if adapt else given):
             if not isinstance(each, Callback):
                 kind = type(each).__name__
-                raise DtrainError(f"callbacks() returned a {kind}, not a dtrain.Callback")
+                raise DtrainError(
+                    f"callbacks() returned a {kind}, not a dtrain.Callback",
+                    code="task.bad-callbacks",
+                )
             self._all[f"{type(each).__name__}.{index}"] = each
         self._of_user = bool(self._all)
         if spec.train.early_stopping is not None:
             if spec.eval.every_steps is None and spec.eval.every_epochs is None:
-                raise UsageError("train.early_stopping needs eval.every_steps or eval.every_epochs")
+                raise UsageError(
+                    "train.early_stopping needs eval.every_steps or eval.every_epochs",
+                    code="job.no-evaluation-to-stop-by",
+                )
             self._all["early_stopping"] = EarlyStopping(spec.train.early_stopping)
         if spec.checkpoint.best is not None:
             self._all["best"] = KeepBest(spec.checkpoint.best)
         needing = {"early_stopping": "train.early_stopping", "best": "checkpoint.best"}
         for name, field in needing.items():
             if name in self._all and not evaluates:
-                raise UsageError(f"{field} needs a task with eval_dataset()")
+                raise UsageError(
+                    f"{field} needs a task with eval_dataset()",
+                    code="eval.no-data",
+                )
 
     @property
     def each(self) -> list[Callback]:
@@ -168,6 +183,6 @@ class Callbacks:
 
 
 def _name(error: Exception, callback: Callback, method: str) -> None:
-    """Let an error say in which callback it was; ours say it in their own words."""
+    """Let an error say in which callback it was; dtrain's own errors name it themselves."""
     if not isinstance(error, DtrainError):
         error.add_note(f"in {method}() of callback {type(callback).__name__}")

@@ -171,7 +171,8 @@ class Evaluator:
             metrics = self._context.task.evaluate(model, batch)
         if not isinstance(metrics, Mapping):
             raise DtrainError(
-                f"{self._told} returned {described(metrics)}; return a dict of metrics by name"
+                f"{self._told} returned {described(metrics)}; return a dict of metrics by name",
+                code="eval.not-metrics",
             )
         for name, value in metrics.items():
             total, weight = read_loss(value, len(request.samples), f"{self._told}[{name!r}]")
@@ -228,7 +229,8 @@ def _check_names(shares: Mapping[int, Mapping[str, object]]) -> None:
         ranks = [rank for rank, share in shares.items() if different & set(share)]
         raise DtrainError(
             f"evaluate() returned {', '.join(sorted(different))} on ranks {ranks} only; every "
-            "rank must return the same metrics (with Loss(sum, weight=0) where there is none)"
+            "rank must return the same metrics (with Loss(sum, weight=0) where there is none)",
+            code="eval.metrics-differ",
         )
 
 

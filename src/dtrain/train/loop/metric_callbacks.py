@@ -13,11 +13,14 @@ from dtrain.job.spec import BestSpec, EarlyStoppingSpec
 
 
 def no_such_metric(field: str, name: str, metrics: Iterable[str]) -> UsageError:
-    """What to say where a job watches a metric that an evaluation does not bring."""
+    """The error that a job watches a metric which an evaluation does not bring."""
     near = difflib.get_close_matches(name, metrics, n=1)
     meant = f"; did you mean {near[0]!r}?" if near else ""
     found = ", ".join(metrics) or "nothing"
-    return UsageError(f"{field} is {name!r}, but the evaluation brought: {found}{meant}")
+    return UsageError(
+        f"{field} is {name!r}, but the evaluation brought: {found}{meant}",
+        code="eval.no-such-metric",
+    )
 
 
 class EarlyStopping(Callback):
@@ -101,6 +104,6 @@ class KeepBest(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "best" not in state:
-            raise CheckpointError("it holds no best value")
+            raise CheckpointError("it holds no best value", code="checkpoint.state-missing")
         if state["of"] == [self._spec.metric, self._spec.mode]:
             self._best = state["best"]

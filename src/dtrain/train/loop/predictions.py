@@ -75,7 +75,8 @@ class Predictions:
         elif columns != self._columns:
             raise DtrainError(
                 f"predict() returned {_differing(self._columns, columns)} for one batch and "
-                f"{_differing(columns, self._columns)} for another; all rows are alike"
+                f"{_differing(columns, self._columns)} for another; all rows must be alike",
+                code="predict.rows-differ",
             )
         for file, name in zip(self._files, sorted(arrays), strict=True):
             file.write(arrays[name].tobytes())
@@ -98,7 +99,8 @@ class Predictions:
             if theirs != columns[0]:
                 raise DtrainError(
                     f"predict() returned {_differing(columns[0], theirs)} on rank {min(rows)} and "
-                    f"{_differing(theirs, columns[0])} on rank {rank}; all rows are alike"
+                    f"{_differing(theirs, columns[0])} on rank {rank}; all rows must be alike",
+                    code="predict.rows-differ",
                 )
         if self._context.ranks.is_rank_zero:
             if shared is not None:
@@ -141,7 +143,8 @@ def _append(part: Path, size: int, entry: IO[bytes], rank: int) -> None:
     if found != size:
         raise DtrainError(
             f"the predictions of rank {rank} should be {size} bytes in {part}, but rank 0 sees "
-            f"{'no such file' if found is None else found}; all nodes need the same run directory"
+            f"{'no such file' if found is None else found}; all nodes need the same run directory",
+            code="predict.files-not-shared",
         )
     with part.open("rb") as source:
         shutil.copyfileobj(source, entry, 1 << 20)
@@ -155,12 +158,14 @@ def _read(value: Any, num_samples: int) -> dict[str, np.ndarray[Any, Any]]:
         if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
             raise DtrainError(
                 f"predict() returned {type(tensor).__name__} as {name!r}; return a tensor with one "
-                "row for each sample of the batch, or several by name"
+                "row for each sample of the batch, or a dict of several such tensors by name",
+                code="predict.not-rows",
             )
         if tensor.dim() == 0 or len(tensor) != num_samples:
             raise DtrainError(
                 f"predict() returned {name!r} with shape {tuple(tensor.shape)} for a batch of "
-                f"{num_samples} samples; the first dimension is the samples, one row for each"
+                f"{num_samples} samples; the first dimension must be the samples, one row for each",
+                code="predict.not-rows",
             )
         if tensor.dtype is torch.bfloat16:  # NumPy has none
             tensor = tensor.float()

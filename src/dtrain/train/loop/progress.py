@@ -68,7 +68,9 @@ class Progress:
         try:
             saved = files.parse_as(_Saved, json.dumps(told), "progress.json")
         except DamagedError as error:
-            raise CheckpointError(f"its position is none: {error.why}") from None
+            raise CheckpointError(
+                f"its position cannot be used: {error.why}", code="checkpoint.bad-position"
+            ) from None
         changed = [
             f"{key} was {saved.data.get(key)}, is {value}"
             for key, value in data.items()
@@ -81,12 +83,16 @@ class Progress:
                 if key in saved.data and saved.data[key] != data.get(key)
             ]
             mend = f"with {' '.join(back)} it fits" if back else "its position means nothing here"
-            raise CheckpointError(f"it is of other data ({'; '.join(changed)}); {mend}")
+            raise CheckpointError(
+                f"it is of other data ({'; '.join(changed)}); {mend}",
+                code="checkpoint.other-data",
+            )
         size = data.get("num_samples")
         if saved.step < 0 or saved.epoch < 0 or not 0 <= saved.consumed <= (size or math.inf):
             raise CheckpointError(
-                f"its position is none: step {saved.step}, epoch {saved.epoch}, sample "
-                f"{saved.consumed} of {size}"
+                f"its position cannot be used: step {saved.step}, epoch {saved.epoch}, sample "
+                f"{saved.consumed} of {size}",
+                code="checkpoint.bad-position",
             )
         return cls(
             step=saved.step,
@@ -126,7 +132,8 @@ def refuse_to_end_before(done: int, end: int | None, unit: str = "step") -> None
     if end is not None and done > end:
         raise DtrainError(
             f"the checkpoint is of {unit} {done}, and the training is to end after {unit} {end}; "
-            "give it a later end, as --set train.epochs=20, or launch a new run"
+            f"give it a later end, for example --set train.{unit}s={2 * done}, or launch a new run",
+            code="run.end-passed",
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.data.placement import EpochPlan, GlobalBatch
@@ -28,6 +28,8 @@ class Report:
         self._active = context.ranks.is_rank_zero
         self._metrics = Metrics(context.run, context.spec, active=self._active)
         self._first = True
+        self._without_line: tuple[int, int, Callable[[], dict[str, float]]] | None = None
+        """The last step that was done, while it has no line: step, epoch, metrics."""
         self._noted: dict[str, float] = {}
         self._samples = 0
         self._since = time.monotonic()
@@ -47,38 +49,51 @@ class Report:
         self._metrics.begin(progress.step)
         self._since = time.monotonic()
         logger.info(
-            "rank %d of %d, %s: from step %d on, %s, %d samples a step, %s",
-            ranks.rank, ranks.world_size, spec.strategy, progress.step + 1, _length(course),
+            "rank %d of %d, %s: %s, batch %d, %s",
+            ranks.rank, ranks.world_size, spec.strategy, _length(course, progress.step + 1),
             spec.train.global_batch_size, spec.train.precision,
         )  # fmt: skip
+
+    def keep_names(self, split: str, names: Iterable[str]) -> None:
+        """Metrics that a user has named: loggers show them without `train/` or `eval/`."""
+        self._metrics.own_names.update((split, name) for name in names)
 
     def note(self, name: str, value: float) -> None:
         """Take a number into the next line of training metrics; a later value replaces it."""
         self._noted[name] = value
 
     def due(self, step: int) -> bool:
-        """Whether a line of metrics is to be written after a step, as after the first."""
-        return self._first or step % self._context.spec.log.every_steps == 0
+        """Whether a line of metrics is written after a step: the first, the last, every few."""
+        every = self._context.spec.log.every_steps
+        return self._first or step % every == 0 or step == self._total_steps
 
     def step(
         self, step: int, epoch: int, samples: int, values: Callable[[], dict[str, float]]
     ) -> None:
-        """After every step; writes a line of metrics when one is due.
+        """After every step, on all ranks; writes a line of metrics when one is due.
 
         Args:
             step: that was done, counted from 1.
             epoch: of it, counted from 0.
             samples: of all ranks in it.
-            values: gives the metrics, of which loss and lr are shown first.
+            values: gives the metrics, of which loss and lr are shown first; all ranks call it
+                when a line is due, so that it may put together what each of them knows.
         """
         self._samples += samples
-        if not self.due(step):
+        self._without_line = step, epoch, values
+        if self.due(step):
+            self.last_step()
+
+    def last_step(self) -> None:
+        """Write the line of the last step, unless it has one. Called by all ranks."""
+        if self._without_line is None:
             return
+        (step, epoch, values), self._without_line = self._without_line, None
         self._first = False
+        told = values()
         if not self._active:
             return
         now = time.monotonic()
-        told = values()
         speed = {"samples_per_second": round(self._samples / max(now - self._since, 1e-9), 1)}
         head: dict[str, float] = {n: told.pop(n) for n in ("loss", "lr") if n in told}
         told = {**head, **speed, **told, **self._noted}
@@ -89,6 +104,13 @@ class Report:
             step, self._total_steps or "?", epoch, _listed(told),
         )  # fmt: skip
         self._samples, self._since = 0, now
+
+    def epoch_ended(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Write what a LightningModule logged for the epoch that has just ended."""
+        if self._active and metrics:
+            epoch = _epoch_of(progress)
+            self._metrics.write("train", progress.step, epoch, metrics)
+            logger.info("epoch %d after step %d: %s", epoch, progress.step, _listed(metrics))
 
     def epoch_read(self, batch: GlobalBatch, samples: list[int] | None) -> None:
         """After an epoch: how many samples each rank brought, where each brings its own."""
@@ -106,9 +128,7 @@ class Report:
     def measured(self, split: str, progress: Progress, metrics: dict[str, float]) -> None:
         """Write the metrics of a split, as they are after the steps that are done."""
         if self._active:
-            position = progress.position
-            epoch = max(0, position.epoch if position.consumed else position.epoch - 1)
-            self._metrics.write(split, progress.step, epoch, metrics)
+            self._metrics.write(split, progress.step, _epoch_of(progress), metrics)
             what = "evaluation" if split == "eval" else split
             logger.info("%s after step %d: %s", what, progress.step, _listed(metrics))
 
@@ -142,14 +162,20 @@ class Report:
         self._metrics.close()
 
 
-def _length(course: EpochPlan) -> str:
-    """How long training is, in words, as far as that is known before."""
+def _epoch_of(progress: Progress) -> int:
+    """The epoch of the last step, counted from 0."""
+    position = progress.position
+    return max(0, position.epoch if position.consumed else position.epoch - 1)
+
+
+def _length(course: EpochPlan, first: int) -> str:
+    """How long training is from its first step here, as far as that is known before."""
+    if course.total_steps is None:
+        return f"from step {first} on, epochs of a stream"
+    steps = f"steps {first}-{course.total_steps}"
     if course.num_samples is None:
-        return "epochs of a stream" if course.total_steps is None else f"to {course.total_steps}"
-    return (
-        f"to {course.total_steps}, {course.steps_per_epoch} an epoch of {course.num_samples} "
-        "samples"
-    )
+        return steps
+    return f"{steps}, {course.steps_per_epoch} per epoch of {course.num_samples} samples"
 
 
 def _listed(values: dict[str, float]) -> str:

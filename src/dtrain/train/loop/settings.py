@@ -107,7 +107,8 @@ class Settings:
         raise UsageError(
             f"what is {given} cannot be taken in the middle of this training: {what}, while "
             f"the checkpoint goes on with the old; resume with {back or 'the code as it was'}, or "
-            "launch a new run"
+            "launch a new run",
+            code="resume.settings-changed",
         )
 
 

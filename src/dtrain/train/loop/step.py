@@ -110,8 +110,9 @@ class TrainStep:
         total, weight, *flag_sums = pending.wait()
         if not weight > 0:
             raise DtrainError(
-                f"the loss weights of a whole global batch add up to {weight:g}: there is nothing "
-                "to divide by. loss() must return Loss weights that are positive in sum"
+                f"the loss weights of a whole global batch add up to {weight:g}, and the loss is "
+                "divided by that sum. loss() must return Loss weights with a positive sum",
+                code="task.loss-weights-zero",
             )
         loss = total / weight
         norm, skipped = self._update(self._gradient_scale * global_size / weight, loss)

@@ -64,7 +64,10 @@ class Kept:
         if self._has_state:
             given = self._task.state_dict()
             if not isinstance(given, Mapping):
-                raise DtrainError(f"state_dict() of the task returned {type(given).__name__}")
+                raise DtrainError(
+                    f"state_dict() of the task returned {type(given).__name__}; return a dict",
+                    code="task.bad-state",
+                )
             states[_TASK] = given
         return {owner: plain(each, owner) for owner, each in states.items() if each}
 
@@ -131,7 +134,9 @@ class Kept:
             if isinstance(each, EMA) and each not in found and each.source is not None:
                 raise DtrainError(
                     f"the task's {name} is a dtrain.EMA of a {type(each.source).__name__} that is "
-                    "no part of the model that model() returned, so that nobody trains it"
+                    "no part of the model that model() returned, so it would never change; make "
+                    "it of that model",
+                    code="ema.of-other-model",
                 )
 
 
@@ -142,7 +147,8 @@ def _has_state(task: Task) -> bool:
         other = pair[1 - pair.index(own[0])]
         raise DtrainError(
             f"the task has {own[0]}() but no {other}(): what it remembers would be lost in a "
-            "resume. Write both, or none"
+            "resume. Write both, or none",
+            code="task.half-a-state",
         )
     return bool(own)
 
@@ -150,8 +156,9 @@ def _has_state(task: Task) -> bool:
 def _evaluated(listed: list[EMA]) -> EMA | None:
     if len(listed) > 1:
         raise DtrainError(
-            f"callbacks() returned {len(listed)} of dtrain.EMA, and evaluation is of one; keep "
-            "the others in the task, as self.ema = dtrain.EMA(model, 0.999)"
+            f"callbacks() returned {len(listed)} of dtrain.EMA, but only one is evaluated; keep "
+            "the others in the task, for example self.ema = dtrain.EMA(model, 0.999)",
+            code="ema.several",
         )
     return listed[0] if listed else None
 

@@ -47,6 +47,8 @@ class Training:
         evaluation_wrapper: EvaluationWrapper,
     ) -> None:
         self._started = time.monotonic()
+        self.logged: Callable[[], Metrics] = dict
+        """Gives what a LightningModule logged in the last step; all ranks call it."""
         self._context = context
         self._injector = injector
         self._kept = kept
@@ -70,6 +72,7 @@ class Training:
         self._evaluator = build.make_evaluators(context)
         self._schedule = Schedule(context.spec)
         self._report = Report(context, self._events)
+        self.keep_names = self._report.keep_names
         view = View(
             context, self.parts.model, self.parts.optimizer, self._report.note, self._keep_best
         )
@@ -134,6 +137,7 @@ class Training:
 
     def end(self, *, complete: bool) -> TrainResult:
         """After the last step: evaluate and save, and leave when asked to."""
+        self._report.last_step()
         if not (complete and self._evaluate_at_end()):
             return self._leave()
         self._injector.end(self._state, self.progress.step)
@@ -202,9 +206,20 @@ class Training:
         self._checks.step_ended(progress.step, ends_epoch=batch.ends_epoch)
         self._update_session(batch.size)
         ends = self.callbacks.step(outcome.loss, ends_epoch=batch.ends_epoch)
-        told = functools.partial(outcome.told, lr)
+        told = functools.partial(self._metrics_of, outcome, lr)
         self._report.step(progress.step, batch.epoch, batch.size, told)
         self._asked = outcome.flags._replace(end=float(outcome.flags.end or ends))
+
+    def _metrics_of(self, outcome: StepOutcome, lr: float) -> Metrics:
+        """What a line of metrics holds after a step. Called by all ranks."""
+        logged, metrics = self.logged(), outcome.told(lr)
+        self.keep_names("train", logged.keys() - metrics.keys())
+        return {**logged, **metrics}
+
+    def epoch_ended(self, metrics: Metrics) -> None:
+        """Write what was logged for the epoch that has just ended."""
+        self.keep_names("train", metrics)
+        self._report.epoch_ended(self.progress, metrics)
 
     def _update_session(self, batch_size: int = 0) -> None:
         """Let callbacks know what comes after the step that was just done."""

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -36,6 +36,15 @@ class LoggerContext:
     """Optimizer steps done; what was logged of later ones is lost and comes again."""
     settings: Mapping[str, str | int | float | bool]
     """The job, flat: `train.global_batch_size` → 64."""
+    own_names: Set[tuple[str, str]] = frozenset()
+    """Metrics that a LightningModule has named, as (split, name); grows while training."""
+
+    def named(self, split: str, values: Values) -> dict[str, float]:
+        """Metrics by `train/loss`; by the name alone where that is a user's own."""
+        return {
+            name if (split, name) in self.own_names else f"{split}/{name}": value
+            for name, value in values.items()
+        }
 
 
 class Logger(Protocol):
@@ -59,10 +68,6 @@ def settings_of(spec: JobSpec) -> dict[str, str | int | float | bool]:
     """
     plain = shown("", spec.model_dump(mode="json", exclude={"launch", "log"}, exclude_none=True))
     return dict(_flat(plain, ""))
-
-
-def _named(split: str, values: Values) -> dict[str, float]:
-    return {f"{split}/{name}": value for name, value in values.items()}
 
 
 def _flat(value: Any, above: str) -> Iterator[tuple[str, str | int | float | bool]]:
@@ -127,12 +132,13 @@ class TensorBoard:
 
         options.setdefault("log_dir", str(context.run.path / "tensorboard"))
         # purge_step: without it a resumed run draws zigzags over the steps that were lost
+        self._named = context.named
         self._writer: Any = SummaryWriter(purge_step=context.step + 1, **options)
         if context.step == 0:
             self._writer.add_text("job", _as_text(context.settings))
 
     def write(self, split: str, step: int, epoch: int, values: Values) -> None:
-        for name, value in _named(split, values).items():
+        for name, value in self._named(split, values).items():
             self._writer.add_scalar(name, value, step)
 
     def close(self, outcome: Outcome) -> None:
@@ -164,6 +170,8 @@ class MLflow:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient
 
+        self._named = context.named
+
         folder = context.run.path.parent / "mlruns"
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or folder.as_uri()
         self._client: Any = MlflowClient(uri)
@@ -194,7 +202,7 @@ class MLflow:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        named = {**_named(split, values), "epoch": epoch}
+        named = {**self._named(split, values), "epoch": epoch}
         metrics = [Metric(name, value, now, step) for name, value in named.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
@@ -211,6 +219,8 @@ class Wandb:
     def __init__(self, context: LoggerContext, **options: Any) -> None:
         import wandb
 
+        self._named = context.named
+
         settings = {"console": "off", "disable_git": True, **options.pop("settings", {})}
         ours = {
             "id": context.run.id,
@@ -223,7 +233,7 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, split: str, step: int, epoch: int, values: Values) -> None:
-        self._run.log({"step": step, "epoch": epoch, **_named(split, values)})
+        self._run.log({"step": step, "epoch": epoch, **self._named(split, values)})
 
     def close(self, outcome: Outcome) -> None:
         self._run.finish(exit_code=0 if outcome != "failed" else 1)
@@ -250,6 +260,8 @@ class Comet:
     def __init__(self, context: LoggerContext, **options: Any) -> None:
         import comet_ml
 
+        self._named = context.named
+
         quiet: Any = dict.fromkeys(_COMET_EXTRAS, False)
         config = comet_ml.ExperimentConfig(
             name=context.run.id, offline_directory=str(context.run.path / "comet"), **quiet
@@ -261,7 +273,7 @@ class Comet:
             self._experiment.log_parameters(dict(context.settings))
 
     def write(self, split: str, step: int, epoch: int, values: Values) -> None:
-        self._experiment.log_metrics(_named(split, values), step=step, epoch=epoch)
+        self._experiment.log_metrics(self._named(split, values), step=step, epoch=epoch)
 
     def close(self, outcome: Outcome) -> None:
         self._experiment.log_other("outcome", outcome)

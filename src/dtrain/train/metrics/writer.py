@@ -31,6 +31,8 @@ class Metrics:
         self._spec = spec
         self._active = active
         self._loggers: list[tuple[str, Logger]] = []
+        self.own_names: set[tuple[str, str]] = set()
+        """Metrics that a user has named, as (split, name)."""
         self._logged: dict[str, int] = {}
         """The last step of each split that was written before this began."""
         self.outcome: Outcome = "failed"
@@ -42,7 +44,7 @@ class Metrics:
             return
         for line in read_lines(self._run.metrics, split=str, step=int):
             self._logged[line["split"]] = max(line["step"], self._logged.get(line["split"], 0))
-        context = LoggerContext(self._run, step, settings_of(self._spec))
+        context = LoggerContext(self._run, step, settings_of(self._spec), self.own_names)
         for entry in self._spec.log.loggers:
             self._open(entry, context)
 
@@ -54,10 +56,12 @@ class Metrics:
             step: optimizer steps done.
             epoch: 0-based epoch of that step.
             values: by name; train has loss, lr, samples_per_second and, when clipped, grad_norm.
+                A value with the name of a field that every line has, as `step`, is left out.
         """
         if not self._active:
             return
         place = {"time": time.time(), "step": step, "epoch": epoch, "split": split}
+        values = {name: value for name, value in values.items() if name not in place}
         append_line(self._run.metrics, {**place, **values})
         again = step <= self._logged.get(split, -1)
         for named in list(self._loggers):

@@ -147,7 +147,8 @@ class Strategy:
         if self.world_size != 1:
             raise UsageError(
                 f"strategy {name!r} trains in one process, but {self.world_size} were started; "
-                "use strategy 'ddp'"
+                "use strategy 'ddp'",
+                code="strategy.one-process-only",
             )
 
 
@@ -167,5 +168,6 @@ def refuse_sparse(model: torch.nn.Module, strategy: str) -> None:
         ):
             raise DtrainError(
                 f"{name} makes sparse gradients, which strategy {strategy!r} does not reduce; "
-                "build it with sparse=False, or use strategy 'single'"
+                "build it with sparse=False, or use strategy 'single'",
+                code="strategy.sparse-gradients",
             )

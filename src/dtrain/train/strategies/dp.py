@@ -61,7 +61,8 @@ def check_scatterable(batch: Any, num_samples: int, path: str = "batch") -> None
             raise DtrainError(
                 f"strategy 'dp' cuts every tensor along dimension 0 into samples, but {path} has "
                 f"shape {tuple(batch.shape)} in a batch of {num_samples}; put the samples first "
-                "in collate(), or use strategy 'ddp'"
+                "in collate(), or use strategy 'ddp'",
+                code="strategy.batch-cannot-be-cut",
             )
     elif isinstance(batch, dict):
         for key, value in batch.items():
@@ -72,7 +73,8 @@ def check_scatterable(batch: Any, num_samples: int, path: str = "batch") -> None
     elif batch is not None:
         raise DtrainError(
             f"strategy 'dp' can only cut tensors, but {path} is {type(batch).__name__}; make it "
-            "a tensor in collate(), or use strategy 'ddp'"
+            "a tensor in collate(), or use strategy 'ddp'",
+            code="strategy.batch-cannot-be-cut",
         )
 
 

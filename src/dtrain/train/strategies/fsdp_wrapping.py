@@ -47,7 +47,9 @@ def check_shardable(model: nn.Module) -> None:
         if parameter.dim() == 0:
             raise DtrainError(
                 f"parameter {name} is a scalar, which strategy 'fsdp' cannot cut into parts; give "
-                f"it one dimension, as torch.tensor([{parameter.item():g}]), or use strategy 'ddp'"
+                f"it one dimension, for example torch.tensor([{parameter.item():g}]), or use "
+                "strategy 'ddp'",
+                code="strategy.scalar-parameter",
             )
     blocks = units(model)
     in_blocks = {parameter for block in blocks for parameter in block.parameters()}
@@ -67,5 +69,6 @@ def _check_types(parameters: list[nn.Parameter], model: nn.Module) -> None:
         listed = ", ".join(f"{name} is {str(dtype)[6:]}" for dtype, name in kinds.items())
         raise DtrainError(
             f"strategy 'fsdp' needs one type of parameters in each block of the model: {listed}; "
-            "use one type, or strategy 'ddp'"
+            "use one type, or strategy 'ddp'",
+            code="strategy.mixed-types",
         )

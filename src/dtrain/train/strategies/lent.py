@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import pickle
+import re
 import sys
 from collections import UserDict
 from pathlib import Path
@@ -48,11 +49,18 @@ def taken(data: bytes, device: torch.device, code: Path) -> Given:
     except pickle.UnpicklingError as error:
         raise DtrainError(
             "this rank has no sample in a step and borrows a batch of another rank, but that holds "
-            "more than tensors, arrays, numbers, texts and containers of these: let collate() "
-            "return a dict, or add its classes with torch.serialization.add_safe_globals, or "
-            f"make the global batch larger\n{str(error).splitlines()[0]}"
+            "more than tensors, arrays, numbers, texts and containers of these"
+            f"{_refused_class(error)}: let collate() return a dict, or add its classes with "
+            "torch.serialization.add_safe_globals, or make the global batch larger",
+            code="strategy.batch-cannot-be-lent",
         ) from error
     return borrowed
+
+
+def _refused_class(error: pickle.UnpicklingError) -> str:
+    """The class that torch does not build, where its error names one."""
+    found = re.search(r"global: GLOBAL (\S+)", str(error))
+    return "" if found is None else f", for example {found[1]}"
 
 
 def _container(name: str, code: Path) -> Any:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dtrain.errors import UsageError
+from dtrain.integrations.lightning import reductions
 from dtrain.integrations.lightning.callbacks import Leave, name_callback, refuse_callbacks
 from dtrain.integrations.lightning.compat import (
     PACKAGE,
@@ -159,7 +160,9 @@ class Fit(pl.Callback):
                 strategy=strategy, callbacks=[self], **trainer_arguments(context, automatic)
             )
         except (TypeError, ValueError, MisconfigurationException) as error:
-            raise UsageError(f"lightning.trainer: {error}") from None
+            raise UsageError(
+                f"lightning.trainer: {error}", code="lightning.trainer-refused"
+            ) from None
         deaf_to_signals(trainer)
         self._join(trainer)
         return trainer
@@ -178,10 +181,12 @@ class Fit(pl.Callback):
         after(steps, "on_advance_end", self._after_batch)
         after(fit, "on_advance_end", self._after_epoch)
         after(fit, "on_run_end", self._end)
-        steps._results = ExactResults(training=True)
+        steps._results = ExactResults(True, trainer)
         for loop in (steps.val_loop, trainer.validate_loop, trainer.test_loop):
-            loop._results = ExactResults(training=False)
+            loop._results = ExactResults(False, trainer)
         after(log, "epoch_end_reached", self._meet)
+        tell_epoch = log.update_train_epoch_metrics
+        log.update_train_epoch_metrics = lambda: self._epoch_ended(tell_epoch)
         tell = log.log_eval_end_metrics
         log.log_eval_end_metrics = lambda metrics: self._evaluated(metrics, tell)
 
@@ -385,31 +390,46 @@ class Fit(pl.Callback):
         self._view.batch_size = samples
         ends = self._callbacks.step(float("nan") if loss is None else loss, ends_epoch=ends_epoch)
         self._flags["end"] = self._flags["end"] or ends
-        self._report.step(progress.step, epoch, samples, lambda: self._values(loss))
+        values = functools.partial(self._values, loss, self._sums)
+        self._report.step(progress.step, epoch, samples, values)
         self._sums, self._rate_known = [0.0, 0.0], False
 
     def _exchange(self) -> float | None:
         """Tell one another of wishes, and of losses where they are wanted; the mean loss."""
         wanted = self._report.due(self.progress.step) or self._context.recorder is not None
-        total, weight = (float(each) for each in self._sums) if wanted else (0.0, 0.0)
+        total, weight = map(float, self._sums) if wanted else (0.0, 0.0)
         wishes = [
             self._context.stop.reason is not None,
             self._context.ranks.is_rank_zero and self._schedule.save_overdue(),
             self._view.ending is not None,
         ]
-        sums = torch.tensor([total, weight, *map(float, wishes)], dtype=torch.float64)
-        if collectives.in_group():
-            dist.all_reduce(sums)
-        total, weight, *asked = sums.tolist()
+        total, weight, *asked = _summed([total, weight, *map(float, wishes)])
         self._flags = dict(zip(self._flags, (each > 0 for each in asked), strict=True))
         return total / weight if weight else None
 
-    def _values(self, loss: float | None) -> dict[str, float]:
-        """What a line of metrics holds: what the step logged too, as this process knows it."""
-        logged = self._trainer.fit_loop.epoch_loop._results.metrics(on_step=True)["log"]
+    def _values(self, loss: float | None, sums: list[float | torch.Tensor]) -> dict[str, float]:
+        """What a line of metrics holds, also of what the step logged. Called by all ranks.
+
+        Args:
+            loss: the mean over all ranks, where it is known.
+            sums: of this rank's losses in the step.
+        """
+        if loss is None:  # a line was not due until it was the last step
+            total, weight = _summed([float(each) for each in sums])
+            loss = total / weight if weight else None
+        results = self._trainer.fit_loop.epoch_loop._results
+        logged = reductions.of_step(results, float(self._samples()))
         values = {} if loss is None else {"loss": loss}
         values |= {"lr": self._rate} if self._optimizers else {}
-        return {**{name: float(each) for name, each in logged.items()}, **values}
+        self._report.keep_names("train", logged.keys() - values.keys())
+        return {**logged, **values}
+
+    def _epoch_ended(self, tell: Callable[[], None]) -> None:
+        """Write what was logged for the epoch, before Lightning forgets it."""
+        values = reductions.of_epoch(self._trainer.fit_loop.epoch_loop._results)
+        self._report.keep_names("train", values)
+        self._report.epoch_ended(self.progress, values)
+        tell()
 
     def _record(self, epoch: int, loss: float | None) -> None:
         if self._context.recorder is not None:
@@ -485,6 +505,7 @@ class Fit(pl.Callback):
         self._best_is_due = True
 
     def _leave(self, *, owes_validation: bool) -> None:
+        self._report.last_step()
         self._save(owes_validation=owes_validation)
         reasons = collectives.gather_to_all(self._context.stop.reason)
         rank, reason = next((r, why) for r, why in enumerate(reasons) if why is not None)
@@ -494,6 +515,7 @@ class Fit(pl.Callback):
 
     def _end(self) -> None:
         """After Lightning's `on_train_end`, in which callbacks may change the weights."""
+        self._report.last_step()
         if self._trainer.should_stop:
             self.progress.stopped_early = True
         self._validate_at_end()
@@ -555,13 +577,16 @@ class Fit(pl.Callback):
             return
         if stage == "validate":
             self._validated = known
+            self._report.keep_names("validate", known)
         if stage == "test":
             self._tested = known
+            self._report.keep_names("test", known)
             self._report.measured("test", self.progress, known)
         if stage != "fit":
             return
         progress = self.progress
         progress.metrics = known
+        self._report.keep_names("eval", known)
         progress.evaluated_step = progress.step
         self._report.evaluated(progress)
         if self._callbacks.evaluated(progress.metrics):
@@ -572,7 +597,8 @@ class Fit(pl.Callback):
         if self._loaded is None:
             raise UsageError(
                 f"{type(self._module).__name__} trained nothing: Lightning's fit ended before its "
-                "first batch, as with limit_train_batches: 0"
+                "first batch, for example because of limit_train_batches: 0",
+                code="lightning.no-batches",
             )
         self._report.started(self.progress, self._course(), resumed=True)
         self._checkpoints.tell_resumed(self._loaded, self.progress)
@@ -592,6 +618,14 @@ class Fit(pl.Callback):
 def _check(found: Loaded) -> None:
     """Refuse a checkpoint that is not of Lightning's loops."""
     restored(found.tensors)
+
+
+def _summed(values: list[float]) -> list[float]:
+    """Numbers of this rank, added up over all ranks."""
+    sums = torch.tensor(values, dtype=torch.float64)
+    if collectives.in_group():
+        dist.all_reduce(sums)
+    return [float(each) for each in sums]
 
 
 def _size(batch: Any) -> int:

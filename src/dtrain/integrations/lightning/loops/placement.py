@@ -113,7 +113,8 @@ class Turns:
         if min(size, batch) < self._world_size:
             raise UsageError(
                 f"{self._world_size} processes cannot share steps of {min(size, batch)} samples; "
-                "take a larger train.global_batch_size or fewer processes"
+                "take a larger train.global_batch_size or fewer processes",
+                code="data.too-few-samples",
             )
         # Lightning ends training, after epochs or after optimizer steps, of which there may be
         # several in a step of ours; no process may be without a sample in a step
@@ -257,7 +258,8 @@ def placed_evaluation(loader: Any, context: TrainContext) -> Any | None:
     if size < ranks.world_size:
         raise UsageError(
             f"{ranks.world_size} processes cannot share {size} validation samples; use fewer "
-            "processes"
+            "processes",
+            code="data.too-few-samples",
         )
     each = context.spec.eval.batch_size or loader.batch_size or 1
     course = EpochPlan(size, each * ranks.world_size, 1, None, at_least=ranks.world_size)

@@ -109,8 +109,9 @@ class Reading:
             read = by_lightning()
         except TypeError as error:
             raise UsageError(
-                f"train_dataloader() of {type(self._module).__name__}: {error}\nin the job: "
-                "lightning.trainer: {use_distributed_sampler: false}"
+                f"train_dataloader() of {type(self._module).__name__}: {error}\nset in the job: "
+                "lightning.trainer: {use_distributed_sampler: false}",
+                code="lightning.sampler-not-replaceable",
             ) from None
         seed, trainer = self._context.spec.seed, self._trainer
         return OwnReading(read, seed, lambda: trainer.current_epoch, done)
@@ -138,7 +139,8 @@ class Reading:
         if not self._module.automatic_optimization:
             raise UsageError(
                 "train.micro_batch_size: with automatic_optimization = False a step is the "
-                "module's own, and Lightning does not accumulate; leave it out"
+                "module's own, and Lightning does not accumulate; leave it out",
+                code="lightning.manual-optimization",
             )
         self._trainer.accumulate_grad_batches = number
         every = self._context.spec.eval.every_steps

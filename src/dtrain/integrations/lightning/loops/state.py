@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from dtrain.errors import CheckpointError
-from dtrain.integrations.lightning.compat import ResultCollection, pl
+from dtrain.integrations.lightning.compat import pl
 from dtrain.integrations.lightning.loops.strategy import named_state
+from dtrain.integrations.lightning.reductions import Part, QuietResults, kind_of, together
 from dtrain.train import collectives
 from dtrain.train.checkpoint.leaves import refuse_unreadable
 
@@ -58,8 +59,9 @@ def restored(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "lightning" not in tensors:
         raise CheckpointError(
-            "it was made with dtrain's step, and these are Lightning's: launch it with "
-            "--set lightning.step=dtrain"
+            "it was made with dtrain's step, and these are Lightning's loops: launch it with "
+            "--set lightning.step=dtrain",
+            code="lightning.checkpoint-of-other-step",
         )
     return {
         **tensors["lightning"],
@@ -83,7 +85,7 @@ def _place(loop: dict[str, Any], *, mid_epoch: bool) -> None:
         progress["is_last_batch"] = False
 
 
-class ExactResults(ResultCollection):
+class ExactResults(QuietResults):
     """What a module logs, put together over all ranks where a loader has been read to its end.
 
     Lightning takes each rank's own mean unless a module asks for `sync_dist`. Here the mean over
@@ -91,8 +93,8 @@ class ExactResults(ResultCollection):
     has not logged something takes no part in it, and does not make the others wait.
     """
 
-    def __init__(self, training: bool) -> None:
-        super().__init__(training=training)
+    def __init__(self, training: bool, trainer: pl.Trainer) -> None:
+        super().__init__(training, trainer)
         self._before: dict[str, tuple[float, float]] = {}
         """Of an interrupted epoch: by key, what was counted, until it is logged again."""
 
@@ -133,26 +135,9 @@ class ExactResults(ResultCollection):
         }
 
     def _sums(self) -> dict[str, tuple[float, float]]:
-        mine = {}
+        mine: dict[str, Part] = {}
         for key, metric in self._of_epoch().items():
             mean = metric.meta.is_mean_reduction
             weight = float(metric.cumulated_batch_size) if mean else 1.0
-            mine[key] = (_kind(metric), float(metric.value), weight)
-        found: dict[str, tuple[float, float]] = {}
-        for theirs in collectives.gather_to_all(mine):
-            for key, (kind, value, weight) in theirs.items():
-                if key not in found:
-                    found[key] = value, weight
-                elif kind == "max":
-                    found[key] = max(found[key][0], value), 1.0
-                elif kind == "min":
-                    found[key] = min(found[key][0], value), 1.0
-                else:
-                    found[key] = found[key][0] + value, found[key][1] + weight
-        return found
-
-
-def _kind(metric: Any) -> str:
-    """How values are put together; Lightning refuses others itself."""
-    kinds = ("mean", "sum", "max", "min")
-    return next(kind for kind in kinds if getattr(metric.meta, f"is_{kind}_reduction"))
+            mine[key] = (kind_of(metric), float(metric.value), weight)
+        return together(collectives.gather_to_all(mine))

@@ -38,15 +38,21 @@ def trainer_arguments(context: TrainContext, automatic: bool) -> dict[str, Any]:
     }
     for name, field in _SAME.items():
         if name in own and fields[field] is not None:
-            raise UsageError(f"lightning.trainer.{name} and {field} say the same; give one of them")
+            raise UsageError(
+                f"lightning.trainer.{name} and {field} mean the same; leave one of them out",
+                code="lightning.given-twice",
+            )
     if spec.eval.every_steps is not None and spec.eval.every_epochs is not None:
         raise UsageError(
-            "Lightning's loops validate by steps or by epochs; give one of eval.every_*"
+            "Lightning's loops validate by steps or by epochs; leave out eval.every_steps or "
+            "eval.every_epochs",
+            code="lightning.two-intervals",
         )
     if spec.train.clip_grad_norm is not None and not automatic:
         raise UsageError(
             "train.clip_grad_norm: with automatic_optimization = False a step is the module's own; "
-            "leave it out, and call self.clip_gradients() in training_step()"
+            "leave it out, and call self.clip_gradients() in training_step()",
+            code="lightning.manual-optimization",
         )
     ours: dict[str, Any] = {
         "accelerator": "cuda" if context.device.type == "cuda" else "cpu",

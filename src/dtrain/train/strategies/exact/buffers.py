@@ -88,7 +88,8 @@ class _Slot:
             raise DtrainError(
                 f"strategy 'exact' cannot combine the buffer {self.name!r} of "
                 f"{type(self.module).__name__}: a forward changed its shape from "
-                f"{tuple(self.tensor.shape)}; keep what depends on the batch out of buffers"
+                f"{tuple(self.tensor.shape)}; keep what depends on the batch out of buffers",
+                code="strategy.buffer-changes-shape",
             )
         if not self._changed(tensor):
             return None

@@ -44,7 +44,7 @@ class ExactStrategy(Strategy):
         num_shards = context.spec.train.virtual_shards
         problem = catalog.shard_problem("exact", num_shards, [self.world_size])
         if problem:
-            raise UsageError(problem)
+            raise UsageError(problem, code="plan.uneven-shards")
         share = num_shards // self.world_size
         self._num_shards = num_shards
         self._shards = range(self.rank * share, (self.rank + 1) * share)
@@ -186,7 +186,8 @@ def _refuse_sync_batch_norm(model: torch.nn.Module) -> None:
             raise DtrainError(
                 f"{name} is a SyncBatchNorm, which normalises over all processes; under strategy "
                 "'exact' use BatchNorm, which sees one virtual shard at a time on any number of "
-                "processes"
+                "processes",
+                code="strategy.sync-batch-norm",
             )
 
 

@@ -1,0 +1,180 @@
+"""The keyword arguments that `launch`, `plan` and `resume` share, and the `Request` they become."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
+
+from dtrain.errors import UsageError
+from dtrain.run.lookup import place_of_runs
+
+if TYPE_CHECKING:
+    from dtrain.job.located import Located
+    from dtrain.planning import Request
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Size(TypedDict, total=False):
+    """What may be asked for of an attempt: the last ones are sections of job.yaml."""
+
+    nodes: int | str | None
+    gpus: int | None
+    procs: int | None
+    strategy: str | None
+    max_restarts: int | None
+    set: Mapping[str, Any] | None
+    env: Mapping[str, str] | None
+    options: Mapping[str, Any] | None
+    runs: str | os.PathLike[str] | None
+    args: Mapping[str, Any]
+    train: Mapping[str, Any]
+    data: Mapping[str, Any]
+    eval: Mapping[str, Any]
+    checkpoint: Mapping[str, Any]
+    checks: Mapping[str, Any]
+    log: Mapping[str, Any]
+    lightning: Mapping[str, Any]
+    launch: Mapping[str, Any]
+
+
+class Asked(Size, total=False):
+    """What may be asked for of a new run."""
+
+    launcher: str
+    trainer: str | None
+    seed: int | None
+    name: str | None
+    arguments: Sequence[str]
+    run_id: str | None
+
+
+_NO_FIELD = {"set", "env", "options", "runs", "launcher", "run_id"}
+_DEFAULTS = {"launcher": "local", "arguments": ()}
+
+
+def request(function: str, asked: Size, kind: type[Any]) -> Request:
+    """What a call asks for besides the job.
+
+    Args:
+        function: which was called; errors say `launch(procs=…)`.
+        asked: its keyword arguments.
+        kind: the `TypedDict` that they are of.
+
+    Raises:
+        UsageError: an argument is of no use.
+    """
+    from dtrain.planning import Request
+
+    given = cast("dict[str, Any]", asked)
+    for name in (given.keys() & _NO_FIELD) - kind.__annotations__.keys():
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    return Request(
+        launcher=given.get("launcher", "local"),
+        runs=place_of_runs(given.get("runs")),
+        run_id=given.get("run_id"),
+        fields=dict(_fields(function, given)),
+        options={
+            name: _written(f"{function}(options={{'{name}': …}})", value)
+            for name, value in _mapping(function, "options", given).items()
+        },
+    )
+
+
+def sections(asked: Size) -> dict[str, Any]:
+    """The keyword arguments that are fields of job.yaml by their own name."""
+    from dtrain.planning import FIELDS
+
+    return {
+        name: value
+        for name, value in asked.items()
+        if name not in _NO_FIELD and name not in FIELDS and value is not None
+    }
+
+
+def _fields(function: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Located]]:
+    """Fields of job.yaml, each with the argument that sets it; the later ones win."""
+    from dtrain.job.load import flag
+    from dtrain.planning import FIELDS
+
+    for name, value in sections(cast("Size", given)).items():
+        yield name, _written(f"{function}({name}=…)", value)
+    for field, value in _mapping(function, "set", given).items():
+        yield field, _written(f"{function}(set={{'{field}': …}})", value)
+    for name, field in FIELDS.items():
+        if given.get(name) is not None:
+            yield field, _written(f"{function}({name}=…)", given[name])
+    for name, value in _mapping(function, "env", given).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        yield f"launch.env.{name}", flag(f"{function}(env=…)", str(value) if number else value)
+
+
+def _mapping(function: str, name: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    value = given.get(name) or {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise UsageError(
+            f"{function}({name}=…): expected a dict with texts for keys: {value!r}",
+            code="api.invalid-argument",
+        )
+    return value
+
+
+def _written(place: str, value: Any) -> Located:
+    from dtrain.job.load import flag
+
+    return flag(place, _plain(place, value))
+
+
+def _plain(place: str, value: Any) -> Any:
+    """A value as job.yaml could have it: those of numpy are numbers, paths are texts.
+
+    Raises:
+        UsageError: job.yaml could not have it.
+    """
+    if isinstance(value, Mapping):
+        return {_key(place, name): _plain(place, part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(place, part) for part in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    kind = type(value)
+    raise UsageError(
+        f"{place}: a job holds numbers, texts, lists and dicts, and this is a "
+        f"{kind.__module__}.{kind.__qualname__}; make it inside of the task",
+        code="api.value-not-for-jobs",
+    )
+
+
+def _key(place: str, name: Any) -> Any:
+    if not isinstance(name, str | int | float):
+        raise UsageError(
+            f"{place}: {name!r} cannot be a name in a job", code="api.value-not-for-jobs"
+        )
+    return name
+
+
+def takes(kind: type[Any]) -> Callable[[_Function], _Function]:
+    """Show the keyword arguments of a `TypedDict` in a function's signature, as help prints it."""
+
+    def decorate(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+        own = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
+        shown = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=_DEFAULTS.get(name),
+                annotation=getattr(annotation, "__forward_arg__", annotation),
+            )
+            for name, annotation in kind.__annotations__.items()
+        ]
+        vars(function)["__signature__"] = signature.replace(parameters=[*own, *shown])
+        return function
+
+    return decorate

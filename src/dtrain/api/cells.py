@@ -1,0 +1,311 @@
+"""A class defined in the cells of a notebook → a file of its own that workers can import.
+
+The file has the class as it was written, and of the other cells what the class needs: imports,
+functions, classes, and constants. Names are found as Python's compiler finds them.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import hashlib
+import importlib
+import inspect
+import linecache
+import symtable
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any, get_origin
+
+from dtrain.errors import LaunchError, UsageError
+from dtrain.job.static_source import Definition
+from dtrain.run import files
+
+FOLDER = "notebook_cells"
+"""In the current folder, which is the job's: neither hidden from a copy of the code, nor a run."""
+_HEAD = '"""{name}, as it is in the cells of a notebook. Edit it there: this is written anew."""\n'
+_FUTURE = "from __future__ import annotations\n"
+
+
+def is_definition(value: Any) -> bool:
+    """Whether something is a class or a function, whatever decorates that."""
+    return isinstance(value, type) or isinstance(inspect.unwrap(value), FunctionType)
+
+
+def has(task: Any) -> bool:
+    """Whether a class or function was defined in a cell."""
+    return _definition(task) is not None
+
+
+def write(task: Any) -> Path:
+    """Write the file of a class that was defined in a cell.
+
+    Returns:
+        Its path. The name has a digest of the content, so that a run keeps the code it began with.
+
+    Raises:
+        UsageError: it uses something that a file cannot have; says what.
+        LaunchError: the file cannot be written.
+    """
+    text = gather(task)
+    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    path = Path.cwd() / FOLDER / f"{task.__name__.lower()}_{digest}.py"
+    try:
+        if not path.exists():
+            files.make_parent(path)
+            files.write_atomic(path, text)
+    except OSError as error:
+        raise LaunchError(
+            f"cannot write {path}, for workers to import: {error.strerror}",
+            code="file.not-writable",
+        ) from None
+    return path
+
+
+def gather(task: Any) -> str:
+    """The text of the file; errors as for `write`."""
+    return _Gatherer(task).text()
+
+
+class _Gatherer:
+    """Collects the names that a class needs, and those that they need."""
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+        self._known: dict[str, Any] = vars(sys.modules[task.__module__])
+        self._statements = [each for cell in _cells(task) for each in _parsed(cell)]
+        self._imports: dict[str, None] = {}
+        self._body: list[str] = []
+        self._seen: set[str] = set()
+        flag = self._known.get("annotations")
+        self._future = _FUTURE if type(flag).__module__ == "__future__" else ""
+
+    def text(self) -> str:
+        name = self._task.__name__
+        self._seen.add(name)
+        self._define(name, self._task)
+        head = _HEAD.format(name=name) + (f"\n{self._future}" if self._future else "")
+        parts = ["\n".join(self._imports)] if self._imports else []
+        return (
+            "\n\n".join([head.rstrip(), *parts]) + "".join(f"\n\n\n{p}" for p in self._body) + "\n"
+        )
+
+    def _need(self, name: str, user: str) -> None:
+        """Have a name in the file, unless Python has it anyway."""
+        if name in self._seen or name not in self._known or _is_builtin(name, self._known[name]):
+            return
+        self._seen.add(name)
+        value = self._known[name]
+        if lines := [*self._import_lines(name, value)]:
+            self._imports.update(dict.fromkeys(lines))
+        elif is_definition(value) and value.__module__ == self._task.__module__:
+            self._define(name, value)
+        elif _is_literal(value):
+            self._body.append(f"{name} = {value!r}")
+        elif get_origin(value) is not None and (written := self._assignment(name)) is not None:
+            self._add(written, name)  # a type, as list[Tensor]
+        else:
+            kind = type(value).__qualname__
+            article = "an" if kind[0] in "aeiouAEIOU" else "a"
+            raise UsageError(
+                f"{user} uses {name!r} of the notebook, {article} {kind}, which workers cannot be "
+                "given: make it inside of the class, or move it into a file and import it",
+                code="api.class-needs-notebook",
+            )
+
+    def _define(self, name: str, value: Any) -> None:
+        """Add a class or function after all that its definition runs, and before the rest."""
+        own: str = value.__name__
+        found = _definition(value) if own == name else self._newest(name)
+        if found is not None:
+            self._add(found, name)
+        elif own != name and self._known.get(own) is value:
+            self._need(own, name)
+            self._body.append(f"{name} = {own}")
+        else:
+            raise UsageError(
+                f"{name!r} has no source that workers could import: move it into a file and "
+                "import it",
+                code="api.class-without-source",
+            )
+
+    def _newest(self, name: str) -> str | None:
+        """The newest definition of a name, where a decorator has made something else of it."""
+        texts = (_in_text(cell, name) for cell in reversed(_cells(self._task)))
+        return next((text for text in texts if text is not None), None)
+
+    def _add(self, source: str, name: str) -> None:
+        table = symtable.symtable(self._future + source, "<cell>", "exec")
+        for needed in sorted(_names(table, at_once=True)):
+            self._need(needed, name)
+        self._body.append(source)
+        for needed in sorted(_names(table, at_once=False)):
+            self._need(needed, name)
+
+    def _import_lines(self, name: str, value: Any) -> Iterator[str]:
+        """The imports of the cells that made a name; else one that finds its value."""
+        found: dict[str, None] = {}
+        for statement in self._statements:
+            if isinstance(statement, ast.Import):
+                for alias in statement.names:
+                    if (alias.asname or alias.name.partition(".")[0]) == name:
+                        found[ast.unparse(ast.Import([alias]))] = None
+            elif isinstance(statement, ast.ImportFrom) and not statement.level:
+                for alias in statement.names:
+                    if (alias.asname or alias.name) == name:
+                        found[ast.unparse(ast.ImportFrom(statement.module, [alias], 0))] = None
+        whole = [line for line in found if _gives(line, name, value)]
+        yield from whole
+        if whole:
+            return
+        if isinstance(value, ModuleType):
+            yield f"import {value.__name__}" + ("" if value.__name__ == name else f" as {name}")
+            return
+        module, own = getattr(value, "__module__", None), getattr(value, "__name__", None)
+        if module not in (None, self._task.__module__) and isinstance(own, str):
+            line = f"from {module} import {own}" + ("" if own == name else f" as {name}")
+            if _gives(line, name, value):  # as of `from torch.nn import *`
+                yield line
+
+    def _assignment(self, name: str) -> str | None:
+        """The newest assignment to a name, as written."""
+        for statement in reversed(self._statements):
+            if isinstance(statement, ast.Assign | ast.AnnAssign) and name in _targets(statement):
+                return ast.unparse(statement)
+        return None
+
+
+def _cells(task: Any) -> list[str]:
+    """The cells that were run, in order, as IPython keeps them."""
+    return list(vars(sys.modules[task.__module__]).get("In", ()))
+
+
+def _parsed(cell: str) -> list[ast.stmt]:
+    """The statements of a cell; none of one that is no Python."""
+    try:
+        return [*_at_top(ast.parse(cell).body)]
+    except (SyntaxError, ValueError):
+        return []
+
+
+def _at_top(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements outside of definitions, those inside `if`, `try` and `with` too."""
+    for statement in body:
+        yield statement
+        if not isinstance(statement, Definition):
+            for block in ("body", "orelse", "finalbody"):
+                yield from _at_top(getattr(statement, block, []))
+            for handler in getattr(statement, "handlers", []):
+                yield from _at_top(handler.body)
+
+
+def _targets(statement: ast.Assign | ast.AnnAssign) -> set[str]:
+    targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+    return {each.id for each in targets if isinstance(each, ast.Name)}
+
+
+def _gives(line: str, name: str, value: Any) -> bool:
+    """Whether an import, done again, gives a name the value that it has now."""
+    statement = ast.parse(line).body[0]
+    try:
+        if isinstance(statement, ast.ImportFrom):
+            module = importlib.import_module(statement.module or "")
+            own = statement.names[0].name
+            found = getattr(module, own, None)
+            return (
+                found if found is not None else sys.modules.get(f"{module.__name__}.{own}")
+            ) is value
+        assert isinstance(statement, ast.Import)
+        alias = statement.names[0]
+        return sys.modules.get(alias.name if alias.asname else name) is value
+    except Exception:
+        return False
+
+
+def _definition(value: Any) -> str | None:
+    """The source of a class or function, with its decorators, from the cell that defined it.
+
+    The code of a function knows its cell. Of a class, Python before 3.13 does not; its methods do,
+    and one without is looked for in the cells from the newest on.
+    """
+    members = vars(value).values() if isinstance(value, type) else [inspect.unwrap(value)]
+    for member in members:
+        function = getattr(member, "__func__", getattr(member, "fget", member))
+        if isinstance(function, FunctionType) and _is_of(function, value):
+            found = _in_text(_cell_of(function), value.__name__)
+            if found is not None:
+                return found
+    texts = (_in_text(cell, value.__name__) for cell in reversed(_cells(value)))
+    return next((text for text in texts if text is not None), None)
+
+
+def _is_of(function: FunctionType, value: Any) -> bool:
+    """Whether a function is the definition itself, or a method that was written in it."""
+    return f"{function.__qualname__}.".startswith(f"{value.__name__}.")
+
+
+def _cell_of(function: FunctionType) -> str:
+    """The text of the cell in which a function was defined; empty when there is none."""
+    name = function.__code__.co_filename
+    cached = linecache.cache.get(name)
+    is_cell = cached is not None and len(cached) > 2 and cached[1] is None  # no file changes it
+    return "".join(linecache.getlines(name)) if is_cell else ""
+
+
+def _in_text(text: str, name: str) -> str | None:
+    """The last definition of a name in a cell, as written there."""
+    lines = text.splitlines()
+    for statement in reversed(_parsed(text)):
+        if isinstance(statement, Definition) and statement.name == name:
+            first = min([statement.lineno, *(each.lineno for each in statement.decorator_list)])
+            if statement.col_offset == 0:
+                return "\n".join(lines[first - 1 : statement.end_lineno])
+            return ast.unparse(statement)
+    return None
+
+
+def _names(table: symtable.SymbolTable, *, at_once: bool) -> set[str]:
+    """Global names that a definition needs: `at_once`, when it is run, or when it is called."""
+    names = set()
+    if at_once or _waits(table):
+        for symbol in table.get_symbols():
+            is_global = symbol.is_global() or table.get_type() == "module"
+            bound = symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()
+            if is_global and symbol.is_referenced() and not (bound and not symbol.is_global()):
+                names.add(symbol.get_name())
+    for child in table.get_children():
+        if not (at_once and _waits(child)):
+            names |= _names(child, at_once=at_once)
+    return names
+
+
+def _waits(table: symtable.SymbolTable) -> bool:
+    """Whether a scope runs only when something is called; a list in a class's body does not."""
+    return table.get_type() == "function" and not table.get_name().endswith(("comp", "genexpr"))
+
+
+def _is_builtin(name: str, value: Any) -> bool:
+    return (name.startswith("__") and name.endswith("__")) or getattr(
+        builtins, name, _is_builtin
+    ) is value
+
+
+def _is_literal(value: Any) -> bool:
+    """Whether its text, read again, is the same value."""
+    try:
+        return bool(_same(ast.literal_eval(repr(value)), value))
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return False
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal and of the same types all the way down: True is no 1, and a subclass is no dict."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Mapping):
+        return [*one] == [*other] and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)

@@ -1,0 +1,259 @@
+"""Commands as functions: `plan`, `launch`, `resume`, `verify`.
+
+What they need is imported once a driver has been started, which imports the same meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack, cast
+
+from dtrain.api.asked import Asked, Size, request, sections, takes
+from dtrain.api.driving import Driver
+from dtrain.errors import UsageError
+from dtrain.run.rundir import ATTEMPT_VARIABLE
+
+if TYPE_CHECKING:
+    from dtrain.api.run import Run
+    from dtrain.plan import LaunchPlan
+    from dtrain.planning import Prepared
+    from dtrain.verify.report import Report
+
+Job = str | os.PathLike[str] | Callable[..., Any]
+"""A path, or a class (or a function) that makes a task."""
+
+
+@takes(Asked)
+def plan(job: Job, **asked: Unpack[Asked]) -> LaunchPlan:
+    """Plan a launch and start nothing: what `dtrain plan` shows.
+
+    Args:
+        job: as for `launch`, and so are all others.
+
+    Raises:
+        JobError: the job is wrong; has every problem, with its place.
+        PlanError: job, launcher and sizes do not go together.
+        UsageError: an argument is of no use.
+
+    Example:
+        >>> dtrain.plan("job.yaml", nodes=2, procs=4).world_size
+        8
+    """
+    return _planned("plan", job, asked).plan
+
+
+@takes(Asked)
+def launch(job: Job, *, detach: bool = False, **asked: Unpack[Asked]) -> Run:
+    """Launch a job, as `dtrain launch` does; returns once its nodes are started.
+
+    The run ends, in order, when this process does. `Run.wait` waits for it.
+
+    Args:
+        job: path of a job.yaml or of a script, or the class of a task, a LightningModule, or a
+            function that returns a compiled Keras model and its data. A class may be in a file, or
+            in a cell of a notebook; the sections below are its job, which needs at least `train`.
+        detach: return as soon as it is submitted, and let it go on without this process; for
+            launchers slurm and ray.
+        nodes: number of nodes, or a range as "2:4". `local` simulates them on this machine.
+        gpus: GPUs per node; 0 trains on the CPU.
+        procs: processes per node.
+        strategy: how the processes share the work.
+        max_restarts: restarts of failed workers.
+        set: any fields of job.yaml, by dotted name: `{"train.lr": 0.1}`.
+        env: variables for every worker. Those that look secret are never shown.
+        options: options of the launcher's profile, by name.
+        runs: folder or URL of all runs; None: DTRAIN_RUNS, or else `runs`.
+        launcher: a profile: launchers/NAME.yaml, yours or the packaged one.
+        trainer: whose loop runs.
+        seed: of the whole training.
+        name: of the run.
+        arguments: command line of a script.
+        run_id: id of the run; None: the name, and some letters.
+        args: arguments of the task's class, laid over those in job.yaml; `train`, `data`, `eval`,
+            `checkpoint`, `checks`, `log`, `lightning` and `launch` are its other sections.
+
+    Raises:
+        JobError: the job is wrong; has every problem, with its place.
+        PlanError: job, launcher and sizes do not go together.
+        UsageError: an argument is of no use, or a class cannot be imported by workers.
+        LaunchError: the launcher cannot start it.
+
+    Example:
+        >>> run = dtrain.launch("job.yaml", nodes=2, procs=2, set={"train.lr": 0.1})
+        >>> run.wait()
+        0
+    """
+    with _driver() as driver:
+        return _launch(driver, _planned("launch", job, asked), detach)
+
+
+@takes(Size)
+def resume(run: str | Run = "last", *, detach: bool = False, **asked: Unpack[Size]) -> Run:
+    """Go on with a run from its newest good checkpoint, as `dtrain resume` does.
+
+    The run goes on as it was launched; arguments change what they name, as its size.
+
+    Args:
+        run: an id, a unique beginning of one, `last`, or a `Run`.
+        detach: as for `launch`, and so are all others.
+
+    Raises:
+        RunNotFound: there is no such run.
+        UsageError: it runs, it has finished, or an argument would have no effect.
+        JobError, PlanError, LaunchError: as for `launch`.
+
+    Example:
+        >>> dtrain.resume("last", procs=4).wait()
+        0
+    """
+    with _driver() as driver:
+        from dtrain.api.run import Run
+        from dtrain.resuming import plan_resume
+
+        wish = request("resume", asked, Size)
+        found = run if isinstance(run, Run) else Run.find(run, runs=wish.runs)
+        return _launch(driver, plan_resume(found.directory, wish), detach)
+
+
+def verify(
+    job: Job,
+    *,
+    steps: int = 5,
+    strategies: Sequence[str] = (),
+    trainers: Sequence[str] = (),
+    launchers: Sequence[str] = (),
+    nodes: Sequence[int] = (),
+    procs: Sequence[int] = (),
+    only: bool = False,
+    gpus: bool = False,
+    deep: bool = False,
+    epoch_samples: int | str = "auto",
+    set: Mapping[str, Any] | None = None,
+    options: Sequence[str] = (),
+    keep: str | Path | None = None,
+    **fields: Any,
+) -> Report:
+    """Show that a job is the same training in every way to run it, as `dtrain verify` does.
+
+    Args:
+        job: as for `launch`.
+        steps: optimizer steps of each run.
+        strategies: only these; likewise `trainers`, `launchers`, `nodes` and `procs`.
+        only: nothing besides what these name.
+        gpus: give each process a GPU.
+        deep: run everything in fp64.
+        epoch_samples: samples of an epoch, `auto` or `all`.
+        set: any fields of job.yaml, by dotted name.
+        options: `NAME=VALUE` options of the launchers that are named.
+        keep: folder where the run directories stay; None: nowhere.
+        fields: sections of job.yaml, as for `launch`.
+
+    Returns:
+        What was found; `report.same` says whether all of it was the same training.
+
+    Raises:
+        JobError, PlanError, UsageError: as for `launch`.
+        RunFailed: the job does not even run as one process.
+
+    Example:
+        >>> dtrain.verify("job.yaml", strategies=["ddp"], procs=[2]).same
+        True
+    """
+    from dtrain.verify.lab import Stopped
+    from dtrain.verify.session import Session
+
+    _refuse_in_worker()
+    if threading.current_thread() is not threading.main_thread():
+        raise UsageError(
+            "verify() answers Ctrl-C, and so it runs in the main thread only",
+            code="api.main-thread-only",
+        )
+    wish = request("verify", cast("Size", {"set": set, **fields}), Size)
+    with contextlib.ExitStack() as stack:
+        session = Session(
+            stack.enter_context(_job_file(job)),
+            steps=steps,
+            strategies=strategies,
+            trainers=trainers,
+            launchers=launchers,
+            nodes=nodes,
+            procs=procs,
+            only=only,
+            gpus=gpus,
+            deep=deep,
+            epoch_samples=epoch_samples,
+            overrides=[f"{name}={json.dumps(each.plain())}" for name, each in wish.fields.items()],
+            options=options,
+            keep=keep,
+        )
+        try:
+            for _ in stack.enter_context(session).results():
+                pass
+        except Stopped:
+            raise KeyboardInterrupt from None
+        return session.report
+
+
+def _planned(function: str, job: Job, asked: Asked) -> Prepared:
+    from dtrain.planning import plan_run
+
+    wish = request(function, asked, Asked)
+    if isinstance(job, str | os.PathLike):
+        return plan_run(os.fspath(job), wish)
+    from dtrain.api.task_class import job_of_class
+
+    return plan_run(job_of_class(function, job, sections(asked)), wish)
+
+
+@contextlib.contextmanager
+def _driver() -> Iterator[Driver]:
+    """A driver that imports while its launch is planned; ended where that is refused."""
+    _refuse_in_worker()
+    driver = Driver()
+    try:
+        yield driver
+    except BaseException:
+        driver.abandon()
+        raise
+
+
+def _launch(driver: Driver, prepared: Prepared, detach: bool) -> Run:
+    from dtrain.api.run import Run
+    from dtrain.launchers.driver import Order
+
+    prepared.refuse_unlaunchable(detach)
+    plan, job = prepared.plan, prepared.job
+    driver.launch(Order(plan, job.spec.to_plain(), job.text, detach))
+    return Run(plan.run)
+
+
+def _refuse_in_worker() -> None:
+    """Refuse to launch from a worker, which imports the user's script for its class."""
+    if ATTEMPT_VARIABLE in os.environ and "RANK" in os.environ:
+        raise UsageError(
+            "a worker of a run would launch another run: put the call, and all that only the "
+            'script is to do, under `if __name__ == "__main__":`',
+            code="api.launch-at-import",
+        )
+
+
+@contextlib.contextmanager
+def _job_file(job: Job) -> Iterator[str]:
+    """The path of a job file, which is made for a class and removed afterwards."""
+    if isinstance(job, str | os.PathLike):
+        yield os.fspath(job)
+        return
+    from dtrain.api.task_class import job_of_class
+    from dtrain.job.yaml_reader import dump_yaml
+
+    made = job_of_class("verify", job, {})
+    with tempfile.NamedTemporaryFile("w", dir=made.folder, prefix=".job-", suffix=".yaml") as file:
+        file.write(dump_yaml(dict(made.values)))
+        file.flush()
+        yield file.name

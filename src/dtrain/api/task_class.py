@@ -1,0 +1,127 @@
+"""A class in a person's hands → the job that trains it, from the file that it was written in."""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dtrain.api import cells
+from dtrain.errors import UsageError
+from dtrain.job.located import shown_path
+from dtrain.job.static_source import Definition, Source, parsed
+from dtrain.planning import JobOfClass
+
+_INSTALLED = ("site-packages", "dist-packages")
+_STARTS = ("launch", "resume", "verify")
+
+
+def job_of_class(function: str, task: Any, fields: Mapping[str, Any]) -> JobOfClass:
+    """The job of a task's class, or of a function that makes one.
+
+    A class of a file is named by its file, one of a package by its module, and one of a notebook's
+    cells by a file that is written of them, see `cells`.
+
+    Args:
+        function: which was called, for errors.
+        task: the class or the function.
+        fields: of job.yaml, besides `name` and `task`.
+
+    Raises:
+        UsageError: workers could not import it; says why.
+    """
+    if not cells.is_definition(task):
+        raise UsageError(
+            f"{function}() takes the path of a job.yaml, or the class of a task, and not "
+            f"{_of_kind(task)}",
+            code="api.invalid-argument",
+        )
+    name = task.__qualname__
+    if not name.isidentifier():
+        raise UsageError(
+            f"{name} is defined inside of a function or a class, where workers cannot import it: "
+            "define it at the top of a file, or of a cell",
+            code="api.class-not-importable",
+        )
+    folder, reference = _reference(task, function)
+    values = {"name": name.lower(), "task": f"{reference}:{name}", **fields}
+    return JobOfClass(values, folder, f"{function}({name})")
+
+
+def _of_kind(value: Any) -> str:
+    kind = type(value).__qualname__
+    return f"{value!r}" if isinstance(value, str | int | float | None) else f"a {kind}"
+
+
+def _reference(task: Any, function: str) -> tuple[Path, str]:
+    """(job folder, file or module) of a class."""
+    module = sys.modules.get(task.__module__)
+    file = getattr(module, "__file__", None)
+    if task.__module__ == "__main__":
+        if cells.has(task):
+            path = cells.write(task)
+            return Path.cwd(), str(path.relative_to(Path.cwd()))
+        if file is None or not os.path.isfile(file):
+            raise UsageError(
+                f"{task.__qualname__} has no source that workers could import: it was typed into "
+                "an interpreter, or made by exec(); move it into a file and import it",
+                code="api.class-without-source",
+            )
+        _refuse_to_launch_at_import(Path(file), function)
+        return Path(file).absolute().parent, Path(file).name
+    if file is None or not file.endswith(".py") or not _is_there(module, task):
+        raise UsageError(
+            f"workers cannot import {task.__qualname__} from module {task.__module__}: "
+            "move it into a file and import it",
+            code="api.class-not-importable",
+        )
+    path, parts = Path(file).absolute(), task.__module__.split(".")
+    is_package = path.name == "__init__.py"
+    root = path.parents[len(parts) - (0 if is_package else 1)]
+    if set(_INSTALLED) & set(root.parts):
+        return Path.cwd(), task.__module__
+    return (root, task.__module__) if is_package or len(parts) > 1 else (root, path.name)
+
+
+def _is_there(module: Any, task: Any) -> bool:
+    return getattr(module, task.__name__, None) is task
+
+
+def _refuse_to_launch_at_import(path: Path, function: str) -> None:
+    """Refuse a script that would launch again in each worker, which imports it for the class."""
+    try:
+        source, tree = Source(path), parsed(path)
+    except (SyntaxError, OSError, ValueError):
+        return
+    for call in _calls_at_import(tree.body):
+        called = ast.unparse(call.func)
+        first, _, rest = called.partition(".")
+        origin = f"{source.origins.get(first, '')}{'.' + rest if rest else ''}"
+        if origin in {f"dtrain.{name}" for name in _STARTS}:
+            raise UsageError(
+                f"{shown_path(path)}:{call.lineno}: the workers import this file for its class, "
+                f"and would call {called}() too: put the call, and all that only the script is to "
+                'do, under `if __name__ == "__main__":`',
+                code="api.launch-at-import",
+            )
+
+
+def _calls_at_import(body: list[ast.stmt]) -> Iterator[ast.Call]:
+    """Calls that run when a module is imported; one under `if __name__ == …` does not."""
+    for statement in body:
+        if isinstance(statement, Definition):
+            continue
+        if isinstance(statement, ast.If) and "__name__" in ast.unparse(statement.test):
+            yield from _calls_at_import(statement.orelse)
+            continue
+        blocks = [getattr(statement, name, []) for name in ("body", "orelse", "finalbody")]
+        blocks += [handler.body for handler in getattr(statement, "handlers", [])]
+        for block in blocks:
+            yield from _calls_at_import(block)
+        inside = {id(node) for block in blocks for each in block for node in ast.walk(each)}
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Call) and id(node) not in inside:
+                yield node

@@ -1,0 +1,124 @@
+"""The driver process of a launch from Python: what `dtrain launch` is of one from a shell.
+
+`drive` answers signals in the main thread of its process and forks nothing that has threads; a
+notebook or a script of the user's is no place for that. `dtrain.api` starts this module, which
+imports what it needs while the launch is planned there, and hands it the plan.
+
+stdin: one line of JSON, an `Order`, or nothing when there is nothing to launch. stdout: JSON lines,
+see `Reports`. stderr: a traceback, should there be one; from the first moment of the attempt on it
+is `RunDir.driver_log`. When the process that asked is gone, the run is ended in order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dtrain import checked, errors
+from dtrain.errors import DtrainError
+from dtrain.job.spec import JobSpec
+from dtrain.launchers import base
+from dtrain.launchers.supervise import drive
+from dtrain.plainjson import to_json
+from dtrain.plan import LaunchPlan
+from dtrain.run import files
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be launched. It never touches a disk: it holds the values of secret variables."""
+
+    plan: LaunchPlan
+    job: dict[str, Any]
+    """`JobSpec.to_plain`."""
+    job_text: str
+    detach: bool = False
+
+    def to_line(self) -> bytes:
+        plain = {**vars(self), "plan": self.plan.to_json()}
+        return json.dumps(plain).encode() + b"\n"  # `to_json` knows no infinity, and args may
+
+
+class Reports:
+    """The console of a driver: tells the process that asked, by lines of JSON.
+
+    `{"said": TEXT}`, `{"started": true}` once nodes are started, at the end `{"concluded": CODE}`
+    or `{"refused": MESSAGE, "code": CODE, "kind": CLASS, "exit_code": N}`, with a class of
+    `dtrain.errors`. They go to a file, so that nothing waits for a reader.
+    """
+
+    def __init__(self, plan: LaunchPlan, parent: int) -> None:
+        self._plan = plan
+        self._parent = parent
+        self._started = False
+        self._told_to_end = False
+
+    def begin(self, text: str) -> None:
+        log = self._plan.run.driver_log(self._plan.attempt, self._plan.node_ranks)
+        files.make_parent(log)
+        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(fd, sys.stderr.fileno())
+        os.close(fd)
+        self.say(text)
+
+    def tick(self) -> None:
+        if not self._started:
+            self._started = True
+            report(started=True)
+        if os.getppid() != self._parent and not self._told_to_end:
+            self._told_to_end = True
+            self.say("the process that launched this run is gone")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+        report(said=text)
+
+    def width(self) -> int | None:
+        return None
+
+    def paint(self, text: str, _colour: str | None) -> str:
+        return text
+
+    def close(self) -> None:
+        """Do nothing: whoever shows the run reads its directory."""
+
+
+def report(**values: Any) -> None:
+    """Tell one thing to the process that asked."""
+    os.write(sys.stdout.fileno(), to_json(values).encode() + b"\n")
+
+
+def main() -> int:
+    """Drive what stdin orders; the exit code is the run's."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parent", type=int, required=True)
+    parent = parser.parse_args().parent
+    line = sys.stdin.buffer.readline()
+    if not line.endswith(b"\n"):  # the job was refused, or whoever asked was killed
+        return 0
+    order = checked.read(Order, line)
+    launcher = base.load(order.plan.launcher)
+    options = launcher.options_model.of(order.plan.options)
+    plan = replace(order.plan, options=options)
+    job = JobSpec.model_validate(order.job)
+    reports = Reports(plan, parent)
+    try:
+        code = drive(launcher, plan, job, order.job_text, reports, detach=order.detach)
+        report(concluded=code)
+        return code
+    except DtrainError as error:
+        kinds = [
+            each.__name__ for each in type(error).__mro__ if each.__module__ == errors.__name__
+        ]
+        report(refused=str(error), code=error.code, kind=kinds[0], exit_code=error.exit_code)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

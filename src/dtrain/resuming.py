@@ -1,0 +1,74 @@
+"""Planning the next attempt of a run, and refusing what makes no sense for it."""
+
+from __future__ import annotations
+
+from dtrain.errors import UsageError
+from dtrain.launchers import status
+from dtrain.planning import Prepared, Request, plan_attempt
+from dtrain.run.attempts import Handle, Held
+from dtrain.run.rundir import RunDir
+
+
+def plan_resume(run: RunDir, asked: Request) -> Prepared:
+    """Plan the next attempt of a run; errors as for `plan_run`.
+
+    Raises:
+        UsageError: it runs, it has finished, or what is asked for would have no effect.
+    """
+    _check(run, asked)
+    _refuse_without_effect(asked)
+    prepared = plan_attempt(run, asked)
+    spec = prepared.job.spec
+    _refuse_to_end_before(run, spec.train.steps if spec.script is None else None)
+    return prepared
+
+
+def _check(run: RunDir, asked: Request) -> None:
+    """Refuse what makes no sense for a run that stands as this one.
+
+    Of several commands, one a node, only node 0's decides.
+    """
+    if (rank := asked.options.get("node_rank")) and str(rank.value) != "0":
+        return
+    state, _ = status.state_of(run)
+    if state == "running":
+        raise Held(run, Handle.read(run))
+    if state == "succeeded" and not any(
+        field.partition(".")[0] == "train" for field in _fields(asked)
+    ):
+        raise UsageError(
+            f"run {run.id} has finished; to train on, give it a new end, for example "
+            "--set train.epochs=20",
+            code="run.finished",
+        )
+
+
+def _refuse_without_effect(asked: Request) -> None:
+    """Refuse settings that only a new run can have."""
+    why = {
+        "name": "a run keeps its name",
+        "checks.inject": "faults are made in a run's first attempt only",
+    }
+    for field in _fields(asked):
+        if field in why:
+            raise UsageError(
+                f"--set {field} has no effect here: {why[field]}; launch a new run",
+                code="run.setting-without-effect",
+            )
+
+
+def _fields(asked: Request) -> set[str]:
+    """The fields of the job that are given anew."""
+    return {text.partition("=")[0].strip() for text in asked.overrides} | {*asked.fields}
+
+
+def _refuse_to_end_before(run: RunDir, end: int | None) -> None:
+    """Refuse an end that the newest checkpoint is past; the workers see to one given in epochs."""
+    names = (path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*"))
+    newest = max((int(name) for name in names if name.isdecimal()), default=0)
+    if end is not None and end < newest:
+        raise UsageError(
+            f"run {run.id} has a checkpoint of step {newest}, which is past train.steps={end}; "
+            "give it a later end",
+            code="run.end-passed",
+        )

@@ -1,0 +1,100 @@
+"""How far a run is, from what its ranks have written: steps, metrics, and when it will end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from dtrain.run import files
+from dtrain.run.rundir import RunDir
+
+_STEPS_DONE = {
+    "training_started": "resumed_from",
+    "resumed": "step",
+    "checkpoint_saved": "step",
+    "step_skipped": "step",
+    "stopped": "step",
+    "finished": "steps",
+}
+"""Events of a training, and the field of each that has the optimizer steps done."""
+_NOT_METRICS = ("time", "step", "epoch", "split")
+
+
+@dataclass
+class Progress:
+    step: int | None = None
+    """Optimizer steps done, as far as that is known."""
+    total_steps: int | None = None
+    """None where nobody knows, as of a stream."""
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By split the newest value of each metric."""
+    checkpoint: str | None = None
+    """Name of the newest checkpoint."""
+    heard: float | None = None
+    """When the newest of all this was written, in seconds since the epoch."""
+    seconds_per_step: float | None = None
+    """Evaluations and checkpoints included; None before the second line of metrics."""
+
+    @property
+    def percent(self) -> int | None:
+        """Of the steps that are done, rounded down."""
+        if self.step is None or not self.total_steps:
+            return None
+        return min(100, 100 * self.step // self.total_steps)
+
+    @property
+    def end(self) -> float | None:
+        """When the last step will be done at this rate, in seconds since the epoch."""
+        known = (self.step, self.total_steps, self.heard, self.seconds_per_step)
+        if any(each is None for each in known):
+            return None
+        assert self.step is not None
+        assert self.total_steps is not None
+        assert self.heard is not None
+        assert self.seconds_per_step is not None
+        return self.heard + max(0, self.total_steps - self.step) * self.seconds_per_step
+
+    @classmethod
+    def read(cls, run: RunDir) -> Progress:
+        """Of all attempts: what was trained twice counts once, as it is now."""
+        found = cls()
+        first: tuple[float, int] | None = None
+        for time, record in sorted(_records(run), key=lambda each: each[0]):
+            if "split" in record:
+                found._take_metrics(record)
+                done = record["step"]
+                if record["split"] == "train":
+                    first = first or (time, done)
+            else:
+                done = found._take_event(record)
+                if record["event"] == "training_started":
+                    first = None
+            if isinstance(done, int):
+                found.step, found.heard = done, time
+                if first is not None and done > first[1]:
+                    found.seconds_per_step = (time - first[0]) / (done - first[1])
+        return found
+
+    def _take_metrics(self, line: dict[str, Any]) -> None:
+        values = {name: value for name, value in line.items() if name not in _NOT_METRICS}
+        self.metrics.setdefault(line["split"], {}).update(values)
+
+    def _take_event(self, event: dict[str, Any]) -> Any:
+        """The steps that an event says are done; None of one that does not say."""
+        if event["event"] == "training_started":
+            total = event.get("total_steps")
+            self.total_steps = total if isinstance(total, int) else None
+            self.seconds_per_step = None
+        if isinstance(event.get("checkpoint"), str):
+            self.checkpoint = event["checkpoint"]
+        return event.get(_STEPS_DONE[event["event"]])
+
+
+def _records(run: RunDir) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Events and metrics, each with its time; those of one file stay in order where times agree."""
+    for event in files.read_lines(run.events, event=str, time=float):
+        if event["event"] in _STEPS_DONE:
+            yield event["time"], event
+    for line in files.read_lines(run.metrics, split=str, step=int, time=float):
+        yield line["time"], line

@@ -1,0 +1,53 @@
+"""The code of an error reaches other processes with it."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dtrain.errors import BlamedError, CheckpointError, DtrainError
+from dtrain.ranks import RankInfo
+from dtrain.run.rundir import RunDir
+from dtrain.train.checkpoint.store import CheckpointStore
+from dtrain.train.checks.finite import NonFiniteError
+from dtrain.train.checks.replicas import ReplicaError
+from dtrain.train.data.loader_process import LoaderProcessError
+from dtrain.train.faults import NeverMadeError
+from support.coded import refused
+
+ERRORS = [
+    (BlamedError("m", [1], 0, code="data.streams-differ"), "data.streams-differ"),
+    (ReplicaError("m", [1], 0), "check.replicas-differ"),
+    (ReplicaError("m", [], 1, code="check.model-differs"), "check.model-differs"),
+    (NeverMadeError("m", [0], 0), "inject.never-made"),
+    (NonFiniteError("m", own=True), "check.not-finite"),
+    (NonFiniteError("m", own=False, code="check.state-not-finite"), "check.state-not-finite"),
+    (LoaderProcessError("m"), "data.loader-process-ended"),
+    (CheckpointError("m", code="checkpoint.none-loads"), "checkpoint.none-loads"),
+]
+
+
+@pytest.mark.parametrize(("error", "code"), ERRORS, ids=[code for _, code in ERRORS])
+def test_it_survives_pickling(error: DtrainError, code: str) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert copy.code == code
+    assert vars(copy) == vars(error)
+    assert str(copy) == "m"
+
+
+def test_a_checkpoint_that_cannot_be_written_keeps_the_code_of_its_cause(tmp_path: Path) -> None:
+    store = CheckpointStore(RunDir(tmp_path), RankInfo().rank, keep=1)
+
+    def foreign() -> dict[str, object]:
+        raise DtrainError("why", code="task.optimizer-foreign-parameters")
+
+    with refused("task.optimizer-foreign-parameters", "why", kind=CheckpointError):
+        store.save(1, foreign, {}, {})
+    shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+    (tmp_path / "checkpoints").write_text("no folder")
+    with refused("checkpoint.cannot-write", kind=CheckpointError):
+        store.save(1, dict, {}, {})
