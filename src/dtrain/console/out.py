@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 from dtrain.errors import DtrainError, told
 
@@ -21,7 +22,7 @@ _STATE_COLOURS = {
     "cancelled": "yellow",
 }
 """A run's state → its colour; one that is only prepared has none."""
-_COLOURS = {"red": 31, "green": 32, "yellow": 33, "cyan": 36}
+_COLOURS = {"dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
 _STDOUT = 1
 _GONE = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
 
@@ -36,11 +37,18 @@ def width() -> int | None:
     return shutil.get_terminal_size().columns if on_terminal() else None
 
 
-def paint(text: str, colour: str | None) -> str:
-    """A text in a colour, on a terminal that shows colours and where NO_COLOR is not set."""
+def paint(text: str, colour: str | None, stream: TextIO | None = None) -> str:
+    """A text in a colour, on a terminal that shows colours and where NO_COLOR is not set.
+
+    Args:
+        text: what is printed.
+        colour: of `_COLOURS`; None: none.
+        stream: where it is printed; None: stdout.
+    """
     if colour is None or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
-    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if on_terminal() else text
+    is_shown = on_terminal() if stream is None else stream.isatty()
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if is_shown else text
 
 
 def state(name: str) -> str:
@@ -89,8 +97,7 @@ def complain(error: DtrainError, command: str, *, as_json: bool) -> None:
 
 
 def _dim(text: str) -> str:
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain or not sys.stderr.isatty() else f"\x1b[2m{text}\x1b[0m"
+    return paint(text, "dim", sys.stderr)
 
 
 def _as_json(error: DtrainError) -> str:

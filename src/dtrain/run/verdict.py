@@ -226,6 +226,8 @@ def render(
         head = _folded(head[0], columns, "")
         tail = [line for text in tail for line in _folded(text, columns, "")]
     room = MAX_LINES - len(head) - len(reason) - len(tail)
+    code = f"[{culprit.code}]"
+    head[-1] = head[-1].removesuffix(code) + paint(code, "dim")
     head[0] = paint(_FAILED, "red") + head[0].removeprefix(_FAILED)
     return "\n".join([*head, *_frames(culprit, room, columns), *reason, *tail])
 
