@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from dtrain.errors import PlanError
 from dtrain.job.launcher_options import LauncherOptions
+from dtrain.launch_plan import Command, Facts, LaunchPlan
 from dtrain.launchers.base import Several
 from dtrain.launchers.flags import Flag
 from dtrain.launchers.local import LocalLauncher, NodeProcess
 from dtrain.node.placement.base import NodePlacement, PlacementReader
-from dtrain.plan import Command, Facts, LaunchPlan
 from dtrain.procs import die_with_parent, kill_group
 from dtrain.run.rundir import RunDir
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dtrain.callback import Callback
@@ -52,17 +50,6 @@ _LATER = {
     "stopping": "dtrain.integrations.script.stopping:stopping",
     "verify": "dtrain.api.launching:verify",
 }
-
-
-class _Package(ModuleType):
-    """`dtrain.plan` and `dtrain.verify` are functions, whoever has imported the modules."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("plan", "verify") or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def rank() -> int:

@@ -21,11 +21,11 @@ from dtrain.job.script import job_of_script
 from dtrain.job.spec import JobSpec
 from dtrain.job.static_source import task_imports
 from dtrain.job.yaml_reader import dump_yaml
+from dtrain.launch_plan import Facts, LaunchPlan, make_plan
 from dtrain.launchers import base, status
 from dtrain.launchers.base import Dependable, HostChecking, Launcher, Surveying
 from dtrain.launchers.flags import FLAGS
 from dtrain.launchers.supervise import can_detach
-from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.run import code_archive, events, files, ids
 from dtrain.run.lookup import find
 from dtrain.run.remote.runs import bring_code

@@ -503,7 +503,7 @@ def _of_value_error(name: str, reader: Reader) -> str:
 
 
 def _of_finding(call: ast.Call, reader: Reader, *, of_case: bool) -> Made:
-    from dtrain.verify import clauses
+    from dtrain.verification import clauses
 
     given = [*call.args[2:3], *(each.value for each in call.keywords if each.arg == "clause")]
     clause = (given[0] if given else ast.Name("GRADIENT")) if of_case else call.args[0]

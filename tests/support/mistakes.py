@@ -9,7 +9,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from dtrain.verify.clauses import (
+from dtrain.verification.clauses import (
     BATCH_NORM,
     BUFFERS,
     CLIPPING,
@@ -25,7 +25,7 @@ from dtrain.verify.clauses import (
     STATE,
     UPDATE,
 )
-from dtrain.verify.pairs import Pair
+from dtrain.verification.pairs import Pair
 from support import JOBS
 
 DDP = Pair("ddp", procs=2)

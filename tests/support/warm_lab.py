@@ -24,9 +24,9 @@ from dtrain.train.loop.native import NativeTrainer
 from dtrain.train.strategies import ddp, dp, fsdp
 from dtrain.train.strategies.exact import strategy
 from dtrain.train.tracing.tracer import Recorder
-from dtrain.verify.judge import Judge, Result
-from dtrain.verify.lab import Lab
-from dtrain.verify.pairs import Pair
+from dtrain.verification.judge import Judge, Result
+from dtrain.verification.lab import Lab
+from dtrain.verification.pairs import Pair
 
 IMPORTED_ONCE = (ddp, dp, strategy, fsdp)  # not in every rank
 

@@ -14,8 +14,8 @@ from dtrain import catalog
 from dtrain.environ import MASK, is_secret, masked, secret, shown
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
+from dtrain.launch_plan import Facts, LaunchPlan, make_plan
 from dtrain.launchers import base
-from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.run.files import write_json
 from dtrain.run.rundir import RunDir
 from support.errors import raises

@@ -19,8 +19,8 @@ from dtrain.run import files
 
 if TYPE_CHECKING:
     from dtrain.console.live import LiveConsole
+    from dtrain.launch_plan import LaunchPlan
     from dtrain.launchers.driver import Order
-    from dtrain.plan import LaunchPlan
 
 _POLL_S = 0.01
 _drivers: dict[Path, Driver] = {}

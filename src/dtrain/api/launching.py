@@ -21,9 +21,9 @@ from dtrain.run.rundir import ATTEMPT_VARIABLE
 
 if TYPE_CHECKING:
     from dtrain.api.run import Run
-    from dtrain.plan import LaunchPlan
+    from dtrain.launch_plan import LaunchPlan
     from dtrain.planning import Prepared
-    from dtrain.verify.report import Report
+    from dtrain.verification.report import Report
 
 Job = str | os.PathLike[str] | Callable[..., Any]
 """A path, or a class (or a function) that makes a task."""
@@ -165,8 +165,8 @@ def verify(
         >>> dtrain.verify("job.yaml", strategies=["ddp"], procs=[2]).same
         True
     """
-    from dtrain.verify.lab import Stopped
-    from dtrain.verify.session import Session
+    from dtrain.verification.lab import Stopped
+    from dtrain.verification.session import Session
 
     _refuse_in_worker()
     if threading.current_thread() is not threading.main_thread():

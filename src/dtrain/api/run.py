@@ -18,8 +18,8 @@ from dtrain.console.fold import LineFolder
 from dtrain.console.history import merged
 from dtrain.console.live import LiveConsole
 from dtrain.errors import DtrainError, RunNotFound
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import status, stopping, summary
-from dtrain.plan import LaunchPlan
 from dtrain.run import lookup, verdict
 from dtrain.run.remote.runs import refresher
 from dtrain.run.rundir import RunDir, list_runs

@@ -149,7 +149,7 @@ class _View:
     ) -> None:
         from dtrain.console.fold import LineFolder
         from dtrain.console.tail import Follower
-        from dtrain.plan import LaunchPlan
+        from dtrain.launch_plan import LaunchPlan
 
         self._run, self._attempt = run, attempt
         self._ranks, self._nodes = ranks, nodes

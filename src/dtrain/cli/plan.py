@@ -10,7 +10,7 @@ import click
 from dtrain.cli import options as shared
 
 if TYPE_CHECKING:
-    from dtrain.plan import Command, LaunchPlan
+    from dtrain.launch_plan import Command, LaunchPlan
     from dtrain.planning import Prepared
 
 

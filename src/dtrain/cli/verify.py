@@ -16,8 +16,8 @@ from dtrain.console import out
 from dtrain.errors import UsageError, quoted
 
 if TYPE_CHECKING:
-    from dtrain.verify.report import Report
-    from dtrain.verify.session import Progress, Session
+    from dtrain.verification.report import Report
+    from dtrain.verification.session import Progress, Session
 
 
 def _list(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> list[str]:
@@ -194,7 +194,7 @@ def command(html: str | None, as_json: bool, **options: Any) -> int:  # fmt: ski
     differs is run again in fp64, where rounding differences nearly vanish and real errors stay.
     The exit code is 1 when one of them is another training.
     """
-    from dtrain.verify.session import Session
+    from dtrain.verification.session import Session
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # there are folders to clear away
     waiting = _Waiting()
@@ -204,7 +204,7 @@ def command(html: str | None, as_json: bool, **options: Any) -> int:  # fmt: ski
     if as_json:
         shared.print_json(report.to_json())
     if html is not None:
-        from dtrain.verify import html as page
+        from dtrain.verification import html as page
 
         page.write(report, html)
         if not as_json:
@@ -219,7 +219,7 @@ def _quietly(session: Session) -> Report:
 
 
 def _aloud(session: Session, waiting: _Waiting) -> Report:
-    from dtrain.verify import text
+    from dtrain.verification import text
 
     width = shutil.get_terminal_size().columns
     table = text.Table(session.pairs, width, out.paint)
@@ -242,7 +242,7 @@ class _Waiting:
 
     def show(self, progress: Progress) -> None:
         """Write it anew where it has changed."""
-        from dtrain.verify import text
+        from dtrain.verification import text
 
         if progress != self._progress:
             self._progress, self._began = progress, time.monotonic()

@@ -12,8 +12,8 @@ from dtrain.console import notebook, out
 from dtrain.console.fold import LineFolder
 from dtrain.console.notebook import NotebookBar
 from dtrain.console.tail import Follower
+from dtrain.launch_plan import LaunchPlan
 from dtrain.plainjson import numbers
-from dtrain.plan import LaunchPlan
 from dtrain.run import files
 from dtrain.run.failures import FAILURE_CLOSE, FAILURE_OPEN, is_collateral
 

@@ -13,7 +13,7 @@ from dtrain.errors import CheckpointError, UsageError
 from dtrain.export import formats
 from dtrain.export.model import Trained, trained_model
 from dtrain.job.load import read_job
-from dtrain.plan import LaunchPlan
+from dtrain.launch_plan import LaunchPlan
 from dtrain.run.events import accepted_job
 from dtrain.run.remote.checkpoints import RemoteCheckpoints
 from dtrain.run.rundir import RunDir

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import prepare, status, supervise
 from dtrain.launchers.base import ArrayCapable, Submitted
 from dtrain.launchers.stopping import Stop, Stopping, stop_requests
-from dtrain.plan import LaunchPlan
 from dtrain.run.attempts import Handle
 
 _TICK_S = 0.2

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from dtrain import catalog
 from dtrain.job.launcher_options import AnyOptions, LauncherOptions
-from dtrain.plan import Facts, LaunchPlan
+from dtrain.launch_plan import Facts, LaunchPlan
 from dtrain.run.rundir import RunDir
 
 

@@ -22,10 +22,10 @@ from typing import Any
 from dtrain import checked, errors
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import base
 from dtrain.launchers.supervise import drive
 from dtrain.plainjson import to_json
-from dtrain.plan import LaunchPlan
 from dtrain.run import files
 
 

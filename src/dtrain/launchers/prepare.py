@@ -11,7 +11,7 @@ from dtrain import environ
 from dtrain.errors import DtrainError, LaunchError, PlanError, UsageError
 from dtrain.job.spec import JobSpec
 from dtrain.job.yaml_reader import dump_yaml
-from dtrain.plan import LaunchPlan
+from dtrain.launch_plan import LaunchPlan
 from dtrain.run import attempts, events, files, snapshot
 from dtrain.run.attempts import Handle, Held, Result
 from dtrain.run.remote import runs as remote

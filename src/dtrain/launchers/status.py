@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import base
 from dtrain.plainjson import to_json
-from dtrain.plan import LaunchPlan
 from dtrain.run import events, failures, files, verdict
 from dtrain.run.attempts import Handle, Result, State
 from dtrain.run.rundir import RunDir

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
 from dtrain.errors import UsageError
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import base
 from dtrain.launchers.base import Launch
-from dtrain.plan import LaunchPlan
 from dtrain.run.attempts import Handle
 from dtrain.run.rundir import RunDir
 

@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 from dtrain.errors import DtrainError
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import base, status
 from dtrain.plainjson import numbers
-from dtrain.plan import LaunchPlan
 from dtrain.run import events, files, verdict
 from dtrain.run.attempts import Handle, Result, State
 from dtrain.run.lookup import attempt_of

@@ -14,11 +14,11 @@ from dtrain import catalog
 from dtrain.errors import DtrainError
 from dtrain.forking import SERVER_ENDED
 from dtrain.job.spec import JobSpec
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import prepare
 from dtrain.launchers.base import Detachable, Launch, Launcher
 from dtrain.launchers.stopping import Stop, Stopping, stop_requests
 from dtrain.plainjson import numbers
-from dtrain.plan import LaunchPlan
 from dtrain.run import attempts, events, failures, files, verdict
 from dtrain.run.attempts import Handle, Result, State
 from dtrain.run.backend_files import SlurmFiles

@@ -13,8 +13,8 @@ from dtrain.errors import PlanError
 from dtrain.job.fields import Text
 from dtrain.job.launcher_options import LauncherOptions
 from dtrain.job.units import is_number
+from dtrain.launch_plan import Command, Facts, LaunchPlan
 from dtrain.launchers.local import LocalLauncher, NodeProcess, node_command
-from dtrain.plan import Command, Facts, LaunchPlan
 
 
 class TorchrunOptions(LauncherOptions):

@@ -58,7 +58,7 @@ def _serve(arguments: Arguments, argv: Sequence[str]) -> int:
 
     os.environ.update(ONE_THREAD)
     from dtrain import catalog
-    from dtrain.plan import LaunchPlan
+    from dtrain.launch_plan import LaunchPlan
 
     reader: PlacementReader = catalog.load("placement", arguments.placement)(arguments, inherited)
     reader.begin(run)

@@ -18,6 +18,7 @@ from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, 
 from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalException
 
 from dtrain.forking import SERVER_ENDED, Channel
+from dtrain.launch_plan import LaunchPlan
 from dtrain.node import leaving, stack_dump
 from dtrain.node.environment import worker_environment
 from dtrain.node.heartbeat import Peer, of_silence, send_heartbeats
@@ -25,7 +26,6 @@ from dtrain.node.memory import Memory
 from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.silence import SilenceWatcher
 from dtrain.node.store import PeerFailed
-from dtrain.plan import LaunchPlan
 from dtrain.procs import ignore_stops
 from dtrain.run import events, failures, verdict
 from dtrain.run.failures import FailureRecord

@@ -13,11 +13,11 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from dtrain.errors import EXIT_USAGE, DtrainError
 from dtrain.forking import Channel
+from dtrain.launch_plan import LaunchPlan
 from dtrain.node import gpus
 from dtrain.node.agent import NodeAgent, SameFailure
 from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.store import NodeTaken, PeerFailed, RendezvousFailed, RendezvousSettings
-from dtrain.plan import LaunchPlan
 from dtrain.procs import STOP_SIGNALS, ignore_stops
 from dtrain.run import attempts, events, failures
 

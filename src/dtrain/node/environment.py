@@ -10,7 +10,7 @@ from torch.distributed.elastic.agent.server import WorkerGroup
 
 from dtrain import ports
 from dtrain.environ import MASK
-from dtrain.plan import LaunchPlan
+from dtrain.launch_plan import LaunchPlan
 from dtrain.run import failures, files, rundir
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.forking import Channel, Children, Ended, import_once
+from dtrain.launch_plan import LaunchPlan
 from dtrain.node import stack_dump
 from dtrain.node.heartbeat import Peer, of_silence, pause_s
-from dtrain.plan import LaunchPlan
 from dtrain.procs import (
     DEFERRED_SIGNALS,
     STOP_SIGNALS,

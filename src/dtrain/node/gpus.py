@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dtrain import catalog
-from dtrain.plan import LaunchPlan
+from dtrain.launch_plan import LaunchPlan
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from dtrain.launch_plan import LaunchPlan
 from dtrain.node import stack_dump
 from dtrain.node.memory import Memory
-from dtrain.plan import LaunchPlan
 from dtrain.run import failures
 from dtrain.run.failures import Frame
 from dtrain.run.verdict import place

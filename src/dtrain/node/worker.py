@@ -24,8 +24,8 @@ from dtrain import catalog, procs
 from dtrain.errors import DtrainError
 from dtrain.integrations.script.run import GroupWatch
 from dtrain.job.spec import JobSpec
+from dtrain.launch_plan import LaunchPlan
 from dtrain.node import hints, leaving, stack_dump
-from dtrain.plan import LaunchPlan
 from dtrain.ranks import RankInfo
 from dtrain.run import events, failures, rundir
 from dtrain.run.failures import Frame

@@ -13,11 +13,11 @@ import pytest
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.load import LoadedJob, load_job
 from dtrain.job.profile import load_profile
+from dtrain.launch_plan import Facts, LaunchPlan, make_plan
 from dtrain.launchers import base, prepare, status
 from dtrain.launchers.local import LocalLauncher
 from dtrain.launchers.supervise import drive, print_nothing
 from dtrain.launchers.warm import WarmServer
-from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.run import failures, files, ids
 from dtrain.run.attempts import Handle
 from dtrain.run.rundir import RunDir

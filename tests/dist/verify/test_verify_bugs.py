@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from dtrain.verify.clauses import DATA
-from dtrain.verify.compare import L1, compare
-from dtrain.verify.judge import Judge
-from dtrain.verify.pairs import REFERENCE, Pair
+from dtrain.verification.clauses import DATA
+from dtrain.verification.compare import L1, compare
+from dtrain.verification.judge import Judge
+from dtrain.verification.pairs import REFERENCE, Pair
 from support import JOBS
 from support.mistakes import BUGS, DDP, FP16, RESUMED, UNWEIGHTED, Bug
 from support.warm_lab import WarmLab, of_one

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.verify.clauses import BATCH_NORM
-from dtrain.verify.judge import Judge
-from dtrain.verify.pairs import Pair
+from dtrain.verification.clauses import BATCH_NORM
+from dtrain.verification.judge import Judge
+from dtrain.verification.pairs import Pair
 from support import JOBS
 from support.warm_lab import WarmLab
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.verify.clauses import BATCH_NORM
-from dtrain.verify.judge import Judge
-from dtrain.verify.pairs import Pair
+from dtrain.verification.clauses import BATCH_NORM
+from dtrain.verification.judge import Judge
+from dtrain.verification.pairs import Pair
 from support.warm_lab import WarmLab, of_one
 
 os.environ.setdefault("KERAS_BACKEND", "torch")

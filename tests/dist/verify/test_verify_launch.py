@@ -14,10 +14,10 @@ import pytest
 
 from dtrain.run.rundir import list_runs
 from dtrain.trace import TraceOptions
-from dtrain.verify.clauses import GRADIENT
-from dtrain.verify.lab import Lab
-from dtrain.verify.lengths import epoch_samples
-from dtrain.verify.pairs import Pair, accumulating
+from dtrain.verification.clauses import GRADIENT
+from dtrain.verification.lab import Lab
+from dtrain.verification.lengths import epoch_samples
+from dtrain.verification.pairs import Pair, accumulating
 from support import ROOT
 from support.launch import (
     TINY,

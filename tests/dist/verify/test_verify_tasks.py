@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dtrain.verify.judge import Judge
-from dtrain.verify.pairs import Pair
+from dtrain.verification.judge import Judge
+from dtrain.verification.pairs import Pair
 from support import JOBS
 from support.mistakes import MISTAKES, REFUSED, Mistake
 from support.warm_lab import WarmLab, of_one

@@ -213,8 +213,8 @@ def test_a_signature_shows_all_arguments() -> None:
 
 def test_dtrain_plan_is_a_function_whoever_imports_the_module() -> None:
     code = (
-        "import dtrain.plan, dtrain.verify.report, dtrain\n"
-        "from dtrain.plan import LaunchPlan\n"
+        "import dtrain.launch_plan, dtrain.verification.report, dtrain\n"
+        "from dtrain.launch_plan import LaunchPlan\n"
         "assert callable(dtrain.plan) and callable(dtrain.verify), dtrain.plan\n"
         "import sys; assert 'torch' not in sys.modules\n"
         "from dtrain import plan, verify, launch, runs, Run; assert callable(plan)\n"

@@ -19,12 +19,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "assets callback checked codes errors plainjson procs ranks task waiting words",
         "__init__ catalog environ forking ports run",
         "job testing trace",
-        "plan train",
+        "launch_plan train",
         "console export integrations",
         "keras node",
         "launchers worker",
         "planning",
-        "resuming verify",
+        "resuming verification",
         "api cli",
         "__main__",
     ),
@@ -201,7 +201,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "attributes digest noise perturb",
         "tracer",
     ),
-    "dtrain.verify": (
+    "dtrain.verification": (
         "clauses compare pairs svg warmth",
         "case lab lengths samples",
         "findings losses",
@@ -335,6 +335,6 @@ def test_launch_plane_never_imports_torch(module: str) -> None:
     "module", [m for m in MODULES if any(is_in(m, prefix) for prefix in TRAINING_PLANE)]
 )
 def test_training_plane_never_imports_launchers(module: str) -> None:
-    forbidden = ("dtrain.launchers", "dtrain.cli", "dtrain.plan", "dtrain.console")
+    forbidden = ("dtrain.launchers", "dtrain.cli", "dtrain.launch_plan", "dtrain.console")
     for imported in ours(module):
         assert not any(is_in(imported, prefix) for prefix in forbidden), imported

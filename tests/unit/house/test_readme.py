@@ -125,7 +125,7 @@ def test_yaml_and_python_are_what_they_seem(path: Path) -> None:
 def test_the_map_shows_what_is_there() -> None:
     """Every place of the house exists, or is marked as not yet built."""
     text = (ROOT / "docs" / "design.md").read_text()
-    (tree,) = [body for _, body in FENCE.findall(text) if "src/dtrain/plan.py" in body]
+    (tree,) = [body for _, body in FENCE.findall(text) if "src/dtrain/launch_plan.py" in body]
     for line in tree.splitlines():
         place = ROOT / line.split()[0]
         there = place.is_file() or (place.is_dir() and any(place.iterdir()))

@@ -14,9 +14,9 @@ from dtrain import procs
 from dtrain.errors import UsageError
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
+from dtrain.launch_plan import Facts, LaunchPlan, make_plan
 from dtrain.launchers import base, prepare, status
 from dtrain.launchers.summary import summary
-from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.run import events
 from dtrain.run.attempts import Handle, Result
 from dtrain.run.failures import FailureRecord

@@ -13,6 +13,7 @@ import pytest
 
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
+from dtrain.launch_plan import Facts, LaunchPlan, make_plan
 from dtrain.launchers import base, supervise
 from dtrain.launchers.slurm import outcome, queue
 from dtrain.launchers.slurm.options import SlurmOptions
@@ -20,7 +21,6 @@ from dtrain.launchers.slurm.outcome import Ending
 from dtrain.launchers.slurm.queue import Job
 from dtrain.node.placement.base import Arguments
 from dtrain.node.placement.slurm import SlurmPlacement
-from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.run import failures, files, verdict
 from dtrain.run.attempts import Handle
 from dtrain.run.backend_files import End, SlurmFiles

@@ -18,13 +18,13 @@ from dtrain.errors import JobError, PlanError
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.profile import load_profile, parse_options
 from dtrain.job.spec import JobSpec
+from dtrain.launch_plan import Facts, LaunchPlan, make_plan
 from dtrain.launchers import base
 from dtrain.launchers.slurm import queue, sbatch, script, submitit
 from dtrain.launchers.slurm.launcher import SlurmLauncher, _refuse_unlike
 from dtrain.launchers.slurm.options import SlurmOptions
 from dtrain.launchers.slurm.sbatch import Sbatch
 from dtrain.launchers.slurm.submitit import Submitit
-from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.planning import Request
 from support.errors import raises
 

@@ -9,9 +9,9 @@ import pytest
 
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
+from dtrain.launch_plan import Facts, make_plan
 from dtrain.launchers import base
 from dtrain.node import gpus
-from dtrain.plan import Facts, make_plan
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.plan import Facts
+from dtrain.launch_plan import Facts
 from dtrain.run.files import write_json
 from dtrain.run.rundir import RunDir
 

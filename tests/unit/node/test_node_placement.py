@@ -12,10 +12,10 @@ import pytest
 
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
+from dtrain.launch_plan import Facts, LaunchPlan, make_plan
 from dtrain.launchers import base
 from dtrain.node.placement.base import Arguments
 from dtrain.node.placement.ray import RayPlacement
-from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.run import files
 from support.errors import raises
 

@@ -13,9 +13,9 @@ import pytest
 
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
+from dtrain.launch_plan import Facts, LaunchPlan, make_plan
 from dtrain.node import stack_dump
 from dtrain.node.silence import SilenceWatcher
-from dtrain.plan import Facts, LaunchPlan, make_plan
 from dtrain.procs import fork_child
 from support.launch import until
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from dtrain.errors import CheckpointError
-from dtrain.plan import LaunchPlan
+from dtrain.launch_plan import LaunchPlan
 from dtrain.run import code_archive, failures, snapshot, sync
 from dtrain.run.attempts import is_silent
 from dtrain.run.failures import FailureRecord

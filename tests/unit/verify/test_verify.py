@@ -21,13 +21,13 @@ from dtrain.run.rundir import RunDir
 from dtrain.trace import RankLine, Recording, StepRecord, Tensors, TraceOptions, Writer, read
 from dtrain.train.data.placement import GlobalBatch
 from dtrain.train.tracing import digest, perturb
-from dtrain.verify import html, svg, text, warmth
-from dtrain.verify.clauses import DATA, ENDED_EARLY, Finding
-from dtrain.verify.compare import L2, Comparison, compare
-from dtrain.verify.findings import exact_findings
-from dtrain.verify.judge import Result
-from dtrain.verify.lengths import epoch_samples
-from dtrain.verify.pairs import (
+from dtrain.verification import html, svg, text, warmth
+from dtrain.verification.clauses import DATA, ENDED_EARLY, Finding
+from dtrain.verification.compare import L2, Comparison, compare
+from dtrain.verification.findings import exact_findings
+from dtrain.verification.judge import Result
+from dtrain.verification.lengths import epoch_samples
+from dtrain.verification.pairs import (
     REFERENCE,
     Pair,
     accumulating,
@@ -36,8 +36,8 @@ from dtrain.verify.pairs import (
     clusters_here,
     with_more,
 )
-from dtrain.verify.report import Report
-from dtrain.verify.session import Progress, Session
+from dtrain.verification.report import Report
+from dtrain.verification.session import Progress, Session
 from support import ROOT
 from support.errors import raises
 

@@ -19,12 +19,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dtrain import ports
 from dtrain.errors import LaunchError, first_line
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers.ray import actor, package
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.launchers.ray.placement import Placed, ResourceRequest
 from dtrain.node.placement.ray import PlacedAs
 from dtrain.plainjson import to_json
-from dtrain.plan import LaunchPlan
 from dtrain.run import events, failures, files, sync
 from dtrain.run.backend_files import RayFiles
 from dtrain.run.rundir import RunDir

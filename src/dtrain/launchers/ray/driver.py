@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from dtrain import ports
 from dtrain.errors import DtrainError, LaunchError, PlanError, first_line, shortened, told
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers.ray.options import RayOptions
-from dtrain.plan import LaunchPlan
 from dtrain.procs import die_with_parent
 from dtrain.run import events, failures, files, verdict
 from dtrain.run.attempts import Handle, Held, Result

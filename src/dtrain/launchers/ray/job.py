@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from dtrain.errors import LaunchError, PlanError, first_line
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import prepare, status, supervise
 from dtrain.launchers.ray import driver, job_output, package
 from dtrain.launchers.ray.options import RayOptions
-from dtrain.plan import LaunchPlan
 from dtrain.run import attempts, events, failures
 from dtrain.run.attempts import Handle
 from dtrain.run.backend_files import RayFiles

@@ -10,13 +10,13 @@ from dataclasses import replace
 from dtrain import catalog, ports, procs
 from dtrain.environ import inherited_env
 from dtrain.errors import LaunchError, PlanError
+from dtrain.launch_plan import Command, Facts, LaunchPlan
 from dtrain.launchers import prepare
 from dtrain.launchers.base import Launch
 from dtrain.launchers.local import LocalLauncher
 from dtrain.launchers.ray import driver, job
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.launchers.ray.placement import ResourceRequest
-from dtrain.plan import Command, Facts, LaunchPlan
 from dtrain.run import attempts, code_archive, failures, files, snapshot
 from dtrain.run.backend_files import RayFiles
 from dtrain.run.rundir import RunDir

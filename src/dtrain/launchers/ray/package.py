@@ -12,8 +12,8 @@ from pathlib import Path
 
 from dtrain.environ import MASK
 from dtrain.errors import LaunchError
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers.ray.options import RayOptions
-from dtrain.plan import LaunchPlan
 from dtrain.run import attempts, code_archive, files, snapshot
 from dtrain.run.backend_files import RayFiles
 from dtrain.run.remote.runs import attach, staging

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dtrain.errors import PlanError
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers.ray.options import RayOptions
-from dtrain.plan import LaunchPlan
 from dtrain.ports import is_listening
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import Protocol
 from dtrain.errors import LaunchError, PlanError
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.units import parse_duration
+from dtrain.launch_plan import Command, Facts, LaunchPlan
 from dtrain.launchers import prepare, status, supervise
 from dtrain.launchers.base import Launch
 from dtrain.launchers.local import LocalLauncher
@@ -19,7 +20,6 @@ from dtrain.launchers.slurm.options import SlurmOptions, as_slurm_writes
 from dtrain.launchers.slurm.queue import Job, Unreachable, Watcher
 from dtrain.launchers.slurm.sbatch import Sbatch
 from dtrain.launchers.slurm.submitit import Submitit
-from dtrain.plan import Command, Facts, LaunchPlan
 from dtrain.run import attempts, events, failures, snapshot
 from dtrain.run.attempts import Handle
 from dtrain.run.backend_files import SlurmFiles

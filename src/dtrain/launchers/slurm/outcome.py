@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers.slurm import queue
 from dtrain.launchers.slurm.queue import Job
 from dtrain.node.placement.slurm import expand_nodelist
-from dtrain.plan import LaunchPlan
 from dtrain.run import failures
 from dtrain.run.attempts import Handle
 from dtrain.run.backend_files import End, SlurmFiles

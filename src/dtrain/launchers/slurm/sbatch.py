@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Sequence
 
 from dtrain.errors import PlanError
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers.slurm import script
 from dtrain.launchers.slurm.options import SlurmOptions
 from dtrain.launchers.slurm.queue import run_command
-from dtrain.plan import LaunchPlan
 from dtrain.run import files
 from dtrain.run.backend_files import SlurmFiles
 

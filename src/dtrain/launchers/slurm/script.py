@@ -10,9 +10,9 @@ from pathlib import Path
 from dtrain.assets import asset_dir
 from dtrain.errors import PlanError, quoted
 from dtrain.job.units import parse_duration
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers.slurm import templates
 from dtrain.launchers.slurm.options import FLAGS, SlurmOptions, own_flag_problem
-from dtrain.plan import LaunchPlan
 from dtrain.run.backend_files import SlurmFiles
 
 _WAIT_S = 10

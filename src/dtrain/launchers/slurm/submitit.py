@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.errors import LaunchError, PlanError
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers.slurm import sbatch, script
 from dtrain.launchers.slurm.options import SlurmOptions
 from dtrain.launchers.slurm.queue import slurm_env
-from dtrain.plan import LaunchPlan
 from dtrain.procs import serve_under_submitit
 from dtrain.run.backend_files import SlurmFiles
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 
 from dtrain.errors import UsageError
+from dtrain.launch_plan import LaunchPlan
 from dtrain.node.placement.base import NodePlacement, PlacementReader
-from dtrain.plan import LaunchPlan
 from dtrain.procs import DEFERRED_SIGNALS
 
 

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dtrain.plan import LaunchPlan
+from dtrain.launch_plan import LaunchPlan
 from dtrain.run.rundir import RunDir
 
 

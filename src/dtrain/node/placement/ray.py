@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from dtrain import checked
 from dtrain.environ import inherited_env
 from dtrain.errors import UsageError
+from dtrain.launch_plan import LaunchPlan
 from dtrain.node.placement.base import NodePlacement, PlacementReader
-from dtrain.plan import LaunchPlan
 
 
 @dataclass(frozen=True)

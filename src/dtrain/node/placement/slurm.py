@@ -14,8 +14,8 @@ from itertools import product
 from dtrain import ports
 from dtrain.environ import inherited_env
 from dtrain.errors import LaunchError
+from dtrain.launch_plan import LaunchPlan
 from dtrain.node.placement.base import Arguments, NodePlacement, PlacementReader
-from dtrain.plan import LaunchPlan
 from dtrain.run import attempts, events, failures, files
 from dtrain.run.backend_files import SlurmFiles
 from dtrain.run.rundir import RunDir

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dtrain.trace import Recording
-from dtrain.verify.compare import Excess
-from dtrain.verify.judge import Result
+from dtrain.verification.compare import Excess
+from dtrain.verification.judge import Result
 
 
 @dataclass

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dtrain.environ import HASH_SEED
+from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers.base import Launcher
 from dtrain.launchers.local import LocalLauncher
 from dtrain.launchers.warm import WarmServer
-from dtrain.plan import LaunchPlan
 
 
 class Warmth:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from dtrain import catalog
 from dtrain.job.spec import JobSpec
-from dtrain.verify.pairs import ENOUGH, Pair, last_piece
+from dtrain.verification.pairs import ENOUGH, Pair, last_piece
 
 
 def epoch_samples(spec: JobSpec, pairs: Sequence[Pair]) -> tuple[int, int]:

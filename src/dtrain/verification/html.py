@@ -6,11 +6,11 @@ from html import escape
 from pathlib import Path
 
 from dtrain.errors import UsageError
-from dtrain.verify import text
-from dtrain.verify.compare import L2
-from dtrain.verify.judge import Result
-from dtrain.verify.report import Report, losses
-from dtrain.verify.svg import Line, Mark, chart
+from dtrain.verification import text
+from dtrain.verification.compare import L2
+from dtrain.verification.judge import Result
+from dtrain.verification.report import Report, losses
+from dtrain.verification.svg import Line, Mark, chart
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #6b7280; --line: #d8dee4;

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from dtrain.trace import Recording
-from dtrain.verify import samples
-from dtrain.verify.clauses import (
+from dtrain.verification import samples
+from dtrain.verification.clauses import (
     BUFFERS,
     ENDED_EARLY,
     MODEL,
@@ -18,7 +18,7 @@ from dtrain.verify.clauses import (
     UPDATE,
     Finding,
 )
-from dtrain.verify.pairs import Pair
+from dtrain.verification.pairs import Pair
 from dtrain.words import numbered
 
 

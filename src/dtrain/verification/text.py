@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from textwrap import wrap
 
-from dtrain.verify.judge import Result
-from dtrain.verify.pairs import Pair
-from dtrain.verify.report import Report
-from dtrain.verify.session import Progress
+from dtrain.verification.judge import Result
+from dtrain.verification.pairs import Pair
+from dtrain.verification.report import Report
+from dtrain.verification.session import Progress
 from dtrain.words import few
 
 _LEVELS = (

@@ -8,9 +8,9 @@ from typing import Literal
 
 from dtrain.errors import DtrainError
 from dtrain.trace import Recording, TraceOptions
-from dtrain.verify import causes, losses
-from dtrain.verify.case import Case
-from dtrain.verify.clauses import (
+from dtrain.verification import causes, losses
+from dtrain.verification.case import Case
+from dtrain.verification.clauses import (
     BATCH_NORM,
     BITWISE,
     ENDED_EARLY,
@@ -19,11 +19,11 @@ from dtrain.verify.clauses import (
     SCALER,
     Finding,
 )
-from dtrain.verify.compare import L1, L2, Comparison, Excess, compare
-from dtrain.verify.findings import exact_findings
-from dtrain.verify.lab import Lab, RunFailed, Stopped
-from dtrain.verify.pairs import REFERENCE, Pair
-from dtrain.verify.samples import other_contents
+from dtrain.verification.compare import L1, L2, Comparison, Excess, compare
+from dtrain.verification.findings import exact_findings
+from dtrain.verification.lab import Lab, RunFailed, Stopped
+from dtrain.verification.pairs import REFERENCE, Pair
+from dtrain.verification.samples import other_contents
 
 Verdict = Literal["same", "rounding", "different", "failed"]
 

@@ -20,16 +20,16 @@ from dtrain.job.profile import LoadedProfile, checked_options, load_profile, par
 from dtrain.job.spec import ChecksSpec, JobSpec
 from dtrain.job.static_check import task_derives
 from dtrain.job.static_source import task_imports
+from dtrain.launch_plan import Facts, LaunchPlan
 from dtrain.launchers import base
 from dtrain.launchers.supervise import drive
-from dtrain.plan import Facts, LaunchPlan
 from dtrain.planning import complete_plan
 from dtrain.run import ids, verdict
 from dtrain.run.attempts import Result
 from dtrain.run.rundir import RunDir
 from dtrain.trace import Recording, TraceOptions
-from dtrain.verify.pairs import REFERENCE, Pair
-from dtrain.verify.warmth import Warmth
+from dtrain.verification.pairs import REFERENCE, Pair
+from dtrain.verification.warmth import Warmth
 
 _COLLECTIVE_TIMEOUT_S = 300.0
 """A rank that waits so long for others in a run of a few steps waits for ever."""

@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 
 from dtrain.trace import Recording
-from dtrain.verify.case import Case
-from dtrain.verify.clauses import LOSS, STATE, Finding
-from dtrain.verify.compare import L1, relative
+from dtrain.verification.case import Case
+from dtrain.verification.clauses import LOSS, STATE, Finding
+from dtrain.verification.compare import L1, relative
 from dtrain.words import few, numbered
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from dtrain.job.spec import JobSpec
 from dtrain.trace import Recording
-from dtrain.verify.clauses import GRADIENT, Finding
-from dtrain.verify.compare import Distance, Excess
-from dtrain.verify.pairs import Pair
+from dtrain.verification.clauses import GRADIENT, Finding
+from dtrain.verification.compare import Distance, Excess
+from dtrain.verification.pairs import Pair
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from types import TracebackType
 
 from dtrain.errors import PlanError
 from dtrain.trace import TraceOptions
-from dtrain.verify.judge import Judge, Result
-from dtrain.verify.lab import Lab
-from dtrain.verify.lengths import epoch_samples as lengths
-from dtrain.verify.pairs import (
+from dtrain.verification.judge import Judge, Result
+from dtrain.verification.lab import Lab
+from dtrain.verification.lengths import epoch_samples as lengths
+from dtrain.verification.pairs import (
     ENOUGH,
     REFERENCE,
     Pair,
@@ -22,7 +22,7 @@ from dtrain.verify.pairs import (
     clusters_here,
     with_more,
 )
-from dtrain.verify.report import Report
+from dtrain.verification.report import Report
 
 
 @dataclass(frozen=True)

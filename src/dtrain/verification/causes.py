@@ -10,9 +10,9 @@ import math
 import numpy as np
 
 from dtrain.trace import Recording, StepRecord, Tensors, Vector
-from dtrain.verify import losses
-from dtrain.verify.case import Case
-from dtrain.verify.clauses import (
+from dtrain.verification import losses
+from dtrain.verification.case import Case
+from dtrain.verification.clauses import (
     BUFFERS,
     CLIPPING,
     EVALUATION,
@@ -21,7 +21,7 @@ from dtrain.verify.clauses import (
     UPDATE,
     Finding,
 )
-from dtrain.verify.compare import L1, apart
+from dtrain.verification.compare import L1, apart
 from dtrain.words import few
 
 _CLIPPED = 1 - 1e-4

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from dtrain.trace import Recording
-from dtrain.verify.clauses import DATA, Finding
-from dtrain.verify.pairs import Pair
+from dtrain.verification.clauses import DATA, Finding
+from dtrain.verification.pairs import Pair
 from dtrain.words import few, numbered
 
 
