@@ -114,7 +114,7 @@ def test_logs_of_an_attempt_that_is_not_there(folder: Path, run: RunDir) -> None
     for more in ((), ("--follow",)):
         done = dtrain("logs", "--attempt", "3", *more, cwd=folder)
         assert done.returncode == 2
-        assert done.stderr == f"dtrain: run {run.id} has no attempt 3; it has attempt 0\n"
+        assert "has no attempt 3; it has attempt 0  [run.no-such-attempt]\n" in done.stderr
 
 
 def test_why_of_a_run_that_did_not_fail(folder: Path, run: RunDir) -> None:
