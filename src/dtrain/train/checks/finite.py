@@ -2,7 +2,7 @@
 
 Every step checks the loss of the global batch and all gradients, by the norm that clipping computes
 anyway. A finite loss may have a gradient that is not finite (sqrt at 0, the norm of zeros, the
-unused side of `torch.where`), and it may be in one large tensor only.
+unused side of `torch.where`). It may be in one large tensor only.
 
 To find the source, each rank computes its micro-batches again, alone, before the optimizer uses
 the gradient. The state that an update makes from finite gradients is checked before it is saved.

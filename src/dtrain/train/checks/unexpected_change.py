@@ -1,10 +1,10 @@
 """Detection of changes in tensors that must stay constant between two moments of one process.
 
-It compares digests of two moments. It is for tensors of which no other rank has a copy (sharded
-parameters under `fsdp`, the only copy of `dp`), and for buffers, which strategies copy from the
-first rank to all ranks. Only the step after a comparison is covered. Parameters and moments are
-covered from its beginning to its update, and buffers from the end of the previous step to its
-first forward. Callbacks may change all of them; those of the previous step have run by then.
+It compares digests of two moments. It is for tensors of which no other rank has a copy: sharded
+parameters under `fsdp`, and the only copy of `dp`. It is also for buffers, which strategies copy
+from the first rank to all ranks. Only the step after a comparison is covered. Parameters and
+moments are covered from its beginning to its update, and buffers from the end of the previous step
+to its first forward. Callbacks may change all of them; those of the previous step have run by then.
 """
 
 from __future__ import annotations

@@ -118,9 +118,9 @@ class Proof:
     def check(self) -> None:
         """Check what all ranks have read since the last check. All ranks must call it.
 
-        It costs one exchange. At the end of an epoch it takes 20 ns for each of its samples, and
-        in the middle 60 to 150 ns for each sample since the last check, divided by the number of
-        ranks.
+        It costs one exchange. At the end of an epoch it takes 20 ns for each of its samples. In
+        the middle it takes 60 to 150 ns for each sample since the last check. Both are divided by
+        the number of ranks.
 
         Raises:
             DtrainError: wrong samples were read. All ranks raise it; it names the ranks, steps

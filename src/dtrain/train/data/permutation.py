@@ -1,9 +1,9 @@
 """The order of an epoch: a permutation that is computed, never stored.
 
-A Feistel cipher over the smallest power of two that holds N, walked until it lands below N
-(Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 4), vectorised over
-blocks of positions. Memory does not grow with N, and any position costs the same: a resume in the
-middle of an epoch of 1e12 samples is as quick as one at its start.
+It is a Feistel cipher over the smallest power of two that holds N, applied until the result is
+below N (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 4). It is
+vectorised over blocks of positions. Memory does not grow with N, and any position costs the same:
+a resume in the middle of an epoch of 1e12 samples is as fast as one at its start.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Iterable data sets: every sample of the stream once, on any number of ranks and loader processes.
 
-Every process reads the whole stream in blocks of one global batch, and keeps its own share: rank r
-takes its part of each block, loader process w of K the blocks w, w + K, … So the global order is
-the stream's order in every layout, if the data set gives every process the same stream. It must not
-depend on the rank (the samples are compared, see `iterable_pipeline`). It cannot depend on the
-loader process, which is hidden from it. The global generators are seeded at every block, with the
-same seeds everywhere.
+Every process reads the whole stream in blocks of one global batch, and keeps its own share. Rank r
+takes its part of each block; loader process w of K takes the blocks w, w + K, and so on. So the
+global order is the stream's order in every layout, if the data set gives every process the same
+stream. It must not depend on the rank (the samples are compared, see `iterable_pipeline`). It
+cannot depend on the loader process, which is hidden from it. The global generators are seeded at
+every block, with the same seeds everywhere.
 """
 
 from __future__ import annotations
