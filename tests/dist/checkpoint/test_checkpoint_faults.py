@@ -46,7 +46,7 @@ def test_a_damaged_checkpoint_is_seen_and_the_older_one_used(
     outcomes = run(2, crashed)
     (resumed,) = [line for line in lines(crashed, "events") if line["event"] == "resumed"]
     assert resumed["step"] == 4
-    reason = "model.pt is damaged: its xxh3 is not the manifest's"
+    reason = "model.pt is damaged: its xxh3 differs from the manifest"
     assert resumed["rejected"] == {"step-00000008": reason}
     assert outcomes[0].result is not None
     assert unbroken[0].result is not None

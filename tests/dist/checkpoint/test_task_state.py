@@ -210,7 +210,7 @@ class OnOneRank(Counting):
     [
         ("count", "task state: task['count'] is 9 on rank 1 and 4 on rank 0"),
         ("anchor", "task state: task['anchor'] is 1.1"),
-        ("told", "task state: task['told']['names'][0] is there on rank 0 and not on rank 1"),
+        ("told", "task state: task['told']['names'][0] exists on rank 0 and not on rank 1"),
     ],
 )
 @pytest.mark.parametrize("every", [2, 50])

@@ -89,7 +89,7 @@ def warnings(
     [
         ([1], "rank 1 changed the buffer seen, and ranks 0, 2 did not.*what rank 1 wrote is lost"),
         ([0, 2], "ranks 0, 2 changed the buffer seen, and rank 1 did not.*rank 2 wrote is lost"),
-        ([0], "rank 0 changed the buffer seen, and ranks 1, 2 did not.*its write is everybody's"),
+        ([0], "rank 0 changed the buffer seen, and ranks 1, 2 did not.*all get what it wrote"),
     ],
 )
 def test_a_buffer_of_some_ranks(
@@ -145,7 +145,7 @@ def test_batch_norm(strategy: str, tmp_path: Path) -> None:
     first, *others = warnings(world_size, strategy, tmp_path, norm=True)
     part = "replica" if strategy == "dp" else "process"
     assert first == [
-        f"BatchNorm (norm) normalises over each {part}'s own samples, so that the training depends "
+        f"BatchNorm (norm) normalises over each {part}'s own samples, so the training depends "
         "on their number, 2: use a norm over features (GroupNorm, LayerNorm), or strategy 'exact' "
         "(torch's SyncBatchNorm works on GPUs only)"
     ]

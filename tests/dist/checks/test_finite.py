@@ -126,7 +126,9 @@ def test_a_gradient_of_one_large_tensor_is_seen_in_its_step(
     results = run_ranks(call, 1 if strategy == "single" else 2, tmp_path, RootOfZero)
     assert saved(tmp_path) == list(range(1, step_of(results)))
     blamed = [text for text, collateral in results if not collateral]
-    assert all("1 of 3 parameters, nearest to the loss embed.weight" in text for text in blamed)
+    assert all(
+        "1 of 3 parameters; the one nearest to the loss is embed.weight" in text for text in blamed
+    )
     if strategy != "fsdp":
         (text,) = blamed
         assert "from embed.weight of rank" in text
@@ -166,7 +168,7 @@ class Peaking(RootOfZero):
     [
         (Overflowing, "optimizer state embed.weight.exp_avg_sq is not finite"),
         (Bursting, "parameters embed.weight is not finite, nor"),
-        (Peaking, "buffers peak is not finite, though"),
+        (Peaking, "buffers peak is not finite, although"),
     ],
 )
 def test_what_an_update_or_a_forward_spoils_is_not_saved(

@@ -116,7 +116,7 @@ def test_an_epoch_that_ends_too_early_is_told(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(EpochPlan, "batches", _without_the_tail)
     error = feed(JOB).error
     assert error is not None
-    assert "every rank read what was planned in these steps, 990 samples in all" in error
+    assert "every rank read the planned samples in these steps, 990 in all" in error
 
 
 def _without_the_tail(course: EpochPlan, step: int, position: Position) -> Iterator[GlobalBatch]:

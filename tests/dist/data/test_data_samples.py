@@ -222,7 +222,7 @@ def test_generators_of_its_own_are_a_warning(tmp_path: Path) -> None:
         assert [other[2] for other in others] == [[], []]
         if index < 4:
             (told,) = first[2]
-            assert "is another when it is read again" in told
+            assert "differs when it is read again" in told
             assert "sample_rng() or sample_seed()" in told
             assert ("(dataset.parts['augment'][0])" in told) == (call["how"] == "private")
     (alone,) = run_ranks(train, 1, tmp_path / "alone", "private")

@@ -249,7 +249,7 @@ def test_a_resume_is_the_unbroken_run_to_the_bit(tmp_path: Path, how: str, worke
             assert before.seen + after.seen == one.seen
             assert after.digest == one.digest
         if how == "right":  # else rank 0's stream is at its end
-            assert stateful != any("is read through" in text for text in rest[0].told)
+            assert stateful != any("is read from its beginning" in text for text in rest[0].told)
     (other,) = many(3, folder, call)
     for outcome in other:
         assert "over 2 ranks, is a stream that shards itself over 3 ranks" in str(outcome.error)

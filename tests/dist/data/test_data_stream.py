@@ -162,8 +162,8 @@ MISTAKES: list[tuple[str, str, list[int]]] = [
     ("one late", "seen in step 8:\nranks 1, 2 and rank 0 differ", []),
     ("longer 1", "seen in step 4:\nrank 1 differs from the others\n", [1]),
     ("longer 1", "position 22 of epoch 0 is the first that differs: the stream ends there on", [1]),
-    ("longer 4", "ends there on rank 0 and goes on on rank 1", [1]),
-    ("none", "ends there on rank 1 and goes on on rank 0", [1]),
+    ("longer 4", "ends there on rank 0 and continues on rank 1", [1]),
+    ("none", "ends there on rank 1 and continues on rank 0", [1]),
 ]
 
 

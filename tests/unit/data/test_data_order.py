@@ -102,7 +102,7 @@ def test_tensors_and_lists_are_weights_too_and_the_order_is_named_after_them() -
         ([1, 2], r"shape \(2,\), but train_dataset\(\) has 3 samples"),
         ([1, -2, 3], "-2 for sample 1"),
         ([1, 2, float("nan")], "nan for sample 2"),
-        ([0, 0, 0], "nothing but zeros"),
+        ([0, 0, 0], "only zeros"),
     ],
 )
 def test_weights_that_cannot_be_drawn_by(weights: Any, message: str) -> None:
@@ -170,7 +170,7 @@ def test_an_order_may_change_with_the_epoch_and_draw_random_numbers() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "no ids at all"),
+        ([], "no ids"),
         ([1, 9], "puts sample 9 at position 1, but .* samples 0 to 4"),
         ([-1], "sample -1 at position 0"),
         ([0.5], "float64"),

@@ -46,7 +46,7 @@ def test_at_most_so_many_are_kept_and_they_are_the_same_everywhere() -> None:
     for kept in (first, second):
         assert 16_384 < len(kept.digests) <= 65_536
         assert not (kept.digests % np.uint64(kept.modulus)).any()
-        assert kept.telling
+        assert kept.distinct
     modulus = max(first.modulus, second.modulus)
     assert set(first.thinned(modulus).digests) <= set(second.thinned(modulus).digests)
 

@@ -196,7 +196,7 @@ def test_any_other_stream_is_read_through_and_says_so(caplog: pytest.LogCaptureF
     again = make(Stream(1000), spec(8), 0, 1)
     again.load_state_dict(feed.state_dict())
     assert consume(again, step, position, None, 1)[0] == [list(range(800, 808))]
-    assert "is read through 800 samples" in caplog.text
+    assert "is read from its beginning to sample 800" in caplog.text
 
 
 def test_streams_draw_the_same_on_every_rank_and_after_a_resume() -> None:

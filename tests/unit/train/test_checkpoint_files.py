@@ -102,7 +102,7 @@ def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(files, "_FORMAT", 2)
     write_checkpoint(tmp_path / "step-00000001", {}, {}, {})
     monkeypatch.undo()
-    with refused("checkpoint.other-format", "is 2", "reads 1", kind=CheckpointError):
+    with refused("checkpoint.other-format", "is 2", "reads format 1", kind=CheckpointError):
         read_checkpoint(tmp_path / "step-00000001")
 
 

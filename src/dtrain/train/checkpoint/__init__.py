@@ -1,1 +1,1 @@
-"""Never lose, never load rubbish."""
+"""Checkpoints: written completely or not at all, and verified before they are used."""

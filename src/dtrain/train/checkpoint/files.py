@@ -1,8 +1,8 @@
-"""One checkpoint on disk: written whole or not at all, and read only when every byte is right.
+"""One checkpoint on disk. It is written completely or not at all, and every byte is verified.
 
-Nothing in the common formats notices a flipped byte: torch.save files, safetensors and DCP shards
-load it without a word. So a manifest holds the size and xxh3-128 of every file, taken from the
-bytes as they were handed to the file and not from what the disk gave back.
+The common formats do not notice a flipped byte: torch.save files, safetensors and DCP shards load
+it without an error. So a manifest holds the size and the xxh3-128 of every file. Both are computed
+from the bytes that were written, not from what the disk returned.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ _ASIDE, _OLD = ".aside-", "-old"
 def write_checkpoint(
     final: Path, tensors: dict[str, Any], progress: dict[str, Any], about: dict[str, Any]
 ) -> int:
-    """Write a checkpoint directory; it appears under its name complete or not at all.
+    """Write a checkpoint directory; it appears under its name completely or not at all.
 
     Args:
-        final: its directory. One already there is replaced.
-        tensors: by file stem, what `torch.save` writes and `weights_only` can read.
+        final: the directory of the checkpoint. An existing one is replaced.
+        tensors: the values of the files, by file stem. `torch.save` writes them, and
+            `weights_only` must be able to read them.
         progress: plain JSON.
         about: plain JSON for people: versions, world size, time.
 
     Returns:
-        Bytes written.
+        The number of bytes written.
 
     Raises:
-        OSError: as the file system says; nothing is left behind.
+        OSError: the file system reported an error; no files remain.
     """
     aside = _aside(final)
     aside.mkdir(parents=True)
@@ -74,7 +75,9 @@ def _verify(folder: Path, listed: Manifest) -> None:
         try:
             about = path.stat()
             if not stat.S_ISREG(about.st_mode):
-                raise CheckpointError(f"{name} is no regular file", code="checkpoint.damaged-file")
+                raise CheckpointError(
+                    f"{name} is not a regular file", code="checkpoint.damaged-file"
+                )
             if about.st_size != entry.bytes:
                 raise CheckpointError(
                     f"{name} has {about.st_size} bytes instead of {entry.bytes}",
@@ -82,7 +85,7 @@ def _verify(folder: Path, listed: Manifest) -> None:
                 )
             if _digest_file(path) != entry.xxh3_128:
                 raise CheckpointError(
-                    f"{name} is damaged: its xxh3 is not the manifest's",
+                    f"{name} is damaged: its xxh3 differs from the manifest",
                     code="checkpoint.damaged-file",
                 )
         except FileNotFoundError:
@@ -94,10 +97,13 @@ def _verify(folder: Path, listed: Manifest) -> None:
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(tensors by file stem, on the CPU; progress) of a checkpoint, verified first.
+    """Verify and read a checkpoint.
+
+    Returns:
+        The tensors by file stem, on the CPU, and the progress.
 
     Raises:
-        CheckpointError: it is damaged; says how, without the folder's name.
+        CheckpointError: it is damaged. The message describes the damage without the folder's name.
     """
     listed = _read_manifest(folder)
     _verify(folder, listed)
@@ -112,16 +118,18 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             ) from error
     if _PROGRESS not in listed.files:
         raise CheckpointError(f"{_PROGRESS} is missing", code="checkpoint.missing-file")
-    with _reason_against_it(_PROGRESS, code="checkpoint.damaged-file"):
+    with _as_checkpoint_error(_PROGRESS, code="checkpoint.damaged-file"):
         progress = files.read_as(dict[str, Any], folder / _PROGRESS)
     return tensors, progress or {}
 
 
 def copy_checkpoint(folder: Path, final: Path) -> None:
-    """Another name for a checkpoint, which outlives it: its files are never changed, so links do.
+    """Copy a checkpoint to another name. The copy remains when the original is removed.
+
+    The files are linked if possible, because they never change.
 
     Raises:
-        OSError: as the file system says; what was there before is still there.
+        OSError: the file system reported an error; an older checkpoint of that name is intact.
     """
     aside = _aside(final)
     try:
@@ -135,12 +143,12 @@ def copy_checkpoint(folder: Path, final: Path) -> None:
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # not every file system has links
+    except OSError:  # some file systems have no links
         shutil.copy2(source, target)
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint; half of it is never there under its name."""
+    """Delete a checkpoint; an incomplete one is never visible under its name."""
     aside = _aside(folder)
     try:
         os.rename(folder, aside)
@@ -150,7 +158,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Delete what killed writers left aside, and bring back what they had only taken away."""
+    """Delete the temporary folders of killed writers; restore checkpoints that they had moved."""
     for path in checkpoints.glob(f".*{_ASIDE}*"):
         final = checkpoints / path.name[1:].partition(_ASIDE)[0]
         if path.name.endswith(_OLD) and not final.exists():
@@ -164,10 +172,10 @@ def _aside(final: Path) -> Path:
 
 
 class _HashingFile:
-    """A binary file that hashes what it is given.
+    """A binary file that hashes what is written to it.
 
-    A failed write is kept and raised by `check`, and later writes are dropped: torch's writer
-    ends the process when the file raises while it closes.
+    `check` raises the error of a failed write; later writes are dropped. The error cannot be
+    raised at once: torch's writer ends the process when the file raises while it closes.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -192,7 +200,7 @@ class _HashingFile:
             view = view[self._file.write(view) :]
 
     def flush(self) -> None:
-        """Nothing: `check` flushes once, before the fsync."""
+        """Do nothing: `check` flushes once, before the fsync."""
 
     def check(self) -> None:
         if self._failure is not None:
@@ -218,7 +226,7 @@ def _write_text(path: Path, text: str) -> dict[str, Any]:
 def _put_in_place(aside: Path, final: Path) -> None:
     fsync_dir(aside)
     if final.exists():
-        # between these two there is none of that name; `remove_leftovers` brings the old one back
+        # between these two lines no checkpoint has that name; `remove_leftovers` restores the old
         os.rename(final, old := final.with_name(aside.name + _OLD))
         os.rename(aside, final)
         fsync_dir(final.parent)
@@ -229,27 +237,27 @@ def _put_in_place(aside: Path, final: Path) -> None:
 
 
 def _read_manifest(folder: Path) -> Manifest:
-    with _reason_against_it(MANIFEST, code="checkpoint.damaged-manifest"):
-        told = files.read_as(dict[str, Any], folder / MANIFEST)
-    if told is None:
+    with _as_checkpoint_error(MANIFEST, code="checkpoint.damaged-manifest"):
+        listed = files.read_as(dict[str, Any], folder / MANIFEST)
+    if listed is None:
         raise CheckpointError(f"{MANIFEST} is missing", code="checkpoint.missing-manifest")
-    if told.get("digest") != _manifest_digest(told):
+    if listed.get("digest") != _manifest_digest(listed):
         raise CheckpointError(
             f"{MANIFEST} is damaged: its own digest does not match",
             code="checkpoint.damaged-manifest",
         )
-    found = manifest.parse(json.dumps(told))
+    found = manifest.parse(json.dumps(listed))
     if found.format != _FORMAT:
         raise CheckpointError(
-            f"its format is {found.format}, this dtrain reads {_FORMAT}",
+            f"its format is {found.format}; this version of dtrain reads format {_FORMAT}",
             code="checkpoint.other-format",
         )
     return found
 
 
 @contextlib.contextmanager
-def _reason_against_it(name: str, *, code: str) -> Iterator[None]:
-    """A file that cannot be read, or holds something else, is a reason to take an older one."""
+def _as_checkpoint_error(name: str, *, code: str) -> Iterator[None]:
+    """Raise `CheckpointError` for a file that is unreadable or damaged: older ones can be used."""
     try:
         yield
     except DamagedError as error:

@@ -1,6 +1,7 @@
-"""State that is neither a model's nor an optimizer's: trees of tensors and plain values.
+"""State that belongs to neither a model nor an optimizer: trees of tensors and plain values.
 
-A tree holds what `read` reads again. Its leaves have names, as `teacher['first.weight']`.
+A tree holds only values that `read` can read. Its leaves have names, for example
+`teacher['first.weight']`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import torch
 from dtrain.errors import CheckpointError, DtrainError
 
 _PLAIN = (bool, int, float, str, type(None))
-"""As they are: a subclass is pickled as something else."""
+"""Exactly these types: a subclass is pickled as something else."""
 NUMPY = [
     *(np.ndarray, np.dtype, np.ones(1).__reduce__()[0], np.float64(1).__reduce__()[0]),
     *{type(np.dtype(code)) for code in "?bhilqBHILQefdgFDGSU"},
 ]
-"""What NumPy's numbers and texts, and arrays of them, are made of in a file."""
+"""The types that a file with NumPy's numbers, texts and arrays refers to."""
 
 _MISFIT = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError)
 
@@ -31,21 +32,21 @@ Change = Callable[[str, Any], Any]
 
 
 def read(source: Path | io.BytesIO) -> Any:
-    """What `torch.save` wrote, on the CPU; builds nothing but tensors, arrays and plain values."""
+    """Read a file of `torch.save` to the CPU; only tensors, arrays and plain values are built."""
     with torch.serialization.safe_globals(NUMPY):
         return torch.load(source, map_location="cpu", weights_only=True)
 
 
 def refuse_unreadable(value: Any, name: str, *, parts: bool = False) -> None:
-    """Make sure that `read` gives back what is to be saved, with the same types.
+    """Make sure that `read` will return a value that is to be saved, with the same types.
 
     Args:
-        value: a tree; plain tensors of it are not looked at.
-        name: whose it is.
-        parts: whether there may be a rank's parts of tensors, as what is saved is whole.
+        value: a tree; plain tensors in it are not checked.
+        name: the name of the tree, for messages.
+        parts: whether sharded tensors are allowed, because they are gathered before saving.
 
     Raises:
-        DtrainError: it does not; names the leaf.
+        DtrainError: `read` could not return the value. The message names the leaf.
     """
     if type(value) in _PLAIN or type(value) in (torch.Tensor, torch.nn.Parameter):
         return
@@ -66,26 +67,26 @@ def refuse_unreadable(value: Any, name: str, *, parts: bool = False) -> None:
 
 @contextmanager
 def restoring(owner: str) -> Iterator[None]:
-    """Around a `load_state_dict`: what it raises says that a checkpoint does not fit, and whom."""
+    """Turn errors of a `load_state_dict` into a `CheckpointError` that names the owner."""
     try:
         yield
     except _MISFIT as error:
         raise CheckpointError(
-            f"{owner} cannot take its state back: {error!r}", code="checkpoint.state-refused"
+            f"{owner} cannot load its state: {error!r}", code="checkpoint.state-refused"
         ) from error
 
 
 def plain(value: Any, name: str) -> Any:
-    """A tree with containers of its own, and the same tensors without their graphs.
+    """Return a copy of the tree with new containers and the same tensors, detached.
 
     Raises:
-        DtrainError: a checkpoint cannot hold it; names the leaf.
+        DtrainError: a checkpoint cannot hold a leaf. The message names it.
     """
     return changed(value, name, _checked)
 
 
 def changed(value: Any, name: str, change: Change) -> Any:
-    """A tree with other leaves: `change(name of the leaf, leaf)` of each."""
+    """Return a tree in which each leaf is replaced by `change(name of the leaf, leaf)`."""
     if type(value) in (dict, OrderedDict):
         for key in value:
             if type(key) not in (str, int):
@@ -106,7 +107,7 @@ def _checked(name: str, leaf: Any) -> Any:
     if type(leaf) in _PLAIN:
         return leaf
     if not isinstance(leaf, torch.Tensor):
-        # ranks are compared by what is written, and sets have no order
+        # ranks are compared by the bytes that are written, and sets have no order
         if isinstance(leaf, set) or not _is_readable(leaf):
             raise _cannot_hold(name, leaf)
         return leaf
@@ -123,21 +124,21 @@ def _checked(name: str, leaf: Any) -> Any:
 
 
 def _is_readable(leaf: Any) -> bool:
-    """Whether it comes back as it is; by trying, as the reader knows best."""
+    """Return whether a leaf keeps its type when it is saved and read; it is tried."""
     file = io.BytesIO()
     try:
         torch.save(leaf, file)
         file.seek(0)
         return type(read(file)) is type(leaf)
-    except Exception:  # whatever saving somebody's object raises
+    except Exception:  # a user's object may raise anything when it is saved
         return False
 
 
 def _is_a_part(name: str) -> DtrainError:
     return DtrainError(
-        f"{name} is one rank's part of a tensor that strategy 'fsdp' has cut. Leave the model's "
-        "own parameters out: a checkpoint holds them anyway. Of a copy, keep its .full_tensor(), "
-        "which all ranks must call together",
+        f"{name} is one rank's part of a tensor that strategy 'fsdp' has sharded. Leave out the "
+        "model's own parameters: a checkpoint holds them anyway. For a copy of a parameter, save "
+        "its .full_tensor(), which all ranks must call together",
         code="checkpoint.part-of-tensor",
     )
 
@@ -152,8 +153,8 @@ def _cannot_hold_key(name: str, key: Any) -> DtrainError:
 def _cannot_hold(name: str, leaf: Any) -> DtrainError:
     kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}".removeprefix("builtins.")
     return DtrainError(
-        f"{name} is a {kind}, which a checkpoint cannot hold; it takes tensors, NumPy's arrays and "
-        "numbers, numbers, str and None, in dicts, lists and tuples. Save the state_dict() of an "
-        "object, and a list instead of a set",
+        f"{name} is a {kind}, which a checkpoint cannot hold. It can hold tensors, NumPy's arrays "
+        "and numbers, Python's numbers, str and None, in dicts, lists and tuples. Save the "
+        "state_dict() of an object, and a list instead of a set",
         code="checkpoint.unsaveable-value",
     )

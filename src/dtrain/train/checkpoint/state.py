@@ -1,7 +1,7 @@
-"""Model and optimizer state by parameter name, so that it fits whatever the order or wrapper.
+"""Model and optimizer state by parameter name, so that it fits with any order and any wrapper.
 
-An optimizer's own state is positional: swapping two layers of one shape in the model swaps
-Adam's moments without a word.
+An optimizer's own state is positional: if two layers of the same shape are swapped in the model,
+Adam's moments are swapped without an error.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from dtrain.words import few
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the prefixes that torch.compile adds."""
+    """Return a parameter's name without the prefixes that torch.compile adds."""
     return name.replace("_orig_mod.", "")
 
 
 def plain_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The model's parameters by plain name, in its order."""
+    """Return the model's parameters by plain name, in the order of the model."""
     return {plain_name(name): each for name, each in model.named_parameters()}
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether ranks hold parts of the parameters: then all must ask for its state together."""
+    """Return whether the parameters are sharded: then all ranks must read its state together."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def model_state(model: torch.nn.Module) -> dict[str, Any]:
-    """The model's state by plain name; the tensors are the live ones.
+    """Return the model's state by plain name, with the model's own tensors, not copies.
 
-    Those of which ranks hold parts are put together on rank 0, on the CPU, and None elsewhere.
+    Sharded tensors are gathered on rank 0, on the CPU; they are None on other ranks.
     """
     return {plain_name(name): gathered(value) for name, value in model.state_dict().items()}
 
 
 def load_model_state(model: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Put `model_state` back.
+    """Load the state that `model_state` returned.
 
     Raises:
-        CheckpointError: names or shapes differ; nothing has been changed then.
+        CheckpointError: names or shapes differ; nothing was changed.
     """
     current = model.state_dict()
     actual = {plain_name(name): name for name in current}
@@ -65,15 +65,15 @@ def load_model_state(model: torch.nn.Module, state: dict[str, Any]) -> None:
 def optimizer_state(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The optimizer's state, by plain parameter name instead of position; tensors as there.
+    """Return the optimizer's state, by plain parameter name instead of position.
 
     Args:
-        model: whose names.
-        optimizer: of its parameters.
-        state: its `state_dict()`, where the caller has it.
+        model: the model that names the parameters.
+        optimizer: an optimizer of its parameters.
+        state: the optimizer's `state_dict()`, if the caller has it. The tensors are not copied.
 
     Raises:
-        CheckpointError: it holds parameters that are not the model's.
+        CheckpointError: the optimizer holds parameters that are not the model's.
     """
     groups = _group_names(model, optimizer)
     names = [name for group in groups for name in group]
@@ -93,12 +93,12 @@ def optimizer_state(
 def load_optimizer_state(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
 ) -> None:
-    """Put `optimizer_state` back, whatever the order of parameters and groups is now.
+    """Load the state that `optimizer_state` returned; parameters and groups may be reordered.
 
-    Groups that were added while training are added again.
+    Groups that were added during the training are added again.
 
     Raises:
-        CheckpointError: the parameters are grouped in another way.
+        CheckpointError: the parameters are grouped differently.
     """
     _add_groups(model, optimizer, saved)
     groups = _group_names(model, optimizer)
@@ -126,7 +126,7 @@ def load_optimizer_state(
 def _add_groups(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
 ) -> None:
-    """Add the groups of which this optimizer has no parameter, as they were."""
+    """Add the saved groups of which this optimizer has no parameter."""
     parameters = plain_parameters(model)
     known = {name for group in _group_names(model, optimizer) for name in group}
     for group in saved["groups"]:
@@ -138,9 +138,9 @@ def _add_groups(
 
 
 def parameters_sha256(model: torch.nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of all parameters, in the order of names.
+    """Return a SHA-256 of the names, types, shapes and bytes of all parameters, sorted by name.
 
-    The same however the parameters are cut; where they are, all ranks must call it together.
+    It does not depend on sharding. If the parameters are sharded, all ranks must call it together.
     """
     digest = hashlib.sha256()
     parameters = plain_parameters(model)
@@ -152,13 +152,13 @@ def parameters_sha256(model: torch.nn.Module) -> str:
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with all its parts; others as they are."""
+    """Return a sharded tensor as a full one, and any other unchanged."""
     full: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
 
 
 def gathered(value: Any) -> Any:
-    """A tensor of which ranks hold parts, whole on rank 0 and None elsewhere; others as given."""
+    """Return a sharded tensor as a full one on rank 0, and None elsewhere; others unchanged."""
     if not hasattr(value, "full_tensor"):
         return value
     full = _full(value.detach())
@@ -166,7 +166,7 @@ def gathered(value: Any) -> Any:
 
 
 def as_cut(value: Any, like: Any) -> Any:
-    """This rank's part of a whole tensor, where `like` is cut and has its shape."""
+    """Return this rank's part of a full tensor if `like` is sharded and has its shape."""
     if not hasattr(like, "full_tensor") or getattr(value, "shape", None) != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -179,11 +179,11 @@ def _group_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> li
     names = {id(value): name for name, value in plain_parameters(model).items()}
     groups = []
     for group in optimizer.param_groups:
-        strangers = [value for value in group["params"] if id(value) not in names]
-        if strangers:
+        foreign = [value for value in group["params"] if id(value) not in names]
+        if foreign:
             raise CheckpointError(
-                f"the optimizer holds {len(strangers)} parameters that are not in the model (the "
-                f"first has shape {tuple(strangers[0].shape)}), so their state has no name; make "
+                f"the optimizer holds {len(foreign)} parameters that are not in the model (the "
+                f"first has shape {tuple(foreign[0].shape)}), so their state has no name; make "
                 "them parameters of the model",
                 code="task.optimizer-foreign-parameters",
             )

@@ -1,4 +1,4 @@
-"""All checkpoints of a run: saved by agreement of all ranks, loaded from the newest good one."""
+"""All checkpoints of a run. All ranks save together, and load the newest one that is intact."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Loaded:
     tensors: dict[str, Any]
     progress: dict[str, Any]
     rejected: dict[str, str] = field(default_factory=dict)
-    """Newer checkpoints that could not be used, by name, and why."""
+    """The reasons why newer checkpoints could not be used, by name."""
 
 
 class CheckpointStore:
@@ -56,19 +56,19 @@ class CheckpointStore:
         progress: dict[str, Any],
         about: dict[str, Any],
     ) -> tuple[Path, int]:
-        """Write a checkpoint on rank 0; nobody goes on before it is on disk.
+        """Write a checkpoint on rank 0; no rank continues before it is on disk.
 
         Args:
-            step: optimizer steps done.
-            tensors: gives rank 0 what to write, by file stem.
+            step: the number of optimizer steps done.
+            tensors: returns the values to write on rank 0, by file stem.
             progress: plain JSON.
             about: plain JSON for people.
 
         Returns:
-            Its folder and the bytes written.
+            The folder of the checkpoint and the number of bytes written.
 
         Raises:
-            CheckpointError: on every rank, when rank 0 could not write it.
+            CheckpointError: rank 0 could not write it. Every rank raises it.
         """
         folder = self._run.checkpoint(step)
         size, problem, code = 0, None, ""
@@ -83,7 +83,7 @@ class CheckpointStore:
                     self._remote.upload(folder)
                     self._has_saved = True
                 self._remove_old(folder)
-            except Exception as error:  # whatever it is, the other ranks wait to hear of it
+            except Exception as error:  # the other ranks wait for the result of any error
                 cause, (problem, code) = error, _explain(folder, error)
         size, problem, code = collectives.from_zero((size, problem, code))
         if problem is not None:
@@ -91,7 +91,7 @@ class CheckpointStore:
         return folder, size
 
     def keep_as(self, folder: Path, name: str) -> None:
-        """Keep a checkpoint under another name too, which no later one pushes out."""
+        """Keep a checkpoint under a second name, which retention does not remove."""
         problem, code = None, ""
         if self._rank == 0:
             try:
@@ -106,22 +106,22 @@ class CheckpointStore:
             raise CheckpointError(problem, code=code)
 
     def load_newest(self, apply: Callable[[Loaded], None]) -> Loaded | None:
-        """Read and apply the newest checkpoint that is whole and fits on every rank.
+        """Read and apply the newest checkpoint that is intact and fits on every rank.
 
         Args:
-            apply: puts it into the training; raises `CheckpointError` before it changes
-                anything if it does not fit.
+            apply: loads it into the training. If it does not fit, `apply` raises
+                `CheckpointError` before it changes anything.
 
         Returns:
-            What was applied; None when the run has no checkpoint.
+            The checkpoint that was applied; None if the run has no checkpoint.
 
         Raises:
-            CheckpointError: there are checkpoints, but none can be used; lists why.
+            CheckpointError: there are checkpoints, but none can be used. The message lists why.
         """
         rejected: dict[Path, str] = {}
         names: list[str] = []
         if self._rank == 0:
-            with contextlib.suppress(OSError):  # a folder that cannot be written can be read
+            with contextlib.suppress(OSError):  # a read-only folder can still be read
                 remove_leftovers(self._run.checkpoints)
             names = [folder.name for folder in self._candidates()]
         for folder in (self._run.checkpoints / name for name in collectives.from_zero(names)):
@@ -139,13 +139,14 @@ class CheckpointStore:
             return None
         listed = "".join(f"\n  {folder.name}: {why}" for folder, why in rejected.items())
         raise CheckpointError(
-            f"none of the {len(rejected)} checkpoints can be used, and beginning again at step 0 "
-            f"would hide that:{listed}\nmove them away to begin again; they are in {self._where}",
+            f"none of the {len(rejected)} checkpoints can be used, and starting again at step 0 "
+            f"would hide that:{listed}\nto start again, move them away; they are in "
+            f"{self._location}",
             code="checkpoint.none-loads",
         )
 
     @property
-    def _where(self) -> str:
+    def _location(self) -> str:
         url = self._run.url
         return str(self._run.checkpoints) if url is None else f"{url}/checkpoints"
 
@@ -167,7 +168,7 @@ class CheckpointStore:
             loaded = Loaded(folder, *read_checkpoint(folder), rejected=why)
             if loaded.progress.get("step") != _step_of(folder):
                 raise CheckpointError(
-                    f"it is of step {loaded.progress.get('step')!r:.40}",
+                    f"it belongs to step {loaded.progress.get('step')!r:.40}",
                     code="checkpoint.wrong-folder",
                 )
             apply(loaded)
@@ -176,7 +177,7 @@ class CheckpointStore:
         return loaded, None
 
     def _set_aside(self, rejected: dict[Path, str]) -> None:
-        """Rename rejected checkpoints, or retention would count them and drop good ones."""
+        """Rename rejected checkpoints; retention would count them and remove intact ones."""
         if self._rank != 0:
             return
         for folder in rejected:
@@ -191,7 +192,7 @@ class CheckpointStore:
                 logger.warning("cannot rename %s: %s", folder, error.strerror)
 
     def _remove_old(self, newest: Path) -> None:
-        """Keep the newest ones; what was just written always stays."""
+        """Remove old checkpoints; the one that was just written always stays."""
         others = [folder for folder in self._candidates() if folder != newest]
         for folder in others[self._keep - 1 :]:
             if self._remote is not None:
@@ -204,7 +205,7 @@ def _step_of(folder: Path) -> int:
 
 
 def _explain(folder: Path, error: Exception) -> tuple[str, str]:
-    """Why a checkpoint cannot be written, and the code of that error."""
+    """Return why a checkpoint cannot be written, and the code of that error."""
     what, code = f"cannot write checkpoint {folder.name}: ", "checkpoint.cannot-write"
     if isinstance(error, DtrainError):
         return what + str(error), error.code or code
@@ -216,7 +217,7 @@ def _explain(folder: Path, error: Exception) -> tuple[str, str]:
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(folder.parent).free
             what += (
-                f"; {free / 1e6:,.1f} MB are free there. Make room, or write less "
-                "(checkpoint.keep, checkpoint.every_steps); the checkpoints before it are intact"
+                f"; {free / 1e6:,.1f} MB are free there. Free some space, or write less "
+                "(checkpoint.keep, checkpoint.every_steps). The earlier checkpoints are intact"
             )
     return f"{what}\nin {folder.parent}", code

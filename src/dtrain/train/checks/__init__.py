@@ -1,1 +1,1 @@
-"""Are the replicas still one model? Comparisons before, during and between steps."""
+"""Checks that the replicas are still one model: before, during and between steps."""

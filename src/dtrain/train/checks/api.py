@@ -1,4 +1,4 @@
-"""The comparison of replicas as a function, for a loop of one's own."""
+"""The comparison of replicas as a function, for a user's own loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("dtrain.check")
 class _Known:
     calls: int = 0
     agreed: int | None = None
-    buffers_told: bool = False
+    buffers_reported: bool = False
 
 
 _KNOWN: WeakKeyDictionary[torch.nn.Module, _Known] = WeakKeyDictionary()
@@ -35,20 +35,21 @@ def check(
     *,
     every: int = 1,
 ) -> None:
-    """Make sure that all ranks still hold the same model, bit for bit; called by all of them.
+    """Make sure that all ranks still hold the same model, bit for bit. All ranks must call it.
 
-    Compares gradients, parameters, optimizer state, learning rate and loss scale in one exchange
-    of 112 bytes. Buffers that differ, as BatchNorm's statistics do under DDP, are told once and are
-    no error. Costs nothing in one process.
+    The function compares gradients, parameters, optimizer state, learning rate and loss scale in
+    one exchange of 112 bytes. Buffers that differ, for example BatchNorm's statistics under DDP,
+    are reported once and are no error. It costs nothing in one process.
 
     Args:
-        model: may be wrapped in DistributedDataParallel; parts of parameters (FSDP) are not
-            compared.
-        optimizer, scheduler, scaler: what else goes on the same on all ranks.
-        every: compare at every so many calls only.
+        model: the model, which may be wrapped in DistributedDataParallel. Sharded parameters
+            (FSDP) are not compared.
+        optimizer, scheduler, scaler: the other objects that must be the same on all ranks.
+        every: compare only at every n-th call.
 
     Raises:
-        ReplicaError: names the rank that differs (with two, both), the tensor and the element.
+        ReplicaError: ranks differ. The message names the rank that differs (with two ranks,
+            both), the tensor and the element.
     """
     if not collectives.in_group():
         return
@@ -65,9 +66,9 @@ def check(
         return
     if mismatch.kinds == (BUFFERS,):
         known.agreed = known.calls
-        if not known.buffers_told:
-            logger.warning("only buffers differ, which is told once: %s", mismatch.text)
-        known.buffers_told = True
+        if not known.buffers_reported:
+            logger.warning("only buffers differ, which is reported once: %s", mismatch.text)
+        known.buffers_reported = True
         return
     before = "" if known.agreed is None else f"were one model at call {known.agreed} and "
     raise ReplicaError(

@@ -1,4 +1,4 @@
-"""All checks of one training, as its loop calls them."""
+"""All checks of one training; the training loop calls them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from dtrain.train import collectives
 from dtrain.train.checks.collective_trace import CHAIN
 from dtrain.train.checks.finite import FiniteGuard
-from dtrain.train.checks.notices import BufferWrites, Unused, tell_batch_norm
+from dtrain.train.checks.notices import BufferWrites, Unused, warn_of_batch_norm
 from dtrain.train.checks.replicas import Ledger, ReplicaError
 from dtrain.train.checks.train_state import BUFFERS, MOMENTS, PARAMETERS, TrainState
 from dtrain.train.checks.unexpected_change import UnexpectedChangeDetector
@@ -22,12 +22,12 @@ from dtrain.train.metrics.events import Events
 
 logger = logging.getLogger(__name__)
 
-_FIRST_LOOKS = 3
-"""Steps at the start in which it is looked which rank writes which buffer."""
+_FIRST_STEPS = 3
+"""The number of first steps in which the writes of each rank to buffers are recorded."""
 
 
 class Rollback(Exception):
-    """A wish to go back to the newest checkpoint; carries the error to raise instead."""
+    """A request to go back to the newest checkpoint. `error` is raised if that is impossible."""
 
     def __init__(self, error: ReplicaError) -> None:
         super().__init__(str(error))
@@ -35,17 +35,17 @@ class Rollback(Exception):
 
 
 class Checks:
-    """Compares the ranks every `checks.every` steps, and watches what cannot be compared.
+    """Compares the ranks every `checks.every` steps, and watches state that cannot be compared.
 
     Args:
-        context: of the training.
-        subject: what is trained.
-        loss: the task's loss over the model; None: it cannot be computed a second time.
-        feed: the training data; None: dtrain does not read them.
-        events: of the run.
-        fault_hook: called with each step before its first forward, where a fault in what stays
-            between two steps is seen by every check.
-        gradients_stay: whether a step's gradients are there after it.
+        context: the context of the training.
+        subject: the state of the training.
+        loss: the task's loss over the model. None means that it cannot be computed a second time.
+        feed: the training data. None means that dtrain does not read them.
+        events: the events of the run.
+        fault_hook: called with each step before its first forward. A fault in state that is kept
+            between two steps is visible to every check at this point.
+        gradients_stay: whether a step's gradients still exist after the step.
     """
 
     def __init__(
@@ -68,48 +68,52 @@ class Checks:
         self._subject = subject
         self._fault_hook = fault_hook
         self._ledger = Ledger(subject) if spec.every and collectives.in_group() else None
-        self._unchanged_state, self._unchanged_buffers = _watches(subject, context)
+        self._unchanged_state, self._unchanged_buffers = _detectors(subject, context)
         writes = BufferWrites(subject.model, events, context)
         self._writes = writes if self._ledger is not None and writes.needed else None
-        self._first_looks = 0
+        self._first_steps_end = 0
         self._unused = Unused(
             subject.parameters(), events, active=context.ranks.is_rank_zero and gradients_stay
         )
         self.finite = FiniteGuard(subject, loss, feed, context.spec, context.ranks, context.device)
         self._agreed: int | None = None
-        """The step after which all ranks were last the same."""
+        """The last step after which all ranks were the same."""
         self._found: list[str] = []
         self._watched = False
-        """Whether the ranks were compared after the last step, so that the next is watched."""
+        """Whether the ranks were compared after the last step, so that this step is watched."""
         self._warned: set[str] = set()
 
     def begin(self, step: int) -> None:
-        """Before the first step, after `step` steps done: what was built or loaded is the same."""
+        """Compare what the ranks have built or loaded, before the first step.
+
+        Args:
+            step: the number of steps done.
+        """
         CHAIN.reset()
-        tell_batch_norm(self._subject.model, self._context, self._events)
+        warn_of_batch_norm(self._subject.model, self._context, self._events)
         self._compare(step)
-        self._first_looks = step + _FIRST_LOOKS
+        self._first_steps_end = step + _FIRST_STEPS
         watched = self._unchanged_state is not None or self._writes is not None
         if watched:
             self._subject.before_updates(self._before_update)
 
     def step_begins(self, step: int, epoch: int, *, idle: bool) -> None:
-        """Before the first forward of a step, counted from 1."""
+        """Begin the checks of a step, before its first forward. Steps are counted from 1."""
         if self._watched and self._unchanged_state is not None:
             self._unchanged_state.begin()
         self._fault_hook(self._subject, step)
         if self._watched and self._unchanged_buffers is not None:
-            self._found += self._unchanged_buffers.look()
+            self._found += self._unchanged_buffers.end()
         self.finite.begin(step, epoch)
-        if self._writes is not None and (self._watched or step <= self._first_looks):
+        if self._writes is not None and (self._watched or step <= self._first_steps_end):
             self._writes.begin(idle=idle)
 
     def step_ended(self, step: int, *, ends_epoch: bool) -> None:
-        """After a step, on all ranks.
+        """Run the checks that follow a step. All ranks must call it.
 
         Raises:
             ReplicaError: ranks differ, and the policy is to stop.
-            Rollback: ranks differ, and the policy is to go back.
+            Rollback: ranks differ, and the policy is to roll back.
             DtrainError: samples were read twice or not at all.
         """
         self._unused.step(step, ends_epoch=ends_epoch)
@@ -125,21 +129,22 @@ class Checks:
             self._watched = self._unchanged_state is not None or self._unchanged_buffers is not None
 
     def between_steps(self) -> None:
-        """Once callbacks were told of a step: until the next, nobody changes a buffer."""
+        """Begin to watch the buffers, after the callbacks of a step: nothing may change them."""
         if self._watched and self._unchanged_buffers is not None:
             self._unchanged_buffers.begin()
 
     def before_save(self, step: int) -> bool:
-        """Before a checkpoint: it holds what all ranks agree on, and numbers.
+        """Make sure, before a checkpoint, that ranks agree on its content and that it is finite.
 
-        Also where this step was compared: callbacks have been told of it since.
+        The ranks are compared even if this step was compared: callbacks have run since.
 
         Returns:
-            False where nothing is to be saved.
+            Whether a checkpoint may be saved.
 
         Raises:
             NonFiniteError: something is not finite, and the policy is not to warn.
-            ReplicaError: as of `step_ended`, and so is Rollback.
+            ReplicaError: ranks differ, and the policy is to stop.
+            Rollback: ranks differ, and the policy is to roll back.
         """
         self._compare(step)
         return self.finite.allows_saving(step)
@@ -174,16 +179,16 @@ class Checks:
         if self._spec.on_mismatch == "rollback":
             raise Rollback(error)
 
-    # -- what is compared with itself --------------------------------------------------------
+    # -- state that is compared with itself --------------------------------------------------
 
     def _before_update(self) -> None:
         if self._watched and self._unchanged_state is not None:
-            self._found += self._unchanged_state.look()
+            self._found += self._unchanged_state.end()
         if self._writes is not None:
             self._writes.before_update()
 
     def _end_watch(self, step: int) -> None:
-        """Tell all ranks what any has found since the last comparison."""
+        """Act on all ranks on what any rank has found since the last comparison."""
         self._watched = False
         found, self._found = self._found, []
         if collectives.in_group():
@@ -196,23 +201,23 @@ class Checks:
         if not culprits:
             return
         lines = [
-            f"rank {rank} holds other bits than after step {step - 1}, though nothing of the "
-            f"training had changed them:\n{'; '.join(everyone[rank])}"
+            f"rank {rank} holds other bits than after step {step - 1}, although the training had "
+            f"not changed them:\n{'; '.join(everyone[rank])}"
             for rank in culprits
         ]
         self._act(step, "\n".join(lines), culprits, ["held"])
 
 
-def _watches(
+def _detectors(
     subject: TrainState, context: TrainContext
 ) -> tuple[UnexpectedChangeDetector | None, UnexpectedChangeDetector | None]:
-    """(what only an update may change, what only a forward may)."""
+    """Return detectors for the state that only an update changes, and that only a forward does."""
     several = collectives.in_group() or context.local_devices > 1
     if not context.spec.checks.every or not several:
         return None, None
-    alone = subject.is_cut() or not collectives.in_group()
+    no_copy = subject.is_cut() or not collectives.in_group()
     buffers = any(True for _ in subject.model.buffers())
     return (
-        UnexpectedChangeDetector(subject, (PARAMETERS, MOMENTS)) if alone else None,
+        UnexpectedChangeDetector(subject, (PARAMETERS, MOMENTS)) if no_copy else None,
         UnexpectedChangeDetector(subject, (BUFFERS,)) if buffers else None,
     )

@@ -1,10 +1,10 @@
-"""A chain hash over the collectives of a process, which is the same on all ranks.
+"""A chain hash over the collectives of a process, which must be the same on all ranks.
 
-Two collectives of one shape that change places on one rank finish without a word and exchange
-each other's values (gloo, also with TORCH_DISTRIBUTED_DEBUG=DETAIL). So every call of
+If one rank swaps two collectives of the same shape, they finish without an error and exchange each
+other's values (gloo, also with TORCH_DISTRIBUTED_DEBUG=DETAIL). So every call of
 `torch.distributed` on the whole group is added to a hash: operation, shape, type, and the line
-that called it. About 4 µs a call. DDP's own reductions, which are made in C++, are not seen; their
-order follows from the model, which is compared before training.
+that called it. This costs about 4 µs a call. DDP's own reductions happen in C++ and are not
+included; their order follows from the model, which is compared before training.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ _WATCHED = (
     "scatter_object_list",
 )
 _KEPT = 256
-"""How many of the last calls are kept in words, to name the first that differs."""
+"""The number of last calls that are kept as text, to name the first that differs."""
 
 _TORCH = f"{Path(torch.__file__).parent}/"
 _LIBRARIES = f"{Path(torch.__file__).parents[1]}/"
-"""Where packages are installed: what Lightning calls by itself is not the task's."""
+"""The folder of installed packages: collectives that Lightning calls are not the task's."""
 _PACKAGE = f"{Path(__file__).resolve().parents[2]}/"
 
 Call = Callable[[], Any]
@@ -59,21 +59,24 @@ FaultHook = Callable[[bool, Call], Any]
 
 
 class Chain:
+    """The chain hash of one process's collectives, with the last calls as text."""
+
     def __init__(self) -> None:
         self.value = 0
         self.count = 0
         self.tail: deque[str] = deque(maxlen=_KEPT)
         self.ring: Ring | None = None
-        """Where the verdict finds the last calls."""
+        """The file in which the verdict finds the last calls."""
         self._written = 0
         self.offline = False
-        """Whether this process computes something by itself that the others do not."""
+        """Whether this process computes something alone, without the other ranks."""
         self.fault_hook: FaultHook | None = None
-        """Makes faults on purpose: is given whether the task made the call, and the call."""
+        """A function that injects faults. Its arguments: whether the task made the call, and the
+        call."""
         self._inside = threading.local()
 
     def reset(self) -> None:
-        """Begin anew; at a point that all ranks reach together."""
+        """Start the hash again. All ranks must call it at the same point."""
         self.value, self.count = 0, 0
         self.tail.clear()
 
@@ -96,7 +99,7 @@ class Chain:
             self._inside.yes = before
 
     def call(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a collective, and add it unless it is part of another or of a smaller group."""
+        """Run a collective. It is added unless it is part of another or on a smaller group."""
         if self.offline:
             return _stand_in(name, kwargs)
         if getattr(self._inside, "yes", False) or not _is_world(args, kwargs):
@@ -107,23 +110,23 @@ class Chain:
             with self.apart():
                 return function(*args, **kwargs)
 
-        site, users = _caller(sys._getframe(2))
-        return run() if self.fault_hook is None else self.fault_hook(users, run)
+        site, of_task = _caller(sys._getframe(2))
+        return run() if self.fault_hook is None else self.fault_hook(of_task, run)
 
 
 class AloneError(Exception):
-    """A computation that needs the other ranks was tried without them."""
+    """Raised when a computation without the other ranks needs them."""
 
 
 CHAIN = Chain()
-"""This process's."""
+"""The chain of this process."""
 
 
 def install(ring: Ring | None = None) -> None:
-    """Begin to watch `torch.distributed`; for good, and before the task is imported.
+    """Begin to watch `torch.distributed`, permanently. Call it before the task is imported.
 
     Args:
-        ring: where to keep the last calls for the verdict.
+        ring: the file that keeps the last calls for the verdict.
     """
     CHAIN.ring = ring
     for name in _WATCHED:
@@ -135,21 +138,21 @@ def install(ring: Ring | None = None) -> None:
 
 
 def first_difference(reference: int, suspect: int) -> str:
-    """The first of the kept calls that two ranks made otherwise; called by all ranks."""
+    """Describe the first of the kept calls that differs on two ranks. All ranks must call it."""
     everyone = collectives.gather_to_all((CHAIN.count, list(CHAIN.tail)))
-    (ours, left), (theirs, right) = everyone[reference], everyone[suspect]
-    begin = max(ours - len(left), theirs - len(right))
-    left, right = left[begin - ours + len(left) :], right[begin - theirs + len(right) :]
+    (expected, left), (found, right) = everyone[reference], everyone[suspect]
+    begin = max(expected - len(left), found - len(right))
+    left, right = left[begin - expected + len(left) :], right[begin - found + len(right) :]
     for number, (one, other) in enumerate(zip(left, right, strict=False), start=begin + 1):
         if one != other:
             return f"number {number} is {other} on rank {suspect} and {one} on rank {reference}"
-    if ours != theirs:
-        return f"{theirs} calls on rank {suspect} and {ours} on rank {reference}"
+    if expected != found:
+        return f"{found} calls on rank {suspect} and {expected} on rank {reference}"
     return f"more than {_KEPT} calls ago"
 
 
 def _stand_in(name: str, kwargs: Any) -> None:
-    """Instead of a collective, where the others do not take part: leaves this rank's own values."""
+    """Replace a collective in which the other ranks take no part: keep this rank's own values."""
     if name not in ("all_reduce", "barrier", "broadcast", "reduce") or kwargs.get("async_op"):
         raise AloneError(name)
 
@@ -180,21 +183,21 @@ def _shape(args: Any, kwargs: Any) -> str:
 
 
 def _caller(frame: FrameType | None) -> tuple[str, bool]:
-    """Which line made a call, as `file.py:12`, and whether it is the task's.
+    """Return the line that made a call, for example `file.py:12`, and whether it is the task's.
 
-    A call of a library's has the line of the task that led to it too, if one did.
+    If a library made the call, the text also has the line of the task that led to it, if any.
     """
     site = ""
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith(_TORCH) and not file.startswith("<"):
-            ours = file.startswith(_PACKAGE)
-            users = not ours and not file.startswith(_LIBRARIES)
+            of_dtrain = file.startswith(_PACKAGE)
+            of_task = not of_dtrain and not file.startswith(_LIBRARIES)
             here = f"{'/'.join(Path(file).parts[-2:])}:{frame.f_lineno}"
-            if users:
+            if of_task:
                 return f"{here}, in {site}" if site else here, True
             site = site or here
-            if ours:
+            if of_dtrain:
                 break
         frame = frame.f_back
     return site or "torch", False

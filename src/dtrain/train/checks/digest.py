@@ -1,9 +1,9 @@
-"""Digests of the bits of tensors: 64 bits that change with any element, its place or its sign.
+"""Digests of the bits of tensors: 64 bits that change with any element, its position or its sign.
 
-On the CPU xxh3, which runs at memory speed (27 ms for 1e8 fp32 elements). On a GPU a sum over
-all elements of the element times a factor that its position decides, in integers modulo 2**64.
-Both see what sums, norms and `torch.hash_tensor` do not: swapped elements and rows, flipped signs,
-NaN payloads.
+On the CPU the digest is xxh3, which runs at memory speed (27 ms for 1e8 fp32 elements). On a GPU
+it is a weighted sum of all elements in integers modulo 2**64; the position of an element decides
+its factor. Both change with swapped elements and rows, flipped signs and NaN payloads. Sums, norms
+and `torch.hash_tensor` do not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 _CHUNK = 1 << 24
-"""Elements at a time on a GPU: the factors take 8 bytes each."""
+"""The number of elements that a GPU processes at a time: each factor takes 8 bytes."""
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -25,13 +25,13 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor, without its graph; all of it where it is not cut."""
+    """Return this rank's part of a tensor, detached; all of it if it is not sharded."""
     here = tensor.detach()
     return here.to_local() if hasattr(here, "to_local") else here
 
 
 def of_each(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """The digest of each tensor: of its bits, not of its shape or type."""
+    """Return the digest of the bits of each tensor, without its shape and type."""
     parts = [local(tensor) for tensor in tensors]
     if all(part.device.type == "cpu" for part in parts):
         return [xxhash.xxh3_64_intdigest(_bytes(part)) for part in parts]
@@ -40,7 +40,7 @@ def of_each(tensors: Iterable[torch.Tensor]) -> list[int]:
 
 
 def of_all(tensors: Sequence[torch.Tensor]) -> int:
-    """One digest of all tensors, in order."""
+    """Return one digest of all tensors, in the given order."""
     parts = [local(tensor) for tensor in tensors]
     digest = xxhash.xxh3_64()
     if all(part.device.type == "cpu" for part in parts):
@@ -53,7 +53,11 @@ def of_all(tensors: Sequence[torch.Tensor]) -> int:
 
 
 def of_leaves(leaves: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Of each tensor or array: its type and shape, its digest; of plain values: type and value."""
+    """Return two texts for each leaf.
+
+    For a tensor or an array they are the type with the shape, and the digest. For any other
+    leaf they are the type and the value.
+    """
     tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
     digests = dict(zip(tensors, of_each(tensors.values()), strict=True))
     for name, leaf in leaves.items():
@@ -68,7 +72,7 @@ def of_leaves(leaves: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def as_integers(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of a tensor, one integer for an element; flat."""
+    """Return the bits of a tensor as a flat tensor with one integer per element."""
     flat = tensor.contiguous().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
@@ -76,18 +80,18 @@ def as_integers(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def weighted_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Two sums over the elements' bits, each weighted by a hash of the position; int64, (2,).
+    """Return two sums over the elements' bits, weighted by a hash of the position; int64, (2,).
 
-    A factor is odd, so any change of one element changes the first sum; two elements that change
-    places do so unless the difference of their factors, a random number, cancels theirs. The
-    second sum has other factors.
+    A factor is odd, so any change of one element changes the first sum. Two swapped elements
+    change it too, unless the difference of their factors, a random number, cancels their own
+    difference. The second sum has other factors.
     """
     bits = as_integers(tensor)
     total = torch.zeros(2, dtype=torch.int64, device=bits.device)
     for start in range(0, len(bits), _CHUNK):
         part = bits[start : start + _CHUNK].long()
-        place = torch.arange(start + 1, start + 1 + len(part), device=bits.device)
-        factor = place * _GOLDEN
+        position = torch.arange(start + 1, start + 1 + len(part), device=bits.device)
+        factor = position * _GOLDEN
         factor = (factor ^ (factor >> 30)) * _MIX
         factor = factor ^ (factor >> 27)
         total[0] += (part * (factor | 1)).sum()

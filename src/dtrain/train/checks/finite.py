@@ -1,11 +1,11 @@
-"""NaN and infinity: whose loss, whose gradient, on which samples; and whether to train on it.
+"""Detection of NaN and infinity: find the loss or gradient and its samples, and apply the policy.
 
-Every step looks at the loss of the global batch and at all gradients: at their norm, which clipping
-computes anyway. A finite loss may have a gradient that is not (sqrt at 0, the norm of zeros, the
-side of `torch.where` that is not taken), in one large tensor and nowhere else.
+Every step checks the loss of the global batch and all gradients, by the norm that clipping computes
+anyway. A finite loss may have a gradient that is not finite (sqrt at 0, the norm of zeros, the
+unused side of `torch.where`). It may be in one large tensor only.
 
-Who it was is found by computing this rank's micro-batches again, alone, before the optimizer has
-seen the gradient. What an update makes of finite gradients is looked at before it is saved.
+To find the source, each rank computes its micro-batches again, alone, before the optimizer uses
+the gradient. The state that an update makes from finite gradients is checked before it is saved.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from dtrain.words import numbered
 logger = logging.getLogger(__name__)
 
 _MAX_ALONE = 256
-"""Samples that are tried one by one."""
+"""The largest number of samples that are computed one by one."""
 
 
 class NonFiniteError(DtrainError):
-    """A loss, a gradient or something that is kept between steps is NaN or infinite.
+    """Raised when a loss, a gradient or state that is kept between steps is NaN or infinite.
 
     Args:
-        message: what is not finite, and of which step.
-        own: whether the cause is on this rank, as far as is known.
+        message: names the value that is not finite, and the step.
+        own: whether the cause is on this rank, as far as it is known.
         code: as for `DtrainError`.
     """
 
@@ -62,7 +62,7 @@ class NonFiniteError(DtrainError):
 
 
 class FiniteGuard:
-    """Decides, before each update, whether its loss and gradients are numbers."""
+    """Decides, before each update, whether its loss and gradients are finite."""
 
     def __init__(
         self,
@@ -87,10 +87,10 @@ class FiniteGuard:
         self.skipped_in_a_row = 0
 
     def begin(self, step: int, epoch: int) -> None:
-        """Before the first forward of a step, counted from 1."""
+        """Begin a step, before its first forward. Steps are counted from 1."""
         self._step = step
         self._search.begin(epoch)
-        if self._policy == "skip":  # a forward of NaN spoils BatchNorm's statistics for good
+        if self._policy == "skip":  # a forward of NaN makes BatchNorm's statistics NaN forever
             named = self._subject.model.named_buffers()
             self._buffers = {name: each.clone() for name, each in named}
 
@@ -98,23 +98,23 @@ class FiniteGuard:
         self._search.losses.append(loss.detach())
 
     def gradients_are_finite(self) -> bool:
-        """Whether those of all ranks are, once they are reduced; called by all ranks."""
+        """Return whether the reduced gradients of all ranks are finite. All ranks must call it."""
         found = self._found(None)
         return not (self._of_any(found) if self._cut else found)
 
     def own_loss(self) -> float:
-        """The sum of this process's losses in this step."""
+        """Return the sum of this process's losses in this step."""
         return float(sum(float(each) for each in self._search.losses))
 
     def accepts(self, loss: float, norm: torch.Tensor | None) -> bool:
-        """Whether to update with the reduced gradients; called by all ranks.
+        """Return whether to update with the reduced gradients. All ranks must call it.
 
         Args:
-            loss: of the whole global batch.
-            norm: of the reduced gradients, where it is known.
+            loss: the loss of the whole global batch.
+            norm: the norm of the reduced gradients, if it is known.
 
         Returns:
-            False to leave out the step, on all ranks.
+            False to skip the step, on all ranks.
 
         Raises:
             NonFiniteError: something is NaN or infinite and the policy is to stop, or too many
@@ -139,10 +139,10 @@ class FiniteGuard:
         return self._skip(error)
 
     def allows_saving(self, step: int) -> bool:
-        """Whether a checkpoint of this moment could be trained on; called by all ranks.
+        """Return whether the state may be saved as a checkpoint. All ranks must call it.
 
         Raises:
-            NonFiniteError: it could not, and the policy is not to warn.
+            NonFiniteError: something in the state is not finite, and the policy is not to warn.
         """
         spoilt = self._kept.found()
         everyone = collectives.gather_to_all(spoilt[:1])
@@ -150,9 +150,9 @@ class FiniteGuard:
             return True
         first = (spoilt or next(filter(None, everyone)))[0]
         error = NonFiniteError(
-            f"after step {step}, {first} is not finite{and_more(spoilt)}, though all losses and "
-            "gradients were: an update or a forward made it so. Nothing of it is saved; the "
-            "checkpoints before it are intact",
+            f"after step {step}, {first} is not finite{and_more(spoilt)}, although all losses and "
+            "gradients were: an update or a forward changed it. No checkpoint is saved; the "
+            "earlier checkpoints are intact",
             own=bool(spoilt),
             code="check.state-not-finite",
         )
@@ -184,7 +184,7 @@ class FiniteGuard:
 
     def _found(self, norm: torch.Tensor | None) -> bool:
         if self._scaled:
-            return False  # the loss scaler's own business
+            return False  # the loss scaler handles it
         if norm is not None:
             return not bool(torch.isfinite(norm))
         gradients = self._subject.tensors(GRADIENTS).values()
@@ -195,11 +195,11 @@ class FiniteGuard:
         culprit = self._search.of_loss()
         if culprit is None:
             return NonFiniteError(f"{what}; this rank's own losses are finite", own=False)
-        spoilt = self._kept.found([PARAMETERS])  # buffers may be so by this forward
+        spoilt = self._kept.found([PARAMETERS])  # this forward may have changed buffers
         if spoilt:
             what += (
-                f" ({spoilt[0]} was not finite before it{and_more(spoilt)}, though all "
-                "gradients were: an earlier update made it so)"
+                f" ({spoilt[0]} was not finite before this step{and_more(spoilt)}, although all "
+                "gradients were: an earlier update changed it)"
             )
         return NonFiniteError(f"{what}: rank {self._ranks.rank}'s{culprit}", own=True)
 
@@ -209,8 +209,8 @@ class FiniteGuard:
         names = [n for n, each in gradients.items() if not all_finite([digest.local(each)])]
         if not names and not self._cut:
             return NonFiniteError(
-                f"the norm of {gradient} is {norm}, though each element of it is finite: it is too "
-                "large to be clipped",
+                f"the norm of {gradient} is {norm}, although each element is finite: the gradient "
+                "is too large to be clipped",
                 own=True,
                 code="check.gradient-too-large",
             )
@@ -218,13 +218,13 @@ class FiniteGuard:
             return NonFiniteError(f"{gradient} is not finite on another rank", own=False)
         what = (
             f"{gradient} is not finite in {len(names)} of {len(self._subject.parameters())} "
-            f"parameters, nearest to the loss {names[-1]}"
+            f"parameters; the one nearest to the loss is {names[-1]}"
         )
         try:
             culprit = self._search.of_gradient()
         except _UnknownSourceError as error:
             return NonFiniteError(
-                f"{what}; which rank it comes from is not known: {error}", own=True
+                f"{what}; the rank that it comes from is not known: {error}", own=True
             )
         if culprit is None:
             return NonFiniteError(f"{what}; this rank's own gradients are finite", own=False)
@@ -233,21 +233,21 @@ class FiniteGuard:
 
 
 class _UnknownSourceError(Exception):
-    """Nobody can tell whose a gradient is; says why."""
+    """Raised with the reason why the rank that a gradient comes from cannot be found."""
 
 
 @dataclass(frozen=True)
 class _Culprit:
-    """A micro-batch of this rank that has a loss or a gradient that is not finite."""
+    """A micro-batch of this rank whose loss or gradient is not finite."""
 
     number: int
     num_micro_batches: int
     samples: list[int]
-    """Empty where they are not known."""
+    """The ids of its samples; empty if they are not known."""
     parameter: str | None
-    """The one whose gradient it is; None: the loss is not finite."""
+    """The name of the parameter with the gradient. None means that the loss is not finite."""
     alone: list[int]
-    """Samples that give it without the others; empty where that is not known."""
+    """The samples that lead to it without the others; empty if they are not known."""
 
     def __str__(self) -> str:
         if not self.samples:
@@ -261,7 +261,7 @@ class _Culprit:
 
 
 class _Search:
-    """Finds this rank's part in what is not finite, by computing its micro-batches again, alone."""
+    """Finds this rank's values that are not finite, by computing its micro-batches again, alone."""
 
     def __init__(
         self,
@@ -277,14 +277,14 @@ class _Search:
         self._epoch = 0
         self._ids: list[Ids] = []
         self.losses: list[torch.Tensor] = []
-        """The sum of each micro-batch of this step."""
-        self._why_not = ""
+        """The loss sum of each micro-batch of this step."""
+        self._no_search_reason = ""
         if subject.is_cut():
-            self._why_not = "parameters are cut"
+            self._no_search_reason = "parameters are sharded"
         elif loss is None or feed is None:
-            self._why_not = "this training step is not computed a second time"
+            self._no_search_reason = "this training step is not computed a second time"
         elif not feed.rereadable:
-            self._why_not = "a stream cannot be read again"
+            self._no_search_reason = "a stream cannot be read again"
         if feed is not None:
             feed.watchers.append(lambda fetched: self._ids.append(fetched.samples))
 
@@ -292,23 +292,23 @@ class _Search:
         self._epoch, self._ids, self.losses = epoch, [], []
 
     def of_loss(self) -> _Culprit | None:
-        """The first micro-batch whose loss is not finite."""
+        """Return the first micro-batch whose loss is not finite."""
         losses = enumerate(self.losses)
         bad = next((i for i, each in losses if not math.isfinite(float(each))), None)
         return None if bad is None else self._culprit(bad, None)
 
     def of_gradient(self) -> _Culprit | None:
-        """The first micro-batch whose own gradient is not finite.
+        """Return the first micro-batch whose own gradient is not finite.
 
         Raises:
-            _UnknownSourceError: that cannot be found out.
+            _UnknownSourceError: it cannot be found.
         """
-        if self._why_not:
-            raise _UnknownSourceError(self._why_not)
+        if self._no_search_reason:
+            raise _UnknownSourceError(self._no_search_reason)
         parameters = {n: p for n, p in self._subject.parameters().items() if p.requires_grad}
         try:
             for index, ids in enumerate(self._ids):
-                names = self._spoils(ids, parameters)
+                names = self._non_finite_gradients(ids, parameters)
                 if names:
                     return self._culprit(index, names[-1])
         except AloneError as error:
@@ -316,47 +316,49 @@ class _Search:
         return None
 
     def _culprit(self, index: int, parameter: str | None) -> _Culprit:
-        # a manual step has several losses of one micro-batch
+        # with manual optimization one micro-batch has several losses
         last = len(self._ids) - 1
         ids = self._ids[min(index, last)] if self._ids else np.zeros(0, dtype=np.int64)
-        alone = [] if self._why_not else self._alone(ids, parameter)
+        alone = [] if self._no_search_reason else self._alone(ids, parameter)
         return _Culprit(index + 1, len(self.losses), ids.tolist(), parameter, alone)
 
     def _alone(self, ids: Ids, parameter: str | None) -> list[int]:
-        """The samples whose loss, or gradient, alone is not finite, if they can be tried alone."""
+        """Return the samples whose loss or gradient is not finite when they are computed alone."""
         singles = [ids[position : position + 1] for position in range(min(len(ids), _MAX_ALONE))]
         try:
             if parameter is None:
-                return [int(one[0]) for one in singles if self._loss_spoilt(one)]
+                return [int(one[0]) for one in singles if self._loss_is_not_finite(one)]
             only = {parameter: self._subject.parameters()[parameter]}
-            return [int(one[0]) for one in singles if self._spoils(one, only)]
-        except Exception as error:  # a norm over one sample, say: then nobody knows which it was
-            logger.debug("samples cannot be tried alone: %s", error)
+            return [int(one[0]) for one in singles if self._non_finite_gradients(one, only)]
+        except Exception as error:  # for example a norm over one sample: the sample stays unknown
+            logger.debug("samples cannot be computed alone: %s", error)
             return []
 
-    def _spoils(self, ids: Ids, parameters: dict[str, torch.nn.Parameter]) -> list[str]:
-        """To which parameters these samples bring a gradient that is not finite."""
-        with self._undisturbed():
+    def _non_finite_gradients(
+        self, ids: Ids, parameters: dict[str, torch.nn.Parameter]
+    ) -> list[str]:
+        """Return the parameters for which these samples have a gradient that is not finite."""
+        with self._isolated():
             gradients = torch.autograd.grad(
-                self._again(ids), list(parameters.values()), allow_unused=True
+                self._compute_again(ids), list(parameters.values()), allow_unused=True
             )
         pairs = zip(parameters, gradients, strict=True)
         return [name for name, g in pairs if g is not None and not all_finite([g])]
 
-    def _again(self, ids: Ids) -> torch.Tensor:
+    def _compute_again(self, ids: Ids) -> torch.Tensor:
         assert self._feed is not None
         assert self._loss is not None
         batch = to_device(self._feed.again(self._epoch, ids), self._device)
         total: torch.Tensor = self._loss(batch, len(ids))[0]
         return total
 
-    def _loss_spoilt(self, ids: Ids) -> bool:
-        with self._undisturbed(), torch.no_grad():
-            return not bool(torch.isfinite(self._again(ids)))
+    def _loss_is_not_finite(self, ids: Ids) -> bool:
+        with self._isolated(), torch.no_grad():
+            return not bool(torch.isfinite(self._compute_again(ids)))
 
     @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Leave random numbers and buffers as they were, and the other ranks alone."""
+    def _isolated(self) -> Iterator[None]:
+        """Restore random states and buffers afterwards, and use no collectives."""
         random = RandomState.capture()
         buffers = {name: each.clone() for name, each in self._subject.model.named_buffers()}
         try:

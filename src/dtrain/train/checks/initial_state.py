@@ -1,6 +1,7 @@
-"""Comparisons before the first step, before anything overwrites what differs.
+"""Comparisons before the first step, before anything overwrites a difference.
 
-DDP's constructor compares shapes, then gives every rank the first one's values without a word.
+DDP's constructor compares shapes. Then it copies the first rank's values to every rank, without a
+warning.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ def compare_model(model: torch.nn.Module, *, broadcast: bool) -> None:
     """Make sure that all ranks start from the same model.
 
     Args:
-        model: as the task built it, on its device, not yet cut or wrapped.
-        broadcast: take the first rank's values where others differ, and say so.
+        model: the model as the task built it, on its device, not yet sharded or wrapped.
+        broadcast: if values differ, log a warning and use the first rank's values.
 
     Raises:
-        ReplicaError: names, shapes, types, their order or requires_grad differ; or values do.
+        ReplicaError: names, shapes, types, their order or requires_grad differ. Without
+            `broadcast`, also if values differ.
     """
     tensors = _state(model)
     _agree(
@@ -68,26 +70,26 @@ def compare_model(model: torch.nn.Module, *, broadcast: bool) -> None:
     suspect = ballot.others[0]
     names = [
         name
-        for name, ours, theirs in zip(
+        for name, expected, found in zip(
             tensors, everyone[ballot.reference], everyone[suspect], strict=True
         )
-        if ours != theirs
+        if expected != found
     ]
     where = element_difference(names[0], tensors[names[0]], ballot.reference, suspect)
     more = f", and in {len(names) - 1} more tensors" if len(names) > 1 else ""
     text = (
-        "model() gave different initial values on the ranks, though all were seeded alike:\n"
+        "model() made different initial values on the ranks, although all had the same seed:\n"
         f"{where}{more}"
     )
     if not broadcast:
         hint = "build the model from torch's, NumPy's or Python's generators, not from the rank, "
         raise ReplicaError(
-            f"{text}\n{hint}or write checks.init: broadcast to take rank 0's values",
+            f"{text}\n{hint}or set checks.init: broadcast to use rank 0's values",
             ballot.culprits,
             dist.get_rank(),
             code="check.initial-values-differ",
         )
-    logger.warning("%s; rank 0's are used everywhere", text)
+    logger.warning("%s; all ranks use the values of rank 0", text)
     for tensor in tensors.values():
         dist.broadcast(tensor.detach(), src=0)
 
@@ -117,13 +119,13 @@ def _agree(problem: str, mine: Mapping[str, Any], *, code: str) -> None:
         return
     everyone = collectives.gather_to_all(dict(mine))
     ballot = vote([repr(list(theirs.items())) for theirs in everyone])
-    ours = everyone[ballot.reference]
-    for rank, theirs in enumerate(everyone):
-        for key in {**ours, **theirs}:
-            if ours.get(key) != theirs.get(key):
+    expected = everyone[ballot.reference]
+    for rank, found in enumerate(everyone):
+        for key in {**expected, **found}:
+            if expected.get(key) != found.get(key):
                 raise ReplicaError(
-                    f"{problem}:\n{key} is {theirs.get(key)} on rank {rank} and {ours.get(key)} "
-                    f"on rank {ballot.reference}",
+                    f"{problem}:\n{key} is {found.get(key)} on rank {rank} and "
+                    f"{expected.get(key)} on rank {ballot.reference}",
                     ballot.culprits,
                     dist.get_rank(),
                     code=code,
@@ -131,9 +133,9 @@ def _agree(problem: str, mine: Mapping[str, Any], *, code: str) -> None:
 
 
 def _code(task: Task) -> str:
-    """A digest of the file in which the task's class stands."""
-    written = type(getattr(task, "adapted", task))  # a class of its own is wrapped in ours
-    file = getattr(sys.modules.get(written.__module__), "__file__", None)
+    """Return a digest of the file that defines the task's class."""
+    defined = type(getattr(task, "adapted", task))  # dtrain wraps classes of other frameworks
+    file = getattr(sys.modules.get(defined.__module__), "__file__", None)
     if file is None or not Path(file).is_file():
         return "none"
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]

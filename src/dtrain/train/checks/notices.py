@@ -1,6 +1,6 @@
-"""What is no error, and yet not what one process would do: said once, with what to do.
+"""Warnings about training that differs from that of one process without being an error.
 
-A warning of rank 0 and an event each.
+Each is given once, with a remedy: as a warning on rank 0 and as an event.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from dtrain.words import few, numbered
 logger = logging.getLogger(__name__)
 
 _COPIED = ("ddp", "fsdp")
-"""Strategies that give every rank the first one's buffers after each step."""
+"""The strategies that copy the first rank's buffers to all ranks after each step."""
 
 
-def tell_batch_norm(model: torch.nn.Module, context: TrainContext, events: Events) -> None:
-    """Say that a BatchNorm normalises over a part of the step's samples, where it does."""
+def warn_of_batch_norm(model: torch.nn.Module, context: TrainContext, events: Events) -> None:
+    """Warn if a BatchNorm normalises over only a part of the step's samples."""
     strategy = context.spec.strategy
     replicas = context.local_devices if strategy == "dp" else context.ranks.world_size
     names = perturb.batch_norms(model, training=True)
@@ -37,7 +37,7 @@ def tell_batch_norm(model: torch.nn.Module, context: TrainContext, events: Event
     if not context.ranks.is_rank_zero:
         return
     logger.warning(
-        "BatchNorm (%s) normalises over each %s's own samples, so that the training depends on "
+        "BatchNorm (%s) normalises over each %s's own samples, so the training depends on "
         "their number, %d: %s",
         few(names, 5), "replica" if strategy == "dp" else "process", replicas,
         remedy(strategy, context.device.type, of_keras=perturb.is_of_keras(model)),
@@ -45,7 +45,7 @@ def tell_batch_norm(model: torch.nn.Module, context: TrainContext, events: Event
 
 
 def remedy(strategy: str, device: str, *, of_keras: bool = False) -> str:
-    if of_keras:  # whose `synchronized=True` is for TensorFlow only
+    if of_keras:  # Keras's `synchronized=True` is for TensorFlow only
         return (
             "use a norm over features (LayerNormalization, GroupNormalization), or strategy 'exact'"
         )
@@ -60,9 +60,9 @@ def remedy(strategy: str, device: str, *, of_keras: bool = False) -> str:
 class BufferWrites:
     """Finds buffers that some ranks change in a step, and others do not.
 
-    All ranks are given the first one's buffers after each step, so the others' writes are lost.
-    Where all ranks write, as BatchNorm does, that is known and nothing is said; and nothing is
-    asked of ranks without samples.
+    After each step the first rank's buffers are copied to all ranks, so the writes of the others
+    are lost. If all ranks write, as with BatchNorm, this is expected and not reported. Ranks
+    without samples are ignored.
     """
 
     def __init__(self, model: torch.nn.Module, events: Events, context: TrainContext) -> None:
@@ -70,41 +70,41 @@ class BufferWrites:
         self._events = events
         self._rank = context.ranks.rank
         self._norms = {id(m) for m in model.modules() if isinstance(m, _NormBase)}
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._idle = False
         self._before: dict[str, int] | None = None
         self._written: list[str] = []
         self.needed = context.spec.strategy in _COPIED and bool(self._buffers())
-        """Whether there is anything to look at."""
+        """Whether the model has buffers to check."""
 
     def begin(self, *, idle: bool) -> None:
         self._idle, self._written = idle, []
         self._before = self._digests()
 
     def before_update(self) -> None:
-        """After its last forward, before ranks are given other buffers."""
+        """Record this rank's writes after its last forward, before its buffers are replaced."""
         if self._before is not None:
             now = self._digests()
             self._written = [name for name, each in self._before.items() if now.get(name) != each]
 
     def end(self, step: int) -> None:
-        """After a step, on all ranks; says what was found."""
+        """Report what was found in a step. All ranks must call it."""
         if self._before is None:
             return
         self._before = None
         everyone = collectives.gather_to_all(None if self._idle else self._written)
         active = [rank for rank, written in enumerate(everyone) if written is not None]
         names = {name: None for written in everyone for name in written or ()}
-        alike: dict[tuple[int, ...], list[str]] = {}
+        by_writers: dict[tuple[int, ...], list[str]] = {}
         for name in names:
             writers = tuple(rank for rank in active if name in (everyone[rank] or ()))
-            if len(writers) < len(active) and name not in self._told:
-                alike.setdefault(writers, []).append(name)
-        for writers, found in alike.items():
-            self._told.update(found)
-            self._tell(step, found, writers, [rank for rank in active if rank not in writers])
+            if len(writers) < len(active) and name not in self._reported:
+                by_writers.setdefault(writers, []).append(name)
+        for writers, found in by_writers.items():
+            self._reported.update(found)
+            self._report(step, found, writers, [rank for rank in active if rank not in writers])
 
-    def _tell(
+    def _report(
         self, step: int, names: list[str], writers: Iterable[int], others: Iterable[int]
     ) -> None:
         lost = [rank for rank in writers if rank != 0]
@@ -113,10 +113,10 @@ class BufferWrites:
         )
         if self._rank != 0:
             return
-        end = f"what {numbered('rank', lost)} wrote is lost" if lost else "its write is everybody's"
+        end = f"what {numbered('rank', lost)} wrote is lost" if lost else "all get what it wrote"
         logger.warning(
-            "in step %d %s changed the buffer %s, and %s did not. After each step all ranks are "
-            "given rank 0's buffers: %s. A buffer is to be changed on all ranks alike",
+            "in step %d %s changed the buffer %s, and %s did not. After each step all ranks get "
+            "rank 0's buffers: %s. Change a buffer in the same way on all ranks",
             step, numbered("rank", writers), few(names, 5), numbered("rank", others), end,
         )  # fmt: skip
 
@@ -134,9 +134,9 @@ class BufferWrites:
 
 
 class Unused:
-    """Tells which parameters the first step, and a whole epoch, left without a gradient.
+    """Reports the parameters that the first step, or a whole epoch, left without a gradient.
 
-    Costs nothing once every parameter has had one.
+    It costs nothing once every parameter has had one.
     """
 
     def __init__(
@@ -148,21 +148,21 @@ class Unused:
         self._first = True
 
     def step(self, step: int, *, ends_epoch: bool) -> None:
-        """After a step's backward, while its gradients are there."""
+        """Check the gradients of a step, after its backward and before they are cleared."""
         if not self._waiting or not self._active:
             return
         self._waiting = {n: p for n, p in self._waiting.items() if p.grad is None}
         names = list(self._waiting)
         if names and self._first:
-            self._tell(step, names, "step", "no sample of this step used them")
+            self._report(step, names, "step", "no sample of this step used them")
         if names and ends_epoch:
-            self._tell(
+            self._report(
                 step, names, "epoch", "no sample has used them so far; they stay as they are"
             )
             self._waiting = {}
         self._first = False
 
-    def _tell(self, step: int, names: list[str], over: str, meaning: str) -> None:
+    def _report(self, step: int, names: list[str], over: str, meaning: str) -> None:
         shown = few(names, 8)
         logger.warning("parameters without a gradient after step %d: %s (%s)", step, shown, meaning)
         self._events.write("unused_parameters", step=step, over=over, parameters=names)

@@ -1,10 +1,10 @@
-"""Whether all ranks still hold the same, by a few integers that are compared at once.
+"""The comparison of all ranks' state by a few integers.
 
-Each rank brings one 64-bit word for each kind of thing (gradients, parameters, optimizer state,
-buffers, numbers, collectives, what the task keeps). The largest of all ranks' words and of their
-complements come back from one all-reduce of 112 bytes, whatever the size of the model or of the
-world: a kind is the same everywhere exactly if its largest word is the smallest too. Only when it
-is not, more is exchanged, by `locate`, to find who differs, in which tensor, in which element.
+Each rank computes one 64-bit word for each kind of state (gradients, parameters, optimizer state,
+buffers, numbers, collectives, state of the task). One all-reduce of 112 bytes, for any model and
+world size, returns the largest of all ranks' words and of their complements. A kind is the same on
+all ranks exactly if its largest word is also the smallest. Only if it is not, `locate` exchanges
+more, to find the rank that differs, the tensor and the element.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dtrain.train.checks.train_state import (
 from dtrain.train.vote import Vote, vote
 
 KINDS = (NUMBERS, COLLECTIVES, GRADIENTS, PARAMETERS, MOMENTS, BUFFERS, KEPT)
-"""Causes before their consequences: another rate makes other parameters."""
+"""The kinds in the order of causes and consequences: another rate leads to other parameters."""
 
 _MAX_KINDS = 4
 
@@ -47,22 +47,24 @@ class ReplicaError(BlamedError):
 
 
 class Ledger:
+    """Compares the state of a training between ranks, kind by kind."""
+
     def __init__(self, subject: TrainState) -> None:
         self.subject = subject
         self._cut = subject.is_cut()
 
     def compare(self) -> Mismatch | None:
-        """What differs between the ranks, if anything; called by all of them."""
+        """Return what differs between the ranks, if anything. All ranks must call it."""
         words = self.words()
         kinds = self.differing(words)
         return locate(self.subject, words, kinds) if kinds else None
 
     def words(self) -> list[int]:
-        """This rank's word for each of `KINDS`; 0 for what ranks hold different parts of."""
+        """Return this rank's word for each of `KINDS`; 0 for sharded state."""
         return [self._word(kind) for kind in KINDS]
 
     def differing(self, words: list[int]) -> list[str]:
-        """The kinds that are not the same on all ranks; called by all of them."""
+        """Return the kinds that are not the same on all ranks. All ranks must call it."""
         if not collectives.in_group():
             return []
         mine = np.array(words, dtype=np.uint64)
@@ -89,13 +91,13 @@ class Ledger:
 class Mismatch:
     kinds: tuple[str, ...]
     culprits: tuple[int, ...]
-    """The ranks that differ from the majority; empty when there is no majority."""
+    """The ranks that differ from the majority; empty if there is no majority."""
     text: str
-    """For people; several lines."""
+    """The difference as a text of several lines."""
 
 
 def locate(subject: TrainState, words: list[int], kinds: list[str]) -> Mismatch:
-    """Find who differs, and where: slow, for a mismatch only, and called by all ranks together."""
+    """Find the ranks that differ, and where. It is slow, and all ranks must call it together."""
     everyone = collectives.gather_to_all(words)
     lines = []
     first: Vote | None = None
@@ -119,53 +121,54 @@ def _difference(subject: TrainState, kind: str, ballot: Vote) -> str:
 
 
 _COUNT_STEPS = (
-    "\nwhat a task keeps is to be the same on all ranks: change it once a step (in on_step of a "
-    "dtrain.Callback), since ranks call loss() on samples of their own, and not equally often"
+    "\nthe state of a task must be the same on all ranks: change it once a step (in on_step of a "
+    "dtrain.Callback). Ranks call loss() on different samples, and not equally often"
 )
 
 
 def _leaf(leaves: Mapping[str, Any], what: str, reference: int, suspect: int) -> str:
-    """The first that differs, with both values, and how many more."""
+    """Describe the first leaf that differs, with both values, and the number of others."""
     everyone = collectives.gather_to_all(digest.of_leaves(leaves))
-    ours, theirs = everyone[reference], everyone[suspect]
-    lacking = [*(ours.keys() - theirs.keys()), *(theirs.keys() - ours.keys())]
-    if lacking:
-        name = min(lacking)
-        has, lacks = (reference, suspect) if name in ours else (suspect, reference)
-        return f"{name} is there on rank {has} and not on rank {lacks}"
-    names = [name for name in ours if ours[name] != theirs[name]]
+    expected, found = everyone[reference], everyone[suspect]
+    missing = [*(expected.keys() - found.keys()), *(found.keys() - expected.keys())]
+    if missing:
+        name = min(missing)
+        has, lacks = (reference, suspect) if name in expected else (suspect, reference)
+        return f"{name} exists on rank {has} and not on rank {lacks}"
+    names = [name for name in expected if expected[name] != found[name]]
     if not names:
-        return "the same by now"
+        return "the ranks are the same again"
     name = names[0]
     more = f", and in {len(names) - 1} more {what}" if len(names) > 1 else ""
     kinds = {each[name][0] if name in each else None for each in everyone}
     if len(kinds) == 1 and isinstance(leaves[name], torch.Tensor):
         return element_difference(name, leaves[name], reference, suspect) + more
-    return _values(name, theirs[name], suspect, ours[name], reference) + more
+    return _values(name, found[name], suspect, expected[name], reference) + more
 
 
 def _values(
-    name: str, theirs: tuple[str, str], suspect: int, ours: tuple[str, str], reference: int
+    name: str, found: tuple[str, str], suspect: int, expected: tuple[str, str], reference: int
 ) -> str:
-    """Two values, or the types of them where those differ."""
-    part = 1 if theirs[0] == ours[0] else 0
-    return f"{name} is {theirs[part]} on rank {suspect} and {ours[part]} on rank {reference}"
+    """Describe two values, or their types if these differ."""
+    part = 1 if found[0] == expected[0] else 0
+    return f"{name} is {found[part]} on rank {suspect} and {expected[part]} on rank {reference}"
 
 
 def _numbers(subject: TrainState, reference: int, suspect: int) -> str:
     everyone = collectives.gather_to_all(subject.counters())
-    ours, theirs = everyone[reference], everyone[suspect]
-    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    expected, found = everyone[reference], everyone[suspect]
+    values = {name: (found.get(name), expected.get(name)) for name in {**expected, **found}}
     return "; ".join(
-        f"{name} is {theirs.get(name)} on rank {suspect} and {ours.get(name)} on rank {reference}"
-        for name in names
+        f"{name} is {here} on rank {suspect} and {there} on rank {reference}"
+        for name, (here, there) in values.items()
+        if here != there
     )
 
 
 def element_difference(name: str, tensor: torch.Tensor, reference: int, suspect: int) -> str:
-    """The first element of a tensor that differs between two ranks, with both values.
+    """Describe the first element of a tensor that differs between two ranks, with both values.
 
-    Called by all ranks.
+    All ranks must call it.
     """
     mine = digest.local(tensor).contiguous()
     other = mine.clone()
@@ -179,18 +182,18 @@ def element_difference(name: str, tensor: torch.Tensor, reference: int, suspect:
 def _first_element(
     name: str, mine: torch.Tensor, other: torch.Tensor, reference: int, suspect: int
 ) -> str:
-    places = (digest.as_integers(mine) != digest.as_integers(other)).nonzero().flatten()
-    first = int(places[0])
+    positions = (digest.as_integers(mine) != digest.as_integers(other)).nonzero().flatten()
+    first = int(positions[0])
     index = [int(i) for i in torch.unravel_index(torch.tensor(first), mine.shape)]
     here, there = mine.reshape(-1)[first], other.reshape(-1)[first]
     left, right = _shown(here), _shown(there)
-    if left == right:  # NaNs of other bits, say
+    if left == right:  # for example NaNs with other bits
         left += f" (bits {int(digest.as_integers(here)):#x})"
         right += f" (bits {int(digest.as_integers(there)):#x})"
-    place = f"{name}{index}" if index else name
+    element = f"{name}{index}" if index else name
     return (
-        f"{place} is {left} on rank {suspect} and {right} on rank {reference} "
-        f"({len(places):,} of {mine.numel():,} elements)"
+        f"{element} is {left} on rank {suspect} and {right} on rank {reference} "
+        f"({len(positions):,} of {mine.numel():,} elements)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Whether tensors are numbers, and what of a training's state no longer is."""
+"""Search for tensors of a training's state that are no longer finite."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _KINDS = (PARAMETERS, MOMENTS, BUFFERS)
 
 
 class Spoilt:
-    """What of parameters, optimizer state and buffers was finite and is not any more.
+    """Finds parameters, optimizer state and buffers that were finite and no longer are.
 
-    Finite gradients are no proof: Adam's squares overflow, a rate may be too large, and a forward
-    whose loss is finite may write NaN into a buffer. What is not finite when this is made, as a
-    mask of -inf, is meant so.
+    Finite gradients do not prove this: Adam's squares overflow, a learning rate may be too large,
+    and a forward whose loss is finite may write NaN into a buffer. A tensor that is not finite
+    when this object is made, for example a mask of -inf, is intended.
     """
 
     def __init__(self, subject: TrainState) -> None:
         self._subject = subject
-        self._meant = set(self._not_finite(_KINDS))
+        self._intended = set(self._not_finite(_KINDS))
 
     def found(self, kinds: Iterable[str] = _KINDS) -> list[str]:
         found = self._not_finite(kinds)
-        return [f"{kind} {name}" for kind, name in found if (kind, name) not in self._meant]
+        return [f"{kind} {name}" for kind, name in found if (kind, name) not in self._intended]
 
     def _not_finite(self, kinds: Iterable[str]) -> list[tuple[str, str]]:
         found = []
@@ -40,15 +40,15 @@ class Spoilt:
 
 
 def and_more(found: list[str]) -> str:
-    """How many there are besides the first, in words."""
+    """Return a text with the number of entries after the first; empty if there are none."""
     return f", nor {len(found) - 1} more" if len(found) > 1 else ""
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether all elements are numbers.
+    """Return whether all elements are finite.
 
-    The 2-norm is NaN or infinite if any element is, and takes a tenth of the time of `isfinite`; it
-    overflows too, so it only acquits.
+    The 2-norm is NaN or infinite if any element is, and takes a tenth of the time of `isfinite`.
+    It can also overflow, so only a finite norm is a proof.
     """
     dense = [each._values() if each.is_sparse else each for each in tensors]
     dense = [each for each in dense if each.numel()]
@@ -63,7 +63,7 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
 
 
 def _has_nan(tensor: torch.Tensor) -> bool:
-    """Whether elements may be NaN, and have a norm, which those of 8 bits do not."""
+    """Return whether elements may be NaN and have a norm; types of 8 bits have none."""
     dtype = tensor.dtype
     may = dtype.itemsize > 1 and bool(dtype.is_floating_point or dtype.is_complex)
     return may and not torch.nn.parameter.is_lazy(tensor)

@@ -1,4 +1,4 @@
-"""What of a training is compared between ranks, by name."""
+"""The state of a training that is compared between ranks, by name."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ KEPT = "task state"
 
 @dataclass
 class TrainState:
-    """A model and what trains it.
+    """A model and the objects that train it.
 
-    Names are the model's; the tensors are looked up anew each time, since gradients and
-    optimizer state come and go.
+    Names are the model's. The tensors are looked up each time, because gradients and optimizer
+    state are created and freed during the training.
     """
 
     model: torch.nn.Module
@@ -34,11 +34,12 @@ class TrainState:
     schedulers: Sequence[Any] = ()
     scaler: torch.amp.GradScaler | None = None
     numbers: Callable[[], Mapping[str, Any]] = field(default=dict)
-    """Further numbers that are the same on all ranks, as the position in the data."""
+    """Returns other numbers that must be the same on all ranks, for example the data position."""
     kept: Callable[[], Mapping[str, Any]] = field(default=dict)
-    """Tensors and plain values that the task keeps, by name."""
+    """Returns the tensors and plain values that the task keeps, by name."""
     hear_updates: Callable[[Callable[[], None]], None] | None = None
-    """Takes what is to be called before each update; None: before each optimizer's `step`."""
+    """Registers a function to call before each update. None means before each optimizer's
+    `step`."""
 
     def tensors(self, kind: str) -> Named:
         find: dict[str, Callable[[], Named]] = {
@@ -53,7 +54,7 @@ class TrainState:
         self._parameters = plain_parameters(self.model)
 
     def before_updates(self, call: Callable[[], None]) -> None:
-        """Have something called whenever gradients are about to be used."""
+        """Register a function that is called before gradients are used."""
         if self.hear_updates is not None:
             self.hear_updates(call)
             return
@@ -64,18 +65,18 @@ class TrainState:
         return self._parameters
 
     def is_cut(self) -> bool:
-        """Whether ranks hold parts of the parameters."""
+        """Return whether the parameters are sharded."""
         return any(hasattr(each, "to_local") for each in self.model.parameters())
 
     def counters(self) -> dict[str, Any]:
-        """Every number that all ranks should have alike."""
+        """Return every number that must be the same on all ranks."""
         counters: dict[str, Any] = {}
         for number, optimizer in enumerate(self.optimizers):
             for index, group in enumerate(optimizer.param_groups):
-                place = f"lr of group {index}" if index else "lr"
-                counters[_of(place, number)] = float(group["lr"])
+                rate = f"lr of group {index}" if index else "lr"
+                counters[_numbered(rate, number)] = float(group["lr"])
         for number, scheduler in enumerate(self.schedulers):
-            counters[_of("scheduler step", number)] = getattr(scheduler, "last_epoch", None)
+            counters[_numbered("scheduler step", number)] = getattr(scheduler, "last_epoch", None)
         if self.scaler is not None:
             counters["loss scale"] = self.scaler.get_scale()
         return {**counters, **self.numbers()}
@@ -87,7 +88,7 @@ class TrainState:
 
     def _moments(self) -> Named:
         return {
-            _of(f"{name}.{key}", number): value
+            _numbered(f"{name}.{key}", number): value
             for number, optimizer in enumerate(self.optimizers)
             for name, each in self.parameters().items()
             if each in optimizer.state
@@ -99,6 +100,6 @@ class TrainState:
         return {plain_name(name): each for name, each in self.model.named_buffers()}
 
 
-def _of(name: str, number: int) -> str:
-    """A name that says of which optimizer, or scheduler, where it is not the first."""
+def _numbered(name: str, number: int) -> str:
+    """Return a name with the number of the optimizer or scheduler; without it for the first."""
     return f"{name} ({number})" if number else name

@@ -1,10 +1,10 @@
-"""What must not change between two moments of one process: its digest then and now.
+"""Detection of changes in tensors that must stay constant between two moments of one process.
 
-For what no other rank holds a copy of (parts of parameters under `fsdp`, the one copy of `dp`),
-and for buffers, which strategies give to all ranks from the first. Covers the step after a
-comparison, and nothing in other steps: parameters and moments from its beginning to its update,
-buffers from the end of the step before to its first forward. Callbacks, which may change all of
-them, have been told of the step before by then.
+It compares digests of two moments. It is for tensors of which no other rank has a copy: sharded
+parameters under `fsdp`, and the only copy of `dp`. It is also for buffers, which strategies copy
+from the first rank to all ranks. Only the step after a comparison is covered. Parameters and
+moments are covered from its beginning to its update, and buffers from the end of the previous step
+to its first forward. Callbacks may change all of them; those of the previous step have run by then.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from dtrain.words import few
 
 
 class UnexpectedChangeDetector:
+    """Keeps digests of the training's state, and finds what has changed since."""
+
     def __init__(self, subject: TrainState, kinds: tuple[str, ...]) -> None:
         self._subject = subject
         self._kinds = kinds
         self._before: dict[str, dict[str, int]] = {}
 
     def begin(self) -> None:
+        """Keep the digests of this moment."""
         self._before = {kind: self._digests(kind) for kind in self._kinds}
 
-    def look(self) -> list[str]:
-        """What has changed since, in words; ends the watch."""
+    def end(self) -> list[str]:
+        """Return texts that name what has changed since `begin`, and forget the digests."""
         before, self._before = self._before, {}
         found = []
         for kind, digests in before.items():

@@ -1,7 +1,7 @@
-"""Which sample, when, on which rank; and how it gets there.
+"""The data of a training: the order of samples, their placement on ranks, and their loading.
 
-For data sets: `sample_rng` and `sample_seed` give random numbers that belong to the sample being
-read, the same on any number of processes.
+For data sets: `sample_rng` and `sample_seed` return random numbers that belong to the sample being
+read. They are the same for any number of processes.
 """
 
 from dtrain.train.data.augmentation import sample_rng, sample_seed

@@ -1,13 +1,13 @@
 """Random numbers that belong to a sample: a function of (seed, epoch, sample) and nothing else.
 
-Augmentation must not depend on which process reads a sample, nor on what was read before it, or a
-resume and another world size would train on other pixels. So before `dataset[i]` is called, the
-global generators of Python, NumPy and torch are seeded with the sample's own words, and those of
-the training are put back after the batch. Ordinary transforms need no change.
+Augmentation must not depend on the process that reads a sample or on the samples read before it.
+Otherwise a resume and another world size would train on other pixels. So before `dataset[i]` is
+called, the global generators of Python, NumPy and torch are seeded with the sample's own words.
+After the batch their states of the training are restored. Ordinary transforms need no change.
 
 Seeding all three costs 10 µs a sample (Python 5.6, NumPy 2.6, torch 1.4). Only generators that the
-data set draws from are seeded: the first batch tells which. One that begins to draw later is
-noticed at the end of its batch, which is then undone and read again.
+data set draws from are seeded; they are found in the first batch. If a data set begins to draw from
+another one later, this is detected at the end of the batch, which is then undone and read again.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from dtrain.train.data.unlike import note_samples
 from dtrain.words import numbered
 
 AUGMENTATION_VERSION = 1
-"""Of the map (seed, epoch, sample) → words."""
+"""The version of the map (seed, epoch, sample) → words."""
 
 
 def sample_words(purpose: str, seed: int, epoch: int, samples: Ids) -> Words:
-    """64 random bits for each sample; shape as `samples`."""
+    """Return 64 random bits for each sample, in the shape of `samples`."""
     round_keys = keys(2, "dtrain", purpose, AUGMENTATION_VERSION, seed, epoch)
     return mix_all(samples.astype(np.uint64), round_keys)
 
 
 def seed_for(purpose: str, seed: int, epoch: int, position: int) -> None:
-    """Seed all global generators of this process for what is read at a position; 15 µs."""
+    """Seed all global generators of this process for the sample at a position; it takes 15 µs."""
     (word,) = sample_words(purpose, seed, epoch, np.array([position])).tolist()
     _seed(global_generators(), word, None)
 
 
 class Now:
-    """What is being read in this process; set by whoever reads."""
+    """The sample that this process is reading; the code that reads sets it."""
 
     key: tuple[int, int] | None = None
-    """(seed, epoch); None outside a fetch."""
+    """The seed and the epoch; None outside a fetch."""
     sample: int | None = None
-    """None while a data set's `__getitems__` reads several."""
+    """The id of the sample; None while a data set's `__getitems__` reads several."""
 
 
 def sample_seed(sample: int | None = None) -> int:
-    """A 63-bit seed that belongs to the sample being read: for generators of your own.
+    """Return a 63-bit seed that belongs to the sample being read, for your own generators.
 
     Args:
-        sample: needed only in `__getitems__`, which reads several at once.
+        sample: the id of the sample. It is needed only in `__getitems__`, which reads several.
 
     Returns:
-        The same number whenever this sample is read in this epoch; outside a training, a new one
-        each time.
+        The same number whenever this sample is read in this epoch. Outside a training it is a new
+        number each time.
     """
     if Now.key is None:
         return int(np.random.SeedSequence().generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -75,7 +75,7 @@ def sample_seed(sample: int | None = None) -> int:
 
 
 def sample_rng(sample: int | None = None) -> np.random.Generator:
-    """NumPy's generator for the sample being read, from `sample_seed`; about 20 µs."""
+    """Return a NumPy generator for the sample being read, from `sample_seed`; about 20 µs."""
     return np.random.default_rng(sample_seed(sample))
 
 
@@ -83,9 +83,9 @@ class Augmentation:
     """Reads batches so that every sample has its own random numbers.
 
     Args:
-        read: `dataset[i]`.
-        read_several: the same for a list of ids, where that is quicker; for batches without
-            random numbers.
+        read: returns `dataset[i]`.
+        read_several: returns the samples of a list of ids, if the data set can do that faster.
+            It is for batches without random numbers.
         collate: makes a batch of the samples.
         seed: the job's seed.
     """
@@ -115,7 +115,7 @@ class Augmentation:
             Now.key = None
 
     def sample(self, epoch: int, sample: int) -> Any:
-        """One sample alone, as it would be in a batch; whatever was drawn, it is put back."""
+        """Return one sample as it would be in a batch, and restore the generators."""
         generators = global_generators()
         outer = [generator.capture() for generator in generators]
         (word,) = sample_words("sample", self._seed, epoch, np.array([sample])).tolist()
@@ -129,18 +129,18 @@ class Augmentation:
                 generator.restore(state)
 
     def _first(self, epoch: int, samples: Ids) -> Any:
-        """Seed all generators, and see which are used."""
+        """Seed all generators, and find out which are used."""
         everything = global_generators()
-        if self._read_several is not None:  # it cannot be seeded for one sample after the other
+        if self._read_several is not None:  # it cannot be seeded for each sample
             self._drawn, self._quiet = [], everything
             return self._watched(epoch, samples)
-        spy = _Spy(everything)
-        batch = self._seeded(everything, epoch, samples, spy)
-        self._drawn, self._quiet = spy.verdict()
+        detector = _UseDetector(everything)
+        batch = self._seeded(everything, epoch, samples, detector)
+        self._drawn, self._quiet = detector.used_and_unused()
         return batch
 
     def _watched(self, epoch: int, samples: Ids) -> Any:
-        """Seed the generators that are used, and make sure that the others are not."""
+        """Seed the generators that are used, and make sure that the others are not used."""
         assert self._drawn is not None
         before = [generator.mark() for generator in self._quiet]
         if self._drawn:
@@ -180,7 +180,7 @@ class Augmentation:
     def _one_by_one(
         self, ids: list[int], prepare: Callable[[int], None] | None = None
     ) -> list[Any]:
-        """Samples in order; `prepare` is called with the index of each before it is read."""
+        """Read samples one by one; `prepare` is called with the index of each before the read."""
         rows = []
         try:
             for index, sample in enumerate(ids):
@@ -188,25 +188,29 @@ class Augmentation:
                 if prepare is not None:
                     prepare(index)
                 rows.append(self._read_one(sample))
-        except BaseException as error:  # a loader process may be told to sys.exit(), too
+        except BaseException as error:  # a data set may also call sys.exit() in a loader process
             error.add_note(f"it was reading sample {Now.sample}")
             raise
         return rows
 
     def _seeded(
-        self, generators: list[Generator], epoch: int, samples: Ids, spy: _Spy | None = None
+        self,
+        generators: list[Generator],
+        epoch: int,
+        samples: Ids,
+        detector: _UseDetector | None = None,
     ) -> Any:
-        # nothing else uses the generators of a loader process; here it saves 5 to 200 µs a batch
-        ours = get_worker_info() is None
-        outer = [generator.capture() for generator in generators] if ours else []
+        # nothing else uses the generators of a loader process; this saves 5 to 200 µs a batch
+        in_rank = get_worker_info() is None
+        outer = [generator.capture() for generator in generators] if in_rank else []
         words = sample_words("sample", self._seed, epoch, samples).tolist()
-        rows = self._one_by_one(samples.tolist(), lambda k: _seed(generators, words[k], spy))
-        # what collate draws can only belong to a micro-batch, here named by its first sample
+        rows = self._one_by_one(samples.tolist(), lambda k: _seed(generators, words[k], detector))
+        # random numbers in collate belong to a micro-batch, identified by its first sample
         (word,) = sample_words("collate", self._seed, epoch, samples[:1]).tolist()
-        _seed(generators, word, spy)
+        _seed(generators, word, detector)
         batch = self._collated(rows, samples)
-        if spy is not None:
-            spy.look()
+        if detector is not None:
+            detector.record_used()
         for generator, state in zip(generators, outer, strict=False):
             generator.restore(state)
         return batch
@@ -221,8 +225,8 @@ class Augmentation:
             raise
 
 
-class _Spy:
-    """Finds out which generators are drawn from between one seeding and the next."""
+class _UseDetector:
+    """Finds the generators that are drawn from between two seedings."""
 
     def __init__(self, generators: list[Generator]) -> None:
         self._generators = generators
@@ -232,20 +236,20 @@ class _Spy:
     def begin(self) -> None:
         self._marks = [generator.mark() for generator in self._generators]
 
-    def look(self) -> None:
+    def record_used(self) -> None:
         for index, mark in enumerate(self._marks):
             if self._generators[index].mark() != mark:
                 self._used.add(index)
 
-    def verdict(self) -> tuple[list[Generator], list[Generator]]:
+    def used_and_unused(self) -> tuple[list[Generator], list[Generator]]:
         pairs = [(index in self._used, each) for index, each in enumerate(self._generators)]
         return [g for used, g in pairs if used], [g for used, g in pairs if not used]
 
 
-def _seed(generators: list[Generator], word: int, spy: _Spy | None) -> None:
-    if spy is not None:
-        spy.look()
+def _seed(generators: list[Generator], word: int, detector: _UseDetector | None) -> None:
+    if detector is not None:
+        detector.record_used()
     for generator in generators:
         generator.seed(word)
-    if spy is not None:
-        spy.begin()
+    if detector is not None:
+        detector.begin()

@@ -1,9 +1,9 @@
 """Keyed sums of sample ids: equal for equal multisets, in any order and any split over ranks.
 
-Each id becomes two 64-bit words by keyed mixing, and the words of all ids are added up modulo
-2**64, together with their number. A multiset hash in the manner of Clarke et al., "Incremental
-Multiset Hash Functions and Their Application to Memory Integrity Checking", 2003 (MSet-Add-Hash);
-against accidents, not adversaries: two different multisets agree with a chance of 2**-128.
+Keyed mixing turns each id into two 64-bit words. The words of all ids are added up modulo 2**64,
+together with the number of ids. This is a multiset hash after Clarke et al., "Incremental Multiset
+Hash Functions and Their Application to Memory Integrity Checking", 2003 (MSet-Add-Hash). It detects
+accidents, not attacks: two different multisets have equal sums with a probability of 2**-128.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dtrain.train.data.hashing import Words, keys, mix_all
 from dtrain.train.data.permutation import Ids
 
 _CHUNK = 1 << 14
-"""Ids hashed at a time: temporaries stay in the cache."""
+"""The number of ids hashed at a time, so that temporaries stay in the cache."""
 
 NOTHING = np.zeros(3, dtype=np.uint64)
 """The sum of no ids."""
@@ -22,13 +22,13 @@ NOTHING.flags.writeable = False
 
 
 class KeyedSums:
-    """Sums of the ids of one epoch, as (first word, second word, number of ids)."""
+    """Computes sums of the ids of one epoch: (first word, second word, number of ids)."""
 
     def __init__(self, seed: int, epoch: int) -> None:
         self._keys = keys(4, "dtrain exactly once", seed, epoch)
 
     def words(self, ids: Ids) -> Words:
-        """The two words of each id; shape (2, len(ids)). Some 15 ns an id."""
+        """Return the two words of each id; shape (2, len(ids)). It takes about 15 ns an id."""
         plain = ids.astype(np.uint64)
         return np.stack([mix_all(plain, self._keys[:2]), mix_all(plain, self._keys[2:])])
 
@@ -41,7 +41,7 @@ class KeyedSums:
         return total
 
     def totals(self, parts: list[Ids]) -> Words:
-        """The sum of each of several arrays, none of them empty; shape (len(parts), 3)."""
+        """Return the sum of each of several arrays, which must not be empty; (len(parts), 3)."""
         lengths = np.array([len(part) for part in parts])
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         words = np.add.reduceat(self.words(np.concatenate(parts)), starts, axis=1)
@@ -49,10 +49,10 @@ class KeyedSums:
 
 
 class Tally:
-    """One rank's sums, kept apart by ranges of steps, at most 64.
+    """One rank's sums, one for each of at most 64 ranges of steps.
 
-    Ranges begin as single steps; whenever there would be more than 64 of them, they are joined
-    in pairs. So a fault is found within 1/32 of the steps since the last check.
+    A range begins as a single step. Whenever there would be more than 64 ranges, they are joined
+    in pairs. So a fault is located within 1/32 of the steps since the last check.
     """
 
     MAX_RANGES = 64
@@ -62,7 +62,7 @@ class Tally:
         self._sums = sums
         self.first_step = first_step
         self.width = 1
-        """Steps in a range."""
+        """The number of steps in a range."""
         self.last_step = first_step - 1
         self._table = np.zeros((self.MAX_RANGES, 3), dtype=np.uint64)
         self._parts: list[Ids] = []
@@ -70,13 +70,13 @@ class Tally:
         self._num_waiting = 0
 
     def begin(self, step: int) -> None:
-        """What is added from here on belongs to this step; steps come in order."""
+        """Begin a step: later ids belong to it. Steps must be ascending."""
         self.last_step = step
 
     def add(self, ids: Ids) -> None:
         """Count the ids of a micro-batch.
 
-        Costs 0.3 µs; the hashing waits for 4,096 ids, where it costs 20 ns an id.
+        It costs 0.3 µs. The ids are hashed 4,096 at a time, which costs 20 ns an id.
         """
         if len(ids) == 0:
             return

@@ -1,8 +1,8 @@
-"""What a sample holds: a digest of it, and the first place in which two samples differ.
+"""The content of samples: a digest, and the first difference between two samples.
 
-A sample is walked down to its leaves: tensors, arrays, numbers, text. What cannot be read, such as
-an open file, counts by the name of its class, never by its address, so that equal samples have
-equal digests in every process.
+A sample is read down to its leaves: tensors, arrays, numbers, text. An object that cannot be read,
+for example an open file, counts by the name of its class, never by its address. So equal samples
+have equal digests in every process.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import xxhash
 from dtrain.train.packed import exchanged
 
 _MAX_DEPTH = 16
-"""Containers in one another; deeper ones, and those that hold themselves, count by their class."""
+"""The depth of nested containers that are read; deeper ones, and those that contain themselves,
+count by the name of their class."""
 
 _MAX_LEAVES = 100_000
-"""Of a sample that are looked at. Objects that lead to one another can be reached in more ways than
-a lifetime has seconds."""
+"""The number of leaves of a sample that are read. Objects that refer to each other can be reached
+in too many ways to follow them all."""
 
 _NUMBERS = frozenset({int, float, bool})
 _PLAIN = (bool, int, float, complex, str, bytes, bytearray, type(None))
@@ -34,7 +35,7 @@ _TENSORS = (torch.Tensor, np.ndarray)
 _SEQUENCES = (list, tuple, deque)
 _SETS = (set, frozenset)
 _BYTES = (bytes, bytearray)
-# as tuples made once: a union made for each call takes a third of the time of a small digest
+# tuples that are made once: making a union in each call takes a third of a small digest's time
 _UNKNOWN_TO_NUMPY = {
     dtype
     for name in dir(torch)
@@ -42,7 +43,7 @@ _UNKNOWN_TO_NUMPY = {
     if dtype is torch.bfloat16 or name.startswith("float8")
 }
 _CLOSED = "class "
-"""How the kind of a leaf begins that cannot be read."""
+"""The beginning of the kind of a leaf that cannot be read."""
 
 
 @exchanged
@@ -50,19 +51,19 @@ class Leaf(NamedTuple):
     """One value that is not a container, or the size of a container."""
 
     path: str
-    """Of indices from the sample, as `[0]['text']`."""
+    """The indices that lead to it from the sample, for example `[0]['text']`."""
     kind: str
     value: Any
-    """A tensor on the CPU, an array, a list of numbers, or something plain."""
+    """A tensor on the CPU, an array, a list of numbers, or a plain value."""
 
 
 def digest(sample: Any) -> int:
-    """64 bits that change with any value, type or shape in a sample.
+    """Return 64 bits that change with any value, type or shape in a sample.
 
-    Costs 10 µs for an image and its label, and 0.1 ns a byte.
+    It takes 10 µs for an image and its label, and 0.1 ns a byte.
 
     Returns:
-        0 for a sample of which nothing can be read.
+        The digest; 0 for a sample of which nothing can be read.
     """
     words = xxhash.xxh3_64()
     readable = False
@@ -74,7 +75,10 @@ def digest(sample: Any) -> int:
 
 
 def by_leaf(sample: Any, most: int = 16) -> dict[str, str]:
-    """The digest of each leaf of a sample by its path; the last one's stands for all after it."""
+    """Return the digest of each leaf of a sample by its path.
+
+    Leaves after the first `most` share one digest with the path `…`.
+    """
     words: dict[str, Any] = {}
     for number, leaf in enumerate(leaves(sample)):
         path = leaf.path if number < most else "…"
@@ -88,17 +92,17 @@ def hash_of(contents: Mapping[int, int]) -> int:
 
 
 def leaves(sample: Any) -> Iterator[Leaf]:
-    """The leaves, in an order that is the same in every process; at most `_MAX_LEAVES`."""
+    """Yield at most `_MAX_LEAVES` leaves, in an order that is the same in every process."""
     return itertools.islice(_leaves(sample), _MAX_LEAVES)
 
 
 def _leaves(value: Any, path: str = "", within: tuple[int, ...] = ()) -> Iterator[Leaf]:
-    """All leaves.
+    """Yield all leaves.
 
     Args:
-        value: a sample, or what is in it.
-        path: of the value.
-        within: addresses of the containers that it is in; one of them again is not opened.
+        value: a sample, or a value in it.
+        path: the path of the value.
+        within: the addresses of the containers around it, which are not opened a second time.
     """
     if isinstance(value, torch.Tensor):
         yield _of_tensor(value, path)
@@ -119,18 +123,18 @@ def _leaves(value: Any, path: str = "", within: tuple[int, ...] = ()) -> Iterato
     else:
         yield _closed(value, path)
         for name, inner in sorted(getattr(value, "__dict__", {}).items()):
-            if not name.startswith("_"):  # caches and the like
+            if not name.startswith("_"):  # private attributes are often caches
                 yield from _leaves(inner, f"{path}.{name}", (*within, id(value)))
 
 
-def first_difference(ours: list[Leaf], theirs: list[Leaf]) -> tuple[str, str, str] | None:
-    """Where two samples differ first, and what stands there in each; None: nowhere."""
-    for one, other in zip(ours, theirs, strict=False):
+def first_difference(left: list[Leaf], right: list[Leaf]) -> tuple[str, str, str] | None:
+    """Return the path of the first difference and both values; None if there is no difference."""
+    for one, other in zip(left, right, strict=False):
         if one.kind == other.kind and _same(one.value, other.value):
             continue
         return _element(one, other)
-    if len(ours) != len(theirs):
-        return "", f"a sample of {len(ours)} parts", f"one of {len(theirs)}"
+    if len(left) != len(right):
+        return "", f"a sample of {len(left)} parts", f"one of {len(right)}"
     return None
 
 
@@ -149,13 +153,13 @@ def _of_tensor(tensor: torch.Tensor, path: str) -> Leaf:
 
 @functools.lru_cache(maxsize=256)
 def _kind(dtype: Any, shape: tuple[int, ...]) -> str:
-    """Of an array; kept, as making it takes a third of the time of a small one's digest."""
+    """Return the kind of an array; cached, as making it takes a third of a small digest's time."""
     return f"{dtype}{list(shape)}"
 
 
 def _of_array(array: np.ndarray[Any, Any], path: str, within: tuple[int, ...]) -> Iterator[Leaf]:
     kind = _kind(array.dtype, array.shape)
-    if array.dtype.names is not None:  # between the fields lies whatever was in memory
+    if array.dtype.names is not None:  # the bytes between the fields are arbitrary
         yield Leaf(path, "array", kind)
         for name in array.dtype.names:
             yield from _of_array(array[name], f"{path}[{name!r}]", within)
@@ -163,7 +167,7 @@ def _of_array(array: np.ndarray[Any, Any], path: str, within: tuple[int, ...]) -
         yield Leaf(path, "array", str(array.shape))
         yield from _leaves(array.ravel().tolist(), path, (*within, id(array)))
     else:
-        if array.dtype.char in "gG":  # 10 bytes of 16 count
+        if array.dtype.char in "gG":  # only 10 of 16 bytes hold the value
             array = array.astype(np.float64 if array.dtype.char == "g" else np.complex128)
         yield Leaf(path, kind, np.ascontiguousarray(array).reshape(array.shape))
 
@@ -207,7 +211,7 @@ def _bits(value: Any) -> Any:
 
 
 def _base(value: Any) -> str:
-    """A number of a class of its own, without what that class shows of it."""
+    """Return the text of a number's plain value, not the text that a subclass makes."""
     base: Any = next(each for each in _PLAIN if isinstance(value, each))
     return str(base.__repr__(value))
 
@@ -221,7 +225,7 @@ def _copied(value: Any) -> bytes:
 
 
 def _element(one: Leaf, other: Leaf) -> tuple[str, str, str]:
-    """The first element in which two leaves differ."""
+    """Return the path of the first element in which two leaves differ, and both values."""
     left, right = one.value, other.value
     if one.kind != other.kind or one.path != other.path:
         return one.path, _shown(one), _shown(other)
@@ -234,13 +238,13 @@ def _element(one: Leaf, other: Leaf) -> tuple[str, str, str]:
     size = int(np.prod(left.shape))
     bits = [np.frombuffer(_copied(each), np.uint8).reshape(size, -1) for each in (left, right)]
     first = int(np.flatnonzero((bits[0] != bits[1]).any(axis=1))[0])
-    place = [int(each) for each in np.unravel_index(first, tuple(left.shape))]
+    indices = [int(each) for each in np.unravel_index(first, tuple(left.shape))]
     here, there = (_number(each.reshape(-1)[first]) for each in (left, right))
-    return f"{one.path}{place or ''}", here, there
+    return f"{one.path}{indices or ''}", here, there
 
 
 def _number(value: Any) -> str:
-    """With as many digits as its type has."""
+    """Return a number as text, with all digits of its type."""
     if isinstance(value, torch.Tensor):
         value = value.item() if value.dtype in _UNKNOWN_TO_NUMPY else value.numpy()
     return str(value)

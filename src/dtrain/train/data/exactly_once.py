@@ -1,14 +1,14 @@
-"""Proof, while training, that every sample of an epoch was read exactly once.
+"""Proof, during the training, that every sample of an epoch was read exactly once.
 
-Each rank adds up keyed sums of the ids that its data set was really asked for. At the end of an
-epoch, and before every checkpoint, the ranks' sums are added up (one exchange of 112 bytes) and
-compared with what they should be: for a whole epoch of a permutation the sum of 0 … N-1, which
-owes nothing to the code that made the order; for anything else the sum of the order's own ids,
-each rank computing an equal part. On a mismatch the ranks find out who, when and which sample,
-and the run stops: nothing is saved that was trained on other data.
+Each rank adds up keyed sums of the ids that were really requested from its data set. At the end of
+an epoch, and before every checkpoint, the ranks' sums are added up (one exchange of 112 bytes) and
+compared with the expected sum. For a whole epoch of a permutation that is the sum of 0 … N-1, which
+does not depend on the code that made the order. For anything else it is the sum of the order's own
+ids, of which each rank computes an equal part. On a mismatch the ranks find the rank, the steps and
+the sample, and the run stops: nothing is saved that was trained on other data.
 
-The sums of an epoch are the same in any order, so one range of steps is compared with the order
-itself each time: it would be wrong if the order were another epoch's.
+The sums of an epoch are the same in any order. So each check also compares one range of steps with
+the order itself, which detects the order of another epoch.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from dtrain.train.data.placement import GlobalBatch, Position, shard
 from dtrain.train.packed import exchanged
 
 Split = Callable[[GlobalBatch], Sequence[range]]
-"""A rank's micro-batches of a global batch, as positions in the epoch."""
+"""Returns a rank's micro-batches of a global batch, as positions in the epoch."""
 
 _BLOCK = 1 << 16
 _MAX_LINES = 8
 
 _SEARCH_LIMIT = 100_000_000
-"""Ids that are tried to name a sample; 100 ns each."""
+"""The largest number of ids that are tried to find a sample; 100 ns each."""
 
 _MAX_SAMPLES = 1 << 24
-"""Checked after so many samples at the latest: the check before a checkpoint then takes 2 s / world
-size at most, also when a job is told to leave in the middle of an epoch of 1e10."""
+"""The largest number of samples between two checks. The check before a checkpoint then takes at
+most 2 s / world size, also when a job is asked to stop in the middle of an epoch of 1e10."""
 
 
 class Segment:
-    """The steps since the last check; all of one epoch."""
+    """The steps since the last check, all in one epoch."""
 
     def __init__(self, first: GlobalBatch, seed: int, split: Split) -> None:
         self.first = first
@@ -54,11 +54,11 @@ class Segment:
         self.tally = Tally(self.sums, first.step)
 
     def complete(self, batch: GlobalBatch) -> bool:
-        """Whether this batch is not to be part of it: the trainer has not asked for a check."""
+        """Return whether the segment is complete without this batch, so that a check is needed."""
         return batch.epoch != self.first.epoch or batch.start - self.first.start >= _MAX_SAMPLES
 
     def batch(self, step: int) -> GlobalBatch:
-        """The global batch of a step; only the last may be short."""
+        """Return the global batch of a step; only the last may be short."""
         if step == self.last.step:
             return self.last
         size = self.first.size
@@ -72,21 +72,23 @@ class Segment:
 
 
 class Proof:
+    """Proves on all ranks together that every sample of an epoch was read exactly once."""
+
     def __init__(self, order: Order, ranks: RankInfo, seed: int) -> None:
         self.order = order
         self.ranks = ranks
         self._seed = seed
         self._next: Position | None = None
-        """Where the next batch begins; None before the first of all."""
+        """The position at which the next batch begins; None before the first batch."""
         self._segment: Segment | None = None
         self._proven: Words | None = NOTHING
-        """The sums of this epoch over all ranks up to the last check; None: not known."""
+        """The sums of this epoch over all ranks up to the last check. None means unknown."""
 
     def begin(self, batch: GlobalBatch, split: Split) -> None:
-        """Before anything of a step is read, on every rank; 2 µs.
+        """Begin a step before anything of it is read, on every rank; it takes 2 µs.
 
         Raises:
-            DtrainError: the step does not begin where the one before ended.
+            DtrainError: the step does not begin where the previous one ended.
         """
         if self._next is not None and (batch.epoch, batch.start) != (
             self._next.epoch,
@@ -109,18 +111,20 @@ class Proof:
         self._next = batch.after
 
     def read(self, ids: Ids) -> None:
-        """After the ids of a micro-batch of this step were asked for; 0.3 µs and 20 ns an id."""
+        """Add the requested ids of a micro-batch of this step; 0.3 µs and 20 ns an id."""
         assert self._segment is not None
         self._segment.tally.add(ids)
 
     def check(self) -> None:
-        """Compare what all ranks have read since the last check; called by all ranks.
+        """Check what all ranks have read since the last check. All ranks must call it.
 
-        Costs 20 ns a sample of the epoch at its end, 60 to 150 ns a sample since the last check
-        in its middle, divided by the number of ranks; and one exchange.
+        It costs one exchange. At the end of an epoch it takes 20 ns for each of its samples. In
+        the middle it takes 60 to 150 ns for each sample since the last check. Both are divided by
+        the number of ranks.
 
         Raises:
-            DtrainError: on all ranks, with the ranks, steps and samples that are wrong.
+            DtrainError: wrong samples were read. All ranks raise it; it names the ranks, steps
+                and samples.
         """
         segment = self._segment
         if segment is None:
@@ -150,7 +154,7 @@ class Proof:
         self._proven = None if sums is None else np.array(sums, dtype=np.uint64)
 
     def _whole_share(self, segment: Segment) -> Words:
-        """This rank's part of the sum over all samples of the epoch, 0 … N-1."""
+        """Return this rank's part of the sum over all samples of the epoch, 0 … N-1."""
         number = self.order.num_ids or segment.last.stop
         share = shard(number, self.ranks.rank, self.ranks.world_size)
         total = NOTHING.copy()
@@ -159,7 +163,7 @@ class Proof:
         return total
 
     def _order_share(self, segment: Segment) -> Words:
-        """This rank's part of the sum over the order's ids since the last check."""
+        """Return this rank's part of the sum over the order's ids since the last check."""
         begin, end = segment.first.start, segment.last.stop
         share = shard(end - begin, self.ranks.rank, self.ranks.world_size)
         order = self.order.epoch(segment.first.epoch)
@@ -170,7 +174,10 @@ class Proof:
         return total
 
     def _misplaced(self, segment: Segment) -> bool:
-        """Whether one range of steps, another each time, is not this rank's part of the order."""
+        """Return whether one range of steps is not this rank's part of the order.
+
+        Each call checks another range.
+        """
         ranges = segment.tally.ranges()
         index = int(keys(1, segment.first.epoch, segment.last.stop)[0]) % len(ranges)
         planned = segment.positions(segment.tally.steps(index))
@@ -181,24 +188,24 @@ class Proof:
 @exchanged
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong in one range of steps of one rank, or of all together."""
+    """An error in one range of steps, of one rank or of all ranks together."""
 
     rank: int | None
-    """None: no rank did other than planned, but the plans do not add up."""
+    """The rank; None means that each rank followed its plan, but the plans do not add up."""
     steps: range
     what: str
 
     def __str__(self) -> str:
         first, last = self.steps.start + 1, self.steps.stop
         when = f"step {first}" if first == last else f"steps {first} to {last}"
-        who = "all ranks together" if self.rank is None else f"rank {self.rank}"
-        return f"  {who}, {when}: {self.what}"
+        ranks = "all ranks together" if self.rank is None else f"rank {self.rank}"
+        return f"  {ranks}, {when}: {self.what}"
 
 
 def _explained(proof: Proof, segment: Segment, num_read: int, num_expected: int) -> BlamedError:
-    """Find who read the wrong samples, when, and which; called by all ranks, alike on each.
+    """Find the ranks that read wrong samples, the steps and the samples. All ranks must call it.
 
-    Slow compared with the proof itself, and only ever run once, at the end of a run.
+    It is slow compared with the proof itself, but runs only once, at the end of a run.
     """
     faults = [each for rank in collectives.gather_to_all(_own(proof, segment)) for each in rank]
     if not faults:
@@ -214,20 +221,20 @@ def _explained(proof: Proof, segment: Segment, num_read: int, num_expected: int)
         lines.append(f"  and {len(faults) - _MAX_LINES} more, on ranks {ranks}")
     if not faults:
         lines.append(
-            f"  every rank read what was planned in these steps, {num_read} samples in all; but "
-            f"with what the checkpoint says of the steps before, the {num_expected} samples of the "
+            f"  every rank read the planned samples in these steps, {num_read} in all. But "
+            f"together with the earlier steps in the checkpoint, the {num_expected} samples of the "
             "epoch were not read once each"
         )
     lines.append(
-        "nothing of these steps was saved; the likely cause is a loader or data set that was "
-        "changed and reads other samples than it is asked for"
+        "nothing of these steps was saved; the likely cause is a changed loader or data set that "
+        "reads other samples than those requested"
     )
     culprits = sorted({fault.rank for fault in faults if fault.rank is not None})
     return BlamedError("\n".join(lines), culprits, proof.ranks.rank, code="data.not-exactly-once")
 
 
 def _own(proof: Proof, segment: Segment) -> list[Fault]:
-    """Where this rank read something other than its own part of the order."""
+    """Return the ranges in which this rank did not read its own part of the order."""
     faults = []
     order = proof.order.epoch(segment.first.epoch)
     universe = proof.order.num_ids or segment.last.stop
@@ -248,7 +255,7 @@ def _own(proof: Proof, segment: Segment) -> list[Fault]:
 
 
 def _together(proof: Proof, segment: Segment) -> list[Fault]:
-    """Ranges whose planned parts do not add up to the order: ranks overlap or leave gaps."""
+    """Return ranges whose planned parts do not add up to the order: they overlap or leave gaps."""
     everyone = collectives.gather_to_all(segment.tally.ranges().tolist())
     order = proof.order.epoch(segment.first.epoch)
     faults = []
@@ -266,7 +273,7 @@ def _together(proof: Proof, segment: Segment) -> list[Fault]:
 
 
 def _other_epoch(proof: Proof, segment: Segment, read: Words, positions: Ids) -> str | None:
-    """Whether a range is right in the order of another epoch."""
+    """Return a text if a range is correct in the order of another epoch, else None."""
     epoch = segment.first.epoch
     for other in dict.fromkeys((epoch - 1, epoch + 1, 0)):
         if other in (epoch, -1):
@@ -280,7 +287,7 @@ def _other_epoch(proof: Proof, segment: Segment, read: Words, positions: Ids) ->
 def _named(
     sums: KeyedSums, difference: Words, planned: Ids, positions: Ids, num_ids: int
 ) -> str | None:
-    """The one sample that explains a difference, if one does."""
+    """Describe the single sample that explains a difference, if there is one."""
     surplus = int(difference[2].astype(np.int64))
     if surplus == -1:
         missing = _matches(sums, planned, -difference[:2])
@@ -305,7 +312,7 @@ def _extra(sums: KeyedSums, difference: Words, num_ids: int) -> str | None:
 def _swapped(
     sums: KeyedSums, difference: Words, planned: Ids, positions: Ids, num_ids: int
 ) -> str | None:
-    """Reading x instead of y differs by words(x) - words(y): look for all x among the y's."""
+    """Find the sample x that was read instead of y: the sums differ by words(x) - words(y)."""
     wanted = sums.words(planned) + difference[:2, None]
     order = np.argsort(wanted[0])
     wanted = wanted[:, order]

@@ -1,4 +1,4 @@
-"""Making one batch of a list of samples, and saying which samples it was made of."""
+"""Making one batch of a list of samples, together with the ids of these samples."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from dtrain.train.packed import exchanged
 from dtrain.words import numbered
 
 EVALUATION_EPOCH = -1
-"""Instead of an epoch in the seeds of evaluation samples: the same at every evaluation."""
+"""The epoch in the seeds of evaluation samples, the same at every evaluation."""
 
 Collate = Callable[[list[Any]], Any]
 
 
 class NotingCollate:
-    """A task's `collate`, which can note what the samples hold."""
+    """A task's `collate` that can record the content of the samples."""
 
     def __init__(self, collate: Collate) -> None:
         self._collate = collate
         self.notes = False
         self.contents: Contents | None = None
-        """Of the last batch, if it is noted."""
+        """The content of the last batch, if it is recorded."""
 
     def __call__(self, rows: list[Any]) -> Any:
         if self.notes:
@@ -53,36 +53,36 @@ class Request:
 
 @dataclass(frozen=True)
 class Probe(Request):
-    """A few samples to read twice, each alone; their batch is a `Probed`."""
+    """A request to read a few samples twice, each alone; the answer is a `Probed`."""
 
 
 @exchanged
 class Probed(NamedTuple):
-    """What the samples of a probe hold."""
+    """The content of the samples of a probe."""
 
     first: tuple[int, ...]
-    """The digest of each when it was read first."""
+    """The digest of each sample from the first read."""
     second: tuple[int, ...]
-    """And then once more."""
+    """The digest of each sample from the second read."""
     generators: tuple[str, ...]
-    """Attributes of the data set that hold generators which it draws from."""
+    """The attributes of the data set that hold generators which it draws from."""
 
 
 Contents = list[dict[str, str]]
-"""Of each sample of a batch the digests of its leaves, by path."""
+"""The digests of the leaves of each sample of a batch, by path."""
 
 
 class Fetched(NamedTuple):
-    """A batch, and the samples that the data set was asked for to make it."""
+    """A batch, and the ids of the samples that were requested from the data set for it."""
 
     samples: Ids
     batch: Any
     contents: Contents | None = None
-    """What the samples hold, where that is noted."""
+    """The content of the samples, if it is recorded."""
 
 
 class Fetcher:
-    """Makes batches of one data set; picklable, so that loader processes can have it."""
+    """Makes batches of one data set. It is picklable for loader processes."""
 
     def __init__(self, dataset: Any, task: Task, seed: int) -> None:
         self._columns: tuple[torch.Tensor, ...] | None = None
@@ -96,14 +96,14 @@ class Fetcher:
         self._augmentation = Augmentation(read, several, self.collate, seed)
 
     def __call__(self, request: Request) -> Any:
-        """The batch for a request, on the CPU."""
+        """Return the batch for a request, on the CPU."""
         return self.fetch(request).batch
 
     def fetch(self, request: Request) -> Fetched:
         asked = request.samples
         if isinstance(request, Probe):
             return Fetched(asked, self._probed(request))
-        if self._columns is not None:  # what default_collate makes of the rows, 30 times sooner
+        if self._columns is not None:  # the same as default_collate of the rows, 30 times faster
             rows = torch.from_numpy(asked)
             batch = [column.index_select(0, rows) for column in self._columns]
             notes = self.collate.notes

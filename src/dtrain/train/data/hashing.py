@@ -1,4 +1,4 @@
-"""Keyed 64-bit mixing of whole arrays: the one source of pseudo-random words for data."""
+"""Keyed 64-bit mixing of whole arrays: the only source of pseudo-random words for data."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from numpy.typing import NDArray
 
 Words = NDArray[np.uint64]
 
-# As arrays of no dimensions: a call with a NumPy scalar takes twice as long, 1.4 µs instead of 0.7.
+# arrays without dimensions: a call with a NumPy scalar takes twice as long, 1.4 µs instead of 0.7
 _ODD = np.array(0x9E3779B97F4A7C15, np.uint64), np.array(0xBF58476D1CE4E5B9, np.uint64)
 _SHIFTS = np.array(32, np.uint64), np.array(29, np.uint64)
 
 
 @functools.lru_cache(maxsize=32)
 def keys(num_keys: int, *parts: int | str) -> Words:
-    """Independent 64-bit keys from any words and numbers, by hash; at most 8.
+    """Return at most 8 independent 64-bit keys, a hash of any words and numbers.
 
-    Sums of seeds collide (seed 1 epoch 1 is seed 2 epoch 0 in torch's DistributedSampler); hashes
-    of the spelled-out parts do not.
+    Sums of seeds collide: in torch's DistributedSampler seed 1 epoch 1 is seed 2 epoch 0. Hashes of
+    the parts as text do not.
     """
     text = " ".join(str(part) for part in parts)
     digest = hashlib.blake2b(text.encode(), digest_size=8 * num_keys).digest()
     words = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
-    words.flags.writeable = False  # kept: hashing anew for every batch would cost it 5 µs
+    words.flags.writeable = False  # cached: hashing for every batch would cost 5 µs
     return words
 
 
 def mix(words: Words, key: Words, out: Words, scratch: Words) -> Words:
-    """A keyed finaliser after splitmix64 (Steele, Lea, Flood, 2014); each round a bijection.
+    """Apply a keyed finaliser after splitmix64 (Steele, Lea, Flood, 2014); it is a bijection.
 
     Args:
-        words: any shape; unchanged unless it is also `out`.
+        words: the input, in any shape; unchanged unless it is also `out`.
         key: one word, as an array without dimensions.
-        out: of the same shape, takes the result.
-        scratch: of the same shape. Without temporaries of its own a call is a third quicker.
+        out: the output, in the same shape.
+        scratch: a buffer of the same shape. A call without new temporaries is a third faster.
     """
     np.bitwise_xor(words, key, out=out)
     np.multiply(out, _ODD[0], out=out)

@@ -1,4 +1,4 @@
-"""The training data as a trainer sees it, when it is a stream."""
+"""The data pipeline of a trainer for streams (iterable data sets)."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ logger = logging.getLogger(__name__)
 
 
 _WHOLE_BLOCKS = 4
-"""At the start of a run all samples of so many blocks are compared."""
+"""The number of blocks at the start of a run of which all samples are compared."""
 
 _KEYED = 4
-"""Positions of every later block that are compared; 10 µs each with a small image and its label."""
+"""The number of positions of later blocks that are compared; 10 µs each for a small image."""
 
 
 class StreamFeed(Feed):
-    """Of an iterable data set: a sample's number is its place in the stream.
+    """The feed of an iterable data set, in which the id of a sample is its position in the stream.
 
-    Nobody knows how long an epoch is before its end. Requests run ahead of it, and what was
-    asked for beyond it comes back empty.
+    The length of an epoch is unknown before its end. Requests run ahead of it, and those after the
+    end return empty blocks.
 
-    That all ranks are given the same stream is compared in every step: each rank digests the same
-    samples of the block, and the digest is a part of the batch's fingerprint (see `agree`). Ranks
-    meet before the first step, and the first of each epoch, so that most mistakes are told
-    before anything is trained on; and before every step where they meet in its forward too, and
-    would hang if their blocks were of other sizes.
+    Every step checks that all ranks read the same stream. Each rank digests the same samples of the
+    block, and the digest is a part of the batch's fingerprint (see `agree`). The ranks also compare
+    before the first step and before the first step of each epoch. So most mistakes are reported
+    before anything is trained on them. With a strategy whose ranks exchange data in the forward,
+    they compare before every step: blocks of different sizes would make it hang.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class StreamFeed(Feed):
         self._loader = Loader(self._fetcher, spec.data, spec.seed, pin_memory=pin_memory)
         self._compares = spec.data.exactly_once and collectives.in_group()
         self._epoch = 0
-        """The epoch to ask for."""
+        """The epoch to request."""
         self._begun_at = Position()
         self._block: Block | None = None
-        """The one handed out last."""
+        """The last block that was used."""
         self._state: Any = None
-        """The data set's own, after that block; kept on rank 0."""
+        """The data set's own state after that block; kept on rank 0."""
         self._loaded: Any = None
 
     def batches(
@@ -78,14 +78,14 @@ class StreamFeed(Feed):
         if self.course.over(step, position.epoch):
             return
         self._resume(position)
-        shown = _Shown(watch)
+        watcher = _Watcher(watch)
         for block in self._loader.fetched(self._requests(position, split)):
-            if block.epoch != self._epoch:  # asked for before the end of its epoch was known
+            if block.epoch != self._epoch:  # requested before the end of the last epoch was known
                 continue
             batch = self._batch(step, block)
             if batch.size > 0:
                 self._begin(batch, split)
-                yield batch, self._take(block.epoch, block.parts, shown), len(block.parts)
+                yield batch, self._take(block.epoch, block.parts, watcher), len(block.parts)
                 step += 1
             elif batch.start == 0:
                 raise DtrainError(
@@ -108,25 +108,25 @@ class StreamFeed(Feed):
     def close(self) -> None:
         self._loader.close()
 
-    # -- what differs where streams shard themselves -------------------------------------------
+    # -- overridden for streams that shard themselves ------------------------------------------
 
     def _order(self) -> Order:
         return of_stream()
 
     def _own_seed(self) -> int | None:
-        """Of the random numbers that are to differ by rank."""
+        """Return the seed of the random numbers that must differ by rank."""
         return None
 
     def _where(self, position: Position) -> Resume:
         return Resume(position.epoch, position.consumed, self._loaded)
 
     def _share(self, split: Split) -> tuple[int, tuple[range, ...]]:
-        """How many samples a step takes of the stream; this rank's micro-batches, from 0."""
+        """Return the number of samples of a step, and this rank's micro-batches counted from 0."""
         size = self.course.global_batch_size
         return size, tuple(split(GlobalBatch(0, 0, 0, size, room=size)))
 
     def _batch(self, step: int, block: Block) -> GlobalBatch:
-        """The global batch that a block is part of; called by all ranks."""
+        """Return the global batch that a block is part of. All ranks must call it."""
         met = self._block is not None and block.start > 0
         self._block, self._state = block, block.state
         content = hash_of(block.contents) if self._compares else 0
@@ -141,7 +141,7 @@ class StreamFeed(Feed):
         return batch
 
     def _compared(self, epoch: int, start: int, size: int) -> Collection[int]:
-        """Positions of a block that all ranks digest, whoever trains on them."""
+        """Return the positions of a block that all ranks digest, also of other ranks' samples."""
         if not self._compares:
             return ()
         begun = self._begun_at
@@ -155,7 +155,7 @@ class StreamFeed(Feed):
         assert self._block is not None
         return parted.explain(batch, self._block, self.ranks.rank)
 
-    # -- requests and answers ------------------------------------------------------------------
+    # -- requests and results ------------------------------------------------------------------
 
     def _resume(self, position: Position) -> None:
         self._epoch, self._begun_at = position.epoch, position
@@ -164,13 +164,13 @@ class StreamFeed(Feed):
         resume = self._fetcher.resume = self._where(position)
         if not resume.begins_there and self.ranks.is_rank_zero:
             logger.warning(
-                "the stream of epoch %d is read through %d samples to get to where training was; "
-                "with state_dict() and load_state_dict() the data set would begin there at once",
+                "the stream of epoch %d is read from its beginning to sample %d, where training "
+                "was; with state_dict() and load_state_dict() the data set could begin there",
                 position.epoch, resume.position,
             )  # fmt: skip
 
     def _requests(self, position: Position, split: Split) -> Iterator[BlockRequest]:
-        """Blocks without end; the next epoch's as soon as it is known that this one has ended."""
+        """Yield requests without end, of the next epoch as soon as this one is known to end."""
         resume = self._fetcher.resume
         epoch, start = position.epoch, 0 if resume is None else resume.position
         size, parts = self._share(split)
@@ -188,14 +188,16 @@ class StreamFeed(Feed):
     def _keeps_state(self) -> bool:
         return self.ranks.is_rank_zero
 
-    def _take(self, epoch: int, parts: list[Fetched], shown: _Shown) -> Iterator[tuple[int, Any]]:
+    def _take(
+        self, epoch: int, parts: list[Fetched], watcher: _Watcher
+    ) -> Iterator[tuple[int, Any]]:
         for fetched in parts:
-            shown.show(Request(epoch, fetched.samples))
+            watcher.show(Request(epoch, fetched.samples))
             yield self._handed_on(fetched)
 
 
-class _Shown:
-    """Shows one request at a time to somebody who wants to see a sequence of them."""
+class _Watcher:
+    """Passes single requests to a watcher that expects a sequence of them."""
 
     def __init__(self, watch: Watch) -> None:
         self._queue: deque[Request] = deque()
@@ -217,14 +219,14 @@ def _refuse_order(task: Task, seed: int) -> None:
     ):
         if given is not None:
             raise DtrainError(
-                f"the task has {name}(), but train_dataset() can only be iterated; an order "
-                "needs a data set with __len__ and __getitem__",
+                f"the task has {name}(), but train_dataset() can only be iterated; for an order "
+                "it must have __len__ and __getitem__",
                 code="data.order-of-stream",
             )
 
 
 def encoded(state: Any) -> Any:
-    """A data set's state as JSON; what JSON would change goes as text of torch.save's bytes."""
+    """Return a data set's state as JSON; state that JSON would change is saved by torch.save."""
     try:
         if json.loads(json.dumps(state, allow_nan=False)) == state:
             return {"json": state}

@@ -1,4 +1,4 @@
-"""The batches of one rank, in order: fetched in this process or by loader processes."""
+"""The batches of one rank, in their order, fetched in this process or by loader processes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from dtrain.train.data.order import Order
 from dtrain.train.data.placement import GlobalBatch, pieces, shard
 from dtrain.train.seeding import derive_seed
 
-_Asked = TypeVar("_Asked")
-_Made = TypeVar("_Made")
-_Asked_contra = TypeVar("_Asked_contra", contravariant=True)
-_Made_co = TypeVar("_Made_co", covariant=True)
+_Request = TypeVar("_Request")
+_Result = TypeVar("_Result")
+_Request_contra = TypeVar("_Request_contra", contravariant=True)
+_Result_co = TypeVar("_Result_co", covariant=True)
 
 _LOOK_AHEAD = 16_384
-"""Positions per call of the permutation: a position costs 3,000 ns in a call for 32, 90 in one for
-4,096 and 55 in one for 16,384."""
+"""The number of positions per call of the permutation. A position costs 3,000 ns in a call for 32,
+90 in one for 4,096 and 55 in one for 16,384."""
 
 
 def train_requests(
     batches: Iterable[GlobalBatch], order: Order, split: Callable[[GlobalBatch], Sequence[range]]
 ) -> Iterator[Request]:
-    """A rank's micro-batches of these global batches, looked up a growing chunk at a time.
+    """Yield a rank's micro-batches of these global batches, looked up in growing chunks.
 
-    The first chunk is the first micro-batch, so that training begins at once. `split` gives this
+    The first chunk is the first micro-batch, so that training begins at once. `split` returns this
     rank's micro-batches of a global batch, as positions in the epoch.
     """
     room, ahead = 1, 0
@@ -66,9 +66,10 @@ def _look_up(order: Order, epoch: int, parts: list[range]) -> Iterator[Request]:
 def eval_requests(
     num_samples: int, rank: int, world_size: int, batch_size: int | None, *, fixed: bool = False
 ) -> list[Request]:
-    """A rank's share of an evaluation set, contiguous, in batches; every sample once in all.
+    """Return a rank's contiguous share of an evaluation set, in batches.
 
-    `fixed`: batches do not depend on the world size, and ranks take whole ones.
+    Over all ranks every sample is read once. With `fixed`, batches do not depend on the world size,
+    and each rank takes whole batches.
     """
     if fixed:
         batches = pieces(range(num_samples), batch_size)
@@ -79,25 +80,25 @@ def eval_requests(
     return [Request(EVALUATION_EPOCH, np.arange(part.start, part.stop)) for part in parts]
 
 
-class Source(Protocol[_Asked_contra, _Made_co]):
-    def fetch(self, request: _Asked_contra) -> _Made_co:
-        """What was asked for."""
+class Source(Protocol[_Request_contra, _Result_co]):
+    def fetch(self, request: _Request_contra) -> _Result_co:
+        """Return the requested batch."""
 
 
-class Loader(Generic[_Asked, _Made]):
-    """Answers a sequence of requests in order, in this process or in `workers` others.
+class Loader(Generic[_Request, _Result]):
+    """Fetches a sequence of requests in their order, in this process or in `workers` others.
 
     Args:
-        fetcher: answers one request.
+        fetcher: fetches one request.
         spec: the job's `data:` section.
-        seed: of the loader processes; the global generators are never touched.
-        pin_memory: whether batches lie in page-locked memory.
-        lasting: keep loader processes between iterations, as for evaluation.
+        seed: the seed of the loader processes; the global generators are never used.
+        pin_memory: whether batches are in page-locked memory.
+        lasting: keep loader processes between iterations, for example for evaluation.
     """
 
     def __init__(
         self,
-        fetcher: Source[_Asked, _Made],
+        fetcher: Source[_Request, _Result],
         spec: DataSpec,
         seed: int,
         *,
@@ -109,7 +110,7 @@ class Loader(Generic[_Asked, _Made]):
         self._requests = _Requests()
         self._loader = None
         self._watched: loader_process.Watched | None = None
-        """The loader processes, while there are some."""
+        """The loader processes, while they exist."""
         if spec.workers > 0:
             loader_process.make_room_for_sockets()
             loader_process.end_with_rank()
@@ -131,7 +132,7 @@ class Loader(Generic[_Asked, _Made]):
     def batches(self: Loader[Request, Fetched], requests: Iterable[Request]) -> Iterator[Any]:
         return (fetched.batch for fetched in self.fetched(requests))
 
-    def fetched(self, requests: Iterable[_Asked]) -> Iterator[_Made]:
+    def fetched(self, requests: Iterable[_Request]) -> Iterator[_Result]:
         self._requests.current = requests
         if self._loader is not None:
             made = iter(self._loader)
@@ -141,12 +142,12 @@ class Loader(Generic[_Asked, _Made]):
         return map(_pinned, made) if self._pin_memory else made
 
     def close(self) -> None:
-        """End loader processes that outlast an iteration."""
+        """End the loader processes that are kept between iterations."""
         self._loader = self._watched = None
 
 
 class _Requests:
-    """The batch sampler of a DataLoader that is iterated several times over other requests."""
+    """The batch sampler of a DataLoader; each iteration has other requests."""
 
     current: Iterable[Any] = ()
 
@@ -165,7 +166,7 @@ def _pinned(batch: Any) -> Any:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with every tensor in it on `device`; containers keep their types."""
+    """Return a batch with every tensor on `device`; containers keep their types."""
     if device.type == "cpu":
         return batch
     if hasattr(batch, "to"):

@@ -1,7 +1,7 @@
-"""What becomes of a loader process that fails: a reason, with the sample and the user's line.
+"""Errors of loader processes: the reason, with the sample and the user's line.
 
-torch prints such an error into another one's message, loses what cannot be sent from one process to
-another (and waits for it for ever), and knows of a process that is gone only that it is.
+torch puts such an error into the message of another one. A batch that cannot be sent to another
+process is lost, and torch waits for it forever. If a process has ended, torch reports no reason.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from dtrain.procs import die_with_parent
 from dtrain.run.failures import OtherProcessError, how_it_ended
 
 _SLOT = 256
-"""Bytes for what one loader process is doing, in words."""
-_OUT_OF_MEMORY = "; where memory was short, ask for fewer data.workers or less data.prefetch"
+"""The number of bytes for the text of what one loader process is reading."""
+_OUT_OF_MEMORY = "; if memory was short, set fewer data.workers or a smaller data.prefetch"
 _LONGEST_FOLDER = 60
-"""A socket's path has 107 characters, 33 of which multiprocessing adds to the folder."""
+"""The longest folder for a socket: a path has 107 characters, and multiprocessing adds 33."""
 
 
 class LoaderProcessError(DtrainError):
-    """A loader process is gone."""
+    """Raised when a loader process has ended unexpectedly."""
 
     code = "data.loader-process-ended"
 
@@ -53,28 +53,28 @@ class Failed:
 
 
 class Guarded:
-    """A fetcher whose errors are sent to the rank, for loader processes."""
+    """A fetcher for loader processes, whose errors are sent to the rank."""
 
     def __init__(self, fetcher: Any, workers: int) -> None:
         self._fetcher = fetcher
         self._doing = mmap.mmap(-1, workers * _SLOT)  # shared with processes that are forked
 
     def __getitems__(self, request: Any) -> Any:
-        """torch's DataLoader asks in this way for what its batch sampler gave."""
-        self._does(str(request))
+        """Fetch a request; torch's DataLoader calls this with the output of its batch sampler."""
+        self._record_doing(str(request))
         try:
             return self._fetcher.fetch(request)
         except BaseException as error:  # also sys.exit()
             return failed(error)
         finally:
-            self._does("")
+            self._record_doing("")
 
     def doing(self, worker: int) -> str:
-        """What a process was doing when it ended; empty when it had nothing to do."""
+        """Return what a process was reading when it ended; empty if it was idle."""
         slot = self._doing[worker * _SLOT : (worker + 1) * _SLOT]
         return slot.rstrip(b"\0").decode(errors="replace")
 
-    def _does(self, text: str) -> None:
+    def _record_doing(self, text: str) -> None:
         start = _Own.number * _SLOT
         self._doing[start : start + _SLOT] = text.encode()[:_SLOT].ljust(_SLOT, b"\0")
 
@@ -88,14 +88,14 @@ def failed(error: BaseException) -> Failed:
 
 def _advise(error: BaseException) -> None:
     if os.strerror(errno.EMFILE) in str(error):  # torch raises a RuntimeError with it
-        error.add_note("allow more open files (ulimit -n), or ask for fewer data.workers")
+        error.add_note("allow more open files (ulimit -n), or set fewer data.workers")
 
 
 def handed_on(made: Any) -> Any:
-    """What a loader process made.
+    """Return the batch that a loader process made.
 
     Raises:
-        OtherProcessError: it failed instead.
+        OtherProcessError: the loader process failed.
     """
     if isinstance(made, Failed):
         raise made.error from _Trace(made.trace)
@@ -103,23 +103,23 @@ def handed_on(made: Any) -> Any:
 
 
 class _Trace(Exception):
-    """The traceback of another process, as a cause, for the log."""
+    """The traceback of another process, used as a cause for the log."""
 
     def __str__(self) -> str:
         return f'\n"""\n{self.args[0]}"""'
 
 
 def begin(parent_pid: int, worker: int) -> None:
-    """What a loader process does first: die with the rank, leave signals to it, and tell errors.
+    """Prepare a loader process: it dies with the rank, ignores signals and reports errors.
 
-    A preemption signal often reaches every process of a job. Were loaders to obey it, the rank
-    would lose its batches before the checkpoint that the signal asks for.
+    A preemption signal often reaches every process of a job. If loader processes obeyed it, the
+    rank would lose its batches before the checkpoint that the signal requests.
     """
     die_with_parent(parent_pid)
     _Own.number = worker
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    # the hook that multiprocessing has for it prints the error, and the rank waits for ever
+    # multiprocessing's own hook only prints the error, and the rank waits forever
     multiprocessing.queues.Queue._on_queue_feeder_error = _unsent  # type: ignore[attr-defined]
 
 
@@ -131,15 +131,16 @@ def _unsent(queue: Any, error: Exception, item: Any) -> None:
 
 
 def raise_only_where_waited() -> None:
-    """Keep torch from raising, wherever the rank is, when a loader process is gone.
+    """Keep torch from raising anywhere in the rank when a loader process has ended.
 
-    It is told where the rank waits for a batch, at once or after torch's next look, 5 s later.
+    The error is raised where the rank waits for a batch, at once or at torch's next check, up to
+    5 s later.
     """
     signal_handling._SIGCHLD_handler_set = True
 
 
 def make_room_for_sockets() -> None:
-    """Give loader processes a short folder for their sockets, where TMPDIR is too long for one."""
+    """Give loader processes a short folder for their sockets if the path of TMPDIR is too long."""
     config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
     if config.get("tempdir") or len(tempfile.gettempdir()) <= _LONGEST_FOLDER:
         return
@@ -155,8 +156,8 @@ def _remove(folder: str, owner: int) -> None:
 
 @functools.cache
 def end_with_rank() -> None:
-    """Let this process's end not wait for loader processes, which do not heed its SIGTERM."""
-    # after those of a multiprocessing.Pool (15), which ends its processes by itself
+    """Kill loader processes when this process ends; it would wait, as they ignore SIGTERM."""
+    # after those of a multiprocessing.Pool (15), which ends its processes itself
     multiprocessing.util.Finalize(None, _kill_all, args=(os.getpid(),), exitpriority=0)
 
 
@@ -168,41 +169,43 @@ def _kill_all(owner: int) -> None:
 
 
 class Watched:
+    """The loader processes of one iteration, watched for unexpected ends."""
+
     def __init__(self, guarded: Guarded, processes: list[Any]) -> None:
         self._guarded = guarded
         self.processes = processes
         _WATCHED.add(self)
 
     def lost(self) -> str | None:
-        """Which process has ended by itself, and what it was doing; None when all are there."""
+        """Describe a process that has ended unexpectedly; None if all are running."""
         for worker, process in enumerate(self.processes):
             if not multiprocessing.connection.wait([process.sentinel], 0):
                 continue
             process.join(1)
             status, doing = process.exitcode, self._guarded.doing(worker)
             if status is not None and (status != 0 or doing):
-                place = f"while it read {doing}" if doing else "while it waited for work"
+                when = f"while it read {doing}" if doing else "while it waited for work"
                 advice = _OUT_OF_MEMORY if status == -signal.SIGKILL else ""
-                return f"loader process {worker} {how_it_ended(status)} {place}{advice}"
+                return f"loader process {worker} {how_it_ended(status)} {when}{advice}"
         return None
 
 
 _WATCHED: weakref.WeakSet[Watched] = weakref.WeakSet()
 
-_OF_LOST = (EOFError, ConnectionError, FileNotFoundError)
-"""What comes of opening what a lost process has left."""
+_LOST_CONNECTION = (EOFError, ConnectionError, FileNotFoundError)
+"""The errors of opening the connections and files of a process that has ended."""
 
 
 def explained(error: BaseException) -> BaseException | None:
-    """What to say instead of an error that a lost loader process has caused; None where none has.
+    """Return a better error if a lost loader process has caused this one, else None.
 
-    torch raises one where the rank waits for a batch.
+    torch raises such an error where the rank waits for a batch.
     """
     _advise(error)
     if isinstance(error, OtherProcessError):
         return None
     watched = list(_WATCHED)
-    if isinstance(error, _OF_LOST):  # it may still be about to end
+    if isinstance(error, _LOST_CONNECTION):  # the process may still be ending
         multiprocessing.connection.wait([p.sentinel for w in watched for p in w.processes], 1)
     lost = next((text for text in (each.lost() for each in watched) if text), None)
     return None if lost is None else LoaderProcessError(lost)

@@ -1,7 +1,7 @@
-"""Which sample stands at each position of each epoch: shuffled, in turn, weighted, or custom.
+"""The sample at each position of each epoch: shuffled, sequential, weighted, or custom.
 
-A weighted draw is a function of (seed, epoch, position) alone, so any rank can make any part of an
-epoch, and a resume begins anywhere: a keyed hash of the position gives 53 random bits, which are
+A weighted draw is a function of (seed, epoch, position) alone. So any rank can make any part of an
+epoch, and a resume begins anywhere. A keyed hash of the position gives 53 random bits, which are
 looked up in the running sum of the weights (inversion; Devroye, "Non-Uniform Random Variate
 Generation", 1986, section III.2).
 """
@@ -25,26 +25,26 @@ from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 from dtrain.words import few
 
 WEIGHTED_VERSION = 1
-"""Of the map (weights, seed, epoch, position) → sample; another version is another order."""
+"""The version of the map (weights, seed, epoch, position) → sample, and so of the order."""
 
 
 class EpochOrder(Protocol):
     def at(self, positions: Ids) -> Ids:
-        """The samples at any positions; same shape, int64."""
+        """Return the samples at any positions, in the same shape; int64."""
 
     def block(self, start: int, stop: int) -> Ids:
-        """The samples at positions start … stop-1, int64."""
+        """Return the samples at positions start … stop-1; int64."""
 
 
 class Order:
     """The order of every epoch of a training, the same in every process.
 
     Args:
-        num_samples: positions in an epoch.
-        name: what it is, in words; a resume is refused when they differ.
-        make: the order of one epoch.
+        num_samples: the number of positions in an epoch.
+        name: a description; a resume with another one is refused.
+        make: returns the order of one epoch.
         once: whether every epoch holds each of the samples 0 … num_samples-1 exactly once.
-        num_ids: every id is below this; 0: a stream, which nobody knows the length of.
+        num_ids: a number that every id is below; 0 for a stream, whose length is unknown.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class Order:
         self.name = name
         self.once = once
         self.remark = ""
-        """What somebody should hear of it, in words."""
+        """A warning about the order; empty if there is none."""
         self._make = make
         self._made: dict[int, EpochOrder] = {}
 
     def epoch(self, epoch: int) -> EpochOrder:
-        """The order of one epoch, kept with that of one other: loaders look ahead."""
+        """Return the order of one epoch. Two are cached, because loaders read ahead."""
         if epoch not in self._made:
             while len(self._made) > 1:
                 del self._made[next(iter(self._made))]
@@ -86,13 +86,13 @@ def in_turn(num_samples: int) -> Order:
 
 
 def of_stream(name: str = "a stream") -> Order:
-    """The order in which a stream gives its samples; ids are positions."""
+    """Return the order of a stream's own samples; ids are positions."""
     endless = Permutation(MAX_SAMPLES, 0, 0, shuffle=False)
     return Order(MAX_SAMPLES, name, lambda _: endless, once=True, num_ids=0)
 
 
 def weighted(weights: Any, num_samples: int, seed: int) -> Order:
-    """As many draws as there are samples, with replacement; see `Weights`."""
+    """Return an order of `num_samples` draws with replacement; see `Weights`."""
     sums = Weights(weights, num_samples)
     name = f"weighted, version {WEIGHTED_VERSION}, weights {sums.digest}"
     make = functools.partial(WeightedEpoch, sums, seed)
@@ -100,15 +100,15 @@ def weighted(weights: Any, num_samples: int, seed: int) -> Order:
 
 
 def custom(make: Callable[[int], Any], dataset_size: int) -> Order:
-    """The order that a task gives.
+    """Return the order that a task defines.
 
     Args:
-        make: from an epoch to a sequence of sample ids, or to an object with `__len__` and
-            `block(start, stop)`; all epochs of one length.
-        dataset_size: ids are below this.
+        make: returns, for an epoch, a sequence of sample ids, or an object with `__len__` and
+            `block(start, stop)`. All epochs must have the same length.
+        dataset_size: the number of samples; ids must be below it.
 
     Raises:
-        DtrainError: it gives something else, or ids that are not in the data set.
+        DtrainError: `make` returned something else, or ids that are not in the data set.
     """
     first = _CustomEpoch(make(0), dataset_size, None)
     order = Order(
@@ -124,11 +124,11 @@ def custom(make: Callable[[int], Any], dataset_size: int) -> Order:
 
 
 def order_of(task: Task, dataset_size: int, spec: JobSpec) -> Order:
-    """The order that a job's task and `data:` section ask for."""
+    """Return the order that a job's task and `data:` section request."""
 
     def make(epoch: int) -> Any:
         outer = RandomState.capture()
-        seed_everything(derive_seed("order", spec.seed, epoch))  # the task may well draw
+        seed_everything(derive_seed("order", spec.seed, epoch))  # the task may draw random numbers
         try:
             return task.sample_order(spec.seed, epoch)
         finally:
@@ -155,14 +155,14 @@ def order_of(task: Task, dataset_size: int, spec: JobSpec) -> Order:
 
 
 class Weights:
-    """The weights of all samples, as their running sum: 8 bytes a sample in every process.
+    """The running sum of the weights of all samples: 8 bytes a sample in every process.
 
     Args:
-        weights: one number a sample, not negative, any array-like.
-        num_samples: how many there must be.
+        weights: one number a sample, not negative, as any array-like.
+        num_samples: the required number of weights.
 
     Raises:
-        DtrainError: they are not `num_samples` numbers that one can draw by.
+        DtrainError: the weights are not `num_samples` valid numbers.
     """
 
     def __init__(self, weights: Any, num_samples: int) -> None:
@@ -177,16 +177,16 @@ class Weights:
         if wrong.size:
             raise DtrainError(
                 f"sample_weights() returned {values[wrong[0]]:g} for sample {wrong[0]}; weights "
-                "are finite and not negative",
+                "must be finite and not negative",
                 code="data.bad-weights",
             )
         self.digest = xxhash.xxh3_64_hexdigest(values.tobytes())
         self.sums: NDArray[np.float64] = np.cumsum(values)
         self.last = int(np.flatnonzero(values)[-1]) if self.sums[-1] > 0 else -1
-        """The last sample with a weight."""
+        """The last sample with a weight above 0."""
         if self.last < 0:
             raise DtrainError(
-                "sample_weights() returned nothing but zeros: nothing can be drawn",
+                "sample_weights() returned only zeros: no sample can be drawn",
                 code="data.bad-weights",
             )
 
@@ -201,24 +201,24 @@ class WeightedEpoch:
         return self.at(np.arange(start, stop, dtype=np.int64))
 
     def at(self, positions: Ids) -> Ids:
-        """The samples at any positions; same shape, int64.
+        """Return the samples at any positions, in the same shape; int64.
 
-        Costs 0.4 µs a position with 1e6 weights, 0.8 with 1e7: the lookup misses the cache, half
-        as often when it goes through the sums in order.
+        It takes 0.4 µs a position with 1e6 weights, 0.8 with 1e7: the lookup misses the cache.
+        Sorted targets halve the misses.
         """
         words = mix_all(positions.reshape(-1).astype(np.uint64), self._keys)
         sums = self._weights.sums
         targets = (words >> np.uint64(11)).astype(np.float64) * (sums[-1] / 2.0**53)
-        in_order = np.argsort(targets)
+        ascending = np.argsort(targets)
         found = np.empty(targets.shape, dtype=np.int64)
-        found[in_order] = np.searchsorted(sums, targets[in_order], side="right")
-        # rounding may lift a target to the very sum
+        found[ascending] = np.searchsorted(sums, targets[ascending], side="right")
+        # rounding may raise a target to the total sum
         np.minimum(found, self._weights.last, out=found)
         return found.reshape(positions.shape)
 
 
 class _CustomEpoch:
-    """What a task's `sample_order` returned for one epoch, checked where it is read."""
+    """The order that a task's `sample_order` returned for one epoch, checked when it is read."""
 
     def __init__(self, given: Any, dataset_size: int, length: int | None) -> None:
         self._given = given
@@ -229,14 +229,13 @@ class _CustomEpoch:
         self.n = len(given)
         if self.n == 0:
             raise DtrainError(
-                "sample_order() returned no ids at all; an epoch needs one or more",
+                "sample_order() returned no ids; an epoch needs at least one",
                 code="data.bad-order",
             )
         if length is not None and self.n != length:
             raise DtrainError(
                 f"sample_order() returned {self.n} ids for one epoch, {length} for the first; all "
-                "epochs must have the same length, or a position would not tell how far training "
-                "is",
+                "epochs must have the same length, because a resume counts positions",
                 code="data.order-length-changes",
             )
 
@@ -246,14 +245,14 @@ class _CustomEpoch:
         ids = _as_ids(self._given.block(start, stop))
         if len(ids) != stop - start:
             raise DtrainError(
-                f"block({start}, {stop}) of what sample_order() returned gave {len(ids)} ids, not "
-                f"{stop - start}",
+                f"block({start}, {stop}) of the object that sample_order() returned gave "
+                f"{len(ids)} ids, not {stop - start}",
                 code="data.bad-order",
             )
         return self._checked(ids, start)
 
     def at(self, positions: Ids) -> Ids:
-        """The ids at any positions; one block for each run of consecutive positions."""
+        """Return the ids at any positions, reading a block per run of consecutive positions."""
         if positions.size == 0:
             return positions
         cuts = np.flatnonzero(np.diff(positions) != 1) + 1
@@ -261,7 +260,7 @@ class _CustomEpoch:
         return np.concatenate([self.block(int(run[0]), int(run[-1]) + 1) for run in runs])
 
     def fingerprint(self) -> str:
-        """Of the whole order where it is at hand; else its own, or its first ids'."""
+        """Return a fingerprint of all ids if they are in memory, else its own or of 4,096 ids."""
         if self._ids is not None:
             return xxhash.xxh3_64_hexdigest(self._ids.tobytes())
         own = getattr(self._given, "fingerprint", None)
@@ -270,9 +269,10 @@ class _CustomEpoch:
         return xxhash.xxh3_64_hexdigest(self.block(0, min(self.n, 4096)).tobytes())
 
     def remark(self) -> str:
-        """Ids that come again or never, where the order looks like one of all samples.
+        """Return a warning about repeated and missing ids in an order that should have each once.
 
-        They may do so; but one that is as long as the data set is likely meant to hold each once.
+        Repeated ids are allowed. But an order that is as long as the data set is probably meant to
+        have each id once.
         """
         if self._ids is None or self.n != self._size:
             return ""

@@ -1,9 +1,9 @@
-"""Whether streams that shard themselves are disjoint: samples of equal content on several ranks.
+"""The check that streams which shard themselves are disjoint, by the content of their samples.
 
-Each rank keeps digests of the samples that it has read, at most 65,536 of them: those that 2**k
-divides, for a k that grows as needed. All ranks keep the same ones, so what two ranks both read is
-found whatever the order. Data may well hold duplicates: a few are told, and only ranks that read
-mostly the same are an error.
+Each rank keeps at most 65,536 digests of the samples that it has read: those that are divisible by
+2**k, for a k that grows as needed. All ranks keep the same ones, so a sample that two ranks have
+read is found for any order. Data may contain duplicates: a few are reported as a warning, and only
+ranks that read mostly the same samples are an error.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ logger = logging.getLogger(__name__)
 
 _MAX_KEPT = 65_536
 _MAX_GATHERED = 1 << 22
-"""Of all ranks together; 16 bytes each, on every rank."""
+"""The number of digests of all ranks together; 16 bytes each, on every rank."""
 _MIN_IN_ORDER = 8
-"""So many samples, all different, in the same order on two ranks are no accident."""
+"""The number of samples, all different, that two ranks do not read in the same order by chance."""
 _MIN_SHARED = 32
-"""Fewer samples in common say nothing when they come in another order."""
+"""The number of common samples that are significant in another order."""
 _DISTINCT = 0.9
-"""Of a rank's samples so many are different, or nobody can tell streams apart by content. Data of V
-values then gave a rank V/5 at most, of which another has a fifth."""
+"""The part of a rank's samples that must be different; otherwise content cannot distinguish
+streams. With V possible values a rank then has V/5 samples at most, and another has a fifth of
+them."""
 
 
 @exchanged
@@ -40,10 +41,10 @@ values then gave a rank V/5 at most, of which another has a fifth."""
 class Kept:
     modulus: int
     num_seen: int
-    """Samples whose digests the modulus divides."""
+    """The number of samples whose digests are divisible by the modulus."""
     digests: NDArray[np.uint64]
     positions: NDArray[np.int64]
-    """Where each stands first, in the rank's own stream; in order."""
+    """The first position of each in the rank's own stream, ascending."""
 
     def thinned(self, modulus: int) -> Kept:
         if modulus == self.modulus:
@@ -53,7 +54,7 @@ class Kept:
         return Kept(modulus, seen, self.digests[left], self.positions[left])
 
     @property
-    def telling(self) -> bool:
+    def distinct(self) -> bool:
         """Whether most of the samples are different."""
         return len(self.digests) >= max(_MIN_IN_ORDER, _DISTINCT * self.num_seen)
 
@@ -62,15 +63,17 @@ class Kept:
 @dataclass(frozen=True)
 class Finding:
     num_shared: int
-    """Of its kept samples, those that another rank has read too."""
+    """The number of kept samples that another rank has read too."""
     num_compared: int
     example: tuple[int, int, int] | None
     """A position, another rank, and the position there of the same sample."""
     twins: tuple[int, ...]
-    """Ranks that read mostly the same."""
+    """The ranks that read mostly the same samples."""
 
 
 class Overlap:
+    """Finds samples that several ranks have read."""
+
     def __init__(self, ranks: RankInfo) -> None:
         self._ranks = ranks
         self._most = min(_MAX_KEPT, _MAX_GATHERED // ranks.world_size)
@@ -81,10 +84,10 @@ class Overlap:
         self._modulus = 1
         self._num_seen = 0
         self._first: dict[int, int] = {}
-        """Where a digest was met first."""
+        """The first position of each digest."""
 
     def add(self, contents: Mapping[int, int]) -> None:
-        """Take note of samples, by position; those that cannot be read are passed over."""
+        """Record the digests of samples by position; samples that cannot be read are skipped."""
         for position, word in contents.items():
             if word and word % self._modulus == 0:
                 self._num_seen += 1
@@ -96,10 +99,10 @@ class Overlap:
             self._num_seen = round(self._num_seen * len(self._first) / before)
 
     def compare(self) -> None:
-        """Look for samples that several ranks have read; called by all ranks.
+        """Find samples that several ranks have read. All ranks must call it.
 
         Raises:
-            BlamedError: two ranks or more read mostly the same.
+            BlamedError: two ranks or more read mostly the same samples.
         """
         everyone = self._everyone()
         findings = collectives.gather_to_all(_finding(everyone, self._ranks.rank))
@@ -108,25 +111,25 @@ class Overlap:
         compared = sum(finding.num_compared for finding in findings)
         if twins:
             some = f"{numbered('rank', twins)} read"
-            who = "every rank reads" if len(twins) == len(findings) else some
+            readers = "every rank reads" if len(twins) == len(findings) else some
             num_twins = sum(findings[rank].num_shared for rank in twins)
             num_theirs = sum(findings[rank].num_compared for rank in twins)
             raise BlamedError(
-                f"data.stream is sharded, but {who} the same samples: {num_twins} of {num_theirs} "
-                "compared are on another rank too\nremove data.stream: sharded, so that dtrain "
-                "deals the samples out, or let the stream shard itself",
+                f"data.stream is sharded, but {readers} the same samples: {num_twins} of "
+                f"{num_theirs} compared are on another rank too\nremove data.stream: sharded, so "
+                "that dtrain distributes the samples, or let the stream shard itself",
                 [] if len(twins) == len(findings) else twins,
                 self._ranks.rank,
                 code="data.stream-not-sharded",
             )
-        telling = all(each.telling for each in everyone if each.num_seen)
-        if shared and telling and not self._warned and self._ranks.is_rank_zero:
+        distinct = all(each.distinct for each in everyone if each.num_seen)
+        if shared and distinct and not self._warned and self._ranks.is_rank_zero:
             self._warned = True
             first = next(rank for rank, finding in enumerate(findings) if finding.example)
             here, other, there = findings[first].example  # type: ignore[misc]
             logger.warning(
                 "data.stream is sharded, but %d of %d samples compared are on several ranks: "
-                "sample %d of rank %d is also sample %d of rank %d; do the data hold duplicates?",
+                "sample %d of rank %d is also sample %d of rank %d; does the data hold duplicates?",
                 shared, compared, here, first, there, other,
             )  # fmt: skip
 
@@ -159,8 +162,8 @@ def _finding(everyone: list[Kept], rank: int) -> Finding:
 
 
 def _mostly(mine: Kept, theirs: Kept, num_common: int) -> bool:
-    """Whether two ranks read the same: in one order, or most of the samples in any."""
-    if not (mine.telling and theirs.telling):
+    """Return whether two ranks read the same: in the same order, or most samples in any order."""
+    if not (mine.distinct and theirs.distinct):
         return False
     length = min(len(mine.digests), len(theirs.digests))
     if np.array_equal(mine.digests[:length], theirs.digests[:length]) and np.array_equal(

@@ -1,6 +1,6 @@
-"""Which ranks are given another stream than the others, and from where on.
+"""The search for the ranks that read another stream than the others, and for the first difference.
 
-Only ever run once, at the end of a run.
+It runs only once, at the end of a run.
 """
 
 from __future__ import annotations
@@ -13,43 +13,41 @@ from dtrain.train.vote import vote
 
 _REMEDY = (
     "a stream must give every rank the same samples in the same order; dtrain gives each rank its "
-    "part of them\nremove what shards or shuffles by RANK, get_rank() or get_worker_info(), or "
-    "write data.stream: sharded"
+    "part of them\nremove code that shards or shuffles by RANK, get_rank() or get_worker_info(), "
+    "or set data.stream: sharded"
 )
 
 
 def explain(batch: GlobalBatch, block: Block, rank: int) -> BlamedError:
-    """The error; a collective, its message is the same on every rank."""
+    """Return the error, with the same message on every rank. All ranks must call it."""
     mine = (batch.epoch, batch.start, block.stop, block.ends_epoch)
     everyone = collectives.gather_to_all((mine, tuple(block.contents.items())))
     ballot = vote(everyone)
     suspect = ballot.others[0] if ballot.others else ballot.reference
-    ours, theirs = everyone[ballot.reference], everyone[suspect]
+    expected, found = everyone[ballot.reference], everyone[suspect]
     lines = [
         f"train_dataset() gives the ranks different streams, seen in step {batch.step + 1}:",
         str(ballot),
-        _difference(ours, theirs, ballot.reference, suspect),
+        _difference(expected, found, ballot.reference, suspect),
         _REMEDY,
     ]
     return BlamedError("\n".join(lines), ballot.culprits, rank, code="data.streams-differ")
 
 
 Given = tuple[tuple[int, int, int, bool], tuple[tuple[int, int], ...]]
-"""Epoch, start, stop and whether the stream ends there; digests by position."""
+"""Epoch, start, stop and whether the stream ends there; and digests by position."""
 
 
-def _difference(ours: Given, theirs: Given, reference: int, suspect: int) -> str:
-    """The first position at which two ranks' streams differ."""
-    (epoch, start, stop, ends), (their_epoch, their_start, their_stop, their_ends) = (
-        ours[0],
-        theirs[0],
-    )
+def _difference(expected: Given, found: Given, reference: int, suspect: int) -> str:
+    """Describe the first position at which two ranks' streams differ."""
+    epoch, start, stop, ends = expected[0]
+    their_epoch, their_start, their_stop, their_ends = found[0]
     if (epoch, start) != (their_epoch, their_start):
         return (
             f"rank {suspect} is at position {their_start} of epoch {their_epoch}, rank "
             f"{reference} at {start} of epoch {epoch}"
         )
-    one, other = dict(ours[1]), dict(theirs[1])
+    one, other = dict(expected[1]), dict(found[1])
     for position in sorted(one.keys() & other.keys()):
         if one[position] != other[position]:
             return (
@@ -61,5 +59,5 @@ def _difference(ours: Given, theirs: Given, reference: int, suspect: int) -> str
         shorter, longer = reference, suspect
     return (
         f"position {min(stop, their_stop)} of epoch {epoch} is the first that differs: the stream "
-        f"ends there on rank {shorter} and goes on on rank {longer}"
+        f"ends there on rank {shorter} and continues on rank {longer}"
     )

@@ -1,9 +1,9 @@
 """The order of an epoch: a permutation that is computed, never stored.
 
-A Feistel cipher over the smallest power of two that holds N, walked until it lands below N
-(Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 4), vectorised over
-blocks of positions. Memory does not grow with N, and any position costs the same: a resume in the
-middle of an epoch of 1e12 samples is as quick as one at its start.
+It is a Feistel cipher over the smallest power of two that holds N, applied until the result is
+below N (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 4). It is
+vectorised over blocks of positions. Memory does not grow with N, and any position costs the same:
+a resume in the middle of an epoch of 1e12 samples is as fast as one at its start.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from numpy.typing import NDArray
 from dtrain.train.data.hashing import Words, keys, mix, mix_all
 
 PERMUTATION_VERSION = 1
-"""Of the map (n, seed, epoch) → order. Checkpoints carry it: another version is another order."""
+"""The version of the map (n, seed, epoch) → order. Checkpoints hold it."""
 
 MAX_SAMPLES = 2**63
 
 _ROUNDS = 6
 _TABLE_LIMIT = 1 << 16
-"""Up to here the order is a table (0.5 MB at most): a cipher on a handful of bits is a poor
-shuffle, and a slice costs 0.5 µs where six rounds cost 200."""
+"""The largest number of samples for which the order is a table (0.5 MB at most). A cipher on a few
+bits shuffles badly, and a slice costs 0.5 µs instead of 200 for six rounds."""
 
 _CHUNK = 1 << 15
-"""Positions worked on at a time, so that the four buffers stay in the cache and at 1 MB: blocks of
-1e6 cost 40 to 90 ns a position instead of 160."""
+"""The number of positions computed at a time. The four buffers then take 1 MB and stay in the
+cache: blocks of 1e6 cost 40 to 90 ns a position instead of 160."""
 
 Ids = NDArray[np.int64]
 
@@ -34,10 +34,10 @@ class Permutation:
     """The order in which one epoch visits the samples 0 … n-1.
 
     Args:
-        n: number of samples, 1 … 2**63.
+        n: the number of samples, 1 … 2**63.
         seed: the job's seed.
-        epoch: 0-based.
-        shuffle: False is the identity.
+        epoch: the epoch, counted from 0.
+        shuffle: False means the identity.
     """
 
     def __init__(self, n: int, seed: int, epoch: int, *, shuffle: bool = True) -> None:
@@ -65,7 +65,7 @@ class Permutation:
         return self._walk(positions) if self._shuffle else positions
 
     def _walk(self, numbers: Ids) -> Ids:
-        """Each number along its cycle of the cipher to the next number below n."""
+        """Apply the cipher to each number until the result is below n."""
         words = np.ascontiguousarray(numbers.reshape(-1)).view(np.uint64)
         found = np.empty(words.shape, dtype=np.int64)
         limit = np.uint64(self.n)
@@ -80,7 +80,7 @@ class Permutation:
         return found.reshape(numbers.shape)
 
     def _encrypt(self, words: Words) -> Words:
-        """Six Feistel rounds on halves that may differ by one bit, which swap widths each round."""
+        """Apply six Feistel rounds. The halves may differ by one bit and swap widths each round."""
         left, right, mixed, scratch = _halves(words, self._bits[1])
         for key, mask in self._rounds:
             np.bitwise_and(mix(right, key, mixed, scratch), mask, out=mixed)
@@ -89,13 +89,13 @@ class Permutation:
         return _joined(left, right, self._bits[1])
 
     def _make_table(self) -> Ids:
-        """All samples ordered by a keyed 64-bit hash of their index; it is injective: no ties."""
+        """Return all samples sorted by a keyed 64-bit hash of their index; it is injective."""
         hashed = mix_all(np.arange(self.n, dtype=np.uint64), self._keys)
         return np.argsort(hashed).astype(np.int64)
 
 
 def _halves(words: Words, right_bits: int) -> Words:
-    """The left and the right half of each word, and two buffers of that size."""
+    """Return the left and the right half of each word, and two buffers of that size."""
     buffers = np.empty((4, *words.shape), dtype=np.uint64)
     np.right_shift(words, np.uint64(right_bits), out=buffers[0])
     np.bitwise_and(words, np.uint64((1 << right_bits) - 1), out=buffers[1])

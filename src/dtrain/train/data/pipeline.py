@@ -1,4 +1,4 @@
-"""The training data as a trainer sees it: global batches, this rank's parts of them, the proof."""
+"""The data pipeline of a trainer: global batches, this rank's parts of them, and the proof."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from dtrain.train.data.placement import EpochPlan, GlobalBatch, Position
 logger = logging.getLogger(__name__)
 
 Step = tuple[GlobalBatch, Iterator[tuple[int, Any]], int]
-"""A global batch; this rank's micro-batches of it, as (samples, batch); how many there are."""
+"""A global batch; this rank's micro-batches of it, as (samples, batch); and their number."""
 
 _NUM_PROBED = 3
-"""Samples that are read before the first step, to be compared."""
+"""The number of samples that are read and compared before the first step."""
 
 Watch = Callable[[Iterable[Request]], Iterator[Request]]
-"""Passes on requests in order; for whoever wants to see them."""
+"""Yields the same requests in the same order, and may watch them."""
 
 
 class Feed(abc.ABC):
-    """A training's data on one rank: its course through the epochs, its order, its proof."""
+    """The data of a training on one rank: its epoch plan, its order and its proof."""
 
     def __init__(
         self, dataset: Any, spec: JobSpec, ranks: RankInfo, order: Order, course: EpochPlan
@@ -50,22 +50,22 @@ class Feed(abc.ABC):
         self.course = course
         self.proof = Proof(order, ranks, spec.seed) if spec.data.exactly_once else None
         self.watchers: list[Callable[[Fetched], None]] = []
-        """Told of each micro-batch that was read, with the ids that the data set was asked for."""
+        """Functions that are called with each micro-batch that was read, and its requested ids."""
         self.meets = False
-        """Whether ranks are to agree on a step before it begins, not in it: those of a strategy
-        that meets in its forwards."""
+        """Whether ranks must agree on a step before it begins, not in it. This is for a strategy
+        whose ranks exchange data in the forward."""
 
     @abc.abstractmethod
     def batches(
         self, step: int, position: Position, split: Split, watch: Watch = iter
     ) -> Iterator[Step]:
-        """The steps that follow `step` done steps and a position.
+        """Yield the steps that follow.
 
         Args:
-            step: optimizer steps done.
-            position: how far the data has been consumed.
-            split: this rank's micro-batches of a global batch.
-            watch: is shown the requests for this rank's micro-batches.
+            step: the number of optimizer steps done.
+            position: the position up to which the data was consumed.
+            split: returns this rank's micro-batches of a global batch.
+            watch: receives the requests for this rank's micro-batches, and yields them.
         """
 
     def agree(self, batch: GlobalBatch, total: float) -> None:
@@ -74,7 +74,7 @@ class Feed(abc.ABC):
             raise self._parted(batch)
 
     def _parted(self, batch: GlobalBatch) -> DtrainError:
-        """What to say when ranks did not do the same step; called by all ranks."""
+        """Return the error for ranks that did not do the same step. All ranks must call it."""
         return DtrainError(
             f"step {batch.step + 1}: other ranks are not at positions {batch.start} to "
             f"{batch.stop - 1} of epoch {batch.epoch}, where rank {self.ranks.rank} is",
@@ -82,12 +82,14 @@ class Feed(abc.ABC):
         )
 
     def samples_read(self) -> list[int] | None:
-        """After the last step of an epoch: how many samples each rank brought; None: it did not
-        bring its own."""
+        """Return the number of samples that each rank has read, after the last step of an epoch.
+
+        None means that ranks have no samples of their own.
+        """
         return None
 
     def check(self) -> None:
-        """Prove what was read since the last check; called by all ranks, at step boundaries.
+        """Check what was read since the last check. All ranks must call it, at a step boundary.
 
         Raises:
             DtrainError: samples were read twice, not at all, or in another epoch's order.
@@ -96,7 +98,10 @@ class Feed(abc.ABC):
             self.proof.check()
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state at the last step boundary, beyond step and position; after `check`."""
+        """Return JSON-able state at the last step boundary. Call it after `check`.
+
+        It holds neither the step nor the position.
+        """
         return {} if self.proof is None else {"proof": self.proof.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -105,10 +110,10 @@ class Feed(abc.ABC):
 
     @abc.abstractmethod
     def note_contents(self) -> None:
-        """Let watchers know what samples hold. Called before the first is read."""
+        """Record the content of samples for watchers. Call it before the first sample is read."""
 
     rereadable = False
-    """Whether `again` works: samples have numbers."""
+    """Whether `again` works, because samples have ids."""
 
     def again(self, epoch: int, ids: Ids) -> Any:
         raise NotImplementedError
@@ -130,6 +135,8 @@ class Feed(abc.ABC):
 
 
 class MapFeed(Feed):
+    """The feed of a map-style data set."""
+
     rereadable = True
 
     def __init__(
@@ -149,9 +156,9 @@ class MapFeed(Feed):
     ) -> Iterator[Step]:
         requests = train_requests(self.course.batches(step, position), self.order, split)
         probes = self._probes(step, position)
-        opened = shared_files.places() if probes and self.spec.data.workers > 1 else {}
-        # the first to be asked for, and so read where all samples are: a data set may open its
-        # files when it is read first, and must not have done so before loader processes are forked
+        opened = shared_files.open_files() if probes and self.spec.data.workers > 1 else {}
+        # the probes are the first requests, and are read where all samples are read: a data set may
+        # open its files at its first read, which must not happen before loader processes are forked
         fetched = self._loader.fetched(itertools.chain(probes, watch(requests)))
         for probe in probes:
             mine = next(fetched).batch
@@ -173,17 +180,17 @@ class MapFeed(Feed):
         self._loader.close()
 
     def _probes(self, step: int, position: Position) -> list[Probe]:
-        """The samples that are compared before the first step, if any."""
+        """Return requests for the samples that are compared before the first step, if any."""
         if not self.spec.data.exactly_once or type(self.dataset) is TensorDataset:
-            return []  # all of the latter's content is part of its fingerprint
+            return []  # the fingerprint of a TensorDataset includes its whole content
         course, begin = self.course, position.consumed
         left = (course.total_steps or 0) - step
         end = min(self.order.num_samples, begin + left * course.global_batch_size)
         if end <= begin:
             return []
         words = sample_words("probe", self.spec.seed, step, np.arange(_NUM_PROBED))
-        places = begin + (words % np.uint64(end - begin)).astype(np.int64)
-        ids = self.order.epoch(position.epoch).at(np.unique(places))
+        positions = begin + (words % np.uint64(end - begin)).astype(np.int64)
+        ids = self.order.epoch(position.epoch).at(np.unique(positions))
         return [Probe(position.epoch, ids)]
 
     def _take(self, fetched: Iterator[Fetched], number: int) -> Iterator[tuple[int, Any]]:

@@ -1,7 +1,7 @@
-"""The process's global random generators, as things that can be seeded, watched and put back.
+"""The process's global random generators, with methods to seed, watch and restore them.
 
-Reading where a generator stands costs 1 to 4 µs here; by Python's `random.getstate` or NumPy's
-`get_state` it is 30 to 80.
+Reading the state of a generator takes 1 to 4 µs here, and 30 to 80 with Python's `random.getstate`
+or NumPy's `get_state`.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import numpy as np
 import torch
 
 _WORDS = 625 * 4
-"""Bytes of a Mersenne Twister: 624 words and a position."""
+"""The number of bytes of a Mersenne Twister: 624 words and a position."""
 
 
 class Generator(Protocol):
     def seed(self, word: int) -> None:
-        """Begin anew from 64 random bits."""
+        """Seed the generator with 64 random bits."""
 
     def mark(self) -> Any:
-        """Where it stands; equal only if nothing was drawn in between."""
+        """Return a mark of the state. Two marks are equal only if nothing was drawn in between."""
 
     def return_to(self, mark: Any) -> None:
-        """Go back to a mark."""
+        """Restore the state of a mark."""
 
     def capture(self) -> Any:
-        """Everything it holds, cached halves of Gaussian pairs included."""
+        """Return the whole state, including cached halves of Gaussian pairs."""
 
     def restore(self, state: Any) -> None:
-        """The inverse of `capture`."""
+        """Restore a state of `capture`."""
 
 
 class _Python:
@@ -66,7 +66,7 @@ class _Python:
         random.setstate(state)
 
     def _try_reading(self) -> bool:
-        """Whether CPython's object holds the position and then the words, as it does up to 3.14."""
+        """Return whether CPython's object holds the position and then the words (up to 3.14)."""
         if self._generator.__sizeof__() < object.__basicsize__ + _WORDS:
             return False
         position, *words = np.frombuffer(
@@ -76,7 +76,7 @@ class _Python:
 
 
 class _NumPy:
-    """`numpy.random`'s own functions; not generators that a user makes."""
+    """The generator of `numpy.random`'s own functions, not those that a user makes."""
 
     def __init__(self) -> None:
         self._bits: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
@@ -85,8 +85,8 @@ class _NumPy:
             self._address = self._bits.ctypes.state_address  # 624 words, then the position
 
     def seed(self, word: int) -> None:
-        # The high half: torch's CPU generator is the same Mersenne Twister seeded in the same
-        # way by the low half, and with one seed both would draw the same words.
+        # The high half: torch's CPU generator is the same Mersenne Twister, seeded in the same way
+        # with the low half. With the same seed both would draw the same words.
         np.random.seed(word >> 32)
 
     def mark(self) -> Any:
@@ -95,8 +95,8 @@ class _NumPy:
         return ctypes.string_at(self._address, _WORDS)
 
     def return_to(self, mark: Any) -> None:
-        # The cached half of a Gaussian pair is out of reach, and reading it costs 60 µs: if the
-        # training keeps one while a data set draws for the first time, it is lost.
+        # The cached half of a Gaussian pair is not in the mark, because reading it costs 60 µs. If
+        # the training has one when a data set draws for the first time, it is lost.
         if self._address is not None:
             *words, position = np.frombuffer(mark, dtype=np.uint32).tolist()
             np.random.set_state(("MT19937", words, position, 0, 0.0))
@@ -135,7 +135,7 @@ _ON_CPU: list[Generator] = []
 
 
 def global_generators() -> list[Generator]:
-    """Those of Python, NumPy and torch, and of the current GPU where this process uses one."""
+    """Return the generators of Python, NumPy and torch, and of the current GPU if one is used."""
     if not _ON_CPU:
         _ON_CPU.extend([_Python(), _NumPy(), _Torch(torch.default_generator)])
     if torch.cuda.is_initialized():
@@ -146,18 +146,21 @@ def global_generators() -> list[Generator]:
 
 _OWN = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _MAX_DEPTH = 5
-_MAX_LOOKED_AT = 1000
+_MAX_VISITED = 1000
 
 
 def drawn_from(holder: Any, read: Callable[[], Any]) -> list[str]:
-    """Generators that an object holds itself and draws from in `read`, as `rng` or `crop.rng`."""
+    """Return the paths of an object's own generators that `read` draws from.
+
+    A path is for example `rng` or `crop.rng`.
+    """
     generators = dict(held(holder, _OWN))
-    before = {path: _place(generator) for path, generator in generators.items()}
+    before = {path: _state_of(generator) for path, generator in generators.items()}
     read()
-    return [path for path, generator in generators.items() if _place(generator) != before[path]]
+    return [path for path, generator in generators.items() if _state_of(generator) != before[path]]
 
 
-def _place(generator: Any) -> str:
+def _state_of(generator: Any) -> str:
     for name in ("getstate", "get_state"):
         if hasattr(generator, name):
             state = getattr(generator, name)()
@@ -166,10 +169,10 @@ def _place(generator: Any) -> str:
 
 
 def held(holder: Any, kinds: type | tuple[type, ...]) -> Iterator[tuple[str, Any]]:
-    """Attributes that hold an object of these classes, but for the global generators."""
+    """Yield the attributes that hold an object of these classes, except the global generators."""
     known = {id(random._inst), id(torch.default_generator)}
     queue = deque([("", holder, 0)])
-    for _ in range(_MAX_LOOKED_AT):
+    for _ in range(_MAX_VISITED):
         if not queue:
             return
         path, value, depth = queue.popleft()
@@ -186,7 +189,7 @@ def held(holder: Any, kinds: type | tuple[type, ...]) -> Iterator[tuple[str, Any
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         yield from ((f"[{key!r}]", inner) for key, inner in value.items())
-    elif isinstance(value, list | tuple) and len(value) < _MAX_LOOKED_AT:
+    elif isinstance(value, list | tuple) and len(value) < _MAX_VISITED:
         yield from ((f"[{index}]", inner) for index, inner in enumerate(value))
     else:
         yield from ((f".{name}", inner) for name, inner in getattr(value, "__dict__", {}).items())

@@ -1,4 +1,4 @@
-"""The training data as a trainer sees it, when every rank has a stream of its own."""
+"""The data pipeline of a trainer when every rank has its own stream."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from dtrain.train.data.stream import Block, Resume
 from dtrain.train.seeding import derive_seed
 
 _EARLY = (1, 4, 16, 64)
-"""Steps of a run after which the ranks' samples are compared, besides the end of each epoch."""
+"""The steps of a run after which the ranks' samples are compared, in addition to epoch ends."""
 
 
 class ShardedFeed(StreamFeed):
-    """Of an iterable data set that gives each rank other samples (`data.stream: sharded`).
+    """The feed of an iterable data set that shards itself over ranks (`data.stream: sharded`).
 
-    A step takes each rank's share of the global batch from its own stream. Before it the ranks
-    tell each other how many samples they have, which is fewer only where a stream ends. An epoch
-    ends with the last of the streams; a rank whose stream has ended before is idle until then.
+    A step takes each rank's share of the global batch from its own stream. Before each step the
+    ranks exchange the number of samples that they have, which is smaller only where a stream ends.
+    An epoch ends with the last of the streams. A rank whose stream has ended earlier is idle until
+    then.
     """
 
     def __init__(
@@ -38,18 +39,18 @@ class ShardedFeed(StreamFeed):
         self._world_size = ranks.world_size
         self._derived = derive_seed("sharded", spec.seed, ranks.rank)
         super().__init__(dataset, task, spec, ranks, pin_memory=pin_memory)
-        self.proof = None  # of positions that dtrain deals out; what is compared here is content
+        self.proof = None  # dtrain distributes no positions; the content is compared instead
         self._overlap = Overlap(ranks) if self._compares else None
         self._num_blocks = 0
         self._read = [0] * ranks.world_size
-        """Samples that each rank has read of this epoch."""
+        """The number of samples that each rank has read of this epoch."""
         self._ended = [False] * ranks.world_size
-        """Whose stream has ended in this epoch."""
+        """Whether the stream of each rank has ended in this epoch."""
         self._whole: list[int] | None = None
-        """Samples that each rank has read of the epoch that has just ended."""
+        """The number of samples that each rank has read of the epoch that has just ended."""
 
     def check(self) -> None:
-        """At the end of an epoch, make sure that the ranks' samples are not the same."""
+        """Make sure, at the end of an epoch, that the ranks' samples are not the same."""
         if self._overlap is not None and self._whole is not None:
             self._overlap.compare()
             self._overlap.clear()
@@ -58,13 +59,16 @@ class ShardedFeed(StreamFeed):
         return self._whole
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Feed`. Called by all ranks: the position is that of every stream."""
+        """Return the positions and states of all streams, see `Feed`. All ranks must call it."""
         states = collectives.gather_to_all(encoded(self._state))
         rows = zip(self._read, self._ended, states, strict=True)
         return {"streams": [{"read": n, "ended": e, "state": state} for n, e, state in rows]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`, on as many ranks; others have an order of another name."""
+        """Load a state of `state_dict` with the same number of ranks.
+
+        With another number of ranks the order has another name, and a resume is refused earlier.
+        """
         if "streams" not in state:
             return
         streams = state["streams"]
@@ -76,7 +80,7 @@ class ShardedFeed(StreamFeed):
         return of_stream(f"a stream that shards itself over {self._world_size} ranks")
 
     def _own_seed(self) -> int:
-        return self._derived  # or the noise of all ranks would be the same
+        return self._derived  # otherwise the noise of all ranks would be the same
 
     def _where(self, position: Position) -> Resume:
         rank = self.ranks.rank
@@ -90,23 +94,23 @@ class ShardedFeed(StreamFeed):
         return len(mine), tuple(parts)
 
     def _batch(self, step: int, block: Block) -> GlobalBatch:
-        told = collectives.gather_numbers(block.size, int(block.ends_epoch))
-        shares = tuple(size for size, _ in told)
+        everyone = collectives.gather_numbers(block.size, int(block.ends_epoch))
+        shares = tuple(size for size, _ in everyone)
         start = sum(self._read)
         self._block, self._state = block, block.state
         self._read = [before + new for before, new in zip(self._read, shares, strict=True)]
-        self._ended = [bool(ended) for _, ended in told]
+        self._ended = [bool(ended) for _, ended in everyone]
         ends, self._whole = all(self._ended), None
         if ends:
             self._whole = self._read
             self._read, self._ended = [0] * self._world_size, [False] * self._world_size
-        self._look(block)
+        self._record(block)
         return GlobalBatch(
             step, block.epoch, start, start + sum(shares), ends_epoch=ends, shares=shares
         )
 
-    def _look(self, block: Block) -> None:
-        """Keep what was read, and compare it early where that is due."""
+    def _record(self, block: Block) -> None:
+        """Record the content of a block, and compare the ranks after one of the early steps."""
         self._num_blocks += 1
         if self._overlap is not None:
             self._overlap.add(block.contents)

@@ -1,6 +1,6 @@
-"""Files that a data set has opened before its loader processes were forked.
+"""Detection of files that a data set has opened before its loader processes were forked.
 
-A forked process shares the position in such a file: where one seeks, another reads.
+Forked processes share the position in such a file: if one seeks, another reads from there.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from dtrain.ranks import RankInfo
 from dtrain.train import collectives
 from dtrain.train.data.rng_state import held
 
-Places = dict[int, tuple[str, int]]
-"""Of each descriptor the file's path, and the position in it."""
+OpenFiles = dict[int, tuple[str, int]]
+"""The path of the file and the position in it, by descriptor."""
 
 
-def places() -> Places:
-    """The files that this process has open to read. Costs 0.1 ms for 20 of them."""
-    found: Places = {}
+def open_files() -> OpenFiles:
+    """Return the files that this process has open to read. It takes 0.1 ms for 20 files."""
+    found: OpenFiles = {}
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)
-        with contextlib.suppress(OSError):  # closed since, as that of the listing
+        with contextlib.suppress(OSError):  # closed in the meantime, for example the listing's own
             writes = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
             if stat.S_ISREG(os.fstat(fd).st_mode) and not writes:
                 path = os.readlink(f"/proc/self/fd/{fd}")
@@ -34,16 +34,16 @@ def places() -> Places:
     return found
 
 
-def moved(before: Places, dataset: Any) -> list[str]:
-    """Files in which somebody has moved who shares their position: of each a few words.
+def moved(before: OpenFiles, dataset: Any) -> list[str]:
+    """Return a text for each file in which another process has moved the shared position.
 
     Args:
-        before: `places()`, when the other processes were not forked yet. This process must not
-            have read since.
-        dataset: who may hold them.
+        before: the result of `open_files()` before the other processes were forked. This process
+            must not have read since.
+        dataset: the data set that may hold the files.
     """
-    now = places()
-    fds = [fd for fd, place in before.items() if now.get(fd, place) != place]
+    now = open_files()
+    fds = [fd for fd, position in before.items() if now.get(fd, position) != position]
     names = {_fd(file): name for name, file in held(dataset, io.IOBase)} if fds else {}
     return [
         before[fd][0] + (f" (its attribute {names[fd]})" if fd in names else "")
@@ -53,12 +53,12 @@ def moved(before: Places, dataset: Any) -> list[str]:
 
 
 def refuse(files: list[str], workers: int, ranks: RankInfo) -> None:
-    """Make sure that loader processes share no position in a file; called by all ranks.
+    """Make sure that loader processes share no position in a file. All ranks must call it.
 
     Args:
-        files: those in which loader processes of this rank share it.
-        workers: loader processes of each rank.
-        ranks: the place of this process.
+        files: the files in which loader processes of this rank share the position.
+        workers: the number of loader processes of each rank.
+        ranks: the rank of this process.
     """
     everyone = collectives.gather_to_all(files)
     culprits = [rank for rank, theirs in enumerate(everyone) if theirs]
@@ -66,8 +66,8 @@ def refuse(files: list[str], workers: int, ranks: RankInfo) -> None:
         raise BlamedError(
             f"{workers} loader processes share the position in a file that train_dataset() has "
             f"opened: {everyone[culprits[0]][0]}\n"
-            "each of them reads from where another has moved the position: open the file in "
-            "__getitem__ when it is not yet open in this process, read it by np.memmap or "
+            "if one of them moves the position, the others read from there: open the file in "
+            "__getitem__ if it is not yet open in this process, read it with np.memmap or "
             "os.pread, or set data.workers: 0",
             culprits,
             ranks.rank,

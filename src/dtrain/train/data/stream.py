@@ -1,11 +1,11 @@
 """Iterable data sets: every sample of the stream once, on any number of ranks and loader processes.
 
-Every process reads the whole stream, in blocks of one global batch, and keeps its own share: rank
-r takes its part of each block, loader process w of K the blocks w, w + K, … So the global order is
-the stream's order whatever the layout, provided that the data set gives every process the same
-stream: it must not look at its rank (what it gives is compared, see `stream_feed`), and cannot
-look at the loader process, which is hidden from it. What it draws from global generators is seeded
-at every block, the same everywhere.
+Every process reads the whole stream in blocks of one global batch, and keeps its own share. Rank r
+takes its part of each block; loader process w of K takes the blocks w, w + K, and so on. So the
+global order is the stream's order in every layout, if the data set gives every process the same
+stream. It must not depend on the rank (the samples are compared, see `iterable_pipeline`). It
+cannot depend on the loader process, which is hidden from it. The global generators are seeded at
+every block, with the same seeds everywhere.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dtrain.train.data.unlike import note_samples
 
 
 def is_stream(dataset: Any) -> bool:
-    """Whether a data set can only be iterated: samples have no numbers."""
+    """Return whether a data set can only be iterated, so that samples have no ids."""
     if isinstance(dataset, IterableDataset):
         return True
     return hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")
@@ -39,15 +39,15 @@ def is_stream(dataset: Any) -> bool:
 class Resume:
     epoch: int
     position: int
-    """Samples of the epoch that were consumed."""
+    """The number of samples of the epoch that were consumed."""
     state: Any
-    """The data set's own at that position; None to read through everything before."""
+    """The data set's own state at that position. None means to read all samples before it again."""
     ended: bool = False
-    """Whether nothing comes after; the data set need not know that of its state."""
+    """Whether the stream ends there; the data set's own state may not include that."""
 
     @property
     def begins_there(self) -> bool:
-        """Whether nothing is to be read through."""
+        """Whether no samples must be read again."""
         return self.ended or self.state is not None
 
 
@@ -55,13 +55,13 @@ class Resume:
 class BlockRequest:
     epoch: int
     start: int
-    """Position in the epoch of the block's first sample."""
+    """The position in the epoch of the block's first sample."""
     size: int
     parts: tuple[range, ...]
-    """Positions, contiguous; the stream may end before them."""
+    """The positions of this rank's micro-batches, contiguous; the stream may end before them."""
     with_state: bool
     compared: Collection[int]
-    """Positions whose samples are digested."""
+    """The positions whose samples are digested."""
 
     def __str__(self) -> str:
         last = self.start + self.size - 1
@@ -72,13 +72,13 @@ class Block(NamedTuple):
     epoch: int
     start: int
     stop: int
-    """Where the block really ended."""
+    """The position at which the block really ended."""
     ends_epoch: bool
     parts: list[Fetched]
     state: Any
-    """The data set's at `stop`, if asked for and if it has one."""
+    """The data set's own state at `stop`, if it was requested and if there is one."""
     contents: dict[int, int]
-    """The digests that were asked for, by position."""
+    """The requested digests, by position."""
 
     @property
     def size(self) -> int:
@@ -86,18 +86,18 @@ class Block(NamedTuple):
 
 
 class StreamFetcher:
-    """Reads one process's blocks of a stream; requests come in order.
+    """Reads one process's blocks of a stream. Requests must have ascending positions.
 
     Args:
-        dataset: an iterable.
-        task: makes the batches.
-        seed: the job's.
-        own_seed: of what is drawn after an epoch's first sample, where it is to differ by rank.
+        dataset: an iterable data set.
+        task: the task, whose `collate` makes the batches.
+        seed: the job's seed.
+        own_seed: the seed after an epoch's first sample, if random numbers must differ by rank.
     """
 
     def __init__(self, dataset: Any, task: Task, seed: int, own_seed: int | None = None) -> None:
         self.resume: Resume | None = None
-        """Set before the first request."""
+        """The position to begin at; it is set before the first request."""
         self._dataset = dataset
         self.collate = NotingCollate(task.collate)
         self._seeds = seed, seed if own_seed is None else own_seed
@@ -109,7 +109,7 @@ class StreamFetcher:
         generators = global_generators()
         if os.getpid() == self._pid:
             outer = [generator.capture() for generator in generators]
-        else:  # a data set that deals itself out to loader processes would do so twice
+        else:  # a data set that shards itself over loader processes would be sharded twice
             outer = []
             torch.utils.data._utils.worker._worker_info = None
         try:
@@ -140,7 +140,7 @@ class StreamFetcher:
         return Block(request.epoch, request.start, reader.position, ends, parts, state, contents)
 
     def _reader_at(self, request: BlockRequest) -> _Reader:
-        """A reader that stands where the block begins, or at the end of the stream before."""
+        """Return a reader at the beginning of the block, or at the end of a shorter stream."""
         reader, resume = self._reader, self.resume
         if reader is None or reader.epoch != request.epoch or reader.position > request.start:
             if resume is None or resume.epoch != request.epoch or not resume.begins_there:
@@ -154,14 +154,14 @@ class StreamFetcher:
 class _Reader:
     """One pass over the stream.
 
-    The generators are seeded before the first sample of a block and again after it, by position:
-    that sample is read at the end of the block before, to learn whether there is one.
+    The generators are seeded by position before the first sample of a block and again after it.
+    This sample is read at the end of the previous block, to find out whether the stream ends.
 
     Args:
-        dataset: an iterable.
-        seeds: for the beginning of an epoch, where a stream may be shuffled before it shards itself
-            by rank; and for all that comes after.
-        resume: where to begin.
+        dataset: an iterable data set.
+        seeds: two seeds. The first is for the beginning of an epoch, where a stream may be shuffled
+            before it shards itself by rank. The second is for all later samples.
+        resume: the position to begin at.
     """
 
     def __init__(self, dataset: Any, seeds: tuple[int, int], resume: Resume) -> None:
@@ -177,10 +177,10 @@ class _Reader:
     def rows(
         self, size: int, parts: tuple[range, ...] = (), compared: Collection[int] = ()
     ) -> tuple[dict[int, Any], dict[int, int]]:
-        """Go on by up to `size` samples.
+        """Read up to `size` more samples.
 
         Returns:
-            By position, the samples that the parts span, and the digests of those to compare.
+            The samples of the parts and the digests of the samples to compare, both by position.
         """
         wanted = range(parts[0].start, parts[-1].stop) if parts else range(0)
         rows, contents = {}, {}
@@ -206,7 +206,7 @@ class _Reader:
         return not self._ahead
 
     def state(self) -> dict[str, Any] | None:
-        """The data set's own state, or its iterator's; None if it has none."""
+        """Return the state of the iterator or the data set; None if neither has one."""
         for name, holder in (("iterator", self._iterator), ("dataset", self._dataset)):
             if hasattr(holder, "state_dict") and hasattr(holder, "load_state_dict"):
                 return {name: copy.deepcopy(holder.state_dict())}

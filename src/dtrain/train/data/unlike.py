@@ -1,4 +1,4 @@
-"""Why samples do not make a batch: which two of them are unlike, and in what."""
+"""The reason why samples do not make a batch: the first two that differ in their structure."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ from typing import Any
 from dtrain.train.data.content import Leaf, leaves
 
 _BY_VALUE = ("int", "float", "complex", "bool", "str", "bytes", "NoneType")
-"""Kinds of leaves whose value is the sample's own affair."""
+"""The kinds of leaves whose values may differ between samples."""
 
 
 def note_samples(error: Exception, rows: Sequence[Any], names: Sequence[str]) -> None:
-    """Add to an error of `collate` what is not alike in its samples, where that may be why."""
+    """Add a note to an error of `collate` if different samples may be its cause."""
     stacks = "stack expects" in str(error) or any(
         frame.filename.endswith("torch/utils/data/_utils/collate.py")
         for frame in traceback.extract_tb(error.__traceback__)
     )
     if any(row is None for row in rows) or stacks:
-        found = _first_unlike(rows, names)
+        found = _first_mismatch(rows, names)
         if found:
             error.add_note(found)
 
 
-def _first_unlike(rows: Sequence[Any], names: Sequence[str]) -> str:
-    """`sample 13 has float32[2] at ['x'], and sample 12 float32[3]`; empty: they are alike."""
+def _first_mismatch(rows: Sequence[Any], names: Sequence[str]) -> str:
+    """Return for example `sample 13 has float32[2] at ['x'], and sample 12 float32[3]`.
+
+    The text is empty if the samples have the same structure.
+    """
     if all(row is None for row in rows):
-        return f"{names[0]} is None: does the data set return what it read?"
+        return f"{names[0]} is None: does the data set return the sample?"
     shapes = [tuple(_shape(leaf) for leaf in leaves(row)) for row in rows]
     usual = Counter(shapes).most_common(1)[0][0]
     reference = shapes.index(usual)
@@ -42,7 +45,7 @@ def _first_unlike(rows: Sequence[Any], names: Sequence[str]) -> str:
 
 
 def _shape(leaf: Leaf) -> tuple[str, str]:
-    """Where a leaf is, and what it is, without its value."""
+    """Return the path and the kind of a leaf, without its value."""
     if leaf.kind == "NoneType":
         return leaf.path, "None"
     if leaf.kind == "key":

@@ -1,1 +1,1 @@
-"""What each step of a traced run did, for dtrain verify."""
+"""Traces of runs, which record what each step did, for `dtrain verify`."""

@@ -1,4 +1,4 @@
-"""What a task keeps in its attributes, for `dtrain verify`: does a step change it?"""
+"""The attributes of a task, for `dtrain verify`: digests show whether a step changes them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from dtrain.train.data import content
 
 
 class Attributes:
-    """The data that a task object holds, besides the model, the optimizer and data sets.
+    """The attributes of a task object, except the model, the optimizer and data sets.
 
     Args:
-        task: or what stands for an object that does not derive from `Task`.
-        frozen: attributes that stay as they were when `keep` was called.
+        task: the task, or the adapter of an object that does not derive from `Task`.
+        frozen: the names of attributes that `put_back` resets to their values at `keep`.
     """
 
     def __init__(self, task: Task, frozen: tuple[str, ...]) -> None:
-        users = getattr(task, "adapted", task)
-        # what stands for a LightningModule or a Keras model has no attributes of the user's
-        self._held = {} if _is_ours(users) else vars(users)
+        adapted = getattr(task, "adapted", task)
+        # the adapter of a LightningModule or a Keras model has no attributes of the user's
+        self._held = {} if _is_of_dtrain(adapted) else vars(adapted)
         self._frozen = frozen
         self._kept: dict[str, Any] = {}
 
@@ -38,10 +38,10 @@ class Attributes:
             self._held[name] = _copy(value)
 
     def digests(self, model: torch.nn.Module | None) -> dict[str, str]:
-        """Of each attribute its type and the digest of its value, by name.
+        """Return the type of each attribute and the digest of its value, by name.
 
         Args:
-            model: what is trained; an attribute that holds it is left out.
+            model: the trained model; an attribute that holds it is left out.
         """
         trained = {id(each) for each in model.parameters()} if model is not None else set()
         return {
@@ -49,23 +49,23 @@ class Attributes:
             for name, value in self._held.items()
             if not (callable(value) and not isinstance(value, torch.nn.Module))
             and not _is_data(value)
-            and not _is_ours(value)
+            and not _is_of_dtrain(value)
             and not _holds(value, trained)
         }
 
 
-def _is_ours(value: Any) -> bool:
+def _is_of_dtrain(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == "dtrain"
 
 
 def _opened(value: Any, opened: set[int], depth: int = 4) -> Any:
-    """A value with plain containers instead of what has its content inside: modules, generators.
+    """Return the content of a value in plain containers, also of modules and generators.
 
     Args:
-        value: any.
-        opened: addresses of the objects met so far. Each is opened once: one that leads to a
-            trainer leads to thousands, by many ways.
-        depth: how many objects in objects are opened.
+        value: any value.
+        opened: the addresses of the objects opened so far. Each is opened once: a reference to a
+            trainer leads to thousands of objects in many ways.
+        depth: the number of nested objects that are opened.
     """
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return value
@@ -95,7 +95,7 @@ def _opened(value: Any, opened: set[int], depth: int = 4) -> Any:
 
 
 def _copy(value: Any) -> Any:
-    if isinstance(value, torch.Generator):  # which cannot be copied as other objects are
+    if isinstance(value, torch.Generator):  # deepcopy cannot copy it
         made = torch.Generator(device=value.device)
         made.set_state(value.get_state())
         return made
@@ -103,7 +103,7 @@ def _copy(value: Any) -> Any:
 
 
 def _is_data(value: Any) -> bool:
-    """Whether it is a data set or an optimizer: large, or compared in another place."""
+    """Return whether it is a data set or an optimizer: large, or compared elsewhere."""
     known = torch.utils.data.Dataset | torch.utils.data.DataLoader | torch.optim.Optimizer
     return isinstance(value, known)
 

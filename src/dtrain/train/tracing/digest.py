@@ -1,4 +1,4 @@
-"""Digests and short forms of tensors and random states, for recordings."""
+"""Digests and short forms of tensors and random states, for traces."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dtrain.trace import Vector
 from dtrain.train.seeding import derive_seed
 
 NUM_BUCKETS = 4096
-"""Tensors up to so many elements are kept in full, others as a sketch of this length. The squared
-norm of a sketch has a standard deviation of sqrt(2 / 4096) = 2 %."""
+"""The largest number of elements of a tensor that is kept in full; a larger one becomes a sketch of
+this length. The squared norm of a sketch has a standard deviation of sqrt(2 / 4096) = 2 %."""
 
 _CHUNK = 1 << 20
 
 
 def of_tensors(tensors: Iterable[torch.Tensor]) -> str:
-    """xxh3 over types, shapes and bytes; equal exactly where every bit is."""
+    """Return an xxh3 over types, shapes and bytes. It is equal exactly if every bit is."""
     hashed = xxhash.xxh3_128()
     for tensor in tensors:
         here = tensor.detach().cpu().contiguous()
@@ -30,7 +30,7 @@ def of_tensors(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def of_random_state() -> str:
-    """Digest of the global generators of torch, Python and NumPy; about 50 µs."""
+    """Return a digest of the global generators of torch, Python and NumPy; about 50 µs."""
     hashed = xxhash.xxh3_128(torch.get_rng_state().numpy())
     hashed.update(repr(random.getstate()).encode())
     hashed.update(repr(np.random.get_state(legacy=False)).encode())
@@ -45,11 +45,11 @@ def norm_of(tensor: torch.Tensor) -> float:
 
 
 def as_vector(name: str, tensor: torch.Tensor) -> Vector:
-    """A tensor as a vector of fp64, of at most `NUM_BUCKETS` elements.
+    """Return a tensor as a vector of fp64 with at most `NUM_BUCKETS` elements.
 
     Args:
-        name: decides the random signs and buckets, alike in every process.
-        tensor: any shape and type; complex numbers become pairs.
+        name: decides the random signs and buckets, which are the same in every process.
+        tensor: a tensor of any shape and type; complex numbers become pairs.
     """
     here = tensor.detach().cpu()
     if here.is_complex():

@@ -1,8 +1,8 @@
-"""Random numbers that a task draws in `loss`: made the sample's own, and where they are drawn.
+"""Random numbers that a task draws in `loss`: fixed for each sample, and located in the code.
 
-In another layout the ranks draw other numbers than one process does, as they should. To compare
-all else, `FixedNoise` gives every row of what torch draws for a batch its own numbers, which
-follow from the content of that sample.
+In another layout the ranks draw other numbers than one process does, which is correct. To compare
+everything else, `FixedNoise` gives each row that torch draws for a batch numbers that depend only
+on the content of that sample.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ _PACKAGE = str(Path(__file__).resolve().parents[2])
 
 
 class FixedNoise(TorchDispatchMode):
-    """While it is active, torch's global generators draw for each sample what belongs to it.
+    """While it is active, torch's global generators draw numbers that belong to each sample.
 
-    An operator that draws is run once for each of the batch's samples, on its part of dimension
-    0. What has no dimension of samples is drawn alike in every call. Python's and NumPy's
-    generators cannot be seen this way: they begin anew in every call.
+    An operator that draws is run once for each sample of the batch, on its part of dimension 0. If
+    there is no dimension of samples, every call draws the same numbers. Operations of Python's and
+    NumPy's generators cannot be intercepted: these are seeded again in every call.
 
     Args:
-        by_sample: every call has one sample, which also decides what Python and NumPy draw.
+        by_sample: whether every call has one sample, which then also decides the numbers of Python
+            and NumPy.
     """
 
     def __init__(self, *, by_sample: bool) -> None:
@@ -42,20 +43,20 @@ class FixedNoise(TorchDispatchMode):
         self._by_sample = by_sample
         self._calls = 0
         self._keys: list[int] = []
-        """Of the samples of this call."""
+        """The keys of the samples of this call."""
         self._draws = 0
-        """Of this call."""
+        """The number of draws in this call."""
         self._known: dict[int, tuple[list[int], int]] = {}
-        """Keys and number of each draw, by the state that torch's generator had. A layer that is
-        computed again in backward has that state back, maybe after the next call."""
+        """The keys and the number of each draw, by the state that torch's generator had. A layer
+        that is computed again in backward has the same state, possibly after the next call."""
         self.places: set[str] = set()
-        """Where was drawn, as `randn_like at task.py:12`."""
+        """The operators and lines that drew, for example `randn_like at task.py:12`."""
 
     def begin(self, batch: Any) -> None:
         self._keys, self._draws = _sample_keys(batch), 0
         self._calls += 1
-        alone = self._keys if self._by_sample else []
-        seed_everything(derive_seed("noise", *alone))
+        sample = self._keys if self._by_sample else []
+        seed_everything(derive_seed("noise", *sample))
         seed_torch(self._calls)
 
     def __torch_dispatch__(
@@ -80,7 +81,7 @@ class FixedNoise(TorchDispatchMode):
 def _draw(
     func: Any, args: Sequence[Any], kwargs: dict[str, Any], keys: list[int], number: int
 ) -> Any:
-    """Run an operator on each sample's part, or whole where it has none."""
+    """Run an operator on each sample's part, or once if there are no such parts."""
     count = len(keys)
     given = (*args, *kwargs.values())
     if not any(_has_rows(each, count) for each in given):
@@ -97,11 +98,11 @@ def _draw(
 
 
 def _has_rows(value: Any, count: int) -> bool:
-    """Whether an argument goes over the samples, or over equal parts for each, in dimension 0.
+    """Return whether dimension 0 of an argument has an equal number of rows for each sample.
 
     Args:
-        value: a tensor, or the shape of one to be made.
-        count: of samples.
+        value: a tensor, or the shape of a tensor to be made.
+        count: the number of samples.
     """
     shape = value.shape if isinstance(value, torch.Tensor) else value
     if not isinstance(shape, list | tuple) or not shape or not isinstance(shape[0], int):
@@ -119,7 +120,7 @@ def _part(value: Any, index: int, count: int) -> Any:
 
 
 def _sample_keys(batch: Any) -> list[int]:
-    """A number for each sample, from its row of the first tensor that has rows."""
+    """Return a number for each sample, from its row of the first tensor that has rows."""
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()]
     if not tensors:
         return []
@@ -137,21 +138,21 @@ class Draws:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch one call; lines of libraries count as the line that called them."""
-        look = self._looking()
+        """Watch one call; a draw in a library counts for the line that called it."""
+        trace = self._trace_function()
         outer = sys.gettrace()
-        sys.settrace(look)
+        sys.settrace(trace)
         try:
             yield
         finally:
             sys.settrace(outer)
 
-    def _looking(self) -> Callable[[FrameType, str, Any], Any]:
+    def _trace_function(self) -> Callable[[FrameType, str, Any], Any]:
         marks = {name: each.mark() for name, each in self._generators.items()}
         before: list[str] = []
 
-        def look(frame: FrameType, event: str, _argument: Any) -> Any:
-            if not _is_users(frame):
+        def trace(frame: FrameType, event: str, _argument: Any) -> Any:
+            if not _is_user_code(frame):
                 return None
             for name, generator in self._generators.items():
                 mark = generator.mark()
@@ -159,19 +160,19 @@ class Draws:
                     marks[name] = mark
                     self.places.add(f"{name} at {before[-1] if before else _line(frame)}")
             before[:] = [_line(frame)]
-            return look
+            return trace
 
-        return look
+        return trace
 
 
 def _user_line() -> str:
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not _is_users(frame):
+    while frame is not None and not _is_user_code(frame):
         frame = frame.f_back
     return "torch" if frame is None else _line(frame)
 
 
-def _is_users(frame: FrameType) -> bool:
+def _is_user_code(frame: FrameType) -> bool:
     file = frame.f_code.co_filename
     return not file.startswith((_LIBRARIES, _PACKAGE, "<")) and "/lib/python3" not in file
 

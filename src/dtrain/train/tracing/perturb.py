@@ -1,4 +1,4 @@
-"""Changes to a model or to data that single out one cause of a difference: see `TraceOptions`."""
+"""Changes to a model or data that isolate one cause of a difference; see `TraceOptions`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.utils.data import Subset, TensorDataset
 
 
 def first_samples(dataset: Any, limit: int | None) -> Any:
-    """The first `limit` samples of a map-style data set; others come back as they are."""
+    """Return the first `limit` samples of a map-style data set, and other data sets unchanged."""
     if limit is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return dataset
     if len(dataset) <= limit:
         return dataset
-    if type(dataset) is TensorDataset:  # so that it is read in the way that it always is
+    if type(dataset) is TensorDataset:  # dtrain reads this type in its own way
         return TensorDataset(*(tensor[:limit] for tensor in dataset.tensors))
     return Subset(dataset, range(limit))
 
 
 def stop_dropout(model: torch.nn.Module) -> None:
-    """Set every rate of dropout to 0: of dropout modules, and attributes named after it."""
+    """Set every dropout rate to 0, in dropout modules and in attributes with such a name."""
     for _, module in _modules(model):
         for attribute in _drop_rates(module):
             setattr(module, attribute, 0.0)
@@ -46,11 +46,11 @@ def _drop_rates(module: torch.nn.Module) -> dict[str, float]:
 
 
 def batch_norms(model: torch.nn.Module, *, training: bool = False) -> list[str]:
-    """Names of the modules that normalise over the samples of their own process.
+    """Return the names of the modules that normalise over the samples of their own process.
 
     Args:
-        model: of torch or of Keras.
-        training: only those that do so while the model trains: that are not frozen.
+        model: a model of torch or Keras.
+        training: whether to leave out frozen modules, which do not do so during the training.
     """
     return [
         name or type(module).__name__
@@ -60,7 +60,7 @@ def batch_norms(model: torch.nn.Module, *, training: bool = False) -> list[str]:
 
 
 def freeze_batch_norm(model: torch.nn.Module) -> None:
-    """Let every BatchNorm use its running statistics for good, also in `model.train()`."""
+    """Make every BatchNorm use its running statistics permanently, also in `model.train()`."""
     for _, module in _batch_norms(model):
         if isinstance(module, _BatchNorm):
             module.eval()
@@ -70,7 +70,7 @@ def freeze_batch_norm(model: torch.nn.Module) -> None:
 
 
 def is_of_keras(model: torch.nn.Module) -> bool:
-    """Whether a model is Keras's, whose layers torch does not see as modules of it."""
+    """Return whether it is a Keras model, whose layers torch does not list as modules."""
     return hasattr(model, "_flatten_layers")
 
 
@@ -91,7 +91,7 @@ def _modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def _is_keras(module: torch.nn.Module, name: str) -> bool:
-    """Whether a layer is one of Keras's own of this name, or a kind of it."""
+    """Return whether a layer is an instance of Keras's class of this name or a subclass."""
     kinds = type(module).__mro__
     return any(k.__name__.endswith(name) and k.__module__.startswith("keras.") for k in kinds)
 
@@ -105,7 +105,7 @@ def _without_training(call: Any) -> Any:
 
 
 def to_double(batch: Any) -> Any:
-    """A batch with every real number in double precision; containers keep their types."""
+    """Return a batch with every real number in double precision; containers keep their types."""
     if isinstance(batch, torch.Tensor):
         return batch.double() if batch.is_floating_point() else batch
     if isinstance(batch, dict):
@@ -119,7 +119,7 @@ def to_double(batch: Any) -> Any:
 
 @contextlib.contextmanager
 def double_by_default() -> Iterator[None]:
-    """What is made meanwhile without a type is made in double precision."""
+    """Use double precision as the default type of new tensors in this block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -1,8 +1,8 @@
-"""Recording a training for `dtrain verify`, at the edge where the user's objects are used.
+"""Recording of a training for `dtrain verify`, at the calls of the user's objects.
 
-What is recorded does not depend on what trainer and strategy believe: gradients are those that
-the user's optimizer was given, losses those that the user's `loss` returned, random numbers those
-that were drawn. A trainer has two calls to make, `read` and `step`.
+The record does not depend on values of the trainer and the strategy. It has the gradients that the
+user's optimizer received, the losses that the user's `loss` returned, and the random numbers that
+were drawn. A trainer makes two calls, `read` and `step`.
 """
 
 from __future__ import annotations
@@ -32,43 +32,43 @@ Named = Iterable[tuple[str, torch.Tensor]]
 class Recorder:
     """Watches one rank's task, and writes what each step did.
 
-    The task's own methods are wrapped, on the object: its class stays what it is.
+    It wraps the methods of the task object; the task's class is not changed.
     """
 
-    def __init__(self, run: RunDir, ranks: RankInfo, task: Task, wish: TraceOptions) -> None:
+    def __init__(self, run: RunDir, ranks: RankInfo, task: Task, options: TraceOptions) -> None:
         self._writer = Writer(run.recording, ranks.rank)
         self._ranks = ranks
-        self._wish = wish
+        self._options = options
         self._ids: list[list[int]] = []
         self._contents: list[Contents] = []
         self._losses: list[tuple[torch.Tensor, float | torch.Tensor | None]] = []
         self._model: torch.nn.Module | None = None
         self._facts: dict[str, Any] = {}
         self._begun: str | None = None
-        """Digest of the parameters as `model` made them."""
+        """The digest of the parameters that `model` made."""
         self._gradients = Tensors()
         self._given: str | None = None
-        """Digest of the gradients that this rank's optimizer was given."""
+        """The digest of the gradients that this rank's optimizer received."""
         self._lr: list[float] = []
         self._stepped = 0
         self._random = ""
-        self._attributes = Attributes(task, wish.frozen)
-        self._noise = None if wish.own_noise else FixedNoise(by_sample=wish.by_sample)
+        self._attributes = Attributes(task, options.frozen)
+        self._noise = None if options.own_noise else FixedNoise(by_sample=options.by_sample)
         self._step_context = contextlib.ExitStack()
-        """Open from the first loss of a step to the end of its last backward."""
+        """A context that is open from the first loss of a step to the end of its last backward."""
         self._draws = Draws()
         self._wrap(task)
 
     @classmethod
     def asked_for(cls, run: RunDir, ranks: RankInfo, task: Task) -> Recorder | None:
-        """A recorder when the environment asks for one, else None."""
-        wish = TraceOptions.from_env(os.environ)
-        return None if wish is None else cls(run, ranks, task, wish)
+        """Return a recorder if the environment requests one, else None."""
+        options = TraceOptions.from_env(os.environ)
+        return None if options is None else cls(run, ranks, task, options)
 
     # -- for trainers ------------------------------------------------------------------------
 
     def read(self, ids: Ids, contents: Contents | None = None) -> None:
-        """Take note of a micro-batch that this rank has read."""
+        """Record a micro-batch that this rank has read."""
         if not self._random:
             self._random = digest.of_random_state()
         self._ids.append(ids.tolist())
@@ -82,7 +82,7 @@ class Recorder:
         loss: float | None,
         grad_norm: float | None,
     ) -> None:
-        """Write what a step did. Called by all ranks at the step boundary."""
+        """Write what a step did. All ranks must call it at the step boundary."""
         random = digest.of_random_state()
         self._write_line(
             step,
@@ -96,10 +96,10 @@ class Recorder:
         self._ids, self._contents, self._losses, self._lr = [], [], [], []
         self._gradients, self._given, self._stepped = Tensors(), None, 0
 
-    # -- for one that makes the steps itself -------------------------------------------------
+    # -- for a trainer with its own steps ----------------------------------------------------
 
     def watch_module(self, module: Any) -> None:
-        """See what goes into the `training_step` of a LightningModule, and its loss."""
+        """Record the batches and losses of the `training_step` of a LightningModule."""
         self._watch_model(module)
         self._facts["own_steps"] = not module.automatic_optimization
         step = module.training_step
@@ -122,25 +122,25 @@ class Recorder:
     def watch_optimizers(
         self, optimizers: Iterable[torch.optim.Optimizer], *, resumed: bool
     ) -> None:
-        """See what they are given; where training begins, write what it begins with."""
+        """Record the gradients of the optimizers; unless resumed, write the initial state."""
         for optimizer in optimizers:
-            # not before it: `step` may be given a closure that computes the gradients
+            # a hook after the step: `step` may get a closure that computes the gradients
             optimizer.register_step_post_hook(self._before_update)
         if not resumed:
             self._begin_lines()
 
     @property
     def in_fp64(self) -> bool:
-        """Whether all is to be computed in fp64."""
-        return self._wish.fp64
+        """Whether everything is computed in fp64."""
+        return self._options.fp64
 
     def shortened(self, dataset: Any, task: Task) -> Any:
-        """The part of a training data set that this run reads."""
+        """Return the part of a training data set that this run reads."""
         return self._shortened(dataset, task)
 
     def evaluated(self, dataset: Any) -> Any:
-        """Likewise, of a data set for evaluation."""
-        return perturb.first_samples(dataset, self._wish.max_eval_samples)
+        """Return the part of an evaluation data set that this run reads."""
+        return perturb.first_samples(dataset, self._options.max_eval_samples)
 
     # -- around the task ---------------------------------------------------------------------
 
@@ -158,9 +158,9 @@ class Recorder:
         own["eval_dataset"] = lambda: self.evaluated(methods["eval_dataset"]())
 
     def _shortened(self, dataset: Any, task: Task) -> Any:
-        """The first samples, unless the task has an order of its own, which is for all."""
+        """Return the first samples; all of them if the task's own order needs all."""
         if task.sample_order(0, 0) is None and task.sample_weights() is None:
-            dataset = perturb.first_samples(dataset, self._wish.max_train_samples)
+            dataset = perturb.first_samples(dataset, self._options.max_train_samples)
         with contextlib.suppress(TypeError):  # a stream
             self._facts["num_samples"] = len(dataset)
         return dataset
@@ -172,11 +172,11 @@ class Recorder:
         self._begun = digest.of_tensors(model.parameters())
         self._facts["batch_norm"] = perturb.batch_norms(model)
         self._facts["of_keras"] = perturb.is_of_keras(model)
-        if self._wish.fp64:
+        if self._options.fp64:
             model.double()
-        if not self._wish.own_noise:
+        if not self._options.own_noise:
             perturb.stop_dropout(model)
-        if not self._wish.batch_norm:
+        if not self._options.batch_norm:
             perturb.freeze_batch_norm(model)
         return model
 
@@ -200,7 +200,7 @@ class Recorder:
             self._given = digest.of_tensors(each for _, each in gradients)
 
     def _in_precision(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        if not self._wish.fp64:
+        if not self._options.fp64:
             return method
 
         def in_double(model: torch.nn.Module, batch: Any) -> Any:
@@ -222,7 +222,7 @@ class Recorder:
         return watched
 
     def _with_fixed_noise(self, method: Callable[..., Any], *given: Any) -> Any:
-        """Call `loss`; what backward computes again draws the same as long as the step lasts."""
+        """Call `loss` with fixed noise. A layer that backward computes again draws the same."""
         if self._noise is None:
             return method(*given)
         self._step_context.close()
@@ -303,7 +303,7 @@ class Recorder:
         return [(plain_name(name), each) for name, each in self._model.named_buffers()]
 
     def _tensors(self, named: Named) -> Tensors:
-        """On rank 0; elsewhere empty, but every rank takes part in putting shards together."""
+        """Return the tensors on rank 0, and none elsewhere. All ranks must call it: it gathers."""
         tensors = Tensors()
         for name, tensor in named:
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
