@@ -172,7 +172,7 @@ def test_trainable_parameters_left_out_are_told_once(
         trained(Partial, tmp_path)
     (event,) = [each for each in lines(tmp_path, "events") if each["event"] == "not_optimized"]
     assert event["parameters"] == ["first.weight", "first.bias"]
-    assert caplog.text.count("first.weight for one") == 1
+    assert caplog.text.count("for example first.weight") == 1
 
 
 def test_a_good_task_is_told_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
