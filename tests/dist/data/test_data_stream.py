@@ -156,7 +156,7 @@ def test_trainer_lightning_compares_too(tmp_path: Path) -> None:
 
 
 MISTAKES: list[tuple[str, str, list[int]]] = [
-    ("by rank", "seen in step 1:\nranks 1, 2 and rank 0 differ; no majority", []),
+    ("by rank", "seen in step 1:\nranks 1, 2 and rank 0 differ; there is no majority", []),
     ("by both", "position 0 of epoch 0 is the first that differs", []),
     ("shuffled by rank", "seen in step 1:\nranks 1, 2 and rank 0 differ", []),
     ("one late", "seen in step 8:\nranks 1, 2 and rank 0 differ", []),
