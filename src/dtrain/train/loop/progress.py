@@ -174,7 +174,7 @@ class Schedule:
         return _due(progress, spec.every_steps, spec.every_epochs)
 
     def save_overdue(self) -> bool:
-        """Return whether a checkpoint is due by this process's clock. Only rank 0 is asked."""
+        """Return whether a checkpoint is due by this process's clock. Only rank 0 calls it."""
         every = self._spec.checkpoint.every
         return every is not None and time.monotonic() - self._last_save >= every
 

@@ -104,7 +104,7 @@ class Csv:
             csv.DictWriter(file, self._columns[split]).writerow(row)
 
     def close(self, outcome: Outcome) -> None:
-        """See `Logger`."""
+        """Do nothing: `write` closes its file after each row."""
 
     def _path(self, split: str) -> Path:
         return self._folder / f"{split}.csv"

@@ -118,9 +118,9 @@ class DDPStrategy(Strategy):
         self._ddp = DistributedDataParallel(
             self._counting, init_sync=False, gradient_as_bucket_view=True, **_no_buffer_sync()
         )
-        self._settle_buckets()
+        self._fix_bucket_layout()
 
-    def _settle_buckets(self) -> None:
+    def _fix_bucket_layout(self) -> None:
         """Let DDP lay out its buckets now, with a backward and the forward after it."""
         assert self._ddp is not None
         assert self._counting is not None

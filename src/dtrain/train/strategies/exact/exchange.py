@@ -14,7 +14,7 @@ import itertools
 import torch
 import torch.distributed as dist
 
-from dtrain.train.strategies.exact.tree import Node, TreeSum, node_places
+from dtrain.train.strategies.exact.tree import Node, TreeSum, node_positions
 
 
 class Exchange:
@@ -34,8 +34,8 @@ class Exchange:
         self._others = [other for other in range(world_size) if other != rank]
         self._buffers: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         share = num_shards // world_size
-        self._places = [
-            node_places(range(other * share, (other + 1) * share)) for other in range(world_size)
+        self._positions = [
+            node_positions(range(other * share, (other + 1) * share)) for other in range(world_size)
         ]
 
     def sum_counts(self, counts: list[int], device: torch.device) -> list[int]:
@@ -58,8 +58,8 @@ class Exchange:
         slices = [node.value.view(self._world_size, -1) for node in nodes]
         received = self._receive(slices)
         tree: TreeSum[torch.Tensor] = TreeSum(lambda left, right: left.add_(right))
-        for places, values in zip(self._places, received, strict=True):
-            for (level, index), value in zip(places, values, strict=True):
+        for positions, values in zip(self._positions, received, strict=True):
+            for (level, index), value in zip(positions, values, strict=True):
                 tree.push(Node(level, index, value))
         result = slices[0]
         result[self._rank].copy_(tree.pop_total())
@@ -71,10 +71,10 @@ class Exchange:
         """Return this rank's slice of the nodes of each rank, in rank order; send the others'."""
         numbers = itertools.count()
         received = [
-            [self._buffer(next(numbers), slices[0][0]) for _ in places]
+            [self._buffer(next(numbers), slices[0][0]) for _ in positions]
             if other in self._others
             else [vector[self._rank] for vector in slices]
-            for other, places in enumerate(self._places)
+            for other, positions in enumerate(self._positions)
         ]
         self._swap([[vector[other] for vector in slices] for other in self._others], received)
         return received

@@ -78,7 +78,7 @@ class TreeSum(Generic[Value]):
         return total
 
 
-def node_places(leaves: range) -> list[tuple[int, int]]:
+def node_positions(leaves: range) -> list[tuple[int, int]]:
     """Return (level, index) of the nodes that a contiguous part of the leaves adds up to."""
     tree: TreeSum[None] = TreeSum(lambda left, right: None)
     for leaf in leaves:
