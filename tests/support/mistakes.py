@@ -163,7 +163,7 @@ REFUSED = [
     Mistake("OrderByRank", "", "order of samples differs"),
     Mistake("OwnDecay", "", "weight_decay of group 0 is 0.1 on rank 1"),
     Mistake("FreezesByRank", "", "rank 1"),
-    Mistake("WrapsItself", "", "wrapped in DistributedDataParallel already"),
+    Mistake("WrapsItself", "", "already wrapped in DistributedDataParallel"),
 ]
 """Those that the launch itself refuses, in its own words."""
 

@@ -1,1 +1,1 @@
-"""The training plane: everything that runs inside a worker. torch lives here."""
+"""The training plane: everything that runs inside a worker, with torch."""

@@ -1,6 +1,6 @@
-"""A few exchanges of small Python values between ranks; with one process they are free.
+"""Exchanges of small Python values between ranks. With one process they cost nothing.
 
-Only for rare moments (start, evaluation, checkpoint): each costs a millisecond or more.
+Use them only where they are rare (start, evaluation, checkpoint): each takes a millisecond or more.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Value = TypeVar("Value")
 
 
 def in_group() -> bool:
-    """Whether there is a process group with more than this process."""
+    """Return whether there is a process group with more than this process."""
     return bool(dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
 def gather_to_all(value: Value) -> list[Value]:
-    """Every rank's value, in rank order, on every rank."""
+    """Return every rank's value, in rank order, on every rank."""
     if not in_group():
         return [value]
     mine, sizes = _padded(pack(value))
@@ -33,13 +33,13 @@ def gather_to_all(value: Value) -> list[Value]:
 
 
 def gather_to_zero(value: Value) -> list[Value]:
-    """Every rank's value, in rank order, on rank 0; empty elsewhere."""
+    """Return every rank's value, in rank order, on rank 0, and an empty list on other ranks."""
     if not in_group():
         return [value]
     mine, sizes = _padded(pack(value))
     is_zero = dist.get_rank() == 0
     everyone = mine.new_empty(len(sizes) * len(mine) if is_zero else 0)
-    # at one line for all: the collectives of ranks are compared with the lines that call them
+    # one line for all ranks: collectives are compared together with the line that calls them
     dist.gather(mine, list(everyone.chunk(len(sizes))) if is_zero else None)
     return [unpack(data) for data in _cut(everyone, sizes)] if is_zero else []
 
@@ -47,22 +47,22 @@ def gather_to_zero(value: Value) -> list[Value]:
 def from_zero(value: Value) -> Value:
     if not in_group():
         return value
-    is_ours = dist.get_rank() == 0
-    data = bytes_from_rank(0, pack(value) if is_ours else b"")
-    return value if is_ours else cast(Value, unpack(data))
+    is_zero = dist.get_rank() == 0
+    data = bytes_from_rank(0, pack(value) if is_zero else b"")
+    return value if is_zero else cast(Value, unpack(data))
 
 
 def bytes_from_rank(rank: int, data: bytes) -> bytes:
-    """One rank's bytes, on every rank of a group; those of the others are not looked at."""
+    """Return the bytes of one rank on every rank of a group; other ranks' `data` is not used."""
     size = torch.tensor([len(data)], device=_device())
     dist.broadcast(size, src=rank)
-    everyones = _tensor(data) if dist.get_rank() == rank else _tensor(bytes(int(size)))
-    dist.broadcast(everyones, src=rank)
-    return bytes(everyones.cpu().numpy())
+    tensor = _tensor(data) if dist.get_rank() == rank else _tensor(bytes(int(size)))
+    dist.broadcast(tensor, src=rank)
+    return bytes(tensor.cpu().numpy())
 
 
 def _padded(data: bytes) -> tuple[torch.Tensor, list[int]]:
-    """Our bytes, as many as the rank has that has most; how many each has."""
+    """Return this rank's bytes, padded to the longest of all ranks, and the size of each rank."""
     size = torch.tensor([len(data)], device=_device())
     sizes = size.new_empty(dist.get_world_size())
     dist.all_gather(list(sizes.chunk(len(sizes))), size)
@@ -79,14 +79,17 @@ def _tensor(data: bytes) -> torch.Tensor:
 
 
 def _device() -> torch.device:
-    """Where the group can send from: a script may have made one for GPUs alone."""
+    """Return the device that the group sends from: a script may make a group for GPUs only."""
     if "cpu:" in dist.get_backend_config():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def gather_numbers(*mine: int) -> list[tuple[int, ...]]:
-    """Every rank's whole numbers, as many on each, in rank order, on every rank; 0.3 ms."""
+    """Return every rank's integers, in rank order, on every rank. It takes 0.3 ms.
+
+    All ranks give the same number of integers.
+    """
     if not in_group():
         return [mine]
     everyone = torch.empty(dist.get_world_size() * len(mine), dtype=torch.int64)
@@ -96,7 +99,7 @@ def gather_numbers(*mine: int) -> list[tuple[int, ...]]:
 
 
 def sum_words(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The sums over all ranks, element by element and modulo 2**64, on every rank."""
+    """Return the sums over all ranks, elementwise and modulo 2**64, on every rank."""
     if not in_group():
         return words
     low, high = words & np.uint64(2**32 - 1), words >> np.uint64(32)

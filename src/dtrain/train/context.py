@@ -1,4 +1,4 @@
-"""What a trainer is given, and what it gives back."""
+"""The input and the result of a trainer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class StopFlag:
-    """A request to leave at the next step boundary.
+    """A request to stop at the next step boundary.
 
     `request` only sets an attribute, so a signal handler may call it at any moment.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        """Why, in words; None while nobody has asked."""
+        """The reason for the request, in words; None if there is no request."""
 
     def request(self, reason: str) -> None:
         if self.reason is None:
@@ -34,7 +34,7 @@ class StopFlag:
 
 @dataclass(frozen=True)
 class TrainContext:
-    """Everything a trainer needs; the process group is up before and taken down after."""
+    """Everything that a trainer needs. The process group is made before it and destroyed after."""
 
     spec: JobSpec
     run: RunDir
@@ -43,34 +43,34 @@ class TrainContext:
     task: Task
     device: torch.device
     local_devices: int = 1
-    """Replicas of `dp`: GPUs, or as many as the processes asked for on the CPU."""
+    """The number of replicas of `dp`: GPUs, or on the CPU the requested number of processes."""
     stop: StopFlag = field(default_factory=StopFlag)
     recorder: Recorder | None = None
-    """Writes what each step does, in a run of `dtrain verify`; a trainer tells it of each."""
+    """Records what each step does in a run of `dtrain verify`; the trainer passes it each step."""
     code_dir: Path = Path()
-    """Where the job's files are, or a copy of them."""
+    """The folder of the job's files, or of a copy of them."""
 
     @property
     def shards_model(self) -> bool:
-        """Whether each process holds a part of the model."""
+        """Return whether each process holds a part of the model."""
         return self.spec.strategy == "fsdp" and self.ranks.world_size > 1
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a training ended; the same on every rank."""
+    """The result of a training, the same on every rank."""
 
     metrics: dict[str, float]
-    """Of the last evaluation; empty when there was none."""
+    """The metrics of the last evaluation; empty if there was none."""
     steps: int
-    """Optimizer steps done, over all attempts."""
+    """The number of optimizer steps done, over all attempts."""
     seconds: float
-    """Of this process, from `run()` to here."""
+    """The time in this process, from `run()` to the result."""
     stopped: str | None = None
-    """Why training left before its end, when it was asked to; None when it is complete."""
+    """The reason of the request that stopped training before its end; None if complete."""
     stopped_early: bool = False
-    """Whether early stopping ended it; it is complete then."""
+    """Whether early stopping ended the training, which is then complete."""
     checkpoint: Path | None = None
     """The checkpoint of the last step."""
     parameters_sha256: str | None = None
-    """Digest of the final parameters; None when training was asked to leave."""
+    """The digest of the final parameters; None if training was stopped on request."""

@@ -19,25 +19,26 @@ _NUMBERS = itertools.count()
 
 
 class EMA(Callback):
-    """An exponential moving average of a model's weights, as torch's `AveragedModel` keeps it.
+    """An exponential moving average of a model's weights, made with torch's `AveragedModel`.
 
-    The trainer updates it once after each optimizer step, and keeps it in checkpoints. After the
-    first step it is the weights; after each later one, `decay` of itself and the rest of the
-    weights. There are two ways to have one:
+    The trainer updates it once after each optimizer step, and saves it in checkpoints. After the
+    first step it equals the weights. After each later step it is
+    `decay * average + (1 - decay) * weights`. There are two ways to use it:
 
-    - `callbacks()` returns `[dtrain.EMA(decay=0.999)]`: the averaged model is what `evaluate` and
-      `predict` are given.
-    - the task keeps `self.ema = dtrain.EMA(model, 0.999)`, made in `model()` or `optimizer()`, and
-      uses `self.ema.model` where it likes: in `evaluate`, or in `loss` as a teacher.
+    - `callbacks()` returns `[dtrain.EMA(decay=0.999)]`. Then `evaluate` and `predict` receive the
+      averaged model.
+    - The task keeps `self.ema = dtrain.EMA(model, 0.999)`, made in `model()` or `optimizer()`. It
+      can use `self.ema.model` anywhere: in `evaluate`, or in `loss` as a teacher.
 
     Args:
-        model: the task's model, or a part of it; None: the one that `model()` returns.
-        decay: how much of the average stays in each step, from 0 to 1.
-        use_buffers: whether buffers, such as BatchNorm's statistics, are averaged as well; else
-            they are the model's. Buffers of whole numbers always are the model's.
+        model: the task's model, or a part of it. None means the model that `model()` returns.
+        decay: the fraction of the average that stays in each step, from 0 to 1.
+        use_buffers: whether floating-point buffers, such as BatchNorm's statistics, are averaged
+            too. If False, they are those of the model. Integer buffers are always those of the
+            model.
 
     Raises:
-        DtrainError: an argument is something else.
+        DtrainError: an argument has a wrong type or value.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class EMA(Callback):
         self.decay = decay
         self.use_buffers = use_buffers
         self.source = model
-        """The module that is averaged; None before it is known."""
+        """The module that is averaged; None until it is known."""
         self._given = model is not None
         self._averaged: AveragedModel | None = None
         self.number = next(_NUMBERS)
@@ -69,18 +70,18 @@ class EMA(Callback):
 
     @property
     def model(self) -> Any:
-        """The averaged model, in `eval()` and without gradients; to be called, not to be changed.
+        """The averaged model, in `eval()` mode and without gradients. Call it, do not change it.
 
         Raises:
-            DtrainError: there is none yet, or its weights cannot be averaged.
+            DtrainError: there is no average yet, or the weights cannot be averaged.
         """
         return self._average().module
 
     def attach(self, model: torch.nn.Module) -> None:
-        """Be what evaluates instead of a model. For the trainer.
+        """Set the model whose average is evaluated in place of it. The trainer calls this.
 
         Raises:
-            DtrainError: it averages another one.
+            DtrainError: this object averages another model.
         """
         if not self._given and self.source is not model:
             self.source, self._averaged = model, None
@@ -92,7 +93,7 @@ class EMA(Callback):
             )
 
     def start(self) -> None:
-        """Begin with the weights as they are now. For the trainer, before the first step."""
+        """Set the average to the current weights. The trainer calls this before the first step."""
         average = self._average()
         assert self.source is not None
         _refuse_parts(self.source)
@@ -101,25 +102,25 @@ class EMA(Callback):
         average.n_averaged.zero_()
 
     def update(self) -> None:
-        """Take the weights in. For the trainer, after each optimizer step."""
+        """Update the average. The trainer calls this after each optimizer step."""
         average = self._average()
         assert self.source is not None
         average.update_parameters(self.source)
         pairs = zip(average.module.buffers(), self.source.buffers(), strict=True)
         for mine, theirs in pairs:
-            if not mine.is_floating_point():  # an average of counters would be cut down
+            if not mine.is_floating_point():  # an average of counters would be truncated
                 mine.copy_(theirs)
 
     def kept(self) -> dict[str, Any]:
-        """What checkpoints hold of it."""
+        """Return the state for checkpoints."""
         average = self._average()
         return {"updates": int(average.n_averaged), "weights": model_state(average.module)}
 
     def load_kept(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `kept`.
+        """Load a state that `kept` returned.
 
         Raises:
-            CheckpointError: it is of another model.
+            CheckpointError: the state belongs to another model.
         """
         average = self._average()
         load_model_state(average.module, state["weights"])
@@ -130,7 +131,7 @@ class EMA(Callback):
             return self._averaged
         if self.source is None:
             raise DtrainError(
-                "dtrain.EMA without a model has none before training begins",
+                "a dtrain.EMA that was made without a model has no model before training begins",
                 code="ema.no-model-yet",
             )
         _refuse_parts(self.source)
@@ -153,7 +154,7 @@ class EMA(Callback):
 
 
 def averages_of(model: torch.nn.Module) -> list[EMA]:
-    """Those that average this model or a part of it, in the order in which they were made."""
+    """Return the averages of this model or of a part of it, sorted by when they were made."""
     parts = {id(module) for module in model.modules()}
     return sorted((e for e in _MADE if id(e.source) in parts), key=lambda each: each.number)
 
@@ -161,8 +162,8 @@ def averages_of(model: torch.nn.Module) -> list[EMA]:
 def _refuse_parts(model: torch.nn.Module) -> None:
     if is_sharded(model):
         raise DtrainError(
-            "strategy 'fsdp' cuts the weights into one part per process, and dtrain.EMA averages "
-            "whole ones; use strategy 'ddp', or 'exact'",
+            "strategy 'fsdp' cuts the weights into one part per process, but dtrain.EMA needs "
+            "whole weights; use strategy 'ddp' or 'exact'",
             code="ema.needs-whole-weights",
         )
 

@@ -1,4 +1,4 @@
-"""Faults made on purpose on one rank (`dtrain launch --inject`), to see the checks at work."""
+"""Faults that are made on purpose on one rank (`dtrain launch --inject`), to test the checks."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ _TARGETS = {
 
 
 class NeverMadeError(BlamedError):
-    """A fault was asked for, and nothing came by in which it could be made."""
+    """A fault was requested, but the training had nothing to which it applies."""
 
     code = "inject.never-made"
 
 
 class Injector:
-    """This rank's faults; each is made once in a process.
+    """The faults of this rank. Each is made once in a process.
 
     Args:
-        context: of the training; only its first start has faults, so that a resumed or restarted
-            run is sound.
+        context: the context of the training. Faults are made only in its first start, so a resumed
+            or restarted run has none.
     """
 
     def __init__(self, context: TrainContext) -> None:
@@ -67,7 +67,7 @@ class Injector:
         self._names: list[str] = []
 
     def seeded(self, context: TrainContext) -> TrainContext:
-        """The context, with another seed where that is the fault."""
+        """Return the context, with another seed if that is the fault."""
         if not self._take(lambda each: each.kind == "seed"):
             return context
         return replace(
@@ -75,10 +75,10 @@ class Injector:
         )
 
     def begin(self, task: Task, subject: TrainState, total_steps: int | None) -> None:
-        """Before the first step: put hooks where faults will be made.
+        """Install the hooks that make faults, before the first step.
 
         Raises:
-            UsageError: on all ranks: a fault that cannot be made in this training.
+            UsageError: a fault cannot be made in this training; raised on all ranks.
         """
         _refuse_impossible(self._faults, subject, total_steps)
         if not self._waiting:
@@ -91,12 +91,15 @@ class Injector:
                 CHAIN.fault_hook = _ChangedCollective(self, fault.kind)
 
     def between_steps(self, subject: TrainState, next_step: int) -> None:
-        """Make the faults in what stays after a step; then begin the next one, counted from 1."""
+        """Make the faults in tensors that outlive a step, then begin the next step.
+
+        `next_step` is counted from 1.
+        """
         self._change_tensors(subject, gradients=False)
         self._step = next_step
 
     def end(self, subject: TrainState, last_step: int) -> None:
-        """After the last step: an error on all ranks if a fault was never made on one."""
+        """Raise on all ranks, after the last step, if a fault was never made on some rank."""
         if not self._faults:
             return
         self.between_steps(subject, last_step + 1)
@@ -104,14 +107,14 @@ class Injector:
         _refuse_unmade(self._waiting, last_step, self._rank)
 
     def requests(self, feed: Feed, step: int, position: Position, split: Split) -> Watch:
-        """What passes on this rank's requests for data, one of them changed if that is a fault."""
+        """Return an iterator function for data requests, which changes one if that is a fault."""
         kinds = ("duplicate-sample", "drop-sample")
         faults = {fault.step: fault for fault in self._waiting if fault.kind in kinds}
         if not faults:
             return iter
         if not feed.rereadable:
             raise UsageError(
-                "--inject: samples of a stream cannot be changed", code="inject.impossible"
+                "--inject: the samples of a stream cannot be changed", code="inject.impossible"
             )
 
         def changed(requests: Iterable[Request]) -> Iterator[Request]:
@@ -127,10 +130,10 @@ class Injector:
 
         return changed
 
-    # -- at their moments --------------------------------------------------------------------
+    # -- making the faults -------------------------------------------------------------------
 
     def due(self, kind: str) -> bool:
-        """Whether a fault of this kind is to be made now; once."""
+        """Return whether a fault of this kind is due now; True only once per fault."""
         return bool(self._take(lambda each: each.kind == kind and each.step == self._step))
 
     def _take(self, wanted: Callable[[Injection], bool]) -> list[Injection]:
@@ -169,7 +172,7 @@ class Injector:
                 return value
             if self.due("nan-loss"):
                 value = _changed_loss(value, lambda total: total * float("nan"))
-            for fault in self._waiting:  # stays: who looks for the cause computes it again
+            for fault in self._waiting:  # not removed: the search for the cause computes it again
                 if fault.kind == "nan-gradient" and fault.step == self._step:
                     zero = _NaNBackward.apply(self._parameter(fault, model), fault.element)
                     value = _changed_loss(value, zero.add)
@@ -178,7 +181,7 @@ class Injector:
         vars(task)["loss"] = loss
 
     def _parameter(self, fault: Injection, model: torch.nn.Module) -> torch.Tensor:
-        """A parameter as the model holds it now: a replica of `dp` has plain tensors."""
+        """Return the parameter as a tensor of this model: replicas of `dp` have plain tensors."""
         for name in self._names:
             if _is_named(plain_name(name), fault.param):
                 found: torch.Tensor = functools.reduce(getattr, name.split("."), model)
@@ -188,7 +191,7 @@ class Injector:
 
 
 class _NaNBackward(torch.autograd.Function):
-    """Nothing forward; NaN in one element of the gradient backward, of this rank's part if cut."""
+    """Adds nothing in forward; in backward, NaN to one element of this rank's gradient."""
 
     @staticmethod
     def forward(ctx: Any, parameter: torch.Tensor, element: int) -> torch.Tensor:
@@ -203,7 +206,7 @@ class _NaNBackward(torch.autograd.Function):
 
 
 class _ChangedCollective:
-    """Leaves out a collective of the task's, or makes it change places with the next."""
+    """Skips a collective of the task, or swaps it with the next one."""
 
     def __init__(self, injector: Injector, kind: str) -> None:
         self._injector = injector
@@ -232,7 +235,7 @@ def _changed_loss(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 def _tamper_tensor(fault: Injection, subject: TrainState) -> None:
-    """Change the tensor that the fault names, or the first in which it makes a difference."""
+    """Change the tensor that the fault names, or the first tensor that the fault can change."""
     tensors = subject.tensors(_TARGETS[fault.target])
     wanted = {name: each for name, each in tensors.items() if _is_named(name, fault.param)}
     for tensor in wanted.values():
@@ -246,7 +249,7 @@ def _tamper_tensor(fault: Injection, subject: TrainState) -> None:
 
 
 def _tampered(fault: Injection, tensor: torch.Tensor) -> bool:
-    if tensor.numel() < 2:  # Adam's counters, say
+    if tensor.numel() < 2:  # for example Adam's counters
         return False
     flat, first = tensor.view(-1), fault.element
     before = digest.as_integers(flat).clone()
@@ -261,12 +264,12 @@ def _tampered(fault: Injection, tensor: torch.Tensor) -> bool:
     elif fault.bit is not None and first < len(before):
         digest.as_integers(flat)[first] ^= 1 << fault.bit
     elif len(filled := flat[first:].nonzero()):
-        digest.as_integers(flat)[first + int(filled[0])] ^= 1 << _lasting_bit(flat)
+        digest.as_integers(flat)[first + int(filled[0])] ^= 1 << _highest_mantissa_bit(flat)
     return not torch.equal(before, digest.as_integers(flat))
 
 
-def _lasting_bit(tensor: torch.Tensor) -> int:
-    """The highest of the mantissa: a low one may be rounded away before the next comparison."""
+def _highest_mantissa_bit(tensor: torch.Tensor) -> int:
+    """Return the highest bit of the mantissa: a low bit may be lost by rounding before a check."""
     if not tensor.is_floating_point():
         return 0
     return -int(math.log2(torch.finfo(tensor.dtype).eps)) - 1
@@ -283,7 +286,7 @@ def _other_samples(fault: Injection, request: Request) -> Request:
 def _refuse_impossible(
     faults: Sequence[Injection], subject: TrainState, total_steps: int | None
 ) -> None:
-    """Say of all faults, on all ranks alike, what cannot be meant."""
+    """Raise if a fault is impossible. Every rank checks the faults of all ranks."""
     for fault in faults:
         if total_steps is not None and fault.step > total_steps:
             raise _error(
@@ -292,11 +295,11 @@ def _refuse_impossible(
                 code="job.fault-after-the-end",
             )
         if fault.kind == "nan-gradient" or fault.kind in TENSOR_KINDS:
-            _refuse_place(fault, subject)
+            _refuse_target(fault, subject)
 
 
 def _refuse_unmade(waiting: Sequence[Injection], last_step: int, rank: int) -> None:
-    """At the end of a training, on all ranks that had faults to make: all must have been made."""
+    """Raise, at the end of a training, if a fault was not made on some rank."""
     everyone = collectives.gather_to_all([_unmade(fault, last_step) for fault in waiting])
     lines = [line for theirs in everyone for line in theirs]
     if lines:
@@ -304,7 +307,7 @@ def _refuse_unmade(waiting: Sequence[Injection], last_step: int, rank: int) -> N
         raise NeverMadeError("\n".join(lines), culprits, rank)
 
 
-def _refuse_place(fault: Injection, subject: TrainState) -> None:
+def _refuse_target(fault: Injection, subject: TrainState) -> None:
     tensors: Mapping[str, torch.Tensor] = subject.parameters()
     what = "parameter"
     if fault.kind in TENSOR_KINDS and fault.target == "buffer":
@@ -327,18 +330,18 @@ def _refuse_place(fault: Injection, subject: TrainState) -> None:
 
 
 def _may_be(name: str, fault: Injection) -> bool:
-    """Whether a parameter or buffer is meant, or one of the optimizer's tensors of it."""
+    """Return whether the fault names this parameter or buffer, or an optimizer tensor of it."""
     of_optimizer = "moment" in fault.kind and _is_named(str(fault.param), name)
     return _is_named(name, fault.param) or of_optimizer
 
 
 def _is_named(name: str, param: str | None) -> bool:
-    """Whether `param` means the tensor of this name; None means any."""
+    """Return whether `param` is the tensor of this name; None means any tensor."""
     return param is None or name == param or name.startswith(f"{param}.")
 
 
 def _unmade(fault: Injection, last_step: int) -> str:
-    why = f"nothing came by in step {fault.step} in which it could be made"
+    why = f"step {fault.step} had nothing to which it applies"
     if fault.step > last_step:
         why = f"training ended after step {last_step}"
     elif fault.kind in ("skip-collective", "swap-collectives"):

@@ -1,4 +1,4 @@
-"""Import what a job names: `file.py:Class` or `package.module:Class`."""
+"""Imports the classes that a job names, by `file.py:Class` or `package.module:Class`."""
 
 from __future__ import annotations
 
@@ -18,34 +18,37 @@ from dtrain.errors import JobError, Problem
 
 
 def load_class(field: str, reference: str, job_dir: str | os.PathLike[str]) -> Callable[..., Any]:
-    """The class, or whatever can be called, behind a reference in job.yaml.
+    """Return the class or other callable that a reference in job.yaml names.
 
     Raises:
-        JobError: there is no such file, module or class; names `field`.
+        JobError: there is no such file, module or class. The error names `field`.
     """
     folder = Path(job_dir).absolute()
     procs.offer_current_folder()
-    place, _, name = reference.rpartition(":")
-    if not place or not name:
+    source, _, name = reference.rpartition(":")
+    if not source or not name:
         raise job_problem(
             field,
             f"{reference!r} is not `file.py:Class` or `package.module:Class`",
             code="job.reference-syntax",
         )
-    module = _from_file(folder / place) if place.endswith(".py") else _from_name(place, folder)
+    module = _from_file(folder / source) if source.endswith(".py") else _from_name(source, folder)
     factory: Any = module
     for part in name.split("."):
         factory = getattr(factory, part, None)
     if not callable(factory):
         raise job_problem(
-            field, f"{place} has no class {name!r}{_classes(module)}", code="job.class-not-found"
+            field, f"{source} has no class {name!r}{_classes(module)}", code="job.class-not-found"
         )
     made: Callable[..., Any] = factory
     return made
 
 
 def _from_file(path: Path) -> ModuleType:
-    """The module in a file, under its stem, so that pickles and its siblings find the same one."""
+    """Return the module of a file, imported under its stem.
+
+    So pickles and other modules of the folder find the same module.
+    """
     path = path.resolve()
     if not path.is_file():
         raise job_problem("task", f"there is no file {path}", code="job.code-not-found")
@@ -77,14 +80,14 @@ def _from_name(name: str, folder: Path) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name + ".").startswith(error.name + "."):
-            raise  # the module is there, something that it imports is not
+            raise  # the module exists, but not a module that it imports
         raise job_problem(
             "task", f"there is no module {error.name!r}", code="job.code-not-found"
         ) from error
 
 
 def _make_importable(folder: Path) -> None:
-    if sys.path[:1] != [str(folder)]:  # further down it may be as the current folder
+    if sys.path[:1] != [str(folder)]:  # a later entry may be the current folder
         sys.path.insert(0, str(folder))
 
 
@@ -98,5 +101,5 @@ def _classes(module: ModuleType) -> str:
 
 
 def job_problem(field: str, message: str, *, code: str) -> JobError:
-    """The error that one field of job.yaml is wrong."""
+    """Return the error for one wrong field of job.yaml."""
     return JobError([Problem("job.yaml", None, None, field, message, code)])

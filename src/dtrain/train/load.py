@@ -1,4 +1,4 @@
-"""From the reference in job.yaml to the user's task object."""
+"""Loads the user's task object from the reference in job.yaml."""
 
 from __future__ import annotations
 
@@ -15,26 +15,30 @@ from dtrain.train.seeding import derive_seed, seed_everything
 
 
 class Adapter(Protocol):
-    """Makes tasks of what is written for another framework; `catalog.FRAMEWORKS` names it.
+    """Makes tasks of objects of another framework; `catalog.FRAMEWORKS` lists the adapters.
 
-    Its module imports nothing of the framework: whoever is adapted has imported that.
+    The module of an adapter does not import the framework: the user's code has imported it.
     """
 
     def matches(self, factory: Callable[..., Any], trainer: str) -> bool:
-        """Whether the class or function that a job names is, or may return, the framework's."""
+        """Return whether the class or function that a job names belongs to the framework.
+
+        A function belongs to it if it may return an object of the framework.
+        """
 
     def adapt(self, make: functools.partial[Any], name: str, trainer: str) -> Any:
-        """The task of what `make` makes.
+        """Return the task for the object that `make` returns.
 
-        Where that is not the framework's: what it made, or None after a call that left no trace.
+        If the object is not one of the framework, return the object. Return None if `make` was
+        called without a side effect and has to be called again.
 
         Args:
             make: the factory with the job's arguments.
-            name: of the factory, for messages.
-            trainer: of the job.
+            name: the name of the factory, for messages.
+            trainer: the trainer of the job.
 
         Raises:
-            JobError: it cannot be trained as asked.
+            JobError: the object cannot be trained in the requested way.
         """
 
 
@@ -50,22 +54,23 @@ def load_task(
     Args:
         reference: `file.py:Class`, relative to the job's folder, or `package.module:Class`.
         args: keyword arguments of the constructor.
-        job_dir: the folder of job.yaml; it is importable from here on, as is a file's own.
-        trainer: `lightning` takes a LightningModule too.
-        seed: the job's; what the constructor draws is the same on every rank.
+        job_dir: the folder of job.yaml. It and the folder of the file are importable from here on.
+        trainer: the trainer of the job; with `lightning`, the class may be a LightningModule.
+        seed: the seed of the job, so that the constructor draws the same on every rank.
 
     Returns:
-        The task. An object of another class with a task's methods is adapted: methods it lacks
-        that have a default get it. What a function returned for Keras's `fit` is a `KerasTask`.
+        The task. An object of another class with a task's methods is adapted: a method that it
+        lacks gets the default, if there is one. The result of a function for Keras's `fit` becomes
+        a `KerasTask`.
 
     Raises:
-        JobError: no such file, module or class, arguments that do not fit its constructor, or a
-            class without the methods that every task needs. What the user's own code raises
-            comes through as it is.
+        JobError: there is no such file, module or class, the arguments do not fit its constructor,
+            or the class lacks a method that every task needs. Errors of the user's own code are
+            not changed.
     """
     factory = load_class("task", reference, job_dir)
     name = reference.rpartition(":")[2]
-    seed_everything(derive_seed("task", seed))  # after the imports, which may draw too
+    seed_everything(derive_seed("task", seed))  # after the imports, which may draw numbers too
     _check_arguments(factory, name, args)
     make = functools.partial(factory, **args)
     for framework in catalog.FRAMEWORKS:
@@ -89,10 +94,10 @@ def _check_arguments(factory: Callable[..., Any], name: str, args: Mapping[str, 
 
 
 def as_task(made: Any, name: str) -> Task:
-    """An object with a task's methods as a `Task`.
+    """Return an object that has a task's methods as a `Task`.
 
     Raises:
-        JobError: it lacks some.
+        JobError: it lacks a required method.
     """
     if isinstance(made, Task):
         missing = [m for m in REQUIRED if getattr(type(made), m) is getattr(Task, m)]
@@ -108,7 +113,7 @@ def as_task(made: Any, name: str) -> Task:
 
 
 class _Adapted(Task):
-    """An object with a task's methods whose class does not derive from `Task`."""
+    """A task made of an object that has a task's methods, but another base class."""
 
     def __init__(self, made: Any) -> None:
         self.adapted = made

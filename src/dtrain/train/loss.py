@@ -1,4 +1,4 @@
-"""The loss contract: a sum and the weight it is the sum of, whatever the task returned."""
+"""The loss contract: every result of a task's loss becomes a sum and its weight."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from dtrain.task import Loss, Task
 from dtrain.train.contract import described, named
 
 NO_SAMPLES: Final = object()
-"""Instead of a batch: a loss of zero that depends on every parameter. A rank without samples
-joins DDP's reduction with it; no sample is made up and none of the task's code runs."""
+"""Used in place of a batch: the loss is zero and depends on every parameter.
+
+A rank without samples joins DDP's reduction with it. No sample is invented, and no code of the task
+runs."""
 
 LossParts = tuple[torch.Tensor, float | torch.Tensor]
 """(sum with its graph, weight), both scalars."""
 
 
-def read_loss(value: Any, num_samples: int, told: str = "loss()") -> LossParts:
-    """What a task returned, as (sum, weight).
+def read_loss(value: Any, num_samples: int, origin: str = "loss()") -> LossParts:
+    """Return the loss that a task returned, as (sum, weight).
 
     Args:
-        value: `Loss`, or a scalar that means "mean over this batch's samples".
-        num_samples: samples in the batch.
-        told: who returned it, for the message.
+        value: a `Loss`, or a scalar that is the mean over the samples of the batch.
+        num_samples: the number of samples in the batch.
+        origin: the method that returned it, for the message.
 
     Raises:
         DtrainError: it is neither.
@@ -33,9 +35,9 @@ def read_loss(value: Any, num_samples: int, told: str = "loss()") -> LossParts:
     if isinstance(value, Loss):
         weight = value.weight
         if not isinstance(weight, int | float):
-            weight = _scalar(weight, f"{told} returned a Loss whose weight is").detach()
-        return _scalar(value.sum, f"{told} returned a Loss whose sum is"), weight
-    return _scalar(value, f"{told} returned") * num_samples, float(num_samples)
+            weight = _scalar(weight, f"{origin} returned a Loss whose weight is").detach()
+        return _scalar(value.sum, f"{origin} returned a Loss whose sum is"), weight
+    return _scalar(value, f"{origin} returned") * num_samples, float(num_samples)
 
 
 def _scalar(value: Any, what: str) -> torch.Tensor:
@@ -52,16 +54,16 @@ def _scalar(value: Any, what: str) -> torch.Tensor:
     if tensor.numel() != 1:
         raise DtrainError(
             f"{what} a tensor of shape {tuple(tensor.shape)}, not of one element; reduce it first "
-            "(mean for a scalar loss, sum for Loss)",
+            "(with mean for a scalar loss, with sum for Loss)",
             code="task.loss-not-scalar",
         )
-    if tensor.dtype in (torch.float16, torch.bfloat16):  # a sum of 100 losses has 8 bits there
+    if tensor.dtype in (torch.float16, torch.bfloat16):  # 8 bits are too few for 100 losses
         tensor = tensor.float()
     return tensor if tensor.dim() == 0 else tensor.reshape(())
 
 
 def in_fp64(value: float | torch.Tensor) -> float | torch.Tensor:
-    """A scalar to add up: a number where that needs no wait for a device, else a tensor."""
+    """Return a scalar to add up: a number if no device must be waited for, otherwise a tensor."""
     if not isinstance(value, torch.Tensor):
         return value
     return value.item() if value.device.type == "cpu" else value.detach().double()
@@ -70,24 +72,24 @@ def in_fp64(value: float | torch.Tensor) -> float | torch.Tensor:
 class LossModule(torch.nn.Module):
     """The task's loss as a module, so that wrappers wrap the loss and the task sees its model.
 
-    Whatever wraps this (DDP, DataParallel) never comes between the task and the model: any
-    method of the model may be used, and parameter names stay the model's own.
+    A wrapper (DDP, DataParallel) is never between the task and the model. So the task may call any
+    method of the model, and the names of parameters do not change.
     """
 
     def __init__(self, model: torch.nn.Module, task: Task) -> None:
         super().__init__()
         self.model = model
         self.task = task
-        self._told = named(task, "loss")
+        self._origin = named(task, "loss")
 
     def forward(self, batch: Any, num_samples: int) -> LossParts:
-        """(sum, weight) of one micro-batch of `num_samples` samples."""
+        """Return (sum, weight) of one micro-batch of `num_samples` samples."""
         if batch is NO_SAMPLES:
             return self._zero(), 0.0
-        total, weight = read_loss(self.task.loss(self.model, batch), num_samples, self._told)
+        total, weight = read_loss(self.task.loss(self.model, batch), num_samples, self._origin)
         if not total.requires_grad and torch.is_grad_enabled():
             raise DtrainError(
-                f"{self._told} returned a tensor without a graph (detached, computed under "
+                f"{self._origin} returned a tensor without a graph (detached, computed under "
                 "no_grad, or of a frozen model): it does not depend on any trainable parameter",
                 code="task.loss-without-graph",
             )

@@ -1,7 +1,7 @@
-"""Small values as bytes and back, for exchanges between ranks: never a pickle.
+"""Packs small values into bytes for exchanges between ranks, without pickle.
 
-A pickle runs whatever its sender likes. Here come back only numbers, texts, containers, arrays and
-tensors, and the few classes that are marked as `exchanged`.
+A pickle can run any code of its sender. `unpack` makes only numbers, strings, containers, arrays,
+tensors, and the few classes that are marked with `exchanged`.
 """
 
 from __future__ import annotations
@@ -23,34 +23,37 @@ _DTYPES = {str(each): each for each in vars(torch).values() if isinstance(each, 
 
 
 def exchanged(cls: Class) -> Class:
-    """Mark a dataclass or NamedTuple of dtrain's own, whose values ranks give one another."""
+    """Mark a dataclass or NamedTuple of dtrain whose values ranks exchange."""
     _CLASSES[cls.__name__] = cls
     return cls
 
 
 def pack(value: Any) -> bytes:
-    """A value as bytes.
+    """Return a value as bytes.
 
     Raises:
-        TypeError: it holds something else than what can be exchanged.
+        TypeError: it holds an object that cannot be exchanged.
     """
     return json.dumps(_described(value)).encode()
 
 
 def unpack(data: bytes) -> Any:
-    """The value of which `pack` made this.
+    """Return the value that `pack` packed.
 
     Raises:
-        ValueError: it made none.
+        ValueError: the bytes are not a packed value.
     """
     try:
         return _made(json.loads(data))
     except (TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"another rank has sent what is no value: {error!r}") from error
+        raise ValueError(f"another rank sent bytes that are not a value: {error!r}") from error
 
 
 def _described(value: Any) -> Any:
-    """What JSON has stands for itself, but for objects: their key says what is made of the rest."""
+    """Return the JSON form of a value.
+
+    A value that JSON has is unchanged. Any other is an object with one key, its kind.
+    """
     kind = type(value)
     if kind in _PLAIN:
         return value
@@ -74,7 +77,7 @@ def _described(value: Any) -> Any:
         return {"bytes": _text(value)}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
-    for base in _PLAIN[:3]:  # of a class of its own
+    for base in _PLAIN[:3]:  # an instance of a subclass
         if isinstance(value, base):
             return base(value)
     raise TypeError(f"ranks cannot exchange a {kind.__module__}.{kind.__qualname__}")

@@ -1,4 +1,4 @@
-"""Seeds that never collide, and the state of every global random generator of the process."""
+"""Seeds that do not collide, and the state of all global random generators of the process."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from any sequence of numbers and words, by hash.
+    """Return a 63-bit seed, which is a hash of a sequence of numbers and words.
 
-    Sums collide (seed 1 epoch 1 is seed 2 epoch 0 in torch's DistributedSampler); hashes of the
+    Sums collide (in torch's DistributedSampler, seed 1 epoch 1 is seed 2 epoch 0). Hashes of the
     spelled-out parts do not.
     """
     spelled = "\0".join(f"{type(part).__name__}:{part}" for part in parts)
@@ -24,8 +24,8 @@ def derive_seed(*parts: int | str) -> int:
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch (CPU, and CUDA when in use)."""
     random.seed(seed)
-    # Not the same number as torch's: both are the Mersenne Twister, seeded in one way by 32 bits,
-    # and would draw the same words.
+    # NumPy gets another seed than torch: both use the Mersenne Twister and seed it from 32 bits in
+    # the same way, so they would draw the same words.
     np.random.seed(derive_seed("numpy", seed) % 2**32)
     seed_torch(seed)
 
@@ -33,7 +33,8 @@ def seed_everything(seed: int) -> None:
 def seed_torch(seed: int) -> None:
     """Seed torch's global generators, on the CPU and on GPUs in use.
 
-    Not by `torch.manual_seed`: without CUDA that formats a stack for a lazy call, 50 µs to 3 ms.
+    `torch.manual_seed` is not used: without CUDA it formats a stack for a lazy call, which takes
+    50 µs to 3 ms.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
@@ -46,17 +47,17 @@ class RandomState:
     numpy: dict[str, Any]
     torch: torch.Tensor
     cuda: list[torch.Tensor] | None
-    """Of each device; None while CUDA is not in use."""
+    """The state of each device; None if CUDA is not in use."""
 
     @classmethod
     def capture(cls) -> RandomState:
-        """The state now; about 15 µs."""
+        """Return the current state. It takes about 15 µs."""
         numpy_state: Any = np.random.get_state(legacy=False)
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         return cls(random.getstate(), numpy_state, torch.get_rng_state(), cuda)
 
     def unchanged(self) -> bool:
-        """Whether nothing was drawn from the CPU generators since."""
+        """Return whether nothing was drawn from the CPU generators since this state."""
         now: Any = np.random.get_state(legacy=False)
         return (
             torch.equal(self.torch, torch.get_rng_state())
@@ -74,7 +75,7 @@ class RandomState:
                 torch.cuda.set_rng_state(state, device)
 
     def to_saved(self) -> dict[str, Any]:
-        """As tensors, numbers and lists only, which `torch.load(weights_only=True)` reads."""
+        """Return tensors, numbers and lists only, which `torch.load(weights_only=True)` reads."""
         version, words, gauss = self.python
         inner = self.numpy["state"]
         return {

@@ -112,8 +112,8 @@ def test_an_option_that_nothing_has_changed_is_used(tmp_path: Path) -> None:
             Rated,
             {"length": 20},
             {"length": 30},
-            "OneCycleLR.total_steps is 30, and was 20, while the checkpoint goes on with the old; "
-            "resume with --set args.length=20",
+            "OneCycleLR.total_steps is 30, and was 20, while the checkpoint continues with the old "
+            "value; resume with --set args.length=20",
         ),
         (Rated, {}, {"length": 20}, "class is OneCycleLR, and was None, while"),
         (Rated, {}, {"kind": "Adam"}, "the optimizer is Adam, and was SGD, while"),

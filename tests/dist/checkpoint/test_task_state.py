@@ -151,7 +151,7 @@ def test_another_training_without_it(tmp_path: Path) -> None:
     assert resumed[0].result is not None
     assert unbroken[0].result.parameters_sha256 != resumed[0].result.parameters_sha256
     (event,) = [e for e in lines(tmp_path / "broken", "events") if e["event"][:5] == "state"]
-    assert event["detail"] == "load_state_dict() of the task left task['count'] other than saved"
+    assert event["detail"] == "load_state_dict() of the task did not restore task['count']"
 
 
 def test_on_another_number_of_processes(tmp_path: Path) -> None:
@@ -311,8 +311,8 @@ def test_a_checkpoint_without_it_and_one_with_more_are_told(tmp_path: Path) -> N
     run("single", tmp_path, kind=Regression, stop_after=1)
     found = [line for line in lines(tmp_path, "events") if line["event"] == "state_not_restored"]
     assert [(line["step"], line["detail"]) for line in found] == [
-        (2, "it holds no state of the task, which begins afresh"),
-        (4, "it holds state of the task, which has none any more"),
+        (2, "it holds no state of the task, which starts with its initial state"),
+        (4, "it holds state of the task, which has no state now"),
     ]
 
 

@@ -291,6 +291,6 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     )
     assert "strategy 'exact' gives the same bits on any number" in str(exact[0].error)
     assert small[0].error is None
-    assert "train_dataset() returned list\ndtrain deals out its samples" in str(listed[0].error)
+    assert "train_dataset() returned list\ndtrain distributes its samples" in str(listed[0].error)
     (small,) = many(3, tmp_path / "more", {"batch": 2})
     assert "train.global_batch_size is 2, less than the 3 processes" in str(small[0].error)

@@ -156,7 +156,7 @@ def test_trainer_lightning_compares_too(tmp_path: Path) -> None:
 
 
 MISTAKES: list[tuple[str, str, list[int]]] = [
-    ("by rank", "seen in step 1:\nranks 1, 2 and rank 0 differ; no majority", []),
+    ("by rank", "seen in step 1:\nranks 1, 2 and rank 0 differ; there is no majority", []),
     ("by both", "position 0 of epoch 0 is the first that differs", []),
     ("shuffled by rank", "seen in step 1:\nranks 1, 2 and rank 0 differ", []),
     ("one late", "seen in step 8:\nranks 1, 2 and rank 0 differ", []),
@@ -181,7 +181,7 @@ def test_every_difference_ends_with_one_error(
         (error,) = {rank[index][0] for rank in outcomes}  # the same on all ranks
         assert error is not None
         if world_size == 2:
-            message, culprits = "ranks 0 and 1 differ; with two ranks nobody can tell", []
+            message, culprits = "ranks 0 and 1 differ; with two ranks there is no majority", []
         assert message in error
         assert [rank[index][1] for rank in outcomes] == [culprits] * world_size
         assert "a stream must give every rank the same samples in the same order" in error

@@ -96,7 +96,7 @@ def test_a_plain_tensor_has_a_name(strategy: str, tmp_path: Path) -> None:
     [
         ("reduced", "not-rows", "'predictions' with shape () for a batch of 2 samples"),
         ("short", "not-rows", "'predictions' with shape (1, 1) for a batch of 2 samples"),
-        ("list", "not-rows", "returned list as 'out'"),
+        ("list", "not-rows", "returned list under the name 'out'"),
         ("ragged", "rows-differ", "'out' with <f4 rows of shape (1,) for one batch and 'out' with"),
         (
             "unnamed",

@@ -1,4 +1,4 @@
-"""What a task's methods return: refused, or told, before the first step and with their place."""
+"""Wrong results of a task's methods are refused or reported, before the first step."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def samples() -> Iterator[int]:
 BROKEN: list[tuple[str, Any, str, str]] = [
     ("model", lambda task: None, "task.not-a-model", "NoneType"),
     ("model", lambda task: nn.Linear, "task.not-a-model", "the class Linear"),
-    ("model", wrapped, "task.model-wrapped", "whose 0 is wrapped in DataParallel"),
+    ("model", wrapped, "task.model-wrapped", "whose 0 is already wrapped in DataParallel"),
     ("model", lazy, "task.lazy-layer", "1.weight"),
     ("optimizer", lambda task, model: None, "task.not-an-optimizer", "NoneType"),
     ("optimizer", two, "task.several-optimizers", "2 optimizers"),
@@ -122,7 +122,7 @@ BROKEN: list[tuple[str, Any, str, str]] = [
     BROKEN,
     ids=[f"{method}, {code}, {words[:20]}" for method, _, code, words in BROKEN],
 )
-def test_a_broken_contract_is_told_with_method_and_place(
+def test_the_error_of_a_broken_contract_names_method_and_location(
     method: str, function: Callable[..., Any], code: str, words: str, tmp_path: Path
 ) -> None:
     kind = type("Broken", (Regression,), {method: function})
@@ -157,11 +157,11 @@ def test_numbers_of_numpy_are_metrics(tmp_path: Path) -> None:
             return {"a": np.float32(0.5), "b": np.int64(2)}
 
     trained(Of32Bits, tmp_path, args={"held_out": 3})
-    told = [line for line in lines(tmp_path, "metrics") if line["split"] == "eval"]
-    assert (told[-1]["a"], told[-1]["b"]) == (0.5, 2)
+    evaluated = [line for line in lines(tmp_path, "metrics") if line["split"] == "eval"]
+    assert (evaluated[-1]["a"], evaluated[-1]["b"]) == (0.5, 2)
 
 
-def test_trainable_parameters_left_out_are_told_once(
+def test_trainable_parameters_left_out_are_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Partial(Regression):
@@ -172,10 +172,10 @@ def test_trainable_parameters_left_out_are_told_once(
         trained(Partial, tmp_path)
     (event,) = [each for each in lines(tmp_path, "events") if each["event"] == "not_optimized"]
     assert event["parameters"] == ["first.weight", "first.bias"]
-    assert caplog.text.count("first.weight for one") == 1
+    assert caplog.text.count("for example first.weight") == 1
 
 
-def test_a_good_task_is_told_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_good_task_has_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Good(Regression):
         def train_dataset(self) -> Any:
             return dict(enumerate(Numbers(self.n, self.dtype)))  # keys are positions
@@ -202,7 +202,11 @@ def remarks(make: Callable[[Any], Any], steps: int | None) -> list[str]:
 @pytest.mark.parametrize(
     ("make", "steps", "words"),
     [
-        (lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=9), 5, "before its rate has come"),
+        (
+            lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
+            5,
+            "training ends before the rate",
+        ),
         (lambda o: lr_scheduler.PolynomialLR(o, total_iters=3), 5, "rate is 0 from step 3"),
         (lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=3), 5, "rises again from step 3"),
         (
@@ -223,7 +227,7 @@ def remarks(make: Callable[[Any], Any], steps: int | None) -> list[str]:
         ),
     ],
 )
-def test_a_schedule_of_another_length_is_told_with_both(
+def test_a_warning_about_a_schedule_has_both_lengths(
     make: Callable[[Any], Any], steps: int, words: str
 ) -> None:
     (said,) = remarks(make, steps)
@@ -246,7 +250,7 @@ def test_a_schedule_that_may_be_meant_is_not_remarked_on(make: Callable[[Any], A
     assert remarks(make, 5) == []
 
 
-def test_a_method_of_a_class_that_derives_from_nothing_has_its_place(tmp_path: Path) -> None:
+def test_a_method_of_a_class_without_a_base_has_its_location(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "class T:\n  def model(self): return 1\n  def train_dataset(self): return [1]\n"
         "  def loss(self, model, batch): return 0\n  def optimizer(self, model): return None\n"

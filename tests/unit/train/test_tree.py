@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.train.strategies.exact.tree import Node, TreeSum, node_places, tree_sum
+from dtrain.train.strategies.exact.tree import Node, TreeSum, node_positions, tree_sum
 
 
 def written(left: str, right: str) -> str:
@@ -24,7 +24,7 @@ def added_by(num_leaves: int, parts: list[range]) -> str:
         for leaf in part:
             local.push_leaf(leaf, f" {leaf} ")
         nodes = local.pop_nodes()
-        assert [(node.level, node.index) for node in nodes] == node_places(part)
+        assert [(node.level, node.index) for node in nodes] == node_positions(part)
         for node in nodes:
             whole.push(node)
     assert sum(map(len, parts)) == num_leaves
@@ -57,7 +57,7 @@ def test_any_cut_adds_the_same_pairs(num_leaves: int, cuts: set[int]) -> None:
 @given(st.integers(0, 100), st.integers(0, 8))
 def test_an_aligned_power_of_two_is_one_node(block: int, level: int) -> None:
     size = 2**level
-    assert node_places(range(block * size, (block + 1) * size)) == [(level, block)]
+    assert node_positions(range(block * size, (block + 1) * size)) == [(level, block)]
 
 
 def test_few_values_are_held() -> None:

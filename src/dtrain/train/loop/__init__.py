@@ -1,1 +1,1 @@
-"""Whose loop runs."""
+"""dtrain's own training loop and its parts."""

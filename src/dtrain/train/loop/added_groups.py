@@ -1,4 +1,4 @@
-"""Parameter groups that a training adds to its optimizer, as it does when it unfreezes layers."""
+"""Parameter groups that are added during training, for example to unfreeze layers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dtrain.errors import DtrainError
 
 
 def watch_groups(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
-    """Refuse groups that could not be trained, at the line that adds them.
+    """Refuse groups that cannot be trained, at the line that adds them.
 
-    Others are followed: clipped, checked, saved, and restored by a resume.
+    All other groups are clipped, checked and saved, and a resume restores them.
 
     Args:
-        optimizer: its `add_param_group` is replaced by one that looks.
-        model: as training begins with it.
+        optimizer: its `add_param_group` is replaced by one that checks the group first.
+        model: the model with the parameters that it has when training begins.
     """
     known = {id(value) for value in model.parameters()}
     add = optimizer.add_param_group
@@ -28,9 +28,9 @@ def watch_groups(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> No
             value = each[1] if isinstance(each, tuple) else each
             if id(value) not in known:
                 raise DtrainError(
-                    f"add_param_group() was given a parameter of shape {tuple(value.shape)} that "
-                    "the model did not have when training began, so that no rank exchanges its "
-                    "gradient and no resume finds it; make it in model()",
+                    f"add_param_group() received a parameter of shape {tuple(value.shape)} that "
+                    "the model did not have when training began. Ranks would not exchange its "
+                    "gradient, and a resume would not find it. Make it in model()",
                     code="task.optimizer-foreign-parameters",
                 )
         add({**group, "params": given})

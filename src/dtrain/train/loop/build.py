@@ -1,4 +1,4 @@
-"""From a task to the things that are trained, alike on every rank."""
+"""Builds the objects that are trained from a task, the same on every rank."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 
 def build_parts(context: TrainContext, strategy: Strategy) -> Parts:
-    """The model on its device, with loss, optimizer, scheduler and scaler.
+    """Return the model on its device, with loss, optimizer, scheduler and scaler.
 
-    Every method of the task runs with its own seed, the same on all ranks, so that none of them
+    Every method of the task runs with its own seed, which is the same on all ranks. So no method
     changes what another draws.
     """
     task, seed = context.task, context.spec.seed
@@ -51,33 +51,33 @@ def build_parts(context: TrainContext, strategy: Strategy) -> Parts:
     )
 
 
-def tell_of_parts(
+def warn_about_parts(
     parts: Parts, total_steps: int | None, context: TrainContext, events: Events
 ) -> None:
-    """Say what is no error in them, and likely not meant: once, with what to do.
+    """Warn once, with a remedy, about what is not an error but probably not intended.
 
     Raises:
         DtrainError: the scheduler would raise before this training ends.
     """
     task = context.task
-    remarks = list(contract.remarks_on_length(parts.scheduler, total_steps, task))
-    for remark in remarks:
-        events.write("schedule_length", detail=remark)
+    warnings = list(contract.remarks_on_length(parts.scheduler, total_steps, task))
+    for warning in warnings:
+        events.write("schedule_length", detail=warning)
     names = contract.left_out(parts.optimizer, parts.model)
     if names:
         events.write("not_optimized", parameters=names)
-        remarks.append(
+        warnings.append(
             f"{contract.named(task, 'optimizer')} returned an optimizer without {len(names)} "
-            f"trainable parameters, {names[0]} for one, which stay as they are: give them to it, "
-            "or freeze them with requires_grad_(False), which spares their gradients"
+            f"trainable parameters, for example {names[0]}, so they never change: give them to it, "
+            "or freeze them with requires_grad_(False), which saves computing their gradients"
         )
     if context.ranks.is_rank_zero:
-        for remark in remarks:
-            logger.warning("%s", remark)
+        for warning in warnings:
+            logger.warning("%s", warning)
 
 
 def train_feed(context: TrainContext) -> Feed:
-    """The task's training data, as this rank takes part in it."""
+    """Return this rank's pipeline of the task's training data."""
     spec = context.spec
     seed_everything(derive_seed("train_dataset", spec.seed))
     dataset = context.task.train_dataset()
@@ -87,16 +87,16 @@ def train_feed(context: TrainContext) -> Feed:
         kind = StreamFeed if spec.data.stream == "same" else ShardedFeed
     elif spec.data.stream != "same":
         raise UsageError(
-            f"data.stream: {spec.data.stream} is for data sets that can only be iterated, and "
-            f"train_dataset() returned {type(dataset).__name__}\ndtrain deals out its samples: "
-            "remove data.stream, and what shards the data set by rank",
+            f"data.stream: {spec.data.stream} is for data sets that can only be iterated, but "
+            f"train_dataset() returned {type(dataset).__name__}\ndtrain distributes its samples: "
+            "remove data.stream, and the code that shards the data set by rank",
             code="data.stream-of-map-style",
         )
     return kind(dataset, context.task, spec, context.ranks, pin_memory=pins_memory(context))
 
 
 def feed_identity(feed: Feed) -> dict[str, Any]:
-    """What a position in this data depends on.
+    """Return everything that the meaning of a position in this data depends on.
 
     Raises:
         DtrainError: it is not the same on all ranks.
@@ -105,14 +105,14 @@ def feed_identity(feed: Feed) -> dict[str, Any]:
     everyone = collectives.gather_to_all(identity)
     ballot = vote([repr(theirs) for theirs in everyone])
     if ballot.others:
-        ours, theirs = everyone[ballot.reference], everyone[ballot.others[0]]
-        key = next(key for key in identity if ours[key] != theirs[key])
+        reference, other = everyone[ballot.reference], everyone[ballot.others[0]]
+        key = next(key for key in identity if reference[key] != other[key])
         what = (
             "train_dataset()" if key in ("num_samples", "fingerprint") else "the order of samples"
         )
         raise BlamedError(
-            f"{what} differs {ballot.where}: {key} is {ballot.sides(theirs[key], ours[key])}; "
-            "every rank must see the same data, dtrain gives each its part",
+            f"{what} differs {ballot.where}: {key} is {ballot.sides(other[key], reference[key])}; "
+            "every rank must see the same data, and dtrain gives each rank its part",
             ballot.culprits,
             feed.ranks.rank,
             code="data.not-same-on-ranks",
@@ -129,5 +129,5 @@ def make_evaluators(context: TrainContext) -> Evaluators | None:
 
 
 def pins_memory(context: TrainContext) -> bool:
-    wish = context.spec.data.pin_memory
-    return context.device.type == "cuda" if wish == "auto" else bool(wish)
+    requested = context.spec.data.pin_memory
+    return context.device.type == "cuda" if requested == "auto" else bool(requested)

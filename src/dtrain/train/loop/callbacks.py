@@ -1,4 +1,4 @@
-"""The callbacks of one training: the user's, and those that the job asks for."""
+"""The callbacks of one training: the user's callbacks, and those that the job asks for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def listed(callbacks: Any) -> list[Any]:
-    """What `Task.callbacks` returned, as a list."""
+    """Return the result of `Task.callbacks` as a list."""
     if not isinstance(callbacks, Iterable | None):
         raise DtrainError(
             f"callbacks() returned a {type(callbacks).__name__}, not a list of them",
@@ -49,7 +49,7 @@ class View:
         self.evaluation_follows = self.over = False
         self.keep_best = keep_best
         self.ending: str | None = None
-        """Why training is to end, where this process asks for it."""
+        """The reason why this process asks for the end of training; None if it does not."""
 
     @property
     def step(self) -> int:
@@ -73,7 +73,7 @@ class View:
 
 
 class Callbacks:
-    """Tells all of them, in order: the user's first, so that what they keep is in a checkpoint."""
+    """Calls all callbacks, the user's first, so that a checkpoint contains their state."""
 
     def __init__(self, context: TrainContext, view: View, *, evaluates: bool) -> None:
         spec = context.spec
@@ -81,7 +81,8 @@ class Callbacks:
         self._all: dict[str, Callback] = {}
         self._loaded: dict[str, Any] = {}
         given = listed(context.task.callbacks())
-        adapt = getattr(context.task, "as_callbacks", None)  # a task of a library has that one's
+        # the task of a library may have the callbacks of that library
+        adapt = getattr(context.task, "as_callbacks", None)
         for index, each in enumerate(adapt(given) if adapt else given):
             if not isinstance(each, Callback):
                 kind = type(each).__name__
@@ -113,25 +114,28 @@ class Callbacks:
         return list(self._all.values())
 
     def add(self, name: str, callback: Callback) -> None:
-        """One more, of a trainer; what a checkpoint held for it is given to it."""
+        """Add a callback of a trainer, and load its state if the checkpoint had one."""
         self._all[name] = callback
         self.load_state_dict({name: self._loaded[name]} if name in self._loaded else {})
 
     def start(self, progress: Progress) -> None:
         self.view.progress = progress
-        self._tell("on_start")
+        self._call("on_start")
 
     def step(self, loss: float, *, ends_epoch: bool) -> bool:
-        """After a step; whether training is to end, agreed by all ranks where an epoch ends."""
-        self._tell("on_step", loss)
+        """Call the hooks after a step. Return whether training ends.
+
+        Ranks agree on that only at the end of an epoch.
+        """
+        self._call("on_step", loss)
         if not ends_epoch:
             return False
-        self._tell("on_epoch")
+        self._call("on_epoch")
         return self._agreed()
 
     def evaluated(self, metrics: Mapping[str, float]) -> bool:
-        """After an evaluation; whether training is to end, agreed by all ranks."""
-        self._tell("on_eval", metrics)
+        """Call the hooks after an evaluation. Return whether training ends; all ranks agree."""
+        self._call("on_eval", metrics)
         return self._agreed()
 
     def _agreed(self) -> bool:
@@ -143,46 +147,46 @@ class Callbacks:
         return reason is not None
 
     def saved(self, folder: Path) -> None:
-        self._tell("on_checkpoint", folder)
+        self._call("on_checkpoint", folder)
 
     def end(self) -> None:
-        self._tell("on_end")
+        self._call("on_end")
 
     def state_dict(self) -> dict[str, Any]:
-        """State of all that have some.
+        """Return the state of every callback that has state.
 
         Raises:
-            DtrainError: a checkpoint could not give it back.
+            DtrainError: a checkpoint could not restore it.
         """
         states = {}
         for name, each in self._all.items():
             try:
                 state = each.state_dict()
             except Exception as error:
-                _name(error, each, "state_dict")
+                _add_note(error, each, "state_dict")
                 raise
             refuse_unreadable(state, f"state_dict() of callback {name.partition('.')[0]}")
             states[name] = state
         return {name: state for name, state in states.items() if state}
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`; callbacks that are new begin afresh."""
+        """Load what `state_dict` returned. New callbacks keep their initial state."""
         self._loaded = {**self._loaded, **states}
         for name, each in self._all.items():
             if name in states:
                 with restoring(f"callback {name.partition('.')[0]}"):
                     each.load_state_dict(states[name])
 
-    def _tell(self, hook: str, *given: Any) -> None:
+    def _call(self, hook: str, *given: Any) -> None:
         for each in self._all.values():
             try:
                 getattr(each, hook)(self.view, *given)
             except Exception as error:
-                _name(error, each, hook)
+                _add_note(error, each, hook)
                 raise
 
 
-def _name(error: Exception, callback: Callback, method: str) -> None:
-    """Let an error say in which callback it was; dtrain's own errors name it themselves."""
+def _add_note(error: Exception, callback: Callback, method: str) -> None:
+    """Add the name of the callback to an error; dtrain's own errors contain it already."""
     if not isinstance(error, DtrainError):
         error.add_note(f"in {method}() of callback {type(callback).__name__}")

@@ -1,4 +1,4 @@
-"""What a checkpoint of the native trainer holds, and how it becomes a training again."""
+"""What a checkpoint of the native trainer holds, and how a training is restored from it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of a run, as a trainer writes and reads them; called by all ranks."""
+    """Writes and reads the checkpoints of a run. All ranks call its methods."""
 
     def __init__(self, context: TrainContext, events: Events) -> None:
         self._context = context
@@ -42,22 +42,22 @@ class Checkpoints:
         keep = context.spec.checkpoint.keep
         self._store = CheckpointStore(context.run, context.ranks.rank, keep)
         self.saved_step: int | None = None
-        """The step of the checkpoint written or read last."""
+        """The step of the checkpoint that was written or read last."""
         self.folder: Path | None = None
-        """That checkpoint."""
+        """The folder of that checkpoint."""
 
     def write(
         self, step: int, tensors: Callable[[], dict[str, Any]], progress: dict[str, Any]
     ) -> None:
-        """Write one.
+        """Write a checkpoint.
 
         Args:
-            step: optimizer steps done.
-            tensors: gives what it holds, by file stem; called on rank 0.
-            progress: as plain JSON.
+            step: the number of optimizer steps done.
+            tensors: returns the contents by file stem; called on rank 0.
+            progress: the progress as plain JSON.
 
         Raises:
-            CheckpointError: it cannot be written; nothing of it is there then.
+            CheckpointError: it cannot be written. Then no part of it is left behind.
         """
         started = time.monotonic()
         about = {
@@ -79,7 +79,7 @@ class Checkpoints:
         )
 
     def read_newest(self, apply: Callable[[Loaded], None]) -> Loaded | None:
-        """The newest good one, after `apply`, which may refuse it; None when there is none yet.
+        """Return the newest intact checkpoint that `apply` accepts, or None when there is none yet.
 
         Raises:
             CheckpointError: there are checkpoints, but none can be used.
@@ -87,7 +87,7 @@ class Checkpoints:
         return self._store.load_newest(apply)
 
     def tell_resumed(self, loaded: Loaded, progress: Progress) -> None:
-        """Say, once a training has taken it, which one it goes on from."""
+        """Report which checkpoint a training resumed from."""
         self.saved_step, self.folder = progress.step, loaded.folder
         logger.info("resumed from %s, after %d steps", loaded.folder.name, progress.step)
         self._events.write(
@@ -100,13 +100,13 @@ class Checkpoints:
         )
 
     def keep_best(self) -> None:
-        """Keep the checkpoint written or read last as the best one."""
+        """Keep the checkpoint that was written or read last as the best one."""
         assert self.folder is not None
         self._store.keep_as(self.folder, "best")
 
 
 class Saver(Checkpoints):
-    """Those of a task's training."""
+    """Saves and resumes the training of a task."""
 
     def __init__(
         self,
@@ -124,16 +124,16 @@ class Saver(Checkpoints):
         self._data = data
         named = plain_parameters(parts.model).items()
         self._parameters = {name: (each, each.requires_grad) for name, each in named}
-        """By name, and whether it requires a gradient as the task made it."""
+        """Each parameter by name, and whether the task made it with a gradient."""
         self._settings = Settings(context.spec, parts)
         self._random: dict[str, Any] | None = None
-        self._told: list[str] = []
-        """What a checkpoint and this training do not both have, in words."""
+        self._not_restored: list[str] = []
+        """State that only the checkpoint or only this training has, one sentence each."""
 
     def save(self, progress: Progress) -> bool:
-        """Write a checkpoint unless this step's is there already; whether it was written.
+        """Write a checkpoint unless this step has one. Return whether one was written.
 
-        Called by all ranks.
+        All ranks call it.
         """
         if self.saved_step == progress.step:
             return False
@@ -149,7 +149,7 @@ class Saver(Checkpoints):
         return True
 
     def resume(self) -> Progress | None:
-        """Continue from the newest good checkpoint; None when the run has none yet.
+        """Restore the newest intact checkpoint. Return None when the run has none yet.
 
         Raises:
             CheckpointError: there are checkpoints, but none can be used.
@@ -161,14 +161,14 @@ class Saver(Checkpoints):
         if self._settings.has_new_course(loaded.tensors["extras"]["settings"]):
             progress.stopped_early = False
         self.tell_resumed(loaded, progress)
-        for each in self._told:
+        for each in self._not_restored:
             self._events.write("state_not_restored", step=progress.step, detail=each)
             if self._context.ranks.is_rank_zero:
                 logger.warning("checkpoint %s: %s", loaded.folder.name, each)
         return progress
 
     def begin_random(self, progress: Progress) -> None:
-        """Seed this rank's generators, or continue where they were on the same world size."""
+        """Seed this rank's generators; with the same world size, restore their saved state."""
         if self._random is not None:
             RandomState.from_saved(self._random).restore()
             return
@@ -176,14 +176,14 @@ class Saver(Checkpoints):
         seed_everything(derive_seed("train", seed, self._context.ranks.rank, progress.step))
 
     def _apply(self, loaded: Loaded) -> None:
-        """Put a checkpoint into the parts; the checks come before the changes."""
+        """Load a checkpoint into the parts. Everything is checked before anything is changed."""
         Progress.from_saved(loaded.progress, self._data)
         with restoring("this training"):
-            self._put_back(loaded.tensors)
+            self._load(loaded.tensors)
 
-    def _put_back(self, tensors: dict[str, Any]) -> None:
+    def _load(self, tensors: dict[str, Any]) -> None:
         parts, extras = self._parts, tensors["extras"]
-        told = self._settings.reconcile(extras["settings"], tensors["optimizer"]["groups"])
+        notes = self._settings.reconcile(extras["settings"], tensors["optimizer"]["groups"])
         with restoring("the model"):
             load_model_state(parts.model, tensors["model"])
         with restoring("the optimizer"):
@@ -195,18 +195,18 @@ class Saver(Checkpoints):
         self._callbacks.load_state_dict(extras["callbacks"])
         for name, (each, made) in self._parameters.items():
             each.requires_grad_(extras["requires_grad"].get(name, made))
-        self._told = [*told, *self._kept.load(tensors)]
+        self._not_restored = [*notes, *self._kept.load(tensors)]
         ranks, random = self._context.ranks, extras["random"]
         self._random = random[ranks.rank] if len(random) == ranks.world_size else None
 
     def small_states(self) -> dict[str, Any]:
-        """Of schedule, loss scaler and callbacks, and what was frozen.
+        """Return the states of scheduler, scaler and callbacks, and which parameters are frozen.
 
-        Asked for before training too, so that nothing is trained that cannot be saved.
+        It is also called before training, so that nothing is trained that cannot be saved.
 
         Raises:
-            DtrainError: these, the optimizer or a module have something that a checkpoint could
-                not give back; says which, and where.
+            DtrainError: one of these states, the optimizer's or a module's holds an object that a
+                checkpoint cannot restore; the message has its path.
         """
         parts, scheduler = self._parts, self._parts.scheduler
         small = {

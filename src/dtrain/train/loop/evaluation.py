@@ -1,4 +1,7 @@
-"""Evaluation: every sample once, no collective per batch, the same numbers on every rank."""
+"""Evaluation reads every sample once, with no collective per batch.
+
+Every rank gets the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -27,23 +30,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Tally:
-    """A rank's sums and weights of one metric, of each batch, in fp64."""
+    """The sums and weights that a rank has of one metric: one per batch, in fp64."""
 
     totals: list[float | torch.Tensor] = field(default_factory=list)
     weights: list[float | torch.Tensor] = field(default_factory=list)
 
 
 class Sections:
-    """Evaluation data in several sections; each has a task of its own that evaluates it."""
+    """Evaluation data in several sections. Each section has its own task, which evaluates it."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tasks
 
 
 class Evaluators:
-    """Evaluates a model on all of a task's evaluation data, section after section.
+    """Evaluates a model on all of a task's evaluation data, one section after another.
 
-    So every rank has a share of each section, and all agree on the metrics of each.
+    Every rank has a share of each section, and all ranks get the same metrics of each.
     """
 
     def __init__(self, context: TrainContext, data: Any, *, pin_memory: bool) -> None:
@@ -77,18 +80,18 @@ class Evaluators:
 
 
 class Evaluator:
-    """Evaluates a model on the task's evaluation data; ranks take unequal contiguous shares.
+    """Evaluates a model on the task's evaluation data. Ranks take unequal contiguous shares.
 
-    Under strategy `exact` batches are the same samples on any number of processes, with random
-    numbers of their own, and sums over them are rounded once: so are the metrics the same bits,
-    and with them what early stopping makes of them.
+    Under strategy `exact`, a batch has the same samples on any number of processes. Each batch has
+    its own random numbers, and sums over batches are rounded once. So the metrics are bitwise
+    equal, and early stopping decides the same.
     """
 
     def __init__(self, context: TrainContext, dataset: Any, *, pin_memory: bool) -> None:
         self._context = context
         spec, ranks = context.spec, context.ranks
         self.num_samples = check_dataset(dataset, named(context.task, "eval_dataset"))
-        self._told = named(context.task, "evaluate")
+        self._origin = named(context.task, "evaluate")
         self._precision = Precision(spec.train.precision, context.device)
         fetcher = Fetcher(dataset, context.task, spec.seed)
         self._loader = Loader(fetcher, spec.data, spec.seed, pin_memory=pin_memory, lasting=True)
@@ -103,19 +106,19 @@ class Evaluator:
         *,
         measure: bool = True,
     ) -> dict[str, float] | None:
-        """Metrics by name; None when some rank was asked to stop before it was done.
+        """Return the metrics by name, or None when a rank was asked to stop during the evaluation.
 
         Args:
-            model: to evaluate.
-            predictions: writes what the task predicts in the same pass.
-            measure: whether to ask the task for metrics; without, there are none.
+            model: the model to evaluate.
+            predictions: writes the task's predictions in the same pass; None means no predictions.
+            measure: whether to compute metrics; if False, the dict is empty.
 
         Raises:
-            DtrainError: ranks came back with different names of metrics, or predicted different
-                things.
+            DtrainError: ranks returned metrics of different names, or different kinds of
+                predictions.
         """
         try:
-            metrics = self._combine(self._sheltered(model, predictions, measure))
+            metrics = self._combine(self._run_isolated(model, predictions, measure))
             if predictions is not None and metrics is not None:
                 predictions.finish()
         except BaseException:
@@ -129,10 +132,10 @@ class Evaluator:
     def close(self) -> None:
         self._loader.close()
 
-    def _sheltered(
+    def _run_isolated(
         self, model: torch.nn.Module, predictions: Predictions | None, measure: bool
     ) -> dict[str, _Tally] | None:
-        """One pass that leaves the model's mode and the random numbers as they were."""
+        """Run one pass, then restore the model's mode and the random number generators."""
         before = RandomState.capture()
         was_training = model.training
         seed = self._context.spec.seed
@@ -171,17 +174,17 @@ class Evaluator:
             metrics = self._context.task.evaluate(model, batch)
         if not isinstance(metrics, Mapping):
             raise DtrainError(
-                f"{self._told} returned {described(metrics)}; return a dict of metrics by name",
+                f"{self._origin} returned {described(metrics)}; return a dict of metrics by name",
                 code="eval.not-metrics",
             )
         for name, value in metrics.items():
-            total, weight = read_loss(value, len(request.samples), f"{self._told}[{name!r}]")
+            total, weight = read_loss(value, len(request.samples), f"{self._origin}[{name!r}]")
             tally = tallies.setdefault(name, _Tally())
             tally.totals.append(in_fp64(total))
             tally.weights.append(in_fp64(weight))
 
     def _combine(self, tallies: dict[str, _Tally] | None) -> dict[str, float] | None:
-        """One exchange; then every rank adds the same numbers in the same order."""
+        """Exchange the sums once; every rank then adds the same numbers in the same order."""
         mine = None
         if tallies is not None:
             mine = {
@@ -206,11 +209,11 @@ class Evaluator:
         }
 
     def _sums(self, values: list[float | torch.Tensor]) -> list[float]:
-        """What the other ranks must know of these: their sum, or each of them."""
+        """Return what the other ranks need: under `exact` every value, otherwise their sum."""
         on_device = [value for value in values if isinstance(value, torch.Tensor)]
         numbers = [value for value in values if not isinstance(value, torch.Tensor)]
         if on_device:
-            numbers += torch.stack(on_device).tolist()  # the one wait for the device
+            numbers += torch.stack(on_device).tolist()  # the only wait for the device
         return numbers if self._exact else [_sum(numbers)]
 
 
@@ -235,7 +238,7 @@ def _check_names(shares: Mapping[int, Mapping[str, object]]) -> None:
 
 
 def _sum(numbers: list[float]) -> float:
-    """Rounded once, so that the order does not matter."""
+    """Return the sum, rounded once, so that the order does not matter."""
     try:
         return math.fsum(numbers)
     except (OverflowError, ValueError):  # beyond 1e308, or infinities of both signs

@@ -1,4 +1,7 @@
-"""The callbacks of a job that watch a metric. Metrics are reduced, so all ranks decide alike."""
+"""The callbacks of a job that watch a metric.
+
+Metrics are reduced over all ranks, so all ranks decide the same.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from dtrain.job.spec import BestSpec, EarlyStoppingSpec
 
 
 def no_such_metric(field: str, name: str, metrics: Iterable[str]) -> UsageError:
-    """The error that a job watches a metric which an evaluation does not bring."""
+    """Return the error for a job that watches a metric which the evaluation did not return."""
     near = difflib.get_close_matches(name, metrics, n=1)
     meant = f"; did you mean {near[0]!r}?" if near else ""
     found = ", ".join(metrics) or "nothing"
     return UsageError(
-        f"{field} is {name!r}, but the evaluation brought: {found}{meant}",
+        f"{field} is {name!r}, but the evaluation returned: {found}{meant}",
         code="eval.no-such-metric",
     )
 
@@ -31,7 +34,7 @@ class EarlyStopping(Callback):
         self.best: float | None = None
         self.best_step = 0
         self.waited = 0
-        """Evaluations since the best one."""
+        """The number of evaluations since the best one."""
 
     def on_eval(self, session: Session, metrics: Mapping[str, float]) -> None:
         self.update(metrics, session.step)
@@ -66,7 +69,7 @@ class EarlyStopping(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`; a best value of something else is none."""
+        """Load what `state_dict` returned, unless it belongs to another metric or mode."""
         if state["of"] != [self._spec.metric, self._spec.mode]:
             return
         self.best, self.best_step = state["best"], state["best_step"]

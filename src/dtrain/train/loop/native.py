@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class NativeTrainer:
-    """Trains a task as its job says; the same training under every strategy and world size."""
+    """Trains a task as its job defines it, the same under every strategy and world size."""
 
     def __init__(self, context: TrainContext) -> None:
         self._context = context
@@ -28,8 +28,10 @@ class NativeTrainer:
         """Train from the newest checkpoint, or from the start, to the end or until asked to stop.
 
         Raises:
-            CheckpointError: a checkpoint cannot be written, or none of those there can be used.
-            DtrainError: the task broke its contract, or a check failed; says where.
+            CheckpointError: a checkpoint cannot be written, or there are checkpoints but none of
+                them can be used.
+            DtrainError: the task broke its contract, or a check failed; the message has the
+                location.
         """
         injector = Injector(self._context)
         kept = Kept(self._context)
@@ -38,28 +40,28 @@ class NativeTrainer:
             training = self.begin(injector.seeded(self._context), injector, kept)
             try:
                 return self.drive(training)
-            except Rollback as wish:
+            except Rollback as rollback:
                 rollbacks += 1
                 if rollbacks > self._context.spec.checks.max_rollbacks:
-                    raise wish.error from None
-                logger.warning("%s\ngoing back to the newest checkpoint", wish)
+                    raise rollback.error from None
+                logger.warning("%s\ngoing back to the newest checkpoint", rollback)
             except (Exception, SystemExit) as error:
-                told = loader_process.explained(error)
-                in_step(told or error, training.progress.step + 1)
-                if told is None:
+                explained = loader_process.explained(error)
+                in_step(explained or error, training.progress.step + 1)
+                if explained is None:
                     raise
-                raise told from error
+                raise explained from error
             finally:
                 training.close()
                 del training
                 gc.collect()  # no DDP may outlive its process group: 6-8 % of gloo exits hang
 
     def begin(self, context: TrainContext, injector: Injector, kept: Kept) -> Any:
-        """A training at its beginning, or where its newest checkpoint is; `drive` is given it."""
+        """Return a training at its start or at its newest checkpoint; `drive` receives it."""
         return Training(context, injector, kept, self.evaluation_wrapper)
 
     def evaluation_wrapper(self, evaluate: Callable[[], Metrics | None]) -> Metrics | None:
-        """Call an evaluation; other trainers have more to do around it."""
+        """Call an evaluation. Other trainers do more before and after it."""
         return evaluate()
 
     def drive(self, training: Any) -> TrainResult:

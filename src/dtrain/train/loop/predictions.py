@@ -1,7 +1,7 @@
-"""Predictions: each rank's rows go into files of its own, which rank 0 joins in data set order.
+"""Predictions: each rank writes its rows into its own files; rank 0 joins them in data set order.
 
-Ranks evaluate contiguous shares, so the ranks' files one after the other are the whole. No rank
-ever holds more rows in memory than one batch's.
+Ranks evaluate contiguous shares, so the concatenated files of all ranks are the whole. No rank
+ever holds more rows in memory than those of one batch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNNAMED = "predictions"
 class _Column:
     dtype: str
     row: tuple[int, ...]
-    """A row's shape."""
+    """The shape of one row."""
 
     def bytes(self, rows: int) -> int:
         return rows * int(np.prod(self.row, dtype=np.int64)) * np.dtype(self.dtype).itemsize
@@ -51,22 +51,22 @@ def predicts(task: Task) -> bool:
 
 
 class Predictions:
-    """One rank's part in writing predictions.npz; used for one pass over the evaluation data."""
+    """Writes one rank's part of predictions.npz, in one pass over the evaluation data."""
 
     def __init__(self, context: TrainContext) -> None:
         self._context = context
         self._folder = context.run.predictions_part(context.ranks.rank)
         self._columns: Columns = {}
         self._files: list[BinaryIO] = []
-        """Of each column, in order of their names."""
+        """The file of each column, sorted by the names of the columns."""
         self._rows = 0
 
     def add(self, model: torch.nn.Module, batch: Any, num_samples: int) -> None:
-        """Predict one batch, the next of this rank's share.
+        """Predict the next batch of this rank's share.
 
         Raises:
-            DtrainError: the task did not return one row for each sample, or another kind of rows
-                than for the batch before.
+            DtrainError: the task did not return one row for each sample, or its rows are of
+                another kind than those of the batch before.
         """
         arrays = _read(self._context.task.predict(model, batch), num_samples)
         columns = {name: _Column(a.dtype.str, a.shape[1:]) for name, a in arrays.items()}
@@ -75,7 +75,7 @@ class Predictions:
         elif columns != self._columns:
             raise DtrainError(
                 f"predict() returned {_differing(self._columns, columns)} for one batch and "
-                f"{_differing(columns, self._columns)} for another; all rows must be alike",
+                f"{_differing(columns, self._columns)} for another; all rows must be of one kind",
                 code="predict.rows-differ",
             )
         for file, name in zip(self._files, sorted(arrays), strict=True):
@@ -83,10 +83,11 @@ class Predictions:
         self._rows += num_samples
 
     def finish(self) -> None:
-        """Join all ranks' rows; called by all ranks.
+        """Join the rows of all ranks. All ranks call it.
 
         Raises:
-            DtrainError: ranks predicted different things, or rank 0 cannot see a rank's files.
+            DtrainError: ranks returned different kinds of rows, or rank 0 cannot see a rank's
+                files.
         """
         self._close()
         shared = RemoteRankFiles.of(self._context.run, "predictions")
@@ -99,7 +100,8 @@ class Predictions:
             if theirs != columns[0]:
                 raise DtrainError(
                     f"predict() returned {_differing(columns[0], theirs)} on rank {min(rows)} and "
-                    f"{_differing(theirs, columns[0])} on rank {rank}; all rows must be alike",
+                    f"{_differing(theirs, columns[0])} on rank {rank}; all rows must be of one "
+                    "kind",
                     code="predict.rows-differ",
                 )
         if self._context.ranks.is_rank_zero:
@@ -111,7 +113,7 @@ class Predictions:
     def discard(self) -> None:
         self._close()
         shutil.rmtree(self._folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # the last one out
+        with contextlib.suppress(OSError):  # only the last rank finds it empty
             self._folder.parent.rmdir()
 
     def _begin(self, columns: Columns) -> None:
@@ -130,7 +132,7 @@ class Predictions:
             for index, (name, column) in enumerate(sorted(columns.items())):
                 header = {"descr": column.dtype, "fortran_order": False}
                 shape = (sum(rows.values()), *column.row)
-                # a ZipInfo has a fixed date: equal predictions are equal files
+                # a ZipInfo has a fixed date, so equal predictions give equal files
                 with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
                     np.lib.format.write_array_header_1_0(entry, {**header, "shape": shape})
                     for rank, count in rows.items():
@@ -151,14 +153,15 @@ def _append(part: Path, size: int, entry: IO[bytes], rank: int) -> None:
 
 
 def _read(value: Any, num_samples: int) -> dict[str, np.ndarray[Any, Any]]:
-    """What a task returned, as arrays by name."""
+    """Return the task's predictions as arrays by name."""
     named = value if isinstance(value, Mapping) else {UNNAMED: value}
     arrays = {}
     for name, tensor in named.items():
         if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
             raise DtrainError(
-                f"predict() returned {type(tensor).__name__} as {name!r}; return a tensor with one "
-                "row for each sample of the batch, or a dict of several such tensors by name",
+                f"predict() returned {type(tensor).__name__} under the name {name!r}; return a "
+                "tensor with one row for each sample of the batch, or a dict of such tensors by "
+                "name",
                 code="predict.not-rows",
             )
         if tensor.dim() == 0 or len(tensor) != num_samples:
@@ -167,14 +170,14 @@ def _read(value: Any, num_samples: int) -> dict[str, np.ndarray[Any, Any]]:
                 f"{num_samples} samples; the first dimension must be the samples, one row for each",
                 code="predict.not-rows",
             )
-        if tensor.dtype is torch.bfloat16:  # NumPy has none
+        if tensor.dtype is torch.bfloat16:  # NumPy has no bfloat16
             tensor = tensor.float()
         arrays[name] = np.ascontiguousarray(tensor.detach().cpu().resolve_conj().numpy())
     return arrays
 
 
 def _differing(columns: Columns, others: Columns) -> str:
-    """The first array that is not alike in both, in words, as it is in `columns`."""
+    """Describe, as `columns` has it, the first array that differs between the two."""
     for name in sorted({*columns, *others}):
         if columns.get(name) != others.get(name):
             return f"{name!r} with {columns[name]}" if name in columns else f"no {name!r}"

@@ -1,4 +1,4 @@
-"""How far a training has come, and what is due when."""
+"""The progress of a training, and when evaluations and checkpoints are due."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from dtrain.train.tracing import digest
 
 @dataclass
 class Progress:
-    """Everything about a training that is not a tensor."""
+    """The state of a training that is not a tensor."""
 
     step: int = 0
-    """Optimizer steps done."""
+    """The number of optimizer steps done."""
     position: Position = field(default_factory=Position)
     evaluated_step: int | None = None
     """The step after which the model was last evaluated."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of that evaluation."""
+    """The metrics of that evaluation."""
     predicted_step: int | None = None
     """The step after which predictions were last written."""
     stopped_early: bool = False
     feed: dict[str, Any] = field(default_factory=dict)
-    """What the data needs besides the position, see `Feed.state_dict`."""
+    """The state of the data pipeline in addition to the position, see `Feed.state_dict`."""
 
     def counters(self) -> dict[str, Any]:
-        """The place in the training, which is the same on all ranks."""
+        """Return the counters of the training, which are the same on all ranks."""
         return {
             "step": self.step,
             "epoch": self.position.epoch,
@@ -44,13 +44,13 @@ class Progress:
         }
 
     def to_saved(self, data: dict[str, Any]) -> dict[str, Any]:
-        """As plain JSON, with the identity of the data that the position is in."""
+        """Return the progress as plain JSON, with the identity of the data it belongs to."""
         return {
             "step": self.step,
             "epoch": self.position.epoch,
             "consumed": self.position.consumed,
             "evaluated_step": self.evaluated_step,
-            "metrics": {name: _told(value) for name, value in self.metrics.items()},
+            "metrics": {name: _json_number(value) for name, value in self.metrics.items()},
             "predicted_step": self.predicted_step,
             "stopped_early": self.stopped_early,
             "feed": self.feed,
@@ -58,15 +58,15 @@ class Progress:
         }
 
     @classmethod
-    def from_saved(cls, told: dict[str, Any], data: dict[str, Any]) -> Progress:
-        """The inverse of `to_saved`.
+    def from_saved(cls, plain: dict[str, Any], data: dict[str, Any]) -> Progress:
+        """Return the progress that `to_saved` described.
 
         Raises:
-            CheckpointError: the position was in other data, or in another order of it; or it is
-                no such position.
+            CheckpointError: the position belongs to other data or to another order of it, or it
+                is not a valid position.
         """
         try:
-            saved = files.parse_as(_Saved, json.dumps(told), "progress.json")
+            saved = files.parse_as(_Saved, json.dumps(plain), "progress.json")
         except DamagedError as error:
             raise CheckpointError(
                 f"its position cannot be used: {error.why}", code="checkpoint.bad-position"
@@ -82,9 +82,9 @@ class Progress:
                 for key, field in _FIELDS.items()
                 if key in saved.data and saved.data[key] != data.get(key)
             ]
-            mend = f"with {' '.join(back)} it fits" if back else "its position means nothing here"
+            remedy = f"with {' '.join(back)} it fits" if back else "its position is not valid here"
             raise CheckpointError(
-                f"it is of other data ({'; '.join(changed)}); {mend}",
+                f"it is of other data ({'; '.join(changed)}); {remedy}",
                 code="checkpoint.other-data",
             )
         size = data.get("num_samples")
@@ -118,21 +118,21 @@ class _Saved:
     data: dict[str, Any]
 
 
-def _told(value: float) -> float | str:
-    """A number as JSON takes it, and `float` reads it again."""
+def _json_number(value: float) -> float | str:
+    """Return a value that JSON can hold and that `float` turns back into the number."""
     return value if math.isfinite(value) else str(value)
 
 
 _FIELDS = {"seed": "seed", "shuffle": "data.shuffle"}
-"""What of a data's identity is written in job.yaml, and where."""
+"""The parts of a data identity that are fields of job.yaml, and the names of these fields."""
 
 
 def refuse_to_end_before(done: int, end: int | None, unit: str = "step") -> None:
-    """Refuse a course that a checkpoint is past, in steps or in epochs that are complete."""
+    """Raise if the checkpoint is later than the end of training, in steps or complete epochs."""
     if end is not None and done > end:
         raise DtrainError(
-            f"the checkpoint is of {unit} {done}, and the training is to end after {unit} {end}; "
-            f"give it a later end, for example --set train.{unit}s={2 * done}, or launch a new run",
+            f"the checkpoint is of {unit} {done}, but the training ends after {unit} {end}; "
+            f"set a later end, for example --set train.{unit}s={2 * done}, or launch a new run",
             code="run.end-passed",
         )
 
@@ -140,8 +140,10 @@ def refuse_to_end_before(done: int, end: int | None, unit: str = "step") -> None
 def data_identity(
     spec: JobSpec, dataset: Any, num_samples: int | None, order: str | None = None
 ) -> dict[str, Any]:
-    """What a position depends on. A data set may add a `fingerprint` of its own, or a method;
-    that of a TensorDataset is the digest of its tensors, 0.27 ms for a million numbers.
+    """Return everything that the meaning of a position depends on.
+
+    A data set may have its own `fingerprint`, as an attribute or a method. The fingerprint of a
+    TensorDataset is the digest of its tensors, which takes 0.27 ms for a million numbers.
     """
     fingerprint = getattr(dataset, "fingerprint", None)
     if fingerprint is None and type(dataset) is TensorDataset:
@@ -172,7 +174,7 @@ class Schedule:
         return _due(progress, spec.every_steps, spec.every_epochs)
 
     def save_overdue(self) -> bool:
-        """Whether this process's clock asks for a checkpoint; only rank 0's counts."""
+        """Return whether a checkpoint is due by this process's clock. Only rank 0 calls it."""
         every = self._spec.checkpoint.every
         return every is not None and time.monotonic() - self._last_save >= every
 

@@ -1,4 +1,4 @@
-"""What a training says about itself: log lines, metrics and events, from rank 0."""
+"""Reports of a training: log lines, metrics and events, written by rank 0."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dtrain.train.metrics.writer import Metrics
 logger = logging.getLogger(__name__)
 
 _MAX_RANKS = 16
-"""Told one by one."""
+"""With more ranks, a log line shows a range instead of a number per rank."""
 
 
 class Report:
-    """Speaks on rank 0 and is silent elsewhere."""
+    """Writes the reports on rank 0, and nothing on the other ranks."""
 
     def __init__(self, context: TrainContext, events: Events) -> None:
         self._context = context
@@ -29,13 +29,13 @@ class Report:
         self._metrics = Metrics(context.run, context.spec, active=self._active)
         self._first = True
         self._without_line: tuple[int, int, Callable[[], dict[str, float]]] | None = None
-        """The last step that was done, while it has no line: step, epoch, metrics."""
+        """The step, epoch and metrics of the last step; None once its line is written."""
         self._noted: dict[str, float] = {}
         self._samples = 0
         self._since = time.monotonic()
 
     def started(self, progress: Progress, course: EpochPlan, *, resumed: bool) -> None:
-        """Before the first step of a course."""
+        """Report the start, before the first step."""
         spec, ranks = self._context.spec, self._context.ranks
         self._total_steps = course.total_steps
         self._events.write(
@@ -55,29 +55,32 @@ class Report:
         )  # fmt: skip
 
     def keep_names(self, split: str, names: Iterable[str]) -> None:
-        """Metrics that a user has named: loggers show them without `train/` or `eval/`."""
+        """Let loggers show these metrics without `train/` or `eval/`: the user named them."""
         self._metrics.own_names.update((split, name) for name in names)
 
     def note(self, name: str, value: float) -> None:
-        """Take a number into the next line of training metrics; a later value replaces it."""
+        """Add a number to the next line of training metrics. A later value replaces it."""
         self._noted[name] = value
 
     def due(self, step: int) -> bool:
-        """Whether a line of metrics is written after a step: the first, the last, every few."""
+        """Return whether a line of metrics is written after this step.
+
+        It is written after the first, the last and every `log.every_steps`-th step.
+        """
         every = self._context.spec.log.every_steps
         return self._first or step % every == 0 or step == self._total_steps
 
     def step(
         self, step: int, epoch: int, samples: int, values: Callable[[], dict[str, float]]
     ) -> None:
-        """After every step, on all ranks; writes a line of metrics when one is due.
+        """Write a line of metrics when one is due. All ranks call it after every step.
 
         Args:
-            step: that was done, counted from 1.
-            epoch: of it, counted from 0.
-            samples: of all ranks in it.
-            values: gives the metrics, of which loss and lr are shown first; all ranks call it
-                when a line is due, so that it may put together what each of them knows.
+            step: the number of the step that was done, counted from 1.
+            epoch: the epoch of the step, counted from 0.
+            samples: the number of samples of all ranks in the step.
+            values: returns the metrics; loss and lr are shown first. All ranks call it when a line
+                is due, so it may gather values from all ranks.
         """
         self._samples += samples
         self._without_line = step, epoch, values
@@ -85,48 +88,51 @@ class Report:
             self.last_step()
 
     def last_step(self) -> None:
-        """Write the line of the last step, unless it has one. Called by all ranks."""
+        """Write the line of the last step, unless it has one. All ranks call it."""
         if self._without_line is None:
             return
         (step, epoch, values), self._without_line = self._without_line, None
         self._first = False
-        told = values()
+        metrics = values()
         if not self._active:
             return
         now = time.monotonic()
         speed = {"samples_per_second": round(self._samples / max(now - self._since, 1e-9), 1)}
-        head: dict[str, float] = {n: told.pop(n) for n in ("loss", "lr") if n in told}
-        told = {**head, **speed, **told, **self._noted}
+        head: dict[str, float] = {n: metrics.pop(n) for n in ("loss", "lr") if n in metrics}
+        metrics = {**head, **speed, **metrics, **self._noted}
         self._noted.clear()
-        self._metrics.write("train", step, epoch, told)
+        self._metrics.write("train", step, epoch, metrics)
         logger.info(
             "step %d/%s epoch %d: %s",
-            step, self._total_steps or "?", epoch, _listed(told),
+            step, self._total_steps or "?", epoch, _listed(metrics),
         )  # fmt: skip
         self._samples, self._since = 0, now
 
     def epoch_ended(self, progress: Progress, metrics: dict[str, float]) -> None:
-        """Write what a LightningModule logged for the epoch that has just ended."""
+        """Write the metrics that a LightningModule logged for the epoch that has just ended."""
         if self._active and metrics:
             epoch = _epoch_of(progress)
             self._metrics.write("train", progress.step, epoch, metrics)
             logger.info("epoch %d after step %d: %s", epoch, progress.step, _listed(metrics))
 
     def epoch_read(self, batch: GlobalBatch, samples: list[int] | None) -> None:
-        """After an epoch: how many samples each rank brought, where each brings its own."""
+        """Report how many samples each rank read in an epoch.
+
+        `samples` is None unless each rank reads its own shard of a stream.
+        """
         if samples is None:
             return
         self._events.write("epoch_read", epoch=batch.epoch, samples=samples)
-        told = ", ".join(f"rank {rank} read {number}" for rank, number in enumerate(samples))
+        counts = ", ".join(f"rank {rank} read {number}" for rank, number in enumerate(samples))
         if len(samples) > _MAX_RANKS:
-            told = f"each rank read {min(samples)} to {max(samples)}"
-        logger.info("epoch %d: %d samples, %s", batch.epoch, sum(samples), told)
+            counts = f"each rank read {min(samples)} to {max(samples)}"
+        logger.info("epoch %d: %d samples, %s", batch.epoch, sum(samples), counts)
 
     def evaluated(self, progress: Progress) -> None:
         self.measured("eval", progress, progress.metrics)
 
     def measured(self, split: str, progress: Progress, metrics: dict[str, float]) -> None:
-        """Write the metrics of a split, as they are after the steps that are done."""
+        """Write the metrics of a split, measured after the steps that are done."""
         if self._active:
             self._metrics.write(split, progress.step, _epoch_of(progress), metrics)
             what = "evaluation" if split == "eval" else split
@@ -163,13 +169,13 @@ class Report:
 
 
 def _epoch_of(progress: Progress) -> int:
-    """The epoch of the last step, counted from 0."""
+    """Return the epoch of the last step, counted from 0."""
     position = progress.position
     return max(0, position.epoch if position.consumed else position.epoch - 1)
 
 
 def _length(course: EpochPlan, first: int) -> str:
-    """How long training is from its first step here, as far as that is known before."""
+    """Describe the length of training from its first step here, as far as it is known."""
     if course.total_steps is None:
         return f"from step {first} on, epochs of a stream"
     steps = f"steps {first}-{course.total_steps}"

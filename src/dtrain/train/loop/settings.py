@@ -1,7 +1,7 @@
-"""What a resumed training makes otherwise than the one that was saved: used, refused, or told.
+"""Settings that differ between a checkpoint and the training that resumes from it.
 
-Optimizers and schedulers come back from a checkpoint with the rates and lengths that they had, so
-that another `args.lr` would change nothing.
+A checkpoint restores optimizers and schedulers with the rates and lengths that they had, so a new
+`args.lr` would change nothing. Each difference is therefore applied, refused or reported.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Numbers = dict[str, Any]
 
 
 class Settings:
-    """What the job says of a training, and what its task made of that before a checkpoint came."""
+    """The settings in the job, and what the task made of them before a checkpoint was loaded."""
 
     def __init__(self, spec: JobSpec, parts: Parts) -> None:
-        said = spec.to_plain()
-        self._args, self._train = said["args"], said["train"]
+        plain = spec.to_plain()
+        self._args, self._train = plain["args"], plain["train"]
         self._kind = type(parts.optimizer).__name__
         groups = optimizer_state(parts.model, parts.optimizer)["groups"]
         self._groups = [dict(_plain(group)) for group in groups]
@@ -46,57 +46,57 @@ class Settings:
         }
 
     def has_new_course(self, saved: Mapping[str, Any]) -> bool:
-        """Whether the job says otherwise than then how training goes, as with a later end."""
+        """Return whether section `train` of the job has changed, for example to a later end."""
         return bool(saved["train"] != self._train)
 
     def reconcile(self, saved: Mapping[str, Any], groups: list[dict[str, Any]]) -> list[str]:
-        """Decide for each difference to when the run began which value holds.
+        """Decide which value is used where a setting differs from the start of the run.
 
-        With other `args` the new value of an option does, where nothing has changed the old one
-        since: no schedule, no callback. Without, the checkpoint's does: the rate may have followed
-        from the number of processes.
+        If `args` changed, the new value of an option is used, unless a schedule or a callback has
+        changed the old one since. If `args` did not change, the checkpoint's value is used: the
+        rate may depend on the number of processes.
 
         Args:
-            saved: see `to_saved`.
-            groups: the optimizer's groups in the checkpoint, in which new values are put.
+            saved: the settings in the checkpoint, see `to_saved`.
+            groups: the optimizer's groups in the checkpoint; new values are written into them.
 
         Returns:
-            What holds, in words.
+            One sentence for each difference, with the value that is used.
 
         Raises:
-            UsageError: neither would be right.
+            UsageError: neither value would be right.
         """
         if saved["optimizer"] != self._kind:
             self._refuse(saved, f"the optimizer is {self._kind}, and was {saved['optimizer']}")
         new_args = saved["args"] != self._args
-        told = []
+        notes = []
         for name, was, now in _differences(saved["scheduler"], self._scheduler):
             if new_args:
                 self._refuse(saved, f"{name} is {now}, and was {was}")
-            told.append(f"{name} stays as it was, {was}, though the task makes {now} now")
-        return told + self._options(saved, {frozenset(g["params"]): g for g in groups}, new_args)
+            notes.append(f"{name} stays as it was, {was}, though the task makes {now} now")
+        return notes + self._options(saved, {frozenset(g["params"]): g for g in groups}, new_args)
 
     def _options(
         self, saved: Mapping[str, Any], restored: Mapping[Any, dict[str, Any]], new_args: bool
     ) -> list[str]:
         began = {frozenset(group["params"]): group for group in saved["groups"]}
-        told: dict[str, list[str]] = {}
+        notes: dict[str, list[str]] = {}
         for index, group in enumerate(self._groups):
             key = frozenset(group["params"])
             if key not in began or key not in restored:
                 continue
             for option, was, now in _differences(began[key], group):
-                holds = restored[key].get(option)
+                current = restored[key].get(option)
                 if not new_args:
-                    text = f"{option} stays {holds}, though the task makes {now} now"
-                elif holds == was:
+                    text = f"{option} stays {current}, though the task makes {now} now"
+                elif current == was:
                     restored[key][option] = now
                     text = f"{option} is {now} from here on, it was {was}"
                 else:
                     what = f"{option} of parameter group {index} is {now}, was {was}"
-                    self._refuse(saved, f"{what}, and has become {holds}")
-                told.setdefault(text, []).append(str(index))
-        return [f"{text} (parameter group {', '.join(each)})" for text, each in told.items()]
+                    self._refuse(saved, f"{what}, and has become {current}")
+                notes.setdefault(text, []).append(str(index))
+        return [f"{text} (parameter group {', '.join(each)})" for text, each in notes.items()]
 
     def _refuse(self, saved: Mapping[str, Any], what: str) -> NoReturn:
         differing = list(_differences(saved["args"], self._args))
@@ -105,8 +105,8 @@ class Settings:
         given_then = [(name, json.dumps(shown(name, was))) for name, was, _ in differing]
         back = " ".join(f"--set args.{name}={was}" for name, was in given_then)
         raise UsageError(
-            f"what is {given} cannot be taken in the middle of this training: {what}, while "
-            f"the checkpoint goes on with the old; resume with {back or 'the code as it was'}, or "
+            f"what is {given} cannot change in the middle of this training: {what}, while the "
+            f"checkpoint continues with the old value; resume with {back or 'the old code'}, or "
             "launch a new run",
             code="resume.settings-changed",
         )
@@ -119,7 +119,7 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tu
 
 
 def _plain(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The options that are numbers or texts, or a few of them."""
+    """Yield the options that are numbers, strings, or sequences of these."""
     for name, value in group.items():
         value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
         if all(isinstance(each, _PLAIN) for each in _items(value)):
@@ -127,7 +127,7 @@ def _plain(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """The numbers and texts in a state, by name."""
+    """Yield the numbers and strings in a state, by name."""
     if isinstance(value, Mapping):
         for key, each in value.items():
             yield from _numbers(each, f"{name}.{key}")

@@ -1,4 +1,4 @@
-"""One optimizer step, from a global batch's micro-batches to new parameters."""
+"""One optimizer step: from the micro-batches of a global batch to new parameters."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ from dtrain.train.strategies.base import Pending, Strategy
 
 @dataclass
 class Parts:
-    """What is trained: the user's model and optimizer, and what goes with them."""
+    """The objects that are trained: the user's model, its loss, optimizer and scheduler."""
 
     model: torch.nn.Module
     loss: LossModule
-    """The task's loss over the model: what strategies wrap."""
+    """The task's loss over the model. Strategies wrap this module."""
     optimizer: torch.optim.Optimizer
     scheduler: Any | None
     scaler: torch.amp.GradScaler | None
-    """Only with fp16."""
+    """The loss scaler of fp16; None with other precisions."""
 
 
 class StepFlags(NamedTuple):
-    """Numbers of a rank that travel with the losses; summed over all ranks in the outcome."""
+    """Numbers that a rank sends together with its losses; the outcome has their sums."""
 
-    leave: float
-    """Ranks that were asked to leave at the next step boundary."""
+    stop: float
+    """The number of ranks that were asked to stop at the next step boundary."""
     save: float
-    """Whether rank 0's clock asks for a checkpoint."""
+    """Whether a checkpoint is due by the clock of rank 0."""
     end: float
-    """Ranks on which a callback asked for the end of training."""
+    """The number of ranks on which a callback asked for the end of training."""
     position: float
-    """`GlobalBatch.fingerprint`, to see that all ranks did the same step."""
+    """`GlobalBatch.fingerprint`, to check that all ranks did the same step."""
 
 
 @dataclass(frozen=True)
 class StepOutcome:
     loss: float
-    """Sum over everyone's sums / sum of everyone's weights, before the step."""
+    """The sum of all ranks' sums / the sum of all ranks' weights, before the step."""
     flags: StepFlags
     grad_norm: torch.Tensor | None
-    """2-norm of the reduced gradient before clipping; None without clipping."""
+    """The 2-norm of the reduced gradient before clipping; None without clipping."""
     skipped: bool
-    """The gradient was not finite, so neither optimizer nor scheduler stepped."""
+    """Whether the gradient was not finite, so that neither optimizer nor scheduler stepped."""
 
-    def told(self, lr: float) -> dict[str, float]:
-        """The metrics of the step, by name; `lr` is the rate that it was done with."""
+    def metrics(self, lr: float) -> dict[str, float]:
+        """Return the metrics of the step by name. `lr` is the learning rate of the step."""
         norm = {} if self.grad_norm is None else {"grad_norm": float(self.grad_norm)}
         return {"loss": self.loss, "lr": lr, **norm}
 
 
 class TrainStep:
-    """Forward, backward, reduce, clip, update: once per global batch, on every rank."""
+    """Runs forward, backward, reduction, clipping and update, once per global batch."""
 
     def __init__(
         self,
@@ -76,8 +76,8 @@ class TrainStep:
         self._device = device
         self._clip = spec.clip_grad_norm
         self.precision = Precision(spec.precision, device)
-        # The factor that undoes the reduction's mean goes into the loss, where it costs nothing;
-        # with fp16 it would make W ranks overflow W times sooner than one, so there it comes after.
+        # The factor that undoes the reduction's mean goes into the loss, where it costs nothing.
+        # With fp16, W ranks would then overflow W times sooner than one, so it is applied later.
         early = parts.scaler is None
         self._loss_scale = strategy.gradient_scale if early else 1.0
         self._gradient_scale = 1.0 if early else strategy.gradient_scale
@@ -95,15 +95,15 @@ class TrainStep:
         Args:
             batches: this rank's micro-batches as (number of samples, batch); none for a rank
                 without samples.
-            num_batches: how many there are.
-            global_size: samples of all ranks in this step.
-            flags: of this rank.
+            num_batches: the number of micro-batches.
+            global_size: the number of samples that all ranks have in this step.
+            flags: the flags of this rank.
 
         Raises:
-            DtrainError: the weights of the whole global batch add up to nothing.
+            DtrainError: the sum of the weights of the whole global batch is not positive.
         """
         self._parts.optimizer.zero_grad(set_to_none=True)
-        for parameter in self._all:  # some may be in no group yet
+        for parameter in self._all:  # some may not be in a group yet
             parameter.grad = None
         pending = self._accumulate(batches, num_batches, global_size, flags)
         self._strategy.finish_backward()
@@ -126,7 +126,10 @@ class TrainStep:
         global_size: int,
         flags: StepFlags,
     ) -> Pending:
-        """Add up the gradients of all micro-batches; the losses' sum runs under the last one."""
+        """Add up the gradients of all micro-batches.
+
+        The losses are summed over the ranks during the last backward.
+        """
         scale = self._loss_scale / global_size
         sum_so_far: float | torch.Tensor = 0.0
         weight_so_far: float | torch.Tensor = 0.0
@@ -143,12 +146,12 @@ class TrainStep:
                 pending = self._strategy.start_sum((sum_so_far, weight_so_far, *flags))
             if self._parts.scaler is not None:
                 loss_sum = self._parts.scaler.scale(loss_sum)
-            # as the gradient to begin with, which is 25 µs cheaper than a product in the graph
+            # the scale is the initial gradient: 25 µs cheaper than a product in the graph
             loss_sum.backward(torch.full_like(loss_sum, scale))
         return pending or self._strategy.start_sum((0.0, 0.0, *flags))
 
     def _update(self, correction: float, loss: float) -> tuple[torch.Tensor | None, bool]:
-        """Clip and step. Returns the norm before clipping and whether the step was left out."""
+        """Clip and step. Return the norm before clipping and whether the step was skipped."""
         scaler, optimizer = self._parts.scaler, self._parts.optimizer
         if scaler is not None:
             scaler.unscale_(optimizer)
@@ -172,8 +175,10 @@ class TrainStep:
         return norm, skipped
 
     def _scaled_step(self, scaler: torch.amp.GradScaler) -> bool:
-        """Step unless the gradient overflowed. The reduced gradient, and so the verdict, is the
-        same on every rank."""
+        """Step unless the gradient overflowed. Return whether the step was skipped.
+
+        The reduced gradient is the same on every rank, and so is the result.
+        """
         before = scaler.get_scale()
         scaler.step(self._parts.optimizer)
         scaler.update()
@@ -181,5 +186,5 @@ class TrainStep:
 
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | None:
-    """The loss scaler that fp16 needs; None otherwise."""
+    """Return the loss scaler that fp16 needs, or None for other precisions."""
     return torch.amp.GradScaler(device.type) if precision == "fp16" else None

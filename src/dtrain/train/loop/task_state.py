@@ -1,4 +1,4 @@
-"""What a training remembers besides model and optimizer: the task's own state, and averages."""
+"""State of a training other than model and optimizer: the task's own state, and averages."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ class Kept:
         self._evaluated: EMA | None = None
         self._rolls_back = context.spec.checks.on_mismatch == "rollback"
         self._first: dict[str, Any] | None = None
-        """The task's state before the first of all steps, where it may have to go back to that."""
+        """The task's state before the first step, kept if a rollback may need it."""
 
     def begin(self, model: torch.nn.Module, callbacks: Iterable[Any]) -> None:
-        """Take the averages of a model that was just built, and begin from the first state."""
+        """Find the averages of a model that was just built, and set the initial state."""
         listed = [each for each in callbacks if isinstance(each, EMA)]
         for each in listed:
             each.attach(model)
         found = averages_of(model)
-        self._refuse_strangers(found)
+        self._refuse_other_models(found)
         self._averages = {f"EMA.{index}": each for index, each in enumerate(found)}
         self._evaluated = _evaluated(listed)
         for each in found:
             each.start()
-        state = self.state().get(_TASK, {})  # refused now rather than at the first save
+        state = self.state().get(_TASK, {})  # raises now rather than at the first save
         if self._first is not None:
             self._task.load_state_dict(changed(self._first, _TASK, _copied))
         elif self._has_state and self._rolls_back:
             self._first = changed(state, _TASK, _copied)
 
     def evaluated(self, model: torch.nn.Module) -> torch.nn.Module:
-        """What is evaluated: the model, or its average where `callbacks()` asks for that."""
+        """Return the model to evaluate: the model, or its average if `callbacks()` has one."""
         averaged: torch.nn.Module | None = self._evaluated and self._evaluated.model
         return model if averaged is None else averaged
 
@@ -59,7 +59,7 @@ class Kept:
             each.update()
 
     def state(self) -> dict[str, Any]:
-        """The state of each owner that has some; the tensors are the live ones."""
+        """Return the state of each owner that has state; the tensors are not copied."""
         states: dict[str, Any] = {name: each.kept() for name, each in self._averages.items()}
         if self._has_state:
             given = self._task.state_dict()
@@ -75,33 +75,35 @@ class Kept:
         return _leaves(self.state())
 
     def to_saved(self) -> dict[str, Any]:
-        """By file stem, what a checkpoint holds of it; nothing where there is nothing."""
+        """Return the contents for a checkpoint by file stem; empty if there is no state."""
         state = self.state()
         moved = [name for name, each in _leaves(state).items() if not _on_cpu(each)]
         return {_FILE: {"states": state, "on_device": moved}} if state else {}
 
     def load(self, tensors: Mapping[str, Any]) -> list[str]:
-        """The inverse of `to_saved`; a task of which it holds nothing goes on as it is, and an
-        average begins with the weights, which are loaded before.
+        """Load what `to_saved` returned.
+
+        A task without state in the checkpoint stays as it is. An average without state starts with
+        the weights, which are loaded before.
 
         Args:
-            tensors: of a checkpoint, by file stem.
+            tensors: the contents of a checkpoint, by file stem.
 
         Returns:
-            What was not put back, in words.
+            One sentence for each state that was not restored.
 
         Raises:
-            CheckpointError: the task, or an average, cannot take it.
+            CheckpointError: the task or an average cannot load its state.
         """
         saved = tensors.get(_FILE, {"states": {}, "on_device": []})
-        there, mine = set(saved["on_device"]), self.state()
+        on_device, mine = set(saved["on_device"]), self.state()
 
         def placed(name: str, leaf: Any) -> Any:
-            return leaf.to(self._device) if name in there else leaf
+            return leaf.to(self._device) if name in on_device else leaf
 
         states = {owner: changed(each, owner, placed) for owner, each in saved["states"].items()}
-        told = [
-            f"it holds no state of {_words(each)}, which begins afresh"
+        notes = [
+            f"it holds no state of {_described(each)}, which starts with its initial state"
             for each in mine
             if each not in states
         ]
@@ -110,14 +112,14 @@ class Kept:
                 average.start()
         for owner, state in states.items():
             if owner not in mine and not (owner == _TASK and self._has_state):
-                told.append(f"it holds state of {_words(owner)}, which has none any more")
+                notes.append(f"it holds state of {_described(owner)}, which has no state now")
             else:
-                told += self._load(owner, state)
-        return told
+                notes += self._load(owner, state)
+        return notes
 
     def _load(self, owner: str, state: dict[str, Any]) -> list[str]:
-        """Put the state of one owner back; what of it did not come in, in words."""
-        wanted = digest.of_leaves(leaves(state, owner))  # before anybody may change it
+        """Load the state of one owner. Return one sentence for each value that it did not load."""
+        wanted = digest.of_leaves(leaves(state, owner))  # before the task can change it
         if owner != _TASK:
             self._averages[owner].load_kept(state)
             return []
@@ -125,16 +127,16 @@ class Kept:
             self._task.load_state_dict(state)
         now = digest.of_leaves(leaves(self.state().get(owner, {}), owner))
         lost = [name for name, fact in wanted.items() if now.get(name) != fact]
-        return [f"load_state_dict() of the task left {name} other than saved" for name in lost]
+        return [f"load_state_dict() of the task did not restore {name}" for name in lost]
 
-    def _refuse_strangers(self, found: list[EMA]) -> None:
-        """An average that a task keeps, of something else than its model, would stay as it is."""
+    def _refuse_other_models(self, found: list[EMA]) -> None:
+        """Raise if the task keeps an average of another model, which would never be updated."""
         task = getattr(self._task, "adapted", self._task)
         for name, each in vars(task).items():
             if isinstance(each, EMA) and each not in found and each.source is not None:
                 raise DtrainError(
                     f"the task's {name} is a dtrain.EMA of a {type(each.source).__name__} that is "
-                    "no part of the model that model() returned, so it would never change; make "
+                    "not part of the model that model() returned, so it would never change; make "
                     "it of that model",
                     code="ema.of-other-model",
                 )
@@ -146,8 +148,8 @@ def _has_state(task: Task) -> bool:
     if len(own) == 1:
         other = pair[1 - pair.index(own[0])]
         raise DtrainError(
-            f"the task has {own[0]}() but no {other}(): what it remembers would be lost in a "
-            "resume. Write both, or none",
+            f"the task has {own[0]}() but no {other}(), so a resume would lose its state. Write "
+            "both methods, or neither",
             code="task.half-a-state",
         )
     return bool(own)
@@ -177,5 +179,5 @@ def _on_cpu(leaf: Any) -> bool:
     return not isinstance(leaf, torch.Tensor) or leaf.device.type == "cpu"
 
 
-def _words(owner: str) -> str:
+def _described(owner: str) -> str:
     return "the task" if owner == _TASK else owner

@@ -1,4 +1,4 @@
-"""One training in one process: everything that a loop drives, step by step."""
+"""One training in one process, which a loop drives step by step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from dtrain.train.strategies.base import Strategy
 
 Metrics = dict[str, float]
 EvaluationWrapper = Callable[[Callable[[], Metrics | None]], Metrics | None]
-"""Calls an evaluation; for a trainer that has more to do around it."""
+"""Calls an evaluation, for a trainer that does more before and after it."""
 
 
 class Training:
@@ -48,7 +48,7 @@ class Training:
     ) -> None:
         self._started = time.monotonic()
         self.logged: Callable[[], Metrics] = dict
-        """Gives what a LightningModule logged in the last step; all ranks call it."""
+        """Returns what a LightningModule logged in the last step; all ranks call it."""
         self._context = context
         self._injector = injector
         self._kept = kept
@@ -61,7 +61,7 @@ class Training:
         self._report.started(self.progress, self.course, resumed=resumed)
 
     def _build(self) -> None:
-        """Make the parts, the data and the callbacks from the task, alike on every rank."""
+        """Make the parts, the data and the callbacks from the task, the same on every rank."""
         context = self._context
         initial_state.compare_surroundings(context.task, context.spec.seed)
         self._strategy: Strategy = catalog.load("strategy", context.spec.strategy)(context)
@@ -80,9 +80,10 @@ class Training:
         self._kept.begin(self.parts.model, self.callbacks.each)
 
     def _restore(self) -> bool:
-        """Continue from the newest checkpoint; whether there is one.
+        """Resume from the newest checkpoint. Return whether there is one.
 
-        Before wrapping: wrappers copy weights, and register the parameters that are not frozen.
+        This comes before wrapping: wrappers copy weights, and register the parameters that are
+        not frozen.
         """
         identity = build.feed_identity(self.data)
         self._saver = Saver(
@@ -92,20 +93,21 @@ class Training:
         self.progress = resumed or Progress()
         total = self.course.total_steps
         refuse_to_end_before(self.progress.step, total)
-        build.tell_of_parts(self.parts, total, self._context, self._events)
+        build.warn_about_parts(self.parts, total, self._context, self._events)
         self.data.load_state_dict(self.progress.feed)
         return resumed is not None
 
     def _wrap(self) -> None:
-        """Wrap the loss for the strategy; from here on no parameter may come in from elsewhere."""
+        """Wrap the loss for the strategy. From here on, no foreign parameter may be added."""
         self._strategy.prepare(self.parts.loss)
         watch_groups(self.parts.optimizer, self.parts.model)
 
     def _arm(self) -> None:
-        """Get ready for the first step.
+        """Prepare the first step.
 
-        Faults come before checks, whose hook of the optimizer is to find what a fault's has made.
-        Random numbers come last: none of the above may change what the first step draws.
+        Faults come before checks: the optimizer hook of the checks must see what the hook of a
+        fault has changed. Random numbers come last: nothing above may change what the first step
+        draws.
         """
         context, parts, injector = self._context, self.parts, self._injector
         self._state = state = TrainState(
@@ -126,20 +128,20 @@ class Training:
         )
         self._saver.begin_random(self.progress)
         self._asked = StepFlags(0.0, 0.0, 0.0, 0.0)
-        """Of the last step, over all ranks."""
+        """The flags of the last step, summed over all ranks."""
 
     def begin(self) -> bool:
-        """Run the evaluation that an interrupted process skipped; False to leave."""
+        """Run the evaluation that an interrupted process skipped. Return False to stop."""
         self._update_session()
         self.callbacks.start(self.progress)
-        self._saver.small_states()  # refused now rather than at the first save
-        return not self._owes_evaluation() or self._evaluate()
+        self._saver.small_states()  # raises now rather than at the first save
+        return not self._missed_evaluation() or self._evaluate()
 
     def end(self, *, complete: bool) -> TrainResult:
-        """After the last step: evaluate and save, and leave when asked to."""
+        """Evaluate and save after the last step, or save and stop when asked to stop."""
         self._report.last_step()
         if not (complete and self._evaluate_at_end()):
-            return self._leave()
+            return self._stop()
         self._injector.end(self._state, self.progress.step)
         self._save()
         self.callbacks.end()
@@ -148,7 +150,7 @@ class Training:
         return result
 
     def close(self) -> None:
-        """Let go of everything that holds processes, files or the wrapped model."""
+        """Release everything that holds processes, files or the wrapped model."""
         self._strategy.close()
         self.data.close()
         self._report.close()
@@ -156,10 +158,10 @@ class Training:
             self._evaluator.close()
 
     def steps(self, *, hooks: bool = False) -> Generator[Step, None, None]:
-        """Each remaining global batch, with this rank's micro-batches of it and their number.
+        """Yield each remaining global batch, with this rank's micro-batches and their number.
 
-        Each is to be given to `step` before the next is taken. `hooks`: a library's are called
-        between two steps.
+        The caller passes each to `step` before it takes the next. `hooks` means that a library's
+        hooks are called between two steps.
         """
         recorder, progress = self._context.recorder, self.progress
         if recorder is not None:
@@ -179,14 +181,14 @@ class Training:
     def step(
         self, batch: GlobalBatch, micro_batches: Iterator[tuple[int, Any]], num_micro_batches: int
     ) -> bool:
-        """One optimizer step and what is due after it; False to leave."""
+        """Do one optimizer step and what is due after it. Return False to stop."""
         self.update(batch, micro_batches, num_micro_batches)
         return self.evaluate_if_due() and self.save_if_due()
 
     def update(
         self, batch: GlobalBatch, micro_batches: Iterator[tuple[int, Any]], num_micro_batches: int
     ) -> None:
-        """One optimizer step; `evaluate_if_due`, then `save_if_due`, are to follow."""
+        """Do one optimizer step. The caller then calls `evaluate_if_due` and `save_if_due`."""
         progress = self.progress
         lr = float(self.parts.optimizer.param_groups[0]["lr"])
         self._strategy.start_step(batch)
@@ -206,23 +208,23 @@ class Training:
         self._checks.step_ended(progress.step, ends_epoch=batch.ends_epoch)
         self._update_session(batch.size)
         ends = self.callbacks.step(outcome.loss, ends_epoch=batch.ends_epoch)
-        told = functools.partial(self._metrics_of, outcome, lr)
-        self._report.step(progress.step, batch.epoch, batch.size, told)
+        metrics = functools.partial(self._metrics_of, outcome, lr)
+        self._report.step(progress.step, batch.epoch, batch.size, metrics)
         self._asked = outcome.flags._replace(end=float(outcome.flags.end or ends))
 
     def _metrics_of(self, outcome: StepOutcome, lr: float) -> Metrics:
-        """What a line of metrics holds after a step. Called by all ranks."""
-        logged, metrics = self.logged(), outcome.told(lr)
+        """Return the values of the line of metrics after a step. All ranks call it."""
+        logged, metrics = self.logged(), outcome.metrics(lr)
         self.keep_names("train", logged.keys() - metrics.keys())
         return {**logged, **metrics}
 
     def epoch_ended(self, metrics: Metrics) -> None:
-        """Write what was logged for the epoch that has just ended."""
+        """Write the metrics that were logged for the epoch that has just ended."""
         self.keep_names("train", metrics)
         self._report.epoch_ended(self.progress, metrics)
 
     def _update_session(self, batch_size: int = 0) -> None:
-        """Let callbacks know what comes after the step that was just done."""
+        """Update the session that callbacks see: what follows the step that was just done."""
         view, progress = self.callbacks.view, self.progress
         view.batch_size = batch_size
         view.over = progress.stopped_early or self.course.over(
@@ -232,7 +234,7 @@ class Training:
         view.evaluation_follows = self._evaluator is not None and due
 
     def _record(self, epoch: int, outcome: StepOutcome) -> None:
-        """Tell the recorder of `dtrain verify` of a step; nobody else wants to know."""
+        """Pass a step to the recorder of `dtrain verify`, if there is one."""
         if self._context.recorder is not None:
             norm = None if outcome.grad_norm is None else float(outcome.grad_norm)
             self._context.recorder.step(
@@ -240,34 +242,34 @@ class Training:
             )
 
     def _flags(self, batch: GlobalBatch) -> StepFlags:
-        """What this rank asks of all at the next step boundary, and where it is."""
+        """Return this rank's requests for the next step boundary, and its position."""
         return StepFlags(
-            leave=self._context.stop.reason is not None,
+            stop=self._context.stop.reason is not None,
             save=self._context.ranks.is_rank_zero and self._schedule.save_overdue(),
             end=self.callbacks.view.ending is not None,
             position=batch.fingerprint,
         )
 
     def evaluate_if_due(self) -> bool:
-        """After a step, as all ranks have agreed in it; False to leave."""
-        if self._asked.leave:
+        """Evaluate after a step if all ranks agreed to. Return False to stop."""
+        if self._asked.stop:
             return False
         if self._asked.end:
             self.progress.stopped_early = True
         return not self._schedule.evaluation_due(self.progress) or self._evaluate()
 
     def save_if_due(self) -> bool:
-        """Likewise; True."""
+        """Save after a step if all ranks agreed to. Return True."""
         if self._asked.save or self._schedule.save_due(self.progress):
             self._save()
             self._schedule.saved()
         return True
 
     def _save(self) -> bool:
-        """Write a checkpoint, once it is proven that what it was trained on is right.
+        """Write a checkpoint after checking the data and the state that it is made of.
 
         Returns:
-            False where what there is now is no good, and nobody wants to end for that.
+            False if a check found an error and the job does not ask to end training for it.
         """
         self.data.check()
         if not self._checks.before_save(self.progress.step):
@@ -283,7 +285,11 @@ class Training:
             self._saver.keep_best()
 
     def _evaluate(self) -> bool:
-        """Evaluate and judge; False when asked to leave meanwhile (the evaluation is owed then)."""
+        """Evaluate, and let callbacks decide whether training ends.
+
+        Returns:
+            False when a rank was asked to stop meanwhile; a resume then repeats the evaluation.
+        """
         if self._evaluator is None:
             return True
         progress = self.progress
@@ -301,14 +307,14 @@ class Training:
         progress.stopped_early = self.callbacks.evaluated(metrics) or progress.stopped_early
         return True
 
-    def _owes_evaluation(self) -> bool:
-        """Whether the process before us was asked to leave when an evaluation was due."""
+    def _missed_evaluation(self) -> bool:
+        """Return whether the previous process was asked to stop when an evaluation was due."""
         progress = self.progress
         missed = progress.step > 0 and progress.evaluated_step != progress.step
         return missed and self._schedule.evaluation_due(progress)
 
     def _evaluate_at_end(self) -> bool:
-        """Evaluate and predict, unless that is done; False when asked to leave meanwhile."""
+        """Evaluate and predict, unless that is done. Return False when asked to stop meanwhile."""
         progress = self.progress
         if progress.evaluated_step != progress.step and not self._evaluate():
             return False
@@ -316,7 +322,7 @@ class Training:
         if predictions is None or progress.predicted_step == progress.step:
             return True
         assert self._evaluator is not None
-        with self._strategy.whole():  # stopped early: nobody knew before that it was the last
+        with self._strategy.whole():  # after an early stop: the last step was not known before
             if self._evaluator(self._evaluated, predictions, measure=False) is None:
                 return False
         self._predicted()
@@ -336,8 +342,8 @@ class Training:
         self.progress.predicted_step = self.progress.step
         self._report.predicted(self.progress, self._evaluator.num_samples)
 
-    def _leave(self) -> TrainResult:
-        """Save and go, all ranks together, because one of them was asked to."""
+    def _stop(self) -> TrainResult:
+        """Save and stop on all ranks together, because one of them was asked to stop."""
         self._save()
         reasons = collectives.gather_to_all(self._context.stop.reason)
         rank, reason = next((r, why) for r, why in enumerate(reasons) if why is not None)

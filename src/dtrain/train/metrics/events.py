@@ -1,4 +1,4 @@
-"""Lines of events.jsonl, written by rank 0."""
+"""The events of a training, which rank 0 writes to events.jsonl."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dtrain.run.rundir import RunDir
 
 
 class Events:
-    """What happened to the training, one JSON object a line; silent except on rank 0."""
+    """Appends events of the training, one JSON object per line; rank 0 alone writes."""
 
     def __init__(self, run: RunDir, ranks: RankInfo, attempt: int) -> None:
         self._run = run
@@ -21,5 +21,5 @@ class Events:
     def write(self, event: str, **details: Any) -> None:
         """Append one event with the time (seconds since the epoch), attempt and restart."""
         if self._ranks.is_rank_zero:
-            place = {"attempt": self._attempt, "restart": self._ranks.restart}
-            append_line(self._run.events, {"time": time.time(), "event": event, **place, **details})
+            start = {"attempt": self._attempt, "restart": self._ranks.restart}
+            append_line(self._run.events, {"time": time.time(), "event": event, **start, **details})

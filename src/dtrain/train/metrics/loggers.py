@@ -1,6 +1,7 @@
-"""The loggers that a job can name, each a thin layer over its library, imported when made.
+"""The loggers that a job can name. Each is a thin layer over its library.
 
-One from outside is a class like these, under the entry-point group `dtrain.loggers`.
+A library is imported when its logger is made. Another package can add a logger: a class with the
+same methods, in the entry-point group `dtrain.loggers`.
 """
 
 from __future__ import annotations
@@ -22,25 +23,25 @@ from dtrain.run.files import write_atomic
 from dtrain.run.rundir import RunDir
 
 Outcome = Literal["finished", "stopped", "failed"]
-"""How a training ended: complete, asked to leave (it can be resumed), or neither."""
+"""How a training ended: complete, stopped on request (it can be resumed), or by an error."""
 
 Values = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class LoggerContext:
-    """What a logger is made with, besides the options in the job."""
+    """The context that a logger receives in addition to the options in the job."""
 
     run: RunDir
     step: int
-    """Optimizer steps done; what was logged of later ones is lost and comes again."""
+    """The number of optimizer steps done. Later steps that were logged are repeated."""
     settings: Mapping[str, str | int | float | bool]
-    """The job, flat: `train.global_batch_size` → 64."""
+    """The job as a flat mapping: `train.global_batch_size` → 64."""
     own_names: Set[tuple[str, str]] = frozenset()
-    """Metrics that a LightningModule has named, as (split, name); grows while training."""
+    """The metrics that a LightningModule has named, as (split, name). It grows in training."""
 
     def named(self, split: str, values: Values) -> dict[str, float]:
-        """Metrics by `train/loss`; by the name alone where that is a user's own."""
+        """Return metrics by names like `train/loss`, or by the name alone if the user chose it."""
         return {
             name if (split, name) in self.own_names else f"{split}/{name}": value
             for name, value in values.items()
@@ -48,23 +49,25 @@ class LoggerContext:
 
 
 class Logger(Protocol):
-    """Takes metrics on rank 0. What it raises ends the logger, not the training."""
+    """Receives metrics on rank 0. An error that it raises ends the logger, not the training."""
 
     supports_rewind: bool
-    """Whether it forgets, when made, what it was given of steps after `LoggerContext.step`. One
-    that cannot is not given these steps again, so that its steps never go back."""
+    """Whether it removes, when made, the metrics of steps after `LoggerContext.step`.
+
+    A logger that cannot does not receive these steps again, so that its steps never go back."""
 
     def write(self, split: str, step: int, epoch: int, values: Values) -> None:
-        """Take the metrics of one split (`train` or `eval`) after optimizer step `step`."""
+        """Log the metrics of one split (`train` or `eval`) after optimizer step `step`."""
 
     def close(self, outcome: Outcome) -> None:
-        """Send what is left."""
+        """Send the metrics that are not sent yet."""
 
 
 def settings_of(spec: JobSpec) -> dict[str, str | int | float | bool]:
-    """What decides a training, flat, for the hyperparameters of a tracker.
+    """Return the settings of a training as a flat dict, for the hyperparameters of a tracker.
 
-    Without `launch` and `log`, which may hold secrets, and what else looks like one.
+    Sections `launch` and `log`, which may hold secrets, are left out. Other secrets in the
+    values are masked.
     """
     plain = shown("", spec.model_dump(mode="json", exclude={"launch", "log"}, exclude_none=True))
     return dict(_flat(plain, ""))
@@ -80,7 +83,7 @@ def _flat(value: Any, above: str) -> Iterator[tuple[str, str | int | float | boo
 
 
 class Csv:
-    """`train.csv` and `eval.csv` in the run's folder, one column for each metric."""
+    """Writes `train.csv` and `eval.csv` in the run's folder, one column for each metric."""
 
     supports_rewind = True
 
@@ -101,13 +104,13 @@ class Csv:
             csv.DictWriter(file, self._columns[split]).writerow(row)
 
     def close(self, outcome: Outcome) -> None:
-        """See `Logger`."""
+        """Do nothing: `write` closes its file after each row."""
 
     def _path(self, split: str) -> Path:
         return self._folder / f"{split}.csv"
 
     def _rows(self, split: str) -> Iterator[dict[str, Any]]:
-        """What is there; a last line cut short by a kill is passed over."""
+        """Yield the rows of the file. A last line that a kill cut short is skipped."""
         if self._path(split).exists():
             text = self._path(split).read_text(encoding="utf-8")
             yield from csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
@@ -123,7 +126,7 @@ class Csv:
 
 
 class TensorBoard:
-    """Event files in `tensorboard/` of the run; options are those of `SummaryWriter`."""
+    """Writes event files in `tensorboard/` of the run. Its options are those of `SummaryWriter`."""
 
     supports_rewind = True
 
@@ -131,7 +134,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         options.setdefault("log_dir", str(context.run.path / "tensorboard"))
-        # purge_step: without it a resumed run draws zigzags over the steps that were lost
+        # without purge_step, a resumed run draws zigzags over the steps that were lost
         self._named = context.named
         self._writer: Any = SummaryWriter(purge_step=context.step + 1, **options)
         if context.step == 0:
@@ -150,12 +153,13 @@ def _as_text(settings: Mapping[str, Any]) -> str:
 
 
 class MLflow:
-    """One MLflow run for the whole run, found again by a tag.
+    """Logs to one MLflow run for all attempts of the run. Later attempts find it by a tag.
 
     Args:
-        context: see there.
-        tracking_uri: a server or a folder; else MLFLOW_TRACKING_URI, else `mlruns` beside the run.
-        experiment: its name; made when it is not there.
+        context: see `LoggerContext`.
+        tracking_uri: a server or a folder. None means MLFLOW_TRACKING_URI if it is set, otherwise
+            `mlruns` next to the run's folder.
+        experiment: the name of the experiment, which is created if it does not exist.
     """
 
     supports_rewind = False
@@ -163,10 +167,10 @@ class MLflow:
     def __init__(
         self, context: LoggerContext, tracking_uri: str | None = None, experiment: str = "dtrain"
     ) -> None:
-        # a dead server must cost seconds; on its own MLflow tries for 4 minutes, each time
+        # a dead server must cost seconds; by default MLflow retries for 4 minutes, each time
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        # MLflow 3 wants to be told that a folder will do
+        # MLflow 3 needs this variable to accept a folder
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient
 
@@ -194,7 +198,7 @@ class MLflow:
         made = self._client.create_run(experiment, run_name=name, tags={"dtrain.run": name})
         run_id: str = made.info.run_id
         params = [Param(key, str(value)[:500]) for key, value in context.settings.items()]
-        for first in range(0, len(params), 100):  # as many as it takes at once
+        for first in range(0, len(params), 100):  # the largest batch that MLflow accepts
             self._client.log_batch(run_id, params=params[first : first + 100])
         return run_id
 
@@ -212,7 +216,7 @@ class MLflow:
 
 
 class Wandb:
-    """One Weights & Biases run of the run's id; options are those of `wandb.init`."""
+    """Logs to one Weights & Biases run with the run's id. Its options are those of `wandb.init`."""
 
     supports_rewind = False
 
@@ -222,14 +226,14 @@ class Wandb:
         self._named = context.named
 
         settings = {"console": "off", "disable_git": True, **options.pop("settings", {})}
-        ours = {
+        defaults = {
             "id": context.run.id,
             "name": context.run.id,
             "resume": "allow",
             "dir": str(context.run.path),
             "config": dict(context.settings),
         }
-        self._run: Any = wandb.init(**{**ours, **options}, settings=wandb.Settings(**settings))
+        self._run: Any = wandb.init(**{**defaults, **options}, settings=wandb.Settings(**settings))
         self._run.define_metric("*", step_metric="step")
 
     def write(self, split: str, step: int, epoch: int, values: Values) -> None:
@@ -249,11 +253,11 @@ _COMET_EXTRAS = (
     "log_git_patch",
     "parse_args",
 )
-"""What Comet would gather on its own: it patches torch for some of it."""
+"""Features of Comet that would collect data automatically. Some of them patch torch."""
 
 
 class Comet:
-    """One Comet experiment of the run's key; options are those of `comet_ml.start`."""
+    """Logs to one Comet experiment of the run. Its options are those of `comet_ml.start`."""
 
     supports_rewind = False
 
@@ -267,8 +271,8 @@ class Comet:
             name=context.run.id, offline_directory=str(context.run.path / "comet"), **quiet
         )
         key = hashlib.sha256(context.run.id.encode()).hexdigest()[:32]
-        ours = {"experiment_key": key, "mode": "get_or_create", "experiment_config": config}
-        self._experiment: Any = comet_ml.start(**{**ours, **options})
+        defaults = {"experiment_key": key, "mode": "get_or_create", "experiment_config": config}
+        self._experiment: Any = comet_ml.start(**{**defaults, **options})
         if context.step == 0:
             self._experiment.log_parameters(dict(context.settings))
 

@@ -1,4 +1,4 @@
-"""Lines of metrics.jsonl, and what the job's loggers make of them; written by rank 0."""
+"""Writes metrics.jsonl, and passes the metrics to the job's loggers; rank 0 alone does."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 class Metrics:
     """Appends metrics as JSON lines: time, step, epoch, split and the values.
 
-    A logger that fails, when it is made or later, is left out from then on with one warning:
-    training goes on. None of them changes the random numbers of the training.
+    A logger that fails, when it is made or later, is not used from then on, with one warning.
+    Training continues. No logger changes the random numbers of the training.
     """
 
     def __init__(self, run: RunDir, spec: JobSpec, *, active: bool) -> None:
@@ -32,14 +32,14 @@ class Metrics:
         self._active = active
         self._loggers: list[tuple[str, Logger]] = []
         self.own_names: set[tuple[str, str]] = set()
-        """Metrics that a user has named, as (split, name)."""
+        """The metrics that a user has named, as (split, name)."""
         self._logged: dict[str, int] = {}
-        """The last step of each split that was written before this began."""
+        """The last step of each split that an earlier process has written."""
         self.outcome: Outcome = "failed"
-        """How training ended; to be set before `close`."""
+        """How training ended; the caller sets it before `close`."""
 
     def begin(self, step: int) -> None:
-        """Say how many steps are done before the first line."""
+        """Make the loggers. `step` is the number of steps done before the first line."""
         if not (self._active and self._spec.log.loggers):
             return
         for line in read_lines(self._run.metrics, split=str, step=int):
@@ -53,25 +53,26 @@ class Metrics:
 
         Args:
             split: `train` or `eval`.
-            step: optimizer steps done.
-            epoch: 0-based epoch of that step.
-            values: by name; train has loss, lr, samples_per_second and, when clipped, grad_norm.
-                A value with the name of a field that every line has, as `step`, is left out.
+            step: the number of optimizer steps done.
+            epoch: the epoch of that step, counted from 0.
+            values: the metrics by name. Split train has loss, lr, samples_per_second and, with
+                clipping, grad_norm. A value with the name of a field that every line has, for
+                example `step`, is left out.
         """
         if not self._active:
             return
-        place = {"time": time.time(), "step": step, "epoch": epoch, "split": split}
-        values = {name: value for name, value in values.items() if name not in place}
-        append_line(self._run.metrics, {**place, **values})
+        fields = {"time": time.time(), "step": step, "epoch": epoch, "split": split}
+        values = {name: value for name, value in values.items() if name not in fields}
+        append_line(self._run.metrics, {**fields, **values})
         again = step <= self._logged.get(split, -1)
         for named in list(self._loggers):
             name, each = named
-            ahead = each.supports_rewind or not again
-            if ahead and not _works(name, partial(each.write, split, step, epoch, values)):
+            accepts = each.supports_rewind or not again
+            if accepts and not _works(name, partial(each.write, split, step, epoch, values)):
                 self._loggers.remove(named)
 
     def close(self) -> None:
-        """Flush what is buffered, and tell the loggers how it ended."""
+        """Close the loggers with the outcome of the training."""
         for name, each in self._loggers:
             _works(name, partial(each.close, self.outcome))
         self._loggers.clear()
@@ -89,11 +90,14 @@ class Metrics:
 
 
 def _works(name: str, action: Callable[[], Any]) -> bool:
-    """Let a logger act, without its errors and without its random numbers; whether it did."""
+    """Call a logger and return whether it succeeded.
+
+    Its errors become a warning, and the random number generators are restored.
+    """
     before = RandomState.capture()
     try:
         action()
-    except Exception as error:  # whatever it is, it is not worth a training
+    except Exception as error:  # no error of a logger may end the training
         what = " ".join(f"{type(error).__name__}: {error}".split())
         logger.warning("logger %s fails and is left out from here on: %s", name, what)
         return False

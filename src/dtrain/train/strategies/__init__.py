@@ -1,1 +1,1 @@
-"""How processes share the work of one step."""
+"""The strategies: how processes share the work of one step."""

@@ -1,4 +1,4 @@
-"""What a strategy does for one optimizer step; `single`, which does no more than that."""
+"""The interface of a strategy, with the behaviour of one process, and strategy `single`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dtrain.train.context import TrainContext
 from dtrain.train.data.placement import GlobalBatch
 from dtrain.train.loss import LossModule, LossParts
 
-_BROADCAST_BYTES = 250 * 1024 * 1024  # as DDP itself
+_BROADCAST_BYTES = 250 * 1024 * 1024  # DDP's own value
 
 
 def known_norm(norm: torch.Tensor) -> torch.Tensor:
-    """A norm to clip with: 0, which scales nothing, for NaN."""
+    """Return a norm to clip with. For NaN it is 0, which scales nothing."""
     return norm.nan_to_num(nan=0.0, posinf=math.inf)
 
 
 def broadcast_buffers(buffers: list[torch.Tensor]) -> None:
-    """Give every rank the first rank's buffers, between two steps.
+    """Copy the first rank's buffers to every rank, between two steps.
 
-    DDP does so before each forward; here replicas are equal at every step boundary.
+    DDP does this before each forward; here replicas are equal at every step boundary.
     """
     if buffers:
         dist._broadcast_coalesced(dist.group.WORLD, buffers, _BROADCAST_BYTES, 0)
@@ -50,49 +50,52 @@ class Pending:
 
 
 class Strategy:
-    """How the processes share the work of a step.
+    """Defines how the processes share the work of a step.
 
-    It is made before the model. `shard` comes between the model and its optimizer, `prepare`
-    before the first step. A step is: `start_step`; `loss` for each of the rank's `micro_batches`,
-    each followed by its backward; then `finish_backward`, after which every rank's gradients,
-    times `gradient_scale`, are those of the sum over all ranks' losses.
+    It is made before the model. `shard` is called between the model and its optimizer, `prepare`
+    before the first step. A step calls `start_step`, then `loss` for each of the rank's
+    `micro_batches`, each followed by its backward, then `finish_backward`. After that, every
+    rank's gradients times `gradient_scale` are the gradients of the sum over all ranks' losses.
     """
 
     meets_in_forward = False
-    """Whether ranks exchange something in every forward, so that they must run equally many."""
+    """Whether ranks communicate in every forward, so that all must run the same number."""
 
     def __init__(self, context: TrainContext) -> None:
         self.context = context
         self.rank = context.ranks.rank
         self.world_size = context.ranks.world_size
         self.gradient_scale = 1.0
-        """What the reduction divides by."""
+        """The number that the reduction divides gradients by."""
         self._module: LossModule | None = None
 
     def shard(self, module: LossModule) -> None:
-        """Cut the model's parameters into the ranks' parts, where a strategy does that.
+        """Cut the model's parameters into one part per rank, if the strategy does that.
 
-        Called with the model on its device, before its optimizer is made.
+        It is called with the model on its device, before its optimizer is made.
         """
 
     def prepare(self, module: LossModule) -> None:
-        """Take the loss over the model, which is on its device and not yet trained."""
+        """Take the loss module of the model, which is on its device and not yet trained."""
         self._module = module
 
     def micro_batches(self, batch: GlobalBatch) -> tuple[range, ...]:
-        """The positions (in the epoch) of this rank's micro-batches; none for an idle rank."""
+        """Return the positions (in the epoch) of each micro-batch of this rank.
+
+        An idle rank has no micro-batch.
+        """
         size = self.context.spec.train.micro_batch_size
         return batch.micro_batches(self.rank, self.world_size, size)
 
     def start_step(self, batch: GlobalBatch) -> None:
-        """Called by every rank before the first loss of a step, also by one without samples."""
+        """Prepare a step. Every rank calls it before its first loss, also one without samples."""
 
     def loss(self, batch: Any, num_samples: int, *, last: bool) -> LossParts:
-        """(sum, weight) of one micro-batch.
+        """Return (sum, weight) of the loss of one micro-batch.
 
         Args:
-            batch: on the device.
-            num_samples: samples in it.
+            batch: the micro-batch, on the device.
+            num_samples: the number of samples in it.
             last: whether this is the rank's last micro-batch of the step.
         """
         assert self._module is not None
@@ -100,14 +103,20 @@ class Strategy:
         return result
 
     def finish_backward(self) -> None:
-        """Called by every rank after its last backward of a step, also by one without samples."""
+        """Complete the gradients. Every rank calls it after its last backward of a step.
+
+        A rank without samples calls it too.
+        """
 
     def clip_gradients(
         self, parameters: Iterable[torch.nn.Parameter], max_norm: float
     ) -> torch.Tensor:
-        """Scale the reduced gradients down to a 2-norm of `max_norm`; the norm before, a scalar.
+        """Scale the reduced gradients down to a 2-norm of `max_norm`.
 
-        A norm of NaN leaves them as they are, so that it can be told where it came from.
+        If the norm is NaN, the gradients are not changed, so that its source can be found.
+
+        Returns:
+            The norm before clipping, a scalar.
         """
         given = list(parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
@@ -115,25 +124,26 @@ class Strategy:
         return norm
 
     def finish_step(self) -> None:
-        """Called by every rank after the optimizer's step."""
+        """Finish a step. Every rank calls it after the optimizer's step."""
 
     def start_sum(self, values: Sequence[float | torch.Tensor]) -> Pending:
-        """Begin to sum a few scalars, in fp64, over all ranks.
+        """Start to sum a few scalars over all ranks, in fp64.
 
         Args:
-            values: the sum and the weight of this rank's losses in this step, then any others.
+            values: the sum and the weight of this rank's losses in this step, then other numbers.
         """
         return Pending(self._vector(values))
 
     def whole(self) -> AbstractContextManager[None]:
-        """A context in which every rank holds all parameters, as for evaluation.
+        """Return a context in which every rank holds all parameters, for example to evaluate.
 
-        Entered and left by all ranks together; ranks may call the model as often as they like.
+        All ranks enter and exit it together. Inside it, a rank may call the model any number of
+        times.
         """
         return nullcontext()
 
     def close(self) -> None:
-        """Let go of the wrapped model; a process group must not be taken down before."""
+        """Release the wrapped model. The process group must not be destroyed before."""
         self._module = None
 
     def _vector(self, values: Sequence[float | torch.Tensor]) -> torch.Tensor:
@@ -146,14 +156,14 @@ class Strategy:
     def _require_one_process(self, name: str) -> None:
         if self.world_size != 1:
             raise UsageError(
-                f"strategy {name!r} trains in one process, but {self.world_size} were started; "
-                "use strategy 'ddp'",
+                f"strategy {name!r} trains in one process, but {self.world_size} processes were "
+                "started; use strategy 'ddp'",
                 code="strategy.one-process-only",
             )
 
 
 class SingleStrategy(Strategy):
-    """One process, one device."""
+    """Trains in one process on one device."""
 
     def __init__(self, context: TrainContext) -> None:
         super().__init__(context)
@@ -161,7 +171,7 @@ class SingleStrategy(Strategy):
 
 
 def refuse_sparse(model: torch.nn.Module, strategy: str) -> None:
-    """Make sure that no layer makes sparse gradients."""
+    """Raise if a layer makes sparse gradients."""
     for name, module in model.named_modules():
         if getattr(module, "sparse", False) and isinstance(
             module, torch.nn.Embedding | torch.nn.EmbeddingBag

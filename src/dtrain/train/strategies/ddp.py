@@ -18,18 +18,18 @@ from dtrain.train.strategies.parameters import Trainable
 
 
 class DDPStrategy(Strategy):
-    """torch's DDP, with four of its edges taken off.
+    """torch's DDP, with a solution for four cases that DDP does not handle.
 
     - A rank without samples joins DDP's own reduction with a loss of zero over all parameters
-      (`NO_SAMPLES`): the collectives are the same in every step.
-    - Parameters without a gradient, in any step and on any rank: they join the reduction with
-      zeros after backward, and one that no rank used keeps no gradient, as in one process. No
-      step depends on what an earlier one met, so that a resumed run has the same bits.
-    - Parameters that are frozen or unfrozen between two steps: DDP knows those of its making, so
-      the loss is wrapped anew.
-    - DDP lays its buckets out anew after the first backward, which changes the order of addition
-      on 3 and more ranks: a resumed run would differ in the last bit. A backward of the zero
-      loss before training makes that layout depend on the model alone.
+      (`NO_SAMPLES`). So the collectives are the same in every step.
+    - Parameters may have no gradient, in any step and on any rank. They join the reduction with
+      zeros after backward. A parameter that no rank used gets no gradient, which is the same as
+      in one process. No step depends on an earlier one, so a resumed run is bitwise equal.
+    - Parameters may be frozen or unfrozen between two steps. DDP keeps the parameters that it was
+      made with, so the loss is wrapped again.
+    - DDP changes its layout of buckets after the first backward. On 3 and more ranks this changes
+      the order of addition, so a resumed run would differ in the last bit. A backward of the zero
+      loss before training makes the layout depend on the model alone.
 
     With one process it is the plain model.
     """
@@ -39,7 +39,7 @@ class DDPStrategy(Strategy):
         self.gradient_scale = float(self.world_size)
         self._ddp: DistributedDataParallel | None = None
         self._counting: _CountingLoss | None = None
-        """What DDP wraps."""
+        """The module that DDP wraps."""
         self._buffers: list[torch.Tensor] = []
         self._trainable: Trainable | None = None
         self._parameters: list[torch.nn.Parameter] = []
@@ -58,11 +58,11 @@ class DDPStrategy(Strategy):
         self._wrap()
 
     def start_step(self, batch: GlobalBatch) -> None:
-        """Wrap the loss anew where parameters were frozen or unfrozen."""
+        """Wrap the loss again if parameters were frozen or unfrozen."""
         self._wrap()
 
     def loss(self, batch: Any, num_samples: int, *, last: bool) -> LossParts:
-        """(sum, weight) of one micro-batch; the last one's backward reduces the gradients."""
+        """Return (sum, weight) of one micro-batch; the last backward reduces the gradients."""
         if self._ddp is None or not last:
             return super().loss(batch, num_samples, last=last)
         self._has_samples = True
@@ -71,12 +71,12 @@ class DDPStrategy(Strategy):
         return result
 
     def finish_backward(self) -> None:
-        """Reduce what backward left over: DDP waits for every parameter on every rank."""
+        """Complete the reduction: DDP waits for every parameter on every rank."""
         if self._counting is None:
             return
         used = [parameter.grad is not None for parameter in self._parameters]
         if self._has_samples:
-            # DDP replaces each gradient that backward brings by its own memory
+            # DDP replaces each gradient that backward computes by its own memory
             pairs = zip(self._parameters, self._before, strict=True)
             missing = [p for p, before in pairs if _address(p.grad) == before]
             self._counting.join(missing, uses_all=all(used))
@@ -90,21 +90,21 @@ class DDPStrategy(Strategy):
         broadcast_buffers(self._buffers)
 
     def start_sum(self, values: Sequence[float | torch.Tensor]) -> Pending:
-        """Begin an all-reduce of a few scalars, in fp64."""
+        """Start an all-reduce of a few scalars, in fp64."""
         if self._ddp is None:
             return super().start_sum(values)
         vector = self._vector(values)
         return Pending(vector, dist.all_reduce(vector, async_op=True))
 
     def close(self) -> None:
-        """Let go of DDP: gloo hangs in 6-8 % of exits that take the group down before it."""
+        """Release DDP: gloo hangs in 6-8 % of exits that destroy the group before it."""
         super().close()
         self._ddp = self._counting = self._trainable = None
         self._buffers = []
         self._parameters = []
 
     def _wrap(self) -> None:
-        """Wrap the loss, unless that is done for the parameters that require a gradient now."""
+        """Wrap the loss, unless the wrapper has the parameters that now require a gradient."""
         if self._trainable is None or not self._trainable.changed():
             return
         assert self._module is not None
@@ -118,15 +118,15 @@ class DDPStrategy(Strategy):
         self._ddp = DistributedDataParallel(
             self._counting, init_sync=False, gradient_as_bucket_view=True, **_no_buffer_sync()
         )
-        self._settle_buckets()
+        self._fix_bucket_layout()
 
-    def _settle_buckets(self) -> None:
-        """Let DDP lay out its buckets now; it does so at the first forward after a backward."""
+    def _fix_bucket_layout(self) -> None:
+        """Let DDP lay out its buckets now, with a backward and the forward after it."""
         assert self._ddp is not None
         assert self._counting is not None
         self._join_without_samples()
-        # Gone before the new layout: DDP would turn them into views, and divides a view by W
-        # where it multiplies anything else by 1/W, which differs in the last bit for W = 3.
+        # Gradients are removed before the new layout: DDP would turn them into views. It divides a
+        # view by W but multiplies anything else by 1/W, which differs in the last bit for W = 3.
         for parameter in self._counting.parameters():
             parameter.grad = None
         with self._ddp.no_sync():
@@ -140,7 +140,7 @@ class DDPStrategy(Strategy):
         self._counting.join([], uses_all=None)
 
     def _forget_unused(self, used: list[bool]) -> None:
-        """Take back the zero gradient of parameters that no rank used."""
+        """Remove the zero gradient of parameters that no rank used."""
         users = torch.tensor(used, dtype=torch.int32, device=self.context.device)
         dist.all_reduce(users)
         for parameter, count in zip(self._parameters, users.tolist(), strict=True):
@@ -149,15 +149,15 @@ class DDPStrategy(Strategy):
 
 
 class _CountingLoss(torch.nn.Module):
-    """The loss, and a parameter whose gradient counts ranks while DDP reduces it.
+    """The loss with an additional parameter, whose gradient counts ranks while DDP reduces it.
 
-    So all ranks learn at no further exchange whether some parameter may have no gradient
-    anywhere. It is the first parameter, in the bucket that DDP reduces last.
+    So all ranks learn without a further exchange whether some parameter may have no gradient on
+    any rank. It is the first parameter, in the bucket that DDP reduces last.
     """
 
     def __init__(self, loss: LossModule, like: torch.Tensor) -> None:
         super().__init__()
-        # in the type of another one: each type has its own buckets
+        # with the dtype of another parameter: each dtype has its own buckets
         self.counts = torch.nn.Parameter(torch.zeros(2, dtype=like.dtype, device=like.device))
         self.loss = loss
 
@@ -169,8 +169,8 @@ class _CountingLoss(torch.nn.Module):
         """End the reduction of this step.
 
         Args:
-            missing: parameters to which backward brought no gradient, and which count as zero.
-            uses_all: whether all of this rank's parameters have one; None without samples.
+            missing: the parameters that got no gradient in backward; they count as zero.
+            uses_all: whether all parameters of this rank got a gradient; None without samples.
         """
         mine = self.counts.new_tensor([uses_all is False, uses_all is True])
         # the gradient is exactly 0 even where a parameter is infinite
@@ -178,7 +178,7 @@ class _CountingLoss(torch.nn.Module):
         torch.stack([(self.counts * mine).sum().float(), *zeros]).sum().backward()
 
     def some_unused_everywhere(self) -> bool:
-        """Whether every rank with samples lacks gradients; the same on all ranks."""
+        """Return whether every rank with samples lacks a gradient; all ranks return the same."""
         assert self.counts.grad is not None
         lacking, complete = self.counts.grad.tolist()
         self.counts.grad = None
@@ -190,7 +190,7 @@ def _address(gradient: torch.Tensor | None) -> int:
 
 
 def _no_buffer_sync() -> dict[str, bool]:
-    """DDP's switch for buffers, under its name in this torch (2.13 renamed it)."""
+    """Return DDP's option for buffers under its name in this torch (2.13 renamed it)."""
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return {name: False}

@@ -1,9 +1,9 @@
 """`dp`: nn.DataParallel, one process with one replica per device.
 
-On a machine without GPUs nn.DataParallel passes its input through, so a test of it there proves
-nothing. So this module has its semantics for the CPU: it deals the batch, copies the model and adds
-the results up just as torch does over devices, only one replica after the other: one thread draws
-all random numbers, in order.
+On a machine without GPUs, nn.DataParallel only calls the module, so a test there would prove
+nothing. This module therefore has the same semantics for the CPU. It splits the batch, copies the
+model and adds the results exactly as torch does over devices, but runs one replica after another.
+So one thread draws all random numbers, always in the same order.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dtrain.train.strategies.base import Strategy
 
 
 class DataParallelStrategy(Strategy):
-    """Each micro-batch is cut into one part per replica; their sums are added on the first.
+    """Cuts each micro-batch into one part per replica, and adds their sums on the first replica.
 
-    Adding sums and weights (not averaging the replicas' means) keeps a ragged last part exact.
-    BatchNorm sees one part at a time, and the first replica's statistics are the ones that stay.
+    Adding sums and weights, instead of averaging the means of replicas, keeps a smaller last part
+    exact. BatchNorm sees one part at a time, and the first replica's statistics are kept.
     """
 
     def __init__(self, context: TrainContext) -> None:
@@ -51,10 +51,10 @@ class DataParallelStrategy(Strategy):
 
 
 def check_scatterable(batch: Any, num_samples: int, path: str = "batch") -> None:
-    """Make sure that cutting every tensor along dimension 0 cuts the batch into samples.
+    """Raise unless cutting every tensor along dimension 0 cuts the batch into samples.
 
-    torch's scatter hands what is no tensor to every replica whole and cuts tensors of other
-    lengths elsewhere, both without a word.
+    torch's scatter copies everything that is not a tensor to every replica, and cuts tensors of
+    other lengths at other positions. It reports neither.
     """
     if isinstance(batch, torch.Tensor):
         if batch.dim() == 0 or batch.shape[0] != num_samples:
@@ -79,7 +79,7 @@ def check_scatterable(batch: Any, num_samples: int, path: str = "batch") -> None
 
 
 def scatter(batch: Any, num_parts: int) -> list[Any]:
-    """A batch cut along dimension 0 as `torch.chunk` does: `num_parts` parts or fewer."""
+    """Return a batch cut along dimension 0, in the way of `torch.chunk`, in at most `num_parts`."""
     if isinstance(batch, torch.Tensor):
         return list(batch.chunk(num_parts))
     if isinstance(batch, dict) and batch:
@@ -94,15 +94,15 @@ def scatter(batch: Any, num_parts: int) -> list[Any]:
 
 
 def _rows(columns: list[list[Any]]) -> list[tuple[Any, ...]]:
-    return list(zip(*columns, strict=False))  # the shortest ends it, as in torch's scatter
+    return list(zip(*columns, strict=False))  # the shortest ends it, the same as in torch's scatter
 
 
 def replicate(module: torch.nn.Module, num_replicas: int) -> list[torch.nn.Module]:
-    """Copies of a module whose parameters lead gradients back to the one original.
+    """Return copies of a module whose gradients flow back to the parameters of the original.
 
-    After torch.nn.parallel.replicate: parameters of a copy are plain tensors, buffers of the
-    first copy are the original's own (so its BatchNorm statistics are the ones that stay) and
-    the others' are thrown away.
+    This follows torch.nn.parallel.replicate: parameters of a copy are plain tensors. The first
+    copy has the buffers of the original, so its BatchNorm statistics are kept. The buffers of the
+    other copies are discarded.
     """
     return [_replica(module, first=index == 0) for index in range(num_replicas)]
 
@@ -133,14 +133,17 @@ def _replica(module: torch.nn.Module, *, first: bool) -> torch.nn.Module:
 
 
 class GatherableLoss(torch.nn.Module):
-    """`LossModule` with results of one element each, which gather along dimension 0."""
+    """A `LossModule` whose results have one element each, so that they gather along dimension 0."""
 
     def __init__(self, module: LossModule) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, batch: Any, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sum, weight), shape (1,); `rows` is cut like the batch, its length is num_samples."""
+        """Return (sum, weight), each of shape (1,).
+
+        `rows` is cut in the same way as the batch; its length is the number of samples.
+        """
         total, weight = self.module(batch, len(rows))
         return total.reshape(1), torch.as_tensor(
             weight, dtype=torch.float64, device=total.device

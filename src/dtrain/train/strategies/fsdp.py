@@ -21,17 +21,18 @@ from dtrain.train.strategies.lent import lend
 
 
 class FSDPStrategy(Strategy):
-    """torch's `fully_shard`, with what it leaves to its user taken care of.
+    """torch's `fully_shard`, with the parts that it leaves to its user.
 
-    - Each block of the model (see `units`) is gathered when its forward or backward needs it.
-    - Gradients are summed, not averaged, so the loss contract holds as it stands.
-    - Ranks may call different blocks (see `gathers`).
-    - Every rank must run as many forwards as the others. Where ranks have unequal numbers of
-      micro-batches, those with fewer run one again with a gradient of zero; a rank without any
-      sample borrows one. Both are of the same step, so nothing is not a number there
-      that is not so in the real gradient.
-    - A parameter that some rank does not use counts as zero there; one that nobody uses keeps no
-      gradient, as in one process.
+    - Each block of the model (see `fsdp_wrapping`) is gathered when its forward or backward needs
+      it.
+    - Gradients are summed, not averaged, so the loss contract holds unchanged.
+    - Ranks may call different blocks (see `fsdp_gathers`).
+    - Every rank must run the same number of forwards. If ranks have unequal numbers of
+      micro-batches, those with fewer run their last one again with a gradient of zero. A rank
+      without samples borrows a micro-batch. Both are from the same step, so they add no NaN that
+      the real gradient does not have.
+    - A parameter that a rank does not use counts as zero on that rank. A parameter that no rank
+      uses gets no gradient, which is the same as in one process.
 
     With one process it is the plain model.
     """
@@ -44,13 +45,13 @@ class FSDPStrategy(Strategy):
         self._buffers: list[torch.Tensor] = []
         self._precision = Precision(context.spec.train.precision, context.device)
         self._padding_forwards = 0
-        """How many forwards this rank owes the others in this step."""
+        """The number of additional forwards that this rank runs to match the other ranks."""
         self._borrows_batch = False
-        """Whether some rank is without samples in this step and has yet to borrow one."""
+        """Whether a rank has no samples in this step and has not borrowed a micro-batch yet."""
         self._lender = 0
-        """The rank that it borrows from, one with as many samples as any."""
+        """The rank that lends the micro-batch; no rank has more samples."""
         self._last_batch: tuple[Any, int] = (None, 0)
-        """The micro-batch that fillers run again, and its size."""
+        """The micro-batch that the additional forwards run again, and its size."""
 
     def shard(self, module: LossModule) -> None:
         """Replace the model's parameters by this rank's parts."""
@@ -60,7 +61,7 @@ class FSDPStrategy(Strategy):
         self._buffers = list(module.model.buffers())
 
     def start_step(self, batch: GlobalBatch) -> None:
-        """Find out how many forwards this rank lacks."""
+        """Compute the number of additional forwards of this rank."""
         size = self.context.spec.train.micro_batch_size
         self._lender = batch.fullest()
         most = len(batch.micro_batches(self._lender, self.world_size, size))
@@ -70,14 +71,14 @@ class FSDPStrategy(Strategy):
             self._sharded.usage.clear()
 
     def loss(self, batch: Any, num_samples: int, *, last: bool) -> LossParts:
-        """(sum, weight) of one micro-batch; the last backward of a step reduces the gradients."""
+        """Return (sum, weight) of one micro-batch; a step's last backward reduces the gradients."""
         if self._sharded is None:
             return super().loss(batch, num_samples, last=last)
         self._hold((batch, num_samples))
         return self._forward(batch, num_samples, reduces=last and self._padding_forwards == 0)
 
     def finish_backward(self) -> None:
-        """Run the forwards and backwards that this rank owes the others."""
+        """Run the additional forwards and backwards of this rank."""
         if self._sharded is None:
             return
         self._hold(None)
@@ -93,10 +94,10 @@ class FSDPStrategy(Strategy):
     def clip_gradients(
         self, parameters: Iterable[torch.nn.Parameter], max_norm: float
     ) -> torch.Tensor:
-        """As in one process: the norm is over all parts of all parameters.
+        """Clip with the norm over all parts of all parameters, the same norm as in one process.
 
-        On this rank's parts, with one all-reduce: torch's own takes 7 ms for 12 parameters, most
-        of it in the dispatch of DTensor.
+        Each rank computes the norm of its own parts, and one all-reduce adds them. torch's own
+        function takes 7 ms for 12 parameters, most of it in the dispatch of DTensor.
         """
         if self._sharded is None:
             return super().clip_gradients(parameters, max_norm)
@@ -114,12 +115,15 @@ class FSDPStrategy(Strategy):
         broadcast_buffers(self._buffers)
 
     def start_sum(self, values: Sequence[float | torch.Tensor]) -> Pending:
-        """Prepare a sum. It is made on `wait`: ranks with fillers come here before the others,
-        and collectives must have one order."""
+        """Prepare a sum that `wait` computes.
+
+        Ranks with additional forwards get here before the others, and collectives must have the
+        same order on all ranks.
+        """
         if self._sharded is None:
             return super().start_sum(values)
         usage = self._sharded.usage
-        return _Later(lambda: self._vector([*values, *usage.flags()]), self._read_sums)
+        return _DeferredSum(lambda: self._vector([*values, *usage.flags()]), self._read_sums)
 
     def whole(self) -> AbstractContextManager[None]:
         return super().whole() if self._sharded is None else self._sharded.whole()
@@ -135,7 +139,10 @@ class FSDPStrategy(Strategy):
         return result
 
     def _hold(self, given: tuple[Any, int] | None) -> None:
-        """Keep a micro-batch for fillers; where some rank has none, all get the lender's first."""
+        """Keep a micro-batch for the additional forwards.
+
+        If a rank has no samples, it gets the lender's first micro-batch.
+        """
         if self._borrows_batch:
             self._borrows_batch = False
             context = self.context
@@ -144,7 +151,7 @@ class FSDPStrategy(Strategy):
             self._last_batch = given
 
     def _read_sums(self, sums: list[float]) -> list[float]:
-        """The sums but for our own, which say whose zero gradients to take back."""
+        """Return the caller's sums. The other sums count which ranks used each parameter."""
         assert self._sharded is not None
         usage = self._sharded.usage
         end = len(sums) - len(usage)
@@ -152,7 +159,7 @@ class FSDPStrategy(Strategy):
         return sums[:end]
 
 
-class _Later(Pending):
+class _DeferredSum(Pending):
     def __init__(
         self, vector: Callable[[], torch.Tensor], read: Callable[[list[float]], list[float]]
     ) -> None:

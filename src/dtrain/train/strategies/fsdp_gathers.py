@@ -1,14 +1,15 @@
-"""One order of FSDP's gathers on all ranks, also where each calls blocks of its own choice.
+"""Keeps FSDP's gathers in the same order on all ranks, even if ranks call different blocks.
 
-FSDP gathers a block when its forward begins. Where rank 0 calls expert 0 and rank 1 expert 1, the
-two all-gathers are taken for one, and each rank computes with half of the other's parameters,
-without an error as long as the shapes are the same.
+FSDP gathers a block when its forward begins. If rank 0 calls expert 0 and rank 1 calls expert 1,
+the two all-gathers are matched with one another. Each rank then computes with half of the other's
+parameters. There is no error as long as the shapes are the same.
 
-So the ranks agree on a block before they gather it. At the first that they do not agree on, the
-list that holds it becomes a whole one: all of its blocks are gathered together, now and at the
-start of every later step, and their gradients are reduced together after the last backward. To
-agree takes an all-reduce of 16 bytes a block. It ends after the first step where every list is a
-chain: each block called once, in order, on the very tensor that the block before it returned.
+So the ranks agree on a block before they gather it. At the first block on which they do not agree,
+the list that holds it becomes a whole list. All of its blocks are gathered together, now and at
+the start of every later step. Their gradients are reduced together after the last backward. To
+agree takes an all-reduce of 16 bytes per block. The ranks stop doing this after the first step if
+every list is a chain: each block is called once, in sequence, on the very tensor that the block
+before it returned.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dtrain.train.strategies.fsdp_wrapping import units
 logger = logging.getLogger(__name__)
 
 _END = 2**31
-"""Instead of a block's number: this rank's forward calls no other."""
+"""Used in place of a block's number: this rank's forward calls no further block."""
 
 
 class BlockList:
@@ -43,7 +44,7 @@ class BlockList:
         self.whole = False
         """Whether all blocks are gathered together."""
         self.chained = True
-        """Whether every forward so far was a chain."""
+        """Whether every forward so far was a chain of the blocks."""
         self._called = 0
         self._returned: Any = None
 
@@ -69,7 +70,7 @@ class Gathers:
         self._lists = _lists(model)
         self._everything = [root, *(b for each in self._lists for b in each.blocks.values())]
         self._meets = bool(self._lists)
-        """Whether ranks agree on each gather."""
+        """Whether ranks agree on each block before they gather it."""
         self._learns = True
         self._in_forward = False
         numbered = [(each, *item) for each in self._lists for item in each.blocks.items()]
@@ -79,7 +80,7 @@ class Gathers:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Around each forward of a step; all ranks run as many."""
+        """Return a context for each forward of a step. All ranks run the same number."""
         for each in self._whole():
             gather(each.blocks.values())
         self._in_forward = True
@@ -97,10 +98,10 @@ class Gathers:
             reduce(each.blocks.values())
         if self._learns:
             self._learns = False
-            self._settle()
+            self._stop_agreeing_if_chained()
 
     def streams(self, block: nn.Module) -> bool:
-        """Whether a block is gathered for its own forward only."""
+        """Return whether a block is gathered for its own forward only."""
         return any(block in each.blocks.values() for each in self._lists if not each.whole)
 
     def _whole(self) -> Iterable[BlockList]:
@@ -121,14 +122,17 @@ class Gathers:
             if self._in_forward and self._learns:
                 own.returned(outputs)
 
-        # before FSDP's own, which gathers
+        # before FSDP's own hook, which gathers
         block.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
         block.register_forward_hook(after)
 
     def _agree(self, number: int) -> bool:
-        """Whether all ranks have come to one block; where not, its list becomes a whole one."""
+        """Return whether all ranks have reached the same block.
+
+        If they have not, the lists of these blocks become whole lists.
+        """
         ends = torch.tensor([number, -number])
-        with CHAIN.apart():  # each rank comes from a line of its own
+        with CHAIN.apart():  # ranks may get here from different lines
             dist.all_reduce(ends, op=dist.ReduceOp.MAX)
         highest, lowest = int(ends[0]), -int(ends[1])
         if highest == lowest:
@@ -147,15 +151,15 @@ class Gathers:
                 each.name,
             )
         if not any(self._whole()):
-            for unit in self._everything:  # gathers ahead follow a rank's own calls
+            for unit in self._everything:  # prefetching follows the calls of one rank
                 unit.set_modules_to_backward_prefetch([unit])
         each.whole = True
         CHAIN.add(f"fsdp gathers all of {each.name}")
         with CHAIN.apart():
             gather(each.blocks.values())
 
-    def _settle(self) -> None:
-        """After the first step: ranks need not agree where all lists are chains on all of them."""
+    def _stop_agreeing_if_chained(self) -> None:
+        """Stop agreeing, after the first step, if all lists are chains on all ranks."""
         mine = all(each.chained or each.whole for each in self._lists)
         chained = torch.tensor(int(mine))
         dist.all_reduce(chained, op=dist.ReduceOp.MIN)
@@ -163,14 +167,14 @@ class Gathers:
 
 
 def gather(blocks: Iterable[FSDPModule]) -> None:
-    """Gather blocks; they stay so until `reduce`, and no backward reduces them."""
+    """Gather blocks. They stay gathered until `reduce`, and no backward reduces them."""
     for block in blocks:
         _set_streaming(block, False)
         block.unshard()
 
 
 def reduce(blocks: Iterable[FSDPModule]) -> None:
-    """Sum their gradients over the ranks, block by block, and cut the parameters again."""
+    """Sum the gradients of blocks over the ranks, block by block, and cut the parameters again."""
     for block in blocks:
         _set_streaming(block, True)
         for group in _groups(block):
@@ -204,14 +208,14 @@ def _set_streaming(block: FSDPModule, streams: bool) -> None:
 def _groups(block: FSDPModule) -> Iterable[Any]:
     state = block._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    return [each for each in groups if each is not None]  # a root whose blocks hold it all
+    return [each for each in groups if each is not None]  # None: the blocks hold all parameters
 
 
 def _follows(given: Any, returned: Any) -> bool:
-    """Whether a block is given what another returned.
+    """Return whether a block receives exactly what another block returned.
 
-    Only as it is: a block that gets a part of it (the rows that are routed to it) may get
-    nothing in a later step, and not be called.
+    A part of it does not count: a block that gets a part (the rows that are routed to it) may get
+    nothing in a later step, and then it is not called.
     """
     memory = _memory(returned)
     return not memory.isdisjoint(_memory(given))

@@ -1,4 +1,4 @@
-"""A model cut by `fully_shard` into one part per process, with what that leaves to its user."""
+"""A model that `fully_shard` cuts into one part per process."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from dtrain.train.strategies.fsdp_wrapping import check_shardable, units
 from dtrain.train.strategies.parameters import Usage
 
 _NOTHING = object()
-"""Instead of a batch: a forward without a step."""
+"""Used in place of a batch: the forward does not call the step."""
 
 
 class Sharded:
     """A model of which each process holds a part, cut block by block (see `units`).
 
-    A step is a forward of `root` in `forward`, its backward, and `finish_backward`. One of manual
-    optimization runs between `unshard` and `reshard`, with `reduce` after each backward, and
-    resharded during each update.
+    A step is a forward of `root` in `forward`, its backward, and `finish_backward`. A step of
+    manual optimization runs between `unshard` and `reshard`, with `reduce` after each backward.
+    Each update runs resharded.
 
     Args:
-        model: on its device; its optimizer is made afterwards. Its parameters become parts, under
-            the same names.
-        step: the module whose forward is the forward of a training step: the model, or what
-            holds it. Any method of the model may be called in it.
-        device: of the model.
+        model: the model, on its device. Its parameters become parts under the same names. Its
+            optimizer is made afterwards.
+        step: the module whose forward is the forward of a training step: the model, or a module
+            that holds it. The step may call any method of the model.
+        device: the device of the model.
         world_size: the number of processes.
-        divide_by: what the sum of the processes' gradients is divided by.
-        manual: whether backwards and updates are made inside of a step.
+        divide_by: the number that the sum of the processes' gradients is divided by.
+        manual: whether backwards and updates run inside a step.
 
     Raises:
-        DtrainError: the model has what cannot be cut.
+        DtrainError: a part of the model cannot be cut.
     """
 
     def __init__(
@@ -56,22 +56,22 @@ class Sharded:
         check_shardable(model)
         mesh = init_device_mesh(device.type, (world_size,))
         self.root: Any = _Root(step)
-        """The step, to be called in `forward`."""
+        """The step as a module, which the caller runs inside `forward`."""
         self._units: list[FSDPModule] = []
-        """Every block, and the root last."""
+        """Every block, then the root."""
         for unit in [*units(model), self.root]:
             unit.register_forward_hook(_own_outputs)
             fully_shard(unit, mesh=mesh, mp_policy=_policy(unit))
             assert isinstance(unit, FSDPModule)
             unit.set_gradient_divide_factor(divide_by)
-            unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
+            unit.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
             self._units.append(unit)
         self._gathers = Gathers(model, self.root)
         self._become_root()
         self._model = model
         self._parts = dict(model.named_parameters())
         self.usage = Usage({} if manual else self._parts)
-        """Which parameters get a gradient in a step without manual optimization."""
+        """The parameters that get a gradient in a step; unused in manual optimization."""
         if not manual:
             with self.whole():
                 self.usage.watch(model)
@@ -79,15 +79,15 @@ class Sharded:
                 self.root.set_reduce_scatter_unused_params(True)
 
     def _become_root(self) -> None:
-        """Run one forward of nothing: the first one decides what FSDP takes for the root."""
+        """Run an empty forward: the first forward decides which module is FSDP's root."""
         with torch.no_grad():
             self.root(_NOTHING)
-        for unit in self._units:  # the root stays gathered: its parameters would be others
+        for unit in self._units:  # the root stays gathered, with other parameter objects
             unit.reshard()
 
     @contextmanager
     def forward(self, *, reduces: bool) -> Iterator[None]:
-        """Around each forward of a step; every process runs as many.
+        """Return a context for each forward of a step. All processes run the same number.
 
         Args:
             reduces: whether its backward is the last one of the step, which reduces the gradients.
@@ -97,15 +97,15 @@ class Sharded:
             yield
 
     def finish_backward(self) -> None:
-        """After the last backward of a step."""
+        """Complete the gradients after the last backward of a step."""
         self._gathers.finish_backward()
 
     def unshard(self) -> None:
-        """Make the parameters whole ones, on all processes; what is whole stays as it is."""
+        """Gather all parameters on all processes. Gathered parameters stay gathered."""
         gather(self._units)
 
     def reshard(self) -> None:
-        """The inverse of `unshard`; what was frozen or toggled in between stays so."""
+        """Undo `unshard`, but keep changes of `requires_grad` that were made since."""
         for name, parameter in self._model.named_parameters():
             self._parts[name].requires_grad_(parameter.requires_grad)
         for unit in self._units:
@@ -113,12 +113,12 @@ class Sharded:
         _forget_forwards(self._units)
 
     def toggled(self) -> None:
-        """After `requires_grad` of parts was set, while the parameters are whole."""
+        """Copy `requires_grad` from the parts to the parameters, while these are gathered."""
         for name, parameter in self._model.named_parameters():
             parameter.requires_grad_(self._parts[name].requires_grad)
 
     def reduce(self) -> None:
-        """After a backward while unsharded: add its gradients to those of the parts."""
+        """Add the gradients of a backward to the parts, while the parameters are gathered."""
         parameters = list(self._model.parameters())
         used = torch.tensor([int(each.grad is not None) for each in parameters])
         dist.all_reduce(used, op=dist.ReduceOp.MAX)
@@ -130,7 +130,7 @@ class Sharded:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """All blocks gathered on every rank, and no collective in any forward."""
+        """Return a context in which all blocks are gathered and no forward has a collective."""
         for unit in self._units:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
@@ -155,9 +155,10 @@ class _Root(torch.nn.Module):
 
 
 def _own_outputs(module: torch.nn.Module, inputs: Any, outputs: Any) -> Any:
-    """Copies of outputs that are views, as of an input when a block skips itself.
+    """Return the outputs, with a copy of each that is a view.
 
-    FSDP hangs its backward on them, which an in-place operation on a view takes off again.
+    An output is a view of an input if, for example, a block skips itself. FSDP attaches its
+    backward to the outputs, and an in-place operation on a view would remove it.
     """
     if not torch.is_grad_enabled():
         return outputs
@@ -169,9 +170,9 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _forget_forwards(sharded: list[FSDPModule]) -> None:
-    """Clear the list of forwards along which backward gathers ahead.
+    """Clear the list of forwards that backward follows to gather blocks ahead.
 
-    Ranks have unequal numbers of evaluation batches, and would gather unequal blocks.
+    Ranks have unequal numbers of evaluation batches, so they would gather different blocks.
     """
     for unit in sharded[-1:]:
         if hasattr(unit, "reset_iter_state"):  # since torch 2.13
@@ -185,11 +186,11 @@ def _forget_forwards(sharded: list[FSDPModule]) -> None:
 
 
 def _policy(unit: torch.nn.Module) -> MixedPrecisionPolicy:
-    """Gradients of parameters in 16 bits are added in fp32; all else is left to autocast.
+    """Return the policy: gradients of 16-bit parameters are added in fp32, autocast does the rest.
 
-    With `param_dtype` FSDP would gather in 16 bits, at half the traffic. But that makes 16-bit
-    parameters of those that autocast keeps in fp32: a norm on fp32 inputs then raises (on the
-    CPU), and elsewhere the training is another one than under `ddp`.
+    With `param_dtype`, FSDP would gather in 16 bits, at half the traffic. But then parameters that
+    autocast keeps in fp32 would have 16 bits too. A norm on fp32 inputs would raise (on the CPU),
+    and elsewhere the training would differ from that under `ddp`.
     """
     low = any(p.dtype in (torch.float16, torch.bfloat16) for p in unit.parameters())
     return MixedPrecisionPolicy(reduce_dtype=torch.float32 if low else None)

@@ -11,18 +11,18 @@ from dtrain.errors import DtrainError
 
 
 def units(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model: what its outermost `ModuleList`s and `Sequential`s hold.
+    """Return the blocks of a model: the children of its outermost `ModuleList`s and `Sequential`s.
 
-    A `ModuleList` within one is opened, anything else that has parameters is one block. What is
-    in no block (embeddings, a head) goes with the root. A block that shares a parameter with
-    something outside of it (tied weights) goes with the root as well.
+    A `ModuleList` inside them is opened, too. Any other child that has parameters is one block.
+    Parameters outside all blocks (embeddings, a head) belong to the root. A block that shares a
+    parameter with a module outside of it (tied weights) also belongs to the root.
     """
     found: dict[int, nn.Module] = {}
     _collect(model, found)
     uses: Counter[int] = Counter()
     for module in model.modules():
         uses.update(id(parameter) for parameter in module._parameters.values())
-    return [block for block in found.values() if _stands_alone(block, uses)]
+    return [block for block in found.values() if _shares_nothing(block, uses)]
 
 
 def _collect(module: nn.Module, found: dict[int, nn.Module]) -> None:
@@ -34,7 +34,7 @@ def _collect(module: nn.Module, found: dict[int, nn.Module]) -> None:
             found[id(child)] = child
 
 
-def _stands_alone(block: nn.Module, uses: Counter[int]) -> bool:
+def _shares_nothing(block: nn.Module, uses: Counter[int]) -> bool:
     inside: Counter[int] = Counter()
     for module in block.modules():
         inside.update(id(parameter) for parameter in module._parameters.values())
@@ -42,7 +42,7 @@ def _stands_alone(block: nn.Module, uses: Counter[int]) -> bool:
 
 
 def check_shardable(model: nn.Module) -> None:
-    """Make sure that FSDP can cut every parameter."""
+    """Raise if FSDP cannot cut a parameter."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 0:
             raise DtrainError(
@@ -68,7 +68,7 @@ def _check_types(parameters: list[nn.Parameter], model: nn.Module) -> None:
     if len(kinds) > 1:
         listed = ", ".join(f"{name} is {str(dtype)[6:]}" for dtype, name in kinds.items())
         raise DtrainError(
-            f"strategy 'fsdp' needs one type of parameters in each block of the model: {listed}; "
-            "use one type, or strategy 'ddp'",
+            "strategy 'fsdp' needs parameters of one dtype in each block of the model, but "
+            f"{listed}; use one dtype, or strategy 'ddp'",
             code="strategy.mixed-types",
         )

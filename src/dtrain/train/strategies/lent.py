@@ -1,4 +1,4 @@
-"""A micro-batch that one rank lends to those without any sample."""
+"""A micro-batch that one rank lends to the ranks without samples."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from dtrain.train import collectives
 from dtrain.train.checkpoint.leaves import NUMPY
 
 Given = tuple[Any, int]
-"""A batch, and how many samples are in it."""
+"""A batch, and the number of samples in it."""
 
 _CONTAINERS = (tuple, list, dict, UserDict)
 
 
 def lend(lender: int, given: Given | None, device: torch.device, code: Path) -> Given:
-    """Ours; where there is none, the lender's, on our device. Called by all ranks.
+    """Return this rank's batch, or a copy of the lender's if it has none. All ranks call it.
 
-    Nothing is built of it but tensors, arrays, plain values and containers, of which the classes
-    are the task's own, dataclasses or of the standard kinds.
+    The copy is built from tensors, arrays, plain values and containers only. Classes of containers
+    are the task's own, dataclasses, or standard types.
     """
     file = io.BytesIO()
     if dist.get_rank() == lender:
@@ -38,7 +38,7 @@ def lend(lender: int, given: Given | None, device: torch.device, code: Path) -> 
 
 
 def taken(data: bytes, device: torch.device, code: Path) -> Given:
-    """What was lent as these bytes; see `lend`."""
+    """Return the batch that was sent as these bytes; see `lend`."""
     file = io.BytesIO(data)
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
@@ -48,9 +48,9 @@ def taken(data: bytes, device: torch.device, code: Path) -> Given:
             borrowed: Given = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise DtrainError(
-            "this rank has no sample in a step and borrows a batch of another rank, but that holds "
-            "more than tensors, arrays, numbers, texts and containers of these"
-            f"{_refused_class(error)}: let collate() return a dict, or add its classes with "
+            "this rank has no samples in a step and borrows a batch of another rank. That batch "
+            "holds more than tensors, arrays, numbers, strings and containers of these"
+            f"{_refused_class(error)}. Let collate() return a dict, or add its classes with "
             "torch.serialization.add_safe_globals, or make the global batch larger",
             code="strategy.batch-cannot-be-lent",
         ) from error
@@ -58,13 +58,13 @@ def taken(data: bytes, device: torch.device, code: Path) -> Given:
 
 
 def _refused_class(error: pickle.UnpicklingError) -> str:
-    """The class that torch does not build, where its error names one."""
+    """Return the class that torch refused to build, if its error names one."""
     found = re.search(r"global: GLOBAL (\S+)", str(error))
     return "" if found is None else f", for example {found[1]}"
 
 
 def _container(name: str, code: Path) -> Any:
-    """The class of that name, when it may be built; nothing is imported for it."""
+    """Return the class of this name, or None if it must not be built. Nothing is imported."""
     module_name, _, attribute = name.rpartition(".")
     module = sys.modules.get(module_name)
     found = getattr(module, attribute, None)

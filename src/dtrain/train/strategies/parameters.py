@@ -1,4 +1,4 @@
-"""Which parameters require a gradient now, and which got one in a step."""
+"""The parameters that require a gradient now, and those that got one in a step."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ class Trainable:
         self._flags: list[bool] = []
 
     def changed(self) -> bool:
-        """Whether others are trained than at the last call; true at the first."""
+        """Return whether other parameters are trained than at the last call; True at the first."""
         flags = [parameter.requires_grad for parameter in self._all]
         if flags == self._flags:
             return False
         self._flags = flags
-        # ranks that do not freeze alike will wait for one another
+        # ranks that freeze different parameters would wait for one another
         CHAIN.add(f"{sum(flags)} of {len(flags)} parameters require a gradient")
         return True
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Those of the last call of `changed`, in the model's order."""
+        """Return the parameters trained at the last call of `changed`, in the model's order."""
         return [each for each, flag in zip(self._all, self._flags, strict=True) if flag]
 
 
 class Usage:
-    """Notes which parameters get a gradient, where the gradient itself does not tell.
+    """Records which parameters get a gradient, if the gradient itself does not show it.
 
-    FSDP fills in zeros for parameters that a rank did not use, so that all ranks reduce alike.
-    An optimizer treats a gradient of zero unlike none: AdamW decays the weight.
+    FSDP fills in zeros for parameters that a rank did not use, so that all ranks reduce the same
+    tensors. An optimizer treats a gradient of zero differently from none: AdamW decays the weight.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
@@ -47,10 +47,10 @@ class Usage:
         return len(self._parameters)
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Begin to take notes. Called once, while the model's parameters are whole."""
+        """Start to record. Call it once, while the model's parameters are whole."""
         for name, parameter in model.named_parameters():
             if name in self._parameters and parameter.is_floating_point():
-                trained = parameter.requires_grad  # what is frozen now may be trained later
+                trained = parameter.requires_grad  # a frozen parameter may be trained later
                 parameter.requires_grad_(True)
                 parameter.register_post_accumulate_grad_hook(partial(self._note, name))
                 parameter.requires_grad_(trained)
@@ -59,13 +59,13 @@ class Usage:
         self._used.clear()
 
     def flags(self) -> list[float]:
-        """For each parameter 1 if this rank used it in this step, else 0."""
+        """Return for each parameter 1 if this rank used it in this step, otherwise 0."""
         return [float(name in self._used) for name in self._parameters]
 
     def forget_unused(self, users: Sequence[float]) -> None:
-        """Take the gradient from parameters that nobody used."""
+        """Remove the gradient of parameters that no rank used."""
         if not any(users):
-            return  # a loss depends on some parameter, so the notes are not to be trusted
+            return  # a loss depends on some parameter, so the record cannot be right
         for parameter, count in zip(self._parameters.values(), users, strict=True):
             if count == 0:
                 parameter.grad = None

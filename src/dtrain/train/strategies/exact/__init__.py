@@ -1,1 +1,1 @@
-"""Strategy exact: virtual shards added up in one fixed tree."""
+"""Strategy `exact`: virtual shards, whose gradients are added in one fixed tree."""

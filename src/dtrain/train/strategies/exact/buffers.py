@@ -1,9 +1,9 @@
-"""Buffers that a forward changes, as BatchNorm's running statistics, made independent of order.
+"""Makes buffers that a forward changes, such as BatchNorm's statistics, independent of order.
 
-Every shard starts from the same values. Afterwards a floating-point buffer becomes the mean of
-what the shards made of it: BatchNorm's statistics decay once per optimizer step and take in the
-mean over the shards, as they take in one whole batch in one process. Other types (counters,
-flags) keep what the first shard made of them.
+Every shard starts from the same values. Afterwards, a floating-point buffer is the mean of the
+values that the shards computed. So BatchNorm's statistics decay once per optimizer step and use the
+mean over the shards, in the way they use one whole batch in one process. Buffers of other types
+(counters, flags) keep the value that the first shard computed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dtrain.errors import DtrainError
 
 
 class ShardBuffers:
-    """The buffers of a model, while its shards are computed one after the other.
+    """The buffers of a model while its shards are computed one after another.
 
     Args:
         modules: all modules of the model. Buffers are looked up by module and name, since a
@@ -34,7 +34,7 @@ class ShardBuffers:
                     self._slots.append(_Slot(module, name, buffer))
 
     def likes(self) -> list[torch.Tensor]:
-        """For each buffer a tensor of the shape and type in which its values are added."""
+        """Return for each buffer a tensor of the shape and dtype in which its values are added."""
         return [slot.like for slot in self._slots]
 
     def start_step(self) -> None:
@@ -44,7 +44,7 @@ class ShardBuffers:
             slot.keep()
 
     def take(self, *, first: bool) -> dict[int, torch.Tensor]:
-        """What the shard just computed made of buffers, by index; starts afresh."""
+        """Return by index the buffers that the last shard changed, and reset them."""
         made = {index: slot.take(first=first) for index, slot in enumerate(self._slots)}
         taken = {index: value for index, value in made.items() if value is not None}
         for index in taken:
@@ -52,18 +52,18 @@ class ShardBuffers:
         return taken
 
     def counts(self) -> list[int]:
-        """How many shards' values were taken in this step, for each buffer."""
+        """Return for each buffer the number of shards that changed it in this step."""
         return self._counts
 
     def finish_step(self, sums: Mapping[int, tuple[torch.Tensor, int]]) -> None:
-        """Give the buffers that changed (by index) their new values, from (sum, count)."""
+        """Set the buffers that changed (by index) to their new values, from (sum, count)."""
         for index, (total, count) in sums.items():
             slot = self._slots[index]
             slot.tensor.copy_(total / count if total.is_floating_point() else total)
 
 
 class _Slot:
-    """One buffer: its tensor, where it lives, and the values it had at the step's start."""
+    """One buffer: its tensor, its module, and its values at the start of the step."""
 
     def __init__(self, module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
         self.module = module
@@ -73,8 +73,10 @@ class _Slot:
         self._start = tensor.clone()
         self._version = tensor._version
         self._unversioned: bool | None = None
-        """Whether kernels change it without counting up its version, as batch norm's do to its
-        statistics; found out with the first shard, since comparing large constants costs."""
+        """Whether kernels change the buffer without incrementing its version.
+
+        Those of batch norm do this to its statistics. It is found out with the first shard, because
+        comparing large constants is slow."""
 
     def keep(self) -> None:
         tensor = self.module._buffers[self.name]
@@ -101,7 +103,7 @@ class _Slot:
         return made
 
     def _changed(self, tensor: torch.Tensor) -> bool:
-        """Whether it holds other values than at the step's start."""
+        """Return whether a tensor holds other values than at the start of the step."""
         moved = tensor is not self.tensor or tensor._version != self._version
         if not moved and self._unversioned is False:
             return False
@@ -113,7 +115,7 @@ class _Slot:
 
 
 def _addable(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values in a type that adds without loss: at least fp32, or int64."""
+    """Return the same values in a dtype that adds without loss: at least fp32, or int64."""
     if not tensor.is_floating_point():
         return tensor.detach().long()
     low = tensor.dtype in (torch.float16, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Tensors side by side in one vector per type, to be filled, added and sent as one."""
+"""Tensors side by side in one vector per dtype, which are filled, added and sent together."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Sequence
 import torch
 
 _ALIGNMENT = 64
-"""Bytes to which every tensor is aligned, as it would be alone."""
+"""The number of bytes to which every tensor is aligned, the same as for a single tensor."""
 
 
 class Layout:
-    """Where each of some tensors lies in the vectors, one for each type.
+    """The layout of some tensors in vectors, one vector for each dtype.
 
     Args:
-        like: tensors of the shapes and types to hold; values do not matter.
-        slices: every vector can be cut into so many equal parts.
+        like: tensors of the shapes and dtypes to hold; their values are not used.
+        slices: the number of equal parts into which every vector can be cut.
     """
 
     def __init__(self, like: Sequence[torch.Tensor], slices: int) -> None:
         self.like = list(like)
-        self.places: list[tuple[int, int]] = []
-        """(vector, offset in it) of each tensor."""
+        self.offsets: list[tuple[int, int]] = []
+        """The (vector, offset in it) of each tensor."""
         self.dtypes = list(dict.fromkeys(tensor.dtype for tensor in like))
         ends = [0] * len(self.dtypes)
         for tensor in like:
             vector = self.dtypes.index(tensor.dtype)
-            self.places.append((vector, ends[vector]))
+            self.offsets.append((vector, ends[vector]))
             unit = _ALIGNMENT // tensor.element_size()
             ends[vector] += -(-tensor.numel() // unit) * unit
         unit = _ALIGNMENT * slices
         self.sizes = [-(-end // unit) * unit for end in ends]
-        """Length of each vector, in elements."""
+        """The length of each vector, in elements."""
 
     def make(self) -> Flat:
         device = self.like[0].device if self.like else None
@@ -42,18 +42,18 @@ class Layout:
 
 
 class Flat:
-    """Vectors, and the tensors in them as views of the same strides as the originals."""
+    """Vectors, and the tensors in them as views with the strides of the originals."""
 
     def __init__(self, layout: Layout, vectors: list[torch.Tensor]) -> None:
         self.vectors = vectors
         self.views = [
             vectors[vector].as_strided(like.shape, _dense_strides(like), offset)
-            for like, (vector, offset) in zip(layout.like, layout.places, strict=True)
+            for like, (vector, offset) in zip(layout.like, layout.offsets, strict=True)
         ]
         self.clear()
 
     def clear(self) -> None:
-        """Fill in what adds nothing: x + -0.0 is x to the bit, where x + 0.0 makes 0.0 of -0.0."""
+        """Fill with the neutral element: x + -0.0 is bitwise x, but -0.0 + 0.0 is 0.0."""
         for vector in self.vectors:
             vector.fill_(-0.0 if vector.is_floating_point() else 0)
 
@@ -63,7 +63,7 @@ class Flat:
 
 
 class Pool:
-    """Flats of one layout for use again: new memory costs 0.3 ms per megabyte, at every step."""
+    """Flat buffers of one layout for reuse: new memory costs 0.3 ms per megabyte in every step."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -81,6 +81,9 @@ class Pool:
 
 
 def _dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """As `empty_like` would choose: the tensor's own if it is dense (as with channels last)."""
+    """Return the strides that `empty_like` chooses.
+
+    They are the tensor's own strides if it is dense, for example with channels last.
+    """
     strides: tuple[int, ...] = torch.empty_like(tensor, device="meta").stride()
     return strides

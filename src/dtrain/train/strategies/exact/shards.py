@@ -1,4 +1,4 @@
-"""One rank's shards in one step: their losses, and their gradients on the way up the tree."""
+"""The shards of one rank in one step: their losses, and their gradients in the tree."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from dtrain.train.strategies.exact.tree import Node, TreeSum
 class Sums:
     gradients: Flat
     buffers: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Of the buffers that forwards changed, by index."""
+    """The sums of the buffers that forwards changed, by index."""
 
 
 class ShardStep:
     """A rank's part of one step, shard by shard.
 
     Args:
-        number: optimizer steps before it.
-        shards: this rank's.
-        ahead: its micro-batches, as (shard, number in the shard, how many the shard has).
-        pool: where gradients come from; what `finish` returns is the caller's to give back.
+        number: the number of optimizer steps before it.
+        shards: the shards of this rank.
+        ahead: the micro-batches of this rank, each as (shard, number in the shard, number of
+            micro-batches of the shard).
+        pool: provides memory for gradients. The caller returns the memory that `finish` returns.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class ShardStep:
         self.number = number
         self.ahead = deque(ahead)
         self.shard: int | None = None
-        """The one that is being computed."""
+        """The shard that is being computed."""
         self._shards = shards
         self._pool = pool
         self._next = shards.start
@@ -44,12 +45,12 @@ class ShardStep:
         self._losses: dict[int, tuple[float | torch.Tensor, float | torch.Tensor]] = {}
 
     def begin(self, shard: int, *, alone: bool) -> Flat:
-        """Begin with a shard; backward must add its gradients to what this returns.
+        """Begin a shard, and return the buffer to which backward must add its gradients.
 
         Args:
-            shard: after the last one; those in between have no samples.
-            alone: whether it has a single backward. Then that may add to its left sibling's
-                gradients itself, which is the addition that the tree would do.
+            shard: the number of the shard. Shards between the last one and it have no samples.
+            alone: whether the shard has a single backward. That backward may then add to the
+                gradients of the left sibling, which is the addition that the tree would do.
         """
         self._skip_to(shard)
         left = self._tree.pop_left_of(shard) if alone else None
@@ -75,7 +76,7 @@ class ShardStep:
         self.shard = self._current = None
 
     def finish(self) -> list[Node[Sums]]:
-        """The tree's nodes over all of this rank's shards."""
+        """Return the tree's nodes over all shards of this rank."""
         self._skip_to(self._shards.stop)
         return [
             Node(node.level, node.index, node.value or Sums(self._pool.take()))

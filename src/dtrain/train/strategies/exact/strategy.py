@@ -1,10 +1,10 @@
 """`exact`: the same bits on any number of processes that divides the number of virtual shards.
 
 Floating-point sums depend on their order, and BLAS results on the size of a batch. So every
-global batch is cut into V virtual shards, whatever the number of processes. Each shard is trained
-on alone: its own random numbers, its own forward and backward, its own BatchNorm statistics. The
-shards' gradients are sums, and all V are added up in one fixed binary tree. Which process
-computes which shard changes nothing, and neither does a resume on another number of processes.
+global batch is cut into V virtual shards, for any number of processes. Each shard has its own
+random numbers, its own forward and backward, and its own BatchNorm statistics. The gradients of
+the shards are sums, and all V are added in one fixed binary tree. So the result does not depend on
+which process computes which shard, or on a resume with another number of processes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ from dtrain.train.strategies.exact.tree import Node, tree_sum
 from dtrain.train.strategies.parameters import Trainable, Usage
 
 NUM_THREADS = 1
-"""On every layout: sums over a tensor are cut into as many parts as there are threads, and the
-launcher gives a rank cores / ranks of them."""
+"""The number of threads in every layout.
+
+A sum over a tensor is cut into as many parts as there are threads, and the launcher gives a rank
+cores / ranks threads."""
 
 
 class ExactStrategy(Strategy):
-    """Virtual shards, keyed random numbers, one fixed tree."""
+    """Trains virtual shards with keyed random numbers, and adds them in one fixed tree."""
 
     def __init__(self, context: TrainContext) -> None:
         super().__init__(context)
@@ -56,7 +58,7 @@ class ExactStrategy(Strategy):
         self._buffers = ShardBuffers([])
         self._usage = Usage({})
         self._reduced: Flat | None = None
-        """Where the gradients of the last step lie."""
+        """The memory of the gradients of the last step."""
         self._step = ShardStep(0, self._shards, [], self._pool)
 
     def prepare(self, module: LossModule) -> None:
@@ -70,7 +72,7 @@ class ExactStrategy(Strategy):
         self._usage.watch(module.model)
 
     def micro_batches(self, batch: GlobalBatch) -> tuple[range, ...]:
-        """Those of each of this rank's shards, one shard after the other."""
+        """Return the micro-batches of this rank's shards, one shard after another."""
         return tuple(part for shard in self._shards for part in self._pieces(batch, shard))
 
     def start_step(self, batch: GlobalBatch) -> None:
@@ -103,7 +105,7 @@ class ExactStrategy(Strategy):
         return total, weight
 
     def start_sum(self, values: Sequence[float | torch.Tensor]) -> Pending:
-        """Begin to gather every shard's loss and weight, instead of the rank's sums of them."""
+        """Start to gather the loss and weight of every shard, instead of the rank's sums."""
         vector = self._vector([*self._step.tallies(), *values[2:]])
         if self.world_size == 1:
             return Pending(vector, None, self._read_sums)
@@ -112,7 +114,7 @@ class ExactStrategy(Strategy):
         return Pending(everyone, work, self._read_sums)
 
     def finish_backward(self) -> None:
-        """Add up all shards' gradients, and what their forwards did to buffers."""
+        """Add up the gradients of all shards, and the buffers that their forwards changed."""
         self._finish_shard()
         nodes = self._step.finish()
         flags = [int(flag) for flag in self._usage.flags()]
@@ -125,7 +127,7 @@ class ExactStrategy(Strategy):
             parameter.grad = view
         self._usage.forget_unused(counts[: len(flags)])
         self._sum_buffers(nodes, counts[len(flags) :])
-        # whatever the optimizer draws is the same everywhere, too
+        # random numbers that the optimizer draws are the same on all ranks, too
         seed_everything(derive_seed("update", self.context.spec.seed, self._step.number))
 
     def close(self) -> None:
@@ -146,14 +148,14 @@ class ExactStrategy(Strategy):
             self._step.end(self._buffers.take(first=self._step.shard == 0))
 
     def _sum(self, nodes: list[Node[Flat]]) -> Flat:
-        """The sum over all shards of all ranks, in place of the first node's."""
+        """Return the sum over all shards of all ranks, in the memory of the first node."""
         for vectors in zip(*(node.value.vectors for node in nodes), strict=True):
             parts = zip(nodes, vectors, strict=True)
             self._exchange.sum_vectors([Node(n.level, n.index, vector) for n, vector in parts])
         return nodes[0].value
 
     def _sum_buffers(self, nodes: list[Node[Sums]], counts: list[int]) -> None:
-        """Give the buffers that any shard's forward changed their new values."""
+        """Set the new values of the buffers that the forward of any shard changed."""
         changed = [i for i, count in enumerate(counts) if count > 0]
         if not changed:
             return
@@ -171,7 +173,7 @@ class ExactStrategy(Strategy):
         self._buffers.finish_step({i: (view, counts[i]) for i, view in sums})
 
     def _read_sums(self, numbers: list[float]) -> list[float]:
-        """[loss sum, weight, other sums] from every rank's shards and other values."""
+        """Return [loss sum, weight, other sums] from the shards and other values of all ranks."""
         length = len(numbers) // self.world_size
         rows = [numbers[r * length : (r + 1) * length] for r in range(self.world_size)]
         end = 2 * len(self._shards)
@@ -192,10 +194,11 @@ def _refuse_sync_batch_norm(model: torch.nn.Module) -> None:
 
 
 class Pinned:
-    """Pins what would make results depend on the layout, until it is released.
+    """Fixes global settings that would make results depend on the layout, until `release`.
 
-    One thread. On a GPU also torch's deterministic algorithms and no trying-out of convolutions;
-    an operation that has no deterministic version then raises, which names it.
+    It sets one thread. On a GPU it also selects torch's deterministic algorithms and turns off the
+    benchmark of convolutions. An operation without a deterministic version then raises an error
+    with its name.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -207,7 +210,7 @@ class Pinned:
         if device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first GEMM
             torch.use_deterministic_algorithms(True)
-            deterministic.fill_uninitialized_memory = False  # NaN into every new tensor
+            deterministic.fill_uninitialized_memory = False  # it writes NaN into every new tensor
             torch.backends.cudnn.benchmark = False
 
     def release(self) -> None:

@@ -1,10 +1,10 @@
-"""One binary tree over the virtual shards, of the same shape wherever the shards are.
+"""A binary tree over the virtual shards, whose shape does not depend on where the shards are.
 
 Addition of floating-point numbers is commutative but not associative, so a sum is the same to the
-last bit only if the same pairs are added. The tree pairs neighbours, level by level; an odd one
-out moves up as it is. Its inner nodes are the aligned blocks of 2^level leaves (the last one of a
-level may be shorter), so any contiguous part of the leaves falls into a few whole nodes: exactly
-one per rank where both counts are powers of two.
+last bit only if the same pairs are added. The tree pairs neighbours, level by level. A node
+without a neighbour moves up unchanged. Inner nodes are the aligned blocks of 2^level leaves; the
+last one of a level may be shorter. So any contiguous part of the leaves consists of a few whole
+nodes: exactly one per rank if both counts are powers of two.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ class Node(Generic[Value]):
 
 
 class TreeSum(Generic[Value]):
-    """Adds values in the tree, as they come in the order of the leaves.
+    """Adds values in the tree. They arrive in the order of the leaves.
 
     At any time it holds at most 2 * log2(number of leaves) values.
 
     Args:
-        add: left + right; may change and return either, which nobody else uses any more.
+        add: returns left + right. It may change and return either, because both are not used
+            afterwards.
     """
 
     def __init__(self, add: Callable[[Value, Value], Value]) -> None:
@@ -39,7 +40,7 @@ class TreeSum(Generic[Value]):
         self._nodes: list[Node[Value]] = []
 
     def push(self, node: Node[Value]) -> None:
-        """Add the next node to the right; the first may be any."""
+        """Add the next node to the right. The first node may be any node."""
         while self._nodes and node.index % 2:
             left = self._nodes[-1]
             if (left.level, left.index) != (node.level, node.index - 1):
@@ -52,10 +53,11 @@ class TreeSum(Generic[Value]):
         self.push(Node(0, leaf, value))
 
     def pop_left_of(self, leaf: int) -> Value | None:
-        """The value of the next leaf's left sibling, taken out for the caller to add to.
+        """Remove and return the value of the next leaf's left sibling, for the caller to add to.
 
-        The caller then pushes the two as one, Node(1, leaf // 2, …). None, and nothing taken out,
-        where the next leaf is a left one, or its sibling is not in the sum or has the value None.
+        The caller then pushes both as one node, Node(1, leaf // 2, …). If the next leaf is a left
+        one, or its sibling is not in the sum or has the value None, nothing is removed and None is
+        returned.
         """
         left = self._nodes[-1] if self._nodes else None
         if left is None or left.value is None or (left.level, left.index + 1) != (0, leaf):
@@ -63,21 +65,21 @@ class TreeSum(Generic[Value]):
         return self._nodes.pop().value if leaf % 2 else None
 
     def pop_nodes(self) -> list[Node[Value]]:
-        """The nodes that what was pushed adds up to, from left to right; empty afterwards."""
+        """Remove and return the nodes that the pushed values add up to, from left to right."""
         nodes, self._nodes = self._nodes, []
         return nodes
 
     def pop_total(self) -> Value:
-        """The sum, once all leaves are in; empty afterwards."""
+        """Remove and return the sum of all leaves, once all were pushed."""
         *others, last = self.pop_nodes()
         total = last.value
-        for node in reversed(others):  # the odd ones out, smallest blocks first
+        for node in reversed(others):  # nodes without a neighbour, smallest blocks first
             total = self._add(node.value, total)
         return total
 
 
-def node_places(leaves: range) -> list[tuple[int, int]]:
-    """(level, index) of the nodes that a contiguous part of the leaves adds up to."""
+def node_positions(leaves: range) -> list[tuple[int, int]]:
+    """Return (level, index) of the nodes that a contiguous part of the leaves adds up to."""
     tree: TreeSum[None] = TreeSum(lambda left, right: None)
     for leaf in leaves:
         tree.push_leaf(leaf, None)
@@ -85,7 +87,7 @@ def node_places(leaves: range) -> list[tuple[int, int]]:
 
 
 def tree_sum(values: Iterable[float]) -> float:
-    """The sum of all leaves' numbers in the tree, in fp64; at least one."""
+    """Return the sum of the numbers of all leaves in the tree, in fp64. It needs at least one."""
     tree: TreeSum[float] = TreeSum(lambda left, right: left + right)
     for leaf, value in enumerate(values):
         tree.push_leaf(leaf, value)
