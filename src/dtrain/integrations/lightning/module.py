@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from dtrain.errors import DtrainError, UsageError
-from dtrain.integrations.lightning.callbacks import refuse_callbacks, why_not_beside_dtrain
+from dtrain.integrations.lightning.callbacks import refuse_callbacks, why_callback_needs_loops
 from dtrain.integrations.lightning.compat import CombinedLoader, call, is_overridden, pl, quietly
 from dtrain.integrations.lightning.logging import Logged
 from dtrain.integrations.lightning.optimizers import (
@@ -92,7 +92,7 @@ class ModuleTask(Task):
         # one that copies the model needs Lightning's loops, which look again
         refuse_callbacks(self._trainer.callbacks, sharded=False)
         for callback in self._trainer.callbacks:
-            why = why_not_beside_dtrain(callback)
+            why = why_callback_needs_loops(callback)
             if why is not None:
                 raise NeedsLoopsError(why)
         self._prepare()

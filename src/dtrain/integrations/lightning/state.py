@@ -49,7 +49,7 @@ class EpochSums(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Only rank 0 goes on with them, as the ranks' sums are added up."""
         if self._first:
-            self._logged.go_on(state)
+            self._logged.continue_from(state)
 
 
 class Metrics:

@@ -12,14 +12,14 @@ from dtrain.callback import Callback
 from dtrain.errors import DtrainError, UsageError
 from dtrain.integrations.lightning import reductions
 from dtrain.integrations.lightning.callbacks import (
-    Leave,
+    StopFit,
     add_callbacks,
     name_callback,
     refuse_callbacks,
-    why_not_beside_dtrain,
+    why_callback_needs_loops,
 )
 from dtrain.integrations.lightning.compat import PACKAGE, after, call, is_overridden, pl, quietly
-from dtrain.integrations.lightning.environment import DtrainStrategy, deaf_to_signals
+from dtrain.integrations.lightning.environment import DtrainStrategy, disable_signal_handlers
 from dtrain.integrations.lightning.logging import Logged
 from dtrain.integrations.lightning.module import ModuleTask
 from dtrain.integrations.lightning.state import Counts, EpochSums, States
@@ -105,7 +105,7 @@ class _Drive(pl.Callback):
         self._exhausted = self._leaving = False
         self._result: TrainResult | None = None
         self._trainer = trainer = self._make_trainer()
-        deaf_to_signals(trainer)
+        disable_signal_handlers(trainer)
         fit: Any = trainer.fit_loop
         after(fit.epoch_loop, "on_advance_end", self._after_batch)
         after(fit, "on_advance_end", self._settle)
@@ -252,7 +252,7 @@ class _Drive(pl.Callback):
 
     def _leave(self) -> None:
         self._result = self._training.end(complete=False)
-        raise Leave
+        raise StopFit
 
     def _begin(self, done: int) -> None:
         """Lightning has just counted from 0; training may begin in the middle of an epoch."""
@@ -314,7 +314,7 @@ class _Drive(pl.Callback):
 def _look_at(callbacks: list[pl.Callback], ranks: RankInfo) -> None:
     """Refuse what a task's steps cannot follow, and say what is lost."""
     for each in callbacks:
-        why = why_not_beside_dtrain(each)
+        why = why_callback_needs_loops(each)
         if why is None:
             continue
         if not is_overridden("on_save_checkpoint", each, pl.Callback):

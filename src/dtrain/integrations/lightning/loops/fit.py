@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dtrain.errors import UsageError
 from dtrain.integrations.lightning import reductions
-from dtrain.integrations.lightning.callbacks import Leave, name_callback, refuse_callbacks
+from dtrain.integrations.lightning.callbacks import StopFit, name_callback, refuse_callbacks
 from dtrain.integrations.lightning.compat import (
     PACKAGE,
     MisconfigurationException,
@@ -24,7 +24,7 @@ from dtrain.integrations.lightning.compat import (
     pl,
     quietly,
 )
-from dtrain.integrations.lightning.environment import deaf_to_signals
+from dtrain.integrations.lightning.environment import disable_signal_handlers
 from dtrain.integrations.lightning.loops.reading import Reading
 from dtrain.integrations.lightning.loops.state import ExactResults, dumped, restored
 from dtrain.integrations.lightning.loops.strategy import LoopsDDP, LoopsFSDP
@@ -163,7 +163,7 @@ class Fit(pl.Callback):
             raise UsageError(
                 f"lightning.trainer: {error}", code="lightning.trainer-refused"
             ) from None
-        deaf_to_signals(trainer)
+        disable_signal_handlers(trainer)
         self._join(trainer)
         return trainer
 
@@ -511,7 +511,7 @@ class Fit(pl.Callback):
         rank, reason = next((r, why) for r, why in enumerate(reasons) if why is not None)
         self._report.left(self.progress, reason, rank)
         self._result = self._as_result(stopped=reason)
-        raise Leave
+        raise StopFit
 
     def _end(self) -> None:
         """After Lightning's `on_train_end`, in which callbacks may change the weights."""

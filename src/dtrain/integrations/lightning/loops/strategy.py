@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
 from dtrain.integrations.lightning.compat import DDPStrategy, after, pl
-from dtrain.integrations.lightning.environment import OurProcesses
+from dtrain.integrations.lightning.environment import ExternalProcesses
 from dtrain.train.checkpoint.state import (
     as_cut,
     gathered,
@@ -27,7 +27,7 @@ from dtrain.train.seeding import derive_seed, seed_everything
 from dtrain.train.strategies.fsdp_sharded import Sharded
 
 
-class LoopsStrategy(OurProcesses, DDPStrategy):
+class LoopsStrategy(ExternalProcesses, DDPStrategy):
     """What is the same whatever wraps the module.
 
     DDPStrategy is its base for barriers, broadcasts and reductions of metrics.
