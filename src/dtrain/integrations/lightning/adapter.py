@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from dtrain.integrations.lightning.package import PACKAGES, want
+from dtrain.integrations.lightning.package import PACKAGES, choose
 from dtrain.task import Task
 from dtrain.train.context import TrainContext
 from dtrain.train.importing import job_problem
@@ -46,7 +46,7 @@ class LightningAdapter:
                 f"{name} is a LightningModule; set trainer: lightning",
                 code="lightning.needs-trainer",
             )
-        want(package)
+        choose(package)
         from dtrain.integrations.lightning.module import ModuleTask
 
         return ModuleTask(make, name)

@@ -12,7 +12,7 @@ from dtrain.integrations.lightning.compat import PACKAGE, pl
 from dtrain.integrations.lightning.job_check import LOOPS_ARGUMENTS
 from dtrain.integrations.lightning.loops.trainer import LoopsTrainer
 from dtrain.integrations.lightning.module import ModuleTask
-from dtrain.integrations.lightning.suits import NeedsLoopsError
+from dtrain.integrations.lightning.needs_loops import NeedsLoopsError
 from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.importing import load_class

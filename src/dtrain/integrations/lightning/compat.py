@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dtrain.integrations.lightning.package import wanted
+from dtrain.integrations.lightning.package import chosen
 
-PACKAGE = wanted()
+PACKAGE = chosen()
 """The package's name: `pytorch_lightning` or `lightning.pytorch`."""
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ class Logged:
         """The values of all micro-batches of the last step, by the names of Lightning's loggers."""
         self._epoch: Sums = {}
         self._hidden: set[str] = set()
-        """The names that are logged for epochs, but for no logger and no progress bar."""
+        """The names that are logged for epochs, with neither a logger nor a progress bar."""
         self._evaluation: Means = {}
         self._batch: dict[str, Loss | torch.Tensor] = {}
         self._metrics: dict[str, Metric] = {}
