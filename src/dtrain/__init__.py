@@ -36,8 +36,8 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Most bring torch with them, which the launch plane does without; the others bring pydantic.
-_LATER = {
+# Most of them import torch, which the launch plane must not import. The others import pydantic.
+_LAZY = {
     "EMA": "dtrain.train.ema:EMA",
     "Run": "dtrain.api.run:Run",
     "check": "dtrain.train.checks.api:check",
@@ -53,24 +53,24 @@ _LATER = {
 
 
 def rank() -> int:
-    """This process's number among all of the training, from 0; 0 outside of a launch."""
+    """Return the rank of this process in the training; 0 outside of a launch."""
     from dtrain.ranks import RankInfo
 
     return RankInfo.from_env().rank
 
 
 def world_size() -> int:
-    """How many processes train; 1 outside of a launch."""
+    """Return the number of processes in the training; 1 outside of a launch."""
     from dtrain.ranks import RankInfo
 
     return RankInfo.from_env().world_size
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is large when it is first used."""
-    if name in _LATER:
+    """Import a large attribute when it is first used."""
+    if name in _LAZY:
         import importlib
 
-        module, _, attribute = _LATER[name].partition(":")
+        module, _, attribute = _LAZY[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

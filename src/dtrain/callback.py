@@ -1,4 +1,4 @@
-"""What may be told of a training: the one protocol of callbacks, under every trainer."""
+"""The callback protocol, which is the same under every trainer."""
 
 from __future__ import annotations
 
@@ -8,100 +8,99 @@ from typing import Any, Protocol
 
 
 class Session(Protocol):
-    """What a callback sees of a training, and may ask of it."""
+    """The training as a callback sees it, and the requests that a callback can make."""
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """The number of optimizer steps done."""
 
     @property
     def epoch(self) -> int:
-        """Epochs that are complete."""
+        """The number of complete epochs."""
 
     @property
     def batch_size(self) -> int:
-        """Samples of the step that was just done, of all processes."""
+        """The number of samples in the step that was just done, over all processes."""
 
     @property
     def evaluation_follows(self) -> bool:
-        """Whether an evaluation comes after the step that was just done."""
+        """True if an evaluation follows the step that was just done."""
 
     @property
     def over(self) -> bool:
-        """Whether no step follows, as far as the job says."""
+        """True if all steps that the job asks for are done."""
 
     @property
     def rank(self) -> int:
-        """This process's number."""
+        """The rank of this process."""
 
     @property
     def model(self) -> Any:
-        """The task's model; to be read."""
+        """The task's model, for reading."""
 
     @property
     def optimizer(self) -> Any:
-        """Its optimizer."""
+        """The task's optimizer."""
 
     @property
     def run_dir(self) -> Path:
-        """The run's directory, for files of one's own (from rank 0)."""
+        """The run directory. A callback can write its own files there, from rank 0."""
 
     def log(self, name: str, value: float) -> None:
-        """Put a number into the next line of training metrics."""
+        """Add a number to the next line of training metrics."""
 
     def stop(self, reason: str) -> None:
-        """End training as complete: after an evaluation or an epoch at once, else after the next
-        step.
+        """End the training as complete; a call on one process is enough.
 
-        It is enough that one process asks.
+        After an evaluation or an epoch it ends at once, otherwise after the next step.
         """
 
     def keep_best(self) -> None:
-        """Save this step, and keep the checkpoint as `checkpoints/best`. By all processes."""
+        """Save this step as `checkpoints/best`. All processes must call this."""
 
 
 class Callback:
-    """Base of callbacks; override what is wanted.
+    """The base class of callbacks; override the methods that you need.
 
-    Every method is called by all processes at the same moment, between steps, so that it may use
-    collectives if all do. What it changes of the model or of the random numbers changes the
-    training.
+    All processes call each method at the same moment, between steps. So a method may use
+    collectives if it does so on all processes. Changes to the model or to the random numbers
+    change the training.
     """
 
     def on_start(self, session: Session) -> None:
-        """Before the first step, after a checkpoint was read."""
+        """Called before the first step, after a checkpoint was read."""
 
     def on_step(self, session: Session, loss: float) -> None:
-        """After a step; `loss` is that of the global batch, the same everywhere."""
+        """Called after a step. `loss` is the loss of the global batch, the same on all ranks."""
 
     def on_epoch(self, session: Session) -> None:
-        """After the last step of an epoch."""
+        """Called after the last step of an epoch."""
 
     def on_eval(self, session: Session, metrics: Mapping[str, float]) -> None:
-        """After an evaluation, with its metrics, the same everywhere."""
+        """Called after an evaluation with its metrics, which are the same on all ranks."""
 
     def on_checkpoint(self, session: Session, folder: Path) -> None:
-        """After a checkpoint is on disk."""
+        """Called when a checkpoint is on disk."""
 
     def on_end(self, session: Session) -> None:
-        """At the end of a complete training, after the last checkpoint."""
+        """Called at the end of a complete training, after the last checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers, kept in checkpoints; the same on all processes.
+        """Return the state to save in checkpoints; it must be the same on all processes.
 
-        Tensors, NumPy's arrays and numbers, numbers, str and None, in dicts, lists and tuples;
-        each comes back as it is.
+        It may contain tensors, NumPy's arrays and numbers, numbers, str and None, in dicts, lists
+        and tuples. Each value is restored unchanged.
         """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Restore a state that `state_dict` returned."""
 
 
 class LRMonitor(Callback):
-    """Puts the learning rate of every parameter group into the metrics: `lr/0`, `lr/1`, …"""
+    """Adds the learning rate of every parameter group to the metrics: `lr/0`, `lr/1`, …"""
 
     def on_step(self, session: Session, loss: float) -> None:
-        """Log the rate of each group."""
+        """Log the learning rate of each group."""
         for index, group in enumerate(session.optimizer.param_groups):
             session.log(f"lr/{index}", float(group["lr"]))

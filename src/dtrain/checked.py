@@ -1,4 +1,4 @@
-"""What another process has told, checked: the type of each value, its range and its size."""
+"""Validation of data from other processes: the type, the range and the size of each value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 T = TypeVar("T")
 _adapters: dict[Any, TypeAdapter[Any]] = {}
 CONFIG = ConfigDict(strict=True, extra="forbid")
-"""For `__pydantic_config__` of a dataclass: no value is taken for one of another type."""
+"""A `__pydantic_config__` for dataclasses: no value is accepted in place of another type."""
 
 
 def _cut(most: int) -> Callable[[str], str]:
@@ -19,9 +19,9 @@ def _cut(most: int) -> Callable[[str], str]:
 
 
 MOST = 1 << 16
-"""Characters of a text."""
+"""The largest number of characters of a text."""
 Text = Annotated[str, AfterValidator(_cut(MOST))]
-"""Of one that is longer the rest is dropped."""
+"""A text. The rest of a longer one is dropped."""
 Name = Annotated[str, AfterValidator(_cut(255))]
 Whole = Annotated[int, Field(ge=0, lt=1 << 53)]
 Rank = Annotated[int, Field(ge=0, lt=1 << 24)]
@@ -32,10 +32,10 @@ Time = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def read(kind: type[T], text: str | bytes) -> T:
-    """What a JSON text says.
+    """Parse and validate a JSON text.
 
     Raises:
-        ValueError: that is no such thing; says which of its fields is not.
+        ValueError: the text is not valid for `kind`; the message names the first bad field.
     """
     adapter = _adapters.get(kind) or _adapters.setdefault(kind, TypeAdapter(kind))
     try:
@@ -51,8 +51,8 @@ def read(kind: type[T], text: str | bytes) -> T:
 
 
 def _without_surrogates(text: str | bytes) -> bytes:
-    """Python has characters that no file has, as in the name of a file that is not UTF-8."""
+    """Replace surrogates, which Python uses for example in a file name that is not UTF-8."""
     try:
         return json.dumps(json.loads(text), ensure_ascii=False).encode(errors="replace")
     except RecursionError:
-        raise ValueError("too deep") from None
+        raise ValueError("nested too deeply") from None

@@ -1,4 +1,4 @@
-"""JSON that every reader takes."""
+"""Strict JSON, which every reader accepts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON that every reader takes: it has no NaN and no infinity, and null stands for them."""
+    """Return strict JSON: NaN and infinity become null."""
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:
@@ -25,15 +25,15 @@ def _without_nan(value: Any) -> Any:
 
 
 def numbers(line: Any) -> dict[str, float]:
-    """The numbers among an object's values as they were before `to_json`: null is NaN again."""
+    """Return the numbers of an object as they were before `to_json`: null becomes NaN again."""
     values = line.items() if isinstance(line, Mapping) else ()
-    told = ((name, math.nan if value is None else value) for name, value in values)
-    return {name: _float(value) for name, value in told if isinstance(value, int | float)}
+    restored = ((name, math.nan if value is None else value) for name, value in values)
+    return {name: _float(value) for name, value in restored if isinstance(value, int | float)}
 
 
 def _float(value: float) -> float:
     try:
         float(value)
-    except OverflowError:  # an integer of 400 digits
+    except OverflowError:  # for example an integer of 400 digits
         return math.inf if value > 0 else -math.inf
     return value

@@ -1,4 +1,4 @@
-"""Where a process stands: its rank, its node, the size of the world."""
+"""The position of a process: its rank, its node and the world size."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class RankInfo:
     local_world_size: int = 1
     node_rank: int = 0
     restart: int = 0
-    """How often the agent has started the workers again inside this attempt."""
+    """The number of times that the agent has restarted the workers within this attempt."""
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this is the process that speaks for all."""
+        """True if this process logs and writes for all."""
         return self.rank == 0
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> RankInfo:
-        """Read the variables that torchrun and dtrain's agent set; one process when none is.
+        """Read the variables that torchrun and dtrain's agent set; without them, one process.
 
         Args:
             environ: the environment; None means `os.environ`.
@@ -44,10 +44,10 @@ class RankInfo:
 
 
 def scrubbed(environ: Mapping[str, str]) -> dict[str, str]:
-    """A copy of an environment without what another job's launcher left in it.
+    """Return a copy of an environment without the variables of another job's launcher.
 
-    A launch from inside a Slurm job or a torchrun worker would otherwise hand its RANK and
-    MASTER_ADDR on to ours.
+    A launch from inside a Slurm job or a torchrun worker would otherwise pass the RANK and
+    MASTER_ADDR of that job to its own processes.
     """
     return {
         name: value

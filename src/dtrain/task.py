@@ -1,4 +1,4 @@
-"""What a user writes: model, data, loss, optimizer. No rank, no device, no wrapper in sight."""
+"""The task that a user writes: model, data, loss, optimizer, without rank, device or wrapper."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ if TYPE_CHECKING:
 
 
 REQUIRED = ("model", "train_dataset", "loss", "optimizer")
-"""Methods that every task has."""
+"""The methods that every task must have."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss as a sum and the weight it is the sum of.
+    """A loss, given as a sum and the weight of that sum.
 
-    The gradient of a step is (sum over everyone's sums) / (sum of everyone's weights), however
-    the samples were dealt to ranks and micro-batches. A mean cannot say that: the mean of means
-    over unequal parts is another number.
+    The gradient of a step is (sum of all sums) / (sum of all weights). It does not depend on how
+    the samples are dealt to ranks and micro-batches. With means it would: the mean of means over
+    unequal parts is another number.
     """
 
     sum: torch.Tensor
-    """Scalar; the sum over samples (or tokens) of their losses, with its graph."""
+    """A scalar with its graph: the sum of the losses of all samples (or tokens)."""
     weight: float | torch.Tensor
-    """Number of samples (or tokens, or any weight) in `sum`. Never takes part in the graph."""
+    """The number of samples (or tokens, or any weight) in `sum`. It is not part of the graph."""
 
 
 class Task:
-    """Base class of tasks. Subclass it, or write any class with these methods.
+    """The base class of tasks. Subclass it, or write any class with these methods.
 
-    The constructor takes the job's `args:` as keyword arguments. Methods are called in every
-    process; the data sets must be the same everywhere, which the trainer relies on.
+    The constructor takes the job's `args:` as keyword arguments. Every process calls the methods.
+    The data sets must be the same in all processes, because the trainer relies on it.
     """
 
     def model(self) -> torch.nn.Module:
-        """Build the model, on the CPU; the trainer seeds before and moves it after."""
+        """Build the model on the CPU; the trainer seeds before this and moves the model later."""
         raise NotImplementedError
 
     def train_dataset(self) -> Any:
-        """A map-style dataset: `len(dataset)` and `dataset[i]`, any picklable samples."""
+        """Return a map-style dataset: `len(dataset)` and `dataset[i]`, any picklable samples."""
         raise NotImplementedError
 
     def loss(self, model: torch.nn.Module, batch: Any) -> Loss | torch.Tensor:
-        """The loss of one micro-batch.
+        """Compute the loss of one micro-batch.
 
         Args:
-            model: the model, unwrapped: call it, or any method of it.
-            batch: what `collate` made of the samples, on the model's device.
+            model: the model, not wrapped. Call it, or any of its methods.
+            batch: the result of `collate`, on the model's device.
 
         Returns:
             `Loss(sum, weight)`, or a scalar that means "mean over this batch's samples".
@@ -57,73 +57,74 @@ class Task:
         raise NotImplementedError
 
     def optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """The optimizer over the model's parameters."""
+        """Return the optimizer of the model's parameters."""
         raise NotImplementedError
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """A learning-rate scheduler, stepped once after each optimizer step; None for none."""
+        """Return a learning-rate scheduler, which is stepped after each optimizer step, or None."""
         return None
 
     def eval_dataset(self) -> Any:
-        """A map-style dataset for evaluation; None when there is nothing to evaluate."""
+        """Return a map-style dataset for evaluation; None means that there is no evaluation."""
         return None
 
     def evaluate(
         self, model: torch.nn.Module, batch: Any
     ) -> Mapping[str, Loss | torch.Tensor | float]:
-        """Metrics of one evaluation batch, under `no_grad` and `model.eval()`.
+        """Compute the metrics of one evaluation batch, under `no_grad` and `model.eval()`.
 
         Returns:
-            By name, `Loss(sum, weight)` or a scalar that means "mean over this batch's
-            samples". Without an override: the training loss, as `loss`.
+            A mapping from name to `Loss(sum, weight)` or to a scalar that means "mean over this
+            batch's samples". The default is the training loss under the name `loss`.
         """
         return {"loss": self.loss(model, batch)}
 
     def predict(
         self, model: torch.nn.Module, batch: Any
     ) -> torch.Tensor | Mapping[str, torch.Tensor]:
-        """Predictions for one evaluation batch, under `no_grad` and `model.eval()`.
+        """Compute predictions for one evaluation batch, under `no_grad` and `model.eval()`.
 
-        A task that has this method gets `predictions.npz` at the end of training: row i of each
+        A task that has this method gets `predictions.npz` at the end of training. Row i of each
         array belongs to sample i of `eval_dataset()`, on any number of processes.
 
         Returns:
-            A tensor, or several by name; the first dimension is the samples of the batch, and
-            rows have one shape in all batches.
+            A tensor, or a mapping from name to tensor. The first dimension is the samples of the
+            batch. The rows have the same shape in all batches.
         """
         raise NotImplementedError
 
     def sample_weights(self) -> Any:
-        """How often samples are drawn, in proportion: one number each; None: all once an epoch.
+        """Return one number per sample, in proportion to how often it is drawn.
 
-        An epoch then is as many draws, with replacement, as there are samples.
+        With weights, an epoch draws as many samples as there are, with replacement. None means
+        that each sample is used once per epoch.
         """
         return None
 
     def sample_order(self, seed: int, epoch: int) -> Any:
-        """The order of an epoch; None: shuffled, or as `data.shuffle` says.
+        """Return the order of an epoch; None means that `data.shuffle` of the job decides.
 
         Args:
-            seed: the job's; the order must be a function of it and of the epoch alone.
-            epoch: from 0.
+            seed: the job's seed. The order must be a function of the seed and the epoch alone.
+            epoch: the number of the epoch, from 0.
 
         Returns:
             A sequence of sample ids, or an object with `__len__` and `block(start, stop)` that
-            returns the ids at these positions. Ids may repeat or be left out; all epochs have
-            the same length.
+            returns the ids at these positions. Ids may repeat or be left out. All epochs must
+            have the same length.
         """
         return None
 
     def callbacks(self) -> Any:
-        """A list of `dtrain.Callback`, told of steps, evaluations and checkpoints."""
+        """Return a list of `dtrain.Callback`, called at steps, evaluations and checkpoints."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """What the task itself remembers from step to step, such as a counter or a teacher.
+        """Return the state that the task keeps from step to step, such as a counter or a teacher.
 
-        It is kept in checkpoints, so that a resumed training goes on with it. It must be the same
-        on all processes: count optimizer steps, not calls of `loss`. Whoever writes this method
-        writes `load_state_dict` too. Averages of `dtrain.EMA` are kept without it.
+        Checkpoints contain it, so a resumed training continues with it. It must be the same on
+        all processes: count optimizer steps, not calls of `loss`. A task that has this method
+        needs `load_state_dict` too. Averages of `dtrain.EMA` are saved without it.
 
         Returns:
             Tensors, numbers, str and None, in dicts, lists and tuples.
@@ -131,14 +132,14 @@ class Task:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`, called before the first step of a resumed training.
+        """Restore what `state_dict` returned, before the first step of a resumed training.
 
         Args:
-            state: what `state_dict` returned; what was on the model's device is there again.
+            state: the saved state. Tensors that were on the model's device are on it again.
         """
 
     def collate(self, samples: list[Any]) -> Any:
-        """Make one batch of a list of samples; torch's default_collate unless overridden."""
+        """Make one batch of a list of samples; the default is torch's default_collate."""
         from torch.utils.data import default_collate
 
         return default_collate(samples)

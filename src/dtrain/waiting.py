@@ -1,4 +1,4 @@
-"""Waiting for something, and doing something again and again meanwhile."""
+"""Loops that wait for a result or repeat an action."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def poll(
     pause_s: float = 0.05,
     longest_pause_s: float | None = None,
 ) -> Found:
-    """Call `look` until it finds something; what it found last, when the time is up.
+    """Call `look` until it returns something true or the time is up; return its last result.
 
     Args:
-        look: what it returns is taken for found when it is true.
+        look: the function to call.
         timeout_s: how long to wait.
-        pause_s: between two looks.
-        longest_pause_s: to which pauses grow; None: they do not.
+        pause_s: the pause between two calls.
+        longest_pause_s: the limit to which pauses grow; None means that they do not grow.
     """
     deadline = time.monotonic() + timeout_s
     while not (found := look()) and time.monotonic() < deadline:
@@ -35,7 +35,7 @@ def poll(
 
 @contextlib.contextmanager
 def repeating(action: Callable[[], object], pause_s: float) -> Iterator[None]:
-    """While it lasts, call `action` from a thread: at once, and after each pause."""
+    """Call `action` from a thread while the context lasts: at once, and after each pause."""
     ended = threading.Event()
 
     def repeat() -> None:

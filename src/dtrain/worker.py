@@ -1,7 +1,7 @@
-"""`python -P -m dtrain.worker RUN_DIR`: one rank of a run, placed by the torchrun variables.
+"""`python -P -m dtrain.worker RUN_DIR` runs one rank of a run, placed by the torchrun variables.
 
-dtrain's node agents fork workers instead of running this, but it is the same code, so
-torchrun with it as its program, typed by hand, is the same training.
+dtrain's node agents fork workers instead of running this, but the code is the same. So a torchrun
+command typed by hand, with this as its program, is the same training.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 
 
 def main() -> None:
-    """Train, then leave at once; never returns."""
+    """Train, then exit at once. Never returns."""
     parser = argparse.ArgumentParser(prog="python -m dtrain.worker", description=__doc__)
     parser.add_argument("run_dir", help="run directory with resolved.yaml and plan.json")
     arguments = parser.parse_args()
@@ -21,7 +21,8 @@ def main() -> None:
     from dtrain.run.rundir import RunDir
 
     take_hash_seed(RunDir(arguments.run_dir), sys.orig_argv[1:])
-    import torch._dynamo  # noqa: F401  any optimizer does, then from the folder of the user's file
+    # Every optimizer imports it, but by then the folder of the user's file is on sys.path.
+    import torch._dynamo  # noqa: F401
 
     from dtrain.node.worker import run_worker
 

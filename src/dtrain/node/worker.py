@@ -132,7 +132,7 @@ class _Worker:
         script = Path(plan.code_dir or plan.job_dir) / str(spec.script)
 
         def leave(how: str, frames: list[Frame]) -> int:
-            group.tell_if_none("to the end")
+            group.warn_if_none("to the end")
             leaving.keep(self.ring, how, frames, group.is_over())
             return 0
 

@@ -397,7 +397,7 @@ def test_what_a_function_or_a_callback_cannot_ask_for(tmp_path: Path) -> None:
             KerasCallbacks([each])
     task = Odd(small)
     task.callbacks = lambda: [calls.EarlyStopping("accuracy")]  # type: ignore[method-assign]
-    with refused("keras.no-such-monitor", "EarlyStopping watches 'accuracy'", "after epoch 1"):
+    with refused("keras.no-such-monitor", "EarlyStopping monitors 'accuracy'", "after epoch 1"):
         train(tmp_path / "a", task, steps=2, strategy="single")
     task = Odd(small)
     task.callbacks = lambda: [calls.EarlyStopping("loss", patience=1, min_delta=9.0)]  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ from pytorch_lightning.demos import boring_classes as boring
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from dtrain.integrations.lightning.user_loaders import drawing_alike
+from dtrain.integrations.lightning.user_loaders import seeded_by_job
 from dtrain.ranks import RankInfo
 from dtrain.testing import run_ranks
 from dtrain.train.seeding import derive_seed, seed_everything
@@ -173,7 +173,7 @@ def _read_as_by_dtrain(source: Any, demo: Demo) -> None:
         setup(stage)
 
     def in_order() -> Any:
-        with drawing_alike("train_dataloader", SEED):
+        with seeded_by_job("train_dataloader", SEED):
             loader = train()
         if isinstance(loader, list):
             return [_with_own_generator(each) for each in loader]
@@ -186,7 +186,7 @@ def _read_as_by_dtrain(source: Any, demo: Demo) -> None:
         return DataLoader(data, batch_sampler=InOrder(len(data), BATCH), generator=own)
 
     def validated() -> Any:
-        with drawing_alike("val_dataloader", SEED):
+        with seeded_by_job("val_dataloader", SEED):
             loaders = val()
         for each in loaders if isinstance(loaders, list) else [loaders]:
             _with_own_generator(each)

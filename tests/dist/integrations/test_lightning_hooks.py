@@ -14,7 +14,7 @@ from lightning_shapes import Plain, Points
 from pytorch_lightning.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from torch.utils.data import DataLoader
 
-from dtrain.integrations.lightning import callbacks, suits
+from dtrain.integrations.lightning import callbacks, needs_loops
 from dtrain.testing import run_ranks
 from support import ROOT
 from support.lightning_fit import by_lightning, fit
@@ -77,9 +77,9 @@ class Scheduled(Plain):
 
 
 STEP = {
-    "module": (*suits._OF_LOOPS, "configure_callbacks"),
-    "data": suits._OF_DATA,
-    "callback": callbacks._OF_LOOPS,
+    "module": (*needs_loops._LOOP_HOOKS, "configure_callbacks"),
+    "data": needs_loops._DATA_HOOKS,
+    "callback": callbacks._LOOP_HOOKS,
 }
 """Hooks of which one sends a module to Lightning's own loops."""
 NONE: dict[str, tuple[str, ...]] = {

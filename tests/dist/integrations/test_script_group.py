@@ -25,7 +25,7 @@ def made_late(path: Path) -> tuple[str | None, ...]:
     over.append(watched.is_over())
     dist.destroy_process_group()
     over.append(watched.is_over())
-    watched.tell_if_none("to the end")
+    watched.warn_if_none("to the end")
     assert over == [False, False, True]
     return before, events.ungrouped_warning(run)
 

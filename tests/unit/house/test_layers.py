@@ -61,7 +61,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.integrations.lightning": (
         "job_check optimizers package step_loader",
         "compat",
-        "callbacks environment reductions suits",
+        "callbacks environment needs_loops reductions",
         "logging user_loaders",
         "state",
         "module",

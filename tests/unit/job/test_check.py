@@ -504,7 +504,7 @@ def test_what_a_keras_model_cannot_be_trained_with(
     (tmp_path / "task.py").write_text(source)
     assert check() == []
     assert check(extra="strategy: fsdp\n") == [
-        "job.yaml:6:11: strategy: strategy 'fsdp' cannot cut the variables of Keras; use 'ddp': "
+        "job.yaml:6:11: strategy: strategy 'fsdp' cannot shard the variables of Keras; use 'ddp': "
         "single, dp, ddp and exact work"
     ]
     backend = "and dtrain trains with 'torch': leave it unset, or give --env KERAS_BACKEND=torch"
@@ -526,7 +526,7 @@ def test_what_compile_cannot_be_given(check: Check, tmp_path: Path) -> None:
         "leave it out"
     )
     assert executed == (
-        "task.py:9:56: compile(steps_per_execution=2): Keras has it for other backends only"
+        "task.py:9:56: compile(steps_per_execution=2): Keras supports it on other backends only"
     )
 
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DataParallel
 from torch.optim import SGD, lr_scheduler
 from torch.utils.data import DataLoader
 
-from dtrain.integrations.lightning.optimizers import EveryFew
+from dtrain.integrations.lightning.optimizers import IntervalScheduler
 from dtrain.ranks import RankInfo
 from dtrain.run.rundir import RunDir
 from dtrain.train import contract
@@ -219,8 +219,8 @@ def remarks(make: Callable[[Any], Any], steps: int | None) -> list[str]:
             "T_max=3, and this training has 7 steps",
         ),
         (
-            lambda o: EveryFew(
-                {"scheduler": lr_scheduler.CosineAnnealingLR(o, T_max=2)}, lambda wish: 3
+            lambda o: IntervalScheduler(
+                {"scheduler": lr_scheduler.CosineAnnealingLR(o, T_max=2)}, lambda config: 3
             ),
             9,
             "T_max=2, and this training has 3 steps",
@@ -243,7 +243,9 @@ def test_a_warning_about_a_schedule_has_both_lengths(
         lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=2),
         lambda o: lr_scheduler.LinearLR(o, total_iters=2),
         lambda o: lr_scheduler.LambdaLR(o, lambda step: 1.0),
-        lambda o: EveryFew({"scheduler": lr_scheduler.CosineAnnealingLR(o, 2)}, lambda wish: None),
+        lambda o: IntervalScheduler(
+            {"scheduler": lr_scheduler.CosineAnnealingLR(o, 2)}, lambda config: None
+        ),
     ],
 )
 def test_a_schedule_that_may_be_meant_is_not_remarked_on(make: Callable[[Any], Any]) -> None:

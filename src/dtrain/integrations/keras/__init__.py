@@ -1,5 +1,5 @@
 """Keras 3, on the torch backend: a compiled model with its data as a task.
 
-Keras wraps DistributedDataParallel around a model in its own `fit` (from 3.15 on); here its
-`fit` never runs, so that dtrain's strategy is the only one that wraps.
+In its own `fit`, Keras wraps DistributedDataParallel around a model (from 3.15 on). Here `fit`
+never runs, so dtrain's strategy is the only one that wraps.
 """

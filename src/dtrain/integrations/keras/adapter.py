@@ -1,4 +1,4 @@
-"""A function that returns a compiled Keras model as the task of a job."""
+"""The adapter that makes a task of a function that returns a compiled Keras model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dtrain.train.seeding import RandomState
 
 class KerasAdapter:
     def matches(self, factory: Callable[..., Any], trainer: str) -> bool:
-        """Only what is returned tells; nobody returns a Keras model without an import of Keras."""
+        """Return whether Keras is imported; only the result of the call shows if it is a model."""
         return "keras" in sys.modules
 
     def adapt(self, make: functools.partial[Any], name: str, trainer: str) -> Any:
         keras = sys.modules["keras"]
         before = RandomState.capture()
         if inspect.isfunction(make.func):
-            keras.utils.clear_session()  # names count up, and checkpoints go by name
+            keras.utils.clear_session()  # names count up, and checkpoints use the names
         made = make()
         model = made[0] if isinstance(made, tuple) and made else made
         if not isinstance(model, keras.Model):

@@ -1,4 +1,4 @@
-"""Keras's own callbacks, told of dtrain's steps, evaluations and epochs."""
+"""Keras's own callbacks, called at dtrain's steps, evaluations and epochs."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ _INSTEAD = {
     "TensorBoard": "log.loggers: [tensorboard] of the job",
     "RemoteMonitor": "log.loggers of the job",
     "SwapEMAWeights": "nothing yet: dtrain evaluates the weights that it trains",
-    "ProgbarLogger": "nothing: the console shows how far it has come",
-    "History": "metrics.jsonl in the run's folder",
+    "ProgbarLogger": "nothing: the console shows the progress",
+    "History": "metrics.jsonl in the run directory",
 }
 _FILES = {"CSVLogger": "filename", "ModelCheckpoint": "filepath"}
-"""Callbacks that write a file, and where they keep its name."""
+"""Callbacks that write a file, and the attribute with its name."""
 _NEVER_CALLED = tuple(
     f"on_{what}_{rest}"
     for what in ("test", "predict")
     for rest in ("begin", "end", "batch_begin", "batch_end")
 )
 _DERIVED = {"min_delta"}
-"""What a callback changes of itself and makes anew: Keras turns its sign by the mode."""
+"""Attributes that a callback computes again itself: Keras changes the sign by the mode."""
 
 
 class KerasCallbacks(Callback):
-    """Tells all of them, in order, what `fit` would have told them.
+    """Calls Keras's callbacks in turn, in the way that `fit` calls them.
 
-    Losses and metrics are those of all processes together, so that each process's callbacks come
-    to the same decisions; those that write files are told on rank 0 alone. What they change of
-    themselves (numbers and texts) is kept in checkpoints.
+    Losses and metrics are those of all processes together, so the callbacks decide the same on
+    all processes. Callbacks that write files are called on rank 0 alone. Checkpoints contain the
+    attributes (numbers and strings) that a callback has changed.
 
     Args:
         given: callbacks of Keras.
 
     Raises:
-        DtrainError: one of them cannot do here what it does in `fit`; says what can.
+        DtrainError: one of them cannot work here as in `fit`; the message names a replacement.
     """
 
     def __init__(self, given: list[Any]) -> None:
         for each in given:
             _refuse(each)
         self._all = given
-        self._told = given
-        self._begun: int | None = None
-        """The epoch that callbacks know to be running."""
-        self._waits = False
-        """Whether an epoch is over whose evaluation is still to come."""
+        self._called = given
+        self._epoch: int | None = None
+        """The epoch whose begin was reported to the callbacks, but not its end."""
+        self._evaluation_pending = False
+        """True if an epoch is over and its evaluation has not come yet."""
         self._batch, self._sum, self._weight = 0, 0.0, 0
         self._loaded: dict[str, Any] = {}
         self._initial: list[dict[str, Any]] = []
@@ -67,38 +67,38 @@ class KerasCallbacks(Callback):
             each.set_model(session.model)
             _place_file(each, session)
         if session.rank != 0:
-            self._told = [each for each in self._all if _writes(each) is None]
+            self._called = [each for each in self._all if _file_attribute(each) is None]
         self._initial = [_plain(each) for each in self._all]
-        self._tell(session, "on_train_begin")
+        self._call(session, "on_train_begin")
         self._restore()
-        if not session.over and self._begun is None:
-            self._begin(session)
+        if not session.over and self._epoch is None:
+            self._begin_epoch(session)
 
     def on_step(self, session: Session, loss: float) -> None:
         self._sum += loss * session.batch_size
         self._weight += session.batch_size
-        self._tell(session, "on_train_batch_end", self._batch, self._mean())
+        self._call(session, "on_train_batch_end", self._batch, self._mean())
         self._batch += 1
-        if session.epoch == self._begun and not session.over:
-            self._tell(session, "on_train_batch_begin", self._batch, {})
+        if session.epoch == self._epoch and not session.over:
+            self._call(session, "on_train_batch_begin", self._batch, {})
 
     def on_epoch(self, session: Session) -> None:
-        self._waits = session.evaluation_follows
-        if not self._waits:
+        self._evaluation_pending = session.evaluation_follows
+        if not self._evaluation_pending:
             self._end_epoch(session, {})
 
     def on_eval(self, session: Session, metrics: Mapping[str, float]) -> None:
-        if self._waits:
+        if self._evaluation_pending:
             self._end_epoch(session, {f"val_{name}": value for name, value in metrics.items()})
 
     def on_end(self, session: Session) -> None:
-        self._tell(session, "on_train_end", self._mean())
+        self._call(session, "on_train_end", self._mean())
 
     def state_dict(self) -> dict[str, Any]:
         pairs = zip(self._all, self._initial, strict=True)
         return {
-            "begun": self._begun,
-            "waits": self._waits,
+            "begun": self._epoch,
+            "waits": self._evaluation_pending,
             "batch": [self._batch, self._sum, self._weight],
             "kinds": [type(each).__name__ for each in self._all],
             "changed": [_changed(each, initial) for each, initial in pairs],
@@ -108,40 +108,43 @@ class KerasCallbacks(Callback):
         self._loaded = state
 
     def _restore(self) -> None:
-        """Go on where a checkpoint was; callbacks that it does not know begin afresh."""
+        """Continue from a checkpoint; callbacks that are not in it start from their beginning."""
         state = self._loaded
         if not state:
             return
-        self._begun, self._waits = state["begun"], state["waits"]
+        self._epoch, self._evaluation_pending = state["begun"], state["waits"]
         self._batch, self._sum, self._weight = state["batch"]
         pairs = zip(self._all, state["kinds"], state["changed"], strict=False)
         for each, kind, changed in pairs:
             if type(each).__name__ == kind:
                 vars(each).update(changed)
 
-    def _begin(self, session: Session) -> None:
-        self._begun = session.epoch
+    def _begin_epoch(self, session: Session) -> None:
+        self._epoch = session.epoch
         self._batch, self._sum, self._weight = 0, 0.0, 0
-        self._tell(session, "on_epoch_begin", session.epoch, {})
-        self._tell(session, "on_train_batch_begin", 0, {})
+        self._call(session, "on_epoch_begin", session.epoch, {})
+        self._call(session, "on_train_batch_begin", 0, {})
 
-    def _end_epoch(self, session: Session, measured: dict[str, float]) -> None:
-        self._waits = False
-        logs = {**self._mean(), **measured}
-        epoch, self._begun = session.epoch - 1, None
+    def _end_epoch(self, session: Session, metrics: dict[str, float]) -> None:
+        self._evaluation_pending = False
+        logs = {**self._mean(), **metrics}
+        epoch, self._epoch = session.epoch - 1, None
         _check_monitors(self._all, logs, epoch)
-        self._tell(session, "on_epoch_end", epoch, logs)
+        self._call(session, "on_epoch_end", epoch, logs)
         if not session.over and not session.model.stop_training:
-            self._begin(session)
+            self._begin_epoch(session)
 
     def _mean(self) -> dict[str, float]:
-        """The loss over the samples of the epoch so far, as Keras gives it."""
+        """Return the mean loss over the samples of the epoch so far, in the form of Keras's logs.
+
+        It is empty before the first sample.
+        """
         return {"loss": self._sum / self._weight} if self._weight else {}
 
-    def _tell(self, session: Session, method: str, *args: Any) -> None:
-        """Call a method of each, and take over what it did to the rate or asked for."""
+    def _call(self, session: Session, method: str, *args: Any) -> None:
+        """Call a method of each callback; apply its learning rate and its request to stop."""
         random, model = RandomState.capture(), session.model
-        for each in self._told:
+        for each in self._called:
             try:
                 getattr(each, method)(*args)
             except Exception as error:
@@ -154,7 +157,7 @@ class KerasCallbacks(Callback):
 
 
 def adapted(given: list[Any]) -> list[Any]:
-    """A task's callbacks, with those of Keras as one of dtrain's."""
+    """Return a task's callbacks, with those of Keras combined into one dtrain callback."""
     of_keras = [each for each in given if isinstance(each, keras.callbacks.Callback)]
     others = [each for each in given if not isinstance(each, keras.callbacks.Callback)]
     return [*others, KerasCallbacks(of_keras)] if of_keras else others
@@ -188,15 +191,15 @@ def _refuse(each: Any) -> None:
         )
 
 
-def _writes(each: Any) -> str | None:
-    """The attribute with the name of the file that a callback writes; None if it writes none."""
+def _file_attribute(each: Any) -> str | None:
+    """Return the attribute with the name of a callback's file; None if it writes no file."""
     kinds = [kind.__name__ for kind in type(each).__mro__]
     return next((_FILES[kind] for kind in kinds if kind in _FILES), None)
 
 
 def _place_file(each: Any, session: Session) -> None:
-    """Files go to the run's folder, and those that grow go on after a resume."""
-    attribute = _writes(each)
+    """Put a callback's file into the run directory; after a resume, append to a CSV file."""
+    attribute = _file_attribute(each)
     if attribute is not None:
         setattr(each, attribute, os.path.join(session.run_dir, getattr(each, attribute)))
     if isinstance(each, keras.callbacks.CSVLogger) and session.step > 0:
@@ -211,8 +214,8 @@ def _check_monitors(callbacks: list[Any], logs: Mapping[str, float], epoch: int)
             continue
         if monitor not in known:
             raise DtrainError(
-                f"{type(each).__name__} watches {monitor!r}, and after epoch {epoch + 1} there "
-                f"is: {', '.join(sorted(logs))}. Values that begin with val_ need data for "
+                f"{type(each).__name__} monitors {monitor!r}, but after epoch {epoch + 1} there "
+                f"are only: {', '.join(sorted(logs))}. Values that begin with val_ need data for "
                 "evaluation, and eval.every_epochs: 1 in the job. Of the training data only the "
                 "loss is computed, no other metric",
                 code="keras.no-such-monitor",
@@ -220,7 +223,7 @@ def _check_monitors(callbacks: list[Any], logs: Mapping[str, float], epoch: int)
 
 
 def _plain(each: Any) -> dict[str, Any]:
-    """The numbers and texts that a callback has."""
+    """Return a callback's attributes that are numbers or strings."""
     found = {}
     for name, value in vars(each).items():
         value = value.item() if isinstance(value, np.generic) else value

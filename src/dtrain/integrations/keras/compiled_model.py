@@ -1,4 +1,4 @@
-"""A function that returns a compiled model and what `model.fit` would be given, as a task."""
+"""A function that returns a compiled model and the arguments of `model.fit`, as a task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dtrain.integrations.keras.task import KerasTask
 from dtrain.train.importing import job_problem
 from dtrain.train.seeding import RandomState
 
-_TAKEN = (
+_ACCEPTED = (
     "x",
     "y",
     "sample_weight",
@@ -19,30 +19,30 @@ _TAKEN = (
     "callbacks",
     "steps_per_epoch",
 )
-_OURS = {
+_DECIDED_BY_JOB = {
     "epochs": "train.epochs of the job",
     "batch_size": "train.global_batch_size of the job: samples of all processes together",
     "validation_batch_size": "eval.batch_size of the job",
     "validation_freq": "eval.every_epochs of the job",
     "validation_steps": "no field: all samples are evaluated, once",
     "shuffle": "data.shuffle of the job",
-    "initial_epoch": "the checkpoint's: dtrain resume goes on where a run ended",
+    "initial_epoch": "the checkpoint's: dtrain resume continues where a run ended",
     "verbose": "log.every_steps of the job",
     "class_weight": "sample_weight here: a weight for each sample",
 }
 
 
 class CompiledModelTask(KerasTask):
-    """The task of a function that returns `(model, what fit takes)`.
+    """The task of a function that returns `(model, arguments of fit)`.
 
     Args:
         make: calls the function once more.
-        made: what it returned.
-        name: of the function, for messages.
-        before: the random numbers before it was called, so that `make` gives the same again.
+        made: the value that the function returned.
+        name: the name of the function, for messages.
+        before: the random state before that call, so that `make` gives the same model again.
 
     Raises:
-        JobError: it returned something else.
+        JobError: the function returned something else.
     """
 
     def __init__(self, make: Callable[[], Any], made: Any, name: str, before: RandomState) -> None:
@@ -52,7 +52,7 @@ class CompiledModelTask(KerasTask):
         self.steps_per_epoch = self._fit.get("steps_per_epoch")
 
     def compiled(self) -> Any:
-        """The model; another one when the first has been given away, as after a rollback."""
+        """Return the model; a new one if the first is in use, for example after a rollback."""
         if self._model is None:
             after = RandomState.capture()
             self._before.restore()
@@ -64,11 +64,13 @@ class CompiledModelTask(KerasTask):
         return model
 
     def train_data(self) -> Any:
-        """`x`, `y` and `sample_weight`, without the part that `validation_split` holds out."""
+        """Return `x`, `y` and `sample_weight` without the part held out by `validation_split`."""
         return self._split()[0]
 
     def eval_data(self) -> Any:
-        """`validation_data`, or the last part of the arrays by `validation_split`."""
+        """Return `validation_data`, or the last part of the arrays, held out by
+        `validation_split`.
+        """
         given = self._fit.get("validation_data")
         return given if given is not None else self._split()[1]
 
@@ -105,17 +107,17 @@ def _checked(made: Any, name: str) -> tuple[Any, Mapping[str, Any]]:
             code="keras.no-data",
         )
     model, fit = made
-    for word in fit:
-        if word in _OURS:
+    for argument in fit:
+        if argument in _DECIDED_BY_JOB:
             raise job_problem(
                 "task",
-                f"{name} returned {word!r} for fit; that is {_OURS[word]}",
+                f"{name} returned {argument!r} for fit; that is {_DECIDED_BY_JOB[argument]}",
                 code="keras.fit-argument",
             )
-        if word not in _TAKEN:
+        if argument not in _ACCEPTED:
             raise job_problem(
                 "task",
-                f"{name} returned {word!r} for fit; it may return {', '.join(_TAKEN)}",
+                f"{name} returned {argument!r} for fit; it may return {', '.join(_ACCEPTED)}",
                 code="keras.fit-argument",
             )
     if fit.get("x") is None:

@@ -1,4 +1,4 @@
-"""What `model.fit` takes as data, as data sets of single samples."""
+"""The kinds of data that `model.fit` accepts, as data sets of single samples."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from torch.utils.data import (
 
 from dtrain.errors import DtrainError
 
-_KEPT = 4
-"""Batches of a PyDataset that are kept: those that the samples of one batch of ours lie in."""
+_MAX_CACHED = 4
+"""The number of batches of a PyDataset to cache: one batch of dtrain takes its samples from a few
+of them."""
 
 
 def as_dataset(data: Any, steps_per_epoch: int | None = None) -> Any:
-    """Data of any kind as a data set of single samples; None stays None.
+    """Return data of any kind as a data set of single samples; None stays None.
 
     Args:
         data: arrays `(x, y)` or `(x, y, sample_weight)`, each of which may be a dict, list or tuple
             of arrays; a data set of such samples; a DataLoader or PyDataset, whose batches are
-            taken apart; a function that returns a generator of batches.
-        steps_per_epoch: batches in an epoch, for a generator that has no end.
+            split into samples; a function that returns a generator of batches.
+        steps_per_epoch: the number of batches in an epoch, for a generator that has no end.
 
     Raises:
-        DtrainError: the order or the shares of ranks could not be computed of it.
+        DtrainError: the order or the ranks' shares cannot be computed for this data.
     """
     import keras
 
@@ -48,8 +49,8 @@ def as_dataset(data: Any, steps_per_epoch: int | None = None) -> Any:
         return _of_loader(data)
     if inspect.isgenerator(data) or hasattr(data, "__next__"):
         raise DtrainError(
-            f"a {type(data).__name__} can be gone through only once, but every process needs its "
-            "own, and a new one in each epoch: give the function that returns it",
+            f"a {type(data).__name__} can be read only once, but every process needs its own, and "
+            "a new one in each epoch: give the function that returns it",
             code="keras.one-pass-data",
         )
     if callable(data) and not hasattr(data, "__getitem__"):
@@ -58,7 +59,7 @@ def as_dataset(data: Any, steps_per_epoch: int | None = None) -> Any:
 
 
 class Samples(Dataset[Any]):
-    """Arrays side by side; sample i is element i of each, in the same nesting."""
+    """A data set of arrays: sample i is element i of each array, in the same nesting."""
 
     def __init__(self, parts: Any) -> None:
         import keras
@@ -83,22 +84,22 @@ class Samples(Dataset[Any]):
 class Rows(Dataset[Any]):
     """The samples of a `keras.utils.PyDataset`, whose items are batches of one size.
 
-    Item i must be the same whenever and wherever it is asked for; `on_epoch_end` is never called,
-    since dtrain decides the order.
+    Item i must be the same at all times and in all processes. `on_epoch_end` is never called,
+    because dtrain decides the order.
 
     Raises:
-        DtrainError: it does not know its length.
+        DtrainError: the PyDataset has no length.
     """
 
     def __init__(self, batches: Any) -> None:
         if batches.num_batches is None:
             raise DtrainError(
-                f"{type(batches).__name__} has no length, so that no order can be computed; give "
-                "it __len__(), or give a function that returns a generator of batches",
+                f"{type(batches).__name__} has no length, so no order can be computed; add "
+                "__len__(), or give a function that returns a generator of batches",
                 code="keras.no-length",
             )
         self._batches = batches
-        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._cache: OrderedDict[int, Any] = OrderedDict()
         self._size = self._num_rows(0)
         last = batches.num_batches - 1
         self._length: int = last * self._size + self._num_rows(last)
@@ -112,30 +113,30 @@ class Rows(Dataset[Any]):
         if full and self._num_rows(number) != self._size:
             raise DtrainError(
                 f"item {number} of {type(self._batches).__name__} has {self._num_rows(number)} "
-                f"samples, item 0 has {self._size}; all but the last must have as many",
+                f"samples, item 0 has {self._size}; all but the last must have the same number",
                 code="keras.unequal-batches",
             )
         return _row(self._batch(number), row)
 
     def __getitems__(self, indices: Any) -> list[Any]:
-        """Several samples; every item is read once for them."""
+        """Return several samples; every item is read once for them."""
         order = np.argsort(np.asarray(indices), kind="stable")
-        found = {int(place): self[int(indices[place])] for place in order}
-        return [found[place] for place in range(len(found))]
+        found = {int(position): self[int(indices[position])] for position in order}
+        return [found[position] for position in range(len(found))]
 
     def _batch(self, number: int) -> Any:
-        if number not in self._kept:
-            while len(self._kept) >= _KEPT:
-                self._kept.popitem(last=False)
-            self._kept[number] = _tensors(self._batches[number])
-        return self._kept[number]
+        if number not in self._cache:
+            while len(self._cache) >= _MAX_CACHED:
+                self._cache.popitem(last=False)
+            self._cache[number] = _tensors(self._batches[number])
+        return self._cache[number]
 
     def _num_rows(self, number: int) -> int:
         return _num_rows(self._batch(number))
 
 
 class Stream(IterableDataset[Any]):
-    """The samples of a generator of batches, begun anew for each epoch."""
+    """The samples of a generator of batches, which starts again in each epoch."""
 
     def __init__(self, make: Callable[[], Any], steps_per_epoch: int | None) -> None:
         self._make = make
@@ -172,7 +173,7 @@ def _tensor(part: Any) -> torch.Tensor:
 
 
 def _tensors(batch: Any) -> Any:
-    """A batch with tensors for arrays, and no parts that are None."""
+    """Return a batch with tensors in place of arrays, without the parts that are None."""
     import keras
 
     given = batch if isinstance(batch, tuple) else (batch,)

@@ -1,4 +1,4 @@
-"""What of a Keras model a job can be refused for without an import of Keras."""
+"""The checks of a Keras job that need no import of Keras."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ class KerasCheck(JobCheck):
             for keyword in call.keywords:
                 message = _compile_problem(keyword)
                 if message:
-                    spot = SourceLocation(shown_path(file), keyword.lineno, keyword.col_offset + 1)
-                    yield spot.problem("", message, code="keras.compile-argument")
+                    line, column = keyword.lineno, keyword.col_offset + 1
+                    location = SourceLocation(shown_path(file), line, column)
+                    yield location.problem("", message, code="keras.compile-argument")
 
 
 def _is_keras(source: Source, name: str) -> bool:
-    """Whether a name is a Keras task: a KerasTask, or a function where Keras is imported."""
+    """Return whether a name is a KerasTask, or a function in a file that imports Keras."""
     if source.derives(name, "KerasTask"):
         return True
     found = source.definitions.get(name, [])
@@ -46,14 +47,14 @@ def _strategy_problems(root: Located) -> Iterator[Problem]:
     strategy = root.get(("strategy",))
     if strategy is not None and strategy.value == "fsdp":
         message = (
-            "strategy 'fsdp' cannot cut the variables of Keras; use 'ddp': single, dp, ddp and "
+            "strategy 'fsdp' cannot shard the variables of Keras; use 'ddp': single, dp, ddp and "
             "exact work"
         )
         yield strategy.place.problem("strategy", message, code="plan.unsupported-combination")
 
 
 def _backend_problems(named: NamedClass) -> Iterator[Problem]:
-    """Of the job's variables, else this process's own, which workers inherit."""
+    """Check the backend in the job's variables, or in this process's, which workers inherit."""
     given = named.root.get(("launch", "env", _BACKEND))
     backend = given.value if given else os.environ.get(_BACKEND, "torch")
     if backend != "torch":
@@ -73,5 +74,5 @@ def _compile_problem(keyword: ast.keyword) -> str | None:
             "compile(jit_compile=True) is for fit, and dtrain does not compile models; leave it out"
         )
     if keyword.arg == "steps_per_execution" and isinstance(value, int) and value > 1:
-        return f"compile(steps_per_execution={value}): Keras has it for other backends only"
+        return f"compile(steps_per_execution={value}): Keras supports it on other backends only"
     return None

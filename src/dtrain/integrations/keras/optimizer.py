@@ -1,4 +1,4 @@
-"""A Keras optimizer as one of torch's."""
+"""A Keras optimizer as a torch optimizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class KerasOptimizer(torch.optim.Optimizer):
-    """A Keras optimizer that steps as torch's do; its slots are the state of each parameter."""
+    """A torch optimizer that calls a Keras optimizer; Keras's slots are the parameters' state."""
 
     def __init__(self, model: Any) -> None:
         self._keras = model.optimizer
@@ -23,14 +23,14 @@ class KerasOptimizer(torch.optim.Optimizer):
         self.note()
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Apply the gradients; the learning rate follows its schedule."""
+        """Apply the gradients; the learning rate follows Keras's schedule."""
         with torch.no_grad():
             gradients = [variable.value.grad for variable in self._variables]
             self._keras.apply(gradients, self._variables)
             self.note()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy a state into the variables of Keras, where it lives."""
+        """Copy a state into the variables of Keras, which hold it."""
         for index, values in state_dict["state"].items():
             for name, value in values.items():
                 self.state[self._variables[index].value][name].copy_(value)
@@ -40,7 +40,7 @@ class KerasOptimizer(torch.optim.Optimizer):
         self.note()
 
     def _slots(self) -> dict[str, list[Any]]:
-        """Attribute → one variable for each trainable one; Keras keeps slots in such lists."""
+        """Return the slots: for each attribute, a list with one variable per trainable one."""
         return {
             name.lstrip("_"): list(value)
             for name, value in vars(self._keras).items()
@@ -51,13 +51,13 @@ class KerasOptimizer(torch.optim.Optimizer):
         }
 
     def _shared(self) -> dict[str, Any]:
-        """The optimizer's other variables by option: how often it stepped, its learning rate."""
+        """Return the optimizer's other variables: its number of steps and its learning rate."""
         slots = {id(each) for slots in self._slots().values() for each in slots}
         shared = [each for each in self._keras.variables if id(each) not in slots]
         return {f"{each.name} ({index})": each for index, each in enumerate(shared)}
 
     def note(self) -> None:
-        """Take over what Keras's optimizer has now: a callback may have set its rate."""
+        """Copy the current values of Keras's optimizer: a callback may have set its rate."""
         group = self.param_groups[0]
         group["lr"] = self._rate()
         group.update((key, each.value.tolist()) for key, each in self._shared().items())

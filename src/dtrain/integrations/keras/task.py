@@ -23,30 +23,30 @@ class KerasTask(Task):
     """A task of `compiled()` and `train_data()`; loss, optimizer and metrics are the model's own.
 
     Data are arrays or tensors as a tuple `(x, y)` or `(x, y, sample_weight)`, or a data set of
-    such samples; all kinds are told at `dtrain.integrations.keras.data.as_dataset`.
+    such samples. `dtrain.integrations.keras.data.as_dataset` lists all kinds.
     """
 
     steps_per_epoch: int | None = None
-    """Batches in an epoch, where `train_data()` is a generator without an end."""
+    """The number of batches in an epoch, if `train_data()` is a generator without an end."""
     _generators: SeedGenerators | None = None
 
     def compiled(self) -> Any:
-        """The model, after `model.compile(optimizer, loss, metrics)`."""
+        """Return the model, after `model.compile(optimizer, loss, metrics)`."""
         raise NotImplementedError
 
     def train_data(self) -> Any:
-        """Arrays, or a data set."""
+        """Return the training data: arrays or a data set."""
         raise NotImplementedError
 
     def eval_data(self) -> Any:
-        """Arrays, or a data set, for evaluation; None when there is nothing to evaluate."""
+        """Return arrays or a data set for evaluation; None means that there is no evaluation."""
         return None
 
     def model(self) -> Any:
         """See `Task`.
 
         Raises:
-            DtrainError: the model, or what it is compiled with, cannot be trained here.
+            DtrainError: the model, or an argument of its `compile`, is not supported.
         """
         import keras
 
@@ -56,7 +56,7 @@ class KerasTask(Task):
                 "'torch': leave KERAS_BACKEND unset, or give --env KERAS_BACKEND=torch",
                 code="keras.other-backend",
             )
-        keras.utils.clear_session()  # names count up otherwise, and checkpoints go by name
+        keras.utils.clear_session()  # names count up otherwise, and checkpoints use the names
         model = self.compiled()
         if not isinstance(model, keras.Model) or not getattr(model, "compiled", False):
             raise DtrainError(
@@ -67,7 +67,7 @@ class KerasTask(Task):
         if not model.built:
             batch = self.collate([_first(self.train_dataset())])
             model(keras.utils.unpack_x_y_sample_weight(batch)[0])
-        _refuse_what_differs(model)
+        _check_compiled(model)
         as_buffers(model)
         self._generators = SeedGenerators(model)
         return model
@@ -79,21 +79,21 @@ class KerasTask(Task):
         return as_dataset(self.eval_data())
 
     def loss(self, model: Any, batch: Any) -> torch.Tensor:
-        """The compiled loss, with the model's own additional losses: a mean over the batch."""
+        """Compute the compiled loss and the model's additional losses, as a mean over the batch."""
         value: torch.Tensor = self._called(model, batch, training=True)[1]
         return value
 
     def optimizer(self, model: Any) -> torch.optim.Optimizer:
-        """The compiled optimizer, as torch's."""
+        """Return the compiled optimizer as a torch optimizer."""
         if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
             raise DtrainError(
-                "strategy 'fsdp' cannot cut the variables of Keras; use 'ddp'",
+                "strategy 'fsdp' cannot shard the variables of Keras; use 'ddp'",
                 code="plan.unsupported-combination",
             )
         return KerasOptimizer(model)
 
     def evaluate(self, model: Any, batch: Any) -> Mapping[str, Loss | torch.Tensor | float]:
-        """The loss and the compiled metrics, as sums and weights, so exact over all ranks."""
+        """Compute the loss and the compiled metrics, as sums and weights: exact over all ranks."""
         (x, y, weight), loss, predicted = self._called(model, batch, training=False)
         model.reset_metrics()
         model.compute_metrics(x, y, predicted, sample_weight=weight)
@@ -104,29 +104,29 @@ class KerasTask(Task):
         return found
 
     def as_callbacks(self, given: list[Any]) -> list[Any]:
-        """What `callbacks()` returned, with those of Keras as dtrain's."""
+        """Convert the callbacks of Keras among those that `callbacks()` returned."""
         from dtrain.integrations.keras.callbacks import adapted
 
         return adapted(given)
 
     def _called(self, model: Any, batch: Any, *, training: bool) -> tuple[Any, Any, Any]:
-        """((x, y, sample_weight), loss, predictions) of a batch."""
+        """Call the model; return ((x, y, sample_weight), loss, predictions) of a batch."""
         import keras
 
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
-        how = {"training": training} if model._call_has_training_arg else {}
+        options = {"training": training} if model._call_has_training_arg else {}
         draws = self._generators.keyed() if self._generators else contextlib.nullcontext()
         with draws, replicated(model):
-            predicted = model(x, **how)
+            predicted = model(x, **options)
             loss = model._compute_loss(x, y, predicted, weight, training=training)
         return (x, y, weight), loss, predicted
 
 
-def _refuse_what_differs(model: Any) -> None:
-    """Make sure that what `compile` was given means the same here as in `fit`.
+def _check_compiled(model: Any) -> None:
+    """Check that the arguments of `compile` mean the same here as in `fit`.
 
     Raises:
-        DtrainError: something does not; says what to use.
+        DtrainError: an argument does not; the message names a replacement.
     """
     _refuse_losses(model)
     _refuse_optimizer(model.optimizer)
@@ -145,8 +145,8 @@ def _refuse_losses(model: Any) -> None:
     for loss in losses:
         if loss.reduction not in _MEANS:
             raise DtrainError(
-                f"loss {loss.name!r} has reduction={loss.reduction!r}, whose size depends on how "
-                "a batch is cut; use reduction='sum_over_batch_size', the default",
+                f"loss {loss.name!r} has reduction={loss.reduction!r}, whose value depends on how "
+                "a batch is split; use reduction='sum_over_batch_size', the default",
                 code="keras.loss-reduction",
             )
 
@@ -173,7 +173,7 @@ def _refuse_optimizer(optimizer: Any) -> None:
         )
     if optimizer.use_ema:
         raise DtrainError(
-            "the optimizer has use_ema, whose averages fit puts into the model at its end. dtrain "
+            "the optimizer has use_ema: at its end, fit copies the averages into the model. dtrain "
             "does not do that yet: leave it out",
             code="keras.optimizer-option",
         )
@@ -184,10 +184,10 @@ def _first(dataset: Any) -> Any:
 
 
 def _compiled_metrics(model: Any) -> list[Any]:
-    """The metrics besides the loss.
+    """Return the metrics other than the loss.
 
     Raises:
-        DtrainError: one is not a mean, so that it cannot be put together from parts.
+        DtrainError: a metric is not a mean, so it cannot be combined from parts.
     """
     import keras
 
@@ -197,8 +197,8 @@ def _compiled_metrics(model: Any) -> list[Any]:
         if not isinstance(metric, keras.metrics.Mean):
             raise DtrainError(
                 f"metric {metric.name!r} ({type(metric).__name__}) is not a mean over samples, so "
-                "it cannot be put together from the parts of several processes; write predict(), "
-                "and compute it from predictions.npz",
+                "it cannot be combined from the parts of several processes; write predict(), and "
+                "compute it from predictions.npz",
                 code="keras.metric-not-a-mean",
             )
     return flat

@@ -1,4 +1,4 @@
-"""Keras's variables under torch: which are buffers, what replicas have, where layers draw from.
+"""Keras's variables under torch: buffers, the values of replicas, and random seeds.
 
 Keras gives torch all variables of a model as parameters, also those that a forward changes.
 """
@@ -13,38 +13,41 @@ import torch
 
 
 def as_buffers(model: Any) -> None:
-    """Make variables that are never trained into buffers, which they are for torch.
+    """Turn variables that are never trained into buffers, which is what torch calls them.
 
-    As buffers they get what dtrain does for those: under `ddp` the first rank's at every step,
-    under `exact` the mean over the virtual shards, and they are no part of what is reduced.
+    dtrain then treats them as buffers. Under `ddp` they are those of the first rank at every step,
+    under `exact` the mean over the virtual shards. They have no part in the gradient reduction.
     """
-    held = [each for each in model.modules() if isinstance(each, torch.nn.ParameterDict)]
-    for name, variable in _changing(model).items():
+    dicts = [each for each in model.modules() if isinstance(each, torch.nn.ParameterDict)]
+    for name, variable in _untrained(model).items():
         variable._value = variable.value.detach().clone()
-        for parameters in held:
+        for parameters in dicts:
             if variable.path in parameters:
                 parameters.pop(variable.path)
         model.register_buffer(name, variable._value)
 
 
 def _buffers_of(model: Any) -> list[tuple[Any, torch.Tensor]]:
-    """Pairs of such a variable and the tensor that the model, or a replica of it, has for it."""
-    return [(variable, model._buffers[name]) for name, variable in _changing(model).items()]
+    """Return pairs of such a variable and its tensor in the model, or in a replica of it."""
+    return [(variable, model._buffers[name]) for name, variable in _untrained(model).items()]
 
 
-def _changing(model: Any) -> dict[str, Any]:
-    """By the name of its buffer; a layer that is frozen keeps its weights among the others."""
+def _untrained(model: Any) -> dict[str, Any]:
+    """Return the variables that are never trained, by the name of their buffer.
+
+    The weights of a frozen layer are not among them.
+    """
     own = [v for layer in model._flatten_layers() for v in layer._non_trainable_variables]
     return {v.path.replace(".", "_"): v for v in own if v.value.is_floating_point()}
 
 
 @contextlib.contextmanager
 def replicated(model: Any) -> Iterator[None]:
-    """A context in which the model's variables have the values of this replica.
+    """Give the model's variables the values of this replica while the context lasts.
 
-    Keras's layers read their variables, which are one for all replicas, and not the parameters
-    that were copied. Within a stateless scope, which each thread has for itself, a variable's
-    value is what the scope says. Nothing for the model itself.
+    Keras's layers read their variables, which all replicas share, and not the parameters that
+    were copied. Within a stateless scope, which belongs to one thread, a variable has the value
+    that the scope gives it. For the model itself, this does nothing.
     """
     if not getattr(model, "_is_replica", False):
         yield
@@ -65,7 +68,7 @@ def replicated(model: Any) -> Iterator[None]:
 
 
 def _parameters(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Path of a variable → the replica's tensor: Keras keeps all of them in one ParameterDict."""
+    """Yield each variable's path and the replica's tensor, from Keras's one ParameterDict."""
     for module in model.modules():
         if isinstance(module, torch.nn.ParameterDict):
             for path, tensor in module._former_parameters.items():
@@ -74,13 +77,14 @@ def _parameters(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class SeedGenerators:
-    """Where a model's layers draw from: Keras's seed generators, one for each layer that draws.
+    """Keras's seed generators of a model, one for each layer that draws random numbers.
 
-    Each is a counter that Keras keeps among the model's variables, begun alike in every process:
-    all ranks would draw the same dropout masks, and a rank that calls the model more often than
-    another would no longer hold the same model. So for every call they are seeded from torch's
-    generator, which dtrain keys by rank, or under `exact` by (seed, step, shard), and saves; after
-    it they are as they were.
+    Each is a counter among the model's variables and starts with the same value in every process.
+    So all ranks would draw the same dropout masks. A rank that calls the model more often than
+    another would no longer hold the same model.
+
+    Therefore every call seeds them from torch's generator, and restores their values at its end.
+    dtrain saves that generator, and keys it by rank, or under `exact` by (seed, step, shard).
     """
 
     def __init__(self, model: Any) -> None:
@@ -90,7 +94,7 @@ class SeedGenerators:
 
     @contextlib.contextmanager
     def keyed(self) -> Iterator[None]:
-        """A context for one call of the model."""
+        """Seed the generators for one call of the model."""
         from keras.src.random.seed_generator import global_seed_generator
 
         states = [each.state.value for each in (*self._own, global_seed_generator())]

@@ -1,6 +1,6 @@
-"""What the catalog names of Lightning: a LightningModule as a task, and the trainer.
+"""The catalog's entries for Lightning: a LightningModule as a task, and the trainer.
 
-Workers are forked from a process that has imported this, so nothing of Lightning is imported
+Workers are forked from a process that has imported this module. So it imports nothing of Lightning
 before the user's code has chosen one of its two packages.
 """
 
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from dtrain.integrations.lightning.package import PACKAGES, want
+from dtrain.integrations.lightning.package import PACKAGES, choose
 from dtrain.task import Task
 from dtrain.train.context import TrainContext
 from dtrain.train.importing import job_problem
@@ -21,16 +21,19 @@ from dtrain.train.seeding import RandomState
 
 class LightningAdapter:
     def matches(self, factory: Callable[..., Any], trainer: str) -> bool:
-        """What a function returns tells; nobody returns a module without an import of Lightning."""
+        """Return whether the factory is a LightningModule class, or a function that may return one.
+
+        A function can return one only if Lightning is imported; `adapt` looks at the result.
+        """
         imported = any(package in sys.modules for package in PACKAGES)
         if inspect.isclass(factory):
             return _package_of(factory) is not None
         return trainer == "lightning" and imported
 
     def adapt(self, make: functools.partial[Any], name: str, trainer: str) -> Task | None:
-        """The module itself is made when its model is asked for."""
+        """Return a task for the module, which is made when the task's model is requested."""
         kind = make.func
-        if not inspect.isclass(kind):  # made for this only, as if it had not been
+        if not inspect.isclass(kind):  # called for its class alone, without effect on the seeds
             before = RandomState.capture()
             kind = type(make())
             before.restore()
@@ -43,7 +46,7 @@ class LightningAdapter:
                 f"{name} is a LightningModule; set trainer: lightning",
                 code="lightning.needs-trainer",
             )
-        want(package)
+        choose(package)
         from dtrain.integrations.lightning.module import ModuleTask
 
         return ModuleTask(make, name)
@@ -57,7 +60,7 @@ def make_trainer(context: TrainContext) -> Any:
 
 
 def _package_of(factory: Any) -> str | None:
-    """The package whose LightningModule a class derives from; None when it does from neither."""
+    """Return the package whose LightningModule a class derives from, or None."""
     for base in getattr(factory, "__mro__", ()):
         package: str = base.__module__.removesuffix(".core.module")
         if base.__name__ == "LightningModule" and package in PACKAGES:

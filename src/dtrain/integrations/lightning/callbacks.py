@@ -1,4 +1,4 @@
-"""Lightning's callbacks: how they join a Trainer, and which dtrain's step does not serve."""
+"""Lightning's callbacks: how they join a Trainer, and which of them need Lightning's own loops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dtrain.errors import UsageError
 from dtrain.integrations.lightning.compat import TunerExit, is_overridden, pl
 
-_OF_LOOPS = (
+_LOOP_HOOKS = (
     "on_before_backward",
     "on_after_backward",
     "on_before_optimizer_step",
@@ -16,53 +16,53 @@ _OF_LOOPS = (
     "on_save_checkpoint",
     "on_load_checkpoint",
 )
-"""Hooks of a callback around which dtrain's step has nothing to offer."""
+"""Hooks of a callback that dtrain's step does not call."""
 
 _SCHEDULES = ("StochasticWeightAveraging", "GradientAccumulationScheduler")
 _TUNERS = ("LearningRateFinder", "BatchSizeFinder")
 """Callbacks that train before the training."""
 _AVERAGES = ("StochasticWeightAveraging", "WeightAveraging")
-"""Those that keep a copy of the model; the second is new in Lightning 2.6."""
+"""Callbacks that keep a copy of the model; the second is new in Lightning 2.6."""
 
 
-class Leave(TunerExit):
-    """Ends a fit between two steps: Lightning tears down, and calls no hook of an end."""
+class StopFit(TunerExit):
+    """Ends a fit between two steps: Lightning tears down, and calls no end hooks."""
 
 
-def why_not_beside_dtrain(callback: pl.Callback) -> str | None:
-    """Why a callback wants Lightning's own loops; None where dtrain's step will do."""
+def why_callback_needs_loops(callback: pl.Callback) -> str | None:
+    """Return why a callback needs Lightning's own loops; None if dtrain's step is enough."""
     name = type(callback).__name__
     if isinstance(callback, _kinds(_SCHEDULES)):
         return f"{name} has a schedule of its own"
-    for hook in _OF_LOOPS:
+    for hook in _LOOP_HOOKS:
         if is_overridden(hook, callback, pl.Callback):
             return f"callback {name} overrides {hook}()"
     return None
 
 
 def refuse_callbacks(callbacks: Sequence[pl.Callback], *, sharded: bool) -> None:
-    """Refuse what cannot be done in either way.
+    """Refuse callbacks that work neither with dtrain's step nor with Lightning's loops.
 
     Args:
-        callbacks: of a Trainer.
+        callbacks: the callbacks of a Trainer.
         sharded: whether each process holds a part of the model.
 
     Raises:
-        UsageError: one trains before the training, of which no checkpoint would know, or puts
-            whole parameters beside parts.
+        UsageError: a callback trains before the training, which no checkpoint would contain, or
+            copies the whole model although it is sharded.
     """
     for callback in callbacks:
         name = type(callback).__name__
         if isinstance(callback, _kinds(_TUNERS)):
             raise UsageError(
-                f"{name} trains before the training, which a resume could not repeat: run it by "
-                "itself, with Lightning's Trainer, and write what it finds into the job",
+                f"{name} trains before the training, which a resume could not repeat: run it "
+                "separately, with Lightning's Trainer, and write its result into the job",
                 code="lightning.tuner-callback",
             )
         if sharded and isinstance(callback, _kinds(_AVERAGES)):
             raise UsageError(
-                f"{name} copies the model, of which with strategy 'fsdp' each process holds a "
-                "part; use strategy 'ddp'",
+                f"{name} copies the model, but with strategy 'fsdp' each process holds only a "
+                "part of it; use strategy 'ddp'",
                 code="lightning.average-of-parts",
             )
 
@@ -72,15 +72,20 @@ def _kinds(names: Iterable[str]) -> tuple[type, ...]:
 
 
 def add_callbacks(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
-    """Let a Trainer have more of them, in the order that Lightning wants."""
+    """Add callbacks to a Trainer, in the order that Lightning requires."""
     ordered = trainer._callback_connector._reorder_callbacks([*trainer.callbacks, *callbacks])
     trainer.callbacks = ordered
 
 
-def name_callback(error: Exception, ours: pl.Callback) -> None:
-    """Let an error say in which of Lightning's callbacks it was, and in which method."""
+def name_callback(error: Exception, own: pl.Callback) -> None:
+    """Add a note to an error that names the Lightning callback and the method that raised it.
+
+    Args:
+        error: the error.
+        own: dtrain's callback, which is not named.
+    """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self")
-        if isinstance(owner, pl.Callback) and owner is not ours:
+        if isinstance(owner, pl.Callback) and owner is not own:
             error.add_note(f"in {frame.f_code.co_name}() of callback {type(owner).__name__}")
             return

@@ -1,4 +1,4 @@
-"""Whose loops train a LightningModule: dtrain's step, or Lightning's own."""
+"""The choice between dtrain's step and Lightning's own loops for a LightningModule."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from dtrain.catalog import own_loops_problem
 from dtrain.errors import DtrainError, UsageError
 from dtrain.integrations.lightning.compat import PACKAGE, pl
-from dtrain.integrations.lightning.job_check import ARGUMENTS_OF_LOOPS
+from dtrain.integrations.lightning.job_check import LOOPS_ARGUMENTS
 from dtrain.integrations.lightning.loops.trainer import LoopsTrainer
 from dtrain.integrations.lightning.module import ModuleTask
-from dtrain.integrations.lightning.suits import NeedsLoopsError
+from dtrain.integrations.lightning.needs_loops import NeedsLoopsError
 from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.importing import load_class
@@ -22,50 +22,50 @@ logger = logging.getLogger(__name__)
 
 
 def make_trainer(context: TrainContext) -> Any:
-    """The trainer that the job's `lightning.step` asks for.
+    """Return the trainer for the job's `lightning.step`.
 
     Raises:
-        UsageError: the task is no LightningModule, and what only one has is asked for.
+        UsageError: the task is not a LightningModule, and the job sets a field for one.
     """
-    task, wish = context.task, context.spec.lightning
-    arguments = [name for name in wish.trainer if name in ARGUMENTS_OF_LOOPS]
+    task, section = context.task, context.spec.lightning
+    arguments = [name for name in section.trainer if name in LOOPS_ARGUMENTS]
     if not isinstance(task, ModuleTask):
-        for field, asked in (
-            ("data_module", wish.data_module is not None),
-            ("step: lightning", wish.step == "lightning"),
-            ("also_run", bool(wish.also_run)),
+        for field, is_set in (
+            ("data_module", section.data_module is not None),
+            ("step: lightning", section.step == "lightning"),
+            ("also_run", bool(section.also_run)),
             (f"trainer.{arguments[0]}" if arguments else "", bool(arguments)),
         ):
-            if asked:
+            if is_set:
                 raise UsageError(
                     f"lightning.{field} is for a LightningModule; this is a task",
                     code="job.field-without-effect",
                 )
         return LightningTrainer(context)
-    if wish.data_module is not None:
-        make = load_class("lightning.data_module", wish.data_module, context.code_dir)
-        task.make_data_module = functools.partial(_data_module, make, wish.data_args)
-    if wish.step == "lightning":
+    if section.data_module is not None:
+        make = load_class("lightning.data_module", section.data_module, context.code_dir)
+        task.make_data_module = functools.partial(_data_module, make, section.data_args)
+    if section.step == "lightning":
         return LoopsTrainer(context)
-    if wish.also_run:
-        return _Loops(context, f"lightning.also_run: {wish.also_run[0]} is one of them")
+    if section.also_run:
+        return _Loops(context, f"lightning.also_run: {section.also_run[0]} is one of them")
     if arguments:
         return _Loops(context, f"lightning.trainer.{arguments[0]} is about Lightning's own loops")
-    return _Step(context, or_loops=wish.step == "auto")
+    return _Step(context, allow_loops=section.step == "auto")
 
 
 class _Step:
-    """dtrain's step, or Lightning's loops where that will not do."""
+    """A trainer that uses dtrain's step, or Lightning's loops if the module needs them."""
 
-    def __init__(self, context: TrainContext, *, or_loops: bool) -> None:
+    def __init__(self, context: TrainContext, *, allow_loops: bool) -> None:
         self._context = context
-        self._or_loops = or_loops
+        self._allow_loops = allow_loops
 
     def run(self) -> TrainResult:
         try:
             return LightningTrainer(self._context).run()
         except NeedsLoopsError as error:
-            if not self._or_loops:
+            if not self._allow_loops:
                 raise UsageError(
                     f"{error}; lightning.step: dtrain cannot train that: leave that field out",
                     code="lightning.needs-own-loops",
@@ -75,7 +75,7 @@ class _Step:
 
 
 class _Loops:
-    """Lightning's own loops, and one line that says why."""
+    """A trainer that uses Lightning's own loops, and logs the reason."""
 
     def __init__(self, context: TrainContext, why: str) -> None:
         self._context = context

@@ -1,4 +1,4 @@
-"""All that is used of Lightning, from the package that the user's code is written with."""
+"""All names that dtrain uses of Lightning, from the package that the user's code uses."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dtrain.integrations.lightning.package import wanted
+from dtrain.integrations.lightning.package import chosen
 
-PACKAGE = wanted()
-"""`pytorch_lightning` or `lightning.pytorch`."""
+PACKAGE = chosen()
+"""The package's name: `pytorch_lightning` or `lightning.pytorch`."""
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -40,7 +40,7 @@ TorchCheckpointIO: Any = _part("plugins.io").TorchCheckpointIO
 
 
 def after(owner: Any, name: str, then: Callable[[], None]) -> None:
-    """Let something follow whenever a method of this object was called."""
+    """Replace a method of an object: after each call, it calls `then` too."""
     method = getattr(owner, name)
 
     def both(*given: Any, **named: Any) -> Any:
@@ -53,8 +53,7 @@ def after(owner: Any, name: str, then: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without Lightning's warnings: of loader processes that it would like to have, of its own use
-    of torch, and of DDP's parameters."""
+    """Suppress Lightning's warnings: about loader processes, torch and DDP's options."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning|lightning")
         warnings.filterwarnings("ignore", message="find_unused_parameters=True")

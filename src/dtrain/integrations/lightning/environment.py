@@ -1,4 +1,4 @@
-"""What Lightning is told of processes, devices and files, so that it never guesses."""
+"""Processes, devices and files, given to Lightning so that it never guesses them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from dtrain.train.loop.training import Training
 
 
 class DtrainEnvironment(ClusterEnvironment):
-    """A ClusterEnvironment that says what dtrain's agents have decided.
+    """A ClusterEnvironment with the ranks that dtrain's agents have decided.
 
-    Alone, Lightning takes a batch job, a leftover variable or torchrun for what started it.
+    Without it, Lightning guesses: a batch job, a leftover variable or torchrun misleads it.
     """
 
     def __init__(self, ranks: RankInfo) -> None:
@@ -70,8 +70,8 @@ class DtrainEnvironment(ClusterEnvironment):
         return self._ranks.node_rank
 
 
-class OurProcesses:
-    """Mixed into a strategy of Lightning's: processes and their group are there already."""
+class ExternalProcesses:
+    """A mixin for Lightning's strategies: the processes and their group exist already."""
 
     def __init__(self, ranks: RankInfo, **options: Any) -> None:
         super().__init__(  # type: ignore[call-arg]
@@ -81,24 +81,24 @@ class OurProcesses:
         )
 
     def _configure_launcher(self) -> None:
-        """Nobody is to be launched."""
+        """Launch nothing."""
 
     def setup_distributed(self: Any) -> None:
         self.set_world_ranks()
         rank_zero_only.rank = self.global_rank
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Take means in floating point: of whole numbers, Lightning's makes 3 / 2 = 1."""
+        """Take means in floating point: with integers, Lightning computes 3 / 2 = 1."""
         if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
             tensor = tensor.double()
         return super().reduce(tensor, group, reduce_op)  # type: ignore[misc]
 
 
-def deaf_to_signals(trainer: pl.Trainer) -> None:
+def disable_signal_handlers(trainer: pl.Trainer) -> None:
     """Leave signals to dtrain, which acts on them at a step boundary, on all ranks.
 
-    Lightning's own handler broadcasts from inside of the signal, whatever collective a rank is
-    in, and its loop broadcasts before every batch to hear of it.
+    Lightning's own handler broadcasts from inside of the signal, even if the rank is in another
+    collective. Its loop broadcasts before every batch to learn of the signal.
     """
     signals: Any = trainer._signal_connector
     loop: Any = trainer.fit_loop.epoch_loop
@@ -106,43 +106,43 @@ def deaf_to_signals(trainer: pl.Trainer) -> None:
 
 
 def _nothing() -> None:
-    """Instead of what Lightning does for signals."""
+    """Replace Lightning's handling of signals."""
 
 
-class DtrainStrategy(OurProcesses, DDPStrategy):
-    """A Lightning strategy that wraps nothing: the work is shared by dtrain's own strategy."""
+class DtrainStrategy(ExternalProcesses, DDPStrategy):
+    """A Lightning strategy that wraps nothing: dtrain's own strategy distributes the work."""
 
     def __init__(self, ranks: RankInfo, step: Callable[[], None]) -> None:
         super().__init__(ranks)
         self._step = step
 
     def join(self, training: Training) -> None:
-        """Say whose model and optimizer they are; before the fit."""
+        """Set the training that owns the model and the optimizer; call this before the fit."""
         self._training = training
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Model and optimizer are where they belong."""
+        """Take the optimizer and the scheduler; dtrain has placed the model on its device."""
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         parts = self._training.parts
         self.optimizers = [parts.optimizer]
         if parts.scheduler is not None:
-            own = getattr(parts.scheduler, "scheduler", parts.scheduler)  # inside of EveryFew
+            own = getattr(parts.scheduler, "scheduler", parts.scheduler)  # of IntervalScheduler
             self.lr_scheduler_configs = [LRSchedulerConfig(own, interval="step")]
 
     def training_step(self, *args: Any, **kwargs: Any) -> None:
-        """The whole step is dtrain's; it calls the module's."""
+        """Run dtrain's step, which calls the module's."""
         self._step()
 
     def batch_to_device(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
-        """A batch that is shown to Lightning is where it belongs."""
+        """Return the batch unchanged; it is on its device already."""
         return batch
 
     def post_training_step(self) -> None:
-        """DDP, if there is any, is below dtrain's strategy."""
+        """Do nothing for DDP, which is part of dtrain's strategy if it is used."""
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return it whole and by plain names, also where ranks hold parts."""
+        """Return the whole state by plain names, also if each rank holds a part."""
         assert self.lightning_module is not None
         return model_state(self.lightning_module)
 
@@ -150,15 +150,15 @@ class DtrainStrategy(OurProcesses, DDPStrategy):
         return optimizer_state(self._training.parts.model, optimizer)
 
     def teardown(self) -> None:
-        """Everything stays where it is, for whoever looks at it after training."""
+        """Leave model and optimizer on their device, for use after the training."""
         assert self.accelerator is not None
         self.accelerator.teardown()
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """For files of Lightning's own callbacks: whole or not at all, with a digest beside them.
+    """Writes the files of Lightning's own callbacks atomically, each with a digest next to it.
 
-    Lightning's own writes to /tmp and moves: a kill leaves a part under the final name.
+    Lightning writes to /tmp and moves the file: a kill can leave a part under the final name.
     """
 
     def save_checkpoint(
@@ -171,16 +171,16 @@ class SafeCheckpointIO(TorchCheckpointIO):
         write_atomic(_digest_of(target), _digest(target))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> Any:
-        """Verified first, where there is a digest.
+        """Load a file, and verify it first if it has a digest.
 
         Raises:
-            CheckpointError: the file is not what was written.
+            CheckpointError: the file is not the one that was written.
         """
         target = Path(path)
         kept = _digest_of(target)
         if kept.exists() and kept.read_text(encoding="utf-8") != _digest(target):
             raise CheckpointError(
-                f"{target} is damaged: its xxh3 is not the one beside it",
+                f"{target} is damaged: its xxh3 digest is not the one in {kept.name}",
                 code="checkpoint.damaged-file",
             )
         return super().load_checkpoint(path, map_location, weights_only)

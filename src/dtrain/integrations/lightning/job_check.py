@@ -1,4 +1,4 @@
-"""What of Lightning a job can be refused for without an import of it."""
+"""The checks of a Lightning job that need no import of Lightning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dtrain.job.static_source import Source, is_installed
 _STRATEGIES = catalog.TRAINERS["lightning"].strategies
 _LAUNCH = "use --nodes, --procs and --gpus"
 _CHECKPOINT = "use the checkpoint: section; a ModelCheckpoint of your own is kept too"
-_OURS = {
+_DECIDED_BY_JOB = {
     "accelerator": _LAUNCH,
     "devices": _LAUNCH,
     "num_nodes": _LAUNCH,
@@ -49,11 +49,11 @@ _OURS = {
     "use_distributed_sampler": "samples are placed by dtrain",
     "enable_checkpointing": _CHECKPOINT,
     "callbacks": "return them from configure_callbacks() or callbacks()",
-    "default_root_dir": "it is in the run's directory",
+    "default_root_dir": "it is in the run directory",
 }
-"""Arguments that dtrain's step cannot follow, and what to do instead."""
+"""Arguments that dtrain's step cannot follow, each with its replacement."""
 
-_LAUNCHED = (
+_DECIDED_FOR_LOOPS = (
     "accelerator",
     "devices",
     "num_nodes",
@@ -66,10 +66,10 @@ _LAUNCHED = (
     "callbacks",
     "default_root_dir",
 )
-"""Those that the job decides under Lightning's own loops too."""
+"""Arguments that the job decides under Lightning's own loops too."""
 
-ARGUMENTS_OF_LOOPS = tuple(name for name in _OURS if name not in _LAUNCHED)
-"""Those that only Lightning's own loops follow."""
+LOOPS_ARGUMENTS = tuple(name for name in _DECIDED_BY_JOB if name not in _DECIDED_FOR_LOOPS)
+"""Arguments that only Lightning's own loops follow."""
 
 
 class LightningCheck(JobCheck):
@@ -77,8 +77,8 @@ class LightningCheck(JobCheck):
         section = job.get("lightning")
         if not isinstance(section, Mapping):
             return []
-        said = [each for each in section.values() if each != "auto"]
-        if any(said) and job.get("trainer", "native") != "lightning":
+        is_set = any(each for each in section.values() if each != "auto")
+        if is_set and job.get("trainer", "native") != "lightning":
             text = "is for trainer lightning; set that, or leave this out"
             return [(("lightning",), text, "job.field-without-effect")]
         strategy = job.get("strategy", "ddp")
@@ -90,24 +90,29 @@ class LightningCheck(JobCheck):
             text = "is for Lightning's own loops, not step: dtrain"
             return [(("lightning", "also_run"), text, "job.field-without-effect")]
         given, code = section.get("trainer"), "job.field-decided-elsewhere"
-        refused = _OURS if section.get("step") == "dtrain" else _LAUNCHED
+        by_step = section.get("step") == "dtrain"
+        refused = _DECIDED_BY_JOB if by_step else _DECIDED_FOR_LOOPS
         return [
-            (("lightning", "trainer", name), f"is decided by the job: {_OURS[name]}", code)
+            (
+                ("lightning", "trainer", name),
+                f"is decided by the job: {_DECIDED_BY_JOB[name]}",
+                code,
+            )
             for name in (given if isinstance(given, Mapping) else ())
             if name in refused
         ]
 
     def references(self, root: Located) -> Iterator[Problem]:
-        """Arguments that Lightning's Trainer does not have."""
+        """Yield a problem for each argument that Lightning's Trainer does not have."""
         field = ("lightning", "trainer")
         written = root.get(field)
         given = written.value if written and isinstance(written.value, dict) else {}
         known = _trainer_arguments() if given else []
         for name in given:
-            if known and name not in known and name not in _OURS:
+            if known and name not in known and name not in _DECIDED_BY_JOB:
                 message = f"Lightning's Trainer has no such argument{did_you_mean(name, known)}"
-                place = given[name].key or given[name].place
-                yield place.problem(
+                location = given[name].key or given[name].place
+                yield location.problem(
                     dotted((*field, name)), message, code="lightning.no-such-argument"
                 )
 
@@ -116,9 +121,9 @@ class LightningCheck(JobCheck):
     ) -> Iterator[Problem]:
         if source.derives(name, "LightningModule") and named.trainer == "native":
             strategies = ", ".join(catalog.TRAINERS["lightning"].strategies)
-            near = f"trainer: lightning, which has {strategies}"
             yield named.problem(
-                f"{name} is a LightningModule; it needs {near}", code="lightning.needs-trainer"
+                f"{name} is a LightningModule; it needs trainer: lightning, which has {strategies}",
+                code="lightning.needs-trainer",
             )
         if named.trainer != "lightning":
             return
@@ -135,7 +140,7 @@ class LightningCheck(JobCheck):
 
 
 def _trainer_arguments() -> list[str]:
-    """The arguments of Lightning's Trainer, read from its file; none where that cannot be done."""
+    """Return the arguments of Lightning's Trainer, read from its file; empty without that file."""
     spec = importlib.util.find_spec(catalog.LIGHTNING[0])
     if spec is None or spec.origin is None:
         return []
@@ -147,7 +152,10 @@ def _trainer_arguments() -> list[str]:
 
 
 def _package_problems(named: NamedClass, source: Source, shown: str) -> Iterator[Problem]:
-    """Lightning is one code in two packages, and only one of them may be here."""
+    """Yield a problem if the file imports a package of Lightning that is not installed.
+
+    Lightning is the same code in two packages, and possibly only one of them is installed.
+    """
     imported = {module.partition(".")[0] for module in source.modules} & {*catalog.LIGHTNING}
     if imported and not any(is_installed(package) for package in imported):
         package = min(imported)

@@ -1,7 +1,7 @@
-"""What a LightningModule logs: exact over all ranks, whatever their batches' sizes.
+"""The values that a LightningModule logs, exact over all ranks for any batch sizes.
 
-Lightning's own `sync_dist` takes the mean of the ranks' means, and needs all ranks to log as often.
-Here each value is a sum and a weight until the end; then the ranks speak to each other once.
+Lightning's own `sync_dist` takes the mean of the ranks' means. It needs all ranks to log equally
+often. Here each value is a sum and a weight until the end, and then one collective combines them.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from dtrain.task import Loss
 from dtrain.train import collectives
 
 Means = dict[str, tuple[float, float]]
-"""By name: sum and weight."""
+"""A sum and a weight for each name."""
 Sums = dict[str, tuple[float | torch.Tensor, float]]
-"""Likewise, where a sum may be on a device."""
+"""A sum and a weight for each name; the sum may be on a device."""
 
 
 class Logged:
-    """Stands in for `self.log` of a module while it trains or is evaluated."""
+    """Replaces `self.log` of a module while it trains or is evaluated."""
 
     def __init__(self, module: pl.LightningModule, trainer: pl.Trainer) -> None:
         self._trainer = trainer
         self._original = module.log
         self._stage = ""
         self.samples = 0
-        """In the batch that is looked at."""
+        """The number of samples in the current batch."""
         self._step: Sums = {}
-        """Of the step that is done, all its micro-batches; by the names of Lightning's loggers."""
+        """The values of all micro-batches of the last step, by the names of Lightning's loggers."""
         self._epoch: Sums = {}
         self._hidden: set[str] = set()
-        """What is logged for epochs and neither for a logger nor for a progress bar."""
+        """The names that are logged for epochs, with neither a logger nor a progress bar."""
         self._evaluation: Means = {}
         self._batch: dict[str, Loss | torch.Tensor] = {}
         self._metrics: dict[str, Metric] = {}
@@ -47,7 +47,7 @@ class Logged:
         self._loader_of: dict[str | Metric, int | None] = {}
         self._validated: Counter[int | None] = Counter()
         self.forked: dict[str, str] = {}
-        """What is logged both of steps and of epochs: the name that Lightning gives the latter."""
+        """The names logged for steps and for epochs; Lightning's name for the epoch's value."""
         self.batch_index = 0
         module.log = self._log
 
@@ -73,10 +73,10 @@ class Logged:
 
     @contextlib.contextmanager
     def batch(self, loader: int | None) -> Iterator[tuple[int, dict[str, Loss | torch.Tensor]]]:
-        """Enter a validation step; gives the batch's number, and what the step logs.
+        """Enter a validation step; yield the batch's number and the dict that the step logs into.
 
         Args:
-            loader: whose batch it is; None with a single one.
+            loader: the number of the batch's loader; None if there is a single loader.
         """
         logged: dict[str, Loss | torch.Tensor] = {}
         self._batch, self._loader = logged, loader
@@ -88,7 +88,7 @@ class Logged:
             self._stage = "evaluation"
 
     def of_step(self) -> dict[str, float]:
-        """Means over the samples of the last step, of all ranks; waits for the device.
+        """Return the means over the last step's samples of all ranks; this waits for the device.
 
         Called by all ranks.
         """
@@ -99,11 +99,11 @@ class Logged:
         return reductions.of_step(results, float(self.samples), own)
 
     def shown(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Those of an epoch that are for a logger or a progress bar."""
+        """Return the metrics of an epoch that are for a logger or a progress bar."""
         return {name: value for name, value in metrics.items() if name not in self._hidden}
 
     def of_epoch(self) -> dict[str, float]:
-        """Means over all that was logged with `on_epoch` in training steps; then it is forgotten.
+        """Return the means of the values logged with `on_epoch` in training steps, and reset them.
 
         Called by all ranks.
         """
@@ -111,20 +111,20 @@ class Logged:
         return self._agreed(found)
 
     def epoch_so_far(self) -> Means:
-        """The sums of the epoch until now, over all ranks. Called by all ranks."""
+        """Return the sums of the epoch until now, over all ranks. Called by all ranks."""
         return _sums(collectives.gather_to_all(_read(self._epoch)))
 
-    def go_on(self, sums: Mapping[str, Sequence[float]]) -> None:
-        """Begin with sums of the same epoch, which only one rank is given."""
+    def continue_from(self, sums: Mapping[str, Sequence[float]]) -> None:
+        """Start with earlier sums of the same epoch; only one rank may get them."""
         self._epoch = {name: (total, weight) for name, (total, weight) in sums.items()}
 
     def counted(self) -> dict[str, float]:
-        """Of the objects of torchmetrics that batches were logged with. Called by all ranks."""
+        """Compute the objects of torchmetrics that were logged. Called by all ranks."""
         names = {name for each in collectives.gather_to_all(list(self._metrics)) for name in each}
         return {name: float(self._of_name(name).compute()) for name in sorted(names)}
 
     def of_evaluation(self) -> dict[str, float]:
-        """What the end of an evaluation says beyond its batches. Called by all ranks."""
+        """Return the metrics of an evaluation that its batches do not give. Called by all ranks."""
         found, self._evaluation = self._evaluation, {}
         metrics = self._agreed(found) | self.counted()
         for each in self._metrics.values():  # one may have several names
@@ -133,7 +133,7 @@ class Logged:
         return metrics
 
     def _agreed(self, mine: Means) -> dict[str, float]:
-        """The means; a rank that had no samples learns here what is logged, and its names."""
+        """Return the means over all ranks; a rank without samples learns the names here."""
         everyone = collectives.gather_to_all((mine, self.forked))
         for _, forked in everyone:
             self.forked |= forked
@@ -172,22 +172,22 @@ class Logged:
             self._evaluation[name] = _number(value), 1.0
 
     def _log_batch(self, name: str, value: Any, options: Mapping[str, Any]) -> None:
-        """Under the name that Lightning gives it: of several loaders, each has its own."""
+        """Log under Lightning's name, which is different for each of several loaders."""
         suffix = ""
         if self._loader is not None and options.get("add_dataloader_idx", True):
             suffix = f"/dataloader_idx_{self._loader}"
         if options.get("on_step") and options.get("on_epoch"):
             self.forked[name + suffix] = f"{name}_epoch{suffix}"
         name += suffix
-        self._belongs(name, f"self.log({name!r}) has one name")
+        self._require_one_loader(name, f"self.log({name!r}) has one name")
         if isinstance(value, Metric):
-            self._belongs(value, f"self.log({name!r}) has one object of torchmetrics")
+            self._require_one_loader(value, f"self.log({name!r}) has one object of torchmetrics")
             self._metrics[name] = value
         else:
             self._batch[name] = _weighted(name, value, options)
 
-    def _belongs(self, what: str | Metric, sentence: str) -> None:
-        """To the loader whose batch is looked at, and to no other."""
+    def _require_one_loader(self, what: str | Metric, sentence: str) -> None:
+        """Refuse a name or an object that another loader's batches were logged with."""
         if self._loader_of.setdefault(what, self._loader) != self._loader:
             raise DtrainError(
                 f"{sentence} for two validation loaders, which would mix them; each needs its own",
@@ -195,14 +195,14 @@ class Logged:
             )
 
     def _log_step(self, name: str, value: Any, options: dict[str, Any]) -> None:
-        """Of a step now and from this rank, as Lightning has it; of an epoch at its end."""
+        """Log a step's value now and from this rank, like Lightning; an epoch's at its end."""
         if isinstance(value, Metric):
             self._original(name, value, **options)
             return
         size, of_epoch = options.pop("batch_size", None) or self.samples, options["on_epoch"]
         is_shown = options["logger"] in (True, None) or options["prog_bar"]
         if of_epoch:
-            _must_be_mean(name, options)
+            _require_mean(name, options)
             _add(self._epoch, name, value, float(size))
             if not is_shown:
                 self._hidden |= {name, f"{name}_epoch"}
@@ -223,17 +223,17 @@ def _is_mean(options: Mapping[str, Any]) -> bool:
     return options.get("reduce_fx", "mean") in ("mean", torch.mean)
 
 
-def _must_be_mean(name: str, options: Mapping[str, Any]) -> None:
+def _require_mean(name: str, options: Mapping[str, Any]) -> None:
     if not _is_mean(options):
         raise DtrainError(
-            f"self.log({name!r}, reduce_fx={options['reduce_fx']}): epochs and evaluations have "
-            "means here; log the mean over the batch, or an object of torchmetrics",
+            f"self.log({name!r}, reduce_fx={options['reduce_fx']}): only means are supported for "
+            "epochs and evaluations; log the mean over the batch, or an object of torchmetrics",
             code="lightning.log-not-a-mean",
         )
 
 
 def _weighted(name: str, value: Any, options: Mapping[str, Any]) -> Loss | torch.Tensor:
-    _must_be_mean(name, options)
+    _require_mean(name, options)
     tensor = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
     size = options.get("batch_size")
     return tensor if size is None else Loss(tensor * size, float(size))
@@ -244,7 +244,7 @@ def _number(value: Any) -> float:
 
 
 def _add(sums: Sums, name: str, value: Any, weight: float) -> None:
-    """Without waiting for the device that a tensor is on."""
+    """Add a value to the sums, without waiting for the device that a tensor is on."""
     if isinstance(value, torch.Tensor):
         value = value.detach().double()
     total, before = sums.get(name, (0.0, 0.0))

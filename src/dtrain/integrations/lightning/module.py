@@ -1,4 +1,4 @@
-"""A LightningModule as a task: its data, steps and optimizer, without a line changed."""
+"""An unchanged LightningModule as a task: its data, steps and optimizer."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from dtrain.errors import DtrainError, UsageError
-from dtrain.integrations.lightning.callbacks import refuse_callbacks, why_not_beside_dtrain
+from dtrain.integrations.lightning.callbacks import refuse_callbacks, why_callback_needs_loops
 from dtrain.integrations.lightning.compat import CombinedLoader, call, is_overridden, pl, quietly
 from dtrain.integrations.lightning.logging import Logged
+from dtrain.integrations.lightning.needs_loops import NeedsLoopsError, why_module_needs_loops
 from dtrain.integrations.lightning.optimizers import (
-    EveryFew,
-    as_wish,
+    IntervalScheduler,
+    as_config,
     by_steps,
     configured,
     follows_metric,
 )
-from dtrain.integrations.lightning.suits import NeedsLoopsError, why_loops
 from dtrain.integrations.lightning.user_loaders import (
     dataset_of,
     described,
-    drawing_alike,
     evaluated_samples,
     flat,
     order_of_loader,
     sampler_of,
+    seeded_by_job,
 )
 from dtrain.ranks import RankInfo
 from dtrain.task import Loss, Task
@@ -40,11 +40,11 @@ from dtrain.train.seeding import derive_seed, seed_everything
 
 
 class ModuleTask(Task):
-    """Stands for a LightningModule, which is made when its model is asked for, already seeded.
+    """The task of a LightningModule, which is made when its model is requested, after seeding.
 
     Args:
-        make: makes it.
-        name: its class, for errors.
+        make: makes the module.
+        name: the name of its class, for errors.
     """
 
     def __init__(self, make: Callable[[], pl.LightningModule], name: str) -> None:
@@ -54,7 +54,7 @@ class ModuleTask(Task):
         self.data_module: pl.LightningDataModule | None = None
         self.make_data_module: Callable[[], pl.LightningDataModule] | None = None
         self.loader: int | None = None
-        """Which of several validation loaders is looked at."""
+        """The current one of several validation loaders."""
         self._logged: Logged | None = None
         self._samples: Any = None
         self._is_ready = False
@@ -67,13 +67,13 @@ class ModuleTask(Task):
     # -- the task ----------------------------------------------------------------------------
 
     def model(self) -> torch.nn.Module:
-        """The module, attached to its trainer and set up, so that it has all its layers.
+        """Return the module, attached to its trainer and set up, so that it has all its layers.
 
         Raises:
-            NeedsLoopsError: dtrain's step cannot train it as it is.
+            NeedsLoopsError: dtrain's step cannot train the module unchanged.
         """
         self.module, self.data_module = module, data = self.made()
-        why = why_loops(module, data)
+        why = why_module_needs_loops(module, data)
         if why is not None:
             raise NeedsLoopsError(why)
         self._training_step = module.training_step
@@ -89,24 +89,24 @@ class ModuleTask(Task):
         connector.attach_datamodule(module, data)
         self._data_hooks = connector._datahook_selector
         self._trainer._callback_connector._attach_model_callbacks()
-        # one that copies the model needs Lightning's loops, which look again
+        # a callback that copies the model needs Lightning's loops, which check again
         refuse_callbacks(self._trainer.callbacks, sharded=False)
         for callback in self._trainer.callbacks:
-            why = why_not_beside_dtrain(callback)
+            why = why_callback_needs_loops(callback)
             if why is not None:
                 raise NeedsLoopsError(why)
         self._prepare()
         return module
 
     def made(self) -> tuple[pl.LightningModule, pl.LightningDataModule | None]:
-        """A new module, and a new data module where the job has one."""
+        """Return a new module, and a new data module if the job has one."""
         return self._make(), None if self.make_data_module is None else self.make_data_module()
 
     def train_dataset(self) -> Any:
-        """The data set of the training loader; the order and the batches are the job's.
+        """Return the data set of the training loader; the job decides the order and the batches.
 
         Raises:
-            NeedsLoopsError: its sampler makes batches, or it is no loader of samples.
+            NeedsLoopsError: the loader's sampler makes batches, or it does not load samples.
         """
         loader = self._loader("train_dataloader")
         if loader is None:
@@ -126,10 +126,10 @@ class ModuleTask(Task):
         return None if self._order is None else self._order(seed, epoch)
 
     def eval_dataset(self) -> Any:
-        """The data set of the validation loader, or those of several; None without one.
+        """Return the data set of the validation loader, or those of several; None without one.
 
         Raises:
-            UsageError: there are several, and the module does not tell them apart.
+            UsageError: there are several, and the module does not distinguish them.
         """
         assert self.module is not None
         if not is_overridden("validation_step", self.module, pl.LightningModule):
@@ -148,13 +148,13 @@ class ModuleTask(Task):
         return Sections([_LoaderTask(self, index, each) for index, each in enumerate(loaders)])
 
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        """What `training_step` returned: a mean over the batch's samples."""
+        """Call `training_step` and return its loss, a mean over the batch's samples."""
         assert self._logged is not None
         self._logged.samples = self._samples
         self._is_ready, ready = False, self._is_ready
         batch = batch if ready else self.on_device(batch)
         assert self.module is not None
-        self.module.automatic_optimization = True  # as its author knows it; the loop knows better
+        self.module.automatic_optimization = True  # which is what its author expects
         try:
             returned = _called(self._training_step, batch, self._logged.batch_index)
         finally:
@@ -170,20 +170,18 @@ class ModuleTask(Task):
         return loss
 
     def evaluate(self, model: torch.nn.Module, batch: Any) -> dict[str, Loss | torch.Tensor]:
-        """What `validation_step` logs, as weighted means."""
+        """Call `validation_step` and return the values it logs, as weighted means."""
         assert self._logged is not None
         assert self.module is not None
         step = self.module.validation_step
         with self._logged.batch(self.loader) as (number, logged):
             batch = self.on_device(batch, self.loader or 0)
-            place: tuple[Any, ...] = (batch, number)
-            if self.loader is not None:
-                place = (*place, self.loader)
-            self._call("on_validation_batch_start", *place)
+            indices = (number,) if self.loader is None else (number, self.loader)
+            self._call("on_validation_batch_start", batch, *indices)
             given = (batch, number, self.loader or 0)
             takes = _takes(step, "dataloader_idx")
             output = _called(step, *given) if takes else _called(step, *given[:2])
-            self._call("on_validation_batch_end", output, *place)
+            self._call("on_validation_batch_end", output, batch, *indices)
         return dict(logged)
 
     def _call(self, hook: str, *given: Any) -> None:
@@ -197,12 +195,12 @@ class ModuleTask(Task):
         return self._loaders.get("train_dataloader")
 
     def optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """The one that `configure_optimizers` returns.
+        """Return the optimizer of `configure_optimizers`.
 
         Raises:
             NeedsLoopsError: it returns none, several, or a scheduler that follows a metric.
         """
-        self._tell_length()
+        self._set_length()
         optimizers, self._schedulers = configured(self._configure_optimizers())
         if len(optimizers) != 1 or len(self._schedulers) > 1:
             raise NeedsLoopsError(
@@ -215,8 +213,8 @@ class ModuleTask(Task):
             )
         if self._is_stream() and any(not by_steps(each) for each in self._schedulers):
             raise NeedsLoopsError(
-                f"configure_optimizers() of {self.name} returned a scheduler by epochs, and the "
-                "data are a stream, whose length is not known"
+                f"configure_optimizers() of {self.name} returned a scheduler by epochs, but the "
+                "data are a stream of unknown length"
             )
         return optimizers[0]
 
@@ -224,8 +222,8 @@ class ModuleTask(Task):
         loader = self._loader("train_dataloader")
         return isinstance(getattr(loader, "dataset", None), IterableDataset)
 
-    def _tell_length(self) -> None:
-        """Let Lightning's Trainer know of the training loader what schedules ask for."""
+    def _set_length(self) -> None:
+        """Give Lightning's Trainer the training loader and its length, which schedules read."""
         assert self._trainer is not None
         loader = self._loader("train_dataloader")
         if not isinstance(loader, DataLoader) or self._is_stream():
@@ -236,19 +234,19 @@ class ModuleTask(Task):
         fit.max_batches = -(-len(loader.dataset) // self._batch_size)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Its scheduler, which here counts in optimizer steps or in epochs as it asks."""
+        """Return the module's scheduler, stepped by optimizer steps or epochs as configured."""
         if not self._schedulers:
             return None
-        wish = as_wish(self._schedulers[0])
-        if by_steps(wish) and wish.get("frequency", 1) == 1:
-            return wish["scheduler"]
-        return EveryFew(wish, self.steps_between)
+        config = as_config(self._schedulers[0])
+        if by_steps(config) and config.get("frequency", 1) == 1:
+            return config["scheduler"]
+        return IntervalScheduler(config, self.steps_between)
 
     # -- the trainer -------------------------------------------------------------------------
 
     @property
     def written_as(self) -> dict[str, Any]:
-        """The module's own methods by those of a task, for errors."""
+        """The module's methods by the names of a task's methods, for errors."""
         if self.module is None:
             return {}
         return {
@@ -259,50 +257,50 @@ class ModuleTask(Task):
         }
 
     def attach(self, trainer: pl.Trainer, seed: int, batch_size: int) -> None:
-        """Before the model is asked for: whose trainer it sees from the beginning.
+        """Set the trainer that the module has from the beginning; call this before `model`.
 
         Args:
-            trainer: it.
-            seed: the job's; what `setup` draws is the same on all processes.
-            batch_size: samples of a step.
+            trainer: the trainer.
+            seed: the job's seed, so that `setup` draws the same numbers on all processes.
+            batch_size: the number of samples of a step.
         """
         self._trainer, self._seed, self._batch_size = trainer, seed, batch_size
 
     def begin(self, logged: Logged, steps_per_epoch: int | None) -> None:
-        """Before the fit, in which Lightning is to prepare and set up nothing a second time."""
+        """Prepare for the fit, in which Lightning must not prepare and set up a second time."""
         self._logged = logged
         self._steps_per_epoch = steps_per_epoch
         for source in self._sources():
             stubs = {name: _is_done for name in _SET_UP if hasattr(source, name)}
             vars(source).update(stubs)
-        # of what is shown to Lightning; `on_device` has called the hooks
-        vars(self.module)["_on_before_batch_transfer"] = _as_it_is
+        # for the batches that Lightning gets; `on_device` has called the hooks
+        vars(self.module)["_on_before_batch_transfer"] = _unchanged
 
-    def set_up_is_over(self) -> None:
-        """Give module and data module their own methods back, see `begin`."""
+    def restore_methods(self) -> None:
+        """Restore the methods of module and data module that `begin` has replaced."""
         for source in self._sources():
             for name in _SET_UP:
                 vars(source).pop(name, None)
 
-    def reads(self, fetched: Fetched) -> None:
-        """Take note of how many samples the next loss is of."""
+    def note_samples(self, fetched: Fetched) -> None:
+        """Record the number of samples of the next loss."""
         self._samples = len(fetched.samples)
 
-    def steps_between(self, wish: dict[str, Any]) -> int | None:
-        """Optimizer steps between two of a scheduler's; None: nobody knows."""
-        every = int(wish.get("frequency", 1))
-        if by_steps(wish):
+    def steps_between(self, config: dict[str, Any]) -> int | None:
+        """Return the optimizer steps between two scheduler steps; None if that is unknown."""
+        every = int(config.get("frequency", 1))
+        if by_steps(config):
             return every
         return None if self._steps_per_epoch is None else every * self._steps_per_epoch
 
-    def shown(self, batch: Any) -> Any:
-        """The next training step's first micro-batch, as that and callbacks are given it."""
+    def ready(self, batch: Any) -> Any:
+        """Return the next step's first micro-batch on its device, for the step and callbacks."""
         batch = self.on_device(batch)
         self._is_ready = True
         return batch
 
     def on_device(self, batch: Any, loader: int = 0) -> Any:
-        """A batch on the module's device, between the data module's hooks, or the module's."""
+        """Move a batch to the module's device, between the data module's or module's hooks."""
         assert self.module is not None
         before, after = (
             getattr(self._data_hooks.get_instance(name), name)
@@ -316,13 +314,13 @@ class ModuleTask(Task):
         source = self.data_module or self.module
         if not is_overridden(method, source):
             source = self.module
-        with drawing_alike(method, self._seed):
+        with seeded_by_job(method, self._seed):
             found = getattr(source, method)() if is_overridden(method, source) else None
         self._loaders[method] = found
         return found
 
     def _prepare(self) -> None:
-        """Download on one process of each node, or of all, then set up on all."""
+        """Prepare the data on one process of each node, or on one of all; then set up on all."""
         ranks = RankInfo.from_env()
         for source in self._sources():
             if (ranks.local_rank if source.prepare_data_per_node else ranks.rank) == 0:
@@ -341,12 +339,12 @@ class ModuleTask(Task):
 _SET_UP = ("prepare_data", "setup", "configure_model", "configure_callbacks")
 
 
-def _as_it_is(batch: Any, dataloader_idx: int = 0) -> Any:
+def _unchanged(batch: Any, dataloader_idx: int = 0) -> Any:
     return batch
 
 
 def _is_done(stage: str = "") -> Any:
-    """Instead of a hook that was called before the fit."""
+    """Replace a hook that was called before the fit."""
     return []
 
 
@@ -366,7 +364,7 @@ class _LoaderTask(Task):
 
 def _evaluated(task: Task, name: str, loader: Any) -> Any:
     if isinstance(dataset_of(task, name, loader), IterableDataset):
-        raise NeedsLoopsError(f"val_dataloader() of {name} has a stream, which cannot be cut")
+        raise NeedsLoopsError(f"val_dataloader() of {name} has a stream, which cannot be split")
     dataset = evaluated_samples(loader)
     if dataset is None:
         raise NeedsLoopsError(f"val_dataloader() of {name} has a {described(sampler_of(loader))}")
@@ -374,13 +372,13 @@ def _evaluated(task: Task, name: str, loader: Any) -> Any:
 
 
 def _takes(step: Any, name: str) -> bool:
-    """Whether a step has an argument of this name, or takes any."""
+    """Return whether a step has an argument of this name, or accepts any."""
     parameters = inspect.signature(step).parameters
     return name in parameters or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
 
 
 def _called(step: Any, *given: Any) -> Any:
-    """A step, which may leave out the batch's index."""
+    """Call a step, which may omit the argument for the batch's index."""
     parameters = inspect.signature(step).parameters.values()
     if any(each.kind is each.VAR_POSITIONAL for each in parameters):
         return step(*given)

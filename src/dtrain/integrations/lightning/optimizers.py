@@ -1,4 +1,4 @@
-"""What `configure_optimizers` of a module may return, and when its scheduler is stepped."""
+"""The values that `configure_optimizers` may return, and schedulers that step by an interval."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import torch
 
 from dtrain.errors import UsageError
 
-Wish = dict[str, Any]
-"""A scheduler as Lightning's dict has it: `scheduler`, `interval`, `frequency`."""
+SchedulerConfig = dict[str, Any]
+"""Lightning's dict about a scheduler: `scheduler`, `interval`, `frequency`."""
 
 
-class EveryFew:
-    """A scheduler that is stepped after every so many steps: Lightning counts epochs too."""
+class IntervalScheduler:
+    """A scheduler that is stepped once per interval of several steps, or of epochs."""
 
-    def __init__(self, wish: Wish, steps_between: Callable[[Wish], int | None]) -> None:
-        self.scheduler = wish["scheduler"]
-        self._wish, self._steps_between = wish, steps_between
+    def __init__(
+        self, config: SchedulerConfig, steps_between: Callable[[SchedulerConfig], int | None]
+    ) -> None:
+        self.scheduler = config["scheduler"]
+        self._config, self._steps_between = config, steps_between
         self._count = 0
 
     @property
@@ -26,12 +28,12 @@ class EveryFew:
         return self.scheduler.last_epoch
 
     def steps_in(self, steps: int | None) -> int | None:
-        """How often the scheduler is stepped in so many steps; None where nobody knows yet."""
-        between = self._steps_between(self._wish)
+        """Return how often the scheduler is stepped in this number of steps; None if unknown."""
+        between = self._steps_between(self._config)
         return None if steps is None or between is None else steps // between
 
     def step(self) -> None:
-        between = self._steps_between(self._wish)
+        between = self._steps_between(self._config)
         if between is None:
             raise UsageError(
                 "a scheduler by epochs needs data of a known length; use interval step",
@@ -49,24 +51,24 @@ class EveryFew:
         self._count = state["count"]
 
 
-def as_wish(scheduler: Any) -> Wish:
+def as_config(scheduler: Any) -> SchedulerConfig:
     return scheduler if isinstance(scheduler, dict) else {"scheduler": scheduler}
 
 
 def by_steps(scheduler: Any) -> bool:
-    """Whether a scheduler, or a dict with one, counts optimizer steps, and not epochs."""
-    return bool(as_wish(scheduler).get("interval", "epoch") == "step")
+    """Return whether a scheduler, or a dict with one, counts optimizer steps, and not epochs."""
+    return bool(as_config(scheduler).get("interval", "epoch") == "step")
 
 
 def follows_metric(scheduler: Any) -> bool:
-    """Whether a scheduler, or a dict with one, is stepped with the value of a metric."""
-    wish = as_wish(scheduler)
-    plateau = isinstance(wish["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau)
-    return plateau or bool(wish.get("reduce_on_plateau"))
+    """Return whether a scheduler, or a dict with one, is stepped with the value of a metric."""
+    config = as_config(scheduler)
+    plateau = isinstance(config["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau)
+    return plateau or bool(config.get("reduce_on_plateau"))
 
 
 def configured(given: Any) -> tuple[list[Any], list[Any]]:
-    """Optimizers and schedulers, of the many things that `configure_optimizers` may return."""
+    """Return the optimizers and schedulers in any value that `configure_optimizers` may return."""
     if isinstance(given, torch.optim.Optimizer):
         return [given], []
     if isinstance(given, dict):

@@ -1,4 +1,4 @@
-"""How values that processes have logged become one: by their mean, sum, smallest or largest."""
+"""Reductions of logged values over processes: mean, sum, minimum or maximum."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dtrain.integrations.lightning.compat import ResultCollection, pl
 from dtrain.train import collectives
 
 Part = tuple[str, float, float]
-"""Of one process: the kind of reduction, the value (of a mean: the sum) and its weight."""
+"""A value of one process: the kind of reduction, the value (the sum for a mean) and its weight."""
 _KINDS = ("mean", "sum", "max", "min")
 
 
 class QuietResults(ResultCollection):
-    """What a module logs, read from the device only when somebody wants to see it.
+    """The logged values of a module, read from the device only when they are shown.
 
-    Lightning reads what is logged with `prog_bar=True` after every batch, also where no progress
-    bar is there to show it.
+    Lightning reads values that are logged with `prog_bar=True` after every batch, also without a
+    progress bar.
     """
 
     def __init__(self, training: bool, trainer: pl.Trainer) -> None:
@@ -26,7 +26,7 @@ class QuietResults(ResultCollection):
         self._trainer = trainer
 
     def metrics(self, on_step: bool) -> Any:
-        """See Lightning; without those of the bar where there is none."""
+        """Return Lightning's metrics, without those of the progress bar if there is none."""
         if self._trainer.progress_bar_callback is not None:
             return super().metrics(on_step)
         of_bar = [each.meta for each in self.values() if each.meta.prog_bar]
@@ -40,12 +40,12 @@ class QuietResults(ResultCollection):
 
 
 def kind_of(metric: Any) -> str:
-    """How values of one of Lightning's results are put together; it refuses others itself."""
+    """Return how values of a Lightning result are combined; Lightning refuses other kinds."""
     return next(kind for kind in _KINDS if getattr(metric.meta, f"is_{kind}_reduction"))
 
 
-def together(everyone: Iterable[Mapping[str, Part]]) -> dict[str, tuple[float, float]]:
-    """By name the value and its weight over all processes; of a mean the sum."""
+def combined(everyone: Iterable[Mapping[str, Part]]) -> dict[str, tuple[float, float]]:
+    """Return for each name the value over all processes (the sum for a mean) and its weight."""
     found: dict[str, tuple[float, float]] = {}
     for theirs in everyone:
         for name, (kind, value, weight) in theirs.items():
@@ -63,14 +63,15 @@ def together(everyone: Iterable[Mapping[str, Part]]) -> dict[str, tuple[float, f
 def of_step(
     results: Any, samples: float, more: Mapping[str, Part] | None = None
 ) -> dict[str, float]:
-    """What all processes have logged in a step, by the names of Lightning's loggers.
+    """Return the values that all processes have logged in a step, by Lightning's logger names.
 
-    The values are read from the device here, so only where a line is written. Called by all ranks.
+    This reads the values from the device, so call it only when a line is written. Called by all
+    ranks.
 
     Args:
-        results: Lightning's, of the training loop.
-        samples: of this process in its last batch.
-        more: of this process, in place of results of the same name.
+        results: Lightning's results of the training loop.
+        samples: the number of samples in this process's last batch.
+        more: values of this process, in place of results of the same name.
     """
     mine: dict[str, Part] = {**(more or {})}
     for name, metric in _shown(results, on_step=True):
@@ -83,13 +84,13 @@ def of_step(
     kinds = {name: part[0] for theirs in everyone for name, part in theirs.items()}
     return {
         name: value / weight if kinds[name] == "mean" else value
-        for name, (value, weight) in together(everyone).items()
+        for name, (value, weight) in combined(everyone).items()
         if weight
     }
 
 
 def of_epoch(results: Any) -> dict[str, float]:
-    """What is logged for an epoch that has ended, over all processes. Called by all ranks."""
+    """Return the values logged for an ended epoch, over all processes. Called by all ranks."""
     mine: dict[str, float] = {}
     for name, metric in _shown(results, on_step=False):
         value = results._get_cache(metric, False)
@@ -103,12 +104,12 @@ def of_epoch(results: Any) -> dict[str, float]:
 
 
 def _mean(values: list[float]) -> float:
-    """Where the processes agree already, just that."""
+    """Return the mean; if all processes agree, it is exactly their value."""
     return values[0] if len({*values}) == 1 else math.fsum(values) / len(values)
 
 
 def _shown(results: Any, *, on_step: bool) -> Iterator[tuple[str, Any]]:
-    """Results that are for a logger or a progress bar, by the name that they have there."""
+    """Yield the results for a logger or a progress bar, with the name that they have there."""
     for _, metric in results.valid_items():
         meta = metric.meta
         asked = meta.on_step if on_step else meta.on_epoch

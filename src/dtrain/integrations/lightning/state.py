@@ -1,4 +1,4 @@
-"""What Lightning's side of a training remembers, in dtrain's checkpoints."""
+"""The state of Lightning's side of a training, in dtrain's checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class States(Callback):
-    """What Lightning's callbacks remember, in dtrain's checkpoints."""
+    """The states of Lightning's callbacks, in dtrain's checkpoints."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
@@ -34,7 +34,7 @@ class States(Callback):
 
 
 class EpochSums(Callback):
-    """What was logged in an epoch that is not over, in dtrain's checkpoints."""
+    """The sums of the values logged in an unfinished epoch, in dtrain's checkpoints."""
 
     def __init__(self, logged: Logged, progress: Progress, *, first: bool) -> None:
         self._logged = logged
@@ -42,18 +42,18 @@ class EpochSums(Callback):
         self._first = first
 
     def state_dict(self) -> dict[str, Any]:
-        """By name, sum and weight over all ranks. Called by all ranks."""
+        """Return for each name the sum and weight over all ranks. Called by all ranks."""
         sums = self._logged.epoch_so_far()
         return {**sums} if self._progress.position.consumed else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Only rank 0 goes on with them, as the ranks' sums are added up."""
+        """Continue from the sums on rank 0 only, because the ranks' sums are added."""
         if self._first:
-            self._logged.go_on(state)
+            self._logged.continue_from(state)
 
 
 class Metrics:
-    """Objects of torchmetrics in a module: what each process has counted in them so far."""
+    """The torchmetrics objects of a module, with the state that each process has in them."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._metrics = {
@@ -61,7 +61,7 @@ class Metrics:
         }
 
     def state(self) -> list[dict[str, Any]]:
-        """Of every process, on rank 0; called by all ranks."""
+        """Return the state of every process on rank 0. Called by all ranks."""
         mine = {
             name: {"updates": each._update_count, "states": _copied(each)}
             for name, each in self._metrics.items()
@@ -70,8 +70,10 @@ class Metrics:
         return collectives.gather_to_zero(mine)
 
     def load(self, states: list[dict[str, Any]], rank: int, world_size: int) -> None:
-        """Go on counting: each process from its own, or rank 0 from those of all of another
-        number of processes."""
+        """Continue from saved states, one per process.
+
+        Each process takes its own. If their number is not the world size, rank 0 takes them all.
+        """
         if len(states) == world_size:
             states = [states[rank]]
         elif rank != 0:
@@ -96,8 +98,8 @@ class Metrics:
         except (TypeError, ValueError, RuntimeError):
             metric.reset()
             logger.warning(
-                "what %s (%s) has counted cannot be put together for another number of processes: "
-                "it begins afresh",
+                "the states of %s (%s) cannot be combined for another number of processes: it "
+                "starts again from zero",
                 name,
                 type(metric).__name__,
             )
@@ -114,7 +116,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 class Counts(Callback):
-    """What objects of torchmetrics have counted, in checkpoints of dtrain's step."""
+    """The states of torchmetrics objects, in checkpoints of dtrain's step."""
 
     def __init__(self, module: torch.nn.Module, ranks: RankInfo) -> None:
         self._metrics, self._ranks = Metrics(module), ranks

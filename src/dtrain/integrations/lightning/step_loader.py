@@ -1,4 +1,4 @@
-"""What Lightning's loop takes for batches: one global batch a turn, one epoch a pass."""
+"""The loader for Lightning's loop: it yields one global batch at a time, one epoch per pass."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from dtrain.train.data.pipeline import Step
 from dtrain.train.loop.training import Training
 
 _ENDLESS = 2**31
-"""Length of an epoch that nobody knows the length of; such a pass ends when it ends."""
+"""The length of an epoch of unknown length; such a pass ends with its data."""
 
 
 class StepLoader:
-    """Hands out a training's steps in turn; `current` is the one to be done.
+    """Yields a training's steps in turn; `current` is the next one to do.
 
     Args:
-        training: whose steps.
-        begun: called before the first step, with the number of those before it in its epoch.
-        ended: called when there are no more.
-        loader: the user's, whose attributes this one has; Lightning, and so its callbacks, are then
-            given this rank's first micro-batch of the step. Without one, and where a rank has no
-            samples, the step's place in words.
-        ready: makes of a micro-batch what a training step is given, and hears that it is the next.
+        training: the training.
+        begun: called before the first step, with the number of steps before it in its epoch.
+        ended: called when there are no more steps.
+        loader: the user's loader, whose attributes this one has. With it, Lightning and its
+            callbacks get this rank's first micro-batch of the step. Without it, and if a rank has
+            no samples, they get a dict with the step's position.
+        ready: prepares the next micro-batch for a training step.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class StepLoader:
         return getattr(loader, name)
 
     def close(self) -> None:
-        """Let go of the steps that nobody takes any more.
+        """Release the remaining steps, and with them the loader processes.
 
-        Lightning's objects refer to each other in circles, and so keep this one; its loader
-        processes, which leave a signal to end to us, would be waited for for ever.
+        Lightning's objects form reference cycles, which keep this one alive. Its loader processes
+        ignore signals to end, so without this the process would wait for them forever.
         """
         self._steps.close()
         self.current = None

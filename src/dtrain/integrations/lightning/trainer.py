@@ -12,14 +12,14 @@ from dtrain.callback import Callback
 from dtrain.errors import DtrainError, UsageError
 from dtrain.integrations.lightning import reductions
 from dtrain.integrations.lightning.callbacks import (
-    Leave,
+    StopFit,
     add_callbacks,
     name_callback,
     refuse_callbacks,
-    why_not_beside_dtrain,
+    why_callback_needs_loops,
 )
 from dtrain.integrations.lightning.compat import PACKAGE, after, call, is_overridden, pl, quietly
-from dtrain.integrations.lightning.environment import DtrainStrategy, deaf_to_signals
+from dtrain.integrations.lightning.environment import DtrainStrategy, disable_signal_handlers
 from dtrain.integrations.lightning.logging import Logged
 from dtrain.integrations.lightning.module import ModuleTask
 from dtrain.integrations.lightning.state import Counts, EpochSums, States
@@ -36,25 +36,25 @@ logger = logging.getLogger(__name__)
 
 
 class LightningTrainer(NativeTrainer):
-    """Lightning runs the loop, the hooks, the callbacks and the loggers; the step is dtrain's.
+    """A trainer in which Lightning runs the loop, hooks, callbacks and loggers, but not the step.
 
-    So samples, gradients, checks, evaluation and checkpoints are those of trainer `native`, bit
-    for bit, and a run may change between the two.
+    The step is dtrain's. So samples, gradients, checks, evaluation and checkpoints are those of
+    trainer `native`, bit for bit, and a run may change between the two.
     """
 
     def __init__(self, context: TrainContext) -> None:
         super().__init__(context)
         task = context.task
-        self._theirs: list[pl.Callback] = []
+        self._lightning_callbacks: list[pl.Callback] = []
         given = task.callbacks
-        task.callbacks = lambda: self._ours(given())  # type: ignore[method-assign]
+        task.callbacks = lambda: self._dtrain_callbacks(given())  # type: ignore[method-assign]
 
-    def _ours(self, callbacks: Any) -> list[Callback]:
-        """Those of dtrain; Lightning's are put aside for its Trainer."""
+    def _dtrain_callbacks(self, callbacks: Any) -> list[Callback]:
+        """Return the callbacks of dtrain, and keep Lightning's for its Trainer."""
         given = listed(callbacks)
-        self._theirs = [each for each in given if isinstance(each, pl.Callback)]
-        ours = [each for each in given if not isinstance(each, pl.Callback)]
-        for each in ours:
+        self._lightning_callbacks = [each for each in given if isinstance(each, pl.Callback)]
+        own = [each for each in given if not isinstance(each, pl.Callback)]
+        for each in own:
             if not isinstance(each, Callback):
                 origin, name = type(each).__module__.partition(".callbacks")[0], type(each).__name__
                 known = f"dtrain or {PACKAGE}"
@@ -62,58 +62,58 @@ class LightningTrainer(NativeTrainer):
                     f"callbacks() returned a {name} of {origin}, not one of {known}",
                     code="task.bad-callbacks",
                 )
-        return ours
+        return own
 
     def begin(self, context: TrainContext, injector: Injector, kept: Kept) -> Any:
-        """Make Lightning's Trainer first, which a module may ask while it is set up."""
+        """Make Lightning's Trainer first, because a module may use it while it is set up."""
         self._drive = _Drive(context)
         return super().begin(context, injector, kept)
 
     def drive(self, training: Any) -> TrainResult:
-        """Let Lightning's fit loop do all steps."""
+        """Run all steps in Lightning's fit loop."""
         try:
-            return self._drive.run(training, self._theirs)
+            return self._drive.run(training, self._lightning_callbacks)
         finally:
-            del self._drive  # it holds the training, which is closed before another is made
+            del self._drive  # it refers to the training, which is closed before another is made
 
     def evaluation_wrapper(self, evaluate: Any) -> dict[str, float] | None:
         return self._drive.evaluate(evaluate)
 
 
 class TaskModule(pl.LightningModule):
-    """A task's model as a LightningModule: `pl_module.model` in Lightning's callbacks."""
+    """A LightningModule with a task's model: `pl_module.model` in Lightning's callbacks."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def training_step(self) -> None:
-        """Lightning wants to see one; see `DtrainStrategy.training_step`."""
+        """Do nothing; Lightning requires this method. See `DtrainStrategy.training_step`."""
 
     def configure_optimizers(self) -> None:
-        """Likewise; see `DtrainStrategy.setup`."""
+        """Do nothing; Lightning requires this method. See `DtrainStrategy.setup`."""
 
 
 class _Drive(pl.Callback):
-    """One fit, and what joins the two."""
+    """The callback that connects one fit of Lightning with a training of dtrain."""
 
     def __init__(self, context: TrainContext) -> None:
-        # which devices there are, and what else could be installed
+        # hides its messages about devices and about other packages to install
         logging.getLogger(f"{PACKAGE}.utilities.rank_zero").setLevel(logging.WARNING)
         self._context = context
         self._task = context.task if isinstance(context.task, ModuleTask) else None
-        self._exhausted = self._leaving = False
+        self._exhausted = self._stopping = False
         self._result: TrainResult | None = None
         self._trainer = trainer = self._make_trainer()
-        deaf_to_signals(trainer)
+        disable_signal_handlers(trainer)
         fit: Any = trainer.fit_loop
         after(fit.epoch_loop, "on_advance_end", self._after_batch)
         after(fit, "on_advance_end", self._settle)
         after(fit, "on_run_end", self._finish)
         log: Any = trainer._logger_connector
         fit.epoch_loop._results = reductions.QuietResults(True, trainer)
-        tell_epoch = log.update_train_epoch_metrics
-        log.update_train_epoch_metrics = lambda: self._epoch_ended(tell_epoch)
+        update = log.update_train_epoch_metrics
+        log.update_train_epoch_metrics = lambda: self._epoch_ended(update)
         if self._task is not None:
             spec = context.spec
             self._task.attach(trainer, spec.seed, spec.train.global_batch_size)
@@ -125,17 +125,17 @@ class _Drive(pl.Callback):
         self._module = module
         self._logged = Logged(module, trainer)
         self._of_epoch: dict[str, float] = {}
-        """What `training_step` logged for the epoch that has just ended."""
+        """The values that `training_step` logged for the epoch that has just ended."""
         training.logged = self._logged.of_step
         trainer.strategy.join(training)
         add_callbacks(trainer, callbacks)
-        told = () if task is None else (task.train_loader, task.shown)
-        loader = StepLoader(training, self._begin, self._end, *told)
+        user_loader = () if task is None else (task.train_loader, task.ready)
+        loader = StepLoader(training, self._begin, self._end, *user_loader)
         self._loader = loader
         module.automatic_optimization = False
         if task is not None:
             task.begin(self._logged, training.course.steps_per_epoch)
-            training.data.watchers.append(task.reads)
+            training.data.watchers.append(task.note_samples)
         with quietly():
             try:
                 trainer.fit(module, train_dataloaders=loader)
@@ -166,7 +166,7 @@ class _Drive(pl.Callback):
                 use_distributed_sampler=False,
                 max_epochs=spec.train.epochs or -1,
                 max_steps=spec.train.steps or -1,
-                enable_checkpointing=False,  # but for callbacks that are
+                enable_checkpointing=False,  # callbacks of the user still save
                 num_sanity_val_steps=0,
                 limit_val_batches=0,
                 callbacks=[self],
@@ -180,11 +180,11 @@ class _Drive(pl.Callback):
     # -- hooks -------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put Lightning's counters where training is, before anyone looks at them."""
+        """Set Lightning's counters to the training's position before any of them is read."""
         if self._task is None:
-            theirs = [each for each in trainer.callbacks if each is not self]
-            refuse_callbacks(theirs, sharded=self._context.shards_model)
-            _look_at(theirs, self._context.ranks)
+            others = [each for each in trainer.callbacks if each is not self]
+            refuse_callbacks(others, sharded=self._context.shards_model)
+            _check_callbacks(others, self._context.ranks)
         progress = self._training.progress
         epochs = trainer.fit_loop.epoch_progress
         for count in (epochs.total, epochs.current):
@@ -194,9 +194,9 @@ class _Drive(pl.Callback):
         self._count()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give Lightning's callbacks, the module's own too, what a checkpoint holds for them."""
+        """Restore Lightning's callbacks from the checkpoint, also those of the module itself."""
         if self._task is not None:
-            self._task.set_up_is_over()
+            self._task.restore_methods()
         first = self._context.ranks.is_rank_zero
         self._training.callbacks.add("lightning", States(trainer))
         self._training.callbacks.add(
@@ -208,27 +208,27 @@ class _Drive(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the evaluation that an interrupted attempt skipped."""
         if not self._training.begin():
-            self._leave()
+            self._stop()
         if self._training.progress.stopped_early:
             self._end()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Metrics of the epoch, over all ranks."""
+        """Publish the metrics of the epoch, over all ranks."""
         self._of_epoch = self._publish(self._logged.of_epoch())
 
-    def _epoch_ended(self, tell: Callable[[], None]) -> None:
-        """Write what was logged for the epoch, before Lightning forgets it."""
+    def _epoch_ended(self, update: Callable[[], None]) -> None:
+        """Write the values logged for the epoch, before Lightning's update resets them."""
         others = reductions.of_epoch(self._trainer.fit_loop.epoch_loop._results)
         self._training.epoch_ended(others | self._logged.shown(self._of_epoch))
-        tell()
+        update()
 
     def _finish(self) -> None:
-        """End training inside of the fit, whose own end takes things apart, after all hooks."""
+        """End the training after all hooks, but inside the fit, whose own end tears down."""
         if self._trainer.should_stop and not self._exhausted:
-            self._training.progress.stopped_early = True  # by a callback of Lightning's
+            self._training.progress.stopped_early = True  # by a Lightning callback
         self._result = self._training.end(complete=True)
 
-    # -- in between --------------------------------------------------------------------------
+    # -- between hooks -----------------------------------------------------------------------
 
     def _step(self) -> None:
         """Do a step; Lightning calls this for the module's training step."""
@@ -238,24 +238,24 @@ class _Drive(pl.Callback):
         self._count()
 
     def _after_batch(self) -> None:
-        """After the hooks of a step evaluate, and save; at the end of an epoch, after its hooks."""
-        self._leaving = not self._training.evaluate_if_due()
+        """Evaluate and save after the hooks of a step; at an epoch's end, save after its hooks."""
+        self._stopping = not self._training.evaluate_if_due()
         if self._training.progress.stopped_early:
             self._end()
         if not self._trainer.fit_loop.epoch_loop.done:
             self._settle()
 
     def _settle(self) -> None:
-        if self._leaving:
-            self._leave()
+        if self._stopping:
+            self._stop()
         self._training.save_if_due()
 
-    def _leave(self) -> None:
+    def _stop(self) -> None:
         self._result = self._training.end(complete=False)
-        raise Leave
+        raise StopFit
 
     def _begin(self, done: int) -> None:
-        """Lightning has just counted from 0; training may begin in the middle of an epoch."""
+        """Correct Lightning's counters, which start at 0, for a start in the middle of an epoch."""
         loop = self._trainer.fit_loop
         count = loop.epoch_loop.batch_progress.current
         count.ready = count.started = count.processed = count.completed = done
@@ -266,15 +266,15 @@ class _Drive(pl.Callback):
         self._trainer.should_stop = True
 
     def _count(self) -> None:
-        """`trainer.global_step` follows the steps that were done."""
+        """Set `trainer.global_step` to the number of steps done."""
         loop = self._trainer.fit_loop.epoch_loop
         automatic = loop.automatic_optimization.optim_progress.optimizer.step
         for steps in (automatic, loop.manual_optimization.optim_step_progress):
-            # Lightning looks at one or the other, as `automatic_optimization` is just now
+            # Lightning reads one or the other, by the current `automatic_optimization`
             steps.total.ready = steps.total.completed = self._training.progress.step
 
     def evaluate(self, evaluate: Any) -> dict[str, float] | None:
-        """Lightning's hooks around an evaluation, and what it knows of metrics."""
+        """Evaluate between Lightning's hooks, and give Lightning the metrics."""
         self._count()
         for hook in ("on_validation_start", "on_validation_epoch_start"):
             self._call(hook)
@@ -282,7 +282,7 @@ class _Drive(pl.Callback):
             metrics: dict[str, float] | None = evaluate()
             if metrics is None:
                 return None
-            self._know(metrics | self._logged.counted())
+            self._set_metrics(metrics | self._logged.counted())
             self._call("on_validation_epoch_end")
             metrics |= self._logged.of_evaluation()
         named = self._publish(metrics)
@@ -296,14 +296,14 @@ class _Drive(pl.Callback):
         call._call_lightning_module_hook(self._trainer, hook)
 
     def _publish(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Give them to Lightning's loggers; by the names that they have there."""
-        named = self._know(metrics)
+        """Give metrics to Lightning's loggers; return them by the names that they have there."""
+        named = self._set_metrics(metrics)
         for each in self._trainer.loggers:
             each.log_metrics(named, step=self._trainer.global_step)
         return named
 
-    def _know(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Let `trainer.callback_metrics` have them; by the names that Lightning gives them."""
+    def _set_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Put metrics into `trainer.callback_metrics`; return them by Lightning's names."""
         forked = self._logged.forked
         named = {forked.get(name, name): value for name, value in metrics.items()}
         known = {name: torch.tensor(value) for name, value in {**metrics, **named}.items()}
@@ -311,10 +311,10 @@ class _Drive(pl.Callback):
         return named
 
 
-def _look_at(callbacks: list[pl.Callback], ranks: RankInfo) -> None:
-    """Refuse what a task's steps cannot follow, and say what is lost."""
+def _check_callbacks(callbacks: list[pl.Callback], ranks: RankInfo) -> None:
+    """Refuse callbacks that need Lightning's loops, and warn of state that is lost."""
     for each in callbacks:
-        why = why_not_beside_dtrain(each)
+        why = why_callback_needs_loops(each)
         if why is None:
             continue
         if not is_overridden("on_save_checkpoint", each, pl.Callback):
@@ -323,7 +323,7 @@ def _look_at(callbacks: list[pl.Callback], ranks: RankInfo) -> None:
             )
         if ranks.is_rank_zero:
             logger.warning(
-                "%s keeps something in Lightning's checkpoints that dtrain's do not have: a resume "
-                "begins it anew",
+                "%s has state in Lightning's checkpoints that dtrain's do not contain: after a "
+                "resume it starts without that state",
                 type(each).__name__,
             )

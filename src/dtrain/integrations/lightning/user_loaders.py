@@ -1,4 +1,4 @@
-"""What is taken out of a user's DataLoader: its data set, how it makes a batch, which samples."""
+"""The parts of a user's DataLoader: its data set, its collate function and its sampler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.utils.data import (
 from torch.utils.data.dataloader import default_collate
 from torch.utils.data.distributed import DistributedSampler
 
-from dtrain.integrations.lightning.suits import NeedsLoopsError
+from dtrain.integrations.lightning.needs_loops import NeedsLoopsError
 from dtrain.task import Task
 from dtrain.train import collectives
 from dtrain.train.data.permutation import Ids
@@ -29,11 +29,15 @@ from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 
 
 def dataset_of(task: Task, name: str, loader: Any) -> Any:
-    """A loader's data set; its way to make a batch becomes the task's.
+    """Return a loader's data set, and make its collate function the task's.
+
+    Args:
+        task: the task.
+        name: the name of the module, for errors.
+        loader: the loader.
 
     Raises:
-        NeedsLoopsError: it is no DataLoader of torch, or none of samples; names the module,
-            `name`.
+        NeedsLoopsError: the loader is not torch's DataLoader, or does not load single samples.
     """
     if not isinstance(loader, DataLoader):
         raise NeedsLoopsError(f"a loader of {name} is a {type(loader).__name__}")
@@ -43,7 +47,7 @@ def dataset_of(task: Task, name: str, loader: Any) -> Any:
         )
     if loader.batch_size is None and loader.batch_sampler is None:
         raise NeedsLoopsError(
-            f"a loader of {name} has batch_size=None: its data set makes batches by itself"
+            f"a loader of {name} has batch_size=None: its data set makes the batches"
         )
     vars(task).pop("collate", None)
     if loader.collate_fn is not default_collate:
@@ -52,22 +56,22 @@ def dataset_of(task: Task, name: str, loader: Any) -> Any:
 
 
 @contextlib.contextmanager
-def drawing_alike(method: str, seed: int) -> Iterator[None]:
-    """Give what a method that makes loaders draws random numbers of its own, as on all ranks."""
+def seeded_by_job(method: str, seed: int) -> Iterator[None]:
+    """Seed a method that makes loaders, the same on all ranks, and restore the generators."""
     outer = RandomState.capture()
-    seed_everything(derive_seed(_OF_LOADERS.get(method, method), seed))
+    seed_everything(derive_seed(_TASK_METHODS.get(method, method), seed))
     try:
         yield
     finally:
         outer.restore()
 
 
-_OF_LOADERS = {"train_dataloader": "train_dataset", "val_dataloader": "eval_dataset"}
-"""Methods of a task that say the same."""
+_TASK_METHODS = {"train_dataloader": "train_dataset", "val_dataloader": "eval_dataset"}
+"""The equivalent methods of a task."""
 
 
 def flat(loaders: Any) -> list[Any]:
-    """All loaders, of what `val_dataloader` may return."""
+    """Return all loaders in a value that `val_dataloader` may return."""
     if loaders is None:
         return []
     inside = getattr(loaders, "iterables", loaders)  # a CombinedLoader's
@@ -79,7 +83,7 @@ def flat(loaders: Any) -> list[Any]:
 
 
 def sampler_of(loader: Any) -> Any:
-    """What says which samples a loader reads; None for a stream, which says so itself."""
+    """Return the sampler that chooses a loader's samples; None for a stream, which has none."""
     if isinstance(loader.dataset, IterableDataset):
         return None
     batches = loader.batch_sampler
@@ -87,14 +91,14 @@ def sampler_of(loader: Any) -> Any:
 
 
 def makes_batches(loader: Any) -> bool:
-    """Whether its sampler gives whole batches of its own."""
+    """Return whether a loader's sampler makes whole batches itself."""
     return loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler
 
 
 def takes_all(sampler: Any) -> bool:
-    """Whether a sampler is one of torch's that draw each sample once, in whatever order.
+    """Return whether a sampler is one of torch's that draw each sample once, in any order.
 
-    One that cuts an epoch into parts for the processes is: the parts are dtrain's to cut.
+    That includes one that splits an epoch between the processes: dtrain splits it instead.
     """
     if type(sampler) is DistributedSampler:
         return True
@@ -105,24 +109,24 @@ def takes_all(sampler: Any) -> bool:
 
 
 def weights_of(sampler: Any) -> Any:
-    """Those of torch's WeightedRandomSampler, if it draws as many samples as there are."""
+    """Return the weights of a WeightedRandomSampler that draws as many samples as there are."""
     if type(sampler) is not WeightedRandomSampler or not sampler.replacement:
         return None
     return sampler.weights if sampler.num_samples == len(sampler.weights) else None
 
 
 def order_of_loader(loader: Any, seed: int, whose: str) -> tuple[Any, SamplerOrder | None]:
-    """How a training loader's samples are ordered: by weights, by its own sampler, or neither.
+    """Return the order of a training loader: its weights, its own sampler's order, or neither.
 
     Called by all ranks.
 
     Args:
-        loader: of map-style data.
-        seed: of the job.
-        whose: how a sentence about it begins.
+        loader: a loader of map-style data.
+        seed: the job's seed.
+        whose: the beginning of a sentence about the loader, for errors.
 
     Raises:
-        NeedsLoopsError: dtrain cannot deal them out.
+        NeedsLoopsError: dtrain cannot distribute the samples.
     """
     sampler = sampler_of(loader)
     if makes_batches(loader):
@@ -137,10 +141,10 @@ def order_of_loader(loader: Any, seed: int, whose: str) -> tuple[Any, SamplerOrd
 
 
 class SamplerOrder:
-    """The order that a sampler of the user's gives, as a task's `sample_order`.
+    """The order of a user's sampler, for a task's `sample_order`.
 
-    Each epoch is drawn with random numbers of its own, and the epochs in turn: a sampler may keep
-    a generator of its own.
+    Each epoch has its own random seed. The epochs are drawn in turn, because a sampler may have
+    its own generator.
     """
 
     def __init__(self, sampler: Any) -> None:
@@ -159,14 +163,16 @@ class SamplerOrder:
         return self._drawn[epoch]
 
     def same_everywhere(self, seed: int) -> bool:
-        """Whether all processes draw the same. Called by all ranks."""
+        """Return whether all processes draw the same order. Called by all ranks."""
         mine = xxhash.xxh3_64_hexdigest(self(seed, 0).tobytes())
         return len(set(collectives.gather_to_all(mine))) == 1
 
 
 def evaluated_samples(loader: Any) -> Any:
-    """The data set of a validation loader, or the part that its sampler takes; None if that is
-    another part in each evaluation."""
+    """Return the data set of a validation loader, or the part that its sampler takes.
+
+    None means that the sampler takes another part in each evaluation.
+    """
     sampler = sampler_of(loader)
     if takes_all(sampler):
         return loader.dataset
@@ -177,5 +183,5 @@ def evaluated_samples(loader: Any) -> Any:
 
 def described(sampler: Any) -> str:
     shown = {name: getattr(sampler, name, None) for name in ("num_samples", "replacement")}
-    told = ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
-    return type(sampler).__name__ + (f" ({told})" if told else "")
+    details = ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
+    return type(sampler).__name__ + (f" ({details})" if details else "")

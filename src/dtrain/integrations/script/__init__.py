@@ -1,1 +1,1 @@
-"""A training with a loop of its own: how it is run, and what it may take from dtrain."""
+"""Scripts with their own training loop: how they run, and the parts of dtrain for them."""

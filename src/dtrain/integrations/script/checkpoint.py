@@ -1,4 +1,4 @@
-"""dtrain's checkpoints for a loop of one's own."""
+"""dtrain's checkpoints for a script with its own loop."""
 
 from __future__ import annotations
 
@@ -33,19 +33,20 @@ logger = logging.getLogger("dtrain.checkpoint")
 
 
 class Checkpoint:
-    """Saves and restores a training: whole or not at all, each byte verified before it is used.
+    """Saves and restores a training.
 
-    Every method is called by all processes at the same moment.
+    A checkpoint is saved completely or not at all, and every byte is verified before it is used.
+    All processes must call each method at the same moment.
 
     Args:
-        model: may be wrapped in DistributedDataParallel.
-        optimizer: its state is kept by parameter name.
-        folder: where to save; None: the directory of the dtrain run.
-        keep: how many of the newest checkpoints stay.
+        model: the model; it may be wrapped in DistributedDataParallel.
+        optimizer: the optimizer; its state is saved by parameter name.
+        folder: where to save; None means the run directory.
+        keep: how many of the newest checkpoints are kept.
         **others: anything with `state_dict()` and `load_state_dict()`: a scheduler, the sampler.
 
     Raises:
-        UsageError: not in a run of dtrain, and no folder given; or no process group yet.
+        UsageError: no folder is given outside of a dtrain run, or there is no process group yet.
     """
 
     def __init__(
@@ -58,8 +59,8 @@ class Checkpoint:
         **others: Any,
     ) -> None:
         self._ranks = require_group("dtrain.checkpoint()")
-        place = folder or os.environ.get(RUN_VARIABLE)
-        if place is None:
+        directory = folder or os.environ.get(RUN_VARIABLE)
+        if directory is None:
             raise UsageError(
                 "this is not a run of dtrain: give a folder, checkpoint(folder=…)",
                 code="script.no-folder",
@@ -69,32 +70,32 @@ class Checkpoint:
         self._model = model
         self._optimizer = optimizer
         self._others = others
-        self._run = RunDir(place)
+        self._run = RunDir(directory)
         self._run.checkpoints.mkdir(parents=True, exist_ok=True)
         self._store = CheckpointStore(self._run, self._ranks.rank, keep)
         self._spoilt = Spoilt(TrainState(model, () if optimizer is None else (optimizer,)))
 
     def load(self) -> int:
-        """Go on from the newest checkpoint that is whole: the steps done, 0 when there is none.
+        """Continue from the newest intact checkpoint; return its steps, or 0 if there is none.
 
-        Random generators go on as they were, on the same number of processes.
+        On the same number of processes, the random generators continue too.
 
         Raises:
-            CheckpointError: there are checkpoints, but none can be used; says why of each.
+            CheckpointError: no checkpoint can be used; the message gives the reason for each.
         """
         loaded = self._store.load_newest(self._apply)
         if loaded is None:
             return 0
         step = int(loaded.progress["step"])
-        self._tell("resumed", step, loaded.folder, rejected=loaded.rejected)
+        self._report("resumed", step, loaded.folder, rejected=loaded.rejected)
         return step
 
     def save(self, step: int) -> Path:
-        """Write a checkpoint after `step` steps; returns its folder once it is on disk.
+        """Write a checkpoint after `step` steps, and return its folder once it is on disk.
 
         Raises:
-            CheckpointError: on all processes, when it could not be written, or when a parameter,
-                optimizer state or buffer is NaN or infinite that was not.
+            CheckpointError: on all processes, if the checkpoint could not be written, or if a
+                parameter, optimizer state or buffer has become NaN or infinite.
         """
         self._refuse_spoilt(step)
         started = time.monotonic()
@@ -106,7 +107,7 @@ class Checkpoint:
             step, lambda: tensors or self._tensors(random), progress, about
         )
         seconds = round(time.monotonic() - started, 3)
-        self._tell("checkpoint_saved", step, folder, bytes=size, seconds=seconds)
+        self._report("checkpoint_saved", step, folder, bytes=size, seconds=seconds)
         return folder
 
     def _refuse_spoilt(self, step: int) -> None:
@@ -114,8 +115,8 @@ class Checkpoint:
         found = next((each for each in everyone if each), None)
         if found is not None:
             raise CheckpointError(
-                f"after step {step}, {found[0]} is not finite{and_more(found)}: nothing of it is "
-                "saved, and the checkpoints before it are intact",
+                f"after step {step}, {found[0]} is not finite{and_more(found)}: no checkpoint is "
+                "saved, and the earlier ones are intact",
                 code="check.state-not-finite",
             )
 
@@ -153,7 +154,7 @@ class Checkpoint:
         if len(random) == self._ranks.world_size:
             RandomState.from_saved(random[self._ranks.rank]).restore()
 
-    def _tell(self, event: str, step: int, folder: Path, **facts: Any) -> None:
+    def _report(self, event: str, step: int, folder: Path, **facts: Any) -> None:
         if self._ranks.is_rank_zero:
             logger.info("%s %s, after %d steps", event, folder.name, step)
             note_event(self._run, event, step=step, checkpoint=folder.name, **facts)

@@ -1,7 +1,7 @@
-"""Running a script in a worker, as `python train.py` under torchrun would.
+"""Running a script in a worker, like `python train.py` under torchrun.
 
-Two mistakes fail nowhere and are told: several processes without a process group, each of which
-trains alone, and threads that keep a script from ending.
+dtrain warns of two mistakes that raise no error: several processes without a process group, each
+of which trains alone, and threads that keep a script from ending.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ from dtrain.run.failures import Frame, user_frames, users_own
 from dtrain.run.rundir import RunDir
 
 GROUP_PATIENCE_S = 10.0
-"""Most scripts have made their group by then: they begin with it."""
+"""The time before a warning about a missing group. Most scripts make theirs at the start."""
 _THREAD_PATIENCE_S = 5.0
-"""A thread that ends by itself soon is nothing to tell of."""
+"""The time before a warning about running threads. Many threads end soon."""
 
 
 def run_script(
     script: Path, arguments: Sequence[str], run: RunDir, leave: Callable[[str, list[Frame]], object]
 ) -> None:
-    """Run a file as the main program of this process; returns when it and its threads have ended.
+    """Run a file as the main program of this process; return when it and its threads have ended.
 
-    Nothing is set up for it but the environment: no process group, no logging, no signals.
+    Only the environment is set up for it: no process group, no logging, no signals.
 
     Args:
         script: the file.
         arguments: its command line.
-        run: where `dtrain.checkpoint` saves.
-        leave: is told how it has ended, in words, and from which lines.
+        run: the run directory, where `dtrain.checkpoint` saves.
+        leave: called with a text that names how the script has ended, and the lines it ended in.
     """
     os.environ[RUN_VARIABLE] = str(run.path)
-    # The warning before a time limit: for who asks `dtrain.stopping()`, no reason to die.
+    # The warning before a time limit. `dtrain.stopping()` uses it; others must not die of it.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     sys.argv[:] = [str(script), *arguments]
     procs.offer_current_folder()
     sys.path.insert(0, str(script.parent))
     main = ModuleType("__main__")
     main.__file__ = str(script)
-    sys.modules["__main__"] = main  # where pickle, and processes that are spawned, look
+    sys.modules["__main__"] = main  # pickle and spawned processes look there
     how, frames = f"the end of {script.name}", list[Frame]()
     try:
         exec(compile(script.read_bytes(), str(script), "exec"), vars(main))
@@ -65,35 +65,36 @@ def run_script(
             raise
         how, frames = "sys.exit(0)", user_frames(end.__traceback__)
     leave(how, frames)
-    _wait_for_threads(run)  # os._exit, which follows, would not
+    _wait_for_threads(run)  # the os._exit that follows does not wait
 
 
 class GroupWatch:
-    """Watches whether the script of this process makes a group.
+    """Watches whether the script of this process makes a process group.
 
     Without one each process trains alone, and nothing fails.
     """
 
     def __init__(self, run: RunDir, timeout_s: float) -> None:
-        """Begin, before the script runs: its libraries take torch's constants when imported.
+        """Start before the script runs: libraries copy torch's constants when imported.
 
         Args:
-            run: where to tell of what is missing.
-            timeout_s: of groups for which the script names none; torch's is 10 or 30 minutes.
+            run: the run directory, for the event about a missing group.
+            timeout_s: the timeout of groups for which the script gives none; torch's default is
+                10 or 30 minutes.
         """
         self._run = run
         ranks = RankInfo.from_env()
         self._size = ranks.world_size
-        self._is_to_tell = ranks.world_size > 1 and ranks.is_rank_zero
-        self._made = self._told = False
+        self._warns = ranks.world_size > 1 and ranks.is_rank_zero
+        self._made = self._warned = False
         limit = timedelta(seconds=timeout_s)
         for module in (constants, distributed_c10d):
             for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
                 setattr(module, name, limit)
         dist.init_process_group = distributed_c10d.init_process_group = self._watched()
-        if self._is_to_tell:
+        if self._warns:
             timer = threading.Timer(
-                GROUP_PATIENCE_S, self.tell_if_none, (f"after {GROUP_PATIENCE_S:g} s",)
+                GROUP_PATIENCE_S, self.warn_if_none, (f"after {GROUP_PATIENCE_S:g} s",)
             )
             timer.daemon = True
             timer.start()
@@ -105,50 +106,51 @@ class GroupWatch:
         def watched(*args: Any, **kwargs: Any) -> None:
             make(*args, **kwargs)
             self._made = True
-            if self._told:
+            if self._warned:
                 note_event(self._run, "group_made", pid=os.getpid())
 
         return watched
 
     def is_over(self) -> bool:
-        """Whether a group was made and destroyed."""
+        """Return whether a group was made and destroyed."""
         return self._made and not dist.is_initialized()
 
-    def tell_if_none(self, when: str) -> None:
-        """Warn where several processes have no group; rank 0 does so for all."""
-        if self._made or not self._is_to_tell:
+    def warn_if_none(self, when: str) -> None:
+        """Warn if several processes have no group; rank 0 does so for all."""
+        if self._made or not self._warns:
             return
         what = (
             f"no process group {when}: without torch.distributed.init_process_group() each of the "
-            f"{self._size} processes trains by itself"
+            f"{self._size} processes trains alone"
         )
         note_event(self._run, "no_group", what=what, pid=os.getpid())
-        if not self._told:
+        if not self._warned:
             _warn(what)
-        self._told = True
+        self._warned = True
 
 
 def _wait_for_threads(run: RunDir) -> None:
-    """Wait as an interpreter does at its end for all threads that are no daemons; say for which."""
-    told = threading.Timer(_THREAD_PATIENCE_S, _tell_of_threads, (run, RankInfo.from_env()))
-    told.daemon = True
-    told.start()
+    """Wait for all threads that are not daemons, like an interpreter at its end; report them."""
+    timer = threading.Timer(_THREAD_PATIENCE_S, _report_threads, (run, RankInfo.from_env()))
+    timer.daemon = True
+    timer.start()
     threading._shutdown()  # type: ignore[attr-defined]
-    told.cancel()
+    timer.cancel()
 
 
-def _tell_of_threads(run: RunDir, ranks: RankInfo) -> None:
+def _report_threads(run: RunDir, ranks: RankInfo) -> None:
     main = threading.main_thread()
     left = [each for each in threading.enumerate() if not each.daemon and each is not main]
     if not left:
         return
-    what = f"rank {ranks.rank} is done but for {'; '.join(map(_place, left))}; the run waits for it"
+    threads = "; ".join(map(_described, left))
+    what = f"rank {ranks.rank} is done except for {threads}; the run waits for it"
     note_event(run, "threads_left", rank=ranks.rank, what=what)
     _warn(what)
 
 
-def _place(thread: threading.Thread) -> str:
-    """Its name, and the user's line in it."""
+def _described(thread: threading.Thread) -> str:
+    """Return the thread's name, and the user's line that it runs."""
     frame = sys._current_frames().get(thread.ident or 0)
     stack = [
         Frame(each.filename, each.lineno or 0, each.name, (each.line or "").strip())

@@ -1,4 +1,4 @@
-"""dtrain's placement of samples for a loop of one's own."""
+"""dtrain's placement of samples for a script with its own loop."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ from dtrain.train.data.placement import EpochPlan, GlobalBatch, Position
 class _Step:
     batch: GlobalBatch
     mine: range
-    """Positions in the epoch."""
+    """This process's positions in the epoch."""
 
 
 class Sampler(torch.utils.data.Sampler[list[int]]):
-    """A batch sampler: each step's samples, and this process's part of them.
+    """A batch sampler that yields this process's part of each step's samples.
 
-    Step s of an epoch is the same list of samples on any number of processes; each of them takes
-    a part in turn. Nothing is padded, dropped or repeated. A pass over it (or over a `DataLoader`
-    with `batch_sampler=`) is what is left of the current epoch, one batch a step.
+    Step s of an epoch is the same list of samples on any number of processes, and each process
+    takes the next part of it. Nothing is padded, dropped or repeated. A pass over the sampler (or
+    over a `DataLoader` with `batch_sampler=`) covers the rest of the current epoch, one batch per
+    step.
 
-    Call `step()` after every optimizer step: loaders read ahead, so only the loop knows how far
-    training has come.
+    Call `step()` after every optimizer step: loaders read ahead, so only the loop knows which
+    batches have been trained on.
 
     Args:
         dataset: a map-style data set, or its length.
-        global_batch_size: samples of one step over all processes, at least one for each. Where
-            an epoch's last step would leave a process without a sample, its samples go to the
-            step before.
-        seed: decides the order, with the epoch.
-        shuffle: a new order in each epoch; false: the data set's own.
+        global_batch_size: the number of samples of one step over all processes, at least one for
+            each. If an epoch's last step would leave a process without a sample, its samples go
+            to the step before.
+        seed: decides the order, together with the epoch.
+        shuffle: True means a new order in each epoch, False the order of the data set.
 
     Raises:
         UsageError: there are more processes than samples in a step.
@@ -63,13 +64,11 @@ class Sampler(torch.utils.data.Sampler[list[int]]):
                 code="data.too-few-samples",
             )
         self._order = shuffled(size, seed) if shuffle else in_turn(size)
-        self._course = EpochPlan(
-            size, global_batch_size, None, None, at_least=self._ranks.world_size
-        )
+        self._plan = EpochPlan(size, global_batch_size, None, None, at_least=self._ranks.world_size)
         self._identity = {"num_samples": size, "seed": seed, "order": self._order.name}
         self._position = Position()
         self._handed_out: Position | None = None
-        """Where a complete pass should have led."""
+        """The position at the end of the last complete pass."""
 
     @property
     def epoch(self) -> int:
@@ -77,27 +76,28 @@ class Sampler(torch.utils.data.Sampler[list[int]]):
 
     @property
     def scale(self) -> float:
-        """What a mean loss over this process's batch is multiplied with before `backward`.
+        """The factor for a mean loss over this process's batch; multiply before `backward`.
 
-        DDP averages over processes, which is the mean over samples only where all have as many.
+        DDP averages over processes. That is the mean over samples only if all processes have the
+        same number of them.
         """
         step = self._step(self._position)
         return self._ranks.world_size * len(step.mine) / step.batch.size
 
     def step(self) -> None:
-        """Take note that the next batch has been trained on."""
+        """Record that the next batch has been trained on."""
         self._position = self._step(self._position).batch.after
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The sample ids of each batch of this process to the end of the epoch.
+        """Yield the sample ids of each batch of this process, to the end of the epoch.
 
         Raises:
-            UsageError: `step()` was not called after each batch of the pass before.
+            UsageError: `step()` was not called after each batch of the previous pass.
         """
         if self._handed_out not in (None, self._position):
             raise UsageError(
                 "a whole epoch was read, but step() of the sampler was not called once after each "
-                "optimizer step, so the sampler does not know how far training is",
+                "optimizer step, so the sampler does not know the position of the training",
                 code="script.sampler-not-stepped",
             )
         position, epoch = self._position, self._position.epoch
@@ -109,33 +109,33 @@ class Sampler(torch.utils.data.Sampler[list[int]]):
         self._handed_out = position
 
     def __len__(self) -> int:
-        """Steps to the end of the epoch."""
-        assert self._course.num_samples is not None
-        left = self._course.num_samples - self._position.consumed
-        steps = replace(self._course, num_samples=left).steps_per_epoch
+        """Return the number of steps to the end of the epoch."""
+        assert self._plan.num_samples is not None
+        left = self._plan.num_samples - self._position.consumed
+        steps = replace(self._plan, num_samples=left).steps_per_epoch
         assert steps is not None
         return steps
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: the position, and what it is a position in."""
+        """Return the position and the identity of the data, as values for JSON."""
         position = {"epoch": self._position.epoch, "consumed": self._position.consumed}
         return {**position, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was, on any number of processes.
+        """Continue at the position of a `state_dict`, on any number of processes.
 
         Raises:
-            CheckpointError: the position was in other data, or in another order of it.
+            CheckpointError: the position is in other data, or in another order of the data.
         """
         for name, value in self._identity.items():
             if state[name] != value:
                 raise CheckpointError(
-                    f"its samples are others: {name} was {state[name]}, is {value}",
+                    f"its samples are different: {name} was {state[name]}, is {value}",
                     code="checkpoint.other-data",
                 )
         self._position = Position(state["epoch"], state["consumed"])
         self._handed_out = None
 
     def _step(self, position: Position) -> _Step:
-        batch = next(self._course.batches(0, position))
+        batch = next(self._plan.batches(0, position))
         return _Step(batch, batch.part(self._ranks.rank, self._ranks.world_size))

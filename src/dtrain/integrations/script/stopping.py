@@ -1,4 +1,4 @@
-"""Whether the processes of a script were asked to leave."""
+"""The request to stop, for the processes of a script."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from dtrain.train import collectives
 from dtrain.train.context import StopFlag
 
 RUN_VARIABLE = "DTRAIN_RUN_DIR"
-"""Set in a script: the directory of its run."""
+"""The variable in a script's environment that names its run directory."""
 
 _STOP = StopFlag()
 _listening = False
 
 
 def require_group(what: str) -> RankInfo:
-    """This process's ranks; several processes need a process group for what follows.
+    """Return this process's ranks, and require a process group if there are several processes.
 
     Raises:
-        UsageError: there is none yet.
+        UsageError: there is no process group yet.
     """
     ranks = RankInfo.from_env()
     if ranks.world_size > 1 and not collectives.in_group():
         raise UsageError(
-            f"{what} speaks to the other {ranks.world_size - 1} processes: call it after "
+            f"{what} communicates with the other {ranks.world_size - 1} processes: call it after "
             "torch.distributed.init_process_group()",
             code="script.no-process-group",
         )
@@ -36,13 +36,14 @@ def require_group(what: str) -> RankInfo:
 
 
 def stopping() -> bool:
-    """Whether any process was asked to leave; the same answer on all, which ask at one moment.
+    """Return whether any process was asked to stop.
 
-    Asked by a time limit that comes near, a preemption, `dtrain cancel` or Ctrl-C. From the first
-    call on these no longer end the process: save and leave when this is true.
+    All processes must call this at the same moment, and all get the same answer. A time limit that
+    is near, a preemption, `dtrain cancel` and Ctrl-C ask a process to stop. From the first call on
+    they no longer end the process: save and exit when this returns True.
 
     Raises:
-        UsageError: there is no process group yet, but several processes.
+        UsageError: there are several processes, but no process group yet.
     """
     global _listening
     require_group("dtrain.stopping()")

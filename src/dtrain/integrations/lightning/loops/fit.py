@@ -1,4 +1,4 @@
-"""One fit by Lightning's own loops, and what dtrain does at its step boundaries."""
+"""One fit by Lightning's own loops, and dtrain's work at its step boundaries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dtrain.errors import UsageError
 from dtrain.integrations.lightning import reductions
-from dtrain.integrations.lightning.callbacks import Leave, name_callback, refuse_callbacks
+from dtrain.integrations.lightning.callbacks import StopFit, name_callback, refuse_callbacks
 from dtrain.integrations.lightning.compat import (
     PACKAGE,
     MisconfigurationException,
@@ -24,7 +24,7 @@ from dtrain.integrations.lightning.compat import (
     pl,
     quietly,
 )
-from dtrain.integrations.lightning.environment import deaf_to_signals
+from dtrain.integrations.lightning.environment import disable_signal_handlers
 from dtrain.integrations.lightning.loops.reading import Reading
 from dtrain.integrations.lightning.loops.state import ExactResults, dumped, restored
 from dtrain.integrations.lightning.loops.strategy import LoopsDDP, LoopsFSDP
@@ -50,7 +50,7 @@ from dtrain.train.strategies.base import broadcast_buffers
 
 
 class _Loss:
-    """Where a fault of `--inject` changes the loss that a training step returned."""
+    """The loss that a training step returned; a fault of `--inject` replaces the method."""
 
     def loss(self, module: pl.LightningModule, loss: torch.Tensor) -> torch.Tensor:
         return loss
@@ -77,7 +77,7 @@ class Fit(pl.Callback):
             self.progress = Progress.from_saved(self._loaded.progress, {})
             refuse_to_end_before(self.progress.position.epoch, spec.train.epochs, "epoch")
             if self._loaded.tensors["extras"]["train"] != spec.to_plain()["train"]:
-                self.progress.stopped_early = False  # it has another end now
+                self.progress.stopped_early = False  # the job has another end now
         self._schedule = Schedule(spec)
         self._loss = _Loss()
         self._reading = Reading(
@@ -87,29 +87,31 @@ class Fit(pl.Callback):
         self._metrics: Metrics | None = None
         self._validated: dict[str, float] = {}
         self._tested: dict[str, float] = {}
-        """Metrics of a validation before the training, and of a test after it."""
+        """The metrics of a validation before the training, and of a test after it."""
         self._before_updates: list[Callable[[], None]] = []
         self._sums: list[float | torch.Tensor] = [0.0, 0.0]
-        """Of this rank's losses in this step: their sum, and the samples they are of."""
+        """The sum of this rank's losses in this step, and the number of their samples."""
         self._rate, self._rate_known = 0.0, False
-        """Learning rate of this step, once an optimizer has stepped in it."""
+        """The learning rate of this step, once an optimizer has stepped in it."""
         self._in_step = False
         self._read = self._batch_size = 0
-        """Samples of this step so far, of all processes; of this one's current batch."""
+        """The number of samples of all processes in this step so far, and of this process's
+        current batch."""
         self._mid_epoch = self.progress.position.consumed > 0
-        self._flags = {"leave": False, "save": False, "end": False}
+        self._flags = {"stop": False, "save": False, "end": False}
         self._best_is_due = False
-        self._owes_validation = False
+        self._validation_pending = False
         self._begun = False
         self._whole = contextlib.ExitStack()
-        """Open while parameters are whole for a validation, a test or a prediction."""
+        """A stack that is open while parameters are whole: in a validation, test or prediction."""
         self._result: TrainResult | None = None
 
     def run(self) -> TrainResult:
-        """Fit to the end, or until a rank is asked to leave.
+        """Fit to the end, or until a rank is asked to stop.
 
         Raises:
-            DtrainError: a check failed, or the module breaks a rule; and what it raises itself.
+            DtrainError: a check failed, or the module breaks a rule.
+            Exception: the module or a callback raised it.
         """
         with quietly():
             try:
@@ -133,14 +135,13 @@ class Fit(pl.Callback):
         return result
 
     def _also_run(self, stage: str) -> None:
-        """Run another of Lightning's loops, if the job asks for it; its callbacks write what it
-        predicts."""
+        """Run another of Lightning's loops if the job asks for it; callbacks write predictions."""
         if stage in self._context.spec.lightning.also_run:
             more = {"return_predictions": False} if stage == "predict" else {"verbose": False}
             getattr(self._trainer, stage)(self._module, datamodule=self._data_module, **more)
 
     def close(self) -> None:
-        """End loader processes, and let go of the module's wrapper."""
+        """End loader processes, and release the module's wrapper."""
         self._reading.close()
         self._report.close()
         self._strategy.close()
@@ -153,7 +154,7 @@ class Fit(pl.Callback):
         kind = LoopsFSDP if context.shards_model else LoopsDDP
         self._strategy = strategy = kind(context, self._weighed, loaded)
         automatic = self._module.automatic_optimization
-        # which devices there are, and what else could be installed
+        # hides its messages about devices and about other packages to install
         logging.getLogger(f"{PACKAGE}.utilities.rank_zero").setLevel(logging.WARNING)
         try:
             trainer = pl.Trainer(
@@ -163,18 +164,18 @@ class Fit(pl.Callback):
             raise UsageError(
                 f"lightning.trainer: {error}", code="lightning.trainer-refused"
             ) from None
-        deaf_to_signals(trainer)
+        disable_signal_handlers(trainer)
         self._join(trainer)
         return trainer
 
     def _join(self, trainer: pl.Trainer) -> None:
-        """Put what is dtrain's between what Lightning's loops do."""
+        """Insert dtrain's work between the parts of Lightning's loops."""
         data: Any = trainer._data_connector
         fit: Any = trainer.fit_loop
         steps: Any = fit.epoch_loop
         log: Any = trainer._logger_connector
         advance = steps.advance
-        after(trainer._callback_connector, "_attach_model_callbacks", self._look_at_callbacks)
+        after(trainer._callback_connector, "_attach_model_callbacks", self._check_callbacks)
         after(data, "prepare_data", self._seed_data)
         self._reading.join(trainer)
         steps.advance = lambda fetcher: self._advance(fetcher, advance)
@@ -184,25 +185,25 @@ class Fit(pl.Callback):
         steps._results = ExactResults(True, trainer)
         for loop in (steps.val_loop, trainer.validate_loop, trainer.test_loop):
             loop._results = ExactResults(False, trainer)
-        after(log, "epoch_end_reached", self._meet)
-        tell_epoch = log.update_train_epoch_metrics
-        log.update_train_epoch_metrics = lambda: self._epoch_ended(tell_epoch)
-        tell = log.log_eval_end_metrics
-        log.log_eval_end_metrics = lambda metrics: self._evaluated(metrics, tell)
+        after(log, "epoch_end_reached", self._combine_results)
+        update = log.update_train_epoch_metrics
+        log.update_train_epoch_metrics = lambda: self._epoch_ended(update)
+        log_metrics = log.log_eval_end_metrics
+        log.log_eval_end_metrics = lambda metrics: self._evaluated(metrics, log_metrics)
 
-    def _look_at_callbacks(self) -> None:
+    def _check_callbacks(self) -> None:
         refuse_callbacks(self._trainer.callbacks, sharded=self._context.shards_model)
 
     def _seed_data(self) -> None:
-        """After `prepare_data`, which one process of a node calls: `setup` draws alike on all."""
+        """Seed after `prepare_data`, which runs on one process per node: `setup` draws the same."""
         seed_everything(derive_seed("train_dataset", self._context.spec.seed))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A training that was stopped early stays so."""
+        """Keep a training stopped that was stopped early."""
         trainer.should_stop = self.progress.stopped_early
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Get ready for the first step: everything is made and restored."""
+        """Prepare for the first step; everything is made and restored."""
         context = self._context
         optimizers = list(trainer.strategy.optimizers)
         schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
@@ -219,10 +220,10 @@ class Fit(pl.Callback):
         self._metrics = Metrics(pl_module)
         if context.recorder is not None:
             context.recorder.watch_optimizers(optimizers, resumed=self._loaded is not None)
-        feed = None if self._reading.turns is None else self._reading.turns.feed
+        feed = None if self._reading.placed is None else self._reading.placed.feed
         loss: Any = self._loss
-        course = self._course()
-        self._injector.begin(loss, self._state, course.total_steps)
+        plan = self._epoch_plan()
+        self._injector.begin(loss, self._state, plan.total_steps)
         self._checks = Checks(
             context,
             self._state,
@@ -237,14 +238,14 @@ class Fit(pl.Callback):
         self._view = View(context, pl_module, first, self._report.note, self._keep_best)
         self._callbacks = Callbacks(context, self._view, evaluates=trainer.enable_validation)
         if self._loaded is not None:
-            self._go_on(self._loaded)
+            self._restore(self._loaded)
         self._callbacks.start(self.progress)
-        self._report.started(self.progress, course, resumed=self._loaded is not None)
+        self._report.started(self.progress, plan, resumed=self._loaded is not None)
         if self._validated:
             self._report.measured("validate", self.progress, self._validated)
 
-    def _go_on(self, loaded: Loaded) -> None:
-        """Take from a checkpoint what Lightning does not."""
+    def _restore(self, loaded: Loaded) -> None:
+        """Restore the parts of a checkpoint that Lightning does not restore."""
         assert self._metrics is not None
         ranks, loops, extras = self._context.ranks, self._trainer.fit_loop, loaded.tensors["extras"]
         self._checkpoints.tell_resumed(loaded, self.progress)
@@ -253,15 +254,16 @@ class Fit(pl.Callback):
         loops.epoch_loop._results.load(extras["logged"], ranks.rank)
         known = loaded.tensors["lightning"]["callback_metrics"]
         self._trainer._logger_connector._callback_metrics.update(known)
-        self._owes_validation = extras["owes_validation"]
+        self._validation_pending = extras["owes_validation"]
         loops.epoch_loop.val_loop.restarting = False
 
-    def _course(self) -> EpochPlan:
-        """What is to be said of the length of this training."""
+    def _epoch_plan(self) -> EpochPlan:
+        """Return the length of this training, for reports."""
         trainer, spec = self._trainer, self._context.spec
         steps, epochs = spec.train.steps, spec.train.epochs
         batches = trainer.fit_loop.max_batches
-        size = None if self._reading.turns is None else self._reading.turns.feed.order.num_samples
+        placed = self._reading.placed
+        size = None if placed is None else placed.feed.order.num_samples
         batch = spec.train.global_batch_size
         if self._module.automatic_optimization is False:
             steps = None  # Lightning counts those of each optimizer
@@ -271,19 +273,19 @@ class Fit(pl.Callback):
         return EpochPlan(size, batch, epochs, steps, at_least=self._context.ranks.world_size)
 
     def _advance(self, fetcher: Any, advance: Callable[[Any], None]) -> None:
-        """Begin a batch; the first one after all that is to be got ready."""
+        """Run a batch; before the first one, restore the state of the batch loop."""
         trainer = self._trainer
         if not self._begun:
             self._begun = self._reading.begun = True
             for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop):
-                loop._restarting = False  # every checkpoint is of a step boundary
+                loop._restarting = False  # every checkpoint is from a step boundary
             if self._loaded is not None:
-                # a schedule sets it where an epoch begins, which this one did before
+                # a schedule sets this at the start of an epoch, which was before the checkpoint
                 extras = self._loaded.tensors["extras"]
                 trainer.accumulate_grad_batches = extras["accumulated"]
             self._begin_random()
-            if self._owes_validation:  # which comes after this
-                self._owes_validation = False
+            if self._validation_pending:  # Lightning validates after this
+                self._validation_pending = False
                 return
         if not self._in_step:
             self._in_step, self._read = True, 0
@@ -302,7 +304,7 @@ class Fit(pl.Callback):
     # -- in a step ---------------------------------------------------------------------------
 
     def _see_losses(self, module: pl.LightningModule) -> None:
-        """Within the forward of whatever the strategy wraps around the module."""
+        """Note the losses within the forward of the strategy's wrapper around the module."""
         step = module.training_step
 
         @functools.wraps(step)
@@ -312,7 +314,7 @@ class Fit(pl.Callback):
         module.training_step = seen
 
     def _returned(self, returned: Any) -> Any:
-        """Note the loss that a training step returned, if it did; a fault may change it."""
+        """Note the loss that a training step returned, if any; a fault may change it."""
         loss = returned.get("loss") if isinstance(returned, Mapping) else returned
         if not isinstance(loss, torch.Tensor):
             return returned
@@ -326,18 +328,18 @@ class Fit(pl.Callback):
 
     def _weighed(self, loss: torch.Tensor) -> torch.Tensor:
         self._checks.finite.note(loss)
-        scale = 1.0 if self._reading.turns is None else self._reading.turns.scale()
+        scale = 1.0 if self._reading.placed is None else self._reading.placed.scale()
         return loss if scale == 1.0 else loss * scale
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batch_size = _size(batch) if self._reading.turns is None else 0
+        self._batch_size = _size(batch) if self._reading.placed is None else 0
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
-        """Refuse a gradient that is not finite; with `on_nan: skip` it is left out."""
+        """Refuse a gradient that is not finite; with `on_nan: skip`, drop it."""
         if optimizer.param_groups and not self._rate_known:
             # the first optimizer's, before its scheduler changes it
             self._rate, self._rate_known = float(optimizer.param_groups[0]["lr"]), True
@@ -362,22 +364,22 @@ class Fit(pl.Callback):
             self._stepped()
 
     def _samples(self) -> int:
-        """Of this process in the current micro-batch."""
-        turns = self._reading.turns
-        if turns is not None and turns.current is not None:
-            return turns.current.samples
+        """Return the number of this process's samples in the current micro-batch."""
+        placed = self._reading.placed
+        if placed is not None and placed.current is not None:
+            return placed.current.samples
         return self._batch_size
 
     def _stepped(self) -> None:
-        """Take note that a step is done, compare, and tell; nothing is acted upon yet."""
+        """Record a step, compare the ranks and report; requests are acted on later."""
         progress, trainer = self.progress, self._trainer
         epoch = trainer.current_epoch
         ends_epoch = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
         progress.step += 1
         samples, before = self._read, progress.position.consumed
-        turns = self._reading.turns
-        if turns is not None and turns.current is not None:
-            samples = turns.current.batch.stop - before
+        placed = self._reading.placed
+        if placed is not None and placed.current is not None:
+            samples = placed.current.batch.stop - before
         progress.position = Position(epoch, before + samples)
         if ends_epoch:
             progress.position = Position(epoch + 1, 0)
@@ -395,26 +397,26 @@ class Fit(pl.Callback):
         self._sums, self._rate_known = [0.0, 0.0], False
 
     def _exchange(self) -> float | None:
-        """Tell one another of wishes, and of losses where they are wanted; the mean loss."""
-        wanted = self._report.due(self.progress.step) or self._context.recorder is not None
-        total, weight = map(float, self._sums) if wanted else (0.0, 0.0)
-        wishes = [
+        """Exchange requests, and losses if they are used; return the mean loss."""
+        is_used = self._report.due(self.progress.step) or self._context.recorder is not None
+        total, weight = map(float, self._sums) if is_used else (0.0, 0.0)
+        requests = [
             self._context.stop.reason is not None,
             self._context.ranks.is_rank_zero and self._schedule.save_overdue(),
             self._view.ending is not None,
         ]
-        total, weight, *asked = _summed([total, weight, *map(float, wishes)])
-        self._flags = dict(zip(self._flags, (each > 0 for each in asked), strict=True))
+        total, weight, *counts = _summed([total, weight, *map(float, requests)])
+        self._flags = dict(zip(self._flags, (each > 0 for each in counts), strict=True))
         return total / weight if weight else None
 
     def _values(self, loss: float | None, sums: list[float | torch.Tensor]) -> dict[str, float]:
-        """What a line of metrics holds, also of what the step logged. Called by all ranks.
+        """Return a line of metrics with the values that the step logged. Called by all ranks.
 
         Args:
-            loss: the mean over all ranks, where it is known.
-            sums: of this rank's losses in the step.
+            loss: the mean over all ranks if it is known.
+            sums: the sum of this rank's losses in the step, and the number of their samples.
         """
-        if loss is None:  # a line was not due until it was the last step
+        if loss is None:  # the line was not due until this became the last step
             total, weight = _summed([float(each) for each in sums])
             loss = total / weight if weight else None
         results = self._trainer.fit_loop.epoch_loop._results
@@ -424,12 +426,12 @@ class Fit(pl.Callback):
         self._report.keep_names("train", logged.keys() - values.keys())
         return {**logged, **values}
 
-    def _epoch_ended(self, tell: Callable[[], None]) -> None:
-        """Write what was logged for the epoch, before Lightning forgets it."""
+    def _epoch_ended(self, update: Callable[[], None]) -> None:
+        """Write the values logged for the epoch, before Lightning's update resets them."""
         values = reductions.of_epoch(self._trainer.fit_loop.epoch_loop._results)
         self._report.keep_names("train", values)
         self._report.epoch_ended(self.progress, values)
-        tell()
+        update()
 
     def _record(self, epoch: int, loss: float | None) -> None:
         if self._context.recorder is not None:
@@ -438,7 +440,7 @@ class Fit(pl.Callback):
     # -- between two steps -------------------------------------------------------------------
 
     def _after_batch(self) -> None:
-        """Act on what was asked for, unless the epoch ends here: then after its hooks."""
+        """Act on requests, unless the epoch ends here: `_after_epoch` acts after its hooks."""
         loop = self._trainer.fit_loop.epoch_loop
         if self._flags["end"]:
             self.progress.stopped_early = self._trainer.should_stop = True
@@ -446,20 +448,20 @@ class Fit(pl.Callback):
             self._boundary()
 
     def _after_epoch(self) -> None:
-        """Likewise; after the last epoch, `_end` follows and saves what training ends with."""
+        """Act on requests after an epoch; after the last one, `_end` follows and saves."""
         trainer = self._trainer
-        self._in_step = False  # where the last batch was to be left out
+        self._in_step = False  # it is True if the last batch was skipped
         if trainer.fit_loop.done:
             return
         self._mid_epoch = False
         self.progress.position = Position(trainer.current_epoch, 0)
-        if self._reading.turns is not None:
-            self._reading.turns.leave_epoch(trainer.current_epoch)
+        if self._reading.placed is not None:
+            self._reading.placed.skip_to_epoch(trainer.current_epoch)
         self._boundary()
 
     def _boundary(self) -> None:
-        if self._flags["leave"]:
-            self._leave(owes_validation=False)
+        if self._flags["stop"]:
+            self._stop(validation_pending=False)
         best, self._best_is_due = self._best_is_due, False
         due = self._flags["save"] or self._schedule.save_due(self.progress)
         if best or due:
@@ -470,17 +472,17 @@ class Fit(pl.Callback):
         if self._mid_epoch:
             self._checks.between_steps()
 
-    def _save(self, *, owes_validation: bool = False) -> bool:
-        """Write a checkpoint unless this step's is there; whether what there is now is good."""
-        turns, progress = self._reading.turns, self.progress
-        if turns is not None:
-            turns.feed.check()
+    def _save(self, *, validation_pending: bool = False) -> bool:
+        """Write a checkpoint unless this step has one; return whether the state is good."""
+        placed, progress = self._reading.placed, self.progress
+        if placed is not None:
+            placed.feed.check()
         if not self._checks.before_save(progress.step):
             return False
         if self._checkpoints.saved_step == progress.step:
             return True
-        if turns is not None:
-            progress.feed = turns.feed.state_dict()
+        if placed is not None:
+            progress.feed = placed.feed.state_dict()
         assert self._metrics is not None
         extras = {
             "random": collectives.gather_to_zero(RandomState.capture().to_saved()),
@@ -488,13 +490,13 @@ class Fit(pl.Callback):
             "logged": self._trainer.fit_loop.epoch_loop._results.state(),
             "callbacks": self._callbacks.state_dict(),
             "train": self._context.spec.to_plain()["train"],
-            "owes_validation": owes_validation,
+            "owes_validation": validation_pending,
             "accumulated": self._trainer.accumulate_grad_batches,
         }
-        held = dumped(self._trainer, mid_epoch=self._mid_epoch or owes_validation)
+        state = dumped(self._trainer, mid_epoch=self._mid_epoch or validation_pending)
         self._checkpoints.write(
             progress.step,
-            lambda: {**held, "extras": extras},
+            lambda: {**state, "extras": extras},
             progress.to_saved(self._reading.identity),
         )
         assert self._checkpoints.folder is not None
@@ -504,17 +506,17 @@ class Fit(pl.Callback):
     def _keep_best(self) -> None:
         self._best_is_due = True
 
-    def _leave(self, *, owes_validation: bool) -> None:
+    def _stop(self, *, validation_pending: bool) -> None:
         self._report.last_step()
-        self._save(owes_validation=owes_validation)
+        self._save(validation_pending=validation_pending)
         reasons = collectives.gather_to_all(self._context.stop.reason)
         rank, reason = next((r, why) for r, why in enumerate(reasons) if why is not None)
         self._report.left(self.progress, reason, rank)
         self._result = self._as_result(stopped=reason)
-        raise Leave
+        raise StopFit
 
     def _end(self) -> None:
-        """After Lightning's `on_train_end`, in which callbacks may change the weights."""
+        """End after Lightning's `on_train_end`, in which callbacks may change the weights."""
         self._report.last_step()
         if self._trainer.should_stop:
             self.progress.stopped_early = True
@@ -526,7 +528,7 @@ class Fit(pl.Callback):
         self._result = self._as_result(parameters_sha256=parameters_sha256(self._module))
 
     def _validate_at_end(self) -> None:
-        """Validate what training ended with, unless that is done."""
+        """Validate the final state, unless that is done."""
         trainer = self._trainer
         if not trainer.enable_validation or self.progress.evaluated_step == self.progress.step:
             return
@@ -537,7 +539,7 @@ class Fit(pl.Callback):
     # -- validation --------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The first of all callbacks: until `on_validation_end` processes may read unequally."""
+        """Make parameters whole before other callbacks: ranks may have unequally many batches."""
         self._whole.enter_context(self._strategy.whole())
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -549,7 +551,7 @@ class Fit(pl.Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any
     ) -> None:
-        """Leave a validation that a rank is asked to leave; the next attempt begins it anew."""
+        """Stop in a validation if a rank is asked to stop; the next attempt validates again."""
         if (
             trainer.state.fn != "fit"
             or trainer.sanity_checking
@@ -563,15 +565,15 @@ class Fit(pl.Callback):
         if int(asked):
             trainer.fit_loop.epoch_loop.val_loop._module_mode.restore(pl_module)
             self._whole.close()
-            self._leave(owes_validation=True)
+            self._stop(validation_pending=True)
 
-    def _meet(self) -> None:
+    def _combine_results(self) -> None:
         if not self._trainer.sanity_checking:
             results: Any = self._trainer._results
-            results.meet()
+            results.combine()
 
-    def _evaluated(self, metrics: Mapping[str, Any], tell: Callable[[Any], None]) -> None:
-        tell(metrics)
+    def _evaluated(self, metrics: Mapping[str, Any], log_metrics: Callable[[Any], None]) -> None:
+        log_metrics(metrics)
         stage, known = self._trainer.state.fn, {n: float(each) for n, each in metrics.items()}
         if self._trainer.sanity_checking:
             return
@@ -593,14 +595,14 @@ class Fit(pl.Callback):
             self._flags["end"] = True
 
     def _without_steps(self) -> TrainResult:
-        """Nothing was to be done: the checkpoint is that of the last step."""
+        """Return the result if no step was left: the checkpoint is from the last step."""
         if self._loaded is None:
             raise UsageError(
                 f"{type(self._module).__name__} trained nothing: Lightning's fit ended before its "
                 "first batch, for example because of limit_train_batches: 0",
                 code="lightning.no-batches",
             )
-        self._report.started(self.progress, self._course(), resumed=True)
+        self._report.started(self.progress, self._epoch_plan(), resumed=True)
         self._checkpoints.tell_resumed(self._loaded, self.progress)
         return self._as_result(parameters_sha256=parameters_sha256(self._module))
 
@@ -616,12 +618,12 @@ class Fit(pl.Callback):
 
 
 def _check(found: Loaded) -> None:
-    """Refuse a checkpoint that is not of Lightning's loops."""
+    """Refuse a checkpoint that was not made with Lightning's loops."""
     restored(found.tensors)
 
 
 def _summed(values: list[float]) -> list[float]:
-    """Numbers of this rank, added up over all ranks."""
+    """Return the sums of numbers over all ranks."""
     sums = torch.tensor(values, dtype=torch.float64)
     if collectives.in_group():
         dist.all_reduce(sums)
@@ -629,7 +631,7 @@ def _summed(values: list[float]) -> list[float]:
 
 
 def _size(batch: Any) -> int:
-    """Samples in a batch of a user's own loader, 1 where Lightning cannot tell."""
+    """Return the number of samples in a batch; 1 if Lightning cannot find it."""
     try:
         return int(extract_batch_size(batch))
     except MisconfigurationException:

@@ -1,8 +1,8 @@
-"""Which samples a user's loaders give under Lightning's own loops: dealt out by dtrain if it can.
+"""The placement of the samples of a user's loaders under Lightning's own loops.
 
-A training loader becomes one micro-batch a turn of dtrain's `Feed`: the order, the shares of the
-processes, the proof and the position are those of every other trainer. A validation loader keeps
-its own batch size; each sample is read once, and all processes have as many batches.
+A training loader becomes a sequence of micro-batches of dtrain's `Feed`. The order, the shares of
+the processes, the proof and the position are those of every other trainer. A validation loader
+keeps its own batch size. Each sample is read once, and all processes have equally many batches.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 
 
 def why_not_placed(loader: Any) -> str | None:
-    """Why a training loader keeps its own way of reading, in words; None where dtrain reads."""
-    problem = _why_not_taken_apart(loader)
+    """Return why dtrain cannot read a training loader; None if it can."""
+    problem = _why_not_split(loader)
     if problem is None and makes_batches(loader):
         return f"batches made by a {described(loader.batch_sampler)}"
     return problem
 
 
-def _why_not_taken_apart(loader: Any) -> str | None:
+def _why_not_split(loader: Any) -> str | None:
     if not isinstance(loader, DataLoader):
         return f"a {type(loader).__name__}"
     if type(loader).__iter__ is not DataLoader.__iter__:
@@ -48,20 +48,20 @@ def _why_not_taken_apart(loader: Any) -> str | None:
     if isinstance(loader.dataset, IterableDataset):
         return f"a stream, {type(loader.dataset).__name__}"
     if loader.batch_size is None and loader.batch_sampler is None:
-        return "batch_size=None: its data set makes batches by itself"
+        return "batch_size=None: its data set makes the batches"
     return None
 
 
 @dataclass(frozen=True)
-class Turn:
+class MicroBatch:
     """One micro-batch of this process."""
 
     batch: GlobalBatch
     samples: int
-    """Of this process in it; always one or more."""
+    """The number of this process's samples in it; always one or more."""
     index: int
     number: int
-    """Micro-batches of the step, as many on every process."""
+    """The number of micro-batches of the step, the same on every process."""
 
     @property
     def ends_step(self) -> bool:
@@ -69,7 +69,7 @@ class Turn:
 
 
 class _LoaderTask(Task):
-    """What a feed asks a task for, answered by a loader."""
+    """A task for a feed, whose methods are answered by a loader."""
 
     def __init__(self, loader: Any, seed: int) -> None:
         if loader.collate_fn is not default_collate:
@@ -83,16 +83,16 @@ class _LoaderTask(Task):
         return None if self._order is None else self._order(seed, epoch)
 
 
-class Turns:
-    """Stands for a training loader of which the samples are read and dealt out by dtrain.
+class PlacedLoader:
+    """Replaces a training loader; dtrain reads and distributes the samples.
 
-    A pass over it is what is left of the current epoch. Attributes are the loader's.
+    A pass over it covers the rest of the current epoch. Attributes are the loader's.
 
     Args:
-        loader: the user's.
-        context: of the training.
-        step: steps that are done.
-        position: where to begin.
+        loader: the user's loader.
+        context: the context of the training.
+        step: the number of steps that are done.
+        position: the position to start at.
     """
 
     def __init__(self, loader: Any, context: TrainContext, step: int, position: Position) -> None:
@@ -116,14 +116,14 @@ class Turns:
                 "take a larger train.global_batch_size or fewer processes",
                 code="data.too-few-samples",
             )
-        # Lightning ends training, after epochs or after optimizer steps, of which there may be
-        # several in a step of ours; no process may be without a sample in a step
+        # Lightning ends the training after epochs or optimizer steps, of which one step of dtrain
+        # may contain several. Every process needs a sample in each step.
         self.feed.course = EpochPlan(
             size, batch, spec.train.epochs, None, at_least=self._world_size
         )
         self.accumulated = self._micro_batches(batch)
-        """Micro-batches of every step but the last of an epoch, which may have fewer."""
-        self.current: Turn | None = None
+        """The number of micro-batches of every step; an epoch's last step may have fewer."""
+        self.current: MicroBatch | None = None
         self._position = position
         self._step = step
         self._watch: Watch = iter
@@ -147,42 +147,45 @@ class Turns:
                 self._steps = self.feed.batches(self._step, self._position, self.split, self._watch)
             batch, micro_batches, number = next(self._steps)
             for index, (samples, micro_batch) in enumerate(micro_batches):
-                self.current = Turn(batch, samples, index, number)
+                self.current = MicroBatch(batch, samples, index, number)
                 yield micro_batch
             self._step, self._position = batch.step + 1, batch.after
 
-    def watched(self, watch: Watch) -> None:
-        """Let somebody see, or change, the requests for samples; before the first pass."""
+    def watch(self, watch: Watch) -> None:
+        """Set a function that sees, or changes, the requests for samples; before the first pass."""
         self._watch = watch
 
-    def leave_epoch(self, epoch: int) -> None:
-        """Go on at the start of an epoch, though the one before was not read to its end."""
+    def skip_to_epoch(self, epoch: int) -> None:
+        """Continue at the start of an epoch, even if the previous one was not read to its end."""
         if self._position != Position(epoch, 0):
             self._position = Position(epoch, 0)
             self._steps = None
-            self.feed.proof = None  # it is not to be proven that all were read
+            self.feed.proof = None  # not all samples were read
 
     def split(self, batch: GlobalBatch) -> list[range]:
-        """This process's micro-batches of a step, in positions of the epoch."""
+        """Return this process's micro-batches of a step, in positions of the epoch."""
         mine = batch.part(self._rank, self._world_size)
         number = self._micro_batches(batch.size)
         parts = (shard(len(mine), index, number) for index in range(number))
         return [range(mine.start + part.start, mine.start + part.stop) for part in parts]
 
     def scale(self) -> float:
-        """By what a mean loss is multiplied, which Lightning then divides by the micro-batches,
-        and DDP by the processes, so that all samples of the step weigh the same."""
-        turn = self.current
-        if turn is None:
+        """Return the factor for a mean loss that gives all samples of the step the same weight.
+
+        Lightning then divides the loss by the number of micro-batches, and DDP by that of the
+        processes.
+        """
+        current = self.current
+        if current is None:
             return 1.0
-        return turn.samples * self._world_size * self.accumulated / turn.batch.size
+        return current.samples * self._world_size * self.accumulated / current.batch.size
 
     def _micro_batches(self, size: int) -> int:
-        wish = self.feed.spec.train.micro_batch_size
-        if wish is None:
+        largest = self.feed.spec.train.micro_batch_size
+        if largest is None:
             return 1
         share = -(-size // self._world_size)
-        return min(-(-share // wish), size // self._world_size)
+        return min(-(-share // largest), size // self._world_size)
 
     def _start_of_last(self, steps: int) -> int:
         return (steps - 1) * self.feed.course.global_batch_size
@@ -193,26 +196,26 @@ class Turns:
         self.feed.close()
 
 
-class OwnReading:
-    """Stands for a training loader that reads as it likes; attributes are the loader's.
+class SeededLoader:
+    """Replaces a training loader that dtrain cannot read; attributes are the loader's.
 
-    A pass begins with random numbers of (seed, epoch, pass), so that a sampler that draws from the
-    global generators where it begins draws the same after a resume. That in the middle of an epoch
-    reads the batches that are done, and drops them.
+    Each pass starts with random generators seeded by (seed, epoch, pass). So a sampler that draws
+    from the global generators at its start draws the same after a resume. A resume in the middle
+    of an epoch reads the batches that are done, and drops them.
 
     Args:
-        loader: the user's, or what Lightning made of it for several processes.
-        seed: of the job.
-        epoch: says which epoch it is.
-        done: batches of it that are done.
+        loader: the user's loader, or the one that Lightning made of it for several processes.
+        seed: the job's seed.
+        epoch: returns the current epoch.
+        done: the number of the epoch's batches that are done.
     """
 
     def __init__(self, loader: Any, seed: int, epoch: Callable[[], int], done: int) -> None:
         self._loader = loader
         self._seed, self._epoch, self._done = seed, epoch, done
-        self._begun, self._passes = -1, 0
-        """The epoch of the last pass, and passes in it: of several loaders the shorter begin
-        anew."""
+        self._last_epoch, self._passes = -1, 0
+        """The epoch of the last pass, and the number of passes in it. Of several loaders, the
+        shorter ones start again within an epoch."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -224,8 +227,8 @@ class OwnReading:
 
     def __iter__(self) -> Iterator[Any]:
         epoch = self._epoch()
-        if epoch != self._begun:
-            self._begun, self._passes = epoch, 0
+        if epoch != self._last_epoch:
+            self._last_epoch, self._passes = epoch, 0
         skipped, self._done = self._done, 0
         if skipped and sized_len(self._loader):
             self._passes, skipped = divmod(skipped, len(self._loader))
@@ -240,16 +243,16 @@ class OwnReading:
 
 
 def placed_evaluation(loader: Any, context: TrainContext) -> Any | None:
-    """A loader of the same data that reads each sample once over all processes.
+    """Return a loader of the same data that reads each sample once over all processes.
 
     Returns:
-        None where dtrain cannot take the loader apart, or its sampler leaves samples out.
+        The loader; None if dtrain cannot split its batches, or its sampler leaves samples out.
 
     Raises:
         UsageError: there are fewer samples than processes.
     """
-    taken_apart = _why_not_taken_apart(loader) is None and not makes_batches(loader)
-    dataset = evaluated_samples(loader) if taken_apart else None
+    can_split = _why_not_split(loader) is None and not makes_batches(loader)
+    dataset = evaluated_samples(loader) if can_split else None
     if dataset is None:
         return None
     if context.recorder is not None:
@@ -280,7 +283,7 @@ def placed_evaluation(loader: Any, context: TrainContext) -> Any | None:
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
-        # without one of its own, each pass would draw from the numbers of the training
+        # without its own generator, each pass would use the random numbers of the training
         generator=loader.generator or torch.Generator().manual_seed(context.spec.seed),
         **(forked if workers and loader.num_workers else {}),
     )

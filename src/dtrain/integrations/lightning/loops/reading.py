@@ -1,4 +1,4 @@
-"""How the loaders of one fit are read: by dtrain where it can, else by Lightning."""
+"""The reading of one fit's loaders: by dtrain if it can, otherwise by Lightning."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from dtrain.errors import UsageError
 from dtrain.integrations.lightning.compat import pl
 from dtrain.integrations.lightning.loops.placement import (
-    OwnReading,
-    Turns,
+    PlacedLoader,
+    SeededLoader,
     placed_evaluation,
     why_not_placed,
 )
-from dtrain.integrations.lightning.user_loaders import drawing_alike, flat
+from dtrain.integrations.lightning.user_loaders import flat, seeded_by_job
 from dtrain.train.checkpoint.store import Loaded
 from dtrain.train.context import TrainContext
 from dtrain.train.faults import Injector
@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 
 
 class Reading:
-    """Takes the place of what Lightning does with the loaders of a module.
+    """Replaces Lightning's preparation of a module's loaders.
 
     Args:
-        context: of the training.
-        events: of the run.
-        injector: makes the faults that are asked for.
-        module: whose loaders.
-        progress: of the training, also while it goes on.
-        loaded: the checkpoint that it goes on from.
+        context: the context of the training.
+        events: the events of the run.
+        injector: makes the requested faults.
+        module: the module with the loaders.
+        progress: the progress of the training, which changes during the training.
+        loaded: the checkpoint to continue from.
     """
 
     def __init__(
@@ -49,19 +49,19 @@ class Reading:
         self._context, self._events, self._injector = context, events, injector
         self._module, self._progress, self._loaded = module, progress, loaded
         self._several = False
-        """Whether there are several loaders, of which one is just asked about."""
-        self._told: set[str] = set()
-        self.turns: Turns | None = None
-        """The training loader, where dtrain reads it."""
+        """True if the loader that is being prepared is one of several."""
+        self._warned: set[str] = set()
+        self.placed: PlacedLoader | None = None
+        """The training loader if dtrain reads it."""
         self.identity: dict[str, Any] = {}
-        """Of its data; empty where dtrain does not."""
+        """The identity of the training data; empty if dtrain does not read them."""
         self.validation_is_placed = True
-        """Whether all processes have as many batches to validate."""
+        """True if all processes have the same number of batches to validate."""
         self.begun = False
-        """Whether a first batch was read; a loader that is made later is one of a new epoch."""
+        """True if a first batch was read; a loader that is made later belongs to a new epoch."""
 
     def join(self, trainer: pl.Trainer) -> None:
-        """Before its fit: stand between a Trainer and the loaders."""
+        """Insert this between a Trainer and the loaders; call it before the fit."""
         self._trainer = trainer
         data: Any = trainer._data_connector
         fit: Any = trainer.fit_loop
@@ -74,17 +74,17 @@ class Reading:
 
     def close(self) -> None:
         """End the loader processes that dtrain started."""
-        if self.turns is not None:
-            self.turns.close()
+        if self.placed is not None:
+            self.placed.close()
 
     def _requested(self, method: str, request: Callable[[], Any]) -> Any:
-        with drawing_alike(method, self._context.spec.seed):
+        with seeded_by_job(method, self._context.spec.seed):
             loaders = request()
         self._several = len(flat(loaders)) > 1
         return loaders
 
     def _read(self, loader: Any, stage: str, by_lightning: Callable[[], Any]) -> Any:
-        """A user's loader as it is read in a stage, `train` or another of Lightning's."""
+        """Return the loader to read in place of a user's in a stage, for example `train`."""
         if self._trainer.overfit_batches > 0 or stage == "predict":
             return by_lightning()
         if stage != "train":
@@ -92,15 +92,15 @@ class Reading:
             if evaluation is None:
                 self.validation_is_placed = False
                 method = "test_dataloader" if stage == "test" else "val_dataloader"
-                self._tell(method, "is not read by dtrain: Lightning says who reads what")
+                self._warn(method, "is not read by dtrain: Lightning assigns the samples to ranks")
             return by_lightning() if evaluation is None else evaluation
         why = "several loaders" if self._several else why_not_placed(loader)
         if why is None:
-            return self._dealt_out(loader)
-        self._tell(
+            return self._place(loader)
+        self._warn(
             "train_dataloader",
-            f"has {why}: Lightning says who reads what, and that all samples are read once is not "
-            "proven. A resume in mid-epoch reads the batches before it again, and drops them",
+            f"has {why}: Lightning assigns the samples to ranks, and dtrain cannot prove that each "
+            "is read once. A resume in mid-epoch reads the batches before it again, and drops them",
         )
         done = 0
         if self._progress.position.consumed and not self.begun:
@@ -114,26 +114,28 @@ class Reading:
                 code="lightning.sampler-not-replaceable",
             ) from None
         seed, trainer = self._context.spec.seed, self._trainer
-        return OwnReading(read, seed, lambda: trainer.current_epoch, done)
+        return SeededLoader(read, seed, lambda: trainer.current_epoch, done)
 
-    def _dealt_out(self, loader: Any) -> Turns:
-        """The loader of which dtrain deals out the samples."""
+    def _place(self, loader: Any) -> PlacedLoader:
+        """Return a loader whose samples dtrain distributes."""
         self.close()
         progress, spec = self._progress, self._context.spec
-        self.turns = turns = Turns(loader, self._context, progress.step, progress.position)
-        feed = turns.feed
+        placed = PlacedLoader(loader, self._context, progress.step, progress.position)
+        self.placed = placed
+        feed = placed.feed
         self.identity = data_identity(spec, feed.dataset, feed.order.num_samples, feed.order.name)
         if self._loaded is not None and not self.begun:
-            Progress.from_saved(self._loaded.progress, self.identity)  # of the same data
+            Progress.from_saved(self._loaded.progress, self.identity)  # refuses other data
             feed.load_state_dict(progress.feed)
-        if turns.accumulated > 1:
-            self._accumulate(turns.accumulated)
+        if placed.accumulated > 1:
+            self._accumulate(placed.accumulated)
         recorder = self._context.recorder
         if recorder is not None:
             feed.note_contents()
             feed.watchers.append(lambda each: recorder.read(each.samples, each.contents))
-        turns.watched(self._injector.requests(feed, progress.step, progress.position, turns.split))
-        return turns
+        faults = self._injector.requests(feed, progress.step, progress.position, placed.split)
+        placed.watch(faults)
+        return placed
 
     def _accumulate(self, number: int) -> None:
         if not self._module.automatic_optimization:
@@ -147,9 +149,9 @@ class Reading:
         if every is not None:
             self._trainer.val_check_interval = every * number
 
-    def _tell(self, method: str, what: str) -> None:
-        """Say once, on rank 0, what of a loader does not hold."""
-        if method not in self._told and self._context.ranks.is_rank_zero:
+    def _warn(self, method: str, what: str) -> None:
+        """Warn once, on rank 0, of a guarantee that does not hold for a loader."""
+        if method not in self._warned and self._context.ranks.is_rank_zero:
             logger.warning("%s() of %s %s", method, type(self._module).__name__, what)
             self._events.write("own_loader", method=method, detail=what)
-        self._told.add(method)
+        self._warned.add(method)

@@ -1,4 +1,4 @@
-"""What Lightning's loops remember, in dtrain's checkpoints, and how they go on from it."""
+"""The state of Lightning's loops, in dtrain's checkpoints."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 from dtrain.errors import CheckpointError
 from dtrain.integrations.lightning.compat import pl
 from dtrain.integrations.lightning.loops.strategy import named_state
-from dtrain.integrations.lightning.reductions import Part, QuietResults, kind_of, together
+from dtrain.integrations.lightning.reductions import Part, QuietResults, combined, kind_of
 from dtrain.train import collectives
 from dtrain.train.checkpoint.leaves import refuse_unreadable
 
 _OF_RUN = ("hyper_parameters", "hparams_name", "hparams_type", "datamodule_hyper_parameters")
-"""What Lightning's checkpoints hold of constructors' arguments: here the job has them."""
+"""The prefixes of constructors' arguments in Lightning's checkpoints; here the job has them."""
 
 
 def dumped(trainer: pl.Trainer, *, mid_epoch: bool) -> dict[str, Any]:
-    """What Lightning would save now, at a step boundary. Called by all ranks.
+    """Return the state that Lightning would save now, at a step boundary. Called by all ranks.
 
     Args:
-        trainer: in a fit.
-        mid_epoch: whether the epoch goes on after this step.
+        trainer: a trainer in a fit.
+        mid_epoch: whether the epoch continues after this step.
 
     Returns:
-        By file stem. Optimizers' states are by parameter name.
+        The content of each file, by its stem. Optimizers' states are by parameter name.
 
     Raises:
-        DtrainError: it holds what a checkpoint cannot; says whose, and where.
+        DtrainError: a value cannot be in a checkpoint; the message names its owner and its key.
     """
     module = trainer.lightning_module
     state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
@@ -42,9 +42,9 @@ def dumped(trainer: pl.Trainer, *, mid_epoch: bool) -> dict[str, Any]:
         for each in zip(trainer.strategy.optimizers, state.pop("optimizer_states"), strict=True)
     ]
     state["callback_metrics"] = dict(trainer._logger_connector._callback_metrics)
-    _place(state["loops"]["fit_loop"], mid_epoch=mid_epoch)
+    _set_position(state["loops"]["fit_loop"], mid_epoch=mid_epoch)
     for name, value in state.items():
-        refuse_unreadable(value, f"what a hook of Lightning's puts into a checkpoint, {name}")
+        refuse_unreadable(value, f"the value that a Lightning hook puts into a checkpoint, {name}")
     for name, value in model.items():
         if not isinstance(value, torch.Tensor):
             refuse_unreadable(value, f"get_extra_state() of the model, {name}")
@@ -52,10 +52,10 @@ def dumped(trainer: pl.Trainer, *, mid_epoch: bool) -> dict[str, Any]:
 
 
 def restored(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `dumped`: what Lightning takes for a loaded file.
+    """Return the inverse of `dumped`: the content of a loaded file, in Lightning's form.
 
     Raises:
-        CheckpointError: the checkpoint is of dtrain's step.
+        CheckpointError: the checkpoint was made with dtrain's step.
     """
     if "lightning" not in tensors:
         raise CheckpointError(
@@ -70,11 +70,11 @@ def restored(tensors: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _place(loop: dict[str, Any], *, mid_epoch: bool) -> None:
-    """Say clearly whether the epoch is over, wherever among its hooks Lightning is.
+def _set_position(loop: dict[str, Any], *, mid_epoch: bool) -> None:
+    """Set the counters so that they show whether the epoch is over, in any of Lightning's hooks.
 
-    With `max_steps`, its own restart would take the batches of an epoch that is over for those of
-    the next, and leave that at once; and where `max_steps` cuts an epoch, it counts as complete.
+    With `max_steps`, Lightning's own restart would count the batches of an ended epoch as those
+    of the next, and end that epoch at once. An epoch that `max_steps` cuts counts as complete.
     """
     for count in loop["epoch_progress"].values():
         done = count["started"] - mid_epoch
@@ -86,17 +86,17 @@ def _place(loop: dict[str, Any], *, mid_epoch: bool) -> None:
 
 
 class ExactResults(QuietResults):
-    """What a module logs, put together over all ranks where a loader has been read to its end.
+    """The logged values of a module, combined over all ranks at the end of a loader.
 
-    Lightning takes each rank's own mean unless a module asks for `sync_dist`. Here the mean over
-    the samples of all ranks is known on all of them before any hook can ask for it; a rank that
-    has not logged something takes no part in it, and does not make the others wait.
+    Lightning uses each rank's own mean unless a module sets `sync_dist`. Here the mean over the
+    samples of all ranks is known on all of them before any hook reads it. A rank that has not
+    logged a value has no part in its mean, and does not make the others wait.
     """
 
     def __init__(self, training: bool, trainer: pl.Trainer) -> None:
         super().__init__(training, trainer)
         self._before: dict[str, tuple[float, float]] = {}
-        """Of an interrupted epoch: by key, what was counted, until it is logged again."""
+        """The values and weights of an interrupted epoch by key, until the key is logged again."""
 
     def __setitem__(self, key: str, metric: Any) -> None:
         super().__setitem__(key, metric)
@@ -107,8 +107,8 @@ class ExactResults(QuietResults):
                 metric.cumulated_batch_size = torch.tensor(round(weight))
             metric._update_count = 1
 
-    def meet(self) -> None:
-        """Put together what was logged by value for the epoch. Called by all ranks."""
+    def combine(self) -> None:
+        """Combine the values that were logged for the epoch. Called by all ranks."""
         sums = self._sums()
         for key, metric in self._of_epoch().items():
             value, weight = sums[key]
@@ -119,11 +119,11 @@ class ExactResults(QuietResults):
             )
 
     def state(self) -> dict[str, list[float]]:
-        """By key the value and its weight so far, over all ranks. Called by all ranks."""
+        """Return each key's value and weight so far, over all ranks. Called by all ranks."""
         return {key: [value, weight] for key, (value, weight) in self._sums().items()}
 
     def load(self, state: Mapping[str, Any], rank: int) -> None:
-        """Only rank 0 goes on with them, as they are those of all."""
+        """Continue from a state on rank 0 only, because it is the state of all ranks."""
         if rank == 0:
             self._before = {key: (value, weight) for key, (value, weight) in state.items()}
 
@@ -140,4 +140,4 @@ class ExactResults(QuietResults):
             mean = metric.meta.is_mean_reduction
             weight = float(metric.cumulated_batch_size) if mean else 1.0
             mine[key] = (kind_of(metric), float(metric.value), weight)
-        return together(collectives.gather_to_all(mine))
+        return combined(collectives.gather_to_all(mine))

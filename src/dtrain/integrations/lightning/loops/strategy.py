@@ -1,4 +1,4 @@
-"""Lightning's strategies over dtrain's processes; they launch nothing and join no group."""
+"""Lightning's strategies for dtrain's processes; they launch nothing and join no group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
 from dtrain.integrations.lightning.compat import DDPStrategy, after, pl
-from dtrain.integrations.lightning.environment import OurProcesses
+from dtrain.integrations.lightning.environment import ExternalProcesses
 from dtrain.train.checkpoint.state import (
     as_cut,
     gathered,
@@ -27,16 +27,16 @@ from dtrain.train.seeding import derive_seed, seed_everything
 from dtrain.train.strategies.fsdp_sharded import Sharded
 
 
-class LoopsStrategy(OurProcesses, DDPStrategy):
-    """What is the same whatever wraps the module.
+class LoopsStrategy(ExternalProcesses, DDPStrategy):
+    """The common base of the strategies for Lightning's own loops.
 
     DDPStrategy is its base for barriers, broadcasts and reductions of metrics.
 
     Args:
-        context: of the training.
-        weighed: is given the loss of a micro-batch and gives what is to be trained on, whose
-            gradient is averaged over the processes.
-        loaded: what Lightning is given for the file that it goes on from.
+        context: the context of the training.
+        weighed: a function that weighs the loss of a micro-batch. The gradient of its result is
+            averaged over the processes.
+        loaded: the content of the checkpoint file to continue from, in Lightning's form.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class LoopsStrategy(OurProcesses, DDPStrategy):
         self._loaded = loaded
 
     def whole(self) -> AbstractContextManager[None]:
-        """A context in which every process holds all parameters, as for evaluation."""
+        """Return a context in which every process holds all parameters, for evaluation."""
         return nullcontext()
 
     def close(self) -> None:
-        """Let go of the module's wrapper."""
+        """Release the module's wrapper."""
         self.model = None
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -65,7 +65,7 @@ class LoopsStrategy(OurProcesses, DDPStrategy):
     def backward(
         self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Weigh the loss, of manual optimization too, by the samples that it is a mean of."""
+        """Weigh the loss by its number of samples, in manual optimization too."""
         loss = self._weighed(closure_loss)
         result: torch.Tensor = super().backward(loss, optimizer, *args, **kwargs)
         return result
@@ -84,7 +84,10 @@ class LoopsStrategy(OurProcesses, DDPStrategy):
             load_named_state(self.lightning_module, optimizer, state)
 
     def _compare(self) -> None:
-        """Before the processes' modules are made one, which is done without a word."""
+        """Compare the processes' modules before Lightning makes them equal, which it does silently.
+
+        Also refuse a module that is wrapped already.
+        """
         module = self.lightning_module
         if is_sharded(module) or self._context.shards_model:  # DDP within DDP is the module's own
             refuse_wrapped(module, type(module).__name__)
@@ -106,10 +109,11 @@ class LoopsDDP(LoopsStrategy):
             super(DDPStrategy, self).setup(trainer)  # DDP's own wants a group
         else:
             self._compare()
-            wish = self._context.spec.lightning.find_unused
-            # of several optimizers each leaves the others' parameters out
-            manual = not self.lightning_module.automatic_optimization
-            self._ddp_kwargs["find_unused_parameters"] = manual if wish is None else wish
+            find_unused = self._context.spec.lightning.find_unused
+            if find_unused is None:
+                # with several optimizers, each step leaves the others' parameters unused
+                find_unused = not self.lightning_module.automatic_optimization
+            self._ddp_kwargs["find_unused_parameters"] = find_unused
             super().setup(trainer)
 
     def on_exception(self, exception: BaseException) -> None:
@@ -121,19 +125,19 @@ class LoopsDDP(LoopsStrategy):
 
 
 class LoopsFSDP(LoopsStrategy):
-    """FSDP2, as under dtrain's own strategy, over two processes or more.
+    """FSDP2 of dtrain's own strategy, over two processes or more.
 
-    Lightning's FSDPStrategy makes parameters flat, which leaves no names to compare, save and
-    resume by, and does not do manual optimization (github.com/Lightning-AI/pytorch-lightning,
-    issue 19685). Here such a step runs on whole parameters, resharded during updates.
+    Lightning's FSDPStrategy flattens parameters, which leaves no names for comparing, saving and
+    resuming. It does not support manual optimization (github.com/Lightning-AI/pytorch-lightning,
+    issue 19685). Here a manual step runs on whole parameters, which are resharded during updates.
     """
 
     _made: Sharded | None = None
     _manual = False
     _reduces = True
-    """Whether this backward is followed by an update."""
+    """True if an update follows this backward."""
     _in_step = False
-    """Whether a step of manual optimization runs, on whole parameters."""
+    """True while a step of manual optimization runs, on whole parameters."""
 
     @property
     def _sharded(self) -> Sharded:
@@ -153,7 +157,7 @@ class LoopsFSDP(LoopsStrategy):
         super(DDPStrategy, self).setup(trainer)
 
     def _setup_model(self, model: torch.nn.Module) -> Any:
-        """Cut the module, unless that was done for another of the Trainer's loops."""
+        """Shard the module, unless that was done for another of the Trainer's loops."""
         module = self.lightning_module
         if self._made is None:
             self._compare()
@@ -168,7 +172,7 @@ class LoopsFSDP(LoopsStrategy):
         return model if self._manual else self._made.root
 
     def teardown(self) -> None:
-        """Parts stay where they are."""
+        """Leave the parts on their device."""
         assert self.accelerator is not None
         self.accelerator.teardown()
 
@@ -209,7 +213,7 @@ class LoopsFSDP(LoopsStrategy):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
 
         def then_reshard() -> Any:
-            self._sharded.unshard()  # an optimizer may call it again after an update
+            self._sharded.unshard()  # an optimizer may call this closure again after an update
             result = closure()
             self._sharded.reshard()
             return result
@@ -220,7 +224,7 @@ class LoopsFSDP(LoopsStrategy):
         return result
 
     def _forget_unused(self) -> None:
-        """Take the gradient of zero from parameters that no process used."""
+        """Remove the zero gradients of parameters that no process used."""
         usage = self._sharded.usage
         flags = torch.tensor(usage.flags())
         dist.all_reduce(flags)
@@ -228,18 +232,18 @@ class LoopsFSDP(LoopsStrategy):
         usage.clear()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return it whole on rank 0, empty elsewhere. Called by all ranks."""
+        """Return the whole state on rank 0, and an empty one elsewhere. Called by all ranks."""
         state = model_state(self.lightning_module)
         return state if self.is_global_zero else {}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return it whole on rank 0, empty elsewhere. Called by all ranks."""
+        """Return the whole state on rank 0, and an empty one elsewhere. Called by all ranks."""
         state: dict[str, Any] = tree_map(gathered, super().optimizer_state(optimizer))
         return state if self.is_global_zero else {}
 
 
 def named_state(module: torch.nn.Module, optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's `state_dict()` by parameter name; as it is of one not torch's kind."""
+    """Return an optimizer's `state_dict()` by parameter name; keep one not of torch's kind."""
     if set(state) == {"state", "param_groups"}:
         return optimizer_state(module, optimizer, state)
     return {"own": state}

@@ -12,9 +12,10 @@ from dtrain.train.loop.task_state import Kept
 
 
 class LoopsTrainer(NativeTrainer):
-    """Lightning runs its loops, hooks, optimization and precision, automatic or manual.
+    """A trainer in which Lightning runs its loops, hooks, optimization and precision.
 
-    dtrain deals out the samples, compares the ranks, saves and goes on, and leaves in order.
+    Optimization is automatic or manual. dtrain distributes the samples, compares the ranks, saves
+    and resumes, and stops cleanly.
     """
 
     def begin(self, context: TrainContext, injector: Injector, kept: Kept) -> Fit:

@@ -9,24 +9,24 @@ from dtrain.train.context import TrainContext
 
 _PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
-_SAME = {
+_EQUIVALENT_FIELDS = {
     "gradient_clip_val": "train.clip_grad_norm",
     "accumulate_grad_batches": "train.micro_batch_size",
     "val_check_interval": "eval.every_steps",
     "check_val_every_n_epoch": "eval.every_epochs",
 }
-"""Arguments of which the job has a field of its own; only one of both is given."""
+"""Arguments for which the job has its own field; a job may set only one of the two."""
 
 
 def trainer_arguments(context: TrainContext, automatic: bool) -> dict[str, Any]:
-    """All arguments but the strategy and the callbacks.
+    """Return all arguments except the strategy and the callbacks.
 
     Args:
-        context: of the training.
+        context: the context of the training.
         automatic: whether Lightning makes the steps, and not the module.
 
     Raises:
-        UsageError: two of the job's wishes do not go together; names them.
+        UsageError: two settings of the job exclude each other; the message names them.
     """
     spec, ranks = context.spec, context.ranks
     own = spec.lightning.trainer
@@ -36,7 +36,7 @@ def trainer_arguments(context: TrainContext, automatic: bool) -> dict[str, Any]:
         "eval.every_steps": spec.eval.every_steps,
         "eval.every_epochs": spec.eval.every_epochs,
     }
-    for name, field in _SAME.items():
+    for name, field in _EQUIVALENT_FIELDS.items():
         if name in own and fields[field] is not None:
             raise UsageError(
                 f"lightning.trainer.{name} and {field} mean the same; leave one of them out",
@@ -54,7 +54,7 @@ def trainer_arguments(context: TrainContext, automatic: bool) -> dict[str, Any]:
             "leave it out, and call self.clip_gradients() in training_step()",
             code="lightning.manual-optimization",
         )
-    ours: dict[str, Any] = {
+    decided: dict[str, Any] = {
         "accelerator": "cuda" if context.device.type == "cuda" else "cpu",
         "devices": ranks.local_world_size,
         "num_nodes": max(1, ranks.world_size // ranks.local_world_size),
@@ -63,13 +63,13 @@ def trainer_arguments(context: TrainContext, automatic: bool) -> dict[str, Any]:
         "max_steps": -1 if spec.train.steps is None else spec.train.steps,
     }
     if context.recorder is not None and context.recorder.in_fp64:
-        ours["precision"] = "64-true"
+        decided["precision"] = "64-true"
     if spec.train.clip_grad_norm is not None:
-        ours["gradient_clip_val"] = spec.train.clip_grad_norm
+        decided["gradient_clip_val"] = spec.train.clip_grad_norm
     if spec.eval.every_steps is not None:
-        ours |= {"val_check_interval": spec.eval.every_steps, "check_val_every_n_epoch": None}
+        decided |= {"val_check_interval": spec.eval.every_steps, "check_val_every_n_epoch": None}
     elif spec.eval.every_epochs is not None:
-        ours["check_val_every_n_epoch"] = spec.eval.every_epochs
+        decided["check_val_every_n_epoch"] = spec.eval.every_epochs
     defaults = {
         "logger": False,
         "enable_checkpointing": False,
@@ -80,4 +80,4 @@ def trainer_arguments(context: TrainContext, automatic: bool) -> dict[str, Any]:
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": ranks.world_size > 1,
     }
-    return {**defaults, **own, **ours}
+    return {**defaults, **own, **decided}

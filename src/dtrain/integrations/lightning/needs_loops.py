@@ -1,4 +1,4 @@
-"""Whether dtrain's step can train a LightningModule as its author wrote it."""
+"""The reasons why dtrain's step cannot train a LightningModule unchanged."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dtrain.integrations.lightning.compat import PACKAGE, is_overridden, pl
 
 
 class NeedsLoopsError(UsageError):
-    """It cannot; says why."""
+    """dtrain's step cannot train the module; the message gives the reason."""
 
     code = "lightning.needs-own-loops"
 
 
-_OF_LOOPS = (
+_LOOP_HOOKS = (
     "optimizer_step",
     "backward",
     "configure_gradient_clipping",
@@ -35,21 +35,21 @@ _OF_LOOPS = (
     "on_save_checkpoint",
     "on_load_checkpoint",
 )
-"""Hooks of a LightningModule around which dtrain's step has nothing to offer."""
+"""Hooks of a LightningModule that dtrain's step does not call."""
 
-_OF_DATA = ("on_exception", "state_dict", "load_state_dict", "transfer_batch_to_device")
-"""Those of a data module."""
+_DATA_HOOKS = ("on_exception", "state_dict", "load_state_dict", "transfer_batch_to_device")
+"""Hooks of a data module that dtrain's step does not call."""
 
 
-def why_loops(module: Any, data_module: Any) -> str | None:
-    """Why a module is to be trained by Lightning's own loops; None where dtrain's step will do."""
+def why_module_needs_loops(module: Any, data_module: Any) -> str | None:
+    """Return why a module needs Lightning's own loops; None if dtrain's step is enough."""
     name = type(module).__name__
     if not module.automatic_optimization:
         return f"{name} has automatic_optimization = False: it makes its own steps"
-    for hook in _OF_LOOPS:
+    for hook in _LOOP_HOOKS:
         if is_overridden(hook, module, pl.LightningModule):
             return f"{name} overrides {hook}()"
-    for hook in _OF_DATA:
+    for hook in _DATA_HOOKS:
         if data_module is not None and is_overridden(hook, data_module, pl.LightningDataModule):
             return f"{type(data_module).__name__} overrides {hook}()"
     code = _code(type(module))
@@ -63,7 +63,7 @@ def why_loops(module: Any, data_module: Any) -> str | None:
 
 
 def _code(kind: type) -> list[ast.AST]:
-    """All that the user's classes say, newest first; nothing where there is no source."""
+    """Return all nodes of the user's classes, the most derived first; empty without source."""
     nodes: list[ast.AST] = []
     for base in kind.__mro__:
         if base.__module__.startswith(PACKAGE):
@@ -86,7 +86,7 @@ def _may_end_epoch(code: list[ast.AST]) -> bool:
 
 
 def _returned(code: list[ast.AST], method: str) -> list[ast.expr | None]:
-    """What the newest of these methods returns, line by line."""
+    """Return the value of each return statement of the most derived of these methods."""
     found = [each for each in code if isinstance(each, ast.FunctionDef) and each.name == method]
     inside = ast.walk(found[0]) if found else ()
     return [each.value for each in inside if isinstance(each, ast.Return)]
