@@ -1,1 +1,1 @@
-"""What is trained: the job file, its models, and the profiles of the places it can run."""
+"""The description of a training: the job file, its models, and the profiles of machines."""

@@ -1,4 +1,4 @@
-"""What pydantic found wrong, in words for people, at the place where it was written."""
+"""Turn pydantic's errors into sentences for users, with the location of each value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dtrain.job.spec import Model
 from dtrain.job.units import WrongTypeError, found
 
 Area = Literal["job", "profile", "option"]
-"""Of what the fields are; the first part of the codes of problems with them."""
+"""The kind of file or section that the fields belong to. It is the first part of problem codes."""
 
 _EXPECTED = {
     "string_too_short": "some text",
@@ -32,7 +32,7 @@ _COMMON_NAMES = {
     "train.batch_size": _BATCH,
     "data.batch_size": _BATCH,
 }
-"""Names of other tools for fields of dtrain."""
+"""Names that other tools use for fields of dtrain."""
 _UNKNOWN = "extra_forbidden"
 _BOUNDS = {
     "greater_than_equal": ("ge", "at least"),
@@ -49,20 +49,20 @@ def explain(
     listed: str = "",
     area: Area = "job",
 ) -> list[Problem]:
-    """One problem for each field that pydantic refused.
+    """Return one problem for each field that pydantic refused.
 
     Args:
-        error: from validating `root.plain()` as `model`.
-        root: what was written, with places.
+        error: raised when `root.plain()` was validated as `model`.
+        root: the values as written, with their locations.
         model: the model of the whole file, for hints about where a key belongs.
-        listed: a sentence with the keys of the top section; empty: what the file can have.
-        area: of what the fields are.
+        listed: a sentence with the keys of the top section; empty means the keys of `model`.
+        area: the kind of file or section that the fields belong to.
     """
     listed = listed or f"this file can have: {', '.join(model.model_fields)}"
     by_field: dict[Keys, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         by_field.setdefault(_keys(detail, root), []).append(detail)
-    by_field.pop((), None)  # between fields: told by cross_problems, with places
+    by_field.pop((), None)  # between fields: cross_problems reports these, with locations
     misspelt = {_meant(keys, model) for keys, d in by_field.items() if _kind(d) == _UNKNOWN}
     return [
         _problem(keys, details, root, model, listed, area)
@@ -72,7 +72,8 @@ def explain(
 
 
 def model_at(model: type[Model], keys: Keys) -> type[Model] | None:
-    """The model of the section at `keys`; None where the keys are free, as in `args`."""
+    """Return the model of the section at `keys`. Return None where the keys are free (for example
+    `args`)."""
     at: type[Model] | None = model
     for key in keys:
         field = at.model_fields.get(str(key)) if at else None
@@ -81,7 +82,7 @@ def model_at(model: type[Model], keys: Keys) -> type[Model] | None:
 
 
 def submodel(field: FieldInfo) -> type[Model] | None:
-    """The model behind a field that is a section, optional or not."""
+    """Return the model of a field that is a section, optional or not, or None."""
     for kind in (field.annotation, *get_args(field.annotation)):
         if isinstance(kind, type) and issubclass(kind, Model):
             return kind
@@ -89,7 +90,7 @@ def submodel(field: FieldInfo) -> type[Model] | None:
 
 
 def fields_of(model: type[Model], above: Keys = ()) -> Iterator[Keys]:
-    """Every field of a model and of the sections in it."""
+    """Yield the keys of every field of a model, including the fields of its sections."""
     for name, field in model.model_fields.items():
         yield (*above, name)
         inside = submodel(field)
@@ -98,7 +99,7 @@ def fields_of(model: type[Model], above: Keys = ()) -> Iterator[Keys]:
 
 
 def _keys(detail: ErrorDetails, root: Located) -> Keys:
-    """The field behind pydantic's `loc`, which also names members of unions and tuples."""
+    """Return the field behind pydantic's `loc`, which also names members of unions and tuples."""
     loc = tuple(detail["loc"])
     written = len(root.path(loc)) - 1
     return loc if detail["type"] == "missing" else loc[:written]
@@ -109,7 +110,7 @@ def _kind(details: list[ErrorDetails]) -> str:
 
 
 def _meant(keys: Keys, model: type[Model]) -> Keys:
-    """The field of the same section that a misspelt key is near to."""
+    """Return the field of the same section that a misspelt key is closest to."""
     here = list((model_at(model, keys[:-1]) or model).model_fields)
     if meant := _COMMON_NAMES.get(dotted(keys)):
         return tuple(meant.partition(" ")[0].split("."))
@@ -141,7 +142,7 @@ def _problem(
 
 
 def code_of(detail: ErrorDetails, area: Area) -> str:
-    """The code of a value that pydantic refused; `area` as of `explain`."""
+    """Return the code for a value that pydantic refused. `area` is the same as in `explain`."""
     kind = detail["type"]
     if kind in _BOUNDS:
         return f"{area}.out-of-range"
@@ -176,7 +177,7 @@ def _belongs(homes: list[Keys]) -> str:
 
 
 def _wrong_value(details: list[ErrorDetails], written: Located) -> str:
-    """`expected …; found …`, and how to mend it where that is plain."""
+    """Return `expected …; found …`, with a fix where the fix is obvious."""
     kind, context = _kind(details), details[0].get("ctx", {})
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
@@ -197,7 +198,7 @@ def _wrong_value(details: list[ErrorDetails], written: Located) -> str:
 
 
 def _words(detail: ErrorDetails) -> list[str]:
-    """The words that would have been right, where only some are."""
+    """Return the allowed words, where only some words are allowed."""
     if detail["type"] == "literal_error":
         return re.findall(r"'([^']*)'", detail["ctx"]["expected"])
     return ["true", "false"] if detail["type"] == "bool_type" else []

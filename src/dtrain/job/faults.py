@@ -1,6 +1,6 @@
-"""Faults that are made on purpose: `rank=1,step=5,kind=flip-gradient-bit,param=first.weight`.
+"""Faults that are injected on purpose: `rank=1,step=5,kind=flip-gradient-bit,param=first.weight`.
 
-Read here, where nothing of a training is known; made in `train.faults`.
+This module parses them, without knowledge of the training. `train.faults` injects them.
 """
 
 from __future__ import annotations
@@ -48,29 +48,29 @@ class Injection:
     step: int = 1
     """The optimizer step, counted from 1."""
     param: str | None = None
-    """A parameter's or buffer's name; None: the first."""
+    """The name of a parameter or buffer. None means the first."""
     element: int = 0
-    """Which element of it, counted row by row; swaps take the next one too."""
+    """The index of the element, counted row by row. A swap also takes the next element."""
     bit: int | None = None
-    """Which bit of the element, from the lowest; None: the highest of its mantissa, in the first
-    element from `element` on that is not zero."""
+    """The index of the bit in the element, from the lowest. None means the highest bit of the
+    mantissa, in the first nonzero element from `element` on."""
 
     @property
     def action(self) -> str:
-        """`flip`, `scale` or `swap` of a fault in a tensor."""
+        """The action of a fault in a tensor: `flip`, `scale` or `swap`."""
         return self.kind.split("-")[0]
 
     @property
     def target(self) -> str:
-        """`gradient`, `parameter`, `moment` or `buffer` of a fault in a tensor."""
+        """The target of a fault in a tensor: `gradient`, `parameter`, `moment` or `buffer`."""
         return self.kind.split("-")[1]
 
 
 def parse_injection(text: str) -> Injection:
-    """The inverse of writing `rank=1,step=5,kind=…`.
+    """Parse a text of the form `rank=1,step=5,kind=…`.
 
     Raises:
-        ValueError: says what is wrong with it.
+        ValueError: the text is wrong; the message explains why.
     """
     fields: dict[str, str | int] = {}
     for part in text.split(","):
@@ -94,12 +94,12 @@ def parse_injection(text: str) -> Injection:
 
 
 def late_faults(job: Mapping[str, Any]) -> list[FieldProblem]:
-    """Faults in steps that the training does not have."""
+    """Return a problem for each fault in a step that the training does not have."""
     train, checks = job["train"], job.get("checks")
     steps, texts = train.get("steps"), checks.get("inject") if isinstance(checks, Mapping) else None
     problems: list[FieldProblem] = []
     for text in texts if isinstance(steps, int) and isinstance(texts, list) else []:
-        with contextlib.suppress(ValueError, AttributeError):  # told where the field is checked
+        with contextlib.suppress(ValueError, AttributeError):  # reported where the field is checked
             fault = parse_injection(text)
             if fault.step > steps:
                 why = f"{fault.kind} in step {fault.step}: the last is {steps}, of train.steps"
@@ -108,7 +108,7 @@ def late_faults(job: Mapping[str, Any]) -> list[FieldProblem]:
 
 
 def absent_rank(texts: Iterable[str], world_size: int) -> str | None:
-    """What is wrong with faults on ranks that there will not be; None: nothing."""
+    """Return the problem with faults on ranks that will not exist, or None."""
     for fault in map(parse_injection, texts):
         if fault.rank >= world_size:
             ranks = f"{world_size} ranks, 0 to {world_size - 1}" if world_size > 1 else "rank 0"

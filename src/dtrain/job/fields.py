@@ -1,4 +1,4 @@
-"""The kinds of values in job.yaml, with what people may write for them."""
+"""The types of values in job.yaml, with the spellings that users may write."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dtrain.job.units import (
 from dtrain.run.ids import LONGEST
 
 _MOST = 10**15
-"""Of anything that is counted; what counts in 64 bits, or in floats, still does so exactly."""
+"""The maximum of every counted value. Even 64-bit integers and floats represent it exactly."""
 _MOST_PROCESSES = 10_000
 
 Duration = Annotated[
@@ -30,7 +30,8 @@ Duration = Annotated[
     Field(gt=0, json_schema_extra={"type": ["number", "string"], "examples": ["90s", "30m", "2h"]}),
     BeforeValidator(parse_duration),
 ]
-"""Seconds; written as a number of seconds or `90s`, `30m`, `2h`, `1d`, `1h30m`, `01:30:00`."""
+"""A duration in seconds, written as a number of seconds or `90s`, `30m`, `2h`, `1d`, `1h30m`,
+`01:30:00`."""
 
 Size = Annotated[
     int,
@@ -41,10 +42,10 @@ Size = Annotated[
     ),
     BeforeValidator(parse_size),
 ]
-"""Bytes; written as a number of bytes or `512MB`, `16GB`, `4GiB`."""
+"""A size in bytes, written as a number of bytes or `512MB`, `16GB`, `4GiB`."""
 
 Text = Annotated[str, BeforeValidator(refuse_yaml_boolean)]
-"""A string; explains when YAML has read `yes`, `no`, `on`, `off` as a boolean."""
+"""A string. The error explains when YAML has read `yes`, `no`, `on`, `off` as a boolean."""
 
 
 def _checked_title(value: str) -> str:
@@ -58,10 +59,10 @@ def _checked_title(value: str) -> str:
 Name = Annotated[
     str, Field(min_length=1), BeforeValidator(refuse_yaml_boolean), AfterValidator(_checked_title)
 ]
-"""A line of text that is not empty."""
+"""A nonempty line of text."""
 
 EnvText = Annotated[Text, WithJsonSchema({"type": ["string", "number"]})]
-"""A variable's value; the job loader keeps a bare number letter by letter."""
+"""The value of an environment variable. The job loader keeps a bare number letter by letter."""
 
 
 def _checked_name(value: Any) -> Any:
@@ -71,7 +72,7 @@ def _checked_name(value: Any) -> Any:
 
 
 EnvName = Annotated[str, BeforeValidator(_checked_name)]
-"""A variable's name."""
+"""The name of an environment variable."""
 
 
 def _checked_hash_seed(env: dict[str, str]) -> dict[str, str]:
@@ -85,7 +86,7 @@ def _checked_hash_seed(env: dict[str, str]) -> dict[str, str]:
 
 
 Environment = Annotated[dict[EnvName, EnvText], AfterValidator(_checked_hash_seed)]
-"""Variables of all workers."""
+"""The environment variables of all workers."""
 
 
 def _checked_injection(value: Any) -> Any:
@@ -95,13 +96,14 @@ def _checked_injection(value: Any) -> Any:
 
 
 InjectionText = Annotated[str, BeforeValidator(_checked_injection)]
-"""`rank=1,step=5,kind=flip-gradient-bit,param=first.weight`, see `dtrain.job.faults`."""
+"""A fault, for example `rank=1,step=5,kind=flip-gradient-bit,param=first.weight`. See
+`dtrain.job.faults`."""
 
 Natural = Annotated[int, Field(ge=0, le=_MOST), BeforeValidator(parse_whole)]
 Count = Annotated[int, Field(ge=1, le=_MOST), BeforeValidator(parse_whole)]
 FewOrZero = Annotated[int, Field(ge=0, le=_MOST_PROCESSES), BeforeValidator(parse_whole)]
 Few = Annotated[int, Field(ge=1, le=_MOST_PROCESSES), BeforeValidator(parse_whole)]
-"""As many as there may be processes on a node, or nodes."""
+"""The number of nodes, or of processes on a node, up to the largest that dtrain supports."""
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(parse_whole)]
 NonNegative = Annotated[float, Field(ge=0), BeforeValidator(parse_real)]
 Positive = Annotated[float, Field(gt=0), BeforeValidator(parse_real)]
@@ -139,11 +141,11 @@ LoggerEntry = Annotated[
     BeforeValidator(_checked_logger),
     WithJsonSchema(_LOGGER_SCHEMA),
 ]
-"""`tensorboard`, or `mlflow: {experiment: digits}`."""
+"""A logger: `tensorboard`, or `mlflow: {experiment: digits}`."""
 
 
 def split_entry(entry: str | dict[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """(name, options) of an entry."""
+    """Return the name and the options of an entry."""
     if isinstance(entry, str):
         return entry, {}
     ((name, options),) = entry.items()

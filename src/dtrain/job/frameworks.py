@@ -1,4 +1,4 @@
-"""What a framework's integration checks of a job before a launch, found through the catalog."""
+"""Checks of a job by the integration of a framework, before a launch; the catalog lists them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from dtrain.job.static_source import Source
 
 @dataclass(frozen=True)
 class NamedClass:
-    """A field of the job that names a class, and the one with its constructor's arguments."""
+    """A field of the job that names a class, with the field that holds its constructor's
+    arguments."""
 
     root: Located
     """The job as written."""
     field: Keys
     args: Keys
     trainer: str | None
-    """Of the job; None when that is no text."""
+    """The trainer of the job. None means that it is not text."""
 
     @property
     def place(self) -> SourceLocation:
@@ -33,26 +34,28 @@ class NamedClass:
 
 
 class JobCheck:
-    """Base of the checks; they read files, and import neither the framework nor torch."""
+    """The base class of the checks. They read files, and import neither the framework nor torch."""
 
     def between_fields(self, job: Mapping[str, Any]) -> list[FieldProblem]:
-        """What is wrong between fields, as of `dtrain.job.spec.cross_problems`."""
+        """Return problems between fields, in the form that `dtrain.job.spec.cross_problems`
+        returns."""
         return []
 
     def references(self, root: Located) -> Iterator[Problem]:
-        """What is named outside of the job's own file and is not there."""
+        """Yield a problem for each thing that the job names outside its own file and that does not
+        exist."""
         return iter(())
 
     def of_class(
         self, named: NamedClass, name: str, file: Path, source: Source
     ) -> Iterator[Problem]:
-        """What of a class cannot be trained as asked.
+        """Yield a problem for each property of a class that prevents the requested training.
 
         Args:
-            named: the field that names it.
-            name: its own name.
-            file: where it is.
-            source: what is in that file.
+            named: the field that names the class.
+            name: the name of the class.
+            file: the file that defines it.
+            source: the parsed contents of that file.
         """
         return iter(())
 

@@ -1,7 +1,7 @@
-"""Modules that a task's file imports and that this Python does not have: told before a launch.
+"""Report modules that a task's file imports and that this Python lacks, before a launch.
 
-Nothing is imported. What is not executed in any case is passed over, and so is a file that may
-change where modules are found.
+Nothing is imported. The check ignores imports that are not always executed. It also ignores files
+that may change the module search path.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _CHANGES_THE_PATH = {
     "cppimport",
     "hy",
 }
-"""Words in a file after which modules may be found that are not there now."""
+"""Words in a file that may make further modules importable."""
 
 
 def refuse_missing(job: JobSpec, folder: Path) -> None:
-    """Look for the modules that the job's own files import.
+    """Check that the modules that the job's own files import exist.
 
     Args:
-        job: to be trained by this very Python, on this host.
-        folder: where its file lies.
+        job: a job that this Python, on this host, will train.
+        folder: the folder of the job file.
 
     Raises:
-        JobError: a problem for each that is nowhere.
+        JobError: one problem for each module that does not exist.
     """
     if job.launch.preload:
-        return  # it may change where modules are found
+        return  # preloaded modules may change the module search path
     python_path = job.launch.env.get("PYTHONPATH", "").split(os.pathsep)
     extra = [str(folder.absolute()), os.getcwd(), *filter(None, python_path)]
     data_module = job.lightning.data_module if job.lightning else None
@@ -59,7 +59,7 @@ def refuse_missing(job: JobSpec, folder: Path) -> None:
 
 
 def _missing(file: Path, extra: Sequence[str], seen: set[Path]) -> Iterator[Problem]:
-    """Of a file, and of the files beside it that it imports."""
+    """Yield the missing modules of a file, and of the files beside it that it imports."""
     if file in seen or file.suffix != ".py":
         return
     seen.add(file)
@@ -87,7 +87,7 @@ def _missing(file: Path, extra: Sequence[str], seen: set[Path]) -> Iterator[Prob
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
-    """Each import that is executed in any case, with the name of its package."""
+    """Yield each import that is always executed, with the name of its package."""
     for statement in tree.body:
         if isinstance(statement, ast.Import):
             for alias in statement.names:
@@ -99,7 +99,7 @@ def _imports(tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
 def _is_here(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ValueError:  # it is imported, and does not say where from
+    except ValueError:  # the module is imported but has no __spec__
         return True
 
 

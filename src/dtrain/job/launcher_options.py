@@ -1,4 +1,4 @@
-"""The `options:` of a profile: a launcher's own settings."""
+"""The `options:` of a profile: settings of one launcher."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from dtrain.job.spec import Model
 
 
 class AnyOptions(Model):
-    """Options as they are written, in a profile or in plan.json: not checked yet."""
+    """Options as they are written in a profile or in plan.json, before they are checked."""
 
     model_config = ConfigDict(extra="allow")
 
     @property
     def cores_per_node(self) -> int | None:
-        """CPUs that a node has been given; None where the launcher does not say."""
+        """The number of CPUs assigned to a node. None means that the launcher does not know."""
         return None
 
 
 class LauncherOptions(AnyOptions):
-    """Base of the options of a launcher; those of one without any."""
+    """The base class of a launcher's options. It has no options itself."""
 
     model_config = ConfigDict(extra="forbid")
 
     launcher: ClassVar[str]
     further: ClassVar[str] = ""
-    """What else can be set, as the end of a sentence that lists the options."""
+    """Further settings, as the end of a sentence that lists the options."""
 
     @classmethod
     def listed(cls) -> str:
-        """A sentence that names every option, for the error about an unknown one."""
+        """Return a sentence that names every option, for the error about an unknown one."""
         names = ", ".join(cls.model_fields)
         has = f"the options {names}" if names else "no options"
         return f"launcher {cls.launcher!r} has {has}{cls.further}"
 
     @classmethod
     def of(cls, options: AnyOptions) -> Self:
-        """The options of a plan with their own type.
+        """Return the options of a plan, validated as this class.
 
         Raises:
-            PlanError: one is unknown or wrong.
+            PlanError: an option is unknown or wrong.
         """
         if isinstance(options, cls):
             return options

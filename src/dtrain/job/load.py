@@ -1,4 +1,7 @@
-"""job.yaml, a profile's defaults and flags → one checked `JobSpec`, each value with its source."""
+"""Combine job.yaml, a profile's defaults and flags into one checked `JobSpec`.
+
+Each value keeps its source.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +26,19 @@ AnyModel = TypeVar("AnyModel", bound=Model)
 
 @dataclass(frozen=True)
 class LoadedJob:
-    """A job that has passed every check that needs nothing started."""
+    """A job that has passed every check that can run before anything starts."""
 
     spec: JobSpec
     text: str
-    """job.yaml as given."""
+    """The text of job.yaml as given."""
     path: Path
     sources: dict[str, str]
-    """Dotted field → where its value came from: `job.yaml:7`, `--set train.epochs=3`, `--nodes`,
-    `profile slurm (launchers/slurm.yaml:4)`, `default`."""
+    """The dotted name of each field, with the source of its value: `job.yaml:7`,
+    `--set train.epochs=3`, `--nodes`, `profile slurm (launchers/slurm.yaml:4)`, `default`."""
 
 
 def flag(spelling: str, value: Any) -> Located:
-    """A value given by a flag, for `load_job(flags=...)`: `flag("--nodes", "2:4")`."""
+    """Return a value given by a flag, for `load_job(flags=...)`: `flag("--nodes", "2:4")`."""
     return Located.of(value, SourceLocation(spelling))
 
 
@@ -48,19 +51,21 @@ def load_job(
     text: str | None = None,
     root: Located | None = None,
 ) -> LoadedJob:
-    """Read and check a job: flag > --set > job.yaml > profile > default.
+    """Read and check a job. The precedence is flag > --set > job.yaml > profile > default.
 
     Args:
         path: the job file.
         overrides: `FIELD=VALUE` texts of `--set`, values read as YAML.
-        profile_launch: the profile's `launch:` section, as `LoadedProfile.launch`.
-        flags: dotted field → `flag(spelling, value)`.
-        job_dir: what `task` and `data.paths` are relative to; None: the job file's folder.
-        text: the job itself, where there is no such file.
-        root: what the text says, with places that a person knows; None: it is read from the text.
+        profile_launch: the profile's `launch:` section (`LoadedProfile.launch`).
+        flags: the dotted name of each field → `flag(spelling, value)`.
+        job_dir: the folder that `task` and `data.paths` are relative to. None means the job file's
+            folder.
+        text: the text of the job, where there is no such file.
+        root: the parsed text, with locations that the user knows. None means that it is read from
+            the text.
 
     Raises:
-        JobError: every problem of the file, the flags and what they name, sorted by place.
+        JobError: every problem of the file, the flags and what they name, sorted by location.
     """
     path = Path(path)
     shown = shown_path(path)
@@ -95,11 +100,11 @@ def load_job(
 
 
 def read_job(path: Path) -> JobSpec:
-    """A job as a run keeps it: what it names is not looked for.
+    """Read a job from a run directory. The files that it names are not checked.
 
     Raises:
-        JobError: it is missing, or every problem in it.
-        DamagedError: it is no text.
+        JobError: the file is missing or has problems; every problem is reported.
+        DamagedError: the file is not text.
     """
     shown = shown_path(path)
     root, problems = read_root(files.read_text(path) or "", shown, JobSpec)
@@ -112,10 +117,10 @@ def read_job(path: Path) -> JobSpec:
 def read_root(
     text: str, shown: str, model: type[Model], origin: str = ""
 ) -> tuple[Located, list[Problem]]:
-    """The top section of a YAML file, and what is wrong with the YAML.
+    """Return the top section of a YAML file, and the problems of the YAML.
 
     Raises:
-        JobError: there is no top section to go on with.
+        JobError: there is no top section to validate.
     """
     root, problems = read_yaml(text, in_file(shown, origin))
     required = [name for name, field in model.model_fields.items() if field.is_required()]
@@ -140,7 +145,10 @@ def read_root(
 def validate(
     root: Located, model: type[AnyModel], listed: str = "", area: Area = "job"
 ) -> tuple[AnyModel | None, list[Problem]]:
-    """What is written as a spec, or every problem of single fields; arguments as of `explain`."""
+    """Return the written values as a spec, or every problem of single fields.
+
+    The arguments are those of `explain`.
+    """
     try:
         return model.model_validate(root.plain()), []
     except ValidationError as error:
@@ -148,7 +156,8 @@ def validate(
 
 
 def sort_problems(problems: Sequence[Problem], first: str) -> list[Problem]:
-    """Problems without repetitions, those in the file `first` before others, then by place."""
+    """Return problems without duplicates, sorted by location; those in the file `first` come
+    first."""
     return sorted(
         dict.fromkeys(problems),
         key=lambda p: (p.file != first, p.file, p.line or 0, p.column or 0, p.field),
@@ -156,7 +165,7 @@ def sort_problems(problems: Sequence[Problem], first: str) -> list[Problem]:
 
 
 def sources_of(spec: Model, root: Located) -> dict[str, str]:
-    """Dotted leaf field → the source of its value, `default` where nothing is written."""
+    """Map each dotted leaf field to the source of its value, `default` where nothing is written."""
     return dict(_sources(spec, root, ()))
 
 
@@ -173,7 +182,7 @@ def _sources(value: Any, written: Located | None, keys: Keys) -> Iterator[tuple[
 
 
 def _open_empty_sections(root: Located, model: type[Model]) -> Located:
-    """Read `eval:` with nothing below it (all commented out, say) as an empty section."""
+    """Read an empty `eval:` (for example, one with all lines commented out) as an empty section."""
     inside = dict(root.value)
     for name, field in model.model_fields.items():
         part = inside.get(name)
@@ -189,10 +198,10 @@ def _open_empty_sections(root: Located, model: type[Model]) -> Located:
 
 
 def _override(text: str) -> tuple[Located | None, list[Problem]]:
-    """`train.epochs=3` as a value at its field."""
+    """Parse `train.epochs=3` into a value nested at its field."""
     field, equals, value = text.partition("=")
     keys = _keys_of(field.strip())
-    if keys[0] != "args" and keys[:2] != ("launch", "env"):  # there the names are the user's own
+    if keys[0] != "args" and keys[:2] != ("launch", "env"):  # those names are the user's own
         keys = tuple(key.replace("-", "_") for key in keys)
     secret = field.startswith("launch.env.") or may_tell(text)
     shown = field if secret else text
@@ -214,12 +223,12 @@ def _override(text: str) -> tuple[Located | None, list[Problem]]:
 
 
 def _keys_of(field: str) -> tuple[str, ...]:
-    """`train.epochs` as the way to the value; a variable's name may have dots in it."""
+    """Split `train.epochs` into keys. The name of an environment variable may contain dots."""
     return tuple(field.split(".", 2 if field.startswith("launch.env.") else -1))
 
 
 def numbers_as_text(root: Located) -> Located:
-    """Variables are text: `FLAG: 010` means the letters 010, not a number."""
+    """Return the job with environment variables as text: `FLAG: 010` means the letters 010."""
     env = root.get(("launch", "env"))
     if env is None or not isinstance(env.value, dict):
         return root

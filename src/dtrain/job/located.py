@@ -1,4 +1,4 @@
-"""Values together with where they were written, and how layers of them are laid over another."""
+"""Values with the locations where they were written, and the merging of layers of them."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from typing import Any
 from dtrain.errors import Problem
 
 Keys = tuple[str | int, ...]
-"""The way to a value through sections (names) and lists (positions)."""
+"""The path to a value through sections (names) and lists (positions)."""
 FieldProblem = tuple[tuple[str, ...], str, str]
-"""A problem without its place: the field, a sentence, and the code of the kind of problem."""
+"""A problem without its location: the field, a sentence, and the code of the kind of problem."""
 
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """Where a value was written: a spot in a file, or a flag."""
+    """The location of a value: a position in a file, or a flag."""
 
     file: str
-    """The file as shown to people, or the flag as it was spelled: `--nodes`."""
+    """The file as shown to users, or the flag as it was spelled: `--nodes`."""
     line: int | None = None
-    """1-based; None for a flag or a whole file."""
+    """The line, counted from 1. None means a flag or a whole file."""
     column: int | None = None
-    """1-based."""
+    """The column, counted from 1."""
     origin: str = ""
-    """What the file is, where its name does not say it: `profile slurm`."""
+    """A description of the file, where its name is not enough: `profile slurm`."""
 
     @property
     def source(self) -> str:
-        """One word for the origin of a value: `job.yaml:7`, `--nodes`, `profile slurm (…:4)`."""
+        """A short text for the origin of a value: `job.yaml:7`, `--nodes`,
+        `profile slurm (…:4)`."""
         where = self.file if self.line is None else f"{self.file}:{self.line}"
         return f"{self.origin} ({where})" if self.origin else where
 
@@ -40,19 +41,19 @@ class SourceLocation:
 
 @dataclass(frozen=True)
 class Located:
-    """A value and where it was written; sections and lists hold more of them."""
+    """A value and the location where it was written. Sections and lists contain further ones."""
 
     value: Any
     """A plain scalar, a `dict[str, Located]` or a `list[Located]`."""
     place: SourceLocation
     key: SourceLocation | None = None
-    """Where its key stands, for a value in a section."""
+    """The location of its key, for a value in a section."""
     raw: str | None = None
-    """An unquoted scalar, letter by letter: `yes` where the value is True."""
+    """The letters of an unquoted scalar: `yes` where the value is True."""
 
     @classmethod
     def of(cls, value: Any, place: SourceLocation) -> Located:
-        """Plain data, all of it written at one place (a flag)."""
+        """Return plain data with one location for all of it (a flag)."""
         if isinstance(value, Mapping):
             value = {name: cls.of(part, place) for name, part in value.items()}
         elif isinstance(value, list | tuple):
@@ -67,7 +68,7 @@ class Located:
         return self.value
 
     def path(self, keys: Keys) -> list[Located]:
-        """The values met on the way along `keys`, this one first, as far as there are any."""
+        """Return the values along `keys`, starting with this one, as far as they exist."""
         met = [self]
         for key in keys:
             inside = met[-1].value
@@ -78,17 +79,18 @@ class Located:
         return met
 
     def get(self, keys: Keys) -> Located | None:
-        """The value at `keys`; None when nothing is written there."""
+        """Return the value at `keys`, or None when nothing is written there."""
         met = self.path(keys)
         return met[-1] if len(met) == len(keys) + 1 else None
 
     def place_of(self, keys: Keys) -> SourceLocation:
-        """Where a value stands; for a section, or a field not written, the section's key."""
+        """Return the location of a value. For a section, or a field not written, return the
+        section's key."""
         last = self.path(keys)[-1]
         return (isinstance(last.value, dict) and last.key) or last.place
 
     def nest(self, keys: Keys) -> Located:
-        """This value, wrapped in sections so that it stands at `keys`."""
+        """Return this value, wrapped in sections so that it is at `keys`."""
         wrapped = self
         for key in reversed(keys):
             wrapped = Located({key: wrapped}, self.place, key=self.place)
@@ -97,7 +99,7 @@ class Located:
     def merge_over(self, base: Located) -> Located:
         """Lay this value over another: sections merge key by key, anything else replaces.
 
-        A section written in both keeps the place it has in `base`.
+        A section written in both keeps its location in `base`.
         """
         if not (isinstance(self.value, dict) and isinstance(base.value, dict)):
             return self
@@ -108,7 +110,7 @@ class Located:
 
 
 def dotted(keys: Keys) -> str:
-    """The field's name as people write it: `train.epochs`, `data.paths[1]`."""
+    """Return the field's name in the form that users write: `train.epochs`, `data.paths[1]`."""
     text = ""
     for key in keys:
         text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else key
@@ -116,14 +118,14 @@ def dotted(keys: Keys) -> str:
 
 
 def shown_path(path: Path) -> str:
-    """A path in one printable line, relative to the current folder where it lies below it."""
+    """Return a path as one printable line. It is relative where the current folder contains it."""
     if path.is_absolute() and path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
 
 
 def suggest(word: str, known: list[str]) -> str | None:
-    """The known word that was probably meant: alike, or of which `word` is a part."""
+    """Return the known word that was probably meant: one that is similar or contains `word`."""
     import difflib
 
     folded = {name.lower().replace("-", "_"): name for name in known}
@@ -136,6 +138,6 @@ def suggest(word: str, known: list[str]) -> str | None:
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """`; did you mean 'x'?`, or nothing when no known word is near."""
+    """Return `; did you mean 'x'?`, or an empty text when no known word is similar."""
     near = suggest(word, known)
     return f"; did you mean {near!r}?" if near else ""

@@ -1,4 +1,4 @@
-"""Profiles: `launchers/NAME.yaml`, the facts of one place, found, extended and merged."""
+"""Find, extend and merge profiles: `launchers/NAME.yaml`, the facts of one cluster or machine."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class LoadedProfile:
     spec: ProfileSpec
     name: str
     chain: list[Path]
-    """The files it was read from: its own, what that extends, and so on."""
+    """The files of the profile: its own file, the file which that extends, and so on."""
     sources: dict[str, str]
-    """Dotted field → `profile slurm (launchers/slurm.yaml:4)`, or `default`."""
+    """The source of each dotted field: `profile slurm (launchers/slurm.yaml:4)`, or `default`."""
     launch: Mapping[str, Located]
-    """What its `launch:` section says and where, for `load_job`."""
+    """The values of the `launch:` section with their locations, for `load_job`."""
     options: Mapping[str, Located] = field(default_factory=dict)
-    """What its `options:` section says and where, for `checked_options`."""
+    """The values of the `options:` section with their locations, for `checked_options`."""
 
 
 def load_profile(
@@ -51,15 +51,15 @@ def load_profile(
 ) -> LoadedProfile:
     """Find a profile by name, and merge it over those it extends.
 
-    A file that extends its own name extends the next one of that name along the search path.
+    A file that extends its own name extends the next file of that name along the search path.
 
     Args:
-        name: as given with `--launcher`.
+        name: the name given with `--launcher`.
         job_dir: the job file's folder.
-        asked_by: who names it, for errors; None for `--launcher`.
+        asked_by: the source of the name, for errors. None means `--launcher`.
 
     Raises:
-        JobError: there is no such profile, or the problems of its files, sorted by place.
+        JobError: there is no such profile, or its files have problems, sorted by location.
     """
     folders = search_path(Path(job_dir))
     layers = list(
@@ -91,8 +91,8 @@ def load_profile(
 def parse_options(texts: Iterable[str], model: type[LauncherOptions]) -> dict[str, Located]:
     """Read the texts of `-o NAME=VALUE`; values are YAML.
 
-    A dot leads into a section, for example `labels.zone=a`. There NAME alone means true, and a name
-    given again makes a list; so does an option that is a list.
+    A dot leads into a section, for example `labels.zone=a`. In a section, NAME alone means true,
+    and a repeated name makes a list. A repeated option makes a list too if the option is a list.
 
     Raises:
         JobError: every text that cannot be read, and every option given twice.
@@ -141,12 +141,13 @@ def _is_list(model: type[Model], name: str) -> bool:
 def checked_options(
     profile: LoadedProfile, flags: Mapping[str, Located], model: type[OptionsModel]
 ) -> tuple[OptionsModel, dict[str, str]]:
-    """A launcher's options, from a profile and flags, and where each was written.
+    """Return a launcher's options, from a profile and flags, with the location of each.
 
-    Of a section, as `slurm:`, also where each of its entries was: `slurm.nodelist`.
+    For a section (for example `slurm:`), the locations of its entries are included:
+    `slurm.nodelist`.
 
     Raises:
-        JobError: every option that is unknown or wrong, with its place.
+        JobError: every option that is unknown or wrong, with its location.
     """
     here = SourceLocation(f"--launcher {profile.name}")
     given = {name: part for name, part in profile.options.items() if part.value is not None}
@@ -155,7 +156,8 @@ def checked_options(
     if problems or options is None:
         problems = problems or _between_options(root, model)
         raise JobError(sort_problems(problems, shown_path(profile.chain[0])))
-    # a mapping of a flag, as `labels`, is laid over the profile's and is the flag's from then on
+    # a mapping in a flag (for example `labels`) is merged over the profile's; the flag is its
+    # source
     written = {name: flags.get(name, part) for name, part in root.value.items()}
     sources = {name: place_text(part.place) for name, part in written.items()}
     for name, part in root.value.items():
@@ -165,7 +167,7 @@ def checked_options(
 
 
 def _between_options(root: Located, model: type[Model]) -> list[Problem]:
-    """What is wrong with options that are right each by itself."""
+    """Return the problems between options that are each valid alone."""
     try:
         model.model_validate(root.plain())
     except ValidationError as error:
@@ -175,12 +177,12 @@ def _between_options(root: Located, model: type[Model]) -> list[Problem]:
 
 
 def place_text(place: SourceLocation) -> str:
-    """`launchers/slurm.yaml:9:14`, or a flag."""
+    """Return `launchers/slurm.yaml:9:14`, or a flag."""
     return str(place.problem("", "")).removesuffix(": ")
 
 
 def search_path(job_dir: Path) -> list[Path]:
-    """The folders that may hold profiles, nearest first, without repetitions."""
+    """Return the folders that may contain profiles, nearest first, without duplicates."""
     config = os.environ.get("XDG_CONFIG_HOME", "")
     home = config if os.path.isabs(config) else os.path.expanduser("~/.config")
     folders: dict[str, Path] = {}
@@ -195,7 +197,7 @@ def search_path(job_dir: Path) -> list[Path]:
 
 
 def profile_names(folders: Sequence[Path]) -> list[str]:
-    """Every profile in these folders, by name."""
+    """Return the name of every profile in these folders, sorted."""
     return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 
@@ -206,7 +208,7 @@ def _layers(
     folders: Sequence[Path],
     above: list[Path],
 ) -> Iterator[Layer]:
-    """A profile's file and, after it, those that it extends; `where` is searched for it."""
+    """Yield a profile's file and then those that it extends. `where` is searched for the first."""
     path = next((folder / f"{name}.yaml" for folder in where if _is_profile(folder, name)), None)
     if path is None:
         raise JobError([_not_found(name, asked_by, where, folders)])

@@ -1,6 +1,7 @@
-"""What a job names outside its own file: task, arguments, paths, trainer, strategy.
+"""Check everything that a job names outside its own file: task, arguments, paths, trainer,
+strategy.
 
-Nothing of the user's is imported or run, and nothing is started.
+No code of the user is imported or run, and nothing is started.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from dtrain.job.units import parse_nodes
 
 
 def outside_problems(root: Located, folder: Path) -> list[Problem]:
-    """Everything that a job names and that is not there, or does not go together.
+    """Return a problem for everything that a job names and that is missing or does not go together.
 
     Args:
-        root: the job as written; fields of a wrong type are passed over.
-        folder: where job.yaml lies.
+        root: the job as written; fields of a wrong type are ignored.
+        folder: the folder of job.yaml.
     """
     return [
         *_name_problems(root),
@@ -37,7 +38,7 @@ def outside_problems(root: Located, folder: Path) -> list[Problem]:
 
 
 def _text(root: Located, field: str) -> str | None:
-    """A top-level text field, or its default; None when it is no text."""
+    """Return a top-level text field or its default, or None when it is not text."""
     written = root.get((field,))
     of_script = {"trainer": catalog.SCRIPT, "strategy": catalog.OWN} if _has_script(root) else {}
     default = of_script.get(field, JobSpec.model_fields[field].default)
@@ -89,7 +90,7 @@ def _pair_problem(root: Located, trainer: str, strategy: str, nodes: int) -> str
 
 
 def _script_problems(root: Located, folder: Path) -> Iterator[Problem]:
-    """The file is there and is Python; a script that is not would fail on every node."""
+    """Check that the file exists and is Python. Any other script would fail on every node."""
     script, place = _text(root, "script"), root.place_of(("script",))
     if script is None:
         return
@@ -105,7 +106,7 @@ def _script_problems(root: Located, folder: Path) -> Iterator[Problem]:
 
 
 def _logger_problems(root: Located) -> Iterator[Problem]:
-    """Loggers whose library is missing here; the nodes run the same Python."""
+    """Yield loggers whose library is missing here. The nodes run the same Python."""
     written = root.get(("log", "loggers"))
     entries = written.value if written and isinstance(written.value, list) else []
     for index, entry in enumerate(entries):

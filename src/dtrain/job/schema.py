@@ -11,14 +11,17 @@ from dtrain.job.spec import JobSpec
 
 
 class _Generator(GenerateJsonSchema):
-    """Leaves out titles: a field's name says the same."""
+    """A generator that omits titles, because they would repeat the names of the fields."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
 
 def job_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of job.yaml; trainers and strategies come from the catalog."""
+    """Return the JSON Schema (draft 2020-12) of job.yaml.
+
+    Trainers and strategies come from the catalog.
+    """
     schema = JobSpec.model_json_schema(schema_generator=_Generator)
     for kind in ("trainer", "strategy"):
         schema["properties"][kind]["enum"] = catalog.names(kind)

@@ -1,4 +1,4 @@
-"""What a job with a script says, and what it leaves to the script."""
+"""Jobs with a script: the fields they have, and the settings that the script decides."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dtrain.job.static_source import Definition, parsed
 from dtrain.job.yaml_reader import dump_yaml
 
 SCRIPT_FIELDS = ("name", "script", "arguments", "launch")
-"""All that such a job says."""
+"""All fields of such a job."""
 
-_ALLOWED = (*SCRIPT_FIELDS, "trainer", "strategy")  # the last two have sentences of their own
+_ALLOWED = (*SCRIPT_FIELDS, "trainer", "strategy")  # the last two have their own messages
 _UP_TO_THE_SCRIPT = (
     "does not apply to a script: remove it and do it inside the script, or write the training as "
     "a task"
@@ -25,9 +25,9 @@ _UP_TO_THE_SCRIPT = (
 
 
 def completed(job: Any) -> Any:
-    """A job as written, with what only a task needs filled in where it has a script.
+    """Fill in the fields that only a task needs, in a job with a script.
 
-    So no other code has holes to look for.
+    Other code then finds every field filled in.
     """
     if not isinstance(job, dict) or job.get("script") is None:
         return job
@@ -42,7 +42,7 @@ def completed(job: Any) -> Any:
 
 
 def meaningless(job: Mapping[str, Any]) -> list[FieldProblem]:
-    """Fields of a job with a script that would do nothing."""
+    """Return the fields of a job with a script that would have no effect."""
     code = "job.field-without-effect"
     return [((field,), _UP_TO_THE_SCRIPT, code) for field in job if field not in _ALLOWED]
 
@@ -52,7 +52,7 @@ _DEFINES = (ast.Import, ast.ImportFrom, ast.Pass, *Definition.__args__)
 
 
 def does_nothing(path: Path) -> bool:
-    """Whether a file that is run only imports and defines things; False when it is no Python."""
+    """Return whether a file only imports and defines things. Return False when it is not Python."""
     try:
         body = parsed(path).body
     except SyntaxError:
@@ -61,14 +61,14 @@ def does_nothing(path: Path) -> bool:
 
 
 def _is_constant(statement: ast.stmt) -> bool:
-    """Whether this is a text, or names a value that nothing is called for."""
+    """Return whether a statement is a text, or assigns a value without a call."""
     if not isinstance(statement, ast.Expr | ast.Assign | ast.AnnAssign):
         return False
     return not any(isinstance(node, ast.Call | ast.Await) for node in ast.walk(statement))
 
 
 def job_of_script(path: str) -> str | None:
-    """The job that `dtrain launch train.py` means; None for a job file."""
+    """Return the job that `dtrain launch train.py` means, or None for a job file."""
     if path.endswith(_NO_JOBS):
         raise UsageError(
             f"{quoted(path)} is neither a job (.yaml) nor a Python script (.py)",

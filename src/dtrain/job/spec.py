@@ -1,7 +1,7 @@
-"""The models behind job.yaml and launchers/*.yaml.
+"""The models of job.yaml and launchers/*.yaml.
 
-A spec is dead data: frozen, JSON-able, no I/O. Fields are named with their unit's meaning;
-durations are seconds and sizes bytes once read, whatever the user wrote (`30m`, `16GB`).
+A spec is plain data: frozen, JSON-able, without I/O. Whatever spelling the user chose (`30m`,
+`16GB`), durations are in seconds and sizes in bytes after reading.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from dtrain.job.units import parse_nodes
 
 
 class Model(BaseModel):
-    """Base of every spec: unknown keys are errors, values never change, nothing is coerced."""
+    """The base class of every spec: unknown keys are errors, values never change, types are
+    strict."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
@@ -49,151 +50,158 @@ class Model(BaseModel):
 
 
 class EarlyStoppingSpec(Model):
-    """Stop when a metric no longer gets better."""
+    """Stop when a metric no longer improves."""
 
     metric: Text = "loss"
-    """Name of an evaluation metric, as `evaluate` returns it."""
+    """Name of an evaluation metric that `evaluate` returns."""
     mode: Literal["min", "max"] = "min"
-    """Whether smaller or larger is better."""
+    """`min` if smaller values are better, `max` if larger ones are."""
     patience: Count = 3
-    """Evaluations without improvement before training stops."""
+    """Number of evaluations without improvement before training stops."""
     min_delta: NonNegative = 0.0
-    """How much better counts as better."""
+    """The smallest change that counts as an improvement."""
 
 
 class TrainSpec(Model):
     """How the task is trained."""
 
     epochs: Count | None = None
-    """Passes over the training data; give this or `steps`."""
+    """Number of passes over the training data; give this or `steps`."""
     steps: Count | None = None
-    """Optimizer steps; give this or `epochs`. With both, whichever comes first."""
+    """Number of optimizer steps; give this or `epochs`. With both, training ends at the one that
+    comes first."""
     global_batch_size: Count
     """Samples per optimizer step, over all processes."""
     micro_batch_size: Count | None = None
-    """Samples per forward pass in one process; None: all of the process's share at once. The
-    number of accumulated micro-batches follows from this, the world size and the global batch."""
+    """Samples per forward pass in one process. None means the whole share of the process at
+    once. The number of accumulated micro-batches follows from this, the world size and the
+    global batch."""
     virtual_shards: Count = 8
-    """Strategy `exact` only: parts into which every global batch is cut, whatever the number of
-    processes, which must divide it. Another number is another training."""
+    """For strategy `exact` only: the number of parts of every global batch. It does not depend on
+    the number of processes, which must divide it. A different number is a different training."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast type of forward and backward; fp16 scales the loss."""
+    """Autocast type of the forward and backward pass; fp16 scales the loss."""
     clip_grad_norm: Positive | None = None
-    """Largest 2-norm of the whole reduced gradient."""
+    """The maximum 2-norm of the whole reduced gradient."""
     early_stopping: EarlyStoppingSpec | None = None
     """Stop early when an evaluation metric no longer improves."""
 
 
 class DataSpec(Model):
-    """How samples are read."""
+    """The way samples are read."""
 
     paths: list[Text] = Field(default_factory=list)
-    """Files and folders that the task reads, relative to job.yaml; checked before anything
+    """Files and folders that the task reads, relative to job.yaml. They are checked before anything
     starts."""
     shuffle: bool = True
-    """A new order each epoch, from (seed, epoch) alone; false: dataset order."""
+    """Use a new order in each epoch, from (seed, epoch) alone. `false` keeps the order of the
+    dataset."""
     stream: Literal["same", "sharded"] = "same"
-    """Of a data set that can only be iterated: it gives every rank the same samples, which dtrain
-    deals out; or each rank its own."""
+    """For an iterable dataset: `same` if it gives every rank the same samples, which dtrain then
+    divides among the ranks; `sharded` if it gives each rank its own samples."""
     workers: FewOrZero = 0
-    """Loader processes per rank; 0 loads in the training process."""
+    """Number of loader processes per rank; 0 loads in the training process."""
     prefetch: Count = 2
-    """Batches loaded ahead by each loader process."""
+    """Number of batches that each loader process loads ahead."""
     pin_memory: bool | Literal["auto"] = "auto"
-    """Page-locked host memory for faster copies; auto: with a GPU."""
+    """Use page-locked host memory for faster copies. `auto` uses it with a GPU."""
     exactly_once: bool = True
-    """Prove after every epoch, and before every checkpoint, that all samples were read once, and
-    compare what samples hold between ranks."""
+    """Prove after every epoch, and before every checkpoint, that all samples were read once.
+    Compare the contents of samples between ranks."""
 
 
 class EvalSpec(Model):
-    """When the model is evaluated; always once at the end as well."""
+    """The times of evaluation. The model is always evaluated once at the end as well."""
 
     every_steps: Count | None = None
-    """Evaluate after every so many optimizer steps."""
+    """Evaluate after this many optimizer steps."""
     every_epochs: Count | None = None
-    """Evaluate after every so many epochs."""
+    """Evaluate after this many epochs."""
     batch_size: Count | None = None
-    """Samples per forward pass and process; None: as in training."""
+    """Samples per forward pass and process. None means the same as in training."""
 
 
 class BestSpec(Model):
-    """Which checkpoint is kept whatever comes after it."""
+    """The checkpoint that is kept even when newer ones follow."""
 
     metric: Text = "loss"
-    """Name of an evaluation metric, as `evaluate` returns it."""
+    """Name of an evaluation metric that `evaluate` returns."""
     mode: Literal["min", "max"] = "min"
-    """Whether smaller or larger is better."""
+    """`min` if smaller values are better, `max` if larger ones are."""
 
 
 class CheckpointSpec(Model):
-    """When the state is saved; always once at the end as well."""
+    """The times of saving. The state is always saved once at the end as well."""
 
     every_steps: Count | None = None
-    """Save after every so many optimizer steps."""
+    """Save after this many optimizer steps."""
     every_epochs: Count | None = None
-    """Save after every so many epochs."""
+    """Save after this many epochs."""
     every: Duration | None = None
-    """Save at the first step boundary after so much time."""
+    """Save at the first step boundary after this much time."""
     keep: Count = 2
-    """How many of the newest checkpoints stay on disk."""
+    """Number of newest checkpoints that are kept on disk."""
     best: BestSpec | None = None
-    """Keep the best by an evaluation metric too, as `checkpoints/best`."""
+    """Also keep the checkpoint that is best by an evaluation metric, in `checkpoints/best`."""
 
 
 class ChecksSpec(Model):
-    """Whether the processes still train one model, and what happens when they do not."""
+    """Checks that all processes still train the same model, and the response when they do not."""
 
     every: Natural = 50
-    """Compare all processes after every so many optimizer steps, and before every checkpoint;
-    0: never."""
+    """Compare all processes after this many optimizer steps, and before every checkpoint; 0 means
+    never."""
     on_mismatch: Literal["stop", "warn", "rollback"] = "stop"
-    """When replicas differ: end with a verdict, go on, or go back to the newest checkpoint."""
+    """The response when replicas differ: `stop` ends with a verdict, `warn` continues, `rollback`
+    returns to the newest checkpoint."""
     max_rollbacks: Count = 3
-    """With on_mismatch rollback: how often before the run ends."""
+    """With on_mismatch rollback: the number of rollbacks before the run ends."""
     init: Literal["same", "broadcast"] = "same"
-    """When model() gives processes other initial values: an error, or take the first's."""
+    """The response when model() gives processes different initial values: `same` reports an error,
+    `broadcast` takes those of the first process."""
     on_nan: Literal["stop", "skip", "warn"] = "stop"
-    """When a loss or gradient is NaN or infinite: end with a verdict, leave out the step on all
-    processes, or go on."""
+    """The response when a loss or gradient is NaN or infinite: `stop` ends with a verdict, `skip`
+    omits the step on all processes, `warn` continues."""
     max_skipped: Count = 10
-    """With on_nan skip: how many steps in a row before the run ends."""
+    """With on_nan skip: the number of consecutive skipped steps before the run ends."""
     inject: list[InjectionText] = Field(default_factory=list)
-    """Faults to make on purpose, to see the checks at work; see docs/checks.md."""
+    """Faults to inject on purpose, to test the checks; see docs/checks.md."""
 
 
 class LogSpec(Model):
-    """What is written while training."""
+    """Output during training."""
 
     every_steps: Count = 10
-    """A line of training metrics after every so many optimizer steps."""
+    """Write a line of training metrics after this many optimizer steps."""
     loggers: list[LoggerEntry] = Field(default_factory=list)
-    """Where metrics go besides `metrics.jsonl`: names, or one name with its options; see
-    docs/loggers.md."""
+    """Loggers that receive metrics in addition to `metrics.jsonl`: names, or one name with its
+    options; see docs/loggers.md."""
 
 
 class LightningSpec(Model):
-    """What only trainer `lightning` has."""
+    """Settings that apply only to trainer `lightning`."""
 
     step: Literal["auto", "dtrain", "lightning"] = "auto"
-    """Who makes the steps of a LightningModule: dtrain, as under trainer `native`, bit for bit; or
-    Lightning, in its own loops. auto: dtrain, where the module can be trained so as it is."""
+    """The loop that makes the steps of a LightningModule. `dtrain` trains it exactly like trainer
+    `native`, bit for bit. `lightning` uses Lightning's own loops. `auto` chooses dtrain where it
+    can train the module unchanged."""
     data_module: Text | None = None
-    """A LightningDataModule, as `file.py:Class`; None: the LightningModule has its loaders."""
+    """A LightningDataModule, written `file.py:Class`. None means that the LightningModule has its
+    own loaders."""
     data_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of its constructor."""
     also_run: list[Literal["validate", "test", "predict"]] = Field(default_factory=list)
-    """What of Lightning's Trainer is run besides: `validate` before the training, `test` and
-    `predict` after it. Lightning's own loops do."""
+    """Further functions of Lightning's Trainer to run: `validate` before the training, `test` and
+    `predict` after it. They run in Lightning's own loops."""
     find_unused: bool | None = None
-    """With Lightning's own loops: whether DDP looks in each step for parameters that it leaves out.
-    None: where the module makes its own steps."""
+    """With Lightning's own loops: make DDP search in each step for unused parameters. None means
+    that it searches where the module makes its own steps."""
     trainer: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of Lightning's Trainer, as `logger: true`."""
+    """Further arguments of Lightning's Trainer, for example `logger: true`."""
 
 
 class LaunchSpec(Model):
-    """How many processes, and how they are looked after. Profiles may set these too."""
+    """The number of processes, and the way they are supervised. Profiles may set these too."""
 
     nodes: Annotated[
         tuple[Few, Few],
@@ -211,29 +219,31 @@ class LaunchSpec(Model):
     ] = (1, 1)
     """Number of nodes, or `min:max`."""
     procs_per_node: Few | None = None
-    """Processes per node; None: one per GPU, or one."""
+    """Number of processes per node. None means one per GPU, or one without GPUs."""
     gpus_per_node: FewOrZero = 0
-    """GPUs per node; 0 trains on the CPU."""
+    """Number of GPUs per node; 0 trains on the CPU."""
     max_restarts: Natural = 0
-    """How often failed workers are started again before the run fails."""
+    """Number of times that failed workers are started again before the run fails."""
     join_timeout: Duration = 300.0
-    """How long nodes wait for one another at the start."""
+    """The time that nodes wait for one another at the start."""
     stop_timeout: Duration = 30.0
-    """How long workers may take to leave in order when asked to, before they are killed."""
+    """The time that workers have to exit cleanly when asked to stop, before they are killed."""
     collective_timeout: Duration = 1800.0
-    """How long a rank waits in a collective. A timeout that a script sets itself is kept."""
+    """The time that a rank waits in a collective. A timeout that a script sets itself is kept."""
     lost_after: Annotated[Duration, Field(ge=3)] | None = None
-    """After how long without a heartbeat a node is lost. None: 30 s, on slurm and ray 10 min."""
+    """The time without a heartbeat after which a node is lost. None means 30 s, or 10 min on slurm
+    and ray."""
     env: Environment = Field(default_factory=dict)
-    """Environment variables of every worker. What looks secret, by name or form, is never shown."""
+    """Environment variables of every worker. A value that looks secret, by name or form, is never
+    shown."""
     preload: list[Text] | None = None
-    """Modules imported once per node before the workers are forked, which must not start threads.
-    None: those that the task's file imports and that are known to be safe (numpy, scikit-learn
-    and the like)."""
+    """Modules that are imported once per node before the workers are forked. They must not start
+    threads. None means the modules that the task's file imports and that are known to be safe (for
+    example numpy and scikit-learn)."""
 
 
 class JobSpec(Model):
-    """A task, its arguments, and how it is trained. Says nothing of any cluster."""
+    """A task, its arguments, and how it is trained. It does not mention a cluster."""
 
     name: Name
     """Name of the run; the run directory is `runs/<name>-<id>`."""
@@ -243,36 +253,36 @@ class JobSpec(Model):
     """Keyword arguments of the task's constructor."""
     script: Text | None = None
     """Instead of a task: a Python file, relative to job.yaml, that every process runs as `torchrun`
-    would. Besides it a job has a name, `arguments` and `launch`."""
+    would. Such a job has only a name, `arguments` and `launch` in addition."""
     arguments: list[Text] = Field(default_factory=list)
     """Command line of the script; `-- …` after `dtrain launch` replaces it."""
     seed: Seed = 0
-    """Decides initial weights, data order and every random number of the training."""
+    """The seed of the initial weights, the data order and every random number of the training."""
     trainer: Text = "native"
-    """Whose loop runs."""
+    """The trainer, which provides the training loop."""
     strategy: Text = "ddp"
-    """How the processes share the work."""
+    """The strategy: how the processes share the work."""
     train: TrainSpec
     """How the task is trained."""
     data: DataSpec = DataSpec()
-    """How samples are read."""
+    """The way samples are read."""
     eval: EvalSpec = EvalSpec()
-    """When the model is evaluated."""
+    """The times of evaluation."""
     checkpoint: CheckpointSpec = CheckpointSpec()
-    """When the state is saved."""
+    """The times of saving."""
     checks: ChecksSpec = ChecksSpec()
-    """Whether the processes still train one model, and what happens when they do not."""
+    """Checks that all processes still train the same model, and the response when they do not."""
     log: LogSpec = LogSpec()
-    """What is written while training."""
+    """Output during training."""
     lightning: LightningSpec = LightningSpec()
-    """What only trainer `lightning` has."""
+    """Settings that apply only to trainer `lightning`."""
     launch: LaunchSpec = LaunchSpec()
-    """How many processes, and how they are looked after."""
+    """The number of processes, and the way they are supervised."""
 
     _complete = model_validator(mode="before")(staticmethod(completed))
 
     def to_plain(self) -> dict[str, Any]:
-        """As plain JSON, for `resolved.yaml`: what means something for this job."""
+        """Return the fields that apply to this job as plain JSON, for `resolved.yaml`."""
         included = set(SCRIPT_FIELDS) if self.script is not None else None
         return self.model_dump(mode="json", include=included)
 
@@ -285,10 +295,10 @@ class JobSpec(Model):
 
 
 def cross_problems(job: Mapping[str, Any]) -> list[FieldProblem]:
-    """What is wrong between fields.
+    """Return the problems between fields.
 
-    Takes plain data in which single fields may be wrong too, so that both kinds of problem can
-    be told at once; what depends on a wrong field is passed over.
+    The argument is plain data in which single fields may be wrong too. Both kinds of problem can
+    therefore be reported at once. Checks that depend on a wrong field are skipped.
     """
     if job.get("script") is not None:
         return meaningless(job)
@@ -316,11 +326,11 @@ def cross_problems(job: Mapping[str, Any]) -> list[FieldProblem]:
 
 
 def sharded_problem(job: JobSpec, world_sizes: Sequence[int]) -> str | None:
-    """Why `data.stream: sharded` cannot be; None when it can, or is not asked for.
+    """Return why `data.stream: sharded` cannot work, or None when it can or is not requested.
 
     Args:
-        job: as it is launched.
-        world_sizes: every number of processes that the launch may come to.
+        job: the job to launch.
+        world_sizes: every number of processes that the launch may have.
     """
     if job.data.stream == "same":
         return None
@@ -346,15 +356,15 @@ def sharded_problem(job: JobSpec, world_sizes: Sequence[int]) -> str | None:
 
 
 class ProfileSpec(Model):
-    """The facts of one place: `launchers/NAME.yaml`."""
+    """The facts of one cluster or machine: `launchers/NAME.yaml`."""
 
     launcher: Text
     """The launcher that this profile is for."""
     extends: Text | None = None
-    """Another profile, by name, whose values hold where this one says nothing."""
+    """The name of another profile. Its values apply where this one has none."""
     description: Text = ""
-    """One line, shown by `dtrain plan --explain`."""
+    """One line that `dtrain plan --explain` prints."""
     launch: LaunchSpec = LaunchSpec()
     """Defaults for the job's `launch:` section."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the launcher itself (an address, a partition); checked by the launcher."""
+    """Settings of the launcher itself (an address, a partition). The launcher checks them."""

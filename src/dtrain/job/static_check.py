@@ -1,4 +1,4 @@
-"""The classes that a job names: its task, its data module. Their files are read, not run."""
+"""Check the classes that a job names (its task, its data module). Their files are read, not run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dtrain.task import REQUIRED
 
 
 def class_problems(root: Located, folder: Path, trainer: str | None) -> Iterator[Problem]:
-    """Classes that are not there, that lack a package, or that do not take their arguments.
+    """Yield classes that do not exist, that lack a package, or that do not take their arguments.
 
     Args:
         root: the job as written.
-        folder: where job.yaml lies.
-        trainer: of the job; None when that is no text.
+        folder: the folder of job.yaml.
+        trainer: the trainer of the job; None when it is not text.
     """
     for named in (
         NamedClass(root, ("task",), ("args",), trainer),
@@ -73,7 +73,7 @@ def _class_problems(named: NamedClass, file: Path, name: str, *, alone: bool) ->
 
 
 def _method_problems(source: Source, name: str, shown: str) -> Iterator[Problem]:
-    """What a class that is visibly meant as a task lacks of one."""
+    """Yield the missing methods of a class that is clearly meant as a task."""
     members = source.members(name)
     missing = [method for method in REQUIRED if members is not None and method not in members]
     if members is not None and 0 < len(missing) < len(REQUIRED):
@@ -111,7 +111,10 @@ def _argument_problems(named: NamedClass, source: Source, name: str) -> Iterator
 def readable(
     file: Path, place: SourceLocation, field: str, *, alone: bool
 ) -> tuple[Source | None, list[Problem]]:
-    """A Python file that a field names, `alone` when it does so by its path; what is wrong."""
+    """Parse a Python file that a field names, and return its problems.
+
+    `alone` is true when the field names the file by its path.
+    """
     shown = shown_path(file)
     try:
         source = Source(file)
@@ -135,31 +138,34 @@ def readable(
 
 
 def similar(path: Path) -> str:
-    """A hint at a file of nearly the same name, if there is one."""
+    """Return a hint at a file of nearly the same name, or an empty text."""
     siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
     return did_you_mean(path.name, [name for name in siblings if name != path.name])
 
 
 def task_derives(task: str, base: str, folder: Path) -> bool:
-    """Whether the class that a job names is seen to have a base of that name; it is not imported.
+    """Return whether the class that a job names visibly has a base of that name, without importing
+    it.
 
     Args:
-        task: as in job.yaml.
-        base: the last part of its name.
-        folder: where job.yaml lies.
+        task: the task, in the form of job.yaml.
+        base: the last part of the name of the base.
+        folder: the folder of job.yaml.
     """
     file, name = file_of(task, folder), task.rpartition(":")[2]
     return file is not None and os.path.isfile(file) and Source(file).derives(name, base)
 
 
 def file_of(reference: str, folder: Path) -> Path | None:
-    """The file that a task's or script's reference names; None when there is no such module."""
+    """Return the file that a task's or script's reference names, or None when there is no such
+    module."""
     target = reference if reference.endswith(".py") else reference.rpartition(":")[0]
     return folder / target if target.endswith(".py") else _module_file(target, folder)
 
 
 def _module_file(module: str, folder: Path) -> Path | None:
-    """The file of a dotted module, found by its path alone: no parent package is imported."""
+    """Return the file of a dotted module, found by its path alone. No parent package is
+    imported."""
     where: Sequence[str] | None = None
     name, origin = "", None
     for part in module.split("."):

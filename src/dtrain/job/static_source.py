@@ -1,7 +1,7 @@
-"""A user's Python file, read without running it: which names it has, what a class's arguments are.
+"""Read a user's Python file without running it: its names, and the arguments of its classes.
 
-The launch plane asks here whether a task can be found and called; importing the file would run
-the user's code, and torch with it, on a login node.
+The launch plane checks here that a task exists and can be called. Importing the file would run the
+user's code, and torch, on a login node.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def parsed(path: Path) -> ast.Module:
     """Parse a file.
 
     Raises:
-        SyntaxError: it is not Python.
-        OSError, ValueError: it cannot be read.
+        SyntaxError: the file is not Python.
+        OSError, ValueError: the file cannot be read.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the user's own literals: "\d" and the like
+        warnings.simplefilter("ignore")  # about the user's own literals, for example "\d"
         return ast.parse(path.read_bytes())
 
 
@@ -36,20 +36,20 @@ class Arguments:
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     anything: bool = False
-    """Whether it has `**kwargs`."""
+    """True if it has `**kwargs`."""
 
 
 class Source:
     """The module-level names of one Python file."""
 
     def __init__(self, path: Path) -> None:
-        """Read and parse a file; errors as for `parsed`."""
+        """Read and parse a file. The errors are those of `parsed`."""
         self._tree = tree = parsed(path)
         words = {getattr(n, name, "") for n in ast.walk(tree) for name in ("attr", "id", "name")}
         self._is_plain = not words & _DYNAMIC
         at_top = [each for each in tree.body if isinstance(each, ast.ImportFrom) and each.level]
         self.relative = [] if "__package__" in words else at_top
-        """Imports for which it must be part of a package."""
+        """Relative imports, which work only if the file is part of a package."""
         self._attributes = {
             node.attr
             for node in ast.walk(tree)
@@ -57,14 +57,14 @@ class Source:
         }
         self.definitions: dict[str, list[Definition]] = {}
         self.origins: dict[str, str] = {}
-        """Name → what it was imported from, as `dtrain.Task`."""
+        """The origin of each imported name, for example `dtrain.Task`."""
         self.others: set[str] = set()
         self.modules: list[str] = []
-        """What it imports when it is itself imported, in order."""
+        """The modules that are imported along with this file, in the order of its statements."""
         for statement in _statements(tree.body):
             self._note(statement)
         self.open_ended = "*" in self.origins or "__getattr__" in self.definitions
-        """Whether it may have more names than can be seen."""
+        """True if the file may have more names than are visible."""
 
     def _note(self, statement: ast.stmt) -> None:
         if isinstance(statement, Definition):
@@ -86,7 +86,7 @@ class Source:
             }
 
     def has(self, name: str) -> bool:
-        """Whether the file has this name, as far as can be seen."""
+        """Return whether the file has this name, as far as is visible."""
         known = name in self.definitions or name in self.origins or name in self.others
         return known or self.open_ended
 
@@ -94,7 +94,7 @@ class Source:
         return [n for n, found in self.definitions.items() if isinstance(found[-1], ast.ClassDef)]
 
     def derives(self, name: str, base: str) -> bool:
-        """Whether a class of this file has a base of that name, at any depth that can be seen."""
+        """Return whether a class of this file has a base of that name, at any visible depth."""
         found = self.definitions.get(name, [])
         if len(found) != 1 or not isinstance(found[0], ast.ClassDef):
             return False
@@ -110,7 +110,7 @@ class Source:
         )
 
     def imports(self, module: str) -> bool:
-        """Whether a module, or a part of it, is imported anywhere in the file."""
+        """Return whether a module, or a part of it, is imported anywhere in the file."""
         names: list[str] = []
         for node in ast.walk(self._tree):
             if isinstance(node, ast.Import):
@@ -120,7 +120,7 @@ class Source:
         return any(name.partition(".")[0] == module for name in names)
 
     def calls(self, method: str) -> Iterator[ast.Call]:
-        """Every call of a method of that name, of whatever object."""
+        """Yield every call of a method of that name, on any object."""
         for node in ast.walk(self._tree):
             called = node.func if isinstance(node, ast.Call) else None
             if isinstance(called, ast.Attribute) and called.attr == method:
@@ -128,7 +128,8 @@ class Source:
                 yield node
 
     def sets_on_self(self, name: str, attribute: str, value: object) -> bool:
-        """Whether a method of this class sets an attribute to a constant: `self.a = False`."""
+        """Return whether a method of this class sets an attribute to a constant:
+        `self.a = False`."""
         found = self.definitions.get(name, [])
         return any(
             isinstance(node, ast.Assign)
@@ -140,7 +141,8 @@ class Source:
         )
 
     def members(self, name: str) -> set[str] | None:
-        """What a class may have of its own, beside what `Task` has; None when nobody can tell."""
+        """Return the members that a class may have in addition to those of `Task`, or None if
+        unknown."""
         found = self.definitions.get(name, [])
         if len(found) != 1 or not isinstance(found[0], ast.ClassDef) or not self._is_plain:
             return None
@@ -159,16 +161,17 @@ class Source:
         return members
 
     def _origin(self, base: ast.expr) -> str:
-        """What a base class is, as `dtrain.Task`."""
+        """Return the full name of a base class, for example `dtrain.Task`."""
         first, _, rest = ast.unparse(base).partition("[")[0].partition(".")
         return f"{self.origins.get(first, first)}{'.' + rest if rest else ''}"
 
     def _is_before(self, name: str, node: ast.ClassDef) -> bool:
-        """Whether a base is defined above a class; or A(B), B(A) would not end."""
+        """Return whether a base is defined above a class. Otherwise A(B), B(A) would never end."""
         return all(each.lineno < node.lineno for each in self.definitions.get(name, []))
 
     def arguments(self, name: str) -> Arguments | None:
-        """What calling this name takes; None when it cannot be told from this file alone."""
+        """Return the arguments of a call of this name, or None if this file alone does not show
+        them."""
         found = self.definitions.get(name, [])
         if len(found) != 1:
             return None
@@ -191,7 +194,7 @@ class Source:
         return _of_fields(node, inherited)
 
     def _inherited(self, node: ast.ClassDef) -> Arguments | None:
-        """The constructor of the first base that has one."""
+        """Return the arguments of the first base that has a constructor."""
         for base in node.bases:
             name = ast.unparse(base).partition("[")[0]
             if self._origin(base) in _WITHOUT_CONSTRUCTOR:
@@ -203,7 +206,7 @@ class Source:
 
 
 _DYNAMIC = {"setattr", "vars", "__dict__", "__getattr__", "__getattribute__", "exec"}
-"""Words by which a class may get methods that cannot be seen."""
+"""Words by which a class may get invisible methods."""
 
 _WITHOUT_CONSTRUCTOR = {
     "object",
@@ -219,7 +222,7 @@ _WITHOUT_CONSTRUCTOR = {
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements that run at import, those inside `if`, `try` and `with` too."""
+    """Yield statements that run at import, including those inside `if`, `try` and `with`."""
     for statement in body:
         yield statement
         if isinstance(statement, Definition):
@@ -231,7 +234,7 @@ def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _names_in(node: ast.ClassDef) -> set[str]:
-    """Every name that a class's body may bind."""
+    """Return every name that a class's body may bind."""
     names: set[str] = set()
     for statement in _statements(node.body):
         if isinstance(statement, Definition):
@@ -254,7 +257,7 @@ def _is_dataclass(decorator: ast.expr) -> bool:
 
 
 def _of_function(node: ast.FunctionDef | ast.AsyncFunctionDef, skip: int) -> Arguments | None:
-    """A signature's keyword arguments, without the first `skip` (self)."""
+    """Return a signature's keyword arguments, without the first `skip` (self)."""
     given = node.args
     positional = [*given.posonlyargs, *given.args]
     if node.decorator_list or len(given.posonlyargs) > skip or len(positional) < skip:
@@ -270,7 +273,7 @@ def _of_function(node: ast.FunctionDef | ast.AsyncFunctionDef, skip: int) -> Arg
 
 
 def _of_fields(node: ast.ClassDef, inherited: Arguments) -> Arguments:
-    """A dataclass's fields on top of those it inherits."""
+    """Return a dataclass's fields in addition to those it inherits."""
     required = dict.fromkeys(inherited.required)
     optional = dict.fromkeys(inherited.optional)
     for line in node.body:
@@ -295,15 +298,17 @@ _NO_FIELD: frozenset[str] = frozenset({"no field()"})
 
 
 def _field_options(value: ast.expr | None) -> frozenset[str]:
-    """The keywords of a `field(...)` call; a marker for any other default."""
+    """Return the keywords of a `field(...)` call, or a marker for any other default."""
     if isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "dataclasses.field"):
         return frozenset(keyword.arg for keyword in value.keywords if keyword.arg)
     return _NO_FIELD
 
 
 def task_imports(reference: str, job_dir: Path) -> tuple[str, ...]:
-    """The modules that a task's or script's file imports and that are installed here; none where
-    a module is named."""
+    """Return the modules that a task's or script's file imports and that are installed here.
+
+    Where the reference names a module, return none.
+    """
     file = reference if reference.endswith(".py") else reference.rpartition(":")[0]
     path = job_dir / file
     names = Source(path).modules if file.endswith(".py") and os.path.isfile(path) else []
@@ -311,13 +316,14 @@ def task_imports(reference: str, job_dir: Path) -> tuple[str, ...]:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module's package is installed; a mere folder of that name is none."""
+    """Return whether a module's package is installed. A plain folder of that name does not
+    count."""
     spec = importlib.util.find_spec(module.partition(".")[0])
     return spec is not None and spec.origin is not None
 
 
 def relative_import_advice(file: str, statement: ast.ImportFrom) -> str:
-    """One sentence about a relative import in a file of that name."""
+    """Return one sentence about a relative import in a file of that name."""
     what = f"{file} is a file of its own, not part of a package"
     if statement.level > 1:
         return (

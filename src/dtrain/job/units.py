@@ -1,7 +1,7 @@
-"""How people write numbers, durations, sizes and node counts, read into plain values.
+"""Read numbers, durations, sizes and node counts, in the forms that users write.
 
-Each `parse_*` takes what YAML or a flag gave and returns the value, or raises `ValueError` with
-a sentence that says what is allowed and what was found.
+Each `parse_*` takes a value from YAML or a flag and returns the parsed value. Otherwise it raises
+`ValueError` with a sentence about what is allowed and what was found.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 class WrongTypeError(ValueError):
-    """A value is of another kind than its field, for example text where a number is needed."""
+    """An error for a value of the wrong type, for example text where a number is needed."""
 
 
 def found(value: Any) -> str:
-    """What a value is, in words for a message: `the number 3`, `the text 'abc'`, `a list`."""
+    """Describe a value for a message: `the number 3`, `the text 'abc'`, `a list`."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -56,12 +56,12 @@ def found(value: Any) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Whether a text is a number from 0 on, as `int` takes it: ASCII digits, not too many."""
+    """Return whether `int` accepts a text as a number from 0 on: ASCII digits, not too many."""
     return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
 
 
 def parse_whole(value: Any) -> int:
-    """A whole number; `1e4` is one, `yes` and `"4"` are not."""
+    """Return a whole number; `1e4` is one, `yes` and `"4"` are not."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, float) and value.is_integer():
@@ -76,7 +76,7 @@ def parse_real(value: Any) -> float:
 
 
 def parse_duration(value: Any) -> float:
-    """Seconds, from a number of seconds or `90s`, `30m`, `2h`, `1d`, `1h30m`, `01:30:00`."""
+    """Return seconds, from a number of seconds or `90s`, `30m`, `2h`, `1d`, `1h30m`, `01:30:00`."""
     seconds = _seconds(value)
     if seconds > _MOST_SECONDS:
         raise ValueError(f"expected a duration of at most a year; found {found(value)}")
@@ -99,7 +99,8 @@ def _seconds(value: Any) -> float:
 
 
 def _clock_fits(match: re.Match[str], text: str) -> bool:
-    """Whether all but the leading part of `h:mm:ss` stay below 60 (and hours of days below 24)."""
+    """Return whether all parts of `h:mm:ss` after the first are below 60 (hours of days below
+    24)."""
     if ":" not in text:
         return True
     parts = [(unit, int(n)) for unit, n in match.groupdict().items() if n]
@@ -107,7 +108,7 @@ def _clock_fits(match: re.Match[str], text: str) -> bool:
 
 
 def parse_size(value: Any) -> int:
-    """Bytes, from a number of bytes or `512MB` (decimal), `4GiB` (binary)."""
+    """Return bytes, from a number of bytes or `512MB` (decimal), `4GiB` (binary)."""
     if not isinstance(value, str):
         try:
             return parse_whole(value)
@@ -130,9 +131,9 @@ def parse_size(value: Any) -> int:
 
 
 def parse_nodes(value: Any) -> tuple[int, int]:
-    """(min, max) nodes, from `2`, `"2"`, `2:4` or `[2, 4]`.
+    """Return (min, max) nodes, from `2`, `"2"`, `2:4` or `[2, 4]`.
 
-    YAML 1.1 reads a bare `2:4` as 124 (base 60); the job loader reads it as text instead.
+    YAML 1.1 reads a bare `2:4` as 124 (base 60). The job loader reads it as text instead.
     """
     if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*(:\s*[0-9]{1,9}\s*)?", value):
         parts = [int(part) for part in value.split(":")]
@@ -152,7 +153,8 @@ def parse_nodes(value: Any) -> tuple[int, int]:
 
 
 def refuse_yaml_boolean(value: Any) -> Any:
-    """Text passes; a boolean is refused, as YAML makes one of a bare `yes`, `no`, `on`, `off`."""
+    """Return text unchanged, and refuse a boolean. YAML makes one of a bare `yes`, `no`, `on`,
+    `off`."""
     if isinstance(value, bool):
         raise PydanticCustomError(
             "string_type",

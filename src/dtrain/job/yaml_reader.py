@@ -1,8 +1,8 @@
-"""YAML with places: text → `Located`, every problem at its line and column.
+"""Read YAML with locations: text → `Located`, every problem at its line and column.
 
-Differs from PyYAML's YAML 1.1 where that surprises people: `1e-3` is a number, `2:4` and
-`1:30:00` are text and not base 60, `010` and dates are text. `yes` and `no` stay booleans; where
-text is wanted, whoever reads the value explains.
+It differs from PyYAML's YAML 1.1 where that surprises users: `1e-3` is a number. `2:4` and
+`1:30:00` are text and not base 60. `010` and dates are text. `yes` and `no` are still booleans;
+where text is needed, the code that reads the value explains this.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SCALARS = {_TAG + kind for kind in ("null", "bool", "int", "float", "str", "val
 Locate = Callable[[yaml.Mark], SourceLocation]
 _Pairs = dict[str, tuple[yaml.Node, yaml.Node]]
 
-_SYNTAX = (  # PyYAML's words, and ours
+_SYNTAX = (  # PyYAML's messages, and dtrain's
     (r"'\\t' that cannot start", "a tab; YAML is indented with spaces"),
     (
         r"mapping values are not allowed",
@@ -42,12 +42,12 @@ _SYNTAX = (  # PyYAML's words, and ours
 
 
 _MOST_BYTES = 1_000_000
-_MOST_VALUES = 20_000  # which PyYAML takes 2 s to read
-_MOST_DIGITS = 200  # also of hexadecimal ones; a float holds no larger number
+_MOST_VALUES = 20_000  # PyYAML takes 2 s to read so many
+_MOST_DIGITS = 200  # also of hexadecimal numbers; a float holds no larger number
 
 
 class _TooMuch(yaml.MarkedYAMLError):
-    """More values than a job can mean; also where aliases multiply a few of them."""
+    """An error for more values than a job can have, including those that aliases multiply."""
 
     def __init__(self, mark: yaml.Mark) -> None:
         super().__init__(
@@ -58,12 +58,12 @@ class _TooMuch(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with numbers as people write them."""
+    """PyYAML's safe loader, with numbers in the forms that users write."""
 
     nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """As PyYAML does, but not for ever."""
+        """Compose a node as PyYAML does, up to the maximum number of values."""
         self.nodes += 1
         if self.nodes > _MOST_VALUES:
             raise _TooMuch(self.peek_event().start_mark)  # type: ignore[no-untyped-call]
@@ -90,22 +90,23 @@ _Loader.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+0123456789."))
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, which would write the text '1e-3' without quotes."""
+    """PyYAML's safe dumper, with quotes around the text '1e-3', which PyYAML would omit."""
 
 
 _Dumper.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+0123456789."))
 
 
 def dump_yaml(data: Any) -> str:
-    """Plain data as YAML that `read_yaml` and PyYAML both read back as it was."""
+    """Return plain data as YAML that `read_yaml` and PyYAML both read back unchanged."""
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False))
 
 
 def read_text(path: Path, shown: str) -> str:
-    """The text of a file that must be UTF-8.
+    """Return the text of a file that must be UTF-8.
 
     Raises:
-        JobError: it is missing, a folder, not readable or not UTF-8; says which.
+        JobError: the file is missing, a folder, not readable or not UTF-8; the message names the
+            cause.
     """
     try:
         raw = _bytes_of(path, shown)
@@ -129,7 +130,7 @@ def read_text(path: Path, shown: str) -> str:
 
 
 def _bytes_of(path: Path, shown: str) -> bytes:
-    """What is in a file; a pipe or a device may never end, and is not waited for."""
+    """Return the contents of a file. A pipe or a device may never end, so it is refused."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         mode = os.fstat(file.fileno()).st_mode
         if stat.S_ISDIR(mode):
@@ -149,10 +150,10 @@ def read_yaml(text: str, locate: Locate) -> tuple[Located | None, list[Problem]]
 
     Args:
         text: the document.
-        locate: from PyYAML's mark to the place that people are told.
+        locate: a function from PyYAML's mark to the location that is shown to users.
 
     Returns:
-        What is written, None when nothing could be read or nothing is there; and the problems.
+        The values, or None when nothing could be read or the document is empty; and the problems.
     """
     try:
         loader = _Loader(text)
@@ -177,7 +178,7 @@ def read_yaml(text: str, locate: Locate) -> tuple[Located | None, list[Problem]]
 
 
 def in_file(shown: str, origin: str = "") -> Locate:
-    """Places in a file, named as people are told it."""
+    """Return a function from marks to locations in a file, named as users see it."""
     return lambda mark: SourceLocation(shown, mark.line + 1, mark.column + 1, origin)
 
 
@@ -199,23 +200,23 @@ def _syntax_problem(error: yaml.MarkedYAMLError, locate: Locate) -> Problem:
 
 
 def _is_text(value: str) -> bool:
-    """Whether it is none of the halves of characters that `\\ud800` in quotes may be."""
+    r"""Return whether a text is free of lone surrogates, which `\\ud800` in quotes may be."""
     return re.search("[\ud800-\udfff]", value) is None
 
 
 class _Reader:
-    """Turns PyYAML's nodes into `Located`, and collects what is wrong on the way."""
+    """A converter from PyYAML's nodes to `Located`, which also collects problems."""
 
     def __init__(self, loader: _Loader, locate: Locate) -> None:
         self.loader = loader
         self.locate = locate
         self.problems: list[Problem] = []
         self.merged: dict[int, _Pairs] = {}
-        """Of sections that were read before, by the id of their node."""
+        """The pairs of sections that were read before, by the id of their node."""
         self.count = 0
 
     def take(self, node: yaml.Node, count: int) -> None:
-        """Count values; what aliases repeat is read, and kept, as often as it is repeated."""
+        """Count values. A value that an alias repeats is read and kept for each repetition."""
         self.count += count
         if self.count > _MOST_VALUES:
             raise _TooMuch(node.start_mark)
@@ -253,13 +254,14 @@ class _Reader:
         return None
 
     def pairs(self, node: yaml.MappingNode) -> _Pairs:
-        """name → (key, value), merge keys (`<<`) resolved: what is written here wins."""
+        """Return name → (key, value) with merge keys (`<<`) resolved. Pairs of the section itself
+        win."""
         if id(node) not in self.merged:
             self.merged[id(node)] = self.resolved(node)
         return self.merged[id(node)]
 
     def resolved(self, node: yaml.MappingNode) -> _Pairs:
-        """The pairs of a section that was not read before."""
+        """Return the pairs of a section that was not read before."""
         own: _Pairs = {}
         merged: _Pairs = {}
         for key, part in node.value:
