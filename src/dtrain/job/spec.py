@@ -50,7 +50,7 @@ class Model(BaseModel):
 
 
 class EarlyStoppingSpec(Model):
-    """Stop when a metric no longer improves."""
+    """A rule that stops the training when a metric no longer improves."""
 
     metric: Text = "loss"
     """Name of an evaluation metric that `evaluate` returns."""

@@ -1,1 +1,1 @@
-"""Where processes start. Each launcher gets one `python -m dtrain.node RUN_DIR` to run per node."""
+"""Launchers, which start processes. Each runs one `python -m dtrain.node RUN_DIR` per node."""

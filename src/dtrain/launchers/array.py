@@ -1,4 +1,4 @@
-"""Several runs that one command submits together: start all of them, follow all of them."""
+"""Start and follow several runs that one command submits together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Element:
     job: JobSpec
     job_text: str
     chosen: str
-    """In what it differs from the others: `train.lr=0.1`."""
+    """The difference from the other runs: `train.lr=0.1`."""
 
 
 def drive_array(
@@ -36,10 +36,11 @@ def drive_array(
     quiet: bool = False,
     paint: Callable[[str], str] = str,
 ) -> int:
-    """Write the run directories, submit them, and follow them to their ends; the exit code.
+    """Write the run directories, submit them, and follow them to their ends. Return the exit code.
 
-    0 when all have succeeded, else that of the first one that has not. Who follows is none of
-    the runs' driver: they go on when this process is killed. `paint` gives a state its colour.
+    The exit code is 0 when all runs have succeeded. Otherwise it is that of the first one that has
+    not. This process does not drive the runs: they continue when it is killed. `paint` gives a
+    state its colour.
 
     Raises:
         LaunchError: the array cannot be submitted.
@@ -68,7 +69,7 @@ def drive_array(
 
 
 class _Follower:
-    """Tells how each of them stands, until all have ended."""
+    """A follower that prints the state of each run until all have ended."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a launcher is. What only some can do are protocols of their own, asked for by isinstance."""
+"""The interface of launchers. Optional features are separate protocols, checked with isinstance."""
 
 from __future__ import annotations
 
@@ -12,91 +12,94 @@ from dtrain.run.rundir import RunDir
 
 
 class Launch(Protocol):
-    """A launch that has been started, in the hands of whoever follows it."""
+    """A launch that has been started, controlled by the process that follows it."""
 
     def poll(self) -> int | None:
-        """The exit code once nothing of it runs any more, else None. Never blocks."""
+        """Return the exit code once none of its processes runs, else None. This never blocks."""
 
     def stop(self) -> None:
-        """Ask all workers to leave in order."""
+        """Ask all workers to exit cleanly."""
 
     def kill(self) -> None:
         """End everything at once."""
 
 
 class Launcher(Protocol):
-    """Where processes start. Has no state: what must be remembered is in the run directory."""
+    """A way to start processes. It has no state: everything to remember is in the run directory."""
 
     options_model: type[LauncherOptions]
-    """The `options:` of its profiles."""
+    """The model of the `options:` of its profiles."""
 
     def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
-        """Add node names, the rendezvous endpoint and all commands. Pure.
+        """Add node names, the rendezvous endpoint and all commands. This is a pure function.
 
         Raises:
-            PlanError: an option is missing or makes no sense; says which flag sets it.
+            PlanError: an option is missing or makes no sense; the message names the flag that sets
+                it.
         """
 
     def start(self, plan: LaunchPlan) -> Launch:
-        """Start exactly that plan; its run directory is already written.
+        """Start exactly that plan. Its run directory is already written.
 
         Raises:
             LaunchError: it cannot be started.
         """
 
     def is_running(self, run: RunDir) -> bool:
-        """Whether the run's newest attempt is still going."""
+        """Return whether the run's newest attempt is still running."""
 
     def cancel(self, run: RunDir, timeout_s: float) -> None:
-        """End the run in order, and by force once `timeout_s` seconds have passed."""
+        """End the run cleanly, and by force once `timeout_s` seconds have passed."""
 
 
 @runtime_checkable
 class Surveying(Protocol):
-    """Asks its cluster, before planning, for what a plan depends on."""
+    """A launcher that queries its cluster, before planning, for facts that the plan depends on."""
 
     def survey(self, facts: Facts, options: AnyOptions) -> Facts:
-        """The facts with those of the cluster; as they were where it does not answer."""
+        """Return the facts with those of the cluster added, or unchanged if the cluster does not
+        answer."""
 
 
 @runtime_checkable
 class Detachable(Protocol):
-    """Has launches that go on without the command that started them."""
+    """A launcher whose launches can continue without the command that started them."""
 
     def can_detach(self, plan: LaunchPlan) -> bool:
-        """Whether this one does."""
+        """Return whether the launch of this plan does."""
 
 
 @runtime_checkable
 class HostChecking(Protocol):
-    """Starts processes on this host, which may not have what they need."""
+    """A launcher that starts processes on this host, which may lack what they need."""
 
     def lacking(self, plan: LaunchPlan) -> str:
-        """What this host lacks for the plan, as a sentence; empty when nothing."""
+        """Return a sentence about what this host lacks for the plan, or an empty text."""
 
 
 @runtime_checkable
 class Previewable(Protocol):
-    """Has more to show of a plan than its commands, as a script that is submitted."""
+    """A launcher that can show more of a plan than its commands, for example a script to submit."""
 
     def preview(self, plan: LaunchPlan) -> list[str]:
-        """Lines for `dtrain plan`."""
+        """Return lines for `dtrain plan`."""
 
 
 @runtime_checkable
 class Describable(Protocol):
-    """Knows more of a run than its state, as how its job stands in a queue."""
+    """A launcher that knows more of a run than its state, for example its job's state in a
+    queue."""
 
     def describe(self, run: RunDir) -> dict[str, str]:
-        """Fields for `dtrain status`."""
+        """Return fields for `dtrain status`."""
 
 
 @runtime_checkable
 class Dependable(Protocol):
-    """Can start a run when the job of another has succeeded."""
+    """A launcher that can start a run after the job of another run has succeeded."""
 
     def dependency_on(self, run: RunDir) -> str | None:
-        """What option `dependency` is to be; None when there is nothing to wait for.
+        """Return the value for option `dependency`, or None when there is nothing to wait for.
 
         Raises:
             PlanError: the run has no job, or it has failed.
@@ -104,25 +107,25 @@ class Dependable(Protocol):
 
 
 class Submitted(Launch, Protocol):
-    """A launch that goes on without us."""
+    """A launch that continues without the launching process."""
 
     said: str
-    """How it stands, for people."""
+    """The state of the launch, for users."""
 
 
 @runtime_checkable
 class ArrayCapable(Protocol):
-    """Submits several runs as one array."""
+    """A launcher that can submit several runs as one array."""
 
     def preview_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
-        """Lines for `dtrain launch --array --dry-run`."""
+        """Return lines for `dtrain launch --array --dry-run`."""
 
     def start_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> Sequence[Submitted]:
-        """Submit runs whose directories are written, as one array; a launch for each.
+        """Submit runs whose directories are written, as one array. Return a launch for each.
 
         Args:
-            plans: of the elements, in order.
-            at_once: how many may run at a time; None: as many as there is room for.
+            plans: the plans of the elements, in the order of the array.
+            at_once: the number of runs that may run at a time. None means no limit.
 
         Raises:
             PlanError: it is refused.
@@ -130,7 +133,7 @@ class ArrayCapable(Protocol):
 
 
 class Several:
-    """Several launches as one: over when all are, with the worst exit code."""
+    """Several launches as one. It ends when all have ended, with the worst exit code."""
 
     def __init__(self, launches: Sequence[Launch]) -> None:
         self._launches = launches
@@ -149,7 +152,7 @@ class Several:
 
 
 def load(name: str) -> Launcher:
-    """The launcher of that name.
+    """Return the launcher of that name.
 
     Raises:
         PlanError: there is none.

@@ -1,12 +1,12 @@
-"""The driver process of a launch from Python: what `dtrain launch` is of one from a shell.
+"""The driver process of a launch from Python, which does the work of `dtrain launch` in a shell.
 
-`drive` answers signals in the main thread of its process and forks nothing that has threads; a
-notebook or a script of the user's is no place for that. `dtrain.api` starts this module, which
-imports what it needs while the launch is planned there, and hands it the plan.
+`drive` handles signals in the main thread of its process and forks nothing that has threads. A
+notebook or a user's script cannot offer that. `dtrain.api` starts this module, which imports what
+it needs while the caller plans the launch. The caller then sends it the plan.
 
 stdin: one line of JSON, an `Order`, or nothing when there is nothing to launch. stdout: JSON lines,
-see `Reports`. stderr: a traceback, should there be one; from the first moment of the attempt on it
-is `RunDir.driver_log`. When the process that asked is gone, the run is ended in order.
+see `Reports`. stderr: a traceback, if there is one; after the attempt has begun, stderr is
+`RunDir.driver_log`. When the requesting process is gone, the run is ended cleanly.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from dtrain.run import files
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be launched. It never touches a disk: it holds the values of secret variables."""
+    """A launch request. It holds the values of secret variables and is never written to a disk."""
 
     plan: LaunchPlan
     job: dict[str, Any]
-    """`JobSpec.to_plain`."""
+    """The result of `JobSpec.to_plain`."""
     job_text: str
     detach: bool = False
 
     def to_line(self) -> bytes:
         plain = {**vars(self), "plan": self.plan.to_json()}
-        return json.dumps(plain).encode() + b"\n"  # `to_json` knows no infinity, and args may
+        return json.dumps(plain).encode() + b"\n"  # `to_json` rejects infinity, args may not
 
 
 class Reports:
-    """The console of a driver: tells the process that asked, by lines of JSON.
+    """A console for the driver, which reports to the requesting process in lines of JSON.
 
-    `{"said": TEXT}`, `{"started": true}` once nodes are started, at the end `{"concluded": CODE}`
-    or `{"refused": MESSAGE, "code": CODE, "kind": CLASS, "exit_code": N}`, with a class of
-    `dtrain.errors`. They go to a file, so that nothing waits for a reader.
+    The lines are `{"said": TEXT}`, and `{"started": true}` once nodes are started. The last line is
+    `{"concluded": CODE}` or `{"refused": MESSAGE, "code": CODE, "kind": CLASS, "exit_code": N}`,
+    with a class of `dtrain.errors`. They go to a file, so that nothing waits for a reader.
     """
 
     def __init__(self, plan: LaunchPlan, parent: int) -> None:
@@ -86,21 +86,21 @@ class Reports:
         return text
 
     def close(self) -> None:
-        """Do nothing: whoever shows the run reads its directory."""
+        """Do nothing. The process that shows the run reads its directory."""
 
 
 def report(**values: Any) -> None:
-    """Tell one thing to the process that asked."""
+    """Report one message to the requesting process."""
     os.write(sys.stdout.fileno(), to_json(values).encode() + b"\n")
 
 
 def main() -> int:
-    """Drive what stdin orders; the exit code is the run's."""
+    """Drive the launch that stdin requests. Return the exit code of the run."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--parent", type=int, required=True)
     parent = parser.parse_args().parent
     line = sys.stdin.buffer.readline()
-    if not line.endswith(b"\n"):  # the job was refused, or whoever asked was killed
+    if not line.endswith(b"\n"):  # the job was refused, or the requesting process was killed
         return 0
     order = checked.read(Order, line)
     launcher = base.load(order.plan.launcher)

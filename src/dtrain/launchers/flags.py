@@ -1,7 +1,7 @@
-"""Flags of `dtrain launch` with which people set options of one launcher most often.
+"""Flags of `dtrain launch` for the most common options of a single launcher.
 
 Every option can be set by `-o NAME=VALUE` too. The flags are read for `--help`, so this module
-imports nothing. A launcher from outside brings its own as a sequence of `Flag`s, named by an entry
+imports nothing. An external launcher provides its own as a sequence of `Flag`s, named by an entry
 point of group `dtrain.flags`.
 """
 
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag that sets the option of its last name, without the dashes."""
+    """A flag. It sets the option that is named by its last name without the dashes."""
 
     names: tuple[str, ...]
     launcher: str
     metavar: str
     help: str
     unit: str = ""
-    """Unit of a bare number, where the launcher's own command has one; empty: the option's."""
+    """The unit of a bare number, where the launcher's own command has one. Empty means the
+    option's."""
 
     @property
     def option(self) -> str:
@@ -44,7 +45,7 @@ FLAGS = (
 
 
 def outside() -> tuple[Flag, ...]:
-    """Find the flags of launchers from outside; that takes 0.1 s, which `--help` does not have."""
+    """Find the flags of external launchers. This takes 0.1 s, too long for `--help`."""
     from importlib.metadata import entry_points
 
     return tuple(flag for point in entry_points(group="dtrain.flags") for flag in point.load())

@@ -1,4 +1,4 @@
-"""Launchers and profiles as `dtrain launchers` lists them: every option, its value, its source."""
+"""List launchers and profiles for `dtrain launchers`: every option, its value, its source."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from dtrain.launchers.flags import FLAGS, outside
 
 @dataclass(frozen=True)
 class ProfileListing:
-    """A profile, by the name that `--launcher` takes."""
+    """A profile, with the name that `--launcher` takes."""
 
     name: str
     launcher: str
     file: str
     description: str
     problem: str
-    """Why it cannot be used here, with what to do; empty when it can."""
+    """The reason why it cannot be used here, with a solution; empty when it can be used."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,20 @@ class Setting:
     """One field of a profile."""
 
     section: str
-    """`launch` or `options`."""
+    """The section: `launch` or `options`."""
     name: str
     kind: str
-    """For example `text`, `number`, `duration`, or the words that it may be."""
+    """The kind of value: for example `text`, `number`, `duration`, or the allowed words."""
     value: str
     source: str
-    """File and line, or `default`."""
+    """The file and line, or `default`."""
     flags: tuple[str, ...]
-    """Flags of `dtrain launch` that set it, besides `-o`."""
+    """Flags of `dtrain launch` that set it, in addition to `-o`."""
     help: str
 
 
 def profiles(job_dir: str | os.PathLike[str] = ".") -> list[ProfileListing]:
-    """List every profile that can be named, those of this folder and the packaged ones."""
+    """List every profile that can be named: those of this folder and the packaged ones."""
     names = profile_names(search_path(Path(job_dir)))
     return [_listing(name, job_dir) for name in names]
 
@@ -109,7 +109,7 @@ def _settings(section: str, model: type[Model], profile: LoadedProfile) -> Itera
 
 
 def _value(part: Located | None, schema: dict[str, Any]) -> tuple[str, str]:
-    """A field's value and where it is set; `default` stands for the packaged profile too."""
+    """Return a field's value and its source. `default` also means a packaged profile."""
     if part is None or part.value is None:
         return _text(schema.get("default")), "default"
     value = part.raw if part.raw is not None else _text(part.plain())
@@ -124,7 +124,7 @@ def _text(value: Any) -> str:
 
 
 def _kind(schema: dict[str, Any]) -> str:
-    """A word for the type of a field, from its JSON Schema."""
+    """Return a word for the type of a field, from its JSON Schema."""
     if "enum" in schema:
         return " or ".join(map(str, schema["enum"]))
     for one in schema.get("anyOf", ()):

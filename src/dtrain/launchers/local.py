@@ -1,4 +1,4 @@
-"""Launcher `local`: this machine, as one node or as several simulated ones."""
+"""Launcher `local`, which uses this machine as one node or as several simulated ones."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from dtrain.waiting import poll
 
 
 class Process(Protocol):
-    """A node process in the hands of whoever started it."""
+    """A node process, controlled by the process that started it."""
 
     def poll(self) -> int | None:
-        """Its exit status once it has ended, negative for a signal."""
+        """Return its exit status once it has ended, negative for a signal."""
 
     def send_signal(self, number: int) -> None:
-        """Signal it."""
+        """Send it a signal."""
 
     def kill(self) -> None:
-        """End it and wait for that."""
+        """End it and wait until it has ended."""
 
 
 Spawn = Callable[[Sequence[str], Mapping[str, str], Path, socket.socket | None], Process]
-"""(command, environment, log, socket on which node 0 serves the rendezvous) → a node process."""
+"""A function from (command, environment, log, socket of the rendezvous on node 0) to a node
+process."""
 
 
 class NoOptions(LauncherOptions):
@@ -46,12 +47,13 @@ class NoOptions(LauncherOptions):
 
 
 class LocalLauncher:
-    """One fork server for all nodes: 4 ranks on 2 nodes cost one import of torch, not two."""
+    """A launcher with one fork server for all nodes: 4 ranks on 2 nodes import torch once, not
+    twice."""
 
     options_model: type[LauncherOptions] = NoOptions
 
     def __init__(self, spawn: Spawn | None = None) -> None:
-        """With `spawn`, it starts the node process; else that is a new interpreter."""
+        """Use `spawn` to start the node process. Without it, start a new interpreter."""
         self._spawn = spawn
 
     def complete(self, plan: LaunchPlan, facts: Facts) -> LaunchPlan:
@@ -72,7 +74,7 @@ class LocalLauncher:
         return handle is not None and handle.is_alive(run)
 
     def cancel(self, run: RunDir, timeout_s: float) -> None:
-        """See `Launcher.cancel`: the driver ends its nodes, and dies with them if it must."""
+        """See `Launcher.cancel`. The driver ends its nodes. If it is killed, they die with it."""
         handle = Handle.read(run)
         if handle is None or not handle.is_alive(run):
             return
@@ -88,7 +90,7 @@ class LocalLauncher:
 
 
 class NodeProcess:
-    """A `python -m dtrain.node`, or what starts one on another host, in our hands."""
+    """A running `python -m dtrain.node`, or the command that starts one on another host."""
 
     def __init__(
         self,
@@ -101,10 +103,10 @@ class NodeProcess:
 
         Args:
             plan: the launch.
-            command: one of the plan's.
-            listen_host: where to open the rendezvous port before anything starts, so that
-                nobody can take it in between; None when the head is another host.
-            spawn: what starts it; None: a new interpreter.
+            command: one of the plan's commands.
+            listen_host: the address on which to open the rendezvous port before anything starts, so
+                that no other process can take the port. None means that the head is another host.
+            spawn: the function that starts it. None means a new interpreter.
         """
         _refuse_few_files(plan)
         self._plan = plan
@@ -141,19 +143,19 @@ class NodeProcess:
             self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """See `Launch.kill`: agents and workers die with their fork server."""
+        """See `Launch.kill`. Agents and workers die with their fork server."""
         self._asked_to_end = True
         if self._process.poll() is None:
             self._process.kill()
 
     def _record_killed(self, status: int) -> None:
-        """Leave a record of all nodes that are gone at once; none of them could."""
+        """Record the loss of all nodes at once, because none of them could."""
         plan, (first, *others) = self._plan, self._node_ranks
         if any(
             record.kind == "node_lost" and record.node_rank in self._node_ranks
             for record in failures.read_all(plan.run, plan.attempt)
         ):
-            return  # an agent has ended it, and said why
+            return  # an agent has ended it, and recorded why
         served = f" of nodes {', '.join(map(str, self._node_ranks))}" if others else ""
         failures.record_node(
             plan.run,
@@ -179,13 +181,14 @@ class _Interpreter:
         self.poll, self.send_signal = self._process.poll, self._process.send_signal
 
     def kill(self) -> None:
-        """End its group and wait for that."""
+        """End its process group and wait until it has ended."""
         procs.kill_group(self._process.pid)
         self._process.wait()
 
 
 def node_command(plan: LaunchPlan, facts: Facts, node_ranks: Iterable[int]) -> Command:
-    """The `python -m dtrain.node` that serves some of a plan's nodes on this host."""
+    """Return the `python -m dtrain.node` command that serves some of a plan's nodes on this
+    host."""
     served = tuple(node_ranks)
     flags = [part for node_rank in served for part in ("--node-rank", str(node_rank))]
     argv = (facts.python, "-P", "-m", "dtrain.node", plan.run_dir, *flags)
@@ -193,7 +196,7 @@ def node_command(plan: LaunchPlan, facts: Facts, node_ranks: Iterable[int]) -> C
 
 
 def _refuse_few_files(plan: LaunchPlan) -> None:
-    """Refuse to start where so few files may be open that torch's store would wait for ever."""
+    """Refuse to start where the limit of open files would make torch's store wait forever."""
     needed = 32 + 4 * plan.procs_per_node * (len(plan.node_ranks))
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < needed:

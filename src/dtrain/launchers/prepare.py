@@ -1,4 +1,4 @@
-"""Writing the run directory of an attempt: claimed first, complete with the last file."""
+"""Write the run directory of an attempt. It is claimed first, and complete with the last file."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
 
     Args:
         plan: the launch.
-        job: what is trained.
+        job: the job to train.
         job_text: job.yaml as given.
-        handle: of who is to drive the attempt, or one node of it, claimed before all else: of
-            several commands only one gets any further.
+        handle: the process that will drive the attempt, or one node of it. It is claimed first: of
+            several commands, only one continues.
 
     Raises:
         UsageError: this is a new launch, and the run exists, or another command drives it.
-        PlanError: the URL of runs cannot be written to, or the job's secrets would stand there.
-        LaunchError: it cannot be written; says which folder and why.
+        PlanError: the URL of runs is not writable, or the job's secrets would be stored there.
+        LaunchError: it cannot be written; the message names the folder and the reason.
     """
     run = plan.run
     if plan.run_url:
@@ -45,7 +45,7 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
             claimed = plan.is_of_node_zero
         remote.mark_unsynced(run)
         _write(plan, job, job_text)
-    except DtrainError:  # a place at a URL that does not answer says so itself
+    except DtrainError:  # a URL that does not answer has its own message
         raise
     except OSError as error:
         if claimed:
@@ -59,7 +59,7 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Raise a `LaunchError` that names the file where one cannot be written in here."""
+    """Turn a failure to write a file in this block into a `LaunchError` that names the file."""
     try:
         yield
     except OSError as error:
@@ -69,7 +69,7 @@ def writing() -> Iterator[None]:
 
 
 def _claim(plan: LaunchPlan, handle: Handle) -> None:
-    """Be the one who drives the attempt, and conclude the one before, whose driver was killed."""
+    """Claim the attempt, and record the previous one as lost if its driver was killed."""
     run = plan.run
     if not plan.is_of_node_zero:
         handle.claim_node(run, plan.node_ranks[0])
@@ -122,7 +122,7 @@ def _refuse_secrets(job: JobSpec, job_text: str) -> None:
 def _refuse_existing(plan: LaunchPlan) -> None:
     """Refuse a new launch of a run that was launched before, by a command or by hand.
 
-    Of several commands, one a node, only node 0's can tell another launch from its own.
+    With one command per node, only that of node 0 can distinguish another launch from its own.
     """
     if plan.attempt > 0:
         return
@@ -140,9 +140,10 @@ def _refuse_existing(plan: LaunchPlan) -> None:
 
 
 def keep_code(plan: LaunchPlan) -> None:
-    """Take the snapshot of the code, once a run; while the nodes import torch, so it costs nothing.
+    """Take the snapshot of the code, once per run. It costs no time, because the nodes import
+    torch.
 
-    Never fails, see `snapshot.take`.
+    This never fails, see `snapshot.take`.
     """
     if not plan.run.code.exists():
         snapshot.take(plan.job_dir, plan.run)

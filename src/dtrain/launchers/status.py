@@ -1,4 +1,4 @@
-"""How a run stands: whether its newest attempt runs, and how it ended."""
+"""Find the state of a run: whether its newest attempt runs, and how it ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dtrain.run import events, failures, files, verdict
 from dtrain.run.attempts import Handle, Result, State
 from dtrain.run.rundir import RunDir
 
-_ATTEMPT = 0  # by hand there is only one
+_ATTEMPT = 0  # a run started by hand has only one
 _FACTS: dict[str, dict[str, type]] = {
     "worker_started": {"process": dict},
     "worker_ended": {"exit_code": int},
@@ -20,7 +20,7 @@ _FACTS: dict[str, dict[str, type]] = {
 
 
 def state_of(run: RunDir) -> tuple[State, Result | None]:
-    """How the newest attempt of a run stands."""
+    """Return the state of the newest attempt of a run."""
     handle = Handle.read(run)
     if handle is None:
         return _by_hand(run)
@@ -29,17 +29,17 @@ def state_of(run: RunDir) -> tuple[State, Result | None]:
         return result.state, result
     if base.load(handle.launcher).is_running(run):
         return "running", None
-    result = Result.read(run, handle.attempt)  # written by whoever saw the end first
+    result = Result.read(run, handle.attempt)  # written by the first process that saw the end
     if result is None:
-        run.remove_secrets(handle.attempt)  # whoever would have done so was killed
+        run.remove_secrets(handle.attempt)  # the process that should have done this was killed
         return "lost", None
     return result.state, result
 
 
 def next_attempt(run: RunDir) -> int:
-    """The number of the attempt that a relaunch makes, the same on every host of the run.
+    """Return the number of the attempt that a relaunch makes, the same on every host of the run.
 
-    Where node 0 has begun it already, it is the one that is going.
+    Where node 0 has already begun it, this is the running attempt.
     """
     handle = Handle.read(run)
     if handle is None and not events.has_trained(run):
@@ -49,7 +49,7 @@ def next_attempt(run: RunDir) -> int:
 
 
 def _by_hand(run: RunDir) -> tuple[State, Result | None]:
-    """The state of a run started by hand: by the events of rank 0 and all failure records."""
+    """Return the state of a run started by hand, from rank 0's events and all failure records."""
     started, ended = _newest(run, "worker_started"), _newest(run, "worker_ended")
     if started is None:
         return "prepared", None
@@ -65,7 +65,7 @@ def _by_hand(run: RunDir) -> tuple[State, Result | None]:
 
 
 def _judge(run: RunDir, started: dict[str, Any], ended: dict[str, Any] | None) -> tuple[State, int]:
-    """The state, and the exit code of what has ended."""
+    """Return the state, and the exit code if it has ended."""
     if ended is not None and ended["exit_code"] == 0:
         stopped = events.stop_event(run, _ATTEMPT)
         return ("succeeded", 0) if stopped is None else ("cancelled", events.exit_code(stopped))

@@ -1,4 +1,4 @@
-"""Ctrl-C and the like, from the signals that a command gets to the launches that it follows."""
+"""Forward Ctrl-C and other signals from a command to the launches that it follows."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from dtrain.launchers.base import Launch
 from dtrain.run.attempts import Handle
 from dtrain.run.rundir import RunDir
 
-_KILL_AFTER_S = 5.0  # past the workers' own stop_timeout
+_KILL_AFTER_S = 5.0  # after the workers' own stop_timeout
 
 
 class Stop:
-    """Ctrl-C and SIGTERM: the first asks the workers to leave in order, the second kills."""
+    """A counter of Ctrl-C and SIGTERM: the first asks the workers to exit cleanly, the second
+    kills."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.count = 0
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
-        """Count a signal; the handler of all of them."""
+        """Count a signal. This is the handler of all of them."""
         self.signal = self.signal or number
         self.count += 1
 
 
 class Stopping:
-    """Passes requests to stop on: the first in order, the second or a lack of patience by force."""
+    """Forward requests to stop. The first is clean; a second one, or a timeout, kills."""
 
     def __init__(self, stop: Stop, patience_s: float, say: Callable[[str], None]) -> None:
         self._stop = stop
@@ -43,7 +44,7 @@ class Stopping:
         self._deadline = float("inf")
 
     def pass_on(self, launches: Iterable[Launch]) -> None:
-        """Do what was asked for since the last call."""
+        """Forward the requests made since the last call."""
         launches = list(launches)
         if self._stop.count and not self._asked:
             self._asked = self._stop.count
@@ -58,7 +59,7 @@ class Stopping:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Stop]:
-    """While it lasts, Ctrl-C and the like are counted instead of ending us."""
+    """Count Ctrl-C and other stop signals in this context instead of ending this process."""
     stop = Stop()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, stop) for number in numbers}
@@ -71,11 +72,11 @@ def stop_requests() -> Iterator[Stop]:
 
 
 def cancel(run: RunDir, timeout_s: float | None = None) -> None:
-    """End a run that another process drives: in order, and by force when its time is up.
+    """End a run that another process drives: cleanly, and by force when the time is up.
 
     Args:
-        run: which runs.
-        timeout_s: seconds to leave in; None: a little more than `launch.stop_timeout`.
+        run: the run.
+        timeout_s: seconds that it has to exit. None means slightly more than `launch.stop_timeout`.
 
     Raises:
         UsageError: it was started by hand, or it is driven from another host.

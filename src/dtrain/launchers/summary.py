@@ -1,4 +1,4 @@
-"""What is known of a run, for people and programs: its state, its metrics, why it failed."""
+"""Summarize a run for users and programs: its state, its metrics, why it failed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dtrain.run.rundir import RunDir
 from dtrain.run.verdict import Verdict
 
 DAMAGED = "damaged"
-"""State of a run whose directory cannot be read."""
+"""The state of a run whose directory cannot be read."""
 
 
 def summary(run: RunDir) -> dict[str, Any]:
-    """What is known of a run: its state, its place, how far it is, its newest metrics."""
+    """Return a summary of a run: its state, location, progress and newest metrics."""
     plan = LaunchPlan.read(run)
     handle = Handle.read(run)
     state, result = status.state_of(run)
@@ -68,7 +68,7 @@ def summary(run: RunDir) -> dict[str, Any]:
 
 
 def row(run: RunDir) -> dict[str, Any]:
-    """What is known of a run; of one that cannot be read, why not."""
+    """Return the summary of a run, or the reason why it cannot be read."""
     try:
         return summary(run)
     except (DtrainError, OSError) as error:
@@ -78,11 +78,11 @@ def row(run: RunDir) -> dict[str, Any]:
 
 
 def judged(run: RunDir, attempt: int | None = None) -> tuple[int, State, Verdict | None]:
-    """An attempt of a run, how it stands, and the verdict of one that failed.
+    """Return an attempt of a run, its state, and the verdict if it failed.
 
     Args:
         run: the run.
-        attempt: its number; None: the newest.
+        attempt: its number. None means the newest.
 
     Raises:
         RunNotFound: there is no such attempt.
@@ -98,7 +98,8 @@ def judged(run: RunDir, attempt: int | None = None) -> tuple[int, State, Verdict
 
 
 def _why(run: RunDir, state: str, attempt: int) -> tuple[str | None, int | None]:
-    """Why a run failed, in a line, and the step that it failed in, where these are known."""
+    """Return a line about why a run failed, and the step in which it failed, where they are
+    known."""
     found = None
     if state in ("failed", "lost"):
         found = verdict.read(run, attempt) or verdict.judge(run, attempt)
@@ -108,7 +109,7 @@ def _why(run: RunDir, state: str, attempt: int) -> tuple[str | None, int | None]
 
 
 def _waits(run: RunDir) -> str | None:
-    """What a running run waits for, a line for each."""
+    """Return what a running run waits for, one line for each."""
     waits: dict[tuple[str, Any], str] = {}
     for event in files.read_lines(run.events, event=str):
         if event["event"] == "threads_left":
@@ -123,13 +124,13 @@ def _waits(run: RunDir) -> str | None:
 
 
 def _digest(run: RunDir) -> str | None:
-    """Of the parameters that training ended with."""
+    """Return the digest of the final parameters."""
     known = files.read_lines(run.events, event=str, parameters_sha256=str)
     return next((e["parameters_sha256"] for e in reversed([*known])), None)
 
 
 def _described(run: RunDir, launcher: str) -> dict[str, str]:
-    """What only some launchers know: how the batch job stands."""
+    """Return facts that only some launchers know, for example the state of the batch job."""
     found = base.load(launcher)
     return found.describe(run) if isinstance(found, base.Describable) else {}
 

@@ -1,4 +1,4 @@
-"""From a plan to an exit code: start it, follow it, stop it when asked, say how it ended."""
+"""Turn a plan into an exit code: start it, follow it, stop it on request, report the result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TICK_S = 0.05
 
 
 class Console(Protocol):
-    """What a person sees of a launch while it runs."""
+    """The display of a launch while it runs."""
 
     def begin(self, text: str) -> None:
         """Show what is about to happen."""
@@ -41,16 +41,16 @@ class Console(Protocol):
         """Show what is new."""
 
     def say(self, text: str) -> None:
-        """Show a line of the launcher's own."""
+        """Show a line from the launcher itself."""
 
     def close(self) -> None:
         """Show the rest; nothing more will come."""
 
     def width(self) -> int | None:
-        """Columns that a line may have; None for any."""
+        """Return the maximum number of columns of a line, or None without a limit."""
 
     def paint(self, text: str, colour: str | None) -> str:
-        """A text in a colour, where colours are shown."""
+        """Return a text in a colour, where colours are shown."""
 
 
 def drive(
@@ -62,13 +62,14 @@ def drive(
     *,
     detach: bool = False,
 ) -> int:
-    """Write the run directory, start the plan, follow it to its end; the exit code.
+    """Write the run directory, start the plan and follow it to its end. Return the exit code.
 
-    0 when every rank ended 0, the culprit's exit code when one failed, 128 + N when stopped by
-    signal N. With `detach` 0 once it is started, by a launcher that can go on without us.
+    The exit code is 0 when every rank ended with 0. When one failed, it is the exit code of the
+    root cause. When stopped by signal N, it is 128 + N. With `detach` it is 0 once the launch is
+    started, if the launcher's launches can continue without this process.
 
     Raises:
-        UsageError: there is such a run already, or another command drives it.
+        UsageError: the run exists already, or another command drives it.
         LaunchError: the launch cannot be started.
     """
     started = time.time()
@@ -90,39 +91,39 @@ def _drive(
         return 0
     try:
         code = _follow_to_end(plan, launch, stop, console)
-    except DtrainError as error:  # found out by the launcher's own process
+    except DtrainError as error:  # found by the launcher's own process
         refused(plan, error, started)
         raise
     plan = replace(plan, attempt=attempts.newest_of(plan.run, plan.attempt))
     state, code = _conclude(plan, code, stop, console)
     if state == "succeeded":
-        seconds = max(0.0, time.time() - started)  # clocks are set back
+        seconds = max(0.0, time.time() - started)  # clocks may be set back
         console.say(_closing(plan, console.paint("succeeded", "green"), seconds))
     finish(plan, Result(state, code, started, time.time()), console.say)
     return code
 
 
 def can_detach(launcher: Launcher, plan: LaunchPlan) -> bool:
-    """Whether a launch goes on without the command that started it."""
+    """Return whether a launch continues without the command that started it."""
     return isinstance(launcher, Detachable) and launcher.can_detach(plan)
 
 
 def _answered_for(launcher: Launcher, plan: LaunchPlan) -> tuple[str, ...]:
-    """Patterns of the files that are ours to keep at a run's URL: none for all.
+    """Return patterns of the files that this process keeps at a run's URL. Empty means all files.
 
-    Of a run that goes on without us, whoever drives it keeps the others.
+    If the run continues without this process, its driver keeps the other files.
     """
     return LAUNCH if can_detach(launcher, plan) else ()
 
 
 def settle(plan: LaunchPlan, code: int, started: float, *, cancelled: bool = False) -> None:
-    """Write down how an attempt ended that nobody has followed to its end.
+    """Record how an attempt ended that no process has followed to its end.
 
     Args:
-        plan: with the attempt that was the last.
+        plan: the plan, with the number of the last attempt.
         code: its exit code.
-        started: when the launch began.
-        cancelled: whether someone had asked for the end.
+        started: the start time of the launch.
+        cancelled: true if a user had requested the end.
     """
     state, code, _ = _judge(plan, code, cancelled)
     finish(plan, Result(state, code, started, time.time()), print_nothing)
@@ -142,15 +143,15 @@ def _start(launcher: Launcher, plan: LaunchPlan, started: float) -> Launch:
 
 
 def refused(plan: LaunchPlan, error: DtrainError, started: float) -> None:
-    """Remove a new run that was refused before a worker started; the error says why.
+    """Remove a new run that was refused before a worker started. The error explains why.
 
-    A further attempt of a run is recorded as failed, as is a launch that others may know of: of
-    several commands, one per host, or at a URL.
+    A further attempt of a run is recorded as failed. So is a launch that others may know of: one
+    with several commands, one per host, or one at a URL.
 
     Args:
         plan: the launch.
-        error: why.
-        started: when the launch began.
+        error: the reason.
+        started: the start time of the launch.
     """
     is_shared = bool(plan.run_url) or 0 < len(plan.node_ranks) < plan.nodes
     if plan.attempt == 0 and not is_shared and not plan.run.rank_logs(0):
@@ -173,7 +174,8 @@ def _opening(plan: LaunchPlan) -> str:
 
 
 def _closing(plan: LaunchPlan, succeeded: str, seconds: float) -> str:
-    """What came of it, where it is, and the digest by which two runs are compared at a glance."""
+    """Return the outcome, the location, and the digest, which allows a quick comparison of two
+    runs."""
     text = f"{plan.run_id}: {succeeded} in {seconds:.1f} s"
     finished = _finished(plan)
     if finished is None:
@@ -183,7 +185,7 @@ def _closing(plan: LaunchPlan, succeeded: str, seconds: float) -> str:
 
 
 def _checkpoint(plan: LaunchPlan) -> list[str]:
-    """Where the model is, in a line."""
+    """Return a line with the location of the model."""
     newest = Progress.read(plan.run).checkpoint
     if newest is None:
         return []
@@ -191,7 +193,8 @@ def _checkpoint(plan: LaunchPlan) -> list[str]:
 
 
 def outcome(plan: LaunchPlan) -> str:
-    """` after 230 steps: accuracy 0.98`; nothing of a run whose training has written no end."""
+    """Return ` after 230 steps: accuracy 0.98`, or nothing if the training did not record its
+    end."""
     finished = _finished(plan)
     if finished is None:
         return ""
@@ -240,10 +243,10 @@ def _conclude(plan: LaunchPlan, code: int, stop: Stop, console: Console) -> tupl
 def _judge(
     plan: LaunchPlan, code: int, cancelled: bool = False
 ) -> tuple[State, int, Verdict | None]:
-    """What an exit code means, and who is to blame for a failure, which is kept for `why`.
+    """Return the meaning of an exit code, and for a failure the verdict, which is kept for `why`.
 
-    The exit code comes back as the run's: all ranks may end with 0 because one of them was asked
-    to leave, and a rank that failed knows better than its node.
+    The returned exit code is that of the run. All ranks may end with 0 because one of them was
+    asked to exit. The exit code of a rank that failed is more precise than that of its node.
     """
     if code == 0:
         stopped = events.stop_event(plan.run, plan.attempt)
@@ -256,13 +259,14 @@ def _judge(
         return "cancelled", code, None
     found = judged or verdict.Verdict(_unexplained(plan, code))
     if plan.is_of_node_zero:
-        with contextlib.suppress(OSError):  # a full disk is often why we are here
+        with contextlib.suppress(OSError):  # a full disk is often the cause
             verdict.write(plan.run, plan.attempt, found)
     return "failed", found.exit_code, found
 
 
 def _unexplained(plan: LaunchPlan, code: int) -> FailureRecord:
-    """What the logs of nodes that left no record say last; of a batch job, its first node's."""
+    """Return a record with the last log line of nodes that left none. For a batch job, use its
+    first node."""
     kinds = (
         plan.run.host_log,
         plan.run.agent_log,
@@ -272,7 +276,7 @@ def _unexplained(plan: LaunchPlan, code: int) -> FailureRecord:
     logs = {kind(plan.attempt, rank): rank for rank in ranks for kind in kinds}
     words = {log: files.last_line(log) for log in logs}
     said = [log for log, line in words.items() if line and not line.endswith(SERVER_ENDED)]
-    # who fell has spoken last
+    # the log written last is that of the failed node
     log = max(said, key=lambda log: log.stat().st_mtime, default=next(iter(logs)))
     how = f"the node process {failures.how_it_ended(code)}"
     return failures.of_node(
@@ -285,7 +289,7 @@ def _unexplained(plan: LaunchPlan, code: int) -> FailureRecord:
 
 
 def finish(plan: LaunchPlan, result: Result, say: Callable[[str], None]) -> None:
-    """Write down how an attempt ended, and clear away what nobody needs any more."""
+    """Record how an attempt ended, and remove files that are no longer needed."""
     run = plan.run
     if not plan.is_of_node_zero:
         return

@@ -1,7 +1,7 @@
-"""Launcher `torchrun`: this command is one node of the job; it is run on each host.
+"""Launcher `torchrun`, in which this command is one node of the job. It is run on each host.
 
-The node agents are dtrain's own. `dtrain plan` also prints the torchrun lines that start the
-same workers without them.
+The node agents are dtrain's own. `dtrain plan` also prints the torchrun lines that start the same
+workers without them.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from dtrain.launchers.local import LocalLauncher, NodeProcess, node_command
 
 
 class TorchrunOptions(LauncherOptions):
-    """Which node this host is, and where node 0 is."""
+    """The rank of this host's node, and the address of node 0."""
 
     launcher = "torchrun"
 
     node_rank: int | Text | None = None
-    """Which node this host is, from 0."""
+    """The rank of the node on this host, from 0."""
     rdzv_endpoint: Text | None = None
-    """HOST:PORT at which node 0 listens, for example head:29400."""
+    """The HOST:PORT at which node 0 listens, for example head:29400."""
 
 
 class TorchrunLauncher(LocalLauncher):
-    """One node on this host; the others are started on theirs by the same command."""
+    """A launcher for one node on this host. The same command starts the others on their hosts."""
 
     options_model = TorchrunOptions
 

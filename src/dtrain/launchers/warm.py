@@ -1,4 +1,4 @@
-"""Node processes that are forked where torch is imported already, for many short launches."""
+"""Fork node processes from a process that has already imported torch, for many short launches."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from dtrain.forking import Channel
 
 
 class WarmServer:
-    """A `python -m dtrain.node.warm` of our own, which imports while we do something else."""
+    """A `python -m dtrain.node.warm` process, which imports while this process does other work."""
 
     def __init__(self, modules: Sequence[str], hash_seed: str = "0") -> None:
-        """Start it; it ends with us, and with the thread that calls this.
+        """Start it. It ends with this process, and with the thread that calls this.
 
         Args:
-            modules: what it imports besides torch; none of them may start a thread.
-            hash_seed: of all that it forks; a launch with another is not warm.
+            modules: the modules that it imports in addition to torch. None of them may start a
+                thread.
+            hash_seed: the hash seed of everything that it forks. A launch with another one is not
+                warm.
         """
         self._channel, theirs = Channel.pair()
         self._exited: dict[int, int] = {}
@@ -34,12 +36,13 @@ class WarmServer:
             self._process = procs.start_own(
                 [*argv, *modules],
                 env={**inherited_env(), HASH_SEED: hash_seed},
-                log=None,  # what cannot be imported here, a cold launch tells of
+                log=None,  # a cold launch reports failed imports
                 pass_fds=[theirs.fileno()],
             )
 
     def is_ready(self) -> bool:
-        """Wait until it has imported all; False when it has ended, or cannot fork safely."""
+        """Wait until it has imported everything. Return False if it has ended, or cannot fork
+        safely."""
         while not self._ready and self._hear() is not None:
             pass
         return self._ready and self._process.poll() is None
@@ -47,7 +50,7 @@ class WarmServer:
     def spawn(
         self, argv: Sequence[str], env: Mapping[str, str], log: Path, listener: socket.socket | None
     ) -> WarmNode:
-        """Have it fork what `argv`, a `python -m dtrain.node …`, would start.
+        """Make it fork the process that `argv`, a `python -m dtrain.node …`, would start.
 
         Raises:
             LaunchError: it has ended.
@@ -67,27 +70,30 @@ class WarmServer:
         return WarmNode(self, message["started"])
 
     def send(self, pid: int, number: int) -> None:
-        """Signal a node's process group, unless it has ended."""
+        """Send a signal to a node's process group, unless it has ended."""
         with contextlib.suppress(OSError):
             self._channel.send({"pid": pid, "signal": number})
 
     def exit_code(self, pid: int, wait_s: float | None = 0.0) -> int | None:
-        """How a node ended, negative for a signal; None while it runs. None to wait for the end."""
+        """Return how a node ended, negative for a signal, or None while it runs.
+
+        `wait_s` None waits for the end.
+        """
         while pid not in self._exited and self._hear(wait_s) is not None:
             pass
         if pid not in self._exited and self._process.poll() is not None:
-            return -signal.SIGKILL  # with the server
+            return -signal.SIGKILL  # it died with the server
         return self._exited.get(pid)
 
     def close(self) -> None:
-        """End it, and all that it has forked."""
+        """End it, and everything that it has forked."""
         self._channel.close()
         if self._process.poll() is None:
             procs.kill_group(self._process.pid)
         self._process.wait()
 
     def _hear(self, wait_s: float | None = None) -> dict[str, Any] | None:
-        """Take in the next message; None when there is none, or there will be none."""
+        """Read the next message. Return None when there is none, or when there will be none."""
         try:
             message = self._channel.receive(wait_s)
         except EOFError:
@@ -100,7 +106,7 @@ class WarmServer:
 
 
 class WarmNode:
-    """A node process that the server has forked: what `subprocess.Popen` is of one of our own."""
+    """A node process that the server has forked, with the interface of `subprocess.Popen`."""
 
     def __init__(self, server: WarmServer, pid: int) -> None:
         self._server = server

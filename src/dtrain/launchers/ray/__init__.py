@@ -1,1 +1,1 @@
-"""Launcher ray: one actor on each node of a Ray cluster, and below it one node agent."""
+"""Launcher `ray`: one actor on each node of a Ray cluster, which starts one node agent."""

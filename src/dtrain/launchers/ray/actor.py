@@ -1,7 +1,7 @@
-"""What the driver has on each node: an actor that starts, watches and ends the node's process.
+"""The actor on each node: it starts, watches and ends the node's process for the driver.
 
-Sent by value with `run.sync`, and the standard library is all that they import: a node needs no
-more than Ray to say what else it lacks.
+It is sent by value with `run.sync`, and both import only the standard library. A node therefore
+needs only Ray to report what else it lacks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from dtrain.run import sync
 from dtrain.run.sync import ChangeScanner
 
-# Run by the interpreter that is to train: what it has, and in which version.
+# Run by the interpreter that will train: prints its packages and their versions.
 _LOOK = """
 import importlib.metadata as m, importlib.util as u, json, sys
 found = {}
@@ -33,7 +33,7 @@ for name in sys.argv[1:]:
         found[top] = None
 print(json.dumps(found))
 """
-# Whether the place of runs can be written to from here.
+# Checks that the runs URL is writable from this node.
 _REACH = """
 import sys
 from dtrain.errors import DtrainError
@@ -58,11 +58,12 @@ class NodeActor:
         self._scanner: ChangeScanner | None = None
 
     def look(self, wish: dict[str, Any]) -> dict[str, Any]:
-        """What this node is and has.
+        """Return the node's properties and the versions of its packages.
 
         Args:
-            wish: `python` or None, `packages`, and `probe`, the run's probe folder, or where
-                nodes share no disk `url`, the place of runs, with the variables `env`.
+            wish: a dictionary with `python` or None, `packages`, and `probe`, the run's probe
+                folder. Where nodes share no disk, it has `url`, the runs URL, and its variables
+                `env` instead.
         """
         python = wish["python"] or sys.executable
         found = {
@@ -77,7 +78,7 @@ class NodeActor:
         return found
 
     def settle(self, run_id: str, package: bytes) -> str:
-        """Make a run directory for this node alone; its path. See `run.sync`."""
+        """Create a run directory for this node alone, and return its path. See `run.sync`."""
         self._folder = sync.create_local_run_dir(run_id, package)
         self._scanner = ChangeScanner(self._folder)
         self._scanner.skip_present()
@@ -88,7 +89,8 @@ class NodeActor:
             sync.remove_local_run_dir(self._folder)
 
     def listen(self, host: str, candidates: list[int]) -> int:
-        """Open the port of the rendezvous, the first of these that is free; 0 when none is."""
+        """Open the port of the rendezvous: the first free one of these. Return 0 when none is
+        free."""
         for port in candidates:
             sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -103,15 +105,17 @@ class NodeActor:
         return 0
 
     def start(self, argv: list[str], cwd: str, log: str, lost_after_s: float) -> None:
-        """Start the node's process, which ends with this actor, however that ends."""
+        """Start the node's process. It ends with this actor, for any cause."""
         self._heard = time.monotonic()
         threading.Thread(target=self._keep, args=(argv, cwd, log), daemon=True).start()
         threading.Thread(target=self._fence, args=(lost_after_s,), daemon=True).start()
 
     def beat(self, wait_s: float) -> tuple[int | None, list[dict[str, Any]]]:
-        """Hear that the driver lives; the exit code, and what is new in a directory of our own.
+        """Record a heartbeat of the driver. Return the exit code, and changes in a local run
+        directory.
 
-        The exit code is None after a while without one, and until all that is new has been told.
+        The exit code is None if there was none within `wait_s`, and until all changes have been
+        reported.
         """
         self._heard = time.monotonic()
         self._ended.wait(wait_s)
@@ -125,12 +129,13 @@ class NodeActor:
         if process is None or process.poll() is not None:
             return
         if number == signal.SIGKILL:
-            os.killpg(process.pid, number)  # all that it forked dies with it
+            os.killpg(process.pid, number)  # all processes that it forked die with it
         else:
             process.send_signal(number)
 
     def _keep(self, argv: list[str], cwd: str, log: str) -> None:
-        """Start the process and wait for it, in one thread: it dies with the thread's end."""
+        """Start the process and wait for it in the same thread, because it dies when that thread
+        ends."""
         argv = [*argv, "--parent", str(os.getpid())]
         keep = []
         if self._listener is not None:
@@ -158,14 +163,15 @@ class NodeActor:
         self._ended.set()
 
     def _fence(self, lost_after_s: float) -> None:
-        """End the workers when nothing was heard for a while: the run goes on without us."""
+        """End the workers after `lost_after_s` without a heartbeat. The run continues without this
+        node."""
         while not self._ended.wait(min(1.0, lost_after_s / 4)):
             if time.monotonic() - self._heard > lost_after_s:
                 self.signal(signal.SIGKILL)
 
 
 def _ask(argv: list[str], timeout_s: float, env: dict[str, str]) -> tuple[str, str]:
-    """What a command prints, and its last words where it fails.
+    """Return the output of a command, and its last error line if it fails.
 
     Raises:
         OSError, subprocess.TimeoutExpired: it cannot be run.
@@ -183,7 +189,7 @@ def _ask(argv: list[str], timeout_s: float, env: dict[str, str]) -> tuple[str, s
 
 
 def _trouble_at(url: str, python: str, env: dict[str, str]) -> str:
-    """Why the place of runs cannot be written to from here; empty when it can."""
+    """Return why the runs URL is not writable from here; empty when it is."""
     try:
         return _ask([python, "-P", "-c", _REACH, url], 100, env)[1]
     except (OSError, subprocess.TimeoutExpired):
@@ -191,7 +197,8 @@ def _trouble_at(url: str, python: str, env: dict[str, str]) -> str:
 
 
 def _packages(python: str, names: list[str]) -> dict[str, Any]:
-    """`versions` of packages, None for one that is missing; `trouble` in asking."""
+    """Return `versions` of packages, None for a missing one, and `trouble`, the error of the
+    query."""
     try:
         found, trouble = _ask([python, "-P", "-c", _LOOK, *names], 60, {})
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -202,7 +209,7 @@ def _packages(python: str, names: list[str]) -> dict[str, Any]:
 
 
 def _leave_word(folder: str) -> str:
-    """Look for the driver's file in the run directory, and leave one; the name of ours, or ``.
+    """Check for the driver's file in the run directory, and create one. Return its name, or ``.
 
     NFS may show a new file late, but shows it in a new listing.
     """
@@ -215,7 +222,7 @@ def _leave_word(folder: str) -> str:
                     return mine
         except OSError:
             if not os.path.isdir(os.path.dirname(os.path.dirname(folder))):
-                return ""  # not even the run's folder
+                return ""  # even the run's folder is missing
         if time.monotonic() > deadline:
             return ""
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""One attempt on a Ray cluster: an actor on each node, beats to and from it, and its end."""
+"""Run one attempt on a Ray cluster: an actor on each node, heartbeats both ways, and its end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dtrain.run.backend_files import RayFiles
 from dtrain.run.rundir import RunDir
 from dtrain.run.sync import Change
 
-_ANSWER_S = 120.0  # for an actor's process to start, on a busy host
+_ANSWER_S = 120.0  # time for an actor's process to start, on a busy host
 _BEAT_S = 1.0
 _LEAVE_S = 10.0
 _PACKAGES = ("dtrain.node", "torch")
@@ -39,9 +39,9 @@ _PACKAGES = ("dtrain.node", "torch")
 @dataclass
 class Outcome:
     codes: dict[int, int] = field(default_factory=dict)
-    """node rank → exit code."""
+    """The exit code of each node rank."""
     lost: dict[int, str] = field(default_factory=dict)
-    """node rank → why no exit code came."""
+    """For each node rank without an exit code, the reason."""
 
     @property
     def code(self) -> int:
@@ -49,7 +49,7 @@ class Outcome:
 
 
 class NodeLost(Exception):
-    """A node did not answer while the attempt was begun."""
+    """An error for a node that did not answer while the attempt was starting."""
 
     def __init__(self, node_rank: int, why: str) -> None:
         super().__init__(why)
@@ -57,7 +57,7 @@ class NodeLost(Exception):
 
 
 class ActorGroup:
-    """The actors of one attempt, in the order of node ranks: that of the nodes' addresses."""
+    """The actors of one attempt, sorted by node rank, that is, by the addresses of the nodes."""
 
     def __init__(self, plan: LaunchPlan, attempt: int, placed: Placed) -> None:
         self._plan = plan
@@ -72,11 +72,11 @@ class ActorGroup:
         self.actors = [_start_actor(plan, placed, bundle) for bundle in bundles]
 
     def begin(self) -> None:
-        """See that every node can train, and start its process.
+        """Check that every node can train, and start its process.
 
         Raises:
-            LaunchError: one cannot; says which and why.
-            NodeLost: one went away meanwhile.
+            LaunchError: a node cannot train; the message names it and the reason.
+            NodeLost: a node was lost meanwhile.
         """
         probe = RayFiles(self._plan.run).probe(self._attempt)
         files.make_parent(probe / "driver")
@@ -105,14 +105,15 @@ class ActorGroup:
         """Follow all nodes to their end.
 
         Args:
-            stops: how often we were asked to stop: once in order, twice at once.
-            troubled: whether the cluster itself is lost.
+            stops: returns the number of stop requests. The first one is clean, the second one is
+                immediate.
+            troubled: returns whether the cluster itself is lost.
         """
         watch = _Watch(self, self._plan.stop_timeout_s + 5, self._options.lost_after)
         return watch.run(stops, troubled)
 
     def take_changes(self, changes: list[Change]) -> None:
-        """Put what is new on a node that has a directory of its own into the driver's."""
+        """Copy changes from a node with a local run directory into the driver's run directory."""
         run = self._plan.run
         for change in changes:
             if Path(change["name"]).parent.name == run.failures(0).name:
@@ -120,7 +121,7 @@ class ActorGroup:
         sync.apply_changes(run.path, changes, append_lines=True)
 
     def record_lost(self, outcome: Outcome) -> None:
-        """Leave a failure record for every node that was lost."""
+        """Write a failure record for every node that was lost."""
         procs = self._plan.procs_per_node
         for rank, why in outcome.lost.items():
             first, last = rank * procs, (rank + 1) * procs - 1
@@ -136,7 +137,7 @@ class ActorGroup:
             )
 
     def record_silent(self, outcome: Outcome) -> None:
-        """Leave a record of the first node that failed, where none of them has left one."""
+        """Write a record of the first node that failed, if no node has written one."""
         run = self._plan.run
         failed = [rank for rank, code in sorted(outcome.codes.items()) if code != 0]
         if not failed or failures.read_all(run, self._attempt):
@@ -155,7 +156,7 @@ class ActorGroup:
         )
 
     def end(self) -> None:
-        """Kill the actors, and what they have started with them."""
+        """Kill the actors, together with the processes that they started."""
         if self._plan.run_url:
             left = [each.leave.remote() for each in self.actors]
             ray.wait(left, num_returns=len(left), timeout=_LEAVE_S)
@@ -163,7 +164,7 @@ class ActorGroup:
             ray.kill(each)
 
     def _rendezvous(self) -> tuple[str, int]:
-        """Open the port on node 0; its address and port."""
+        """Open the port on node 0. Return its address and port."""
         alone = len(self.actors) == 1
         host = "127.0.0.1" if alone else self.views[0].address
         key = f"{self._plan.run_id}/{self._attempt}"
@@ -180,7 +181,7 @@ class ActorGroup:
         return host, int(port)
 
     def _settled(self) -> dict[int, RunDir]:
-        """Each node's run directory: the one that all share, or one that is made there."""
+        """Return each node's run directory: the shared one, or one that is created on the node."""
         if not self._plan.run_url:
             return dict.fromkeys(range(len(self.actors)), self._plan.run)
         data = ray.put(package.for_node(self._plan, self._attempt))
@@ -208,15 +209,15 @@ class ActorGroup:
 
 
 class _Watch:
-    """Beats to and from every node until all have ended."""
+    """A watcher that exchanges heartbeats with every node until all have ended."""
 
     def __init__(self, group: ActorGroup, grace_s: float, lost_after_s: float) -> None:
         """Prepare.
 
         Args:
-            group: whom to watch.
-            grace_s: how long nodes may take to leave when one has failed, or all are asked to.
-            lost_after_s: how long a node may be silent.
+            group: the actors to watch.
+            grace_s: the time that nodes have to exit after one has failed or all are asked to stop.
+            lost_after_s: the time without a heartbeat after which a node is lost.
         """
         self._group = group
         self._actors = group.actors
@@ -253,7 +254,7 @@ class _Watch:
             code, changes = ray.get(ref)
         except ActorUnavailableError as error:
             if self._group.views[rank].answers():
-                time.sleep(0.1)  # Ray says next what became of it; do not ask in a tight loop
+                time.sleep(0.1)  # Ray reports the actor's end next; do not ask in a tight loop
                 self._send(rank)
             else:
                 self._lose(rank, f"its raylet is gone ({first_line(error)})")
@@ -268,11 +269,12 @@ class _Watch:
                 self._send(rank)
                 return
             self._outcome.codes[rank] = code
-            if code != 0:  # the agents tell each other to end, and mostly have
+            if code != 0:  # the agents usually end one another
                 self._deadline = min(self._deadline, time.monotonic() + self._grace_s)
 
     def _give_up_on_the_silent(self) -> None:
-        """Nodes that a cut cable keeps silent; by now they have ended their workers themselves."""
+        """Mark silent nodes as lost, for example after a cut cable. They have ended their workers
+        by now."""
         limit = time.monotonic() - self._lost_after_s - 2 * _BEAT_S
         for rank in set(self._beats.values()) - set(self._outcome.lost):
             if self._good[rank] < limit:
@@ -280,7 +282,7 @@ class _Watch:
 
     def _lose(self, rank: int, why: str) -> None:
         self._outcome.lost[rank] = why
-        self._kill()  # what the others do now is lost; the sooner all begin again the better
+        self._kill()  # the work of the others is lost; end it early to restart early
 
     def _pass_on(self, asked: int) -> None:
         if asked > self._asked == 0:
@@ -325,7 +327,7 @@ def _start_actor(plan: LaunchPlan, placed: Placed, bundle: int) -> Any:
 def _problems(
     plan: LaunchPlan, names: Sequence[str], looks: Sequence[dict[str, Any]], probe: Path
 ) -> str:
-    """Why these nodes cannot train, in words; empty when they can."""
+    """Return the reasons why these nodes cannot train; empty when they can."""
     from dtrain import __version__
 
     lines = []

@@ -1,7 +1,8 @@
-"""`python -m dtrain.launchers.ray.driver RUN_DIR`: drives a run on a Ray cluster.
+"""Drive a run on a Ray cluster: `python -m dtrain.launchers.ray.driver RUN_DIR`.
 
-A process of its own, started by the command or, as a Ray job, by the cluster: the only one that
-imports Ray. When it ends, however it ends, Ray ends its actors, and they end what they started.
+This is a separate process, started by the command or, as a Ray job, by the cluster. It is the only
+one that imports Ray. When it ends, for any cause, Ray ends its actors, and they end the processes
+that they started.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _STOPPED = 128 + signal.SIGTERM
 
 
 def main() -> None:
-    """Drive a run to its end; never returns."""
+    """Drive a run to its end. This never returns."""
     parser = argparse.ArgumentParser(prog="python -m dtrain.launchers.ray.driver")
     parser.add_argument("run_dir", nargs="?")
     parser.add_argument("--job", help="instead of a run directory, what has travelled with a job")
@@ -56,7 +57,7 @@ def main() -> None:
         status = _drive(LaunchPlan.read(RunDir(arguments.run_dir)))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # Ray's own way out ends in SIGABRT when a signal came
+    os._exit(status)  # Ray's own exit ends in SIGABRT after a signal
 
 
 def _drive(plan: LaunchPlan) -> int:
@@ -105,7 +106,7 @@ def _as_json(refusal: DtrainError) -> dict[str, Any]:
 
 
 def refusal_of(run: RunDir) -> DtrainError | None:
-    """Why a driver has started nothing; None when it has not said so."""
+    """Return why a driver has started nothing, or None when it has not recorded a reason."""
     kept: dict[str, Any] | None = files.read_json(RayFiles(run).refusal)
     if kept is None:
         return None
@@ -114,7 +115,7 @@ def refusal_of(run: RunDir) -> DtrainError | None:
 
 
 def record_head_lost(run: RunDir, attempt: int, address: str | None) -> None:
-    """Leave a failure record: the cluster itself is gone."""
+    """Write a failure record for the loss of the cluster itself."""
     failures.record_node(
         run,
         attempt,
@@ -126,11 +127,11 @@ def record_head_lost(run: RunDir, attempt: int, address: str | None) -> None:
 
 
 class HeadLost(Exception):
-    """The cluster itself is gone; Ray's own calls would hang now."""
+    """An error for the loss of the cluster itself. Ray's own calls would hang now."""
 
 
 def decide(outcome: Outcome, stops: int, relaunches_left: int) -> int | None:
-    """The run's exit code after an attempt; None when another one is to follow."""
+    """Return the run's exit code after an attempt, or None when another attempt follows."""
     if not outcome.lost:
         return outcome.code
     if stops:
@@ -139,7 +140,8 @@ def decide(outcome: Outcome, stops: int, relaunches_left: int) -> int | None:
 
 
 class Driver:
-    """Places, starts and watches attempts until one ends well, fails, or no more may be made."""
+    """The driver of a run. It starts and watches attempts until one succeeds or fails, or none is
+    left."""
 
     def __init__(self, plan: LaunchPlan) -> None:
         self._plan = plan
@@ -153,7 +155,7 @@ class Driver:
             signal.signal(number, self._on_signal)
 
     def run(self) -> int:
-        """The exit code of the run.
+        """Return the exit code of the run.
 
         Raises:
             DtrainError: nothing could be started.
@@ -201,7 +203,7 @@ class Driver:
         try:
             if token := os.environ.get("RAY_AUTH_TOKEN_PATH"):
                 os.environ["RAY_AUTH_TOKEN_PATH"] = os.path.abspath(token)
-            # Ray's workers import first of all from the folder in which a driver connects
+            # Ray's workers import first from the folder in which a driver connects
             with contextlib.chdir(self._plan.run.path):
                 ray.init(
                     address=address,
@@ -212,7 +214,7 @@ class Driver:
                 )
         except Exception as error:
             raise _refused(address, error) from error
-        for number in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own there
+        for number in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own handlers
             signal.signal(number, self._on_signal)
         events.note_event(self._plan.run, "connected", seconds=time.monotonic() - started)
         self._head = address = ray.get_runtime_context().gcs_address
@@ -223,7 +225,7 @@ class Driver:
             )
 
     def _watch_head(self) -> None:
-        """Find out that the head is gone long before Ray's own minute is over."""
+        """Detect the loss of the head long before Ray's own minute is over."""
         heard = time.monotonic()
         limit = min(self._options.lost_after, 15.0)
         while not self._cluster_gone.wait(1.0):
@@ -231,7 +233,7 @@ class Driver:
                 heard = time.monotonic()
             if time.monotonic() - heard > limit:
                 self._cluster_gone.set()
-        time.sleep(_LAST_WORDS_S)  # for the nodes that can still be told to end
+        time.sleep(_LAST_WORDS_S)  # for the nodes that can still receive the request to end
         self._record_head_lost()
         os._exit(1)  # the main thread may hang in a call to the head for another minute
 
@@ -241,7 +243,7 @@ class Driver:
     # -- attempts ----------------------------------------------------------------------------
 
     def _attempts(self) -> int:
-        """Make attempts until one is the last; its exit code."""
+        """Make attempts until one is the last. Return its exit code."""
         from dtrain.launchers.ray.placement import Placing
 
         say = partial(_note, self._plan.run, "waiting")
@@ -272,10 +274,10 @@ class Driver:
             self._say(f"{who} was lost; going on from the last checkpoint in attempt {attempt}")
 
     def _attempt(self, attempt: int, placed: Placed) -> tuple[Outcome, list[str]]:
-        """Start and watch an attempt; how it ended, and the names of its nodes.
+        """Start and watch an attempt. Return how it ended, and the names of its nodes.
 
         Raises:
-            HeadLost: nobody can say how.
+            HeadLost: the result is unknown.
         """
         from dtrain.launchers.ray.attempt import ActorGroup, NodeLost, Outcome
 
@@ -297,14 +299,16 @@ class Driver:
         return outcome, group.names
 
     def _wait_for_head(self) -> None:
-        """A node was lost: if it was the head, it will be found out soon; ask it nothing before."""
+        """Wait after the loss of a node: if it was the head, this is detected before the next
+        query."""
         while not self._cluster_gone.wait(0.2) and not ports.is_listening(self._head):
             pass
 
     def _begin_attempt(self, attempt: int) -> None:
-        """Take the next attempt, while the one before has no result: nobody else comes between."""
+        """Claim the next attempt while the previous one has no result, so that no other process
+        can."""
         run, first = self._plan.run, self._plan.attempt
-        # none is here where the command that has submitted the job does not share our disk
+        # there is none if the command that submitted the job does not share this disk
         handle = Handle.read(run) or Handle.of_this_process(self._plan.launcher, first)
         if handle.first != first:
             raise Held(run, handle)
@@ -312,7 +316,7 @@ class Driver:
         replace(handle, attempt=attempt, started=time.time(), job_id=job_id).claim(run)
 
     def _conclude(self, attempt: int, code: int) -> None:
-        """Keep why an attempt ended that another follows."""
+        """Record why an attempt ended that another one follows."""
         run = self._plan.run
         judged = verdict.judge(run, attempt)
         if judged is not None:
@@ -324,10 +328,10 @@ class Driver:
 
 
 def reach(address: str) -> None:
-    """See that somebody listens at `HOST:PORT`.
+    """Check that a process listens at `HOST:PORT`.
 
     Raises:
-        LaunchError: nobody does.
+        LaunchError: no process does.
     """
     try:
         socket.create_connection(ports.parse_address(address), _REACH_S).close()
@@ -354,7 +358,7 @@ def _refused(address: str, error: Exception) -> LaunchError:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether a cluster is on this host; another one should ask for a token."""
+    """Return whether a cluster is on this host. Any other cluster should require a token."""
     with contextlib.suppress(OSError, ValueError):
         host = socket.gethostbyname(ports.parse_address(address)[0])
         return ipaddress.ip_address(host).is_loopback

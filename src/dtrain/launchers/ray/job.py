@@ -1,4 +1,4 @@
-"""Door two: the whole launch as a Ray job, which goes on without us."""
+"""Submit the whole launch through the Ray Jobs API. It continues without this process."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def url(options: RayOptions) -> str:
 
 
 def entrypoint(options: RayOptions) -> list[str]:
-    """What the job runs, in the folder that has travelled."""
+    """Return the command of the job, which runs in the uploaded folder."""
     module = ("-P", "-m", driver.__name__, "--job", package.FOLDER)
     return [options.python or "python", *module]
 
 
 def client(options: RayOptions) -> Any:
-    """A client of the cluster's job server.
+    """Return a client of the cluster's job server.
 
     Raises:
         LaunchError: it does not answer.
     """
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of every upload
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it logs every upload
     try:
         return JobSubmissionClient(url(options))
     except Exception as error:  # ray raises ConnectionError, RuntimeError and its own
@@ -58,10 +58,10 @@ def client(options: RayOptions) -> Any:
 
 
 def submit(plan: LaunchPlan) -> JobLaunch:
-    """Hand a plan to the cluster.
+    """Submit a plan to the cluster.
 
     Raises:
-        DtrainError: it is too large, has secrets that cannot travel, or is refused.
+        DtrainError: it is too large, has secrets that cannot be sent, or is refused.
     """
     options = RayOptions.of(plan.options)
     if (options.cluster_runs or plan.run_url) and plan.run.secret_env(plan.attempt).exists():
@@ -72,7 +72,7 @@ def submit(plan: LaunchPlan) -> JobLaunch:
         )
     with prepare.writing():
         folder = package.pack(plan)
-    os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # what git ignores is left out already
+    os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # already excluded by git
     server = client(options)
     job_id = f"{plan.run_id}-{plan.attempt}"
     try:
@@ -132,12 +132,12 @@ class JobLaunch:
         return self.exit_code()
 
     def is_over(self) -> bool:
-        """Whether the job has ended; as it was last known where Ray does not answer."""
+        """Return whether the job has ended, by its last known state if Ray does not answer."""
         self._look()
         return self._status in _OVER
 
     def exit_code(self) -> int:
-        """Of a job that is over; what nobody has recorded is written down."""
+        """Return the exit code of a finished job. If no failure record exists, write one."""
         run = self._plan.run
         if self._status == "SUCCEEDED":
             return 0
@@ -153,17 +153,17 @@ class JobLaunch:
         self._cancel.parent.mkdir(exist_ok=True)
         self._cancel.touch()
         self._ask_at = 0.0
-        with contextlib.suppress(Exception):  # it does not answer: it is asked again by `kill`
+        with contextlib.suppress(Exception):  # it does not answer; `kill` repeats the request
             self._server().stop_job(self._job_id)
 
     def kill(self) -> None:
-        """See `Launch.kill`: Ray itself kills what has not left in order."""
+        """See `Launch.kill`. Ray itself kills processes that have not exited cleanly."""
         if self._status not in _OVER:
             self.stop()
 
     @property
     def was_cancelled(self) -> bool:
-        """Whether someone has asked for its end."""
+        """True if a user has requested its end."""
         return self._cancel.exists()
 
     @property
@@ -177,7 +177,7 @@ class JobLaunch:
         return self._client
 
     def _look(self) -> None:
-        """Ask how the job stands and take over what it has printed; never fails."""
+        """Query the state of the job and apply the changes that it printed. This never fails."""
         before, trouble = self._status, ""
         try:
             info = self._server().get_job_info(self._job_id)
@@ -203,13 +203,13 @@ class JobLaunch:
             try:
                 self._server().stop_job(self._job_id)
             except Exception:
-                return  # it might start yet; asked again at the next look
+                return  # it may still start; the next query repeats this
             self._message = f"not started within {patience:.0f} s (place_timeout)"
             self._status = "FAILED"
 
 
 def launch_of(run: RunDir) -> JobLaunch | None:
-    """The job of a run, from its directory alone; None when it has none."""
+    """Return the job of a run, from its directory alone, or None when it has none."""
     handle = Handle.read(run)
     if handle is None or handle.job_id is None:
         return None
@@ -217,7 +217,8 @@ def launch_of(run: RunDir) -> JobLaunch | None:
 
 
 def is_running(run: RunDir) -> bool:
-    """Whether a run's job goes on; of one that has ended unseen, writes down how."""
+    """Return whether a run's job is running. Record the result of one that ended without a
+    follower."""
     handle, launch = Handle.read(run), launch_of(run)
     if handle is None or launch is None:
         return False
@@ -229,7 +230,7 @@ def is_running(run: RunDir) -> bool:
 
 
 def cancel(run: RunDir, timeout_s: float) -> None:
-    """End a run's job in order; Ray kills what does not leave."""
+    """End a run's job cleanly. Ray kills processes that do not exit."""
     launch = launch_of(run)
     if launch is None:
         return

@@ -1,7 +1,7 @@
-"""A run's small files in a Ray job's output, for who does not share the cluster's disk.
+"""A run's small files in a Ray job's output, for hosts that do not share the cluster's disk.
 
-The job prints what is new in its run directory, a JSON object a line; the other side writes it
-into a directory of its own. Every line says where its bytes belong, so that all may come again.
+The job prints changes of its run directory, one JSON object per line. The receiver writes them into
+a local run directory. Every line gives the position of its bytes, so lines may be received again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FILES = (
 
 @contextlib.contextmanager
 def printing(run: RunDir, out: IO[str]) -> Iterator[None]:
-    """While it lasts, print what is new in a job's run directory."""
+    """Print changes in a job's run directory while the context is open."""
     scanner = ChangeScanner(run.path, most_of_a_log=_MOST_OF_A_LOG)
 
     def print_new() -> None:
@@ -50,7 +50,7 @@ def print_change(change: Change, out: IO[str]) -> None:
 
 
 def apply(run: RunDir, output: str) -> None:
-    """Write what a job has printed so far into a run directory; other lines are passed over."""
+    """Write the changes that a job has printed so far into a run directory. Ignore other lines."""
     for line in output.splitlines():
         change = files.parse_line(line.removeprefix(_MARK)) if line.startswith(_MARK) else None
         if change is not None:

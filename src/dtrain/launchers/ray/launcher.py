@@ -1,4 +1,4 @@
-"""Launcher `ray`: an actor of a Ray cluster on each node, and below it one node agent."""
+"""Launcher `ray`: an actor of a Ray cluster on each node, which starts one node agent."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from dtrain.run.backend_files import RayFiles
 from dtrain.run.rundir import RunDir
 
 _LAST_WORDS_S = 3.0
-_HERE = LocalLauncher()  # a driver that is a process of this host's
+_HERE = LocalLauncher()  # for a driver that is a process of this host
 
 
 class RayLauncher:
-    """Starts a driver, a process of its own that ends with this command and imports Ray."""
+    """A launcher that starts a driver: a process that ends with this command and imports Ray."""
 
     options_model = RayOptions
 
@@ -48,7 +48,7 @@ class RayLauncher:
         )
 
     def preview(self, plan: LaunchPlan) -> list[str]:
-        """What is asked of Ray; for `dtrain plan`."""
+        """Return the request to Ray, for `dtrain plan`."""
         options = RayOptions.of(plan.options)
         where = options.address or "a cluster of its own on this machine"
         return [
@@ -58,7 +58,7 @@ class RayLauncher:
         ]
 
     def can_detach(self, plan: LaunchPlan) -> bool:
-        """Whether it goes on without this command."""
+        """Return whether the launch continues without this command."""
         return RayOptions.of(plan.options).submit == "job"
 
     def start(self, plan: LaunchPlan) -> Launch:
@@ -89,7 +89,7 @@ class RayLauncher:
             _HERE.cancel(run, timeout_s)
 
     def describe(self, run: RunDir) -> dict[str, str]:
-        """Which cluster it is on, and how its job stands; for `dtrain status`."""
+        """Return the cluster of the run and the state of its job, for `dtrain status`."""
         launch = job.launch_of(run)
         if launch is not None:
             launch.is_over()
@@ -135,13 +135,13 @@ class DriverProcess:
             self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """See `Launch.kill`: the driver ends all nodes, or Ray does when it is gone."""
+        """See `Launch.kill`. The driver ends all nodes. If it is gone, Ray ends them."""
         self._stopped = True
         if self._process.poll() is not None:
             return
-        for _ in range(2):  # the second time it does not wait for anybody
+        for _ in range(2):  # the second time it does not wait for any node
             self._process.send_signal(signal.SIGTERM)
-            time.sleep(0.1)  # two at once are one
+            time.sleep(0.1)  # two at once count as one
         try:
             self._process.wait(_LAST_WORDS_S)
         except subprocess.TimeoutExpired:
@@ -149,7 +149,7 @@ class DriverProcess:
             self._process.wait()
 
     def _explain(self, code: int) -> None:
-        """Leave a record where the driver itself was killed, or fell with the cluster."""
+        """Write a record if the driver itself was killed, or ended with the cluster."""
         run = self._plan.run
         attempt = attempts.newest_of(run, self._plan.attempt)
         address = RayOptions.of(self._plan.options).address

@@ -1,8 +1,8 @@
-"""A Ray cluster of our own on this machine: one raylet for each simulated node.
+"""A Ray cluster owned by dtrain on this machine: one raylet for each simulated node.
 
-`python -m dtrain.launchers.ray.local_cluster SPEC` starts it, prints where it is, and
-ends it when its standard input closes, so however its owner ends. Everything is found and ended by
-pid: `ray stop` would end every Ray of this machine.
+`python -m dtrain.launchers.ray.local_cluster SPEC` starts it and prints its address. The cluster
+ends when the process's standard input closes, that is, for any end of its owner. Every process is
+found and ended by pid: `ray stop` would end every Ray of this machine.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from dtrain.errors import LaunchError
 from dtrain.ports import free_candidate
 from dtrain.procs import adopt_orphans
 
-_OBJECT_STORE = 78_643_200  # the least that Ray takes; nothing of ours goes through it
+_OBJECT_STORE = 78_643_200  # the minimum of Ray; dtrain stores nothing in it
 _START_S = 180.0
 _UP = b"Ray runtime started"
 
 
 class OwnCluster:
-    """Starts a cluster and ends it; `with OwnCluster(…) as address:`."""
+    """A context that starts a cluster and ends it: `with OwnCluster(…) as address:`."""
 
     def __init__(self, nodes: int, resources: dict[str, float], *, dashboard: bool = False) -> None:
         """Prepare.
 
         Args:
-            nodes: how many raylets, each with an address of its own.
-            resources: of each node, by Ray's names.
-            dashboard: whether it has one, on loopback.
+            nodes: the number of raylets, each with its own address.
+            resources: the resources of each node, by Ray's names.
+            dashboard: true to start a dashboard on loopback.
         """
         self._spec = {"nodes": nodes, "resources": resources, "dashboard": dashboard}
         self.folder = Path()
         self.dashboard_url = ""
 
     def __enter__(self) -> str:
-        """Start it; the address.
+        """Start it, and return the address.
 
         Raises:
-            LaunchError: Ray cannot be started; says what it said.
+            LaunchError: Ray cannot be started; the message contains its output.
         """
         # short: Ray's sockets are in it, and their paths may have 107 bytes
         self.folder = Path(tempfile.mkdtemp(prefix="dtr-", dir="/tmp"))
@@ -86,7 +86,7 @@ class OwnCluster:
         self._keeper.wait()
 
     def _environment(self) -> dict[str, str]:
-        """For the cluster and for us, its driver: a token of its own, and no telemetry."""
+        """Return variables for the cluster and its driver: a new token, and no telemetry."""
         token = self.folder / "token"
         with open(
             os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
@@ -96,15 +96,15 @@ class OwnCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_TMPDIR": str(self.folder),  # the note of the machine's current cluster is not ours
+            "RAY_TMPDIR": str(self.folder),  # hides the machine's current cluster
         }
 
 
 def main() -> None:
-    """Be the keeper of a cluster, until standard input closes."""
+    """Keep a cluster running until standard input closes."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the cluster is needed while workers leave in order
-    adopt_orphans()  # of Ray's processes
+        signal.signal(number, signal.SIG_IGN)  # the cluster is needed while workers exit cleanly
+    adopt_orphans()  # for Ray's processes
     spec = json.loads(sys.argv[1])
     try:
         up = _start(spec)
@@ -114,21 +114,21 @@ def main() -> None:
         print(json.dumps(up), flush=True)
         sys.stdin.read()
     except OSError:
-        pass  # whoever started us has gone already
+        pass  # the process that started this one is already gone
     finally:
         _end_descendants()
         shutil.rmtree(spec["folder"], ignore_errors=True)
 
 
 def _end_descendants() -> None:
-    """Kill all processes below this one, those that are started meanwhile too."""
+    """Kill all processes below this one, including those that are started meanwhile."""
     deadline = time.monotonic() + 30
     while below := psutil.Process().children(recursive=True):
         for process in below:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(below, timeout=5)
-        with contextlib.suppress(ChildProcessError):  # adopted ones are ours to reap
+        with contextlib.suppress(ChildProcessError):  # this process must reap adopted ones
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         if time.monotonic() > deadline:
@@ -156,9 +156,9 @@ def _start(spec: dict[str, Any]) -> dict[str, str]:
 
 
 def _bring_up(spec: dict[str, Any], number: int, more: list[str]) -> None:
-    """Start a node and wait until it is up; `LaunchError` with its last words when it is not.
+    """Start a node and wait until it is up. Otherwise raise a `LaunchError` with its last output.
 
-    On a busy machine Ray gives up on its own daemons after 30 s, so that is tried again.
+    On a busy machine Ray gives up on its own daemons after 30 s. The start is then tried again.
     """
     for tries_left in (2, 1, 0):
         process, log = _start_node(spec, number, more)
@@ -182,7 +182,7 @@ def _bring_up(spec: dict[str, Any], number: int, more: list[str]) -> None:
 def _start_node(
     spec: dict[str, Any], number: int, more: list[str]
 ) -> tuple[subprocess.Popen[bytes], Path]:
-    """`ray start` of one node; its process and its log."""
+    """Run `ray start` for one node. Return its process and its log."""
     folder = Path(spec["folder"])
     log = folder / f"node-{number}.log"
     own = Path(tempfile.mkdtemp(prefix=f"t{number}-", dir=folder))  # new for every try
@@ -199,7 +199,7 @@ def _start_node(
 
 
 def ray_start(address: str, folder: Path, resources: dict[str, float]) -> list[str]:
-    """The command of a node that shares its machine with others: no port, no file in common."""
+    """Return the command of a node on a shared machine: no port and no file is shared."""
     named = {"CPU": "--num-cpus", "GPU": "--num-gpus", "memory": "--memory"}
     custom = {name: value for name, value in resources.items() if name not in named}
     return [
@@ -212,13 +212,13 @@ def ray_start(address: str, folder: Path, resources: dict[str, float]) -> list[s
         "--min-worker-port=0",
         "--max-worker-port=0",
         "--dashboard-agent-listen-port=0",
-        "--include-log-monitor=false",  # a process a node; our driver asks for no logs
+        "--include-log-monitor=false",  # one process per node; the driver reads no logs
         f"--temp-dir={folder}",
     ]
 
 
 def _own_gpus(number: int, count: int) -> dict[str, str]:
-    """Nodes that share a machine must not share its GPUs."""
+    """Return the GPUs of a node. Nodes that share a machine must not share its GPUs."""
     if not count:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -227,7 +227,7 @@ def _own_gpus(number: int, count: int) -> dict[str, str]:
 
 
 def _last_words(log: Path) -> str:
-    """The last lines that a node of Ray has said."""
+    """Return the last lines of output of a Ray node."""
     lines = [
         line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
     ]

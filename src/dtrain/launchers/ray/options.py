@@ -17,12 +17,12 @@ class RayOptions(LauncherOptions):
     launcher = "ray"
 
     address: Text | None = None
-    """HOST:PORT of a cluster's head, or `auto`; its dashboard's URL with submit=job. Empty: start
-    a cluster on this machine."""
+    """The HOST:PORT of a cluster's head, or `auto`. With submit=job, the URL of its dashboard.
+    Empty starts a cluster on this machine."""
     submit: Literal["driver", "job"] = "driver"
-    """Whether this command drives the run, or a Ray job, which goes on without it."""
+    """The process that drives the run: this command, or a Ray job, which continues without it."""
     cpus_per_node: Count | None = None
-    """CPUs of each node; empty: one per process."""
+    """Number of CPUs of each node. Empty means one per process."""
     memory: Size | None = None
     """Memory of each node, for example 64G."""
     resources: dict[str, Positive] = Field(default_factory=dict)
@@ -30,25 +30,26 @@ class RayOptions(LauncherOptions):
     labels: dict[str, Text] = Field(default_factory=dict)
     """Labels that each node must have, for example labels.zone=a."""
     place_timeout: Duration = 600.0
-    """How long to wait for nodes to become free, or to come back."""
+    """The time to wait for nodes to become free, or to come back."""
     autoscale: bool = False
     """Wait for nodes that the cluster does not have yet."""
     relaunch: Natural = 3
-    """How often a new attempt is started after a node was lost."""
+    """Number of new attempts after a node was lost."""
     lost_after: Duration = 30.0
-    """How long without a heartbeat until a node is lost; it then ends its workers itself."""
+    """The time without a heartbeat after which a node is lost. It then ends its workers itself."""
     python: Text | None = None
-    """Python interpreter on the nodes; empty: that of the cluster's Ray."""
+    """The Python interpreter on the nodes. Empty means that of the cluster's Ray."""
     snapshot: bool = True
     """Train the code as it was at the launch, not as it is when a worker starts."""
     dashboard: bool = False
     """Start Ray's dashboard, on loopback, with a cluster on this machine."""
     cluster_runs: Text | None = None
-    """Folder or URL of all runs on the cluster, with submit=job; empty: it sees the folder here."""
+    """The folder or URL of all runs on the cluster, with submit=job. Empty means that the cluster
+    sees the folder of this host."""
     excludes: list[Text] = Field(default_factory=list)
-    """Patterns of files that are not sent to the cluster, besides those that git ignores."""
+    """Patterns of files that are not sent to the cluster, in addition to those that git ignores."""
     upload_limit: Size = 100 * 1024**2
-    """The most bytes that are sent to the cluster."""
+    """The maximum number of bytes that are sent to the cluster."""
     runtime_env: dict[str, Any] = Field(default_factory=dict)
     """Further fields of Ray's runtime_env, with submit=job."""
 

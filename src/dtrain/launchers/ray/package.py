@@ -1,4 +1,4 @@
-"""What travels to a Ray cluster: with a job its code and plan, to a node its run directory."""
+"""Pack files for a Ray cluster: a job's code and plan, or a node's run directory."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ FOLDER = ".dtrain"
 
 
 def pack(plan: LaunchPlan) -> Path:
-    """Make the folder that travels; its path.
+    """Create the folder to upload, and return its path.
 
     Raises:
-        PlanError: it is larger than it may be; names the largest files.
+        PlanError: it is larger than the limit; the message names the largest files.
         OSError: it cannot be written.
     """
     run = plan.run
@@ -49,13 +49,13 @@ def pack(plan: LaunchPlan) -> Path:
 
 
 def unpack(folder: Path) -> tuple[LaunchPlan, bool]:
-    """The plan of a job that has arrived; whether its run directory is the one it came from.
+    """Return the plan of a job on the cluster, and whether it uses the original run directory.
 
     Args:
         folder: `FOLDER` in the working directory of the job.
 
     Raises:
-        LaunchError: the cluster has no place for the run directory.
+        LaunchError: the cluster has no location for the run directory.
     """
     text = (folder / "plan.json").read_text(encoding="utf-8")
     raw = json.loads(text)
@@ -70,7 +70,7 @@ def unpack(folder: Path) -> tuple[LaunchPlan, bool]:
             code="ray.folder-not-shared",
         )
     url = f"{runs.rstrip('/')}/{there.id}" if is_url(runs) else ""
-    root = staging(runs)  # that of the command that has sent us may be on this very host
+    root = staging(runs)  # the submitting command's own may be on this same host
     run = RunDir((root.with_name(f"{root.name}.job") if url else Path(runs)) / there.id)
     run.create()
     if url:
@@ -87,7 +87,10 @@ def unpack(folder: Path) -> tuple[LaunchPlan, bool]:
 
 
 def _with_code(plan: LaunchPlan, folder: Path) -> LaunchPlan:
-    """The plan with its code on the shared disk: Ray's own copies are each node's, and vanish."""
+    """Return the plan with its code on the shared disk.
+
+    Ray keeps its own copies on each node and deletes them.
+    """
     tree = plan.run.code_tree(plan.attempt)
     shutil.rmtree(tree, ignore_errors=True)
     snapshot.make_private(tree.parent)
@@ -102,15 +105,16 @@ def _with_code(plan: LaunchPlan, folder: Path) -> LaunchPlan:
 
 
 def node_variables(plan: LaunchPlan) -> dict[str, str]:
-    """The job's variables, secret ones too, with which workers reach the place of runs."""
+    """Return the job's variables, including secrets, with which workers access the runs URL."""
     secret = files.read_as(dict[str, str], plan.run.secret_env(plan.attempt)) or {}
     return {**{n: v for n, v in plan.worker_env.items() if v != MASK}, **secret}
 
 
 def for_node(plan: LaunchPlan, attempt: int) -> bytes:
-    """A tar file of all that a node needs to take part in an attempt.
+    """Return a tar file of everything that a node needs to take part in an attempt.
 
-    Files of the run's folder itself are in it: workers go on with metrics of earlier attempts.
+    It includes files of the run's folder itself, because workers append to metrics of earlier
+    attempts.
     """
     run = plan.run
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Take the nodes of an attempt from a Ray cluster, all or none; say what they are short of."""
+"""Reserve the nodes of an attempt on a Ray cluster, all or none, and report shortages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNITS = {"memory": 1024**3}
 _SHOWN_NODES = 12
 _POLL_S = 0.2
 _RESERVE_S = 5.0
-_SETTLE_S = 3.0  # in which what an attempt had becomes free again
+_SETTLE_S = 3.0  # resources of the previous attempt are freed in this time
 _FIRST_NOTICE_S = 2.0
 
 
@@ -29,9 +29,9 @@ _FIRST_NOTICE_S = 2.0
 class ResourceRequest:
     least: int
     most: int
-    """Nodes."""
+    """The minimum and maximum number of nodes."""
     each: dict[str, float]
-    """Resources of each node, by Ray's names; memory in bytes."""
+    """Resources of each node, by Ray's names; memory is in bytes."""
     labels: dict[str, str]
 
     @classmethod
@@ -56,27 +56,28 @@ class ResourceRequest:
 
 @dataclass(frozen=True)
 class NodeView:
-    """A node of the cluster as Ray describes it."""
+    """A node of the cluster, with the data that Ray has about it."""
 
     id: str
     name: str
     address: str
     port: int
-    """Of its raylet."""
+    """The port of its raylet."""
     total: Mapping[str, float]
     free: Mapping[str, float]
     labels: Mapping[str, str]
 
     def answers(self) -> bool:
-        """Whether its raylet can be reached; Ray believes a dead one alive for a while."""
+        """Return whether its raylet can be reached. Ray still lists a dead one as alive for a
+        while."""
         return is_listening(f"{self.address}:{self.port}")
 
     def lacks(self, request: ResourceRequest, *, now: bool) -> list[str]:
-        """What it is short of, in words; empty when it can take a node of ours.
+        """Return descriptions of its shortages; empty when it can take a node of the run.
 
         Args:
-            request: what is asked.
-            now: of what is free at the moment, not of what it has.
+            request: the request.
+            now: true to compare with free resources, false with all resources.
         """
         have = self.free if now else self.total
         short = [
@@ -92,11 +93,11 @@ class NodeView:
 
 
 def views(nodes: Iterable[Mapping[str, Any]], free: Mapping[str, Any]) -> list[NodeView]:
-    """The living nodes of `ray.nodes()`, in order of their addresses.
+    """Return the living nodes of `ray.nodes()`, sorted by address.
 
     Args:
-        nodes: as Ray lists them.
-        free: node id → what is free there.
+        nodes: the nodes in Ray's form.
+        free: the free resources of each node id.
     """
     alive = [node for node in nodes if node["Alive"]]
     hosts = [node["NodeManagerHostname"] for node in alive]
@@ -131,12 +132,12 @@ def _sortable(address: str) -> tuple[int, int | str]:
 class Take:
     count: int
     are_there: bool = True
-    """Otherwise the cluster is to grow, and may take its time."""
+    """False if the cluster must grow first, which may take time."""
 
 
 @dataclass(frozen=True)
 class Wait:
-    """Look again a moment later."""
+    """A decision to look again a moment later."""
 
 
 @dataclass(frozen=True)
@@ -156,15 +157,15 @@ def decide(
     grows: bool,
     may_come_back: bool,
 ) -> Decision:
-    """What to do about a request.
+    """Decide about a request.
 
     Args:
-        request: what is asked.
-        nodes: all of the cluster that answer.
-        waited_s: how long we have waited for them.
-        patience_s: how long we may.
-        grows: the cluster makes new nodes when they are asked for.
-        may_come_back: nodes were lost, and others may be started in their place.
+        request: the request.
+        nodes: all nodes of the cluster that answer.
+        waited_s: the time waited so far.
+        patience_s: the maximum time to wait.
+        grows: true if the cluster creates new nodes on request.
+        may_come_back: true if nodes were lost, and others may be started in their place.
     """
     if waited_s > patience_s:
         late = f"not placed within {patience_s:.0f} s (place_timeout)"
@@ -181,7 +182,7 @@ def decide(
 
 
 def shortage(request: ResourceRequest, nodes: Sequence[NodeView]) -> str:
-    """What was asked, what each node has free, and what is short there; several lines."""
+    """Return the request, what each node has free, and what is short there, in several lines."""
     fit = [node for node in nodes if not node.lacks(request, now=True)]
     has = f"{len(fit)} of the cluster's {len(nodes)} can take it" if nodes else "it has no nodes"
     lines = [f"asked: {request}; {has}"]
@@ -213,7 +214,7 @@ def _amount(name: str, value: float) -> str:
 class Placed:
     group: PlacementGroup
     nodes: Sequence[NodeView]
-    """All of the cluster."""
+    """All nodes of the cluster."""
 
 
 class Placing:
@@ -226,13 +227,14 @@ class Placing:
         self._say = say
 
     def place(self, *, again: bool) -> Placed | None:
-        """Wait for nodes, and take them; None when we are asked to stop.
+        """Wait for nodes, and reserve them. Return None after a request to stop.
 
         Args:
-            again: nodes were lost: they may come back, and Ray may not know of it yet.
+            again: true if nodes were lost: they may come back, and Ray may not know of the loss
+                yet.
 
         Raises:
-            PlanError: the cluster never has so much, or not in time.
+            PlanError: the cluster never has so many resources, or not in time.
         """
         started = time.monotonic()
         notice_at = started + _FIRST_NOTICE_S
@@ -268,7 +270,7 @@ class Placing:
         remove_placement_group(placed.group)
 
     def _look(self, again: bool) -> tuple[list[NodeView], list[NodeView]]:
-        """The nodes of the cluster, and those that Ray lists although they do not answer."""
+        """Return the nodes of the cluster, and those that Ray lists although they do not answer."""
         import ray
         from ray._private import state
 
@@ -283,7 +285,8 @@ class Placing:
     def _reserve(
         self, count: int, dead: Sequence[NodeView], timeout_s: float
     ) -> PlacementGroup | None:
-        """One bundle a node; None when somebody was quicker, or no new node came."""
+        """Reserve one bundle per node. Return None if another process was faster, or no new node
+        came."""
         from ray.util.placement_group import placement_group, remove_placement_group
 
         labels = dict(self._request.labels)

@@ -1,1 +1,1 @@
-"""Launcher slurm: one batch job, with one node agent on each node."""
+"""Launcher `slurm`: one batch job, with one node agent on each node."""

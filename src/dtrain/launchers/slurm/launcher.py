@@ -28,28 +28,28 @@ from dtrain.waiting import poll
 
 
 class Submitter(Protocol):
-    """A way to hand jobs to Slurm. Run directories are written before anything is submitted.
+    """A way to submit jobs to Slurm. Run directories are written before anything is submitted.
 
-    Both ways to submit return job ids, of an array those of its elements, `ARRAY_INDEX`, and raise
-    PlanError when Slurm refuses: why in Slurm's words, and where that is written.
+    Both submit methods return job ids; for an array those of its elements, `ARRAY_INDEX`. They
+    raise PlanError when Slurm refuses, with Slurm's reason and the location of the option.
     """
 
     def command(self, plan: LaunchPlan) -> list[str]:
-        """What `dtrain plan` shows as the command."""
+        """Return the command that `dtrain plan` shows."""
 
     def files(self, plan: LaunchPlan) -> tuple[str, ...]:
-        """The files that it writes for each run."""
+        """Return the files that it writes for each run."""
 
     def alike(self, plan: LaunchPlan) -> list[str]:
-        """Flags that all elements of an array must have alike."""
+        """Return flags that must be identical in all elements of an array."""
 
     def render(self, plan: LaunchPlan) -> str:
-        """The script that is submitted."""
+        """Return the script that is submitted."""
 
     def submit(self, plan: LaunchPlan) -> str: ...
 
     def render_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> str:
-        """The script that is submitted."""
+        """Return the script that is submitted."""
 
     def submit_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]: ...
 
@@ -65,7 +65,7 @@ class SlurmLauncher:
     options_model = SlurmOptions
 
     def survey(self, facts: Facts, options: AnyOptions) -> Facts:
-        """See `Surveying.survey`: the limits of the partitions, when they may cut the time."""
+        """See `Surveying.survey`. Add the limits of the partitions, when they may cut the time."""
         options = SlurmOptions.of(options)
         if options.time is None or not options.requeue:
             return facts
@@ -85,13 +85,14 @@ class SlurmLauncher:
             notes=(*plan.notes, *notes),
             code_dir=str(plan.run.job_code(plan.attempt)) if options.snapshot else "",
         )
-        script.flags(plan)  # refuses what cannot be meant
+        script.flags(plan)  # refuses flags that make no sense
         by = _submitter(plan)
         command = Command(where=facts.host, argv=tuple(by.command(plan)))
         return replace(plan, files=(*plan.files, *by.files(plan)), commands=(command,))
 
     def preview(self, plan: LaunchPlan) -> list[str]:
-        """See `Previewable.preview`: the script, and what Slurm says of it where it is at hand."""
+        """See `Previewable.preview`. Show the script, and Slurm's answer where Slurm is
+        available."""
         text = _submitter(plan).render(plan)
         return [*_shown("script", text), *sbatch.asked(plan, text)]
 
@@ -122,7 +123,7 @@ class SlurmLauncher:
         return _note_submitted(plan, job_id, Watcher(), followed=True)
 
     def preview_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
-        """See `ArrayCapable.preview_array`; with the script of one run where each has its own."""
+        """See `ArrayCapable.preview_array`. Add the script of one run where each has its own."""
         _refuse_unlike(plans)
         by = _submitter(plans[0])
         text = by.render_array(plans, at_once)
@@ -145,7 +146,7 @@ class SlurmLauncher:
         ]
 
     def is_running(self, run: RunDir) -> bool:
-        """See `Launcher.is_running`; of a job that has ended unseen, writes down how."""
+        """See `Launcher.is_running`. Record the result of a job that ended without a follower."""
         handle = Handle.read(run)
         if handle is None:
             return False
@@ -177,7 +178,8 @@ class SlurmLauncher:
             return {"slurm": f"job {handle.job_id}; {error}"}
 
     def cancel(self, run: RunDir, timeout_s: float) -> None:
-        """See `Launcher.cancel`: by whoever follows the job, or by us when nobody does."""
+        """See `Launcher.cancel`. The process that follows the job ends it; without one, this
+        process does."""
         handle = Handle.read(run)
         if handle is None or not self.is_running(run):
             return
@@ -204,7 +206,7 @@ class SlurmLaunch:
         self._watcher = watcher
         self._cancel = SlurmFiles(plan.run).cancel(plan.attempt)
         self.said = ""
-        """How the job stands, for people."""
+        """The state of the job, for users."""
         self._killed = False
         self._put_back: set[int] = set()
 
@@ -224,7 +226,7 @@ class SlurmLaunch:
         return ending.exit_code
 
     def stop(self) -> None:
-        """Ask the agents of a running job to leave; withdraw one that waits."""
+        """Ask the agents of a running job to exit; withdraw a waiting job."""
         self._cancel.touch()
         runs = self._watcher.job(self._job_id, now=True).state == "RUNNING"
         queue.run_command("scancel", *(["--signal=TERM"] if runs else []), self._job_id)
@@ -237,7 +239,7 @@ class SlurmLaunch:
         queue.run_command("scancel", self._job_id)
 
     def _requeue(self, job: Job) -> bool:
-        """Put a job back into the queue, once for each end; whether that was done."""
+        """Put a job back into the queue, once for each end. Return whether that was done."""
         if job.restarts in self._put_back:
             return False
         self._put_back.add(job.restarts)
@@ -245,7 +247,7 @@ class SlurmLaunch:
         return queue.run_command("scontrol", "requeue", self._job_id).returncode == 0
 
     def _tell(self, job: Job) -> None:
-        """Note for whoever watches that the job stands otherwise than before."""
+        """Log an event when the state of the job has changed."""
         trouble = self._watcher.trouble
         text = f"Slurm does not answer: {trouble}; asking again" if trouble else job.description
         quiet = not trouble and job.state in ("COMPLETING", "UNKNOWN", "COMPLETED", "FAILED")
@@ -254,7 +256,7 @@ class SlurmLaunch:
             events.note_event(self._plan.run, "waiting", what=text)
 
     def _give_up(self, job: Job, option: str, why: str) -> None:
-        """Withdraw a job that would wait for ever."""
+        """Withdraw a job that would wait forever."""
         names = [option] if option else ["time", "nodes", "cpus_per_node", "mem", "gpus"]
         places = [sbatch.place_of(self._plan, name) for name in names]
         where = "".join(f"; {place}" for place in places if place)
@@ -267,10 +269,11 @@ class SlurmLaunch:
 def _within_limits(
     options: SlurmOptions, limits_s: Mapping[str, float]
 ) -> tuple[SlurmOptions, list[str]]:
-    """The options with a time limit that their partition gives, and a sentence if it was cut.
+    """Return the options with a time limit that their partition allows, and a sentence if it was
+    cut.
 
-    The job then goes on over as many attempts as it needs. Of several partitions the one with the
-    longest limit counts.
+    The job then continues over as many attempts as it needs. Of several partitions, the longest
+    limit counts.
     """
     name = max(limits_s, key=lambda name: limits_s[name], default="")
     if options.time is None or not name or parse_duration(options.time) <= limits_s[name]:
@@ -301,7 +304,7 @@ def _shown(title: str, text: str) -> list[str]:
 
 
 def _write(plan: LaunchPlan) -> None:
-    """Write what the job finds in its run directory, and tell what people should know of it."""
+    """Write the files that the job needs in its run directory, and log the plan's notes."""
     for note in plan.notes:
         events.note_event(plan.run, "waiting", what=note)
     folder = SlurmFiles(plan.run)
@@ -316,7 +319,7 @@ def _write(plan: LaunchPlan) -> None:
 def _note_submitted(
     plan: LaunchPlan, job_id: str, watcher: Watcher, *, followed: bool
 ) -> SlurmLaunch:
-    """Note the job's id; where it is followed, also that this process is who drives the run."""
+    """Record the job's id. If the job is followed, also record this process as the run's driver."""
     handle = replace(Handle.of_this_process(plan.launcher, plan.attempt), job_id=job_id)
     (handle if followed else replace(handle, identity=None)).write(plan.run)
     events.note_event(plan.run, "submitted", job_id=job_id, attempt=plan.attempt)

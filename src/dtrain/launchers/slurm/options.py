@@ -1,4 +1,4 @@
-"""The `options:` of a Slurm profile, and the flags of sbatch that they become."""
+"""The `options:` of a Slurm profile, and the corresponding flags of sbatch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _flag(value: Any) -> Any:
 
 
 def _time_limit(value: Any) -> Any:
-    """As Slurm reads it, `D-HH:MM:SS`, from any duration that has a unit."""
+    """Convert any duration with a unit to Slurm's form, `D-HH:MM:SS`."""
     if value is None:
         return None
     if isinstance(value, int | float) or str(value).strip().isdigit():
@@ -40,7 +40,7 @@ def _time_limit(value: Any) -> Any:
 
 
 def as_slurm_writes(duration_s: int) -> str:
-    """`D-HH:MM:SS`."""
+    """Return a duration as `D-HH:MM:SS`."""
     minutes, seconds = divmod(duration_s, 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -48,13 +48,13 @@ def as_slurm_writes(duration_s: int) -> str:
 
 
 SlurmText = Annotated[Text, BeforeValidator(_no_line_break)]
-"""One line of text; a bare number is taken for text."""
+"""One line of text. A bare number is accepted as text."""
 
 TimeLimit = Annotated[str, BeforeValidator(_time_limit)]
-"""A duration with a unit, kept as Slurm writes it."""
+"""A duration with a unit, stored in Slurm's form."""
 
 Flag = Annotated[bool | str | list[str], BeforeValidator(_flag)]
-"""Value of a flag of sbatch: true for one without a value, a list for one given several times."""
+"""The value of a flag of sbatch. True means a flag without a value, a list a repeated flag."""
 
 
 class SlurmOptions(LauncherOptions):
@@ -64,59 +64,59 @@ class SlurmOptions(LauncherOptions):
     further = "; any other flag of sbatch is slurm.FLAG, for example -o slurm.nice=100"
 
     submit: Literal["sbatch", "submitit"] = "sbatch"
-    """How the job is submitted."""
+    """The way to submit the job."""
     partition: SlurmText | None = None
-    """Partition; empty: the cluster's default."""
+    """The partition. Empty means the cluster's default."""
     account: SlurmText | None = None
-    """Account; empty: the user's default."""
+    """The account. Empty means the user's default."""
     time: TimeLimit | None = None
-    """Time limit of one attempt, for example 4h; the partition's limit is the most."""
+    """The time limit of one attempt, for example 4h. The partition's limit is the maximum."""
     qos: SlurmText | None = None
-    """Quality of service."""
+    """The quality of service."""
     cpus_per_node: Count | None = None
-    """CPUs of each node; empty: one per process."""
+    """Number of CPUs of each node. Empty means one per process."""
     mem: SlurmText | None = None
-    """Memory of each node, for example 64G; 0 is all of it."""
+    """Memory of each node, for example 64G. 0 means all of it."""
     gres: SlurmText | None = None
-    """Generic resources of each node; empty: the GPUs of --gpus."""
+    """Generic resources of each node. Empty means the GPUs of --gpus."""
     constraint: SlurmText | None = None
     """Features that nodes must have."""
     exclude: SlurmText | None = None
-    """Nodes that are not used."""
+    """Nodes to exclude."""
     reservation: SlurmText | None = None
-    """Reservation to run in."""
+    """The reservation to run in."""
     dependency: SlurmText | None = None
     """Jobs to wait for, for example afterok:123; see --after."""
     mail: SlurmText | None = None
-    """Address that gets a mail when the job ends, fails or is requeued."""
+    """The address that gets a mail when the job ends, fails or is requeued."""
     comment: SlurmText | None = None
-    """Comment of the job, added to the run's id."""
+    """A comment of the job, added to the run's id."""
     slurm: dict[str, Flag] = Field(default_factory=dict)
     """Other flags of sbatch, for example slurm.nice=100."""
     signal_before: Duration = 120.0
-    """How long before the time limit workers save and exit; at most half of it."""
+    """The time before the time limit at which workers save and exit; at most half of the limit."""
     requeue: Natural = 100
-    """How often the job may be requeued for a further attempt."""
+    """Number of times that the job may be requeued for a further attempt."""
     setup: list[Text] = Field(default_factory=list)
-    """Lines of shell that run before the agents start."""
+    """Shell lines that run before the agents start."""
     modules: list[Text] = Field(default_factory=list)
     """Environment modules to load."""
     venv: Text | None = None
-    """Folder of a virtual environment."""
+    """The folder of a virtual environment."""
     conda: Text | None = None
-    """Name or folder of a conda environment."""
+    """The name or folder of a conda environment."""
     apptainer: Text | None = None
-    """Image in which the agents run, by apptainer exec."""
+    """The image in which the agents run, by apptainer exec."""
     pyxis: Text | None = None
-    """Image in which the agents run, by srun --container-image."""
+    """The image in which the agents run, by srun --container-image."""
     container_args: list[Text] = Field(default_factory=list)
     """Further arguments of apptainer exec, or of srun for pyxis."""
     python: Text | None = None
-    """Python interpreter; empty: that of venv, conda or image, or of this command."""
+    """The Python interpreter. Empty means that of venv, conda or image, or of this command."""
     snapshot: bool = True
     """Train the code as it was at submission, not as it is when the job starts."""
     template: Text | None = None
-    """Jinja2 template of the batch script, instead of the packaged one."""
+    """A Jinja2 template of the batch script, instead of the packaged one."""
 
     @property
     def cores_per_node(self) -> int | None:
@@ -131,13 +131,13 @@ class SlurmOptions(LauncherOptions):
         return self
 
 
-# options that are flags of sbatch of the same name
+# options that are flags of sbatch with the same name
 FLAGS = (
     "partition", "account", "time", "qos", "mem", "gres", "constraint", "exclude", "reservation",
     "dependency",
 )  # fmt: skip
 
-# flags that dtrain sets itself, or that would break it → what to use instead
+# flags that dtrain sets itself, or that would break the job → what to use instead
 _OURS = {
     "nodes": "--nodes",
     "ntasks": "--procs",
@@ -160,7 +160,7 @@ _OURS = {
 
 
 def own_flag_problem(flag: str) -> str | None:
-    """Why a flag cannot be among the further flags of sbatch; None when it can."""
+    """Return why a flag cannot be among the further flags of sbatch, or None when it can."""
     if flag in FLAGS:
         return f"is an option of its own: write {flag} instead of slurm.{flag}"
     return f"cannot be set here; use {_OURS[flag]}" if flag in _OURS else None

@@ -1,4 +1,4 @@
-"""How a batch job ended: what that means, and a record of what only Slurm knows."""
+"""Interpret the end of a batch job, and record the facts that only Slurm knows."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ _NODE_LOST = {
 
 @dataclass(frozen=True)
 class Ending:
-    """What it means for a run that its job is over."""
+    """The meaning of a job's end for its run."""
 
     exit_code: int
     message: str = ""
-    """What no node could tell; empty when there is nothing to record."""
+    """A message that no node could record; empty when there is nothing to record."""
     kind: Kind = "agent"
     is_unexplained: bool = False
-    """Whether the job's logs may say more than the message."""
+    """True if the job's logs may contain more than the message."""
     wants_requeue: bool = False
-    """Whether the first node left for the job to be put back into the queue.
+    """True if the first node exited so that the job can be put back into the queue.
 
     The batch script does that, unless the nodes have none of Slurm's commands.
     """
 
 
 def ending_of(plan: LaunchPlan, job: Job) -> Ending:
-    """What is made of a job that is over, and of the newest attempt that it has come to."""
+    """Interpret the end of a job and of its newest attempt."""
     folder = SlurmFiles(plan.run)
     return classify(
         job,
@@ -69,11 +69,11 @@ def classify(
     asked_to_requeue: bool = False,
     max_requeues: int = 0,
 ) -> Ending:
-    """What is made of a job that is over, of what its first node said of its own end, and of files.
+    """Interpret the end of a job, from its state, its first node's end record and files.
 
     Args:
-        recorded: whether a node has left a failure record.
-        asked_to_requeue: whether the first node has left the file that asks for it.
+        recorded: true if a node has left a failure record.
+        asked_to_requeue: true if the first node has left the file that requests it.
     """
     if end is not None and not end.left:
         return Ending(end.exit_code)
@@ -82,7 +82,7 @@ def classify(
     code = job.exit_code or 1
     if job.state in _NODE_LOST:
         return Ending(code, _NODE_LOST[job.state], "node_lost")
-    if end is not None and job.state != "FAILED":  # then another node has failed, and it had to
+    if end is not None and job.state != "FAILED":  # else another node failed first
         why = "the job had to leave, and Slurm did not let it requeue itself"
         if job.restarts >= max_requeues:
             why = (
@@ -100,7 +100,7 @@ def classify(
 
 
 def record(plan: LaunchPlan, job: Job, ending: Ending) -> None:
-    """Write down what no node could tell; of lost nodes, a record for each that is down."""
+    """Record what no node could. For lost nodes, write a record for each that is down."""
 
     def note(message: str, node_rank: int = 0, node: str = "the batch job") -> None:
         failures.record_node(
@@ -127,9 +127,10 @@ def record(plan: LaunchPlan, job: Job, ending: Ending) -> None:
 
 
 def _last_words(folder: SlurmFiles, job: Job) -> str:
-    """The last thing that the batch script or the first node's process said; our own words first.
+    """Return the last line of the batch script or of the first node's process, dtrain's lines
+    first.
 
-    The log of the job holds what any node said before it had found its own.
+    The log of the job contains the output of every node before the node had found its own log.
     """
     said = [
         line
@@ -149,6 +150,6 @@ def _last_words(folder: SlurmFiles, job: Job) -> str:
 
 
 def was_cancelled(plan: LaunchPlan) -> bool:
-    """Whether someone has asked for the end of the job that has made an attempt."""
+    """Return whether a user has requested the end of the job that made an attempt."""
     handle = Handle.read(plan.run, plan.attempt)
     return handle is not None and SlurmFiles(plan.run).cancel(handle.first).exists()

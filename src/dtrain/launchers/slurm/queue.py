@@ -1,4 +1,4 @@
-"""How batch jobs stand, from squeue, scontrol and, where there is accounting, sacct."""
+"""Query the states of batch jobs from squeue, scontrol and, where there is accounting, sacct."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OVER = {
     "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT",
 }  # fmt: skip
 
-# why a job waits, in words; a reason that is not here is shown as Slurm says it
+# why a job waits, in words; other reasons are shown in Slurm's words
 _WAITS = {
     "Resources": "waiting for nodes to become free",
     "Priority": "waiting behind jobs of higher priority",
@@ -40,7 +40,7 @@ _WAITS = {
     "AssocMaxJobsLimit": "your account runs as many jobs as it may",
     "None": "waiting for the scheduler",
 }
-# why a job waits for ever
+# why a job waits forever
 _HOPELESS = {
     "PartitionTimeLimit": ("time", "the time limit is above that of the partition"),
     "PartitionNodeLimit": ("nodes", "the partition never has so many nodes for one job"),
@@ -57,7 +57,7 @@ _HOPELESS = {
 
 
 class Unreachable(LaunchError):
-    """The controller does not answer; what we knew still holds."""
+    """An error for a controller that does not answer. Facts known before are still valid."""
 
     code = "slurm.controller-silent"
 
@@ -66,13 +66,14 @@ class Unreachable(LaunchError):
 class Job:
     job_id: str
     state: str
-    """As Slurm says it: PENDING, RUNNING, COMPLETED, …; GONE when Slurm has forgotten it."""
+    """The state in Slurm's words: PENDING, RUNNING, COMPLETED, …; GONE when Slurm has forgotten
+    it."""
     reason: str = "None"
     nodes: str = ""
     exit_code: int = 0
-    """As a shell reports it: 128 + N for signal N."""
+    """The exit code in a shell's form: 128 + N for signal N."""
     restarts: int = 0
-    """How often it was requeued."""
+    """The number of times that it was requeued."""
 
     @property
     def is_over(self) -> bool:
@@ -80,9 +81,9 @@ class Job:
 
     @property
     def unschedulable(self) -> tuple[str, str] | None:
-        """(option, why) of a job that will never start; None of any other.
+        """The option and the reason why a job will never start. None means that it may start.
 
-        The option is empty when Slurm does not say which of several it is.
+        The option is empty when Slurm does not report which of several options is the cause.
         """
         return _HOPELESS.get(self.reason) if self.state == "PENDING" else None
 
@@ -98,11 +99,11 @@ class Job:
 
 
 def run_command(*argv: str, input_text: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's commands, as from outside of any job.
+    """Run one of Slurm's commands, with the environment of a process outside any job.
 
     Raises:
         LaunchError: there is no such command here.
-        Unreachable: it does not come to an end.
+        Unreachable: it does not end in time.
     """
     try:
         return subprocess.run(
@@ -119,7 +120,8 @@ def run_command(*argv: str, input_text: str | None = None) -> subprocess.Complet
 
 
 def slurm_env() -> dict[str, str]:
-    """The environment of Slurm's commands: none of another job's, but the same configuration."""
+    """Return the environment for Slurm's commands: that of no other job, but the same
+    configuration."""
     env = inherited_env()
     if "SLURM_CONF" in os.environ:
         env["SLURM_CONF"] = os.environ["SLURM_CONF"]
@@ -127,7 +129,7 @@ def slurm_env() -> dict[str, str]:
 
 
 def parse_queue(text: str) -> dict[str, Job]:
-    """What `squeue -O` has said, by job id."""
+    """Parse the output of `squeue -O`, by job id."""
     found = {}
     for line in text.splitlines():
         fields = [field.strip() for field in line.split("|")]
@@ -139,7 +141,8 @@ def parse_queue(text: str) -> dict[str, Job]:
 
 
 def parse_accounting(text: str) -> dict[str, Job]:
-    """What `sacct -X -P` has said, by job id; of a requeued job, its last run."""
+    """Parse the output of `sacct -X -P`, by job id. For a requeued job, the last run is
+    returned."""
     found = {}
     for line in text.splitlines():
         fields = line.split("|")
@@ -154,9 +157,9 @@ def parse_accounting(text: str) -> dict[str, Job]:
 
 
 def query(job_ids: Iterable[str]) -> dict[str, Job]:
-    """How these jobs stand, and all others of ours that Slurm knows of.
+    """Return the states of these jobs, and of all other jobs of this user that Slurm knows.
 
-    One call of squeue for all of them, and one of sacct for those that it has forgotten.
+    It calls squeue once for all of them, and sacct once for those that squeue has forgotten.
 
     Raises:
         Unreachable: the controller does not answer.
@@ -182,7 +185,7 @@ def _from_accounting(job_ids: list[str]) -> dict[str, Job]:
 
 
 def nodes_down(job: Job) -> dict[str, str]:
-    """The nodes of a job that do not run any more, and what Slurm says of each."""
+    """Return the nodes of a job that no longer run, with Slurm's reason for each."""
     if not job.nodes:
         return {}
     shown = ("--Node", "--noheader", "--states=down,fail", "--format=%N|%T, %E")
@@ -194,10 +197,12 @@ def nodes_down(job: Job) -> dict[str, str]:
 
 
 def time_limits(wanted: str | None) -> dict[str, float]:
-    """Seconds that a job may take in each partition it may use; empty when Slurm does not say.
+    """Return seconds that a job may take in each partition that it may use.
+
+    The result is empty when Slurm does not answer.
 
     Args:
-        wanted: partitions with commas; None: the default one.
+        wanted: partitions with commas. None means the default one.
     """
     try:
         listed = _partitions()
@@ -214,7 +219,8 @@ def time_limits(wanted: str | None) -> dict[str, float]:
 
 @functools.cache
 def _partitions() -> str:
-    """What scontrol says, asked once: every run of an array is planned by itself."""
+    """Return scontrol's output. It is cached, because each run of an array is planned
+    separately."""
     listed = run_command("scontrol", "show", "partition", "--oneliner")
     if listed.returncode != 0:
         raise Unreachable(_first_line(listed.stderr))
@@ -222,7 +228,7 @@ def _partitions() -> str:
 
 
 def _seconds(limit: str) -> float:
-    """A limit as Slurm writes it, `[D-]HH:MM:SS` or `UNLIMITED`."""
+    """Return the seconds of a limit in Slurm's form, `[D-]HH:MM:SS` or `UNLIMITED`."""
     try:
         return parse_duration(limit)
     except ValueError:
@@ -230,7 +236,7 @@ def _seconds(limit: str) -> float:
 
 
 class Watcher:
-    """How jobs stand, asked again after a while that grows."""
+    """A cache of the states of jobs, which queries Slurm again after a growing pause."""
 
     def __init__(self) -> None:
         self._known: dict[str, Job] = {}
@@ -238,10 +244,11 @@ class Watcher:
         self._pause_s = _SOONEST_S
         self._wanted: set[str] = set()
         self.trouble: LaunchError | None = None
-        """Why Slurm could not be asked the last time; None when it could."""
+        """The error of the last query of Slurm; None if it succeeded."""
 
     def job(self, job_id: str, *, now: bool = False) -> Job:
-        """How a job stood when last asked; with `now` asked at once, unless that was just now."""
+        """Return a job's last known state. With `now`, query it again, unless that was a moment
+        ago."""
         self._wanted.add(job_id)
         wait_s = _SOONEST_S if now else self._pause_s
         if job_id not in self._known or time.monotonic() - self._asked_at >= wait_s:
@@ -249,7 +256,7 @@ class Watcher:
         return self._known[job_id]
 
     def forget(self, job_id: str) -> None:
-        """Ask at once when next asked for this job: we have changed how it stands."""
+        """Forget this job's state, because it was changed. The next call queries at once."""
         self._known.pop(job_id, None)
 
     def _ask(self) -> None:
@@ -267,11 +274,12 @@ class Watcher:
 
 
 shared = Watcher()
-"""Of this process, for many jobs: those of an array, or all that `dtrain runs` lists."""
+"""The watcher of this process, for many jobs: those of an array, or all that `dtrain runs`
+lists."""
 
 
 def query_cached(job_id: str, *, now: bool = False) -> Job:
-    """How a job stands, see `Watcher.job`; many jobs in a row cost one call.
+    """Return the state of a job, see `Watcher.job`. Many jobs in a row cost one call.
 
     Raises:
         Unreachable: the controller does not answer.

@@ -1,4 +1,4 @@
-"""`submit: sbatch`: scripts of ours; and what it was that Slurm did not like of a job."""
+"""`submit: sbatch` with dtrain's own scripts, and the causes of Slurm's refusals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dtrain.launchers.slurm.queue import run_command
 from dtrain.run import files
 from dtrain.run.backend_files import SlurmFiles
 
-# what sbatch says → the options that it may be about; `slurm.X` is flag X among the further ones
+# sbatch's message → the options that it may be about; `slurm.X` is flag X among the further ones
 _ABOUT_CODES = (
     (r"(?<!/)partition", "slurm.partition-invalid", ("partition",)),
     (r"account", "slurm.account-invalid", ("account", "partition")),
@@ -41,7 +41,8 @@ _ABOUT_CODES = (
 
 
 class Sbatch:
-    """Submits a script of each run; of an array, one that starts the script of each element."""
+    """A submitter of one script per run, or for an array, of one that starts each element's
+    script."""
 
     def command(self, plan: LaunchPlan) -> list[str]:
         folder = SlurmFiles(plan.run)
@@ -100,7 +101,7 @@ def _submit(plan: LaunchPlan, command: list[str]) -> str:
 
 
 def asked(plan: LaunchPlan, text: str) -> list[str]:
-    """What Slurm says of a script without taking it; nothing where Slurm is not at hand."""
+    """Return Slurm's answer about a script without submitting it, or nothing without Slurm here."""
     if shutil.which("sbatch") is None:
         return []
     done = run_command("sbatch", "--test-only", input_text=text)
@@ -110,7 +111,7 @@ def asked(plan: LaunchPlan, text: str) -> list[str]:
 
 
 def refusal(plan: LaunchPlan, said: str) -> PlanError:
-    """The error with Slurm's reason, and the place of the option that it is about."""
+    """Return the error with Slurm's reason, and the location of the option that it is about."""
     lines = [re.sub(r"^(sbatch: )?(error: )?", "", line) for line in said.strip().splitlines()]
     reasons = [line.removeprefix("Batch job submission failed: ") for line in lines if line]
     reason = "; ".join(dict.fromkeys(reasons)) or "no reason given"
@@ -124,7 +125,7 @@ def refusal(plan: LaunchPlan, said: str) -> PlanError:
 
 
 def _places(plan: LaunchPlan, reason: str) -> list[str]:
-    """`FILE:LINE:COLUMN: OPTION: VALUE` of each option that a reason may be about."""
+    """Return `FILE:LINE:COLUMN: OPTION: VALUE` of each option that a reason may be about."""
     further = SlurmOptions.of(plan.options).slurm
     said = [f"slurm.{flag}" for flag in further if f"--{flag.replace('_', '-')}" in reason]
     guesses = [
@@ -137,7 +138,7 @@ def _places(plan: LaunchPlan, reason: str) -> list[str]:
 
 
 def place_of(plan: LaunchPlan, name: str) -> str | None:
-    """Where an option of a plan was written, and what; None when nobody wrote it."""
+    """Return the location and value of an option of a plan, or None when it was not written."""
     source = plan.sources.get(name)
     if source is None or source == "default":
         return None

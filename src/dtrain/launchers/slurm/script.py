@@ -1,4 +1,4 @@
-"""The batch script of a plan: which flags, which commands, all of it quoted."""
+"""Write the batch script of a plan: its flags and commands, all of it quoted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dtrain.run.backend_files import SlurmFiles
 
 _WAIT_S = 10
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]-]*")
-_OWN = ("job-name", "comment")  # flags in which elements of an array may differ
+_OWN = ("job-name", "comment")  # flags that may differ between elements of an array
 
 _TEARDOWN = """\
 status=$?
@@ -34,13 +34,13 @@ exit "$status"
 """
 
 SbatchFlag = tuple[str, str | None]
-"""The long name of a flag of sbatch, and its value; None of one without a value."""
+"""The long name of a flag of sbatch, and its value. None means a flag without a value."""
 
 
 def render(plan: LaunchPlan) -> str:
-    """The whole script, from the packaged template or the user's own.
+    """Return the whole script, from the packaged template or the user's own.
 
-    What a template can use is quoted for the place where it stands.
+    Values for a template are quoted for the position where they are used.
 
     Raises:
         PlanError: jinja2 is not installed, or the template cannot be read or filled.
@@ -63,7 +63,7 @@ def render(plan: LaunchPlan) -> str:
 
 
 def flags(plan: LaunchPlan) -> list[SbatchFlag]:
-    """Every flag of sbatch but for where it writes.
+    """Return every flag of sbatch except its output files.
 
     Raises:
         PlanError: one of `slurm:` is dtrain's own, or a value has a line break.
@@ -74,7 +74,7 @@ def flags(plan: LaunchPlan) -> list[SbatchFlag]:
         ("job-name", plan.run_id),
         ("comment", f"{comment} {options.comment}" if options.comment else comment),
         ("nodes", str(plan.nodes) if _is_fixed(plan) else f"{plan.min_nodes}-{plan.nodes}"),
-        # with it, Slurm gives the fewest nodes of a range, however many are free
+        # with it, Slurm gives the fewest nodes of a range, regardless of how many are free
         *([("ntasks-per-node", "1")] if _is_fixed(plan) else []),
         ("cpus-per-task", str(_cpus_per_node(plan))),
     ]
@@ -99,12 +99,13 @@ def flags(plan: LaunchPlan) -> list[SbatchFlag]:
 
 
 def shared_options(plan: LaunchPlan) -> list[str]:
-    """The flags that all elements of an array must have alike, as they stand in `#SBATCH` lines."""
+    """Return the flags that all elements of an array must share, in the form of `#SBATCH` lines."""
     return [sbatch_option(*flag) for flag in flags(plan) if flag[0] not in _OWN]
 
 
 def _signal_before(options: SlurmOptions) -> int:
-    """Seconds; of a short time limit the half, for the workers to get anywhere at all."""
+    """Return the seconds. For a short time limit it is half of it, so that the workers can
+    progress."""
     limit = parse_duration(options.time) if options.time else float("inf")
     return max(1, int(min(options.signal_before, limit / 2)))
 
@@ -126,12 +127,12 @@ def _further_flags(plan: LaunchPlan, options: SlurmOptions) -> list[SbatchFlag]:
 
 
 def _cpus_per_node(plan: LaunchPlan) -> int:
-    """CPUs that a node's agent and all of its workers share."""
+    """Return the number of CPUs that a node's agent and all of its workers share."""
     return SlurmOptions.of(plan.options).cpus_per_node or plan.procs_per_node * plan.replicas
 
 
 def setup_lines(plan: LaunchPlan) -> list[str]:
-    """What stands before srun: shell that makes the environment of the agents."""
+    """Return the shell lines before srun, which prepare the environment of the agents."""
     options = SlurmOptions.of(plan.options)
     lines = list(options.setup)
     if options.modules:
@@ -147,10 +148,11 @@ def setup_lines(plan: LaunchPlan) -> list[str]:
 
 
 def teardown_lines(requeue_file: str) -> list[str]:
-    """What stands after srun: it puts a job that is to go on back into the queue.
+    """Return the lines after srun, which put a job that is to continue back into the queue.
 
     Args:
-        requeue_file: of the run, see `SlurmFiles.requeue`, without the number; as shell.
+        requeue_file: the path of the run's requeue file (`SlurmFiles.requeue`) without the number,
+            in shell syntax.
     """
     return _TEARDOWN.replace("REQUEUE_FILE", requeue_file).splitlines()
 
@@ -160,18 +162,22 @@ def _is_fixed(plan: LaunchPlan) -> bool:
 
 
 def nodes_as_shell(plan: LaunchPlan) -> str:
-    """How many nodes srun takes: of an elastic job, what this attempt was given."""
+    """Return the number of nodes for srun. For an elastic job, it is the number this attempt
+    got."""
     return str(plan.nodes) if _is_fixed(plan) else '"$SLURM_JOB_NUM_NODES"'
 
 
 def srun_arguments(plan: LaunchPlan) -> list[str]:
-    """One agent on each node, with all of the node's CPUs: srun does not take them from the job."""
+    """Return srun's arguments for one agent per node, with all CPUs of the node.
+
+    srun does not take the CPUs from the job.
+    """
     options = SlurmOptions.of(plan.options)
     found = [
         "--ntasks-per-node=1",
         f"--cpus-per-task={_cpus_per_node(plan)}",
         "--kill-on-bad-exit=1",
-        # all end together; without it srun waits for ever for a node whose step daemon was killed
+        # all end together; without it srun waits forever for a node whose step daemon was killed
         f"--wait={int(plan.stop_timeout_s) + _WAIT_S}",
     ]
     if options.pyxis:
@@ -192,15 +198,15 @@ def agent_command(plan: LaunchPlan) -> list[str]:
 
 
 def _shared_folders(plan: LaunchPlan) -> list[str]:
-    """What a container must see besides its own files."""
+    """Return the folders that a container must see in addition to its own files."""
     return list(dict.fromkeys((str(plan.run.path), plan.job_dir)))
 
 
 def pattern(path: Path) -> str:
-    """A path as a file name pattern of Slurm: `%` stands for itself.
+    """Return a path as a file name pattern of Slurm, with `%` escaped.
 
     Raises:
-        PlanError: it holds a backslash, which takes their meaning from all patterns.
+        PlanError: it contains a backslash, which disables all patterns.
     """
     if "\\" in str(path):
         raise PlanError(
@@ -211,12 +217,13 @@ def pattern(path: Path) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text as it stands in a comment of a script: a line break would end that."""
+    """Return a text for a comment of a script. A line break would end the comment."""
     return text if text.isprintable() else quoted(text)
 
 
 def sbatch_option(name: str, value: str | None) -> str:
-    """A flag in a `#SBATCH` line: read by rules of sbatch, and never by a shell."""
+    """Return a flag for a `#SBATCH` line. sbatch parses the line by its own rules, without a
+    shell."""
     if value is None or _PLAIN.fullmatch(value):
         return f"--{name}" if value is None else f"--{name}={value}"
     escaped = re.sub(r'(["\\])', r"\\\1", value)
@@ -224,7 +231,7 @@ def sbatch_option(name: str, value: str | None) -> str:
 
 
 def array_id(plans: Sequence[LaunchPlan]) -> str:
-    """What the ids of all runs of an array begin with: element k is `ID-k`."""
+    """Return the common prefix of the ids of all runs of an array: element k is `ID-k`."""
     return plans[0].run_id.removesuffix("-0")
 
 
@@ -233,14 +240,15 @@ def array_runs(plans: Sequence[LaunchPlan]) -> str:
 
 
 def array_logs(plans: Sequence[LaunchPlan]) -> str:
-    """Where Slurm writes what the script of each element says, as a pattern."""
+    """Return the pattern of the files to which Slurm writes the output of each element's script."""
     run, log = plans[0].run.path, SlurmFiles(plans[0].run).log
     folder = pattern(run.with_name(array_id(plans)))
     return f"{folder}-%a/{log.relative_to(run)}"
 
 
 def path_in_array(plans: Sequence[LaunchPlan], path: Path) -> str:
-    """A path in the run directory of the first element, as shell that names each element's own."""
+    """Return a path in the first element's run directory as shell code for each element's own
+    path."""
     run = plans[0].run.path
     folder = shlex.quote(f"{run.with_name(array_id(plans))}-")
     return f'{folder}"$SLURM_ARRAY_TASK_ID"/{path.relative_to(run)}'

@@ -1,7 +1,7 @@
-"""`submit: submitit`: the same job and the same agents, submitted by the submitit library.
+"""`submit: submitit`, which submits the same job and agents with the submitit library.
 
-For places whose tools know submitit's jobs. Its own state, checkpoints and requeueing are not used:
-it knows only sacct, and takes a requeued job for failed.
+It is for sites whose tools know submitit's jobs. submitit's own state, checkpoints and requeueing
+are not used: it knows only sacct, and treats a requeued job as failed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from dtrain.run.backend_files import SlurmFiles
 
 
 class Submitit:
-    """Submits by a script that submitit writes; the runs of an array share it, in one folder."""
+    """A submitter by a script that submitit writes. The runs of an array share it, in one
+    folder."""
 
     def command(self, plan: LaunchPlan) -> list[str]:
         return ["submitit", *script.agent_command(plan)]
@@ -45,7 +46,7 @@ class Submitit:
 
     def render_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> str:
         _import()
-        from submitit.slurm.slurm import _make_sbatch_string  # it has no public way to show one
+        from submitit.slurm.slurm import _make_sbatch_string  # no public function shows one
 
         folder = _folder(plans[0])
         command = f"{_python(plans[0])} -u -m submitit.core._submit {shlex.quote(str(folder))}"
@@ -65,7 +66,7 @@ class Submitit:
             )
         commands = [script.agent_command(plan) for plan in plans]
         try:
-            with _environment(slurm_env()), contextlib.redirect_stderr(io.StringIO()):  # we tell it
+            with _environment(slurm_env()), contextlib.redirect_stderr(io.StringIO()):  # reported
                 executor = submitit.SlurmExecutor(_folder(plans[0]), python=_python(plans[0]))
                 executor.update_parameters(**parameters(plans, at_once))
                 jobs = executor.map_array(serve_under_submitit, commands)
@@ -80,7 +81,7 @@ class Submitit:
 
 
 def parameters(plans: Sequence[LaunchPlan], at_once: int | None = None) -> dict[str, Any]:
-    """What submitit's executor is told: our flags, our arguments of srun, our lines around it.
+    """Return the parameters of submitit's executor: dtrain's flags, srun arguments and shell lines.
 
     Raises:
         PlanError: a flag is given several times.
@@ -106,8 +107,8 @@ def parameters(plans: Sequence[LaunchPlan], at_once: int | None = None) -> dict[
     nodes = script.nodes_as_shell(plan)
     return {
         "job_name": flags.pop("job-name"),
-        "nodes": plan.nodes,  # the most; Slurm is told what the flags say
-        "time": flags.pop("time", None),  # else it asks for 5 minutes
+        "nodes": plan.nodes,  # the maximum; Slurm gets the value in the flags
+        "time": flags.pop("time", None),  # otherwise it requests 5 minutes
         "wckey": None,
         "additional_parameters": flags,
         # srun reads these; its arguments are quoted, and the number of nodes may be the attempt's
@@ -131,7 +132,7 @@ def _import() -> Any:
 
 def _folder(plan: LaunchPlan) -> Path:
     folder = SlurmFiles(plan.run).path
-    # it would take a part of such a path for a pattern, or a part of a line for a command
+    # submitit would read part of such a path as a pattern, or part of a line as a command
     if "%" in str(folder) or not str(folder).isprintable():
         raise PlanError(
             f"submitit cannot use a path with a % or a line break: {str(folder)!r}; use --runs DIR",
@@ -141,7 +142,7 @@ def _folder(plan: LaunchPlan) -> Path:
 
 
 def _python(plan: LaunchPlan) -> str:
-    """The interpreter of submitit's own process, outside of any container."""
+    """Return the interpreter of submitit's own process, outside any container."""
     options = SlurmOptions.of(plan.options)
     inside = options.apptainer or options.pyxis
     python = sys.executable if inside or not options.python else options.python

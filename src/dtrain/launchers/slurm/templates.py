@@ -1,4 +1,4 @@
-"""Batch scripts from templates, which may be of somebody else: none of them runs anything here."""
+"""Fill templates of batch scripts. Third-party templates cannot run code on this host."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from dtrain.errors import PlanError
 
 _MOST_CHARACTERS = 4_000_000  # Slurm's own limit of a script
-_MOST_TURNS = 100_000  # of all loops over numbers
+_MOST_TURNS = 100_000  # for all loops over numbers together
 
 
 def fill(path: Path, values: Mapping[str, Any]) -> str:
-    """A template with its values filled in.
+    """Return a template with its values filled in.
 
     Raises:
-        PlanError: jinja2 is not installed, or the template cannot be read or filled, or reaches
-            for what is not given to it; says which line.
+        PlanError: jinja2 is not installed, or the template cannot be read or filled, or it uses a
+            value that is not given to it; the message names the line.
     """
     try:
         import jinja2
@@ -50,20 +50,20 @@ def fill(path: Path, values: Mapping[str, Any]) -> str:
         raise PlanError(
             f"template {path}:{error.lineno}: {error.message}", code="slurm.template-invalid"
         ) from error
-    except Exception as error:  # whatever its expressions raise
+    except Exception as error:  # its expressions may raise anything
         raise PlanError(
             f"template {path}{_line(error)}: {error}", code="slurm.template-invalid"
         ) from error
 
 
 class _Range:
-    """`range` of templates: no loop goes on for ever."""
+    """A `range` for templates in which no loop runs forever."""
 
     def __init__(self) -> None:
         self._left = _MOST_TURNS
 
     def __call__(self, *numbers: int) -> range:
-        """As Python's, until all of them together are too long."""
+        """Return Python's range, and raise once all of them together are too long."""
         found = range(*numbers)
         self._left -= len(found)
         if self._left < 0:
@@ -82,7 +82,8 @@ def _joined(parts: Any) -> str:
 
 
 def _line(error: Exception) -> str:
-    """`:LINE` of a template where an error was raised; jinja2 puts its lines into the trace."""
+    """Return `:LINE` of a template where an error was raised; jinja2 puts its lines into the
+    trace."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
     return f":{lines[-1]}" if lines else ""
