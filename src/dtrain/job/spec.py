@@ -88,7 +88,7 @@ class TrainSpec(Model):
 
 
 class DataSpec(Model):
-    """The way samples are read."""
+    """Settings for reading samples."""
 
     paths: list[Text] = Field(default_factory=list)
     """Files and folders that the task reads, relative to job.yaml. They are checked before anything
@@ -111,12 +111,12 @@ class DataSpec(Model):
 
 
 class EvalSpec(Model):
-    """The times of evaluation. The model is always evaluated once at the end as well."""
+    """The schedule of evaluations. The model is always evaluated once at the end as well."""
 
     every_steps: Count | None = None
-    """Evaluate after this many optimizer steps."""
+    """The number of optimizer steps between evaluations."""
     every_epochs: Count | None = None
-    """Evaluate after this many epochs."""
+    """The number of epochs between evaluations."""
     batch_size: Count | None = None
     """Samples per forward pass and process. None means the same as in training."""
 
@@ -131,14 +131,14 @@ class BestSpec(Model):
 
 
 class CheckpointSpec(Model):
-    """The times of saving. The state is always saved once at the end as well."""
+    """The schedule of checkpoints. The state is always saved once at the end as well."""
 
     every_steps: Count | None = None
-    """Save after this many optimizer steps."""
+    """The number of optimizer steps between checkpoints."""
     every_epochs: Count | None = None
-    """Save after this many epochs."""
+    """The number of epochs between checkpoints."""
     every: Duration | None = None
-    """Save at the first step boundary after this much time."""
+    """The time between checkpoints. Each is saved at the first step boundary after it."""
     keep: Count = 2
     """Number of newest checkpoints that are kept on disk."""
     best: BestSpec | None = None
@@ -149,8 +149,8 @@ class ChecksSpec(Model):
     """Checks that all processes still train the same model, and the response when they do not."""
 
     every: Natural = 50
-    """Compare all processes after this many optimizer steps, and before every checkpoint; 0 means
-    never."""
+    """The number of optimizer steps between comparisons of all processes. They are also compared
+    before every checkpoint. 0 means never."""
     on_mismatch: Literal["stop", "warn", "rollback"] = "stop"
     """The response when replicas differ: `stop` ends with a verdict, `warn` continues, `rollback`
     returns to the newest checkpoint."""
@@ -172,7 +172,7 @@ class LogSpec(Model):
     """Output during training."""
 
     every_steps: Count = 10
-    """Write a line of training metrics after this many optimizer steps."""
+    """The number of optimizer steps between lines of training metrics."""
     loggers: list[LoggerEntry] = Field(default_factory=list)
     """Loggers that receive metrics in addition to `metrics.jsonl`: names, or one name with its
     options; see docs/loggers.md."""
@@ -265,11 +265,11 @@ class JobSpec(Model):
     train: TrainSpec
     """How the task is trained."""
     data: DataSpec = DataSpec()
-    """The way samples are read."""
+    """Settings for reading samples."""
     eval: EvalSpec = EvalSpec()
-    """The times of evaluation."""
+    """The schedule of evaluations."""
     checkpoint: CheckpointSpec = CheckpointSpec()
-    """The times of saving."""
+    """The schedule of checkpoints."""
     checks: ChecksSpec = ChecksSpec()
     """Checks that all processes still train the same model, and the response when they do not."""
     log: LogSpec = LogSpec()

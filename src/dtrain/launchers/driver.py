@@ -41,7 +41,7 @@ class Order:
 
     def to_line(self) -> bytes:
         plain = {**vars(self), "plan": self.plan.to_json()}
-        return json.dumps(plain).encode() + b"\n"  # `to_json` rejects infinity, args may not
+        return json.dumps(plain).encode() + b"\n"  # args may be infinite, which `to_json` rejects
 
 
 class Reports:

@@ -269,7 +269,7 @@ class _Watch:
                 self._send(rank)
                 return
             self._outcome.codes[rank] = code
-            if code != 0:  # the agents usually end one another
+            if code != 0:  # the agents ask one another to end, and most have
                 self._deadline = min(self._deadline, time.monotonic() + self._grace_s)
 
     def _give_up_on_the_silent(self) -> None:

@@ -140,8 +140,7 @@ def decide(outcome: Outcome, stops: int, relaunches_left: int) -> int | None:
 
 
 class Driver:
-    """The driver of a run. It starts and watches attempts until one succeeds or fails, or none is
-    left."""
+    """The driver of a run. It makes attempts until one succeeds or fails or no more are allowed."""
 
     def __init__(self, plan: LaunchPlan) -> None:
         self._plan = plan

@@ -72,7 +72,7 @@ def submit(plan: LaunchPlan) -> JobLaunch:
         )
     with prepare.writing():
         folder = package.pack(plan)
-    os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # already excluded by git
+    os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # git-ignored files are already excluded
     server = client(options)
     job_id = f"{plan.run_id}-{plan.attempt}"
     try:

@@ -96,7 +96,7 @@ class OwnCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_TMPDIR": str(self.folder),  # hides the machine's current cluster
+            "RAY_TMPDIR": str(self.folder),  # keeps Ray's record of the current cluster separate
         }
 
 

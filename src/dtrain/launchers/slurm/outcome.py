@@ -82,7 +82,7 @@ def classify(
     code = job.exit_code or 1
     if job.state in _NODE_LOST:
         return Ending(code, _NODE_LOST[job.state], "node_lost")
-    if end is not None and job.state != "FAILED":  # else another node failed first
+    if end is not None and job.state != "FAILED":  # FAILED means that another node has failed
         why = "the job had to leave, and Slurm did not let it requeue itself"
         if job.restarts >= max_requeues:
             why = (

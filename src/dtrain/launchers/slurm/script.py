@@ -104,8 +104,7 @@ def shared_options(plan: LaunchPlan) -> list[str]:
 
 
 def _signal_before(options: SlurmOptions) -> int:
-    """Return the seconds. For a short time limit it is half of it, so that the workers can
-    progress."""
+    """Return seconds before the time limit, at most half of it, so that workers can progress."""
     limit = parse_duration(options.time) if options.time else float("inf")
     return max(1, int(min(options.signal_before, limit / 2)))
 
