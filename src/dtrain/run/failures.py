@@ -178,7 +178,7 @@ class FailureRecord:
             return None
 
     def write(self, run: RunDir, attempt: int) -> None:
-        """Write the record to the run directory, or if its disk is full, to a folder of this host."""
+        """Write the record to the run directory, or to a folder here if its disk is full."""
         path = (
             run.node_failure(attempt, self.node_rank)
             if self.rank is None
