@@ -264,9 +264,7 @@ def _guilt(record: FailureRecord) -> tuple[int, float]:
         return (1, 0.0)
     if record.kind == "agent":
         return (_VICTIM + 1, record.time)
-    if (
-        record.kind == "left" and record.collateral
-    ):  # it ended cleanly: others may fail before it ends
+    if record.kind == "left" and record.collateral:  # cleanly: others may fail before it ends
         return (_VICTIM - 1, record.time)
     says_so = record.kind == "exception" and failures.is_collateral(record.message)
     if record.collateral or says_so:
