@@ -64,7 +64,7 @@ _MEANT = {
 
 
 def _nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word that is most similar to one, without its leading dashes."""
+    """Return the known word that is most similar to one, ignoring leading dashes."""
     from difflib import get_close_matches
 
     bare = {name.lstrip("-"): name for name in known}

@@ -1,4 +1,4 @@
-"""`dtrain verify`: compare the training in every layout."""
+"""`dtrain verify`: check that the training is the same in every layout."""
 
 from __future__ import annotations
 

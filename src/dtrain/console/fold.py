@@ -43,7 +43,7 @@ class LineFolder:
     """
 
     def __init__(self, world_size: int, window_s: float, emit: Callable[[str], None]) -> None:
-        """Prepare the folder.
+        """Prepare to fold lines.
 
         Args:
             world_size: the number of ranks. A line that all of them have printed no longer waits.

@@ -307,8 +307,7 @@ class NodeAgent(SimpleElasticAgent):
         """Report the failure of workers here.
 
         Returns:
-            Whether it repeats the failure that caused the last restart, so that no other would
-                help.
+            Whether it repeats the failure that caused the last restart: no other would help.
         """
         first = verdict.cause_on_node([*self._failed.values()], self._absent, self._left)
         repeated = self._before is not None and first.repeats(self._before)

@@ -42,8 +42,7 @@ def run_agent(
         channel: the channel to the node's fork server.
         listen_fd: on the head, the socket that the launcher opened for the rendezvous.
         inherited: the environment that the workers inherit. It is the node's, before the fork
-            server
-            limited its own to one thread.
+            server limited its own to one thread.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"

@@ -39,7 +39,7 @@ from dtrain.run.flight_recorder import Ring
 from dtrain.run.rundir import RunDir
 
 WORKER_MODULES = ("dtrain.node.worker", "torch._dynamo")
-"""Imported before the first worker is forked, in addition to the plan's modules."""
+"""Modules imported before the first worker is forked, in addition to the plan's modules."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ class ForkServer:
             node_ranks: the nodes that this host serves, more than one when simulated.
             run_agent: called in each agent's process with (plan, node_rank, channel, listen_fd).
             is_superseded: called from time to time. Returns whether the launch has begun again
-                without
-                this host.
+                without this host.
         """
         self.plan = plan
         self.node_ranks = node_ranks

@@ -18,7 +18,7 @@ _LONGEST_PAUSE_S = 5.0
 
 
 def pause_s(lost_after_s: float) -> float:
-    """Return the heartbeat interval of an agent and its fork server: a few of them in that time."""
+    """Return the heartbeat interval of an agent and its fork server, a fraction of that time."""
     return min(_LONGEST_PAUSE_S, lost_after_s / 6)
 
 

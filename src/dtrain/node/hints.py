@@ -1,4 +1,4 @@
-"""Remedies for errors caused by the launch: the worker's folder, and what it lacks."""
+"""Remedies for errors caused by the launch: the worker's location, and what it lacks."""
 
 from __future__ import annotations
 

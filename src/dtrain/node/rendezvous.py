@@ -6,8 +6,8 @@ Here the node rank is the launcher's, and a round completes as soon as the last 
 nodes are known by name, and every round has its own store.
 
 The head (node 0) serves the store, only to processes that have the token of the attempt. Round n is
-complete when the head writes its members. An agent that wants to restart the workers joins round n
-+ 1. The others see it as a waiting node, so they join too.
+complete when the head writes its members. An agent that wants to restart the workers joins round
+n + 1. The others see it as a waiting node, so they join too.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class NodeRendezvous(RendezvousHandler):
         Args:
             settings: this node, and the address of the head.
             listener: on the head, a socket that already listens on the port, so that no other
-                process
-                can have taken it in between. None opens one.
+                process can have taken it in between. None opens one.
             notice: called with a sentence that names the nodes that are awaited.
 
         Raises:

@@ -1,7 +1,8 @@
-"""Detection of a run that prints nothing for a while. It is reported once, with each rank's stack.
+"""Detection of a run that prints nothing for a while.
 
-Only files are checked, every few seconds, so training is not affected. Silence need not be a fault:
-a script may print little. So the time doubles whenever a run continues without help.
+It is reported once, with the location of each rank of this node. Only files are checked, every few
+seconds, so training is not affected. Silence need not be a fault: a script may print little. So the
+time doubles whenever a run continues without help.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _LOOKS = 20
 _SWAPS = 100 << 20
 """The swapped bytes that exceed normal housekeeping."""
 _MOST_LOGS = 64
-"""With more ranks than this, only this node's and rank 0 are checked."""
+"""The most ranks for which all logs are checked. Beyond that, only this node's and rank 0's are."""
 
 
 class SilenceWatcher:

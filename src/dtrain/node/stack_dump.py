@@ -22,7 +22,7 @@ SIGNAL = signal.SIGRTMIN + 7
 """The signal that requests a worker's stack. No program is known to use it."""
 
 ASIDE = signal.SIGRTMIN + 8
-"""The same for a worker that must continue, see `answer_aside`."""
+"""The same signal for a worker that must continue, see `answer_aside`."""
 _ASIDE_NAME = "dtrain-stack"
 
 _ANSWER_S = 2.0  # longest wait: a stopped process never answers, a busy machine is slow

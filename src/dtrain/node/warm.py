@@ -24,7 +24,7 @@ from dtrain.procs import die_with_parent, fork_child, kill_group
 
 
 def main() -> None:
-    """Serve whoever is at the other end of the socket until it is closed; never returns."""
+    """Serve the process at the other end of the socket until it is closed. Never return."""
     parser = argparse.ArgumentParser(prog="python -m dtrain.node.warm", description=main.__doc__)
     parser.add_argument("--parent", type=int, required=True, help="pid of the parent to die with")
     parser.add_argument("--socket", type=int, required=True, help="where requests come from")

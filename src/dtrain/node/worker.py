@@ -46,7 +46,7 @@ def run_worker(run: RunDir, ring: Ring | None = None) -> int:
         run: its run directory.
         ring: the ring for the last collectives, shared with the process that started this one.
 
-    Any error that ends the training leaves a failure record in the run directory. The caller should
+    Any early end of the training leaves a failure record in the run directory. The caller should
     end the process with `os._exit`. With a DDP module alive, a normal exit hangs in 6-8 % of gloo
     runs, and it is ten times slower (measured, 100 runs of 4 ranks).
     """

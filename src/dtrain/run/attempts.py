@@ -128,7 +128,7 @@ class Handle:
 
     @property
     def is_here(self) -> bool:
-        """Return whether this process could see its process: same boot and PID namespace."""
+        """Return whether its process is visible here: it has the same boot and PID namespace."""
         return self.identity is not None and procs.is_here(self.identity)
 
     def is_alive(self, run: RunDir) -> bool:

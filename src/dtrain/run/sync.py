@@ -65,7 +65,7 @@ class ChangeScanner:
         """Yield each file that has changed: its name, its known state and its present state.
 
         Args:
-            only: patterns of the files that are wanted. None given: all.
+            only: patterns of the files that are wanted. Without any, all are.
             but: patterns of files that are not wanted.
         """
         for name in _names(self._folder, only, but):

@@ -34,7 +34,7 @@ class NodePlacement:
     """The plan with the present attempt, node names and rendezvous."""
     node_ranks: list[int]
     listen_fd: int | None
-    """On the head, the open port of the rendezvous."""
+    """The open port of the rendezvous, on the head."""
     environ: Mapping[str, str]
     """The environment that the workers inherit."""
 

@@ -82,7 +82,7 @@ class RemoteCheckpoints:
         Several ranks of a host may ask at once: the first one brings it.
 
         Raises:
-            CheckpointError: it is not complete. The error says what is missing or wrong.
+            CheckpointError: it is not complete. The error names the reason.
         """
         text = self._store.read(f"{folder.name}/{MANIFEST}")
         if text is None:

@@ -56,7 +56,7 @@ class Mirror:
         """Copy new data from this host to the URL.
 
         Args:
-            only: patterns of the files that this process is responsible for. None given: all.
+            only: patterns of the files that this process is responsible for. Without any, all are.
             but: patterns of files that it is not responsible for.
 
         Raises:
@@ -74,7 +74,7 @@ class Mirror:
         """Copy new data from the URL to this host.
 
         Args:
-            only: patterns of the files that are wanted. None given: all.
+            only: patterns of the files that are wanted. Without any, all are.
             but: patterns of files that are not wanted.
 
         Raises:

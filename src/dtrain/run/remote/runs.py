@@ -103,7 +103,7 @@ def syncing(
     Args:
         run: the run.
         say: called with a message when not everything could be written in the end.
-        only: patterns of the files that this process is responsible for. None given: all.
+        only: patterns of the files that this process is responsible for. Without any, all are.
         but: patterns of files that it is not responsible for.
     """
     url = run.url

@@ -45,8 +45,7 @@ class RemoteStore:
         Args:
             url: the URL of the folder.
             patient: whether to wait for a server that is away for a minute. Use it when a training
-                is
-                at stake, not a command.
+                is at stake, not a command.
 
         Raises:
             PlanError: it is not such a URL, or the package for it is missing.
