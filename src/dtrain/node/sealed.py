@@ -307,7 +307,7 @@ class _Guest:
         self.outgoing = b""
         self.has_spoken = False
         self.is_watched_for_room = True
-        """Whether the loop waits until more can be sent."""
+        """True while the loop waits until more can be sent."""
         self._incoming = bytearray()
         self._table, self._token = table, token
         self._nonce = secrets.token_bytes(NONCE)

@@ -1,11 +1,11 @@
 """`python -m dtrain.node.warm`: forks the node processes of many short launches of one job.
 
 A node process spends 3.5 CPU seconds on `import torch` and the workers' imports (2 cores, 2026-11).
-That is more than a training of five steps. This process does it once, and forks `python -m
-dtrain.node` with torch already imported. Everything else is the same as in any other launch: its
-arguments, environment, log and descriptors, its agents and workers, and how it ends. This process
-always has one thread, so that it may fork. It trains nothing, so that no state of one launch comes
-into the next.
+That is more than a training of five steps. This process does it once, and forks
+`python -m dtrain.node` with torch already imported. Everything else is the same as in any other
+launch: its arguments, environment, log and descriptors, its agents and workers, and how it ends.
+This process always has one thread, so that it may fork. It trains nothing, so that no state of one
+launch comes into the next.
 
 It ends with the process that started it, and all that it forked ends with it.
 """

@@ -24,7 +24,7 @@ class End:
 
     exit_code: int
     left: bool
-    """Whether it was asked to stop."""
+    """True when it was asked to stop."""
 
 
 class SlurmFiles:

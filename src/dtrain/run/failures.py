@@ -147,12 +147,12 @@ class FailureRecord:
     log: Text = ""
     """The path of the log that has more."""
     collateral: bool = False
-    """Whether the process itself knew that another rank was the cause."""
+    """True when the process itself knew that another rank was the cause."""
     step: Whole | None = None
     """The optimizer step in which it failed, 0 before the first. None where a retry may end
     differently, or where steps are not known."""
     repeated: bool = False
-    """Whether the previous restart had failed in the same way."""
+    """True when the previous restart had failed in the same way."""
     hint: Text = ""
     """A remedy that depends on what the process was doing."""
     code: Text = ""

@@ -72,7 +72,7 @@ class Divergence:
     rank: int
     """The first rank that differs from the majority, or from rank 0 where there is no majority."""
     decided: bool
-    """Whether there is a majority."""
+    """True when there is a majority."""
     call: str
     """The call of that rank."""
     others: str
