@@ -1,1 +1,1 @@
-"""The command line: one command per file, thin over the Python API."""
+"""The command line: one command per file, a thin layer over the Python API."""

@@ -28,7 +28,7 @@ def launch(
     detach: bool,
     quiet: bool,
 ) -> int:
-    """Submit a run for each combination of values, and follow them; the exit code."""
+    """Submit a run for each combination of values, and follow them. Return the exit code."""
     from dtrain.launchers.array import drive_array
 
     launcher, elements = prepare(job, fields, options)
@@ -38,7 +38,7 @@ def launch(
 
 
 def show(job: str, fields: tuple[str, ...], at_once: int | None, options: dict[str, Any]) -> None:
-    """Print what would be launched: each run's values, and the script."""
+    """Print the planned launch: each run's values, and the script."""
     launcher, elements = prepare(job, fields, options)
     for element in elements:
         click.echo(f"{element.plan.run_id}: {element.chosen}")
@@ -51,7 +51,7 @@ def show(job: str, fields: tuple[str, ...], at_once: int | None, options: dict[s
 def prepare(
     job: str, fields: tuple[str, ...], options: dict[str, Any]
 ) -> tuple[ArrayCapable, list[Element]]:
-    """A plan for each combination of values, in order; errors as for `plan_run`.
+    """Return a plan for each combination of values, in order. Errors are those of `plan_run`.
 
     Raises:
         UsageError: a value is given twice, or the launcher submits no arrays.
@@ -84,10 +84,12 @@ def prepare(
 
 
 def values(text: str) -> list[str]:
-    """`train.lr=0.1,0.01` → `train.lr=0.1` and `train.lr=0.01`; a list in brackets is one value.
+    """Split `train.lr=0.1,0.01` into `train.lr=0.1` and `train.lr=0.01`.
+
+    A list in brackets is one value.
 
     Raises:
-        UsageError: it is not of this form.
+        UsageError: it does not have this form.
     """
     from dtrain.errors import UsageError
 

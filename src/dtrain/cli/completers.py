@@ -1,6 +1,6 @@
-"""What a shell may offer for a word of a command line: runs, profiles, fields, options, files.
+"""Completions that a shell may offer on a command line: runs, profiles, fields, options, files.
 
-`--help` imports this, so each function imports what it needs when a shell asks.
+`--help` imports this module, so each function imports its own needs when a shell asks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]
 
 
 def _offers(names: Callable[[click.Context], Iterable[str]]) -> Completer:
-    """Offer those names that begin with what is written; none where they cannot be found."""
+    """Offer the names that begin with the written text. Offer none if they cannot be found."""
 
     @functools.wraps(names)
     def complete(
@@ -72,7 +72,7 @@ def trainers(_context: click.Context) -> list[str]:
 
 @_offers
 def fields(_context: click.Context) -> list[str]:
-    """Offer every field of job.yaml that holds one value, as `train.epochs=`."""
+    """Offer every field of job.yaml that holds one value, for example `train.epochs=`."""
     from dtrain.job.errors import fields_of, model_at
     from dtrain.job.located import dotted
     from dtrain.job.spec import JobSpec

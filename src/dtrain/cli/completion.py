@@ -1,4 +1,4 @@
-"""`dtrain completion`: the script with which a shell completes dtrain's command lines."""
+"""`dtrain completion`: the script that lets a shell complete dtrain's command lines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dtrain.cli import options as shared
 
 SHELLS = ("bash", "zsh", "fish")
 # click's scripts put a space after every completion, also after `train.epochs=`, where the value
-# follows; fish puts none after `=` by itself.
+# must follow. fish puts none after `=`.
 _NO_SPACE = {
     "bash": (
         "COMPREPLY+=($value)",

@@ -46,6 +46,6 @@ def command(
     argv += ["--step", str(step)] if step is not None else []
     argv += ["--averaged"] if averaged else []
     argv += ["--output", output] if output is not None else []
-    # a process of its own: nothing that this one imports may import torch
+    # a separate process: this one must not import torch
     environment = {**os.environ, "KERAS_BACKEND": "torch"}
     return subprocess.run(argv, env=environment, check=False).returncode

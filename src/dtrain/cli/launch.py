@@ -88,7 +88,7 @@ def command(
 
 
 def start(prepared: Prepared, quiet: bool, detach: bool = False) -> int:
-    """Start a plan and follow it to its end, or only start it; the exit code."""
+    """Start a plan, and follow it to its end unless `detach` is set. Return the exit code."""
     from dtrain.console.live import LiveConsole
     from dtrain.launchers.supervise import drive
 

@@ -1,4 +1,4 @@
-"""`dtrain logs`: what the ranks of a run wrote."""
+"""`dtrain logs`: the output of the ranks of a run."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _POLL_S = 0.1
 def _numbers(
     _context: click.Context, option: click.Parameter, given: tuple[str, ...]
 ) -> list[range]:
-    """`0-3,7` as ranges.
+    """Parse `0-3,7` as ranges.
 
     Raises:
-        BadParameter: it is none.
+        BadParameter: it has another form.
     """
     found: list[range] = []
     for text in (part.strip() for each in given for part in each.split(",")):
@@ -118,7 +118,7 @@ def command(
 
 
 def _follow(run: RunDir, view: _View, newer: bool) -> int:
-    """Show what comes until the run has ended, of `newer` attempts too; the run's exit code."""
+    """Show new lines until the run has ended, also of `newer` attempts. Return its exit code."""
     from dtrain.launchers import status
     from dtrain.run.remote.runs import refresher
 
@@ -136,7 +136,7 @@ def _follow(run: RunDir, view: _View, newer: bool) -> int:
 
 
 class _View:
-    """The chosen logs of one attempt, their lines folded."""
+    """The chosen logs of one attempt, with folded lines."""
 
     def __init__(
         self,
@@ -155,17 +155,17 @@ class _View:
         self._ranks, self._nodes = ranks, nodes
         self._as_json, self._tail = as_json, tail
         self._past: deque[str] | None = None
-        """The last lines of what was written before, while that is looked through."""
+        """The last lines that were written earlier, while these are read."""
         self._logs: Follower[int] = Follower()
         self.seen: set[int] = set()
         self._folder = LineFolder(LaunchPlan.read(run).world_size, _FOLD_WINDOW_S, self._print)
 
     def show_history(self) -> None:
-        """All that is written, in order of time; or the last lines of it."""
+        """Show all lines in order of time, or the last of them."""
         self._show_past(self._new_logs())
 
     def begin_to_follow(self) -> None:
-        """Show the last lines of what is written by now, where not all of it is wanted."""
+        """Show the last of the lines written so far, if not all of them are wanted."""
         if self._tail is not None:
             logs, read = self._new_logs(), dict[int, int]()
             self._show_past(logs, read)
@@ -199,14 +199,14 @@ class _View:
         self._folder.flush(float("inf"))
 
     def move_on(self) -> None:
-        """Go on with the attempt that a requeued job has come to."""
+        """Continue with the newest attempt of a requeued job."""
         newest = max([self._attempt, *self._run.attempts()])
         if newest != self._attempt:
             self.close()
             self._attempt, self.seen = newest, set()
 
     def _new_logs(self) -> dict[int, Path]:
-        """The chosen logs that were not there before."""
+        """Return the chosen logs that are new."""
         new = {
             rank: path
             for rank, (node, path) in self._run.rank_logs(self._attempt).items()

@@ -1,4 +1,4 @@
-"""`dtrain`: the group of all commands. Imports none of them until it is called."""
+"""`dtrain`: the group of all commands. It imports none of them until it is called."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import click
 from dtrain.console import out
 from dtrain.errors import DtrainError, UsageError, printable
 
-# name → (module, one line of help). The lines stand here so that `dtrain --help` imports no
-# command, no pydantic and no torch: it is the first thing that anybody tries.
+# name → (module, one line of help). The lines are here so that `dtrain --help` imports no command,
+# no pydantic and no torch: it is the first command that most users try.
 _COMMANDS = {
     "launch": (
         "dtrain.cli.launch",
@@ -60,11 +60,11 @@ _MEANT = {
     "tail": "logs",
     "train": "launch",
 }
-"""What other tools call a command."""
+"""Names of commands in other tools, and dtrain's names for them."""
 
 
 def _nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is most like one, dashes in front left aside."""
+    """Return the known word that is most similar to one, ignoring leading dashes."""
     from difflib import get_close_matches
 
     bare = {name.lstrip("-"): name for name in known}
@@ -110,7 +110,10 @@ class _LazyGroup(click.Group):
 
 @contextlib.contextmanager
 def _readers_may_leave() -> Iterator[None]:
-    """End like any program whose reader has left, as in `dtrain logs | head -1`; click says 1."""
+    """Exit like other programs whose reader has closed, as in `dtrain logs | head -1`.
+
+    click itself would exit with 1.
+    """
     try:
         yield
     except BrokenPipeError as error:
@@ -158,7 +161,7 @@ def cli() -> None:
 
 
 def main(argv: list[str] | None = None) -> Any:
-    """Run the command line; errors meant for people are printed without a traceback."""
+    """Run the command line. Errors meant for users are printed without a traceback."""
     out.prepare()
     try:
         status = cli.main(args=argv, prog_name="dtrain", standalone_mode=False)
@@ -186,11 +189,11 @@ _CLICK_CODES = {
     "BadOptionUsage": "usage.option-without-value",
     "UsageError": "usage.unexpected-argument",
 }
-"""Class of click's errors → code; of several, the nearest class counts."""
+"""The code of each of click's errors. If several classes match, the nearest one counts."""
 
 
 def _as_told(error: click.ClickException | DtrainError | OSError) -> DtrainError | None:
-    """The error with a code that a person is told; None for one that nobody foresaw."""
+    """Return the error to report, with its code. None for an unexpected error."""
     if isinstance(error, DtrainError):
         return error
     if isinstance(error, click.ClickException):

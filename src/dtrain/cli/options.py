@@ -29,7 +29,7 @@ _WIDEST = 26
 
 
 class _Option(click.Option):
-    """An option that stands in a group of its own in `--help`."""
+    """An option with its own group in `--help`."""
 
     def __init__(self, *args: Any, group: str = MORE, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -45,7 +45,7 @@ class Command(click.Command):
     """A command whose `--help` has groups of options, and examples at the end."""
 
     def __init__(self, *args: Any, examples: tuple[tuple[str, str], ...] = (), **more: Any) -> None:
-        """As of click, with examples: command lines, each with what it does."""
+        """Take click's arguments, and examples: command lines, each with its effect."""
         super().__init__(*args, **more)
         self._examples = examples
 
@@ -140,7 +140,7 @@ _JOB_OPTIONS = (
 
 
 _OF_LAUNCHER = "launcher_option_"
-"""Begins the names of arguments that are options of a launcher."""
+"""The prefix of the names of arguments that are options of a launcher."""
 
 
 def _click_option(flag: Flag) -> Callable[[_Function], _Function]:
@@ -159,9 +159,9 @@ def _with_unit(unit: str) -> Callable[[click.Context, click.Parameter, str | Non
 
 
 class LaunchCommand(Command):
-    """A command that also takes the flags of launchers from outside.
+    """A command that also takes the flags of external launchers.
 
-    They are looked for only where one is not known, or help is asked for: that takes 0.1 s.
+    They are looked up only for an unknown flag or for help: that takes 0.1 s.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -187,7 +187,7 @@ class LaunchCommand(Command):
 
 
 def _of_script(error: click.NoSuchOption, given: list[str]) -> click.NoSuchOption | UsageError:
-    """The error of an option that is the script's, with the command line that gives it one."""
+    """Return the error for an option of the script, with the correct command line."""
     scripts = [number for number, text in enumerate(given) if text.endswith(".py")]
     name = error.option_name
     found = [n for n, text in enumerate(given) if text.replace("_", "-").startswith(name)]
@@ -202,21 +202,21 @@ def _of_script(error: click.NoSuchOption, given: list[str]) -> click.NoSuchOptio
 
 
 def size_options(function: _Function) -> _Function:
-    """Options that say how large a launch is; for launch, plan and resume."""
+    """Add the options for the size of a launch, used by launch, plan and resume."""
     for each in reversed((*_SIZE_OPTIONS, runs_option, *map(_click_option, flags.FLAGS))):
         function = each(function)
     return function
 
 
 def job_options(function: _Function) -> _Function:
-    """Options that only a new run has; for launch and plan."""
+    """Add the options that only a new run has, used by launch and plan."""
     for each in reversed(_JOB_OPTIONS):
         function = each(function)
     return size_options(function)
 
 
 def request(options: dict[str, Any]) -> Request:
-    """What a command was asked for besides the job."""
+    """Return the request of a command: all options except the job."""
     from dtrain.planning import Request
 
     return Request(
@@ -241,7 +241,7 @@ def _launcher_options(options: dict[str, Any]) -> dict[str, Located]:
 
 
 def written_flags(options: dict[str, Any]) -> dict[str, Any]:
-    """The flags that were given, as fields of job.yaml with the flag's spelling for errors."""
+    """Return the given flags as fields of job.yaml, with the flag's spelling for errors."""
     from dtrain.job.load import flag
     from dtrain.planning import FIELDS
 

@@ -1,4 +1,4 @@
-"""`dtrain plan`: everything that a launch would do, and where each value came from."""
+"""`dtrain plan`: everything that a launch would do, and the source of each value."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _explained(prepared: Prepared) -> list[str]:
 
 
 def _option_sources(prepared: Prepared) -> dict[str, str]:
-    """Where each option of the launcher was written, `default` where nowhere."""
+    """Return where each option of the launcher was written, or `default`."""
     options, written = prepared.plan.options, prepared.plan.sources
     names = (
         name for name in type(options).model_fields if not isinstance(getattr(options, name), dict)

@@ -11,7 +11,7 @@ from dtrain.console import out
 from dtrain.run.lookup import here
 
 _LEFT_OUT = ("LAUNCHER", "STRATEGY", "RANKS", "STARTED", "SET")
-"""Columns that a terminal does not show where there are too few, in this order."""
+"""Columns that a narrow terminal does not show, in this order."""
 _SHORTEST_SET = 16
 _HAS_A_COLUMN = (
     "name",
@@ -50,7 +50,7 @@ def command(runs: str, as_json: bool) -> None:
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
-    """A row of the table, by heading."""
+    """Return a row of the table, by heading."""
     from dtrain.run.files import duration, local_time
 
     last = row.get("eval") or {k: v for k, v in row.get("train", {}).items() if k == "loss"}
@@ -73,11 +73,11 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def table(rows: list[dict[str, Any]], width: int | None) -> list[str]:
-    """The runs as lines.
+    """Return the runs as lines.
 
     Args:
-        rows: summaries.
-        width: columns that a line may have; None for any. Where there are too few, SET is
+        rows: summaries of the runs.
+        width: the columns that a line may have. None means any number. If there are too few, SET is
             shortened, then LAUNCHER, STRATEGY, RANKS and STARTED are left out, then SET.
     """
     cells = [_cells(row) for row in rows]

@@ -1,4 +1,4 @@
-"""`dtrain status`: the state of one run, and how far it is."""
+"""`dtrain status`: the state and progress of one run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def command(run: str, runs: str, as_json: bool) -> None:
 
 
 def _text(name: str, value: Any, row: dict[str, Any]) -> str:
-    """A value for people; empty where there is nothing to show."""
+    """Return a value for people. Empty if there is nothing to show."""
     from dtrain.run.files import duration, local_time
 
     if value in (None, {}) or name in ("total_steps", "percent"):
@@ -68,14 +68,14 @@ def _text(name: str, value: Any, row: dict[str, Any]) -> str:
 
 
 def steps(row: dict[str, Any]) -> str:
-    """`20 of 48 (41 %)`, or `20` where nobody knows how many there will be."""
+    """Return `20 of 48 (41 %)`, or `20` if the total is not known."""
     if row.get("total_steps") is None:
         return str(row["step"])
     return f"{row['step']} of {row['total_steps']} ({row['percent']} %)"
 
 
 def _folded(label: str, text: str) -> str:
-    """A line for a terminal of any width; for a pipe, one line."""
+    """Return a line for a terminal of any width. For a pipe, it is not folded."""
     width = out.width()
     if width is None:
         return label + text

@@ -1,4 +1,4 @@
-"""`dtrain verify`: is it the same training, however it is run?"""
+"""`dtrain verify`: check that the training is the same in every layout."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def command(html: str | None, as_json: bool, **options: Any) -> int:  # fmt: ski
     """
     from dtrain.verification.session import Session
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # there are folders to clear away
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # temporary folders must be removed
     waiting = _Waiting()
     shows = not as_json and out.on_terminal()
     with Session(**options, watch=waiting.show if shows else None) as session:
@@ -233,7 +233,7 @@ def _aloud(session: Session, waiting: _Waiting) -> Report:
 
 
 class _Waiting:
-    """The last line of a terminal: what runs, and for how long."""
+    """The last line of a terminal, which shows what runs, and for how long."""
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
@@ -241,7 +241,7 @@ class _Waiting:
         self._shown = ""
 
     def show(self, progress: Progress) -> None:
-        """Write it anew where it has changed."""
+        """Write the line again if it has changed."""
         from dtrain.verification import text
 
         if progress != self._progress:

@@ -1,1 +1,1 @@
-"""What a person sees: lines of many ranks folded into few, and a launch as it goes."""
+"""Console output: lines of many ranks folded into few, and the progress of a launch."""

@@ -1,4 +1,4 @@
-"""Identical lines of several ranks, within a moment, as one: `[ranks 0-7] …`."""
+"""Folding of identical lines of several ranks, within a moment, into one: `[ranks 0-7] …`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_WARNINGS = 1_000
 @dataclass
 class _Waiting:
     line: str
-    """As the first rank wrote it, time included."""
+    """The line as the first rank wrote it, including the time."""
     text: str
     since: float
     is_warning: bool
@@ -30,24 +30,25 @@ class _Same:
 
     numbers: deque[int]
     newest_of: dict[int, int]
-    """rank → number of the newest that it has said."""
+    """The number of the newest line that each rank has printed."""
 
 
 class LineFolder:
-    """Holds each line for a moment, to see which other ranks say the same.
+    """Holds each line for a moment, to find the other ranks that print the same.
 
-    A line comes out where the first rank said it, so that within a moment lines of another rank
-    that said it too may change places. No line is lost, but for one thing: a warning that was
-    shown for some rank is not shown again for the others, however late they say it.
+    A line is shown at the position where the first rank printed it. So within a moment, lines of
+    another rank that also printed it may change their order. No line is lost, with one exception: a
+    warning that was shown for one rank is not shown again for the others, however late they print
+    it.
     """
 
     def __init__(self, world_size: int, window_s: float, emit: Callable[[str], None]) -> None:
-        """Prepare.
+        """Prepare to fold lines.
 
         Args:
-            world_size: number of ranks; a line that all have said waits no longer.
-            window_s: how long a line waits for other ranks to say the same.
-            emit: called with each line to show, in the order in which they were first said.
+            world_size: the number of ranks. A line that all of them have printed no longer waits.
+            window_s: how long a line waits for other ranks to print the same.
+            emit: called with each line to show, in the order in which they were first printed.
         """
         self._world_size = world_size
         self._window_s = window_s
@@ -59,7 +60,7 @@ class LineFolder:
         self._in_warning: set[int] = set()
 
     def feed(self, rank: int, line: str, now: float) -> None:
-        """Take in a line of one rank; `now` in seconds of any clock that does not go back."""
+        """Take in a line of one rank. `now` is in seconds of any monotonic clock."""
         self.flush(now)
         text = _STAMP.sub("", line)
         is_warning = self._is_warning(rank, text)
@@ -68,7 +69,7 @@ class LineFolder:
         self.flush(now)
 
     def flush(self, now: float) -> None:
-        """Show the lines that have waited long enough; `inf` shows all."""
+        """Show the lines that have waited long enough. `inf` shows all."""
         while self._waiting:
             waiting = next(iter(self._waiting.values()))
             if (
@@ -87,7 +88,7 @@ class LineFolder:
             self._emit(self._prefixed(waiting))
 
     def _join(self, rank: int, line: str, text: str, now: float, is_warning: bool) -> None:
-        """Add the rank to the first such line that it has not said yet, or let the line wait."""
+        """Add the rank to the first such line that it has not printed yet, or let the line wait."""
         same = self._same.setdefault(text, _Same(deque(), {}))
         later = bisect_right(same.numbers, same.newest_of.get(rank, -1))
         if later == len(same.numbers):
@@ -98,7 +99,7 @@ class LineFolder:
         self._waiting[same.numbers[later]].ranks.add(rank)
 
     def _is_warning(self, rank: int, text: str) -> bool:
-        """Whether this is a warning, or the indented source line that Python adds to one."""
+        """Return whether this is a warning, or the indented source line that Python adds to one."""
         source_line = rank in self._in_warning and text.startswith("  ")
         self._in_warning.discard(rank)
         if _WARNING.search(text):
@@ -107,7 +108,10 @@ class LineFolder:
         return source_line
 
     def _has_been_shown(self, rank: int, text: str) -> bool:
-        """Whether this is a late rank's copy of a warning; its own second one is shown."""
+        """Return whether this is a late rank's copy of a warning.
+
+        The second one of a rank is shown.
+        """
         ranks = self._warned.get(text)
         if ranks is None or rank in ranks:
             return False
@@ -126,7 +130,7 @@ class LineFolder:
 
 
 def rank_label(ranks: Iterable[int]) -> str:
-    """`[rank 3]`, `[ranks 0-3,6]`."""
+    """Return a label for ranks, for example `[rank 3]` or `[ranks 0-3,6]`."""
     ordered = sorted(ranks)
     runs: list[list[int]] = []
     for rank in ordered:

@@ -1,4 +1,4 @@
-"""Logs that are already written, merged by the times that stand in them."""
+"""Logs that are already written, merged by the times in their lines."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _STAMP = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[,.](\d{3}) ")
 def merged(
     logs: Mapping[int, Path], read: dict[int, int] | None = None
 ) -> Iterator[tuple[float, int, str]]:
-    """(time, rank, line) of several ranks' logs, in order of time; reads as it goes.
+    """Yield (time, rank, line) of several ranks' logs in order of time, and read them on demand.
 
-    A line without a time of its own has that of the line before it.
+    A line without a time has that of the line before it.
 
     Args:
         logs: the file of each rank.
-        read: is given how many bytes of each file were read, for who will read on: a last line
-            that has no end yet is left for then.
+        read: receives the number of bytes read from each file, for a later reader. A last line
+            without an end is left for that reader.
     """
     timed = (_timed(rank, path, read) for rank, path in logs.items())
     return heapq.merge(*timed, key=lambda each: each[0])
@@ -42,7 +42,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _whole_lines(rank: int, path: Path, read: dict[int, int]) -> Iterator[str]:
-    """What the file holds now; what comes while it is read is left for later."""
+    """Yield the present lines of the file. Lines that are written meanwhile are left for later."""
     with path.open("rb") as file:
         size, read[rank] = file.seek(0, os.SEEK_END), file.seek(0)
         for line in file:

@@ -1,4 +1,4 @@
-"""What a person sees of a launch while it runs: rank 0's lines, the others' warnings, progress."""
+"""The output of a running launch: rank 0's lines, the others' warnings, progress."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _STEP_LINE = re.compile(_SAID + r"step (\d+)/(\d+|\?) ")
 _END_LINE = re.compile(_SAID + r"(finished: |leaving after )")
 _WIDEST_BAR = 100
 _BESIDE_TEXT = 40
-"""Columns that a bar needs besides its text: step, bar, time left."""
+"""The columns that a bar needs in addition to its text: step, bar, time left."""
 _SERIOUS = re.compile(r"^\d{4}-\d\d-\d\d \S+ (WARNING|ERROR|CRITICAL) ")
-# On a console the time is now, and what is said at INFO needs no level and no module.
+# On a console the time is now, and an INFO message needs no level and no module.
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\d \S+ (INFO \S+: )?")
 
 
 class LiveConsole:
-    """Follows the run directory: nothing of it depends on where the processes run."""
+    """Follows the run directory. It does not depend on where the processes run."""
 
     def __init__(self, plan: LaunchPlan, *, quiet: bool = False) -> None:
         """Begin to follow.
 
         Args:
             plan: the launch.
-            quiet: show only what the launcher itself says.
+            quiet: whether to show only the launcher's own messages.
         """
         self._plan = plan
         self._quiet = quiet
@@ -56,15 +56,15 @@ class LiveConsole:
         self._folder = LineFolder(plan.world_size, _FOLD_WINDOW_S, self._print)
         self._bar: _Bar | NotebookBar | None = None
         self._pace: StepLines | None = None
-        """Of a terminal, whose bar shows the steps between."""
+        """The selection of lines on a terminal, whose bar shows the steps between them."""
         if not quiet and notebook.is_here():
             self._bar = NotebookBar()
         elif not quiet and out.on_terminal():
             self._bar, self._pace = _Bar(), StepLines()
-        self._records.skip_to_end()  # a resumed run has told its past already
+        self._records.skip_to_end()  # a resumed run has already shown its past
 
     def begin(self, text: str) -> None:
-        """Show what is about to happen, unless only the end is wanted."""
+        """Announce the next action, unless only the end is wanted."""
         if not self._quiet:
             self.say(text)
 
@@ -91,15 +91,15 @@ class LiveConsole:
                 self._folder.feed(rank, _STAMP.sub("", each), now)
 
     def width(self) -> int | None:
-        """Columns that a line may have; None for any."""
+        """Return the columns that a line may have. None means any number."""
         return out.width()
 
     def paint(self, text: str, colour: str | None) -> str:
-        """A text in a colour, where colours are shown."""
+        """Return a text in a colour, where colours are shown."""
         return out.paint(text, colour)
 
     def _find_logs(self) -> None:
-        """Follow what was not there before, in further attempts too: batch jobs are requeued."""
+        """Follow logs that are new, in further attempts too: batch jobs are requeued."""
         run, first = self._plan.run, self._plan.attempt
         for attempt in range(first, max([first, *run.attempts()]) + 1):
             logs = run.rank_logs(attempt)
@@ -109,12 +109,12 @@ class LiveConsole:
                     self._logs.add((attempt, rank), logs[rank][1])
 
     def say(self, text: str) -> None:
-        """Show a line of the launcher's own, after all that came before it."""
+        """Show a line of the launcher itself, after all that came before it."""
         self._folder.flush(float("inf"))
         self._print(text)
 
     def close(self) -> None:
-        """Show the rest, and take the progress bar away."""
+        """Show the rest, and remove the progress bar."""
         self.tick()
         if not self._quiet:
             self._feed(self._logs.finish(), time.monotonic())
@@ -124,7 +124,11 @@ class LiveConsole:
             self._bar = None
 
     def _is_shown(self, rank: int, line: str) -> bool:
-        """Rank 0 speaks for all; of the others only warnings. Tracebacks are the verdict's."""
+        """Return whether to show a line of a rank.
+
+        Rank 0 speaks for all. Only warnings of the others are shown. Tracebacks belong to the
+        verdict.
+        """
         if line == FAILURE_OPEN:
             self._failing.add(rank)
         if rank in self._failing:
@@ -148,7 +152,10 @@ class LiveConsole:
             self._announce_restart()
 
     def _announce_restart(self) -> None:
-        """Every node has reported the first failure that it saw; one of them is the cause."""
+        """Announce a restart.
+
+        Every node has reported the first failure that it saw: one is the cause.
+        """
         failures = [each for each in self._failures if each["restart"] == self._restart - 1]
         if not failures:
             return
@@ -168,7 +175,7 @@ class LiveConsole:
 
 
 class StepLines:
-    """Which lines of steps are shown: the first, one in ten seconds, and the last."""
+    """Selects the lines of steps to show: the first, one every ten seconds, and the last."""
 
     def __init__(self) -> None:
         self._shown_at = -math.inf
@@ -176,11 +183,11 @@ class StepLines:
         """The newest line of a step that was not shown."""
 
     def pick(self, line: str, now: float) -> list[str]:
-        """The lines to show when rank 0 says one.
+        """Return the lines to show when rank 0 logs a step.
 
         Args:
-            line: of its log.
-            now: seconds of a clock that does not go back.
+            line: a line of its log.
+            now: the seconds of a monotonic clock.
         """
         step = _STEP_LINE.match(line)
         if step is None:
@@ -197,7 +204,7 @@ class StepLines:
 
 
 class _Bar:
-    """The progress bar of a terminal; it stays below the lines."""
+    """The progress bar of a terminal, which stays below the lines."""
 
     def __init__(self) -> None:
         from rich.console import Console

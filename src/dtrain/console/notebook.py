@@ -1,7 +1,7 @@
 """A line of progress in the output of a notebook's cell, rewritten in place.
 
-rich draws its bar there by ipywidgets, which not everybody has; any front end can rewrite an
-output that has a name.
+There rich draws its bar with ipywidgets, which may be missing. Any front end can rewrite an output
+that has a name.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _WIDTH = 30
 
 
 def is_here() -> bool:
-    """Whether this process is the kernel of a notebook."""
+    """Return whether this process is the kernel of a notebook."""
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     return hasattr(shell, "kernel")
 
 
 class NotebookBar:
-    """What `_Bar` is of a terminal; the lines come below it."""
+    """The notebook's counterpart of a terminal's `_Bar`. The lines come below it."""
 
     def __init__(self) -> None:
         self._total: int | None = None
@@ -44,7 +44,7 @@ class NotebookBar:
         print(text, flush=True)
 
     def close(self) -> None:
-        """Leave the last state where it is."""
+        """Keep the last state on display."""
 
     def _show(self, step: int, text: str) -> None:
         from IPython.display import display

@@ -1,4 +1,4 @@
-"""Where lines for people go, and what happens when nobody takes them any more."""
+"""Output for people, and its handling when no reader is left."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ _STATE_COLOURS = {
     "damaged": "red",
     "cancelled": "yellow",
 }
-"""A run's state → its colour; one that is only prepared has none."""
+"""The colour of each state of a run. A run that is only prepared has none."""
 _COLOURS = {"dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
 _STDOUT = 1
 _GONE = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
 
 
 def on_terminal() -> bool:
-    """Whether a person looks at what is printed."""
+    """Return whether the output goes to a terminal."""
     return sys.stdout is not None and sys.stdout.isatty()
 
 
 def width() -> int | None:
-    """Columns of the terminal; None of a file or a pipe, which have no width."""
+    """Return the columns of the terminal. None for a file or a pipe, which have no width."""
     return shutil.get_terminal_size().columns if on_terminal() else None
 
 
 def paint(text: str, colour: str | None, stream: TextIO | None = None) -> str:
-    """A text in a colour, on a terminal that shows colours and where NO_COLOR is not set.
+    """Return a text in a colour, on a terminal that shows colours and if NO_COLOR is not set.
 
     Args:
-        text: what is printed.
-        colour: of `_COLOURS`; None: none.
-        stream: where it is printed; None: stdout.
+        text: the text.
+        colour: a colour of `_COLOURS`. None means none.
+        stream: the stream where it is printed. None means stdout.
     """
     if colour is None or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
@@ -52,21 +52,21 @@ def paint(text: str, colour: str | None, stream: TextIO | None = None) -> str:
 
 
 def state(name: str) -> str:
-    """The state of a run, in its colour."""
+    """Return the state of a run, in its colour."""
     return paint(name, _STATE_COLOURS.get(name))
 
 
 def say(text: str) -> None:
-    """Print a line, for who has more to do than to print; see `unless_gone`."""
+    """Print a line, for a caller that must continue even if this fails. See `unless_gone`."""
     with unless_gone():
         print(text, flush=True)
 
 
 @contextlib.contextmanager
 def unless_gone() -> Iterator[None]:
-    """Print in here what may be lost: a training does not end because nobody reads on.
+    """Allow output within the `with` block to be lost, so that a training never ends because of it.
 
-    When the console is gone or full, this and all that is printed later is dropped.
+    When the console is gone or full, this output and all later output is dropped.
     """
     try:
         yield
@@ -75,19 +75,19 @@ def unless_gone() -> Iterator[None]:
 
 
 def give_up() -> None:
-    """Let what is printed from now on, and what is in the buffers still, go nowhere."""
+    """Discard all further output, and the present content of the buffers."""
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, _STDOUT)
     os.close(sink)
 
 
 def complain(error: DtrainError, command: str, *, as_json: bool) -> None:
-    """Tell of an error on stderr.
+    """Print an error to stderr.
 
     Args:
-        error: that ends the command.
-        command: its name, for the hint at its help; empty: none.
-        as_json: one JSON object instead of lines.
+        error: the error that ends the command.
+        command: the command's name, for the hint at its help. Empty for no hint.
+        as_json: whether to print one JSON object instead of lines.
     """
     lines = [_as_json(error) if as_json else told(error, _dim)]
     if error.code.startswith("usage.") and not as_json:
@@ -110,15 +110,16 @@ def _as_json(error: DtrainError) -> str:
 
 
 def is_gone(error: OSError) -> bool:
-    """Whether an error is of the console, which has no name, and not of a file."""
+    """Return whether an error is of the console, which has no name, and not of a file."""
     return error.filename is None and error.errno in _GONE
 
 
 def prepare() -> None:
-    """Let anything be printed, wherever we were started.
+    """Make all output possible, independent of how this process was started.
 
-    What was closed goes nowhere, and is no descriptor that a file of ours would get, and that
-    what we start takes for its own stdin. A character that a console does not have is escaped.
+    A closed descriptor is replaced by /dev/null. Otherwise a file of dtrain would get its number,
+    and a child process would take that file for its own stdin. A character that the console does
+    not have is escaped.
     """
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:

@@ -12,7 +12,7 @@ Key = TypeVar("Key")
 
 _CHUNK = 1 << 16
 _LONGEST_LINE = 1 << 20
-_FILES_A_POLL = 64  # each is opened, which a shared file system feels: 8,000 ranks have 8,000 logs
+_FILES_A_POLL = 64  # each is opened, a load for a shared file system: 8,000 ranks have 8,000 logs
 
 
 @dataclass
@@ -22,18 +22,21 @@ class _File:
     partial: bytes = b""
 
     def size(self) -> int:
-        """Bytes in the file now; opened to ask, as NFS answers a bare stat from its cache."""
+        """Return the bytes in the file now.
+
+        It is opened for this, as NFS caches the answer to a stat.
+        """
         try:
             with self.path.open("rb") as stream:
                 size = stream.seek(0, os.SEEK_END)
         except OSError:
             return self.position
-        if size < self.position:  # cut by someone: what comes is new
+        if size < self.position:  # truncated by another program: what comes is new
             self.position, self.partial = 0, b""
         return size
 
     def read(self, until: int) -> list[str] | None:
-        """The lines that the next chunk finishes; None when there is nothing more."""
+        """Return the lines that the next chunk completes. None when there is no more data."""
         try:
             with self.path.open("rb") as stream:
                 stream.seek(self.position)
@@ -44,16 +47,16 @@ class _File:
             return None
         self.position += len(chunk)
         *lines, self.partial = (self.partial + chunk).split(b"\n")
-        if len(self.partial) > _LONGEST_LINE:  # a file of no lines must not fill memory
+        if len(self.partial) > _LONGEST_LINE:  # a file without lines must not fill memory
             lines, self.partial = [*lines, self.partial], b""
         return [_text(line) for line in lines]
 
 
 class Follower(Generic[Key]):
-    """Reads what is appended to files, which need not exist yet, in whole lines.
+    """Reads data that is appended to files, in whole lines. The files need not exist yet.
 
-    Memory stays below a chunk and an unfinished line for each file. A file that cannot be read
-    now is tried again at the next call.
+    Memory stays below a chunk and an unfinished line for each file. A file that is unreadable now
+    is tried again at the next call.
     """
 
     def __init__(self) -> None:
@@ -61,20 +64,20 @@ class Follower(Generic[Key]):
         self._turn = 0
 
     def add(self, key: Key, path: Path, position: int = 0) -> None:
-        """Follow a file from a byte on; `key` comes back with each of its lines."""
+        """Follow a file from a byte on. `key` is returned with each of its lines."""
         self._files[key] = _File(path, position)
 
     def skip_to_end(self) -> None:
-        """Pass over all that the files hold now."""
+        """Skip all that the files hold now."""
         for file in self._files.values():
             file.position, file.partial = file.size(), b""
 
     def poll(self) -> Iterator[tuple[Key, str]]:
-        """The lines finished since the last call; one cut short stays until it is whole.
+        """Yield the lines completed since the last call. A partial line waits until it is complete.
 
-        The files take turns, and what is written while this runs is left for the next call: a
-        rank that never stops writing holds nobody up. Of many files a call looks at the first,
-        and in turn at some of the others.
+        The files take turns, and data written during this call is left for the next one. So a rank
+        that never stops writing does not delay the others. With many files, a call looks at the
+        first, and at some of the others in turn.
         """
         keys = list(self._files)
         if len(keys) > _FILES_A_POLL:
@@ -94,7 +97,7 @@ class Follower(Generic[Key]):
                     yield from ((key, line) for line in lines)
 
     def finish(self) -> Iterator[tuple[Key, str]]:
-        """The rest, a last line without its end included."""
+        """Yield the rest, including a last line without its end."""
         yield from self._read(list(self._files))
         for key, file in self._files.items():
             if file.partial:

@@ -1,1 +1,1 @@
-"""On a node: the fork server, the agents and their rendezvous, and the workers."""
+"""The processes on a node: the fork server, the agents and their rendezvous, and the workers."""

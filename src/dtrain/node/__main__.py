@@ -1,6 +1,7 @@
 """`python -m dtrain.node RUN_DIR --node-rank K`: one node of a run (or several, simulated).
 
-Who it is says a reader (see `node.placement`): `--placement argv`, the default, reads --node-rank.
+A reader (see `node.placement`) finds out which node it is. The default is `--placement argv`, which
+reads --node-rank.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if arguments.parent:
         die_with_parent(arguments.parent)
-    # asked to leave while we import: heard when there is somebody to tell, see ForkServer.serve
+    # a stop signal during the imports is delivered when agents can receive it, see ForkServer.serve
     signal.pthread_sigmask(signal.SIG_BLOCK, DEFERRED_SIGNALS)
     try:
         status = _serve(arguments, argv)
@@ -43,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         status = error.exit_code
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # taking torch down in order takes a second
+    os._exit(status)  # a clean shutdown of torch takes a second
 
 
 def _serve(arguments: Arguments, argv: Sequence[str]) -> int:
-    """Be the nodes that the reader says we are; the exit code."""
+    """Serve the nodes that the reader assigns to this process. Return the exit code."""
     from dtrain.node.hashing import take_hash_seed
     from dtrain.run.rundir import RunDir
 

@@ -32,14 +32,14 @@ from dtrain.run.failures import FailureRecord
 
 log = logging.getLogger(__name__)
 
-# After one worker has failed the others' work is lost: this is for their failure records.
+# After one worker has failed, the others' work is lost: this is for their failure records.
 _COLLATERAL_GRACE_S = 0.3
-_TOLD_S = 1.0  # for the other agents to hear why, 20 times as long as they take to ask
-_DEATH_S = 5.0  # a rank that hangs in the kernel must not keep the others from being told
+_TOLD_S = 1.0  # for the other agents to learn the reason, 20 times the interval of their queries
+_DEATH_S = 5.0  # a rank that hangs in the kernel must not delay the message to the others
 
 
 class SameFailure(Exception):
-    """The workers have failed as they had before they were started again."""
+    """The workers have failed in the same way as before their restart."""
 
 
 class NodeAgent(SimpleElasticAgent):
@@ -53,7 +53,7 @@ class NodeAgent(SimpleElasticAgent):
         channel: Channel,
         inherited: dict[str, str],
     ) -> None:
-        """Prepare; see `agent_process.run_agent` for the arguments."""
+        """Prepare the agent. See `agent_process.run_agent` for the arguments."""
         super().__init__(spec, shutdown_timeout=int(plan.stop_timeout_s))
         self.plan = plan
         self.node_rank = node_rank
@@ -70,9 +70,9 @@ class NodeAgent(SimpleElasticAgent):
         self._memory = Memory()
         self._restart = 0
         self._before: FailureRecord | None = None
-        """What the last restart was for."""
+        """The failure that caused the last restart."""
 
-    # -- what torch's agent asks of us -------------------------------------------------------
+    # -- hooks that torch's agent calls -------------------------------------------------------
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._restart = self._rendezvous_handler.round
@@ -122,12 +122,15 @@ class NodeAgent(SimpleElasticAgent):
         return RunResult(state=WorkerState.HEALTHY)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        """After a failure, ours or another node's: nothing of these workers is worth saving."""
+        """Stop the workers after a failure on this or another node.
+
+        None of their state is saved.
+        """
         self._wait_for_end(worker_group, _COLLATERAL_GRACE_S)
         causes = [f for f in self._failed.values() if not failures.is_collateral(f.message)]
         if self._running and not causes:
             self._note_absent(worker_group)
-        for record in [] if causes else self._left:  # the verdict decides, as of the absent
+        for record in [] if causes else self._left:  # the verdict decides, as for the absent ranks
             record.write(self.plan.run, self.plan.attempt)
         self._signal_all(signal.SIGKILL)
         self._wait_for_end(worker_group, _DEATH_S)
@@ -142,8 +145,8 @@ class NodeAgent(SimpleElasticAgent):
             if why.signal is None:
                 self._stop_workers(self._worker_group)
             else:
-                death_sig = signal.Signals(why.signal)  # our workers note the same reason
-        if isinstance(why, SignalException):  # so the other nodes stop as well
+                death_sig = signal.Signals(why.signal)  # dtrain's workers record the same reason
+        if isinstance(why, SignalException):  # so that the other nodes stop as well
             self._rendezvous_handler.close_with(f"stopped by {death_sig.name}", signal=death_sig)
         if self._running:
             self._signal_all(death_sig)
@@ -152,22 +155,25 @@ class NodeAgent(SimpleElasticAgent):
         self._rendezvous_handler.shutdown()
 
     def _exit_barrier(self) -> None:
-        """All nodes are done already, see `_monitor_workers`."""
+        """Leave the rendezvous. All nodes are already done, see `_monitor_workers`."""
         self._rendezvous_handler.leave()
 
     def _invoke_run(self, role: str = DEFAULT_ROLE) -> RunResult:
         try:
             return super()._invoke_run(role)
         except PeerFailed:
-            # Another node leaves, and so do we. Whoever asked it asks us too, perhaps only now:
-            # that must not cut short the wait for workers that still save.
+            # Another node stops, so this one does too. Its stop signal may also come here, perhaps
+            # only now: that must not cut short the wait for workers that still save.
             ignore_stops()
             raise
 
     # -- workers -----------------------------------------------------------------------------
 
     def _await_started(self) -> list[int]:
-        """Wait for the workers just asked for: the server may still import torch; their pids."""
+        """Wait for the requested workers, as the server may still import torch.
+
+        Return their pids.
+        """
         while True:
             message = self._next_message()
             if message is not None and "started" in message:
@@ -218,7 +224,7 @@ class NodeAgent(SimpleElasticAgent):
     # -- failures ----------------------------------------------------------------------------
 
     def _record_of(self, rank: int, message: dict[str, Any]) -> FailureRecord:
-        """The worker's own record if it left one for this restart, else what the kernel says."""
+        """Return the worker's own record of this restart if it wrote one, else the kernel's."""
         for own in failures.read_all(self.plan.run, self.plan.attempt, rank):
             if own.pid == message["exited"]:
                 return own
@@ -234,7 +240,7 @@ class NodeAgent(SimpleElasticAgent):
         return record
 
     def _place(self, rank: int, pid: int, when: float) -> dict[str, Any]:
-        """Which rank a record is of, where and when."""
+        """Return the rank, location and time of a record."""
         return {
             "rank": rank,
             "node_rank": self.node_rank,
@@ -248,8 +254,8 @@ class NodeAgent(SimpleElasticAgent):
     def _note_absent(self, worker_group: WorkerGroup) -> None:
         """Record which ranks still run now that others have given up, and where they are.
 
-        The verdict decides whether one is to blame: one node does not know what happened on the
-        others.
+        The verdict decides whether one of them is the cause: one node does not know what happened
+        on the others.
         """
         ranks = self._ranks(worker_group)
         logs = {pid: self._log_of(rank) for pid, rank in ranks.items()}
@@ -277,7 +283,10 @@ class NodeAgent(SimpleElasticAgent):
             self._channel.send({"signal": pid, "number": int(number)})
 
     def _end_alone(self) -> NoReturn:
-        """Tell that the fork server is silent, and end it: what it forked, and we, die with it."""
+        """Report that the fork server is silent, and end it.
+
+        Its forks and this agent die with it.
+        """
         record = failures.record_node(
             self.plan.run,
             self.plan.attempt,
@@ -298,7 +307,7 @@ class NodeAgent(SimpleElasticAgent):
         """Report the failure of workers here.
 
         Returns:
-            Whether it is the one that the last restart was for, so that others would not help.
+            Whether it repeats the failure that caused the last restart: no other would help.
         """
         first = verdict.cause_on_node([*self._failed.values()], self._absent, self._left)
         repeated = self._before is not None and first.repeats(self._before)

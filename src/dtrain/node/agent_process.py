@@ -34,15 +34,15 @@ def run_agent(
     *,
     inherited: dict[str, str],
 ) -> int:
-    """Be the agent of one node until its workers have ended; the exit code of the node.
+    """Run the agent of one node until its workers have ended. Return the exit code of the node.
 
     Args:
         plan: the launch.
-        node_rank: the node that we are.
-        channel: to the node's fork server.
+        node_rank: the rank of this node.
+        channel: the channel to the node's fork server.
         listen_fd: on the head, the socket that the launcher opened for the rendezvous.
-        inherited: what the workers inherit: the node's environment before the fork server set
-            its own to one thread.
+        inherited: the environment that the workers inherit. It is the node's, before the fork
+            server limited its own to one thread.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -52,7 +52,7 @@ def run_agent(
     os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # ranks follow from the node rank alone
     os.environ["DTRAIN_NODE_NAME"] = plan.node_names[node_rank] or socket.gethostname()
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # what came meanwhile is heard now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # delivers pending signals
         listener = None if listen_fd is None else socket.socket(fileno=listen_fd)
         handler = NodeRendezvous(_settings(plan, node_rank), listener, _notice(plan, node_rank))
         try:
@@ -80,12 +80,15 @@ def _worker_spec(plan: LaunchPlan, handler: NodeRendezvous) -> WorkerSpec:
 
 
 def _exit_code(plan: LaunchPlan, node_rank: int, error: Exception) -> int:
-    """Log why the agent ends, and leave the records that nobody else does; its exit code."""
+    """Log why the agent ends, and write the records that no other process writes.
+
+    Return its exit code.
+    """
     match error:
         case SignalException():
             log.warning("stopped by %s", error.sigval.name)
             return 128 + int(error.sigval)
-        case NodeTaken():  # the run is the others', and goes on
+        case NodeTaken():  # the run belongs to the other agent, and continues
             log.error("%s", error)
             return EXIT_USAGE
         case PeerFailed():
@@ -98,10 +101,10 @@ def _exit_code(plan: LaunchPlan, node_rank: int, error: Exception) -> int:
         case RendezvousFailed():
             log.error("%s", error)
             _record(plan, node_rank, str(error), error.missing)
-        case _:  # as of a limit that this host sets
+        case _:  # for example because of a limit that this host sets
             log.exception("the agent ends")
             kind = "" if isinstance(error, DtrainError) else f"{type(error).__name__}: "
-            os.close(0)  # where no descriptor is left, the record needs one
+            os.close(0)  # if no descriptor is left, the record needs one
             _record(plan, node_rank, f"{kind}{error}")
     return 1
 
@@ -137,7 +140,7 @@ def _notice(plan: LaunchPlan, node_rank: int) -> Callable[[str], None]:
 
 
 def _record(plan: LaunchPlan, node_rank: int, message: str, missing: Sequence[int] = ()) -> None:
-    """Leave a record of each node that did not come; where all have, of this one."""
+    """Write a record of each node that did not join, or of this one if all joined."""
     for culprit in missing or [node_rank]:
         is_ours = culprit == node_rank
         failures.record_node(
@@ -153,7 +156,7 @@ def _record(plan: LaunchPlan, node_rank: int, message: str, missing: Sequence[in
 
 
 def _record_peer(plan: LaunchPlan, node_rank: int, error: PeerFailed) -> None:
-    """Keep what another node has told us: its records may be on a disk that we do not see."""
+    """Save the report of another node: its records may be on a disk that is not visible here."""
     told = error.record
     if told is None:
         _record(plan, node_rank, str(error))
@@ -164,11 +167,11 @@ def _record_peer(plan: LaunchPlan, node_rank: int, error: PeerFailed) -> None:
     known = failures.read_all(plan.run, plan.attempt)
     place = (told.node_rank, told.rank)
     same = [record for record in known if (record.node_rank, record.rank) == place]
-    # of a node whoever saw it end knows more than who has only missed it
+    # a process that saw a node end knows more than one that only missed it
     if not any(told.rank is None or record.pid == told.pid for record in same):
         told.write(plan.run, plan.attempt)
 
 
 def _raise_signal(number: int, _frame: object) -> None:
-    ignore_stops()  # Slurm asks every process of the tree, and more than once
+    ignore_stops()  # Slurm signals every process of the tree, and more than once
     raise SignalException("asked to stop", signal.Signals(number))

@@ -1,4 +1,4 @@
-"""The environment of a worker: what torchrun sets, and dtrain's own."""
+"""The environment of a worker: torchrun's variables, and dtrain's own."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dtrain.run import failures, files, rundir
 def worker_environment(
     plan: LaunchPlan, group: WorkerGroup, worker: Any, restart: int, inherited: Mapping[str, str]
 ) -> dict[str, str]:
-    """Compose a worker's environment; see design, section 6.
+    """Compose a worker's environment. See design, section 6.
 
     Args:
         plan: the launch.
         group: torch's description of this node's workers.
         worker: torch's description of one of them.
-        restart: how often the workers were started before.
-        inherited: what the node was started with.
+        restart: the number of earlier starts of the workers.
+        inherited: the environment of the node.
     """
     settled = {
         "RANK": worker.global_rank,
@@ -58,7 +58,7 @@ def worker_environment(
 
 
 def _network(plan: LaunchPlan) -> dict[str, str]:
-    """The interface that routes to the head: gloo and NCCL guess, and guess wrong."""
+    """Set the interface that routes to the head: gloo and NCCL guess, and guess wrong."""
     address = ports.address_towards(plan.rdzv_host, plan.rdzv_port)
     interface = ports.interface_of(address)
     if interface is None:
@@ -68,7 +68,7 @@ def _network(plan: LaunchPlan) -> dict[str, str]:
 
 
 def _simulated_gpus(plan: LaunchPlan, node_rank: int) -> dict[str, str]:
-    """The GPUs of one simulated node: nodes that share a host must not share GPUs."""
+    """Set the GPUs of one simulated node: nodes that share a host must not share GPUs."""
     if plan.launcher != "local" or plan.nodes == 1 or not plan.gpus_per_node:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,11 +1,11 @@
-"""`python -m dtrain.node`: the fork server of a host. Imports torch once, forks all the rest.
+"""`python -m dtrain.node`: the fork server of a host. It imports torch once and forks the rest.
 
-The server imports torch, forks the node agents (one, or several simulated nodes), goes on to
-import torch._dynamo while they meet their peers, and then forks workers when an agent asks.
-DDP's first step would otherwise import torch._dynamo in each rank: 2.6 s, measured, and a
+The server imports torch and forks the node agents (one, or several for simulated nodes). While they
+meet their peers, it imports torch._dynamo. Then it forks workers when an agent requests them.
+Without this, DDP's first step would import torch._dynamo in each rank (2.6 s, measured), and a
 restart would import everything again.
 
-Everything that it forks dies with it; the workers of an agent that ended are killed.
+All processes that it forks die with it. The workers of an agent that has ended are killed.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from dtrain.run.flight_recorder import Ring
 from dtrain.run.rundir import RunDir
 
 WORKER_MODULES = ("dtrain.node.worker", "torch._dynamo")
-"""Imported before the first worker is forked, besides those of the plan."""
+"""Modules imported before the first worker is forked, in addition to the plan's modules."""
 
 
 @dataclass(frozen=True)
 class _Worker:
-    """A rank's process, and what it shares with us."""
+    """A rank's process, and the ring that it shares with this one."""
 
     ranks: RankInfo
     ring: Ring
 
     def save_collectives(self, plan: LaunchPlan) -> None:
-        """Keep its last collectives for the verdict."""
+        """Save its last collectives for the verdict."""
         folder = plan.run.collectives(plan.attempt, self.ranks.restart)
         with contextlib.suppress(OSError):  # a full disk may be why it ended
             folder.mkdir(parents=True, exist_ok=True)
@@ -59,16 +59,16 @@ class _Worker:
 
 @dataclass
 class _Agent:
-    """A node agent and the workers that it asked for."""
+    """A node agent and the workers that it requested."""
 
     node_rank: int
     pid: int
     channel: Channel
     peer: Peer
     workers: dict[int, _Worker] = field(default_factory=dict)
-    """By pid."""
+    """The workers by pid."""
     killed: set[int] = field(default_factory=set)
-    """Workers that it had us kill."""
+    """Workers that were killed at its request."""
     status: int | None = None
 
 
@@ -86,13 +86,14 @@ class ForkServer:
         run_agent: Callable[[LaunchPlan, int, Channel, int | None], int],
         is_superseded: Callable[[], bool],
     ) -> None:
-        """Prepare; nothing is forked yet.
+        """Prepare the server. Nothing is forked yet.
 
         Args:
             plan: the launch.
-            node_ranks: the nodes that this host is, more than one when simulated.
+            node_ranks: the nodes that this host serves, more than one when simulated.
             run_agent: called in each agent's process with (plan, node_rank, channel, listen_fd).
-            is_superseded: asked now and then whether the launch has begun again without us.
+            is_superseded: called from time to time. Returns whether the launch has begun again
+                without this host.
         """
         self.plan = plan
         self.node_ranks = node_ranks
@@ -104,10 +105,10 @@ class ForkServer:
         self._children = Children()
 
     def serve(self, listen_fd: int | None = None) -> int:
-        """Fork the agents, serve them until all have ended; the worst of their exit codes.
+        """Fork the agents and serve them until all have ended. Return their worst exit code.
 
         Args:
-            listen_fd: the socket on which node 0 is to serve the rendezvous, already listening.
+            listen_fd: the socket on which node 0 serves the rendezvous, already listening.
         """
         stack_dump.answer()
         for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
@@ -131,12 +132,15 @@ class ForkServer:
         return max(agent.status or 0 for agent in self._agents)
 
     def _import_for_workers(self) -> None:
-        """Import what workers need, unless we are asked to stop: then there will be none."""
+        """Import what workers need.
+
+        After a stop request there will be no workers, so do nothing.
+        """
         self._is_importing = True
         if self._stop_signal is not None:
             raise _AskedToStop
         modules, preload = (*WORKER_MODULES, *self.plan.modules), self.plan.preload
-        # an agent may fail while we import; do not find out only afterwards
+        # an agent may fail during the imports, and this must not be noticed only afterwards
         threads = 1 + import_once(modules, preload, between=self._reap)
         if threads > 1:
             cause = f"; preloading {', '.join(preload)} started them" if preload else ""
@@ -166,7 +170,7 @@ class ForkServer:
 
     @property
     def asked_to_stop(self) -> bool:
-        """Whether someone has asked this host to leave."""
+        """Return whether this host was asked to stop."""
         return self._stop_signal is not None
 
     def _ask_to_stop(self, sig: int, _frame: object) -> None:
@@ -190,14 +194,14 @@ class ForkServer:
 
     def _worker_ended(self, agent: _Agent, ended: Ended) -> None:
         worker = agent.workers.pop(ended.pid)
-        kill_group(ended.pid)  # data loader processes and whatever else it left
+        kill_group(ended.pid)  # data loader processes and any others that it left
         if agent.status is None:
             killed = ended.pid in agent.killed
             told = {"exited": ended.pid, "code": ended.code, "time": time.time(), "killed": killed,
                     "left": worker.ring.left().decode(), "peak": ended.peak}  # fmt: skip
             _send(agent.channel, told)
         agent.killed.discard(ended.pid)
-        if ended.code != 0:  # after the agent knows: a restart need not wait for it
+        if ended.code != 0:  # after the report to the agent, so that a restart need not wait for it
             worker.save_collectives(self.plan)
 
     def _agent_ended(self, agent: _Agent, code: int) -> None:
@@ -211,7 +215,7 @@ class ForkServer:
                 _send(other.channel, {"lost": agent.node_rank})
 
     def _end_silent(self) -> None:
-        """Kill agents that are stopped: nobody would see that their workers fail."""
+        """Kill agents that are stopped: no other process would detect that their workers fail."""
         for agent in self._agents:
             if agent.status is None and agent.peer.is_silent():
                 kill_group(agent.pid)
@@ -241,7 +245,7 @@ class ForkServer:
                 try:
                     request = agent.channel.receive()
                 except EOFError:
-                    break  # it has ended; the next reap says how
+                    break  # it has ended; the next reap reports how
                 if request is None:
                     break
                 if "alive" in request:
@@ -249,7 +253,7 @@ class ForkServer:
                     _send(agent.channel, {"heard": True})
                     continue
                 if "start" in request and self.asked_to_stop:
-                    continue  # its agent has been asked too, and what workers need is not here
+                    continue  # its agent must stop too, and the workers' modules are missing
                 if "start" in request:
                     started = [self._fork_worker(agent, worker) for worker in request["start"]]
                     _send(agent.channel, {"started": started})
@@ -259,7 +263,7 @@ class ForkServer:
     def _signal(self, agent: _Agent, request: dict[str, Any]) -> None:
         for pid in agent.workers if request["signal"] == 0 else [request["signal"]]:
             if request["number"] == signal.SIGKILL:
-                if not is_ending(pid):  # one that ends by itself tells why the others are killed
+                if not is_ending(pid):  # a process that is ending reports why the others are killed
                     agent.killed.add(pid)
                 kill_group(pid)
             else:
@@ -277,12 +281,12 @@ class ForkServer:
 def _become_worker(asked: dict[str, Any], ring: Ring) -> int:
     os.environ.clear()
     os.environ.update(asked["env"])
-    # PYTHONUNBUFFERED is read when an interpreter starts, and a fork is none: without this a log
-    # shows what a script prints 8 KB at a time. And no training ends with a name that it prints,
+    # PYTHONUNBUFFERED is read when an interpreter starts, and a fork does not start one: without
+    # this a log shows what a script prints 8 KB at a time. Printing a name must not end a training
     # where the locale is not UTF-8.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
-    # What the imports above wanted done at exit (174 op libraries of torch) is the server's to
-    # do, not each worker's: 0.2 s. What the worker registers itself still runs.
+    # What the imports above registered for exit (174 op libraries of torch) is the server's task,
+    # not each worker's: it takes 0.2 s. What the worker registers itself still runs.
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         finalizer.atexit = False
     from dtrain.node import worker
@@ -291,7 +295,7 @@ def _become_worker(asked: dict[str, Any], ring: Ring) -> int:
 
 
 def _open_log(path: Path) -> int:
-    """Open a log to append to; where that fails (a full disk), output is dropped."""
+    """Open a log to append to. If this fails (a full disk), output is dropped."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -301,5 +305,5 @@ def _open_log(path: Path) -> int:
 
 
 def _send(channel: Channel, message: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # the agent has ended; the next reap says how
+    with contextlib.suppress(OSError):  # the agent has ended; the next reap reports how
         channel.send(message)

@@ -1,4 +1,4 @@
-"""Whether this host has the GPUs that a plan wants, found out without torch and without CUDA."""
+"""A check that this host has the GPUs that a plan requests, made without torch and CUDA."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from dtrain.launch_plan import LaunchPlan
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
-"""Of Nvidia, of Windows below us, of AMD; without one of them no GPU can be used."""
+"""The devices of Nvidia, of Windows below WSL, and of AMD. Without one of them no GPU is usable."""
 
 
 def lacking(plan: LaunchPlan, environ: Mapping[str, str] = os.environ) -> str:
-    """What this host lacks of the plan's GPUs, as a sentence; empty when nothing is known to.
+    """Return which of the plan's GPUs this host lacks, as a sentence. Empty if none is known to be.
 
     Args:
-        plan: of which this host is a node, or all nodes that launcher `local` simulates.
-        environ: what the workers inherit.
+        plan: the plan. This host is one of its nodes, or simulates all of them with launcher
+            `local`.
+        environ: the environment that the workers inherit.
     """
     if not plan.gpus_per_node:
         return ""
@@ -40,9 +41,9 @@ def lacking(plan: LaunchPlan, environ: Mapping[str, str] = os.environ) -> str:
 
 
 def usable(visible: str | None, count: int | None) -> int | None:
-    """How many of `count` GPUs CUDA shows: those listed before the first that is not there.
+    """Return how many of `count` GPUs CUDA shows: those listed before the first missing one.
 
-    None where `count` is not known and the list does not say it by being empty.
+    The result is None if `count` is not known, except when the list is empty.
     """
     if visible is None:
         return count
@@ -60,7 +61,7 @@ def usable(visible: str | None, count: int | None) -> int | None:
 
 
 def installed() -> int | None:
-    """How many GPUs the driver knows; None where it cannot be asked."""
+    """Return the number of GPUs that the driver knows. None if it cannot be asked."""
     if not any(Path(path).exists() for path in _DRIVERS):
         return 0
     try:

@@ -1,6 +1,6 @@
-"""One PYTHONHASHSEED in all interpreters of a run, on every host and in every attempt.
+"""One PYTHONHASHSEED for all interpreters of a run, on every host and in every attempt.
 
-Sets of texts are iterated in the order of their hashes: labels that are numbered by iterating one
+Sets of texts are iterated in the order of their hashes. Labels that are numbered by iterating a set
 would have other numbers on another node.
 """
 
@@ -17,18 +17,18 @@ from dtrain.run.rundir import RunDir
 
 
 def take_hash_seed(run: RunDir, argv: Sequence[str], keep_fd: int | None = None) -> None:
-    """Become an interpreter that began with the run's hash seed, unless this one did.
+    """Replace this interpreter by one with the run's hash seed, unless it already has that seed.
 
-    Python reads it when it starts, and never again. Call this before what takes long to import.
+    Python reads the seed only when it starts. Call this before slow imports.
 
     Args:
-        run: its plan says the seed; nothing happens without one.
-        argv: what the new interpreter runs.
-        keep_fd: stays open in it.
+        run: the run. Its plan has the seed. Without one, nothing happens.
+        argv: the command that the new interpreter runs.
+        keep_fd: a descriptor that stays open in it.
     """
     plan = files.read_json(run.plan) or {}
     seed = plan.get("worker_env", {}).get(HASH_SEED)
-    began = Path("/proc/self/environ").read_bytes().split(b"\0")  # after a fork, its server's
+    began = Path("/proc/self/environ").read_bytes().split(b"\0")  # after a fork, that of its server
     if seed is None or f"{HASH_SEED}={seed}".encode() in began:
         return
     if keep_fd is not None:

@@ -1,6 +1,6 @@
-"""Who is alive: each agent tells the head, and an agent and its fork server tell one another.
+"""Heartbeats: each agent sends them to the head, and an agent and its fork server exchange them.
 
-A process that was stopped or swapped out keeps its connections, so nothing else tells of it.
+A process that was stopped or swapped out keeps its connections, so nothing else reveals it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LONGEST_PAUSE_S = 5.0
 
 
 def pause_s(lost_after_s: float) -> float:
-    """How often an agent and its fork server say that they are there: a few times in that time."""
+    """Return the heartbeat interval of an agent and its fork server, a fraction of that time."""
     return min(_LONGEST_PAUSE_S, lost_after_s / 6)
 
 
@@ -27,10 +27,10 @@ def of_silence(who: str, seconds: float) -> str:
 
 
 class Silence:
-    """How long there was no new sign of somebody, as far as we could look.
+    """The time without a new sign of another process, as far as this process could look.
 
-    We may have been stopped ourselves, as all processes of a job are that Slurm suspends: that
-    time must not count when we go on.
+    This process may itself have been stopped, for example when Slurm suspends a job. That time must
+    not count when it continues.
     """
 
     def __init__(self, pause_s: float) -> None:
@@ -41,7 +41,7 @@ class Silence:
         self._seconds = 0.0
 
     def look(self, sign: object) -> float:
-        """For how many seconds the sign has been what it is now."""
+        """Return for how many seconds the sign has not changed."""
         now = time.monotonic()
         passed, self._looked_at = now - self._looked_at, now
         self._seconds = self._seconds + min(passed, self._most_s) if sign == self._sign else 0.0
@@ -50,7 +50,7 @@ class Silence:
 
 
 class Hearts:
-    """Keeps the heartbeats of all nodes in the head's store; a thread sends our own."""
+    """Keeps the heartbeats of all nodes in the head's store. A thread sends this node's own."""
 
     def __init__(self, store: Store, node_rank: int, lost_after_s: float) -> None:
         self._store = store
@@ -67,21 +67,21 @@ class Hearts:
         self._stopped.set()
 
     def has_twin(self) -> bool:
-        """Whether another agent beats as our node; it takes 3.5 s to know."""
+        """Return whether another agent sends heartbeats as this node. This takes 3.5 s."""
         before = self._beats_of_others()
         time.sleep(3.5 * _BEAT_S)
-        return self._beats_of_others() > before + 1  # one of ours may not be counted yet
+        return self._beats_of_others() > before + 1  # one of this process's may not be counted yet
 
     def _beats_of_others(self) -> int:
         return self._store.add(f"beat/{self._node_rank}", 0) - self._beats
 
     def lose(self, node_rank: int) -> None:
-        """Take a node for lost whose end was seen on this host."""
+        """Mark a node as lost. Its end was seen on this host."""
         self._gone.add(node_rank)
         self._look_at = 0.0
 
     def lost(self, node_ranks: Iterable[int]) -> list[int]:
-        """Return those of some nodes that have sent no heartbeat for too long."""
+        """Return the given nodes that have sent no heartbeat for too long."""
         ranks = [rank for rank in node_ranks if rank != self._node_rank]
         beats = self._store.get_all([f"beat/{rank}" for rank in ranks])
         lost = []
@@ -92,7 +92,7 @@ class Hearts:
         return lost
 
     def lost_now_and_then(self, node_ranks: Iterable[int]) -> list[int]:
-        """Do the same at most once a second; between, nothing is lost."""
+        """Do the same at most once a second. Calls in between report no lost node."""
         now = time.monotonic()
         if now < self._look_at:
             return []
@@ -100,17 +100,17 @@ class Hearts:
         return self.lost(node_ranks)
 
     def _beat(self) -> None:
-        store = self._store.clone()  # a connection of its own: a waiting call holds the other's
+        store = self._store.clone()  # a separate connection: a waiting call holds the other one
         while not self._stopped.wait(_BEAT_S):
             try:
                 store.add(f"beat/{self._node_rank}", 1)
                 self._beats += 1
             except HeadGone:
-                return  # the head is gone; the main thread finds out by itself
+                return  # the head is gone; the main thread detects it
 
 
 class Peer:
-    """The other end of a channel, which now and then says that it is there."""
+    """The other end of a channel, which sends heartbeats."""
 
     def __init__(self, lost_after_s: float) -> None:
         self._lost_after_s = lost_after_s
@@ -121,18 +121,18 @@ class Peer:
         self._signs += 1
 
     def is_silent(self) -> bool:
-        """Whether it has said something once and then nothing for too long.
+        """Return whether it has sent a heartbeat once and then none for too long.
 
-        To be asked when all that it said is heard.
+        Call this when all its messages have been received.
         """
         return self._signs > 0 and self._silence.look(self._signs) > self._lost_after_s
 
 
 def send_heartbeats(channel: Channel, lost_after_s: float) -> None:
-    """Say from a thread that we are there, whatever our main thread waits for."""
+    """Send heartbeats from a thread, even while the main thread is blocked."""
 
     def tell() -> None:
-        with contextlib.suppress(OSError):  # it has ended; the main thread finds out by itself
+        with contextlib.suppress(OSError):  # it has ended; the main thread detects it
             while True:
                 channel.offer({"alive": True})
                 time.sleep(pause_s(lost_after_s))

@@ -1,4 +1,4 @@
-"""What to do after errors that come of being launched: where a worker stands, and what it lacks."""
+"""Remedies for errors caused by the launch: the worker's location, and what it lacks."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _SHARED = re.compile(
 )
 _NO_LINE = "EOF when reading a line"
 _OF_LOADERS = {kind.__name__: kind for kind in (FileNotFoundError, ImportError, BdbQuit, EOFError)}
-"""What a loader process may send the text of."""
+"""Errors whose text a loader process may send."""
 
 
 def hint(error: BaseException, frames: list[Frame], run: RunDir) -> str:
-    """Say what to do, in one sentence; empty where nothing is known.
+    """Return what to do, in one sentence. Empty if no remedy is known.
 
     Args:
-        error: what ended this worker, or came from one of its loader processes.
-        frames: the user's own.
-        run: its plan knows the folders, and whether it is of a script.
+        error: the error that ended this worker, or came from one of its loader processes.
+        frames: the user's own frames.
+        run: the run. Its plan has the folders, and whether it runs a script.
     """
     plan = files.read_json(run.plan) or {}
     if isinstance(error, OtherProcessError):
@@ -52,7 +52,7 @@ def hint(error: BaseException, frames: list[Frame], run: RunDir) -> str:
 
 
 def _where(error: BaseException) -> str:
-    """What an error says, and the files through which it came."""
+    """Return the text of an error and the files through which it came."""
     trace = traceback.extract_tb(error.__traceback__)
     return "\n".join([str(error), *(frame.filename for frame in trace)])
 

@@ -1,7 +1,7 @@
-"""A rank that ends with status 0 before the others are done: how, and from which line.
+"""A rank that ends with status 0 before the others are done: how it left, and from which line.
 
-The others only see that their connections to it are closed. So a worker keeps how it left, and
-its agent tells that where others fail in a collective.
+The other ranks only see that their connections to it are closed. So a worker records how it left,
+and its agent reports that if others fail in a collective.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from dtrain.run.flight_recorder import NOTE_BYTES, Ring
 
 @contextlib.contextmanager
 def hearing_exit(tell: Callable[[list[Frame]], int]) -> Iterator[None]:
-    """Hear of an `os._exit(0)` in here, which raises nothing.
+    """Detect an `os._exit(0)` within the `with` block. It raises no exception.
 
     Args:
-        tell: is given the user's lines that led to it; returns the status to end with.
+        tell: called with the user's lines that led to it. It returns the status to end with.
     """
     end, pid = os._exit, os.getpid()
 
     def heard(status: int) -> None:
         os._exit = end
-        if status == 0 and os.getpid() == pid:  # a loader process ends in this way too
+        if status == 0 and os.getpid() == pid:  # a loader process also ends in this way
             stack = [
                 Frame(each.filename, each.lineno or 0, each.name, (each.line or "").strip())
                 for each in traceback.extract_stack(sys._getframe(1))
@@ -47,13 +47,13 @@ def hearing_exit(tell: Callable[[list[Frame]], int]) -> Iterator[None]:
 
 
 def keep(ring: Ring | None, how: str, frames: list[Frame], in_order: bool) -> None:
-    """Keep how this process leaves, for its agent; by hand there is none.
+    """Record how this process exits, for its agent. There is none if it was started by hand.
 
     Args:
-        ring: shared with who started this process.
-        how: in words, as `sys.exit(0)`.
+        ring: the ring shared with the process that started this one.
+        how: a description, for example `sys.exit(0)`.
         frames: the user's lines, outermost first.
-        in_order: whether it has destroyed its process group, so that others are suspected before.
+        in_order: whether it has destroyed its process group, so that others are suspected first.
     """
     for shown in (frames[-3:], frames[-1:], []):
         note = {"how": how, "in_order": in_order, "frames": [asdict(frame) for frame in shown]}
@@ -64,11 +64,11 @@ def keep(ring: Ring | None, how: str, frames: list[Frame], in_order: bool) -> No
 
 
 def of_task(record: FailureRecord, how: str) -> FailureRecord:
-    """Make a rank's record that of one that left: a task's training ends by itself.
+    """Make a rank's record that of one that exited: dtrain ends a task's training itself.
 
     Args:
-        record: where it was.
-        how: in words, as `sys.exit(0)`.
+        record: the record with its location.
+        how: a description, for example `sys.exit(0)`.
     """
     where = f" in step {record.step}" if record.step else ""
     message = f"left early, by {how}{where}: training had not ended"
@@ -76,10 +76,10 @@ def of_task(record: FailureRecord, how: str) -> FailureRecord:
 
 
 def of_script(note: dict[str, Any], **place: Any) -> FailureRecord:
-    """Make the record of a script's rank; the verdict knows whether it is to blame.
+    """Return the record of a script's rank. The verdict decides whether it is the cause.
 
     Args:
-        note: what `keep` has kept.
+        note: what `keep` has recorded.
         **place: `rank`, `node_rank`, `node`, `restart`, `time`, `pid`, `log`.
     """
     return failures.of_worker(

@@ -1,4 +1,4 @@
-"""What is known of memory when a rank is killed: SIGKILL alone does not say why."""
+"""Facts about memory when a rank is killed: SIGKILL alone does not show why."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ class Memory:
         self._swapped = _swapped()
 
     def ran_out(self) -> bool:
-        """Whether the kernel has killed a process for want of memory since.
+        """Return whether the kernel has since killed a process because memory ran out.
 
-        It counts those of our control group, where that can be read, else those of the host.
+        It counts the kills of this process's control group if that is readable, else those of the
+        host.
         """
         return _kills() > self._kills
 
     def swapped(self) -> int:
-        """How many bytes the host has swapped since, in and out."""
+        """Return how many bytes the host has swapped since, in and out."""
         return _swapped() - self._swapped
 
     def describe(self, peak: int) -> str:
-        """Say the numbers in words.
+        """Describe the numbers in words.
 
         Args:
-            peak: what a rank had at most, in bytes.
+            peak: the most memory that a rank had, in bytes.
         """
         facts = _numbers(Path("/proc/meminfo"))
         total, free = (1024 * facts.get(name, 0) for name in ("MemTotal", "MemAvailable"))
@@ -60,7 +61,7 @@ def _swapped() -> int:
 
 
 def _limit() -> int | None:
-    """How much this process and what it forks may have together; None where nothing says so."""
+    """Return the memory limit of this process and its forks together. None without a limit."""
     for group in _groups():
         for name in ("memory.max", "memory.limit_in_bytes"):
             with contextlib.suppress(OSError, ValueError):  # "max"
@@ -69,7 +70,7 @@ def _limit() -> int | None:
 
 
 def _groups() -> Iterator[Path]:
-    """Where our control group may be: of version 2, of version 1, and as a container sees it."""
+    """Yield possible paths of the control group: version 2, version 1, and a container's."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, kinds, path = line.split(":", 2)
@@ -79,7 +80,7 @@ def _groups() -> Iterator[Path]:
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """`name number` or `name: number unit`, line by line."""
+    """Parse `name number` or `name: number unit`, line by line."""
     with contextlib.suppress(OSError):
         words = [line.split() for line in path.read_text().splitlines()]
         return {w[0].rstrip(":"): int(w[1]) for w in words if len(w) > 1 and w[1].isdigit()}

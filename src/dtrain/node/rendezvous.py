@@ -1,13 +1,13 @@
-"""How the node agents of one run find each other: a rendezvous handler for torch's agent.
+"""The rendezvous of the node agents of one run: a rendezvous handler for torch's agent.
 
-torch's own c10d handler polls once a second, orders nodes by address text, cannot say who is
-missing, and hands workers a store still holding the addresses of the dead (pytorch#135712).
-Here the node rank is the launcher's, a round completes as soon as the last node joins, who is
-missing is known by name, and every round has a store of its own.
+torch's own c10d handler polls once a second and orders nodes by address text. It cannot name a
+missing node, and gives workers a store that still holds the addresses of the dead (pytorch#135712).
+Here the node rank is the launcher's, and a round completes as soon as the last node joins. Missing
+nodes are known by name, and every round has its own store.
 
-The head (node 0) serves the store, to those alone who have the token of the attempt. Round n is
-complete when the head writes its members; an agent that wants the workers started again joins
-round n + 1, which the others see as a node waiting, so they join too.
+The head (node 0) serves the store, only to processes that have the token of the attempt. Round n is
+complete when the head writes its members. An agent that wants to restart the workers joins round
+n + 1. The others see it as a waiting node, so they join too.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class NodeRendezvous(RendezvousHandler):
         """Connect to the store, or serve it.
 
         Args:
-            settings: who we are and where the head is.
-            listener: on the head, a socket already listening on the port, so that nobody
-                can have taken it in between; None opens it.
-            notice: told in a sentence whom we are waiting for.
+            settings: this node, and the address of the head.
+            listener: on the head, a socket that already listens on the port, so that no other
+                process can have taken it in between. None opens one.
+            notice: called with a sentence that names the nodes that are awaited.
 
         Raises:
             RendezvousFailed: the head does not answer in time, the port is taken, or another
@@ -77,14 +77,14 @@ class NodeRendezvous(RendezvousHandler):
         self._address = ports.address_towards(settings.host, settings.port)
         self._hearts = Hearts(self._store, settings.node_rank, settings.lost_after_s)
 
-    # -- what torch's agent calls ------------------------------------------------------------
+    # -- methods that torch's agent calls ----------------------------------------------------
 
     def get_backend(self) -> str:
         return "dtrain"
 
     @property
     def use_agent_store(self) -> bool:
-        """Workers use the store that the head made for this round."""
+        """Return True: workers use the store that the head made for this round."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
@@ -92,8 +92,8 @@ class NodeRendezvous(RendezvousHandler):
 
         Raises:
             RendezvousFailed: nodes are missing after the join timeout.
-            NodeTaken: another agent is our node.
-            PeerFailed: a node gave up meanwhile.
+            NodeTaken: another agent has this node's rank.
+            PeerFailed: a node failed meanwhile.
         """
         number = self._join()
         if self._is_head:
@@ -103,15 +103,15 @@ class NodeRendezvous(RendezvousHandler):
         self.round = number
         place = described.node_ranks.index(self.settings.node_rank)
         worker_store = RendezvousStoreInfo(self.settings.host, described.port)
-        # ranks follow from the node rank, and we have an exit barrier of ours
+        # ranks follow from the node rank, and dtrain has its own exit barrier
         unasked = HashStore()
         return RendezvousInfo(unasked, place, len(self.members), worker_store)
 
     def num_nodes_waiting(self) -> int:
-        """How many nodes have joined the next round already.
+        """Return how many nodes have already joined the next round.
 
         Raises:
-            PeerFailed: a node gave up, or the head is gone.
+            PeerFailed: a node failed, or the head is gone.
         """
         return self._paced(f"{self.round + 1}/count", self._ask_waiting)
 
@@ -132,21 +132,21 @@ class NodeRendezvous(RendezvousHandler):
         return self.settings.run_id
 
     def shutdown(self) -> bool:
-        """Stop the heartbeat; the store goes with the process."""
+        """Stop the heartbeat. The store ends with the process."""
         self._hearts.stop()
         return True
 
-    # -- what our agent calls ----------------------------------------------------------------
+    # -- methods that dtrain's agent calls -------------------------------------------------------
 
     def close_with(
         self, reason: str, record: FailureRecord | None = None, signal: int | None = None
     ) -> None:
-        """Tell all nodes to stop, and why; a head that is already gone needs no telling.
+        """Ask all nodes to stop, with the reason. A head that is already gone is not informed.
 
         Args:
-            reason: in words.
-            record: the failure record of the cause, for nodes that do not share our disk.
-            signal: set when we were asked to stop and nothing failed.
+            reason: the reason in words.
+            record: the failure record of the cause, for nodes that do not share this node's disk.
+            signal: the signal when this node was asked to stop and nothing failed.
         """
         me = self.settings.name_of(self.settings.node_rank)
         why = PeerFailed(f"{me}: {reason}", record, signal)
@@ -157,14 +157,14 @@ class NodeRendezvous(RendezvousHandler):
             log.info("the head is gone, nobody left to tell: %s", reason)
 
     def lose(self, node_rank: int) -> None:
-        """Take a node for lost whose end was seen on this host."""
+        """Mark a node as lost. Its end was seen on this host."""
         self._hearts.lose(node_rank)
 
     def all_done(self, *, done_here: bool) -> bool:
-        """Whether the workers of every node have succeeded in this round.
+        """Return whether the workers of every node have succeeded in this round.
 
         Args:
-            done_here: say so of ours, the first time that it is true.
+            done_here: whether those of this node have. The first time, this is reported.
         """
         if done_here and self._done_round != self.round:
             self._done_round = self.round
@@ -174,7 +174,10 @@ class NodeRendezvous(RendezvousHandler):
         return done == len(self.members)
 
     def leave(self) -> None:
-        """Leave for good; the head, whose store the others still read, leaves last."""
+        """Leave the rendezvous for ever.
+
+        The head leaves last, because the others still read its store.
+        """
         self._hearts.stop()
         with contextlib.suppress(HeadGone):  # the head may be gone before it has answered
             self._store.add("left", 1)
@@ -198,12 +201,12 @@ class NodeRendezvous(RendezvousHandler):
         return number
 
     def _has_member(self, number: int, me: Member) -> bool:
-        """Whether some agent was our node in a round."""
+        """Return whether an agent already had this node's rank in a round."""
         key = f"{number}/node/{me.node_rank}"
         return self._call(lambda: self._store.get(key)) is not None
 
     def _gather(self, number: int) -> None:
-        """On the head: wait for the nodes of a round, then write down who they are."""
+        """Wait, on the head, for the nodes of a round, then write its members."""
         settings = self.settings
         started = time.monotonic()
         enough_since: float | None = None
@@ -230,7 +233,7 @@ class NodeRendezvous(RendezvousHandler):
             time.sleep(_POLL_S)
         keys = [f"{number}/node/{rank}" for rank in self._joined(number)]
         members = [Member.from_json(text) for text in self._store.get_all(keys) if text]
-        # the last round's store for workers goes: its addresses are dead
+        # the last round's store for workers is dropped: its addresses are dead
         key = f"{settings.run_id}/workers/{number}"
         self._worker_store, port = stores.serve_anywhere(settings, key)
         self._store.add("completed", 1)
@@ -246,7 +249,7 @@ class NodeRendezvous(RendezvousHandler):
     # -- the store ---------------------------------------------------------------------------
 
     def _wait_for(self, key: str) -> str:
-        """Wait for a key; the head itself ends a wait that has lasted too long."""
+        """Wait for a key. The head itself ends a wait that has lasted too long."""
         deadline = time.monotonic() + self.settings.join_timeout_s + 10
         while (text := self._call(lambda: self._store.get(key))) is None:
             self._raise_if_closed()
@@ -260,13 +263,13 @@ class NodeRendezvous(RendezvousHandler):
             raise PeerFailed.from_json(told)
 
     def _call(self, request: Callable[[], Any]) -> Any:
-        """Ask the store; a head that does not answer any more is a peer that failed."""
+        """Send a request to the store. A head that no longer answers is a peer that failed."""
         try:
             return request()
         except HeadGone as error:
             raise PeerFailed(f"{self.settings.name_of(0)} is gone: {error}") from error
 
-    # -- who is there ------------------------------------------------------------------------
+    # -- members ---------------------------------------------------------------------------------
 
     def _count(self, number: int) -> int:
         return int(self._call(lambda: self._store.add(f"{number}/count", 0)))
@@ -280,15 +283,15 @@ class NodeRendezvous(RendezvousHandler):
         return [rank for rank in range(self.settings.max_nodes) if rank not in joined]
 
     def _lost(self, number: int) -> list[int]:
-        """Nodes of the last round that have not joined this one and whose heart has stopped."""
+        """Return nodes of the last round without a heartbeat that have not joined this one."""
         lost = self._hearts.lost(member.node_rank for member in self.members)
         return [rank for rank in lost if self._store.get(f"{number}/node/{rank}") is None]
 
     def _without_lost(self) -> bool:
-        """On the head while workers run: whether to go on without nodes that were lost.
+        """Return, on the head while workers run, whether to continue without nodes that were lost.
 
         Raises:
-            PeerFailed: those that are left are too few.
+            PeerFailed: too few nodes are left.
         """
         lost = self._hearts.lost_now_and_then(member.node_rank for member in self.members)
         if not lost:

@@ -1,10 +1,11 @@
-"""The store at which the agents of a run meet: the head keeps it, and hears only its own.
+"""The store where the agents of a run meet. The head serves it only to agents of the same run.
 
-torch's TCPStore believes whoever reaches its port. Here both sides of a connection begin with a
-random number, and every message carries a keyed hash (BLAKE2b) of its direction, its place in the
-sequence and its text. The key comes from the token of the attempt and both numbers, so that no
-message can be forged, repeated, or moved to another place or connection. Nothing else of a message
-is looked at before its hash has been: on a stranger, who does not know the token, we hang up.
+torch's TCPStore trusts any process that reaches its port. Here both sides of a connection begin
+with a random number. Every message carries a keyed hash (BLAKE2b) of its direction, its position in
+the sequence and its text. The key comes from the token of the attempt and both numbers. So no
+message can be forged, repeated, or moved to another position or connection. No other part of a
+message is read before its hash is checked. The connection of a stranger, who does not know the
+token, is closed.
 """
 
 from __future__ import annotations
@@ -30,46 +31,52 @@ log = logging.getLogger(__name__)
 
 MAGIC = b"dtrain-1"
 NONCE = 16
-GREETING = struct.Struct(f"!8s{NONCE}sH")  # and the run's id, of so many bytes
+GREETING = struct.Struct(f"!8s{NONCE}sH")  # and the run's id, with this number of bytes
 FRAME = struct.Struct("!I16s")  # length and hash of the text that follows
 MOST = 1 << 26
 PROVE_WITHIN_S = 10.0
 _SILENCE_S = 30.0
-"""A head that answers nothing for so long is taken for gone."""
+"""The time after which a head that does not answer counts as gone."""
 TO_HEAD, FROM_HEAD = b">", b"<"
 _MOST_OF_A_STRANGER = 1 << 10
 _STRANGERS = 512
-"""Connections that have proven nothing yet; of more, the oldest goes."""
+"""The most connections that have proven nothing yet. Beyond that, the oldest is closed."""
 
 
 class HeadGone(DistError):
-    """The head does not answer any more, or what answers is not the head."""
+    """The head no longer answers, or the process that answers is not the head."""
 
 
 class Store(abc.ABC):
     @abc.abstractmethod
     def add(self, key: str, amount: int) -> int:
-        """Add to a counter, which begins with 0; what it is then."""
+        """Add to a counter, which begins with 0. Return its new value."""
 
     @abc.abstractmethod
     def set(self, key: str, text: str) -> None:
-        """Put a text there."""
+        """Set the text of a key."""
 
     @abc.abstractmethod
     def get_all(self, keys: list[str]) -> list[str | None]:
-        """The texts of several keys, counters as digits; None where there is none yet."""
+        """Return the texts of several keys, counters as digits.
+
+        None for each key without a text yet.
+        """
 
     @abc.abstractmethod
     def clone(self) -> Store:
-        """The same for another thread, of which no call waits for an answer to ours."""
+        """Return the same store for another thread.
+
+        Its calls do not wait for answers to this one's.
+        """
 
     def get(self, key: str) -> str | None:
-        """The text of a key; None when there is none yet."""
+        """Return the text of a key. None when there is none yet."""
         return self.get_all([key])[0]
 
 
 class Table(Store):
-    """Is kept by the head, whose own agent asks it directly."""
+    """The table of the head, which its own agent reads directly."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -104,15 +111,15 @@ class Table(Store):
 
 
 class Remote(Store):
-    """The head's table, asked from another process."""
+    """The head's table, accessed from another process."""
 
     def __init__(self, place: tuple[str, int], token: bytes, sock: socket.socket) -> None:
         """Take over a connection.
 
         Args:
-            place: host and port of the head.
-            token: of the attempt.
-            sock: connected to that; its timeout is for the head's first words.
+            place: the host and port of the head.
+            token: the token of the attempt.
+            sock: a socket connected to the head. Its timeout is for the head's greeting.
 
         Raises:
             OSError: no head answers.
@@ -122,7 +129,7 @@ class Remote(Store):
         self._asking = threading.Lock()
         self._connection: _Connection | None = _Connection(sock, token)
         self.run_id = self._connection.run_id
-        """That of whoever answers, before anything is proven."""
+        """The run id of the process that answers, before anything is proven."""
 
     def add(self, key: str, amount: int) -> int:
         return int(self._ask("add", key, amount))
@@ -156,7 +163,7 @@ class Remote(Store):
 
 class _Connection:
     def __init__(self, sock: socket.socket, token: bytes) -> None:
-        """Greet each other; OSError where it is no head that answers."""
+        """Exchange greetings. Raise OSError if the process that answers is not a head."""
         self._sock = sock
         self._number = 0
         weakref.finalize(self, sock.close)
@@ -175,7 +182,7 @@ class _Connection:
         self._seal = Seal(token, nonce + mine)
 
     def ask(self, request: tuple[Any, ...]) -> Any:
-        """The answer; where there is none, the connection is closed."""
+        """Return the answer. Without one, the connection is closed."""
         try:
             text = json.dumps(request).encode()
             self._sock.sendall(self._seal.packed(TO_HEAD, self._number, text))
@@ -200,9 +207,9 @@ class _Connection:
 
 
 class Server:
-    """The head's side: serves a table on a socket that listens already, for as long as it is kept.
+    """The head's side: serves a table on a socket that already listens, while this object exists.
 
-    One thread answers all who have proven the token.
+    One thread answers all clients that have proven the token.
     """
 
     def __init__(self, listener: socket.socket, run_id: str, token: bytes) -> None:
@@ -251,7 +258,7 @@ class _Loop:
             sock, address = self._listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(0.05)  # for one of those that we have to end
+                time.sleep(0.05)  # until one of the present connections ends
             return
         guest = _Guest(sock, str(address[0]), self._table, self._token)
         self._strangers[guest] = None
@@ -277,7 +284,7 @@ class _Loop:
         if guest in self._strangers:
             del self._strangers[guest]
             if guest.has_spoken and not self._has_told:
-                self._has_told = True  # once: a stranger must not fill our disk
+                self._has_told = True  # once: a stranger must not fill the disk
                 log.warning("refused a connection from %s: %s", guest.address, why)
         self._selector.unregister(guest.sock)
         guest.sock.close()
@@ -289,7 +296,7 @@ class _Loop:
 
 
 class _Guest:
-    """A connection of the server's: a stranger, until its first message has proven the token."""
+    """A connection of the server: a stranger, until its first message has proven the token."""
 
     def __init__(self, sock: socket.socket, address: str, table: Table, token: bytes) -> None:
         sock.setblocking(False)
@@ -300,7 +307,7 @@ class _Guest:
         self.outgoing = b""
         self.has_spoken = False
         self.is_watched_for_room = True
-        """Whether the loop waits until more can be sent."""
+        """True while the loop waits until more can be sent."""
         self._incoming = bytearray()
         self._table, self._token = table, token
         self._nonce = secrets.token_bytes(NONCE)
@@ -315,10 +322,10 @@ class _Guest:
         self.outgoing = GREETING.pack(MAGIC, self._nonce, len(run_id)) + run_id
 
     def go_on(self, ready: int) -> None:
-        """Take in what came, and send what fits.
+        """Read what came, and send what fits.
 
         Raises:
-            OSError: it has gone.
+            OSError: the client has gone.
             ValueError: it does not have the token.
         """
         if ready & selectors.EVENT_READ:
@@ -333,7 +340,7 @@ class _Guest:
             self.outgoing = self.outgoing[self.sock.send(self.outgoing) :]
 
     def _answer_next(self) -> bool:
-        """Answer the next message; False when it is not all there yet."""
+        """Answer the next message. Return False when it is not complete yet."""
         if self._seal is None:
             if len(self._incoming) < NONCE:
                 return False
@@ -366,11 +373,11 @@ class Seal:
         self._key = blake2b(nonces, key=token, digest_size=32).digest()
 
     def packed(self, way: bytes, number: int, text: bytes) -> bytes:
-        """A message as it is sent: as number N of its direction."""
+        """Return a message in its sent form: as number N of its direction."""
         return FRAME.pack(len(text), self._hash(way, number, text)) + text
 
     def fits(self, mac: bytes, way: bytes, number: int, text: bytes) -> bool:
-        """Whether just this was sent, by who has the token."""
+        """Return whether a process with the token sent exactly this message."""
         return hmac.compare_digest(mac, self._hash(way, number, text))
 
     def _hash(self, way: bytes, number: int, text: bytes) -> bytes:

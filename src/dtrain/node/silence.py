@@ -1,7 +1,8 @@
-"""A run that says nothing for a while: told once, with where each rank of this node is.
+"""Detection of a run that prints nothing for a while.
 
-Only files are looked at, every few seconds, so that training knows nothing of it. Silence need not
-be a fault: a script may print little. So the time doubles whenever a run goes on by itself.
+It is reported once, with the location of each rank of this node. Only files are checked, every few
+seconds, so training is not affected. Silence need not be a fault: a script may print little. So the
+time doubles whenever a run continues without help.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from dtrain.words import numbered
 
 _LONGEST_S = 60.0
 _LOOKS = 20
-"""How often it looks within the time that it waits."""
+"""The number of checks within the waiting time."""
 _SWAPS = 100 << 20
-"""So many bytes are no housekeeping."""
+"""The swapped bytes that exceed normal housekeeping."""
 _MOST_LOGS = 64
-"""Of more ranks than this only our own are looked at, and rank 0."""
+"""The most ranks for which all logs are checked. Beyond that, only this node's and rank 0's are."""
 
 
 class SilenceWatcher:
@@ -37,7 +38,7 @@ class SilenceWatcher:
             plan: the launch.
             own: the logs of this node's ranks.
         """
-        # half of what a collective waits, or it would be told when all is over
+        # half the timeout of a collective, or the report would come after the end
         self._patience_s = min(_LONGEST_S, plan.collective_timeout_s / 2)
         self._first = _log(plan, 0)
         self._files = {plan.run.metrics, self._first, *own.values()}
@@ -54,12 +55,14 @@ class SilenceWatcher:
         send: Callable[[Iterable[int], int], None],
         event: Callable[..., None],
     ) -> None:
-        """Tell when it has just become too long, and when that is over; to be called all the time.
+        """Report when the silence has just become too long, and when it is over.
+
+        Call this regularly.
 
         Args:
             ranks: pid → rank of this node's workers.
             send: sends some of them a signal.
-            event: takes a kind of event and its fields.
+            event: called with a kind of event and its fields.
         """
         news = self._news()
         if news == "silent":
@@ -87,7 +90,7 @@ class SilenceWatcher:
             self._told = False
             self._patience_s *= 2
             return "heard"
-        # without a shared disk rank 0, which speaks for all, is not heard here
+        # without a shared disk, the output of rank 0, which speaks for all, is not visible here
         if self._told or now - self._heard < self._patience_s or not self._first.exists():
             return ""
         self._told = True
@@ -98,10 +101,10 @@ class SilenceWatcher:
 
 
 def where(found: Mapping[int, list[Frame]]) -> str:
-    """Say where ranks are, those at one place together.
+    """Describe where ranks are. Ranks in the same location are named together.
 
     Args:
-        found: by rank, innermost call first; empty where a rank has not answered.
+        found: the stack by rank, innermost call first. Empty if a rank has not answered.
     """
     ranks: dict[str, list[int]] = {}
     for rank, stack in sorted(found.items()):

@@ -1,7 +1,7 @@
-"""Where a worker is just now, asked by its node's agent before it is killed.
+"""The present stack of a worker, which its node's agent requests before it kills the worker.
 
-The answer is given by faulthandler in C, so a rank that hangs in a C call, with Python's lock in
-its hands, gives it too. It goes into the rank's log, like all that the rank says.
+faulthandler answers in C, so a rank that hangs in a C call while it holds the GIL also answers. The
+answer goes into the rank's log, like all its output.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from pathlib import Path
 from dtrain.run.failures import Frame
 
 SIGNAL = signal.SIGRTMIN + 7
-"""Asks a worker for its stack; no program is known to use it."""
+"""The signal that requests a worker's stack. No program is known to use it."""
 
 ASIDE = signal.SIGRTMIN + 8
-"""Likewise, while it is to go on; see `answer_aside`."""
+"""The same signal for a worker that must continue, see `answer_aside`."""
 _ASIDE_NAME = "dtrain-stack"
 
 _ANSWER_S = 2.0  # longest wait: a stopped process never answers, a busy machine is slow
-_QUIET_S = 0.1  # nothing more is written: the answer is whole
+_QUIET_S = 0.1  # nothing more is written: the answer is complete
 _POLL_S = 0.02
 _LINE = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$', re.MULTILINE)
 
 
 def answer() -> None:
-    """Answer from now on, in this process and in those that it forks."""
+    """Answer requests from now on, in this process and in those that it forks."""
     faulthandler.register(SIGNAL, file=2, all_threads=False)
 
 
 def answer_aside() -> None:
-    """Answer `ASIDE` too, in this process: into memory, so that no log shows it."""
+    """Answer `ASIDE` too, in this process. The answer goes to memory, so that no log shows it."""
     faulthandler.register(ASIDE, file=os.memfd_create(_ASIDE_NAME), all_threads=False)
 
 
 def aside(pid: int) -> Path | None:
-    """Where a process answers `ASIDE`; None when it does not, and the signal would end it."""
+    """Return where a process answers `ASIDE`. None if it does not: the signal would end it."""
     with contextlib.suppress(OSError):
         status = Path(f"/proc/{pid}/status").read_text()
         caught = int(status.partition("SigCgt:")[2].split()[0], 16)
@@ -53,11 +53,11 @@ def aside(pid: int) -> Path | None:
 
 
 def ask(logs: Iterable[Path], send: Callable[[], None]) -> dict[Path, list[Frame]]:
-    """Get the stack of each of some workers, innermost call first; empty without an answer.
+    """Return the stack of each of some workers, innermost call first. Empty without an answer.
 
     Args:
-        logs: of the workers, or what `aside` has found.
-        send: sends them the signal that goes with it.
+        logs: the logs of the workers, or the paths that `aside` has returned.
+        send: sends them the corresponding signal.
     """
     before = {log: size(log) for log in logs}
     send()
@@ -75,7 +75,7 @@ def ask(logs: Iterable[Path], send: Callable[[], None]) -> dict[Path, list[Frame
 
 
 def frames(text: str) -> list[Frame]:
-    """Read what faulthandler wrote: the calls, innermost first."""
+    """Parse the output of faulthandler. Return the calls, innermost first."""
     return [
         Frame(
             found["file"],
@@ -88,16 +88,16 @@ def frames(text: str) -> list[Frame]:
 
 
 def waits_or_leaves(stack: list[Frame]) -> bool:
-    """Whether a rank waits for the others itself, or is about to end with an error."""
+    """Return whether a rank itself waits for the others, or is about to end with an error."""
     if any(f.function == "record_failure" and f.file.endswith("/node/worker.py") for f in stack):
         return True
     innermost = Path(stack[0].file).as_posix() if stack else ""
-    # DDP's reductions are waited for inside of backward
+    # the wait for DDP's reductions is inside backward
     return "/torch/distributed/" in innermost or innermost.endswith("/torch/autograd/graph.py")
 
 
 def size(log: Path) -> int:
-    """In bytes; 0 where there is none."""
+    """Return the size of a log in bytes, or 0 if there is none."""
     try:
         return os.stat(log).st_size
     except OSError:

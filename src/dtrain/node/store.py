@@ -1,4 +1,4 @@
-"""The stores of a run: who serves them, how agents reach them, what they say when they cannot."""
+"""The stores of a run: which process serves them, how agents reach them, and connection errors."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from dtrain.run.failures import FailureRecord
 T = TypeVar("T")
 
 FIRST_NOTICE_S = 2.0
-"""How long a node waits in silence for others."""
+"""The time that a node waits for others before its first message."""
 
-# One question takes the head 30 µs, and each agent has 40 a second: 1,000 would be too many for it.
+# A request takes the head 30 µs, and each agent sends 40 a second: 1,000 agents would be too many.
 _FEW_NODES, _PAUSE_PER_NODE_S = 50, 0.001
 _WAIT_S, _WAIT_PER_NODE_S = 0.005, 0.002
 
 
 class RendezvousFailed(Exception):
-    """The nodes did not come together; names who is missing.
+    """The nodes did not come together. The error names the missing ones.
 
     Attributes:
         missing: node ranks that did not join.
@@ -38,15 +38,15 @@ class RendezvousFailed(Exception):
 
 
 class NodeTaken(Exception):
-    """Another agent is this node already; nothing of it was touched."""
+    """Another agent already has this node's rank. Its state was not changed."""
 
 
 class PeerFailed(Exception):
-    """Another node has given up, so this one stops as well.
+    """Another node has failed, so this one stops as well.
 
     Attributes:
-        record: of the cause; None when it is not known.
-        signal: the signal by which the other node was asked to stop; None when it failed.
+        record: the record of the cause. None when it is not known.
+        signal: the signal by which the other node was asked to stop. None when it failed.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class PeerFailed(Exception):
 
 @dataclass(frozen=True)
 class RendezvousSettings:
-    """What an agent must know to meet the others."""
+    """The information that an agent needs to meet the others."""
 
     run_id: str
     host: str
@@ -81,23 +81,23 @@ class RendezvousSettings:
     max_nodes: int
     join_timeout_s: float
     token: bytes
-    """Of the attempt: the others have it too."""
+    """The token of the attempt, the same for all agents."""
     last_call_s: float = 5.0
-    """With fewer than `max_nodes`: how long to wait for more once there are `min_nodes`."""
+    """The time to wait for more nodes once there are `min_nodes`, if fewer than `max_nodes`."""
     lost_after_s: float = 30.0
-    """A node whose heartbeat has stood still so long is taken for dead."""
+    """The time without a heartbeat after which a node counts as dead."""
     names: tuple[str, ...] = ()
-    """Expected node names by rank, to name one that never joins."""
+    """The expected node names by rank, used to name one that never joins."""
 
     def name_of(self, node_rank: int) -> str:
-        """A node as people know it: `node 1 (gpu-b)`."""
+        """Return the name of a node for messages: `node 1 (gpu-b)`."""
         known = self.names[node_rank] if node_rank < len(self.names) else ""
         return f"node {node_rank} ({known})" if known else f"node {node_rank}"
 
 
 @dataclass(frozen=True)
 class _Closed:
-    """Is told to all by the node that gives up first."""
+    """The message to all nodes by the node that fails first."""
 
     __pydantic_config__ = checked.CONFIG
 
@@ -119,13 +119,13 @@ class Member:
 
     @classmethod
     def from_json(cls, text: str) -> Member:
-        """Read what a node has told the head; RendezvousFailed where it makes no sense."""
+        """Parse a node's message to the head. Raise RendezvousFailed if it is not valid."""
         return _parse(cls, text)
 
 
 @dataclass(frozen=True)
 class Round:
-    """Who takes part in it, and on which port of the head its workers have their store."""
+    """The members of a round, and the head's port on which its workers have their store."""
 
     __pydantic_config__ = checked.CONFIG
 
@@ -141,7 +141,7 @@ class Round:
 
     @classmethod
     def from_json(cls, text: str, settings: RendezvousSettings) -> Round:
-        """Read what the head has told a node; RendezvousFailed where it makes no sense."""
+        """Parse the head's message to a node. Raise RendezvousFailed if it is not valid."""
         found = _parse(cls, text)
         ranks = found.node_ranks
         if ranks != sorted(set(ranks)) or settings.node_rank not in ranks:
@@ -159,7 +159,7 @@ def _parse(kind: type[T], text: str) -> T:
 
 
 class RateLimitedCache:
-    """Keeps what the head has answered; of many nodes, each asks again only after a while."""
+    """Caches the head's answers. With many nodes, each asks again only after a while."""
 
     def __init__(self, nodes: int) -> None:
         self.pause_s = _PAUSE_PER_NODE_S * max(0, nodes - _FEW_NODES)
@@ -175,16 +175,16 @@ class RateLimitedCache:
 
 
 def wait_s(nodes: int) -> float:
-    """How long one of so many nodes pauses before it asks again for what is not there yet."""
+    """Return how long one of so many nodes pauses before it asks again for a missing answer."""
     return max(_WAIT_S, _WAIT_PER_NODE_S * nodes)
 
 
 def serve(settings: RendezvousSettings, listener: socket.socket | None) -> sealed.Server:
-    """The run's store, served by this process.
+    """Return the run's store, served by this process.
 
     Args:
-        settings: host, port and run.
-        listener: a socket already listening on the port; None opens it.
+        settings: the host, port and run.
+        listener: a socket that already listens on the port. None opens one.
 
     Raises:
         RendezvousFailed: the port is taken.
@@ -201,7 +201,7 @@ def serve(settings: RendezvousSettings, listener: socket.socket | None) -> seale
 
 
 def serve_anywhere(settings: RendezvousSettings, key: str) -> tuple[TCPStore, int]:
-    """A store of torch's for workers, on a free port of the key's candidates, and that port."""
+    """Return a torch store for workers, and its port, a free one of the key's candidates."""
     listener = ports.listen_on_candidate(ports.to_listen_on(settings.host), key)
     port = int(listener.getsockname()[1])
     store = TCPStore(
@@ -209,17 +209,17 @@ def serve_anywhere(settings: RendezvousSettings, key: str) -> tuple[TCPStore, in
         port,
         is_master=True,
         wait_for_workers=False,
-        master_listen_fd=listener.detach(),  # it listens: nobody can take the port before us
+        master_listen_fd=listener.detach(),  # it listens: no other process can take the port first
     )
     return store, port
 
 
 def connect(settings: RendezvousSettings, notice: Callable[[str], None]) -> sealed.Remote:
-    """The run's store, served by the head.
+    """Return the run's store, served by the head.
 
     Args:
-        settings: host, port and run.
-        notice: told in a sentence that we are waiting for the head.
+        settings: the host, port and run.
+        notice: called with a sentence while the head is awaited.
 
     Raises:
         RendezvousFailed: the head does not answer in time, or another run answers there.
@@ -250,7 +250,7 @@ def connect(settings: RendezvousSettings, notice: Callable[[str], None]) -> seal
 
 
 def _reach(settings: RendezvousSettings, notice: Callable[[str], None]) -> socket.socket:
-    """Connect to the head, for as long as it takes to begin."""
+    """Connect to the head, which may take a while to start."""
     started = time.monotonic()
     notice_at = started + FIRST_NOTICE_S
     while True:

@@ -1,12 +1,13 @@
 """`python -m dtrain.node.warm`: forks the node processes of many short launches of one job.
 
-A node process spends 3.5 CPU seconds on `import torch` and what workers need (2 cores, 2026-11),
-more than a training of five steps. This process does it once, and forks `python -m dtrain.node`
-where torch is imported already; all else of such a launch is as in any other: its arguments,
-environment, log and descriptors, its agents and workers, and how it ends. It has one thread for
-ever, so that it may fork, and trains nothing, so that nothing of one launch comes into the next.
+A node process spends 3.5 CPU seconds on `import torch` and the workers' imports (2 cores, 2026-11).
+That is more than a training of five steps. This process does it once, and forks
+`python -m dtrain.node` with torch already imported. Everything else is the same as in any other
+launch: its arguments, environment, log and descriptors, its agents and workers, and how it ends.
+This process always has one thread, so that it may fork. It trains nothing, so that no state of one
+launch comes into the next.
 
-It ends with whoever started it, and all that it forked ends with it.
+It ends with the process that started it, and all that it forked ends with it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dtrain.procs import die_with_parent, fork_child, kill_group
 
 
 def main() -> None:
-    """Serve whoever is at the other end of the socket until it is closed; never returns."""
+    """Serve the process at the other end of the socket until it is closed. Never return."""
     parser = argparse.ArgumentParser(prog="python -m dtrain.node.warm", description=main.__doc__)
     parser.add_argument("--parent", type=int, required=True, help="pid of the parent to die with")
     parser.add_argument("--socket", type=int, required=True, help="where requests come from")
@@ -40,11 +41,11 @@ def main() -> None:
         sys.exit(f"{' '.join(arguments.modules)} started threads, which a fork would lose")
     channel.send({"ready": os.getpid()})
     _serve(channel)
-    os._exit(0)  # what it forked is killed by the kernel
+    os._exit(0)  # the kernel kills all that it forked
 
 
 def _serve(channel: Channel) -> None:
-    """Fork what is asked for, pass signals on, and tell how each ended, until nobody asks."""
+    """Fork processes, pass signals on, and report how each ended, until the socket closes."""
     children = Children()
     nodes: set[int] = set()
     while True:
@@ -75,13 +76,13 @@ def _fork_node(argv: list[str], env: dict[str, str], log: int, *listener: int) -
 
 
 def _become_node(argv: list[str], env: dict[str, str]) -> int:
-    """Be what `python -m dtrain.node` would be after its imports."""
+    """Run what `python -m dtrain.node` would run after its imports."""
     import numpy as np
 
     os.environ.clear()
     os.environ.update(env)
     sys.argv = [node.__file__, *argv]
-    random.seed()  # else the same numbers in every launch, which would hide that nobody seeds them
+    random.seed()  # otherwise every launch has the same numbers, which would hide a missing seed
     np.random.seed()
     node.main(argv)
     return 0

@@ -1,4 +1,4 @@
-"""What every worker does before and after training: its place, its signals, its failure record."""
+"""The steps of every worker before and after training: rank, signals, failure record."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ from dtrain.train.tracing.tracer import Recorder
 
 
 def run_worker(run: RunDir, ring: Ring | None = None) -> int:
-    """Be one rank of a run, from its directory and the torchrun variables; the exit status.
+    """Run one rank of a run, from its directory and the torchrun variables. Return the exit status.
 
     Args:
-        run: its directory.
-        ring: where to keep the last collectives for who started this process.
+        run: its run directory.
+        ring: the ring for the last collectives, shared with the process that started this one.
 
-    Whatever ends the training leaves a failure record in the run directory. The caller should
-    end the process with `os._exit`: with a DDP module alive a normal exit hangs in 6-8 % of
-    gloo runs, and it is ten times slower (measured, 100 runs of 4 ranks).
+    Any early end of the training leaves a failure record in the run directory. The caller should
+    end the process with `os._exit`. With a DDP module alive, a normal exit hangs in 6-8 % of gloo
+    runs, and it is ten times slower (measured, 100 runs of 4 ranks).
     """
     worker = _Worker(run, ring)
     faulthandler.enable()
@@ -75,7 +75,10 @@ class _Worker:
         self.has_agent = "DTRAIN_NODE_NAME" in os.environ
 
     def log_event(self, event: str, **facts: Any) -> None:
-        """By hand there is no agent: rank 0 says that it has begun, and how it has ended."""
+        """Log an event from rank 0.
+
+        A worker started by hand has no agent that logs start and end.
+        """
         if self.ranks.is_rank_zero and not self.has_agent:
             events.note_event(self.run, event, restart=self.ranks.restart, **facts)
 
@@ -99,7 +102,7 @@ class _Worker:
         stop = _stop_on_signals()
         device = _device(plan, self.ranks)
         _join_process_group(plan, self.ranks, device)
-        # before the task can take `from torch.distributed import all_reduce`
+        # before the task can import `from torch.distributed import all_reduce`
         collective_trace.install(self.ring)
         code_dir = Path(plan.code_dir or plan.job_dir)
         os.environ.setdefault("KERAS_BACKEND", "torch")  # read once, when a task imports keras
@@ -119,13 +122,13 @@ class _Worker:
         trainer: Any = catalog.load("trainer", spec.trainer)(context)
         trainer.run()
         del trainer
-        gc.collect()  # DDP goes before its process group, or the teardown may hang
+        gc.collect()  # DDP must go before its process group, or the teardown may hang
         if dist.is_initialized():
             dist.barrier()
         return 0
 
     def _run_script(self, plan: LaunchPlan, spec: JobSpec) -> int:
-        end_with_rank()  # also where the script's loader processes are deaf to SIGTERM
+        end_with_rank()  # also if the script's loader processes ignore SIGTERM
         collective_trace.install(self.ring)
         group = GroupWatch(plan.run, plan.collective_timeout_s)
         run_script = catalog.load("trainer", spec.trainer)
@@ -141,15 +144,15 @@ class _Worker:
         return 0
 
     def record_failure(self, error: BaseException) -> int:
-        """Print the error, and leave the failure record; the exit status."""
+        """Print the error, and write the failure record. Return the exit status."""
         record = failures.of_exception(error, **self._place())
-        if isinstance(error, SystemExit) and not error.code:  # only a task's: a script may
+        if isinstance(error, SystemExit) and not error.code:  # only a task's: a script may exit so
             record = leaving.of_task(record, "sys.exit(0)")
         record = replace(record, hint=hints.hint(error, record.frames, self.run))
         if record.exit_code != 0:
             record.write(self.run, self.attempt)
             _tell_torchrun(error)
-        with contextlib.suppress(OSError):  # a full disk may be why we are here
+        with contextlib.suppress(OSError):  # a full disk may be the cause
             if not isinstance(error, SystemExit):
                 print(failures.FAILURE_OPEN, file=sys.stderr)
                 traceback.print_exception(error)
@@ -161,7 +164,7 @@ class _Worker:
         return record.exit_code
 
     def _leave_task(self, frames: list[Frame]) -> int:
-        """Record that a task ended the process by `os._exit(0)`; the exit status."""
+        """Record that a task ended the process by `os._exit(0)`. Return the exit status."""
         record = failures.of_worker("left", "", 1, frames=frames, **self._place())
         record = leaving.of_task(record, "os._exit(0)")
         record.write(self.run, self.attempt)
@@ -178,7 +181,7 @@ class _Worker:
 
 
 def _stop_on_signals() -> StopFlag:
-    """Signals only set a flag; the trainer acts on it at a step boundary, on all ranks."""
+    """Make signals set a flag. The trainer acts on it at a step boundary, on all ranks."""
     stop = StopFlag()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, lambda number, _frame: stop.request(signal.Signals(number).name))

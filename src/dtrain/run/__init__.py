@@ -1,1 +1,1 @@
-"""A run and how it stands: its directory, attempts, events, failures, verdict and lasting copy."""
+"""A run: its directory, attempts, events, failures, verdict and permanent copy."""

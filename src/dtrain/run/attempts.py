@@ -1,7 +1,8 @@
-"""The attempts of a run: who drives each of them, and how it ended.
+"""The attempts of a run: the driver of each one, and its result.
 
-Whoever makes an attempt takes its number first, by a file that only one can make. The next number
-is free once the attempt before has ended, so two never train in one run directory.
+The process that makes an attempt first claims its number, with a file that only one process can
+make. The next number is free once the previous attempt has ended, so two attempts never train in
+one run directory.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from dtrain.run.rundir import RunDir
 from dtrain.waiting import repeating
 
 State = Literal["running", "succeeded", "failed", "cancelled", "lost", "prepared"]
-"""`lost`: whoever drove the run died before it could write how it ended."""
+"""`lost` means that the driver of the run died before it could write the result."""
 
 TOKEN_BYTES = 32
 BEAT_S = 20.0
-"""How often the driver of a run says that it lives."""
+"""The interval at which the driver of a run sends a heartbeat."""
 SILENT_S = 120.0
-"""After how long without that it is taken for dead, where its process cannot be seen."""
+"""The time without a heartbeat after which a driver whose process cannot be seen counts as dead."""
 
 
 class Held(UsageError):
-    """Another command or job drives the run, or has made the attempt already."""
+    """Another command or job drives the run, or has already made the attempt."""
 
     code = "run.held"
 
     def __init__(self, run: RunDir, holder: Handle | None) -> None:
-        """With the holder's handle; None: workers that were started by hand."""
+        """Keep the holder's handle. None means that the workers were started by hand."""
         who = "workers that were started by hand" if holder is None else str(holder)
         text = f"run {run.id} is held by {who}; `dtrain cancel {run.id}` ends it"
         if holder is not None and Result.read(run, holder.attempt) is not None:
@@ -49,35 +50,37 @@ class Held(UsageError):
 
 @dataclass(frozen=True)
 class Handle:
-    """Who drives an attempt: handle.json."""
+    """The driver of an attempt, as handle.json records it."""
 
     launcher: str
     attempt: int
     first: int
-    """The attempt that the same command or job began with: a job makes further ones by itself."""
+    """The first attempt of the same command or job. A job makes further attempts automatically."""
     host: str
     pid: int
     identity: str | None
-    """Of the process, see `procs.identity`: a pid alone may be somebody else's by now."""
+    """The identity of the process, see `procs.identity`. A pid alone may have been reused."""
     started: float
     job_id: str | None = None
-    """Of the batch job that goes on without this process."""
+    """The batch job that continues without this process."""
 
     @classmethod
     def of_this_process(cls, launcher: str, attempt: int) -> Handle:
-        """A handle that names this process as the driver."""
+        """Return a handle that names this process as the driver."""
         return cls(launcher, attempt, attempt, started=time.time(), **procs.this_process())
 
     @classmethod
     def read(cls, run: RunDir, attempt: int | None = None) -> Handle | None:
-        """Of an attempt, or else of the newest; None when no command has begun one."""
+        """Return the handle of an attempt, by default the newest.
+
+        None when no command has begun one.
+        """
         numbers = reversed(run.attempts()) if attempt is None else [attempt]
         found = (cls._read(run.handle(number), number) for number in numbers)
         return next((each for each in found if each is not None), None)
 
     @classmethod
     def _read(cls, path: Path, attempt: int) -> Handle | None:
-        """In a file that must be of that attempt."""
         handle = files.read_as(cls, path)
         if handle is not None and not handle.first <= handle.attempt == attempt:
             raise DamagedError(str(path), f"it is of attempt {handle.attempt}")
@@ -89,7 +92,7 @@ class Handle:
         return f"{who}, which drives attempt {self.attempt} since {since}"
 
     def write(self, run: RunDir) -> None:
-        """Write it anew; for who has claimed the attempt."""
+        """Overwrite the handle. Only the process that has claimed the attempt may do this."""
         files.make_parent(run.handle(self.attempt))
         files.write_atomic(run.handle(self.attempt), self._text())
 
@@ -97,10 +100,10 @@ class Handle:
         return to_json(asdict(self), indent=2) + "\n"
 
     def claim(self, run: RunDir) -> None:
-        """Take the attempt, the one after the newest.
+        """Claim the attempt, which follows the newest one.
 
         Raises:
-            Held: another has it, or a later one.
+            Held: another process has claimed it, or a later one.
         """
         newest = Handle.read(run)
         is_next = newest is None or newest.attempt + 1 == self.attempt
@@ -108,12 +111,12 @@ class Handle:
             raise Held(run, Handle.read(run))
 
     def claim_node(self, run: RunDir, node_rank: int) -> None:
-        """Be the command that starts one node of an attempt which node 0's command drives.
+        """Claim one node of an attempt that node 0's command drives.
 
-        A node whose command has ended may be started again: it joins the next round.
+        A node whose command has ended may be started again. It joins the next round.
 
         Raises:
-            Held: another command does it.
+            Held: another command has claimed the node.
         """
         folder = run.node(self.attempt, node_rank)
         numbers = (path.stem.removeprefix("handle-") for path in folder.glob("handle-*.json"))
@@ -125,11 +128,11 @@ class Handle:
 
     @property
     def is_here(self) -> bool:
-        """Whether its process is one that we could see: of this boot and PID namespace."""
+        """Return whether its process is visible here: it has the same boot and PID namespace."""
         return self.identity is not None and procs.is_here(self.identity)
 
     def is_alive(self, run: RunDir) -> bool:
-        """Whether the driver runs; where it cannot be seen, whether it was heard of lately."""
+        """Return whether the driver runs. If it cannot be seen, a recent heartbeat decides."""
         if self.identity is None:
             return False
         if self.is_here:
@@ -138,44 +141,44 @@ class Handle:
 
 
 def claim_for_job(run: RunDir, attempt: int, job_id: str) -> None:
-    """Take a batch job's attempt, when it begins: the one submitted, or one after a requeue.
+    """Claim a batch job's attempt when it begins: the submitted one, or one after a requeue.
 
     Raises:
-        Held: the run was resumed meanwhile, and is another's.
+        Held: the run was resumed meanwhile, and another process drives it.
     """
     newest = Handle.read(run)
     if newest is None or newest.job_id not in (None, job_id):
         raise Held(run, newest)
-    if newest.job_id is None:  # whoever submits it has not written that yet, or was killed
+    if newest.job_id is None:  # the submitting process has not written it yet, or was killed
         replace(newest, job_id=job_id).write(run)
-    for number in range(newest.attempt + 1, attempt + 1):  # none is left for another to take
+    for number in range(newest.attempt + 1, attempt + 1):  # none is left for another process
         replace(newest, attempt=number, job_id=job_id, started=time.time()).claim(run)
 
 
 def newest_of(run: RunDir, first: int) -> int:
-    """The newest attempt of the command or job that began with attempt `first`."""
+    """Return the newest attempt of the command or job that began with attempt `first`."""
     handles = (Handle.read(run, number) for number in run.attempts() if number >= first)
     return max((each.attempt for each in handles if each and each.first == first), default=first)
 
 
 @contextlib.contextmanager
 def beating(run: RunDir, attempt: int) -> Iterator[None]:
-    """While it lasts, hosts that share the disk see that the driver of an attempt lives."""
+    """Show hosts on the same disk, within the `with` block, that an attempt's driver is alive."""
 
     def beat() -> None:
         with contextlib.suppress(OSError):
             os.utime(run.handle(attempt))
 
-    # at a URL the mirror tells it
+    # at a URL, the mirror sends the heartbeat
     with contextlib.nullcontext() if run.url is not None else repeating(beat, BEAT_S):
         yield
 
 
 def is_silent(run: RunDir, attempt: int) -> bool:
-    """Whether nothing was heard of an attempt for so long that nobody drives it.
+    """Return whether an attempt has been silent for so long that no process drives it.
 
-    On a shared disk that is neither its driver, nor its events, nor its metrics; at a URL, what
-    its driver tells there.
+    On a shared disk, the driver's heartbeat, the events and the metrics all count as signs of life.
+    At a URL, the driver's heartbeat there counts.
     """
     if run.url is not None:
         beat = files.read_as(dict[str, float], run.beat)
@@ -192,21 +195,21 @@ def _changed(path: Path) -> float:
 
 
 def _now(run: RunDir) -> float:
-    """The time by the clock of the disk's server, which wrote the times of files."""
+    """Return the time by the clock of the disk's server, which sets the times of files."""
     try:
         with tempfile.TemporaryFile(dir=run.path) as file:
             file.write(b"x")
             file.flush()
             return os.fstat(file.fileno()).st_mtime
-    except OSError:  # a run of somebody else's
+    except OSError:  # a run of another user
         return time.time()
 
 
 def token(run: RunDir, attempt: int) -> bytes:
-    """The secret by which the agents of an attempt know one another, see `node.sealed`.
+    """Return the secret by which the agents of an attempt recognize one another.
 
-    Made by whichever host asks for it first. It is worth nothing once the attempt has ended: the
-    next one has another.
+    See `node.sealed`. The first host that needs it makes it. It is worthless once the attempt has
+    ended: the next attempt has another secret.
 
     Raises:
         OSError: it can be neither read nor written.
@@ -225,7 +228,7 @@ def token(run: RunDir, attempt: int) -> bytes:
 
 @dataclass(frozen=True)
 class Result:
-    """How an attempt ended: result.json."""
+    """The result of an attempt, as result.json records it."""
 
     state: State
     exit_code: int
@@ -233,10 +236,10 @@ class Result:
     ended: float
 
     def write(self, run: RunDir, attempt: int) -> bool:
-        """Write result.json, unless it says already how the attempt ended; whether we did.
+        """Write result.json, unless it already has a result. Return whether it was written.
 
-        Its driver and whoever looks at the run may both find the end. That it was lost, only
-        who did not see it can have said.
+        The driver and any process that looks at the run may both detect the end. Only a process
+        that did not see the end can have written "lost", so that result is replaced.
         """
         known = Result.read(run, attempt)
         if known is not None and known.state != "lost":
@@ -246,5 +249,5 @@ class Result:
 
     @classmethod
     def read(cls, run: RunDir, attempt: int) -> Result | None:
-        """The attempt's result; None while it runs, or when its driver was killed."""
+        """Return the attempt's result. None while it runs, or when its driver was killed."""
         return files.read_as(cls, run.result(attempt))

@@ -17,17 +17,17 @@ _SHOWN = 3
 
 
 def pack(run: RunDir, attempt: int, limit: int, excludes: Sequence[str]) -> Path:
-    """Make one file of the copy of the code that `snapshot.copy_tree` has made; its path.
+    """Pack the copy of the code that `snapshot.copy_tree` has made, and return the file's path.
 
     Args:
-        run: whose code is packed.
-        attempt: the one that begins.
-        limit: the most bytes that may travel.
-        excludes: patterns of files that do not.
+        run: the run whose code is packed.
+        attempt: the attempt that begins.
+        limit: the most bytes that may be sent.
+        excludes: patterns of files that are not sent.
 
     Raises:
-        PlanError: it is larger than it may be; names the largest files.
-        OSError: it cannot be written.
+        PlanError: the code is larger than the limit. The error names the largest files.
+        OSError: the file cannot be written.
     """
     tree = run.code_tree(attempt)
     check_size(tree, limit, excludes)
@@ -47,11 +47,14 @@ def pack(run: RunDir, attempt: int, limit: int, excludes: Sequence[str]) -> Path
 
 
 def unpack(run: RunDir) -> Path | None:
-    """The job's folder from the newest file of `pack` that a run has; None without one."""
+    """Unpack the newest file of `pack` in a run.
+
+    Return the job's folder, or None without a file.
+    """
     found = sorted(run.code.glob("tree-*.tar"), key=lambda path: int(path.stem.split("-")[1]))
     if not found:
         return None
-    # not below the folder of runs, of which no snapshot takes anything
+    # outside the runs directory, which every snapshot skips
     folder = run.path.parent.with_name(f"{run.path.parent.name}.code") / run.id
     shutil.rmtree(folder, ignore_errors=True)
     snapshot.make_private(folder)
@@ -61,10 +64,10 @@ def unpack(run: RunDir) -> Path | None:
 
 
 def check_size(tree: Path, limit: int, excludes: Sequence[str]) -> None:
-    """See that a copy of the code may travel, without what is excluded, which is removed from it.
+    """Check that a copy of the code is small enough to send, and remove excluded files from it.
 
     Raises:
-        PlanError: it is larger than it may be; names the largest files.
+        PlanError: the code is larger than the limit. The error names the largest files.
     """
     sizes: dict[str, int] = {}
     for here, _, names in os.walk(tree):
@@ -72,7 +75,7 @@ def check_size(tree: Path, limit: int, excludes: Sequence[str]) -> None:
             path = Path(here, name)
             inside = str(path.relative_to(tree))
             if any(fnmatch(inside, pattern) for pattern in excludes):
-                path.unlink()  # it is a copy of ours, or a link
+                path.unlink()  # it is dtrain's copy, or a link
             elif path.exists():
                 sizes[inside] = path.stat().st_size
     total = sum(sizes.values())

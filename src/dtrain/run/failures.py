@@ -1,4 +1,4 @@
-"""Failure records: one small JSON file for each worker or node that fails, written on the spot."""
+"""Failure records: one small JSON file for each worker or node that fails, written at once."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ Kind = Literal[
     "node_missing",
     "node_lost",
     "agent",
-    "collectives",  # not the others'
-    "parted",  # likewise, but no majority says who is right
-    "absent",  # it still ran when the others had given up waiting
-    "timeout",  # all waited for one another
+    "collectives",  # different from those of the other ranks
+    "parted",  # the same, but no majority shows which rank is right
+    "absent",  # it still ran when the others had stopped waiting
+    "timeout",  # all ranks waited for one another
     "left",  # with status 0, before the end
 ]
 
@@ -58,13 +58,13 @@ KIND_CODES: Mapping[Kind, str] = {
     "timeout": "failure.timeout",
     "left": "failure.rank-left",
 }
-"""The code of a failure, where no error of dtrain has one of its own."""
+"""The code of a failure whose error has no code of its own in dtrain."""
 
-# Lines around a traceback in a rank's log: a console leaves out what the verdict will say.
+# Lines around a traceback in a rank's log: a console omits what the verdict will contain.
 FAILURE_OPEN = "dtrain: this rank has failed:"
 FAILURE_CLOSE = "dtrain: end of the failure"
 
-# What a rank says when it is another one that went away. Texts of gloo, NCCL, c10d and TCPStore.
+# Errors of a rank that lost another rank. Texts of gloo, NCCL, c10d and TCPStore.
 _COLLATERAL = re.compile(
     r"connection (was )?(closed|reset|refused)|closed by peer|broken pipe|socket timeout"
     r"|timed out waiting|wait timeout|application timeout caused pair closure|remote process"
@@ -80,7 +80,7 @@ _TIMEOUT = re.compile(
 
 _MAX_MESSAGE = 4000
 _STEP = "dtrain_step"
-"""Attribute of an exception."""
+"""The attribute of an exception that holds its step."""
 _OUR_OWN = str(Path(__file__).resolve().parent.parent)
 
 
@@ -95,13 +95,13 @@ class Frame:
 
 
 class OtherProcessError(Exception):
-    """An error of a process that works for a rank, told as if it were the rank's own.
+    """An error of a process that works for a rank, reported as if it were the rank's own.
 
     Args:
         message: its text and its notes.
         type: the name of its class.
-        frames: as of `user_frames`.
-        code: of an error of dtrain.
+        frames: its frames, as `user_frames` returns them.
+        code: the code of an error of dtrain.
     """
 
     def __init__(self, message: str, type: str, frames: list[Frame], code: str = "") -> None:
@@ -115,20 +115,20 @@ class OtherProcessError(Exception):
 
     @classmethod
     def of(cls, error: BaseException) -> OtherProcessError:
-        """What there is to say of an error in this process."""
+        """Return a description of an error in this process."""
         return cls(_text(error), type(error).__name__, _frames(error), _code(error))
 
 
 @dataclass(frozen=True)
 class FailureRecord:
-    """Why one worker, or one node, failed."""
+    """The reason why one worker, or one node, failed."""
 
     __pydantic_config__ = checked.CONFIG
 
     kind: Kind
     message: Text
     exit_code: ExitCode
-    """As a shell reports it: 128 + N for signal N."""
+    """The exit code as a shell reports it: 128 + N for signal N."""
     node_rank: Rank
     node: Name
     """The node's name."""
@@ -136,34 +136,34 @@ class FailureRecord:
     """None when a whole node failed."""
     restart: Whole = 0
     time: Time = 0.0
-    """Seconds since the epoch, of the failing host's clock."""
+    """Seconds since the epoch, by the failing host's clock."""
     pid: Whole | None = None
     type: Text = ""
-    """Name of the exception's class."""
+    """The name of the exception's class."""
     frames: list[Frame] = field(default_factory=list)
     """The traceback cut to the user's own lines, outermost first."""
     traceback: Text = ""
     """The whole traceback."""
     log: Text = ""
-    """Path of the log that has more."""
+    """The path of the log that has more."""
     collateral: bool = False
-    """Whether the process itself knew that another rank was to blame."""
+    """True when the process itself knew that another rank was the cause."""
     step: Whole | None = None
-    """The optimizer step that it failed in, 0 before the first; None where another try of the same
-    may end otherwise, or where steps are not known."""
+    """The optimizer step in which it failed, 0 before the first. None where a retry may end
+    differently, or where steps are not known."""
     repeated: bool = False
-    """Whether the restart before had failed in just this way."""
+    """True when the previous restart had failed in the same way."""
     hint: Text = ""
-    """What to do about it, where that depends on where the process stood."""
+    """A remedy that depends on what the process was doing."""
     code: Text = ""
-    """Stable name of the error; when it is left out, that of the kind."""
+    """The stable name of the error. By default it is that of the kind."""
 
     def __post_init__(self) -> None:
         if not self.code:
             object.__setattr__(self, "code", KIND_CODES[self.kind])
 
     def repeats(self, before: FailureRecord) -> bool:
-        """Whether it is the same error at the same line of the same step."""
+        """Return whether it is the same error at the same line of the same step."""
         ours, theirs = (
             (each.step, each.type, each.message, each.frames) for each in (self, before)
         )
@@ -171,14 +171,14 @@ class FailureRecord:
 
     @classmethod
     def read(cls, path: Path) -> FailureRecord | None:
-        """The record in a file; None when there is none, or the file holds something else."""
+        """Return the record in a file. None when there is no file, or it holds something else."""
         try:
             return files.read_as(cls, path)
         except (DamagedError, OSError):
             return None
 
     def write(self, run: RunDir, attempt: int) -> None:
-        """Write the record to its place in the run directory, or where that is full, aside."""
+        """Write the record to the run directory, or to a folder here if its disk is full."""
         path = (
             run.node_failure(attempt, self.node_rank)
             if self.rank is None
@@ -194,7 +194,7 @@ class FailureRecord:
 
 
 def read_all(run: RunDir, attempt: int, rank: int | None = None) -> list[FailureRecord]:
-    """Every failure record of an attempt, or of one rank in it."""
+    """Return every failure record of an attempt, or of one rank in it."""
     folders = (run.failures(attempt), _aside(run, attempt))
     name = "*.json" if rank is None else run.failure(attempt, rank).name
     paths = [path for folder in folders if folder for path in sorted(folder.glob(name))]
@@ -202,13 +202,13 @@ def read_all(run: RunDir, attempt: int, rank: int | None = None) -> list[Failure
     return [record for record in records if record is not None]
 
 
-# -- where records go when the run directory's disk is full, the likeliest cause -----------------
+# -- where records go when the run directory's disk is full, the most likely cause ------------
 
 
 def _aside(run: RunDir, attempt: int) -> Path | None:
-    """The folder of an attempt on this host; None where there is none of our own.
+    """Return this host's folder of an attempt. None where this account has none.
 
-    Any account may make one of that name: what another can write to is not believed.
+    Any account may make a folder of that name, so one that others can write to is ignored.
     """
     path = _path_aside(run, attempt)
     try:
@@ -229,7 +229,7 @@ def _made_aside(run: RunDir, attempt: int) -> Path:
 
 
 def remove_aside(run: RunDir, attempt: int) -> None:
-    """Remove what this host has kept of an attempt's records outside its run directory."""
+    """Remove the records of an attempt that this host has kept outside the run directory."""
     found = _aside(run, attempt)
     if found is not None:
         shutil.rmtree(found, ignore_errors=True)
@@ -254,11 +254,12 @@ def of_node(
     **place: Any,
 ) -> FailureRecord:
     """The record of a node that fails now, of this one unless `node` is the name of another.
+    Return the record of a node that fails now: this node, unless `node` names another.
 
     `place` has further fields of the record: `restart`, `pid`, `code`.
     """
     name = node_name() if node is None else node
-    message, code = without_code(message)  # it may end with what a process of the node printed
+    message, code = without_code(message)  # it may end with output of a process of the node
     place = {"time": time.time(), "log": str(log), "code": code, **place}
     return FailureRecord(kind, message, exit_code, node_rank, name, **place)
 
@@ -271,9 +272,9 @@ def record_node(
     Args:
         run: the run.
         attempt: its attempt.
-        message: why the node failed.
-        restart: None: the newest of which there is a record, so that this counts beside them.
-        **fields: as of `of_node`.
+        message: the reason why the node failed.
+        restart: the restart. None means the newest that has a record, so that both count.
+        **fields: further fields, as in `of_node`.
     """
     if restart is None:
         restart = max((known.restart for known in read_all(run, attempt)), default=0)
@@ -283,17 +284,17 @@ def record_node(
 
 
 def of_worker(kind: Kind, message: str, exit_code: int, **place: Any) -> FailureRecord:
-    """The record of a worker: of this process, which fails now, unless `place` says another."""
+    """Return the record of a worker: this process, unless `place` names another."""
     here = {"node": node_name(), "time": time.time(), "pid": os.getpid()}
     return FailureRecord(kind, message, exit_code, **{**here, **place})
 
 
 def with_log_in(run: RunDir, data: bytes) -> bytes:
-    """The text of a record that was written in another copy of the run, with its log in this."""
+    """Return the text of a record written in another copy of the run, with its log in this one."""
     try:
         record = checked.read(FailureRecord, data)
     except ValueError:
-        return data  # and nobody will take it for one
+        return data  # no reader accepts it as one
     inside = record.log.partition(f"/{run.id}/")[2]
     log = str(run.path / inside) if inside else record.log
     return to_json(asdict(replace(record, log=log)), indent=2).encode()
@@ -302,7 +303,7 @@ def with_log_in(run: RunDir, data: bytes) -> bytes:
 def of_exception(
     error: BaseException, *, rank: int, node_rank: int, restart: int, log: str
 ) -> FailureRecord:
-    """The record of an exception that ended this worker."""
+    """Return the record of an exception that ended this worker."""
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
         kind: Kind = "exit"
@@ -330,13 +331,13 @@ def of_exception(
 
 
 def in_step(error: BaseException, step: int) -> None:
-    """Note on an exception in which optimizer step it was raised, unless that is there already."""
+    """Note on an exception the optimizer step in which it was raised, unless it already has one."""
     if not hasattr(error, _STEP):
         setattr(error, _STEP, step)
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether another try of the same may end otherwise: files, networks, devices, other ranks."""
+    """Return whether a retry may end differently: files, networks, devices, other ranks."""
     return (
         isinstance(error, OSError)
         or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError", "LoaderProcessError")
@@ -359,11 +360,11 @@ def _frames(error: BaseException) -> list[Frame]:
 
 
 def of_exit_status(status: int, *, out_of_memory: bool, **place: Any) -> FailureRecord:
-    """The record of a worker that ended without a word: a signal, or `os._exit`.
+    """Return the record of a worker that ended without a report: a signal, or `os._exit`.
 
     Args:
-        status: as `os.waitstatus_to_exitcode` gives it: negative for a signal.
-        out_of_memory: whether the kernel killed for want of memory meanwhile.
+        status: the status from `os.waitstatus_to_exitcode`, negative for a signal.
+        out_of_memory: whether the kernel killed processes meanwhile because memory ran out.
         **place: `rank`, `node_rank`, `node`, `restart`, `time`, `pid`, `log`.
     """
     if status >= 0:
@@ -376,10 +377,10 @@ def of_exit_status(status: int, *, out_of_memory: bool, **place: Any) -> Failure
 
 
 def user_frames(trace: TracebackType | None, *, blank: bool = False) -> list[Frame]:
-    """A traceback cut to the user's own lines: not dtrain's, the standard library's, packages'.
+    """Return a traceback cut to the user's own lines.
 
-    Where nothing is left (the error is in a library called by dtrain), the innermost frame is,
-    unless that is allowed to be `blank`.
+    Frames of dtrain, the standard library and packages are left out. If no frame is left (the error
+    is in a library called by dtrain), the innermost one is kept, unless the result may be `blank`.
     """
     frames = [
         Frame(entry.filename, entry.lineno or 0, entry.name, (entry.line or "").strip())
@@ -389,27 +390,27 @@ def user_frames(trace: TracebackType | None, *, blank: bool = False) -> list[Fra
 
 
 def users_own(frames: list[Frame]) -> list[Frame]:
-    """Those of some calls that are the user's own."""
+    """Return the frames that are the user's own."""
     return [frame for frame in frames if _is_users(frame.file)]
 
 
 def node_name() -> str:
-    """This node's name: what the launcher calls it, or the host name."""
+    """Return this node's name: the launcher's name for it, or the host name."""
     return os.environ.get("DTRAIN_NODE_NAME") or socket.gethostname()
 
 
 def is_collateral(message: str) -> bool:
-    """Whether an error only says that another rank went away."""
+    """Return whether an error only reports that another rank disappeared."""
     return _COLLATERAL.search(message[: checked.MOST]) is not None
 
 
 def is_timeout(message: str) -> bool:
-    """Whether an error says that another rank did not come in time."""
+    """Return whether an error reports that another rank did not arrive in time."""
     return is_collateral(message) and _TIMEOUT.search(message) is not None
 
 
 def signal_name(number: int) -> str:
-    """`SIGKILL` for 9."""
+    """Return the name of a signal: `SIGKILL` for 9."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -417,7 +418,7 @@ def signal_name(number: int) -> str:
 
 
 def how_it_ended(status: int) -> str:
-    """`was killed by SIGKILL` or `ended with code 3`, of a status that is negative for signals."""
+    """Describe a status, negative for signals: `was killed by SIGKILL` or `ended with code 3`."""
     return f"was killed by {signal_name(-status)}" if status < 0 else f"ended with code {status}"
 
 

@@ -1,6 +1,7 @@
-"""Files of a run's directory, read so that a damaged one is named and stops nothing else.
+"""Reading and writing the files of a run directory. A damaged file is named and affects no other.
 
-They are written whole (see `files.write_atomic`), but disks, hands and other programs change them.
+The files are written atomically (see `write_atomic`), but disks, users and other programs change
+them.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _MOST_BYTES = 64 << 20
 
 
 def read_text(path: Path) -> str | None:
-    """The text of a file in UTF-8; None when there is no such file.
+    """Return the text of a file in UTF-8. None when there is no such file.
 
     Raises:
-        DamagedError: it is no file with text, or has more than 64 MiB.
+        DamagedError: it is not a text file, or has more than 64 MiB.
     """
     file = _open(path)
     if file is None:
@@ -43,7 +44,7 @@ def read_text(path: Path) -> str | None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in a file, which is not null; None when there is no such file.
+    """Return the JSON in a file, which is not null. None when there is no such file.
 
     Raises:
         DamagedError: it holds no JSON.
@@ -62,11 +63,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_as(shape: type[Shape], path: Path) -> Shape | None:
-    """What a JSON file holds, of a certain shape; None when there is no such file.
+    """Return the content of a JSON file, of a certain shape. None when there is no such file.
 
     Args:
-        shape: a dataclass, or a type as `dict[str, str]`.
-        path: of the file.
+        shape: a dataclass, or a type, for example `dict[str, str]`.
+        path: the path of the file.
 
     Raises:
         DamagedError: it holds something else.
@@ -76,12 +77,12 @@ def read_as(shape: type[Shape], path: Path) -> Shape | None:
 
 
 def parse_as(shape: type[Shape], text: str | bytes, where: str) -> Shape:
-    """What a JSON text from `where` holds, of a certain shape, with all types in it checked.
+    """Return the content of a JSON text from `where`, of a certain shape, with all types checked.
 
     Raises:
-        DamagedError: it holds something else; says which part of it.
+        DamagedError: it holds something else. The error names the part.
     """
-    from dtrain import checked  # which imports pydantic: not for `dtrain --help`
+    from dtrain import checked  # this imports pydantic: too slow for `dtrain --help`
 
     try:
         return checked.read(shape, text)
@@ -90,10 +91,10 @@ def parse_as(shape: type[Shape], text: str | bytes, where: str) -> Shape:
 
 
 def read_lines(path: Path, **fields: type) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a .jsonl file, one a line.
+    """Yield the JSON objects of a .jsonl file, one per line.
 
-    A line that a kill has cut short, or that lacks one of `fields` or has it of another type, is
-    passed over: what the others say holds.
+    A line is skipped if a kill has cut it short, or if it lacks one of `fields` or has it with
+    another type. The other lines remain valid.
     """
     file = _open(path)
     if file is None:
@@ -106,7 +107,7 @@ def read_lines(path: Path, **fields: type) -> Iterator[dict[str, Any]]:
 
 
 def parse_line(line: str | bytes) -> dict[str, Any] | None:
-    """The JSON object of one line; None when it is none, as when it was cut short."""
+    """Return the JSON object of one line. None when it is not one, for example a truncated line."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -115,7 +116,7 @@ def parse_line(line: str | bytes) -> dict[str, Any] | None:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something; empty where there is none."""
+    """Return the last line of a log that is not blank. Empty where there is none."""
     try:
         return log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
     except OSError:
@@ -123,7 +124,7 @@ def last_line(log: Path) -> str:
 
 
 def local_time(seconds: float) -> str:
-    """Seconds since the epoch as people write them; `?` for what no clock has shown."""
+    """Format seconds since the epoch as local time, or `?` for a value that is no valid time."""
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
     except (OverflowError, ValueError, OSError):
@@ -131,7 +132,7 @@ def local_time(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: `0:01:05`, `2 days, 3:00:00`."""
+    """Format seconds for people: `0:01:05`, `2 days, 3:00:00`."""
     try:
         return str(timedelta(seconds=round(max(0.0, seconds))))
     except (OverflowError, ValueError):
@@ -145,7 +146,7 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def _open(path: Path) -> BinaryIO | None:
-    """Open a regular file; a pipe in its place would be waited for, for ever."""
+    """Open a regular file. A pipe at this path would block for ever."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
@@ -161,9 +162,10 @@ def _open(path: Path) -> BinaryIO | None:
 
 
 def write_atomic(path: Path, data: str | bytes, mode: int = 0o644) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one, never a part.
+    """Write a file so that a reader, or a crash, sees the old file or the new one, never a part.
 
-    Written aside in the same folder, fsynced, renamed, and the folder fsynced.
+    It is written under a temporary name in the same folder, fsynced and renamed. Then the folder is
+    fsynced.
     """
     with replacing(path, mode) as file:
         file.write(data.encode() if isinstance(data, str) else data)
@@ -171,7 +173,7 @@ def write_atomic(path: Path, data: str | bytes, mode: int = 0o644) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path` at the end, as `write_atomic` does it."""
+    """Yield a file to write that becomes `path` at the end, as in `write_atomic`."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -188,14 +190,14 @@ def replacing(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
 
 
 def make_once(path: Path, data: str | bytes, mode: int = 0o644) -> bool:
-    """Write a file that only one process can make; whether it was this one."""
+    """Write a file that only one process can make. Return whether it was this process."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     make_parent(path)
     write_atomic(aside, data, mode)
     try:
-        os.link(aside, path)  # a rename would replace what another has just written
+        os.link(aside, path)  # a rename would replace what another process has just written
     except FileExistsError:
-        # NFS sends a request again whose answer was lost, and then finds what it has made
+        # NFS repeats a request whose answer was lost, and then finds its own file
         return os.stat(aside).st_nlink == 2
     finally:
         aside.unlink()
@@ -204,7 +206,7 @@ def make_once(path: Path, data: str | bytes, mode: int = 0o644) -> bool:
 
 
 def fsync_dir(path: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
+    """Make renames inside a folder survive a power failure."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -213,12 +215,12 @@ def fsync_dir(path: Path) -> None:
 
 
 def make_parent(path: Path) -> None:
-    """Make the folder that a file will be in."""
+    """Make the parent folder of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; the folder is made when it is missing."""
+    """Write `value` as indented JSON, atomically. A missing folder is made."""
     make_parent(path)
     write_atomic(path, to_json(value, indent=2) + "\n")
 

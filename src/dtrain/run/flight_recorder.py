@@ -1,8 +1,8 @@
 """The last collectives of a rank, in memory that outlives the process however it ends.
 
-Whoever forks a worker makes a ring and shares it with the worker; a call costs a copy of 160
-bytes, and what was written is there after SIGABRT and `kill -9` too. It is not a file: to write to
-a mapped file on a full disk is a bus error.
+The process that forks a worker makes a ring and shares it with the worker. A call costs a copy of
+160 bytes. What was written survives SIGABRT and `kill -9`. It is not a file: a write to a mapped
+file on a full disk is a bus error.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ NOTE_BYTES = 4096
 
 
 class Ring:
-    """The last `SLOTS` calls of a process that is forked after this is made."""
+    """The last `SLOTS` calls of a process that is forked after this ring is made."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, _SIZE + NOTE_BYTES)
 
     def write(self, number: int, text: str) -> None:
-        """Call `number`, counted from 1."""
+        """Record call `number`, counted from 1."""
         start = _HEAD.size + (number - 1) % SLOTS * _SLOT_BYTES
         slot = text.encode()[:_SLOT_BYTES].ljust(_SLOT_BYTES, b"\0")
         self._memory[start : start + _SLOT_BYTES] = slot
         _HEAD.pack_into(self._memory, 0, number)
 
     def contents(self) -> bytes:
-        """The calls, for `read_ring`."""
+        """Return the calls, for `read_ring`."""
         return self._memory[:_SIZE]
 
     def leave(self, note: bytes) -> None:
-        """Keep how the process left, in at most `NOTE_BYTES`."""
+        """Record how the process exited, in at most `NOTE_BYTES`."""
         self._memory[_SIZE:] = note.ljust(NOTE_BYTES, b"\0")
 
     def left(self) -> bytes:
-        """What `leave` has kept; empty where it was not called."""
+        """Return what `leave` has recorded. Empty if it was not called."""
         return self._memory[_SIZE:].rstrip(b"\0")
 
 
 def read_ring(path: Path) -> dict[int, str]:
-    """The calls that were kept, by number; empty when the file is missing or cut."""
+    """Return the recorded calls by number. Empty when the file is missing or truncated."""
     try:
         raw = path.read_bytes()
     except OSError:
@@ -66,26 +66,26 @@ def read_ring(path: Path) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where the ranks' calls begin to differ."""
+    """The first call in which the ranks differ."""
 
     number: int
     rank: int
-    """The first rank that differs from the majority, or from rank 0 where there is none."""
+    """The first rank that differs from the majority, or from rank 0 where there is no majority."""
     decided: bool
-    """Whether there is a majority."""
+    """True when there is a majority."""
     call: str
-    """That rank's."""
+    """The call of that rank."""
     others: str
-    """The others'."""
+    """The call of the other ranks."""
     other: int
-    """One of those."""
+    """One of the other ranks."""
 
 
 def first_divergence(rings: Mapping[int, Mapping[int, str]]) -> Divergence | None:
-    """The first call that is not the same on all ranks that made it; None when there is none.
+    """Return the first call that is not the same on all ranks that made it. None without one.
 
     Args:
-        rings: of each rank, its calls by number.
+        rings: the calls of each rank, by number.
     """
     numbers = sorted({number for calls in rings.values() for number in calls})
     for number in numbers:

@@ -1,6 +1,6 @@
-"""Ids of runs: how one is made, and which a person may give.
+"""Ids of runs: how dtrain makes one, and which ids a user may give.
 
-An id is a folder's name and an argument of commands, and it stands in comments of batch scripts.
+An id is the name of a folder and an argument of commands, and it is in comments of batch scripts.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import re
 import secrets
 
 LONGEST = 200
-"""Bytes of an id or a name: of file names that are made of one, 255 are allowed."""
+"""The most bytes of an id or a name. File names that contain one may have 255."""
 
 
 def new(name: str) -> str:
-    """`<name>-<6 random characters>`, fit for a file name, a host name label and a Slurm job."""
+    """Return `<name>-<6 random characters>`, a valid file name, host name label and Slurm name."""
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[: LONGEST - 50] or "run"
-    alphabet = "abcdefghjkmnpqrstuvwxyz23456789"  # none that are read for one another
+    alphabet = "abcdefghjkmnpqrstuvwxyz23456789"  # no characters that look similar
     return f"{slug}-{''.join(secrets.choice(alphabet) for _ in range(6))}"
 
 
 def problem(run_id: str) -> str | None:
-    """Why a text cannot be the id of a run; None when it can."""
+    """Return why a text cannot be the id of a run. None when it can."""
     if not run_id or not run_id.isprintable():
         return "it must be printable text"
     if "/" in run_id or run_id.startswith((".", "-")):

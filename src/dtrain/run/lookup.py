@@ -1,4 +1,4 @@
-"""Find a run by the name that a person gives it, in a folder or at a URL."""
+"""Find a run by the name that a user gives, in a folder or at a URL."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def find(name: str, runs: str) -> RunDir:
-    """The run that a person named.
+    """Return the run that a user named.
 
     Args:
-        name: what they wrote.
-        runs: folder or URL of all runs.
+        name: the name that the user wrote.
+        runs: the folder or URL of all runs.
 
     Raises:
-        RunNotFound: there is none.
+        RunNotFound: there is no such run.
     """
     from dtrain.run.remote.store import is_url
 
@@ -27,16 +27,16 @@ def find(name: str, runs: str) -> RunDir:
 
 
 def place_of_runs(runs: str | os.PathLike[str] | None = None) -> str:
-    """The folder or URL of all runs; where a program names none, the command line's."""
+    """Return the folder or URL of all runs. By default it is that of the command line."""
     return os.environ.get("DTRAIN_RUNS", "runs") if runs is None else os.fspath(runs)
 
 
 def here(runs: str, name: str | None = None) -> str:
-    """The folder of all runs; of runs at a URL, one of this host with what is new of them.
+    """Return the folder of all runs. For runs at a URL, it is an updated one of this host.
 
     Args:
-        runs: folder or URL.
-        name: of the run that is meant; None: all, without their logs.
+        runs: the folder or URL.
+        name: the name of the wanted run. None means all runs, without their logs.
     """
     from dtrain.run.remote.store import is_url
 
@@ -48,20 +48,20 @@ def here(runs: str, name: str | None = None) -> str:
 
 
 def find_run(name: str, root: str | os.PathLike[str], shown: str = "") -> RunDir:
-    """The run of that id, path, unique prefix, or the newest one for `last`.
+    """Return the run of that id, path or unique prefix, or the newest one for `last`.
 
     Args:
-        name: what a person wrote.
-        root: folder of all runs.
-        shown: how a person calls it, when that is not its path.
+        name: the name that the user wrote.
+        root: the folder of all runs.
+        shown: the user's name for that folder, when it is not its path.
 
     Raises:
-        RunNotFound: none, or more than one, answers to the name.
+        RunNotFound: no run, or more than one, matches the name.
     """
     from dtrain.errors import RunNotFound, quoted
     from dtrain.run.rundir import RunDir, list_runs
 
-    if not name:  # as of a variable of the shell that is not set: it would be any run's beginning
+    if not name:  # for example an unset shell variable: it would match every run
         raise RunNotFound(
             "RUN is empty; it is an id, the beginning of one, or `last`", code="run.empty-name"
         )
@@ -90,10 +90,10 @@ def find_run(name: str, root: str | os.PathLike[str], shown: str = "") -> RunDir
 
 
 def attempt_of(run: RunDir, number: int | None) -> int:
-    """The number of an attempt that a person named; None is the newest.
+    """Return the number of an attempt that a user named. None means the newest.
 
     Raises:
-        RunNotFound: the run has no such attempt; says which it has.
+        RunNotFound: the run has no such attempt. The error lists its attempts.
     """
     from dtrain.errors import RunNotFound
     from dtrain.words import numbered

@@ -1,4 +1,4 @@
-"""What a checkpoint's manifest says: which files it has, with the size and the digest of each."""
+"""The manifest of a checkpoint: its files, with the size and the digest of each."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Manifest:
     format: int
     files: dict[str, Entry]
     digest: str
-    """Of the manifest itself, without this."""
+    """The digest of the manifest itself, without this field."""
 
 
 def parse(text: str | bytes) -> Manifest:
-    """A manifest from its text.
+    """Parse a manifest from its text.
 
     Raises:
-        CheckpointError: it is none; says what is wrong.
+        CheckpointError: it is not a manifest. The error gives the reason.
     """
     try:
         manifest = files.parse_as(Manifest, text, NAME)

@@ -1,4 +1,4 @@
-"""How far a run is, from what its ranks have written: steps, metrics, and when it will end."""
+"""The progress of a run, from the files of its ranks: steps, metrics, and the expected end."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ _STEPS_DONE = {
     "stopped": "step",
     "finished": "steps",
 }
-"""Events of a training, and the field of each that has the optimizer steps done."""
+"""Events of a training, and the field of each that has the number of optimizer steps done."""
 _NOT_METRICS = ("time", "step", "epoch", "split")
 
 
 @dataclass
 class Progress:
     step: int | None = None
-    """Optimizer steps done, as far as that is known."""
+    """The number of optimizer steps done, as far as it is known."""
     total_steps: int | None = None
-    """None where nobody knows, as of a stream."""
+    """None where it is not known, for example for a stream."""
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By split the newest value of each metric."""
+    """The newest value of each metric, by split."""
     checkpoint: str | None = None
-    """Name of the newest checkpoint."""
+    """The name of the newest checkpoint."""
     heard: float | None = None
-    """When the newest of all this was written, in seconds since the epoch."""
+    """The time of the newest of these records, in seconds since the epoch."""
     seconds_per_step: float | None = None
-    """Evaluations and checkpoints included; None before the second line of metrics."""
+    """Includes evaluations and checkpoints. None before the second line of metrics."""
 
     @property
     def percent(self) -> int | None:
-        """Of the steps that are done, rounded down."""
+        """Return the share of steps that are done, in percent, rounded down."""
         if self.step is None or not self.total_steps:
             return None
         return min(100, 100 * self.step // self.total_steps)
 
     @property
     def end(self) -> float | None:
-        """When the last step will be done at this rate, in seconds since the epoch."""
+        """Return when the last step will be done at this rate, in seconds since the epoch."""
         known = (self.step, self.total_steps, self.heard, self.seconds_per_step)
         if any(each is None for each in known):
             return None
@@ -57,7 +57,10 @@ class Progress:
 
     @classmethod
     def read(cls, run: RunDir) -> Progress:
-        """Of all attempts: what was trained twice counts once, as it is now."""
+        """Read the progress over all attempts.
+
+        Steps trained twice count once, with the newest values.
+        """
         found = cls()
         first: tuple[float, int] | None = None
         for time, record in sorted(_records(run), key=lambda each: each[0]):
@@ -81,7 +84,7 @@ class Progress:
         self.metrics.setdefault(line["split"], {}).update(values)
 
     def _take_event(self, event: dict[str, Any]) -> Any:
-        """The steps that an event says are done; None of one that does not say."""
+        """Return the number of steps done according to an event. None if it has no such number."""
         if event["event"] == "training_started":
             total = event.get("total_steps")
             self.total_steps = total if isinstance(total, int) else None
@@ -92,7 +95,10 @@ class Progress:
 
 
 def _records(run: RunDir) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Events and metrics, each with its time; those of one file stay in order where times agree."""
+    """Yield events and metrics with their times.
+
+    Records of one file with equal times keep their order.
+    """
     for event in files.read_lines(run.events, event=str, time=float):
         if event["event"] in _STEPS_DONE:
             yield event["time"], event

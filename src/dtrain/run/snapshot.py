@@ -1,6 +1,6 @@
 """The code of a run, kept with it: commit, uncommitted changes, untracked files.
 
-`git checkout SHA`, `git apply changes.patch` and a copy of `untracked/` make the tree again.
+`git checkout SHA`, `git apply changes.patch` and a copy of `untracked/` restore the tree.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MOST_LISTED = 1_000
 _LARGE = 1_000_000
 _GIT_TIMEOUT_S = 30
 _SECRET = "may hold secrets"
-# Files that hold secrets by custom, by name or by the name of a folder that they lie in: a run's
+# Files that hold secrets by custom, by name or by the name of a folder that contains them: a run's
 # folder is shared with more people than a home is.
 _SECRET_FILES = (
     ".env", ".env.*", "*.env", ".envrc", "env.local",
@@ -35,7 +35,7 @@ _SECRET_FILES = (
     "*service-account*.json", "*service_account*.json", "client_secret*.json", "secret.y*ml",
     "secrets.y*ml", "secrets.json", "secrets.toml", "token.txt", "*.token", "*credentials*",
 )  # fmt: skip
-# Whatever the user's settings: a patch that `git apply` takes, of this repository alone.
+# Independent of the user's settings: a patch that `git apply` accepts, of this repository only.
 _DIFF = (
     "diff",
     "--binary",
@@ -53,18 +53,18 @@ _DIFF = (
 
 
 class _GitFailed(Exception):
-    """git cannot say; the text is why."""
+    """git gives no answer. The text is the reason."""
 
 
 def take(job_dir: str | os.PathLike[str], run: RunDir) -> None:
-    """Write `git.json`, `changes.patch` and `untracked/` for the repository that a job lies in.
+    """Write `git.json`, `changes.patch` and `untracked/` for the repository that contains a job.
 
-    Never fails a launch: what goes wrong stands in `git.json` under `why`, after what was
-    learnt before.
+    This never fails a launch. An error is recorded in `git.json` under `why`, after the facts found
+    before it.
 
     Args:
         job_dir: the job file's folder.
-        run: where to write; its folder is not part of the snapshot.
+        run: the run to write to. Its folder is not part of the snapshot.
     """
     record: dict[str, Any] = {"git": False}
     try:
@@ -82,7 +82,7 @@ def take(job_dir: str | os.PathLike[str], run: RunDir) -> None:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder that nobody else can look into: the job's own file may hold secrets too."""
+    """Make a folder that only its owner can read: the job's own file may hold secrets too."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
 
@@ -96,9 +96,9 @@ def _may_be_secret(path: str) -> bool:
 def copy_tree(job_dir: str | os.PathLike[str], run: RunDir, attempt: int) -> None:
     """Copy the code around a job as it is now, for a job that starts later: `RunDir.code_tree`.
 
-    The repository's files that git does not ignore; without git, those of the job's folder. What
-    is large, or over the limits, is a link to the original: data, which no edit changes. So is what
-    may hold secrets.
+    The copy has the repository's files that git does not ignore. Without git, it has those of the
+    job's folder. A file that is large, or over the limits, becomes a link to the original: it is
+    data, which no edit changes. A file that may hold secrets becomes a link too.
 
     Raises:
         OSError: it cannot be written.
@@ -134,7 +134,7 @@ def copy_tree(job_dir: str | os.PathLike[str], run: RunDir, attempt: int) -> Non
 
 
 def _walk(source: Path) -> Iterable[str]:
-    """The files below a folder, without hidden ones, caches and virtual environments."""
+    """Yield the files below a folder, without hidden ones, caches and virtual environments."""
     for here, folders, names in os.walk(source):
         folders[:] = [
             name
@@ -167,7 +167,7 @@ def _fill(record: dict[str, Any], job_dir: Path, folder: Path) -> None:
 
 
 def _write_patch(top: Path, sha: str | None, patch: Path) -> list[dict[str, Any]]:
-    """Write what differs from the commit; one that is too large is left out."""
+    """Write the difference from the commit. A patch that is too large is left out."""
     base = sha or _git(top, "hash-object", "-t", "tree", "/dev/null").decode().strip()
     with patch.open("wb") as file:
         _git(top, *_DIFF, base, stdout=file)
@@ -179,7 +179,7 @@ def _write_patch(top: Path, sha: str | None, patch: Path) -> list[dict[str, Any]
 
 
 def _untracked(top: Path, job_dir: Path, folder: Path) -> list[str]:
-    """Files that git does not know and does not ignore, without those of runs."""
+    """Return files that git neither knows nor ignores, without those of runs."""
     runs = folder.resolve().parents[1]
     own = folder.resolve().parent if job_dir.is_relative_to(runs) else runs
     listed = _git(top, "ls-files", "--others", "--exclude-standard", "-z").split(b"\0")
@@ -188,7 +188,7 @@ def _untracked(top: Path, job_dir: Path, folder: Path) -> list[str]:
 
 
 def _copy(top: Path, paths: Iterable[str], target: Path) -> list[dict[str, Any]]:
-    """Copy files, small ones first, as far as the limits go; the others are returned."""
+    """Copy files, small ones first, up to the limits. Return the others."""
     left_out: list[dict[str, Any]] = []
     sized = sorted((_size(top / path), path) for path in paths)
     room, count = _MOST_BYTES, 0
@@ -221,7 +221,7 @@ def _size(path: Path) -> int:
 
 
 def _dirty_submodules(top: Path) -> list[str]:
-    """Submodules with changes of their own, which the patch does not hold."""
+    """Return submodules with their own changes, which the patch does not hold."""
     status = _git(top, "status", "--porcelain=v2", "-z", "--untracked-files=no")
     found = []
     for entry in status.split(b"\0"):
@@ -234,7 +234,7 @@ def _dirty_submodules(top: Path) -> list[str]:
 
 
 def _one_line(where: Path, *arguments: str) -> str | None:
-    """The answer of a git command; None when it has none."""
+    """Return the answer of a git command. None when it has none."""
     try:
         return os.fsdecode(_git(where, *arguments)).removesuffix("\n")
     except _GitFailed:
@@ -242,7 +242,7 @@ def _one_line(where: Path, *arguments: str) -> str | None:
 
 
 def _git(where: Path, *arguments: str, stdout: IO[bytes] | int = subprocess.PIPE) -> bytes:
-    """Run a git command that reads; raises `_GitFailed` when it cannot be run or fails."""
+    """Run a git command that reads. Raise `_GitFailed` when it cannot be run or fails."""
     env = {
         name: value
         for name, value in os.environ.items()

@@ -1,7 +1,8 @@
-"""What is new in a run's directory, and how it gets into another copy of it.
+"""Detection of new data in a run's directory, and its transfer to another copy.
 
-It travels to and from a URL (`run.remote.mirror`), with the beats of Ray's nodes, or in the output
-of a Ray job. Sent by value to Ray's nodes: all but `apply_changes` needs only the standard library.
+The data is sent to and from a URL (`run.remote.mirror`), with the heartbeats of Ray's nodes, or in
+the output of a Ray job. This module is sent by value to Ray's nodes. All of it except
+`apply_changes` needs only the standard library.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ from pathlib import Path
 from typing import Any
 
 NEVER = ("checkpoints/*", "code/tree-*/*", "code/job-*", "alive.json")
-"""Files that do not travel, as hidden ones do not, among them the values of secret variables."""
+"""Files that are never copied. Hidden files are not copied either, for example secret variables."""
 _MOST_AT_ONCE = 4 << 20
-_MOST_OF_A_FILE = 64 << 20  # what is larger and written anew each time is no record of a run
+_MOST_OF_A_FILE = 64 << 20  # a larger file that is rewritten each time is no record of a run
 _NEW_S, _GONE_S = 5.0, 5.0
 
 Stat = tuple[int, int]
-"""Bytes, and time of the last change in nanoseconds."""
+"""Bytes, and the time of the last change in nanoseconds."""
 Change = dict[str, Any]
-"""`name` of a file and some `bytes`: they belong `at` a position, or else are the whole file."""
+"""The `name` of a file and some `bytes`, with a position `at`. Without one, they are the whole
+file."""
 
 
 class ChangeScanner:
-    """Finds what is new in a folder since the last look."""
+    """Finds new data in a folder since the last scan."""
 
     def __init__(
         self,
@@ -42,29 +44,29 @@ class ChangeScanner:
         *,
         most_of_a_log: int = sys.maxsize,
     ) -> None:
-        """Prepare.
+        """Prepare the scanner.
 
         Args:
             folder: the folder.
-            known: name → what was there at the last look.
-            most_of_a_log: bytes of a log after which the rest is left out.
+            known: the files found by the last scan, by name.
+            most_of_a_log: the bytes of a log after which the rest is left out.
         """
         self._folder = os.fspath(folder)
         self._most_of_a_log = most_of_a_log
         self.known = {} if known is None else known
 
     def skip_present(self) -> None:
-        """Take what is there now for known."""
+        """Mark everything that is present now as known."""
         self.known.update({name: now for name, _, now in self.changed()})
 
     def changed(
         self, only: Sequence[str] = (), but: Sequence[str] = ()
     ) -> Iterator[tuple[str, Stat, Stat]]:
-        """Each file that is not as it is known: its name, how it was known, how it is now.
+        """Yield each file that has changed: its name, its known state and its present state.
 
         Args:
-            only: patterns of the files that are wanted; none: all.
-            but: patterns of files that are not.
+            only: patterns of the files that are wanted. Without any, all are.
+            but: patterns of files that are not wanted.
         """
         for name in _names(self._folder, only, but):
             try:
@@ -76,7 +78,7 @@ class ChangeScanner:
                 yield name, before, now
 
     def changes(self, only: Sequence[str] = ()) -> Iterator[Change]:
-        """All that is new, in pieces that are small enough to be sent."""
+        """Yield all new data, in pieces that are small enough to be sent."""
         for name, (start, _), now in self.changed(only):
             path = os.path.join(self._folder, name)
             with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
@@ -88,7 +90,7 @@ class ChangeScanner:
                         yield {"name": name, "bytes": file.read(now[0])}
 
     def next_changes(self) -> list[Change]:
-        """As much of `changes` as is sent at once; empty when all was."""
+        """Return as much of `changes` as is sent at once. Empty when everything was sent."""
         found, room = [], _MOST_AT_ONCE
         for change in self.changes():
             found.append(change)
@@ -105,15 +107,15 @@ class ChangeScanner:
             if name.endswith(".jsonl"):
                 data = data[: data.rfind(b"\n") + 1]
             if not data:
-                return  # not all of the line is there yet
-            # of a file that has more to tell, the time is not yet that of all
+                return  # the line is not complete yet
+            # a file with more data to read does not yet get its final time
             self.known[name] = (at + len(data), now[1] if at + len(data) == now[0] else 0)
             yield {"name": name, "at": at, "bytes": data}
             at += len(data)
 
 
 def grows(name: str) -> bool:
-    """Whether a file is only ever appended to."""
+    """Return whether a file is only ever appended to."""
     return name.endswith((".log", ".jsonl")) or "events.out.tfevents" in name
 
 
@@ -122,7 +124,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _names(folder: str, only: Sequence[str], but: Sequence[str]) -> Iterator[str]:
-    """The names of files that travel, `plan.json` and the like first."""
+    """Yield the names of files to copy. `plan.json` and similar files come first."""
     found = []
     for here, folders, names in os.walk(folder):
         inside = "" if here == folder else f"{os.path.relpath(here, folder)}/"
@@ -134,18 +136,18 @@ def _names(folder: str, only: Sequence[str], but: Sequence[str]) -> Iterator[str
 
 
 def path_inside(folder: Path, name: str) -> Path | None:
-    """The path of a file by its name in a folder; None for a name that leads out of it."""
+    """Return the path of a file by its name in a folder. None for a name outside the folder."""
     path = folder / name
     return path if path.resolve().is_relative_to(folder.resolve()) else None
 
 
 def apply_changes(folder: Path, changes: Iterable[Change], *, append_lines: bool = False) -> None:
-    """Make in a copy of a folder what a scanner has found in another.
+    """Apply the changes that a scanner has found in a folder to a copy of it.
 
     Args:
         folder: the copy.
-        changes: what was found; one that leads out of the folder is passed over.
-        append_lines: whether lines are added to those of other writers, not put where they were.
+        changes: the changes. One that leads out of the folder is skipped.
+        append_lines: whether lines are added after those of other writers, not at their position.
     """
     from dtrain.run import files
 
@@ -166,15 +168,15 @@ def apply_changes(folder: Path, changes: Iterable[Change], *, append_lines: bool
                 file.write(data)
 
 
-# -- a directory of a node's own -----------------------------------------------------------------
+# -- a local directory on a node -----------------------------------------------------------------
 
 
 def create_local_run_dir(run_id: str, package: bytes) -> str:
-    """Make a run directory on a node that does not see the driver's; its path.
+    """Make a run directory on a node that does not see the driver's. Return its path.
 
     Args:
-        run_id: name of the directory.
-        package: a tar file of what is to be in it.
+        run_id: the name of the directory.
+        package: a tar file of the initial files.
     """
     root = os.environ.get("DTRAIN_STAGING") or tempfile.gettempdir()
     os.makedirs(root, exist_ok=True)
@@ -191,7 +193,7 @@ def create_local_run_dir(run_id: str, package: bytes) -> str:
 
 
 def remove_local_run_dir(folder: str) -> None:
-    """Remove it, where workers that were killed may still be writing."""
+    """Remove the directory, even if killed workers may still be writing to it."""
     own = os.path.dirname(folder)
     deadline = time.monotonic() + _GONE_S
     while os.path.exists(own) and time.monotonic() < deadline:
@@ -200,7 +202,7 @@ def remove_local_run_dir(folder: str) -> None:
 
 
 _locks: list[int | None] = []
-"""Held while this process lives, however it ends."""
+"""Locks held while this process lives, however it ends."""
 
 
 def _prefix() -> str:
@@ -208,7 +210,7 @@ def _prefix() -> str:
 
 
 def _locked(folder: str) -> int | None:
-    """A lock on a folder, which ends with this process; None when another has it."""
+    """Return a lock on a folder, which ends with this process. None if another process has it."""
     lock = os.open(os.path.join(folder, ".lock"), os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,6 +1,7 @@
-"""Who failed first, and why: all nodes' failure records made into one block of text.
+"""The verdict: which rank failed first, and why. It combines all nodes' failure records.
 
-Runs on the launch plane, when nothing of the attempt runs any more, and later for `dtrain why`.
+It is made on the launch plane when no process of the attempt runs any more, and later for `dtrain
+why`.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from dtrain.run.rundir import RunDir
 from dtrain.words import numbered
 
 MAX_LINES = 15
-"""Of the block, but for a reason that has more by itself."""
+"""The most lines of the block. A reason that is longer is an exception."""
 _WIDTH = 110
-"""Columns of the reason where nothing else has a width."""
+"""The columns of the reason when the output has no width."""
 _NARROWEST = 40
-"""Columns below which text is folded by the terminal itself."""
+"""The columns below which the terminal folds the text."""
 _FAILED = "FAILED: "
 _NOT_TO_RESUME = ("UsageError", "NeverMadeError")
-"""Errors that another try makes again."""
+"""Errors that a retry would repeat."""
 _FILE = re.compile(r'^  File "(.+)", line \d+, in ', re.MULTILINE)
 _MOST_PLACES = 3
 _VICTIM = 3
-"""Guilt of a rank that failed because another did."""
+"""The sort key of a rank that failed because another rank did."""
 
 ADVICE = {
     "oom": "ask for more memory, or make micro_batch_size or data.workers smaller",
@@ -42,30 +43,30 @@ ADVICE = {
     "left": "leave the loop in the same step on all ranks",
     "timeout": "look for a collective that not all ranks call, and at the network between them",
 }
-"""What to try, by kind of failure, where the record has no hint of its own."""
+"""The remedy for each kind of failure, if the record has no hint of its own."""
 
 
 Paint = Callable[[str, str | None], str]
-"""Gives a text a colour, or none."""
+"""A function that gives a text a colour, or none."""
 
 
 @dataclass(frozen=True)
 class Verdict:
     culprit: FailureRecord
     alike: list[int] = field(default_factory=list)
-    """Other ranks that failed in just the same way, as all do when a disk is full."""
+    """Other ranks that failed in the same way, for example all of them when a disk is full."""
     collateral: list[int] = field(default_factory=list)
-    """Ranks that failed because the culprit did."""
+    """Ranks that failed because the root cause's rank did."""
     restarts: int = 0
-    """Restarts that were tried."""
+    """The number of restarts that were tried."""
 
     @property
     def exit_code(self) -> int:
-        """The culprit's exit status, as a shell reports it."""
+        """Return the root cause's exit status, as a shell reports it."""
         return self.culprit.exit_code or 1
 
     def to_json(self) -> dict[str, Any]:
-        """For `--json` and verdict.json."""
+        """Return the verdict for `--json` and verdict.json."""
         return {
             "code": self.culprit.code,
             "culprit": asdict(self.culprit),
@@ -79,7 +80,7 @@ class Verdict:
 def cause_on_node(
     failed: list[FailureRecord], absent: list[FailureRecord], left: list[FailureRecord]
 ) -> FailureRecord:
-    """What one node tells the others: the failure that is a cause, or else the first."""
+    """Return what one node reports to the others: a failure that is a cause, or else the first."""
     first = min(failed, key=lambda each: (failures.is_collateral(each.message), each.time))
     if absent and failures.is_timeout(first.message):
         return absent[0]
@@ -87,9 +88,9 @@ def cause_on_node(
 
 
 def judge(run: RunDir, attempt: int) -> Verdict | None:
-    """Read every failure record of an attempt and find the culprit; None when nothing failed.
+    """Read every failure record of an attempt and find the root cause. None when nothing failed.
 
-    Only the records of the last restart count: what was overcome before is not the cause.
+    Only the records of the last restart count: an error that a restart overcame is not the cause.
     """
     records = failures.read_all(run, attempt)
     if not records:
@@ -120,9 +121,10 @@ def judge(run: RunDir, attempt: int) -> Verdict | None:
 
 
 def _without_bystanders(records: list[FailureRecord]) -> list[FailureRecord]:
-    """The records without those of ranks that still ran, unless the others only waited for them.
+    """Return the records of ranks that failed themselves.
 
-    Nor those of ranks that had left with status 0, unless the others were cut off by that.
+    Records of ranks that still ran are left out, unless the others only waited for them. Records of
+    ranks that had left with status 0 are left out, unless this cut off the others.
     """
     left = [record for record in records if record.kind == "left" and record.exit_code == 0]
     ended = [record for record in records if record.kind != "absent" and record not in left]
@@ -133,17 +135,17 @@ def _without_bystanders(records: list[FailureRecord]) -> list[FailureRecord]:
 
 
 def was_cut_off(record: FailureRecord) -> bool:
-    """Whether a rank failed in a collective because another went away.
+    """Return whether a rank failed in a collective because another rank disappeared.
 
-    A message alone says too little: a server that refuses a connection has nothing to do with
-    ranks that had ended before.
+    A message alone is not enough: a server that refuses a connection has nothing to do with ranks
+    that ended before.
     """
     files = _FILE.findall(record.traceback)
     return _guilt(record)[0] >= _VICTIM and bool(files) and "/torch/" in files[-1]
 
 
 def _only_waited(records: list[FailureRecord]) -> bool:
-    """Whether all failed because a collective was not answered in time."""
+    """Return whether all ranks failed because a collective was not answered in time."""
     victims = all(_guilt(r)[0] >= _VICTIM and r.kind != "left" for r in records)
     return victims and any(failures.is_timeout(record.message) for record in records)
 
@@ -151,7 +153,7 @@ def _only_waited(records: list[FailureRecord]) -> bool:
 def _parted(
     run: RunDir, attempt: int, restart: int, records: list[FailureRecord]
 ) -> list[FailureRecord]:
-    """A record of the rank whose collectives were not the others', where that is so."""
+    """Return a record of the rank whose collectives differed from the others', if there is one."""
     files = sorted(run.collectives(attempt, restart).glob("rank-*"))
     rings = {int(path.name.removeprefix("rank-")): read_ring(path) for path in files}
     found = first_divergence(rings)
@@ -172,17 +174,17 @@ def _parted(
 
 
 def write(run: RunDir, attempt: int, verdict: Verdict) -> None:
-    """Keep the verdict for `dtrain why`."""
+    """Save the verdict for `dtrain why`."""
     files.write_json(run.verdict(attempt), verdict.to_json())
 
 
 def read(run: RunDir, attempt: int) -> Verdict | None:
-    """The verdict kept for an attempt; None when there is none."""
+    """Return the verdict saved for an attempt. None when there is none."""
     return files.read_as(Verdict, run.verdict(attempt))
 
 
 def summary(verdict: Verdict) -> str:
-    """Why it failed, in one line: `rank 1 on node 0 (gpu-a) raised ValueError: no such column`."""
+    """Return one line, for example `rank 1 on node 0 (gpu-a) raised ValueError: no such column`."""
     culprit = verdict.culprit
     text = _headline(culprit).removeprefix(_FAILED)
     return f"{text}: {_reason(culprit)[0].strip()}" if culprit.kind == "exception" else text
@@ -194,14 +196,14 @@ def render(
     width: int | None = None,
     paint: Paint = lambda text, _colour: text,
 ) -> str:
-    """The block that people read: at most 15 lines, and all of the reason and of what to try.
+    """Return the block of text: at most 15 lines, plus the whole reason and the remedy.
 
     Args:
-        verdict: of an attempt.
-        run: whose.
-        width: columns, to which lines are folded between words; None where nothing has a width,
-            and only lines of the reason are folded.
-        paint: gives a text its colour.
+        verdict: the verdict of an attempt.
+        run: its run.
+        width: columns, to which lines are folded between words. None means that the output has no
+            width: only lines of the reason are folded.
+        paint: a function that gives a text its colour.
     """
     culprit = verdict.culprit
     head = [f"{_headline(culprit)}  [{culprit.code}]"]
@@ -233,7 +235,7 @@ def render(
 
 
 def _waits(records: list[FailureRecord]) -> list[str]:
-    """The user's lines where ranks waited, in a few lines of ours."""
+    """Return the user's lines where ranks waited, summarized in a few lines."""
     ranks: dict[str, list[int]] = {}
     for record in records:
         if record.rank is not None and failures.users_own(record.frames):
@@ -255,14 +257,14 @@ def _ranks(records: Iterable[FailureRecord]) -> list[int]:
 
 
 def _guilt(record: FailureRecord) -> tuple[int, float]:
-    """Sort key: a cause before a consequence, then the earliest."""
+    """Return the sort key: a cause comes before a consequence, then the earliest failure."""
     if record.kind in ("node_missing", "node_lost"):
         return (0, record.time)
     if record.kind in ("collectives", "parted"):
         return (1, 0.0)
     if record.kind == "agent":
         return (_VICTIM + 1, record.time)
-    if record.kind == "left" and record.collateral:  # in order: others may fail before it ends
+    if record.kind == "left" and record.collateral:  # cleanly: others may fail before it ends
         return (_VICTIM - 1, record.time)
     says_so = record.kind == "exception" and failures.is_collateral(record.message)
     if record.collateral or says_so:
@@ -283,12 +285,12 @@ def _headline(culprit: FailureRecord) -> str:
 
 
 def _node_of(culprit: FailureRecord) -> str:
-    """`node 1 (name)`; a node that never came may have no name."""
+    """Return `node 1 (name)`. A node that never came may have no name."""
     return f"node {culprit.node_rank}" + (f" ({culprit.node})" if culprit.node else "")
 
 
 def _frames(culprit: FailureRecord, room: int, width: int) -> list[str]:
-    """The innermost calls for which there is room; the last in any case."""
+    """Return the innermost calls that fit in the room. The last one is always included."""
     shown: list[str] = []
     for frame in reversed(culprit.frames[-3:]):
         lines = [f"  {_short(frame.file)}:{frame.line} in {frame.function}"]
@@ -300,7 +302,7 @@ def _frames(culprit: FailureRecord, room: int, width: int) -> list[str]:
 
 
 def _reason(culprit: FailureRecord) -> list[str]:
-    """What was wrong, besides what the first line says of it."""
+    """Return the parts of the reason that the first line does not contain."""
     said = [line for line in culprit.message.splitlines() if line.strip()]
     if culprit.kind == "left":
         return [*said[1:], time.strftime("it left at %H:%M:%S", time.localtime(culprit.time))]
@@ -314,7 +316,7 @@ def _first_line(text: str) -> str:
 
 
 def _folded(text: str, width: int, indent: str = "  ") -> list[str]:
-    """A line as several, none of which is cut; further ones are set in."""
+    """Fold a line without cutting any part. Further lines are indented."""
     own = text[: len(text) - len(text.lstrip())]
     return textwrap.wrap(
         text.strip(),
@@ -327,7 +329,7 @@ def _folded(text: str, width: int, indent: str = "  ") -> list[str]:
 
 
 def _short(path: str) -> str:
-    """A path relative to where the user stands, when that is shorter."""
+    """Return a path relative to the current folder, when that is shorter."""
     try:
         relative = os.path.relpath(path)
     except ValueError:

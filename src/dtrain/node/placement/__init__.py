@@ -1,1 +1,1 @@
-"""Who a node is and where the others are: one reader for each kind of cluster."""
+"""Placement: which node this is and where the others are, with one reader per kind of cluster."""

@@ -1,4 +1,4 @@
-"""`--placement argv`: whoever starts the node process says which nodes it is."""
+"""`--placement argv`: the process that starts the node process names its nodes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dtrain.procs import DEFERRED_SIGNALS
 
 
 class ArgvPlacement(PlacementReader):
-    """Reads `--node-rank K`, which may be given several times; all else is in the plan."""
+    """Reads `--node-rank K`, which may be given several times. All else is in the plan."""
 
     def join(self, plan: LaunchPlan) -> NodePlacement:
         node_ranks = self.arguments.node_rank
@@ -19,6 +19,6 @@ class ArgvPlacement(PlacementReader):
             raise UsageError(
                 "say with --node-rank which node of the run this is", code="node.no-node-rank"
             )
-        if len(node_ranks) == plan.nodes:  # no other node waits to be told
+        if len(node_ranks) == plan.nodes:  # no other node waits for a message
             signal.pthread_sigmask(signal.SIG_UNBLOCK, DEFERRED_SIGNALS)
         return NodePlacement(plan, node_ranks, self.arguments.listen_fd, self.environ)

@@ -1,7 +1,7 @@
-"""What a node process asks the reader of its cluster, and what it is told.
+"""The interface between a node process and the reader of its cluster.
 
-`--placement NAME` says which reader. One from outside is a class like those beside this, under the
-entry-point group `dtrain.placements`.
+`--placement NAME` selects the reader. An external reader is a class like those in this package, in
+the entry-point group `dtrain.placements`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dtrain.run.rundir import RunDir
 
 
 class Arguments(argparse.Namespace):
-    """What a node process was started with."""
+    """The arguments of a node process."""
 
     run_dir: str
     placement: str
@@ -28,47 +28,47 @@ class Arguments(argparse.Namespace):
 
 @dataclass(frozen=True)
 class NodePlacement:
-    """Which nodes a process serves, and where they meet the others."""
+    """The nodes that a process serves, and where they meet the others."""
 
     plan: LaunchPlan
-    """With attempt, node names and rendezvous as they are now."""
+    """The plan with the present attempt, node names and rendezvous."""
     node_ranks: list[int]
     listen_fd: int | None
-    """On the head, the open port of the rendezvous."""
+    """The open port of the rendezvous, on the head."""
     environ: Mapping[str, str]
-    """What the workers inherit."""
+    """The environment that the workers inherit."""
 
 
 class PlacementReader(abc.ABC):
-    """Finds out who a node process is; made once in each."""
+    """Finds out which node a process is. Each node process makes one."""
 
     def __init__(self, arguments: Arguments, environ: Mapping[str, str]) -> None:
         self.arguments = arguments
         self.environ = environ
 
     def begin(self, run: RunDir) -> None:  # noqa: B027  most have nothing to do
-        """Called before anything else; the run's folder may be missing on this host."""
+        """Prepare, before anything else is called. The run's folder may be missing on this host."""
 
     @abc.abstractmethod
     def join(self, plan: LaunchPlan) -> NodePlacement:
-        """Find out who we are and where the others are.
+        """Find out which node this is and where the others are.
 
         Args:
-            plan: as it stands in plan.json.
+            plan: the plan in plan.json.
 
         Raises:
-            DtrainError: that cannot be found out; the process ends with its exit code.
+            DtrainError: that cannot be found out. The process ends with the error's exit code.
         """
 
     def is_superseded(self) -> bool:
-        """Whether the launch has begun again without this node; asked now and then."""
+        """Return whether the launch has begun again without this node. Called from time to time."""
         return False
 
     def finish(self, status: int, asked_to_stop: bool) -> int:
-        """Say what becomes of the job once the agents have ended; this process's exit code.
+        """Decide what becomes of the job once the agents have ended. Return the exit code.
 
         Args:
             status: the worst of the agents' exit codes.
-            asked_to_stop: whether somebody has asked this process to leave.
+            asked_to_stop: whether this process was asked to stop.
         """
         return status

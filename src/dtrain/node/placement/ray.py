@@ -1,4 +1,4 @@
-"""`--placement ray`: the actor that starts the node process says where it was placed."""
+"""`--placement ray`: the actor that starts the node process reports where it was placed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dtrain.node.placement.base import NodePlacement, PlacementReader
 
 @dataclass(frozen=True)
 class PlacedAs:
-    """The arguments of `LaunchPlan.placed`; as JSON, what `--placed-as` is given."""
+    """The arguments of `LaunchPlan.placed`, which `--placed-as` receives as JSON."""
 
     __pydantic_config__ = checked.CONFIG
 
@@ -30,7 +30,7 @@ class RayPlacement(PlacementReader):
             placed = checked.read(PlacedAs, arguments.placed_as or "")
         except ValueError as error:
             raise UsageError(f"--placed-as: {error}", code="node.invalid-placement") from None
-        clean = inherited_env(self.environ)  # and without what Ray puts there
+        clean = inherited_env(self.environ)  # and without Ray's own variables
         environ = {name: clean[name] for name in clean if not name.startswith("RAY_")}
         node_ranks = arguments.node_rank or []
         return NodePlacement(

@@ -1,4 +1,4 @@
-"""`--placement slurm`: the variables of the job step say who we are."""
+"""`--placement slurm`: the variables of the job step identify the node."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _MOST_ENDPOINT_S = 3600.0
 
 
 class SlurmPlacement(PlacementReader):
-    """One node of a batch job. The head tells the others where it listens in a file."""
+    """One node of a batch job. The head writes its address to a file for the others."""
 
     plan: LaunchPlan
-    """As `join` has found it to be."""
+    """The plan after `join` has completed it."""
 
     def __init__(self, arguments: Arguments, environ: Mapping[str, str]) -> None:
         super().__init__(arguments, environ)
@@ -36,10 +36,12 @@ class SlurmPlacement(PlacementReader):
         self.restarts = int(environ.get("SLURM_RESTART_COUNT", 0))
 
     def begin(self, run: RunDir) -> None:
-        """Write to this node's log from now on; before, srun takes what we say to the job's log.
+        """Write to this node's log from now on.
 
-        Were it srun that opened the log, a node without the run's folder would never start, and
-        the others would wait for it.
+        Until then, srun writes the output to the job's log.
+
+        If srun opened the log, a node without the run's folder would never start, and the others
+        would wait for it.
         """
         path = SlurmFiles(run).node_log(max(self.node_rank, 0))
         try:
@@ -65,7 +67,7 @@ class SlurmPlacement(PlacementReader):
         return NodePlacement(self.plan, [self.node_rank], listen_fd, inherited_env(self.environ))
 
     def is_superseded(self) -> bool:
-        """Whether Slurm has started the job again elsewhere, taking our node for dead."""
+        """Return whether Slurm has restarted the job elsewhere because this node seemed dead."""
         try:
             return SlurmFiles(self.plan.run).is_superseded(self.plan.attempt)
         except OSError:  # the file system is away, as is the rest of the network
@@ -74,7 +76,7 @@ class SlurmPlacement(PlacementReader):
     def finish(self, status: int, asked_to_stop: bool) -> int:
         """See `PlacementReader.finish`.
 
-        A node that was asked to leave ends with 0: with anything else srun would kill the others
+        A node that was asked to stop ends with 0. With any other status srun would kill the others
         while they still save.
         """
         left = status in _STOPS or (asked_to_stop and status != 0)
@@ -101,7 +103,7 @@ class SlurmPlacement(PlacementReader):
             )
 
     def _resolve_placement(self, plan: LaunchPlan) -> socket.socket | None:
-        """Set `plan`; on the head, the open port of the rendezvous.
+        """Set `plan`. On the head, return the open port of the rendezvous.
 
         Raises:
             LaunchError: this is no job step, it has another size, or its head cannot be found.
@@ -136,7 +138,7 @@ class SlurmPlacement(PlacementReader):
     def _serve_as_head(
         self, plan: LaunchPlan, attempt: int, names: tuple[str, ...]
     ) -> socket.socket:
-        """Open the port of the rendezvous, and tell the other nodes."""
+        """Open the port of the rendezvous, and publish it to the other nodes."""
         job = self._job_key()
         host = own_address(names, self.environ.get("SLURM_LAUNCH_NODE_IPADDR"))
         listener = ports.listen_on_candidate(ports.to_listen_on(host), f"{job}/{plan.run_id}")
@@ -149,18 +151,18 @@ class SlurmPlacement(PlacementReader):
         return listener
 
     def _job_id(self) -> str:
-        """As `dtrain` knows it from submitting the job: an array's elements are `ARRAY_INDEX`."""
+        """Return the id from the job's submission: `ARRAY_INDEX` for an array's element."""
         array = self.environ.get("SLURM_ARRAY_JOB_ID")
         index = self.environ.get("SLURM_ARRAY_TASK_ID")
         return self.environ["SLURM_JOB_ID"] if array is None else f"{array}_{index}"
 
     def _job_key(self) -> str:
-        """A key that no other job, array element or attempt has."""
+        """Return a key that no other job, array element or attempt has."""
         parts = ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
         return "/".join(self.environ.get(name, "") for name in parts)
 
     def _record(self, plan: LaunchPlan, error: LaunchError) -> None:
-        """Leave a failure record for a node that could not take its place."""
+        """Write a failure record for a node that could not take part."""
         node_rank = max(self.node_rank, 0)
         failures.record_node(
             plan.run,
@@ -174,10 +176,10 @@ class SlurmPlacement(PlacementReader):
 
 
 def own_address(names: tuple[str, ...], launched_from: str | None) -> str:
-    """The head's address on the network on which the other nodes reach it.
+    """Return the head's address on the network on which the other nodes reach it.
 
-    The name of the head itself is no help: Debian gives it 127.0.1.1. So it is the address from
-    which the route to another node leaves.
+    The head's own name does not help: Debian maps it to 127.0.1.1. So this is the address from
+    which the route to another node starts.
 
     Raises:
         LaunchError: no other node's name can be resolved.
@@ -188,7 +190,7 @@ def own_address(names: tuple[str, ...], launched_from: str | None) -> str:
         with contextlib.suppress(OSError):
             address = socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)[0][4][0]
             on_loopback = ipaddress.ip_address(address).is_loopback
-            if not on_loopback or name == address:  # a node named so, on a cluster of one machine
+            if not on_loopback or name == address:  # a node so named, on a one-machine cluster
                 return ports.address_towards(str(address), 9)
     raise LaunchError(
         f"the names of the other nodes cannot be resolved here: {', '.join(names[1:])}",
@@ -197,16 +199,16 @@ def own_address(names: tuple[str, ...], launched_from: str | None) -> str:
 
 
 def expand_nodelist(nodelist: str) -> Iterator[str]:
-    """The names in a list as Slurm writes it: `gpu[1,03-05]-ib,login`, in order."""
+    """Yield the names in Slurm's list format, for example `gpu[1,03-05]-ib,login`, in order."""
     for group in _split(nodelist):
-        parts = re.split(r"\[([^\]]*)\]", group)  # text and ranges in turn
+        parts = re.split(r"\[([^\]]*)\]", group)  # text and ranges alternate
         choices = [_ranges(part) if odd % 2 else [part] for odd, part in enumerate(parts)]
         for chosen in product(*choices):
             yield "".join(chosen)
 
 
 def _split(nodelist: str) -> list[str]:
-    """Cut at commas that stand outside of brackets."""
+    """Split at commas outside brackets."""
     return [part for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist) if part]
 
 

@@ -1,8 +1,8 @@
 """The checkpoints of a run at a URL.
 
-A checkpoint is `step-00000012/manifest.json` and the files that it lists, in a folder beside it
-that is named by the manifest's own digest. The manifest is written last, in one request: it is
-what makes a checkpoint exist, and what replaces another of the same name as a whole.
+A checkpoint consists of `step-00000012/manifest.json` and the files that it lists. These are in a
+folder next to it, which is named by the manifest's own digest. The manifest is written last, in one
+request. It makes the checkpoint exist, and replaces another of the same name as a whole.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _AT_ONCE = 4
 
 
 class RemoteCheckpoints:
-    """What of a run's checkpoints is at its URL; folders of this host hold copies."""
+    """The checkpoints of a run at its URL. Folders of this host hold copies."""
 
     def __init__(self, run: RunDir, url: str) -> None:
         self._run = run
@@ -39,21 +39,21 @@ class RemoteCheckpoints:
 
     @classmethod
     def of(cls, run: RunDir) -> RemoteCheckpoints | None:
-        """Those of a run; None when it is kept in a folder alone."""
+        """Return the checkpoints of a run at its URL. None when it is kept only in a folder."""
         url = run.url
         return None if url is None else cls(run, url)
 
     def folders(self) -> list[Path]:
-        """Where on this host the checkpoints of steps would be, in no order."""
+        """Return the folders of this host for the checkpoints of steps, in no order."""
         names = [name.split("/")[0] for name in self._store.matching(f"step-*/{MANIFEST}")]
         return [self._run.checkpoints / name for name in names if _STEP.fullmatch(name)]
 
     def upload(self, folder: Path, files: Iterable[str] | None = None) -> None:
-        """Copy a checkpoint of this host there; it exists when this returns, not before.
+        """Copy a checkpoint of this host to the URL. It exists there only when this returns.
 
         Args:
-            folder: of this host, whole.
-            files: names of those to copy; None: all that the manifest lists.
+            folder: a complete checkpoint of this host.
+            files: names of the files to copy. None means all that the manifest lists.
         """
         text = (folder / MANIFEST).read_bytes()
         listed = manifest.parse(text)
@@ -77,12 +77,12 @@ class RemoteCheckpoints:
         self._clear(folder.name, there, but=inside)
 
     def fetch(self, folder: Path) -> None:
-        """Bring a checkpoint to this host, unless that very one is here.
+        """Bring a checkpoint to this host, unless exactly this one is already here.
 
-        Several ranks of a host may ask at once: the first brings it.
+        Several ranks of a host may ask at once: the first one brings it.
 
         Raises:
-            CheckpointError: it is not whole; says how.
+            CheckpointError: it is not complete. The error names the reason.
         """
         text = self._store.read(f"{folder.name}/{MANIFEST}")
         if text is None:
@@ -92,7 +92,7 @@ class RemoteCheckpoints:
                 self._bring(folder, text)
 
     def copy(self, name: str, to: str) -> None:
-        """Keep a checkpoint under another name too."""
+        """Also keep a checkpoint under another name."""
         text = self._store.read(f"{name}/{MANIFEST}")
         if text is None:
             raise RemoteStoreError(
@@ -106,14 +106,14 @@ class RemoteCheckpoints:
         self._clear(to, self._store.files(to), but=f"{to}/{inside}")
 
     def reject(self, name: str) -> None:
-        """Take a checkpoint that cannot be used for none from now on; its files stay."""
+        """Disable a checkpoint that cannot be used. Its files remain."""
         text = self._store.read(f"{name}/{MANIFEST}")
         if text is not None:
             self._store.write(f"{name}/{_REJECTED}", text)
             self._store.remove(f"{name}/{MANIFEST}")
 
     def remove(self, name: str) -> None:
-        self._store.remove(f"{name}/{MANIFEST}")  # first: from now on there is none
+        self._store.remove(f"{name}/{MANIFEST}")  # first: from now on the checkpoint does not exist
         self._store.remove(*self._store.files(name))
 
     def remove_leftovers(self) -> None:
@@ -125,7 +125,7 @@ class RemoteCheckpoints:
             inside[name.split("/")[0]].add(name.rpartition("/")[0])
         for name in (each for each in kept if len(inside[each] - {each}) > 1):
             text = self._store.read(f"{name}/{MANIFEST}")
-            with suppress(CheckpointError):  # of one that is damaged nothing is known
+            with suppress(CheckpointError):  # the files of a damaged one are not known
                 whole = f"{name}/{manifest.parse(text or '').digest}"
                 self._clear(name, (file for file in found if file.startswith(f"{name}/")), whole)
 

@@ -1,8 +1,8 @@
-"""A run's directory on this host, and its lasting copy at a URL, kept alike.
+"""Synchronization of a run's directory on this host with its permanent copy at a URL.
 
-Everything goes there but checkpoints (see `checkpoints.py`) and what never travels. A file that
-only grows goes in pieces, as a URL cannot be appended to and what is new is all that shall travel:
-the first under the file's own name, the next with a suffix.
+Everything is copied except checkpoints (see `checkpoints.py`) and the files in `sync.NEVER`. A file
+that only grows is copied in pieces, because a URL cannot be appended to and only new data should be
+sent. The first piece has the file's own name, the next ones have a suffix.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from dtrain.run.sync import ChangeScanner, Stat
 PIECE = 1 << 20
 _MARK = ".part-"
 STARTING = ("job.yaml", "resolved.yaml", "plan.json")
-"""What the launching side alone writes."""
+"""Files that only the launching side writes."""
 LAUNCH = (*STARTING, *(f"attempts/*/{name}.json" for name in ("handle", "result", "verdict")))
-"""What it writes of a run that goes on without it."""
+"""Files that the launching side writes of a run that continues without it."""
 LOGS = ("*.log*",)
 CODE = ("code/*",)
 
 
 @dataclass
 class _Index:
-    """What is known of both copies: .mirror.json."""
+    """The known state of both copies, as .mirror.json records it."""
 
     sent: dict[str, Stat] = field(default_factory=dict)
-    """name → what is at the URL."""
+    """The files at the URL, by name."""
     seen: dict[str, str] = field(default_factory=dict)
-    """name at the URL → which version of it was brought here."""
+    """The version of each file that was brought here, by its name at the URL."""
 
 
 class Mirror:
@@ -48,16 +48,16 @@ class Mirror:
         self._run = run
         self._store = RemoteStore(url)
         self._index = _Index()
-        with contextlib.suppress(DamagedError):  # then all is compared again
+        with contextlib.suppress(DamagedError):  # then all files are compared again
             self._index = files.read_as(_Index, run.sync_index) or self._index
         self._scanner = ChangeScanner(run.path, self._index.sent)
 
     def push(self, only: Sequence[str] = (), but: Sequence[str] = ()) -> None:
-        """Copy what is new here to the URL.
+        """Copy new data from this host to the URL.
 
         Args:
-            only: patterns of the files that this process answers for; none: all.
-            but: patterns of files that it does not.
+            only: patterns of the files that this process is responsible for. Without any, all are.
+            but: patterns of files that it is not responsible for.
 
         Raises:
             RemoteStoreError: the URL does not answer.
@@ -71,11 +71,11 @@ class Mirror:
             self._remember()
 
     def pull(self, only: Sequence[str] = (), but: Sequence[str] = ()) -> None:
-        """Copy what is new at the URL to here.
+        """Copy new data from the URL to this host.
 
         Args:
-            only: patterns of the files that are wanted; none: all.
-            but: patterns of files that are not.
+            only: patterns of the files that are wanted. Without any, all are.
+            but: patterns of files that are not wanted.
 
         Raises:
             RemoteStoreError: the URL does not answer.
@@ -93,7 +93,7 @@ class Mirror:
             self._remember()
 
     def beat(self) -> None:
-        """Say that someone drives the run, and when this was."""
+        """Write a heartbeat with its time: a process drives the run."""
         self._store.write(self._run.beat.name, json.dumps({"time": time.time()}).encode())
 
     def _push(self, name: str, sent: int, size: int) -> None:
@@ -101,7 +101,7 @@ class Mirror:
         if not sync.grows(name):
             self._store.put(path, name)
             return
-        # what was sent of the last piece goes again, whole
+        # the last piece is sent again as a whole
         first = sent // PIECE if size >= sent else 0
         with path.open("rb") as file:
             for number in range(first, max(1, -(-size // PIECE))):
@@ -129,13 +129,16 @@ class Mirror:
 
 
 def _version(about: Any) -> str:
-    """What changes with a file at a URL; every kind of place tells it in another way."""
+    """Return a value that changes with a file at a URL.
+
+    Each kind of store reports it differently.
+    """
     tag = about.get("ETag") or about.get("etag") or about.get("md5Hash") or changed_at(about)
     return f"{about.get('size')} {tag}"
 
 
 def changed_at(about: Any) -> float | None:
-    """When a file was written, in seconds since the epoch."""
+    """Return when a file was written, in seconds since the epoch."""
     for key in ("LastModified", "mtime", "last_modified", "updated"):
         value = about.get(key)
         if value is not None:

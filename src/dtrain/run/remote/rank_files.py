@@ -1,4 +1,4 @@
-"""Folders of several ranks, brought together at a run's URL by ranks that share no disk."""
+"""Folders of several ranks, collected at a run's URL by ranks that share no disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RemoteRankFiles:
 
     @classmethod
     def of(cls, run: RunDir, purpose: str) -> RemoteRankFiles | None:
-        """Those of a run; None when it is kept in a folder, which all ranks see."""
+        """Return the folders of a run. None when the run is in a folder that all ranks see."""
         url = run.url
         return None if url is None else cls(url, purpose)
 
@@ -26,7 +26,7 @@ class RemoteRankFiles:
             self._store.put(path, f"{folder.name}/{path.name}")
 
     def take(self, folders: Iterable[Path]) -> None:
-        """Bring the folders here that others have sent, and remove them there."""
+        """Bring the folders that other ranks have sent to this host, and remove them at the URL."""
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
             for name in self._store.files(folder.name):

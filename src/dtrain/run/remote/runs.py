@@ -1,4 +1,4 @@
-"""Runs at a URL, and the folder of this host in which they are worked on."""
+"""Runs at a URL, and the folder of this host that holds their working copies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REFRESH_S, _PUSH_S = 2.0, 5.0
 
 
 def staging(url: str) -> Path:
-    """The folder of this host for the runs at a URL: `$DTRAIN_STAGING`, or in the user's cache."""
+    """Return this host's folder for runs at a URL: `$DTRAIN_STAGING`, or in the user's cache."""
     root = os.environ.get(STAGING)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     name = re.sub(r"[^a-z0-9]+", "-", url.lower()).strip("-")[-40:]
@@ -35,10 +35,10 @@ def staging(url: str) -> Path:
 
 
 def create(run: RunDir, url: str) -> None:
-    """Make a run's directory on this host, the copy that is ahead of the one at the URL.
+    """Make a run's directory on this host: the copy that is ahead of the one at the URL.
 
     Raises:
-        PlanError: the URL cannot be written to; says why.
+        PlanError: the URL cannot be written to. The error gives the reason.
         LaunchError: the directory cannot be made.
     """
     RemoteStore(url.rpartition("/")[0]).check()
@@ -48,7 +48,7 @@ def create(run: RunDir, url: str) -> None:
 
 
 def claim(run: RunDir, path: Path) -> None:
-    """Make a file of a run's directory at its URL, if it has one: of all hosts only one can.
+    """Make a file of a run's directory at its URL, if it has one. Only one host can make it.
 
     Raises:
         FileExistsError: another host has made it.
@@ -60,23 +60,23 @@ def claim(run: RunDir, path: Path) -> None:
 
 
 def holder(run: RunDir, attempt: int) -> Handle | None:
-    """Who has claimed an attempt at a run's URL; None where nobody has."""
+    """Return the handle of the driver that claimed an attempt at a run's URL. None without one."""
     url = run.url
     data = None if url is None else RemoteStore(url).read(_handle_name(attempt))
     return None if data is None else _handle_in(data, url)
 
 
 def mark_unsynced(run: RunDir) -> None:
-    """Note that the directory on this host is ahead of the copy at the URL, if it has one."""
+    """Record that the directory on this host is ahead of the copy at the URL, if there is one."""
     if run.url is not None:
         run.unsynced.touch()
 
 
 def attach(run: RunDir, url: str) -> None:
-    """Make a run's directory on a host that goes on with a run begun elsewhere.
+    """Make a run's directory on a host that continues a run from elsewhere.
 
     Raises:
-        PlanError: the URL cannot be written to; says why.
+        PlanError: the URL cannot be written to. The error gives the reason.
     """
     RemoteStore(url.rpartition("/")[0]).check()
     files.write_atomic(run.url_file, url, mode=0o600)
@@ -85,7 +85,7 @@ def attach(run: RunDir, url: str) -> None:
 
 
 def detach(run: RunDir) -> None:
-    """Remove a run's directory from this host, unless not all of it is at its URL."""
+    """Remove a run's directory from this host, unless parts of it are not yet at its URL."""
     if not run.unsynced.exists():
         shutil.rmtree(run.path, ignore_errors=True)
 
@@ -98,13 +98,13 @@ def syncing(
     only: Sequence[str] = (),
     but: Sequence[str] = (),
 ) -> Iterator[None]:
-    """While it lasts, what is new in a run's directory goes to its URL, if it has one.
+    """Copy new data of a run's directory to its URL, if it has one, within the `with` block.
 
     Args:
-        run: its directory.
-        say: told when not all could be written in the end.
-        only: patterns of the files that this process answers for; none: all.
-        but: patterns of files that it does not.
+        run: the run.
+        say: called with a message when not everything could be written in the end.
+        only: patterns of the files that this process is responsible for. Without any, all are.
+        but: patterns of files that it is not responsible for.
     """
     url = run.url
     if url is None:
@@ -136,14 +136,14 @@ def syncing(
 
 
 def bring_code(run: RunDir) -> None:
-    """Bring the copies of a run's code to this host, where it is kept at a URL."""
+    """Bring the copies of a run's code to this host, if the run is kept at a URL."""
     url = run.url
     if url is not None:
         Mirror(run, url).pull(only=("code/tree-*.tar",))
 
 
 def push(run: RunDir, only: Sequence[str] = ()) -> None:
-    """Copy what is new to a run's URL, if it has one; one that does not answer is passed over."""
+    """Copy new data to a run's URL, if it has one. A URL that does not answer is ignored."""
     url = run.url
     if url is not None:
         with contextlib.suppress(RemoteStoreError):
@@ -151,19 +151,19 @@ def push(run: RunDir, only: Sequence[str] = ()) -> None:
 
 
 def fetch(url: str, name: str | None = None) -> Path:
-    """Bring what is known of runs at a URL to this host; the folder in which they are.
+    """Bring the records of runs at a URL to this host. Return the folder that holds them.
 
     Args:
-        url: the place of all runs.
-        name: id, beginning of an id, or `last`; None: all runs, without their logs.
+        url: the URL of all runs.
+        name: the id, the beginning of an id, or `last`. None means all runs, without their logs.
 
     Raises:
-        PlanError: it is no such URL.
+        PlanError: it is not a URL of runs.
         RunNotFound: it cannot be read.
     """
     folder = staging(url)
     try:
-        jobs = RemoteStore(url).matching("*/resolved.yaml")  # written anew by each attempt
+        jobs = RemoteStore(url).matching("*/resolved.yaml")  # written again by each attempt
         ids = {path.split("/")[0]: about for path, about in jobs.items()}
         for run_id in sorted(ids, key=lambda run_id: _time(ids[run_id])):
             if name is None or _is_meant(run_id, name, ids):
@@ -178,7 +178,7 @@ def fetch(url: str, name: str | None = None) -> Path:
 
 
 def refresher(run: RunDir) -> Callable[[], None]:
-    """A function that brings what is new of a run to this host, not more often than it is worth."""
+    """Return a function that brings new data of a run to this host, at a limited rate."""
     at = time.monotonic()
 
     def refresh() -> None:
@@ -186,7 +186,7 @@ def refresher(run: RunDir) -> Callable[[], None]:
         url = run.url
         if url is None or time.monotonic() - at < _REFRESH_S:
             return
-        with contextlib.suppress(RemoteStoreError):  # asked again
+        with contextlib.suppress(RemoteStoreError):  # tried again later
             _bring(run, url, False)
         at = time.monotonic()
 
@@ -194,7 +194,7 @@ def refresher(run: RunDir) -> Callable[[], None]:
 
 
 def is_driven_here(run: RunDir) -> bool:
-    """Whether a process of this host drives a run; then the copy here is the newest."""
+    """Return whether a process of this host drives a run. Then the copy here is the newest."""
     handle = Handle.read(run)
     return handle is not None and handle.is_here and handle.is_alive(run)
 
@@ -202,7 +202,7 @@ def is_driven_here(run: RunDir) -> bool:
 def _bring(run: RunDir, url: str, without_logs: bool) -> None:
     if is_driven_here(run):
         return
-    if run.unsynced.exists():  # whoever drove it was killed before all was written
+    if run.unsynced.exists():  # its driver was killed before everything was written
         handle = Handle.read(run)
         if handle is not None and _is_newest_at(url, handle):
             Mirror(run, url).push(() if handle.job_id is None else LAUNCH)
@@ -213,7 +213,7 @@ def _bring(run: RunDir, url: str, without_logs: bool) -> None:
 
 
 def _is_newest_at(url: str, handle: Handle) -> bool:
-    """Whether no other host has begun the attempt of a handle, or a later one."""
+    """Return whether no other host has begun the attempt of a handle, or a later one."""
     place = RemoteStore(url)
     there = [int(name.split("/")[1]) for name in place.matching("attempts/*/handle.json")]
     if max(there, default=-1) < handle.attempt:
@@ -243,7 +243,7 @@ def _time(about: Any) -> float:
 
 
 def _tidy(run: RunDir) -> None:
-    """All is at the URL: what is large need not stay here."""
+    """Remove large files: everything is at the URL."""
     run.unsynced.unlink(missing_ok=True)
     for path in (*run.checkpoints.glob("*"), *run.code.glob("tree-*"), *run.code.glob("job-*")):
         if path.is_dir() and not path.is_symlink():
@@ -253,7 +253,7 @@ def _tidy(run: RunDir) -> None:
 
 
 def _remove_old(folder: Path) -> None:
-    """Runs that nobody has looked at for weeks; they are at the URL."""
+    """Remove runs that have not been used for weeks. They are at the URL."""
     for run in rundir.list_runs(folder):
         is_old = time.time() - run.path.stat().st_mtime > _OLD_S
         if is_old and not run.unsynced.exists() and not is_driven_here(run):

@@ -1,4 +1,4 @@
-"""A folder at a URL, by fsspec: what is read and written there, and errors in plain words."""
+"""A folder at a URL, accessed with fsspec: reads, writes, and errors in plain words."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ _Value = TypeVar("_Value")
 _PAUSES_S = (0.5, 2.0, 5.0)
 _PATIENT_S = (*_PAUSES_S, 15.0, 30.0)
 _EXTRAS = {"s3fs": "pip install 'dtrain[s3]'"}
-# A server that is not there is found out in seconds, not in botocore's minutes.
+# A missing server is detected in seconds, not in botocore's minutes.
 _S3_OPTIONS = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 3}}
 
 
 class RemoteStoreError(DtrainError, OSError):
-    """A place at a URL cannot be read or written."""
+    """A folder at a URL cannot be read or written."""
 
 
 def is_url(text: str | os.PathLike[str]) -> bool:
-    """Whether a place of runs is a URL, not a folder."""
+    """Return whether the location of runs is a URL, not a folder."""
     return "://" in os.fspath(text)
 
 
 class RemoteStore:
     """A folder at a URL. Its files have names, relative to it, with `/` between the parts.
 
-    All methods raise `RemoteStoreError` when the place does not answer, after some tries, or
-    does not let us in.
+    All methods raise `RemoteStoreError` when the URL does not answer, after some tries, or refuses
+    access.
     """
 
     def __init__(self, url: str, *, patient: bool = False) -> None:
-        """Open it; nothing is asked of it yet.
+        """Open the folder. No request is sent yet.
 
         Args:
-            url: of the folder.
-            patient: whether a place that is away for a minute is waited for: what is at stake is
-                a training, not a command.
+            url: the URL of the folder.
+            patient: whether to wait for a server that is away for a minute. Use it when a training
+                is at stake, not a command.
 
         Raises:
             PlanError: it is not such a URL, or the package for it is missing.
@@ -56,10 +56,10 @@ class RemoteStore:
         self._is_local = "file" in _protocols(self._fs)
 
     def check(self) -> None:
-        """See that files can be written, read and removed there.
+        """Check that files can be written, read and removed there.
 
         Raises:
-            PlanError: they cannot; says why.
+            PlanError: they cannot. The error gives the reason.
         """
         name = f".dtrain-probe-{secrets.token_hex(4)}"
         try:
@@ -73,23 +73,23 @@ class RemoteStore:
             raise PlanError(str(error), code=error.code) from error
 
     def files(self, below: str = "") -> dict[str, Mapping[str, Any]]:
-        """What fsspec tells of each file below a name, by name; empty where there is none."""
+        """Return fsspec's description of each file below a name, by name. Empty without any."""
         none: dict[str, Any] = {}
         found = self._do(lambda: self._fs.find(self._path(below), detail=True), none)
         return {path[len(self._root) + 1 :]: about for path, about in found.items()}
 
     def matching(self, pattern: str) -> dict[str, Mapping[str, Any]]:
-        """What fsspec tells of the files that match a glob pattern, by name."""
+        """Return fsspec's description of the files that match a glob pattern, by name."""
         none: dict[str, Any] = {}
         found = self._do(lambda: self._fs.glob(self._path(pattern), detail=True), none)
         return {path[len(self._root) + 1 :]: about for path, about in found.items()}
 
     def read(self, name: str) -> bytes | None:
-        """The bytes of a file; None when there is none."""
+        """Return the bytes of a file. None when there is no such file."""
         return self._do(lambda: bytes(self._fs.cat_file(self._path(name))), None)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file: readers see the old one or the new one."""
+        """Write a file. Readers see the old one or the new one."""
         path = self._path(name)
         if not self._is_local:
             self._must(lambda: self._fs.pipe_file(path, data))
@@ -99,7 +99,7 @@ class RemoteStore:
         self._must(lambda: os.replace(aside, path))
 
     def make_once(self, name: str, data: bytes) -> None:
-        """Write a file that only one can make: with a conditional request, where there are such.
+        """Write a file that only one process can make, with a conditional request if possible.
 
         Raises:
             FileExistsError: there is such a file.
@@ -119,19 +119,19 @@ class RemoteStore:
 
         try:
             self._again(make)
-        except Exception as error:  # older libraries have no error of its own for this
+        except Exception as error:  # older libraries have no specific error for this
             there = self.read(name)
             if there is None:
                 raise _explained(self.url, error) from error
-            if there != data:  # else ours, and only the answer was lost
+            if there != data:  # otherwise it is dtrain's, and only the answer was lost
                 raise FileExistsError(name) from error
 
     def put(self, source: Path, name: str) -> None:
-        """Copy a file of this host there."""
+        """Copy a file of this host to the URL."""
         self._must(lambda: self._fs.put_file(str(source), self._path(name)))
 
     def get(self, name: str, target: Path) -> bool:
-        """Copy a file to this host; whether there is one."""
+        """Copy a file to this host. Return whether it exists at the URL."""
 
         def fetch() -> bool:
             self._fs.get_file(self._path(name), str(target))
@@ -145,11 +145,11 @@ class RemoteStore:
         self._must(lambda: self._fs.cp_file(self._path(name), self._path(to)))
 
     def remove(self, *names: str) -> None:
-        """Remove files; one that is not there is no error."""
+        """Remove files. A missing file is no error."""
         paths = [self._path(name) for name in names]
         if len(paths) == 1:
             self._do(lambda: self._fs.rm_file(paths[0]), None)
-        elif paths:  # in one request, where the place has that
+        elif paths:  # in one request, where the server supports it
             self._do(lambda: self._fs.rm(paths), None)
 
     def _path(self, name: str) -> str:
@@ -158,7 +158,7 @@ class RemoteStore:
     def _must(self, action: Callable[[], _Value]) -> _Value:
         try:
             return self._again(action)
-        except Exception as error:  # each library behind fsspec has its own
+        except Exception as error:  # each library behind fsspec has its own error
             raise _explained(self.url, error) from error
 
     def _do(self, action: Callable[[], _Value], missing: _Value) -> _Value:
@@ -172,7 +172,7 @@ class RemoteStore:
         return missing
 
     def _again(self, action: Callable[[], _Value]) -> _Value:
-        """Do something that a network may break; some tries."""
+        """Run an action that a network error may interrupt, with some retries."""
         pauses = _PATIENT_S if self._patient else _PAUSES_S
         for pause_s in () if self._is_local else pauses:
             try:
@@ -203,7 +203,7 @@ def _open(url: str) -> tuple[Any, str]:
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if parts.scheme in ("s3", "s3a"):
         options["config_kwargs"] = dict(_S3_OPTIONS)
-        for library in ("botocore", "aiobotocore"):  # they tell where they have found credentials
+        for library in ("botocore", "aiobotocore"):  # they log where they have found credentials
             logging.getLogger(library).setLevel(logging.WARNING)
     if parts.scheme in ("file", "local"):
         options["auto_mkdir"] = True
