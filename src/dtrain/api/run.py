@@ -29,12 +29,12 @@ _TICK_S = 0.05
 _OTHERS_TICK_S = 0.2
 """The interval for a run that another process drives. Reading its status may query a cluster."""
 _KILLED_S = 10.0
-"""How long a killed process may take to end."""
+"""The time that a killed process may take to end."""
 
 
 @dataclass(frozen=True, repr=False)
 class RunVerdict(Verdict):
-    """Why a run failed. Its text is the output of `dtrain why`."""
+    """The reason why a run failed. Its text is the output of `dtrain why`."""
 
     text: str = ""
 

@@ -29,7 +29,7 @@ from dtrain.testing import client
 
 _MARK = "DTRAIN_LEAK_GUARD"
 _SETTLE_S = 2.0
-"""How long a process that was just killed may take to disappear."""
+"""The time that a process which was just killed may take to disappear."""
 _SHM = Path("/dev/shm")
 _NOT_OURS = ("PYTEST_CURRENT_TEST",)
 

@@ -18,7 +18,7 @@ from dtrain.words import numbered
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the ranks together did not pass."""
+    """The reason why the ranks together did not pass."""
 
     kind: Kind
     """`failed`, `skipped` or `xfailed`."""

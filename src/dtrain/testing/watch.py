@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pytest
 
 GRACE_S = 1.0
-"""How long the others may continue after the first rank that did not pass."""
+"""The time that the others may continue after the first rank that did not pass."""
 _TICK_S = 1.0
 _STACKS_S = 1.0
 _HELPERS_S = 0.5
@@ -43,7 +43,7 @@ class _Rank:
         )
         self.pid = 0
         self.code: int | None = None
-        """How the process has ended: an exit status, or a signal's number, negative."""
+        """The exit status of the process, or the number of the signal that killed it, negative."""
         self.outcome: Outcome | None = None
 
     def tell(self, outcome: Outcome) -> None:

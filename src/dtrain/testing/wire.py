@@ -13,7 +13,7 @@ is_importing_main = False
 """True while a server imports the caller's script."""
 
 Kind = Literal["passed", "failed", "skipped", "xfailed", "died", "killed"]
-"""How a rank ended. `died`: by a signal or its own exit. `killed`: by the server, while it ran."""
+"""The end of a rank. `died`: by a signal or its own exit. `killed`: by the server, while it ran."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Request:
     layout: Layout
     timeout_s: float
     init: bool
-    """Whether the ranks join a gloo process group before the body."""
+    """True if the ranks join a gloo process group before the body."""
     nodeid: str | None
     """The pytest item whose body is run, or from which a function is called."""
     payload: bytes
@@ -82,7 +82,7 @@ class Request:
 
 @dataclass
 class Outcome:
-    """How the body ended, as the rank itself saw it."""
+    """The end of the body, as the rank itself saw it."""
 
     kind: Kind
     time: float
@@ -98,13 +98,13 @@ class Outcome:
 
     @property
     def is_lost_connection(self) -> bool:
-        """Whether it failed because another rank ended: gloo's error for that, also as a cause."""
+        """True if it failed because another rank ended: gloo's error for that, also as a cause."""
         return self.kind == "failed" and "gloo/transport" in self.headline + self.text
 
 
 @dataclass
 class RankResult:
-    """How a rank ended, as the server saw it."""
+    """The end of a rank, as the server saw it."""
 
     rank: int
     outcome: Outcome

@@ -76,7 +76,7 @@ class StepDistance:
 
     @property
     def parts(self) -> Mapping[str, Distance]:
-        """What can differ, in the order in which a step computes it."""
+        """The quantities that can differ, in the order in which a step computes them."""
         return {
             "loss": Distance(self.loss, ""),
             "gradient norm": Distance(self.grad_norm, ""),
@@ -105,7 +105,7 @@ class Comparison:
     metrics: dict[str, float]
     """The relative difference of each metric of the evaluation at the end."""
     identical: bool
-    """Whether all parameters and buffers have the same bits after every step."""
+    """True if all parameters and buffers have the same bits after every step."""
 
     def excess(self, tolerance: Tolerance) -> Excess | None:
         """Return the first difference beyond a tolerance; None if all are within it."""
@@ -143,7 +143,7 @@ class Comparison:
 
     @property
     def suspicious(self) -> bool:
-        """Whether one tensor differs so much in itself that the norm of all may hide an error."""
+        """True if one tensor differs so much in itself that the norm of all may hide an error."""
         return any(at.gradients.hidden > _HIDDEN for at in self.steps)
 
 

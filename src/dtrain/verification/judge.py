@@ -52,7 +52,7 @@ class Result:
     shrinks: float | None = None
     """The factor by which the difference shrinks in fp64. None means that fp64 was not needed."""
     fixed_noise: bool = False
-    """Whether it was compared without dropout and with random numbers that belong to the samples.
+    """True if it was compared without dropout and with random numbers that belong to the samples.
     Without that, several ranks draw other numbers than one process.
     """
     draws: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ class Pair:
     trainer: str = "native"
     launcher: str = "local"
     gpus: bool = False
-    """Whether each process has a GPU."""
+    """True if each process has a GPU."""
     micro_batch_size: int | None = None
     """Samples per forward pass. None means as in the job."""
     workers: int | None = None
@@ -34,7 +34,7 @@ class Pair:
     resume_after: int | None = None
     """Stop after so many steps, and continue in a second attempt. None means one attempt."""
     own_loops: bool = False
-    """Whether Lightning's own loops train a LightningModule. Otherwise the job decides."""
+    """True if Lightning's own loops train a LightningModule. Otherwise the job decides."""
     overrides: tuple[str, ...] = ()
     """Further settings of the job, as `--set` takes them."""
     title: str | None = None
@@ -52,7 +52,7 @@ class Pair:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the same bits are promised on any number of processes."""
+        """True if the same bits are promised on any number of processes."""
         return self.strategy == "exact"
 
     @property

@@ -25,13 +25,13 @@ class Report:
     """The recording of the reference."""
     results: list[Result] = field(default_factory=list)
     deep: bool = False
-    """Whether everything ran in fp64."""
+    """True if everything ran in fp64."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Additional pairs, which the user did not request and this job cannot run: name → reason."""
 
     @property
     def same(self) -> bool:
-        """Whether every pair is the same training."""
+        """True if every pair is the same training."""
         return all(result.passed for result in self.results)
 
     def to_json(self) -> dict[str, Any]:
