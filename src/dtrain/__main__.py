@@ -9,7 +9,7 @@ import signal
 def main() -> None:
     """Run the command line; Ctrl-C ends it without a traceback from the first import on.
 
-    Whoever has something to clean up, or workers to ask, has its own answer to Ctrl-C.
+    A command that must clean up or stop workers installs its own handler for Ctrl-C.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))

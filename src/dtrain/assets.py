@@ -1,4 +1,4 @@
-"""Where the files that ship with dtrain are: launcher profiles, sbatch templates."""
+"""The location of the files that ship with dtrain: launcher profiles, sbatch templates."""
 
 from __future__ import annotations
 

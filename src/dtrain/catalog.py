@@ -1,6 +1,6 @@
-"""What exists: launchers, strategies, trainers, loggers, and which of them go together.
+"""The existing launchers, strategies, trainers and loggers, and which of them work together.
 
-Facts only, no imports of what they name: the launch plane reads this without torch.
+It contains facts only and does not import what they name: the launch plane reads it without torch.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from dtrain.errors import PlanError
 
 @dataclass(frozen=True)
 class Needs:
-    """Packages without which something cannot be used."""
+    """The packages that something needs."""
 
     modules: tuple[str, ...] = ()
-    """By the names that are imported."""
+    """The names under which they are imported."""
     extra: str = ""
-    """The pip extra that brings them."""
+    """The pip extra that installs them."""
 
     def problem(self, what: str) -> str | None:
-        """What is missing here, with its pip command; None when nothing. Imports nothing."""
+        """Return what is missing here, with its pip command; None if nothing is. Import nothing."""
         missing = [module for module in self.modules if find_spec(module) is None]
         if not missing:
             return None
@@ -44,11 +44,11 @@ class Fact:
 @dataclass(frozen=True)
 class LauncherFact(Fact):
     allocates: bool = False
-    """Nodes come with the cores that the job asks for, whatever this host has."""
+    """True if nodes come with the cores that the job requests, independent of this host's cores."""
     simulates: bool = False
-    """All nodes are on this host."""
+    """True if all nodes are on this host."""
     urls: bool = False
-    """Whether runs may be kept at a URL, by nodes that share no disk."""
+    """True if runs may be kept at a URL, by nodes without a shared filesystem."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class StrategyFact(Fact):
 
     summary: str = ""
     one_process: bool = False
-    """One process in all (`single`) or one per node (`dp`), whatever --procs says."""
+    """True if there is one process in all (`single`) or per node (`dp`), independent of --procs."""
     multi_node: bool = True
     virtual_shards: bool = False
-    """Deals `train.virtual_shards` evenly: the number of processes must divide it."""
+    """True if it distributes `train.virtual_shards`, which the number of processes must divide."""
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,22 @@ class TrainerFact(Fact):
 
 @dataclass(frozen=True)
 class FrameworkFact(Fact):
-    """A library whose own models a job may name as its task; the target is a `load.Adapter`."""
+    """A library whose own models can be the task of a job. The target is a `load.Adapter`."""
 
     job_check: str = ""
-    """What reads a job before a launch, a `dtrain.job.frameworks.JobCheck`."""
+    """The `dtrain.job.frameworks.JobCheck` that reads a job before a launch."""
 
 
 @dataclass(frozen=True)
 class ExportFact:
-    """A form in which a trained model is written."""
+    """A format in which a trained model is written."""
 
     suffix: str
     needs: Needs = NOTHING
 
 
 LIGHTNING = ("pytorch_lightning", "lightning")
-"""The packages that Lightning comes in, by the names that are imported."""
+"""The names under which the packages of Lightning are imported."""
 
 OWN_LOOPS = ("single", "ddp", "fsdp")
 """The strategies of Lightning's own loops, `lightning.step: lightning`."""
@@ -93,7 +93,7 @@ OWN_LOOPS = ("single", "ddp", "fsdp")
 SCRIPT = "script"
 """The trainer of a job that has a script instead of a task."""
 OWN = "own"
-"""Stands for the strategy of a script: whatever it does by itself."""
+"""The strategy of a script, which distributes its work itself."""
 
 _KERAS = Needs(("keras",), "keras")
 _STRATEGIES = "dtrain.train.strategies"
@@ -203,11 +203,11 @@ ENTRY_POINT_GROUPS = {
 
 
 def find(kind: str, name: str) -> str:
-    """The `module:Class` behind a name, from the tables above or from an entry point.
+    """Return the `module:Class` of a name, from the tables above or from an entry point.
 
     Args:
         kind: `launcher`, `strategy`, `trainer`, `framework`, `logger` or `placement`.
-        name: as written in job.yaml; a placement's as the launcher says it.
+        name: the name in job.yaml; for a placement, the one that the launcher gives.
 
     Raises:
         PlanError: nothing of that kind has this name.
@@ -238,18 +238,18 @@ def imported(target: str) -> Any:
 
 
 def launcher(name: str) -> LauncherFact:
-    """What is known of a launcher; of one from an entry point, only where it is."""
+    """Return the facts of a launcher. For one from an entry point, only its target is known."""
     return LAUNCHERS.get(name) or LauncherFact(find("launcher", name))
 
 
 def problem_of(kind: str, name: str) -> str | None:
-    """What a launcher, trainer or logger lacks here, with its pip command; None when nothing."""
+    """Return what a launcher, trainer or logger lacks here, with the pip command; or None."""
     fact: Fact | None = _TABLES[kind].get(name)
     return None if fact is None else fact.needs.problem(f"{kind} {name!r}")
 
 
 def url_problem(launcher: str) -> str | None:
-    """Why runs by a launcher cannot be kept at a URL; None when they can."""
+    """Return why runs by a launcher cannot be kept at a URL; None if they can."""
     fact = LAUNCHERS.get(launcher)
     if fact is None or fact.urls:
         return None
@@ -261,9 +261,9 @@ def url_problem(launcher: str) -> str | None:
 
 
 def pair_problem(trainer: str, strategy: str, nodes: int) -> str | None:
-    """Why a trainer, a strategy and a node count do not go together; None when they do.
+    """Return why a trainer, a strategy and a node count do not work together; None if they do.
 
-    The sentence names the nearest combination that works.
+    The sentence names the closest combination that works.
     """
     if trainer == SCRIPT and strategy != OWN:
         return (
@@ -284,7 +284,7 @@ def pair_problem(trainer: str, strategy: str, nodes: int) -> str | None:
 
 
 def own_loops_problem(strategy: str, nodes: int = 1) -> str | None:
-    """Why Lightning's own loops cannot train under a strategy; None when they can."""
+    """Return why Lightning's own loops cannot train with a strategy; None if they can."""
     if strategy in STRATEGIES and strategy not in OWN_LOOPS:
         return (
             f"Lightning's own loops have no strategy {strategy!r} here; they have: "
@@ -294,12 +294,12 @@ def own_loops_problem(strategy: str, nodes: int = 1) -> str | None:
 
 
 def shard_problem(strategy: str, virtual_shards: int, world_sizes: Iterable[int]) -> str | None:
-    """Why a number of processes cannot share the virtual shards evenly; None when all can.
+    """Return why some number of processes cannot share the virtual shards evenly; None if all can.
 
     Args:
-        strategy: by name; most have no virtual shards.
+        strategy: the name of the strategy. Most strategies have no virtual shards.
         virtual_shards: `train.virtual_shards`.
-        world_sizes: every number of processes that the launch may come to.
+        world_sizes: every number of processes that the launch may have.
     """
     fact = STRATEGIES.get(strategy)
     if fact is None or not fact.virtual_shards:

@@ -1,4 +1,4 @@
-"""Environment variables: which a launch inherits, and which are never shown."""
+"""Environment variables: which of them a launch inherits, and which are never shown."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 from dtrain.ranks import scrubbed
 
 HASH_SEED = "PYTHONHASHSEED"
-"""Makes the order of a set of texts: one for all workers of a run, or they number labels apart."""
+"""It determines the order of a set of strings. All workers of a run must have the same one, or they
+would number labels differently.
+"""
 MASK = "(set, not shown)"
-"""Stands for the value of one that looks secret."""
+"""The text that is shown in place of a secret value."""
 _NO_SECRETS = ("PWD", "OLDPWD")
 _SECRET_WORD = re.compile(
     r"SECRET\w*|PASSW\w*|PASSPHRASE|CREDENTIAL\w*|CREDS?|AUTH|AUTHORIZATION|PRIVATE|BEARER|COOKIES?"
     r"|DSN|WEBHOOKS?|SAS|PASS|PGPASS|PWD|\w*(KEYS?|TOKENS?|SECRETS?|PASSWORDS?|OAUTH)"
 )
-"""A word of a name; words are parted by what is no letter, or as in `apiKey`."""
+"""Words of a name that make its value secret. Non-letters or case (`apiKey`) separate words."""
 _SECRET_VALUE = re.compile(
     r"[a-zA-Z][\w+.-]*://[^/\s:@]*:[^/\s@]+@"  # scheme://user:password@host
     r"|[?&](sig|signature|token|access_token|password|api_?key)=[^&\s]{8}"
@@ -31,15 +33,15 @@ _SECRET_VALUE = re.compile(
 """Texts that are secret by their form: URLs with a password, keys, tokens of known services."""
 _DOUBTFUL_NAME = re.compile(r"(?!.*(api|access|auth|secret|private)).*(key|token)s?")
 _WORD = re.compile(r"[<\[|]*[A-Za-z_. -]{0,19}[>\]|]*")
-"""A word of people's, not a key."""
+"""A natural word, not a key."""
 
 
 def is_secret(name: str, value: object) -> bool:
-    """Whether a value is not to be shown, by a word of its name or by its own form.
+    """Return whether a value must not be shown, because of a word of its name or its own form.
 
     Args:
-        name: of a variable, an argument or an option; may be empty.
-        value: of any type; only texts are secret.
+        name: the name of a variable, an argument or an option; may be empty.
+        value: a value of any type. Only strings are secret.
     """
     if not isinstance(value, str) or not value:
         return False
@@ -47,7 +49,10 @@ def is_secret(name: str, value: object) -> bool:
 
 
 def _is_secret_argument(name: str, value: object) -> bool:
-    """The same of an argument: `pad_token: "[PAD]"` and `image_key: left_image` are none."""
+    """Return whether the value of an argument is secret.
+
+    `pad_token: "[PAD]"` and `image_key: left_image` are not.
+    """
     if not is_secret(name, value):
         return False
     doubtful = _DOUBTFUL_NAME.fullmatch(name.lower().lstrip("-")) is not None
@@ -55,17 +60,17 @@ def _is_secret_argument(name: str, value: object) -> bool:
 
 
 def may_tell(text: str) -> bool:
-    """Whether a text that a person wrote, as `{MY_TOKEN: x}`, may have a secret in it."""
+    """Return whether a text written by a person, such as `{MY_TOKEN: x}`, may contain a secret."""
     names = re.findall(r"[\w.-]+(?=[\"']?\s*[:=])", text)
     return any(map(_is_secret_name, names)) or _SECRET_VALUE.search(text) is not None
 
 
 def shown(name: str, value: Any) -> Any:
-    """A value fit to be shown: what is secret in it, at any depth, is left out.
+    """Return a value that can be shown. Secrets in it, at any depth, are masked.
 
     Args:
-        name: the value's own.
-        value: plain data. Of a list the word after `--api-key` has that for its name.
+        name: the name of the value.
+        value: plain data. In a list, the item after `--api-key` has that name.
     """
     if isinstance(value, Mapping):
         return {key: shown(str(key), part) for key, part in value.items()}
@@ -81,18 +86,18 @@ def shown(name: str, value: Any) -> Any:
 
 
 def _shown_option(text: str) -> str:
-    """`--api-key=abc` without its value."""
+    """Return `--api-key=abc` without its value."""
     option, equals, value = text.partition("=")
     return f"{option}={MASK}" if equals and _is_secret_argument(option, value) else text
 
 
 def masked(env: Mapping[str, str]) -> dict[str, str]:
-    """An environment fit to be shown: values that look secret are left out."""
+    """Return an environment that can be shown: values that look secret are masked."""
     return {name: MASK if is_secret(name, value) else value for name, value in env.items()}
 
 
 def secret(env: Mapping[str, str]) -> dict[str, str]:
-    """Those that are never shown, with their values."""
+    """Return the variables that are never shown, with their values."""
     return {name: value for name, value in env.items() if is_secret(name, value)}
 
 
@@ -105,11 +110,14 @@ def _is_secret_name(name: str) -> bool:
 
 
 def inherited_env(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment that nodes inherit: ours, without what another launcher left in it."""
+    """Return the environment that nodes inherit: this one, without another launcher's variables."""
     return scrubbed(os.environ if environ is None else environ)
 
 
 def hash_seed(environ: Mapping[str, str], default: str = "0") -> str:
-    """The user's own PYTHONHASHSEED; `random`, as Python has it by default, counts as none."""
+    """Return the user's PYTHONHASHSEED, or the default.
+
+    `random`, which is Python's own default, counts as not set.
+    """
     own = environ.get(HASH_SEED, "")
     return own if own.isascii() and own.isdigit() else default

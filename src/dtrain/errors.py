@@ -1,16 +1,16 @@
-"""The exceptions that reach a person, and the exit codes that go with them.
+"""The exceptions that are shown to users, and their exit codes.
 
 ::
 
-    DtrainError              exit 1   something went wrong; the message says what, where, what to do
-    ├── UsageError           exit 2   a flag or an argument that cannot be meant
+    DtrainError              exit 1   an error; the message says what, where, and what to do
+    ├── UsageError           exit 2   an invalid flag or argument
     ├── JobError             exit 2   job.yaml or a profile is wrong: one or more Problems
     ├── PlanError            exit 2   the job is well formed but cannot be launched like this
     ├── RunNotFound          exit 2   no run, or several, of that name
     ├── LaunchError          exit 1   the launch could not be started
-    ├── DamagedError         exit 1   a file of a run does not hold what was written there
+    ├── DamagedError         exit 1   a file of a run does not contain what was written there
     ├── CheckpointError      exit 1   a checkpoint cannot be written or trusted
-    └── BlamedError          exit 1   raised on all ranks, some of which are to blame
+    └── BlamedError          exit 1   raised on all ranks; some of them are the cause
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ EXIT_USAGE = 2
 
 
 _MOST_SHOWN = 50
-"""Problems of one file; who wrote more sees the same ones again after mending these."""
+"""The most problems that are shown of one file. The others are shown once these are corrected."""
 
 
 def quoted(text: str) -> str:
-    """What a person wrote, in one printable line of bounded length, for a message."""
+    """Return a user's text for a message, in one printable line of bounded length."""
     return repr(shortened(text, 60))
 
 
 def shortened(text: str, most: int) -> str:
-    """A text of at most so many characters: what is too much is left out in the middle."""
+    """Return a text of at most so many characters. The excess is cut from its middle."""
     if len(text) <= most:
         return text
     kept = max(0, most - 3)
@@ -42,23 +42,26 @@ def shortened(text: str, most: int) -> str:
 
 
 def printable(text: str, most: int = 20_000) -> str:
-    """A text for a terminal: of bounded length, control characters but line breaks escaped."""
+    """Return a text for a terminal: bounded in length, with control characters escaped.
+
+    Line breaks are kept.
+    """
     short = shortened(text, most)
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in short)
 
 
 def first_line(error: BaseException, most: int = 300) -> str:
-    """What an error of a library says first; some say fifty lines, and some nothing."""
+    """Return the first line of a library's error, which can have fifty lines or none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return shortened(lines[0], most) if lines else type(error).__name__
 
 
 def told(error: DtrainError, mark: Callable[[str], str] = str) -> str:
-    """The lines that a person reads: `dtrain: MESSAGE  [code]`, for each of several problems.
+    """Return the lines for the user: `dtrain: MESSAGE  [code]`, for each problem of the error.
 
     Args:
-        error: what to tell.
-        mark: how `[code]` is written, for example dim.
+        error: the error to show.
+        mark: a function that formats `[code]`, for example as dim text.
     """
     lines = []
     for message, code in error.parts():
@@ -68,13 +71,15 @@ def told(error: DtrainError, mark: Callable[[str], str] = str) -> str:
 
 
 def without_code(line: str) -> tuple[str, str]:
-    """A line that `told` has made for another process, and the code at its end; empty: none."""
+    """Return a line that `told` has made for another process, and the code at its end, or ""."""
     found = re.search(r"  \[([a-z]+\.[a-z0-9-]+)\]$", line)
     return (line, "") if found is None else (line[: found.start()], found[1])
 
 
 class DtrainError(Exception):
-    """Base of all errors meant for people: the CLI prints the message and never a traceback.
+    """The base of all errors that are shown to users.
+
+    The CLI prints the message and never a traceback.
 
     Args:
         message: what is wrong, where, and what to do.
@@ -85,34 +90,34 @@ class DtrainError(Exception):
     exit_code = EXIT_FAILURE
     code = ""
     problems: Sequence[Problem] = ()
-    """What is wrong in files of the user's; only of a JobError."""
+    """The problems in the user's files; only for a JobError."""
 
     def __init__(self, message: str, *, code: str = "") -> None:
         super().__init__(message)
         self.code = code or self.code
 
     def parts(self) -> list[tuple[str, str]]:
-        """Each problem that the error tells of, with its code."""
+        """Return each problem of the error, with its code."""
         return [(str(self), self.code)]
 
 
 class UsageError(DtrainError):
-    """A flag or an argument that cannot be meant."""
+    """A flag or an argument is invalid."""
 
     exit_code = EXIT_USAGE
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong in a file of the user's: where it is, which field, what is wrong."""
+    """One problem in a user's file: its location, the field, and what is wrong."""
 
     file: str
     line: int | None
-    """1-based; None when the value did not come from a file (a flag, a missing file)."""
+    """The line, 1-based. None means that the value is not from a file (a flag, a missing file)."""
     column: int | None
-    """1-based."""
+    """The column, 1-based."""
     field: str
-    """Dotted path of the field, as `train.global_batch_size`; empty for the whole file."""
+    """Dotted path of the field, for example `train.global_batch_size`; empty for the whole file."""
     message: str
     code: str = ""
     """Stable name of the kind of problem, for example `job.unknown-field`."""
@@ -123,13 +128,13 @@ class Problem:
             place += f":{self.line}"
             if self.column is not None:
                 place += f":{self.column}"
-        named = self.line is None and self.file.endswith(f" {self.field}")  # `-o mem`
+        named = self.line is None and self.file.endswith(f" {self.field}")  # for example `-o mem`
         field = f"{self.field}: " if self.field and not named else ""
         return printable(f"{place}: {field}{self.message}", most=1000).replace("\n", "\\n")
 
 
 class JobError(DtrainError):
-    """job.yaml or a profile is wrong; carries every problem found, not just the first."""
+    """job.yaml or a profile is wrong. The error has every problem, not only the first."""
 
     exit_code = EXIT_USAGE
 
@@ -145,11 +150,11 @@ class JobError(DtrainError):
 
 
 class PlanError(DtrainError):
-    """The job is well formed but cannot be launched as asked.
+    """The job is well formed but cannot be launched with these options.
 
     Args:
-        message: what does not go together, and what would.
-        fields: dotted fields of the job that it is about, first the one to change.
+        message: what does not work together, and what would.
+        fields: dotted fields of the job that are involved, first the one to change.
         code: as for `DtrainError`.
     """
 
@@ -160,14 +165,14 @@ class PlanError(DtrainError):
         self.fields = tuple(fields)
 
     def placed(self, sources: Mapping[str, str]) -> PlanError:
-        """The error with the place where the first of its fields that is written stands."""
+        """Return the error with the location of its first field that has one."""
         places = [sources.get(field, "default") for field in self.fields]
         place = next((place for place in places if place != "default"), None)
         return PlanError(f"{place}: {self}", code=self.code) if place else self
 
 
 class RunNotFound(DtrainError):
-    """No run, or more than one, answers to the name given."""
+    """No run, or more than one, matches the name."""
 
     exit_code = EXIT_USAGE
 
@@ -177,7 +182,7 @@ class LaunchError(DtrainError):
 
 
 class DamagedError(DtrainError):
-    """A file of a run's directory, or what came from one, does not hold what was written there.
+    """A file of a run's directory, or data from one, does not contain what was written there.
 
     Args:
         where: the file.
@@ -192,16 +197,16 @@ class DamagedError(DtrainError):
 
 
 class CheckpointError(DtrainError):
-    """A checkpoint cannot be written, or none of those present can be trusted."""
+    """A checkpoint cannot be written, or no existing one can be trusted."""
 
 
 class BlamedError(DtrainError):
-    """Something that all ranks raise and some are to blame for.
+    """An error that all ranks raise and that some ranks caused.
 
     Args:
-        message: the same on all ranks.
-        culprits: ranks that are to blame; empty when nobody can tell.
-        rank: this process's.
+        message: the message, the same on all ranks.
+        culprits: the ranks that caused the error; empty if they are unknown.
+        rank: the rank of this process.
         code: as for `DtrainError`.
     """
 
@@ -210,7 +215,7 @@ class BlamedError(DtrainError):
         self.culprits = list(culprits)
         self.rank = rank
         self.collateral = bool(culprits) and rank not in culprits
-        """Whether the cause is on another rank."""
+        """True if the cause is on another rank."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.culprits, self.rank), self.__dict__

@@ -1,9 +1,9 @@
-"""What a fork server is made of: imports done once, children, and messages.
+"""The parts of a fork server: imports that are done once, children, and messages.
 
-A fork server imports torch once and forks whatever needs it: `dtrain.node.fork_server` agents and
-workers, `dtrain.node.warm` node processes, `dtrain.testing.server` the ranks of a test. It has one
-thread for ever, so that forking stays safe (measured over hundreds of forks). Nothing here imports
-torch by itself.
+A fork server imports torch once and forks what needs it. `dtrain.node.fork_server` forks agents
+and workers, `dtrain.node.warm` node processes, and `dtrain.testing.server` the ranks of a test. It
+has one thread for ever, so that forking stays safe (measured over hundreds of forks). This module
+does not import torch.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any, Protocol
 from dtrain.procs import offer_current_folder, threads_lost_by_fork
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""numpy's and torch's thread pools start at import, and a fork must see one thread."""
+"""numpy's and torch's thread pools start at import, and a forking process must have one thread."""
 SERVER_ENDED = "the node's fork server has ended"
-"""An agent's last words when that is why it ends; the server's own say more."""
+"""An agent's error message when this is why it ends. The server's own message says more."""
 _LARGEST = 1 << 20
 _MOST_FILES = 8
 
@@ -39,11 +39,13 @@ def import_once(
     preload: Collection[str] = (),
     between: Callable[[], None] = lambda: None,
 ) -> int:
-    """Import what is forked from now on; how many threads that started, which a fork would lose.
+    """Import what is forked from now on, and return how many threads that started.
+
+    A fork would lose these threads.
 
     Args:
-        modules: in this order.
-        preload: those of the user's, which may lie in the current folder.
+        modules: the modules, in the order of import.
+        preload: the user's modules, which may be in the current folder.
         between: called before each import.
     """
     for module in modules:
@@ -52,7 +54,7 @@ def import_once(
             offer_current_folder()
         importlib.import_module(module)
     # A collection in a forked worker would write to, and so copy, every object imported
-    # here: 0.7-2.6 s in each of 4 ranks at once, measured.
+    # here: measured as 0.7-2.6 s in each of 4 ranks at once.
     gc.collect()
     gc.freeze()
     return threads_lost_by_fork()
@@ -62,15 +64,15 @@ def import_once(
 class Ended:
     pid: int
     code: int
-    """Its exit status, or the number of the signal that killed it, negative."""
+    """The exit status, or the number of the signal that killed it, negative."""
     peak: int
-    """The most memory that it had resident, in bytes."""
+    """The peak of its resident memory, in bytes."""
 
 
 class Children:
-    """Waits for what forked children say and how they end.
+    """Waits for messages and exits of forked children.
 
-    From then on SIGCHLD, as every signal with a handler, ends a `wait`.
+    After it is created, SIGCHLD and every signal with a handler end a `wait`.
     """
 
     def __init__(self) -> None:
@@ -79,7 +81,7 @@ class Children:
         signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
 
     def wait(self, sources: Iterable[_HasFileno | int], wait_s: float | None = None) -> set[int]:
-        """Wait until a source can be read, a child ends or a signal comes; what can be read."""
+        """Wait for a readable source, a child's end or a signal. Return the readable sources."""
         ready = _readable([self._wake, *sources], wait_s)
         with contextlib.suppress(BlockingIOError):
             while os.read(self._wake, 512):
@@ -87,7 +89,7 @@ class Children:
         return ready - {self._wake}
 
     def reap(self) -> Iterator[Ended]:
-        """Yield every child that has ended since, orphans that we adopted included."""
+        """Yield every child that has ended since the last call, including adopted orphans."""
         with contextlib.suppress(ChildProcessError):
             while (ended := os.wait4(-1, os.WNOHANG))[0]:
                 pid, status, usage = ended
@@ -95,9 +97,9 @@ class Children:
 
 
 class Channel:
-    """One end of a socket pair between a fork server and whom it serves.
+    """One end of a socket pair between a fork server and its client.
 
-    One JSON object a message; SOCK_SEQPACKET keeps their bounds.
+    Each message is one JSON object; SOCK_SEQPACKET keeps their bounds.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -115,19 +117,19 @@ class Channel:
         return self.sock.fileno()
 
     def send(self, message: dict[str, Any], files: Sequence[int] = ()) -> None:
-        """Send one message, and descriptors with it; `OSError` when the other end is gone."""
+        """Send one message with descriptors. Raise `OSError` if the other end is closed."""
         socket.send_fds(self.sock, [json.dumps(message).encode()], files)
 
     def offer(self, message: dict[str, Any]) -> None:
-        """Send one message if there is room for it now; of another thread than all the rest."""
+        """Send one message if there is room for it now. Another thread may call this."""
         with contextlib.suppress(BlockingIOError):
             self.sock.send(json.dumps(message).encode(), socket.MSG_DONTWAIT)
 
     def receive(self, wait_s: float | None = 0.0) -> dict[str, Any] | None:
-        """Return the next message, or None when none has come after `wait_s` seconds.
+        """Return the next message, or None if none has arrived after `wait_s` seconds.
 
         Raises:
-            EOFError: the other end is gone.
+            EOFError: the other end is closed.
         """
         return self.receive_with_files(wait_s)[0]
 

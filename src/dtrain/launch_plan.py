@@ -1,8 +1,8 @@
 """The launch plan: job, profile and flags resolved into every command, variable and file.
 
-`make_plan` is pure: what it must know of this machine comes in as `Facts`. `dtrain plan` prints
-a plan, `dtrain launch` starts exactly that object, and nodes and workers read it back from the
-run directory.
+`make_plan` is pure: it receives what it must know of this machine as `Facts`. `dtrain plan` prints
+a plan, and `dtrain launch` starts exactly that object. Nodes and workers read it from the run
+directory.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from dtrain.run.remote.store import is_url
 from dtrain.run.rundir import RunDir
 
 # Imports of a task's file that may be done once per node, before the fork: they start no thread
-# and do not look at RANK. Four ranks importing scikit-learn at once take 4 s on 2 cores.
+# and do not look at RANK. Four ranks that import scikit-learn at once take 4 s on 2 cores.
 FORK_SAFE = ("PIL", "numpy", "scipy", "sklearn", "torchvision")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plan depends on besides job, profile and flags."""
+    """The inputs of a plan that are not in job, profile or flags."""
 
     run_id: str
     runs: str
-    """Absolute path of the folder of all runs, on this host."""
+    """The absolute path of the folder of all runs, on this host."""
     python: str
     host: str
     cores: int
     free_port: int
-    """A port on which nobody listens here just now."""
+    """A port on which no process listens here at present."""
     attempt: int = 0
     task_imports: tuple[str, ...] = ()
-    """Modules that the task's file imports."""
+    """The modules that the task's file imports."""
     runs_url: str = ""
-    """Where all runs are kept, when that is a URL."""
+    """The URL at which all runs are kept, if there is one."""
     hash_seed: str = "0"
-    """PYTHONHASHSEED of all processes, unless the job says one."""
+    """PYTHONHASHSEED of all processes, unless the job sets one."""
     limits_s: Mapping[str, float] = field(default_factory=dict)
-    """How long a job may run in each queue of the cluster that it may use, where it is known."""
+    """The time limit of each queue of the cluster that the job may use, where it is known."""
 
     @classmethod
     def gather(
@@ -83,33 +83,33 @@ class Command:
     """One process that the launch starts, or that a person starts by hand."""
 
     where: str
-    """The host or node it runs on."""
+    """The host or node on which it runs."""
     argv: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)
-    """Variables set on top of the environment it inherits."""
+    """Variables that are added to the environment it inherits."""
     by_hand: bool = False
-    """Printed for a person to type; `launch` does not start it."""
+    """True if it is only printed for a person to run. `launch` does not start it."""
     node_ranks: tuple[int, ...] = ()
-    """The nodes that it serves; none of a command that asks a cluster for them."""
+    """The nodes that it serves; none if the command requests them from a cluster."""
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """Everything that a launch will do. Dead data: JSON-able, nothing started."""
+    """Everything that a launch will do. It is plain data that can be written as JSON."""
 
     run_id: str
     run_dir: str
     attempt: int
     name: str
     job_dir: str
-    """Folder of job.yaml, against which the task's file is found."""
+    """The folder of job.yaml. The path of the task's file is relative to it."""
     launcher: str
     profile: str
     trainer: str
     strategy: str
     min_nodes: int
     nodes: int
-    """The most nodes; equal to `min_nodes` unless elastic."""
+    """The largest number of nodes; equal to `min_nodes` unless elastic."""
     node_names: tuple[str, ...]
     procs_per_node: int
     gpus_per_node: int
@@ -127,28 +127,29 @@ class LaunchPlan:
     threads_per_proc: int
     preload: tuple[str, ...]
     worker_env: dict[str, str]
-    """Set for every worker; values of secret names are masked here."""
+    """Variables of every worker. Values of secret names are masked here."""
     options: AnyOptions
-    """The launcher's own settings, of the launcher's own type once it has completed the plan."""
+    """The launcher's own settings, of its own type after it has completed the plan."""
     lost_after_s: float = 30.0
     max_requeues: int = 0
-    """How often a cluster may start the job again by itself."""
+    """The number of times that a cluster may start the job again automatically."""
     code_dir: str = ""
-    """Where workers find the task, when that is not `job_dir` but a copy of it."""
+    """The folder in which workers find the task, if it is a copy of `job_dir`."""
     sources: dict[str, str] = field(default_factory=dict)
-    """Where the launcher's settings were written: `launchers/slurm.yaml:9:14`, or a flag."""
+    """The origin of each of the launcher's settings: `launchers/slurm.yaml:9:14`, or a flag."""
     script: tuple[str, ...] = ()
-    """Path of the script and its arguments, of which secret ones are masked; empty of a task."""
+    """Path of the script and its arguments, with secret ones masked; empty for a task."""
     set_by_flags: dict[str, Any] = field(default_factory=dict)
-    """Fields of the job that flags have set, of the first launch and of each resume; those of
-    secret names are masked."""
+    """Fields of the job that flags have set, at the first launch and at each resume. Values of
+    secret names are masked.
+    """
     commands: tuple[Command, ...] = ()
     notes: tuple[str, ...] = ()
-    """What people should know before it starts, as that a time limit was cut."""
+    """Notes for the user before it starts, for example that a time limit was reduced."""
     files: tuple[str, ...] = ()
     """Files that the launch writes before it starts anything."""
     run_url: str = ""
-    """Where the run is kept, when that is a URL; `run_dir` is then a copy, one on each host."""
+    """The URL of the run, if it has one. `run_dir` is then a copy, one on each host."""
 
     @cached_property
     def run(self) -> RunDir:
@@ -156,28 +157,28 @@ class LaunchPlan:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """What is imported before the workers are forked: the trainer, the strategy, `preload`."""
+        """The modules imported before the workers are forked: trainer, strategy, `preload`."""
         named = [("trainer", self.trainer), ("strategy", self.strategy)]
         targets = [catalog.find(kind, name) for kind, name in named if name != catalog.OWN]
         return (*(target.partition(":")[0] for target in targets), *self.preload)
 
     @property
     def node_ranks(self) -> tuple[int, ...]:
-        """The nodes that this launch serves on this host; empty where a cluster has them."""
+        """The nodes that this launch serves on this host; empty if a cluster provides them."""
         return tuple(rank for each in self.commands if not each.by_hand for rank in each.node_ranks)
 
     @property
     def is_of_node_zero(self) -> bool:
-        """Whether this launch answers for the run: of several commands, one a node, node 0's."""
+        """True if this launch writes the run's result. With one command per node, node 0's does."""
         return not self.node_ranks or 0 in self.node_ranks
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as kept in plan.json and printed by `--json`."""
+        """Return plain data, as stored in plan.json and printed by `--json`."""
         plain = asdict(replace(self, options=AnyOptions()))
         return {**plain, "options": self.options.model_dump(mode="json")}
 
     def placed(self, attempt: int, node_names: Sequence[str], host: str, port: int) -> LaunchPlan:
-        """The plan of an attempt whose nodes and rendezvous were found only when it began."""
+        """Return the plan of an attempt whose nodes and rendezvous are known only at its start."""
         nodes = len(node_names)
         return replace(
             self,
@@ -192,11 +193,11 @@ class LaunchPlan:
 
     @classmethod
     def read(cls, run: RunDir) -> LaunchPlan:
-        """The plan of a run, from its directory, which need not be where it was made.
+        """Read the plan of a run from its directory, which may have been moved since.
 
         Raises:
             PlanError: there is none, so this is not a run directory.
-            DamagedError: what is in plan.json is no plan.
+            DamagedError: plan.json does not contain a plan.
         """
         plan = files.read_as(cls, run.plan)
         if plan is None:
@@ -218,10 +219,11 @@ def make_plan(
     facts: Facts,
     sources: Mapping[str, str] | None = None,
 ) -> LaunchPlan:
-    """Resolve a job into a plan, without its commands: those are the launcher's to add.
+    """Resolve a job into a plan, without its commands, which the launcher adds.
 
     Raises:
-        PlanError: the parts do not go together; says which, and the nearest that works.
+        PlanError: the parts do not work together. The message says which, and the closest
+            combination that works.
     """
     launch = job.launch
     min_nodes, nodes = launch.nodes
@@ -291,13 +293,13 @@ def _check_sizes(job: JobSpec, procs: int, attempt: int) -> None:
         raise PlanError(problem, (*_SIZES, "strategy"), code="plan.uneven-shards")
     if problem := sharded_problem(job, world_sizes):
         raise PlanError(problem, ("data.stream", "strategy", *_SIZES), code="plan.sharded-stream")
-    inject = [] if attempt else job.checks.inject  # only the first attempt has any
+    inject = [] if attempt else job.checks.inject  # only the first attempt has injected faults
     if problem := absent_rank(inject, procs * nodes):
         raise PlanError(problem, ("checks.inject",), code="plan.absent-rank")
 
 
 def _processes(job: JobSpec) -> tuple[int, int]:
-    """(processes per node, replicas per process) of a job."""
+    """Return (processes per node, replicas per process) of a job."""
     launch = job.launch
     asked = launch.procs_per_node
     if launch.gpus_per_node and asked and asked > launch.gpus_per_node:
@@ -324,7 +326,10 @@ def _processes(job: JobSpec) -> tuple[int, int]:
 
 
 def _threads(launcher: str, options: AnyOptions, cores_here: int, nodes: int, per_node: int) -> int:
-    """Threads of each of a node's `per_node` processes and replicas, so that all have a core."""
+    """Return the threads of each of a node's `per_node` processes and replicas.
+
+    Every thread has a core.
+    """
     fact = catalog.launcher(launcher)
     if fact.allocates:
         return max(1, (options.cores_per_node or per_node) // per_node)

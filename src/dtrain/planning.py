@@ -1,4 +1,4 @@
-"""Planning: a job file, a profile and what a command adds → a plan complete with its commands."""
+"""Planning: makes a complete plan from a job file, a profile and the options of a command."""
 
 from __future__ import annotations
 
@@ -46,36 +46,36 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for besides the job: by flags, or by whoever calls."""
+    """The options of a launch that are not in the job: from flags, or from a caller."""
 
     launcher: str = "local"
-    """Name of a profile."""
+    """The name of a profile."""
     runs: str = "runs"
-    """Folder or URL of all runs."""
+    """The folder or URL of all runs."""
     run_id: str | None = None
-    """None: a new one, made from the job's name."""
+    """The run's id. None means a new one, made from the job's name."""
     suffix: str = ""
-    """Added to the id, where one command makes several runs."""
+    """A suffix of the id, for a command that makes several runs."""
     overrides: Sequence[str] = ()
-    """`FIELD=VALUE`, as of --set."""
+    """Values of --set: `FIELD=VALUE`."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Fields of job.yaml that flags set, with the flag's spelling."""
     options: Mapping[str, Located] = field(default_factory=dict)
-    """Options of the launcher that have a flag of their own, and `after`, with that spelling."""
+    """Options of the launcher that have their own flag, and `after`, with the flag's spelling."""
     further_options: Sequence[str] = ()
-    """`NAME=VALUE` of any options of the launcher, as of -o."""
+    """Values of -o: `NAME=VALUE` of any options of the launcher."""
 
 
 @dataclass(frozen=True)
 class JobOfClass:
-    """The job of a class that a person has in their hands: there is no job.yaml."""
+    """The job of a Python class, for which there is no job.yaml."""
 
     values: Mapping[str, Any]
-    """Fields of job.yaml; those of the request are among them, and have places of their own."""
+    """Fields of job.yaml. The fields of the request are among them, with their own locations."""
     folder: Path
-    """In the place of job.yaml's folder."""
+    """The folder that replaces that of job.yaml."""
     place: str
-    """How errors name it: `launch(Digits)`."""
+    """The name of the job in errors: `launch(Digits)`."""
 
     def load(self, request: Request, profile: LoadedProfile) -> LoadedJob:
         own = {name: self.values[name] for name in ("name", "task")}
@@ -93,7 +93,7 @@ class JobOfClass:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A plan and what it was made of."""
+    """A plan and its inputs."""
 
     plan: LaunchPlan
     launcher: Launcher
@@ -102,11 +102,11 @@ class Prepared:
 
     @property
     def lacking(self) -> str:
-        """Why this host cannot take the plan, as a sentence; empty when it can, or others do."""
+        """The reason why this host cannot run the plan; empty if it can, or others run it."""
         return self.launcher.lacking(self.plan) if isinstance(self.launcher, HostChecking) else ""
 
     def refuse_unlaunchable(self, detach: bool) -> None:
-        """Refuse what can be planned here and not launched from here.
+        """Refuse a plan that can be planned here but not launched from here.
 
         Raises:
             PlanError: this host lacks something.
@@ -129,11 +129,11 @@ def plan_run(job: str | JobOfClass, request: Request) -> Prepared:
 
     Args:
         job: path of a job file or a script, or the job of a class.
-        request: what is asked for besides.
+        request: the options that are not in the job.
 
     Raises:
         JobError: job, profile or flags are wrong.
-        PlanError: they do not go together.
+        PlanError: they do not work together.
     """
     if isinstance(job, JobOfClass):
         profile = load_profile(request.launcher, job.folder)
@@ -176,7 +176,7 @@ def plan_attempt(run: RunDir, request: Request) -> Prepared:
 
 
 def _job_dir_of(before: LaunchPlan) -> Path:
-    """The folder of a run's job; on a host that does not have it, the copy kept at the URL."""
+    """Return the folder of a run's job, or on a host that lacks it, the copy kept at the URL."""
     here = Path(before.job_dir)
     if here.is_dir() or not before.run_url:
         return here
@@ -191,9 +191,10 @@ def _job_dir_of(before: LaunchPlan) -> Path:
 
 
 def _with_secrets(job: LoadedJob, run: RunDir) -> LoadedJob:
-    """A job read from resolved.yaml with its masked variables as job.yaml has them.
+    """Return a job read from resolved.yaml with its masked variables restored from job.yaml.
 
-    Those given by `--env` at launch are nowhere on disk and are left out; give them again.
+    Variables given by `--env` at launch are stored nowhere on disk and are left out. The user must
+    give them again.
     """
     text = files.read_text(run.job) or ""
     given = _env_of(text, run)
@@ -215,7 +216,7 @@ def _env_of(text: str, run: RunDir) -> dict[str, Any]:
 
 
 def _options_before(before: LaunchPlan) -> dict[str, Located]:
-    """The launcher's options that flags set when the run was launched, but for --after."""
+    """Return the launcher's options that flags set when the run was launched, except --after."""
     options = before.options.model_dump(mode="json")
     kept = Located({}, SourceLocation("-o"))
     for name, place in before.sources.items():
@@ -258,7 +259,7 @@ def _planned(
 
 
 def _set_by_flags(job: LoadedJob) -> dict[str, Any]:
-    """Fields whose value a flag has given, by name; what is secret is left out of it."""
+    """Return the fields whose value a flag has given, by name, with secrets masked."""
     found: dict[str, Any] = {}
     for name, source in job.sources.items():
         value: Any = job.spec.to_plain() if source.startswith("--") else None
@@ -281,10 +282,10 @@ def complete_plan(
     facts: Facts,
     sources: Mapping[str, str] | None = None,
 ) -> LaunchPlan:
-    """A plan with everything that a launch does.
+    """Return a plan with everything that a launch does.
 
     Raises:
-        PlanError: the parts do not go together.
+        PlanError: the parts do not work together.
     """
     options = launcher.options_model.of(options)
     if isinstance(launcher, Surveying):
@@ -304,12 +305,12 @@ def complete_plan(
 def _options(
     launcher: Launcher, profile: LoadedProfile, request: Request, before: Mapping[str, Located]
 ) -> tuple[AnyOptions, dict[str, str]]:
-    """The launcher's own options, and where each was written.
+    """Return the launcher's own options, and where each was written.
 
     Args:
-        launcher: of the profile.
-        profile: what a launch without flags would have.
-        request: its options are laid over all others.
+        launcher: the launcher of the profile.
+        profile: the options of a launch without flags.
+        request: its options override all others.
         before: options that flags set when the run was launched.
     """
     _refuse_flags_of_others(launcher, profile.spec.launcher, request.options)
@@ -347,6 +348,6 @@ def _refuse_flags_of_others(launcher: Launcher, name: str, given: Mapping[str, L
 
 
 def _sizes_from(job: LoadedJob) -> dict[str, str]:
-    """Where the numbers of nodes and GPUs were written."""
+    """Return where the numbers of nodes and GPUs were written."""
     fields = {"nodes": "launch.nodes", "gpus": "launch.gpus_per_node"}
     return {name: job.sources.get(field, "default") for name, field in fields.items()}

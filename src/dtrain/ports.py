@@ -18,10 +18,10 @@ _STREAM = socket.SOCK_STREAM
 
 
 def candidates(key: str) -> Iterator[int]:
-    """Ports to try for a key such as `run/attempt`, the same ones on every host.
+    """Yield ports to try for a key such as `run/attempt`, the same ones on every host.
 
-    Outside the range from which the kernel picks ports for outgoing connections, where any
-    connection may hold one, and spread by a hash: formulas such as "job id modulo" collide.
+    They are outside the range from which the kernel picks ports for outgoing connections, where any
+    connection may hold one. A hash spreads them: formulas such as "job id modulo" collide.
     """
     ephemeral_low, ephemeral_high = _ephemeral_range()
     for attempt in range(_TRIES):
@@ -32,10 +32,11 @@ def candidates(key: str) -> Iterator[int]:
 
 
 def to_listen_on(host: str) -> str:
-    """The address of this machine for which `host` stands, to listen there and nowhere else.
+    """Return this machine's address for `host`, to listen on that address only.
 
-    Empty, which is all interfaces, where it stands for none: another host forwards it. Also for a
-    name that is a loopback address here: Debian calls every machine 127.0.1.1, others do not.
+    It is empty, which means all interfaces, if `host` is not an address of this machine: another
+    host forwards it. It is also empty for a name that is a loopback address here: Debian gives
+    every machine the address 127.0.1.1, others do not.
     """
     with contextlib.suppress(OSError, UnicodeError):
         for family, _, _, _, address in sorted(socket.getaddrinfo(host, None, type=_STREAM)):
@@ -49,7 +50,7 @@ def to_listen_on(host: str) -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on `host:port`; `OSError` when it is taken."""
+    """Return a socket that listens on `host:port`. Raise `OSError` if the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -63,10 +64,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def listen_on_candidate(host: str, key: str) -> socket.socket:
-    """Listen on the first free candidate port of a key; it stays ours, as it is never closed.
+    """Listen on the first free candidate port of a key. The socket is kept open to hold the port.
 
     Raises:
-        LaunchError: none of them can be had.
+        LaunchError: no candidate is free.
     """
     for port in candidates(key):
         try:
@@ -83,16 +84,17 @@ def listen_on_candidate(host: str, key: str) -> socket.socket:
 
 
 def free_candidate(host: str, key: str) -> int:
-    """The first candidate port of a key on which nobody listens; `LaunchError` if none is.
+    """Return the first candidate port of a key on which no process listens.
 
-    Only a look: whoever opens it later may find it taken, and must say so.
+    Raise `LaunchError` if there is none. The port is not reserved: the process that opens it later
+    may find it taken, and must report that.
     """
     with listen_on_candidate(host, key) as listener:
         return int(listener.getsockname()[1])
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """The host, without brackets, and the port of `10.0.0.5:6379` or `[::1]:6379`.
+    """Return the host, without brackets, and the port of `10.0.0.5:6379` or `[::1]:6379`.
 
     Raises:
         ValueError: it is not `HOST:PORT`.
@@ -105,7 +107,7 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def is_listening(address: str, timeout_s: float = 2.0) -> bool:
-    """Whether somebody listens at `HOST:PORT`."""
+    """Return whether a process listens at `HOST:PORT`."""
     try:
         socket.create_connection(parse_address(address), timeout_s).close()
     except (OSError, ValueError):
@@ -114,7 +116,7 @@ def is_listening(address: str, timeout_s: float = 2.0) -> bool:
 
 
 def address_towards(host: str, port: int) -> str:
-    """Our own address on the interface that routes to `host`."""
+    """Return this machine's address on the interface that routes to `host`."""
     infos = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
     family, kind, protocol, _, address = infos[0]
     with socket.socket(family, kind, protocol) as sock:
@@ -123,7 +125,7 @@ def address_towards(host: str, port: int) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the network interface that holds an address, for GLOO_SOCKET_IFNAME."""
+    """Return the name of the network interface with this address, for GLOO_SOCKET_IFNAME."""
     import psutil
 
     if address.startswith("127."):

@@ -20,20 +20,20 @@ from typing import Any
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _PF_EXITING = 4
 _SAFE_THREADS = ("jemalloc_bg_thd",)
-"""Of libraries that see to forks themselves: jemalloc comes with pyarrow, which pandas imports."""
+"""Threads of libraries with fork support: jemalloc comes with pyarrow, which pandas imports."""
 
 DEFERRED_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
-"""Requests to leave that a node holds back until it has agents; not those that it forks."""
+"""Stop requests that a node defers until it has agents. The processes that it forks do not."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
-"""All requests to leave."""
+"""All signals that request a stop."""
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Ask the kernel to SIGKILL this process when its parent ends, however it ends.
+    """Ask the kernel to SIGKILL this process when its parent ends, for any reason.
 
     Args:
-        parent_pid: the pid that the caller knows its parent to have. A parent that died before
-            the call would never be noticed by the kernel, so a different one ends us at once.
+        parent_pid: the pid that the caller knows as its parent's. The kernel never reports a
+            parent that died before this call, so this process exits at once if the pid differs.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
@@ -43,15 +43,15 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def offer_current_folder() -> None:
-    """Let the user's code import from the current folder, which `python -P` has kept from ours.
+    """Let the user's code import from the current folder, from which `python -P` keeps dtrain's.
 
-    Before what is installed, as ever, but after the standard library: a `types.py` there, of
-    whoever may write to the folder, is not for what Python imports by itself. Call it when our own
-    imports are done.
+    The folder comes before installed packages, as usual, but after the standard library. Any user
+    may write to the folder, and a `types.py` in it must not replace Python's own imports. Call it
+    after dtrain's own imports.
     """
     if not sys.flags.safe_path or "PYTHONSAFEPATH" in os.environ:
-        return  # it is there already, or the user wants none
-    with contextlib.suppress(FileNotFoundError):  # the folder is gone
+        return  # it is there already, or the user does not want it
+    with contextlib.suppress(FileNotFoundError):  # the folder no longer exists
         folder, standard = os.getcwd(), os.path.dirname(os.__file__)
         own = (standard, f"{standard}/lib-dynload")
         ends = [k for k, path in enumerate(sys.path) if path in own]
@@ -67,17 +67,18 @@ def fork_child(
     keep_fds: Iterable[int] = (),
     hold: Iterable[int] = (),
 ) -> int:
-    """Fork a process that leads its own process group, dies with us, and runs `run`.
+    """Fork a process that leads its own process group, dies with this one, and runs `run`.
 
     The caller must have one thread: a forked copy of a locked lock is locked for ever.
 
     Args:
         run: called in the child; its return value is the exit status. An exception is printed
             to the child's stderr and ends it with status 1.
-        stdout: file descriptor to become the child's stdout; None keeps ours.
-        stderr: likewise for stderr.
-        keep_fds: descriptors above 2 that stay open in the child; all others are closed, so
-            that a pipe of ours reports its end when *we* end and not when the child does.
+        stdout: file descriptor to become the child's stdout. None keeps this process's.
+        stderr: the same for stderr.
+        keep_fds: descriptors above 2 that stay open in the child. All others are closed, so
+            that a pipe of this process reports its end when *this process* ends and not when the
+            child does.
         hold: signals that wait, blocked, until `run` has handlers for them and unblocks them.
 
     Returns:
@@ -90,7 +91,7 @@ def fork_child(
     pid = os.fork()
     if pid:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        with contextlib.suppress(OSError):  # the child does the same; whoever is first
+        with contextlib.suppress(OSError):  # the child calls it too, and either may be first
             os.setpgid(pid, pid)
         return pid
     status = 1
@@ -115,7 +116,7 @@ def fork_child(
 
 
 def threads_lost_by_fork() -> int:
-    """How many threads of this process a fork would lose, and perhaps a lock with them."""
+    """Return how many threads of this process a fork would lose, perhaps with a lock they hold."""
     names = []
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # it has just ended
@@ -124,7 +125,7 @@ def threads_lost_by_fork() -> int:
 
 
 def kill_group(pgid: int, sig: int = signal.SIGKILL) -> bool:
-    """Send `sig` to every process of a group; False when no such process is left."""
+    """Send `sig` to every process of a group. Return False if no such process is left."""
     try:
         os.killpg(pgid, sig)
     except ProcessLookupError:
@@ -133,19 +134,19 @@ def kill_group(pgid: int, sig: int = signal.SIGKILL) -> bool:
 
 
 def shell_code(status: int) -> int:
-    """An exit status as a shell reports it: 128 + N for signal N, where `Popen` has -N."""
+    """Return an exit status as a shell reports it: 128 + N for signal N, where `Popen` has -N."""
     return status if status >= 0 else 128 - status
 
 
 def adopt_orphans() -> None:
-    """Become the parent of all that processes below this one leave behind, so that it is found."""
+    """Become the parent of all orphans below this process, so that they can be found."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def start_own(
     argv: Sequence[str], *, env: Mapping[str, str], log: Path | None, pass_fds: Sequence[int] = ()
 ) -> subprocess.Popen[bytes]:
-    """Start a process that runs a module of ours and ends with this one, by its flag `--parent`."""
+    """Start a process that runs a dtrain module and ends with this one, by its flag `--parent`."""
     with open(log or os.devnull, "ab") as file:
         return subprocess.Popen(
             [*argv, "--parent", str(os.getpid())],
@@ -154,21 +155,21 @@ def start_own(
             stdout=file,
             stderr=file,
             pass_fds=pass_fds,
-            start_new_session=True,  # a Ctrl-C is ours to pass on
+            start_new_session=True,  # this process forwards a Ctrl-C
         )
 
 
 def ignore_stops() -> None:
-    """Pass over further requests to leave: this process is leaving already."""
+    """Ignore further stop requests, because this process is exiting already."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def identity(pid: int) -> str | None:
-    """A name for process `pid` that no later process will have; None when it has ended.
+    """Return a name for process `pid` that no later process will have; None if it has ended.
 
-    Pids are used again, and times of day shift when a clock is set: so the boot, the PID
-    namespace, and the clock tick of the boot at which the process started.
+    Pids are reused, and times of day shift when a clock is set. So the name consists of the boot,
+    the PID namespace, and the clock tick of the boot at which the process started.
     """
     fields = _stat(pid)
     if not fields or fields[0] in "ZX":
@@ -180,44 +181,44 @@ def identity(pid: int) -> str | None:
 
 
 def is_here(identity: str) -> bool:
-    """Whether the process of an identity is of this boot and PID namespace, so that we see it."""
+    """Return whether an identity is of this boot and PID namespace, so its process is visible."""
     return identity.startswith(f"{_around()}/")
 
 
 def _around() -> str:
-    """The boot, and the PID namespace in which we see processes: a container has its own."""
+    """Return the boot, and the PID namespace of this process: a container has its own."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
 
 
 def this_process() -> dict[str, Any]:
-    """Host, pid and identity of this process, for who wants to know later whether it lives."""
+    """Return host, pid and identity of this process, to find out later whether it lives."""
     pid = os.getpid()
     return {"host": socket.gethostname(), "pid": pid, "identity": identity(pid)}
 
 
 def is_ending(pid: int) -> bool:
-    """Whether a process is on its way out, or gone: a signal has nothing to do with it any more."""
+    """Return whether a process is exiting or gone: a signal has no effect on it any more."""
     fields = _stat(pid)
     return not fields or bool(int(fields[6]) & _PF_EXITING)
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on; none when there is no such process."""
+    """Return the fields of /proc/PID/stat from the state on; empty if there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    return text.rpartition(")")[2].split()  # the name before may hold anything
+    return text.rpartition(")")[2].split()  # the name before it may contain any character
 
 
 def serve_under_submitit(command: list[str]) -> int:
-    """Run a node's process below one of submitit's, and pass on what Slurm asks of it.
+    """Run a node's process below one of submitit's, and forward Slurm's signals to it.
 
     A failure ends this process at once with the node's exit code, for srun to see.
 
     Args:
-        command: of the node's process.
+        command: the command of the node's process.
     """
     process = subprocess.Popen([*command, "--parent", str(os.getpid())])
     for number in (signal.SIGTERM, signal.SIGUSR2):

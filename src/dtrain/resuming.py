@@ -1,4 +1,4 @@
-"""Planning the next attempt of a run, and refusing what makes no sense for it."""
+"""Plans the next attempt of a run, and refuses options that make no sense for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def plan_resume(run: RunDir, asked: Request) -> Prepared:
     """Plan the next attempt of a run; errors as for `plan_run`.
 
     Raises:
-        UsageError: it runs, it has finished, or what is asked for would have no effect.
+        UsageError: the run is running or has finished, or an option would have no effect.
     """
     _check(run, asked)
     _refuse_without_effect(asked)
@@ -24,9 +24,9 @@ def plan_resume(run: RunDir, asked: Request) -> Prepared:
 
 
 def _check(run: RunDir, asked: Request) -> None:
-    """Refuse what makes no sense for a run that stands as this one.
+    """Refuse options that make no sense for the state of this run.
 
-    Of several commands, one a node, only node 0's decides.
+    If there are several commands, one per node, only the one of node 0 decides.
     """
     if (rank := asked.options.get("node_rank")) and str(rank.value) != "0":
         return
@@ -58,12 +58,12 @@ def _refuse_without_effect(asked: Request) -> None:
 
 
 def _fields(asked: Request) -> set[str]:
-    """The fields of the job that are given anew."""
+    """Return the fields of the job that the command sets."""
     return {text.partition("=")[0].strip() for text in asked.overrides} | {*asked.fields}
 
 
 def _refuse_to_end_before(run: RunDir, end: int | None) -> None:
-    """Refuse an end that the newest checkpoint is past; the workers see to one given in epochs."""
+    """Refuse an end before the newest checkpoint. The workers check an end given in epochs."""
     names = (path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*"))
     newest = max((int(name) for name in names if name.isdecimal()), default=0)
     if end is not None and end < newest:

@@ -1,8 +1,8 @@
-"""What each step of a training did, written down by its workers for `dtrain verify` to compare.
+"""The record of each step of a training, written by its workers for `dtrain verify` to compare.
 
 A recording is a folder of the run directory. Rank 0 writes `step-00000003.npz` after step 3
-(gradients as the optimizer got them, parameters and buffers after it), and `step-00000000.npz`
-before the first; every rank writes one line a step to `rank-00001.jsonl`.
+(gradients as the optimizer received them, parameters and buffers after it), and
+`step-00000000.npz` before the first. Every rank writes one line per step to `rank-00001.jsonl`.
 """
 
 from __future__ import annotations
@@ -22,37 +22,38 @@ from dtrain.plainjson import numbers
 from dtrain.run import files, rundir
 
 VARIABLE = "DTRAIN_RECORD"
-"""Set for workers that are to record; holds a `TraceOptions` as JSON."""
+"""The variable of workers that record. It contains a `TraceOptions` as JSON."""
 
 Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """What a recorded run is asked to do differently from the job; by default nothing."""
+    """The ways in which a recorded run differs from the job; by default none."""
 
     fp64: bool = False
-    """Model, data and arithmetic in double precision."""
+    """True puts model, data and arithmetic in double precision."""
     own_noise: bool = True
-    """False: dropout lets everything through, and what `loss` and `evaluate` draw at random
-    belongs to the sample, not to the process that computes it."""
+    """False turns dropout off, and makes the random numbers of `loss` and `evaluate` depend on the
+    sample, not on the process that computes it.
+    """
     by_sample: bool = False
-    """Whether every micro-batch is one sample."""
+    """True makes every micro-batch one sample."""
     frozen: tuple[str, ...] = ()
     """Attributes of the task that stay as they were before the first step."""
     batch_norm: bool = True
-    """False: BatchNorm normalises by its running statistics, which stay as they are."""
+    """False makes BatchNorm normalise by its running statistics, which stay as they are."""
     max_train_samples: int | None = None
-    """Train on the first so many samples only, so that an epoch ends within the run."""
+    """The number of first samples to train on, so that an epoch ends within the run."""
     max_eval_samples: int | None = None
-    """Evaluate on the first so many samples only."""
+    """The number of first samples to evaluate on."""
 
     def to_env(self) -> dict[str, str]:
-        """The variable that asks a worker for it."""
+        """Return the variable that requests these options from a worker."""
         return {VARIABLE: json.dumps(asdict(self))}
 
     def beyond(self, usual: TraceOptions) -> str:
-        """What it asks for besides what is usual, for people: `again in fp64`; empty: nothing."""
+        """Return the difference from the usual options, for people: `again in fp64`; or empty."""
         said = {
             "fp64": "in fp64", "own_noise": "with noise fixed", "by_sample": "sample by sample",
             "batch_norm": "BatchNorm frozen", "frozen": "the task's state kept",
@@ -63,7 +64,7 @@ class TraceOptions:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> TraceOptions | None:
-        """What the environment asks for; None when it asks for no recording."""
+        """Return the options in the environment; None if it requests no recording."""
         text = environ.get(VARIABLE)
         if not text:
             return None
@@ -73,19 +74,19 @@ class TraceOptions:
 
 @dataclass(frozen=True)
 class Tensors:
-    """Named tensors at one moment, each as a vector that keeps norms and angles, and a digest.
+    """Named tensors at one moment, each as a digest and a vector that keeps norms and angles.
 
-    Small tensors are there in full. Of a larger one there is a count sketch (Charikar, Chen,
+    Small tensors are stored in full. A larger one is stored as a count sketch (Charikar, Chen,
     Farach-Colton, 2002): each element is added, with a random sign, to one of some thousand
-    buckets. That is linear, so the sketch of a difference is the difference of the sketches, and
-    norms survive within a few per cent.
+    buckets. A sketch is linear, so the sketch of a difference is the difference of the sketches,
+    and norms are preserved within a few per cent.
     """
 
     vectors: dict[str, Vector] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
-    """By name; equal exactly where type, shape and every bit are."""
+    """The digests by name, which are equal exactly if type, shape and every bit are."""
     norms: dict[str, float] = field(default_factory=dict)
-    """By name: 2-norm of the tensor itself, not of its sketch."""
+    """The 2-norms by name, of the tensor itself, not of its sketch."""
 
     def joined(self) -> Vector:
         return np.concatenate([*self.vectors.values(), np.empty(0)])
@@ -99,20 +100,21 @@ class StepRecord:
     """One optimizer step, as rank 0 saw it. Step 0 is the state before the first step."""
 
     step: int
-    """Steps done, this one included."""
+    """The number of steps done, including this one."""
     loss: float | None
-    """As the trainer reports it."""
+    """The loss as the trainer reports it."""
     grad_norm: float | None
-    """Of the reduced gradient before clipping; None without clipping."""
+    """The norm of the reduced gradient before clipping; None without clipping."""
     gradients: Tensors
-    """As the optimizer got them; empty when it was not stepped."""
+    """The gradients as the optimizer received them; empty if it was not stepped."""
     parameters: Tensors
-    """After the step."""
+    """The parameters after the step."""
     buffers: Tensors
-    """After the step."""
+    """The buffers after the step."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """`batch_norm`: names of such modules; from step 1 on `num_samples`, of an epoch, unless the
-    data are a stream."""
+    """`batch_norm` has the names of such modules. From step 1 on, `num_samples` has the samples of
+    an epoch, unless the data are a stream.
+    """
 
     def write(self, folder: Path) -> None:
         tensors = {"gradients": self.gradients, "parameters": self.parameters}
@@ -153,47 +155,48 @@ class RankLine:
     step: int
     epoch: int
     ids: list[list[int]]
-    """Sample ids of each micro-batch that the rank fetched, in order."""
+    """The sample ids of each micro-batch that the rank fetched, in order."""
     contents: list[list[dict[str, str]]]
-    """For each micro-batch and sample the digest of each of its leaves; empty where unknown."""
+    """For each micro-batch and sample, the digest of each leaf; empty if unknown."""
     losses: list[tuple[float, float | None]]
     """(sum, weight) of each call of the task's loss; a plain scalar has weight None."""
     stepped: int
-    """How often the optimizer was stepped: 1, or 0 when fp16 skipped it."""
+    """The number of optimizer steps: 1, or 0 if fp16 skipped it."""
     parameters: str | None
-    """Digest of this rank's parameters after the step; None when it holds only a part."""
+    """The digest of this rank's parameters after the step; None if it holds only a part."""
     buffers: dict[str, str]
-    """Digest of each of this rank's buffers after the step."""
+    """The digest of each of this rank's buffers after the step."""
     lr: list[float]
-    """Of each parameter group, in this step, as this rank's optimizer had it."""
+    """The rate of each parameter group in this step, in this rank's optimizer."""
     gradients: str | None
-    """Digest of the gradients that this rank's optimizer was given; None when they are parts."""
+    """The digest of the gradients that this rank's optimizer received; None if they are parts."""
     state: dict[str, str]
-    """Type and digest of each attribute of the task, after the step."""
+    """The type and digest of each attribute of the task, after the step."""
     draws: list[str]
-    """Lines that drew random numbers in `loss`, as `randn_like at task.py:12`; only without
-    `TraceOptions.own_noise`."""
+    """Lines that drew random numbers in `loss`, for example `randn_like at task.py:12`. They are
+    recorded only without `TraceOptions.own_noise`.
+    """
     random: str
-    """Digest of the state of the rank's random generators after the step."""
+    """The digest of the state of the rank's random generators after the step."""
     drew: bool
-    """Whether random numbers were drawn during the step."""
+    """True if random numbers were drawn during the step."""
 
 
 @dataclass(frozen=True)
 class Recording:
     steps: dict[int, StepRecord]
-    """By number; 0 is the state before the first."""
+    """The steps by number; 0 is the state before the first."""
     ranks: dict[int, dict[int, list[RankLine]]]
-    """step → rank → its lines; more than one when the step was done in more than one attempt."""
+    """step → rank → its lines. There are several if several attempts did the step."""
     metrics: dict[str, float]
-    """Of the evaluation at the end."""
+    """The metrics of the evaluation at the end."""
 
     @property
     def last_step(self) -> int:
         return max(self.steps, default=0)
 
     def complete(self, world_size: int) -> Recording:
-        """Only the steps that every rank has written down, of a run that was cut short."""
+        """Return only the steps that every rank has recorded, for a run that was cut short."""
         steps = {
             step: record
             for step, record in self.steps.items()
@@ -202,16 +205,16 @@ class Recording:
         return Recording(steps, {step: self.ranks[step] for step in steps}, self.metrics)
 
     def lines(self, step: int) -> list[RankLine]:
-        """Every rank's newest line of a step, in rank order."""
+        """Return every rank's newest line of a step, in rank order."""
         return [lines[-1] for _, lines in sorted(self.ranks.get(step, {}).items())]
 
     def draws(self) -> list[str]:
-        """Lines that drew random numbers in `loss`, on any rank in any step."""
+        """Return the lines that drew random numbers in `loss`, on any rank in any step."""
         lines = [line for step in self.ranks for line in self.lines(step)]
         return sorted({place for line in lines for place in line.draws})
 
     def changing_state(self) -> dict[str, str]:
-        """Attributes of the task that some step changed on some rank, with their types."""
+        """Return the task's attributes that some step changed on some rank, with their types."""
         begun = self.lines(0)
         return {
             name: value.split()[0]
@@ -222,7 +225,7 @@ class Recording:
         }
 
     def contents(self, step: int) -> list[dict[int, dict[str, str]]]:
-        """For each rank what the samples hold that it read in a step, by id."""
+        """Return for each rank the contents of the samples that it read in a step, by id."""
         return [
             {
                 sample: content
@@ -233,7 +236,7 @@ class Recording:
         ]
 
     def ids(self, step: int) -> list[int]:
-        """The ordered global batch of a step: the ranks' parts, one after the other."""
+        """Return the ordered global batch of a step: the parts of the ranks in rank order."""
         return [i for line in self.lines(step) for part in line.ids for i in part]
 
 
@@ -251,7 +254,7 @@ class Writer:
 
 
 def read(run: rundir.RunDir) -> Recording:
-    """The recording of a run; with no steps when it recorded nothing."""
+    """Read the recording of a run. It has no steps if the run recorded nothing."""
     folder = run.recording
     records = [StepRecord.read(path) for path in sorted(folder.glob("step-*.npz"))]
     ranks: dict[int, dict[int, list[RankLine]]] = {}

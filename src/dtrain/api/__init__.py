@@ -1,1 +1,1 @@
-"""The Python face of the command line: `dtrain.launch`, and the `Run` that it returns."""
+"""The Python interface to the commands: `dtrain.launch`, and the `Run` that it returns."""

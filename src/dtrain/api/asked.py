@@ -18,7 +18,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Size(TypedDict, total=False):
-    """What may be asked for of an attempt: the last ones are sections of job.yaml."""
+    """The arguments of every attempt. The last ones are sections of job.yaml."""
 
     nodes: int | str | None
     gpus: int | None
@@ -41,7 +41,7 @@ class Size(TypedDict, total=False):
 
 
 class Asked(Size, total=False):
-    """What may be asked for of a new run."""
+    """The arguments of a new run."""
 
     launcher: str
     trainer: str | None
@@ -56,15 +56,15 @@ _DEFAULTS = {"launcher": "local", "arguments": ()}
 
 
 def request(function: str, asked: Size, kind: type[Any]) -> Request:
-    """What a call asks for besides the job.
+    """Return the request that the keyword arguments of a call make.
 
     Args:
-        function: which was called; errors say `launch(procs=…)`.
+        function: the function that was called. Errors name it, for example `launch(procs=…)`.
         asked: its keyword arguments.
-        kind: the `TypedDict` that they are of.
+        kind: the `TypedDict` that defines these arguments.
 
     Raises:
-        UsageError: an argument is of no use.
+        UsageError: an argument is unknown or has an invalid value.
     """
     from dtrain.planning import Request
 
@@ -84,7 +84,7 @@ def request(function: str, asked: Size, kind: type[Any]) -> Request:
 
 
 def sections(asked: Size) -> dict[str, Any]:
-    """The keyword arguments that are fields of job.yaml by their own name."""
+    """Return the keyword arguments that are fields of job.yaml under the same name."""
     from dtrain.planning import FIELDS
 
     return {
@@ -95,7 +95,7 @@ def sections(asked: Size) -> dict[str, Any]:
 
 
 def _fields(function: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Located]]:
-    """Fields of job.yaml, each with the argument that sets it; the later ones win."""
+    """Yield fields of job.yaml, each with the argument that sets it. Later ones win."""
     from dtrain.job.load import flag
     from dtrain.planning import FIELDS
 
@@ -128,10 +128,10 @@ def _written(place: str, value: Any) -> Located:
 
 
 def _plain(place: str, value: Any) -> Any:
-    """A value as job.yaml could have it: those of numpy are numbers, paths are texts.
+    """Return a value as job.yaml can contain it: numpy's become numbers, paths become strings.
 
     Raises:
-        UsageError: job.yaml could not have it.
+        UsageError: job.yaml cannot contain it.
     """
     if isinstance(value, Mapping):
         return {_key(place, name): _plain(place, part) for name, part in value.items()}
@@ -160,7 +160,7 @@ def _key(place: str, name: Any) -> Any:
 
 
 def takes(kind: type[Any]) -> Callable[[_Function], _Function]:
-    """Show the keyword arguments of a `TypedDict` in a function's signature, as help prints it."""
+    """Show the keyword arguments of a `TypedDict` in a function's signature, as `help` does."""
 
     def decorate(function: _Function) -> _Function:
         signature = inspect.signature(function)

@@ -1,7 +1,7 @@
-"""A class defined in the cells of a notebook → a file of its own that workers can import.
+"""Writes a class from the cells of a notebook to a file that workers can import.
 
-The file has the class as it was written, and of the other cells what the class needs: imports,
-functions, classes, and constants. Names are found as Python's compiler finds them.
+The file contains the class as it was written. From the other cells it contains what the class
+needs: imports, functions, classes and constants. Names are found as Python's compiler finds them.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from dtrain.job.static_source import Definition
 from dtrain.run import files
 
 FOLDER = "notebook_cells"
-"""In the current folder, which is the job's: neither hidden from a copy of the code, nor a run."""
+"""A folder in the current folder, which is the job's. A copy of the code includes it, since it
+is not hidden, and it is not a run.
+"""
 _HEAD = '"""{name}, as it is in the cells of a notebook. Edit it there: this is written anew."""\n'
 _FUTURE = "from __future__ import annotations\n"
 
 
 def is_definition(value: Any) -> bool:
-    """Whether something is a class or a function, whatever decorates that."""
+    """Return whether a value is a class or a function, with or without decorators."""
     return isinstance(value, type) or isinstance(inspect.unwrap(value), FunctionType)
 
 
 def has(task: Any) -> bool:
-    """Whether a class or function was defined in a cell."""
+    """Return whether a class or function was defined in a cell."""
     return _definition(task) is not None
 
 
@@ -43,10 +45,11 @@ def write(task: Any) -> Path:
     """Write the file of a class that was defined in a cell.
 
     Returns:
-        Its path. The name has a digest of the content, so that a run keeps the code it began with.
+        The path of the file. Its name contains a digest of the content, so a run keeps the code
+        that it started with.
 
     Raises:
-        UsageError: it uses something that a file cannot have; says what.
+        UsageError: the class uses something that a file cannot contain. The message names it.
         LaunchError: the file cannot be written.
     """
     text = gather(task)
@@ -65,12 +68,12 @@ def write(task: Any) -> Path:
 
 
 def gather(task: Any) -> str:
-    """The text of the file; errors as for `write`."""
+    """Return the text of the file. The errors are those of `write`."""
     return _Gatherer(task).text()
 
 
 class _Gatherer:
-    """Collects the names that a class needs, and those that they need."""
+    """Collects the names that a class needs, and the names that those need."""
 
     def __init__(self, task: Any) -> None:
         self._task = task
@@ -93,7 +96,7 @@ class _Gatherer:
         )
 
     def _need(self, name: str, user: str) -> None:
-        """Have a name in the file, unless Python has it anyway."""
+        """Add a name to the file, unless Python provides it."""
         if name in self._seen or name not in self._known or _is_builtin(name, self._known[name]):
             return
         self._seen.add(name)
@@ -105,7 +108,7 @@ class _Gatherer:
         elif _is_literal(value):
             self._body.append(f"{name} = {value!r}")
         elif get_origin(value) is not None and (written := self._assignment(name)) is not None:
-            self._add(written, name)  # a type, as list[Tensor]
+            self._add(written, name)  # a type, for example list[Tensor]
         else:
             kind = type(value).__qualname__
             article = "an" if kind[0] in "aeiouAEIOU" else "a"
@@ -132,7 +135,7 @@ class _Gatherer:
             )
 
     def _newest(self, name: str) -> str | None:
-        """The newest definition of a name, where a decorator has made something else of it."""
+        """Return the newest definition of a name whose value a decorator has replaced."""
         texts = (_in_text(cell, name) for cell in reversed(_cells(self._task)))
         return next((text for text in texts if text is not None), None)
 
@@ -145,7 +148,7 @@ class _Gatherer:
             self._need(needed, name)
 
     def _import_lines(self, name: str, value: Any) -> Iterator[str]:
-        """The imports of the cells that made a name; else one that finds its value."""
+        """Yield the imports of the cells that made a name, or else one that finds its value."""
         found: dict[str, None] = {}
         for statement in self._statements:
             if isinstance(statement, ast.Import):
@@ -166,11 +169,11 @@ class _Gatherer:
         module, own = getattr(value, "__module__", None), getattr(value, "__name__", None)
         if module not in (None, self._task.__module__) and isinstance(own, str):
             line = f"from {module} import {own}" + ("" if own == name else f" as {name}")
-            if _gives(line, name, value):  # as of `from torch.nn import *`
+            if _gives(line, name, value):  # for example from `from torch.nn import *`
                 yield line
 
     def _assignment(self, name: str) -> str | None:
-        """The newest assignment to a name, as written."""
+        """Return the newest assignment to a name, as written."""
         for statement in reversed(self._statements):
             if isinstance(statement, ast.Assign | ast.AnnAssign) and name in _targets(statement):
                 return ast.unparse(statement)
@@ -178,12 +181,12 @@ class _Gatherer:
 
 
 def _cells(task: Any) -> list[str]:
-    """The cells that were run, in order, as IPython keeps them."""
+    """Return the cells that were run, in the order in which IPython keeps them."""
     return list(vars(sys.modules[task.__module__]).get("In", ()))
 
 
 def _parsed(cell: str) -> list[ast.stmt]:
-    """The statements of a cell; none of one that is no Python."""
+    """Return the statements of a cell. A cell that is not Python has none."""
     try:
         return [*_at_top(ast.parse(cell).body)]
     except (SyntaxError, ValueError):
@@ -191,7 +194,7 @@ def _parsed(cell: str) -> list[ast.stmt]:
 
 
 def _at_top(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements outside of definitions, those inside `if`, `try` and `with` too."""
+    """Yield the statements outside definitions, including those inside `if`, `try` and `with`."""
     for statement in body:
         yield statement
         if not isinstance(statement, Definition):
@@ -207,7 +210,7 @@ def _targets(statement: ast.Assign | ast.AnnAssign) -> set[str]:
 
 
 def _gives(line: str, name: str, value: Any) -> bool:
-    """Whether an import, done again, gives a name the value that it has now."""
+    """Return whether an import, run again, gives a name its present value."""
     statement = ast.parse(line).body[0]
     try:
         if isinstance(statement, ast.ImportFrom):
@@ -225,10 +228,10 @@ def _gives(line: str, name: str, value: Any) -> bool:
 
 
 def _definition(value: Any) -> str | None:
-    """The source of a class or function, with its decorators, from the cell that defined it.
+    """Return the source of a class or function, with its decorators, from the cell that defined it.
 
-    The code of a function knows its cell. Of a class, Python before 3.13 does not; its methods do,
-    and one without is looked for in the cells from the newest on.
+    The code of a function records its cell. Before Python 3.13 a class does not, but its methods
+    do. A class without methods is searched for in the cells, from the newest on.
     """
     members = vars(value).values() if isinstance(value, type) else [inspect.unwrap(value)]
     for member in members:
@@ -242,20 +245,20 @@ def _definition(value: Any) -> str | None:
 
 
 def _is_of(function: FunctionType, value: Any) -> bool:
-    """Whether a function is the definition itself, or a method that was written in it."""
+    """Return whether a function is the definition itself, or a method that was written in it."""
     return f"{function.__qualname__}.".startswith(f"{value.__name__}.")
 
 
 def _cell_of(function: FunctionType) -> str:
-    """The text of the cell in which a function was defined; empty when there is none."""
+    """Return the text of the cell in which a function was defined; empty if there is none."""
     name = function.__code__.co_filename
     cached = linecache.cache.get(name)
-    is_cell = cached is not None and len(cached) > 2 and cached[1] is None  # no file changes it
+    is_cell = cached is not None and len(cached) > 2 and cached[1] is None  # not a file
     return "".join(linecache.getlines(name)) if is_cell else ""
 
 
 def _in_text(text: str, name: str) -> str | None:
-    """The last definition of a name in a cell, as written there."""
+    """Return the last definition of a name in a cell, as written there."""
     lines = text.splitlines()
     for statement in reversed(_parsed(text)):
         if isinstance(statement, Definition) and statement.name == name:
@@ -267,7 +270,10 @@ def _in_text(text: str, name: str) -> str | None:
 
 
 def _names(table: symtable.SymbolTable, *, at_once: bool) -> set[str]:
-    """Global names that a definition needs: `at_once`, when it is run, or when it is called."""
+    """Return the global names that a definition needs.
+
+    With `at_once` these are the names it needs when it is run, otherwise when it is called.
+    """
     names = set()
     if at_once or _waits(table):
         for symbol in table.get_symbols():
@@ -282,7 +288,10 @@ def _names(table: symtable.SymbolTable, *, at_once: bool) -> set[str]:
 
 
 def _waits(table: symtable.SymbolTable) -> bool:
-    """Whether a scope runs only when something is called; a list in a class's body does not."""
+    """Return whether a scope runs only when something is called.
+
+    A list comprehension in the body of a class runs at once.
+    """
     return table.get_type() == "function" and not table.get_name().endswith(("comp", "genexpr"))
 
 
@@ -293,7 +302,7 @@ def _is_builtin(name: str, value: Any) -> bool:
 
 
 def _is_literal(value: Any) -> bool:
-    """Whether its text, read again, is the same value."""
+    """Return whether the `repr` of a value evaluates to the same value."""
     try:
         return bool(_same(ast.literal_eval(repr(value)), value))
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
@@ -301,7 +310,10 @@ def _is_literal(value: Any) -> bool:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal and of the same types all the way down: True is no 1, and a subclass is no dict."""
+    """Return whether two values are equal and have the same types at every depth.
+
+    `True` is not 1, and a subclass of dict is not a dict.
+    """
     if type(one) is not type(other):
         return False
     if isinstance(one, Mapping):

@@ -1,4 +1,4 @@
-"""The driver processes of this process's launches: started, told to stop, listened to."""
+"""The driver processes of this process's launches: they are started, asked to stop, and read."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.01
 _drivers: dict[Path, Driver] = {}
-"""By run directory. They are kept here, so that a run does not end when nobody holds its `Run`."""
+"""The drivers by run directory. A run continues even if the program drops its `Run`."""
 
 
 def of(run: Path) -> Driver | None:
-    """The driver of a run that this process has launched; None of any other."""
+    """Return the driver of a run that this process has launched; None for any other run."""
     driver = _drivers.get(run)
     return driver if driver is not None and driver.owner == os.getpid() else None
 
 
 class Driver:
-    """A `python -m dtrain.launchers.driver` of ours.
+    """A `python -m dtrain.launchers.driver` that this process has started.
 
-    It has a session of its own: a Ctrl-C is for us to pass on. It ends its run when this process
-    is gone; no signal of the kernel's tells it so, since that would come with the end of the
-    thread that called `launch`.
+    It has its own session, so this process must forward a Ctrl-C. It ends its run when this process
+    has exited. The kernel's parent-death signal is not used for that: the kernel sends it when the
+    thread that called `launch` ends.
     """
 
     def __init__(self) -> None:
-        """Start it. It imports what it needs while the launch is planned here."""
+        """Start the driver. It imports what it needs while the launch is planned here."""
         self.owner = os.getpid()
         self.console: LiveConsole | None = None
         self.plan: LaunchPlan | None = None
@@ -67,15 +67,15 @@ class Driver:
             ) from error
 
     def abandon(self) -> None:
-        """End it where nothing came of its launch."""
+        """End the driver after a launch that did not start."""
         self.kill()
         self._forget()
 
     def launch(self, order: Order) -> None:
-        """Have it start a plan; it goes on to drive that to its end.
+        """Have the driver start a plan. It then follows the run to its end.
 
         Raises:
-            DtrainError: it is refused, or ended before nodes were started. Nothing runs then.
+            DtrainError: the launch is refused, or ended before it started nodes. Nothing runs then.
         """
         from dtrain.console.live import LiveConsole
 
@@ -107,11 +107,11 @@ class Driver:
             stdin.write(order.to_line())
 
     def close(self) -> int:
-        """Wait for its end, and forget it; the exit code of its run.
+        """Wait until the driver ends, forget it, and return the exit code of its run.
 
         Raises:
-            DtrainError: it was refused; of the kind that the launcher has raised.
-            LaunchError: it broke down; with its traceback.
+            DtrainError: the launch was refused. The error has the class that the launcher raised.
+            LaunchError: the driver failed. The message has its traceback.
         """
         code = self._process.wait()
         self._hear()
@@ -127,7 +127,7 @@ class Driver:
         return procs.shell_code(code)
 
     def poll(self) -> int | None:
-        """The exit code of its run once it has ended, as a shell reports it; else None."""
+        """Return the exit code of the run, as a shell reports it; None while it runs."""
         code = self._process.poll()
         if code is None:
             return None
@@ -135,24 +135,24 @@ class Driver:
         return procs.shell_code(code)
 
     def said(self) -> list[str]:
-        """What the launcher has said since the last call."""
+        """Return what the launcher has reported since the last call."""
         self._hear()
         said, self._said = self._said, []
         return said
 
     def signal(self, number: int) -> None:
-        """Ask it to stop the run: the first time in order, the second by force."""
+        """Ask the driver to stop the run: cleanly at the first call, by force at the second."""
         if self._process.poll() is None:
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """End it at once, and with it all that it has started here."""
+        """Kill the driver at once, together with every process that it has started on this host."""
         if self._process.poll() is None:
             procs.kill_group(self._process.pid)
         self._process.wait()
 
     def _hear(self) -> None:
-        """Take in what it has reported."""
+        """Read the driver's new reports."""
         if self._reports.closed:
             return
         text = os.pread(self._reports.fileno(), 1 << 20, self._read)
@@ -168,7 +168,7 @@ class Driver:
                 self._error = _error(message)
 
     def _last_words(self) -> str:
-        """What it wrote to stderr as it broke down: to a file of ours, or to the run's."""
+        """Return what the failed driver wrote to its temporary stderr file or to the run's log."""
         assert self.plan is not None
         early = os.pread(self._stderr.fileno(), 1 << 20, 0).decode(errors="replace")
         log = self.plan.run.driver_log(self.plan.attempt, self.plan.node_ranks)
@@ -185,7 +185,10 @@ class Driver:
 
 
 def _error(said: dict[str, Any]) -> DtrainError:
-    """An error as the driver has raised it; the base of those not made of a text alone."""
+    """Return an error as the driver has raised it.
+
+    A class whose errors need more than a message becomes `DtrainError`.
+    """
     simple = ("UsageError", "PlanError", "RunNotFound", "LaunchError", "CheckpointError")
     kind = said["kind"] if said["kind"] in simple else "DtrainError"
     made: DtrainError = getattr(errors, kind)(said["refused"], code=said["code"])
@@ -195,7 +198,7 @@ def _error(said: dict[str, Any]) -> DtrainError:
 
 @atexit.register
 def _tell_of_runs_that_end() -> None:
-    """Say which runs end because this process does; a script that forgets to wait is told so."""
+    """Print which runs end because this process ends, for a script that does not call `wait`."""
     for driver in _drivers.values():
         if driver.owner == os.getpid() and driver.plan is not None and driver.poll() is None:
             run_id = driver.plan.run_id

@@ -1,6 +1,6 @@
 """Commands as functions: `plan`, `launch`, `resume`, `verify`.
 
-What they need is imported once a driver has been started, which imports the same meanwhile.
+They import what they need after a driver has been started, which imports the same in parallel.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from dtrain.verification.report import Report
 
 Job = str | os.PathLike[str] | Callable[..., Any]
-"""A path, or a class (or a function) that makes a task."""
+"""A path, or a class or function that makes a task."""
 
 
 @takes(Asked)
 def plan(job: Job, **asked: Unpack[Asked]) -> LaunchPlan:
-    """Plan a launch and start nothing: what `dtrain plan` shows.
+    """Plan a launch and start nothing, like `dtrain plan`.
 
     Args:
-        job: as for `launch`, and so are all others.
+        job: as for `launch`; all other arguments are those of `launch` too.
 
     Raises:
-        JobError: the job is wrong; has every problem, with its place.
-        PlanError: job, launcher and sizes do not go together.
-        UsageError: an argument is of no use.
+        JobError: the job is wrong. The error lists every problem with its location.
+        PlanError: job, launcher and sizes do not work together.
+        UsageError: an argument is unknown or has an invalid value.
 
     Example:
         >>> dtrain.plan("job.yaml", nodes=2, procs=4).world_size
@@ -50,38 +50,38 @@ def plan(job: Job, **asked: Unpack[Asked]) -> LaunchPlan:
 
 @takes(Asked)
 def launch(job: Job, *, detach: bool = False, **asked: Unpack[Asked]) -> Run:
-    """Launch a job, as `dtrain launch` does; returns once its nodes are started.
+    """Launch a job, as `dtrain launch` does, and return once its nodes are started.
 
-    The run ends, in order, when this process does. `Run.wait` waits for it.
+    The run stops cleanly when this process exits. `Run.wait` waits for it.
 
     Args:
         job: path of a job.yaml or of a script, or the class of a task, a LightningModule, or a
-            function that returns a compiled Keras model and its data. A class may be in a file, or
-            in a cell of a notebook; the sections below are its job, which needs at least `train`.
-        detach: return as soon as it is submitted, and let it go on without this process; for
-            launchers slurm and ray.
-        nodes: number of nodes, or a range as "2:4". `local` simulates them on this machine.
+            function that returns a compiled Keras model and its data. A class can be in a file or
+            in a cell of a notebook. The sections below are its job, which needs at least `train`.
+        detach: return as soon as the run is submitted. It then continues without this process.
+            Launchers slurm and ray support this.
+        nodes: number of nodes, or a range such as "2:4". `local` simulates them on this machine.
         gpus: GPUs per node; 0 trains on the CPU.
         procs: processes per node.
         strategy: how the processes share the work.
         max_restarts: restarts of failed workers.
         set: any fields of job.yaml, by dotted name: `{"train.lr": 0.1}`.
-        env: variables for every worker. Those that look secret are never shown.
+        env: variables for every worker. Values that look secret are never shown.
         options: options of the launcher's profile, by name.
-        runs: folder or URL of all runs; None: DTRAIN_RUNS, or else `runs`.
-        launcher: a profile: launchers/NAME.yaml, yours or the packaged one.
-        trainer: whose loop runs.
-        seed: of the whole training.
-        name: of the run.
-        arguments: command line of a script.
-        run_id: id of the run; None: the name, and some letters.
-        args: arguments of the task's class, laid over those in job.yaml; `train`, `data`, `eval`,
-            `checkpoint`, `checks`, `log`, `lightning` and `launch` are its other sections.
+        runs: folder or URL of all runs. None means DTRAIN_RUNS, or else `runs`.
+        launcher: a profile: your own launchers/NAME.yaml, or the packaged one.
+        trainer: the trainer whose training loop is used.
+        seed: the seed of the whole training.
+        name: the name of the run.
+        arguments: the command line of a script.
+        run_id: the id of the run. None means the name and some letters.
+        args: arguments of the task's class, which override those in job.yaml. `train`, `data`,
+            `eval`, `checkpoint`, `checks`, `log`, `lightning` and `launch` are its other sections.
 
     Raises:
-        JobError: the job is wrong; has every problem, with its place.
-        PlanError: job, launcher and sizes do not go together.
-        UsageError: an argument is of no use, or a class cannot be imported by workers.
+        JobError: the job is wrong. The error lists every problem with its location.
+        PlanError: job, launcher and sizes do not work together.
+        UsageError: an argument is unknown or invalid, or workers cannot import a class.
         LaunchError: the launcher cannot start it.
 
     Example:
@@ -95,17 +95,17 @@ def launch(job: Job, *, detach: bool = False, **asked: Unpack[Asked]) -> Run:
 
 @takes(Size)
 def resume(run: str | Run = "last", *, detach: bool = False, **asked: Unpack[Size]) -> Run:
-    """Go on with a run from its newest good checkpoint, as `dtrain resume` does.
+    """Continue a run from its newest intact checkpoint, as `dtrain resume` does.
 
-    The run goes on as it was launched; arguments change what they name, as its size.
+    The run continues as it was launched. An argument, for example a size, changes what it names.
 
     Args:
         run: an id, a unique beginning of one, `last`, or a `Run`.
-        detach: as for `launch`, and so are all others.
+        detach: as for `launch`; all other arguments are those of `launch` too.
 
     Raises:
         RunNotFound: there is no such run.
-        UsageError: it runs, it has finished, or an argument would have no effect.
+        UsageError: the run is running or has finished, or an argument would have no effect.
         JobError, PlanError, LaunchError: as for `launch`.
 
     Example:
@@ -139,27 +139,27 @@ def verify(
     keep: str | Path | None = None,
     **fields: Any,
 ) -> Report:
-    """Show that a job is the same training in every way to run it, as `dtrain verify` does.
+    """Check that every way to run a job gives the same training, as `dtrain verify` does.
 
     Args:
         job: as for `launch`.
         steps: optimizer steps of each run.
-        strategies: only these; likewise `trainers`, `launchers`, `nodes` and `procs`.
-        only: nothing besides what these name.
+        strategies: run only these. `trainers`, `launchers`, `nodes` and `procs` work the same way.
+        only: run nothing except what these arguments name.
         gpus: give each process a GPU.
         deep: run everything in fp64.
         epoch_samples: samples of an epoch, `auto` or `all`.
         set: any fields of job.yaml, by dotted name.
-        options: `NAME=VALUE` options of the launchers that are named.
-        keep: folder where the run directories stay; None: nowhere.
+        options: `NAME=VALUE` options of the named launchers.
+        keep: folder in which the run directories are kept. None means that they are removed.
         fields: sections of job.yaml, as for `launch`.
 
     Returns:
-        What was found; `report.same` says whether all of it was the same training.
+        A report. `report.same` is true if every run was the same training.
 
     Raises:
         JobError, PlanError, UsageError: as for `launch`.
-        RunFailed: the job does not even run as one process.
+        RunFailed: the job fails even as one process.
 
     Example:
         >>> dtrain.verify("job.yaml", strategies=["ddp"], procs=[2]).same
@@ -213,7 +213,7 @@ def _planned(function: str, job: Job, asked: Asked) -> Prepared:
 
 @contextlib.contextmanager
 def _driver() -> Iterator[Driver]:
-    """A driver that imports while its launch is planned; ended where that is refused."""
+    """Yield a driver that imports while its launch is planned. It is ended if planning fails."""
     _refuse_in_worker()
     driver = Driver()
     try:
@@ -245,7 +245,7 @@ def _refuse_in_worker() -> None:
 
 @contextlib.contextmanager
 def _job_file(job: Job) -> Iterator[str]:
-    """The path of a job file, which is made for a class and removed afterwards."""
+    """Yield the path of a job file. For a class the file is written, and removed afterwards."""
     if isinstance(job, str | os.PathLike):
         yield os.fspath(job)
         return

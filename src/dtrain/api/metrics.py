@@ -11,22 +11,22 @@ from dtrain.run.rundir import RunDir
 
 
 class Metrics(list[dict[str, Any]]):
-    """One dict for each line of metrics.jsonl, the oldest first.
+    """A list with one dict for each line of metrics.jsonl, the oldest first.
 
-    Each has `time` (seconds since 1970), `step`, `epoch`, `split` (`train` or `eval`), and what
-    was measured, by name.
+    Each dict has `time` (seconds since 1970), `step`, `epoch`, `split` (`train` or `eval`), and the
+    measured values by name.
     """
 
     @classmethod
     def read(cls, run: RunDir, split: str | None = None) -> Metrics:
-        """The metrics of a run so far, of one split or of both."""
+        """Read the metrics of a run so far, of one split or of both."""
         lines = files.read_lines(run.metrics, split=str, step=int)
         chosen = (line for line in lines if split in (None, line["split"]))
-        # JSON has no NaN: null stands for it
+        # JSON has no NaN, so null represents it
         return cls({k: math.nan if v is None else v for k, v in line.items()} for line in chosen)
 
     def to_pandas(self) -> Any:
-        """The same as a pandas DataFrame, with a row for each line.
+        """Return a pandas DataFrame with a row for each line.
 
         Raises:
             UsageError: pandas is not installed.

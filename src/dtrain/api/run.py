@@ -1,4 +1,4 @@
-"""A run in a program's hands."""
+"""A run as a Python object."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from dtrain.run.verdict import Verdict
 
 _TICK_S = 0.05
 _OTHERS_TICK_S = 0.2
-"""Of a run that another process drives: to look how it stands may ask a cluster."""
+"""The interval for a run that another process drives. Reading its status may query a cluster."""
 _KILLED_S = 10.0
-"""How long what was killed may take to be gone."""
+"""The time that a killed process may take to end."""
 
 
 @dataclass(frozen=True, repr=False)
 class RunVerdict(Verdict):
-    """Why a run failed. As text it is what `dtrain why` prints."""
+    """The reason why a run failed. Its text is the output of `dtrain why`."""
 
     text: str = ""
 
@@ -43,39 +43,39 @@ class RunVerdict(Verdict):
 
 
 class Run(AbstractContextManager["Run"]):
-    """A run: one that `launch` has started, or one found with `Run.find`.
+    """A run that `launch` has started, or that `Run.find` has found.
 
-    As a context manager it waits for the end of the run; when the block is left by an exception,
-    Ctrl-C among them, it stops the run in order instead:
+    As a context manager it waits for the end of the run. If the block raises an exception, such as
+    the one of Ctrl-C, it stops the run cleanly instead:
 
         with dtrain.launch("job.yaml", procs=2) as run:
             ...
 
-    A run that this process has launched ends with this process, but for a detached one.
+    A run that this process has launched ends with this process, unless it is detached.
     """
 
     def __init__(self, directory: RunDir) -> None:
         self.directory = directory
-        """Its paths, see `dtrain.run.rundir.RunDir`."""
+        """The run's paths, see `dtrain.run.rundir.RunDir`."""
         self._refresh = refresher(directory)
         self._console: LiveConsole | None = None
 
     @classmethod
     def find(cls, name: str = "last", *, runs: str | os.PathLike[str] | None = None) -> Run:
-        """The run of that id, path or unique beginning of an id, or the one started `last`.
+        """Find a run by its id, path or unique beginning of its id, or the `last` one started.
 
         Args:
-            name: of the run.
-            runs: folder or URL of all runs; None: DTRAIN_RUNS, or else `runs`.
+            name: the id, path or beginning, or `last`.
+            runs: folder or URL of all runs. None means DTRAIN_RUNS, or else `runs`.
 
         Raises:
-            RunNotFound: none, or more than one, answers to the name.
+            RunNotFound: no run, or more than one, has this name.
         """
         return cls(lookup.find(name, lookup.place_of_runs(runs)))
 
     @property
     def id(self) -> str:
-        """The run's id, as `digits-k3v9ab`."""
+        """The run's id, for example `digits-k3v9ab`."""
         return self.directory.id
 
     @property
@@ -85,7 +85,7 @@ class Run(AbstractContextManager["Run"]):
 
     @property
     def url(self) -> str | None:
-        """Where the run is kept, when that is a URL."""
+        """The URL of the run; None if it is not kept at a URL."""
         return self.directory.url
 
     def __repr__(self) -> str:
@@ -95,26 +95,27 @@ class Run(AbstractContextManager["Run"]):
             state = summary.DAMAGED
         return f"<dtrain.Run {self.id}: {state}>"
 
-    # -- what it does ----------------------------------------------------------------------
+    # -- control -------------------------------------------------------------------------
 
     def wait(self, timeout: float | None = None, *, progress: bool = True) -> int:
-        """Wait for the end of the run, and show what `dtrain launch` shows meanwhile.
+        """Wait for the end of the run, and show the output of `dtrain launch` until then.
 
-        Ctrl-C, or the interrupt of a notebook's kernel, stops a run that this process has launched
-        in order: its workers save a checkpoint and leave. Then `KeyboardInterrupt` is raised. A
-        second one kills them. A run that another process drives goes on.
+        Ctrl-C, or the interrupt of a notebook's kernel, cleanly stops a run that this process has
+        launched: its workers save a checkpoint and exit. Then `KeyboardInterrupt` is raised. A
+        second one kills them. A run that another process drives continues.
 
         Args:
-            timeout: seconds; None: as long as it takes.
+            timeout: seconds to wait. None means no limit.
             progress: whether to show anything.
 
         Returns:
-            The exit code of `dtrain launch`: 0 when every rank ended 0, the culprit's when one
-            failed, 128 + N when the run was stopped by signal N, 1 when it was lost.
+            The exit code of `dtrain launch`. It is 0 if every rank exited with 0. If a rank
+            failed, it is the code of the rank that caused the failure. It is 128 + N if signal N
+            stopped the run, and 1 if the run was lost.
 
         Raises:
-            TimeoutError: it has not ended by then; it goes on.
-            LaunchError: the launcher found out only now that it cannot be started.
+            TimeoutError: the run has not ended by then. It continues.
+            LaunchError: the launcher found only now that the run cannot be started.
         """
         deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
         driver = driving.of(self.path)
@@ -134,20 +135,20 @@ class Run(AbstractContextManager["Run"]):
         return code
 
     def stop(self, timeout: float | None = None) -> int:
-        """Stop the run in order: its workers save a checkpoint and leave at the next step.
+        """Stop the run cleanly: its workers save a checkpoint and exit at the next step.
 
-        Does nothing to a run that has ended. A run that another process drives is stopped too, as
-        by `dtrain cancel`.
+        A run that has ended is not changed. A run that another process drives is stopped too, as by
+        `dtrain cancel`.
 
         Args:
-            timeout: seconds after which it is ended by force; None: a little more than the job's
-                `launch.stop_timeout`.
+            timeout: seconds after which the run is ended by force. None means a little more than
+                the job's `launch.stop_timeout`.
 
         Returns:
             The run's exit code, see `wait`.
 
         Raises:
-            UsageError: it was started by hand, or is driven from another host.
+            UsageError: the run was started by hand, or is driven from another host.
         """
         driver = driving.of(self.path)
         if driver is None:
@@ -179,28 +180,28 @@ class Run(AbstractContextManager["Run"]):
         else:
             self.stop()
 
-    # -- what is known of it ---------------------------------------------------------------
+    # -- results and status --------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """How the run stands: what `dtrain status --json` prints."""
+        """Return the state of the run, as `dtrain status --json` prints it."""
         self._refresh()
         return summary.summary(self.directory)
 
     def metrics(self, split: str | None = None) -> Metrics:
-        """What was measured so far, one dict a line.
+        """Return the metrics so far, one dict per line.
 
         Args:
-            split: `train` or `eval`; None: both.
+            split: `train` or `eval`. None means both.
         """
         self._refresh()
         return Metrics.read(self.directory, split)
 
     def logs(self, rank: int | None = None, *, attempt: int | None = None) -> str:
-        """What the ranks wrote so far, as `dtrain logs` prints it.
+        """Return what the ranks have written so far, as `dtrain logs` prints it.
 
         Args:
-            rank: only this one; None: all, the same lines of several folded into one.
-            attempt: its number; None: the newest.
+            rank: only this rank. None means all, with the same lines of several ranks merged.
+            attempt: the number of the attempt. None means the newest.
 
         Raises:
             RunNotFound: there is no such rank or attempt.
@@ -223,13 +224,13 @@ class Run(AbstractContextManager["Run"]):
         return "\n".join(lines)
 
     def why(self, attempt: int | None = None) -> RunVerdict | None:
-        """Why the run failed; None when it has not.
+        """Return why the run failed; None if it has not.
 
-        `print` shows the culprit, its error and what to try, as `dtrain why` does. The parts are
-        `culprit`, `alike` and `collateral`, see `dtrain.run.verdict.Verdict`.
+        `print` shows the rank that caused the failure, its error and what to try, as `dtrain why`
+        does. The parts are `culprit`, `alike` and `collateral`, see `dtrain.run.verdict.Verdict`.
 
         Args:
-            attempt: its number; None: the newest.
+            attempt: the number of the attempt. None means the newest.
 
         Raises:
             RunNotFound: there is no such attempt.
@@ -240,10 +241,10 @@ class Run(AbstractContextManager["Run"]):
             return None
         return RunVerdict(**vars(found), text=verdict.render(found, self.directory))
 
-    # -- within ----------------------------------------------------------------------------
+    # -- internal ------------------------------------------------------------------------
 
     def _follow(self, driver: Driver | None, deadline: float, progress: bool) -> int:
-        """Show the run until it has ended, or until the deadline; its exit code."""
+        """Show the run until it ends or the deadline passes, and return its exit code."""
         console = driver.console if driver is not None else self._console
         if console is None:
             console = self._console = LiveConsole(LaunchPlan.read(self.directory))
@@ -276,7 +277,7 @@ class Run(AbstractContextManager["Run"]):
 
 
 def _pass_on(driver: Driver | None, console: LiveConsole) -> None:
-    """Show what the launcher itself has said."""
+    """Show what the launcher itself has reported."""
     for line in driver.said() if driver is not None else ():
         console.say(line)
 
@@ -289,10 +290,10 @@ def _interrupt(driver: Driver, times: int) -> None:
 
 
 def runs(runs: str | os.PathLike[str] | None = None) -> list[Run]:
-    """All runs, the oldest first, the damaged ones too.
+    """Return all runs, the oldest first, including damaged ones.
 
     Args:
-        runs: folder or URL of all runs; None: DTRAIN_RUNS, or else `runs`.
+        runs: folder or URL of all runs. None means DTRAIN_RUNS, or else `runs`.
 
     Example:
         >>> [run.id for run in dtrain.runs() if run.status()["state"] == "failed"]

@@ -1,4 +1,4 @@
-"""A class in a person's hands → the job that trains it, from the file that it was written in."""
+"""Makes the job that trains a class, from the file in which the class was written."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _STARTS = ("launch", "resume", "verify")
 
 
 def job_of_class(function: str, task: Any, fields: Mapping[str, Any]) -> JobOfClass:
-    """The job of a task's class, or of a function that makes one.
+    """Return the job of a task's class, or of a function that makes one.
 
-    A class of a file is named by its file, one of a package by its module, and one of a notebook's
-    cells by a file that is written of them, see `cells`.
+    A class in a file is named by its file, and one in a package by its module. A class in the cells
+    of a notebook is named by a file that is written from them, see `cells`.
 
     Args:
-        function: which was called, for errors.
+        function: the function that was called, for errors.
         task: the class or the function.
-        fields: of job.yaml, besides `name` and `task`.
+        fields: fields of job.yaml, except `name` and `task`.
 
     Raises:
-        UsageError: workers could not import it; says why.
+        UsageError: workers could not import the class. The message gives the reason.
     """
     if not cells.is_definition(task):
         raise UsageError(
@@ -57,7 +57,7 @@ def _of_kind(value: Any) -> str:
 
 
 def _reference(task: Any, function: str) -> tuple[Path, str]:
-    """(job folder, file or module) of a class."""
+    """Return (job folder, file or module) of a class."""
     module = sys.modules.get(task.__module__)
     file = getattr(module, "__file__", None)
     if task.__module__ == "__main__":
@@ -110,7 +110,7 @@ def _refuse_to_launch_at_import(path: Path, function: str) -> None:
 
 
 def _calls_at_import(body: list[ast.stmt]) -> Iterator[ast.Call]:
-    """Calls that run when a module is imported; one under `if __name__ == …` does not."""
+    """Yield the calls that run when a module is imported, except under `if __name__ == …`."""
     for statement in body:
         if isinstance(statement, Definition):
             continue

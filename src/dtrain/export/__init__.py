@@ -1,1 +1,1 @@
-"""A trained model in a form that other programs read, with a proof that it is the same model."""
+"""Writes a trained model for other programs, and proves that it is the same model."""

@@ -1,6 +1,6 @@
-"""`python -m dtrain.export RUN_DIR --to FORMAT`: what `dtrain export` starts.
+"""`python -m dtrain.export RUN_DIR --to FORMAT`: the process that `dtrain export` starts.
 
-A process of its own, since it imports torch and the user's task.
+It is a separate process, since it imports torch and the user's task.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--averaged", action="store_true")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    # the exporters tell of their own deprecations and of packages that they do without
+    # the exporters warn about their own deprecations and about optional packages
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     from dtrain.export.run import export

@@ -1,4 +1,4 @@
-"""One function for each format: write the file, read it back, and compare."""
+"""One function for each format: it writes the file, reads it back, and compares."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ from dtrain.errors import DtrainError, UsageError, shortened
 from dtrain.export.model import Call, Trained, tensors_in
 
 _TOLERANCE = 1e-4
-"""Largest difference of outputs, in parts of the largest output; another order of additions
-gives about 1e-6."""
+"""The largest difference of outputs, as a fraction of the largest output. Another order of
+additions gives about 1e-6.
+"""
 
 _LARGE = 1_500_000_000
-"""Bytes of parameters from which an ONNX file keeps them in a file beside: it ends at 2 GB."""
+"""From this many bytes of parameters on, an ONNX file keeps them in a second file. Its limit is
+2 GB.
+"""
 
 Writer = Callable[[Trained, Path], str]
 Runner = Callable[[Call], Sequence[torch.Tensor]]
 
 
 def of_model(name: str) -> Writer:
-    """The function of a format that holds the model's computation too."""
+    """Return the function of a format that also contains the model's computation."""
     return {"torch-export": torch_export, "onnx": onnx, "keras": keras}[name]
 
 
 def safetensors(state: Mapping[str, Any], path: Path, about: dict[str, str]) -> str:
-    """Parameters and buffers by name; what they are compared with are the checkpoint's bytes."""
+    """Write parameters and buffers by name, and compare them with the checkpoint's bytes."""
     from safetensors.torch import load_file, save_file
 
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    # copies: safetensors refuses tensors that share memory, as tied weights do
+    # copies: safetensors refuses tensors that share memory, for example tied weights
     copies = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
     save_file(copies, path, metadata={"format": "pt", **about})
     read = load_file(path)
@@ -47,18 +50,18 @@ def safetensors(state: Mapping[str, Any], path: Path, about: dict[str, str]) -> 
 
 
 def torch_export(trained: Trained, path: Path) -> str:
-    """A `.pt2` file for `torch.export.load`."""
+    """Write a `.pt2` file for `torch.export.load`."""
     try:
         program = _program(trained)
         torch.export.save(program, path)
-    except Exception as error:  # of many kinds; the compiler says what it stumbled over
+    except Exception as error:  # there are many kinds; the compiler names the cause
         raise _refusal("torch.export", error) from error
     module = torch.export.load(path).module()
     return _compared(trained, lambda call: tensors_in(module(*call.args, **call.kwargs)))
 
 
 def onnx(trained: Trained, path: Path) -> str:
-    """An `.onnx` file, checked with onnxruntime."""
+    """Write an `.onnx` file, checked with onnxruntime."""
     import onnxruntime
 
     size = sum(p.numel() * p.element_size() for p in trained.model.parameters())
@@ -79,7 +82,7 @@ def onnx(trained: Trained, path: Path) -> str:
 
 
 def keras(trained: Trained, path: Path) -> str:
-    """A `.keras` file for `keras.saving.load_model`."""
+    """Write a `.keras` file for `keras.saving.load_model`."""
     import keras as library
 
     if not isinstance(trained.model, library.Model):
@@ -99,7 +102,7 @@ def keras(trained: Trained, path: Path) -> str:
 
 
 def _program(trained: Trained) -> torch.export.ExportedProgram:
-    """The model's forward, for any number of samples where it allows that."""
+    """Return the model's forward, for any number of samples if the model allows that."""
     call = trained.calls[0]
     dynamic: Any = torch.utils._pytree.tree_map(
         lambda value: _any_batch(value, call.num_samples), (call.args, call.kwargs)
@@ -126,10 +129,12 @@ def _any_batch(value: Any, num_samples: int) -> Any:
 
 
 def _compared(trained: Trained, run: Runner) -> str:
-    """The largest difference over the calls; the first must work, others show other sizes.
+    """Return the largest difference over the calls.
+
+    The first call must work. The others have other numbers of samples.
 
     Raises:
-        DtrainError: the outputs are not the model's.
+        DtrainError: the outputs differ from the model's.
     """
     worst, sizes = 0.0, []
     for index, call in enumerate(trained.calls):
@@ -138,7 +143,7 @@ def _compared(trained: Trained, run: Runner) -> str:
         except Exception:
             if index == 0:
                 raise
-            break  # of this number of samples only
+            break  # the exported model takes one number of samples only
         worst = max(worst, _difference(call, outputs))
         sizes.append(str(call.num_samples))
     only = "" if len(sizes) == len(trained.calls) else f"; for {sizes[0]} samples at once only"

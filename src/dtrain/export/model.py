@@ -1,4 +1,4 @@
-"""The trained model again, and what it is called with on real data."""
+"""Rebuilds the trained model, and collects calls of it on real data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NUM_SAMPLES = 32
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a model: what it was given and what it gave."""
+    """One call of a model: its inputs and its outputs."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -39,7 +39,7 @@ class Trained:
 
     model: torch.nn.Module
     source: str
-    """Where the samples are from, as `eval_dataset`."""
+    """The source of the samples, for example `eval_dataset`."""
     calls: tuple[Call, ...]
     """The task's own calls of the model, on batches of different sizes."""
 
@@ -49,11 +49,11 @@ def trained_model(spec: JobSpec, job_dir: str, state: dict[str, Any]) -> Trained
 
     Args:
         spec: the run's job.
-        job_dir: where the task is.
+        job_dir: the folder of the task.
         state: plain parameter and buffer name → tensor.
 
     Raises:
-        UsageError: the task never calls the model itself, so that there is nothing to export.
+        UsageError: the task never calls the model itself, so there is nothing to export.
         CheckpointError: the checkpoint does not fit the model.
     """
     task = load_task(spec.task, spec.args, job_dir, seed=spec.seed)
@@ -61,12 +61,12 @@ def trained_model(spec: JobSpec, job_dir: str, state: dict[str, Any]) -> Trained
     model = task.model()
     load_model_state(model, state)
     for average in averages_of(model):
-        average.start()  # the task evaluates it, and it is to have these weights
+        average.start()  # the task evaluates the average, which must have these weights
     return called(task, model)
 
 
 def called(task: Task, model: torch.nn.Module) -> Trained:
-    """A model with the calls that its task makes of it; errors as for `trained_model`."""
+    """Return a model with the calls that its task makes of it; errors as for `trained_model`."""
     model.eval()
     source, batches = _batches(task)
     calls = tuple(_call(task, model, batch, size) for size, batch in batches)
@@ -74,7 +74,7 @@ def called(task: Task, model: torch.nn.Module) -> Trained:
 
 
 def _batches(task: Task) -> tuple[str, list[tuple[int, Any]]]:
-    """Two batches of different sizes, from the evaluation data where there is any."""
+    """Return two batches of different sizes, from the evaluation data if there are any."""
     source, dataset = "eval_dataset", task.eval_dataset()
     if dataset is None:
         source, dataset = "train_dataset", task.train_dataset()
@@ -90,7 +90,7 @@ def _batches(task: Task) -> tuple[str, list[tuple[int, Any]]]:
 
 
 def _call(task: Task, model: torch.nn.Module, batch: Any, num_samples: int) -> Call:
-    """The first call of the model in the task's `evaluate`, or of the task's average of it."""
+    """Return the first call of the model, or of the task's average of it, in `evaluate`."""
     seen: list[Call] = []
 
     def note(_: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -114,7 +114,7 @@ def _call(task: Task, model: torch.nn.Module, batch: Any, num_samples: int) -> C
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """Every tensor of an output, in order."""
+    """Return every tensor of an output, in order."""
     if isinstance(value, torch.Tensor):
         return [value.detach()]
     parts: Iterable[Any] = value.values() if isinstance(value, dict) else value

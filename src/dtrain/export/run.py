@@ -1,4 +1,4 @@
-"""From a run to an exported file: checkpoint, model, a real batch, the format, the comparison."""
+"""Exports a run to a file: checkpoint, model, a real batch, the format, the comparison."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from dtrain.train.checkpoint.files import read_checkpoint
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how it was compared with the model."""
+    """The written file, and its comparison with the model."""
 
     path: Path
     checkpoint: str
-    """Name of the checkpoint."""
+    """The name of the checkpoint."""
     proof: str
-    """The comparison, in words."""
+    """The result of the comparison, in words."""
     rejected: dict[str, str]
-    """Newer checkpoints that could not be used, by name, and why."""
+    """Newer checkpoints that could not be used: name → reason."""
 
     def lines(self) -> list[str]:
         passed_over = [f"{name} is not used: {why}" for name, why in self.rejected.items()]
@@ -47,19 +47,19 @@ def export(
     *,
     averaged: bool = False,
 ) -> Exported:
-    """Write a run's model in a format, once it is shown to be the same model.
+    """Write a run's model in a format, after a check that it is the same model.
 
     Args:
-        run: its directory; only read.
+        run: its directory, which is only read.
         to: a name of `catalog.EXPORTS`.
-        step: the checkpoint of that step; None: the newest that is whole.
-        output: the file; None: `<run>-<step>` with the format's suffix, in the current folder.
+        step: the checkpoint of that step. None means the newest intact one.
+        output: the file. None means `<run>-<step>` with the format's suffix, in the current folder.
         averaged: take the weights that `dtrain.EMA` has averaged.
 
     Raises:
         CheckpointError: the run has no checkpoint, or none that can be used.
-        UsageError: the format or what it needs is missing, or the model does not allow it.
-        DtrainError: the exported model is another than the trained one.
+        UsageError: the format or a package for it is missing, or the model does not allow it.
+        DtrainError: the exported model differs from the trained one.
     """
     fact = catalog.EXPORTS.get(to)
     if fact is None:
@@ -82,13 +82,13 @@ def export(
             proof = formats.safetensors(state, written, about)
         else:
             proof = formats.of_model(to)(_model(run, state), written)
-        for path in Path(aside).iterdir():  # ONNX keeps large weights in a file beside
+        for path in Path(aside).iterdir():  # ONNX keeps large weights in a second file
             shutil.move(path, target.parent / path.name)
     return Exported(target, folder.name, proof, rejected)
 
 
 def _averaged(tensors: dict[str, Any]) -> dict[str, Any]:
-    """The first average of the whole model."""
+    """Return the first average of the whole model."""
     for owner, state in tensors.get("kept", {"states": {}})["states"].items():
         if owner.startswith("EMA.") and state["weights"].keys() == tensors["model"].keys():
             weights: dict[str, Any] = state["weights"]
@@ -112,7 +112,7 @@ def _model(run: RunDir, state: dict[str, Any]) -> Trained:
 
 
 def _newest(run: RunDir, step: int | None) -> tuple[Path, dict[str, Any], dict[str, str]]:
-    """(folder, tensors, rejected): the newest checkpoint that is whole, or that of a step."""
+    """Return (folder, tensors, rejected) of the newest intact checkpoint, or of that of a step."""
     remote = RemoteCheckpoints.of(run)
     here = run.checkpoints.glob("step-????????*") if remote is None else remote.folders()
     found = sorted(here, reverse=True)

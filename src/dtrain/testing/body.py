@@ -1,6 +1,6 @@
-"""Inside a rank: take over the caller's surroundings, join the others, run the body.
+"""Inside a rank: take over the caller's environment, join the other ranks, run the body.
 
-`pack` is called by whoever asks for ranks, everything else in a rank.
+`pack` is called by the process that requests ranks, everything else in a rank.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _kept: list[Generator[Any, Any, Any]] = []
 
 
 class OwnRank:
-    """Stands for the rank in pytest's process; pickled into a rank it becomes the number."""
+    """A placeholder for the rank in pytest's process. In a rank it unpickles as the number."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _own_rank, ()
@@ -45,7 +45,7 @@ def _own_rank() -> int:
 
 @dataclass(frozen=True)
 class Context:
-    """What of the calling process a rank takes over."""
+    """The state of the calling process that a rank takes over."""
 
     env: Mapping[str, str]
     cwd: str
@@ -58,7 +58,7 @@ class Context:
         return cls(dict(os.environ), os.getcwd(), list(sys.path), filters)
 
     def enter(self) -> None:
-        """Make this process's context the same; a launcher we run under is not passed on."""
+        """Give this process the same context, without the variables of an outer launcher."""
         stale = {
             name
             for name, value in os.environ.items()
@@ -74,12 +74,12 @@ class Context:
 
 
 def pack(body: bytes) -> bytes:
-    """Make the payload of a request: this process's context, and the pickled body to run in it."""
+    """Return the payload of a request: this process's context, and the pickled body."""
     return pickle.dumps((Context.here(), body))
 
 
 def why_not_picklable(value: object) -> str:
-    """Return the error of pickling `value`; empty when it can be pickled."""
+    """Return the error of pickling `value`; empty if it can be pickled."""
     try:
         pickle.dumps(value)
     except Exception as error:
@@ -94,10 +94,10 @@ def run(
     item: pytest.Function | None,
     tell: Callable[[Outcome], None],
 ) -> None:
-    """Run a request's body as `rank`; `tell` how it ended, more than once if more is known later.
+    """Run a request's body as `rank`. `tell` receives the outcome, again if more is known later.
 
-    A failure is told plainly first: to show it as pytest does takes a while, and code of the
-    user's (`__repr__`).
+    A failure is reported first in plain form. pytest's form takes a while to make, and it runs the
+    user's code (`__repr__`).
     """
     global _rank
     _rank = rank
@@ -120,7 +120,7 @@ def run(
 
 
 def forget_pytest_logging() -> None:
-    """Drop pytest's own handlers: records of a rank belong to its stderr."""
+    """Remove pytest's own handlers: log records of a rank belong in its stderr."""
     root = logging.getLogger()
     for handler in list(root.handlers):
         if type(handler).__module__.startswith("_pytest"):
@@ -149,13 +149,13 @@ def _call(request: Request, body: bytes, item: pytest.Function | None) -> Any:
 def _explain_asserts(item: pytest.Function) -> None:
     """Let failing asserts show their operands' differences, as pytest does around a test.
 
-    The hook is not a documented entry; without it an assert shows its operands only.
+    The hook is not a documented API. Without it, an assert shows only its operands.
     """
     with contextlib.suppress(Exception):
         plugin: Any = item.config.pluginmanager.get_plugin("assertion")
         around = plugin.pytest_runtest_protocol(item)
         next(around)
-        _kept.append(around)  # when it is collected, it undoes what it did
+        _kept.append(around)  # its finalizer would undo what it did
 
 
 def _dump_returned(value: object) -> bytes:
@@ -211,6 +211,6 @@ def _show_as_pytest(outcome: Outcome, error: BaseException, item: pytest.Functio
 def _dump_error(error: BaseException) -> bytes | None:
     with contextlib.suppress(Exception):
         dumped = pickle.dumps(error)
-        pickle.loads(dumped)  # many exceptions can be written and not read
+        pickle.loads(dumped)  # many exceptions can be pickled and not unpickled
         return dumped
     return None

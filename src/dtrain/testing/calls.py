@@ -1,4 +1,4 @@
-"""`run_ranks`: call a function in several processes and have what each of them returned."""
+"""`run_ranks`: call a function in several processes, and return the value of each call."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 class RankError(Exception):
-    """A rank failed; the message holds its traceback.
+    """A rank failed. The message contains its traceback.
 
     Attributes:
-        rank: the rank that failed first; None when none did, but time ran out.
+        rank: the rank that failed first. None means that none failed, and time ran out.
     """
 
     def __init__(self, message: str, rank: int | None = None) -> None:
@@ -36,29 +36,29 @@ def run_ranks(
 ) -> list[T]:
     """Call `fn(*args, **kwargs)` in `world_size` processes that share a gloo process group.
 
-    Works in any script or shell, and in a test that pytest runs. The processes are forked from a
-    server that imported torch once: the first call outside of pytest takes seconds, later ones a
-    tenth of one. `fn` is pickled by reference, so it has to be importable: a script's own
-    functions need `if __name__ == "__main__":` around the call, as with multiprocessing. Where
-    that is not enough (nested functions, lambdas, a notebook), cloudpickle is used if installed.
+    It works in any script or shell, and in a test that pytest runs. The processes are forked from a
+    server that imported torch once. The first call outside pytest takes seconds, later ones a tenth
+    of one. `fn` is pickled by reference, so it must be importable: a script's own functions need
+    `if __name__ == "__main__":` around the call, as with multiprocessing. Where that is not enough
+    (nested functions, lambdas, a notebook), cloudpickle is used if it is installed.
 
-    What the ranks print is printed here afterwards, each line marked with its rank.
+    The output of the ranks is printed here afterwards, each line marked with its rank.
 
     Args:
-        fn: called in every rank, under the environment variables that torchrun would set.
-        world_size: how many ranks.
+        fn: called in every rank, with the environment variables that torchrun would set.
+        world_size: the number of ranks.
         args: passed to `fn`.
-        nodes: over how many nodes the ranks seem to be spread.
+        nodes: the number of simulated nodes over which the ranks are spread.
         timeout: seconds until every rank's stack is shown and all are killed.
-        init: whether the process group is up when `fn` is called.
+        init: whether the process group is initialized when `fn` is called.
         kwargs: passed to `fn`.
 
     Returns:
-        What `fn` returned, by rank.
+        The return values of `fn`, by rank.
 
     Raises:
         RankError: a rank raised, died or did not end in time. Its cause is the rank's own
-            exception where that can be pickled.
+            exception, if that can be pickled.
         ServerError: the process that forks the ranks died.
         TypeError: `fn` or an argument cannot be pickled.
     """
@@ -88,7 +88,7 @@ def _raise(verdict: report.Verdict) -> None:
 def _pickle_call(
     fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[bytes, dict[str, Any] | None]:
-    """The pickled call, and what the server needs to import the script it refers to, if any."""
+    """Return the pickled call, and what the server needs to import its script, if any."""
     call = (fn, args, kwargs)
     try:
         pickled = pickle.dumps(call)

@@ -1,4 +1,4 @@
-"""The server that forks ranks, as seen by the process that asks: start it, use it, end it."""
+"""The client of the server that forks ranks: it starts, uses and ends the server."""
 
 from __future__ import annotations
 
@@ -23,20 +23,23 @@ if TYPE_CHECKING:
 
 _START_S = 300.0
 _SLACK_S = 60.0
-"""What the server may need beyond a request's own limit: stacks, killing, a busy machine."""
+"""The time that the server may need beyond a request's own limit.
+
+It is for stacks, killing, and a busy machine.
+"""
 
 _forked: Server | None = None
 _own: Server | None = None
 
 
 class ServerError(RuntimeError):
-    """The process that forks the ranks could not do its work."""
+    """The process that forks the ranks failed."""
 
 
 class Server:
-    """The process that forks ranks, as seen by the process that asks it to.
+    """The process that forks ranks, as the requesting process sees it.
 
-    Make one with `fork` or `start`.
+    Create one with `fork` or `start`.
     """
 
     def __init__(self, pid: int, channel: Channel, log_fd: int) -> None:
@@ -51,15 +54,15 @@ class Server:
 
     @classmethod
     def fork(cls, items: Mapping[str, pytest.Function]) -> Server:
-        """Fork a server from this process: it has every test module imported.
+        """Fork a server from this process, which has every test module imported.
 
-        Call it before anything was computed here: threads and locks do not survive a fork.
+        Call it before anything is computed here: threads and locks do not survive a fork.
         """
         ours, theirs = Channel.pair()
         log_fd = os.memfd_create("dtrain-ranks")
         parent = os.getpid()
-        # A file object whose descriptor is closed behind its back might later write to, or
-        # close, whatever got the same number: so everything that is open stays open.
+        # A file object whose descriptor is closed elsewhere might later write to, or close,
+        # another file with the same number. So everything that is open stays open.
         keep = open_fds() - {ours.fileno()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # for OpenBLAS's idle threads
@@ -74,7 +77,7 @@ class Server:
 
     @classmethod
     def start(cls) -> Server:
-        """Start a server in a new interpreter: from any process, whatever was computed there."""
+        """Start a server in a new interpreter. That works from any process and in any state."""
         import subprocess
 
         ours, theirs = Channel.pair()
@@ -89,18 +92,18 @@ class Server:
             stdout=log_fd,
             stderr=log_fd,
             pass_fds=[theirs.fileno()],
-            start_new_session=True,  # ^C is for the caller; it tells us
+            start_new_session=True,  # ^C is for the caller, which forwards it
         )
         process.returncode = 0  # waited for in close(), by pid
         theirs.close()
         return cls(process.pid, ours, log_fd)
 
     def run(self, request: Request, main: dict[str, Any] | None = None) -> Answer:
-        """Run a body on every rank and wait until none is left.
+        """Run a body on every rank, and wait until no rank is left.
 
         Args:
             request: what to run.
-            main: how to import the script that the body refers to, as multiprocessing has it.
+            main: multiprocessing's data for importing the script that the body refers to.
 
         Raises:
             ServerError: the server died, or does not answer.
@@ -116,12 +119,12 @@ class Server:
                 return self._answer(request.timeout_s + _SLACK_S)
             except ServerError:
                 raise
-            except BaseException:  # ^C, or a timeout of someone else's
+            except BaseException:  # ^C, or a timeout of other code
                 self._cancel()
                 raise
 
     def close(self) -> None:
-        """End the server and whatever it runs, and wait for it."""
+        """End the server and its ranks, and wait for it."""
         if os.getpid() != self.owner or not self.alive:
             return
         self.alive = False
@@ -143,7 +146,7 @@ class Server:
         while True:
             message, files = self._receive(timeout_s)
             answer: Answer = wire.load(*files)
-            if message["run"] == self._number:  # else of a request that was given up
+            if message["run"] == self._number:  # otherwise it answers a cancelled request
                 return answer
 
     def _receive(self, timeout_s: float) -> tuple[dict[str, Any], list[int]]:
@@ -181,17 +184,17 @@ def current_server() -> Server:
 
 
 def server_pids() -> set[int]:
-    """Return the servers that live on between calls, which is no leak."""
+    """Return the servers that live on between calls. They are not leaks."""
     return {server.pid for server in (_forked, _own) if server is not None and server.alive}
 
 
 def has_forked() -> bool:
-    """Whether this pytest session has a server that was forked for it."""
+    """Return whether this pytest session has a server that was forked for it."""
     return _forked is not None and _forked.owner == os.getpid()
 
 
 def use_forked(server: Server | None) -> Server | None:
-    """Make `run_ranks` use `server`; returns the one used before."""
+    """Make `run_ranks` use `server`, and return the previous one."""
     global _forked
     before, _forked = _forked, server
     return before

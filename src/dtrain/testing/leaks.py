@@ -1,11 +1,12 @@
-"""The fixture `leak_guard`: a test that leaves something behind fails, and what it left is ended.
+"""The fixture `leak_guard`: it fails a test that leaves something behind, and removes the leak.
 
-Looked at after each test, and cheap enough for an autouse fixture (about a millisecond):
+It checks after each test, and is cheap enough for an autouse fixture (about a millisecond):
 
-* processes started by the test: children, their descendants, and orphans that carry our mark in
-  their environment; one that was in place before the test may start others (a cluster's daemons);
+* processes started by the test: children, their descendants, and orphans that carry this process's
+  mark in their environment. A process that existed before the test (a cluster's daemon) may start
+  others;
 * ports that this process listens on;
-* files in /dev/shm, unless a living process of someone else's has them open, or made them;
+* files in /dev/shm, unless another living process has them open, or made them;
 * environment variables.
 """
 
@@ -28,7 +29,7 @@ from dtrain.testing import client
 
 _MARK = "DTRAIN_LEAK_GUARD"
 _SETTLE_S = 2.0
-"""How long what was killed a moment ago may take to be gone."""
+"""The time that a process which was just killed may take to disappear."""
 _SHM = Path("/dev/shm")
 _NOT_OURS = ("PYTEST_CURRENT_TEST",)
 
@@ -37,7 +38,7 @@ _NOT_OURS = ("PYTEST_CURRENT_TEST",)
 def leak_guard() -> Iterator[None]:
     """Fail the test if it leaves a process, a listening port, a file in /dev/shm or an env change.
 
-    Use it as the first fixture (autouse), so that others have cleaned up when it looks.
+    Use it as the first fixture (autouse), so that other fixtures have cleaned up when it checks.
     """
     with watching() as leaks:
         yield
@@ -47,7 +48,7 @@ def leak_guard() -> Iterator[None]:
 
 @contextlib.contextmanager
 def watching(*, processes: bool = True) -> Generator[list[str]]:
-    """Collect, when the block is left, a line for each thing it left behind, and end them all.
+    """Collect a line for each thing that the block leaves behind, and end them all.
 
     Args:
         processes: False where daemons that outlive a test start processes of their own.
@@ -86,7 +87,7 @@ class _Process:
 
     @classmethod
     def read(cls, pid: int) -> _Process | None:
-        """None when there is no such process any more."""
+        """Return the process; None if it no longer exists."""
         try:
             stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         except OSError:
@@ -102,14 +103,17 @@ class _Process:
 
 
 def _mark_environment() -> None:
-    """Put our pid where processes started from here inherit it, behind those of outer guards."""
+    """Add this process's mark to the environment that its children inherit.
+
+    It comes after the marks of outer guards.
+    """
     marks = [mark for mark in os.environ.get(_MARK, "").split(":") if mark]
     if _own_mark() not in marks:
         os.environ[_MARK] = ":".join([*marks, _own_mark()])
 
 
 def _own_mark() -> str:
-    # A pid is used again, together with its time of start never.
+    # A pid is reused, but never together with its start time.
     started = _read("/proc/self/stat").rpartition(")")[2].split()[19]
     return f"{os.getpid()}-{started}"
 
@@ -128,7 +132,10 @@ def _leaked_processes(before: _Snapshot) -> list[str]:
 
 
 def _settled(look: Callable[[], list[_Process]]) -> list[_Process]:
-    """What is still found after a moment; a zombie of ours will not go away by itself."""
+    """Return the processes that still exist after a moment, or at once if all are zombies.
+
+    A zombie child of this process does not disappear without a wait.
+    """
     deadline = time.monotonic() + _SETTLE_S
     while found := look():
         if all(process.state == "Z" for process in found) or time.monotonic() > deadline:
@@ -144,7 +151,7 @@ def _new_processes(before: _Snapshot) -> list[_Process]:
 
 
 def _is_ours(process: _Process, new: dict[int, _Process]) -> bool:
-    """Whether the test started it: by descent from us alone, or, orphaned, by the mark."""
+    """Return whether the test started a process: a descendant of this one, or a marked orphan."""
     oldest = process
     while oldest.parent in new:
         oldest = new[oldest.parent]
@@ -162,7 +169,7 @@ def _leaked_ports(before: _Snapshot) -> list[str]:
         gc.collect()  # a server in a cycle of garbage, or one that a thread is about to close
         time.sleep(0.01)
     for inode, (_, fd) in found.items():
-        # Its owner may still close the descriptor; this only ends the listening.
+        # Its owner may still close the descriptor. This only ends the listening.
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as copy:
             if str(os.fstat(copy.fileno()).st_ino) == inode:
                 copy.shutdown(socket.SHUT_RDWR)
@@ -170,7 +177,7 @@ def _leaked_ports(before: _Snapshot) -> list[str]:
 
 
 def _new_ports(before: _Snapshot) -> dict[str, tuple[int, int]]:
-    """Port and descriptor of what this process listens on and did not before, by inode."""
+    """Return inode → (port, descriptor) of ports on which this process did not listen before."""
     new = {inode: fd for inode, fd in _sockets().items() if inode not in before.sockets}
     if not new:
         return {}
@@ -198,10 +205,10 @@ def _leaked_shm(before: _Snapshot) -> list[str]:
 
 
 def _is_of_others(path: Path) -> bool:
-    """Whether a living process that is not this one has the file open, or is named in its name.
+    """Return whether another living process has the file open, or is named in its name.
 
-    As torch does it: `torch_PID_…`. Otherwise tests of another worker, which leave a file for a
-    moment, would be taken for ours.
+    torch names files this way: `torch_PID_…`. Without this check, a short-lived file of another
+    test worker would count as a leak of this one.
     """
     others = _pids() - {os.getpid()}
     number = re.search(r"\d+", path.name)
@@ -223,7 +230,7 @@ def _leaked_environment(before: _Snapshot) -> list[str]:
         was, now = before.env.get(name), os.environ.get(name)
         if was == now or name in _NOT_OURS:
             continue
-        # Values may be secrets: only names are shown.
+        # Values may be secrets, so only names are shown.
         how = "set" if was is None else "removed" if now is None else "changed"
         lines.append(f"environment variable {name}, {how}")
         if was is None:
@@ -238,7 +245,7 @@ def _pids() -> set[int]:
 
 
 def _sockets() -> dict[str, int]:
-    """Our sockets: inode to descriptor."""
+    """Return this process's sockets: inode to descriptor."""
     found = {}
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):

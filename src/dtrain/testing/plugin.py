@@ -1,7 +1,7 @@
 """The pytest plugin: the marker `ranks`, the fixtures `rank` and `world_size`.
 
-Every pytest run of everyone who has dtrain installed loads this module: it imports no torch, and
-does nothing unless a collected test asks for ranks.
+Every pytest run with dtrain installed loads this module. So it does not import torch, and it does
+nothing unless a collected test requests ranks.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Marker:
 
 @dataclass(frozen=True)
 class _Crash:
-    """Where and why, as pytest's short summary wants it."""
+    """The location and the message, in the form of pytest's short summary."""
 
     path: str
     lineno: int
@@ -53,7 +53,7 @@ class _Crash:
 
 
 class _Shown:
-    """A failure's text, as the long part of a pytest report."""
+    """The text of a failure, as the long part of a pytest report."""
 
     def __init__(self, verdict: report.Verdict, item: pytest.Item) -> None:
         path, line = verdict.where or (str(item.path), (item.location[1] or 0) + 1)
@@ -80,7 +80,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
-    """Fork the ranks' server while nothing was computed here yet."""
+    """Fork the ranks' server before anything is computed here."""
     wanted = not session.config.option.collectonly and not session.testsfailed
     if not wanted or not any(_wants_ranks(item) for item in session.items):
         return (yield)
@@ -96,7 +96,7 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Refuse the marker where it would silently do nothing."""
+    """Refuse the marker where it would have no effect."""
     if item.get_closest_marker("ranks") is None:
         return
     kinds = {kind.__name__ for kind in type(item).__mro__}
@@ -126,7 +126,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if verdict is None:
         return True
     pyfuncitem.stash[_verdicts] = verdict
-    # The rank's own exception, so that `xfail(raises=...)` sees what it would see without ranks.
+    # The rank's own exception, so that `xfail(raises=...)` works as it does without ranks.
     raise verdict.error or calls.RankError(verdict.text, verdict.rank)
 
 
@@ -134,11 +134,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show what happened on the ranks in place of a traceback of this process's."""
+    """Show what happened on the ranks instead of a traceback of this process."""
     made = yield
     verdict = item.stash.get(_verdicts, None)
     if call.when == "call" and verdict is not None:
-        if isinstance(made.longrepr, tuple):  # a skip: where, and why
+        if isinstance(made.longrepr, tuple):  # a skip: location and reason
             path, line = verdict.where or (str(item.path), 0)
             made.longrepr = (path, line, f"Skipped: {verdict.headline}")
         elif made.longrepr is not None:
@@ -149,7 +149,7 @@ def pytest_runtest_makereport(
 
 @pytest.fixture
 def rank(request: pytest.FixtureRequest) -> object:
-    """This rank's number, in the body of a test with the `ranks` marker."""
+    """Return this rank's number, in the body of a test with the `ranks` marker."""
     if request.node.get_closest_marker("ranks") is None:
         pytest.fail("the fixture `rank` needs @pytest.mark.ranks", pytrace=False)
     return body.OwnRank()
@@ -157,7 +157,7 @@ def rank(request: pytest.FixtureRequest) -> object:
 
 @pytest.fixture
 def world_size(request: pytest.FixtureRequest) -> int:
-    """How many ranks run the body of a test with the `ranks` marker."""
+    """Return the number of ranks that run the body of a test with the `ranks` marker."""
     mark = request.node.get_closest_marker("ranks")
     if mark is None:
         pytest.fail("the fixture `world_size` needs @pytest.mark.ranks", pytrace=False)
@@ -173,7 +173,7 @@ def _wants_ranks(item: pytest.Item) -> bool:
 
 
 def _read_marker(mark: pytest.Mark, item: pytest.Function | None) -> _Marker:
-    """Read the marker's arguments; fail the test when they make no sense."""
+    """Read the marker's arguments, and fail the test if they are invalid."""
     try:
         return _bind_marker(item, *mark.args, **mark.kwargs)
     except (TypeError, ValueError) as error:
@@ -204,7 +204,7 @@ def _bind_marker(
 
 
 def _pickle_funcargs(item: pytest.Function) -> bytes:
-    """Pickle the test's arguments; fail the test, naming the fixture that cannot go to ranks."""
+    """Pickle the test's arguments. If one cannot be pickled, fail the test and name its fixture."""
     names = item._fixtureinfo.argnames
     for name in names:
         if name in _OWN_PROCESS_ONLY:

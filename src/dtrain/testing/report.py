@@ -1,4 +1,7 @@
-"""From the ranks' ends to one verdict: who failed first, its own error, the others in a line."""
+"""Combines the outcomes of the ranks into one verdict.
+
+It shows the rank that failed first, its own error, and the other ranks in a line.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +18,23 @@ from dtrain.words import numbered
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the ranks, taken together, did not pass."""
+    """The reason why the ranks together did not pass."""
 
     kind: Kind
     """`failed`, `skipped` or `xfailed`."""
     rank: int | None
-    """The rank that did not pass first; None when time ran out with no failure."""
+    """The first rank that did not pass. None means that time ran out without a failure."""
     headline: str
-    """One line."""
+    """The verdict in one line."""
     text: str
-    """All of it: traceback or stacks, and what became of the others."""
+    """The whole text: traceback or stacks, and the outcomes of the other ranks."""
     where: tuple[str, int] | None
     error: BaseException | None
-    """The first rank's exception, where it could be pickled."""
+    """The first rank's exception, if it could be pickled."""
 
 
 def judge(answer: Answer) -> Verdict | None:
-    """Return the verdict on a request; None when every rank passed."""
+    """Return the verdict on a request; None if every rank passed."""
     results = answer.results
     if answer.timed_out_s is not None:
         return _timeout(answer)
@@ -40,9 +43,9 @@ def judge(answer: Answer) -> Verdict | None:
         killed = [r for r in results if r.outcome.kind == "killed"]
         return _verdict(answer, killed[0], "failed", "cancelled") if killed else None
     kinds = {r.outcome.kind for r in failures}
-    # A skip in one rank and an error in another is a mistake in the test, or it hides one.
+    # A skip in one rank and an error in another is an error of the test, or hides one.
     real = [r for r in failures if r.outcome.kind in ("failed", "died")] or failures
-    # Times decide last: a connection breaks a little before the death behind it can be seen.
+    # Times decide last: a connection breaks slightly before its cause, a death, is visible.
     causes = [r for r in real if not r.outcome.is_lost_connection] or real
     culprit = min(causes, key=lambda r: r.outcome.time)
     kind: Kind = "failed" if kinds & {"failed", "died"} else culprit.outcome.kind
@@ -50,7 +53,7 @@ def judge(answer: Answer) -> Verdict | None:
 
 
 def trim_stack(dump: str) -> str:
-    """Cut off a faulthandler dump the frames below the test's body, which are ours."""
+    """Remove the frames below the test's body, which are dtrain's, from a faulthandler dump."""
     lines: list[str] = []
     skipping = False
     for line in dump.splitlines():
@@ -64,7 +67,7 @@ def trim_stack(dump: str) -> str:
 
 
 def echo(answer: Answer) -> None:
-    """Print what the ranks printed, each line with its rank in front."""
+    """Print the output of the ranks, each line with its rank in front."""
     for result in answer.results:
         for text, stream in ((result.stdout, sys.stdout), (result.stderr, sys.stderr)):
             for line in text.splitlines():
@@ -87,7 +90,7 @@ def _verdict(answer: Answer, culprit: RankResult, kind: Kind, headline: str) -> 
 
 
 def _timeout(answer: Answer) -> Verdict:
-    """Show every stack, and the first failure, if there was one, in a line."""
+    """Return the verdict with every stack, and with the first failure, if any, in a line."""
     running = [r for r in answer.results if r.outcome.kind == "killed"]
     headline = (
         f"timed out after {answer.timed_out_s:g} s: {_ranks(running)} of "
@@ -105,9 +108,9 @@ def _timeout(answer: Answer) -> Verdict:
 
 
 def _others(results: Sequence[RankResult], culprit: RankResult | None) -> list[str]:
-    """Tell of the ranks that neither passed nor failed first, in a line for each kind of end.
+    """Describe the ranks that neither passed nor failed first, in a line for each kind of end.
 
-    Ends that read alike share a line.
+    Ranks with the same text share a line.
     """
     ends: dict[str, list[RankResult]] = {}
     for result in results:
@@ -133,7 +136,7 @@ def _ranks(results: Sequence[RankResult]) -> str:
 
 def _error(result: RankResult) -> BaseException | None:
     outcome = result.outcome
-    if outcome.kind in ("skipped", "xfailed"):  # pytest's own, which cannot be pickled
+    if outcome.kind in ("skipped", "xfailed"):  # pytest's own exceptions cannot be pickled
         import pytest
 
         own = pytest.skip.Exception if outcome.kind == "skipped" else pytest.xfail.Exception

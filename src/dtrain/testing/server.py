@@ -1,6 +1,6 @@
 """The process that imported torch once and forks the ranks.
 
-It ends when its caller does, and its ranks with it.
+It exits when its caller does, and its ranks exit with it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _TICK_S = 1.0
 
 
 def serve(channel: Channel, parent: int, items: Mapping[str, pytest.Function]) -> int:
-    """Answer requests until the caller is gone.
+    """Answer requests until the caller exits.
 
     Args:
-        channel: to the caller.
+        channel: the channel to the caller.
         parent: the caller's pid.
         items: the tests that can be run, by node id.
 
@@ -40,7 +40,7 @@ def serve(channel: Channel, parent: int, items: Mapping[str, pytest.Function]) -
     children = Children()
     has_main = False
     channel.send({"ready": os.getpid()})
-    # The end of the channel is not seen while a child of the caller's holds a copy.
+    # The channel does not end while another child of the caller holds a copy of its descriptor.
     while os.getppid() == parent:
         try:
             message, files = channel.receive_with_files(_TICK_S)
@@ -59,12 +59,12 @@ def serve(channel: Channel, parent: int, items: Mapping[str, pytest.Function]) -
 
 
 def main(fd: int, parent: int) -> None:
-    """Serve on the socket `fd`, in an interpreter of its own."""
+    """Serve on the socket `fd`, in a separate interpreter."""
     sys.exit(serve(Channel(socket.socket(fileno=fd)), parent, {}))
 
 
 def _settle() -> None:
-    """Import what ranks need, fix the standard streams, adopt what ranks leave behind."""
+    """Import what ranks need, fix the standard streams, and adopt processes that ranks leave."""
     if "torch" not in sys.modules:
         for name, value in ONE_THREAD.items():
             os.environ.setdefault(name, value)
@@ -95,6 +95,6 @@ def _import_main(data: dict[str, Any]) -> None:
 
 
 def open_fds() -> set[int]:
-    """List the descriptors open in this process."""
+    """Return the descriptors that are open in this process."""
     listed = {int(name) for name in os.listdir("/proc/self/fd")}
     return {fd for fd in listed if os.path.exists(f"/proc/self/fd/{fd}")}

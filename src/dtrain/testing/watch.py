@@ -1,4 +1,4 @@
-"""One request: fork its ranks, watch them, take their stacks, end them, collect what they said."""
+"""Runs one request: forks its ranks, watches them, dumps their stacks and ends them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pytest
 
 GRACE_S = 1.0
-"""How long the others may go on after the first rank that did not pass."""
+"""The time that the others may continue after the first rank that did not pass."""
 _TICK_S = 1.0
 _STACKS_S = 1.0
 _HELPERS_S = 0.5
@@ -34,7 +34,7 @@ _STACK_SIGNAL = signal.SIGRTMAX - 3
 
 
 class _Rank:
-    """A forked rank: its process, and files in memory for all it says."""
+    """A forked rank: its process, and memory files for its output."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -43,16 +43,16 @@ class _Rank:
         )
         self.pid = 0
         self.code: int | None = None
-        """How the process has ended: an exit status, or a signal's number, negative."""
+        """The exit status of the process, or the number of the signal that killed it, negative."""
         self.outcome: Outcome | None = None
 
     def tell(self, outcome: Outcome) -> None:
-        """Note how the body ended; to be called in the rank, where the last call counts."""
+        """Record how the body ended. It is called in the rank, and the last call counts."""
         with open(self.result, "wb", closefd=False) as file:
             file.write(pickle.dumps(outcome))
 
     def told(self) -> Outcome | None:
-        """Return what the rank has told last, completely; None when nothing."""
+        """Return the last complete outcome that the rank has reported; None if there is none."""
         data = io.BytesIO(_read(self.result))
         last: Outcome | None = None
         with contextlib.suppress(Exception):
@@ -70,10 +70,10 @@ class _Rank:
 
 
 def hold_port() -> socket.socket:
-    """Bind a port, which nobody else is given and rank 0 may bind too; it never listens.
+    """Bind a port that no other process is given, and that rank 0 may bind too. It never listens.
 
-    On every address, as torch's store listens on all: a port held on one of them alone may be
-    given to a listener or a connection on another, and rank 0 cannot have it then.
+    It is bound on all addresses, because torch's store listens on all. A port held on one address
+    could be given to a listener or a connection on another. Then rank 0 could not bind it.
     """
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     holder = socket.socket(family)
@@ -103,7 +103,7 @@ class Run:
     def __enter__(self) -> Run:
         self._port_holder = hold_port()
         self._port: int = self._port_holder.getsockname()[1]
-        # ours as well, so that it has no end when all ranks have ended
+        # the server holds it too, so that the pipe stays open when all ranks have ended
         self._done, self._done_write = os.pipe()
         self._ranks = [_Rank(number) for number in range(self._request.layout.world_size)]
         self._started = time.monotonic()
@@ -132,11 +132,11 @@ class Run:
         os.write(self._done_write, struct.pack("<I", rank.number))
         outcome = rank.told()
         while outcome and outcome.kind == "passed":
-            signal.pause()  # others may still need our sockets; we are killed when all are done
+            signal.pause()  # other ranks may need this one's sockets; all are killed at the end
         return 1
 
     def until_done(self, channel: Channel, parent: int) -> Answer:
-        """Watch the ranks until all have reported or must be killed; leave no process."""
+        """Watch the ranks until all have reported or must be killed. No process is left."""
         answer = Answer(self._request.layout)
         while pending := [rank for rank in self._ranks if rank.outcome is None]:
             left = self._limit() - time.monotonic()
@@ -147,7 +147,7 @@ class Run:
                 break
             ready = self._children.wait([channel, self._done], min(left, _TICK_S))
             if channel.fileno() in ready or os.getppid() != parent:
-                break  # nobody waits for the answer any more
+                break  # the caller no longer waits for the answer
             self._collect(pending, is_one_done=self._done in ready)
         self._end()
         answer.results = [_result(rank) for rank in self._ranks]
@@ -160,7 +160,7 @@ class Run:
         return min(limit, self._first_failure + GRACE_S)
 
     def _collect(self, pending: list[_Rank], *, is_one_done: bool) -> None:
-        """Take in what ranks have reported, and the ends of those that never will."""
+        """Collect the reports of ranks, and the ends of those that never will report."""
         codes = {ended.pid: ended.code for ended in self._children.reap()}
         for rank in self._ranks:
             rank.code = codes.get(rank.pid, rank.code)
@@ -178,10 +178,10 @@ class Run:
             self._first_failure = time.monotonic()
 
     def _died(self, code: int) -> Outcome:
-        """Return the outcome of a rank that ended without a word.
+        """Return the outcome of a rank that ended without a report.
 
-        It could not note the time. A death seen before any failure came before it; one seen
-        later may still be the cause of broken connections, which `report.judge` allows for.
+        It could not record the time. A death that is seen before any failure happened before it.
+        One seen later may still be the cause of broken connections: `report.judge` allows for it.
         """
         if code < 0:
             from dtrain.run.failures import signal_name
@@ -208,7 +208,7 @@ def _result(rank: _Rank) -> RankResult:
 
 
 def _dump_stacks(ranks: list[_Rank]) -> None:
-    """Have the ranks write their stacks, also when they are blocked in C."""
+    """Have the ranks write their stacks, even if they are blocked in C."""
     for rank in ranks:
         rank.kill(_STACK_SIGNAL)
     deadline = time.monotonic() + _STACKS_S
@@ -221,10 +221,10 @@ def _dump_stacks(ranks: list[_Rank]) -> None:
 
 
 def _end_orphans() -> None:
-    """End what the ranks left behind: it is our child now that its parent is dead.
+    """End the processes that the ranks left behind, which this process has adopted.
 
-    Helpers such as multiprocessing's resource tracker clean up /dev/shm once their rank is gone,
-    so they get a moment.
+    Helpers such as multiprocessing's resource tracker clean up /dev/shm once their rank is gone, so
+    they get a moment.
     """
     started = time.monotonic()
     while time.monotonic() < started + 10 * _HELPERS_S:

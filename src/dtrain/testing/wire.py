@@ -1,4 +1,4 @@
-"""What pytest's process, the server that forks, and the ranks say to each other."""
+"""The messages between pytest's process, the server that forks, and the ranks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ is_importing_main = False
 """True while a server imports the caller's script."""
 
 Kind = Literal["passed", "failed", "skipped", "xfailed", "died", "killed"]
-"""How a rank ended. `died`: by a signal or an exit of its own; `killed`: by us, still running."""
+"""The end of a rank. `died`: by a signal or its own exit. `killed`: by the server, while it ran."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks there are, and on how many (pretended) nodes.
+    """The number of ranks, and of (simulated) nodes.
 
     Raises:
         ValueError: the ranks cannot be spread evenly.
@@ -37,7 +37,7 @@ class Layout:
             )
 
     def env(self, rank: int, master_port: int) -> dict[str, str]:
-        """The variables that torchrun would set for `rank`, and gloo bound to the loopback."""
+        """Return the variables that torchrun would set for `rank`, with gloo on the loopback."""
         per_node = self.world_size // self.nodes
         node, local_rank = divmod(rank, per_node)
         values: dict[str, object] = {
@@ -57,7 +57,7 @@ class Layout:
             "TORCHELASTIC_RESTART_COUNT": 0,
             "TORCHELASTIC_MAX_RESTARTS": 0,
             # Rank 0 hosts the store: an agent's store cannot be used twice (pytorch#135712), and
-            # a body may well destroy its process group and make another.
+            # a body may destroy its process group and make another.
             "TORCHELASTIC_USE_AGENT_STORE": False,
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": 1,
@@ -72,61 +72,61 @@ class Request:
     layout: Layout
     timeout_s: float
     init: bool
-    """Whether the ranks join a gloo process group before the body."""
+    """True if the ranks join a gloo process group before the body."""
     nodeid: str | None
     """The pytest item whose body is run, or from which a function is called."""
     payload: bytes
-    """Pickled for the ranks, not for the server: see `dtrain.testing.body`."""
+    """Data pickled for the ranks, not for the server: see `dtrain.testing.body`."""
     is_item: bool
 
 
 @dataclass
 class Outcome:
-    """How the body ended, as the rank itself saw it."""
+    """The end of the body, as the rank itself saw it."""
 
     kind: Kind
     time: float
-    """Of `time.monotonic()`, which all processes of a machine share."""
+    """The `time.monotonic()`, which all processes of a machine share."""
     headline: str = ""
     """One line: the exception's type and message, or the reason of a skip."""
     text: str = ""
-    """The traceback, as pytest would show it when the body is a test's."""
+    """The traceback, in pytest's form if the body is a test's."""
     where: tuple[str, int] | None = None
     """File and line of the failure."""
     value: bytes | None = None
-    """Pickled: what the body returned, or the exception it raised; None when it cannot be."""
+    """The pickled return value or exception of the body; None if it cannot be pickled."""
 
     @property
     def is_lost_connection(self) -> bool:
-        """Whether it failed because another rank ended: gloo's words for that, also as a cause."""
+        """True if it failed because another rank ended: gloo's error for that, also as a cause."""
         return self.kind == "failed" and "gloo/transport" in self.headline + self.text
 
 
 @dataclass
 class RankResult:
-    """How a rank ended, as the server saw it."""
+    """The end of a rank, as the server saw it."""
 
     rank: int
     outcome: Outcome
     stdout: str = ""
     stderr: str = ""
     stack: str = ""
-    """Where a rank that had to be killed was."""
+    """The stack of a rank that had to be killed."""
 
 
 @dataclass
 class Answer:
-    """What the server has to say to a request."""
+    """The server's answer to a request."""
 
     layout: Layout
     results: list[RankResult] = field(default_factory=list)
-    """By rank."""
+    """The results by rank."""
     timed_out_s: float | None = None
-    """The limit, when it was passed."""
+    """The time limit, if it was exceeded."""
 
 
 def send(channel: Channel, message: dict[str, Any], value: object) -> None:
-    """Send a message with a value, pickled into a file in memory: it may be large."""
+    """Send a message with a value, which may be large and is pickled into a file in memory."""
     with open(os.memfd_create("dtrain-value"), "wb") as file:
         pickle.dump(value, file)
         file.flush()
@@ -136,5 +136,5 @@ def send(channel: Channel, message: dict[str, Any], value: object) -> None:
 def load(file: int) -> Any:
     """Read the value that came with a message."""
     with open(file, "rb") as value:
-        value.seek(0)  # where the sender has left it
+        value.seek(0)  # the sender has left the offset at the end
         return pickle.load(value)

@@ -1,1 +1,1 @@
-"""`dtrain verify`: one job under every strategy, trainer and launcher; is it the same training?"""
+"""`dtrain verify`: runs a job under every strategy, trainer and launcher, and compares."""

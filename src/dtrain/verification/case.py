@@ -1,4 +1,4 @@
-"""A pair of trainings that differ, as what looks for the cause is given it."""
+"""A pair of trainings that differ, as the search for the cause receives it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dtrain.verification.pairs import Pair
 
 @dataclass(frozen=True)
 class Case:
-    """A pair that differs from the reference, and where it first does."""
+    """A pair that differs from the reference, and the first difference."""
 
     reference: Recording
     other: Recording
@@ -27,7 +27,7 @@ class Case:
 
     @property
     def shown(self) -> Excess:
-        """What differs, as people want to know it: of a loss, the gradients."""
+        """Return the difference to report: for a loss or a gradient norm, that of the gradients."""
         if self.excess.what not in ("loss", "gradient norm"):
             return self.excess
         ours, theirs = (each.steps[self.step].gradients for each in (self.reference, self.other))
@@ -35,10 +35,10 @@ class Case:
         return Excess(self.step, "gradients", distance.tensor, distance.relative)
 
     def __str__(self) -> str:
-        """`the gradients are off by 1.2e-02, most of it in first.weight`."""
+        """Return for example `the gradients are off by 1.2e-02, most of it in first.weight`."""
         where = f", most of it in {self.shown.tensor}" if self.shown.tensor else ""
         return f"the {self.shown.what} are off by {self.shown.value:.1e}{where}"
 
     def finding(self, found: str, likely: str, clause: str = GRADIENT) -> Finding:
-        """What is to be said of this pair."""
+        """Return a finding about this pair."""
         return Finding(clause, found, likely, self.step, self.shown.tensor)

@@ -1,6 +1,6 @@
-"""From how a gradient, an update or a metric is wrong to the likely reason.
+"""Derives the likely cause from the way in which a gradient, an update or a metric is wrong.
 
-Works on recordings in fp64, where rounding is out of the way: a factor of 2 is 2 to 12 digits.
+It works on recordings in fp64, where rounding does not interfere: a factor of 2 is 2 to 12 digits.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from dtrain.verification.compare import L1, apart
 from dtrain.words import few
 
 _CLIPPED = 1 - 1e-4
-"""A clipped gradient is as long as the limit, but for torch's 1e-6 against a division by 0."""
+"""A clipped gradient is as long as the limit, except for torch's 1e-6 against a division by 0."""
 
 _SLIGHT = 1e-3
-"""Parts that are unequal by a share change their mean by about that share, no thousandth of it."""
+"""Parts whose sizes differ by some fraction change their mean by about that fraction. A change of
+less than a thousandth of it has another cause.
+"""
 
 _FACTOR = 1e-6
-"""A gradient counts as a multiple of another when what is left over is this small beside it."""
+"""A gradient counts as a multiple of another if the remainder is at most this fraction of it."""
 
 
 def explain(case: Case) -> Finding:
-    """The clause that fails, and the likely cause."""
+    """Return the clause that fails, and the likely cause."""
     what = case.excess.what
     if what in ("loss", "gradient norm", "gradients"):
         return _gradient(case)
@@ -63,7 +65,10 @@ def _unknown(case: Case) -> str:
 
 
 def _by_clipping(case: Case) -> Finding | None:
-    """A mean of clipped gradients is shorter than a clipped mean."""
+    """Return a finding if the gradient is a mean of clipped gradients.
+
+    Such a mean is shorter than a clipped mean.
+    """
     limit = case.spec.train.clip_grad_norm
     ours, theirs = (each.steps[case.step].gradients.norm() for each in (case.reference, case.other))
     if limit is None or ours < limit * _CLIPPED or theirs >= limit * _CLIPPED:
@@ -83,7 +88,7 @@ def _by_factor(case: Case) -> Finding | None:
 
 
 def _meaning(factor: float, case: Case) -> tuple[str, str]:
-    """(clause, likely cause) of a gradient that is a constant multiple of the right one."""
+    """Return (clause, likely cause) of a gradient that is a constant multiple of the right one."""
     parts, size = case.pair.parts, len(case.reference.ids(case.step))
     micro = max((len(line.ids) for line in case.other.lines(case.step)), default=1)
     weight = _weight(case.reference, case.step)
@@ -107,7 +112,7 @@ def _meaning(factor: float, case: Case) -> tuple[str, str]:
 
 
 def _by_some_parameters(case: Case) -> Finding | None:
-    """Only some tensors differ, the others not at all."""
+    """Return a finding if only some tensors differ, and the others not at all."""
     ours, theirs = _gradients(case)
     if ours.vectors.keys() ^ theirs.vectors.keys():
         strangers = sorted(ours.vectors.keys() ^ theirs.vectors.keys())
@@ -121,7 +126,7 @@ def _by_some_parameters(case: Case) -> Finding | None:
 
 
 def _by_unequal_parts(case: Case) -> Finding | None:
-    """Means that count alike although they are over unequal parts."""
+    """Return a finding if means over unequal parts have equal weights."""
     sizes = _weights_of_ranks(case.other, case.step)
     if sizes is None or len(set(sizes)) == 1 or case.pair.micro_batch_size is not None:
         return None
@@ -172,14 +177,17 @@ def _evaluation(case: Case) -> Finding:
 
 
 def _gradients(case: Case) -> tuple[Tensors, Tensors]:
-    """The reduced gradients of both sides, before clipping."""
+    """Return the reduced gradients of both sides, before clipping."""
     limit = case.spec.train.clip_grad_norm
     ours, theirs = (each.steps[case.step] for each in (case.reference, case.other))
     return _before_clipping(ours, limit), _before_clipping(theirs, limit)
 
 
 def _before_clipping(record: StepRecord, limit: float | None) -> Tensors:
-    """As torch's clip_grad_norm_ had them: it multiplies by limit / (norm + 1e-6) if below 1."""
+    """Return the gradients before torch's clip_grad_norm_.
+
+    That function multiplies by limit / (norm + 1e-6) if this is below 1.
+    """
     if limit is None or record.grad_norm is None:
         return record.gradients
     factor = max(1.0, (record.grad_norm + 1e-6) / limit)
@@ -211,7 +219,7 @@ def _moves(recording: Recording, step: int) -> Vector:
 
 
 def _multiple(ours: Vector, theirs: Vector) -> float | None:
-    """The factor by which `theirs` is `ours`; None when it is no multiple."""
+    """Return the factor by which `theirs` is a multiple of `ours`; None if it is not a multiple."""
     size = float(ours @ ours)
     if ours.shape != theirs.shape or size == 0 or not np.all(np.isfinite(theirs)):
         return None
@@ -226,7 +234,7 @@ def _is_apart(ours: Tensors, theirs: Tensors, name: str) -> bool:
 
 
 def _weights_of_ranks(recording: Recording, step: int) -> list[float] | None:
-    """Each rank's weight in a step: what the loss returned, or the number of samples."""
+    """Return each rank's weight in a step: the one from its loss, or its number of samples."""
     weights = []
     for line in recording.lines(step):
         given = [weight for _, weight in line.losses]

@@ -1,4 +1,4 @@
-"""The clauses of "the same training", and what is said when one of them does not hold."""
+"""The clauses of "the same training", and the findings when a clause does not hold."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ CLAUSE_CODES = {
     BITWISE: "verify.bits-differ",
     MODEL: "verify.other-model",
 }
-"""Clause → the code of a finding that it does not hold."""
+"""Clause → the code of the finding that it does not hold."""
 
 GENERATORS = ("Generator", "Random", "RandomState")
 """Types of generators that a task may keep: torch's, NumPy's and Python's."""
 OTHER_GENERATORS = ("random at", "numpy.random at")
-"""How a place is told that draws from a generator that is not torch's."""
+"""The beginnings of a recorded location that draws from a generator other than torch's."""
 
 ENDED_EARLY = "the run ended before this step"
 
@@ -55,14 +55,14 @@ class Finding:
 
     clause: str
     found: str
-    """What was seen, in one sentence."""
+    """The observation, in one sentence."""
     likely: str
-    """The likely cause; empty where none is known."""
+    """The likely cause; empty if it is unknown."""
     step: int
-    """The first step in which it was seen."""
+    """The first step in which it was observed."""
     tensor: str = ""
 
     @property
     def code(self) -> str:
-        """Stable name of what does not hold, for example `verify.batch-norm`."""
+        """The stable name of the finding, for example `verify.batch-norm`."""
         return CLAUSE_CODES[self.clause]

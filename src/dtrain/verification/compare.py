@@ -1,4 +1,4 @@
-"""How far two recordings of one training lie apart, step by step."""
+"""Measures the difference between two recordings of one training, step by step."""
 
 from __future__ import annotations
 
@@ -11,39 +11,41 @@ from dtrain.trace import Recording, StepRecord, Tensors, Vector
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Up to where two trainings count as the same; relative 2-norms over all tensors."""
+    """The limits up to which two trainings count as the same: relative 2-norms over all tensors."""
 
     level: str
     first_gradient: float
-    """Of everything computed from equal parameters: loss and gradients of the first step."""
+    """The limit for all that comes from equal parameters: loss and gradients of the first step."""
     parameters: float
-    """Of everything after it: parameters, and what is computed from them."""
+    """The limit for everything after that: parameters, and what is computed from them."""
 
 
 L1 = Tolerance("L1", first_gradient=1e-12, parameters=1e-10)
-"""In fp64."""
+"""The limits in fp64."""
 L2 = Tolerance("L2", first_gradient=2e-6, parameters=1e-5)
-"""In the job's own precision."""
+"""The limits in the job's own precision."""
 
 _HIDDEN = 1e-2
 _NOISE = 2e-7
-"""A tensor that differs by a hundredth of itself may be lost in the norm of all tensors. Rounding
-can do that too (an attention's key bias has a gradient of 0: it is all noise), so it is no
-verdict, only a reason to look in fp64; below the second figure it is rounding for certain."""
+"""A difference of a hundredth in one tensor can be lost in the norm of all tensors. Rounding can
+cause it too (an attention's key bias has a gradient of 0, so it contains only noise). It is
+therefore not a verdict, only a reason to compare in fp64. Below the second figure it is certainly
+rounding.
+"""
 
 
 @dataclass(frozen=True)
 class Distance:
     relative: float
-    """2-norm of the difference / 2-norm of the reference; inf where names or shapes differ."""
+    """2-norm of the difference / 2-norm of the reference; inf if names or shapes differ."""
     tensor: str
-    """The one with the largest share of it; empty when all are equal."""
+    """The tensor with the largest part of it; empty if all are equal."""
     hidden: float = 0.0
-    """The largest difference of one tensor relative to itself, where it is more than noise."""
+    """The largest difference of one tensor relative to itself, if it is more than noise."""
 
     @classmethod
     def between(cls, reference: Tensors, other: Tensors) -> Distance:
-        """Measure; names that only one side has are infinitely far."""
+        """Measure the distance. A name that only one side has makes it infinite."""
         strangers = reference.vectors.keys() ^ other.vectors.keys()
         if strangers:
             return cls(math.inf, min(strangers))
@@ -67,14 +69,14 @@ class StepDistance:
     step: int
     loss: float
     grad_norm: float
-    """Before clipping; 0 without clipping."""
+    """The difference of the norms before clipping; 0 without clipping."""
     gradients: Distance
     parameters: Distance
     buffers: Distance
 
     @property
     def parts(self) -> Mapping[str, Distance]:
-        """What can differ, in the order in which a step computes it."""
+        """The quantities that can differ, in the order in which a step computes them."""
         return {
             "loss": Distance(self.loss, ""),
             "gradient norm": Distance(self.grad_norm, ""),
@@ -86,27 +88,27 @@ class StepDistance:
 
 @dataclass(frozen=True)
 class Excess:
-    """The first thing that lies further apart than it may."""
+    """The first quantity whose difference is larger than allowed."""
 
     step: int
-    """Of the metrics: the last."""
+    """The step; for metrics, the last one."""
     what: str
     """`loss`, `gradient norm`, `gradients`, `parameters`, `buffers` or `metric NAME`."""
     tensor: str
     value: float
-    """Relative difference."""
+    """The relative difference."""
 
 
 @dataclass(frozen=True)
 class Comparison:
     steps: list[StepDistance]
     metrics: dict[str, float]
-    """Relative difference of each metric of the evaluation at the end."""
+    """The relative difference of each metric of the evaluation at the end."""
     identical: bool
-    """Whether all parameters and buffers have the same bits after every step."""
+    """True if all parameters and buffers have the same bits after every step."""
 
     def excess(self, tolerance: Tolerance) -> Excess | None:
-        """The first thing beyond a tolerance; None when all is within it."""
+        """Return the first difference beyond a tolerance; None if all are within it."""
         for at in self.steps:
             for what, distance in at.parts.items():
                 first = at.step == 1 and what in ("loss", "gradient norm", "gradients")
@@ -120,7 +122,7 @@ class Comparison:
 
     @property
     def largest(self) -> Excess:
-        """The largest difference of gradients or parameters, wherever it is."""
+        """Return the largest difference of gradients or parameters, in any step."""
         candidates = [
             Excess(at.step, what, distance.tensor, distance.relative)
             for at in self.steps
@@ -131,7 +133,7 @@ class Comparison:
 
     @property
     def first(self) -> Excess | None:
-        """The first tensor that differs at all, or where none does, the first number."""
+        """Return the first tensor that differs at all, or else the first number that does."""
         for at in self.steps:
             for what in ("gradients", "parameters", "buffers"):
                 distance = at.parts[what]
@@ -141,12 +143,12 @@ class Comparison:
 
     @property
     def suspicious(self) -> bool:
-        """Whether some tensor differs so much in itself that the norm of all may hide a fault."""
+        """True if one tensor differs so much in itself that the norm of all may hide an error."""
         return any(at.gradients.hidden > _HIDDEN for at in self.steps)
 
 
 def compare(reference: Recording, other: Recording) -> Comparison:
-    """Measure how far `other` lies from `reference`; both recorded the same number of steps."""
+    """Measure the difference of `other` from `reference`, with the same number of steps in both."""
     numbers = range(1, min(reference.last_step, other.last_step) + 1)
     pairs = [(reference.steps[number], other.steps[number]) for number in numbers]
     return Comparison(
@@ -175,7 +177,7 @@ def _of_step(reference: StepRecord, other: StepRecord) -> StepDistance:
 
 
 def relative(reference: float | None, other: float | None) -> float:
-    """|other - reference| / |reference|; 0 where one of them is not known, or both are nan."""
+    """Return |other - reference| / |reference|; 0 if one of them is unknown, or both are nan."""
     if reference is None or other is None or reference == other:
         return 0.0
     if math.isnan(reference) and math.isnan(other):
@@ -184,7 +186,7 @@ def relative(reference: float | None, other: float | None) -> float:
 
 
 def apart(reference: Vector, other: Vector) -> float:
-    """2-norm of the difference; inf where shapes differ, or one is not finite."""
+    """Return the 2-norm of the difference; inf if the shapes differ, or one is not finite."""
     if reference.shape != other.shape:
         return math.inf
     difference = _norm(other - reference)

@@ -1,4 +1,4 @@
-"""The facts that show another training without any tolerance."""
+"""Differences that show another training without any tolerance."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from dtrain.words import numbered
 
 
 def exact_findings(reference: Recording, other: Recording, pair: Pair) -> Iterator[Finding]:
-    """What needs no tolerance: names, samples, learning rates, updates, replicas.
+    """Yield findings that need no tolerance: names, samples, learning rates, updates, replicas.
 
-    Step by step, so that the first finding is the earliest.
+    They come step by step, so that the first finding is the earliest.
     """
     yield from _names(reference, other)
     yield from _start(reference, other)
@@ -38,7 +38,7 @@ def exact_findings(reference: Recording, other: Recording, pair: Pair) -> Iterat
         yield from _schedule(reference, other, pair, step)
         yield from _updates(reference, other, step)
         yield from _replicas(other, step)
-        if not pair.is_exact:  # it seeds each shard anew, wherever that is computed
+        if not pair.is_exact:  # it seeds each shard again, in whichever process
             yield from _random(other, step)
 
 
@@ -123,13 +123,13 @@ def _explain_schedule(
 
 
 def _calls(recording: Recording, step: int) -> int:
-    """How often a rank has called `loss` up to the end of a step; the one that did it most."""
+    """Return the number of calls of `loss` up to the end of a step, by the rank with the most."""
     steps = range(1, step + 1)
     return sum(max(len(line.losses) for line in recording.lines(s)) for s in steps)
 
 
 def _runs_ahead(rates: dict[int, float], rate: float, step: int) -> bool:
-    """Whether a rate lies where the schedule will be later."""
+    """Return whether a rate is one that the schedule reaches only later."""
     change = rates[step] - rates.get(step - 1, rates[step])
     return change != 0 and (rate - rates[step]) / change >= 0.9
 
@@ -193,7 +193,7 @@ def _random(other: Recording, step: int) -> Iterator[Finding]:
 
 
 def _differing(digests: Sequence[str | None]) -> str:
-    """Which ranks are not as the most are; where there is no majority, none is blamed."""
+    """Return which ranks differ from the majority. Without a majority, no rank is named."""
     counts = Counter(digests)
     (usual, most), *_ = counts.most_common()
     if most <= len(digests) // 2 or len(digests) == 2:

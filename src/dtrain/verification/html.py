@@ -1,4 +1,4 @@
-"""The report as one page: the table, the reasons, and the curves."""
+"""The report as one HTML page: the table, the reasons, and the curves."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def write(report: Report, path: str | Path) -> None:
     """Write the page.
 
     Raises:
-        UsageError: it cannot be written there.
+        UsageError: the page cannot be written to this path.
     """
     try:
         Path(path).write_text(page(report), encoding="utf-8")
@@ -66,7 +66,7 @@ def write(report: Report, path: str | Path) -> None:
 
 
 def page(report: Report) -> str:
-    """The whole page; it needs no other file and no network."""
+    """Return the whole page. It needs no other file and no network."""
     count = sum(not result.passed for result in report.results)
     total = len(report.results)
     verdict = (

@@ -1,4 +1,4 @@
-"""Is it the same training? From recordings to a verdict on each pair."""
+"""Judges from the recordings whether each pair is the same training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dtrain.verification.samples import other_contents
 Verdict = Literal["same", "rounding", "different", "failed"]
 
 _BEYOND_ROUNDING = 0.5
-"""No first gradient in bf16 or fp16 is off by half of itself for want of digits."""
+"""Missing digits in bf16 or fp16 never change a first gradient by half of its size."""
 
 
 @dataclass(frozen=True)
@@ -36,28 +36,29 @@ class Result:
     pair: Pair
     verdict: Verdict
     level: str | None
-    """The highest of L0 … L3 that it reached; None when not even the samples are the same."""
+    """The highest of L0 … L3 that it reached. None means that even the samples differ."""
     largest: Excess | None = None
-    """The largest difference of gradients or parameters; None with nothing to measure."""
+    """The largest difference of gradients or parameters. None means that nothing was measured."""
     first: Excess | None = None
     """The first difference of any size."""
     finding: Finding | None = None
-    """What is wrong; only with `different`."""
+    """The error that was found; only with `different`."""
     failure: str = ""
-    """The run's own verdict, where it failed."""
+    """The verdict of the run, if it failed."""
     reason: str = ""
-    """Of that, the error itself in one line."""
+    """The error of a failed run, in one line."""
     error_code: str = ""
-    """Of that, the code."""
+    """The code of a failed run's error."""
     shrinks: float | None = None
-    """By how much the difference shrinks in fp64; None when that was not needed."""
+    """The factor by which the difference shrinks in fp64. None means that fp64 was not needed."""
     fixed_noise: bool = False
-    """Whether it was compared without dropout and with random numbers that belong to the samples,
-    as ranks draw other ones than one process does."""
+    """True if it was compared without dropout and with random numbers that belong to the samples.
+    Without that, several ranks draw other numbers than one process.
+    """
     draws: tuple[str, ...] = ()
     """Lines that draw random numbers in `loss`; only with `fixed_noise`."""
     bits_of: str = ""
-    """Another pair with the same bits, where that is promised."""
+    """Another pair with the same bits, if that is promised."""
     comparison: Comparison | None = field(default=None, repr=False)
     recording: Recording | None = field(default=None, repr=False)
 
@@ -67,7 +68,7 @@ class Result:
 
     @property
     def code(self) -> str:
-        """The code of what is wrong; empty when nothing is."""
+        """The code of the error; empty if there is none."""
         return self.error_code if self.finding is None else self.finding.code
 
 
@@ -78,7 +79,7 @@ class Judge:
         """Run the reference.
 
         Raises:
-            RunFailed: the job does not even run as one process.
+            RunFailed: the job fails even as one process.
         """
         self.lab = lab
         self._reference = reference
@@ -99,7 +100,7 @@ class Judge:
         self._bits: dict[Pair, tuple[Pair, Recording]] = {}
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[Result]:
-        """The result of each pair, as soon as there is one."""
+        """Yield the result of each pair as soon as it is available."""
         for pair in pairs:
             try:
                 result = self._judge(pair)
@@ -147,7 +148,7 @@ class Judge:
         return self._in_fp64(result, self.lab.wish)
 
     def _failed(self, pair: Pair, error: RunFailed) -> Result:
-        """A run that failed; it may have recorded before why it is another training."""
+        """Return the result of a failed run. Its recording may show another training."""
         result = Result(
             pair,
             "failed",
@@ -170,7 +171,7 @@ class Judge:
         wish = replace(self.lab.wish, own_noise=False)
         draws = self.lab.record(self._reference, wish).draws()
         if any(place.startswith(OTHER_GENERATORS) for place in draws):
-            # theirs cannot be dealt out to the samples of a call, so a call has one sample
+            # their numbers cannot be assigned to the samples of a call, so each call has one sample
             wish = replace(wish, by_sample=True)
         reference, other = self._both(result.pair, wish)
         comparison = compare(reference, other)
@@ -188,14 +189,14 @@ class Judge:
         return self._in_fp64(result, wish)
 
     def _level(self, comparison: Comparison) -> str | None:
-        """The highest level that a comparison shows by itself; None: it must be looked into."""
+        """Return the highest level that a comparison shows; None if it needs more runs."""
         if comparison.identical and comparison.excess(L1) is None:
             return "L3"
         within = comparison.excess(self._tolerance) is None and not comparison.suspicious
         return self._tolerance.level if within else None
 
     def _in_fp64(self, result: Result, wish: TraceOptions) -> Result:
-        """Tell rounding, which shrinks with the machine epsilon, from another training."""
+        """Distinguish rounding, which shrinks with the machine epsilon, from another training."""
         wish = replace(wish, fp64=True)
         try:
             reference, other = self._both(result.pair, wish)
@@ -213,7 +214,7 @@ class Judge:
             if scaler is not None:
                 return replace(result, level="L0", finding=scaler)
             within = result.comparison is not None and result.comparison.excess(L2) is None
-            if within:  # it was only looked at for a single tensor
+            if within:  # only one suspicious tensor was the reason for this run
                 return replace(result, verdict="same", level="L2")
             return replace(result, verdict="rounding", level="L1")
         case = Case(reference, other, result.pair, self.lab.spec, excess)
@@ -227,7 +228,7 @@ class Judge:
         return replace(result, level="L0", finding=finding)
 
     def _only_in_low_precision(self, result: Result) -> Finding | None:
-        """A difference that fp64 does not have, but too large for rounding."""
+        """Return a finding for a difference that fp64 lacks, but that is too large for rounding."""
         precision = self.lab.spec.train.precision
         if precision == "fp32" or result.comparison is None:
             return None
@@ -238,16 +239,19 @@ class Judge:
         return Finding(SCALER, found, f"the loss scaling or autocast of {precision}", 1)
 
     def _batch_norm(self, case: Case, wish: TraceOptions) -> Finding | None:
-        """Whether BatchNorm is all that is the matter: without its batch statistics it agrees."""
+        """Return a finding if BatchNorm is the only cause.
+
+        It is if the pair agrees without BatchNorm's batch statistics.
+        """
         facts = self.reference.steps[0].facts
         names = facts.get("batch_norm") or []
         if not names:
             return None
         reference, other = self._both(case.pair, replace(wish, batch_norm=False))
-        of_keras = bool(facts.get("of_keras"))  # which takes means in fp32, whatever it is given
+        of_keras = bool(facts.get("of_keras"))  # Keras takes means in fp32 for any input
         if compare(reference, other).excess(L2 if of_keras else L1) is not None:
             return None
-        # torch's SyncBatchNorm works on GPUs only, and Keras's with TensorFlow only
+        # torch's SyncBatchNorm works on GPUs only, and that of Keras with TensorFlow only
         synchronized = case.pair.gpus and not of_keras
         instead = "SyncBatchNorm" if synchronized else "strategy 'exact'"
         norms = "LayerNormalization" if of_keras else "GroupNorm, LayerNorm"
@@ -258,7 +262,7 @@ class Judge:
         return Finding(BATCH_NORM, str(case), likely, case.step, case.shown.tensor)
 
     def _state_in_task(self, case: Case, wish: TraceOptions) -> Finding | None:
-        """Whether attributes of the task are the matter: kept as they were, all agrees."""
+        """Return a finding if the task's attributes are the cause: all agrees once frozen."""
         changing = self.reference.changing_state()
         if not changing:
             return None
@@ -273,12 +277,12 @@ class Judge:
         return losses.generator_in_task(case, generators) if generators else None
 
     def _by_sample(self, case: Case, wish: TraceOptions) -> Finding | None:
-        """Where the losses differ: compare those of single samples, which tell the rank."""
+        """Compare the losses of single samples, if losses differ: they show which rank differs."""
         if not losses.losses_differ(case):
             return None
         try:
             reference, other = self._both(case.pair, replace(wish, by_sample=True))
-        except RunFailed:  # as with BatchNorm, which needs two
+        except RunFailed:  # for example with BatchNorm, which needs two
             return None
         return losses.loss_by_sample(case, reference, other)
 
@@ -286,7 +290,10 @@ class Judge:
         return self.lab.record(self._reference, wish), self.lab.record(pair, wish)
 
     def _with_bits(self, result: Result) -> Result:
-        """L3 where the same bits are promised: the same processes again, or `exact` on any."""
+        """Raise the level to L3 if the same bits are promised and found.
+
+        They are promised for the same processes again, and for `exact` on any number of processes.
+        """
         pair, recording = result.pair, result.recording
         if recording is None or not result.passed:
             return result
@@ -311,7 +318,10 @@ class Judge:
 
 
 def _draws(reference: Recording) -> bool:
-    """Whether the model draws random numbers; asked of one process, which seeds but once."""
+    """Return whether the model draws random numbers.
+
+    The recording must be of one process, which seeds only once.
+    """
     return any(line.drew for step in reference.ranks for line in reference.lines(step))
 
 

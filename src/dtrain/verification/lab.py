@@ -1,4 +1,4 @@
-"""Runs a job in one way or another, recorded, and brings the recordings back."""
+"""Runs a job with recording in different layouts, and returns the recordings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dtrain.verification.pairs import REFERENCE, Pair
 from dtrain.verification.warmth import Warmth
 
 _COLLECTIVE_TIMEOUT_S = 300.0
-"""A rank that waits so long for others in a run of a few steps waits for ever."""
+"""In a run of a few steps, a rank that waits this long for others would wait for ever."""
 
 
 class RunFailed(DtrainError):
@@ -50,9 +50,9 @@ class RunFailed(DtrainError):
     ) -> None:
         super().__init__(message, code=code)
         self.recording = trace
-        """What was recorded until then; None where nothing was."""
+        """The recording up to the failure; None if nothing was recorded."""
         self.reason = reason
-        """The culprit's own error in one line."""
+        """The error of the rank that caused the failure, in one line."""
 
 
 class Stopped(DtrainError):
@@ -61,14 +61,14 @@ class Stopped(DtrainError):
 
 
 class _Silent:
-    """A console that keeps what the launcher says, and passes on that time passes."""
+    """A console that keeps the launcher's messages and forwards each tick."""
 
     def __init__(self, tick: Callable[[], None]) -> None:
         self.said: list[str] = []
         self._tick = tick
 
     def begin(self, text: str) -> None:
-        """Not shown."""
+        """Show nothing."""
 
     def tick(self) -> None:
         self._tick()
@@ -77,7 +77,7 @@ class _Silent:
         self.said.append(text)
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def width(self) -> int | None:
         return None
@@ -87,16 +87,18 @@ class _Silent:
 
 
 class Lab:
-    """One job, and the recordings of it made so far. A context manager: it leaves no runs behind.
+    """One job, and its recordings so far. As a context manager it removes its runs at the end.
 
     Args:
         job: path of job.yaml.
         overrides: settings for all runs, as `--set` takes them.
         options: launcher → `NAME=VALUE` options of it.
         steps: optimizer steps of each run.
-        max_train_samples: of the training data, so that an epoch ends within the run; None: all.
-        max_eval_samples: of the evaluation data; None: all.
-        keep: where the run directories stay; None: in a temporary folder that goes at the end.
+        max_train_samples: a limit on the training data, so that an epoch ends within the run. None
+            means all.
+        max_eval_samples: a limit on the evaluation data. None means all.
+        keep: where the run directories are kept. None means a temporary folder that is removed at
+            the end.
     """
 
     def __init__(
@@ -117,7 +119,7 @@ class Lab:
         self._made: dict[str | None, Path] = {}
         self._recordings: dict[tuple[Pair, TraceOptions], Recording | RunFailed] = {}
         self.watch: Callable[[Pair, TraceOptions], None] = lambda _pair, _wish: None
-        """Called now and then with what runs."""
+        """A function that is called at intervals with the pair that is running and its options."""
         self._tick: Callable[[], None] = lambda: None
         self._warmth: Warmth | None = None
         self._loaded: dict[tuple[str, tuple[str, ...]], tuple[LoadedJob, LoadedProfile]] = {}
@@ -125,7 +127,7 @@ class Lab:
         self.wish = TraceOptions(
             max_train_samples=max_train_samples, max_eval_samples=max_eval_samples
         )
-        """What all runs are asked for; a run may be asked for more."""
+        """The options of all runs; a run may have more."""
         self.spec: JobSpec = self._load(REFERENCE)[0].spec
         """The job as its reference runs it."""
         if self.spec.script is not None:
@@ -134,7 +136,7 @@ class Lab:
                 code="verify.script",
             )
         self.reference = REFERENCE if self._is_task() else replace(REFERENCE, trainer="lightning")
-        """What the others are compared with."""
+        """The pair with which the others are compared."""
 
     def __enter__(self) -> Lab:
         return self
@@ -151,24 +153,24 @@ class Lab:
             shutil.rmtree(folder, ignore_errors=True)
 
     def warm_up(self, pairs: Sequence[Pair]) -> None:
-        """Begin to import, while the reference runs, what the processes of these will need."""
+        """Begin to import what the processes of these pairs will need, while the reference runs."""
         own = [pair for pair in pairs if not pair.overrides]  # those may import others
         self._warmth = Warmth(self._planned(self.reference), map(self._planned, own))
 
     def check(self, pair: Pair) -> None:
-        """Make sure that a pair can be planned; nothing is started or written.
+        """Check that a pair can be planned. Nothing is started or written.
 
         Raises:
-            JobError, PlanError: it cannot; says why.
+            JobError, PlanError: it cannot be planned. The message gives the reason.
         """
         self._planned(pair)
 
     def record(self, pair: Pair, wish: TraceOptions | None = None) -> Recording:
-        """The recording of a pair, from an earlier run or a new one.
+        """Return the recording of a pair, from an earlier run or a new one.
 
         Raises:
-            RunFailed: the run failed, with its verdict.
-            Stopped: it was asked to stop.
+            RunFailed: the run failed. The message is its verdict.
+            Stopped: the run was asked to stop.
             JobError, PlanError: the job cannot be run in this way.
         """
         key = (pair, wish or self.wish)
@@ -180,7 +182,7 @@ class Lab:
         return known
 
     def _is_task(self) -> bool:
-        """Whether every trainer can train it; a LightningModule has only its own."""
+        """Return whether every trainer can train it. A LightningModule has only its own trainer."""
         spec, folder = self.spec, self._path.parent
         return spec.trainer != "lightning" or task_derives(str(spec.task), "Task", folder)
 
@@ -225,9 +227,9 @@ class Lab:
         text: str,
         profile: LoadedProfile,
     ) -> str | None:
-        """Run to the end; what was said when it failed, else None."""
+        """Run to the end. Return None, or the launcher's messages if the run failed."""
         plan = self._plan(pair, spec, profile, run.id, run.path.parent, attempt)
-        with contextlib.suppress(OSError):  # no snapshot of the code, ten times over
+        with contextlib.suppress(OSError):  # each run would take its own snapshot of the code
             run.code.mkdir(parents=True, exist_ok=True)
         console = _Silent(self._tick)
         warm = None if self._warmth is None else self._warmth.launcher(plan)
@@ -250,7 +252,7 @@ class Lab:
         imports = task_imports(str(spec.task), self._path.parent)
         facts = Facts.gather(run_id, runs, attempt, imports)
         if replace(pair, gpus=False) == self.reference:
-            # what depends on the order of a set is to differ here, and not in another program
+            # code that depends on the order of a set must differ here, not in another program
             facts = replace(facts, hash_seed=hash_seed(os.environ, default="1"))
         launcher = base.load(profile.spec.launcher)
         given = parse_options(self._options.get(pair.launcher, ()), launcher.options_model)
@@ -258,9 +260,9 @@ class Lab:
         return complete_plan(spec, profile, launcher, self._path.parent, options, facts)
 
     def _folder(self, pair: Pair) -> Path:
-        """Where the runs of a launcher go; made with the first.
+        """Return the folder for the runs of a launcher, which is made at the first call.
 
-        The temporary folder is on this host alone: a cluster's nodes see the one we stand in, as
+        A temporary folder exists on this host only. A cluster's nodes see the current folder, as
         they see `runs`.
         """
         if self._keep is not None:
@@ -279,25 +281,25 @@ class Lab:
 
 
 def _reason(run: RunDir, attempt: int) -> str:
-    """The culprit's own error in one line; empty when nobody knows."""
+    """Return the error of the rank that caused the failure, in one line; empty if unknown."""
     found = verdict.read(run, attempt)
     return "" if found is None else found.culprit.message.strip().partition("\n")[0]
 
 
 def _said(text: str, *, stays: bool) -> str:
-    """A verdict without the ways to a run that will be gone when it is read."""
+    """Return a verdict, without paths to a run directory that will not be kept."""
     if stays:
         return text
     lines = [line for line in text.splitlines() if not line.startswith(("  log: ", "  more: "))]
     return "\n".join([*lines, "  more: `--keep DIR` keeps the run and its logs"])
 
 
-# What the checks would stop at, verify wants to see and name.
+# `dtrain verify` records and names the differences at which the checks would stop.
 _QUIET = ChecksSpec(every=0, on_mismatch="warn", init="broadcast", on_nan="warn")
 
 
 def recorded(spec: JobSpec, pair: Pair, wish: TraceOptions, steps: int) -> JobSpec:
-    """The job as a pair runs it: its training is the job's own, what goes on around it is not."""
+    """Return the job as a pair runs it: its training is unchanged, everything around it is not."""
     train: dict[str, object] = {"epochs": None, "steps": steps, "early_stopping": None}
     if pair.micro_batch_size is not None or wish.by_sample:
         train["micro_batch_size"] = 1 if wish.by_sample else pair.micro_batch_size

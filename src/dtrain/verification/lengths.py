@@ -1,4 +1,4 @@
-"""How long the epochs of verify's runs are: short, and cut into parts that every layout can use."""
+"""Chooses short epochs for the runs of `dtrain verify`, which every layout can divide."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from dtrain.verification.pairs import ENOUGH, Pair, last_piece
 
 
 def epoch_samples(spec: JobSpec, pairs: Sequence[Pair]) -> tuple[int, int]:
-    """(training, evaluation): two full batches and a short one; one full batch and a short one.
+    """Return (training, evaluation) samples of an epoch.
 
-    No share of the short batch is empty, and shares are unequal, where the job's batch is large
-    enough for that. No shard, share or micro-batch has one sample alone, unless that is so in a
-    full batch of the job, too.
+    Training has two full batches and a short one, evaluation one full batch and a short one. If
+    the job's batch is large enough, no share of the short batch is empty, and its shares are
+    unequal. No shard, share or micro-batch has only one sample, unless one has in a full batch of
+    the job.
     """
     batch = spec.train.global_batch_size
     rest = _rest(batch, [_training(spec, pair) for pair in pairs], before=0)
@@ -23,13 +24,13 @@ def epoch_samples(spec: JobSpec, pairs: Sequence[Pair]) -> tuple[int, int]:
 
 
 class _Cut:
-    """How many samples go through the model at a time."""
+    """The division of samples into forward passes."""
 
     def __init__(self, parts: int, size: int | None, *, size_first: bool = False) -> None:
         self.parts, self._size, self._size_first = parts, size, size_first
 
     def fewest(self, samples: int) -> int:
-        """The fewest of any forward pass over so many samples; 0 when a part has none."""
+        """Return the fewest samples of any forward pass over so many; 0 if a part has none."""
         steps = (self._pieces, self._shares) if self._size_first else (self._shares, self._pieces)
         return min(each for first in steps[0](samples) for each in steps[1](first))
 
@@ -53,7 +54,11 @@ def _training(spec: JobSpec, pair: Pair) -> _Cut:
 
 
 def _evaluation(spec: JobSpec, pair: Pair) -> _Cut:
-    """Every process evaluates its share in batches; `exact` all samples, in batches of a shard."""
+    """Return the division for evaluation.
+
+    Every process evaluates its share in batches. `exact` evaluates all samples, in batches of the
+    size of a shard.
+    """
     parts = spec.train.virtual_shards if pair.is_exact else pair.world_size
     share = -(-spec.train.global_batch_size // parts)
     size = spec.eval.batch_size or pair.micro_batch_size or spec.train.micro_batch_size or share
@@ -61,7 +66,7 @@ def _evaluation(spec: JobSpec, pair: Pair) -> _Cut:
 
 
 def _rest(batch: int, cuts: Sequence[_Cut], before: int) -> int:
-    """The size of the short batch, which comes after `before` samples that are cut with it."""
+    """Return the size of the short batch, which is cut together with `before` samples before it."""
 
     def missing(rest: int) -> int:
         wanted = ((min(ENOUGH, cut.fewest(batch)), cut.fewest(before + rest)) for cut in cuts)

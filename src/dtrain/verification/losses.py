@@ -1,6 +1,6 @@
-"""Why the losses of the same samples are others: of a sum, of state, of a rank, of a batch.
+"""Explains why the losses of the same samples differ: by a sum, by state, by a rank, by a batch.
 
-Some of it needs a further run of both sides, which the caller makes.
+Some explanations need another run of both sides, which the caller makes.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from dtrain.words import few, numbered
 
 
 def losses_differ(case: Case) -> bool:
-    """Whether the losses of the step's samples do not add up to the same."""
+    """Return whether the losses of the step's samples have different sums."""
     if case.excess.what not in ("loss", "gradient norm", "gradients"):
         return False
     return _apart_in_loss(case) > L1.parameters
 
 
 def sum_for_mean(case: Case) -> Finding | None:
-    """Whether `loss` returns a scalar that is a sum: then that, and no mean, is the same."""
+    """Return a finding if `loss` returns a scalar that is a sum.
+
+    In that case the sums of these scalars agree, but their means do not.
+    """
     if not losses_differ(case):
         return None
     sums = []
@@ -41,7 +44,7 @@ def sum_for_mean(case: Case) -> Finding | None:
 
 
 def state_in_task(case: Case, names: Sequence[str]) -> Finding:
-    """Say that attributes of the task are the matter, which change from step to step."""
+    """Return the finding that attributes of the task that change in training are the cause."""
     attributes = numbered("attribute", names)
     likely = f"state in the task: {attributes}. "
     if case.pair.resume_after is not None:
@@ -53,7 +56,7 @@ def state_in_task(case: Case, names: Sequence[str]) -> Finding:
 
 
 def generator_in_task(case: Case, names: Sequence[str]) -> Finding:
-    """Say that the task draws from generators which it keeps itself, in these attributes."""
+    """Return the finding that the task draws from its own generators, kept in these attributes."""
     likely = "its numbers go by how often it was asked on this rank, and are the same on all "
     likely += "ranks; draw from torch's own generator, which dtrain seeds for each rank"
     found = f"the task has a generator of its own: {numbered('attribute', names)}"
@@ -61,7 +64,7 @@ def generator_in_task(case: Case, names: Sequence[str]) -> Finding:
 
 
 def loss_by_sample(case: Case, reference: Recording, other: Recording) -> Finding:
-    """Which rank computes other losses, from recordings whose micro-batches are single samples."""
+    """Name the rank with other losses, from recordings with micro-batches of one sample."""
     right = {
         i: loss for each in _losses_of_samples(reference, case.step) for i, loss in each.items()
     }
@@ -86,13 +89,13 @@ def loss_by_sample(case: Case, reference: Recording, other: Recording) -> Findin
 
 
 def unknown(case: Case) -> Finding:
-    """What is to be said where no further run tells more."""
+    """Return the finding for a cause that no further run can identify."""
     likely = "the model reads its rank or world size, or looks at the whole local batch"
     return case.finding(_loss_text(case), likely, LOSS)
 
 
 def _losses_of_samples(recording: Recording, step: int) -> list[dict[int, float]]:
-    """For each rank the losses of its samples in a step, of micro-batches of one sample."""
+    """Return for each rank the losses of its samples in a step, of micro-batches of one sample."""
     return [
         {ids[0]: total for ids, (total, _) in zip(line.ids, line.losses, strict=False)}
         for line in recording.lines(step)
@@ -109,7 +112,7 @@ def _loss_text(case: Case) -> str:
 
 
 def _loss_sum(recording: Recording, step: int) -> float | None:
-    """The sum over all samples of a step, as the task's loss gave it; None if it cannot be told."""
+    """Return the sum of the task's losses over all samples of a step; None if it is unknown."""
     sums = []
     for line in recording.lines(step):
         if all(weight is not None for _, weight in line.losses):

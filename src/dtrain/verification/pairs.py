@@ -1,4 +1,4 @@
-"""What is compared: one trainer, one strategy, one launcher and a number of processes each."""
+"""The compared pairs: each is a trainer, a strategy, a launcher and a number of processes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dtrain.errors import PlanError
 from dtrain.job.spec import TrainSpec
 
 ENOUGH = 2
-"""Samples that BatchNorm wants at least in a forward pass; most jobs give it many more."""
-_ANSWER_S = 10.0  # Slurm's own commands try for minutes to reach a controller that is gone
+"""The fewest samples that BatchNorm needs in a forward pass. Most jobs give it many more."""
+_ANSWER_S = 10.0  # Slurm's own commands try for minutes to reach a controller that does not run
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,19 @@ class Pair:
     trainer: str = "native"
     launcher: str = "local"
     gpus: bool = False
-    """Whether each process has a GPU."""
+    """True if each process has a GPU."""
     micro_batch_size: int | None = None
-    """Samples per forward pass; None: as in the job."""
+    """Samples per forward pass. None means as in the job."""
     workers: int | None = None
-    """Loader processes per rank; None: as in the job."""
+    """Loader processes per rank. None means as in the job."""
     resume_after: int | None = None
-    """Stop after so many steps and go on in a second attempt; None: in one go."""
+    """Stop after so many steps, and continue in a second attempt. None means one attempt."""
     own_loops: bool = False
-    """Whether a LightningModule is trained by Lightning's own loops; else as the job says."""
+    """True if Lightning's own loops train a LightningModule. Otherwise the job decides."""
     overrides: tuple[str, ...] = ()
     """Further settings of the job, as `--set` takes them."""
     title: str | None = None
-    """What people call it; None: made of the above."""
+    """A name for people. None means a name made of the fields above."""
 
     @property
     def world_size(self) -> int:
@@ -47,17 +47,17 @@ class Pair:
 
     @property
     def parts(self) -> int:
-        """Into how many parts a global batch is cut: ranks, or replicas of `dp`."""
+        """The number of parts of a global batch: ranks, or replicas of `dp`."""
         return self.nodes * self.procs
 
     @property
     def is_exact(self) -> bool:
-        """Whether the same bits are promised on any number of processes."""
+        """True if the same bits are promised on any number of processes."""
         return self.strategy == "exact"
 
     @property
     def name(self) -> str:
-        """For people: `ddp ×4`, `lightning ddp 2 nodes ×2 by slurm`."""
+        """A name for people: `ddp ×4`, `lightning ddp 2 nodes ×2 by slurm`."""
         if self.title is not None:
             return self.title
         words = [] if self.trainer == "native" else [self.trainer]
@@ -80,7 +80,7 @@ class Pair:
 
     @property
     def twin(self) -> Pair:
-        """The same processes started in the plainest way: what must agree with this bit for bit."""
+        """The same processes, started in the plainest way. This pair must have the same bits."""
         return replace(self, launcher="local", nodes=1, procs=self.parts, resume_after=None)
 
 
@@ -92,11 +92,11 @@ def all_pairs(
     reference: Pair = REFERENCE,
     clusters: Sequence[str] = (),
 ) -> list[Pair]:
-    """Everything that this machine can run in one go, besides the reference.
+    """Return every pair that this machine can run in one attempt, except the reference.
 
     Args:
-        trainers: only these; empty: every trainer that is installed.
-        reference: what all are compared with; its trainer is tried in more ways than others.
+        trainers: use only these. Empty means every installed trainer.
+        reference: the pair with which all are compared. Its trainer is tried in more ways.
         clusters: launchers whose cluster can be reached, see `clusters_here`.
     """
     pairs: list[Pair] = []
@@ -133,7 +133,10 @@ def _of_strategy(pair: Pair, *, whole: bool) -> Iterator[Pair]:
 
 
 def clusters_here(environ: Mapping[str, str]) -> list[str]:
-    """The launchers whose cluster is known here: Slurm's commands answer, Ray's address is set."""
+    """Return the launchers whose cluster is known here.
+
+    For Slurm its commands must work, and for Ray its address must be set.
+    """
     found = []
     if shutil.which("sinfo", path=environ.get("PATH")):
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -150,13 +153,13 @@ def clusters_here(environ: Mapping[str, str]) -> list[str]:
 def with_more(
     pairs: Sequence[Pair], train: TrainSpec, steps: int, reference: Pair = REFERENCE
 ) -> tuple[list[Pair], dict[Pair, str]]:
-    """The pairs and what finds mistakes that they miss, of the fewest processes among them.
+    """Return the pairs, and variants of the smallest one that find mistakes which the pairs miss.
 
-    Micro-batches and loader processes show what depends on the number of forward passes, a resume
-    what no checkpoint has, and `exact` shows by bits what tolerances hide.
+    Micro-batches and loader processes show what depends on the number of forward passes. A resume
+    shows what a checkpoint lacks. `exact` shows by bits what tolerances hide.
 
     Returns:
-        The pairs, each once; and those that are left out, with the reason.
+        The pairs, each once; and the pairs that are left out, with the reason.
     """
     least = min(pairs, key=lambda pair: _plainness(pair, reference))
     more = [accumulating(least, train)]
@@ -171,7 +174,7 @@ def with_more(
 
 
 def _plainness(pair: Pair, reference: Pair) -> tuple[object, ...]:
-    """The least is the plainest pair of several processes."""
+    """Return a sort key. The plainest pair of several processes has the least."""
     return (
         pair.parts == 1,
         pair.trainer != reference.trainer,
@@ -184,7 +187,7 @@ def _plainness(pair: Pair, reference: Pair) -> tuple[object, ...]:
 
 
 def _exact_problem(pair: Pair, train: TrainSpec) -> str | None:
-    """Why `exact` cannot run so, as far as that is known beforehand; None when it may."""
+    """Return why `exact` cannot run this way, as far as that is known now; None if it can."""
     if pair.gpus:
         return "on GPUs bits are not promised"
     return catalog.pair_problem(pair.trainer, pair.strategy, pair.nodes) or catalog.shard_problem(
@@ -193,9 +196,9 @@ def _exact_problem(pair: Pair, train: TrainSpec) -> str | None:
 
 
 def accumulating(pair: Pair, train: TrainSpec) -> Pair:
-    """The pair with about three unequal micro-batches a step, read by two loader processes.
+    """Return the pair with about three unequal micro-batches a step, and two loader processes.
 
-    None of them has one sample alone, where a process has four or more.
+    If a process has four or more samples, no micro-batch has only one.
     """
     parts = train.virtual_shards if pair.is_exact else pair.parts
     least, most = train.global_batch_size // parts, -(-train.global_batch_size // parts)
@@ -210,7 +213,7 @@ def accumulating(pair: Pair, train: TrainSpec) -> Pair:
 
 
 def last_piece(samples: int, size: int) -> int:
-    """How many samples are in the last piece, when so many are cut into pieces of `size`."""
+    """Return the size of the last piece, if `samples` are cut into pieces of `size`."""
     return samples % size or min(size, samples)
 
 
@@ -224,10 +227,10 @@ def chosen(
     gpus: bool,
     reference: Pair = REFERENCE,
 ) -> list[Pair]:
-    """Every combination of what was asked for that can be, besides the reference.
+    """Return every requested combination that is possible, except the reference.
 
     Raises:
-        PlanError: none can be, or something asked for does not exist; says why.
+        PlanError: none is possible, or something requested does not exist. The message says why.
     """
     _check("trainer", trainers)
     _check("strategy", strategies)

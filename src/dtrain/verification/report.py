@@ -1,4 +1,4 @@
-"""What a whole `dtrain verify` found, as plain data."""
+"""The result of a whole `dtrain verify`, as plain data."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ class Report:
     steps: int
     """Optimizer steps of each run."""
     samples: int | None
-    """Samples of an epoch of these runs; None: of a stream, nobody knows."""
+    """Samples of an epoch of these runs. None means a stream, whose length is unknown."""
     reference: str
     """The pair with which all others are compared."""
     recording: Recording
-    """Of the reference."""
+    """The recording of the reference."""
     results: list[Result] = field(default_factory=list)
     deep: bool = False
-    """Whether everything ran in fp64."""
+    """True if everything ran in fp64."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """By name: pairs that nobody asked for and that this job cannot be run as, and why."""
+    """Additional pairs, which the user did not request and this job cannot run: name → reason."""
 
     @property
     def same(self) -> bool:
-        """Whether every pair is the same training."""
+        """True if every pair is the same training."""
         return all(result.passed for result in self.results)
 
     def to_json(self) -> dict[str, Any]:
-        """As printed by `--json`; differences that are infinite or unknown are null."""
+        """Return what `--json` prints. Differences that are infinite or unknown are null."""
         return {
             "job": self.job,
             "steps": self.steps,
@@ -49,7 +49,7 @@ class Report:
 
 
 def losses(recording: Recording | None) -> list[float | None]:
-    """The loss of each step, as the trainer reported it."""
+    """Return the loss of each step, as the trainer reported it."""
     if recording is None:
         return []
     return [_finite(record.loss) for step, record in sorted(recording.steps.items()) if step]

@@ -1,4 +1,4 @@
-"""What is wrong with the samples of a step: which they are, and what they hold."""
+"""Finds errors in the samples of a step: wrong samples, a wrong order, or wrong contents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dtrain.words import few, numbered
 
 
 def of_order(reference: Recording, other: Recording, pair: Pair, step: int) -> Iterator[Finding]:
-    """Whether a step has other samples, or the same in another order."""
+    """Yield a finding if a step has other samples, or the same in another order."""
     ours, theirs = reference.ids(step), other.ids(step)
     if ours != theirs:
         found, likely = _explain_data(reference, other, pair, step)
@@ -20,7 +20,7 @@ def of_order(reference: Recording, other: Recording, pair: Pair, step: int) -> I
 
 
 def _explain_data(reference: Recording, other: Recording, pair: Pair, step: int) -> tuple[str, str]:
-    """(what was seen, likely cause) of other samples in a step."""
+    """Return (observation, likely cause) of other samples in a step."""
     ours, theirs = reference.ids(step), Counter(other.ids(step))
     ranks = [[i for part in line.ids for i in part] for line in other.lines(step)]
     copies = len(ranks) > 1 and ranks[0] != [] and all(part == ranks[0] for part in ranks[1:])
@@ -72,7 +72,7 @@ def _explain_data(reference: Recording, other: Recording, pair: Pair, step: int)
 
 
 def of_contents(reference: Recording, other: Recording, pair: Pair, step: int) -> Iterator[Finding]:
-    """Whether samples of one number hold the same."""
+    """Yield a finding if samples with the same number have different contents."""
     wrong = other_contents(reference, other, step)
     if not any(wrong):
         return
@@ -95,7 +95,7 @@ def of_contents(reference: Recording, other: Recording, pair: Pair, step: int) -
 
 
 def other_contents(reference: Recording, other: Recording, step: int) -> list[dict[int, str]]:
-    """For each rank the samples of a step that hold something else, with the leaf that differs."""
+    """Return for each rank its samples with other contents, each with the leaf that differs."""
     known = {i: content for rank in reference.contents(step) for i, content in rank.items()}
     return [
         {

@@ -1,4 +1,4 @@
-"""One `dtrain verify`, from what was asked for to the report."""
+"""One `dtrain verify`, from the request to the report."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ from dtrain.verification.report import Report
 @dataclass(frozen=True)
 class Progress:
     row: int
-    """Of the table, from 1 on; 0 while the reference runs for the first time."""
+    """The row of the table, from 1 on. It is 0 while the reference runs for the first time."""
     rows: int
     pair: str
     """The row's pair, or the reference."""
     again: str = ""
-    """What runs once more, and with what change; empty the first time."""
+    """The run that is repeated, and the change in it; empty the first time."""
 
 
 class Session:
-    """A job and the pairs to run it as. A context manager: it leaves no runs behind.
+    """A job and the pairs to run it as. As a context manager it removes its runs at the end.
 
     Args:
         job: path of job.yaml.
         steps: optimizer steps of each run.
-        strategies, trainers, launchers, nodes, procs: what to run; where all are empty,
-            everything that this machine can. With micro-batches, resumed, and by `exact` as well.
-        only: nothing besides what these name.
+        strategies, trainers, launchers, nodes, procs: what to run. If all are empty, everything
+            that this machine can run. Micro-batches, a resume and `exact` are added.
+        only: run nothing except what these name.
         gpus: give each process a GPU.
         deep: run everything in fp64, where no difference counts as rounding.
-        epoch_samples: train on the first so many samples; `auto`: so few that five steps see a
-            short last batch, unequal shares and a second epoch; `all`.
+        epoch_samples: train on the first so many samples. `auto` takes so few that five steps see
+            a short last batch, unequal shares and a second epoch. `all` takes all of them.
         overrides: settings of the job, as `--set` takes them.
-        options: `NAME=VALUE` options of the launchers that are named.
-        keep: where run directories stay; None: nowhere.
-        watch: called now and then while something runs.
+        options: `NAME=VALUE` options of the named launchers.
+        keep: where run directories are kept. None means that they are removed.
+        watch: called at intervals while something runs.
 
     Raises:
-        JobError, PlanError: the job is wrong, or cannot be run in any of the ways asked for.
+        JobError, PlanError: the job is wrong, or cannot be run in any of the requested ways.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Session:
 
     @property
     def report(self) -> Report:
-        """What was found so far; only after `begin`."""
+        """The findings so far; only after `begin`."""
         assert self._report is not None
         return self._report
 
@@ -136,13 +136,13 @@ class Session:
         """Run the reference.
 
         Raises:
-            RunFailed: the job does not even run as one process.
+            RunFailed: the job fails even as one process.
         """
         if self._judge is None:
             self._lab.warm_up(self.pairs)
             self._judge = Judge(self._lab, self._reference)
             facts = self._judge.reference.steps[1].facts
-            if facts.get("own_steps"):  # of a module that accumulates by itself, if at all
+            if facts.get("own_steps"):  # the module accumulates gradients itself, or not at all
                 self._optional |= {pair for pair in self.pairs if pair.micro_batch_size}
             self._report = Report(
                 job=self._lab.spec.name,
@@ -155,7 +155,7 @@ class Session:
             )
 
     def results(self) -> Iterator[Result]:
-        """Run the pairs; the result of each as soon as there is one."""
+        """Run the pairs, and yield the result of each as soon as it is available."""
         self.begin()
         assert self._judge is not None
         for result in self._judge.judge(self.pairs):
@@ -176,7 +176,7 @@ class Session:
         return Progress(self._done + 1, rows, self.pairs[self._done].name, again)
 
     def _trainers(self, asked: Sequence[str]) -> Sequence[str]:
-        """Those asked for; of a LightningModule, the only one that can train it."""
+        """Return the requested trainers; for a LightningModule, the only one that can train it."""
         only = self._reference.trainer
         if only == REFERENCE.trainer:
             return asked
@@ -190,7 +190,7 @@ class Session:
         return (only,)
 
     def _shorten(self, epoch_samples: int | str) -> None:
-        """Let the runs' epochs end early, unless all samples are asked for."""
+        """Shorten the epochs of the runs, unless all samples are requested."""
         if epoch_samples == "all":
             return
         train, evaluated = lengths(self._lab.spec, [self._reference, *self.pairs])
@@ -202,5 +202,8 @@ class Session:
 
 
 def _may_be_impossible(pair: Pair) -> bool:
-    """Whether some jobs that train cannot be trained so: sparse gradients, a norm of one sample."""
+    """Return whether some jobs that train cannot be trained with this pair.
+
+    Examples are sparse gradients, and a norm over one sample.
+    """
     return pair.is_exact or (pair.micro_batch_size or ENOUGH) < ENOUGH

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no fonts, no files."""
+"""Line charts as inline SVG, without scripts, fonts or files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 10, 26
 class Line:
     label: str
     values: Sequence[float | None]
-    """At x = 1, 2, …; None leaves a gap."""
+    """The values at x = 1, 2, …; None leaves a gap."""
     style: str
-    """CSS class."""
+    """The CSS class."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where values lie on the paper, in SVG units."""
+    """The positions of values in the chart, in SVG units."""
 
     width: int
     height: int
@@ -57,7 +57,7 @@ def chart(
     log: bool = False,
     marks: Sequence[Mark] = (),
 ) -> str:
-    """The chart as an `<svg>` element; with `log`, values that are 0 or less are left out."""
+    """Return the chart as an `<svg>` element. With `log`, values of 0 or less are left out."""
     frame = _frame(lines, width, height, log, marks)
     parts = [
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">',

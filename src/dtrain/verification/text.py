@@ -1,4 +1,4 @@
-"""The report for a terminal: a table that is written row by row, then what is wrong and why."""
+"""The report for a terminal: a table written row by row, then the errors and causes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DEEP_LEVELS = ("L0 same samples", "L1 same in fp64", "L3 same bits in fp64")
 _HEADS = ("pair", "level", "largest", "first difference", "verdict")
 
 Paint = Callable[[str, str], str]
-"""(text, colour) → text."""
+"""A function (text, colour) → text."""
 
 
 def plain(text: str, _colour: str) -> str:
@@ -31,15 +31,15 @@ def plain(text: str, _colour: str) -> str:
 
 
 class Table:
-    """Rows of a width known beforehand, so that each can be shown as soon as it is there."""
+    """A table whose width is known beforehand, so that each row can be shown at once."""
 
     def __init__(self, pairs: Sequence[Pair], width: int, paint: Paint = plain) -> None:
-        """Lay out.
+        """Lay out the columns.
 
         Args:
-            pairs: all that will have a row.
+            pairs: all pairs that will have a row.
             width: columns of the terminal.
-            paint: how a verdict gets its colour.
+            paint: a function that colours a verdict.
         """
         self._paint = paint
         left = width - len(_HEADS[1]) - 8 - len("same, noise fixed") - 2 * 4
@@ -65,7 +65,7 @@ class Table:
 
 
 def waiting(progress: Progress, seconds: float, width: int) -> str:
-    """What stands below the rows while something runs: `row 3 of 11  ddp ×4  5 s`."""
+    """Return the line below the rows while something runs: `row 3 of 11  ddp ×4  5 s`."""
     place = f"row {progress.row} of {progress.rows}" if progress.row else "reference"
     before, after = f"{place}  ", f"  {seconds:.0f} s"
     if progress.again:
@@ -74,7 +74,7 @@ def waiting(progress: Progress, seconds: float, width: int) -> str:
 
 
 def verdict_of(result: Result) -> tuple[str, str]:
-    """(a few words, colour)."""
+    """Return (a few words, colour)."""
     if result.verdict == "failed":
         return "FAILED", "red"
     if result.verdict == "different":
@@ -92,7 +92,7 @@ def opening(report: Report) -> str:
 
 
 def closing(report: Report, width: int) -> str:
-    """What the levels mean, what is wrong and why, and the sum of it."""
+    """Return the meaning of the levels, the errors and their causes, and the totals."""
     blocks = ["\n".join(wrap(levels(report), width))]
     blocks += [each.text(width) for each in remarks(report.results)]
     blocks += ["\n".join(wrap(each, width)) for each in left_out(report)]
@@ -110,7 +110,7 @@ def levels(report: Report) -> str:
 
 
 def left_out(report: Report) -> list[str]:
-    """A sentence for each reason why rows are left out that nobody asked for."""
+    """Return a sentence for each reason why additional rows were left out."""
     by_reason: dict[str, list[str]] = {}
     for name, why in report.left_out.items():
         by_reason.setdefault(why, []).append(name)
@@ -118,14 +118,14 @@ def left_out(report: Report) -> list[str]:
 
 
 def number(value: float) -> str:
-    """A difference: `1.5e-07`, `0`, `inf`."""
+    """Return a difference as text: `1.5e-07`, `0`, `inf`."""
     if value == 0:
         return "0"
     return f"{value:.1e}" if math.isfinite(value) else "inf"
 
 
 def where(result: Result) -> str:
-    """The first step and parameter that differ: beyond the tolerance, or at all."""
+    """Return the first step and parameter that differ: beyond the tolerance, or at all."""
     if result.finding is not None:
         step, tensor = result.finding.step, result.finding.tensor
     elif result.first is not None:
@@ -138,14 +138,14 @@ def where(result: Result) -> str:
 
 @dataclass(frozen=True)
 class Remark:
-    """What there is to say about a pair besides its row."""
+    """A remark about a pair, in addition to its row."""
 
     headline: str
     details: dict[str, str] = field(default_factory=dict)
     raw: str = ""
-    """Lines to be shown as they are."""
+    """Lines that are shown as they are."""
     code: str = ""
-    """Of what is wrong."""
+    """The code of the error."""
 
     def text(self, width: int) -> str:
         lines = wrap(f"{self.headline} [{self.code}]" if self.code else self.headline, width)
@@ -156,7 +156,7 @@ class Remark:
 
 
 def remarks(results: Sequence[Result]) -> list[Remark]:
-    """What there is to say besides the rows; of pairs with one cause, once."""
+    """Return the remarks in addition to the rows. Pairs with one cause share a remark."""
     alike: dict[object, list[Result]] = {}
     for result in results:
         alike.setdefault(_cause(result), []).append(result)
@@ -165,7 +165,7 @@ def remarks(results: Sequence[Result]) -> list[Remark]:
 
 
 def _cause(result: Result) -> object:
-    """Equal for results of which the same is to be said."""
+    """Return a key that is equal for results with the same remark."""
     if result.verdict == "failed":
         return "failed", result.failure
     if result.finding is not None:
@@ -208,7 +208,7 @@ def _remark(results: Sequence[Result]) -> Remark | None:
 
 
 def _cut(text: str, width: int) -> str:
-    """The name of a pair or a parameter as a cell holds it: both its ends can be read."""
+    """Return a pair's or parameter's name, cut in the middle so that both ends fit a cell."""
     if len(text) <= width:
         return text
     return f"{text[: width // 2]}…{text[len(text) - (width - 1) // 2 :]}"[:width]

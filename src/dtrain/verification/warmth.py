@@ -1,4 +1,4 @@
-"""Which of verify's launches start warm: forked where torch is imported already."""
+"""Selects the launches of `dtrain verify` that start warm: forked after torch is imported."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from dtrain.launchers.warm import WarmServer
 
 
 class Warmth:
-    """A server for each trainer, whose modules no run of another one imports.
+    """A server for each trainer. Its modules are not imported in runs of another trainer.
 
-    Only launches on this host that compute on CPUs are warm, and only those that share the
-    server's hash seed: the reference has another.
+    Only launches on this host that compute on CPUs are warm, and only if they have the server's
+    hash seed. The reference has another hash seed.
     """
 
     def __init__(self, reference: LaunchPlan, plans: Iterable[LaunchPlan]) -> None:
-        """Start the server of the reference's trainer; the others start when they are needed.
+        """Start the server of the reference's trainer. The others start when they are needed.
 
         Args:
-            reference: what is about to run.
-            plans: what will run after it.
+            reference: the plan that runs first.
+            plans: the plans that run after it.
         """
         self._servers: dict[_Kind, WarmServer] = {}
         self._modules: dict[_Kind, list[str]] = {}
@@ -35,7 +35,7 @@ class Warmth:
                 self._server(kind)
 
     def launcher(self, plan: LaunchPlan) -> Launcher | None:
-        """What starts a plan warm; None when it starts as any launch does."""
+        """Return the launcher that starts a plan warm; None if it starts as any launch does."""
         server = self._server(_kind(plan)) if _can_be_warm(plan) else None
         return LocalLauncher(server.spawn) if server is not None and server.is_ready() else None
 
