@@ -171,7 +171,7 @@ def test_submitted_by_submitit_it_goes_on_too(
     assert sha(run) == unbroken
     refused = dtrain("launch", "--launcher", "by-submitit", "-p", "nowhere", TINY, cwd=tmp_path)
     assert refused.returncode == 2
-    assert "Invalid partition name specified\n  --partition: partition: now" in refused.stderr
+    assert "specified  [slurm.partition-invalid]\n  --partition: partition: now" in refused.stderr
 
 
 def void(slurm: Cluster, *command: str) -> None:

@@ -103,7 +103,8 @@ def is_refused(*arguments: str | Path) -> bool:
     if done.returncode == 0:
         return False
     assert done.returncode == 2, done.stderr
-    said = re.split(": strategy: |: lightning.step: ", done.stderr.strip(), maxsplit=1)
+    text = done.stderr.strip().removesuffix("  [plan.unsupported-combination]")
+    said = re.split(": strategy: |: lightning.step: ", text, maxsplit=1)
     assert len(said) == 2, done.stderr
     assert said[1] in README, done.stderr
     return True

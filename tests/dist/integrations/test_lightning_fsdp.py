@@ -115,7 +115,7 @@ def test_files_of_lightnings_callbacks_are_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_module_that_cuts_itself_is_refused(strategy: str, tmp_path: Path) -> None:
-    with refused("task.model-wrapped", "CutsItself", "net.0 is wrapped in FSDP"):
+    with refused("task.model-wrapped", "CutsItself", "net.0 is already wrapped in FSDP"):
         run_ranks(one, 2, tmp_path, "lightning_parts.py:CutsItself", strategy)
 
 

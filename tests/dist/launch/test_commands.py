@@ -206,7 +206,7 @@ def test_status_of_a_running_run_says_when_it_will_end(tmp_path: Path) -> None:
     assert row["eta"] > time.time()
     assert 0 < row["samples_per_second"] == row["train"]["samples_per_second"]
     assert row["set"]["launch.env.MY_TOKEN"] == "(set, not shown)"
-    assert re.search(r"\nstep +\d+ of 2000 \(0 %\)\n", text)
+    assert re.search(r"\nstep +\d+ of 2000 \(\d %\)\n", text)
     assert re.search(r"\neta +\d{4}-\d\d-\d\d [\d:]+, in 0:0\d:\d\d\n", text)
     assert re.search(
         r" running +\d+/2000 .* loss [\d.]+ +args\.pause=0\.05 train\.steps=2000", line

@@ -35,6 +35,12 @@ class Silent:
 
     close = tick
 
+    def width(self) -> int | None:
+        return None
+
+    def paint(self, text: str, _colour: str | None) -> str:
+        return text
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[WarmServer]:
