@@ -249,7 +249,7 @@ def test_only_a_job_that_left_to_go_on_is_put_back(plan: LaunchPlan) -> None:
 
 @pytest.mark.parametrize(
     ("log", "words"),
-    [(True, "did a set-up line end it?"), (False, "at the same path on every node?")],
+    [(True, "did a set-up line end it?"), (False, "on all nodes, at the same path?")],
 )
 def test_a_job_that_has_said_nothing(plan: LaunchPlan, log: bool, words: str) -> None:
     if log:
