@@ -16,8 +16,6 @@ from support import ROOT
 
 SRC = ROOT / "src"
 GOLDEN = ROOT / "tests" / "golden" / "messages.txt"
-NOT_YET: tuple[str, ...] = ()
-"""Packages of dtrain whose errors have no codes yet."""
 FORM = re.compile(r"[a-z]+\.[a-z0-9]+(-[a-z0-9]+)*")
 
 _HEAD = """\
@@ -41,7 +39,6 @@ class Site:
     place: str
     codes: tuple[str, ...]
     messages: tuple[str, ...]
-    is_covered: bool
     passed_on: bool = False
     """Whether the code is that of something else: of an error, or of an argument."""
 
@@ -55,10 +52,6 @@ class Module:
     constants: dict[str, ast.expr] = field(default_factory=dict)
     imported: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Name here → (module of dtrain, name there; empty for the module itself)."""
-
-    @property
-    def is_covered(self) -> bool:
-        return self.name.split(".")[1:2] not in [[name] for name in NOT_YET]
 
 
 @functools.cache
@@ -369,7 +362,7 @@ def _sites_in(module: Module) -> Iterator[Site]:
         place = f"{module.path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
         made = _pairs(node, reader) or _made_by(node, reader)
         for codes, messages, passed_on in made:
-            yield Site(place, tuple(codes), tuple(messages), module.is_covered, passed_on)
+            yield Site(place, tuple(codes), tuple(messages), passed_on)
 
 
 def _with_functions(

@@ -116,9 +116,9 @@ def resume(run: str | Run = "last", *, detach: bool = False, **asked: Unpack[Siz
         from dtrain.api.run import Run
         from dtrain.resuming import plan_resume
 
-        wish = request("resume", asked, Size)
-        found = run if isinstance(run, Run) else Run.find(run, runs=wish.runs)
-        return _launch(driver, plan_resume(found.directory, wish), detach)
+        given = request("resume", asked, Size)
+        found = run if isinstance(run, Run) else Run.find(run, runs=given.runs)
+        return _launch(driver, plan_resume(found.directory, given), detach)
 
 
 def verify(
@@ -174,7 +174,7 @@ def verify(
             "verify() answers Ctrl-C, and so it runs in the main thread only",
             code="api.main-thread-only",
         )
-    wish = request("verify", cast("Size", {"set": set, **fields}), Size)
+    given = request("verify", cast("Size", {"set": set, **fields}), Size)
     with contextlib.ExitStack() as stack:
         session = Session(
             stack.enter_context(_job_file(job)),
@@ -188,7 +188,7 @@ def verify(
             gpus=gpus,
             deep=deep,
             epoch_samples=epoch_samples,
-            overrides=[f"{name}={json.dumps(each.plain())}" for name, each in wish.fields.items()],
+            overrides=[f"{name}={json.dumps(each.plain())}" for name, each in given.fields.items()],
             options=options,
             keep=keep,
         )
@@ -203,12 +203,12 @@ def verify(
 def _planned(function: str, job: Job, asked: Asked) -> Prepared:
     from dtrain.planning import plan_run
 
-    wish = request(function, asked, Asked)
+    given = request(function, asked, Asked)
     if isinstance(job, str | os.PathLike):
-        return plan_run(os.fspath(job), wish)
+        return plan_run(os.fspath(job), given)
     from dtrain.api.task_class import job_of_class
 
-    return plan_run(job_of_class(function, job, sections(asked)), wish)
+    return plan_run(job_of_class(function, job, sections(asked)), given)
 
 
 @contextlib.contextmanager

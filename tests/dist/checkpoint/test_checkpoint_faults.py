@@ -14,7 +14,7 @@ import pytest
 
 from dtrain.errors import CheckpointError
 from dtrain.testing import run_ranks
-from support.coded import refused
+from support.errors import raises
 from support.trainings import Outcome, job, lines, train
 
 
@@ -60,7 +60,7 @@ def test_when_none_can_be_used_training_does_not_begin_again(crashed: Path) -> N
     for folder in (crashed / "checkpoints").iterdir():
         flip(folder / "model.pt", 1000)
     damaged = [f"step-{step:08d}: model.pt is damaged" for step in (4, 8)]
-    with refused("checkpoint.none-loads", *damaged, kind=CheckpointError):
+    with raises("checkpoint.none-loads", *damaged, kind=CheckpointError):
         run(2, crashed)
     assert len(list((crashed / "checkpoints").glob("step-????????"))) == 2
 
@@ -77,7 +77,7 @@ def test_when_none_can_be_used_training_does_not_begin_again(crashed: Path) -> N
 def test_another_model_or_other_data_is_refused(
     crashed: Path, change: dict[str, Any], words: str
 ) -> None:
-    with refused("checkpoint.none-loads", words):
+    with raises("checkpoint.none-loads", words):
         run(2, crashed, **change)
 
 
@@ -109,7 +109,7 @@ def test_a_full_disk_is_one_clear_error_and_the_old_checkpoint_stays(small_disk:
     # 200 kB each: parameters and momentum
     args = {"width": 3000}
     place = f"\nin {small_disk / 'checkpoints'}"
-    with refused("checkpoint.no-space", "MB are free", place, kind=CheckpointError) as caught:
+    with raises("checkpoint.no-space", "MB are free", place, kind=CheckpointError) as caught:
         run(2, small_disk, args=args, checkpoint={"every_steps": 2, "keep": 5})
     message = str(caught.value.__cause__)
     assert re.match(r"cannot write checkpoint step-\d+: No space left on device; ", message)

@@ -14,7 +14,7 @@ from dtrain import Callback
 from dtrain.callback import Session
 from dtrain.errors import UsageError
 from dtrain.testing import run_ranks
-from support.coded import refused
+from support.errors import raises
 from support.trainings import Outcome, Regression, job, lines, train
 
 
@@ -129,7 +129,7 @@ def test_what_has_gone_on_since_is_not_changed(
     kind: type[Rated], before: Any, after: Any, words: str, tmp_path: Path
 ) -> None:
     go(tmp_path, stopping(kind), **before)
-    with refused("resume.settings-changed", words, kind=UsageError):
+    with raises("resume.settings-changed", words, kind=UsageError):
         go(tmp_path, kind, **after)
     go(tmp_path, kind, **before)
 
@@ -174,7 +174,7 @@ def test_other_data_is_refused(sections: Any, words: str, tmp_path: Path) -> Non
     go(tmp_path, stopping())
     spec = job("single", **sections) if "seed" not in sections else job("single")
     spec = spec.model_copy(update={"seed": sections.get("seed", 3)})
-    with refused("checkpoint.none-loads", words):
+    with raises("checkpoint.none-loads", words):
         train(spec, tmp_path, kind=Rated)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from dtrain import Loss
 from dtrain.errors import CheckpointError
 from dtrain.testing import RankError, run_ranks
-from support.coded import refused
+from support.errors import raises
 from support.trainings import Crash, Numbers, Outcome, Regression, job, lines, steps_of, train
 
 STORMY = {"n": 56, "dropout": 0.2, "noise": 0.5, "norm": True, "held_out": 7}
@@ -115,7 +115,7 @@ class Versioned(Regression):
 def test_other_data_is_refused(changed: dict[str, Any], words: str, tmp_path: Path) -> None:
     args = {"version": "sha-one", "n": 50}
     run_ranks(train, 2, job("ddp", {**args, "stop_after": 1}), tmp_path, kind=Versioned)
-    with refused("checkpoint.none-loads", words, kind=CheckpointError):
+    with raises("checkpoint.none-loads", words, kind=CheckpointError):
         run_ranks(train, 2, job("ddp", args | changed), tmp_path, kind=Versioned)
     run_ranks(train, 3, job("ddp", args), tmp_path, kind=Versioned)  # it is still there
 

@@ -20,7 +20,7 @@ from dtrain.errors import CheckpointError
 from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.testing import run_ranks
 from dtrain.train.checkpoint.leaves import read, refuse_unreadable
-from support.coded import refused
+from support.errors import raises
 from support.trainings import Net, Regression, job, train
 
 
@@ -175,7 +175,7 @@ def test_what_no_checkpoint_holds_is_told_before_training(
     owner: str, words: str, tmp_path: Path
 ) -> None:
     kind = type("One", (Owners,), {"owners": (owner,), "kept": {"odd": Thing()}})
-    with refused("checkpoint.unsaveable-value", f"{words} is a test_states.Thing"):
+    with raises("checkpoint.unsaveable-value", f"{words} is a test_states.Thing"):
         train(job("single"), tmp_path, kind=kind, trainer_class=LightningTrainer)
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -184,7 +184,7 @@ def test_what_no_checkpoint_holds_is_told_before_training(
     "odd", [defaultdict(int), Path("x"), Point(1, 2), lambda: 1, np.array([Thing()], dtype=object)]
 )
 def test_what_the_reader_refuses_is_refused(odd: Any) -> None:
-    with refused("checkpoint.unsaveable-value", "x['a'][0]"):
+    with raises("checkpoint.unsaveable-value", "x['a'][0]"):
         refuse_unreadable({"a": [odd]}, "x")
 
 
@@ -203,7 +203,7 @@ class OddLater(Regression):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_what_becomes_so_later_is_told_at_the_next_save(strategy: str, tmp_path: Path) -> None:
     spec = job(strategy, checkpoint={"every_steps": 1})
-    with refused("checkpoint.unsaveable-value", "Later['deep'][0] is a test_states.Thing"):
+    with raises("checkpoint.unsaveable-value", "Later['deep'][0] is a test_states.Thing"):
         run_ranks(functools.partial(train, kind=OddLater), 2, spec, tmp_path)
     assert [each.name[-1] for each in sorted((tmp_path / "checkpoints").iterdir())] == ["1", "2"]
 
@@ -221,7 +221,7 @@ class Forgets(Owners):
 def test_who_cannot_take_it_back_is_named(tmp_path: Path) -> None:
     train(job("single", {"stop_after": 1}), tmp_path, kind=Owners)
     shallow = ("callback Told", "KeyError('shallow')")
-    with refused("checkpoint.none-loads", *shallow, kind=CheckpointError):
+    with raises("checkpoint.none-loads", *shallow, kind=CheckpointError):
         train(job("single"), tmp_path, kind=Forgets)
 
 
@@ -229,5 +229,5 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     torch.save({"a": Thing()}, tmp_path / "evil.pt")
     with pytest.raises(Exception, match="Weights only load failed"):
         read(tmp_path / "evil.pt")
-    with refused("checkpoint.unsaveable-key", "x has a key <class"):
+    with raises("checkpoint.unsaveable-key", "x has a key <class"):
         refuse_unreadable({Thing: 1}, "x")

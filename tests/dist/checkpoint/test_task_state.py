@@ -20,7 +20,7 @@ from dtrain.train.checkpoint.files import read_checkpoint
 from dtrain.train.checks.replicas import ReplicaError
 from dtrain.train.load import as_task
 from dtrain.train.loop.native import NativeTrainer
-from support.coded import refused
+from support.errors import raises
 from support.trainings import Outcome, Regression, job, lines, same_end, train
 
 DATA = {"n": 56, "held_out": 7}
@@ -138,7 +138,7 @@ class KeepsItsModel(OwnTeacher):
 
 
 def test_parts_of_the_model_are_refused(tmp_path: Path) -> None:
-    with refused("checkpoint.part-of-tensor", "task['teacher']['first.weight']", "'fsdp'"):
+    with raises("checkpoint.part-of-tensor", "task['teacher']['first.weight']", "'fsdp'"):
         run("fsdp", tmp_path, kind=KeepsItsModel)
 
 
@@ -246,7 +246,7 @@ class Spoilt(Counting):
 
 def test_nothing_that_differs_is_saved(tmp_path: Path) -> None:
     sections = {"checks": {"every": 2}, "checkpoint": {"every_steps": 4}}
-    with refused("check.replicas-differ", "is 9 on rank 1 and 4 on rank 0"):
+    with raises("check.replicas-differ", "is 9 on rank 1 and 4 on rank 0"):
         run("ddp", tmp_path, kind=Spoilt, sections=sections)
     assert not list((tmp_path / "checkpoints").glob("step-*4"))
 
@@ -300,7 +300,7 @@ def test_mistakes_are_told_before_training(tmp_path: Path) -> None:
         (HoldsKey, "checkpoint.unsaveable-key", f"{place} has a key None"),
         (IsNoDict, "task.bad-state", "returned list"),
     ):
-        with refused(code, words):
+        with raises(code, words):
             train(job("single"), tmp_path / kind.__name__, kind=kind)
         assert not (tmp_path / kind.__name__ / "metrics.jsonl").exists()
 
@@ -324,7 +324,7 @@ class Picky(Counting):
 def test_a_state_that_the_task_does_not_take_is_an_error(tmp_path: Path) -> None:
     run("single", tmp_path, stop_after=1)
     picky = ("the task", "ValueError('another size')")
-    with refused("checkpoint.none-loads", *picky, kind=CheckpointError):
+    with raises("checkpoint.none-loads", *picky, kind=CheckpointError):
         train(job("single", DATA), tmp_path, kind=Picky)
 
 
@@ -360,5 +360,5 @@ def test_a_class_of_its_own_has_both(tmp_path: Path) -> None:
             object.__setattr__(context, "task", as_task(HalfPlain(), "HalfPlain"))
             super().__init__(context)
 
-    with refused("task.half-a-state", "state_dict() but no load_state_dict()"):
+    with raises("task.half-a-state", "state_dict() but no load_state_dict()"):
         train(job("single"), tmp_path, trainer_class=Train)

@@ -26,7 +26,7 @@ from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.load import load_task
 from dtrain.train.loss import LossModule
 from support import EXAMPLES
-from support.coded import refused
+from support.errors import raises
 from support.launch import dtrain
 
 EXAMPLE = EXAMPLES / "keras"
@@ -183,15 +183,15 @@ def test_what_cannot_be_trained_is_told(tmp_path: Path) -> None:
     use_torch()
     import keras
 
-    with refused("plan.unsupported-combination", "'fsdp'", "'ddp'"):
+    with raises("plan.unsupported-combination", "'fsdp'", "'ddp'"):
         train(tmp_path, steps=1, strategy="fsdp")
 
     def not_compiled() -> Any:
         return keras.Sequential([keras.layers.Dense(1)])
 
-    with refused("keras.not-compiled", "Sequential"):
+    with raises("keras.not-compiled", "Sequential"):
         Odd(not_compiled).model()
-    with refused("keras.loss-reduction", "reduction='sum',"):
+    with raises("keras.loss-reduction", "reduction='sum',"):
         Odd(lambda: small(loss=keras.losses.MeanSquaredError(reduction="sum"))).model()
     adam = keras.optimizers.Adam
     for optimizer, said in (
@@ -199,16 +199,16 @@ def test_what_cannot_be_trained_is_told(tmp_path: Path) -> None:
         (adam(use_ema=True), "use_ema"),
         (keras.optimizers.LossScaleOptimizer(adam()), "train.precision: fp16"),
     ):
-        with refused("keras.optimizer-option", said):
+        with raises("keras.optimizer-option", said):
             Odd(lambda made=optimizer: small(optimizer=made)).model()
-    with refused("keras.compile-argument", "compile(jit_compile=True)"):
+    with raises("keras.compile-argument", "compile(jit_compile=True)"):
         Odd(lambda: small(jit_compile=True)).model()
     task = Odd(lambda: small(metrics=[keras.metrics.AUC()]))
     model = task.model()
-    with refused("keras.metric-not-a-mean", "'auc' (AUC)"):
+    with raises("keras.metric-not-a-mean", "'auc' (AUC)"):
         task.evaluate(model, [torch.ones(8, 3), torch.ones(8, 1)])
     keras.config.backend = lambda: "jax"
-    with refused("keras.other-backend", "'jax'", "--env KERAS_BACKEND=torch"):
+    with raises("keras.other-backend", "'jax'", "--env KERAS_BACKEND=torch"):
         Odd(small).model()
 
 
@@ -332,17 +332,17 @@ def test_what_fit_takes_as_data(tmp_path: Path) -> None:
 
     stream = as_dataset(batches, steps_per_epoch=3)
     assert [[int(row[1]) for row in stream] for _ in range(2)] == [[*range(10)]] * 2
-    with refused("keras.one-pass-data", "generator"):
+    with raises("keras.one-pass-data", "generator"):
         as_dataset(batches())
     nested = as_dataset(({"a": x, "b": y}, y))
     assert len(nested) == 10
     assert int(nested[3][0]["b"]) == 3
-    with refused("keras.unequal-arrays", "[9, 10]"):
+    with raises("keras.unequal-arrays", "[9, 10]"):
         as_dataset(({"a": x, "b": y[1:]}, y))
     loader = torch.utils.data.DataLoader(TensorDataset(torch.tensor(y)), shuffle=True)
     assert as_dataset(loader) is loader.dataset
     loader = torch.utils.data.DataLoader(loader.dataset, collate_fn=list)
-    with refused("keras.own-loader"):
+    with raises("keras.own-loader"):
         as_dataset(loader)
 
     def trained(name: str, data: Any, steps_per_epoch: int | None = None) -> list[Any]:
@@ -378,7 +378,7 @@ def test_what_a_function_or_a_callback_cannot_ask_for(tmp_path: Path) -> None:
         ({"epochs": 3}, "keras.fit-argument", "made returned 'epochs' for fit; that is train.epo"),
         ({"z": 3}, "keras.fit-argument", "made returned 'z' for fit; it may return x, y, sample_w"),
     ):
-        with refused(code, said, kind=JobError):
+        with raises(code, said, kind=JobError):
             load_task("made.py:made", args, tmp_path)
     import keras
 
@@ -393,11 +393,11 @@ def test_what_a_function_or_a_callback_cannot_ask_for(tmp_path: Path) -> None:
         (calls.EarlyStopping(restore_best_weights=True), "checkpoint.best"),
         (Tests(), "Tests has on_test_end()"),
     ):
-        with refused("keras.callback-unsupported", said):
+        with raises("keras.callback-unsupported", said):
             KerasCallbacks([each])
     task = Odd(small)
     task.callbacks = lambda: [calls.EarlyStopping("accuracy")]  # type: ignore[method-assign]
-    with refused("keras.no-such-monitor", "EarlyStopping monitors 'accuracy'", "after epoch 1"):
+    with raises("keras.no-such-monitor", "EarlyStopping monitors 'accuracy'", "after epoch 1"):
         train(tmp_path / "a", task, steps=2, strategy="single")
     task = Odd(small)
     task.callbacks = lambda: [calls.EarlyStopping("loss", patience=1, min_delta=9.0)]  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from dtrain.testing import run_ranks
-from support.coded import refused
+from support.errors import raises
 from support.lightning_fit import Done, fit
 
 AUTOMATIC = [
@@ -115,7 +115,7 @@ def test_files_of_lightnings_callbacks_are_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_module_that_cuts_itself_is_refused(strategy: str, tmp_path: Path) -> None:
-    with refused("task.model-wrapped", "CutsItself", "net.0 is already wrapped in FSDP"):
+    with raises("task.model-wrapped", "CutsItself", "net.0 is already wrapped in FSDP"):
         run_ranks(one, 2, tmp_path, "lightning_parts.py:CutsItself", strategy)
 
 
@@ -130,5 +130,5 @@ def test_a_module_that_cuts_itself_is_refused(strategy: str, tmp_path: Path) -> 
 def test_what_keeps_copies_of_parts_is_refused(
     name: str, code: str, words: str, tmp_path: Path
 ) -> None:
-    with refused(code, words):
+    with raises(code, words):
         run_ranks(one, 2, tmp_path, name, "fsdp", 5)

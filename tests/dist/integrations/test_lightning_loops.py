@@ -15,7 +15,7 @@ from lightning_shapes import Points
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.run.rundir import RunDir
 from dtrain.testing import RankError, run_ranks
-from support.coded import refused
+from support.errors import raises
 from support.launch import events, metrics
 from support.lightning_fit import by_lightning, fit
 
@@ -95,13 +95,13 @@ def test_averaged_weights_are_what_training_ends_with(tmp_path: Path) -> None:
 def test_what_cannot_be_is_told(
     name: str, job: dict[str, Any], code: str, words: str, tmp_path: Path
 ) -> None:
-    with refused(code, words, kind=UsageError):
+    with raises(code, words, kind=UsageError):
         fit(tmp_path, name, job)
 
 
 def test_a_checkpoint_of_the_other_way_is_refused(tmp_path: Path) -> None:
     fit(tmp_path, "Plain", {}, stop_after=3)
-    with refused("checkpoint.none-loads", "dtrain's step", kind=CheckpointError):
+    with raises("checkpoint.none-loads", "dtrain's step", kind=CheckpointError):
         fit(tmp_path, "Plain", {"lightning": {"step": "lightning"}})
 
 
@@ -300,7 +300,7 @@ def test_a_later_end_goes_on_where_steps_ended_it(tmp_path: Path) -> None:
 
 def test_an_end_that_is_past_is_refused(tmp_path: Path) -> None:
     fit(tmp_path, "Counting", {"train": {"epochs": 3}})
-    with refused("run.end-passed", "of epoch 3", "after epoch 2", "train.epochs=6"):
+    with raises("run.end-passed", "of epoch 3", "after epoch 2", "train.epochs=6"):
         fit(tmp_path, "Counting", {"train": {"epochs": 2}})
 
 

@@ -26,7 +26,7 @@ from dtrain.train.data.permutation import Permutation
 from dtrain.train.load import load_task
 from lightning_modules import Lit, Points
 from support import JOBS
-from support.coded import refused
+from support.errors import raises
 
 
 @dataclass
@@ -261,7 +261,7 @@ def test_callbacks_of_lightnings_own(tmp_path: Path) -> None:
     damaged = bytearray(best.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     best.write_bytes(damaged)
-    with refused("checkpoint.damaged-file", best.name, kind=CheckpointError):
+    with raises("checkpoint.damaged-file", best.name, kind=CheckpointError):
         SafeCheckpointIO().load_checkpoint(best, weights_only=False)
 
 
@@ -291,7 +291,7 @@ def test_callbacks_of_lightnings_own(tmp_path: Path) -> None:
 def test_what_cannot_be_is_told(
     name: str, sections: dict[str, Any], code: str, words: str, tmp_path: Path
 ) -> None:
-    with refused(f"lightning.{code}", words):
+    with raises(f"lightning.{code}", words):
         fit(tmp_path, "single", name, **sections)
 
 
@@ -318,5 +318,5 @@ def test_samplers_of_ones_own_are_dealt_out(
 
 def test_under_native_it_says_which_trainer() -> None:
     assert lightning_modules.Lit is Lit
-    with refused("lightning.needs-trainer", "Lit", kind=JobError):
+    with raises("lightning.needs-trainer", "Lit", kind=JobError):
         load_task("lightning_modules.py:Lit", {}, JOBS)

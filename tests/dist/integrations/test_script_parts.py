@@ -16,7 +16,7 @@ import dtrain
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.integrations.script.sampler import Sampler
 from dtrain.train import collectives
-from support.coded import refused
+from support.errors import raises
 
 
 def sampler_of(rank: int, world_size: int, n: int, batch: int, **options: object) -> Sampler:
@@ -71,19 +71,19 @@ def test_a_position_goes_on_with_another_number_of_processes() -> None:
 
 def test_a_position_in_other_data_is_refused() -> None:
     state = sampler_of(0, 1, 50, 8).state_dict()
-    with refused("checkpoint.other-data", "num_samples was 50, is 51", kind=CheckpointError):
+    with raises("checkpoint.other-data", "num_samples was 50, is 51", kind=CheckpointError):
         sampler_of(0, 1, 51, 8).load_state_dict(state)
 
 
 def test_forgotten_steps_are_told() -> None:
     sampler = sampler_of(0, 1, 16, 8)
     list(sampler)
-    with refused("script.sampler-not-stepped", "step()", kind=UsageError):
+    with raises("script.sampler-not-stepped", "step()", kind=UsageError):
         list(sampler)
 
 
 def test_more_processes_than_samples_are_refused() -> None:
-    with refused("data.too-few-samples", "4 processes", "3 samples", kind=UsageError):
+    with raises("data.too-few-samples", "4 processes", "3 samples", kind=UsageError):
         sampler_of(0, 4, 50, 3)
 
 
@@ -168,10 +168,10 @@ def test_what_could_not_be_trained_on_is_not_saved(rank: int, tmp_path: Path) ->
     saved = dtrain.checkpoint(model, folder=tmp_path)
     with torch.no_grad():
         model[0].bias[2] = float("nan")
-    with refused("check.state-not-finite", "step 3", "0.bias", kind=CheckpointError):
+    with raises("check.state-not-finite", "step 3", "0.bias", kind=CheckpointError):
         saved.save(3)
     odd = dtrain.checkpoint(net(), folder=tmp_path, odd=Odd())
-    with refused("checkpoint.unsaveable-value", "checkpoint's['odd']['deep'][0] is a type"):
+    with raises("checkpoint.unsaveable-value", "checkpoint's['odd']['deep'][0] is a type"):
         odd.save(3)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
@@ -192,5 +192,5 @@ def test_all_hear_of_a_wish_to_stop(rank: int) -> None:
 
 @pytest.mark.ranks(2, init=False)
 def test_without_a_process_group_it_says_what_is_missing(rank: int) -> None:
-    with refused("script.no-process-group", "dtrain.checkpoint()", kind=UsageError):
+    with raises("script.no-process-group", "dtrain.checkpoint()", kind=UsageError):
         dtrain.checkpoint(net(), folder=".")

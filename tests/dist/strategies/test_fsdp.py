@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from dtrain.testing import RankError, run_ranks
 from dtrain.train.strategies.fsdp_wrapping import check_shardable, units
-from support.coded import refused
+from support.errors import raises
 from support.trainings import Outcome, Regression, job, losses, steps_of, train
 
 
@@ -239,7 +239,7 @@ def test_what_cannot_be_cut_is_named(kind: str) -> None:
     else:
         model[1].bias = nn.Parameter(torch.zeros(2, dtype=torch.float64))
         code, words = "strategy.mixed-types", ("1.weight is float32", "1.bias is float64")
-    with refused(code, *words):
+    with raises(code, *words):
         check_shardable(model)
 
 

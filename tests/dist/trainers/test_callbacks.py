@@ -19,7 +19,7 @@ from dtrain.run import failures
 from dtrain.testing import run_ranks
 from dtrain.train.checkpoint.files import read_checkpoint
 from dtrain.train.loop.native import NativeTrainer
-from support.coded import refused
+from support.errors import raises
 from support.trainings import Regression, job, lines, losses, train
 
 SMALL = {"args": {"n": 50, "held_out": 5}, "eval": {"every_steps": 4}}
@@ -156,17 +156,17 @@ class LogsText(Regression):
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
-    with refused("task.bad-callbacks", "a builtin_function_or_method"):
+    with raises("task.bad-callbacks", "a builtin_function_or_method"):
         train(job("single"), tmp_path / "a", kind=Wrong)
-    with refused("task.bad-callbacks", "a Callback, not a list"):
+    with raises("task.bad-callbacks", "a Callback, not a list"):
         train(job("single"), tmp_path / "d", kind=NoList)
-    with refused("task.log-not-a-number", "session.log('text', 'no number')"):
+    with raises("task.log-not-a-number", "session.log('text', 'no number')"):
         train(job("single"), tmp_path / "e", kind=LogsText)
     foreign = "a builtin_function_or_method of builtins, not one of dtrain or pytorch_light"
-    with refused("task.bad-callbacks", foreign):
+    with raises("task.bad-callbacks", foreign):
         train(job("single"), tmp_path / "f", kind=Wrong, trainer_class=LightningTrainer)
     best = {"checkpoint": {"best": {"metric": "accuracy"}}}
-    with refused("eval.no-data", "checkpoint.best", kind=UsageError):
+    with raises("eval.no-data", "checkpoint.best", kind=UsageError):
         train(job("single", **best), tmp_path / "b")
 
 

@@ -16,7 +16,7 @@ from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.testing import run_ranks
 from dtrain.train.checkpoint.files import read_checkpoint
 from dtrain.train.loop.native import NativeTrainer
-from support.coded import refused
+from support.errors import raises
 from support.trainings import Outcome, Regression, job, lines, same_end, train
 
 DATA = {"n": 56, "held_out": 7, "norm": True, "dropout": 0.2}
@@ -224,7 +224,7 @@ class FaultyAverage(Kept):
 
 def test_a_rank_with_another_average_is_named(tmp_path: Path) -> None:
     place = "task state: EMA.0['weights']['last.weight'][0, 2] is "
-    with refused("check.replicas-differ", place, "rank 1 differs"):
+    with raises("check.replicas-differ", place, "rank 1 differs"):
         run(FaultyAverage, "ddp", tmp_path, 3, sections={"checks": {"every": 1}}, norm=False)
 
 
@@ -286,13 +286,13 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         (DecayFirst, "ema.bad-argument", "dtrain.EMA(0.99)"),
         (DecayTooLarge, "ema.bad-argument", "decay is 99.9"),
     ):
-        with refused(code, words):
+        with raises(code, words):
             train(job("single"), tmp_path / kind.__name__, kind=kind)
-    with refused("ema.no-model-yet"):
+    with raises("ema.no-model-yet"):
         _ = dtrain.EMA().model
 
 
 @pytest.mark.parametrize("kind", [Listed, Kept])
 def test_fsdp_is_refused(kind: type[Regression], tmp_path: Path) -> None:
-    with refused("ema.needs-whole-weights", "'fsdp'"):
+    with raises("ema.needs-whole-weights", "'fsdp'"):
         run(kind, "fsdp", tmp_path, 2)

@@ -16,7 +16,7 @@ from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
 from dtrain.train.context import TrainContext
 from dtrain.train.loop.evaluation import Evaluator
-from support.coded import refused
+from support.errors import raises
 from support.trainings import job, lines, train
 
 
@@ -86,7 +86,7 @@ def test_random_numbers_of_an_evaluation_do_not_reach_the_training() -> None:
 
 
 def test_ranks_with_other_metrics_are_an_error_on_every_rank() -> None:
-    with refused("eval.metrics-differ", "extra on ranks [1]"):
+    with raises("eval.metrics-differ", "extra on ranks [1]"):
         run_ranks(evaluate, 2, 9, "disagree")
 
 
@@ -123,5 +123,5 @@ def test_a_misspelt_metric_is_told_with_the_one_that_was_meant(
     section: dict[str, Any], field: str, tmp_path: Path
 ) -> None:
     config = job("single", {"held_out": 5}, eval={"every_steps": 1}, **section)
-    with refused("eval.no-such-metric", f"{field} is 'mes'", "'mse'?", kind=UsageError):
+    with raises("eval.no-such-metric", f"{field} is 'mes'", "'mse'?", kind=UsageError):
         train(config, tmp_path)

@@ -28,7 +28,7 @@ from dtrain.train.context import StopFlag, TrainContext, TrainResult
 from dtrain.train.load import load_task
 from dtrain.train.loop.native import NativeTrainer
 from support import EXAMPLES
-from support.coded import refused
+from support.errors import raises
 from support.trainings import Regression, job, lines, train
 
 DIGITS = EXAMPLES / "digits"
@@ -186,14 +186,14 @@ def train_varied(folder: Path, kind: str, **sections: Any) -> TrainResult:
     ],
 )
 def test_broken_contracts_have_a_code(tmp_path: Path, kind: str, code: str, words: str) -> None:
-    with refused(code, words):
+    with raises(code, words):
         run_ranks(train_varied, 2, tmp_path, kind)
 
 
 def test_other_initial_values_on_a_rank_are_an_error_or_replaced_on_request(
     tmp_path: Path,
 ) -> None:
-    with refused("check.initial-values-differ", "first.weight[0, 0] is ", "on rank 1 and "):
+    with raises("check.initial-values-differ", "first.weight[0, 0] is ", "on rank 1 and "):
         run_ranks(train_varied, 2, tmp_path, "values")
     results = run_ranks(train_varied, 2, tmp_path, "values", checks={"init": "broadcast"})
     assert results[0].parameters_sha256 == results[1].parameters_sha256
@@ -204,13 +204,13 @@ def test_one_process_strategies_refuse_more(tmp_path: Path) -> None:
         context = TrainContext(
             job(strategy), RunDir(tmp_path), RankInfo(1, 2), 0, Regression(), torch.device("cpu")
         )
-        with refused("strategy.one-process-only", f"'{strategy}'", "but 2", kind=UsageError):
+        with raises("strategy.one-process-only", f"'{strategy}'", "but 2", kind=UsageError):
             NativeTrainer(context).run()
 
 
 def test_early_stopping_without_evaluation_data_is_refused(tmp_path: Path) -> None:
     spec = job("single", train={"early_stopping": {"metric": "mse"}}, eval={"every_steps": 1})
-    with refused("eval.no-data", "train.early_stopping"):
+    with raises("eval.no-data", "train.early_stopping"):
         run_ranks(train, 1, spec, tmp_path)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from dtrain import Task
 from dtrain.testing import run_ranks
 from dtrain.train.loop.predictions import Predictions, predicts
-from support.coded import refused
+from support.errors import raises
 from support.trainings import Outcome, Regression, job, lines, train
 
 
@@ -108,14 +108,14 @@ def test_a_plain_tensor_has_a_name(strategy: str, tmp_path: Path) -> None:
 def test_rows_that_belong_to_no_sample_are_an_error(
     bad: str, code: str, words: str, tmp_path: Path
 ) -> None:
-    with refused(f"predict.{code}", words):
+    with raises(f"predict.{code}", words):
         run(1, tmp_path, {"held_out": 7, "bad": bad})
     assert not list(tmp_path.glob("*predictions*"))
 
 
 def test_ranks_that_predict_different_things_are_an_error(tmp_path: Path) -> None:
     differ = "shape (1,) on rank 0 and 'out' with <f4 rows of shape (2,) on rank 1"
-    with refused("predict.rows-differ", differ):
+    with raises("predict.rows-differ", differ):
         run(2, tmp_path, {"held_out": 8, "bad": "ragged"})
 
 

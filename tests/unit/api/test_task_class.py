@@ -211,7 +211,7 @@ def test_a_signature_shows_all_arguments() -> None:
                for name in shown)  # fmt: skip
 
 
-def test_dtrain_plan_is_a_function_whoever_imports_the_module() -> None:
+def test_dtrain_plan_is_a_function_after_its_modules_are_imported() -> None:
     code = (
         "import dtrain.launch_plan, dtrain.verification.report, dtrain\n"
         "from dtrain.launch_plan import LaunchPlan\n"

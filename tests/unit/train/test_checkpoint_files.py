@@ -16,7 +16,7 @@ from dtrain.errors import CheckpointError
 from dtrain.train.checkpoint import files
 from dtrain.train.checkpoint.files import read_checkpoint, remove_leftovers, write_checkpoint
 from dtrain.train.checkpoint.state import load_model_state, model_state, parameters_sha256
-from support.coded import refused
+from support.errors import raises
 
 TENSORS = {"model": {"w": torch.arange(1000.0)}, "extras": {"scheduler": None, "n": [1, 2.5]}}
 
@@ -72,7 +72,7 @@ def flip(data: bytes) -> bytes:
 )
 def test_damage(folder: Path, damage: Callable[[Path], Any], code: str, name: str) -> None:
     damage(folder)
-    with refused(f"checkpoint.{code}", name, kind=CheckpointError):
+    with raises(f"checkpoint.{code}", name, kind=CheckpointError):
         read_checkpoint(folder)
 
 
@@ -94,7 +94,7 @@ def test_every_single_byte_of_the_manifest_counts(folder: Path) -> None:
 def test_objects_that_would_have_to_be_unpickled_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "step-00000001"
     write_checkpoint(path, {"model": Path("x")}, {}, {})
-    with refused("checkpoint.damaged-file", "model.pt", "Weights only load", kind=CheckpointError):
+    with raises("checkpoint.damaged-file", "model.pt", "Weights only load", kind=CheckpointError):
         read_checkpoint(path)
 
 
@@ -102,7 +102,7 @@ def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(files, "_FORMAT", 2)
     write_checkpoint(tmp_path / "step-00000001", {}, {}, {})
     monkeypatch.undo()
-    with refused("checkpoint.other-format", "is 2", "reads format 1", kind=CheckpointError):
+    with raises("checkpoint.other-format", "is 2", "reads format 1", kind=CheckpointError):
         read_checkpoint(tmp_path / "step-00000001")
 
 
@@ -161,7 +161,7 @@ def test_a_pipe_is_not_waited_for_and_a_planted_file_is_not_read(folder: Path) -
     assert set(read_checkpoint(folder)[0]) == {"model", "extras"}
     (folder / "model.pt").unlink()
     os.mkfifo(folder / "model.pt")
-    with refused("checkpoint.damaged-file", "model.pt", kind=CheckpointError):
+    with raises("checkpoint.damaged-file", "model.pt", kind=CheckpointError):
         read_checkpoint(folder)
 
 
@@ -193,6 +193,6 @@ def test_the_digest_of_parameters_sees_names_types_shapes_and_bytes() -> None:
 def test_a_model_state_that_does_not_fit_changes_nothing() -> None:
     model, other = nn.Linear(2, 2), nn.Linear(2, 3)
     before = model.weight.clone()
-    with refused("checkpoint.other-model", "weight is (3, 2)", "(2, 2)", kind=CheckpointError):
+    with raises("checkpoint.other-model", "weight is (3, 2)", "(2, 2)", kind=CheckpointError):
         load_model_state(model, model_state(other))
     assert torch.equal(model.weight, before)

@@ -24,7 +24,7 @@ from dtrain.train import contract
 from dtrain.train.context import TrainContext
 from dtrain.train.load import load_task
 from dtrain.train.loop.native import NativeTrainer
-from support.coded import refused
+from support.errors import raises
 from support.trainings import Numbers, Regression, job, lines
 
 STEPS = 4
@@ -127,7 +127,7 @@ def test_the_error_of_a_broken_contract_names_method_and_location(
 ) -> None:
     kind = type("Broken", (Regression,), {method: function})
     place = f"test_contract.py:{inspect.getsourcelines(function)[1]}: {method}()"
-    with refused(code, place, words):
+    with raises(code, place, words):
         trained(kind, tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -146,7 +146,7 @@ def test_metrics_that_are_no_numbers(metrics: Any, code: str, words: str, tmp_pa
         def evaluate(self, model: nn.Module, batch: Any) -> Any:
             return metrics
 
-    with refused(code, words) as caught:
+    with raises(code, words) as caught:
         trained(Broken, tmp_path, args={"held_out": 3}, eval={"every_steps": 2})
     assert re.search(r"test_contract\.py:\d+: evaluate\(\)", str(caught.value))
 

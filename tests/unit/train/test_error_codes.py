@@ -16,7 +16,7 @@ from dtrain.train.checks.finite import NonFiniteError
 from dtrain.train.checks.replicas import ReplicaError
 from dtrain.train.data.loader_process import LoaderProcessError
 from dtrain.train.faults import NeverMadeError
-from support.coded import refused
+from support.errors import raises
 
 ERRORS = [
     (BlamedError("m", [1], 0, code="data.streams-differ"), "data.streams-differ"),
@@ -45,9 +45,9 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_code_of_its_cause(tmp_pat
     def foreign() -> dict[str, object]:
         raise DtrainError("why", code="task.optimizer-foreign-parameters")
 
-    with refused("task.optimizer-foreign-parameters", "why", kind=CheckpointError):
+    with raises("task.optimizer-foreign-parameters", "why", kind=CheckpointError):
         store.save(1, foreign, {}, {})
     shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
     (tmp_path / "checkpoints").write_text("no folder")
-    with refused("checkpoint.cannot-write", kind=CheckpointError):
+    with raises("checkpoint.cannot-write", kind=CheckpointError):
         store.save(1, dict, {}, {})

@@ -24,7 +24,7 @@ from dtrain.train.data.overlap import Kept
 from dtrain.train.packed import pack, unpack
 from dtrain.train.seeding import RandomState
 from dtrain.train.strategies.lent import taken
-from support.coded import refused
+from support.errors import raises
 
 CPU = torch.device("cpu")
 
@@ -181,13 +181,13 @@ def test_a_batch_that_is_lent(batch: Any, tmp_path: Path) -> None:
 def test_classes_of_the_tasks_own_are_lent(tmp_path: Path) -> None:
     back, _ = taken(lent(Custom()), CPU, Path(__file__).parent)
     assert torch.equal(back.inputs, ONE)
-    with refused("strategy.batch-cannot-be-lent", "Custom"):
+    with raises("strategy.batch-cannot-be-lent", "Custom"):
         taken(lent(Custom()), CPU, tmp_path)
 
 
 @pytest.mark.parametrize("kind", [Bomb, Started])
 @pytest.mark.parametrize("code", [Path("/"), Path(__file__).parent])
 def test_nothing_is_run_to_build_a_batch(kind: type[Bomb], code: Path, tmp_path: Path) -> None:
-    with refused("strategy.batch-cannot-be-lent"):
+    with raises("strategy.batch-cannot-be-lent"):
         taken(lent([kind(tmp_path / "made")]), CPU, code)
     assert not (tmp_path / "made").exists()

@@ -18,7 +18,7 @@ from dtrain.train.strategies.dp import (
     replicate,
     scatter,
 )
-from support.coded import refused
+from support.errors import raises
 
 Pair = namedtuple("Pair", "x y")
 
@@ -53,7 +53,7 @@ def test_scatter_cuts_nested_batches_as_torch_chunks_them() -> None:
     ],
 )
 def test_what_cannot_be_cut_is_named(batch: Any, words: str) -> None:
-    with refused("strategy.batch-cannot-be-cut", words):
+    with raises("strategy.batch-cannot-be-cut", words):
         check_scatterable(batch, 4)
 
 

@@ -13,7 +13,7 @@ import pytest
 from dtrain import Task, catalog
 from dtrain.errors import JobError
 from dtrain.train.load import load_task
-from support.coded import refused
+from support.errors import raises
 
 METHODS = """
   def model(self): return "model"
@@ -112,7 +112,7 @@ def test_what_is_wrong_has_a_code(
         f"class T:\n  def __init__(self, a): pass\n{METHODS}\n"
         "class Half:\n  def model(self): pass\n  def train_dataset(self): pass\n",
     )
-    with refused(code, words, kind=JobError):
+    with raises(code, words, kind=JobError):
         load_task(reference, args, tmp_path)
 
 

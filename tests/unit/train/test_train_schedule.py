@@ -13,7 +13,7 @@ from dtrain.job.spec import EarlyStoppingSpec, JobSpec
 from dtrain.train.data.placement import EpochPlan, Position
 from dtrain.train.loop.metric_callbacks import EarlyStopping
 from dtrain.train.loop.progress import Progress, Schedule, data_identity, refuse_to_end_before
-from support.coded import refused
+from support.errors import raises
 
 
 def spec(**sections: Any) -> JobSpec:
@@ -72,7 +72,7 @@ def test_patience(settings: dict[str, Any], values: list[float], stops_after: in
 
 def test_a_metric_that_nobody_returns() -> None:
     watch = EarlyStopping(EarlyStoppingSpec(metric="acc"))
-    with refused("eval.no-such-metric", "'acc'", "loss, accuracy", kind=UsageError):
+    with raises("eval.no-such-metric", "'acc'", "loss, accuracy", kind=UsageError):
         watch.update({"loss": 1.0, "accuracy": 0.5}, 1)
 
 
@@ -86,21 +86,21 @@ def test_a_position_is_of_its_data_only() -> None:
         data_identity(spec(data={"shuffle": False}), range(50), 50),
         data_identity(spec(), range(51), 51),
     ):
-        with refused("checkpoint.other-data", kind=CheckpointError):
+        with raises("checkpoint.other-data", kind=CheckpointError):
             Progress.from_saved(saved, other)
 
 
 def test_a_refused_seed_says_how_it_fits() -> None:
     dataset = [0] * 10
     saved = Progress().to_saved(data_identity(spec(seed=3), dataset, 10))
-    with refused("checkpoint.other-data", "seed was 3, is 5", "--set seed=3", kind=CheckpointError):
+    with raises("checkpoint.other-data", "seed was 3, is 5", "--set seed=3", kind=CheckpointError):
         Progress.from_saved(saved, data_identity(spec(seed=5), dataset, 10))
 
 
 def test_a_checkpoint_past_the_end_is_refused() -> None:
     refuse_to_end_before(12, 12)
     refuse_to_end_before(12, None)  # a stream
-    with refused("run.end-passed", "of step 12", "after step 8", "train.steps=24"):
+    with raises("run.end-passed", "of step 12", "after step 8", "train.steps=24"):
         refuse_to_end_before(12, 8)
 
 
