@@ -112,7 +112,7 @@ def seconds(make: Callable[[Path, str, str], Way], address: str, dashboard: str)
 
 
 def trainers(folder: Path) -> list[int]:
-    """Processes that still work for a launch: its folder is in their command, or in a file."""
+    """Processes that still work for a launch: its directory is in their command, or in a file."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = " ".join(process.info["cmdline"] or [])

@@ -6,7 +6,7 @@ hits both. Prints a table of medians, extremes and ratios::
     python benchmarks/startup.py --rounds 5
 
 Both train examples/digits on 4 ranks with a checkpoint every 20 steps: dtrain from its job file,
-torchrun from by_hand/digits.py. Both run in a folder that is removed at the end, and only
+torchrun from by_hand/digits.py. Both run in a directory that is removed at the end, and only
 processes started here are killed.
 """
 
@@ -93,7 +93,7 @@ def aligned(cells: list[list[str]]) -> str:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for one launch."""
+    """A directory for one launch."""
     with tempfile.TemporaryDirectory(
         prefix="dtrain-benchmark-", ignore_cleanup_errors=True
     ) as folder:

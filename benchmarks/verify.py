@@ -4,7 +4,7 @@ Prints tables of medians, extremes and ratios, of seconds and of CPU seconds::
 
     python benchmarks/verify.py --rounds 3 --other ../dtrain-before/src
 
-With `--other`, the same rows are run by the dtrain of another source folder as well, in turns
+With `--other`, the same rows are run by the dtrain of another source directory as well, in turns
 (A B A B …), so that a busy moment hits both.
 """
 

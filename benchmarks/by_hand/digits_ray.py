@@ -15,7 +15,7 @@ from ray.train.torch import TorchTrainer
 
 
 def loop(config: dict[str, Any]) -> None:
-    import digits  # from this script's folder, which Ray adds to the path of its workers
+    import digits  # from this script's directory, which Ray adds to the path of its workers
 
     folder = Path(config["folder"])
     digits.train(config["steps"], folder / "snapshot.pt", config["every"], folder / "steps.txt")

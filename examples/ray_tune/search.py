@@ -71,7 +71,7 @@ def main() -> None:
         "--nodes", type=int, default=1, help="nodes of each trial, with 2 processes each"
     )
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--runs", default="runs", help="a folder that all nodes share")
+    parser.add_argument("--runs", default="runs", help="a directory that all nodes share")
     given = parser.parse_args()
     ray.init(address=given.address, log_to_driver=False)
     runs = os.path.abspath(given.runs)

@@ -8,6 +8,6 @@ _PACKAGE = Path(__file__).parent
 
 
 def asset_dir(name: str) -> Path:
-    """A folder of shipped files, as `launchers`: in a wheel, or at the top of the checkout."""
+    """A directory of shipped files, as `launchers`: in a wheel, or at the top of the checkout."""
     packed = _PACKAGE / "_assets" / name
     return packed if packed.is_dir() else _PACKAGE.parents[1] / name

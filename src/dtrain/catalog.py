@@ -255,7 +255,7 @@ def url_problem(launcher: str) -> str | None:
         return None
     able = " and ".join(repr(name) for name, each in LAUNCHERS.items() if each.urls)
     return (
-        f"launcher {launcher!r} needs a folder for --runs, one that all nodes share; "
+        f"launcher {launcher!r} needs a directory for --runs, one that all nodes share; "
         f"launchers {able} take a URL"
     )
 

@@ -56,7 +56,7 @@ def first_line(error: BaseException, most: int = 300) -> str:
     return shortened(lines[0], most) if lines else type(error).__name__
 
 
-def told(error: DtrainError, mark: Callable[[str], str] = str) -> str:
+def format_error(error: DtrainError, mark: Callable[[str], str] = str) -> str:
     """Return the lines for the user: `dtrain: MESSAGE  [code]`, for each problem of the error.
 
     Args:
@@ -71,7 +71,7 @@ def told(error: DtrainError, mark: Callable[[str], str] = str) -> str:
 
 
 def without_code(line: str) -> tuple[str, str]:
-    """Return a line that `told` has made for another process, and the code at its end, or ""."""
+    """Split a line made by `format_error` into the message and the code at its end, or ""."""
     found = re.search(r"  \[([a-z]+\.[a-z0-9-]+)\]$", line)
     return (line, "") if found is None else (line[: found.start()], found[1])
 

@@ -45,7 +45,7 @@ def import_once(
 
     Args:
         modules: the modules, in the order of import.
-        preload: the user's modules, which may be in the current folder.
+        preload: the user's modules, which may be in the current directory.
         between: called before each import.
     """
     for module in modules:

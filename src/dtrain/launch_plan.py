@@ -37,7 +37,7 @@ class Facts:
 
     run_id: str
     runs: str
-    """The absolute path of the folder of all runs, on this host."""
+    """The absolute path of the directory of all runs, on this host."""
     python: str
     host: str
     cores: int
@@ -102,7 +102,7 @@ class LaunchPlan:
     attempt: int
     name: str
     job_dir: str
-    """The folder of job.yaml. The path of the task's file is relative to it."""
+    """The directory of job.yaml. The path of the task's file is relative to it."""
     launcher: str
     profile: str
     trainer: str
@@ -134,7 +134,7 @@ class LaunchPlan:
     max_requeues: int = 0
     """The number of times that a cluster may start the job again automatically."""
     code_dir: str = ""
-    """The folder in which workers find the task, if it is a copy of `job_dir`."""
+    """The directory in which workers find the task, if it is a copy of `job_dir`."""
     sources: dict[str, str] = field(default_factory=dict)
     """The origin of each of the launcher's settings: `launchers/slurm.yaml:9:14`, or a flag."""
     script: tuple[str, ...] = ()
@@ -234,7 +234,7 @@ def make_plan(
     procs, replicas = _processes(job)
     _check_sizes(job, procs, facts.attempt)
     if facts.runs_url and (problem := catalog.url_problem(launcher)):
-        raise PlanError(problem, code="plan.launcher-needs-folder")
+        raise PlanError(problem, code="plan.launcher-needs-directory")
     threads = _threads(launcher, options, facts.cores, nodes, procs * replicas)
     run = RunDir(os.path.join(facts.runs, facts.run_id))
     return LaunchPlan(

@@ -51,7 +51,7 @@ class Request:
     launcher: str = "local"
     """The name of a profile."""
     runs: str = "runs"
-    """The folder or URL of all runs."""
+    """The directory or URL of all runs."""
     run_id: str | None = None
     """The run's id. None means a new one, made from the job's name."""
     suffix: str = ""
@@ -73,7 +73,7 @@ class JobOfClass:
     values: Mapping[str, Any]
     """Fields of job.yaml. The fields of the request are among them, with their own locations."""
     folder: Path
-    """The folder that replaces that of job.yaml."""
+    """The directory that replaces that of job.yaml."""
     place: str
     """The name of the job in errors: `launch(Digits)`."""
 
@@ -176,7 +176,7 @@ def plan_attempt(run: RunDir, request: Request) -> Prepared:
 
 
 def _job_dir_of(before: LaunchPlan) -> Path:
-    """Return the folder of a run's job, or on a host that lacks it, the copy kept at the URL."""
+    """Return the directory of a run's job, or on a host that lacks it, the copy kept at the URL."""
     here = Path(before.job_dir)
     if here.is_dir() or not before.run_url:
         return here
@@ -184,7 +184,7 @@ def _job_dir_of(before: LaunchPlan) -> Path:
     kept = code_archive.unpack(before.run)
     if kept is None:
         raise UsageError(
-            f"the job's folder {here} is not on this host, and its code not at the URL",
+            f"the job's directory {here} is not on this host, and its code not at the URL",
             code="run.code-gone",
         )
     return kept

@@ -43,15 +43,15 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def offer_current_folder() -> None:
-    """Let the user's code import from the current folder, from which `python -P` keeps dtrain's.
+    """Let the user's code import from the current directory, from which `python -P` keeps dtrain's.
 
-    The folder comes before installed packages, as usual, but after the standard library. Any user
-    may write to the folder, and a `types.py` in it must not replace Python's own imports. Call it
-    after dtrain's own imports.
+    It comes before installed packages, as usual, but after the standard library. Any user may write
+    to the directory, and a `types.py` in it must not replace Python's own imports. Call it after
+    dtrain's own imports.
     """
     if not sys.flags.safe_path or "PYTHONSAFEPATH" in os.environ:
         return  # it is there already, or the user does not want it
-    with contextlib.suppress(FileNotFoundError):  # the folder no longer exists
+    with contextlib.suppress(FileNotFoundError):  # the directory no longer exists
         folder, standard = os.getcwd(), os.path.dirname(os.__file__)
         own = (standard, f"{standard}/lib-dynload")
         ends = [k for k, path in enumerate(sys.path) if path in own]

@@ -1,6 +1,6 @@
 """The record of each step of a training, written by its workers for `dtrain verify` to compare.
 
-A recording is a folder of the run directory. Rank 0 writes `step-00000003.npz` after step 3
+A recording is a directory of the run directory. Rank 0 writes `step-00000003.npz` after step 3
 (gradients as the optimizer received them, parameters and buffers after it), and
 `step-00000000.npz` before the first. Every rank writes one line per step to `rank-00001.jsonl`.
 """

@@ -21,7 +21,7 @@ def main() -> None:
     from dtrain.run.rundir import RunDir
 
     take_hash_seed(RunDir(arguments.run_dir), sys.orig_argv[1:])
-    # Every optimizer imports it, but by then the folder of the user's file is on sys.path.
+    # Every optimizer imports it, but by then the directory of the user's file is on sys.path.
     import torch._dynamo  # noqa: F401
 
     from dtrain.node.worker import run_worker

@@ -1,4 +1,4 @@
-"""Real clusters for the tests of this folder; they are skipped where Slurm or Ray is missing."""
+"""Real clusters for the tests of this directory; they are skipped where Slurm or Ray is missing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def slurm_cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def profiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The folder of a user's own profiles; with those here nodes are warm, see `support.warm`."""
+    """The directory of a user's own profiles; these make nodes warm, see `support.warm`."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     folder = tmp_path / "config" / "dtrain" / "launchers"
     folder.mkdir(parents=True)

@@ -128,7 +128,7 @@ def test_a_command_killed_while_its_cluster_starts_leaves_nothing(tmp_path: Path
         (keeper,) = [p for p in descendants(process.pid) if "local_cluster" in command_of(p)]
         folder = Path(json.loads(keeper.cmdline()[-1])["folder"])
         assert folder.is_dir()
-    until("its folder to be gone", lambda: not folder.exists(), 20)
+    until("its directory to be gone", lambda: not folder.exists(), 20)
 
 
 def starting(process: subprocess.Popen[str]) -> bool:

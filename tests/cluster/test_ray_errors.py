@@ -27,9 +27,9 @@ def refused(cwd: Path, *arguments: str | Path, job: Path = TINY, **env: str) -> 
 
 
 def without(folder: Path) -> Sequence[str]:
-    """A command to run another in that sees nothing in a folder: another host's view."""
+    """A command to run another in that sees nothing in a directory: another host's view."""
     if os.geteuid() != 0:
-        pytest.skip("hiding a folder from a node needs root")
+        pytest.skip("hiding a directory from a node needs root")
     hide = f'mount -t tmpfs tmpfs {folder} && exec "$@"'
     return ("unshare", "--mount", "sh", "-c", hide, "sh")
 

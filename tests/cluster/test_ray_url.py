@@ -1,4 +1,4 @@
-"""Runs at a URL on nodes that share no folder with one another, nor with who launches."""
+"""Runs at a URL on nodes that share no directory with one another, nor with who launches."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 
 
 def apart(own: Path, *others: Path) -> Sequence[str]:
-    """A command to run another in that works in a folder of its own and sees nothing in others."""
+    """A command that runs another in a directory of its own, where it sees nothing in others."""
     if os.geteuid() != 0:
-        pytest.skip("hiding a folder from a node needs root")
+        pytest.skip("hiding a directory from a node needs root")
     hide = "".join(f"mount -t tmpfs tmpfs {folder} && " for folder in others)
     return ("unshare", "--mount", "sh", "-c", f'{hide}exec env DTRAIN_STAGING={own} "$@"', "sh")
 
@@ -83,7 +83,7 @@ def test_nodes_that_share_no_folder_train_are_killed_and_go_on(
     assert "killed" in dtrain("why", "--runs", RUNS, "--attempt", "0", cwd=tmp_path).stdout
 
     monkeypatch.setenv("DTRAIN_STAGING", str(folders[3]))
-    shutil.rmtree(job.parent)  # another laptop has no such folder
+    shutil.rmtree(job.parent)  # another laptop has no such directory
     quick = ("--set", "checkpoint.every_steps=25", "--set", "args.pause=0")
     done = dtrain("resume", "--runs", RUNS, *keys, *quick, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -21,8 +21,8 @@ _TOGETHER = {
 class Groups(LoadScopeScheduling):
     """Tests that share a cluster or a file's fixture go to one worker, others to whoever is free.
 
-    They begin in the order of their folders: clusters, where most of the waiting is, come first,
-    and the short ones of `unit` last.
+    They begin in the order of their directories: clusters, where most of the waiting is, come
+    first, and the short ones of `unit` last.
     """
 
     def __init__(self, config: pytest.Config, log: Any) -> None:

@@ -176,7 +176,7 @@ def status(run: RunDir) -> dict[str, Any]:
 
 
 def recorded(cwd: Path, *arguments: str | Path) -> tuple[RunDir, trace.Recording]:
-    """A launch to its end in a folder of its own, and what each of its steps did."""
+    """A launch to its end in a directory of its own, and what each of its steps did."""
     cwd.mkdir()
     wish = ("--env", f"{trace.VARIABLE}={{}}")
     done = dtrain("launch", *wish, *arguments, cwd=cwd)
@@ -208,7 +208,7 @@ def metrics(run: RunDir, split: str = "train") -> list[dict[str, Any]]:
 
 
 def wait_for_step(folder: Path, step: int, timeout: float = 60) -> RunDir:
-    """Wait until the run in a folder has done a step."""
+    """Wait until the run in a directory has done a step."""
 
     def reached() -> bool:
         runs = list_runs(folder / "runs")

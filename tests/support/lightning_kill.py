@@ -54,7 +54,7 @@ def killed_in_mid_epoch(
     """Launch on two ranks, kill one, and see it end as if nothing had been.
 
     Args:
-        cwd: an empty folder.
+        cwd: an empty directory.
         way: of stepping.
         arguments: of the launch: where the two ranks are.
         kill_rank: kills the process that is this pid on the node of rank 1.

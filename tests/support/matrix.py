@@ -31,7 +31,7 @@ def shown(cwd: Path, launcher: str, profile: str, *, nodes: int = 2) -> Rows:
     """What comes of trying: two ranks of each pair are compared with a single process.
 
     Args:
-        cwd: an empty folder.
+        cwd: an empty directory.
         launcher: by name.
         profile: the profile to launch with.
         nodes: over how many nodes the two ranks can be spread from this host.

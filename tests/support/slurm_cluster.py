@@ -41,7 +41,7 @@ def sha(run: RunDir) -> str:
 
 
 def once(folder: Path) -> tuple[str, ...]:
-    """A profile in a folder of ours whose jobs are never requeued; the flags that choose it."""
+    """A profile in a directory of ours whose jobs are never requeued; the flags that choose it."""
     place = folder / "launchers"
     place.mkdir()
     (place / "once.yaml").write_text("launcher: slurm\nextends: slurm\noptions:\n  requeue: 0\n")

@@ -284,7 +284,7 @@ def test_a_run_directory_may_be_moved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
 def test_launchers_that_need_a_shared_folder_take_no_url(launcher: str) -> None:
     facts = replace(FACTS, runs_url="s3://bucket/runs")
-    with raises("plan.launcher-needs-folder", repr(launcher), "'local' and 'ray'"):
+    with raises("plan.launcher-needs-directory", repr(launcher), "'local' and 'ray'"):
         make_plan(
             job(),
             job_dir="/job",

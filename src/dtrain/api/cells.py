@@ -24,8 +24,8 @@ from dtrain.job.static_source import Definition
 from dtrain.run import files
 
 FOLDER = "notebook_cells"
-"""A folder in the current folder, which is the job's. A copy of the code includes it, since it
-is not hidden, and it is not a run.
+"""A directory in the current one, which is the job's. A copy of the code includes it, since it is
+not hidden, and it is not a run.
 """
 _HEAD = '"""{name}, as it is in the cells of a notebook. Edit it there: this is written anew."""\n'
 _FUTURE = "from __future__ import annotations\n"

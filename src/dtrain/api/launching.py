@@ -68,7 +68,7 @@ def launch(job: Job, *, detach: bool = False, **asked: Unpack[Asked]) -> Run:
         set: any fields of job.yaml, by dotted name: `{"train.lr": 0.1}`.
         env: variables for every worker. Values that look secret are never shown.
         options: options of the launcher's profile, by name.
-        runs: folder or URL of all runs. None means DTRAIN_RUNS, or else `runs`.
+        runs: directory or URL of all runs. None means DTRAIN_RUNS, or else `runs`.
         launcher: a profile: your own launchers/NAME.yaml, or the packaged one.
         trainer: the trainer whose training loop is used.
         seed: the seed of the whole training.
@@ -151,7 +151,7 @@ def verify(
         epoch_samples: samples of an epoch, `auto` or `all`.
         set: any fields of job.yaml, by dotted name.
         options: `NAME=VALUE` options of the named launchers.
-        keep: folder in which the run directories are kept. None means that they are removed.
+        keep: directory in which the run directories are kept. None means that they are removed.
         fields: sections of job.yaml, as for `launch`.
 
     Returns:

@@ -66,7 +66,7 @@ class Run(AbstractContextManager["Run"]):
 
         Args:
             name: the id, path or beginning, or `last`.
-            runs: folder or URL of all runs. None means DTRAIN_RUNS, or else `runs`.
+            runs: directory or URL of all runs. None means DTRAIN_RUNS, or else `runs`.
 
         Raises:
             RunNotFound: no run, or more than one, has this name.
@@ -293,7 +293,7 @@ def runs(runs: str | os.PathLike[str] | None = None) -> list[Run]:
     """Return all runs, the oldest first, including damaged ones.
 
     Args:
-        runs: folder or URL of all runs. None means DTRAIN_RUNS, or else `runs`.
+        runs: directory or URL of all runs. None means DTRAIN_RUNS, or else `runs`.
 
     Example:
         >>> [run.id for run in dtrain.runs() if run.status()["state"] == "failed"]

@@ -57,7 +57,7 @@ def _of_kind(value: Any) -> str:
 
 
 def _reference(task: Any, function: str) -> tuple[Path, str]:
-    """Return (job folder, file or module) of a class."""
+    """Return (job directory, file or module) of a class."""
     module = sys.modules.get(task.__module__)
     file = getattr(module, "__file__", None)
     if task.__module__ == "__main__":

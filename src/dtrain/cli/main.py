@@ -211,8 +211,8 @@ def _as_told(error: click.ClickException | DtrainError | OSError) -> DtrainError
         kind = UsageError if error.errno == errno.ENAMETOOLONG else DtrainError
         return kind(f"{place}: {error.strerror}", code="file.not-usable")
     if _is_nowhere():
-        text = "the current folder is gone; change to one that is there"
-        return UsageError(text, code="file.current-folder-gone")
+        text = "the current directory is gone; change to one that is there"
+        return UsageError(text, code="file.current-directory-gone")
     return None
 
 

@@ -1,4 +1,4 @@
-"""`dtrain runs`: the runs of a folder."""
+"""`dtrain runs`: the runs of a directory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HAS_A_COLUMN = (
 @click.command(
     "runs",
     cls=shared.Command,
-    examples=(("dtrain runs", "All runs in the folder `runs`, the newest last."),),
+    examples=(("dtrain runs", "All runs in the directory `runs`, the newest last."),),
 )
 @shared.runs_option
 @shared.json_option

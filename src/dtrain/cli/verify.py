@@ -65,7 +65,7 @@ def _writable(context: click.Context, option: click.Parameter, given: str | None
     if given is not None:
         folder = os.path.dirname(os.path.abspath(given))
         if not os.path.isdir(folder):
-            raise click.BadParameter(f"no such folder: {folder}", context, option)
+            raise click.BadParameter(f"no such directory: {folder}", context, option)
         if not os.access(given if os.path.exists(given) else folder, os.W_OK):
             raise click.BadParameter(f"cannot be written: {given}", context, option)
     return given
@@ -196,7 +196,9 @@ def command(html: str | None, as_json: bool, **options: Any) -> int:  # fmt: ski
     """
     from dtrain.verification.session import Session
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # temporary folders must be removed
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # temporary directories must be removed
     waiting = _Waiting()
     shows = not as_json and out.on_terminal()
     with Session(**options, watch=waiting.show if shows else None) as session:

@@ -57,7 +57,7 @@ LAUNCH: Mapping[str, Entry] = {
         "Set the variable first, or give its value with `--env NAME=VALUE`.",
     ),
     "usage.run-id": Entry(
-        "The text of `--run-id` cannot be the name of a folder and of a job.",
+        "The text of `--run-id` cannot be the name of a directory and of a job.",
         "Use letters, digits, dots, dashes and underscores.",
     ),
     "usage.array-syntax": Entry(
@@ -80,9 +80,9 @@ LAUNCH: Mapping[str, Entry] = {
         "There is no file of this name.",
         "Check the path. The message names a file of a similar name, if there is one.",
     ),
-    "file.is-a-folder": Entry(
-        "The path names a folder, and a file is needed.",
-        "Name the YAML file in that folder.",
+    "file.is-a-directory": Entry(
+        "The path names a directory, and a file is needed.",
+        "Name the YAML file in that directory.",
     ),
     "file.not-regular": Entry(
         "The path names a pipe or a device, which may never end.",
@@ -98,23 +98,23 @@ LAUNCH: Mapping[str, Entry] = {
     ),
     "file.unreadable": Entry(
         "The file is there, but it cannot be read.",
-        "Look at its permissions, and at those of its folders.",
+        "Look at its permissions, and at those of its directories.",
     ),
     "file.not-writable": Entry(
         "A file cannot be written.",
-        "Choose another place, make room on the disk, or change the permissions of the folder.",
+        "Choose another place, make room on the disk, or change the permissions of the directory.",
     ),
     "file.not-usable": Entry(
-        "The system refuses to open a file or a folder.",
+        "The system refuses to open a file or a directory.",
         "The message has the system's reason. Check the path and its permissions.",
     ),
     "file.console-gone": Entry(
         "What the command prints cannot be written: its console is gone, or its disk is full.",
         "Run the command again where its output can be written.",
     ),
-    "file.current-folder-gone": Entry(
-        "The current folder was removed while the shell stood in it.",
-        "Change to a folder that exists.",
+    "file.current-directory-gone": Entry(
+        "The current directory was removed while the shell stood in it.",
+        "Change to a directory that exists.",
     ),
     "yaml.syntax": Entry(
         "The file is not YAML at this place.",
@@ -208,7 +208,7 @@ LAUNCH: Mapping[str, Entry] = {
     "job.code-not-found": Entry(
         "The file or the module of a class does not exist.",
         "Check the path; it is relative to job.yaml. A module must be importable from the "
-        "folder of job.yaml.",
+        "directory of job.yaml.",
     ),
     "job.class-not-found": Entry(
         "The file exists, but it has no class of this name.",
@@ -251,7 +251,7 @@ LAUNCH: Mapping[str, Entry] = {
         "Check the path; it is relative to job.yaml.",
     ),
     "profile.not-found": Entry(
-        "There is no profile of this name in any of the folders that are searched.",
+        "There is no profile of this name in any of the directories that are searched.",
         "Use a name that `dtrain launchers` lists, or write `launchers/NAME.yaml`.",
     ),
     "profile.circle": Entry(
@@ -352,12 +352,12 @@ LAUNCH: Mapping[str, Entry] = {
         "A fault is to be injected on a rank that the launch does not have.",
         "Choose a rank that exists, or launch more processes.",
     ),
-    "plan.launcher-needs-folder": Entry(
+    "plan.launcher-needs-directory": Entry(
         "This launcher cannot keep its runs at a URL.",
-        "Give a folder that all nodes share with `--runs`, or use a launcher that takes a URL.",
+        "Give a directory that all nodes share with `--runs`, or use a launcher that takes a URL.",
     ),
     "launch.not-writable": Entry(
-        "The folder of the run cannot be written.",
+        "The directory of the run cannot be written.",
         "Choose another place with `--runs`, or make room on the disk.",
     ),
     "launch.command-not-started": Entry(
@@ -401,7 +401,7 @@ LAUNCH: Mapping[str, Entry] = {
         "Say where the runs are with `--runs`.",
     ),
     "run.no-plan": Entry(
-        "The folder is not the folder of a run.",
+        "The directory is not the directory of a run.",
         "Name a run that `dtrain runs` lists.",
     ),
     "run.no-such-attempt": Entry(
@@ -441,8 +441,8 @@ LAUNCH: Mapping[str, Entry] = {
         "Cancel the run on that host.",
     ),
     "run.code-gone": Entry(
-        "The folder with the job's code is not on this host, and no copy of it was kept.",
-        "Resume on a host that has the folder.",
+        "The directory with the job's code is not on this host, and no copy of it was kept.",
+        "Resume on a host that has the directory.",
     ),
     "run.damaged-file": Entry(
         "A file of the run does not hold what dtrain has written there.",
@@ -538,7 +538,7 @@ LAUNCH: Mapping[str, Entry] = {
     ),
     "slurm.path-not-usable": Entry(
         "Slurm or submitit cannot write to a path with this character.",
-        "Choose a folder with another name with `--runs`.",
+        "Choose a directory with another name with `--runs`.",
     ),
     "slurm.template-unreadable": Entry(
         "The template of the batch script cannot be read as text.",
@@ -560,8 +560,8 @@ LAUNCH: Mapping[str, Entry] = {
         "The run that this one is to wait for has failed or was cancelled.",
         "Launch without `--after`, or resume the other run first.",
     ),
-    "slurm.folder-not-shared": Entry(
-        "A node of the job does not see the folder of the run.",
+    "slurm.directory-not-shared": Entry(
+        "A node of the job does not see the directory of the run.",
         "Keep the runs on a disk that all nodes have at the same path, with `--runs`.",
     ),
     "slurm.requeued-too-often": Entry(
@@ -579,7 +579,7 @@ LAUNCH: Mapping[str, Entry] = {
     "slurm.head-silent": Entry(
         "The agent of the first node has not said where the others find it.",
         "Look at the log of the first node; it may not have started, or may not see the "
-        "folder of the run.",
+        "directory of the run.",
     ),
     "slurm.names-unresolved": Entry(
         "A node cannot find the addresses of the other nodes by their names.",
@@ -608,7 +608,7 @@ LAUNCH: Mapping[str, Entry] = {
     ),
     "ray.secret-variables": Entry(
         "Variables that may be secret would be readable by others in a Ray job's files.",
-        "Set them on the cluster, or let the cluster share the folder of runs.",
+        "Set them on the cluster, or let the cluster share the directory of runs.",
     ),
     "ray.too-few-resources": Entry(
         "The Ray cluster never has so many nodes, cores or GPUs, or not in time.",
@@ -616,12 +616,12 @@ LAUNCH: Mapping[str, Entry] = {
     ),
     "ray.node-unsuitable": Entry(
         "A node of the Ray cluster lacks a package, has another version, or does not see "
-        "the folder of the run.",
+        "the directory of the run.",
         "Make the nodes alike, as the message says for each of them.",
     ),
-    "ray.folder-not-shared": Entry(
-        "The Ray cluster does not see the folder of the run.",
-        "Set option `cluster_runs` to a folder that all nodes share, or to a URL.",
+    "ray.directory-not-shared": Entry(
+        "The Ray cluster does not see the directory of the run.",
+        "Set option `cluster_runs` to a directory that all nodes share, or to a URL.",
     ),
     "ray.code-too-large": Entry(
         "The code beside the job is too large to be sent to the nodes.",
@@ -641,11 +641,11 @@ LAUNCH: Mapping[str, Entry] = {
     ),
     "url.in-memory": Entry(
         "What is kept at `memory://` is gone with the process.",
-        "Use a folder or another URL.",
+        "Use a directory or another URL.",
     ),
     "url.not-found": Entry(
         "The place that the URL names does not exist.",
-        "Create the bucket or the folder, or correct the URL.",
+        "Create the bucket or the directory, or correct the URL.",
     ),
     "url.no-access": Entry(
         "The service at the URL refuses these credentials.",
@@ -777,7 +777,7 @@ LAUNCH: Mapping[str, Entry] = {
     ),
     "verify.no-place": Entry(
         "The runs of the comparison cannot be written anywhere.",
-        "Name a folder with `--keep`.",
+        "Name a directory with `--keep`.",
     ),
     "verify.stopped": Entry(
         "The comparison was stopped before its end.",
@@ -852,8 +852,8 @@ LAUNCH: Mapping[str, Entry] = {
         "There is no export format of this name.",
         "Use one of the formats that the message lists.",
     ),
-    "export.no-folder": Entry(
-        "The folder for the output does not exist.",
+    "export.no-directory": Entry(
+        "The directory for the output does not exist.",
         "Create it, or name another one with `--output`.",
     ),
     "export.no-checkpoint": Entry(

@@ -226,7 +226,7 @@ _EVALUATION = {
     "predict.files-not-shared": Entry(
         "Rank 0 does not see the predictions that another rank wrote, so the nodes do not share "
         "the directory of the run.",
-        "Put the runs into a folder on a file system that all nodes share.",
+        "Put the runs into a directory on a file system that all nodes share.",
     ),
     "predict.not-rows": Entry(
         "predict() does not return tensors with one row for each sample of the batch.",
@@ -335,9 +335,9 @@ _CHECKPOINTS = {
         "Resume from an earlier checkpoint: move this one away.",
     ),
     "checkpoint.cannot-write": Entry(
-        "A checkpoint cannot be written, for example because the folder is read-only or the file "
-        "system failed. The checkpoints before it are intact.",
-        "Make the folder in the message writable for the job, then resume.",
+        "A checkpoint cannot be written, for example because the directory is read-only or the "
+        "file system failed. The checkpoints before it are intact.",
+        "Make the directory in the message writable for the job, then resume.",
     ),
     "checkpoint.damaged-file": Entry(
         "A file of a checkpoint does not hold the bytes that were written there.",
@@ -402,10 +402,10 @@ _CHECKPOINTS = {
         "example a set, a sparse tensor or an object of a class of the task.",
         "Save tensors, NumPy arrays, numbers, str and None, in dicts, lists and tuples.",
     ),
-    "checkpoint.wrong-folder": Entry(
-        "The checkpoint is of another step than the name of its folder, so the folder was renamed "
-        "or copied by hand.",
-        "Give the folder the name of its own step, or move it away.",
+    "checkpoint.wrong-directory": Entry(
+        "The checkpoint is of another step than the name of its directory, so the directory was "
+        "renamed or copied by hand.",
+        "Give the directory the name of its own step, or move it away.",
     ),
     "resume.settings-changed": Entry(
         "The job or the task now gives the optimizer or the scheduler other settings, but training "
@@ -635,9 +635,9 @@ _LIGHTNING = {
 }
 
 _SCRIPTS = {
-    "script.no-folder": Entry(
-        "dtrain.checkpoint() is called outside of a run of dtrain, and without a folder.",
-        "Give a folder: dtrain.checkpoint(…, folder=…). Or launch the script with dtrain.",
+    "script.no-directory": Entry(
+        "dtrain.checkpoint() is called outside of a run of dtrain, and without a directory.",
+        "Give a directory: dtrain.checkpoint(…, directory=…). Or launch the script with dtrain.",
     ),
     "script.no-process-group": Entry(
         "A function that speaks to the other processes is called before the process group exists.",

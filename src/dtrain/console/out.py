@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-from dtrain.errors import DtrainError, told
+from dtrain.errors import DtrainError, format_error
 
 _STATE_COLOURS = {
     "running": "cyan",
@@ -89,7 +89,7 @@ def complain(error: DtrainError, command: str, *, as_json: bool) -> None:
         command: the command's name, for the hint at its help. Empty for no hint.
         as_json: whether to print one JSON object instead of lines.
     """
-    lines = [_as_json(error) if as_json else told(error, _dim)]
+    lines = [_as_json(error) if as_json else format_error(error, _dim)]
     if error.code.startswith("usage.") and not as_json:
         lines.append(f"see: {' '.join(['dtrain', *command.split(), '--help'])}")
     with contextlib.suppress(OSError):  # stderr may be gone as well

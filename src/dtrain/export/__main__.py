@@ -12,7 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from dtrain.errors import DtrainError, told
+from dtrain.errors import DtrainError, format_error
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
             averaged=arguments.averaged,
         )
     except DtrainError as error:
-        print(told(error), file=sys.stderr)
+        print(format_error(error), file=sys.stderr)
         return error.exit_code
     print("\n".join(done.lines()))
     return 0

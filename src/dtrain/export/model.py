@@ -49,7 +49,7 @@ def trained_model(spec: JobSpec, job_dir: str, state: dict[str, Any]) -> Trained
 
     Args:
         spec: the run's job.
-        job_dir: the folder of the task.
+        job_dir: the directory of the task.
         state: plain parameter and buffer name → tensor.
 
     Raises:

@@ -53,7 +53,7 @@ def export(
         run: its directory, which is only read.
         to: a name of `catalog.EXPORTS`.
         step: the checkpoint of that step. None means the newest intact one.
-        output: the file. None means `<run>-<step>` with the format's suffix, in the current folder.
+        output: the file. None means `<run>-<step>` with the format's suffix, in this directory.
         averaged: take the weights that `dtrain.EMA` has averaged.
 
     Raises:
@@ -73,7 +73,9 @@ def export(
     number = int(folder.name.removeprefix("step-"))
     target = output or Path(f"{run.id}-{number}{fact.suffix}")
     if not target.parent.is_dir():
-        raise UsageError(f"--output: there is no folder {target.parent}", code="export.no-folder")
+        raise UsageError(
+            f"--output: there is no directory {target.parent}", code="export.no-directory"
+        )
     about = {"run": run.id, "step": str(number)}
     state = _averaged(tensors) if averaged else tensors["model"]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
@@ -112,7 +114,7 @@ def _model(run: RunDir, state: dict[str, Any]) -> Trained:
 
 
 def _newest(run: RunDir, step: int | None) -> tuple[Path, dict[str, Any], dict[str, str]]:
-    """Return (folder, tensors, rejected) of the newest intact checkpoint, or of that of a step."""
+    """Return (directory, tensors, rejected) of a step's checkpoint, or of the newest intact one."""
     remote = RemoteCheckpoints.of(run)
     here = run.checkpoints.glob("step-????????*") if remote is None else remote.folders()
     found = sorted(here, reverse=True)

@@ -37,7 +37,7 @@ def refuse_missing(job: JobSpec, folder: Path) -> None:
 
     Args:
         job: a job that this Python, on this host, will train.
-        folder: the folder of the job file.
+        folder: the directory of the job file.
 
     Raises:
         JobError: one problem for each module that does not exist.

@@ -58,8 +58,8 @@ def load_job(
         overrides: `FIELD=VALUE` texts of `--set`, values read as YAML.
         profile_launch: the profile's `launch:` section (`LoadedProfile.launch`).
         flags: the dotted name of each field → `flag(spelling, value)`.
-        job_dir: the folder that `task` and `data.paths` are relative to. None means the job file's
-            folder.
+        job_dir: the directory that `task` and `data.paths` are relative to. None means that of
+            the job file.
         text: the text of the job, where there is no such file.
         root: the parsed text, with locations that the user knows. None means that it is read from
             the text.

@@ -118,7 +118,7 @@ def dotted(keys: Keys) -> str:
 
 
 def shown_path(path: Path) -> str:
-    """Return a path as one printable line. It is relative where the current folder contains it."""
+    """Return a path as one printable line. It is relative if it is in the current directory."""
     if path.is_absolute() and path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))

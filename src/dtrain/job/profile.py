@@ -55,7 +55,7 @@ def load_profile(
 
     Args:
         name: the name given with `--launcher`.
-        job_dir: the job file's folder.
+        job_dir: the job file's directory.
         asked_by: the source of the name, for errors. None means `--launcher`.
 
     Raises:
@@ -182,7 +182,7 @@ def place_text(place: SourceLocation) -> str:
 
 
 def search_path(job_dir: Path) -> list[Path]:
-    """Return the folders that may contain profiles, nearest first, without duplicates."""
+    """Return the directories that may contain profiles, nearest first, without duplicates."""
     config = os.environ.get("XDG_CONFIG_HOME", "")
     home = config if os.path.isabs(config) else os.path.expanduser("~/.config")
     folders: dict[str, Path] = {}
@@ -197,7 +197,7 @@ def search_path(job_dir: Path) -> list[Path]:
 
 
 def profile_names(folders: Sequence[Path]) -> list[str]:
-    """Return the name of every profile in these folders, sorted."""
+    """Return the name of every profile in these directories, sorted."""
     return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 

@@ -24,7 +24,7 @@ def outside_problems(root: Located, folder: Path) -> list[Problem]:
 
     Args:
         root: the job as written; fields of a wrong type are ignored.
-        folder: the folder of job.yaml.
+        folder: the directory of job.yaml.
     """
     return [
         *_name_problems(root),
@@ -125,7 +125,7 @@ def _path_problems(root: Located, folder: Path) -> Iterator[Problem]:
     for index, part in enumerate(paths):
         if isinstance(part.value, str) and not os.path.lexists(folder / part.value):
             path = folder / part.value
-            message = f"no such file or folder: {shown_path(path)}{similar(path)}"
+            message = f"no such file or directory: {shown_path(path)}{similar(path)}"
             yield part.place.problem(
                 dotted(("data", "paths", index)), message, code="job.data-not-found"
             )

@@ -91,8 +91,8 @@ class DataSpec(Model):
     """Settings for reading samples."""
 
     paths: list[Text] = Field(default_factory=list)
-    """Files and folders that the task reads, relative to job.yaml. They are checked before anything
-    starts."""
+    """Files and directories that the task reads, relative to job.yaml. They are checked before the
+    launch."""
     shuffle: bool = True
     """Use a new order in each epoch, from (seed, epoch) alone. `false` keeps the order of the
     dataset."""

@@ -20,7 +20,7 @@ def class_problems(root: Located, folder: Path, trainer: str | None) -> Iterator
 
     Args:
         root: the job as written.
-        folder: the folder of job.yaml.
+        folder: the directory of job.yaml.
         trainer: the trainer of the job; None when it is not text.
     """
     for named in (
@@ -150,7 +150,7 @@ def task_derives(task: str, base: str, folder: Path) -> bool:
     Args:
         task: the task, in the form of job.yaml.
         base: the last part of the name of the base.
-        folder: the folder of job.yaml.
+        folder: the directory of job.yaml.
     """
     file, name = file_of(task, folder), task.rpartition(":")[2]
     return file is not None and os.path.isfile(file) and Source(file).derives(name, base)

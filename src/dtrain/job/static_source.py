@@ -316,7 +316,7 @@ def task_imports(reference: str, job_dir: Path) -> tuple[str, ...]:
 
 
 def is_installed(module: str) -> bool:
-    """Return whether a module's package is installed. A plain folder of that name does not
+    """Return whether a module's package is installed. A plain directory of that name does not
     count."""
     spec = importlib.util.find_spec(module.partition(".")[0])
     return spec is not None and spec.origin is not None

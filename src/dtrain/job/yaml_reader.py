@@ -105,7 +105,7 @@ def read_text(path: Path, shown: str) -> str:
     """Return the text of a file that must be UTF-8.
 
     Raises:
-        JobError: the file is missing, a folder, not readable or not UTF-8; the message names the
+        JobError: the file is missing, a directory, not readable or not UTF-8; the message names the
             cause.
     """
     try:
@@ -117,7 +117,7 @@ def read_text(path: Path, shown: str) -> str:
         )
         message, code = f"no such file{did_you_mean(path.name, siblings)}", "file.not-found"
     except IsADirectoryError:
-        message, code = "this is a folder; name the YAML file in it", "file.is-a-folder"
+        message, code = "this is a directory; name the YAML file in it", "file.is-a-directory"
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         column = error.start - raw.rfind(b"\n", 0, error.start)

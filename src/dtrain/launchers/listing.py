@@ -54,7 +54,7 @@ class Setting:
 
 
 def profiles(job_dir: str | os.PathLike[str] = ".") -> list[ProfileListing]:
-    """List every profile that can be named: those of this folder and the packaged ones."""
+    """List every profile that can be named: those of this directory and the packaged ones."""
     names = profile_names(search_path(Path(job_dir)))
     return [_listing(name, job_dir) for name in names]
 

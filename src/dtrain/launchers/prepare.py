@@ -30,7 +30,7 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
     Raises:
         UsageError: this is a new launch, and the run exists, or another command drives it.
         PlanError: the URL of runs is not writable, or the job's secrets would be stored there.
-        LaunchError: it cannot be written; the message names the folder and the reason.
+        LaunchError: it cannot be written; the message names the directory and the reason.
     """
     run = plan.run
     if plan.run_url:

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = cast("Arguments", parser.parse_args(argv))
 
-    from dtrain.errors import DtrainError, told
+    from dtrain.errors import DtrainError, format_error
     from dtrain.procs import DEFERRED_SIGNALS, die_with_parent
 
     if arguments.parent:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         status = _serve(arguments, argv)
     except DtrainError as error:
-        print(told(error), file=sys.stderr)
+        print(format_error(error), file=sys.stderr)
         status = error.exit_code
     sys.stdout.flush()
     sys.stderr.flush()

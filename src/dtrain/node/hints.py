@@ -32,7 +32,7 @@ def hint(error: BaseException, frames: list[Frame], run: RunDir) -> str:
     Args:
         error: the error that ended this worker, or came from one of its loader processes.
         frames: the user's own frames.
-        run: the run. Its plan has the folders, and whether it runs a script.
+        run: the run. Its plan has the directories, and whether it runs a script.
     """
     plan = files.read_json(run.plan) or {}
     if isinstance(error, OtherProcessError):
@@ -70,7 +70,7 @@ def _of_missing_file(error: FileNotFoundError, plan: dict[str, str]) -> str:
         return f"{name} is not in the run's copy of the code{where}: give data an absolute path"
     if name.is_absolute():
         return ""
-    looked = f"relative paths are looked up in the working folder, {os.getcwd()}"
+    looked = f"relative paths are looked up in the working directory, {os.getcwd()}"
     for folder, way in ((code_dir, f"Path(__file__).parent / {str(name)!r}"), (job_dir, "")):
         if (folder / name).exists():
             way = way or f"the absolute path, {job_dir / name}"

@@ -244,7 +244,7 @@ def connect(settings: RendezvousSettings, notice: Callable[[str], None]) -> seal
     except sealed.HeadGone as error:
         raise RendezvousFailed(
             f"the run {settings.run_id} at {where} and this host have not the same token: do they "
-            "share the run folder? See docs/security.md"
+            "share the run directory? See docs/security.md"
         ) from error
     return store
 

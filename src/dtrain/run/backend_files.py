@@ -28,7 +28,7 @@ class End:
 
 
 class SlurmFiles:
-    """The folder `slurm/` of a run."""
+    """The directory `slurm/` of a run."""
 
     def __init__(self, run: RunDir) -> None:
         self.path = run.slurm
@@ -87,7 +87,7 @@ class SlurmFiles:
 
 
 class RayFiles:
-    """The folder `ray/` of a run."""
+    """The directory `ray/` of a run."""
 
     def __init__(self, run: RunDir) -> None:
         self.path = run.path / "ray"
@@ -100,7 +100,7 @@ class RayFiles:
         return self.path / f"cancel-{first}"
 
     def probe(self, attempt: int) -> Path:
-        """Return a folder in which the driver and every node write a file for the others to see."""
+        """Return the directory where driver and nodes write a file for the others to see."""
         return self.path / f"probe-{attempt}"
 
     def clear(self) -> None:

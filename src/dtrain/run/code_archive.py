@@ -1,4 +1,4 @@
-"""The code of a run as one file, for hosts that do not see the folder where it was written."""
+"""The code of a run as one file, for hosts that do not see the directory where it was written."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def pack(run: RunDir, attempt: int, limit: int, excludes: Sequence[str]) -> Path
 def unpack(run: RunDir) -> Path | None:
     """Unpack the newest file of `pack` in a run.
 
-    Return the job's folder, or None without a file.
+    Return the job's directory, or None without a file.
     """
     found = sorted(run.code.glob("tree-*.tar"), key=lambda path: int(path.stem.split("-")[1]))
     if not found:

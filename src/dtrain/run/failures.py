@@ -178,7 +178,7 @@ class FailureRecord:
             return None
 
     def write(self, run: RunDir, attempt: int) -> None:
-        """Write the record to the run directory, or to a folder here if its disk is full."""
+        """Write the record to the run directory, or to a directory here if its disk is full."""
         path = (
             run.node_failure(attempt, self.node_rank)
             if self.rank is None
@@ -206,9 +206,9 @@ def read_all(run: RunDir, attempt: int, rank: int | None = None) -> list[Failure
 
 
 def _aside(run: RunDir, attempt: int) -> Path | None:
-    """Return this host's folder of an attempt. None where this account has none.
+    """Return this host's directory of an attempt. None where this account has none.
 
-    Any account may make a folder of that name, so one that others can write to is ignored.
+    Any account may make a directory of that name, so one that others can write to is ignored.
     """
     path = _path_aside(run, attempt)
     try:

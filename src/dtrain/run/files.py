@@ -164,8 +164,8 @@ def _open(path: Path) -> BinaryIO | None:
 def write_atomic(path: Path, data: str | bytes, mode: int = 0o644) -> None:
     """Write a file so that a reader, or a crash, sees the old file or the new one, never a part.
 
-    It is written under a temporary name in the same folder, fsynced and renamed. Then the folder is
-    fsynced.
+    It is written under a temporary name in the same directory, fsynced and renamed. Then the
+    directory is fsynced.
     """
     with replacing(path, mode) as file:
         file.write(data.encode() if isinstance(data, str) else data)
@@ -206,7 +206,7 @@ def make_once(path: Path, data: str | bytes, mode: int = 0o644) -> bool:
 
 
 def fsync_dir(path: Path) -> None:
-    """Make renames inside a folder survive a power failure."""
+    """Make renames inside a directory survive a power failure."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -215,12 +215,12 @@ def fsync_dir(path: Path) -> None:
 
 
 def make_parent(path: Path) -> None:
-    """Make the parent folder of a file."""
+    """Make the parent directory of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. A missing folder is made."""
+    """Write `value` as indented JSON, atomically. A missing directory is made."""
     make_parent(path)
     write_atomic(path, to_json(value, indent=2) + "\n")
 

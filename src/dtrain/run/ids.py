@@ -1,6 +1,6 @@
 """Ids of runs: how dtrain makes one, and which ids a user may give.
 
-An id is the name of a folder and an argument of commands, and it is in comments of batch scripts.
+An id is the name of a directory, an argument of commands, and part of comments of batch scripts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def problem(run_id: str) -> str | None:
     if not run_id or not run_id.isprintable():
         return "it must be printable text"
     if "/" in run_id or run_id.startswith((".", "-")):
-        return "it is the name of a folder, without /, and begins with neither . nor -"
+        return "it is the name of a directory, without /, and begins with neither . nor -"
     if run_id == "last":
         return "that word means the newest run"
     if len(run_id.encode()) > LONGEST:

@@ -1,4 +1,4 @@
-"""Find a run by the name that a user gives, in a folder or at a URL."""
+"""Find a run by the name that a user gives, in a directory or at a URL."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def find(name: str, runs: str) -> RunDir:
 
     Args:
         name: the name that the user wrote.
-        runs: the folder or URL of all runs.
+        runs: the directory or URL of all runs.
 
     Raises:
         RunNotFound: there is no such run.
@@ -27,15 +27,15 @@ def find(name: str, runs: str) -> RunDir:
 
 
 def place_of_runs(runs: str | os.PathLike[str] | None = None) -> str:
-    """Return the folder or URL of all runs. By default it is that of the command line."""
+    """Return the directory or URL of all runs. By default it is that of the command line."""
     return os.environ.get("DTRAIN_RUNS", "runs") if runs is None else os.fspath(runs)
 
 
 def here(runs: str, name: str | None = None) -> str:
-    """Return the folder of all runs. For runs at a URL, it is an updated one of this host.
+    """Return the directory of all runs. For runs at a URL, it is an updated one of this host.
 
     Args:
-        runs: the folder or URL.
+        runs: the directory or URL.
         name: the name of the wanted run. None means all runs, without their logs.
     """
     from dtrain.run.remote.store import is_url
@@ -52,8 +52,8 @@ def find_run(name: str, root: str | os.PathLike[str], shown: str = "") -> RunDir
 
     Args:
         name: the name that the user wrote.
-        root: the folder of all runs.
-        shown: the user's name for that folder, when it is not its path.
+        root: the directory of all runs.
+        shown: the user's name for that directory, when it is not its path.
 
     Raises:
         RunNotFound: no run, or more than one, matches the name.

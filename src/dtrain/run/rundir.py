@@ -93,7 +93,7 @@ class RunDir:
         return self.code / f"tree-{attempt}.tar"
 
     def job_code(self, attempt: int) -> Path:
-        """Return the link to the job's folder in `code_tree`, for workers to import from."""
+        """Return the link to the job's directory in `code_tree`, for workers to import from."""
         return self.code / f"job-{attempt}"
 
     def predictions_part(self, rank: int) -> Path:
@@ -107,7 +107,7 @@ class RunDir:
     # -- an attempt ------------------------------------------------------------------------
 
     def attempt(self, attempt: int) -> Path:
-        """Return the folder of everything that belongs to one attempt of the run."""
+        """Return the directory of everything that belongs to one attempt of the run."""
         return self.path / "attempts" / str(attempt)
 
     def resolved_of(self, attempt: int) -> Path:
@@ -158,14 +158,14 @@ class RunDir:
         return self.attempt(attempt) / ".token"
 
     def failures(self, attempt: int) -> Path:
-        """Return the folder where workers and agents write their failure records."""
+        """Return the directory where workers and agents write their failure records."""
         return self.attempt(attempt) / "failures"
 
     def failure(self, attempt: int, rank: int) -> Path:
         return self.failures(attempt) / f"rank-{rank:05d}.json"
 
     def collectives(self, attempt: int, restart: int) -> Path:
-        """Return the folder of the last collectives of every rank that failed in one restart."""
+        """Return the directory of the last collectives of every rank that failed in one restart."""
         return self.attempt(attempt) / "collectives" / f"restart-{restart}"
 
     def node_failure(self, attempt: int, node_rank: int) -> Path:
@@ -186,7 +186,7 @@ class RunDir:
         """Make the directory and the files that it always has.
 
         Raises:
-            LaunchError: it cannot be made or written to. The error names the folder and the reason.
+            LaunchError: it cannot be made or written to. The error gives path and reason.
         """
         try:
             (self.path / "attempts").mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,7 @@ class RunDir:
 
 def list_runs(root: str | os.PathLike[str]) -> list[RunDir]:
     """Return every run below `root`, oldest first."""
-    folder = Path(root).absolute()  # this also detects that the current folder is gone
+    folder = Path(root).absolute()  # this also detects that the current directory is gone
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if (path / "resolved.yaml").is_file()]

@@ -23,8 +23,8 @@ _MOST_LISTED = 1_000
 _LARGE = 1_000_000
 _GIT_TIMEOUT_S = 30
 _SECRET = "may hold secrets"
-# Files that hold secrets by custom, by name or by the name of a folder that contains them: a run's
-# folder is shared with more people than a home is.
+# Files that hold secrets by custom, by their name or that of a directory that contains them: a run
+# directory is shared with more people than a home is.
 _SECRET_FILES = (
     ".env", ".env.*", "*.env", ".envrc", "env.local",
     ".netrc", "_netrc", ".pypirc", ".npmrc", ".htpasswd", ".pgpass", ".my.cnf", ".git-credentials",
@@ -63,8 +63,8 @@ def take(job_dir: str | os.PathLike[str], run: RunDir) -> None:
     before it.
 
     Args:
-        job_dir: the job file's folder.
-        run: the run to write to. Its folder is not part of the snapshot.
+        job_dir: the job file's directory.
+        run: the run to write to. Its directory is not part of the snapshot.
     """
     record: dict[str, Any] = {"git": False}
     try:
@@ -82,7 +82,7 @@ def take(job_dir: str | os.PathLike[str], run: RunDir) -> None:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder that only its owner can read: the job's own file may hold secrets too."""
+    """Make a directory that only its owner can read: the job's own file may hold secrets too."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
 
@@ -97,7 +97,7 @@ def copy_tree(job_dir: str | os.PathLike[str], run: RunDir, attempt: int) -> Non
     """Copy the code around a job as it is now, for a job that starts later: `RunDir.code_tree`.
 
     The copy has the repository's files that git does not ignore. Without git, it has those of the
-    job's folder. A file that is large, or over the limits, becomes a link to the original: it is
+    job's directory. A file that is large, or over the limits, becomes a link to the original: it is
     data, which no edit changes. A file that may hold secrets becomes a link too.
 
     Raises:
@@ -134,7 +134,7 @@ def copy_tree(job_dir: str | os.PathLike[str], run: RunDir, attempt: int) -> Non
 
 
 def _walk(source: Path) -> Iterable[str]:
-    """Yield the files below a folder, without hidden ones, caches and virtual environments."""
+    """Yield the files below a directory, without hidden ones, caches and virtual environments."""
     for here, folders, names in os.walk(source):
         folders[:] = [
             name

@@ -35,7 +35,7 @@ file."""
 
 
 class ChangeScanner:
-    """Finds new data in a folder since the last scan."""
+    """Finds new data in a directory since the last scan."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class ChangeScanner:
         """Prepare the scanner.
 
         Args:
-            folder: the folder.
+            folder: the directory.
             known: the files found by the last scan, by name.
             most_of_a_log: the bytes of a log after which the rest is left out.
         """
@@ -136,17 +136,17 @@ def _names(folder: str, only: Sequence[str], but: Sequence[str]) -> Iterator[str
 
 
 def path_inside(folder: Path, name: str) -> Path | None:
-    """Return the path of a file by its name in a folder. None for a name outside the folder."""
+    """Return the path of a file by its name in a directory. None for a name outside it."""
     path = folder / name
     return path if path.resolve().is_relative_to(folder.resolve()) else None
 
 
 def apply_changes(folder: Path, changes: Iterable[Change], *, append_lines: bool = False) -> None:
-    """Apply the changes that a scanner has found in a folder to a copy of it.
+    """Apply the changes that a scanner has found in a directory to a copy of it.
 
     Args:
         folder: the copy.
-        changes: the changes. One that leads out of the folder is skipped.
+        changes: the changes. One that leads out of the directory is skipped.
         append_lines: whether lines are added after those of other writers, not at their position.
     """
     from dtrain.run import files
@@ -210,7 +210,7 @@ def _prefix() -> str:
 
 
 def _locked(folder: str) -> int | None:
-    """Return a lock on a folder, which ends with this process. None if another process has it."""
+    """Lock a directory until this process ends. Return None if another process has the lock."""
     lock = os.open(os.path.join(folder, ".lock"), os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -329,7 +329,7 @@ def _folded(text: str, width: int, indent: str = "  ") -> list[str]:
 
 
 def _short(path: str) -> str:
-    """Return a path relative to the current folder, when that is shorter."""
+    """Return a path relative to the current directory, when that is shorter."""
     try:
         relative = os.path.relpath(path)
     except ValueError:

@@ -48,7 +48,7 @@ class TrainContext:
     recorder: Recorder | None = None
     """Records what each step does in a run of `dtrain verify`; the trainer passes it each step."""
     code_dir: Path = Path()
-    """The folder of the job's files, or of a copy of them."""
+    """The directory of the job's files, or of a copy of them."""
 
     @property
     def shards_model(self) -> bool:

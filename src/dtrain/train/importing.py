@@ -47,7 +47,7 @@ def load_class(field: str, reference: str, job_dir: str | os.PathLike[str]) -> C
 def _from_file(path: Path) -> ModuleType:
     """Return the module of a file, imported under its stem.
 
-    So pickles and other modules of the folder find the same module.
+    So pickles and other modules of the directory find the same module.
     """
     path = path.resolve()
     if not path.is_file():
@@ -87,7 +87,7 @@ def _from_name(name: str, folder: Path) -> ModuleType:
 
 
 def _make_importable(folder: Path) -> None:
-    if sys.path[:1] != [str(folder)]:  # a later entry may be the current folder
+    if sys.path[:1] != [str(folder)]:  # a later entry may be the current directory
         sys.path.insert(0, str(folder))
 
 

@@ -52,9 +52,9 @@ def load_task(
     """Import and construct a task.
 
     Args:
-        reference: `file.py:Class`, relative to the job's folder, or `package.module:Class`.
+        reference: `file.py:Class`, relative to the job's directory, or `package.module:Class`.
         args: keyword arguments of the constructor.
-        job_dir: the folder of job.yaml. It and the folder of the file are importable from here on.
+        job_dir: the directory of job.yaml. It and that of the file are importable from here on.
         trainer: the trainer of the job; with `lightning`, the class may be a LightningModule.
         seed: the seed of the job, so that the constructor draws the same on every rank.
 

@@ -97,8 +97,8 @@ class Lab:
         max_train_samples: a limit on the training data, so that an epoch ends within the run. None
             means all.
         max_eval_samples: a limit on the evaluation data. None means all.
-        keep: where the run directories are kept. None means a temporary folder that is removed at
-            the end.
+        keep: where the run directories are kept. None means a temporary directory that is removed
+            at the end.
     """
 
     def __init__(
@@ -260,9 +260,9 @@ class Lab:
         return complete_plan(spec, profile, launcher, self._path.parent, options, facts)
 
     def _folder(self, pair: Pair) -> Path:
-        """Return the folder for the runs of a launcher, which is made at the first call.
+        """Return the directory for the runs of a launcher, which is made at the first call.
 
-        A temporary folder exists on this host only. A cluster's nodes see the current folder, as
+        A temporary directory exists on this host only. A cluster's nodes see the current one, as
         they see `runs`.
         """
         if self._keep is not None:

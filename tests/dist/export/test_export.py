@@ -111,7 +111,7 @@ def test_what_cannot_be_exported(trained: RunDir, tmp_path: Path) -> None:
     empty.create()
     with raises("export.no-checkpoint", "run empty"):
         export(empty, "torch-export")
-    with raises("export.no-folder", "nowhere"):
+    with raises("export.no-directory", "nowhere"):
         export(trained, "torch-export", output=Path("nowhere/model.pt2"))
 
 

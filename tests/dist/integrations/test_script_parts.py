@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_passed_over(rank: int, tmp_path: Path) -> None:
         model = DistributedDataParallel(net())
         optimizer = torch.optim.AdamW(model.parameters())
         sampler = dtrain.sampler(data(), 16)
-        saved = dtrain.checkpoint(model, optimizer, folder=tmp_path, sampler=sampler)
+        saved = dtrain.checkpoint(model, optimizer, directory=tmp_path, sampler=sampler)
         return model, optimizer, sampler, saved
 
     model, optimizer, sampler, saved = made()
@@ -165,12 +165,12 @@ class Odd:
 @pytest.mark.ranks(2)
 def test_what_could_not_be_trained_on_is_not_saved(rank: int, tmp_path: Path) -> None:
     model = net()
-    saved = dtrain.checkpoint(model, folder=tmp_path)
+    saved = dtrain.checkpoint(model, directory=tmp_path)
     with torch.no_grad():
         model[0].bias[2] = float("nan")
     with raises("check.state-not-finite", "step 3", "0.bias", kind=CheckpointError):
         saved.save(3)
-    odd = dtrain.checkpoint(net(), folder=tmp_path, odd=Odd())
+    odd = dtrain.checkpoint(net(), directory=tmp_path, odd=Odd())
     with raises("checkpoint.unsaveable-value", "checkpoint's['odd']['deep'][0] is a type"):
         odd.save(3)
     assert list((tmp_path / "checkpoints").iterdir()) == []
@@ -193,4 +193,4 @@ def test_all_hear_of_a_wish_to_stop(rank: int) -> None:
 @pytest.mark.ranks(2, init=False)
 def test_without_a_process_group_it_says_what_is_missing(rank: int) -> None:
     with raises("script.no-process-group", "dtrain.checkpoint()", kind=UsageError):
-        dtrain.checkpoint(net(), folder=".")
+        dtrain.checkpoint(net(), directory=".")

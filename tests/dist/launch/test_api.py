@@ -44,7 +44,7 @@ def command(*arguments: str) -> str:
 
 
 def text_below(folder: Path) -> str:
-    """All that files of a folder hold."""
+    """All that files of a directory hold."""
     return "".join(path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file())
 
 

@@ -21,7 +21,7 @@ DIGITS_TASK = DIGITS.with_name("task.py")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one finished run of 2×2 ranks that all say the same."""
+    """A directory with one finished run of 2×2 ranks that all say the same."""
     cwd = tmp_path_factory.mktemp("commands")
     done = dtrain(
         "launch", "--nodes", "2", "--procs", "2", "--set", "args.say=hello there", TINY, cwd=cwd

@@ -1,4 +1,4 @@
-"""Modules in the current folder: which a launch runs, and which the user's code finds."""
+"""Modules in the current directory: which a launch runs, and which the user's code finds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = (
 
 @pytest.mark.cold  # a warm process has imported the right ones already
 def test_a_launch_runs_none_of_them_but_those_that_the_user_names(tmp_path: Path) -> None:
-    """Nor is it a hindrance that the job is in that folder, too."""
+    """Nor is it a hindrance that the job is in that directory, too."""
     for file in (TINY, TINY.with_name("task.py")):
         shutil.copy(file, tmp_path)
     for name in NAMES:

@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_from_another_host(
         (("--runs", RUNS), {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "url.unreachable", RUNS),
         (("--runs", RUNS), {name: "" for name in KEYS}, "url.no-access", RUNS),
         (("--runs", "s4://bucket/runs"), {}, "url.invalid", "Protocol not known: s4"),
-        (("--runs", RUNS, "--launcher", "slurm"), {}, "plan.launcher-needs-folder", "'slurm'"),
+        (("--runs", RUNS, "--launcher", "slurm"), {}, "plan.launcher-needs-directory", "'slurm'"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_starts(

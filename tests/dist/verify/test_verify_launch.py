@@ -46,7 +46,7 @@ def one_hash_seed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def runs_in(temporary: Path) -> list[Path]:
-    """The runs that `verify` has left behind; torch leaves an empty folder of its own."""
+    """The runs that `verify` has left behind; torch leaves an empty directory of its own."""
     return list(temporary.glob("dtrain-*"))
 
 

@@ -28,7 +28,7 @@ class Tiny(Task):
         at: when, counted from 1 in each process.
         once: a path; with it only the first `times` processes that get there misbehave.
         times: see `once`.
-        env_to: a folder where every rank writes its environment and a hash as JSON.
+        env_to: a directory where every rank writes its environment and a hash as JSON.
         say: a line that every rank prints, logs and warns of at its first loss.
     """
 

@@ -4,8 +4,8 @@ A small launch spends 3.5 of its 4.5 CPU seconds on `import torch` and `torch._d
 2026-11), and the tests make hundreds. Here one process of each pytest process imports them once.
 `Popen` has it fork `python -m dtrain …`, and such a command forks the `python -m dtrain.node` that
 it would have started. All else is as in a cold start, which begins with a new interpreter:
-arguments, environment, folder, descriptors, signals, exit status, and which command is the parent
-of which node.
+arguments, environment, directory, descriptors, signals, exit status, and which command is the
+parent of which node.
 
 For what shells, Slurm and Ray start there is a program that stands for the process, asks for it,
 passes signals on and ends as it does (`programs`).
@@ -158,7 +158,7 @@ def leftovers() -> list[str]:
 
 
 def programs() -> Path:
-    """A folder with `dtrain`, for shells, and `python`, for clusters: warm as `-m dtrain.node`."""
+    """A directory with `dtrain`, for shells, and `python`, for clusters, as `-m dtrain.node`."""
     assert _server is not None
     return _server.folder
 

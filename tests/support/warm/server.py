@@ -31,7 +31,7 @@ _NAMESPACES = ("net", "uts", "ipc", "pid", "mnt")
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PATH = [path for path in sys.path if path not in os.environ.get("PYTHONPATH", "").split(":")]
-"""Of an interpreter without PYTHONPATH and without the folder that it is started in."""
+"""Of an interpreter without PYTHONPATH and without the directory that it is started in."""
 
 
 @dataclass
@@ -208,7 +208,7 @@ def _fork(
 def _become(
     cwd: str | None, env: dict[str, str], files: Mapping[int, int], *, finds_modules_here: bool
 ) -> None:
-    """Have what a new interpreter would have: files, folder, environment, signals, randomness."""
+    """Set what a new interpreter has: files, directory, environment, signals, randomness."""
     import atexit
     import random
 

@@ -26,7 +26,7 @@ def request(
         address: path of the server's socket.
         module: as after `python -m`.
         arguments: of the module.
-        cwd: its folder.
+        cwd: its directory.
         env: its environment.
         files: descriptors: its number → ours.
         enter: whether it runs in our namespaces, and dies with us.

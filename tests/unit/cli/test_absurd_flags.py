@@ -132,7 +132,7 @@ def test_the_current_folder_is_gone(
         with pytest.raises(SystemExit) as end:
             main(command)
         assert end.value.code == 2
-        assert "current folder" in capsys.readouterr().err
+        assert "current directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "n" * 201, "\udcff"])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dtrain.cli.main import main
-from dtrain.errors import DtrainError, JobError, Problem, told
+from dtrain.errors import DtrainError, JobError, Problem, format_error
 from support.launch import TINY
 
 Say = Callable[..., str]
@@ -95,9 +95,11 @@ def test_arguments_of_a_script_choose_no_json(refused: Say) -> None:
 
 
 def test_a_long_text_has_its_code_in_the_first_line() -> None:
-    assert told(DtrainError("one\n  two", code="run.held")) == "dtrain: one  [run.held]\n  two"
+    assert (
+        format_error(DtrainError("one\n  two", code="run.held")) == "dtrain: one  [run.held]\n  two"
+    )
     problems = [Problem("job.yaml", k, 1, "", "x", "yaml.syntax") for k in range(1, 53)]
-    lines = told(JobError(problems)).splitlines()
+    lines = format_error(JobError(problems)).splitlines()
     assert len(lines) == 51
     assert lines[-1] == "dtrain: and 2 more"
 

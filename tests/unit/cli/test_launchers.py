@@ -15,7 +15,7 @@ SITE = "launcher: slurm\nextends: slurm\noptions:\n  partition: gpu\n  slurm: {n
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a profile of its own, and one that is wrong."""
+    """A directory with a profile of its own, and one that is wrong."""
     folder = tmp_path / "launchers"
     folder.mkdir()
     (folder / "site.yaml").write_text(SITE)

@@ -11,7 +11,7 @@ from support import ROOT
 
 
 def test_every_test_file_is_collected(request) -> None:  # type: ignore[no-untyped-def]
-    """pytest passes over folders named `dist` unless told otherwise."""
+    """pytest passes over directories named `dist` unless told otherwise."""
     recursed = request.config.getini("norecursedirs")
     for path in (ROOT / "tests").rglob("test_*.py"):
         kind, *folders = path.relative_to(ROOT / "tests").parts[:-1]

@@ -26,7 +26,7 @@ for name in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with an sdist and the wheel built from it, without the network."""
+    """The directory with an sdist and the wheel built from it, without the network."""
     folder = tmp_path_factory.mktemp("built")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

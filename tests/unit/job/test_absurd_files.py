@@ -84,11 +84,11 @@ def test_the_first_problems_are_shown_and_the_others_counted(job: Path) -> None:
     assert refusal(job).endswith("\nand 950 more")
 
 
-@pytest.mark.parametrize("what", ["a pipe", "a device", "a folder", "a loop"])
+@pytest.mark.parametrize("what", ["a pipe", "a device", "a directory", "a loop"])
 def test_what_is_no_file_is_not_waited_for(job: Path, what: str) -> None:
     if what == "a pipe":
         os.mkfifo(job)
-    elif what == "a folder":
+    elif what == "a directory":
         job.mkdir()
     else:
         job.symlink_to("/dev/zero" if what == "a device" else "job.yaml")

@@ -61,9 +61,9 @@ def test_paths_must_exist(check: Check, tmp_path: Path) -> None:
     (tmp_path / "data" / "digits.csv").touch()
     extra = f"data:\n  paths:\n  - data\n  - data/digit.csv\n  - {tmp_path}/data\n  - ../x\n"
     assert check(extra=extra) == [
-        "job.yaml:9:5: data.paths[1]: no such file or folder: data/digit.csv; "
+        "job.yaml:9:5: data.paths[1]: no such file or directory: data/digit.csv; "
         "did you mean 'digits.csv'?",
-        "job.yaml:11:5: data.paths[3]: no such file or folder: ../x",
+        "job.yaml:11:5: data.paths[3]: no such file or directory: ../x",
     ]
 
 

@@ -340,7 +340,7 @@ def test_a_missing_file_and_a_folder(folder: Path) -> None:
     cases = {
         "jbo.yaml": "jbo.yaml: no such file; did you mean 'job.yaml'?",
         "nowhere/job.yaml": "nowhere/job.yaml: no such file",
-        ".": ".: this is a folder; name the YAML file in it",
+        ".": ".: this is a directory; name the YAML file in it",
         "job.yaml/x": "job.yaml/x: cannot be read: Not a directory",
     }
     for path, message in cases.items():

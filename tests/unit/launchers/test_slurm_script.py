@@ -174,7 +174,7 @@ def test_no_secret_in_script_or_command() -> None:
 
 @pytest.mark.parametrize("given", [{"run_id": "a\ntouch gone"}, {"comment": "a\n#SBATCH --x"}])
 def test_a_line_break_in_a_flag_is_refused_wherever_it_came_from(given: dict[str, str]) -> None:
-    """As of a run whose folder was renamed."""
+    """As of a run whose directory was renamed."""
     plan = replace(plan_of(FACTS), run_id=given.get("run_id", FACTS.run_id))
     options = SlurmOptions.of(plan.options).model_copy(update={"comment": given.get("comment")})
     plan = replace(plan, options=options)

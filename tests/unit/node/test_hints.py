@@ -48,7 +48,7 @@ def said_of(code: str, run: RunDir, file: str = "task.py") -> str:
 def test_a_relative_path_says_which_folder_it_is_looked_up_in(run: RunDir, tmp_path: Path) -> None:
     job, here = tmp_path / "job", os.getcwd()
     found = said_of("open('data/x.csv')", run)
-    assert f"looked up in the working folder, {here}, and data/x.csv is in {job}" in found
+    assert f"looked up in the working directory, {here}, and data/x.csv is in {job}" in found
     assert "Path(__file__).parent / 'data/x.csv'" in found
     lost = said_of("open('lost.csv')", run)
     assert here in lost

@@ -73,7 +73,7 @@ def test_a_reader_from_outside_is_found_by_its_name(plan: LaunchPlan, tmp_path: 
     [
         ((), 2, "say with --node-rank which node of the run this is"),
         (("--placement", "mars"), 2, "unknown placement 'mars'; known: argv, slurm, ray"),
-        (("--placement", "slurm"), 1, "laptop has no run folder"),
+        (("--placement", "slurm"), 1, "laptop has no run directory"),
         (("--placement", "ray", "--node-rank", "0"), 2, "--placed-as: Expecting value"),
     ],
 )

@@ -99,7 +99,7 @@ def test_a_round_without_us_or_with_strangers_is_none(ranks: list[int]) -> None:
 
 @pytest.fixture
 def temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of temporary files."""
+    """The directory of temporary files."""
     folder = tmp_path / "temp"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
@@ -110,7 +110,7 @@ def full(path: Path) -> RunDir:
     """A run whose failures cannot be written where they belong."""
     run = RunDir(path)
     run.attempt(0).mkdir(parents=True)
-    run.failures(0).write_text("no folder")
+    run.failures(0).write_text("no directory")
     return run
 
 
@@ -131,7 +131,7 @@ def _others_can_write(folder: Path) -> None:
 
 def _another_owner(folder: Path) -> None:
     if os.getuid() != 0:
-        pytest.skip("only root can give a folder away")
+        pytest.skip("only root can give a directory away")
     os.chown(folder, 12345, 12345)
 
 

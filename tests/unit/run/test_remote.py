@@ -126,7 +126,7 @@ def test_both_copies_become_alike_and_only_what_is_new_travels(
 
 def test_syncing_that_fails_says_so_at_the_end_and_then_goes_on(url: str, tmp_path: Path) -> None:
     run = run_at(url, tmp_path / "a")
-    (tmp_path / "there").touch()  # no folder
+    (tmp_path / "there").touch()  # no directory
     said: list[str] = []
     with syncing(run, said.append):
         write_json(run.plan, {})

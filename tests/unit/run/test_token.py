@@ -1,4 +1,4 @@
-"""Each attempt has a secret of its own, the same for all who share the run folder."""
+"""Each attempt has a secret of its own, the same for all who share the run directory."""
 
 from __future__ import annotations
 

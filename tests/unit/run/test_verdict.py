@@ -280,7 +280,7 @@ def test_a_record_that_cannot_be_written_is_kept_aside(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "aside"))
     run.failures(0).parent.mkdir(parents=True)
-    run.failures(0).write_text("a file where the folder should be")
+    run.failures(0).write_text("a file where the directory should be")
     record(1).write(run, 0)
     assert "cannot write" in capsys.readouterr().err
     found = verdict.judge(run, 0)

@@ -310,7 +310,7 @@ def test_a_file_of_a_living_process_is_not_ours(
 ) -> None:
     """Another worker's test may leave one for a moment, which its own guard takes away.
 
-    In a folder of its own: what an ended process has left in /dev/shm, any worker's guard takes.
+    In a directory of its own: what an ended process has left in /dev/shm, any worker's guard takes.
     """
     monkeypatch.setattr(leaks, "_SHM", tmp_path)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:

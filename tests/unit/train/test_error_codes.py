@@ -48,6 +48,6 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_code_of_its_cause(tmp_pat
     with raises("task.optimizer-foreign-parameters", "why", kind=CheckpointError):
         store.save(1, foreign, {}, {})
     shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
-    (tmp_path / "checkpoints").write_text("no folder")
+    (tmp_path / "checkpoints").write_text("no directory")
     with raises("checkpoint.cannot-write", kind=CheckpointError):
         store.save(1, dict, {}, {})

@@ -316,7 +316,7 @@ def test_clusters_that_are_known_here_have_a_row_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--html", "/nope/x.html", "job.yaml"], "no such folder: /nope"),
+        (["--html", "/nope/x.html", "job.yaml"], "no such directory: /nope"),
         (["--gpus", "2", "job.yaml"], "use --gpus --procs 2"),
         (["job.yaml", "other.yaml"], "one job at a time"),
     ],

@@ -41,12 +41,12 @@ class Checkpoint:
     Args:
         model: the model; it may be wrapped in DistributedDataParallel.
         optimizer: the optimizer; its state is saved by parameter name.
-        folder: where to save; None means the run directory.
+        directory: where to save; None means the run directory.
         keep: how many of the newest checkpoints are kept.
         **others: anything with `state_dict()` and `load_state_dict()`: a scheduler, the sampler.
 
     Raises:
-        UsageError: no folder is given outside of a dtrain run, or there is no process group yet.
+        UsageError: no directory is given outside of a dtrain run, or there is no process group yet.
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class Checkpoint:
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         *,
-        folder: str | os.PathLike[str] | None = None,
+        directory: str | os.PathLike[str] | None = None,
         keep: int = 2,
         **others: Any,
     ) -> None:
         self._ranks = require_group("dtrain.checkpoint()")
-        directory = folder or os.environ.get(RUN_VARIABLE)
+        directory = directory or os.environ.get(RUN_VARIABLE)
         if directory is None:
             raise UsageError(
-                "this is not a run of dtrain: give a folder, checkpoint(folder=…)",
-                code="script.no-folder",
+                "this is not a run of dtrain: give a directory, checkpoint(directory=…)",
+                code="script.no-directory",
             )
         while isinstance(model, DistributedDataParallel):
             model = model.module
@@ -91,7 +91,7 @@ class Checkpoint:
         return step
 
     def save(self, step: int) -> Path:
-        """Write a checkpoint after `step` steps, and return its folder once it is on disk.
+        """Write a checkpoint after `step` steps, and return its directory once it is on disk.
 
         Raises:
             CheckpointError: on all processes, if the checkpoint could not be written, or if a

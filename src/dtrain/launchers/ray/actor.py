@@ -62,7 +62,7 @@ class NodeActor:
 
         Args:
             wish: a dictionary with `python` or None, `packages`, and `probe`, the run's probe
-                folder. Where nodes share no disk, it has `url`, the runs URL, and its variables
+                directory. Where nodes share no disk, it has `url`, the runs URL, and its variables
                 `env` instead.
         """
         python = wish["python"] or sys.executable
@@ -222,7 +222,7 @@ def _leave_word(folder: str) -> str:
                     return mine
         except OSError:
             if not os.path.isdir(os.path.dirname(os.path.dirname(folder))):
-                return ""  # even the run's folder is missing
+                return ""  # even the run's directory is missing
         if time.monotonic() > deadline:
             return ""
         time.sleep(0.1)

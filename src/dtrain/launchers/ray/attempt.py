@@ -352,7 +352,7 @@ def _problems(
         return _listed(
             f"nodes do not share the run directory {plan.run_dir}",
             [f"{name} does not see it" for name in blind],
-            "say with --runs DIR which folder all nodes and this host share",
+            "say with --runs DIR which directory all nodes and this host share",
         )
     return ""
 

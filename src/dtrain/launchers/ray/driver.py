@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain import ports
-from dtrain.errors import DtrainError, LaunchError, PlanError, first_line, shortened, told
+from dtrain.errors import DtrainError, LaunchError, PlanError, first_line, format_error, shortened
 from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.procs import die_with_parent
@@ -64,7 +64,7 @@ def _drive(plan: LaunchPlan) -> int:
     try:
         return Driver(plan).run()
     except DtrainError as error:
-        print(told(error), file=sys.stderr)
+        print(format_error(error), file=sys.stderr)
         files.write_json(RayFiles(plan.run).refusal, _as_json(error))
         return error.exit_code
 
@@ -202,7 +202,7 @@ class Driver:
         try:
             if token := os.environ.get("RAY_AUTH_TOKEN_PATH"):
                 os.environ["RAY_AUTH_TOKEN_PATH"] = os.path.abspath(token)
-            # Ray's workers import first from the folder in which a driver connects
+            # Ray's workers import first from the directory in which a driver connects
             with contextlib.chdir(self._plan.run.path):
                 ray.init(
                     address=address,

@@ -33,7 +33,7 @@ def url(options: RayOptions) -> str:
 
 
 def entrypoint(options: RayOptions) -> list[str]:
-    """Return the command of the job, which runs in the uploaded folder."""
+    """Return the command of the job, which runs in the uploaded directory."""
     module = ("-P", "-m", driver.__name__, "--job", package.FOLDER)
     return [options.python or "python", *module]
 
@@ -67,7 +67,7 @@ def submit(plan: LaunchPlan) -> JobLaunch:
     if (options.cluster_runs or plan.run_url) and plan.run.secret_env(plan.attempt).exists():
         raise PlanError(
             "secret variables cannot travel with a Ray job, whose files others can read: set "
-            "them on the cluster, or have it share the folder of runs",
+            "them on the cluster, or have it share the directory of runs",
             code="ray.secret-variables",
         )
     with prepare.writing():

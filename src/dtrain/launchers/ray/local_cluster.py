@@ -190,7 +190,7 @@ def _start_node(
         process = subprocess.Popen(
             [*ray_start(f"127.0.0.{number + 2}", own, spec["resources"]), *more],
             env={**os.environ, **_own_gpus(number, int(spec["resources"].get("GPU", 0)))},
-            cwd=own,  # Ray's processes import from the folder that they are started in
+            cwd=own,  # Ray's processes import from the directory that they are started in
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,

@@ -44,8 +44,8 @@ class RayOptions(LauncherOptions):
     dashboard: bool = False
     """Start Ray's dashboard, on loopback, with a cluster on this machine."""
     cluster_runs: Text | None = None
-    """The folder or URL of all runs on the cluster, with submit=job. Empty means that the cluster
-    sees the folder of this host."""
+    """The directory or URL of all runs on the cluster, with submit=job. Empty means that the
+    cluster sees the directory of this host."""
     excludes: list[Text] = Field(default_factory=list)
     """Patterns of files that are not sent to the cluster, in addition to those that git ignores."""
     upload_limit: Size = 100 * 1024**2
@@ -70,5 +70,7 @@ class RayOptions(LauncherOptions):
                     "submit: job"
                 ) from None
         if self.submit == "driver" and self.cluster_runs:
-            raise ValueError("cluster_runs is for submit: job; otherwise --runs names the folder")
+            raise ValueError(
+                "cluster_runs is for submit: job; otherwise --runs names the directory"
+            )
         return self

@@ -24,7 +24,7 @@ FOLDER = ".dtrain"
 
 
 def pack(plan: LaunchPlan) -> Path:
-    """Create the folder to upload, and return its path.
+    """Create the directory to upload, and return its path.
 
     Raises:
         PlanError: it is larger than the limit; the message names the largest files.
@@ -66,8 +66,8 @@ def unpack(folder: Path) -> tuple[LaunchPlan, bool]:
     if not runs:
         raise LaunchError(
             f"the cluster does not see the run directory {there.path}; set option "
-            "cluster_runs to a folder that all nodes of the cluster share, or to a URL",
-            code="ray.folder-not-shared",
+            "cluster_runs to a directory that all nodes of the cluster share, or to a URL",
+            code="ray.directory-not-shared",
         )
     url = f"{runs.rstrip('/')}/{there.id}" if is_url(runs) else ""
     root = staging(runs)  # the submitting command's own may be on this same host
@@ -113,7 +113,7 @@ def node_variables(plan: LaunchPlan) -> dict[str, str]:
 def for_node(plan: LaunchPlan, attempt: int) -> bytes:
     """Return a tar file of everything that a node needs to take part in an attempt.
 
-    It includes files of the run's folder itself, because workers append to metrics of earlier
+    It includes files of the run's directory itself, because workers append to metrics of earlier
     attempts.
     """
     run = plan.run

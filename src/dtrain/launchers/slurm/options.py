@@ -102,9 +102,9 @@ class SlurmOptions(LauncherOptions):
     modules: list[Text] = Field(default_factory=list)
     """Environment modules to load."""
     venv: Text | None = None
-    """The folder of a virtual environment."""
+    """The directory of a virtual environment."""
     conda: Text | None = None
-    """The name or folder of a conda environment."""
+    """The name or directory of a conda environment."""
     apptainer: Text | None = None
     """The image in which the agents run, by apptainer exec."""
     pyxis: Text | None = None

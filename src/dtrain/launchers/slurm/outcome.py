@@ -143,7 +143,7 @@ def _last_words(folder: SlurmFiles, job: Job) -> str:
     nothing = "it has said nothing; did a set-up line end it?"
     if not folder.log.exists():
         nothing = (
-            "it has said nothing; is the run folder on all nodes, at the same path? "
+            "it has said nothing; is the run directory on all nodes, at the same path? "
             f"{folder.path.parent}"
         )
     return (ours or said or [nothing])[-1]

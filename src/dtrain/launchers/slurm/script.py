@@ -197,7 +197,7 @@ def agent_command(plan: LaunchPlan) -> list[str]:
 
 
 def _shared_folders(plan: LaunchPlan) -> list[str]:
-    """Return the folders that a container must see in addition to its own files."""
+    """Return the directories that a container must see in addition to its own files."""
     return list(dict.fromkeys((str(plan.run.path), plan.job_dir)))
 
 

@@ -27,7 +27,7 @@ from dtrain.run.backend_files import SlurmFiles
 
 class Submitit:
     """A submitter by a script that submitit writes. The runs of an array share it, in one
-    folder."""
+    directory."""
 
     def command(self, plan: LaunchPlan) -> list[str]:
         return ["submitit", *script.agent_command(plan)]

@@ -47,7 +47,7 @@ class PlacementReader(abc.ABC):
         self.environ = environ
 
     def begin(self, run: RunDir) -> None:  # noqa: B027  most have nothing to do
-        """Prepare, before anything else is called. The run's folder may be missing on this host."""
+        """Prepare, before anything else is called. The run directory may be missing here."""
 
     @abc.abstractmethod
     def join(self, plan: LaunchPlan) -> NodePlacement:

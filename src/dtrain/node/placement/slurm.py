@@ -40,7 +40,7 @@ class SlurmPlacement(PlacementReader):
 
         Until then, srun writes the output to the job's log.
 
-        If srun opened the log, a node without the run's folder would never start, and the others
+        If srun opened the log, a node without the run's directory would never start, and the others
         would wait for it.
         """
         path = SlurmFiles(run).node_log(max(self.node_rank, 0))
@@ -48,9 +48,9 @@ class SlurmPlacement(PlacementReader):
             log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             raise LaunchError(
-                f"{os.uname().nodename} has no run folder: is it on all nodes, at the same path? "
-                f"({error.strerror}: {path})",
-                code="slurm.folder-not-shared",
+                f"{os.uname().nodename} has no run directory: is it on all nodes, at the same "
+                f"path? ({error.strerror}: {path})",
+                code="slurm.directory-not-shared",
             ) from error
         os.dup2(log, 1)
         os.dup2(log, 2)

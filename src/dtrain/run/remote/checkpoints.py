@@ -1,8 +1,8 @@
 """The checkpoints of a run at a URL.
 
 A checkpoint consists of `step-00000012/manifest.json` and the files that it lists. These are in a
-folder next to it, which is named by the manifest's own digest. The manifest is written last, in one
-request. It makes the checkpoint exist, and replaces another of the same name as a whole.
+directory next to it, which is named by the manifest's own digest. The manifest is written last, in
+one request. It makes the checkpoint exist, and replaces another of the same name as a whole.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _AT_ONCE = 4
 
 
 class RemoteCheckpoints:
-    """The checkpoints of a run at its URL. Folders of this host hold copies."""
+    """The checkpoints of a run at its URL. Directories of this host hold copies."""
 
     def __init__(self, run: RunDir, url: str) -> None:
         self._run = run
@@ -39,12 +39,12 @@ class RemoteCheckpoints:
 
     @classmethod
     def of(cls, run: RunDir) -> RemoteCheckpoints | None:
-        """Return the checkpoints of a run at its URL. None when it is kept only in a folder."""
+        """Return the checkpoints of a run at its URL. None when it is kept only in a directory."""
         url = run.url
         return None if url is None else cls(run, url)
 
     def folders(self) -> list[Path]:
-        """Return the folders of this host for the checkpoints of steps, in no order."""
+        """Return the directories of this host for the checkpoints of steps, in no order."""
         names = [name.split("/")[0] for name in self._store.matching(f"step-*/{MANIFEST}")]
         return [self._run.checkpoints / name for name in names if _STEP.fullmatch(name)]
 

@@ -10,14 +10,14 @@ from dtrain.run.rundir import RunDir
 
 
 class RemoteRankFiles:
-    """One folder of each rank, on its way to rank 0."""
+    """One directory of each rank, on its way to rank 0."""
 
     def __init__(self, url: str, purpose: str) -> None:
         self._store = RemoteStore(f"{url}/.{purpose}")
 
     @classmethod
     def of(cls, run: RunDir, purpose: str) -> RemoteRankFiles | None:
-        """Return the folders of a run. None when the run is in a folder that all ranks see."""
+        """Return the directories of a run. None if all ranks see the run directory."""
         url = run.url
         return None if url is None else cls(url, purpose)
 
@@ -26,7 +26,7 @@ class RemoteRankFiles:
             self._store.put(path, f"{folder.name}/{path.name}")
 
     def take(self, folders: Iterable[Path]) -> None:
-        """Bring the folders that other ranks have sent to this host, and remove them at the URL."""
+        """Download the directories that other ranks have sent, and remove them at the URL."""
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
             for name in self._store.files(folder.name):

@@ -1,4 +1,4 @@
-"""Runs at a URL, and the folder of this host that holds their working copies."""
+"""Runs at a URL, and the directory of this host that holds their working copies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REFRESH_S, _PUSH_S = 2.0, 5.0
 
 
 def staging(url: str) -> Path:
-    """Return this host's folder for runs at a URL: `$DTRAIN_STAGING`, or in the user's cache."""
+    """Return this host's directory for runs at a URL: `$DTRAIN_STAGING`, or in the user's cache."""
     root = os.environ.get(STAGING)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     name = re.sub(r"[^a-z0-9]+", "-", url.lower()).strip("-")[-40:]
@@ -151,7 +151,7 @@ def push(run: RunDir, only: Sequence[str] = ()) -> None:
 
 
 def fetch(url: str, name: str | None = None) -> Path:
-    """Bring the records of runs at a URL to this host. Return the folder that holds them.
+    """Bring the records of runs at a URL to this host. Return the directory that holds them.
 
     Args:
         url: the URL of all runs.

@@ -1,4 +1,4 @@
-"""A folder at a URL, accessed with fsspec: reads, writes, and errors in plain words."""
+"""A directory at a URL, accessed with fsspec: reads, writes, and errors in plain words."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ _S3_OPTIONS = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attemp
 
 
 class RemoteStoreError(DtrainError, OSError):
-    """A folder at a URL cannot be read or written."""
+    """A directory at a URL cannot be read or written."""
 
 
 def is_url(text: str | os.PathLike[str]) -> bool:
-    """Return whether the location of runs is a URL, not a folder."""
+    """Return whether the location of runs is a URL, not a directory."""
     return "://" in os.fspath(text)
 
 
 class RemoteStore:
-    """A folder at a URL. Its files have names, relative to it, with `/` between the parts.
+    """A directory at a URL. Its files have names, relative to it, with `/` between the parts.
 
     All methods raise `RemoteStoreError` when the URL does not answer, after some tries, or refuses
     access.
     """
 
     def __init__(self, url: str, *, patient: bool = False) -> None:
-        """Open the folder. No request is sent yet.
+        """Open the directory. No request is sent yet.
 
         Args:
-            url: the URL of the folder.
+            url: the URL of the directory.
             patient: whether to wait for a server that is away for a minute. Use it when a training
                 is at stake, not a command.
 
@@ -222,7 +222,7 @@ def _open(url: str) -> tuple[Any, str]:
         ) from error
     if not root.strip("/"):
         raise PlanError(
-            f"{url} names no place: say which bucket or folder, as s3://bucket/runs",
+            f"{url} names no place: say which bucket or directory, as s3://bucket/runs",
             code="url.invalid",
         )
     return fs, root.rstrip("/")

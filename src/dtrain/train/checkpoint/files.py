@@ -103,7 +103,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         The tensors by file stem, on the CPU, and the progress.
 
     Raises:
-        CheckpointError: it is damaged. The message describes the damage without the folder's name.
+        CheckpointError: it is damaged. The message describes the damage, without the path.
     """
     listed = _read_manifest(folder)
     _verify(folder, listed)
@@ -158,7 +158,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Delete the temporary folders of killed writers; restore checkpoints that they had moved."""
+    """Delete temporary directories of killed writers; restore checkpoints that they had moved."""
     for path in checkpoints.glob(f".*{_ASIDE}*"):
         final = checkpoints / path.name[1:].partition(_ASIDE)[0]
         if path.name.endswith(_OLD) and not final.exists():

@@ -65,7 +65,7 @@ class CheckpointStore:
             about: plain JSON for people.
 
         Returns:
-            The folder of the checkpoint and the number of bytes written.
+            The directory of the checkpoint and the number of bytes written.
 
         Raises:
             CheckpointError: rank 0 could not write it. Every rank raises it.
@@ -121,7 +121,7 @@ class CheckpointStore:
         rejected: dict[Path, str] = {}
         names: list[str] = []
         if self._rank == 0:
-            with contextlib.suppress(OSError):  # a read-only folder can still be read
+            with contextlib.suppress(OSError):  # a read-only directory can still be read
                 remove_leftovers(self._run.checkpoints)
             names = [folder.name for folder in self._candidates()]
         for folder in (self._run.checkpoints / name for name in collectives.from_zero(names)):
@@ -169,7 +169,7 @@ class CheckpointStore:
             if loaded.progress.get("step") != _step_of(folder):
                 raise CheckpointError(
                     f"it belongs to step {loaded.progress.get('step')!r:.40}",
-                    code="checkpoint.wrong-folder",
+                    code="checkpoint.wrong-directory",
                 )
             apply(loaded)
         except CheckpointError as error:

@@ -51,7 +51,7 @@ _KEPT = 256
 
 _TORCH = f"{Path(torch.__file__).parent}/"
 _LIBRARIES = f"{Path(torch.__file__).parents[1]}/"
-"""The folder of installed packages: collectives that Lightning calls are not the task's."""
+"""The directory of installed packages: collectives that Lightning calls are not the task's."""
 _PACKAGE = f"{Path(__file__).resolve().parents[2]}/"
 
 Call = Callable[[], Any]

@@ -33,7 +33,7 @@ _SLOT = 256
 """The number of bytes for the text of what one loader process is reading."""
 _OUT_OF_MEMORY = "; if memory was short, set fewer data.workers or a smaller data.prefetch"
 _LONGEST_FOLDER = 60
-"""The longest folder for a socket: a path has 107 characters, and multiprocessing adds 33."""
+"""The longest directory for a socket: a path has 107 characters, and multiprocessing adds 33."""
 
 
 class LoaderProcessError(DtrainError):
@@ -140,7 +140,7 @@ def raise_only_where_waited() -> None:
 
 
 def make_room_for_sockets() -> None:
-    """Give loader processes a short folder for their sockets if the path of TMPDIR is too long."""
+    """Give loader processes a short directory for sockets if the path of TMPDIR is too long."""
     config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
     if config.get("tempdir") or len(tempfile.gettempdir()) <= _LONGEST_FOLDER:
         return

@@ -44,7 +44,7 @@ class Checkpoints:
         self.saved_step: int | None = None
         """The step of the checkpoint that was written or read last."""
         self.folder: Path | None = None
-        """The folder of that checkpoint."""
+        """The directory of that checkpoint."""
 
     def write(
         self, step: int, tensors: Callable[[], dict[str, Any]], progress: dict[str, Any]

@@ -83,7 +83,7 @@ def _flat(value: Any, above: str) -> Iterator[tuple[str, str | int | float | boo
 
 
 class Csv:
-    """Writes `train.csv` and `eval.csv` in the run's folder, one column for each metric."""
+    """Writes `train.csv` and `eval.csv` in the run's directory, one column for each metric."""
 
     supports_rewind = True
 
@@ -157,8 +157,8 @@ class MLflow:
 
     Args:
         context: see `LoggerContext`.
-        tracking_uri: a server or a folder. None means MLFLOW_TRACKING_URI if it is set, otherwise
-            `mlruns` next to the run's folder.
+        tracking_uri: a server or a directory. None means MLFLOW_TRACKING_URI if that is set, else
+            `mlruns` next to the run directory.
         experiment: the name of the experiment, which is created if it does not exist.
     """
 
@@ -170,7 +170,7 @@ class MLflow:
         # a dead server must cost seconds; by default MLflow retries for 4 minutes, each time
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        # MLflow 3 needs this variable to accept a folder
+        # MLflow 3 needs this variable to accept a directory
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient
 
