@@ -8,7 +8,7 @@ Prints each as a share of the step when done every k steps, in Markdown::
 
     python benchmarks/checks.py --ranks 2
 
-All in the same processes, in one run; medians. `--every` is the default of `checks.every`.
+All in the same processes, in one run; medians. `--every` is the default of `checks.every_steps`.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--every", type=int, default=ChecksSpec().every)
+    parser.add_argument("--every", type=int, default=ChecksSpec().every_steps)
     options = parser.parse_args()
     ranks = run_ranks(measure, options.ranks, options.rounds, timeout=600)
     slowest = {name: max(each[name] for each in ranks) for name in ranks[0]}

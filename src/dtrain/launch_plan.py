@@ -339,7 +339,7 @@ def _threads(launcher: str, options: AnyOptions, cores_here: int, nodes: int, pe
 def _script(job: JobSpec, job_dir: str) -> tuple[str, ...]:
     if job.script is None:
         return ()
-    return (os.path.join(job_dir, job.script), *shown("arguments", list(job.arguments)))
+    return (os.path.join(job_dir, job.script), *shown("script_args", list(job.script_args)))
 
 
 def _preload(job: JobSpec, facts: Facts) -> tuple[str, ...]:

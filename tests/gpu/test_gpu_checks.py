@@ -40,7 +40,7 @@ def test_a_fault_on_a_gpu_is_found(tmp_path: Path) -> None:
     fault = "rank=1,step=5,kind=flip-parameter-bit,param=weight,element=2,bit=20"
     command = [sys.executable, "-m", "dtrain", "launch", "--gpus", "2", "--inject", fault]
     done = subprocess.run(
-        [*command, "--set", "checks.every=2", str(TINY)],
+        [*command, "--set", "checks.every_steps=2", str(TINY)],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False, env={**os.environ},
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
@@ -87,7 +87,7 @@ def test_what_a_task_remembers_is_on_its_device_again(
 
     def trained(folder: Path, **args: Any) -> Any:
         given = {"n": 56, "held_out": 7, **args}
-        spec = job("single", given, checks={"every": 2})
+        spec = job("single", given, checks={"every_steps": 2})
         task, run = Remembering(**given), RunDir(folder)
         run.create()
         device = torch.device("cuda")

@@ -86,7 +86,7 @@ class Case:
     def spec(self) -> JobSpec:
         """The job."""
         fault = f"kind={self.kind},rank={self.culprit},step={STEP}{self._place()}"
-        checks = {"every": self.every, "inject": [fault], "on_mismatch": self.mismatch}
+        checks = {"every_steps": self.every, "inject": [fault], "on_mismatch": self.mismatch}
         train = {"steps": self.steps, "global_batch_size": 48, "virtual_shards": 12}
         job = {"name": "t", "task": "t:T", "strategy": self.strategy}
         return JobSpec.model_validate({**job, "train": train, "checks": checks})

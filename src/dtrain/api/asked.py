@@ -47,12 +47,12 @@ class Asked(Size, total=False):
     trainer: str | None
     seed: int | None
     name: str | None
-    arguments: Sequence[str]
+    script_args: Sequence[str]
     run_id: str | None
 
 
 _NO_FIELD = {"set", "env", "options", "runs", "launcher", "run_id"}
-_DEFAULTS = {"launcher": "local", "arguments": ()}
+_DEFAULTS = {"launcher": "local", "script_args": ()}
 
 
 def request(function: str, asked: Size, kind: type[Any]) -> Request:

@@ -73,7 +73,7 @@ def launch(job: Job, *, detach: bool = False, **asked: Unpack[Asked]) -> Run:
         trainer: the trainer whose training loop is used.
         seed: the seed of the whole training.
         name: the name of the run.
-        arguments: the command line of a script.
+        script_args: the command line of a script.
         run_id: the id of the run. None means the name and some letters.
         args: arguments of the task's class, which override those in job.yaml. `train`, `data`,
             `eval`, `checkpoint`, `checks`, `log`, `lightning` and `launch` are its other sections.

@@ -51,7 +51,7 @@ def show(job: str, fields: tuple[str, ...], at_once: int | None, options: dict[s
 def prepare(
     job: str, fields: tuple[str, ...], options: dict[str, Any]
 ) -> tuple[ArrayCapable, list[Element]]:
-    """Return a plan for each combination of values, in order. Errors are those of `plan_run`.
+    """Return a plan for each combination of values. Errors are those of `plan_run`.
 
     Raises:
         UsageError: a value is given twice, or the launcher submits no arrays.
@@ -64,7 +64,7 @@ def prepare(
     choices = list(product(*(values(text) for text in fields)))
     if len(set(choices)) != len(choices):
         raise UsageError(
-            f"--array: the same value twice: {', '.join(fields)}", code="usage.array-repeats"
+            f"--array: a value is given twice: {', '.join(fields)}", code="usage.array-repeats"
         )
     asked, found = shared.request(options), list[Element]()
     launcher: Any = None
@@ -98,7 +98,7 @@ def values(text: str) -> list[str]:
     found = [value.strip() for value in written]
     if not field or not all(found) or not found or ",".join(written) != listed:
         raise UsageError(
-            f"--array {text}: expected FIELD=VALUE,VALUE,…, as train.lr=0.1,0.01",
+            f"--array {text}: expected FIELD=VALUE,VALUE,…, for example train.lr=0.1,0.01",
             code="usage.array-syntax",
         )
     return [f"{field}={value}" for value in found]

@@ -13,7 +13,10 @@ from dtrain.run.lookup import find
 @click.command(
     "cancel",
     cls=shared.Command,
-    examples=(("dtrain cancel last", "Stop the run that was started last."),),
+    examples=(
+        ("dtrain cancel last", "Stop the run that was started last."),
+        ("dtrain cancel digits-4f", "Stop a run by the beginning of its id."),
+    ),
 )
 @click.argument("run", shell_complete=completers.runs)
 @shared.runs_option

@@ -25,16 +25,22 @@ _NO_SPACE = {
     "completion",
     cls=shared.Command,
     examples=(
-        ('eval "$(dtrain completion bash)"', "A line for ~/.bashrc (and zsh's for ~/.zshrc)."),
+        (
+            'eval "$(dtrain completion bash)"',
+            "The line for ~/.bashrc; for zsh, write zsh here and in ~/.zshrc.",
+        ),
         (
             "dtrain completion fish > ~/.config/fish/completions/dtrain.fish",
-            "Once, for fish.",
+            "For fish, run this once.",
         ),
     ),
 )
 @click.argument("shell", type=click.Choice(SHELLS))
 def command(shell: str) -> None:
-    """Print the script that completes commands, options, profiles, runs and job fields in SHELL."""
+    """Print the completion script of a shell.
+
+    It completes commands, options, profiles, runs and fields of job.yaml.
+    """
     from click.shell_completion import get_completion_class
 
     from dtrain.cli.main import cli

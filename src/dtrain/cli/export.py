@@ -12,14 +12,24 @@ from dtrain.run.lookup import find
 @click.command(
     "export",
     cls=shared.Command,
-    examples=(("dtrain export --to safetensors last", "Write the model of the newest run."),),
+    examples=(
+        ("dtrain export --to safetensors", "Write the model of the newest run."),
+        (
+            "dtrain export --to onnx --step 200 digits-4f",
+            "Write the model as it was after step 200.",
+        ),
+    ),
 )
 @shared.run_argument
 @shared.option(
     shared.WHAT, "--to", required=True, type=click.Choice(list(catalog.EXPORTS)), help="Format."
 )
 @shared.option(
-    shared.WHAT, "--step", type=int, help="Step of the checkpoint.  [default: the newest intact]"
+    shared.WHAT,
+    "--step",
+    type=int,
+    metavar="N",
+    help="Step of the checkpoint.  [default: the newest intact]",
 )
 @shared.option(
     shared.WHAT, "--averaged", is_flag=True, help="Write the weights that dtrain.EMA averaged."

@@ -34,7 +34,7 @@ def _numbers(
     for text in (part.strip() for each in given for part in each.split(",")):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text, re.ASCII)
         if match is None:
-            what = f"{quoted(text)} is no {option.name}; write for example 3, 0-3 or 0-3,7"
+            what = f"{quoted(text)} is not a {option.name}; write for example 3, 0-3 or 0-3,7"
             raise click.BadParameter(what)
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
@@ -51,6 +51,7 @@ def _numbers(
             "dtrain logs --follow --rank 0",
             "What rank 0 of the newest run writes, until the run ends.",
         ),
+        ("dtrain logs digits-4f -n 20", "The last 20 lines of all ranks of a run."),
     ),
 )
 @shared.run_argument
@@ -81,7 +82,11 @@ def _numbers(
     help="Only ranks of these nodes; repeatable.",
 )
 @shared.option(
-    shared.WHAT, "--attempt", type=int, help="Number of the attempt.  [default: the newest]"
+    shared.WHAT,
+    "--attempt",
+    type=int,
+    metavar="N",
+    help="Number of the attempt.  [default: the newest]",
 )
 @shared.json_option
 def command(
@@ -124,14 +129,14 @@ def _follow(run: RunDir, view: _View, newer: bool) -> int:
 
     refresh = refresher(run)
     view.begin_to_follow()
-    while (stand := status.state_of(run))[0] in ("running", "prepared"):
+    while (state := status.state_of(run))[0] in ("running", "prepared"):
         refresh()
         view.show_new()
         if newer:
             view.move_on()
         time.sleep(_POLL_S)
     view.close()
-    result = stand[1]
+    result = state[1]
     return 1 if result is None else result.exit_code
 
 
@@ -161,7 +166,7 @@ class _View:
         self._folder = LineFolder(LaunchPlan.read(run).world_size, _FOLD_WINDOW_S, self._print)
 
     def show_history(self) -> None:
-        """Show all lines in order of time, or the last of them."""
+        """Show all lines sorted by time, or the last of them."""
         self._show_past(self._new_logs())
 
     def begin_to_follow(self) -> None:

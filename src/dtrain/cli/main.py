@@ -129,8 +129,8 @@ def _version(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
         from importlib.metadata import version
 
         parts = ("dtrain", "torch")
-        told = [f"{name} {version(name)}" for name in parts]
-        click.echo(", ".join([*told, f"Python {platform.python_version()}"]))
+        versions = [f"{name} {version(name)}" for name in parts]
+        click.echo(", ".join([*versions, f"Python {platform.python_version()}"]))
         ctx.exit()
 
 
@@ -154,9 +154,9 @@ def cli() -> None:
     """One training definition, launched anywhere, provably the same training, and hard to kill.
 
     \b
-    dtrain launch job.yaml                       as job.yaml says
-    dtrain launch --nodes 2 --procs 2 job.yaml   two nodes simulated here, two ranks on each
-    dtrain launch --gpus 4 job.yaml              four GPUs of this machine
+    dtrain launch job.yaml                       train as job.yaml describes
+    dtrain launch --nodes 2 --procs 2 job.yaml   two simulated nodes, two ranks on each
+    dtrain launch --gpus 4 job.yaml              train on four GPUs of this machine
     """
 
 
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> Any:
     except click.exceptions.Abort:
         sys.exit(130)
     except (click.ClickException, DtrainError, OSError) as error:
-        known = _as_told(error)
+        known = _as_dtrain_error(error)
         if known is None:
             raise
         words = sys.argv[1:] if argv is None else argv
@@ -192,7 +192,7 @@ _CLICK_CODES = {
 """The code of each of click's errors. If several classes match, the nearest one counts."""
 
 
-def _as_told(error: click.ClickException | DtrainError | OSError) -> DtrainError | None:
+def _as_dtrain_error(error: click.ClickException | DtrainError | OSError) -> DtrainError | None:
     """Return the error to report, with its code. None for an unexpected error."""
     if isinstance(error, DtrainError):
         return error

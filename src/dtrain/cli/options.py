@@ -79,7 +79,7 @@ runs_option = option(
     envvar="DTRAIN_RUNS",
     show_default=True,
     metavar="DIR|URL",
-    help="Folder of all runs, or a URL, for example s3://bucket/runs.",
+    help="Directory of all runs, or a URL, for example s3://bucket/runs.",
 )
 json_option = option(WATCH, "--json", "as_json", is_flag=True, help="Print JSON.")
 quiet_option = option(
@@ -104,7 +104,7 @@ option_option = option(
     shell_complete=completers.options,
     help="Set an option of the launcher; repeatable. `dtrain launchers NAME` lists them.",
 )
-script_arguments = click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- …]")
+script_arguments = click.argument("script_args", nargs=-1, type=click.UNPROCESSED, metavar="[-- …]")
 run_argument = click.argument("run", default="last", shell_complete=completers.runs)
 job_argument = click.argument("job", shell_complete=completers.files)
 
@@ -250,8 +250,8 @@ def written_flags(options: dict[str, Any]) -> dict[str, Any]:
         for name, field in FIELDS.items()
         if options.get(name) is not None
     }
-    if options.get("arguments"):
-        written["arguments"] = flag("--", list(options["arguments"]))
+    if options.get("script_args"):
+        written["script_args"] = flag("--", list(options["script_args"]))
     if options.get("inject"):
         written["checks.inject"] = flag("--inject", list(options["inject"]))
     for text in options["environment"]:

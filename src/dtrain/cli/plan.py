@@ -89,7 +89,7 @@ def _lines(plan: LaunchPlan, written: bool) -> list[str]:
         f"restarts   up to {plan.max_restarts}",
         "files",
         *(f"  {path}" for path in plan.files),
-        "environment of every worker, besides RANK, WORLD_SIZE and the like",
+        "environment of every worker, in addition to RANK, WORLD_SIZE and the like",
         *(f"  {name}={value}" for name, value in plan.worker_env.items()),
         "commands",
         *(f"  {_command(each)}" for each in plan.commands if not each.by_hand),

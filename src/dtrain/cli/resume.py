@@ -15,8 +15,8 @@ from dtrain.run.lookup import find
     "resume",
     cls=shared.LaunchCommand,
     examples=(
-        ("dtrain resume", "Go on with the run that was started last."),
-        ("dtrain resume digits-4f --procs 4", "Go on with a run, on four processes."),
+        ("dtrain resume", "Continue the run that was started last."),
+        ("dtrain resume digits-4f --procs 4", "Continue a run with four processes per node."),
     ),
 )
 @shared.run_argument

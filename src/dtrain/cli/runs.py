@@ -25,7 +25,10 @@ _HAS_A_COLUMN = (
 @click.command(
     "runs",
     cls=shared.Command,
-    examples=(("dtrain runs", "All runs in the directory `runs`, the newest last."),),
+    examples=(
+        ("dtrain runs", "All runs in the directory `runs`, the newest last."),
+        ("dtrain runs --runs s3://bucket/runs --json", "All runs at a URL, as JSON."),
+    ),
 )
 @shared.runs_option
 @shared.json_option
@@ -57,7 +60,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     metric = next((f"{name} {value:.4g}" for name, value in last.items()), None)
     done, total = row["step"], row.get("total_steps")
     given = row.get("set", {}).items()
-    told = {
+    values = {
         "RUN": row["id"],
         "STATE": row["state"],
         "STEP": done if total in (None, done) else f"{done or 0}/{total}",
@@ -69,7 +72,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "METRIC": metric,
         "SET": " ".join(f"{k}={v}" for k, v in given if k not in _HAS_A_COLUMN) or None,
     }
-    return {name: "-" if value is None else str(value) for name, value in told.items()}
+    return {name: "-" if value is None else str(value) for name, value in values.items()}
 
 
 def table(rows: list[dict[str, Any]], width: int | None) -> list[str]:

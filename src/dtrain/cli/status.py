@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -12,14 +12,14 @@ from dtrain.cli import options as shared
 from dtrain.console import out
 from dtrain.run.lookup import find
 
-if TYPE_CHECKING:
-    pass
-
 
 @click.command(
     "status",
     cls=shared.Command,
-    examples=(("dtrain status last", "The run that was started last."),),
+    examples=(
+        ("dtrain status", "The run that was started last."),
+        ("dtrain status digits-4f --json", "A run by the beginning of its id, as JSON."),
+    ),
 )
 @shared.run_argument
 @shared.runs_option

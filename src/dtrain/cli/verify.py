@@ -192,7 +192,7 @@ def command(html: str | None, as_json: bool, **options: Any) -> int:  # fmt: ski
 
     Samples, losses, gradients and parameters are compared with those of a single process. What
     differs is run again in fp64, where rounding differences nearly vanish and real errors stay.
-    The exit code is 1 when one of them is another training.
+    The exit code is 1 if one of them is not the same training.
     """
     from dtrain.verification.session import Session
 

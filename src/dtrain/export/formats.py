@@ -43,7 +43,7 @@ def safetensors(state: Mapping[str, Any], path: Path, about: dict[str, str]) -> 
     for name, value in tensors.items():
         if name not in read or not _same_bits(value, read[name]):
             raise DtrainError(
-                f"{name} is not what it was after it was read back",
+                f"{name} has other values when it is read back",
                 code="export.changed-when-read-back",
             )
     return f"all {len(tensors)} tensors are bit for bit those of the checkpoint"
@@ -156,17 +156,17 @@ def _compared(trained: Trained, run: Runner) -> str:
 def _difference(call: Call, outputs: Sequence[torch.Tensor]) -> float:
     if [tuple(t.shape) for t in outputs] != [tuple(t.shape) for t in call.outputs]:
         raise DtrainError(
-            "the exported model gives outputs of other shapes than the model",
+            "the outputs of the exported model have other shapes than the model's",
             code="export.outputs-differ",
         )
     worst = 0.0
-    for mine, theirs in zip(call.outputs, outputs, strict=True):
-        gap = (mine.double() - theirs.double()).abs().max().item() if mine.numel() else 0.0
-        largest = mine.double().abs().max().item() if mine.numel() else 0.0
+    for expected, found in zip(call.outputs, outputs, strict=True):
+        gap = (expected.double() - found.double()).abs().max().item() if expected.numel() else 0.0
+        largest = expected.double().abs().max().item() if expected.numel() else 0.0
         if not gap <= _TOLERANCE * max(largest, 1.0) or math.isnan(gap):
             raise DtrainError(
-                f"the exported model is another: outputs differ by {gap:.1e}, and the largest is "
-                f"{largest:.1e}; nothing was kept",
+                f"the exported model computes other outputs: they differ by {gap:.1e}, and the "
+                f"largest is {largest:.1e}; no file was kept",
                 code="export.outputs-differ",
             )
         worst = max(worst, gap)

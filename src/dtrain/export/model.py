@@ -106,15 +106,15 @@ def _call(task: Task, model: torch.nn.Module, batch: Any, num_samples: int) -> C
             handle.remove()
     if not seen or not seen[0].outputs:
         raise UsageError(
-            "the task never calls the model itself, as model(x) that returns tensors, but its "
-            "methods: there is no one call to export. --to safetensors writes its parameters",
+            "the task calls methods of the model, and never model(x) with tensors as the result: "
+            "there is no single call to export; --to safetensors writes its parameters",
             code="export.no-single-call",
         )
     return seen[0]
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """Return every tensor of an output, in order."""
+    """Return every tensor of an output, from first to last."""
     if isinstance(value, torch.Tensor):
         return [value.detach()]
     parts: Iterable[Any] = value.values() if isinstance(value, dict) else value

@@ -96,8 +96,7 @@ def _averaged(tensors: dict[str, Any]) -> dict[str, Any]:
             weights: dict[str, Any] = state["weights"]
             return weights
     raise UsageError(
-        "--averaged: the checkpoint holds no average of the model, which a task with dtrain.EMA "
-        "has",
+        "--averaged: the checkpoint holds no averaged model; only a task with dtrain.EMA has one",
         code="export.no-average",
     )
 
@@ -107,7 +106,7 @@ def _model(run: RunDir, state: dict[str, Any]) -> Trained:
     spec = read_job(accepted_job(run))
     if not spec.task:
         raise UsageError(
-            "this run is of a script, which knows its model alone: --to safetensors",
+            "this run is of a script, and only that can build its model; use --to safetensors",
             code="export.script-format",
         )
     return trained_model(spec, plan.code_dir or plan.job_dir, state)
@@ -121,8 +120,8 @@ def _newest(run: RunDir, step: int | None) -> tuple[Path, dict[str, Any], dict[s
     folders = [folder for folder in found if folder.name.removeprefix("step-").isdecimal()]
     if not folders:
         raise UsageError(
-            f"run {run.id} has no checkpoint; it is saved as job.yaml's checkpoint: "
-            "says, and at the end of training",
+            f"run {run.id} has no checkpoint; checkpoints are saved as `checkpoint` in job.yaml "
+            "sets, and at the end of training",
             code="export.no-checkpoint",
         )
     if step is not None:

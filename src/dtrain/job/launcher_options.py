@@ -55,8 +55,8 @@ class LauncherOptions(AnyOptions):
         name = ".".join(map(str, first["loc"]))
         if first["type"] != "extra_forbidden":
             where = f"option {name}" if name else "options"
-            said = first["msg"].removeprefix("Value error, ")
-            message = f"launcher {cls.launcher!r}, {where}: {said}"
+            problem = first["msg"].removeprefix("Value error, ")
+            message = f"launcher {cls.launcher!r}, {where}: {problem}"
             raise PlanError(message, code=code_of(first, "option"))
         near = did_you_mean(name, list(cls.model_fields))
         message = f"option {name}: unknown{near or f'; {cls.listed()}'}"

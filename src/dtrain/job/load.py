@@ -93,9 +93,9 @@ def load_job(
     problems += outside_problems(root, job_dir or path.parent)
     if problems or spec is None:
         raise JobError(sort_problems(problems, shown))
-    said = spec.to_plain()
+    values = spec.to_plain()
     sources = sources_of(spec, root)
-    sources = {name: source for name, source in sources.items() if name.split(".")[0] in said}
+    sources = {name: source for name, source in sources.items() if name.split(".")[0] in values}
     return LoadedJob(spec, text, path, sources)
 
 
@@ -213,7 +213,9 @@ def _override(text: str) -> tuple[Located | None, list[Problem]]:
         or not (keys[-1] or keys[:2] == ("launch", "env"))
     ):
         return None, [
-            place.problem("", "expected FIELD=VALUE, as train.epochs=3", code="usage.set-syntax")
+            place.problem(
+                "", "expected FIELD=VALUE, for example train.epochs=3", code="usage.set-syntax"
+            )
         ]
     written, problems = read_yaml(value, lambda _: place)
     if problems:

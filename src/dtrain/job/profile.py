@@ -171,8 +171,8 @@ def _between_options(root: Located, model: type[Model]) -> list[Problem]:
     try:
         model.model_validate(root.plain())
     except ValidationError as error:
-        said = [detail["msg"].removeprefix("Value error, ") for detail in error.errors()]
-        return [root.place.problem("", text, code="option.conflict") for text in said]
+        conflicts = [detail["msg"].removeprefix("Value error, ") for detail in error.errors()]
+        return [root.place.problem("", text, code="option.conflict") for text in conflicts]
     return []
 
 

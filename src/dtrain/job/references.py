@@ -71,8 +71,8 @@ def _pair_problems(root: Located) -> Iterator[Problem]:
     problem = trainer and strategy and _pair_problem(root, trainer, strategy, most)
     missing = trainer and catalog.problem_of("trainer", trainer)
     if problem:
-        said = [root.get((field,)) for field in ("strategy", "trainer")]
-        place = next((written.place for written in (*said, nodes) if written), root.place)
+        fields = [root.get((field,)) for field in ("strategy", "trainer")]
+        place = next((written.place for written in (*fields, nodes) if written), root.place)
         yield place.problem("strategy", problem, code="plan.unsupported-combination")
     elif missing:
         yield root.place_of(("trainer",)).problem("trainer", missing, code="plan.missing-package")

@@ -14,7 +14,7 @@ from dtrain.job.located import FieldProblem
 from dtrain.job.static_source import Definition, parsed
 from dtrain.job.yaml_reader import dump_yaml
 
-SCRIPT_FIELDS = ("name", "script", "arguments", "launch")
+SCRIPT_FIELDS = ("name", "script", "script_args", "launch")
 """All fields of such a job."""
 
 _ALLOWED = (*SCRIPT_FIELDS, "trainer", "strategy")  # the last two have their own messages

@@ -148,7 +148,7 @@ class CheckpointSpec(Model):
 class ChecksSpec(Model):
     """Checks that all processes still train the same model, and the response when they do not."""
 
-    every: Natural = 50
+    every_steps: Natural = 50
     """The number of optimizer steps between comparisons of all processes. They are also compared
     before every checkpoint. 0 means never."""
     on_mismatch: Literal["stop", "warn", "rollback"] = "stop"
@@ -253,8 +253,8 @@ class JobSpec(Model):
     """Keyword arguments of the task's constructor."""
     script: Text | None = None
     """Instead of a task: a Python file, relative to job.yaml, that every process runs as `torchrun`
-    would. Such a job has only a name, `arguments` and `launch` in addition."""
-    arguments: list[Text] = Field(default_factory=list)
+    would. Such a job has only a name, `script_args` and `launch` in addition."""
+    script_args: list[Text] = Field(default_factory=list)
     """Command line of the script; `-- …` after `dtrain launch` replaces it."""
     seed: Seed = 0
     """The seed of the initial weights, the data order and every random number of the training."""
@@ -302,9 +302,9 @@ def cross_problems(job: Mapping[str, Any]) -> list[FieldProblem]:
     """
     if job.get("script") is not None:
         return meaningless(job)
-    if job.get("arguments"):
+    if job.get("script_args"):
         text = "only a script has a command line; a task has args"
-        return [(("arguments",), text, "job.field-without-effect")]
+        return [(("script_args",), text, "job.field-without-effect")]
     problems = [each for check in job_checks() for each in check.between_fields(job)]
     train, evaluation = job.get("train"), job.get("eval", {})
     if not isinstance(train, Mapping) or not isinstance(evaluation, Mapping):

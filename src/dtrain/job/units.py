@@ -92,7 +92,7 @@ def _seconds(value: Any) -> float:
     match = _CLOCK.fullmatch(text) or _PARTS.fullmatch(text)
     if not text or match is None or not _clock_fits(match, text):
         raise ValueError(
-            "expected a duration: seconds, or as 90s, 30m, 2h, 1d, 1h30m, 01:30:00; "
+            "expected a duration: seconds, or for example 90s, 30m, 2h, 1d, 1h30m, 01:30:00; "
             f"found {found(value)}"
         )
     return float(sum(_SECONDS[unit] * Decimal(n) for unit, n in match.groupdict().items() if n))
@@ -127,7 +127,9 @@ def parse_size(value: Any) -> int:
             return int(size)
     elif is_number(text):
         return int(text)
-    raise ValueError(f"expected a size: bytes, or as 512MB, 16GB, 4GiB; found {found(value)}")
+    raise ValueError(
+        f"expected a size: bytes, or for example 512MB, 16GB, 4GiB; found {found(value)}"
+    )
 
 
 def parse_nodes(value: Any) -> tuple[int, int]:
@@ -144,7 +146,7 @@ def parse_nodes(value: Any) -> tuple[int, int]:
             parts = [parse_whole(value)]
         except ValueError:
             raise ValueError(
-                f"expected a number of nodes, or min:max as 2:4; found {found(value)}"
+                f"expected a number of nodes, or min:max, for example 2:4; found {found(value)}"
             ) from None
     low, high = parts[0], parts[-1]
     if low > high:
@@ -159,7 +161,7 @@ def refuse_yaml_boolean(value: Any) -> Any:
         raise PydanticCustomError(
             "string_type",
             "expected text; found {found}: YAML reads a bare yes, no, on, off, true, false as a "
-            'boolean, so put it in quotes, as "no"',
+            'boolean, so put it in quotes: "no"',
             {"found": found(value)},
         )
     return value

@@ -136,11 +136,11 @@ def _bytes_of(path: Path, shown: str) -> bytes:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError
         if not stat.S_ISREG(mode):
-            message = "a pipe or a device; name a file"
+            message = "this is a pipe or a device; name a regular file"
             raise JobError([SourceLocation(shown).problem("", message, code="file.not-regular")])
         raw = file.read(_MOST_BYTES + 1)
     if len(raw) > _MOST_BYTES:
-        message = f"more than {_MOST_BYTES // 1_000_000} MB; that is no job or profile"
+        message = f"more than {_MOST_BYTES // 1_000_000} MB: too large for a job or a profile"
         raise JobError([SourceLocation(shown).problem("", message, code="file.too-large")])
     return raw
 
@@ -239,18 +239,22 @@ class _Reader:
             if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
                 self.take(node, len(node.value) // 100)
                 if not _is_text(node.value):
-                    self.tell(node, "an escape that is no character", code="yaml.value-unsupported")
+                    self.report(
+                        node,
+                        "an escape sequence that is not a character",
+                        code="yaml.value-unsupported",
+                    )
                     return None
                 if node.tag == _TAG + "int" and len(node.value) > _MOST_DIGITS:
                     text = f"a whole number of more than {_MOST_DIGITS} digits"
-                    self.tell(node, text, code="yaml.value-unsupported")
+                    self.report(node, text, code="yaml.value-unsupported")
                     return None
                 return self.loader.construct_object(node)
         except (ValueError, KeyError):
             pass
         tag = node.tag.replace(_TAG, "!!")
         text = f"a value of type {tag} is not understood here; write plain values"
-        self.tell(node, text, code="yaml.value-unsupported")
+        self.report(node, text, code="yaml.value-unsupported")
         return None
 
     def pairs(self, node: yaml.MappingNode) -> _Pairs:
@@ -272,15 +276,15 @@ class _Reader:
                         self.take(source, len(merged))
                     else:
                         text = "only a section can be merged with `<<`"
-                        self.tell(source, text, code="yaml.merge-without-section")
+                        self.report(source, text, code="yaml.merge-without-section")
                 continue
             is_text = isinstance(key, yaml.ScalarNode) and _is_text(key.value)
             if not is_text or key.tag != _TAG + "str":
-                self.tell(key, self.odd_key(key), code="yaml.key-not-text")
+                self.report(key, self.odd_key(key), code="yaml.key-not-text")
             elif key.value in own:
                 first = own[key.value][0].start_mark
                 text = f"{key.value!r} is given twice, first on line {first.line + 1}"
-                self.tell(key, text, code="yaml.duplicate-key")
+                self.report(key, text, code="yaml.duplicate-key")
             else:
                 own[key.value] = (key, part)
         return {**merged, **own}
@@ -290,7 +294,7 @@ class _Reader:
             return "a key must be one word; is a quote missing?"
         word = key.value or "nothing"
         reads = f", and YAML reads {word} as a boolean" if key.tag == _TAG + "bool" else ""
-        return f'a key must be text{reads}: put it in quotes, as "{word}"'
+        return f'a key must be text{reads}: put it in quotes: "{word}"'
 
-    def tell(self, node: yaml.Node, message: str, *, code: str) -> None:
+    def report(self, node: yaml.Node, message: str, *, code: str) -> None:
         self.problems.append(self.locate(node.start_mark).problem("", message, code=code))

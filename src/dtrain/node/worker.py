@@ -140,7 +140,7 @@ class _Worker:
             return 0
 
         with leaving.hearing_exit(partial(leave, "os._exit(0)")):
-            run_script(script, spec.arguments, plan.run, leave)
+            run_script(script, spec.script_args, plan.run, leave)
         return 0
 
     def record_failure(self, error: BaseException) -> int:

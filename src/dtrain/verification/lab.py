@@ -295,7 +295,7 @@ def _said(text: str, *, stays: bool) -> str:
 
 
 # `dtrain verify` records and names the differences at which the checks would stop.
-_QUIET = ChecksSpec(every=0, on_mismatch="warn", init="broadcast", on_nan="warn")
+_QUIET = ChecksSpec(every_steps=0, on_mismatch="warn", init="broadcast", on_nan="warn")
 
 
 def recorded(spec: JobSpec, pair: Pair, wish: TraceOptions, steps: int) -> JobSpec:

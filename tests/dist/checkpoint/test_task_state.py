@@ -183,7 +183,7 @@ class Faulty(Counting):
 @pytest.mark.parametrize("every", [3, None])
 def test_after_a_rollback(every: int | None, tmp_path: Path) -> None:
     unbroken = run("ddp", tmp_path / "unbroken")
-    checks = {"every": 2, "on_mismatch": "rollback"}
+    checks = {"every_steps": 2, "on_mismatch": "rollback"}
     sections = {"checks": checks, "checkpoint": {"every_steps": every}}
     faulty = run("ddp", tmp_path / "faulty", kind=Faulty, sections=sections)
     assert kept(tmp_path / "faulty")["task"] == kept(tmp_path / "unbroken")["task"]
@@ -217,7 +217,7 @@ class OnOneRank(Counting):
 def test_a_rank_with_another_state_is_named(
     key: str, words: str, every: int, tmp_path: Path
 ) -> None:
-    sections = {"checks": {"every": every}, "checkpoint": {"every_steps": 4}}
+    sections = {"checks": {"every_steps": every}, "checkpoint": {"every_steps": 4}}
     with pytest.raises(RankError) as caught:
         run("ddp", tmp_path, 3, kind=OnOneRank, sections=sections, key=key)
     assert isinstance(caught.value.__cause__, ReplicaError)
@@ -245,7 +245,7 @@ class Spoilt(Counting):
 
 
 def test_nothing_that_differs_is_saved(tmp_path: Path) -> None:
-    sections = {"checks": {"every": 2}, "checkpoint": {"every_steps": 4}}
+    sections = {"checks": {"every_steps": 2}, "checkpoint": {"every_steps": 4}}
     with raises("check.replicas-differ", "is 9 on rank 1 and 4 on rank 0"):
         run("ddp", tmp_path, kind=Spoilt, sections=sections)
     assert not list((tmp_path / "checkpoints").glob("step-*4"))

@@ -177,7 +177,7 @@ def hooked(folder: Path) -> None:
     """Train with Lightning's hooks, with all checks after each step."""
     for strategy in ("ddp", "fsdp"):
         args = {"norm": True, "dropout": 0.1, "n": 48}
-        spec = job(strategy, args, checks={"every": 1})
+        spec = job(strategy, args, checks={"every_steps": 1})
         train(spec, folder / strategy, kind=Averaged, trainer_class=LightningTrainer)
 
 
@@ -189,7 +189,7 @@ def averaged(strategies: list[str], folder: Path) -> list[dict[str, Any]]:
     """The parameters under each strategy, with all checks after each step."""
     sizes = {"global_batch_size": 8, "virtual_shards": 2, "steps": 5}
     args = {"dtype": "float64", "norm": True}
-    specs = [job(strategy, args, train=sizes, checks={"every": 1}) for strategy in strategies]
+    specs = [job(strategy, args, train=sizes, checks={"every_steps": 1}) for strategy in strategies]
     return [train(each, folder / each.strategy, 2, Averaged).parameters for each in specs]
 
 

@@ -112,11 +112,11 @@ def test_trainer_lightning_says_it_too(tmp_path: Path) -> None:
 
 
 def test_a_later_write_is_seen_after_a_comparison(tmp_path: Path) -> None:
-    sections = {"checks": {"every": 6}}
+    sections = {"checks": {"every_steps": 6}}
     warnings(2, "ddp", tmp_path / "seen", sections=sections, ranks=[1], first=5)
     (event,) = said(tmp_path / "seen", "buffer_of_some_ranks")
     assert event["step"] == 7
-    unlooked = {"checks": {"every": 0}}
+    unlooked = {"checks": {"every_steps": 0}}
     warnings(2, "ddp", tmp_path / "off", sections=unlooked, ranks=[1])
     assert said(tmp_path / "off", "buffer_of_some_ranks") == []
 

@@ -76,7 +76,7 @@ def clean_runs(strategy: str, settings: list[dict[str, Any]], folder: Path) -> i
             {
                 "name": name, "task": "t:T", "strategy": strategy, "seed": done,
                 "train": {"steps": 5, "global_batch_size": 36, "virtual_shards": 6, **train},
-                "checks": {"every": 1},
+                "checks": {"every_steps": 1},
             }
         )  # fmt: skip
         run = RunDir(folder / f"{done}")
@@ -110,7 +110,7 @@ def trained(folder: Path, kind: type[Task], checks: dict[str, Any]) -> Any:
             "name": "t", "task": "t:T", "strategy": "ddp",
             "train": {"steps": STEPS, "global_batch_size": 48},
             "checkpoint": {"every_steps": 2},
-            "checks": {"every": 1, **checks},
+            "checks": {"every_steps": 1, **checks},
         }
     )  # fmt: skip
     run = RunDir(folder)
@@ -358,7 +358,7 @@ def test_check_costs_nothing_in_one_process() -> None:
 
 def test_an_injected_fault_ends_in_a_verdict(tmp_path: Path) -> None:
     done = dtrain(
-        "launch", "--nodes", "3", "--procs", "1", "--set", "checks.every=2",
+        "launch", "--nodes", "3", "--procs", "1", "--set", "checks.every_steps=2",
         "--inject", "rank=1,step=5,kind=flip-parameter-bit,param=weight,element=2,bit=20", TINY,
         cwd=tmp_path,
     )  # fmt: skip

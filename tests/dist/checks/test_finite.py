@@ -79,7 +79,7 @@ def trained(
             "name": "t", "task": "t:T", "strategy": strategy,
             "train": {"steps": 9, "global_batch_size": 24, "clip_grad_norm": clip},
             "checkpoint": {"every_steps": 1, "keep": 20},
-            "checks": {"every": 100, **checks},
+            "checks": {"every_steps": 100, **checks},
         }
     )  # fmt: skip
     run = RunDir(folder)

@@ -80,7 +80,7 @@ def train(
             "trainer": trainer,
             "train": {"steps": steps, "global_batch_size": 64, "micro_batch_size": 20},
             "data": {"shuffle": False},
-            "checks": {"every": 10},
+            "checks": {"every_steps": 10},
             **sections,
         }
     )

@@ -207,7 +207,7 @@ FAULTS = {
 
 
 def faulty(folder: Path, kind: str, strategy: str) -> None:
-    checks = {"every": 1, "inject": [f"rank=1,step=3,kind={kind}"]}
+    checks = {"every_steps": 1, "inject": [f"rank=1,step=3,kind={kind}"]}
     job = {"checks": checks, "train": {"global_batch_size": 15}, "strategy": strategy}
     fit(folder, "Normed", job)
 
@@ -227,7 +227,7 @@ def test_faults_are_found(kind: str, strategy: str, tmp_path: Path) -> None:
 
 def rolled_back(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
     checks = {
-        "every": 1,
+        "every_steps": 1,
         "on_mismatch": "rollback",
         "inject": ["rank=1,step=4,kind=flip-parameter-bit"],
     }

@@ -179,6 +179,6 @@ def test_asked_to_stop_it_saves_and_goes_on_by_resume(tmp_path: Path) -> None:
         process.communicate(timeout=60)
     run = the_run(tmp_path)
     saved = events(run, "checkpoint_saved")[-1]["step"]
-    done = dtrain("resume", "--set", "arguments=[--epochs, '2']", cwd=tmp_path)
+    done = dtrain("resume", "--set", "script_args=[--epochs, '2']", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert [event["step"] for event in events(run, "resumed")] == [saved]

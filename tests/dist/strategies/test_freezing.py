@@ -67,7 +67,7 @@ def trained(strategy: str, folder: Path, stop_after: int | None) -> list[dict[st
         place = folder / str(index)
         for stop in [stop_after, None] if stop_after else [None]:
             args = {"frozen": frozen, "stop_after": stop}
-            spec = job(strategy, args, train=sizes, checks={"every": 1})
+            spec = job(strategy, args, train=sizes, checks={"every_steps": 1})
             end = train(spec, place, 2, GradualRegression)
         ends.append(end.parameters)
     return ends

@@ -287,6 +287,6 @@ class PartingRegression(Regression):
 
 
 def test_ranks_that_part_later_are_told_with_the_block(tmp_path: Path) -> None:
-    config = job("fsdp", {"width": 3}, checks={"every": 1})
+    config = job("fsdp", {"width": 3}, checks={"every_steps": 1})
     with pytest.raises(RankError, match=r"after step 3:[^$]*gathers blocks\.[01] on rank 1"):
         run_ranks(train, 2, config, tmp_path, kind=PartingRegression)

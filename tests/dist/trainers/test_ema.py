@@ -225,7 +225,7 @@ class FaultyAverage(Kept):
 def test_a_rank_with_another_average_is_named(tmp_path: Path) -> None:
     place = "task state: EMA.0['weights']['last.weight'][0, 2] is "
     with raises("check.replicas-differ", place, "rank 1 differs"):
-        run(FaultyAverage, "ddp", tmp_path, 3, sections={"checks": {"every": 1}}, norm=False)
+        run(FaultyAverage, "ddp", tmp_path, 3, sections={"checks": {"every_steps": 1}}, norm=False)
 
 
 def test_a_step_that_is_left_out_is_no_update(tmp_path: Path) -> None:

@@ -316,11 +316,11 @@ def test_what_a_constructor_takes(tmp_path: Path, text: str, expected: Arguments
     ("lines", "problem"),
     [
         ("", ""),
-        ("arguments: [--lr, '0.1']\nlaunch: {nodes: 2}\n", ""),
+        ("script_args: [--lr, '0.1']\nlaunch: {nodes: 2}\n", ""),
         ("strategy: ddp\n", "job.yaml:3:11: strategy: a script sets up DDP or FSDP by itself"),
         ("trainer: native\n", "job.yaml:3:10: strategy: trainer 'native' trains a task, and a"),
         ("train: {steps: 3}\n", "job.yaml:3:1: train: does not apply to a script"),
-        ("arguments: [3]\n", "job.yaml:3:13: arguments[0]: expected text; found the number 3"),
+        ("script_args: [3]\n", "job.yaml:3:15: script_args[0]: expected text; found the number 3"),
     ],
 )
 def test_a_script_has_few_fields(
@@ -332,7 +332,7 @@ def test_a_script_has_few_fields(
     if not problem:
         job = load_job("job.yaml")
         assert (job.spec.trainer, job.spec.strategy) == ("script", catalog.OWN)
-        assert set(job.spec.to_plain()) == {"name", "script", "arguments", "launch"}
+        assert set(job.spec.to_plain()) == {"name", "script", "script_args", "launch"}
         return
     with pytest.raises(JobError) as caught:
         load_job("job.yaml")
@@ -354,7 +354,7 @@ def test_a_script_is_there_and_is_python(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_task_has_no_command_line(check: Check) -> None:
     problem = "job.yaml:6:1: arguments: only a script has a command line; a task has args"
-    assert check(extra="arguments: [--lr]\n")[0].replace(":12:", ":1:") == problem
+    assert check(extra="script_args: [--lr]\n")[0].replace(":12:", ":1:") == problem
 
 
 # -- lightning ---------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ NEEDED = "name: tiny\ntask: task.py:T\ntrain: {steps: 3, global_batch_size: 16}\
 FURTHER = (
     "args: {pause: 0.5}\n", "seed: 7\n", "trainer: native\n", "strategy: ddp\n",
     "data: {workers: 1, shuffle: true, paths: [task.py]}\n", "eval: {every_steps: 5}\n",
-    "checkpoint: {every: 30m, keep: 2}\n", "checks: {every: 5, on_nan: stop}\n",
+    "checkpoint: {every: 30m, keep: 2}\n", "checks: {every_steps: 5, on_nan: stop}\n",
     "log: {every_steps: 1}\n", "launch:\n  nodes: 1:2\n  join_timeout: 90s\n",
     "launch:\n  env: {OMP_NUM_THREADS: 1}\n",
 )  # fmt: skip

@@ -35,7 +35,7 @@ class Rollback(Exception):
 
 
 class Checks:
-    """Compares the ranks every `checks.every` steps, and watches state that cannot be compared.
+    """Compares ranks every `checks.every_steps` steps, and watches state that cannot be compared.
 
     Args:
         context: the context of the training.
@@ -67,7 +67,7 @@ class Checks:
         self._feed = feed
         self._subject = subject
         self._fault_hook = fault_hook
-        self._ledger = Ledger(subject) if spec.every and collectives.in_group() else None
+        self._ledger = Ledger(subject) if spec.every_steps and collectives.in_group() else None
         self._unchanged_state, self._unchanged_buffers = _detectors(subject, context)
         writes = BufferWrites(subject.model, events, context)
         self._writes = writes if self._ledger is not None and writes.needed else None
@@ -121,7 +121,7 @@ class Checks:
             self._writes.end(step)
         if self._watched:
             self._end_watch(step)
-        every = self._spec.every
+        every = self._spec.every_steps
         if every and step % every == 0:
             if self._feed is not None:
                 self._feed.check()
@@ -213,7 +213,7 @@ def _detectors(
 ) -> tuple[UnexpectedChangeDetector | None, UnexpectedChangeDetector | None]:
     """Return detectors for the state that only an update changes, and that only a forward does."""
     several = collectives.in_group() or context.local_devices > 1
-    if not context.spec.checks.every or not several:
+    if not context.spec.checks.every_steps or not several:
         return None, None
     no_copy = subject.is_cut() or not collectives.in_group()
     buffers = any(True for _ in subject.model.buffers())
