@@ -111,7 +111,10 @@ def main() -> None:
         f"{os.getloadavg()[0]:.1f}; a step takes {1e3 * slowest['step']:.0f} ms; the ledger "
         f"exchanges {2 * 8 * len(KINDS)} bytes\n"
     )
-    print(f"| check | once | of a step, every {options.every} steps |\n| --- | --- | --- |")
+    print(
+        f"| check | one comparison | share of the time, one in {options.every} steps |\n"
+        "| --- | --- | --- |"
+    )
     for name, text in (
         ("ledger", "dtrain: parameters, gradients, optimizer state, buffers, numbers"),
         ("broadcast", "broadcast of all parameters, compared"),
