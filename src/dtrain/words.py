@@ -1,8 +1,13 @@
-"""Lists in messages: the first few items, and how many more there are."""
+"""Numbers and lists in messages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun, for example `1 rank` or `2 ranks`."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def few(items: Iterable[object], most: int = 4, *, sep: str = ", ") -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtrain.cli import options as shared
+from dtrain.words import counted
 
 if TYPE_CHECKING:
     from dtrain.launch_plan import Command, LaunchPlan
@@ -53,7 +54,7 @@ def show(prepared: Prepared, as_json: bool, explain: bool, *, written: bool = Fa
         return
     lines = [*_lines(plan, written), *plan.notes, *_preview(prepared)]
     if short := prepared.lacking:
-        lines.append(f"not to be launched on this host: {short}")
+        lines.append(f"this cannot be launched on this host: {short}")
     click.echo("\n".join(lines))
     if explain:
         click.echo("\n".join(_explained(prepared)))
@@ -67,13 +68,16 @@ def _preview(prepared: Prepared) -> list[str]:
 
 
 def _lines(plan: LaunchPlan, written: bool) -> list[str]:
-    nodes = str(plan.nodes) if plan.min_nodes == plan.nodes else f"{plan.min_nodes}:{plan.nodes}"
+    nodes = counted(plan.nodes, "node")
+    if plan.min_nodes != plan.nodes:
+        nodes = f"{plan.min_nodes} to {nodes}"
     what = f"{plan.trainer} × {plan.strategy} × {plan.launcher}"
-    ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
+    procs = counted(plan.procs_per_node, "process", "processes")
+    ranks = counted(plan.world_size, "rank")
+    threads = counted(plan.threads_per_proc, "thread")
     lines = [
         f"run        {plan.run_id} (attempt {plan.attempt}): {what}",
-        f"size       {nodes} node(s) × {plan.procs_per_node} = {ranks} on {plan.device}, "
-        f"{plan.backend}, {plan.threads_per_proc} thread(s) each",
+        f"size       {nodes} × {procs} = {ranks} on {plan.device}, {plan.backend}, {threads} each",
     ]
     if plan.script:
         lines.insert(1, f"script     {shlex.join(plan.script)}")
@@ -85,8 +89,8 @@ def _lines(plan: LaunchPlan, written: bool) -> list[str]:
         spread = f"rank {first}" if first == last else f"ranks {first}-{last}"
         lines.append(f"node {node_rank:<5} {name or '(named when it joins)'}: {spread}")
     lines += [
-        f"rendezvous {_endpoint(plan)}, nodes wait {plan.join_timeout_s:.0f} s",
-        f"restarts   up to {plan.max_restarts}",
+        f"rendezvous {_endpoint(plan)}; nodes wait {plan.join_timeout_s:.0f} s for one another",
+        f"restarts   {f'at most {plan.max_restarts}' if plan.max_restarts else 'none'}",
         "files",
         *(f"  {path}" for path in plan.files),
         "environment of every worker, in addition to RANK, WORLD_SIZE and the like",
@@ -96,7 +100,7 @@ def _lines(plan: LaunchPlan, written: bool) -> list[str]:
     ]
     by_hand = [each for each in plan.commands if each.by_hand]
     if by_hand:
-        lines += ["or by hand, without dtrain's agents"]
+        lines += ["commands to start the workers by hand, without dtrain's agents"]
         if not written:
             same = f"the same `dtrain plan` with --write --run-id {shlex.quote(plan.run_id)}"
             lines.append(f"  # first, where all hosts see it: {same}")

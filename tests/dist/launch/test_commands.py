@@ -138,7 +138,7 @@ def test_gpus_that_are_not_there_are_planned_and_not_launched(tmp_path: Path) ->
     assert done.stderr.startswith("dtrain: --gpus: 2 GPUs are asked for, but this host shows none")
     done = dtrain("plan", "--gpus", "2", TINY, cwd=tmp_path, env=hidden)
     assert done.returncode == 0
-    assert "not to be launched on this host: 2 GPUs are asked for" in done.stdout
+    assert "this cannot be launched on this host: 2 GPUs are asked for" in done.stdout
 
 
 @pytest.mark.parametrize(
