@@ -13,13 +13,13 @@ from dtrain.run.rundir import RunDir
 class Metrics(list[dict[str, Any]]):
     """A list with one dict for each line of metrics.jsonl, the oldest first.
 
-    Each dict has `time` (seconds since 1970), `step`, `epoch`, `split` (`train` or `eval`), and the
-    measured values by name.
+    Each dict has `time` (seconds since 1970), `step`, `epoch`, `split` (`train`, `eval`, `validate`
+    or `test`), and the measured values by name.
     """
 
     @classmethod
     def read(cls, run: RunDir, split: str | None = None) -> Metrics:
-        """Read the metrics of a run so far, of one split or of both."""
+        """Read the metrics of a run so far, of one split or of all."""
         lines = files.read_lines(run.metrics, split=str, step=int)
         chosen = (line for line in lines if split in (None, line["split"]))
         # JSON has no NaN, so null represents it

@@ -191,7 +191,7 @@ class Run(AbstractContextManager["Run"]):
         """Return the metrics so far, one dict per line.
 
         Args:
-            split: `train` or `eval`. None means both.
+            split: for example `train` or `eval`. None means all.
         """
         self._refresh()
         return Metrics.read(self.directory, split)

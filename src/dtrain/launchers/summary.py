@@ -56,7 +56,7 @@ def summary(run: RunDir) -> dict[str, Any]:
         "eta": progress.end if state == "running" else None,
         "samples_per_second": train.get("samples_per_second"),
         "train": train,
-        "eval": _metrics(progress, "eval"),
+        **{split: _metrics(progress, split) for split in ("eval", "validate", "test")},
         "waits": _waits(run) if state == "running" else None,
         "warning": events.ungrouped_warning(run),
         "checkpoint": progress.checkpoint,

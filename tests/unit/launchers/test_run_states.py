@@ -17,7 +17,7 @@ from dtrain.job.spec import JobSpec
 from dtrain.launch_plan import Facts, LaunchPlan, make_plan
 from dtrain.launchers import base, prepare, status
 from dtrain.launchers.summary import summary
-from dtrain.run import events
+from dtrain.run import events, files
 from dtrain.run.attempts import Handle, Result
 from dtrain.run.failures import FailureRecord
 from support.errors import raises
@@ -90,6 +90,15 @@ def test_status_says_what_a_running_run_waits_for(plan: LaunchPlan) -> None:
     waits("silent", 0, what="rank 0 at a.py:1")
     Result("succeeded", 0, 0.0, 1.0).write(plan.run, 0)
     assert summary(plan.run)["waits"] is None
+
+
+def test_status_shows_the_metrics_of_every_split(plan: LaunchPlan) -> None:
+    launch(plan)
+    for split, values in (("train", {"loss": 2.0}), ("test", {"acc": 0.5})):
+        files.append_line(plan.run.metrics, {"time": 1.0, "step": 3, "split": split, **values})
+    found = summary(plan.run)
+    shown = {split: found[split] for split in ("train", "eval", "validate", "test")}
+    assert shown == {"train": {"loss": 2.0}, "eval": {}, "validate": {}, "test": {"acc": 0.5}}
 
 
 def test_a_run_that_was_started_by_hand_is_not_launched_over(plan: LaunchPlan) -> None:

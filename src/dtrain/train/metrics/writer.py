@@ -52,7 +52,7 @@ class Metrics:
         """Append one line.
 
         Args:
-            split: `train` or `eval`.
+            split: `train` or `eval`; with `lightning.also_run` also `validate` or `test`.
             step: the number of optimizer steps done.
             epoch: the epoch of that step, counted from 0.
             values: the metrics by name. Split train has loss, lr, samples_per_second and, with
