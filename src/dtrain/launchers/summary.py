@@ -136,5 +136,4 @@ def _described(run: RunDir, launcher: str) -> dict[str, str]:
 
 
 def _metrics(progress: Progress, split: str) -> dict[str, Any]:
-
     return numbers(progress.metrics.get(split, {}))
