@@ -203,7 +203,7 @@ def test_a_failure_that_nobody_has_told_is_the_first_nodes(plan: LaunchPlan) -> 
     log.parent.mkdir(parents=True)
     log.write_text("Traceback …\nImportError: libcuda.so\n")
     end(plan, 3, asked=False)
-    supervise.settle(plan, conclude(plan, Job("7", "FAILED", exit_code=3)), 0.0)
+    supervise.record_end(plan, conclude(plan, Job("7", "FAILED", exit_code=3)), 0.0)
     kept = verdict.read(plan.run, 0)
     assert kept is not None
     assert (kept.exit_code, kept.culprit.node_rank) == (3, 0)

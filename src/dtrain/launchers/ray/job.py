@@ -225,7 +225,7 @@ def is_running(run: RunDir) -> bool:
     if not launch.is_over():
         return True
     plan = replace(LaunchPlan.read(run), attempt=handle.attempt)
-    supervise.settle(plan, launch.exit_code(), handle.started, cancelled=launch.was_cancelled)
+    supervise.record_end(plan, launch.exit_code(), handle.started, cancelled=launch.was_cancelled)
     return False
 
 

@@ -165,7 +165,7 @@ class SlurmLauncher:
         ending = outcome.ending_of(plan, job)
         outcome.record(plan, job, ending)
         cancelled = outcome.was_cancelled(plan)
-        supervise.settle(plan, ending.exit_code, handle.started, cancelled=cancelled)
+        supervise.record_end(plan, ending.exit_code, handle.started, cancelled=cancelled)
         return False
 
     def describe(self, run: RunDir) -> dict[str, str]:
@@ -205,7 +205,7 @@ class SlurmLaunch:
         self._job_id = job_id
         self._watcher = watcher
         self._cancel = SlurmFiles(plan.run).cancel(plan.attempt)
-        self.said = ""
+        self.description = ""
         """The state of the job, for users."""
         self._killed = False
         self._put_back: set[int] = set()
@@ -251,8 +251,8 @@ class SlurmLaunch:
         trouble = self._watcher.trouble
         text = f"Slurm does not answer: {trouble}; asking again" if trouble else job.description
         quiet = not trouble and job.state in ("COMPLETING", "UNKNOWN", "COMPLETED", "FAILED")
-        if text != self.said and not quiet:
-            self.said = text
+        if text != self.description and not quiet:
+            self.description = text
             events.note_event(self._plan.run, "waiting", what=text)
 
     def _give_up(self, job: Job, option: str, why: str) -> None:
