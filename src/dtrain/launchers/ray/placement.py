@@ -21,7 +21,7 @@ _UNITS = {"memory": 1024**3}
 _SHOWN_NODES = 12
 _POLL_S = 0.2
 _RESERVE_S = 5.0
-_SETTLE_S = 3.0  # resources of the previous attempt are freed in this time
+_RELEASE_S = 3.0  # resources of the previous attempt are freed in this time
 _FIRST_NOTICE_S = 2.0
 
 
@@ -137,7 +137,7 @@ class Take:
 
 @dataclass(frozen=True)
 class Wait:
-    """A decision to look again a moment later."""
+    """A decision to query the cluster again a moment later."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def decide(
     request: ResourceRequest,
     nodes: Sequence[NodeView],
     waited_s: float,
-    patience_s: float,
+    timeout_s: float,
     *,
     grows: bool,
     may_come_back: bool,
@@ -163,20 +163,20 @@ def decide(
         request: the request.
         nodes: all nodes of the cluster that answer.
         waited_s: the time waited so far.
-        patience_s: the maximum time to wait.
+        timeout_s: the maximum time to wait.
         grows: true if the cluster creates new nodes on request.
         may_come_back: true if nodes were lost, and others may be started in their place.
     """
-    if waited_s > patience_s:
-        late = f"not placed within {patience_s:.0f} s (place_timeout)"
+    if waited_s > timeout_s:
+        late = f"not placed within {timeout_s:.0f} s (place_timeout)"
         return Refuse(f"{late}: {shortage(request, nodes)}")
     free = min(request.most, sum(not node.lacks(request, now=True) for node in nodes))
-    could = min(request.most, sum(not node.lacks(request, now=False) for node in nodes))
+    total = min(request.most, sum(not node.lacks(request, now=False) for node in nodes))
     if free >= request.least:
-        return Take(free) if free >= could or waited_s > _SETTLE_S else Wait()
+        return Take(free) if free >= total or waited_s > _RELEASE_S else Wait()
     if grows:
         return Take(request.least, are_there=False)
-    if could < request.least and not may_come_back:
+    if total < request.least and not may_come_back:
         return Refuse(f"cannot be placed: {shortage(request, nodes)}")
     return Wait()
 
@@ -184,8 +184,8 @@ def decide(
 def shortage(request: ResourceRequest, nodes: Sequence[NodeView]) -> str:
     """Return the request, what each node has free, and what is short there, in several lines."""
     fit = [node for node in nodes if not node.lacks(request, now=True)]
-    has = f"{len(fit)} of the cluster's {len(nodes)} can take it" if nodes else "it has no nodes"
-    lines = [f"asked: {request}; {has}"]
+    count = f"{len(fit)} of the cluster's {len(nodes)} nodes fit"
+    lines = [f"requested: {request}; {count if nodes else 'the cluster has no nodes'}"]
     for node in nodes[:_SHOWN_NODES]:
         names = [name for name in request.each if name in node.total or name == "CPU"]
         free = ", ".join(
@@ -226,42 +226,42 @@ class Placing:
         self._is_stopped = is_stopped
         self._say = say
 
-    def place(self, *, again: bool) -> Placed | None:
+    def place(self, *, after_loss: bool) -> Placed | None:
         """Wait for nodes, and reserve them. Return None after a request to stop.
 
         Args:
-            again: true if nodes were lost: they may come back, and Ray may not know of the loss
-                yet.
+            after_loss: true if nodes were lost: they may come back, and Ray may not know of the
+                loss yet.
 
         Raises:
             PlanError: the cluster never has so many resources, or not in time.
         """
         started = time.monotonic()
         notice_at = started + _FIRST_NOTICE_S
-        patience = self._options.place_timeout
+        timeout_s = self._options.place_timeout
         grows = self._options.autoscale
-        may_come_back = again and self._options.address is not None
+        may_come_back = after_loss and self._options.address is not None
         while not self._is_stopped():
-            nodes, dead = self._look(again)
+            nodes, dead = self._query_nodes(after_loss)
             waited = time.monotonic() - started
             decision = decide(
-                self._request, nodes, waited, patience, grows=grows, may_come_back=may_come_back
+                self._request, nodes, waited, timeout_s, grows=grows, may_come_back=may_come_back
             )
             if isinstance(decision, Refuse):
                 raise PlanError(decision.why, code="ray.too-few-resources")
             is_long = isinstance(decision, Take) and not decision.are_there
             if is_long or time.monotonic() >= notice_at:
-                self._say(
-                    f"waiting for nodes since {waited:.0f} s: {shortage(self._request, nodes)}"
-                )
+                self._say(f"waiting for nodes for {waited:.0f} s: {shortage(self._request, nodes)}")
                 notice_at = time.monotonic() + 2 * waited
             if isinstance(decision, Wait):
                 time.sleep(_POLL_S)
                 continue
-            within = _RESERVE_S if decision.are_there else patience - waited
+            within = _RESERVE_S if decision.are_there else timeout_s - waited
             group = self._reserve(decision.count, dead, within)
             if group is not None:
-                return Placed(group, nodes if decision.are_there else self._look(again)[0])
+                return Placed(
+                    group, nodes if decision.are_there else self._query_nodes(after_loss)[0]
+                )
         return None
 
     def free(self, placed: Placed) -> None:
@@ -269,13 +269,13 @@ class Placing:
 
         remove_placement_group(placed.group)
 
-    def _look(self, again: bool) -> tuple[list[NodeView], list[NodeView]]:
+    def _query_nodes(self, after_loss: bool) -> tuple[list[NodeView], list[NodeView]]:
         """Return the nodes of the cluster, and those that Ray lists although they do not answer."""
         import ray
         from ray._private import state
 
         nodes = views(ray.nodes(), state.available_resources_per_node())
-        if not again:
+        if not after_loss:
             return nodes, []
         with ThreadPoolExecutor(32) as pool:
             alive = list(pool.map(NodeView.answers, nodes))
