@@ -55,7 +55,7 @@ def test_more_than_the_cluster_has(ray: RayCluster, tmp_path: Path) -> None:
     assert "cannot be placed: requested: 2 nodes with 4 CPU, 4 GPU each; 0 of the" in stderr
     for number in (0, 1):
         where = f"{ray.ip(number)} ({ray.ip(number)})"
-        assert f"{where}: free 4 of 4 CPU; 4 GPU short" in stderr
+        assert f"{where}: free 4 of 4 CPU; 4 GPU missing" in stderr
     stderr = refused(tmp_path, *on(ray, "3"))
     assert "requested: 3 nodes with 2 CPU each; 2 of the cluster's 2 nodes fit" in stderr
     stderr = refused(tmp_path, *on(ray), "-o", "labels={zone: a}")
@@ -76,7 +76,7 @@ def test_what_is_taken_is_waited_for(ray: RayCluster, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "waiting for nodes for 2 s: requested: 2 nodes with 4 CPU each; 1 of" in done.stdout
     assert "not placed within 4 s (place_timeout)" in done.stderr
-    assert "free 0 of 4 CPU; 4 CPU short" in done.stderr
+    assert "free 0 of 4 CPU; 4 CPU missing" in done.stderr
 
 
 def test_a_node_without_the_package(ray: RayCluster, tmp_path: Path) -> None:

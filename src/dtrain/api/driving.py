@@ -20,7 +20,7 @@ from dtrain.run import files
 if TYPE_CHECKING:
     from dtrain.console.live import LiveConsole
     from dtrain.launch_plan import LaunchPlan
-    from dtrain.launchers.driver import Order
+    from dtrain.launchers.driver import LaunchRequest
 
 _POLL_S = 0.01
 _drivers: dict[Path, Driver] = {}
@@ -71,7 +71,7 @@ class Driver:
         self.kill()
         self._release()
 
-    def launch(self, order: Order) -> None:
+    def launch(self, request: LaunchRequest) -> None:
         """Have the driver start a plan. It then follows the run to its end.
 
         Raises:
@@ -79,32 +79,32 @@ class Driver:
         """
         from dtrain.console.live import LiveConsole
 
-        self.plan = order.plan
-        self.console = LiveConsole(order.plan)
+        self.plan = request.plan
+        self.console = LiveConsole(request.plan)
         try:
-            self._send(order)
+            self._send(request)
             while not self._is_started and self._process.poll() is None:
                 self._read_reports()
                 time.sleep(_POLL_S)
             self._read_reports()
-            if order.detach or not (self._is_started or self._has_ended):
+            if request.detach or not (self._is_started or self._has_ended):
                 self.close()
                 if not self._has_ended:
                     raise LaunchError(
-                        "the driver process of the run was killed as it started",
+                        "the driver process of the run was killed while it started",
                         code="launch.driver-ended",
                     )
             else:
-                _drivers[order.plan.run.path] = self
+                _drivers[request.plan.run.path] = self
         except KeyboardInterrupt:
             self.signal(signal.SIGINT)
             self.close()
             raise
 
-    def _send(self, order: Order) -> None:
+    def _send(self, request: LaunchRequest) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
-            stdin.write(order.to_line())
+            stdin.write(request.to_line())
 
     def close(self) -> int:
         """Wait until the driver ends, release it, and return the exit code of its run.

@@ -233,11 +233,11 @@ def _driver() -> Iterator[Driver]:
 
 def _launch(driver: Driver, prepared: Prepared, detach: bool) -> Run:
     from dtrain.api.run import Run
-    from dtrain.launchers.driver import Order
+    from dtrain.launchers.driver import LaunchRequest
 
     prepared.refuse_unlaunchable(detach)
     plan, job = prepared.plan, prepared.job
-    driver.launch(Order(plan, job.spec.to_plain(), job.text, detach))
+    driver.launch(LaunchRequest(plan, job.spec.to_plain(), job.text, detach))
     return Run(plan.run)
 
 

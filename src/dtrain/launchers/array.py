@@ -11,7 +11,7 @@ from dtrain.job.spec import JobSpec
 from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import prepare, status, supervise
 from dtrain.launchers.base import ArrayCapable, Submitted
-from dtrain.launchers.stopping import Stop, Stopping, stop_requests
+from dtrain.launchers.stopping import Stop, StopForwarder, stop_requests
 from dtrain.run.attempts import Handle
 
 _TICK_S = 0.2
@@ -89,10 +89,10 @@ class _Follower:
 
     def follow(self, stop: Stop) -> int:
         timeout_s = max(element.plan.stop_timeout_s for element in self._elements.values())
-        stopping = Stopping(stop, timeout_s, self._say)
+        forwarder = StopForwarder(stop, timeout_s, self._say)
         while self._live:
             self._poll()
-            stopping.forward(self._live.values())
+            forwarder.forward(self._live.values())
             time.sleep(_TICK_S)
         if stop.signal is not None:
             return 128 + stop.signal

@@ -4,8 +4,8 @@
 notebook or a user's script cannot offer that. `dtrain.api` starts this module, which imports what
 it needs while the caller plans the launch. The caller then sends it the plan.
 
-stdin: one line of JSON, an `Order`, or nothing when there is nothing to launch. stdout: JSON lines,
-see `Reports`. stderr: a traceback, if there is one; after the attempt has begun, stderr is
+stdin: one line of JSON, a `LaunchRequest`, or nothing when there is nothing to launch. stdout: JSON
+lines, see `Reports`. stderr: a traceback, if there is one; after the attempt has begun, stderr is
 `RunDir.driver_log`. When the requesting process is gone, the run is ended cleanly.
 """
 
@@ -30,7 +30,7 @@ from dtrain.run import files
 
 
 @dataclass(frozen=True)
-class Order:
+class LaunchRequest:
     """A launch request. It holds the values of secret variables and is never written to a disk."""
 
     plan: LaunchPlan
@@ -102,14 +102,14 @@ def main() -> int:
     line = sys.stdin.buffer.readline()
     if not line.endswith(b"\n"):  # the job was refused, or the requesting process was killed
         return 0
-    order = checked.read(Order, line)
-    launcher = base.load(order.plan.launcher)
-    options = launcher.options_model.of(order.plan.options)
-    plan = replace(order.plan, options=options)
-    job = JobSpec.model_validate(order.job)
+    request = checked.read(LaunchRequest, line)
+    launcher = base.load(request.plan.launcher)
+    options = launcher.options_model.of(request.plan.options)
+    plan = replace(request.plan, options=options)
+    job = JobSpec.model_validate(request.job)
     reports = Reports(plan, parent)
     try:
-        code = drive(launcher, plan, job, order.job_text, reports, detach=order.detach)
+        code = drive(launcher, plan, job, request.job_text, reports, detach=request.detach)
         report(ended=code)
         return code
     except DtrainError as error:

@@ -21,7 +21,7 @@ from dtrain.job.profile import (
 )
 from dtrain.job.spec import LaunchSpec, Model
 from dtrain.launchers import base
-from dtrain.launchers.flags import FLAGS, outside
+from dtrain.launchers.flags import FLAGS, external_flags
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _listing_of(profile: LoadedProfile) -> ProfileListing:
 def _settings(section: str, model: type[Model], profile: LoadedProfile) -> Iterator[Setting]:
     located = profile.launch if section == "launch" else profile.options
     fields = model.model_json_schema().get("properties", {})
-    flags = {each.option: each.names for each in (*FLAGS, *outside())}
+    flags = {each.option: each.names for each in (*FLAGS, *external_flags())}
     for name, schema in fields.items():
         value, source = _value(located.get(name), schema)
         yield Setting(

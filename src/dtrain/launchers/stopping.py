@@ -33,7 +33,7 @@ class Stop:
         self.count += 1
 
 
-class Stopping:
+class StopForwarder:
     """Forward requests to stop. The first is clean; a second one, or a timeout, kills."""
 
     def __init__(self, stop: Stop, timeout_s: float, say: Callable[[str], None]) -> None:

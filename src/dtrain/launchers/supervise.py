@@ -17,7 +17,7 @@ from dtrain.job.spec import JobSpec
 from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import prepare
 from dtrain.launchers.base import Detachable, Launch, Launcher
-from dtrain.launchers.stopping import Stop, Stopping, stop_requests
+from dtrain.launchers.stopping import Stop, StopForwarder, stop_requests
 from dtrain.plainjson import numbers
 from dtrain.run import attempts, events, failures, files, verdict
 from dtrain.run.attempts import Handle, Result, State
@@ -82,7 +82,7 @@ def drive(
 def _drive(
     launcher: Launcher, plan: LaunchPlan, console: Console, stop: Stop, started: float, detach: bool
 ) -> int:
-    console.begin(_opening(plan))
+    console.begin(_start_message(plan))
     launch = _start(launcher, plan, started)
     if detach:
         prepare.keep_code(plan)
@@ -98,7 +98,7 @@ def _drive(
     state, code = _report_end(plan, code, stop, console)
     if state == "succeeded":
         seconds = max(0.0, time.time() - started)  # clocks may be set back
-        console.say(_closing(plan, console.paint("succeeded", "green"), seconds))
+        console.say(_end_message(plan, console.paint("succeeded", "green"), seconds))
     finish(plan, Result(state, code, started, time.time()), console.say)
     return code
 
@@ -164,7 +164,7 @@ def record_refusal(plan: LaunchPlan, error: DtrainError, started: float) -> None
     finish(plan, Result("failed", error.exit_code, started, time.time()), discard)
 
 
-def _opening(plan: LaunchPlan) -> str:
+def _start_message(plan: LaunchPlan) -> str:
     ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
     nodes = "" if plan.nodes == 1 else f" on {plan.nodes} nodes"
     again = f", attempt {plan.attempt}" if plan.attempt else ""
@@ -173,7 +173,7 @@ def _opening(plan: LaunchPlan) -> str:
     return f"{plan.run_id}{again}: {what} by {plan.launcher}, {ranks}{nodes}; {where}"
 
 
-def _closing(plan: LaunchPlan, succeeded: str, seconds: float) -> str:
+def _end_message(plan: LaunchPlan, succeeded: str, seconds: float) -> str:
     """Return the outcome, the location, and the digest, which allows a quick comparison of two
     runs."""
     text = f"{plan.run_id}: {succeeded} in {seconds:.1f} s"
@@ -211,13 +211,13 @@ def _finished(plan: LaunchPlan) -> dict[str, Any] | None:
 
 
 def _follow_to_end(plan: LaunchPlan, launch: Launch, stop: Stop, console: Console) -> int:
-    stopping = Stopping(stop, plan.stop_timeout_s, console.say)
+    forwarder = StopForwarder(stop, plan.stop_timeout_s, console.say)
     try:
         prepare.keep_code(plan)
         with attempts.beating(plan.run, plan.attempt):
             while (code := launch.poll()) is None:
                 console.tick()
-                stopping.forward([launch])
+                forwarder.forward([launch])
                 time.sleep(_TICK_S)
         return code
     finally:

@@ -47,8 +47,8 @@ def test_a_shortage_is_reported_by_node() -> None:
     request = ResourceRequest(1, 2, {"CPU": 4, "GPU": 2}, {})
     assert placement.shortage(request, views).splitlines() == [
         "requested: 1 to 2 nodes with 4 CPU, 2 GPU each; 0 of the cluster's 2 nodes fit",
-        "  10.0.0.1 (10.0.0.1): free 8 of 8 CPU, 1 of 4 GPU; 1 GPU short",
-        "  10.0.0.2 (10.0.0.2): free 2 of 2 CPU; 2 CPU short; 2 GPU short",
+        "  10.0.0.1 (10.0.0.1): free 8 of 8 CPU, 1 of 4 GPU; 1 GPU missing",
+        "  10.0.0.2 (10.0.0.2): free 2 of 2 CPU; 2 CPU missing; 2 GPU missing",
     ]
     wrong_zone = ResourceRequest(1, 1, {"CPU": 1}, {"zone": "b"})
     assert "label zone is a" in placement.shortage(wrong_zone, views)
@@ -65,8 +65,8 @@ FREE, BUSY = {"CPU": 4}, {"CPU": 0}
         ([FREE, FREE, BUSY], 0, False, False, Wait()),  # a third may become free in a moment
         ([FREE, FREE, BUSY], 4, False, False, Take(2)),
         ([FREE, BUSY, BUSY], 4, False, False, Wait()),
-        ([FREE, BUSY, BUSY], 4, True, False, Take(2, are_there=False)),
-        ([FREE], 0, True, False, Take(2, are_there=False)),
+        ([FREE, BUSY, BUSY], 4, True, False, Take(2, are_available=False)),
+        ([FREE], 0, True, False, Take(2, are_available=False)),
         ([FREE], 0, False, True, Wait()),
         ([FREE], 0, False, False, Refuse("cannot be placed: ")),
         ([FREE, BUSY], 11, False, True, Refuse("not placed within 10 s (place_timeout): ")),

@@ -307,16 +307,16 @@ class _Watch:
 
 
 def _start_actor(plan: LaunchPlan, placed: Placed, bundle: int) -> Any:
-    each = dict(ResourceRequest.of(plan).each)
+    resources = dict(ResourceRequest.of(plan).per_node)
     cloudpickle.register_pickle_by_value(sync)
     cloudpickle.register_pickle_by_value(actor)
     return (
         ray.remote(actor.NodeActor)
         .options(
-            num_cpus=each.pop("CPU"),
-            num_gpus=each.pop("GPU", 0),
-            memory=each.pop("memory", None),
-            resources=each or None,
+            num_cpus=resources.pop("CPU"),
+            num_gpus=resources.pop("GPU", 0),
+            memory=resources.pop("memory", None),
+            resources=resources or None,
             max_restarts=0,
             max_concurrency=4,
             scheduling_strategy=PlacementGroupSchedulingStrategy(

@@ -47,7 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dtrain.launchers.ray.driver")
     parser.add_argument("run_dir", nargs="?")
     parser.add_argument("--job", help="directory of an uploaded job, instead of RUN_DIR")
-    parser.add_argument("--parent", type=int, help="pid of the parent to die with")
+    parser.add_argument(
+        "--parent", type=int, help="pid of the parent process; this one ends with it"
+    )
     arguments = parser.parse_args()
     if arguments.parent:
         die_with_parent(arguments.parent)
@@ -178,15 +180,15 @@ class Driver:
         if self._options.address:
             yield os.environ.get("RAY_ADDRESS", "auto") if self._in_job else self._options.address
             return
-        from dtrain.launchers.ray.local_cluster import OwnCluster
+        from dtrain.launchers.ray.local_cluster import LocalCluster
         from dtrain.launchers.ray.placement import ResourceRequest
 
-        each = ResourceRequest.of(self._plan).each
-        own = OwnCluster(self._plan.nodes, each, dashboard=self._options.dashboard)
+        resources = ResourceRequest.of(self._plan).per_node
+        cluster = LocalCluster(self._plan.nodes, resources, dashboard=self._options.dashboard)
         self._say("starting a Ray cluster on this machine; --address HOST:PORT uses a running one")
-        with own as address:
-            if own.dashboard_url:
-                self._say(f"Ray's dashboard: {own.dashboard_url}")
+        with cluster as address:
+            if cluster.dashboard_url:
+                self._say(f"Ray's dashboard: {cluster.dashboard_url}")
             yield address
 
     @property
@@ -243,15 +245,15 @@ class Driver:
 
     def _attempts(self) -> int:
         """Make attempts until one is the last. Return its exit code."""
-        from dtrain.launchers.ray.placement import Placing
+        from dtrain.launchers.ray.placement import Placer
 
         say = partial(_note, self._plan.run, "waiting")
-        placing = Placing(self._plan, lambda: self._stops > 0, say)
+        placer = Placer(self._plan, lambda: self._stops > 0, say)
         first = attempt = self._plan.attempt
         outcome = None
         while True:
             try:
-                placed = placing.place(after_loss=outcome is not None)
+                placed = placer.place(after_loss=outcome is not None)
                 if placed is None:
                     return _STOPPED
                 if outcome is not None:
@@ -264,7 +266,7 @@ class Driver:
                 return outcome.code
             self._newest = attempt
             outcome, names = self._attempt(attempt, placed)
-            placing.free(placed)
+            placer.free(placed)
             code = decide(outcome, self._stops, self._options.relaunch - (attempt - first))
             if code is not None:
                 return code

@@ -33,8 +33,8 @@ _START_S = 180.0
 _UP = b"Ray runtime started"
 
 
-class OwnCluster:
-    """A context that starts a cluster and ends it: `with OwnCluster(…) as address:`."""
+class LocalCluster:
+    """A context that starts a cluster and ends it: `with LocalCluster(…) as address:`."""
 
     def __init__(self, nodes: int, resources: dict[str, float], *, dashboard: bool = False) -> None:
         """Prepare.
@@ -194,7 +194,7 @@ def _start_node(
     with log.open("wb") as file:
         process = subprocess.Popen(
             [*ray_start(f"127.0.0.{number + 2}", own, spec["resources"]), *more],
-            env={**os.environ, **_own_gpus(number, int(spec["resources"].get("GPU", 0)))},
+            env={**os.environ, **_node_gpus(number, int(spec["resources"].get("GPU", 0)))},
             cwd=own,  # Ray's processes import from the directory that they are started in
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -222,7 +222,7 @@ def ray_start(address: str, folder: Path, resources: dict[str, float]) -> list[s
     ]
 
 
-def _own_gpus(number: int, count: int) -> dict[str, str]:
+def _node_gpus(number: int, count: int) -> dict[str, str]:
     """Return the GPUs of a node. Nodes that share a machine must not share its GPUs."""
     if not count:
         return {}

@@ -27,31 +27,31 @@ _FIRST_NOTICE_S = 2.0
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    least: int
-    most: int
-    """The minimum and maximum number of nodes."""
-    each: dict[str, float]
+    min_nodes: int
+    max_nodes: int
+    per_node: dict[str, float]
     """Resources of each node, by Ray's names; memory is in bytes."""
     labels: dict[str, str]
 
     @classmethod
     def of(cls, plan: LaunchPlan) -> ResourceRequest:
         options = RayOptions.of(plan.options)
-        each: dict[str, float] = {
+        per_node: dict[str, float] = {
             "CPU": options.cpus_per_node or plan.procs_per_node * plan.replicas
         }
         if plan.gpus_per_node:
-            each["GPU"] = plan.gpus_per_node
+            per_node["GPU"] = plan.gpus_per_node
         if options.memory:
-            each["memory"] = options.memory
-        each |= options.resources
-        return cls(plan.min_nodes, plan.nodes, each, dict(options.labels))
+            per_node["memory"] = options.memory
+        per_node |= options.resources
+        return cls(plan.min_nodes, plan.nodes, per_node, dict(options.labels))
 
     def __str__(self) -> str:
-        count = str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
+        least, most = self.min_nodes, self.max_nodes
+        count = str(most) if least == most else f"{least} to {most}"
         labels = "".join(f", label {name}={value}" for name, value in self.labels.items())
-        nodes = "node" if self.most == 1 else "nodes"
-        return f"{count} {nodes} with {_amounts(self.each)} each{labels}"
+        nodes = "node" if most == 1 else "nodes"
+        return f"{count} {nodes} with {_amounts(self.per_node)} each{labels}"
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class NodeView:
         """
         have = self.free if now else self.total
         short = [
-            f"{_amount(name, need - have.get(name, 0))} {name} short"
-            for name, need in request.each.items()
+            f"{_amount(name, need - have.get(name, 0))} {name} missing"
+            for name, need in request.per_node.items()
             if have.get(name, 0) + 1e-6 < need
         ]
         return short + [
@@ -131,7 +131,7 @@ def _sortable(address: str) -> tuple[int, int | str]:
 @dataclass(frozen=True)
 class Take:
     count: int
-    are_there: bool = True
+    are_available: bool = True
     """False if the cluster must grow first, which may take time."""
 
 
@@ -170,13 +170,13 @@ def decide(
     if waited_s > timeout_s:
         late = f"not placed within {timeout_s:.0f} s (place_timeout)"
         return Refuse(f"{late}: {shortage(request, nodes)}")
-    free = min(request.most, sum(not node.lacks(request, now=True) for node in nodes))
-    total = min(request.most, sum(not node.lacks(request, now=False) for node in nodes))
-    if free >= request.least:
+    free = min(request.max_nodes, sum(not node.lacks(request, now=True) for node in nodes))
+    total = min(request.max_nodes, sum(not node.lacks(request, now=False) for node in nodes))
+    if free >= request.min_nodes:
         return Take(free) if free >= total or waited_s > _RELEASE_S else Wait()
     if grows:
-        return Take(request.least, are_there=False)
-    if total < request.least and not may_come_back:
+        return Take(request.min_nodes, are_available=False)
+    if total < request.min_nodes and not may_come_back:
         return Refuse(f"cannot be placed: {shortage(request, nodes)}")
     return Wait()
 
@@ -187,7 +187,7 @@ def shortage(request: ResourceRequest, nodes: Sequence[NodeView]) -> str:
     count = f"{len(fit)} of the cluster's {len(nodes)} nodes fit"
     lines = [f"requested: {request}; {count if nodes else 'the cluster has no nodes'}"]
     for node in nodes[:_SHOWN_NODES]:
-        names = [name for name in request.each if name in node.total or name == "CPU"]
+        names = [name for name in request.per_node if name in node.total or name == "CPU"]
         free = ", ".join(
             f"{_amount(name, node.free.get(name, 0))} of "
             f"{_amount(name, node.total.get(name, 0))} {name}"
@@ -200,8 +200,8 @@ def shortage(request: ResourceRequest, nodes: Sequence[NodeView]) -> str:
     return "\n".join(lines)
 
 
-def _amounts(each: Mapping[str, float]) -> str:
-    return ", ".join(f"{_amount(name, value)} {name}" for name, value in each.items())
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{_amount(name, value)} {name}" for name, value in resources.items())
 
 
 def _amount(name: str, value: float) -> str:
@@ -217,7 +217,7 @@ class Placed:
     """All nodes of the cluster."""
 
 
-class Placing:
+class Placer:
     def __init__(
         self, plan: LaunchPlan, is_stopped: Callable[[], bool], say: Callable[[str], None]
     ) -> None:
@@ -249,18 +249,18 @@ class Placing:
             )
             if isinstance(decision, Refuse):
                 raise PlanError(decision.why, code="ray.too-few-resources")
-            is_long = isinstance(decision, Take) and not decision.are_there
+            is_long = isinstance(decision, Take) and not decision.are_available
             if is_long or time.monotonic() >= notice_at:
                 self._say(f"waiting for nodes for {waited:.0f} s: {shortage(self._request, nodes)}")
                 notice_at = time.monotonic() + 2 * waited
             if isinstance(decision, Wait):
                 time.sleep(_POLL_S)
                 continue
-            within = _RESERVE_S if decision.are_there else timeout_s - waited
+            within = _RESERVE_S if decision.are_available else timeout_s - waited
             group = self._reserve(decision.count, dead, within)
             if group is not None:
                 return Placed(
-                    group, nodes if decision.are_there else self._query_nodes(after_loss)[0]
+                    group, nodes if decision.are_available else self._query_nodes(after_loss)[0]
                 )
         return None
 
@@ -293,7 +293,7 @@ class Placing:
         if dead:
             labels["ray.io/node-id"] = f"!in({','.join(node.id for node in dead)})"
         group = placement_group(
-            [dict(self._request.each)] * count,
+            [dict(self._request.per_node)] * count,
             strategy="STRICT_SPREAD",
             bundle_label_selector=[labels] * count if labels else None,
         )

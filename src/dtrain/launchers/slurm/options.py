@@ -162,7 +162,7 @@ _RESERVED = {
 def own_flag_problem(flag: str) -> str | None:
     """Return why a flag cannot be among the further flags of sbatch, or None when it can."""
     if flag in FLAGS:
-        return f"is an option of its own: write {flag} instead of slurm.{flag}"
+        return f"is a separate option: write {flag} instead of slurm.{flag}"
     if flag not in _RESERVED:
         return None
     alternative = _RESERVED[flag]

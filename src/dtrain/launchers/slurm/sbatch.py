@@ -108,7 +108,7 @@ def test_only(plan: LaunchPlan, text: str) -> list[str]:
     start = re.sub(r"^sbatch: Job \d+ ", "", done.stderr.strip())
     refused = done.returncode != 0
     answer = str(refusal(plan, done.stderr)) if refused else f"Slurm would accept the job: {start}"
-    return ["answer of Slurm", *(f"  {line}" for line in answer.splitlines())]
+    return ["Slurm's answer", *(f"  {line}" for line in answer.splitlines())]
 
 
 def refusal(plan: LaunchPlan, stderr: str) -> PlanError:
