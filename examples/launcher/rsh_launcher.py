@@ -8,7 +8,7 @@ from dataclasses import replace
 from dtrain.errors import PlanError
 from dtrain.job.launcher_options import LauncherOptions
 from dtrain.launch_plan import Command, Facts, LaunchPlan
-from dtrain.launchers.base import Several
+from dtrain.launchers.base import LaunchGroup
 from dtrain.launchers.flags import Flag
 from dtrain.launchers.local import LocalLauncher, NodeProcess
 from dtrain.node.placement.base import NodePlacement, PlacementReader
@@ -43,8 +43,8 @@ class RshLauncher:
         )
         return replace(plan, node_names=hosts, rdzv_host=hosts[0], commands=commands)
 
-    def start(self, plan: LaunchPlan) -> Several:
-        return Several([NodeProcess(plan, each, None, Rsh) for each in plan.commands])
+    def start(self, plan: LaunchPlan) -> LaunchGroup:
+        return LaunchGroup([NodeProcess(plan, each, None, Rsh) for each in plan.commands])
 
     def is_running(self, run: RunDir) -> bool:
         return HERE.is_running(run)

@@ -98,7 +98,7 @@ def test_a_killed_actor_is_named_and_the_next_attempt_goes_on(
         actor.kill()
 
     run, output = trains_through(ray, tmp_path, kill_actor, *OFTEN)
-    assert f"node 1 ({ray.ip(1)}) was lost; going on from the last checkpoint" in output
+    assert f"node 1 ({ray.ip(1)}) was lost; attempt 1 continues from the last" in output
     assert run.attempts() == [0, 1]
     why = dtrain("why", "--attempt", "0", cwd=tmp_path).stdout
     assert f"FAILED: node 1 ({ray.ip(1)}): the node was lost, and with it ranks 2-3" in why
@@ -118,7 +118,7 @@ def test_a_lost_node_is_replaced_by_one_that_comes(
         ray.start([4], gear=1)
 
     run, output = trains_through(ray, tmp_path, lose, *OFTEN, "-o", "resources={gear: 1}")
-    assert f"node 1 ({ray.ip(3)}) was lost; going on from the last checkpoint" in output
+    assert f"node 1 ({ray.ip(3)}) was lost; attempt 1 continues from the last" in output
     placed = [event["nodes"] for event in events(run, "attempt_started")]
     assert placed == [[ray.ip(2), ray.ip(3)], [ray.ip(2), ray.ip(4)]]
     assert status(run)["parameters_sha256"] == unbroken

@@ -102,10 +102,10 @@ def test_a_failed_element_fails_the_command_and_is_resumed_alone(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--array", "seed=1,2", "-p", "nowhere"), "Invalid partition name specified"),
-        (("--array", "launch.nodes=1,2"), "differ in --nodes=2, --nodes=1; launch them one by one"),
+        (("--array", "launch.nodes=1,2"), "differ in --nodes=2, --nodes=1; launch these runs"),
         (("--array", "seed"), "--array seed: expected FIELD=VALUE,VALUE"),
         (("--array", "seed=1,1"), "the same value twice"),
         (("--array", "no.such=1"), "no"),
@@ -113,11 +113,11 @@ def test_a_failed_element_fails_the_command_and_is_resumed_alone(
     ],
 )
 def test_what_cannot_be_an_array_is_refused(
-    slurm: Cluster, tmp_path: Path, arguments: tuple[str, ...], told: str
+    slurm: Cluster, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     done = dtrain("launch", *ONE, *arguments, TINY, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert told in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "running" not in dtrain("runs", cwd=tmp_path).stdout
 
@@ -127,7 +127,7 @@ def test_an_array_of_thirty(slurm: Cluster, tmp_path: Path) -> None:
     many = ("--array", "seed=" + ",".join(map(str, range(30))), "--run-id", "many")
     shown = dtrain("launch", *ONE, *many, "--dry-run", "--at-once", "4", TINY, cwd=tmp_path).stdout
     assert "#SBATCH --array=0-29%4" in shown
-    assert "Slurm would take it" in shown
+    assert "Slurm would accept the job" in shown
     done = dtrain("launch", *ONE, *many, "-o", "slurm.hold", "--detach", TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     listed = slurm.run(["squeue", "--array", "--noheader", "--format=%i %j"]).stdout

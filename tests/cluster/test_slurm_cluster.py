@@ -1,4 +1,4 @@
-"""The cluster that other tests stand on is a real one, breaks as told, and leaves nothing."""
+"""The cluster of the other tests is a real one, fails on request, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def breakable() -> Iterator[Cluster]:
 
 def processes_of(directory: Path) -> set[int]:
     """What its state tells of, and all that name the directory in command or environment."""
-    told = set()
+    recorded = set()
     if (directory / "state.json").exists():
         state = State.load(Files.at(directory))
-        told = {state.keeper, *state.daemons.values()}
-        told |= {pid for host in state.hosts.values() for pid in (host.init, host.holder)}
-    return {pid for pid in processes.all_pids() if pid in told or names(pid, directory)}
+        recorded = {state.keeper, *state.daemons.values()}
+        recorded |= {pid for host in state.hosts.values() for pid in (host.init, host.holder)}
+    return {pid for pid in processes.all_pids() if pid in recorded or names(pid, directory)}
 
 
 def names(pid: int, directory: Path) -> bool:
     try:
-        told = [Path(f"/proc/{pid}/{file}").read_bytes() for file in ("cmdline", "environ")]
+        texts = [Path(f"/proc/{pid}/{file}").read_bytes() for file in ("cmdline", "environ")]
     except OSError:
         return False
-    return str(directory).encode() in b"".join(told) and pid != os.getpid()
+    return str(directory).encode() in b"".join(texts) and pid != os.getpid()
 
 
 def tool(*words: str | Path, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
@@ -63,11 +63,11 @@ def tool(*words: str | Path, timeout: float = 30.0) -> subprocess.CompletedProce
 
 def test_four_separate_hosts(slurm_cluster: Cluster) -> None:
     assert slurm_cluster.node_states() == dict.fromkeys(slurm_cluster.nodes, "idle")
-    told = slurm_cluster.run(["srun", "-N4", "sh", "-c", "echo $(hostname) $(hostname -I)"]).stdout
+    shown = slurm_cluster.run(["srun", "-N4", "sh", "-c", "echo $(hostname) $(hostname -I)"]).stdout
     if slurm_cluster.spec.mode == "ports":
-        assert len(told.splitlines()) == 4
+        assert len(shown.splitlines()) == 4
     else:
-        assert sorted(told.splitlines()) == [f"n{node} 10.77.1.{node + 1}" for node in range(4)]
+        assert sorted(shown.splitlines()) == [f"n{node} 10.77.1.{node + 1}" for node in range(4)]
 
 
 def test_gpus_are_counted_and_shared_out(slurm_cluster: Cluster) -> None:
@@ -79,8 +79,8 @@ def test_gpus_are_counted_and_shared_out(slurm_cluster: Cluster) -> None:
 
 
 def test_partitions(slurm_cluster: Cluster) -> None:
-    told = slurm_cluster.run(["sinfo", "-h", "-o", "%P %l"]).stdout.split("\n")
-    assert sorted(filter(None, told)) == [
+    output = slurm_cluster.run(["sinfo", "-h", "-o", "%P %l"]).stdout.split("\n")
+    assert sorted(filter(None, output)) == [
         "high infinite", "low infinite", "main* infinite", "short 2:00",
     ]  # fmt: skip
 
@@ -263,8 +263,8 @@ def test_up_and_down() -> None:
     ) as up:  # fmt: skip
         assert up.stdout is not None
         assert up.stdout.readline().startswith("Slurm is up: 1 nodes")
-        told = tool("exec", directory, "--", "sh", "-c", "sinfo -h -p main -o %T; pwd; exit 3")
-        assert (told.returncode, told.stdout.split()) == (3, ["idle", os.getcwd()])
+        done = tool("exec", directory, "--", "sh", "-c", "sinfo -h -p main -o %T; pwd; exit 3")
+        assert (done.returncode, done.stdout.split()) == (3, ["idle", os.getcwd()])
         assert "slurmd-" in tool("status", directory).stdout
         assert f"export SLURM_CONF={directory}/etc/slurm.conf" in tool("env", directory).stdout
         assert "no node 'n7': there are" in tool("cut", directory, "n7").stderr
@@ -280,7 +280,7 @@ def test_up_and_down() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["up", "/tmp/" + "long" * 20], "the directory's path is too long"),
         (["up", "/usr"], "holds other things"),
@@ -292,12 +292,12 @@ def test_up_and_down() -> None:
         (["cut", "/tmp/none", "n1"], "no cluster runs in /tmp/none"),
     ],
 )
-def test_errors(words: list[str], told: str) -> None:
+def test_errors(words: list[str], message: str) -> None:
     if "/usr" in words:
         needs_slurm()
     done = tool(*words)
     assert done.returncode == 2
-    assert told in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -81,7 +81,7 @@ def test_while_the_controller_is_away_the_run_ends_and_following_waits(
     """It comes back after the end; a step that could not tell it of its end tries again in 60 s."""
     log = fragile.files.log / "slurmd-n0.log"
 
-    def told() -> list[str]:
+    def messages() -> list[str]:
         words = [event["what"] for event in events(run, "waiting")]
         return [what for what in words if what.startswith("Slurm does not answer: ")]
 
@@ -92,7 +92,7 @@ def test_while_the_controller_is_away_the_run_ends_and_following_waits(
         fragile.kill_ctl()
         with started("logs", "--follow", run.id, cwd=tmp_path) as follower:
             try:
-                until("word of it", told, 60)
+                until("a message about it", messages, 60)
                 now = status(run)
                 assert (now["state"], launch.poll(), follower.poll()) == ("running", None, None)
                 assert "Unable to contact slurm controller" in now["slurm"]

@@ -138,8 +138,8 @@ def test_a_time_above_the_partitions_limit_is_made_of_several_attempts(
 
     slower = ("-p", "short", "-t", "20h", "--set", "args.pause=0.6")  # 36 s: longer than the tick
     run, output = goes_on(tmp_path, disturb, *slower, attempts=None)
-    said = "partition short gives 0-00:02:00 at a time, not 0-20:00:00: the job goes on over"
-    assert said in output
+    note = "the time limit of partition short is 0-00:02:00, less than 0-20:00:00: the job"
+    assert note in output
     again = events(run, "training_started")[1:]
     for left, after in zip(events(run, "stopped"), again, strict=True):
         assert left["reason"] == "SIGUSR2"
@@ -152,11 +152,11 @@ def test_a_time_above_the_partitions_limit_of_a_job_that_may_not_go_on_is_refuse
 ) -> None:
     done = dtrain("launch", *once(tmp_path), "-p", "short", "-t", "5h", TINY, cwd=tmp_path)
     assert done.returncode == 2, done.stdout
-    assert "Slurm never starts it: " in done.stdout
+    assert "Slurm will never start the job: " in done.stdout
     # whole: the console cuts lines, and of Slurm's two reasons PartitionTimeLimit is the longer
-    said = json.loads(dtrain("why", "--json", cwd=tmp_path).stdout)["culprit"]["message"]
-    assert "(PartitionTimeLimit)" in said or "(PartitionConfig)" in said
-    assert "--time: time: 0-05:00:00" in said
+    message = json.loads(dtrain("why", "--json", cwd=tmp_path).stdout)["culprit"]["message"]
+    assert "(PartitionTimeLimit)" in message or "(PartitionConfig)" in message
+    assert "--time: time: 0-05:00:00" in message
 
 
 def test_submitted_by_submitit_it_goes_on_too(
@@ -184,7 +184,7 @@ def test_a_run_is_not_requeued_more_often_than_it_may_be(slurm: Cluster, tmp_pat
         slurm.run(["scancel", "--signal=USR2", job_of(run)])
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 1, output
-    assert "as often as it may be" in output
+    assert "the maximum (option requeue)" in output
     assert dtrain("resume", run.id, "--set", "args.pause=0", cwd=tmp_path).returncode == 0
 
 
@@ -289,7 +289,7 @@ def test_the_place_of_what_is_refused_is_a_line_of_the_profile(
     assert "Slurm refuses the job: invalid partition specified: nowhere" in done.stdout
     (place / "site.yaml").write_text(text.replace("nowhere", "main"))
     done = dtrain("plan", "--launcher", "site", TINY, cwd=tmp_path)
-    assert "Slurm would take it: to start at" in done.stdout
+    assert "Slurm would accept the job: to start at" in done.stdout
 
 
 def test_a_detached_run_is_followed_and_cancelled_from_elsewhere(

@@ -1,4 +1,4 @@
-"""Launcher `slurm` on nodes that are not alike: CPUs, GPUs, features and names."""
+"""Launcher `slurm` on nodes that differ: CPUs, GPUs, features and names."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def place(motley: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 def profile(place: Path, **options: Any) -> tuple[str, str]:
     """Write a profile; the flags that choose it."""
-    said = {"launcher": "slurm", "extends": "slurm", "options": options}
-    (place / "site.yaml").write_text(json.dumps(said))
+    content = {"launcher": "slurm", "extends": "slurm", "options": options}
+    (place / "site.yaml").write_text(json.dumps(content))
     return ("--launcher", "site")
 
 
@@ -70,9 +70,9 @@ def test_one_job_on_every_kind_of_node(motley: Cluster, place: Path, tmp_path: P
 
 def test_nodes_are_chosen_by_feature_and_gpus(motley: Cluster, place: Path, tmp_path: Path) -> None:
     """Four CPUs for two processes; and what no node has is refused with its place."""
-    wish = profile(place, constraint="a100", gres="gpu:2", cpus_per_node=4)
+    chosen = profile(place, constraint="a100", gres="gpu:2", cpus_per_node=4)
     seen = ("--set", f"args.env_to={tmp_path}")
-    done = dtrain("launch", *wish, "--nodes", "2", "--procs", "2", *seen, TINY, cwd=tmp_path)
+    done = dtrain("launch", *chosen, "--nodes", "2", "--procs", "2", *seen, TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (started,) = events(the_run(tmp_path), "attempt_started")
     assert sorted(started["nodes"]) == ["fat3", "gpu-a01"]

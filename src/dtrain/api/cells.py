@@ -27,7 +27,7 @@ FOLDER = "notebook_cells"
 """A directory in the current one, which is the job's. A copy of the code includes it, since it is
 not hidden, and it is not a run.
 """
-_HEAD = '"""{name}, as it is in the cells of a notebook. Edit it there: this is written anew."""\n'
+_HEAD = '"""{name}, from the cells of a notebook. Edit it there: this file is generated."""\n'
 _FUTURE = "from __future__ import annotations\n"
 
 
@@ -36,7 +36,7 @@ def is_definition(value: Any) -> bool:
     return isinstance(value, type) or isinstance(inspect.unwrap(value), FunctionType)
 
 
-def has(task: Any) -> bool:
+def is_from_cell(task: Any) -> bool:
     """Return whether a class or function was defined in a cell."""
     return _definition(task) is not None
 
@@ -52,7 +52,7 @@ def write(task: Any) -> Path:
         UsageError: the class uses something that a file cannot contain. The message names it.
         LaunchError: the file cannot be written.
     """
-    text = gather(task)
+    text = source_of(task)
     digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
     path = Path.cwd() / FOLDER / f"{task.__name__.lower()}_{digest}.py"
     try:
@@ -67,65 +67,65 @@ def write(task: Any) -> Path:
     return path
 
 
-def gather(task: Any) -> str:
+def source_of(task: Any) -> str:
     """Return the text of the file. The errors are those of `write`."""
-    return _Gatherer(task).text()
+    return _SourceCollector(task).text()
 
 
-class _Gatherer:
+class _SourceCollector:
     """Collects the names that a class needs, and the names that those need."""
 
     def __init__(self, task: Any) -> None:
         self._task = task
-        self._known: dict[str, Any] = vars(sys.modules[task.__module__])
-        self._statements = [each for cell in _cells(task) for each in _parsed(cell)]
+        self._scope: dict[str, Any] = vars(sys.modules[task.__module__])
+        self._statements = [each for cell in _cells(task) for each in _statements_of(cell)]
         self._imports: dict[str, None] = {}
         self._body: list[str] = []
         self._seen: set[str] = set()
-        flag = self._known.get("annotations")
+        flag = self._scope.get("annotations")
         self._future = _FUTURE if type(flag).__module__ == "__future__" else ""
 
     def text(self) -> str:
         name = self._task.__name__
         self._seen.add(name)
-        self._define(name, self._task)
+        self._add_definition(name, self._task)
         head = _HEAD.format(name=name) + (f"\n{self._future}" if self._future else "")
         parts = ["\n".join(self._imports)] if self._imports else []
         return (
             "\n\n".join([head.rstrip(), *parts]) + "".join(f"\n\n\n{p}" for p in self._body) + "\n"
         )
 
-    def _need(self, name: str, user: str) -> None:
+    def _add_name(self, name: str, user: str) -> None:
         """Add a name to the file, unless Python provides it."""
-        if name in self._seen or name not in self._known or _is_builtin(name, self._known[name]):
+        if name in self._seen or name not in self._scope or _is_builtin(name, self._scope[name]):
             return
         self._seen.add(name)
-        value = self._known[name]
+        value = self._scope[name]
         if lines := [*self._import_lines(name, value)]:
             self._imports.update(dict.fromkeys(lines))
         elif is_definition(value) and value.__module__ == self._task.__module__:
-            self._define(name, value)
+            self._add_definition(name, value)
         elif _is_literal(value):
             self._body.append(f"{name} = {value!r}")
-        elif get_origin(value) is not None and (written := self._assignment(name)) is not None:
-            self._add(written, name)  # a type, for example list[Tensor]
+        elif get_origin(value) is not None and (line := self._assignment(name)) is not None:
+            self._add_source(line, name)  # a type, for example list[Tensor]
         else:
             kind = type(value).__qualname__
             article = "an" if kind[0] in "aeiouAEIOU" else "a"
             raise UsageError(
-                f"{user} uses {name!r} of the notebook, {article} {kind}, which workers cannot be "
-                "given: make it inside of the class, or move it into a file and import it",
+                f"{user} uses {name!r} of the notebook, {article} {kind}, which cannot be passed "
+                "to workers: create it inside the class, or move it into a file and import it",
                 code="api.class-needs-notebook",
             )
 
-    def _define(self, name: str, value: Any) -> None:
+    def _add_definition(self, name: str, value: Any) -> None:
         """Add a class or function after all that its definition runs, and before the rest."""
         own: str = value.__name__
-        found = _definition(value) if own == name else self._newest(name)
+        found = _definition(value) if own == name else self._newest_definition(name)
         if found is not None:
-            self._add(found, name)
-        elif own != name and self._known.get(own) is value:
-            self._need(own, name)
+            self._add_source(found, name)
+        elif own != name and self._scope.get(own) is value:
+            self._add_name(own, name)
             self._body.append(f"{name} = {own}")
         else:
             raise UsageError(
@@ -134,18 +134,18 @@ class _Gatherer:
                 code="api.class-without-source",
             )
 
-    def _newest(self, name: str) -> str | None:
+    def _newest_definition(self, name: str) -> str | None:
         """Return the newest definition of a name whose value a decorator has replaced."""
-        texts = (_in_text(cell, name) for cell in reversed(_cells(self._task)))
+        texts = (_find_definition(cell, name) for cell in reversed(_cells(self._task)))
         return next((text for text in texts if text is not None), None)
 
-    def _add(self, source: str, name: str) -> None:
+    def _add_source(self, source: str, name: str) -> None:
         table = symtable.symtable(self._future + source, "<cell>", "exec")
         for needed in sorted(_names(table, at_once=True)):
-            self._need(needed, name)
+            self._add_name(needed, name)
         self._body.append(source)
         for needed in sorted(_names(table, at_once=False)):
-            self._need(needed, name)
+            self._add_name(needed, name)
 
     def _import_lines(self, name: str, value: Any) -> Iterator[str]:
         """Yield the imports of the cells that made a name, or else one that finds its value."""
@@ -159,9 +159,9 @@ class _Gatherer:
                 for alias in statement.names:
                     if (alias.asname or alias.name) == name:
                         found[ast.unparse(ast.ImportFrom(statement.module, [alias], 0))] = None
-        whole = [line for line in found if _gives(line, name, value)]
-        yield from whole
-        if whole:
+        working = [line for line in found if _binds(line, name, value)]
+        yield from working
+        if working:
             return
         if isinstance(value, ModuleType):
             yield f"import {value.__name__}" + ("" if value.__name__ == name else f" as {name}")
@@ -169,7 +169,7 @@ class _Gatherer:
         module, own = getattr(value, "__module__", None), getattr(value, "__name__", None)
         if module not in (None, self._task.__module__) and isinstance(own, str):
             line = f"from {module} import {own}" + ("" if own == name else f" as {name}")
-            if _gives(line, name, value):  # for example from `from torch.nn import *`
+            if _binds(line, name, value):  # for example from `from torch.nn import *`
                 yield line
 
     def _assignment(self, name: str) -> str | None:
@@ -185,23 +185,23 @@ def _cells(task: Any) -> list[str]:
     return list(vars(sys.modules[task.__module__]).get("In", ()))
 
 
-def _parsed(cell: str) -> list[ast.stmt]:
+def _statements_of(cell: str) -> list[ast.stmt]:
     """Return the statements of a cell. A cell that is not Python has none."""
     try:
-        return [*_at_top(ast.parse(cell).body)]
+        return [*_top_level(ast.parse(cell).body)]
     except (SyntaxError, ValueError):
         return []
 
 
-def _at_top(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+def _top_level(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
     """Yield the statements outside definitions, including those inside `if`, `try` and `with`."""
     for statement in body:
         yield statement
         if not isinstance(statement, Definition):
             for block in ("body", "orelse", "finalbody"):
-                yield from _at_top(getattr(statement, block, []))
+                yield from _top_level(getattr(statement, block, []))
             for handler in getattr(statement, "handlers", []):
-                yield from _at_top(handler.body)
+                yield from _top_level(handler.body)
 
 
 def _targets(statement: ast.Assign | ast.AnnAssign) -> set[str]:
@@ -209,8 +209,8 @@ def _targets(statement: ast.Assign | ast.AnnAssign) -> set[str]:
     return {each.id for each in targets if isinstance(each, ast.Name)}
 
 
-def _gives(line: str, name: str, value: Any) -> bool:
-    """Return whether an import, run again, gives a name its present value."""
+def _binds(line: str, name: str, value: Any) -> bool:
+    """Return whether an import, run again, binds a name to its present value."""
     statement = ast.parse(line).body[0]
     try:
         if isinstance(statement, ast.ImportFrom):
@@ -236,15 +236,15 @@ def _definition(value: Any) -> str | None:
     members = vars(value).values() if isinstance(value, type) else [inspect.unwrap(value)]
     for member in members:
         function = getattr(member, "__func__", getattr(member, "fget", member))
-        if isinstance(function, FunctionType) and _is_of(function, value):
-            found = _in_text(_cell_of(function), value.__name__)
+        if isinstance(function, FunctionType) and _is_part_of(function, value):
+            found = _find_definition(_cell_of(function), value.__name__)
             if found is not None:
                 return found
-    texts = (_in_text(cell, value.__name__) for cell in reversed(_cells(value)))
+    texts = (_find_definition(cell, value.__name__) for cell in reversed(_cells(value)))
     return next((text for text in texts if text is not None), None)
 
 
-def _is_of(function: FunctionType, value: Any) -> bool:
+def _is_part_of(function: FunctionType, value: Any) -> bool:
     """Return whether a function is the definition itself, or a method that was written in it."""
     return f"{function.__qualname__}.".startswith(f"{value.__name__}.")
 
@@ -257,10 +257,10 @@ def _cell_of(function: FunctionType) -> str:
     return "".join(linecache.getlines(name)) if is_cell else ""
 
 
-def _in_text(text: str, name: str) -> str | None:
+def _find_definition(text: str, name: str) -> str | None:
     """Return the last definition of a name in a cell, as written there."""
     lines = text.splitlines()
-    for statement in reversed(_parsed(text)):
+    for statement in reversed(_statements_of(text)):
         if isinstance(statement, Definition) and statement.name == name:
             first = min([statement.lineno, *(each.lineno for each in statement.decorator_list)])
             if statement.col_offset == 0:
@@ -275,19 +275,19 @@ def _names(table: symtable.SymbolTable, *, at_once: bool) -> set[str]:
     With `at_once` these are the names it needs when it is run, otherwise when it is called.
     """
     names = set()
-    if at_once or _waits(table):
+    if at_once or _runs_when_called(table):
         for symbol in table.get_symbols():
             is_global = symbol.is_global() or table.get_type() == "module"
             bound = symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace()
             if is_global and symbol.is_referenced() and not (bound and not symbol.is_global()):
                 names.add(symbol.get_name())
     for child in table.get_children():
-        if not (at_once and _waits(child)):
+        if not (at_once and _runs_when_called(child)):
             names |= _names(child, at_once=at_once)
     return names
 
 
-def _waits(table: symtable.SymbolTable) -> bool:
+def _runs_when_called(table: symtable.SymbolTable) -> bool:
     """Return whether a scope runs only when something is called.
 
     A list comprehension in the body of a class runs at once.
@@ -304,12 +304,12 @@ def _is_builtin(name: str, value: Any) -> bool:
 def _is_literal(value: Any) -> bool:
     """Return whether the `repr` of a value evaluates to the same value."""
     try:
-        return bool(_same(ast.literal_eval(repr(value)), value))
+        return bool(_equal(ast.literal_eval(repr(value)), value))
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return False
 
 
-def _same(one: Any, other: Any) -> bool:
+def _equal(one: Any, other: Any) -> bool:
     """Return whether two values are equal and have the same types at every depth.
 
     `True` is not 1, and a subclass of dict is not a dict.
@@ -317,7 +317,7 @@ def _same(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, Mapping):
-        return [*one] == [*other] and all(_same(one[key], other[key]) for key in one)
+        return [*one] == [*other] and all(_equal(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(_equal, one, other))
     return bool(one == other)

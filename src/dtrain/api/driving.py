@@ -20,14 +20,14 @@ from dtrain.run import files
 if TYPE_CHECKING:
     from dtrain.console.live import LiveConsole
     from dtrain.launch_plan import LaunchPlan
-    from dtrain.launchers.driver import Order
+    from dtrain.launchers.driver import LaunchRequest
 
 _POLL_S = 0.01
 _drivers: dict[Path, Driver] = {}
 """The drivers by run directory. A run continues even if the program drops its `Run`."""
 
 
-def of(run: Path) -> Driver | None:
+def driver_of(run: Path) -> Driver | None:
     """Return the driver of a run that this process has launched; None for any other run."""
     driver = _drivers.get(run)
     return driver if driver is not None and driver.owner == os.getpid() else None
@@ -47,10 +47,10 @@ class Driver:
         self.console: LiveConsole | None = None
         self.plan: LaunchPlan | None = None
         self._error: DtrainError | None = None
-        self._said: list[str] = []
+        self._messages: list[str] = []
         self._is_started = False
-        self._has_concluded = False
-        self._read = 0
+        self._has_ended = False
+        self._offset = 0
         argv = [sys.executable, "-P", "-m", "dtrain.launchers.driver", "--parent", str(self.owner)]
         self._reports, self._stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         try:
@@ -69,9 +69,9 @@ class Driver:
     def abandon(self) -> None:
         """End the driver after a launch that did not start."""
         self.kill()
-        self._forget()
+        self._release()
 
-    def launch(self, order: Order) -> None:
+    def launch(self, request: LaunchRequest) -> None:
         """Have the driver start a plan. It then follows the run to its end.
 
         Raises:
@@ -79,49 +79,49 @@ class Driver:
         """
         from dtrain.console.live import LiveConsole
 
-        self.plan = order.plan
-        self.console = LiveConsole(order.plan)
+        self.plan = request.plan
+        self.console = LiveConsole(request.plan)
         try:
-            self._hand_over(order)
+            self._send(request)
             while not self._is_started and self._process.poll() is None:
-                self._hear()
+                self._read_reports()
                 time.sleep(_POLL_S)
-            self._hear()
-            if order.detach or not (self._is_started or self._has_concluded):
+            self._read_reports()
+            if request.detach or not (self._is_started or self._has_ended):
                 self.close()
-                if not self._has_concluded:
+                if not self._has_ended:
                     raise LaunchError(
-                        "the driver process of the run was killed as it started",
+                        "the driver process of the run was killed while it started",
                         code="launch.driver-ended",
                     )
             else:
-                _drivers[order.plan.run.path] = self
+                _drivers[request.plan.run.path] = self
         except KeyboardInterrupt:
             self.signal(signal.SIGINT)
             self.close()
             raise
 
-    def _hand_over(self, order: Order) -> None:
+    def _send(self, request: LaunchRequest) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
-            stdin.write(order.to_line())
+            stdin.write(request.to_line())
 
     def close(self) -> int:
-        """Wait until the driver ends, forget it, and return the exit code of its run.
+        """Wait until the driver ends, release it, and return the exit code of its run.
 
         Raises:
             DtrainError: the launch was refused. The error has the class that the launcher raised.
             LaunchError: the driver failed. The message has its traceback.
         """
         code = self._process.wait()
-        self._hear()
-        last_words = self._last_words()
-        self._forget()
+        self._read_reports()
+        output = self._error_output()
+        self._release()
         if self._error is not None:
             raise self._error
-        if code > 0 and not self._has_concluded:
+        if code > 0 and not self._has_ended:
             raise LaunchError(
-                f"the driver process of the run broke down:\n{last_words}",
+                f"the driver process of the run failed:\n{output}",
                 code="launch.driver-ended",
             )
         return procs.shell_code(code)
@@ -131,14 +131,14 @@ class Driver:
         code = self._process.poll()
         if code is None:
             return None
-        self._hear()
+        self._read_reports()
         return procs.shell_code(code)
 
-    def said(self) -> list[str]:
-        """Return what the launcher has reported since the last call."""
-        self._hear()
-        said, self._said = self._said, []
-        return said
+    def new_messages(self) -> list[str]:
+        """Return the launcher's messages since the last call."""
+        self._read_reports()
+        messages, self._messages = self._messages, []
+        return messages
 
     def signal(self, number: int) -> None:
         """Ask the driver to stop the run: cleanly at the first call, by force at the second."""
@@ -151,23 +151,23 @@ class Driver:
             procs.kill_group(self._process.pid)
         self._process.wait()
 
-    def _hear(self) -> None:
+    def _read_reports(self) -> None:
         """Read the driver's new reports."""
         if self._reports.closed:
             return
-        text = os.pread(self._reports.fileno(), 1 << 20, self._read)
+        text = os.pread(self._reports.fileno(), 1 << 20, self._offset)
         lines = text[: text.rfind(b"\n") + 1]
-        self._read += len(lines)
+        self._offset += len(lines)
         for line in lines.splitlines():
-            message = files.parse_line(line) or {}
-            self._is_started = self._is_started or "started" in message
-            self._has_concluded = self._has_concluded or "concluded" in message
-            if "said" in message:
-                self._said.append(message["said"])
-            elif "refused" in message:
-                self._error = _error(message)
+            report = files.parse_line(line) or {}
+            self._is_started = self._is_started or "started" in report
+            self._has_ended = self._has_ended or "ended" in report
+            if "message" in report:
+                self._messages.append(report["message"])
+            elif "error" in report:
+                self._error = _error(report)
 
-    def _last_words(self) -> str:
+    def _error_output(self) -> str:
         """Return what the failed driver wrote to its temporary stderr file or to the run's log."""
         assert self.plan is not None
         early = os.pread(self._stderr.fileno(), 1 << 20, 0).decode(errors="replace")
@@ -175,7 +175,7 @@ class Driver:
         late = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
         return (early or late).strip()[-5000:]
 
-    def _forget(self) -> None:
+    def _release(self) -> None:
         self._process.wait()
         if self.plan is not None and _drivers.get(self.plan.run.path) is self:
             del _drivers[self.plan.run.path]
@@ -184,26 +184,26 @@ class Driver:
                 file.close()
 
 
-def _error(said: dict[str, Any]) -> DtrainError:
+def _error(report: dict[str, Any]) -> DtrainError:
     """Return an error as the driver has raised it.
 
     A class whose errors need more than a message becomes `DtrainError`.
     """
     simple = ("UsageError", "PlanError", "RunNotFound", "LaunchError", "CheckpointError")
-    kind = said["kind"] if said["kind"] in simple else "DtrainError"
-    made: DtrainError = getattr(errors, kind)(said["refused"], code=said["code"])
-    made.exit_code = said["exit_code"]
-    return made
+    kind = report["kind"] if report["kind"] in simple else "DtrainError"
+    error: DtrainError = getattr(errors, kind)(report["error"], code=report["code"])
+    error.exit_code = report["exit_code"]
+    return error
 
 
 @atexit.register
-def _tell_of_runs_that_end() -> None:
+def _print_stopped_runs() -> None:
     """Print which runs end because this process ends, for a script that does not call `wait`."""
     for driver in _drivers.values():
         if driver.owner == os.getpid() and driver.plan is not None and driver.poll() is None:
             run_id = driver.plan.run_id
             print(
-                f"run {run_id} is stopped, since the program that launched it ends; "
-                "call wait() of what launch() returns",
+                f"run {run_id} is stopped, because the program that launched it ends; "
+                "call wait() on the result of launch()",
                 file=sys.stderr,
             )

@@ -14,7 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
-from dtrain.api.asked import Asked, Size, request, sections, takes
+from dtrain.api.arguments import (
+    LaunchArguments,
+    ResumeArguments,
+    request,
+    sections,
+    signature_from,
+)
 from dtrain.api.driving import Driver
 from dtrain.errors import UsageError
 from dtrain.run.rundir import ATTEMPT_VARIABLE
@@ -29,8 +35,8 @@ Job = str | os.PathLike[str] | Callable[..., Any]
 """A path, or a class or function that makes a task."""
 
 
-@takes(Asked)
-def plan(job: Job, **asked: Unpack[Asked]) -> LaunchPlan:
+@signature_from(LaunchArguments)
+def plan(job: Job, **arguments: Unpack[LaunchArguments]) -> LaunchPlan:
     """Plan a launch and start nothing, like `dtrain plan`.
 
     Args:
@@ -45,11 +51,11 @@ def plan(job: Job, **asked: Unpack[Asked]) -> LaunchPlan:
         >>> dtrain.plan("job.yaml", nodes=2, procs=4).world_size
         8
     """
-    return _planned("plan", job, asked).plan
+    return _planned("plan", job, arguments).plan
 
 
-@takes(Asked)
-def launch(job: Job, *, detach: bool = False, **asked: Unpack[Asked]) -> Run:
+@signature_from(LaunchArguments)
+def launch(job: Job, *, detach: bool = False, **arguments: Unpack[LaunchArguments]) -> Run:
     """Launch a job, as `dtrain launch` does, and return once its nodes are started.
 
     The run stops cleanly when this process exits. `Run.wait` waits for it.
@@ -90,11 +96,13 @@ def launch(job: Job, *, detach: bool = False, **asked: Unpack[Asked]) -> Run:
         0
     """
     with _driver() as driver:
-        return _launch(driver, _planned("launch", job, asked), detach)
+        return _launch(driver, _planned("launch", job, arguments), detach)
 
 
-@takes(Size)
-def resume(run: str | Run = "last", *, detach: bool = False, **asked: Unpack[Size]) -> Run:
+@signature_from(ResumeArguments)
+def resume(
+    run: str | Run = "last", *, detach: bool = False, **arguments: Unpack[ResumeArguments]
+) -> Run:
     """Continue a run from its newest intact checkpoint, as `dtrain resume` does.
 
     The run continues as it was launched. An argument, for example a size, changes what it names.
@@ -116,7 +124,7 @@ def resume(run: str | Run = "last", *, detach: bool = False, **asked: Unpack[Siz
         from dtrain.api.run import Run
         from dtrain.resuming import plan_resume
 
-        given = request("resume", asked, Size)
+        given = request("resume", arguments, ResumeArguments)
         found = run if isinstance(run, Run) else Run.find(run, runs=given.runs)
         return _launch(driver, plan_resume(found.directory, given), detach)
 
@@ -171,10 +179,10 @@ def verify(
     _refuse_in_worker()
     if threading.current_thread() is not threading.main_thread():
         raise UsageError(
-            "verify() answers Ctrl-C, and so it runs in the main thread only",
+            "verify() handles Ctrl-C, so it can only run in the main thread",
             code="api.main-thread-only",
         )
-    given = request("verify", cast("Size", {"set": set, **fields}), Size)
+    given = request("verify", cast("ResumeArguments", {"set": set, **fields}), ResumeArguments)
     with contextlib.ExitStack() as stack:
         session = Session(
             stack.enter_context(_job_file(job)),
@@ -200,15 +208,15 @@ def verify(
         return session.report
 
 
-def _planned(function: str, job: Job, asked: Asked) -> Prepared:
+def _planned(function: str, job: Job, arguments: LaunchArguments) -> Prepared:
     from dtrain.planning import plan_run
 
-    given = request(function, asked, Asked)
+    given = request(function, arguments, LaunchArguments)
     if isinstance(job, str | os.PathLike):
         return plan_run(os.fspath(job), given)
     from dtrain.api.task_class import job_of_class
 
-    return plan_run(job_of_class(function, job, sections(asked)), given)
+    return plan_run(job_of_class(function, job, sections(arguments)), given)
 
 
 @contextlib.contextmanager
@@ -225,11 +233,11 @@ def _driver() -> Iterator[Driver]:
 
 def _launch(driver: Driver, prepared: Prepared, detach: bool) -> Run:
     from dtrain.api.run import Run
-    from dtrain.launchers.driver import Order
+    from dtrain.launchers.driver import LaunchRequest
 
     prepared.refuse_unlaunchable(detach)
     plan, job = prepared.plan, prepared.job
-    driver.launch(Order(plan, job.spec.to_plain(), job.text, detach))
+    driver.launch(LaunchRequest(plan, job.spec.to_plain(), job.text, detach))
     return Run(plan.run)
 
 
@@ -237,8 +245,8 @@ def _refuse_in_worker() -> None:
     """Refuse to launch from a worker, which imports the user's script for its class."""
     if ATTEMPT_VARIABLE in os.environ and "RANK" in os.environ:
         raise UsageError(
-            "a worker of a run would launch another run: put the call, and all that only the "
-            'script is to do, under `if __name__ == "__main__":`',
+            "a worker of a run would launch another run: put the call, and everything else "
+            'that only the script should run, under `if __name__ == "__main__":`',
             code="api.launch-at-import",
         )
 

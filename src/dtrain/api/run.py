@@ -26,9 +26,9 @@ from dtrain.run.rundir import RunDir, list_runs
 from dtrain.run.verdict import Verdict
 
 _TICK_S = 0.05
-_OTHERS_TICK_S = 0.2
+_FOREIGN_TICK_S = 0.2
 """The interval for a run that another process drives. Reading its status may query a cluster."""
-_KILLED_S = 10.0
+_KILL_TIMEOUT_S = 10.0
 """The time that a killed process may take to end."""
 
 
@@ -118,7 +118,7 @@ class Run(AbstractContextManager["Run"]):
             LaunchError: the launcher found only now that the run cannot be started.
         """
         deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
-        driver = driving.of(self.path)
+        driver = driving.driver_of(self.path)
         interrupts = 0
         while True:
             try:
@@ -150,7 +150,7 @@ class Run(AbstractContextManager["Run"]):
         Raises:
             UsageError: the run was started by hand, or is driven from another host.
         """
-        driver = driving.of(self.path)
+        driver = driving.driver_of(self.path)
         if driver is None:
             if status.state_of(self.directory)[0] == "running":
                 stopping.cancel(self.directory, timeout)
@@ -161,7 +161,7 @@ class Run(AbstractContextManager["Run"]):
         except TimeoutError:
             driver.signal(signal.SIGTERM)
         try:
-            return self.wait(_KILLED_S, progress=False)
+            return self.wait(_KILL_TIMEOUT_S, progress=False)
         except TimeoutError:
             driver.kill()
             return self.wait(progress=False)
@@ -252,17 +252,17 @@ class Run(AbstractContextManager["Run"]):
             while not self._has_ended(driver):
                 if progress:
                     console.tick()
-                    _pass_on(driver, console)
+                    _show_messages(driver, console)
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"run {self.id} has not ended yet")
-                time.sleep(_OTHERS_TICK_S if driver is None else _TICK_S)
+                time.sleep(_FOREIGN_TICK_S if driver is None else _TICK_S)
         finally:
             if progress:
                 console.close()
         if driver is None:
             return self._exit_code()
         if progress:
-            _pass_on(driver, console)
+            _show_messages(driver, console)
         return driver.close()
 
     def _has_ended(self, driver: Driver | None) -> bool:
@@ -276,9 +276,9 @@ class Run(AbstractContextManager["Run"]):
         return 1 if result is None else result.exit_code
 
 
-def _pass_on(driver: Driver | None, console: LiveConsole) -> None:
-    """Show what the launcher itself has reported."""
-    for line in driver.said() if driver is not None else ():
+def _show_messages(driver: Driver | None, console: LiveConsole) -> None:
+    """Show the messages of the launcher itself."""
+    for line in driver.new_messages() if driver is not None else ():
         console.say(line)
 
 

@@ -36,14 +36,14 @@ def job_of_class(function: str, task: Any, fields: Mapping[str, Any]) -> JobOfCl
     if not cells.is_definition(task):
         raise UsageError(
             f"{function}() takes the path of a job.yaml, or the class of a task, and not "
-            f"{_of_kind(task)}",
+            f"{_described(task)}",
             code="api.invalid-argument",
         )
     name = task.__qualname__
     if not name.isidentifier():
         raise UsageError(
-            f"{name} is defined inside of a function or a class, where workers cannot import it: "
-            "define it at the top of a file, or of a cell",
+            f"{name} is defined inside a function or a class, where workers cannot import it: "
+            "define it at the top level of a file or cell",
             code="api.class-not-importable",
         )
     folder, reference = _reference(task, function)
@@ -51,7 +51,7 @@ def job_of_class(function: str, task: Any, fields: Mapping[str, Any]) -> JobOfCl
     return JobOfClass(values, folder, f"{function}({name})")
 
 
-def _of_kind(value: Any) -> str:
+def _described(value: Any) -> str:
     kind = type(value).__qualname__
     return f"{value!r}" if isinstance(value, str | int | float | None) else f"a {kind}"
 
@@ -61,7 +61,7 @@ def _reference(task: Any, function: str) -> tuple[Path, str]:
     module = sys.modules.get(task.__module__)
     file = getattr(module, "__file__", None)
     if task.__module__ == "__main__":
-        if cells.has(task):
+        if cells.is_from_cell(task):
             path = cells.write(task)
             return Path.cwd(), str(path.relative_to(Path.cwd()))
         if file is None or not os.path.isfile(file):
@@ -72,7 +72,7 @@ def _reference(task: Any, function: str) -> tuple[Path, str]:
             )
         _refuse_to_launch_at_import(Path(file), function)
         return Path(file).absolute().parent, Path(file).name
-    if file is None or not file.endswith(".py") or not _is_there(module, task):
+    if file is None or not file.endswith(".py") or not _is_attribute(module, task):
         raise UsageError(
             f"workers cannot import {task.__qualname__} from module {task.__module__}: "
             "move it into a file and import it",
@@ -86,7 +86,7 @@ def _reference(task: Any, function: str) -> tuple[Path, str]:
     return (root, task.__module__) if is_package or len(parts) > 1 else (root, path.name)
 
 
-def _is_there(module: Any, task: Any) -> bool:
+def _is_attribute(module: Any, task: Any) -> bool:
     return getattr(module, task.__name__, None) is task
 
 
@@ -103,8 +103,8 @@ def _refuse_to_launch_at_import(path: Path, function: str) -> None:
         if origin in {f"dtrain.{name}" for name in _STARTS}:
             raise UsageError(
                 f"{shown_path(path)}:{call.lineno}: the workers import this file for its class, "
-                f"and would call {called}() too: put the call, and all that only the script is to "
-                'do, under `if __name__ == "__main__":`',
+                f"and would call {called}() too: put the call, and everything else that only the "
+                'script should run, under `if __name__ == "__main__":`',
                 code="api.launch-at-import",
             )
 

@@ -180,7 +180,7 @@ class LaunchCommand(Command):
 
     def _add_outside(self) -> bool:
         known = {param.name for param in self.params}
-        for each in flags.outside():
+        for each in flags.external_flags():
             if f"{_OF_LAUNCHER}{each.option}" not in known:
                 _click_option(each)(self)
         return len(self.params) > len(known)

@@ -11,7 +11,7 @@ from dtrain.job.spec import JobSpec
 from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import prepare, status, supervise
 from dtrain.launchers.base import ArrayCapable, Submitted
-from dtrain.launchers.stopping import Stop, Stopping, stop_requests
+from dtrain.launchers.stopping import Stop, StopForwarder, stop_requests
 from dtrain.run.attempts import Handle
 
 _TICK_S = 0.2
@@ -46,7 +46,7 @@ def drive_array(
         LaunchError: the array cannot be submitted.
     """
     plans = [element.plan for element in elements]
-    tell = supervise.print_nothing if quiet else say
+    say_state = supervise.discard if quiet else say
     started = time.time()
     written: list[LaunchPlan] = []
     try:
@@ -55,17 +55,17 @@ def drive_array(
             handle = Handle.of_this_process(plan.launcher, plan.attempt)  # until it is submitted
             prepare.prepare(plan, element.job, element.job_text, handle)
             written.append(plan)
-            tell(f"{element.plan.run_id}: {element.chosen}")
+            say_state(f"{element.plan.run_id}: {element.chosen}")
         launches = launcher.start_array(plans, at_once)
     except DtrainError as error:
         for plan in written:
-            supervise.refused(plan, error, started)
+            supervise.record_refusal(plan, error, started)
         raise
     if detach:
         say(f"submitted {len(plans)} runs; `dtrain runs` lists them")
         return 0
     with stop_requests() as stop:
-        return _Follower(elements, launches, say, tell, paint).follow(stop)
+        return _Follower(elements, launches, say, say_state, paint).follow(stop)
 
 
 class _Follower:
@@ -76,38 +76,38 @@ class _Follower:
         elements: Sequence[Element],
         launches: Sequence[Submitted],
         say: Callable[[str], None],
-        tell: Callable[[str], None],
+        say_state: Callable[[str], None],
         paint: Callable[[str], str],
     ) -> None:
         self._live = dict(zip((element.plan.run_id for element in elements), launches, strict=True))
         self._elements = {element.plan.run_id: element for element in elements}
         self._codes = dict.fromkeys(self._elements, 0)
-        self._told: dict[str, str] = {}
+        self._shown: dict[str, str] = {}
         self._say = say
-        self._tell = tell
+        self._say_state = say_state
         self._paint = paint
 
     def follow(self, stop: Stop) -> int:
-        patience_s = max(element.plan.stop_timeout_s for element in self._elements.values())
-        stopping = Stopping(stop, patience_s, self._say)
+        timeout_s = max(element.plan.stop_timeout_s for element in self._elements.values())
+        forwarder = StopForwarder(stop, timeout_s, self._say)
         while self._live:
-            self._look()
-            stopping.pass_on(self._live.values())
+            self._poll()
+            forwarder.forward(self._live.values())
             time.sleep(_TICK_S)
         if stop.signal is not None:
             return 128 + stop.signal
         return next((code for code in self._codes.values() if code), 0)
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         for run_id, launch in list(self._live.items()):
-            over = launch.poll() is not None
-            if launch.said and self._told.get(run_id) != launch.said:
-                self._told[run_id] = launch.said
-                self._tell(f"{run_id}: {launch.said}")
-            if over and self._has_ended(run_id):
+            has_ended = launch.poll() is not None
+            if launch.description and self._shown.get(run_id) != launch.description:
+                self._shown[run_id] = launch.description
+                self._say_state(f"{run_id}: {launch.description}")
+            if has_ended and self._has_result(run_id):
                 del self._live[run_id]
 
-    def _has_ended(self, run_id: str) -> bool:
+    def _has_result(self, run_id: str) -> bool:
         element = self._elements[run_id]
         state, result = status.state_of(element.plan.run)
         if result is None and state != "lost":

@@ -109,8 +109,8 @@ class Dependable(Protocol):
 class Submitted(Launch, Protocol):
     """A launch that continues without the launching process."""
 
-    said: str
-    """The state of the launch, for users."""
+    description: str
+    """The state of the launch, for users. It is empty until it is known."""
 
 
 @runtime_checkable
@@ -132,7 +132,7 @@ class ArrayCapable(Protocol):
         """
 
 
-class Several:
+class LaunchGroup:
     """Several launches as one. It ends when all have ended, with the worst exit code."""
 
     def __init__(self, launches: Sequence[Launch]) -> None:

@@ -4,8 +4,8 @@
 notebook or a user's script cannot offer that. `dtrain.api` starts this module, which imports what
 it needs while the caller plans the launch. The caller then sends it the plan.
 
-stdin: one line of JSON, an `Order`, or nothing when there is nothing to launch. stdout: JSON lines,
-see `Reports`. stderr: a traceback, if there is one; after the attempt has begun, stderr is
+stdin: one line of JSON, a `LaunchRequest`, or nothing when there is nothing to launch. stdout: JSON
+lines, see `Reports`. stderr: a traceback, if there is one; after the attempt has begun, stderr is
 `RunDir.driver_log`. When the requesting process is gone, the run is ended cleanly.
 """
 
@@ -30,7 +30,7 @@ from dtrain.run import files
 
 
 @dataclass(frozen=True)
-class Order:
+class LaunchRequest:
     """A launch request. It holds the values of secret variables and is never written to a disk."""
 
     plan: LaunchPlan
@@ -47,16 +47,16 @@ class Order:
 class Reports:
     """A console for the driver, which reports to the requesting process in lines of JSON.
 
-    The lines are `{"said": TEXT}`, and `{"started": true}` once nodes are started. The last line is
-    `{"concluded": CODE}` or `{"refused": MESSAGE, "code": CODE, "kind": CLASS, "exit_code": N}`,
-    with a class of `dtrain.errors`. They go to a file, so that nothing waits for a reader.
+    The lines are `{"message": TEXT}`, and `{"started": true}` once nodes are started. The last line
+    is `{"ended": CODE}` or `{"error": MESSAGE, "code": CODE, "kind": CLASS, "exit_code": N}`, with
+    a class of `dtrain.errors`. They go to a file, so that nothing waits for a reader.
     """
 
     def __init__(self, plan: LaunchPlan, parent: int) -> None:
         self._plan = plan
         self._parent = parent
         self._started = False
-        self._told_to_end = False
+        self._stop_requested = False
 
     def begin(self, text: str) -> None:
         log = self._plan.run.driver_log(self._plan.attempt, self._plan.node_ranks)
@@ -70,14 +70,14 @@ class Reports:
         if not self._started:
             self._started = True
             report(started=True)
-        if os.getppid() != self._parent and not self._told_to_end:
-            self._told_to_end = True
-            self.say("the process that launched this run is gone")
+        if os.getppid() != self._parent and not self._stop_requested:
+            self._stop_requested = True
+            self.say("the process that launched this run has ended")
             os.kill(os.getpid(), signal.SIGTERM)
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
-        report(said=text)
+        report(message=text)
 
     def width(self) -> int | None:
         return None
@@ -102,21 +102,21 @@ def main() -> int:
     line = sys.stdin.buffer.readline()
     if not line.endswith(b"\n"):  # the job was refused, or the requesting process was killed
         return 0
-    order = checked.read(Order, line)
-    launcher = base.load(order.plan.launcher)
-    options = launcher.options_model.of(order.plan.options)
-    plan = replace(order.plan, options=options)
-    job = JobSpec.model_validate(order.job)
+    request = checked.read(LaunchRequest, line)
+    launcher = base.load(request.plan.launcher)
+    options = launcher.options_model.of(request.plan.options)
+    plan = replace(request.plan, options=options)
+    job = JobSpec.model_validate(request.job)
     reports = Reports(plan, parent)
     try:
-        code = drive(launcher, plan, job, order.job_text, reports, detach=order.detach)
-        report(concluded=code)
+        code = drive(launcher, plan, job, request.job_text, reports, detach=request.detach)
+        report(ended=code)
         return code
     except DtrainError as error:
         kinds = [
             each.__name__ for each in type(error).__mro__ if each.__module__ == errors.__name__
         ]
-        report(refused=str(error), code=error.code, kind=kinds[0], exit_code=error.exit_code)
+        report(error=str(error), code=error.code, kind=kinds[0], exit_code=error.exit_code)
         return error.exit_code
 
 

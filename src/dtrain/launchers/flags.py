@@ -28,8 +28,8 @@ class Flag:
 
 
 FLAGS = (
-    Flag(("--node-rank",), "torchrun", "K", "Which node this host is."),
-    Flag(("--rdzv-endpoint",), "torchrun", "HOST:PORT", "Where node 0 listens."),
+    Flag(("--node-rank",), "torchrun", "K", "The rank of this host's node."),
+    Flag(("--rdzv-endpoint",), "torchrun", "HOST:PORT", "The address of node 0."),
     Flag(("-p", "--partition"), "slurm", "NAME", "Partition."),
     Flag(("-A", "--account"), "slurm", "NAME", "Account."),
     Flag(
@@ -44,7 +44,7 @@ FLAGS = (
 )
 
 
-def outside() -> tuple[Flag, ...]:
+def external_flags() -> tuple[Flag, ...]:
     """Find the flags of external launchers. This takes 0.1 s, too long for `--help`."""
     from importlib.metadata import entry_points
 

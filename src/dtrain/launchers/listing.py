@@ -21,7 +21,7 @@ from dtrain.job.profile import (
 )
 from dtrain.job.spec import LaunchSpec, Model
 from dtrain.launchers import base
-from dtrain.launchers.flags import FLAGS, outside
+from dtrain.launchers.flags import FLAGS, external_flags
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Setting:
     """The section: `launch` or `options`."""
     name: str
     kind: str
-    """The kind of value: for example `text`, `number`, `duration`, or the allowed words."""
+    """The kind of value: for example `text`, `number`, `duration`, or the allowed values."""
     value: str
     source: str
     """The file and line, or `default`."""
@@ -56,7 +56,7 @@ class Setting:
 def profiles(job_dir: str | os.PathLike[str] = ".") -> list[ProfileListing]:
     """List every profile that can be named: those of this directory and the packaged ones."""
     names = profile_names(search_path(Path(job_dir)))
-    return [_listing(name, job_dir) for name in names]
+    return [_listing_or_problem(name, job_dir) for name in names]
 
 
 def settings(
@@ -73,17 +73,17 @@ def settings(
         *_settings("launch", LaunchSpec, profile),
         *_settings("options", model, profile),
     ]
-    return _about(profile), found
+    return _listing_of(profile), found
 
 
-def _listing(name: str, job_dir: str | os.PathLike[str]) -> ProfileListing:
+def _listing_or_problem(name: str, job_dir: str | os.PathLike[str]) -> ProfileListing:
     try:
-        return _about(load_profile(name, job_dir))
+        return _listing_of(load_profile(name, job_dir))
     except DtrainError as error:
         return ProfileListing(name, "", "", "", first_line(error))
 
 
-def _about(profile: LoadedProfile) -> ProfileListing:
+def _listing_of(profile: LoadedProfile) -> ProfileListing:
     launcher = profile.spec.launcher
     problem = catalog.problem_of("launcher", launcher) or ""
     path = profile.chain[0]
@@ -92,11 +92,11 @@ def _about(profile: LoadedProfile) -> ProfileListing:
 
 
 def _settings(section: str, model: type[Model], profile: LoadedProfile) -> Iterator[Setting]:
-    written = profile.launch if section == "launch" else profile.options
+    located = profile.launch if section == "launch" else profile.options
     fields = model.model_json_schema().get("properties", {})
-    flags = {each.option: each.names for each in (*FLAGS, *outside())}
+    flags = {each.option: each.names for each in (*FLAGS, *external_flags())}
     for name, schema in fields.items():
-        value, source = _value(written.get(name), schema)
+        value, source = _value(located.get(name), schema)
         yield Setting(
             section,
             name,
@@ -133,10 +133,10 @@ def _kind(schema: dict[str, Any]) -> str:
     kind = schema.get("type")
     if isinstance(kind, list):
         return "size" if "integer" in kind else "duration"
-    words = {
+    names = {
         "boolean": "true or false",
         "integer": "number",
         "array": "list",
         "object": "section",
     }
-    return words.get(str(kind), "text")
+    return names.get(str(kind), "text")

@@ -111,7 +111,7 @@ class NodeProcess:
         _refuse_few_files(plan)
         self._plan = plan
         self._node_ranks = command.node_ranks
-        self._asked_to_end = False
+        self._stop_requested = False
         self._memory = Memory()
         log = plan.run.host_log(plan.attempt, self._node_ranks[0])
         env = {**inherited_env(), **command.env, HASH_SEED: plan.worker_env[HASH_SEED]}
@@ -132,19 +132,19 @@ class NodeProcess:
         code = self._process.poll()
         if code is None or code >= 0:
             return code
-        if not self._asked_to_end and -code not in procs.STOP_SIGNALS:
-            self._asked_to_end = True
+        if not self._stop_requested and -code not in procs.STOP_SIGNALS:
+            self._stop_requested = True
             self._record_killed(code)
         return procs.shell_code(code)
 
     def stop(self) -> None:
-        self._asked_to_end = True
+        self._stop_requested = True
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """See `Launch.kill`. Agents and workers die with their fork server."""
-        self._asked_to_end = True
+        self._stop_requested = True
         if self._process.poll() is None:
             self._process.kill()
 
@@ -198,11 +198,11 @@ def node_command(plan: LaunchPlan, facts: Facts, node_ranks: Iterable[int]) -> C
 def _refuse_few_files(plan: LaunchPlan) -> None:
     """Refuse to start where the limit of open files would make torch's store wait forever."""
     needed = 32 + 4 * plan.procs_per_node * (len(plan.node_ranks))
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most < needed:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit < needed:
         raise LaunchError(
-            f"a process may have {most} files open here, and this launch needs {needed}: "
-            "raise the limit first, as with `ulimit -n 4096`",
+            f"this host allows {limit} open files per process, and this launch needs {needed}: "
+            "raise the limit, for example with `ulimit -n 4096`",
             code="launch.too-few-open-files",
         )
 

@@ -52,7 +52,7 @@ def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None
             run.handle(plan.attempt).unlink(missing_ok=True)  # nothing was started
         raise LaunchError(
             f"cannot write the run directory {run.path}: {error.strerror}; "
-            "choose another place with --runs DIR",
+            "choose another directory with --runs DIR",
             code="launch.not-writable",
         ) from error
 
@@ -106,15 +106,15 @@ def _write(plan: LaunchPlan, job: JobSpec, job_text: str) -> None:
 
 
 def _refuse_secrets(job: JobSpec, job_text: str) -> None:
-    written = [
+    found = [
         name
         for name, value in environ.secret(job.launch.env).items()
         if value and value in job_text
     ]
-    if written:
+    if found:
         raise PlanError(
-            f"the job file holds the value of {', '.join(written)}, and would stand beside the run "
-            f"at its URL: take it out, and give it with --env {written[0]}",
+            f"the job file contains the value of {', '.join(found)}, and would be copied to the "
+            f"run's URL: remove the value from the file, and pass it with --env {found[0]}",
             code="url.secret-in-job-file",
         )
 
@@ -134,7 +134,7 @@ def _refuse_existing(plan: LaunchPlan) -> None:
         exists = holder is not None or events.has_trained(run)
     if exists:
         raise UsageError(
-            f"run {run.id} exists; go on with: dtrain resume {run.id}, or give another --run-id",
+            f"run {run.id} exists; continue with: dtrain resume {run.id}, or give another --run-id",
             code="run.exists",
         )
 

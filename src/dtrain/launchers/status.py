@@ -75,8 +75,8 @@ def _judge(run: RunDir, started: dict[str, Any], ended: dict[str, Any] | None) -
         again = found.restarts < LaunchPlan.read(run).max_restarts
         return ("running", 0) if again else ("failed", found.exit_code)
     known = {"launcher": "torchrun", "attempt": _ATTEMPT, "first": _ATTEMPT}
-    told_of = {**known, "started": started["time"], **started["process"]}
-    process = files.parse_as(Handle, to_json(told_of), str(run.events))
+    fields = {**known, "started": started["time"], **started["process"]}
+    process = files.parse_as(Handle, to_json(fields), str(run.events))
     return ("running" if process.is_alive(run) else "lost"), 1
 
 

@@ -33,26 +33,26 @@ class Stop:
         self.count += 1
 
 
-class Stopping:
+class StopForwarder:
     """Forward requests to stop. The first is clean; a second one, or a timeout, kills."""
 
-    def __init__(self, stop: Stop, patience_s: float, say: Callable[[str], None]) -> None:
+    def __init__(self, stop: Stop, timeout_s: float, say: Callable[[str], None]) -> None:
         self._stop = stop
-        self._patience_s = patience_s
+        self._timeout_s = timeout_s
         self._say = say
-        self._asked = 0
+        self._forwarded = 0
         self._deadline = float("inf")
 
-    def pass_on(self, launches: Iterable[Launch]) -> None:
+    def forward(self, launches: Iterable[Launch]) -> None:
         """Forward the requests made since the last call."""
         launches = list(launches)
-        if self._stop.count and not self._asked:
-            self._asked = self._stop.count
-            self._deadline = time.monotonic() + self._patience_s + _KILL_AFTER_S
+        if self._stop.count and not self._forwarded:
+            self._forwarded = self._stop.count
+            self._deadline = time.monotonic() + self._timeout_s + _KILL_AFTER_S
             self._say("stopping at the next step; press Ctrl-C again to kill the workers now")
             for launch in launches:
                 launch.stop()
-        if self._stop.count > max(self._asked, 1) or time.monotonic() > self._deadline:
+        if self._stop.count > max(self._forwarded, 1) or time.monotonic() > self._deadline:
             for launch in launches:
                 launch.kill()
 

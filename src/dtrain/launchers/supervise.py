@@ -17,7 +17,7 @@ from dtrain.job.spec import JobSpec
 from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import prepare
 from dtrain.launchers.base import Detachable, Launch, Launcher
-from dtrain.launchers.stopping import Stop, Stopping, stop_requests
+from dtrain.launchers.stopping import Stop, StopForwarder, stop_requests
 from dtrain.plainjson import numbers
 from dtrain.run import attempts, events, failures, files, verdict
 from dtrain.run.attempts import Handle, Result, State
@@ -75,14 +75,14 @@ def drive(
     started = time.time()
     with stop_requests() as stop:
         prepare.prepare(plan, job, job_text, Handle.of_this_process(plan.launcher, plan.attempt))
-        with remote.syncing(plan.run, console.say, only=_answered_for(launcher, plan)):
+        with remote.syncing(plan.run, console.say, only=_synced_patterns(launcher, plan)):
             return _drive(launcher, plan, console, stop, started, detach)
 
 
 def _drive(
     launcher: Launcher, plan: LaunchPlan, console: Console, stop: Stop, started: float, detach: bool
 ) -> int:
-    console.begin(_opening(plan))
+    console.begin(_start_message(plan))
     launch = _start(launcher, plan, started)
     if detach:
         prepare.keep_code(plan)
@@ -92,13 +92,13 @@ def _drive(
     try:
         code = _follow_to_end(plan, launch, stop, console)
     except DtrainError as error:  # found by the launcher's own process
-        refused(plan, error, started)
+        record_refusal(plan, error, started)
         raise
     plan = replace(plan, attempt=attempts.newest_of(plan.run, plan.attempt))
-    state, code = _conclude(plan, code, stop, console)
+    state, code = _report_end(plan, code, stop, console)
     if state == "succeeded":
         seconds = max(0.0, time.time() - started)  # clocks may be set back
-        console.say(_closing(plan, console.paint("succeeded", "green"), seconds))
+        console.say(_end_message(plan, console.paint("succeeded", "green"), seconds))
     finish(plan, Result(state, code, started, time.time()), console.say)
     return code
 
@@ -108,7 +108,7 @@ def can_detach(launcher: Launcher, plan: LaunchPlan) -> bool:
     return isinstance(launcher, Detachable) and launcher.can_detach(plan)
 
 
-def _answered_for(launcher: Launcher, plan: LaunchPlan) -> tuple[str, ...]:
+def _synced_patterns(launcher: Launcher, plan: LaunchPlan) -> tuple[str, ...]:
     """Return patterns of the files that this process keeps at a run's URL. Empty means all files.
 
     If the run continues without this process, its driver keeps the other files.
@@ -116,7 +116,7 @@ def _answered_for(launcher: Launcher, plan: LaunchPlan) -> tuple[str, ...]:
     return LAUNCH if can_detach(launcher, plan) else ()
 
 
-def settle(plan: LaunchPlan, code: int, started: float, *, cancelled: bool = False) -> None:
+def record_end(plan: LaunchPlan, code: int, started: float, *, cancelled: bool = False) -> None:
     """Record how an attempt ended that no process has followed to its end.
 
     Args:
@@ -126,11 +126,11 @@ def settle(plan: LaunchPlan, code: int, started: float, *, cancelled: bool = Fal
         cancelled: true if a user had requested the end.
     """
     state, code, _ = _judge(plan, code, cancelled)
-    finish(plan, Result(state, code, started, time.time()), print_nothing)
+    finish(plan, Result(state, code, started, time.time()), discard)
     remote.push(plan.run, LAUNCH)
 
 
-def print_nothing(_text: str) -> None:
+def discard(_text: str) -> None:
     """Discard a message."""
 
 
@@ -138,11 +138,11 @@ def _start(launcher: Launcher, plan: LaunchPlan, started: float) -> Launch:
     try:
         return launcher.start(plan)
     except DtrainError as error:
-        refused(plan, error, started)
+        record_refusal(plan, error, started)
         raise
 
 
-def refused(plan: LaunchPlan, error: DtrainError, started: float) -> None:
+def record_refusal(plan: LaunchPlan, error: DtrainError, started: float) -> None:
     """Remove a new run that was refused before a worker started. The error explains why.
 
     A further attempt of a run is recorded as failed. So is a launch that others may know of: one
@@ -161,10 +161,10 @@ def refused(plan: LaunchPlan, error: DtrainError, started: float) -> None:
         failures.record_node(
             plan.run, plan.attempt, str(error), exit_code=error.exit_code, code=error.code
         )
-    finish(plan, Result("failed", error.exit_code, started, time.time()), print_nothing)
+    finish(plan, Result("failed", error.exit_code, started, time.time()), discard)
 
 
-def _opening(plan: LaunchPlan) -> str:
+def _start_message(plan: LaunchPlan) -> str:
     ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
     nodes = "" if plan.nodes == 1 else f" on {plan.nodes} nodes"
     again = f", attempt {plan.attempt}" if plan.attempt else ""
@@ -173,7 +173,7 @@ def _opening(plan: LaunchPlan) -> str:
     return f"{plan.run_id}{again}: {what} by {plan.launcher}, {ranks}{nodes}; {where}"
 
 
-def _closing(plan: LaunchPlan, succeeded: str, seconds: float) -> str:
+def _end_message(plan: LaunchPlan, succeeded: str, seconds: float) -> str:
     """Return the outcome, the location, and the digest, which allows a quick comparison of two
     runs."""
     text = f"{plan.run_id}: {succeeded} in {seconds:.1f} s"
@@ -205,19 +205,19 @@ def outcome(plan: LaunchPlan) -> str:
 
 def _finished(plan: LaunchPlan) -> dict[str, Any] | None:
     known = {"event": str, "steps": int, "metrics": dict, "parameters_sha256": str}
-    told_of = files.read_lines(plan.run.events, **known)
-    found = [event for event in told_of if event["event"] == "finished"]
+    recorded = files.read_lines(plan.run.events, **known)
+    found = [event for event in recorded if event["event"] == "finished"]
     return found[-1] if found else None
 
 
 def _follow_to_end(plan: LaunchPlan, launch: Launch, stop: Stop, console: Console) -> int:
-    stopping = Stopping(stop, plan.stop_timeout_s, console.say)
+    forwarder = StopForwarder(stop, plan.stop_timeout_s, console.say)
     try:
         prepare.keep_code(plan)
         with attempts.beating(plan.run, plan.attempt):
             while (code := launch.poll()) is None:
                 console.tick()
-                stopping.pass_on([launch])
+                forwarder.forward([launch])
                 time.sleep(_TICK_S)
         return code
     finally:
@@ -225,12 +225,12 @@ def _follow_to_end(plan: LaunchPlan, launch: Launch, stop: Stop, console: Consol
         console.close()
 
 
-def _conclude(plan: LaunchPlan, code: int, stop: Stop, console: Console) -> tuple[State, int]:
+def _report_end(plan: LaunchPlan, code: int, stop: Stop, console: Console) -> tuple[State, int]:
     run = plan.run
     if stop.signal is not None:
         name = signal.Signals(stop.signal).name
         console.say(f"stopped by {name}; the run is in {plan.run_url or run.path}")
-        console.say(f"go on with: dtrain resume {run.id}")
+        console.say(f"continue with: dtrain resume {run.id}")
         return "cancelled", 128 + stop.signal
     state, code, found = _judge(plan, code)
     if state == "cancelled":
@@ -254,8 +254,8 @@ def _judge(
             return "succeeded", 0, None
         return "cancelled", events.exit_code(stopped), None
     judged = verdict.judge(plan.run, plan.attempt)
-    asked = code - 128 in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    if cancelled or (judged is None and asked):
+    was_signalled = code - 128 in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if cancelled or (judged is None and was_signalled):
         return "cancelled", code, None
     found = judged or verdict.Verdict(_unexplained(plan, code))
     if plan.is_of_node_zero:
@@ -274,13 +274,13 @@ def _unexplained(plan: LaunchPlan, code: int) -> FailureRecord:
     )
     ranks = plan.node_ranks or (0,)
     logs = {kind(plan.attempt, rank): rank for rank in ranks for kind in kinds}
-    words = {log: files.last_line(log) for log in logs}
-    said = [log for log, line in words.items() if line and not line.endswith(SERVER_ENDED)]
+    last_lines = {log: files.last_line(log) for log in logs}
+    useful = [log for log, line in last_lines.items() if line and not line.endswith(SERVER_ENDED)]
     # the log written last is that of the failed node
-    log = max(said, key=lambda log: log.stat().st_mtime, default=next(iter(logs)))
+    log = max(useful, key=lambda log: log.stat().st_mtime, default=next(iter(logs)))
     how = f"the node process {failures.how_it_ended(code)}"
     return failures.of_node(
-        f"{how}: {words[log] or 'it has said nothing'}",
+        f"{how}: {last_lines[log] or 'it has written no output'}",
         exit_code=code,
         node_rank=logs[log],
         node=plan.node_names[logs[log]],

@@ -57,8 +57,8 @@ def _node_rank(plan: LaunchPlan, node_rank: int | str | None) -> int:
     if node_rank is None:
         if plan.nodes > 1:
             raise PlanError(
-                f"launcher 'torchrun' with {plan.nodes} nodes: say which one this host is "
-                f"with --node-rank 0 … {plan.nodes - 1}",
+                f"launcher 'torchrun' with {plan.nodes} nodes needs the node rank of this host: "
+                f"--node-rank 0 … {plan.nodes - 1}",
                 code="torchrun.no-node-rank",
             )
         return 0
@@ -75,7 +75,7 @@ def _endpoint(plan: LaunchPlan, endpoint: str | None, facts: Facts) -> tuple[str
     if endpoint is None:
         if plan.nodes > 1:
             raise PlanError(
-                "launcher 'torchrun' with several nodes: say where node 0 is with "
+                "launcher 'torchrun' with several nodes needs the address of node 0: "
                 "--rdzv-endpoint HOST:PORT",
                 code="torchrun.no-endpoint",
             )
@@ -84,7 +84,7 @@ def _endpoint(plan: LaunchPlan, endpoint: str | None, facts: Facts) -> tuple[str
         return ports.parse_address(endpoint)
     except ValueError as error:
         raise PlanError(
-            f"--rdzv-endpoint {error}, as head:29400", code="torchrun.invalid-endpoint"
+            f"--rdzv-endpoint {error}, for example head:29400", code="torchrun.invalid-endpoint"
         ) from None
 
 

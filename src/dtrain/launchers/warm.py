@@ -28,22 +28,22 @@ class WarmServer:
             hash_seed: the hash seed of everything that it forks. A launch with another one is not
                 warm.
         """
-        self._channel, theirs = Channel.pair()
+        self._channel, child_end = Channel.pair()
         self._exited: dict[int, int] = {}
         self._ready = False
-        argv = [sys.executable, "-P", "-m", "dtrain.node.warm", "--socket", str(theirs.fileno())]
-        with contextlib.closing(theirs):
+        argv = [sys.executable, "-P", "-m", "dtrain.node.warm", "--socket", str(child_end.fileno())]
+        with contextlib.closing(child_end):
             self._process = procs.start_own(
                 [*argv, *modules],
                 env={**inherited_env(), HASH_SEED: hash_seed},
                 log=None,  # a cold launch reports failed imports
-                pass_fds=[theirs.fileno()],
+                pass_fds=[child_end.fileno()],
             )
 
     def is_ready(self) -> bool:
         """Wait until it has imported everything. Return False if it has ended, or cannot fork
         safely."""
-        while not self._ready and self._hear() is not None:
+        while not self._ready and self._receive() is not None:
             pass
         return self._ready and self._process.poll() is None
 
@@ -56,12 +56,12 @@ class WarmServer:
             LaunchError: it has ended.
         """
         module = argv.index("dtrain.node")
-        told = {"start": list(argv[module + 1 :]), "env": dict(env)}
+        request = {"start": list(argv[module + 1 :]), "env": dict(env)}
         with log.open("ab") as file:
             files = [file.fileno(), *([] if listener is None else [listener.fileno()])]
             with contextlib.suppress(OSError):
-                self._channel.send(told, files)
-        while (message := self._hear()) is not None and "started" not in message:
+                self._channel.send(request, files)
+        while (message := self._receive()) is not None and "started" not in message:
             pass
         if message is None:
             raise LaunchError(
@@ -79,7 +79,7 @@ class WarmServer:
 
         `wait_s` None waits for the end.
         """
-        while pid not in self._exited and self._hear(wait_s) is not None:
+        while pid not in self._exited and self._receive(wait_s) is not None:
             pass
         if pid not in self._exited and self._process.poll() is not None:
             return -signal.SIGKILL  # it died with the server
@@ -92,7 +92,7 @@ class WarmServer:
             procs.kill_group(self._process.pid)
         self._process.wait()
 
-    def _hear(self, wait_s: float | None = None) -> dict[str, Any] | None:
+    def _receive(self, wait_s: float | None = None) -> dict[str, Any] | None:
         """Read the next message. Return None when there is none, or when there will be none."""
         try:
             message = self._channel.receive(wait_s)

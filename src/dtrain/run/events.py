@@ -34,7 +34,7 @@ def stop_message(run: RunDir, attempt: int, code: int) -> str:
     if event is None and code - 128 in {*signal.Signals}:
         who = f" by {signal.Signals(code - 128).name} to dtrain launch"
     after = "" if event is None else f" after step {event['step']}"
-    return f"{run.id} was stopped{who}{after}\ngo on with: dtrain resume {run.id}"
+    return f"{run.id} was stopped{who}{after}\ncontinue with: dtrain resume {run.id}"
 
 
 def ungrouped_warning(run: RunDir) -> str | None:

@@ -78,8 +78,8 @@ def test_a_class_is_launched_and_its_run_is_read(
     assert run.wait() == run.stop() == 0
     assert repr(run) == f"<dtrain.Run {run.id}: succeeded>"
     assert secret not in text_below(run.path)
-    told = json.loads((folder / "env" / "3.json").read_text())
-    assert secret in json.dumps(told)
+    environment = json.loads((folder / "env" / "3.json").read_text())
+    assert secret in json.dumps(environment)
 
     assert run.status() == json.loads(command("status", "--json"))
     assert run.logs() + "\n" == command("logs")
@@ -98,7 +98,7 @@ def test_a_class_is_launched_and_its_run_is_read(
 
     with pytest.raises(RunNotFound, match="no such log; ranks: "):
         run.logs(rank=9)
-    with pytest.raises(UsageError, match=f"run {run.id} exists; go on with: dtrain resume"):
+    with pytest.raises(UsageError, match=f"run {run.id} exists; continue with: dtrain resume"):
         dtrain.launch(TINY, run_id=run.id)  # the driver finds that out
     with pytest.raises(UsageError, match="has finished; to train on"):
         dtrain.resume(run)
@@ -143,8 +143,8 @@ def test_an_exception_in_the_block_stops_the_run_in_order(folder: Path) -> None:
     assert run.wait() == 128 + signal.SIGTERM
     saved = max(path.name for path in run.directory.checkpoints.iterdir())
     assert int(saved.removeprefix("step-")) >= 3
-    said = read(run.directory.driver_log(0, [0]))
-    assert "stopping at the next step" in said
+    log = read(run.directory.driver_log(0, [0]))
+    assert "stopping at the next step" in log
 
 
 SCRIPT = """
@@ -179,7 +179,7 @@ def test_ctrl_c_stops_in_order_and_is_raised(folder: Path) -> None:
     assert process.returncode == -signal.SIGINT
     assert err.rstrip().endswith("KeyboardInterrupt")
     assert "stopping at the next step" in out
-    assert f"go on with: dtrain resume {run.id}" in out
+    assert f"continue with: dtrain resume {run.id}" in out
     assert cli.status(run)["state"] == "cancelled"
     assert [*run.checkpoints.iterdir()]
 
@@ -199,9 +199,9 @@ def test_a_program_that_is_gone_leaves_no_process(folder: Path, end: str) -> Non
         until("the end of all processes", lambda: not any(map(alive, below)))
     if end == "left":
         assert process.returncode == 0
-        assert f"run {run.id} is stopped, since the program that launched it ends" in err
+        assert f"run {run.id} is stopped, because the program that launched it ends" in err
     assert cli.status(run)["state"] == "cancelled"
-    assert "the process that launched this run is gone" in read(run.driver_log(0, [0]))
+    assert "the process that launched this run has ended" in read(run.driver_log(0, [0]))
 
 
 def test_a_second_interrupt_kills(folder: Path) -> None:
@@ -251,7 +251,7 @@ if "dtrain.launchers.driver" in sys.orig_argv:
 def test_a_driver_that_breaks_down_is_heard(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "sitecustomize.py").write_text(BREAKS)
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    with pytest.raises(LaunchError, match=r"(?s)broke down:.*Traceback.*ValueError: out of cheese"):
+    with pytest.raises(LaunchError, match=r"(?s)run failed:.*Traceback.*ValueError: out of cheese"):
         dtrain.launch(TINY)
     assert "out of cheese" in read(the_run(folder).driver_log(0, [0]))
 
@@ -317,15 +317,15 @@ def test_in_a_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
     notebook = v4.new_notebook(cells=[v4.new_code_cell(text) for text in CELLS])
     nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute(cwd=str(folder))
-    said = [texts(cell) for cell in notebook.cells]
+    output = [texts(cell) for cell in notebook.cells]
     first, second = list_runs(folder / "runs")
-    assert f"{first.id}: succeeded in" in said[3]
-    assert "step 8/8 ━━━" in said[3]
-    assert "epoch 1  loss" in said[3]
-    assert f"True\n<dtrain.Run {first.id}: succeeded>" in said[4]
-    assert "interrupted, cancelled" in said[5]
+    assert f"{first.id}: succeeded in" in output[3]
+    assert "step 8/8 ━━━" in output[3]
+    assert "epoch 1  loss" in output[3]
+    assert f"True\n<dtrain.Run {first.id}: succeeded>" in output[4]
+    assert "interrupted, cancelled" in output[5]
     assert [*second.checkpoints.iterdir()]
-    assert "Wrong uses 'data' of the notebook, a Tensor" in said[6]
+    assert "Wrong uses 'data' of the notebook, a Tensor" in output[6]
     assert cells_of(first) == cells_of(second)
     assert "    def loss(self, model, batch):" in (folder / cells_of(first)).read_text()
 

@@ -85,7 +85,7 @@ def test_a_run_that_a_worker_left_is_not_finished_and_goes_on(tmp_path: Path) ->
     (left,) = events(run, "stopped")
     assert 3 <= left["step"] < 12
     stopped = f"{run.id} was stopped by SIGTERM to rank 1 after step {left['step']}\n"
-    assert f"{stopped}go on with: dtrain resume {run.id}\n" in done.stdout
+    assert f"{stopped}continue with: dtrain resume {run.id}\n" in done.stdout
     assert dtrain("why", cwd=tmp_path).stdout.startswith(stopped)
     status = json.loads(dtrain("status", "--json", cwd=tmp_path).stdout)
     assert (status["state"], status["exit_code"]) == ("cancelled", 143)

@@ -16,7 +16,7 @@ from dtrain.job.profile import load_profile
 from dtrain.launch_plan import Facts, LaunchPlan, make_plan
 from dtrain.launchers import base, prepare, status
 from dtrain.launchers.local import LocalLauncher
-from dtrain.launchers.supervise import drive, print_nothing
+from dtrain.launchers.supervise import discard, drive
 from dtrain.launchers.warm import WarmServer
 from dtrain.run import failures, files, ids
 from dtrain.run.attempts import Handle
@@ -28,7 +28,7 @@ from support.launch import TINY, alive, events, wait_for
 class Silent:
     """A console for nobody."""
 
-    begin = say = staticmethod(print_nothing)
+    begin = say = staticmethod(discard)
 
     def tick(self) -> None:
         """Nothing to show."""

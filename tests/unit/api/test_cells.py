@@ -75,7 +75,7 @@ def test_what_a_class_needs_comes_with_it(run: Run) -> None:
 
 def test_the_lines_are_those_of_the_cell(run: Run) -> None:
     text = "class Task:\n    # a comment\n    x   =  1  # odd spaces\n\n    def f(self): return 'ü'"
-    assert text in cells.gather(run(text)["Task"])
+    assert text in cells.source_of(run(text)["Task"])
 
 
 def test_what_is_needed_at_once_comes_first(run: Run) -> None:
@@ -158,9 +158,9 @@ def test_what_a_file_cannot_have_is_named(made: str, kind: str, run: Run) -> Non
     names = run(made, "class Task:\n    def f(self): return data")
     with pytest.raises(
         UsageError, match=f"Task uses 'data' of the notebook, {kind}, which"
-    ) as told:
-        cells.gather(names["Task"])
-    assert "move it into a file and import it" in str(told.value)
+    ) as raised:
+        cells.source_of(names["Task"])
+    assert "move it into a file and import it" in str(raised.value)
     getattr(names["data"], "close", lambda: None)()
 
 
@@ -170,15 +170,15 @@ def test_a_helper_of_a_helper_is_named_too(run: Run) -> None:
         "class Task:\n    def f(self): return helper()",
     )
     with pytest.raises(UsageError, match="helper uses 'data'"):
-        cells.gather(names["Task"])
+        cells.source_of(names["Task"])
 
 
 def test_made_by_exec(run: Run) -> None:
     names = run("exec('class Task:\\n    def f(self): return 1')")
-    assert not cells.has(names["Task"])
+    assert not cells.is_from_cell(names["Task"])
     names = run("exec('def made(): return 1')", "class Other:\n    def f(self): return made()")
     with pytest.raises(UsageError, match="'made' has no source that workers could import: move it"):
-        cells.gather(names["Other"])
+        cells.source_of(names["Other"])
 
 
 def test_a_folder_that_cannot_be_written(run: Run, tmp_path: Path) -> None:

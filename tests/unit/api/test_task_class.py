@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import dtrain
-from dtrain.api.asked import Asked, request, sections
+from dtrain.api.arguments import LaunchArguments, request, sections
 from dtrain.api.task_class import job_of_class
 from dtrain.errors import JobError, UsageError
 
@@ -73,7 +73,7 @@ def test_a_class_is_named_by_its_file(
 
 def test_problems_are_placed_at_the_arguments(folder: Path) -> None:
     task = importlib.import_module("net_module").Net
-    with pytest.raises(JobError) as told:
+    with pytest.raises(JobError) as raised:
         dtrain.plan(
             task,
             args={"widht": 4},
@@ -82,7 +82,7 @@ def test_problems_are_placed_at_the_arguments(folder: Path) -> None:
             chekpoint={},
             set={"evel.b": 1},
         )
-    assert str(told.value).splitlines() == [
+    assert str(raised.value).splitlines() == [
         "plan(args=…): args.widht: Net has no such argument; it takes: width; did you mean "
         "'width'?",
         "plan(chekpoint=…): chekpoint: unknown; did you mean 'checkpoint'?",
@@ -99,12 +99,12 @@ def test_problems_are_placed_at_the_arguments(folder: Path) -> None:
 def test_values_keep_their_types(folder: Path) -> None:
     import numpy as np
 
-    asked: Asked = {
+    arguments: LaunchArguments = {
         "set": {"train.lr": np.float32(0.5), "data.paths": [Path("a"), "b"], "eval": None},
         "args": {"flag": "yes", "none": None, "shape": (1, np.int64(2))},
         "env": {"LEVEL": 3, "NAME": "x"},  # type: ignore[dict-item]
     }
-    fields = request("launch", asked, Asked).fields
+    fields = request("launch", arguments, LaunchArguments).fields
     assert {name: value.plain() for name, value in fields.items()} == {
         "args": {"flag": "yes", "none": None, "shape": [1, 2]},
         "train.lr": 0.5,
@@ -119,8 +119,11 @@ def test_values_keep_their_types(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"args": {"x": object()}}, r"launch\(args=…\): a job holds numbers, .* builtins.object"),
-        ({"args": {(1, 2): 3}}, r"launch\(args=…\): \(1, 2\) cannot be a name in a job"),
+        (
+            {"args": {"x": object()}},
+            r"launch\(args=…\): a job can contain numbers, .* builtins.object",
+        ),
+        ({"args": {(1, 2): 3}}, r"launch\(args=…\): \(1, 2\) cannot be a key in a job"),
         ({"set": ["train.lr=1"]}, r"launch\(set=…\): expected a dict"),
         ({"env": "A=1"}, r"launch\(env=…\): expected a dict"),
     ],
@@ -133,7 +136,7 @@ def test_values_that_no_job_has(wrong: Any, message: str, folder: Path) -> None:
 def test_what_is_no_class_of_a_file(folder: Path) -> None:
     module = importlib.import_module("net_module")
     assert job_of_class("launch", module.make, {}).values["task"] == "net_module.py:make"
-    with pytest.raises(UsageError, match=r"Net\.Inner is defined inside of a function or a class"):
+    with pytest.raises(UsageError, match=r"Net\.Inner is defined inside a function or a class"):
         job_of_class("launch", module.Net.Inner, {})
     with pytest.raises(UsageError, match=r"launch\(\) takes the path .* and not a Net"):
         job_of_class("launch", module.Net(), {})
@@ -203,9 +206,9 @@ def test_a_signature_shows_all_arguments() -> None:
     shown = inspect.signature(dtrain.launch).parameters
     assert {"nodes", "set", "launcher", "train", "detach"} <= shown.keys()
     assert shown["launcher"].default == "local"
-    # every section of a job is an argument, and every argument is told of
-    told = set(JobSpec.model_fields) - {"task", "script"}
-    assert told <= {*shown} | {field for field in FIELDS.values() if "." not in field}
+    # every section of a job is an argument, and every argument is documented
+    documented = set(JobSpec.model_fields) - {"task", "script"}
+    assert documented <= {*shown} | {field for field in FIELDS.values() if "." not in field}
     assert dtrain.launch.__doc__ is not None
     assert all(f" {name}:" in dtrain.launch.__doc__ or f"`{name}`" in dtrain.launch.__doc__
                for name in shown)  # fmt: skip
@@ -227,9 +230,9 @@ def test_the_job_that_is_written_can_be_launched_by_the_command(folder: Path) ->
     task = importlib.import_module("net_module").Net
     from dtrain.planning import plan_run
 
-    asked: Asked = {"train": TRAIN, "args": {"width": 5}, "runs": folder}
-    job = job_of_class("launch", task, sections(asked))
-    text = plan_run(job, request("launch", asked, Asked)).job.text
+    arguments: LaunchArguments = {"train": TRAIN, "args": {"width": 5}, "runs": folder}
+    job = job_of_class("launch", task, sections(arguments))
+    text = plan_run(job, request("launch", arguments, LaunchArguments)).job.text
     assert yaml.safe_load(text) == {**job.values}
     (folder / "project" / "job.yaml").write_text(text)
     again = dtrain.plan(folder / "project" / "job.yaml", runs=folder)

@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "__main__",
     ),
     "dtrain.api": (
-        "asked cells driving metrics",
+        "arguments cells driving metrics",
         "run task_class",
         "launching",
     ),

@@ -41,14 +41,14 @@ def test_nodes_are_in_the_order_of_their_addresses_and_named_by_host_where_that_
     assert [view.name for view in placement.views(nodes, {})] == ["10.0.0.2", "10.0.0.9", "x"]
 
 
-def test_what_is_short_is_told_by_node() -> None:
+def test_a_shortage_is_reported_by_node() -> None:
     nodes = [node(1, CPU=8, GPU=4), node(2, CPU=2)]
     views = placement.views(nodes, {"id1": {"CPU": 8, "GPU": 1}, "id2": {"CPU": 2}})
     request = ResourceRequest(1, 2, {"CPU": 4, "GPU": 2}, {})
     assert placement.shortage(request, views).splitlines() == [
-        "asked: 1 to 2 nodes with 4 CPU, 2 GPU each; 0 of the cluster's 2 can take it",
-        "  10.0.0.1 (10.0.0.1): free 8 of 8 CPU, 1 of 4 GPU; 1 GPU short",
-        "  10.0.0.2 (10.0.0.2): free 2 of 2 CPU; 2 CPU short; 2 GPU short",
+        "requested: 1 to 2 nodes with 4 CPU, 2 GPU each; 0 of the cluster's 2 nodes fit",
+        "  10.0.0.1 (10.0.0.1): free 8 of 8 CPU, 1 of 4 GPU; 1 GPU missing",
+        "  10.0.0.2 (10.0.0.2): free 2 of 2 CPU; 2 CPU missing; 2 GPU missing",
     ]
     wrong_zone = ResourceRequest(1, 1, {"CPU": 1}, {"zone": "b"})
     assert "label zone is a" in placement.shortage(wrong_zone, views)
@@ -65,8 +65,8 @@ FREE, BUSY = {"CPU": 4}, {"CPU": 0}
         ([FREE, FREE, BUSY], 0, False, False, Wait()),  # a third may become free in a moment
         ([FREE, FREE, BUSY], 4, False, False, Take(2)),
         ([FREE, BUSY, BUSY], 4, False, False, Wait()),
-        ([FREE, BUSY, BUSY], 4, True, False, Take(2, are_there=False)),
-        ([FREE], 0, True, False, Take(2, are_there=False)),
+        ([FREE, BUSY, BUSY], 4, True, False, Take(2, are_available=False)),
+        ([FREE], 0, True, False, Take(2, are_available=False)),
         ([FREE], 0, False, True, Wait()),
         ([FREE], 0, False, False, Refuse("cannot be placed: ")),
         ([FREE, BUSY], 11, False, True, Refuse("not placed within 10 s (place_timeout): ")),
@@ -118,19 +118,19 @@ def test_options_that_cannot_be_meant(options: dict[str, object], code: str, nam
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (("submit=job",), "--launcher ray: submit: job needs the address"),
-        (("cluster_runs=s3://b/runs",), "cluster_runs is for submit: job"),
+        (("cluster_runs=s3://b/runs",), "cluster_runs needs submit: job"),
         (("address=head",), "'head' is not HOST:PORT of the cluster's head"),
-        (("address=http://head:8265",), "for the dashboard's URL say submit: job"),
+        (("address=http://head:8265",), "the dashboard's URL needs submit: job"),
         (("address=ray://head:10001",), "is not HOST:PORT"),
         (("address=':6379'",), "is not HOST:PORT"),
         (("adress=x:1", "relaunch=-1"), "-o adress: unknown; did you mean 'address'?"),
     ],
 )
-def test_such_options_are_told_by_the_command(
-    flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+def test_such_options_are_reported_by_the_command(
+    flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         main(
@@ -143,18 +143,18 @@ def test_such_options_are_told_by_the_command(
             ]
         )
     assert ended.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_mapping_that_a_flag_says_is_known_for_the_flags() -> None:
-    """Or the next attempt would go on without it."""
+def test_a_mapping_in_a_flag_counts_as_set_by_flag() -> None:
+    """Otherwise the next attempt would lose it."""
     profile = load_profile("ray", TINY.parent)
     given = parse_options(["resources={gear: 1}"], RayOptions)
     _, sources = checked_options(profile, given, RayOptions)
     assert sources["resources"] == "-o resources"
 
 
-def test_what_a_flag_said_of_the_launcher_is_said_again_at_a_resume() -> None:
+def test_launcher_flags_are_repeated_at_a_resume() -> None:
     given = parse_options(["resources.gear=1", "relaunch=5"], RayOptions)
     before: Any = SimpleNamespace(
         options=AnyOptions(resources={"gear": 1, "disk": 2}, relaunch=5, memory=5),

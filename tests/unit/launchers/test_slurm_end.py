@@ -62,9 +62,7 @@ def conclude(plan: LaunchPlan, job: Job) -> int:
 
 LEFT, ENDED = End(STOPPED, left=True), End(3, left=False)
 LOST = "the node failed, and Slurm did not start the job again"
-OFTEN = (
-    "the job had to leave and was requeued 2 times already, as often as it may be (option requeue)"
-)
+OFTEN = "the job was asked to stop and was already requeued 2 times, the maximum (option requeue)"
 
 
 @pytest.mark.parametrize(
@@ -81,10 +79,10 @@ OFTEN = (
         (
             Job("7", "COMPLETED"),
             LEFT,
-            {"asked_to_requeue": True, "recorded": True},
+            {"requeue_requested": True, "recorded": True},
             Ending(
                 1,
-                "the job had to leave, and Slurm did not let it requeue itself",
+                "the job was asked to stop, and Slurm did not let it requeue itself",
                 wants_requeue=True,
             ),
         ),
@@ -92,14 +90,14 @@ OFTEN = (
             Job("7", "OUT_OF_MEMORY"),
             None,
             {"recorded": True},
-            Ending(1, "the job used more memory than it had asked for", "oom"),
+            Ending(1, "the job used more memory than it requested", "oom"),
         ),
         (Job("7", "DEADLINE"), None, {}, Ending(1, "the job's deadline has passed")),
         (Job("7", "DEADLINE"), None, {"recorded": True}, Ending(1)),
         (
             Job("7", "FAILED", exit_code=5),
             LEFT,
-            {"asked_to_requeue": True},
+            {"requeue_requested": True},
             Ending(5, "job 7 ended with code 5", is_unexplained=True),
         ),
         (Job("7", "FAILED", exit_code=5), LEFT, {"recorded": True}, Ending(5)),
@@ -139,7 +137,7 @@ def test_it_does_not_go_on_for_ever(plan: LaunchPlan, monkeypatch: pytest.Monkey
     assert not SlurmFiles(plan.run).requeue(2).exists()
     assert conclude(plan, Job("7", "COMPLETED", restarts=2)) == 1
     (record,) = failures.read_all(plan.run, 0)
-    assert "requeued 2 times already, as often as it may be" in record.message
+    assert "already requeued 2 times, the maximum" in record.message
 
 
 def test_a_node_taken_for_dead_leaves_the_next_attempt_alone(plan: LaunchPlan) -> None:
@@ -153,17 +151,17 @@ def test_a_node_taken_for_dead_leaves_the_next_attempt_alone(plan: LaunchPlan) -
     ("job", "kind", "words"),
     [
         (Job("7", "NODE_FAIL", nodes="n[1-2]", exit_code=1), "node_lost", "one of n[1-2]: the"),
-        (Job("7", "OUT_OF_MEMORY", exit_code=253), "oom", "more memory than it had asked for"),
-        (Job("7", "TIMEOUT"), "agent", "the time limit came before the workers had left"),
+        (Job("7", "OUT_OF_MEMORY", exit_code=253), "oom", "more memory than it requested"),
+        (Job("7", "TIMEOUT"), "agent", "the time limit came before the workers had exited"),
         (Job("7", "PREEMPTED"), "agent", "preempted by another job"),
-        (Job("7", "GONE"), "agent", "Slurm has forgotten the job"),
+        (Job("7", "GONE"), "agent", "Slurm no longer knows the job"),
         (Job("7", "FAILED", exit_code=9), "agent", "job 7 ended with code 9: srun: no such thing"),
     ],
 )
 def test_what_only_slurm_knows_is_written_down(
     plan: LaunchPlan, job: Job, kind: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sinfo(monkeypatch, "")  # of nodes that are up again nothing is said
+    sinfo(monkeypatch, "")  # nodes that are up again are not mentioned
     SlurmFiles(plan.run).log.write_text("loading\nsrun: no such thing\n")
     assert conclude(plan, job) == (job.exit_code or 1)
     judged = verdict.judge(plan.run, 0)
@@ -203,7 +201,7 @@ def test_a_failure_that_nobody_has_told_is_the_first_nodes(plan: LaunchPlan) -> 
     log.parent.mkdir(parents=True)
     log.write_text("Traceback …\nImportError: libcuda.so\n")
     end(plan, 3, asked=False)
-    supervise.settle(plan, conclude(plan, Job("7", "FAILED", exit_code=3)), 0.0)
+    supervise.record_end(plan, conclude(plan, Job("7", "FAILED", exit_code=3)), 0.0)
     kept = verdict.read(plan.run, 0)
     assert kept is not None
     assert (kept.exit_code, kept.culprit.node_rank) == (3, 0)
@@ -249,7 +247,10 @@ def test_only_a_job_that_left_to_go_on_is_put_back(plan: LaunchPlan) -> None:
 
 @pytest.mark.parametrize(
     ("log", "words"),
-    [(True, "did a set-up line end it?"), (False, "on all nodes, at the same path?")],
+    [
+        (True, "check the setup lines of the job"),
+        (False, "all nodes have the run directory at this path"),
+    ],
 )
 def test_a_job_that_has_said_nothing(plan: LaunchPlan, log: bool, words: str) -> None:
     if log:

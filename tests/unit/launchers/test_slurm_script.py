@@ -21,7 +21,7 @@ from dtrain.job.spec import JobSpec
 from dtrain.launch_plan import Facts, LaunchPlan, make_plan
 from dtrain.launchers import base
 from dtrain.launchers.slurm import queue, sbatch, script, submitit
-from dtrain.launchers.slurm.launcher import SlurmLauncher, _refuse_unlike
+from dtrain.launchers.slurm.launcher import SlurmLauncher, _check_shared_flags
 from dtrain.launchers.slurm.options import SlurmOptions
 from dtrain.launchers.slurm.sbatch import Sbatch
 from dtrain.launchers.slurm.submitit import Submitit
@@ -60,7 +60,7 @@ module load cuda/12.4 'odd name'
 . /envs/train/bin/activate
 set +e
 
-trap : TERM USR2 # the agents leave in order, and the shell waits for them
+trap : TERM USR2 # the agents exit cleanly, and the shell waits for them
 srun \\
   --nodes=2 \\
   --ntasks=2 \\
@@ -71,8 +71,8 @@ srun \\
   /envs/train/bin/python -P -m dtrain.node /runs/digits-abc234 --placement slurm
 status=$?
 
-# The first agent leaves this file when the training is to go on in another attempt. Where another
-# node has failed, srun asks the first to leave as well: that is no reason to begin again.
+# The first agent creates this file if the training is to continue in another attempt. If another
+# node has failed, srun asks the first agent to exit too; then the job is not requeued.
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 if [ "$status" = 0 ] &&
   [ -e /runs/digits-abc234/slurm/requeue-"${SLURM_RESTART_COUNT:-0}" ] &&
@@ -263,10 +263,10 @@ def test_an_elastic_job_takes_what_it_is_given() -> None:
 
 
 def test_an_elastic_job_by_submitit_leaves_the_number_of_nodes_to_slurm() -> None:
-    told = submitit.parameters([plan_of(launch={"nodes": "1:2"}, submit="submitit")])
-    assert told["additional_parameters"]["nodes"] == "1-2"
+    parameters = submitit.parameters([plan_of(launch={"nodes": "1:2"}, submit="submitit")])
+    assert parameters["additional_parameters"]["nodes"] == "1-2"
     given = '"$SLURM_JOB_NUM_NODES"'
-    assert told["setup"][-1] == f"export SLURM_NNODES={given} SLURM_NTASKS={given}"
+    assert parameters["setup"][-1] == f"export SLURM_NNODES={given} SLURM_NTASKS={given}"
 
 
 def test_a_backslash_is_refused() -> None:
@@ -344,10 +344,10 @@ exec '/runs/it'"'"'s-'"$SLURM_ARRAY_TASK_ID"/slurm/job.sbatch
 
 def test_the_script_of_an_array() -> None:
     plans = [plan_of(replace(FACTS, run_id=f"it's-{n}"), slurm={"nice": "100"}) for n in range(3)]
-    _refuse_unlike(plans)
+    _check_shared_flags(plans)
     assert Sbatch().render_array(plans, 2) == ARRAY
     with raises("slurm.array-differs", "--nice=100"):
-        _refuse_unlike([*plans, plan_of()])
+        _check_shared_flags([*plans, plan_of()])
 
 
 BY_SUBMITIT = """\
@@ -371,7 +371,7 @@ set -e
 module load cuda
 set +e
 
-trap : TERM USR2 # the agents leave in order, and the shell waits for them
+trap : TERM USR2 # the agents exit cleanly, and the shell waits for them
 export SLURM_NNODES=2 SLURM_NTASKS=2
 
 # command
@@ -384,8 +384,8 @@ submitit.core._submit '/runs/it'"'"'s-0/slurm'
 # teardown
 status=$?
 
-# The first agent leaves this file when the training is to go on in another attempt. Where another
-# node has failed, srun asks the first to leave as well: that is no reason to begin again.
+# The first agent creates this file if the training is to continue in another attempt. If another
+# node has failed, srun asks the first agent to exit too; then the job is not requeued.
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 if [ "$status" = 0 ] &&
   [ -e '/runs/it'"'"'s-'"$SLURM_ARRAY_TASK_ID"/slurm/requeue-"${SLURM_RESTART_COUNT:-0}" ] &&
@@ -400,13 +400,13 @@ def test_the_script_of_an_array_by_submitit() -> None:
     pytest.importorskip("submitit")
     setup = {"submit": "submitit", "setup": ["# by hand", "module load cuda"]}
     plans = [plan_of(replace(FACTS, run_id=f"it's-{n}"), **setup) for n in range(3)]
-    _refuse_unlike(plans)
+    _check_shared_flags(plans)
     assert Submitit().render_array(plans, 2) == BY_SUBMITIT.rstrip("\n")
     assert "#SBATCH --array=0-2%3\n" in Submitit().render_array(plans, None)
     assert "--array" not in Submitit().render_array(plans[:1], 2)  # submitit makes none of one
     slower = plan_of(launch={"nodes": 2, "stop_timeout": "50s"}, **setup)
     with raises("slurm.array-differs", "--wait=60, --wait=40"):
-        _refuse_unlike([*plans, slower])
+        _check_shared_flags([*plans, slower])
 
 
 @pytest.mark.parametrize("runs", ["/100%j", "/one\ntwo"])
@@ -499,11 +499,11 @@ def test_wrong_options_are_told_with_their_places(
         )
     first, second = str(caught.value).splitlines()
     assert first == "launchers/site.yaml:4:3: partion: unknown; did you mean 'partition'?"
-    assert second.startswith("launchers/site.yaml:5:9: time: say it with a unit")
+    assert second.startswith("launchers/site.yaml:5:9: time: add a unit")
 
 
 @pytest.mark.parametrize(
-    ("said", "told", "code"),
+    ("stderr", "message", "code"),
     [
         (
             "sbatch: error: Batch job submission failed: Invalid account or account/partition "
@@ -538,10 +538,10 @@ def test_wrong_options_are_told_with_their_places(
         ("", "Slurm refuses the job: no reason given", "slurm.refused"),
     ],
 )
-def test_a_refusal_is_told_in_slurms_words_with_the_place(said: str, told: str, code: str) -> None:
+def test_a_refusal_has_slurms_reason_and_the_source(stderr: str, message: str, code: str) -> None:
     plan = plan_of(partition="gpu", mem="900G", slurm={"no_such": "1", "nodelist": "n9"})
     further = {"slurm.no_such": "-o slurm.no_such", "slurm.nodelist": "-o slurm.nodelist"}
     places = {"partition": "-p", "mem": "launchers/site.yaml:7:8", **further}
     plan = replace(plan, sources=places)
-    refused = sbatch.refusal(plan, said)
-    assert (str(refused), refused.code) == (told, code)
+    refused = sbatch.refusal(plan, stderr)
+    assert (str(refused), refused.code) == (message, code)

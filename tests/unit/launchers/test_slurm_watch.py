@@ -79,8 +79,8 @@ def answering(calls: list[tuple[str, ...]], **outputs: str | None) -> Answer:
         calls.append(argv)
         text = outputs.get(argv[0])
         failed = text is None
-        said = "Unable to contact slurm controller (connect failure)" if failed else ""
-        return subprocess.CompletedProcess(argv, int(failed), text or "", said)
+        stderr = "Unable to contact slurm controller (connect failure)" if failed else ""
+        return subprocess.CompletedProcess(argv, int(failed), text or "", stderr)
 
     return ask
 
@@ -107,9 +107,9 @@ def test_a_controller_that_is_away_ends_no_job(monkeypatch: pytest.MonkeyPatch) 
     watcher = Watcher()
     assert watcher.job("2").state == "RUNNING"
     monkeypatch.setattr(queue, "run_command", answering(calls, squeue=None))
-    monkeypatch.setattr(queue, "_SOONEST_S", 0.0)
+    monkeypatch.setattr(queue, "_MIN_PAUSE_S", 0.0)
     assert watcher.job("2", now=True).state == "RUNNING"
-    assert "Unable to contact" in str(watcher.trouble)
+    assert "Unable to contact" in str(watcher.error)
     with pytest.raises(Unreachable):
         queue.query(["2"])
 

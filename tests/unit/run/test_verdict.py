@@ -212,7 +212,7 @@ def test_a_longer_reason_is_whole(run: RunDir) -> None:
 
 
 def test_the_place_at_the_end_of_what_is_wrong_is_not_cut_off(run: RunDir) -> None:
-    why = "Slurm never starts it: the partition never has so many nodes (PartitionNodeLimit)"
+    why = "Slurm will never start the job: not so many nodes (PartitionNodeLimit)"
     message = f"{why}; sites/large.yaml:14:10: nodes: 4096; --time: time: 30 days"
     record(None, kind="agent", message=message).write(run, 0)
     found = verdict.judge(run, 0)

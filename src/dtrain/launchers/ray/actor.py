@@ -20,7 +20,7 @@ from dtrain.run import sync
 from dtrain.run.sync import ChangeScanner
 
 # Run by the interpreter that will train: prints its packages and their versions.
-_LOOK = """
+_LIST_PACKAGES = """
 import importlib.metadata as m, importlib.util as u, json, sys
 found = {}
 for name in sys.argv[1:]:
@@ -34,7 +34,7 @@ for name in sys.argv[1:]:
 print(json.dumps(found))
 """
 # Checks that the runs URL is writable from this node.
-_REACH = """
+_CHECK_URL = """
 import sys
 from dtrain.errors import DtrainError
 from dtrain.run.remote.store import RemoteStore
@@ -53,38 +53,38 @@ class NodeActor:
         self._listener: socket.socket | None = None
         self._code: int | None = None
         self._ended = threading.Event()
-        self._heard = time.monotonic()
+        self._last_heartbeat = time.monotonic()
         self._folder = ""
         self._scanner: ChangeScanner | None = None
 
-    def look(self, wish: dict[str, Any]) -> dict[str, Any]:
+    def inspect(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return the node's properties and the versions of its packages.
 
         Args:
-            wish: a dictionary with `python` or None, `packages`, and `probe`, the run's probe
+            request: a dictionary with `python` or None, `packages`, and `probe`, the run's probe
                 directory. Where nodes share no disk, it has `url`, the runs URL, and its variables
                 `env` instead.
         """
-        python = wish["python"] or sys.executable
+        python = request["python"] or sys.executable
         found = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "python": python,
-            "sees_run": _leave_word(wish["probe"]) if wish["probe"] else "",
-            **_packages(python, wish["packages"]),
+            "probe_file": _touch_probe(request["probe"]) if request["probe"] else "",
+            **_packages(python, request["packages"]),
         }
-        if wish.get("url") and not found["trouble"] and None not in found["versions"].values():
-            found["trouble"] = _trouble_at(wish["url"], python, wish["env"])
+        if request.get("url") and not found["error"] and None not in found["versions"].values():
+            found["error"] = _url_error(request["url"], python, request["env"])
         return found
 
-    def settle(self, run_id: str, package: bytes) -> str:
+    def create_run_dir(self, run_id: str, package: bytes) -> str:
         """Create a run directory for this node alone, and return its path. See `run.sync`."""
         self._folder = sync.create_local_run_dir(run_id, package)
         self._scanner = ChangeScanner(self._folder)
         self._scanner.skip_present()
         return self._folder
 
-    def leave(self) -> None:
+    def remove_run_dir(self) -> None:
         if self._folder:
             sync.remove_local_run_dir(self._folder)
 
@@ -106,18 +106,18 @@ class NodeActor:
 
     def start(self, argv: list[str], cwd: str, log: str, lost_after_s: float) -> None:
         """Start the node's process. It ends with this actor, for any cause."""
-        self._heard = time.monotonic()
-        threading.Thread(target=self._keep, args=(argv, cwd, log), daemon=True).start()
+        self._last_heartbeat = time.monotonic()
+        threading.Thread(target=self._run_process, args=(argv, cwd, log), daemon=True).start()
         threading.Thread(target=self._fence, args=(lost_after_s,), daemon=True).start()
 
-    def beat(self, wait_s: float) -> tuple[int | None, list[dict[str, Any]]]:
+    def heartbeat(self, wait_s: float) -> tuple[int | None, list[dict[str, Any]]]:
         """Record a heartbeat of the driver. Return the exit code, and changes in a local run
         directory.
 
         The exit code is None if there was none within `wait_s`, and until all changes have been
         reported.
         """
-        self._heard = time.monotonic()
+        self._last_heartbeat = time.monotonic()
         self._ended.wait(wait_s)
         code = self._code
         changes = self._scanner.next_changes() if self._scanner is not None else []
@@ -133,14 +133,14 @@ class NodeActor:
         else:
             process.send_signal(number)
 
-    def _keep(self, argv: list[str], cwd: str, log: str) -> None:
+    def _run_process(self, argv: list[str], cwd: str, log: str) -> None:
         """Start the process and wait for it in the same thread, because it dies when that thread
         ends."""
         argv = [*argv, "--parent", str(os.getpid())]
-        keep = []
+        listen_fds = []
         if self._listener is not None:
-            keep = [self._listener.fileno()]
-            argv += ["--listen-fd", str(keep[0])]
+            listen_fds = [self._listener.fileno()]
+            argv += ["--listen-fd", str(listen_fds[0])]
         try:
             os.makedirs(os.path.dirname(log), exist_ok=True)
             with open(log, "ab") as file:
@@ -150,7 +150,7 @@ class NodeActor:
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=file,
-                    pass_fds=keep,
+                    pass_fds=listen_fds,
                     start_new_session=True,
                 )
             if self._listener is not None:
@@ -166,12 +166,12 @@ class NodeActor:
         """End the workers after `lost_after_s` without a heartbeat. The run continues without this
         node."""
         while not self._ended.wait(min(1.0, lost_after_s / 4)):
-            if time.monotonic() - self._heard > lost_after_s:
+            if time.monotonic() - self._last_heartbeat > lost_after_s:
                 self.signal(signal.SIGKILL)
 
 
-def _ask(argv: list[str], timeout_s: float, env: dict[str, str]) -> tuple[str, str]:
-    """Return the output of a command, and its last error line if it fails.
+def _output_of(argv: list[str], timeout_s: float, env: dict[str, str]) -> tuple[str, str]:
+    """Return the output of a command, and the last line of its stderr if it fails.
 
     Raises:
         OSError, subprocess.TimeoutExpired: it cannot be run.
@@ -184,31 +184,30 @@ def _ask(argv: list[str], timeout_s: float, env: dict[str, str]) -> tuple[str, s
         timeout=timeout_s,
         check=False,
     )
-    words = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-    return done.stdout, words if done.returncode else ""
+    error = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    return done.stdout, error if done.returncode else ""
 
 
-def _trouble_at(url: str, python: str, env: dict[str, str]) -> str:
+def _url_error(url: str, python: str, env: dict[str, str]) -> str:
     """Return why the runs URL is not writable from here; empty when it is."""
     try:
-        return _ask([python, "-P", "-c", _REACH, url], 100, env)[1]
+        return _output_of([python, "-P", "-c", _CHECK_URL, url], 100, env)[1]
     except (OSError, subprocess.TimeoutExpired):
         return f"{url} does not answer"
 
 
 def _packages(python: str, names: list[str]) -> dict[str, Any]:
-    """Return `versions` of packages, None for a missing one, and `trouble`, the error of the
-    query."""
+    """Return `versions` of packages, None for a missing one, and `error`, that of the query."""
     try:
-        found, trouble = _ask([python, "-P", "-c", _LOOK, *names], 60, {})
+        found, failure = _output_of([python, "-P", "-c", _LIST_PACKAGES, *names], 60, {})
     except (OSError, subprocess.TimeoutExpired) as error:
-        return {"versions": {}, "trouble": f"{python} cannot be run: {error}"}
-    if trouble:
-        return {"versions": {}, "trouble": f"{python} failed: {trouble}"}
-    return {"versions": json.loads(found), "trouble": ""}
+        return {"versions": {}, "error": f"{python} cannot be run: {error}"}
+    if failure:
+        return {"versions": {}, "error": f"{python} failed: {failure}"}
+    return {"versions": json.loads(found), "error": ""}
 
 
-def _leave_word(folder: str) -> str:
+def _touch_probe(folder: str) -> str:
     """Check for the driver's file in the run directory, and create one. Return its name, or ``.
 
     NFS may show a new file late, but shows it in a new listing.
@@ -217,12 +216,12 @@ def _leave_word(folder: str) -> str:
     while True:
         try:
             if "driver" in os.listdir(folder):
-                mine = f"node-{socket.gethostname()}-{os.getpid()}"
-                with open(os.path.join(folder, mine), "w"):
-                    return mine
+                name = f"node-{socket.gethostname()}-{os.getpid()}"
+                with open(os.path.join(folder, name), "w"):
+                    return name
         except OSError:
             if not os.path.isdir(os.path.dirname(os.path.dirname(folder))):
-                return ""  # even the run's directory is missing
+                return ""  # even the run directory is missing
         if time.monotonic() > deadline:
             return ""
         time.sleep(0.1)

@@ -30,9 +30,9 @@ from dtrain.run.backend_files import RayFiles
 from dtrain.run.rundir import RunDir
 from dtrain.run.sync import Change
 
-_ANSWER_S = 120.0  # time for an actor's process to start, on a busy host
-_BEAT_S = 1.0
-_LEAVE_S = 10.0
+_CALL_TIMEOUT_S = 120.0  # time for an actor's process to start, on a busy host
+_HEARTBEAT_S = 1.0
+_CLEAN_UP_S = 10.0
 _PACKAGES = ("dtrain.node", "torch")
 
 
@@ -81,15 +81,15 @@ class ActorGroup:
         probe = RayFiles(self._plan.run).probe(self._attempt)
         files.make_parent(probe / "driver")
         (probe / "driver").touch()
-        wish = {
+        request = {
             "python": self._options.python,
             "packages": list(_PACKAGES),
             "probe": "" if self._plan.run_url else str(probe),
             "url": self._plan.run_url.rpartition("/")[0],
             "env": package.node_variables(self._plan) if self._plan.run_url else {},
         }
-        looks = self._ask({k: each.look.remote(wish) for k, each in enumerate(self.actors)})
-        problems = _problems(self._plan, self.names, list(looks.values()), probe)
+        reports = self._get_all([each.inspect.remote(request) for each in self.actors])
+        problems = _problems(self._plan, self.names, reports, probe)
         if problems:
             raise LaunchError(problems, code="ray.node-unsuitable")
         host, port = self._rendezvous()
@@ -97,20 +97,23 @@ class ActorGroup:
         events.note_event(
             self._plan.run, "attempt_started", attempt=self._attempt, nodes=self.names
         )
-        folders = self._settled()
-        started = {r: self._start(r, look, folders[r], placed_as) for r, look in looks.items()}
-        self._ask(started)
+        run_dirs = self._run_dirs()
+        started = [
+            self._start(rank, report["python"], run_dirs[rank], placed_as)
+            for rank, report in enumerate(reports)
+        ]
+        self._get_all(started)
 
-    def watch(self, stops: Callable[[], int], troubled: Callable[[], bool]) -> Outcome:
+    def watch(self, stops: Callable[[], int], is_cluster_lost: Callable[[], bool]) -> Outcome:
         """Follow all nodes to their end.
 
         Args:
             stops: returns the number of stop requests. The first one is clean, the second one is
                 immediate.
-            troubled: returns whether the cluster itself is lost.
+            is_cluster_lost: returns whether the cluster itself is lost.
         """
         watch = _Watch(self, self._plan.stop_timeout_s + 5, self._options.lost_after)
-        return watch.run(stops, troubled)
+        return watch.run(stops, is_cluster_lost)
 
     def take_changes(self, changes: list[Change]) -> None:
         """Copy changes from a node with a local run directory into the driver's run directory."""
@@ -136,7 +139,7 @@ class ActorGroup:
                 log=self._plan.run.agent_log(self._attempt, rank),
             )
 
-    def record_silent(self, outcome: Outcome) -> None:
+    def record_unexplained(self, outcome: Outcome) -> None:
         """Write a record of the first node that failed, if no node has written one."""
         run = self._plan.run
         failed = [rank for rank, code in sorted(outcome.codes.items()) if code != 0]
@@ -148,7 +151,7 @@ class ActorGroup:
         failures.record_node(
             run,
             self._attempt,
-            f"{how}: {files.last_line(log) or 'no word'}",
+            f"{how}: {files.last_line(log) or 'it has written no output'}",
             exit_code=code,
             node_rank=rank,
             node=self.names[rank],
@@ -158,19 +161,18 @@ class ActorGroup:
     def end(self) -> None:
         """Kill the actors, together with the processes that they started."""
         if self._plan.run_url:
-            left = [each.leave.remote() for each in self.actors]
-            ray.wait(left, num_returns=len(left), timeout=_LEAVE_S)
+            removed = [each.remove_run_dir.remote() for each in self.actors]
+            ray.wait(removed, num_returns=len(removed), timeout=_CLEAN_UP_S)
         for each in self.actors:
             ray.kill(each)
 
     def _rendezvous(self) -> tuple[str, int]:
         """Open the port on node 0. Return its address and port."""
-        alone = len(self.actors) == 1
-        host = "127.0.0.1" if alone else self.views[0].address
+        host = "127.0.0.1" if len(self.actors) == 1 else self.views[0].address
         key = f"{self._plan.run_id}/{self._attempt}"
         candidates = list(islice(ports.candidates(key), 64))
         for address in (host, ""):  # Ray may know the node by an address that is not its own
-            port = self._ask({0: self.actors[0].listen.remote(address, candidates)})[0]
+            (port,) = self._get_all([self.actors[0].listen.remote(address, candidates)])
             if port:
                 break
         else:
@@ -180,29 +182,30 @@ class ActorGroup:
             )
         return host, int(port)
 
-    def _settled(self) -> dict[int, RunDir]:
+    def _run_dirs(self) -> list[RunDir]:
         """Return each node's run directory: the shared one, or one that is created on the node."""
         if not self._plan.run_url:
-            return dict.fromkeys(range(len(self.actors)), self._plan.run)
+            return [self._plan.run] * len(self.actors)
         data = ray.put(package.for_node(self._plan, self._attempt))
-        made = {k: a.settle.remote(self._plan.run_id, data) for k, a in enumerate(self.actors)}
-        return {rank: RunDir(path) for rank, path in self._ask(made).items()}
+        created = [each.create_run_dir.remote(self._plan.run_id, data) for each in self.actors]
+        return [RunDir(path) for path in self._get_all(created)]
 
-    def _start(self, rank: int, look: dict[str, Any], run: RunDir, placed_as: PlacedAs) -> Any:
-        argv = [look["python"], "-P", "-m", "dtrain.node", str(run.path), "--node-rank", str(rank)]
+    def _start(self, rank: int, python: str, run: RunDir, placed_as: PlacedAs) -> Any:
+        argv = [python, "-P", "-m", "dtrain.node", str(run.path), "--node-rank", str(rank)]
         argv += ["--placement", "ray", "--placed-as", to_json(asdict(placed_as))]
         log = run.host_log(self._attempt, rank)
         lost_after = self._options.lost_after
         return self.actors[rank].start.remote(argv, os.getcwd(), str(log), lost_after)
 
-    def _ask(self, refs: dict[int, Any]) -> dict[int, Any]:
-        found = {}
-        deadline = time.monotonic() + _ANSWER_S
-        for rank, ref in refs.items():
+    def _get_all(self, refs: Sequence[Any]) -> list[Any]:
+        """Return the actors' answers; the first one is that of node 0."""
+        found = []
+        deadline = time.monotonic() + _CALL_TIMEOUT_S
+        for rank, ref in enumerate(refs):
             try:
-                found[rank] = ray.get(ref, timeout=max(0.1, deadline - time.monotonic()))
+                found.append(ray.get(ref, timeout=max(0.1, deadline - time.monotonic())))
             except GetTimeoutError:
-                raise NodeLost(rank, f"no answer for {_ANSWER_S:.0f} s") from None
+                raise NodeLost(rank, f"no answer for {_CALL_TIMEOUT_S:.0f} s") from None
             except RayError as error:
                 raise NodeLost(rank, first_line(error)) from None
         return found
@@ -224,22 +227,22 @@ class _Watch:
         self._outcome = Outcome()
         self._lost_after_s = lost_after_s
         self._grace_s = grace_s
-        self._beats: dict[Any, int] = {}
-        self._good = dict.fromkeys(range(len(self._actors)), time.monotonic())
-        self._asked = 0
+        self._pending: dict[Any, int] = {}
+        self._answered_at = dict.fromkeys(range(len(self._actors)), time.monotonic())
+        self._forwarded = 0
         self._deadline = float("inf")
 
-    def run(self, stops: Callable[[], int], troubled: Callable[[], bool]) -> Outcome:
+    def run(self, stops: Callable[[], int], is_cluster_lost: Callable[[], bool]) -> Outcome:
         for rank in range(len(self._actors)):
             self._send(rank)
         while len(self._outcome.codes) + len(self._outcome.lost) < len(self._actors):
-            waiting = [ref for ref, rank in self._beats.items() if rank not in self._outcome.lost]
+            waiting = [ref for ref, rank in self._pending.items() if rank not in self._outcome.lost]
             ready, _ = ray.wait(waiting, timeout=0.1) if waiting else ([], [])
             for ref in ready:
-                self._hear(self._beats.pop(ref), ref)
-            self._give_up_on_the_silent()
-            self._pass_on(stops())
-            if troubled():
+                self._receive(self._pending.pop(ref), ref)
+            self._mark_silent_as_lost()
+            self._forward(stops())
+            if is_cluster_lost():
                 self._kill()
                 return self._outcome
             if time.monotonic() > self._deadline:
@@ -247,9 +250,9 @@ class _Watch:
         return self._outcome
 
     def _send(self, rank: int) -> None:
-        self._beats[self._actors[rank].beat.remote(_BEAT_S)] = rank
+        self._pending[self._actors[rank].heartbeat.remote(_HEARTBEAT_S)] = rank
 
-    def _hear(self, rank: int, ref: Any) -> None:
+    def _receive(self, rank: int, ref: Any) -> None:
         try:
             code, changes = ray.get(ref)
         except ActorUnavailableError as error:
@@ -263,7 +266,7 @@ class _Watch:
             why = "its raylet is gone" if gone else "its actor was killed"
             self._lose(rank, f"{why} ({first_line(error)})")
         else:
-            self._good[rank] = time.monotonic()
+            self._answered_at[rank] = time.monotonic()
             self._group.take_changes(changes)
             if code is None:
                 self._send(rank)
@@ -272,25 +275,25 @@ class _Watch:
             if code != 0:  # the agents ask one another to end, and most have
                 self._deadline = min(self._deadline, time.monotonic() + self._grace_s)
 
-    def _give_up_on_the_silent(self) -> None:
+    def _mark_silent_as_lost(self) -> None:
         """Mark silent nodes as lost, for example after a cut cable. They have ended their workers
         by now."""
-        limit = time.monotonic() - self._lost_after_s - 2 * _BEAT_S
-        for rank in set(self._beats.values()) - set(self._outcome.lost):
-            if self._good[rank] < limit:
-                self._lose(rank, f"no word from it for {self._lost_after_s + 2 * _BEAT_S:.0f} s")
+        limit = time.monotonic() - self._lost_after_s - 2 * _HEARTBEAT_S
+        for rank in set(self._pending.values()) - set(self._outcome.lost):
+            if self._answered_at[rank] < limit:
+                self._lose(rank, f"no heartbeat for {self._lost_after_s + 2 * _HEARTBEAT_S:.0f} s")
 
     def _lose(self, rank: int, why: str) -> None:
         self._outcome.lost[rank] = why
         self._kill()  # the work of the others is lost; end it early to restart early
 
-    def _pass_on(self, asked: int) -> None:
-        if asked > self._asked == 0:
-            self._asked = asked
+    def _forward(self, stops: int) -> None:
+        if stops > self._forwarded == 0:
+            self._forwarded = stops
             self._deadline = min(self._deadline, time.monotonic() + self._grace_s)
             self._signal(signal.SIGTERM)
-        elif asked > max(1, self._asked):
-            self._asked = asked
+        elif stops > max(1, self._forwarded):
+            self._forwarded = stops
             self._kill()
 
     def _kill(self) -> None:
@@ -304,16 +307,16 @@ class _Watch:
 
 
 def _start_actor(plan: LaunchPlan, placed: Placed, bundle: int) -> Any:
-    each = dict(ResourceRequest.of(plan).each)
+    resources = dict(ResourceRequest.of(plan).per_node)
     cloudpickle.register_pickle_by_value(sync)
     cloudpickle.register_pickle_by_value(actor)
     return (
         ray.remote(actor.NodeActor)
         .options(
-            num_cpus=each.pop("CPU"),
-            num_gpus=each.pop("GPU", 0),
-            memory=each.pop("memory", None),
-            resources=each or None,
+            num_cpus=resources.pop("CPU"),
+            num_gpus=resources.pop("GPU", 0),
+            memory=resources.pop("memory", None),
+            resources=resources or None,
             max_restarts=0,
             max_concurrency=4,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
@@ -325,34 +328,41 @@ def _start_actor(plan: LaunchPlan, placed: Placed, bundle: int) -> Any:
 
 
 def _problems(
-    plan: LaunchPlan, names: Sequence[str], looks: Sequence[dict[str, Any]], probe: Path
+    plan: LaunchPlan, names: Sequence[str], reports: Sequence[dict[str, Any]], probe: Path
 ) -> str:
     """Return the reasons why these nodes cannot train; empty when they can."""
     from dtrain import __version__
 
     lines = []
-    for name, look in zip(names, looks, strict=True):
-        missing = [package for package, found in look["versions"].items() if found is None]
-        if look["trouble"]:
-            lines.append(f"{name}: {look['trouble']}")
+    for name, report in zip(names, reports, strict=True):
+        versions = report["versions"]
+        missing = [package for package, found in versions.items() if found is None]
+        if report["error"]:
+            lines.append(f"{name}: {report['error']}")
         elif missing:
-            lines.append(f"{name}: {look['python']} has no {' and no '.join(missing)}")
-        elif look["versions"]["dtrain"] != __version__:
-            lines.append(f"{name} has dtrain {look['versions']['dtrain']}, here is {__version__}")
+            lines.append(f"{name}: {report['python']} has no {' and no '.join(missing)}")
+        elif versions["dtrain"] != __version__:
+            lines.append(f"{name} has dtrain {versions['dtrain']}, this host has {__version__}")
     if lines:
-        return _listed("nodes cannot train", lines, "install it there, or say which python has it")
-    if len(set(torches := [look["versions"]["torch"] for look in looks])) > 1:
+        advice = "install it there, or set option python to an interpreter that has it"
+        return _listed("nodes cannot train", lines, advice)
+    if len(set(torches := [report["versions"]["torch"] for report in reports])) > 1:
         lines = [f"{name} has torch {torch}" for name, torch in zip(names, torches, strict=True)]
-        return _listed("the nodes have different versions of torch", lines, "make them alike")
+        advice = "install the same version on all nodes"
+        return _listed("the nodes have different versions of torch", lines, advice)
     seen = os.listdir(probe)
     if plan.run_url:
         return ""
-    blind = [name for name, look in zip(names, looks, strict=True) if look["sees_run"] not in seen]
-    if blind:
+    unshared = [
+        name
+        for name, report in zip(names, reports, strict=True)
+        if report["probe_file"] not in seen
+    ]
+    if unshared:
         return _listed(
             f"nodes do not share the run directory {plan.run_dir}",
-            [f"{name} does not see it" for name in blind],
-            "say with --runs DIR which directory all nodes and this host share",
+            [f"{name} does not see it" for name in unshared],
+            "use --runs DIR with a directory that all nodes and this host share",
         )
     return ""
 

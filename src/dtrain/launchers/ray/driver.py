@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from dtrain.launchers.ray.attempt import Outcome
     from dtrain.launchers.ray.placement import Placed
 
-_REACH_S = 5.0
-_LAST_WORDS_S = 5.0
+_CONNECT_S = 5.0
+_STOP_NODES_S = 5.0
 _STOPPED = 128 + signal.SIGTERM
 
 
@@ -46,8 +46,10 @@ def main() -> None:
     """Drive a run to its end. This never returns."""
     parser = argparse.ArgumentParser(prog="python -m dtrain.launchers.ray.driver")
     parser.add_argument("run_dir", nargs="?")
-    parser.add_argument("--job", help="instead of a run directory, what has travelled with a job")
-    parser.add_argument("--parent", type=int, help="pid of the parent to die with")
+    parser.add_argument("--job", help="directory of an uploaded job, instead of RUN_DIR")
+    parser.add_argument(
+        "--parent", type=int, help="pid of the parent process; this one ends with it"
+    )
     arguments = parser.parse_args()
     if arguments.parent:
         die_with_parent(arguments.parent)
@@ -130,13 +132,13 @@ class HeadLost(Exception):
     """An error for the loss of the cluster itself. Ray's own calls would hang now."""
 
 
-def decide(outcome: Outcome, stops: int, relaunches_left: int) -> int | None:
+def decide(outcome: Outcome, stops: int, attempts_left: int) -> int | None:
     """Return the run's exit code after an attempt, or None when another attempt follows."""
     if not outcome.lost:
         return outcome.code
     if stops:
         return _STOPPED
-    return outcome.code if relaunches_left <= 0 else None
+    return outcome.code if attempts_left <= 0 else None
 
 
 class Driver:
@@ -178,15 +180,15 @@ class Driver:
         if self._options.address:
             yield os.environ.get("RAY_ADDRESS", "auto") if self._in_job else self._options.address
             return
-        from dtrain.launchers.ray.local_cluster import OwnCluster
+        from dtrain.launchers.ray.local_cluster import LocalCluster
         from dtrain.launchers.ray.placement import ResourceRequest
 
-        each = ResourceRequest.of(self._plan).each
-        own = OwnCluster(self._plan.nodes, each, dashboard=self._options.dashboard)
-        self._say("starting a Ray cluster on this machine; --address HOST:PORT takes a running one")
-        with own as address:
-            if own.dashboard_url:
-                self._say(f"Ray's dashboard: {own.dashboard_url}")
+        resources = ResourceRequest.of(self._plan).per_node
+        cluster = LocalCluster(self._plan.nodes, resources, dashboard=self._options.dashboard)
+        self._say("starting a Ray cluster on this machine; --address HOST:PORT uses a running one")
+        with cluster as address:
+            if cluster.dashboard_url:
+                self._say(f"Ray's dashboard: {cluster.dashboard_url}")
             yield address
 
     @property
@@ -195,7 +197,7 @@ class Driver:
 
     def _connect(self, address: str) -> None:
         if address != "auto":
-            reach(address)
+            check_listening(address)
         import ray
 
         started = time.monotonic()
@@ -212,15 +214,15 @@ class Driver:
                     runtime_env={"env_vars": {"RAY_worker_niceness": "0"}},  # Ray's own is 15
                 )
         except Exception as error:
-            raise _refused(address, error) from error
+            raise _connection_error(address, error) from error
         for number in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own handlers
             signal.signal(number, self._on_signal)
         events.note_event(self._plan.run, "connected", seconds=time.monotonic() - started)
         self._head = address = ray.get_runtime_context().gcs_address
         if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" and not is_loopback(address):
             self._say(
-                f"warning: the cluster at {address} asks for no token: whoever reaches it can run "
-                "anything on it; see RAY_AUTH_MODE in Ray's documentation"
+                f"warning: the cluster at {address} requires no token: anyone who can connect to "
+                "it can run code on it; see RAY_AUTH_MODE in Ray's documentation"
             )
 
     def _watch_head(self) -> None:
@@ -232,7 +234,7 @@ class Driver:
                 heard = time.monotonic()
             if time.monotonic() - heard > limit:
                 self._cluster_gone.set()
-        time.sleep(_LAST_WORDS_S)  # for the nodes that can still receive the request to end
+        time.sleep(_STOP_NODES_S)  # for the nodes that can still receive the request to end
         self._record_head_lost()
         os._exit(1)  # the main thread may hang in a call to the head for another minute
 
@@ -243,34 +245,34 @@ class Driver:
 
     def _attempts(self) -> int:
         """Make attempts until one is the last. Return its exit code."""
-        from dtrain.launchers.ray.placement import Placing
+        from dtrain.launchers.ray.placement import Placer
 
         say = partial(_note, self._plan.run, "waiting")
-        placing = Placing(self._plan, lambda: self._stops > 0, say)
+        placer = Placer(self._plan, lambda: self._stops > 0, say)
         first = attempt = self._plan.attempt
         outcome = None
         while True:
             try:
-                placed = placing.place(again=outcome is not None)
+                placed = placer.place(after_loss=outcome is not None)
                 if placed is None:
                     return _STOPPED
                 if outcome is not None:
                     self._begin_attempt(attempt)
-                    self._conclude(attempt - 1, outcome.code)
+                    self._record_end_of(attempt - 1, outcome.code)
             except DtrainError as error:
                 if outcome is None:
                     raise
-                self._say(f"the run cannot go on by itself: {error}")
+                self._say(f"no further attempt can be started: {error}")
                 return outcome.code
             self._newest = attempt
             outcome, names = self._attempt(attempt, placed)
-            placing.free(placed)
+            placer.free(placed)
             code = decide(outcome, self._stops, self._options.relaunch - (attempt - first))
             if code is not None:
                 return code
             who = ", ".join(f"node {rank} ({names[rank]})" for rank in outcome.lost)
             attempt += 1
-            self._say(f"{who} was lost; going on from the last checkpoint in attempt {attempt}")
+            self._say(f"{who} was lost; attempt {attempt} continues from the last checkpoint")
 
     def _attempt(self, attempt: int, placed: Placed) -> tuple[Outcome, list[str]]:
         """Start and watch an attempt. Return how it ended, and the names of its nodes.
@@ -286,10 +288,10 @@ class Driver:
             outcome = group.watch(lambda: self._stops, self._cluster_gone.is_set)
         except NodeLost as error:
             outcome = Outcome(lost={error.node_rank: str(error)})
-        print(f"attempt {attempt}: {outcome}, asked to stop {self._stops} times", flush=True)
+        print(f"attempt {attempt}: {outcome}, {self._stops} requests to stop", flush=True)
         group.record_lost(outcome)
         if not self._stops:
-            group.record_silent(outcome)
+            group.record_unexplained(outcome)
         if outcome.lost:
             self._wait_for_head()
         if self._cluster_gone.is_set():
@@ -314,7 +316,7 @@ class Driver:
         job_id = f"{self._plan.run_id}-{first}" if self._in_job else None
         replace(handle, attempt=attempt, started=time.time(), job_id=job_id).claim(run)
 
-    def _conclude(self, attempt: int, code: int) -> None:
+    def _record_end_of(self, attempt: int, code: int) -> None:
         """Record why an attempt ended that another one follows."""
         run = self._plan.run
         judged = verdict.judge(run, attempt)
@@ -326,14 +328,14 @@ class Driver:
         _note(self._plan.run, "notice", text)
 
 
-def reach(address: str) -> None:
+def check_listening(address: str) -> None:
     """Check that a process listens at `HOST:PORT`.
 
     Raises:
         LaunchError: no process does.
     """
     try:
-        socket.create_connection(ports.parse_address(address), _REACH_S).close()
+        socket.create_connection(ports.parse_address(address), _CONNECT_S).close()
     except OSError as error:
         raise LaunchError(
             f"no Ray cluster answers at {address}: {error.strerror or error}; "
@@ -342,18 +344,18 @@ def reach(address: str) -> None:
         ) from error
 
 
-def _refused(address: str, error: Exception) -> LaunchError:
-    said = str(error).strip()
-    if "oken" in said or "uthenticat" in said or isinstance(error, ConnectionError):
+def _connection_error(address: str, error: Exception) -> LaunchError:
+    text = str(error).strip()
+    if "oken" in text or "uthenticat" in text or isinstance(error, ConnectionError):
         mode = os.environ.get("RAY_AUTH_MODE", "not set")
         return LaunchError(
-            f"the Ray cluster at {address} does not let us in; if it wants a token, set "
+            f"the Ray cluster at {address} refuses the connection; if it requires a token, set "
             f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (RAY_AUTH_MODE is {mode}): "
             f"{first_line(error)}",
             code="ray.not-allowed",
         )
-    text = f"the Ray cluster at {address} cannot be joined: {shortened(said, 500)}"
-    return LaunchError(text, code="ray.cannot-join")
+    message = f"the Ray cluster at {address} cannot be joined: {shortened(text, 500)}"
+    return LaunchError(message, code="ray.cannot-join")
 
 
 def is_loopback(address: str) -> bool:

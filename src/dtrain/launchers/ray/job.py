@@ -22,7 +22,7 @@ from dtrain.run.backend_files import RayFiles
 from dtrain.run.rundir import RunDir
 from dtrain.waiting import poll
 
-_SOONEST_S, _LATEST_S, _GROWTH = 0.5, 5.0, 1.2
+_MIN_PAUSE_S, _MAX_PAUSE_S, _PAUSE_GROWTH = 0.5, 5.0, 1.2
 _OVER = {"SUCCEEDED", "FAILED", "STOPPED"}
 _STOPPED = 128 + signal.SIGTERM
 
@@ -51,8 +51,9 @@ def client(options: RayOptions) -> Any:
         return JobSubmissionClient(url(options))
     except Exception as error:  # ray raises ConnectionError, RuntimeError and its own
         raise LaunchError(
-            f"no Ray job server answers at {url(options)}: {first_line(error)}; it is the "
-            "dashboard's URL, as http://head:8265; where it wants a token, RAY_AUTH_TOKEN_PATH",
+            f"no Ray job server answers at {url(options)}: {first_line(error)}; use the "
+            "dashboard's URL, for example http://head:8265; if it requires a token, set "
+            "RAY_AUTH_TOKEN_PATH",
             code="ray.no-job-server",
         ) from error
 
@@ -66,8 +67,8 @@ def submit(plan: LaunchPlan) -> JobLaunch:
     options = RayOptions.of(plan.options)
     if (options.cluster_runs or plan.run_url) and plan.run.secret_env(plan.attempt).exists():
         raise PlanError(
-            "secret variables cannot travel with a Ray job, whose files others can read: set "
-            "them on the cluster, or have it share the directory of runs",
+            "secret variables cannot be sent with a Ray job, because others can read its files: "
+            "set them on the cluster, or use a runs directory that the cluster shares",
             code="ray.secret-variables",
         )
     with prepare.writing():
@@ -110,8 +111,8 @@ class JobLaunch:
         self._cancel = RayFiles(plan.run).cancel(plan.attempt)
         self._client: Any = None
         self._status, self._message = "PENDING", ""
-        self._said = ""
-        self._ask_at, self._pause_s = 0.0, _SOONEST_S
+        self._logged = ""
+        self._query_at, self._pause_s = 0.0, _MIN_PAUSE_S
         self._since = time.monotonic()
 
     def poll(self) -> int | None:
@@ -120,10 +121,10 @@ class JobLaunch:
         Raises:
             DtrainError: nothing could be started.
         """
-        if time.monotonic() < self._ask_at:
+        if time.monotonic() < self._query_at:
             return None
-        self._look()
-        self._ask_at = time.monotonic() + self._pause_s
+        self._update()
+        self._query_at = time.monotonic() + self._pause_s
         if self._status not in _OVER:
             return None
         refused = driver.refusal_of(self._plan.run)
@@ -133,7 +134,7 @@ class JobLaunch:
 
     def is_over(self) -> bool:
         """Return whether the job has ended, by its last known state if Ray does not answer."""
-        self._look()
+        self._update()
         return self._status in _OVER
 
     def exit_code(self) -> int:
@@ -152,7 +153,7 @@ class JobLaunch:
     def stop(self) -> None:
         self._cancel.parent.mkdir(exist_ok=True)
         self._cancel.touch()
-        self._ask_at = 0.0
+        self._query_at = 0.0
         with contextlib.suppress(Exception):  # it does not answer; `kill` repeats the request
             self._server().stop_job(self._job_id)
 
@@ -167,7 +168,7 @@ class JobLaunch:
         return self._cancel.exists()
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         text = f"job {self._job_id} at {url(self._options)}: {self._status}"
         return f"{text}; {self._message}" if self._status == "PENDING" and self._message else text
 
@@ -176,9 +177,9 @@ class JobLaunch:
             self._client = client(self._options)
         return self._client
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         """Query the state of the job and apply the changes that it printed. This never fails."""
-        before, trouble = self._status, ""
+        before, failure = self._status, ""
         try:
             info = self._server().get_job_info(self._job_id)
             self._message = (info.message or "").strip().splitlines()[0] if info.message else ""
@@ -187,24 +188,24 @@ class JobLaunch:
                 job_output.apply(self._plan.run, self._server().get_job_logs(self._job_id))
             self._status = status
         except Exception as error:
-            trouble = f"Ray does not answer: {first_line(error)}; asking again"
+            failure = f"Ray does not answer: {first_line(error)}; retrying"
             self._client = None
         same = self._status == before
-        self._pause_s = min(self._pause_s * _GROWTH, _LATEST_S) if same else _SOONEST_S
-        text = trouble or (self.words if self._status == "PENDING" else "")
-        if text and text != self._said:
-            self._said = text
+        self._pause_s = min(self._pause_s * _PAUSE_GROWTH, _MAX_PAUSE_S) if same else _MIN_PAUSE_S
+        text = failure or (self.description if self._status == "PENDING" else "")
+        if text and text != self._logged:
+            self._logged = text
             events.note_event(self._plan.run, "waiting", what=text)
-        self._end_if_never_started()
+        self._stop_if_not_started()
 
-    def _end_if_never_started(self) -> None:
-        patience = self._options.place_timeout
-        if self._status == "PENDING" and time.monotonic() - self._since > patience:
+    def _stop_if_not_started(self) -> None:
+        timeout_s = self._options.place_timeout
+        if self._status == "PENDING" and time.monotonic() - self._since > timeout_s:
             try:
                 self._server().stop_job(self._job_id)
             except Exception:
                 return  # it may still start; the next query repeats this
-            self._message = f"not started within {patience:.0f} s (place_timeout)"
+            self._message = f"not started within {timeout_s:.0f} s (place_timeout)"
             self._status = "FAILED"
 
 
@@ -225,7 +226,7 @@ def is_running(run: RunDir) -> bool:
     if not launch.is_over():
         return True
     plan = replace(LaunchPlan.read(run), attempt=handle.attempt)
-    supervise.settle(plan, launch.exit_code(), handle.started, cancelled=launch.was_cancelled)
+    supervise.record_end(plan, launch.exit_code(), handle.started, cancelled=launch.was_cancelled)
     return False
 
 

@@ -17,7 +17,7 @@ from dtrain.run.sync import Change, ChangeScanner
 from dtrain.waiting import repeating
 
 _MARK = "@dtrain "
-_MOST_OF_A_LOG = 1_000_000
+_MAX_LOG_BYTES = 1_000_000
 _PAUSE_S = 1.0
 _FILES = (
     "events.jsonl",
@@ -31,7 +31,7 @@ _FILES = (
 @contextlib.contextmanager
 def printing(run: RunDir, out: IO[str]) -> Iterator[None]:
     """Print changes in a job's run directory while the context is open."""
-    scanner = ChangeScanner(run.path, most_of_a_log=_MOST_OF_A_LOG)
+    scanner = ChangeScanner(run.path, most_of_a_log=_MAX_LOG_BYTES)
 
     def print_new() -> None:
         for change in scanner.changes(_FILES):

@@ -21,8 +21,8 @@ from dtrain.run import attempts, code_archive, failures, files, snapshot
 from dtrain.run.backend_files import RayFiles
 from dtrain.run.rundir import RunDir
 
-_LAST_WORDS_S = 3.0
-_HERE = LocalLauncher()  # for a driver that is a process of this host
+_STOP_S = 3.0
+_LOCAL = LocalLauncher()  # for a driver that is a process of this host
 
 
 class RayLauncher:
@@ -34,8 +34,8 @@ class RayLauncher:
         options = RayOptions.of(plan.options)
         argv: tuple[str, ...] = (facts.python, "-P", "-m", driver.__name__, plan.run_dir)
         if options.submit == "job":
-            asked = ("ray", "job", "submit", f"--address={job.url(options)}", "--")
-            argv = (*asked, *job.entrypoint(options))
+            submit = ("ray", "job", "submit", f"--address={job.url(options)}", "--")
+            argv = (*submit, *job.entrypoint(options))
         code = str(plan.run.job_code(plan.attempt))
         return replace(
             plan,
@@ -50,9 +50,9 @@ class RayLauncher:
     def preview(self, plan: LaunchPlan) -> list[str]:
         """Return the request to Ray, for `dtrain plan`."""
         options = RayOptions.of(plan.options)
-        where = options.address or "a cluster of its own on this machine"
+        where = options.address or "a new cluster on this machine"
         return [
-            "asked of Ray",
+            "request to Ray",
             f"  cluster: {where}",
             f"  a placement group, STRICT_SPREAD: {ResourceRequest.of(plan)}",
         ]
@@ -80,22 +80,22 @@ class RayLauncher:
     def is_running(self, run: RunDir) -> bool:
         if self.can_detach(LaunchPlan.read(run)):
             return job.is_running(run)
-        return _HERE.is_running(run)
+        return _LOCAL.is_running(run)
 
     def cancel(self, run: RunDir, timeout_s: float) -> None:
         if self.can_detach(LaunchPlan.read(run)):
             job.cancel(run, timeout_s)
         else:
-            _HERE.cancel(run, timeout_s)
+            _LOCAL.cancel(run, timeout_s)
 
     def describe(self, run: RunDir) -> dict[str, str]:
         """Return the cluster of the run and the state of its job, for `dtrain status`."""
         launch = job.launch_of(run)
         if launch is not None:
             launch.is_over()
-            return {"ray": launch.words}
+            return {"ray": launch.description}
         address = RayOptions.of(LaunchPlan.read(run).options).address
-        return {"ray": str(address or "a cluster of its own")}
+        return {"ray": str(address or "a cluster of this run")}
 
 
 class DriverProcess:
@@ -126,7 +126,7 @@ class DriverProcess:
         if refused is not None:
             raise refused
         if not self._stopped:
-            self._explain(code)
+            self._record_end(code)
         return procs.shell_code(code)
 
     def stop(self) -> None:
@@ -143,12 +143,12 @@ class DriverProcess:
             self._process.send_signal(signal.SIGTERM)
             time.sleep(0.1)  # two at once count as one
         try:
-            self._process.wait(_LAST_WORDS_S)
+            self._process.wait(_STOP_S)
         except subprocess.TimeoutExpired:
             procs.kill_group(self._process.pid)
             self._process.wait()
 
-    def _explain(self, code: int) -> None:
+    def _record_end(self, code: int) -> None:
         """Write a record if the driver itself was killed, or ended with the cluster."""
         run = self._plan.run
         attempt = attempts.newest_of(run, self._plan.attempt)
@@ -157,11 +157,11 @@ class DriverProcess:
             driver.record_head_lost(run, attempt, address)
         elif not failures.read_all(run, attempt):
             how = failures.signal_name(-code) if code < 0 else f"code {code}"
-            words = files.last_line(self._folder.log) or "it has said nothing"
+            output = files.last_line(self._folder.log) or "it has written no output"
             failures.record_node(
                 run,
                 attempt,
-                f"the driver ended with {how}: {words}",
+                f"the driver ended with {how}: {output}",
                 exit_code=procs.shell_code(code),
                 log=self._folder.log,
             )

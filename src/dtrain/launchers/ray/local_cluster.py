@@ -33,8 +33,8 @@ _START_S = 180.0
 _UP = b"Ray runtime started"
 
 
-class OwnCluster:
-    """A context that starts a cluster and ends it: `with OwnCluster(…) as address:`."""
+class LocalCluster:
+    """A context that starts a cluster and ends it: `with LocalCluster(…) as address:`."""
 
     def __init__(self, nodes: int, resources: dict[str, float], *, dashboard: bool = False) -> None:
         """Prepare.
@@ -61,16 +61,17 @@ class OwnCluster:
             *(sys.executable, "-P", "-m", __name__),
             json.dumps({**self._spec, "folder": str(self.folder)}),
         ]
-        self._keeper = subprocess.Popen(
+        self._manager = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
             start_new_session=True,
         )
-        assert self._keeper.stdout is not None
-        said = self._keeper.stdout.readline()
-        up: dict[str, Any] = json.loads(said) if said else {"error": "its keeper was killed"}
+        assert self._manager.stdout is not None
+        line = self._manager.stdout.readline()
+        killed = {"error": "the process that manages it was killed"}
+        up: dict[str, Any] = json.loads(line) if line else killed
         if "error" in up:
             self.__exit__()
             raise LaunchError(
@@ -82,8 +83,8 @@ class OwnCluster:
 
     def __exit__(self, *_: object) -> None:
         """End every process of it, and remove its files."""
-        self._keeper.communicate()  # closes its input
-        self._keeper.wait()
+        self._manager.communicate()  # closes its input
+        self._manager.wait()
 
     def _environment(self) -> dict[str, str]:
         """Return variables for the cluster and its driver: a new token, and no telemetry."""
@@ -148,14 +149,14 @@ def _start(spec: dict[str, Any]) -> dict[str, str]:
         f"--dashboard-port={dashboard or 8265}",
     ]
     address = f"{host}:{port}"
-    _bring_up(spec, 0, head)
+    _start_and_wait(spec, 0, head)
     with ThreadPoolExecutor(spec["nodes"]) as pool:
         others = range(1, spec["nodes"])
-        list(pool.map(lambda k: _bring_up(spec, k, [f"--address={address}"]), others))
+        list(pool.map(lambda k: _start_and_wait(spec, k, [f"--address={address}"]), others))
     return {"address": address, "dashboard": f"http://127.0.0.1:{dashboard}" if dashboard else ""}
 
 
-def _bring_up(spec: dict[str, Any], number: int, more: list[str]) -> None:
+def _start_and_wait(spec: dict[str, Any], number: int, more: list[str]) -> None:
     """Start a node and wait until it is up. Otherwise raise a `LaunchError` with its last output.
 
     On a busy machine Ray gives up on its own daemons after 30 s. The start is then tried again.
@@ -165,10 +166,12 @@ def _bring_up(spec: dict[str, Any], number: int, more: list[str]) -> None:
         deadline = time.monotonic() + _START_S
         while _UP not in log.read_bytes():
             if select.select([sys.stdin], [], [], 0.05)[0]:
-                raise LaunchError("nobody waits for it any more", code="ray.local-cluster-failed")
+                raise LaunchError(
+                    "the launch that requested it has ended", code="ray.local-cluster-failed"
+                )
             if time.monotonic() > deadline:
                 raise LaunchError(
-                    f"not up after {_START_S:.0f} s: {_last_words(log)}",
+                    f"not started within {_START_S:.0f} s: {_last_lines(log)}",
                     code="ray.local-cluster-failed",
                 )
             if process.poll() is not None:
@@ -176,7 +179,9 @@ def _bring_up(spec: dict[str, Any], number: int, more: list[str]) -> None:
         else:
             return
         if not tries_left:
-            raise LaunchError(f"it ended: {_last_words(log)}", code="ray.local-cluster-failed")
+            raise LaunchError(
+                f"`ray start` ended: {_last_lines(log)}", code="ray.local-cluster-failed"
+            )
 
 
 def _start_node(
@@ -189,7 +194,7 @@ def _start_node(
     with log.open("wb") as file:
         process = subprocess.Popen(
             [*ray_start(f"127.0.0.{number + 2}", own, spec["resources"]), *more],
-            env={**os.environ, **_own_gpus(number, int(spec["resources"].get("GPU", 0)))},
+            env={**os.environ, **_node_gpus(number, int(spec["resources"].get("GPU", 0)))},
             cwd=own,  # Ray's processes import from the directory that they are started in
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -217,7 +222,7 @@ def ray_start(address: str, folder: Path, resources: dict[str, float]) -> list[s
     ]
 
 
-def _own_gpus(number: int, count: int) -> dict[str, str]:
+def _node_gpus(number: int, count: int) -> dict[str, str]:
     """Return the GPUs of a node. Nodes that share a machine must not share its GPUs."""
     if not count:
         return {}
@@ -226,7 +231,7 @@ def _own_gpus(number: int, count: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(devices[number * count : (number + 1) * count])}
 
 
-def _last_words(log: Path) -> str:
+def _last_lines(log: Path) -> str:
     """Return the last lines of output of a Ray node."""
     lines = [
         line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -66,11 +66,9 @@ class RayOptions(LauncherOptions):
                 parse_address(str(self.address))
             except ValueError as error:
                 raise ValueError(
-                    f"{error} of the cluster's head, as 10.0.0.5:6379; for the dashboard's URL say "
-                    "submit: job"
+                    f"{error} of the cluster's head, for example 10.0.0.5:6379; the dashboard's "
+                    "URL needs submit: job"
                 ) from None
         if self.submit == "driver" and self.cluster_runs:
-            raise ValueError(
-                "cluster_runs is for submit: job; otherwise --runs names the directory"
-            )
+            raise ValueError("cluster_runs needs submit: job; otherwise, use --runs")
         return self

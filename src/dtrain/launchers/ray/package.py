@@ -59,19 +59,19 @@ def unpack(folder: Path) -> tuple[LaunchPlan, bool]:
     """
     text = (folder / "plan.json").read_text(encoding="utf-8")
     raw = json.loads(text)
-    there = RunDir(raw["run_dir"])
+    original = RunDir(raw["run_dir"])
     runs = raw["run_url"].rpartition("/")[0] or raw["options"]["cluster_runs"]
-    if not runs and there.plan.exists() and there.plan.read_text(encoding="utf-8") == text:
-        return LaunchPlan.read(there), True
+    if not runs and original.plan.exists() and original.plan.read_text(encoding="utf-8") == text:
+        return LaunchPlan.read(original), True
     if not runs:
         raise LaunchError(
-            f"the cluster does not see the run directory {there.path}; set option "
+            f"the cluster does not see the run directory {original.path}; set option "
             "cluster_runs to a directory that all nodes of the cluster share, or to a URL",
             code="ray.directory-not-shared",
         )
-    url = f"{runs.rstrip('/')}/{there.id}" if is_url(runs) else ""
+    url = f"{runs.rstrip('/')}/{original.id}" if is_url(runs) else ""
     root = staging(runs)  # the submitting command's own may be on this same host
-    run = RunDir((root.with_name(f"{root.name}.job") if url else Path(runs)) / there.id)
+    run = RunDir((root.with_name(f"{root.name}.job") if url else Path(runs)) / original.id)
     run.create()
     if url:
         attach(run, url)
@@ -122,8 +122,8 @@ def for_node(plan: LaunchPlan, attempt: int) -> bytes:
         attempts.token(run, attempt)
         secret = (run.url_file, run.secret_env(attempt), run.token(attempt))
         hidden = [path for path in secret if path.exists()]
-        here = [path for path in run.path.glob("[!.]*") if path.is_file()] + hidden
-        for path in (*sorted(here), *sorted((run.path / "tensorboard").rglob("*"))):
+        files_of_run = [path for path in run.path.glob("[!.]*") if path.is_file()] + hidden
+        for path in (*sorted(files_of_run), *sorted((run.path / "tensorboard").rglob("*"))):
             archive.add(path, str(path.relative_to(run.path)), recursive=False)
         code = run.code_tar(plan.attempt)
         if code.exists():

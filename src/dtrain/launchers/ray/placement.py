@@ -21,37 +21,37 @@ _UNITS = {"memory": 1024**3}
 _SHOWN_NODES = 12
 _POLL_S = 0.2
 _RESERVE_S = 5.0
-_SETTLE_S = 3.0  # resources of the previous attempt are freed in this time
+_RELEASE_S = 3.0  # resources of the previous attempt are freed in this time
 _FIRST_NOTICE_S = 2.0
 
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    least: int
-    most: int
-    """The minimum and maximum number of nodes."""
-    each: dict[str, float]
+    min_nodes: int
+    max_nodes: int
+    per_node: dict[str, float]
     """Resources of each node, by Ray's names; memory is in bytes."""
     labels: dict[str, str]
 
     @classmethod
     def of(cls, plan: LaunchPlan) -> ResourceRequest:
         options = RayOptions.of(plan.options)
-        each: dict[str, float] = {
+        per_node: dict[str, float] = {
             "CPU": options.cpus_per_node or plan.procs_per_node * plan.replicas
         }
         if plan.gpus_per_node:
-            each["GPU"] = plan.gpus_per_node
+            per_node["GPU"] = plan.gpus_per_node
         if options.memory:
-            each["memory"] = options.memory
-        each |= options.resources
-        return cls(plan.min_nodes, plan.nodes, each, dict(options.labels))
+            per_node["memory"] = options.memory
+        per_node |= options.resources
+        return cls(plan.min_nodes, plan.nodes, per_node, dict(options.labels))
 
     def __str__(self) -> str:
-        count = str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
+        least, most = self.min_nodes, self.max_nodes
+        count = str(most) if least == most else f"{least} to {most}"
         labels = "".join(f", label {name}={value}" for name, value in self.labels.items())
-        nodes = "node" if self.most == 1 else "nodes"
-        return f"{count} {nodes} with {_amounts(self.each)} each{labels}"
+        nodes = "node" if most == 1 else "nodes"
+        return f"{count} {nodes} with {_amounts(self.per_node)} each{labels}"
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class NodeView:
         """
         have = self.free if now else self.total
         short = [
-            f"{_amount(name, need - have.get(name, 0))} {name} short"
-            for name, need in request.each.items()
+            f"{_amount(name, need - have.get(name, 0))} {name} missing"
+            for name, need in request.per_node.items()
             if have.get(name, 0) + 1e-6 < need
         ]
         return short + [
@@ -131,13 +131,13 @@ def _sortable(address: str) -> tuple[int, int | str]:
 @dataclass(frozen=True)
 class Take:
     count: int
-    are_there: bool = True
+    are_available: bool = True
     """False if the cluster must grow first, which may take time."""
 
 
 @dataclass(frozen=True)
 class Wait:
-    """A decision to look again a moment later."""
+    """A decision to query the cluster again a moment later."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def decide(
     request: ResourceRequest,
     nodes: Sequence[NodeView],
     waited_s: float,
-    patience_s: float,
+    timeout_s: float,
     *,
     grows: bool,
     may_come_back: bool,
@@ -163,20 +163,20 @@ def decide(
         request: the request.
         nodes: all nodes of the cluster that answer.
         waited_s: the time waited so far.
-        patience_s: the maximum time to wait.
+        timeout_s: the maximum time to wait.
         grows: true if the cluster creates new nodes on request.
         may_come_back: true if nodes were lost, and others may be started in their place.
     """
-    if waited_s > patience_s:
-        late = f"not placed within {patience_s:.0f} s (place_timeout)"
+    if waited_s > timeout_s:
+        late = f"not placed within {timeout_s:.0f} s (place_timeout)"
         return Refuse(f"{late}: {shortage(request, nodes)}")
-    free = min(request.most, sum(not node.lacks(request, now=True) for node in nodes))
-    could = min(request.most, sum(not node.lacks(request, now=False) for node in nodes))
-    if free >= request.least:
-        return Take(free) if free >= could or waited_s > _SETTLE_S else Wait()
+    free = min(request.max_nodes, sum(not node.lacks(request, now=True) for node in nodes))
+    total = min(request.max_nodes, sum(not node.lacks(request, now=False) for node in nodes))
+    if free >= request.min_nodes:
+        return Take(free) if free >= total or waited_s > _RELEASE_S else Wait()
     if grows:
-        return Take(request.least, are_there=False)
-    if could < request.least and not may_come_back:
+        return Take(request.min_nodes, are_available=False)
+    if total < request.min_nodes and not may_come_back:
         return Refuse(f"cannot be placed: {shortage(request, nodes)}")
     return Wait()
 
@@ -184,10 +184,10 @@ def decide(
 def shortage(request: ResourceRequest, nodes: Sequence[NodeView]) -> str:
     """Return the request, what each node has free, and what is short there, in several lines."""
     fit = [node for node in nodes if not node.lacks(request, now=True)]
-    has = f"{len(fit)} of the cluster's {len(nodes)} can take it" if nodes else "it has no nodes"
-    lines = [f"asked: {request}; {has}"]
+    count = f"{len(fit)} of the cluster's {len(nodes)} nodes fit"
+    lines = [f"requested: {request}; {count if nodes else 'the cluster has no nodes'}"]
     for node in nodes[:_SHOWN_NODES]:
-        names = [name for name in request.each if name in node.total or name == "CPU"]
+        names = [name for name in request.per_node if name in node.total or name == "CPU"]
         free = ", ".join(
             f"{_amount(name, node.free.get(name, 0))} of "
             f"{_amount(name, node.total.get(name, 0))} {name}"
@@ -200,8 +200,8 @@ def shortage(request: ResourceRequest, nodes: Sequence[NodeView]) -> str:
     return "\n".join(lines)
 
 
-def _amounts(each: Mapping[str, float]) -> str:
-    return ", ".join(f"{_amount(name, value)} {name}" for name, value in each.items())
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{_amount(name, value)} {name}" for name, value in resources.items())
 
 
 def _amount(name: str, value: float) -> str:
@@ -217,7 +217,7 @@ class Placed:
     """All nodes of the cluster."""
 
 
-class Placing:
+class Placer:
     def __init__(
         self, plan: LaunchPlan, is_stopped: Callable[[], bool], say: Callable[[str], None]
     ) -> None:
@@ -226,42 +226,42 @@ class Placing:
         self._is_stopped = is_stopped
         self._say = say
 
-    def place(self, *, again: bool) -> Placed | None:
+    def place(self, *, after_loss: bool) -> Placed | None:
         """Wait for nodes, and reserve them. Return None after a request to stop.
 
         Args:
-            again: true if nodes were lost: they may come back, and Ray may not know of the loss
-                yet.
+            after_loss: true if nodes were lost: they may come back, and Ray may not know of the
+                loss yet.
 
         Raises:
             PlanError: the cluster never has so many resources, or not in time.
         """
         started = time.monotonic()
         notice_at = started + _FIRST_NOTICE_S
-        patience = self._options.place_timeout
+        timeout_s = self._options.place_timeout
         grows = self._options.autoscale
-        may_come_back = again and self._options.address is not None
+        may_come_back = after_loss and self._options.address is not None
         while not self._is_stopped():
-            nodes, dead = self._look(again)
+            nodes, dead = self._query_nodes(after_loss)
             waited = time.monotonic() - started
             decision = decide(
-                self._request, nodes, waited, patience, grows=grows, may_come_back=may_come_back
+                self._request, nodes, waited, timeout_s, grows=grows, may_come_back=may_come_back
             )
             if isinstance(decision, Refuse):
                 raise PlanError(decision.why, code="ray.too-few-resources")
-            is_long = isinstance(decision, Take) and not decision.are_there
+            is_long = isinstance(decision, Take) and not decision.are_available
             if is_long or time.monotonic() >= notice_at:
-                self._say(
-                    f"waiting for nodes since {waited:.0f} s: {shortage(self._request, nodes)}"
-                )
+                self._say(f"waiting for nodes for {waited:.0f} s: {shortage(self._request, nodes)}")
                 notice_at = time.monotonic() + 2 * waited
             if isinstance(decision, Wait):
                 time.sleep(_POLL_S)
                 continue
-            within = _RESERVE_S if decision.are_there else patience - waited
+            within = _RESERVE_S if decision.are_available else timeout_s - waited
             group = self._reserve(decision.count, dead, within)
             if group is not None:
-                return Placed(group, nodes if decision.are_there else self._look(again)[0])
+                return Placed(
+                    group, nodes if decision.are_available else self._query_nodes(after_loss)[0]
+                )
         return None
 
     def free(self, placed: Placed) -> None:
@@ -269,13 +269,13 @@ class Placing:
 
         remove_placement_group(placed.group)
 
-    def _look(self, again: bool) -> tuple[list[NodeView], list[NodeView]]:
+    def _query_nodes(self, after_loss: bool) -> tuple[list[NodeView], list[NodeView]]:
         """Return the nodes of the cluster, and those that Ray lists although they do not answer."""
         import ray
         from ray._private import state
 
         nodes = views(ray.nodes(), state.available_resources_per_node())
-        if not again:
+        if not after_loss:
             return nodes, []
         with ThreadPoolExecutor(32) as pool:
             alive = list(pool.map(NodeView.answers, nodes))
@@ -293,7 +293,7 @@ class Placing:
         if dead:
             labels["ray.io/node-id"] = f"!in({','.join(node.id for node in dead)})"
         group = placement_group(
-            [dict(self._request.each)] * count,
+            [dict(self._request.per_node)] * count,
             strategy="STRICT_SPREAD",
             bundle_label_selector=[labels] * count if labels else None,
         )

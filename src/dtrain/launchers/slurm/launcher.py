@@ -40,7 +40,7 @@ class Submitter(Protocol):
     def files(self, plan: LaunchPlan) -> tuple[str, ...]:
         """Return the files that it writes for each run."""
 
-    def alike(self, plan: LaunchPlan) -> list[str]:
+    def shared_flags(self, plan: LaunchPlan) -> list[str]:
         """Return flags that must be identical in all elements of an array."""
 
     def render(self, plan: LaunchPlan) -> str:
@@ -94,7 +94,7 @@ class SlurmLauncher:
         """See `Previewable.preview`. Show the script, and Slurm's answer where Slurm is
         available."""
         text = _submitter(plan).render(plan)
-        return [*_shown("script", text), *sbatch.asked(plan, text)]
+        return [*_indented("script", text), *sbatch.test_only(plan, text)]
 
     def can_detach(self, plan: LaunchPlan) -> bool:
         return True
@@ -106,12 +106,12 @@ class SlurmLauncher:
         handle = Handle.read(run)
         if handle is None or handle.job_id is None:
             raise PlanError(
-                f"--after {run.id}: it has no Slurm job, it is {state}",
+                f"--after {run.id}: the run has no Slurm job; it is {state}",
                 code="slurm.run-without-job",
             )
         if state != "running":
             raise PlanError(
-                f"--after {run.id}: it will not succeed, it is {state}",
+                f"--after {run.id}: the run cannot succeed; it is {state}",
                 code="slurm.run-will-not-succeed",
             )
         return f"afterok:{handle.job_id}"
@@ -124,18 +124,18 @@ class SlurmLauncher:
 
     def preview_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
         """See `ArrayCapable.preview_array`. Add the script of one run where each has its own."""
-        _refuse_unlike(plans)
+        _check_shared_flags(plans)
         by = _submitter(plans[0])
         text = by.render_array(plans, at_once)
-        shown = _shown("script of the array", text)
+        shown = _indented("script of the array", text)
         if by.files(plans[0]):
             return shown + self.preview(plans[0])
-        return shown + sbatch.asked(plans[0], text)
+        return shown + sbatch.test_only(plans[0], text)
 
     def start_array(
         self, plans: Sequence[LaunchPlan], at_once: int | None
     ) -> Sequence[SlurmLaunch]:
-        _refuse_unlike(plans)
+        _check_shared_flags(plans)
         with prepare.writing():
             for plan in plans:
                 _write(plan)
@@ -165,7 +165,7 @@ class SlurmLauncher:
         ending = outcome.ending_of(plan, job)
         outcome.record(plan, job, ending)
         cancelled = outcome.was_cancelled(plan)
-        supervise.settle(plan, ending.exit_code, handle.started, cancelled=cancelled)
+        supervise.record_end(plan, ending.exit_code, handle.started, cancelled=cancelled)
         return False
 
     def describe(self, run: RunDir) -> dict[str, str]:
@@ -205,16 +205,16 @@ class SlurmLaunch:
         self._job_id = job_id
         self._watcher = watcher
         self._cancel = SlurmFiles(plan.run).cancel(plan.attempt)
-        self.said = ""
+        self.description = ""
         """The state of the job, for users."""
         self._killed = False
-        self._put_back: set[int] = set()
+        self._requeued: set[int] = set()
 
     def poll(self) -> int | None:
         plan = replace(self._plan, attempt=attempts.newest_of(self._plan.run, self._plan.attempt))
         ended = SlurmFiles(plan.run).end(plan.attempt).exists()
         job = self._watcher.job(self._job_id, now=ended)
-        self._tell(job)
+        self._log_state(job)
         if job.unschedulable is not None and not self._killed:
             self._give_up(job, *job.unschedulable)
         if not job.is_over:
@@ -240,27 +240,27 @@ class SlurmLaunch:
 
     def _requeue(self, job: Job) -> bool:
         """Put a job back into the queue, once for each end. Return whether that was done."""
-        if job.restarts in self._put_back:
+        if job.restarts in self._requeued:
             return False
-        self._put_back.add(job.restarts)
+        self._requeued.add(job.restarts)
         self._watcher.forget(self._job_id)
         return queue.run_command("scontrol", "requeue", self._job_id).returncode == 0
 
-    def _tell(self, job: Job) -> None:
+    def _log_state(self, job: Job) -> None:
         """Log an event when the state of the job has changed."""
-        trouble = self._watcher.trouble
-        text = f"Slurm does not answer: {trouble}; asking again" if trouble else job.description
-        quiet = not trouble and job.state in ("COMPLETING", "UNKNOWN", "COMPLETED", "FAILED")
-        if text != self.said and not quiet:
-            self.said = text
+        error = self._watcher.error
+        text = f"Slurm does not answer: {error}; retrying" if error else job.description
+        quiet = not error and job.state in ("COMPLETING", "UNKNOWN", "COMPLETED", "FAILED")
+        if text != self.description and not quiet:
+            self.description = text
             events.note_event(self._plan.run, "waiting", what=text)
 
     def _give_up(self, job: Job, option: str, why: str) -> None:
         """Withdraw a job that would wait forever."""
         names = [option] if option else ["time", "nodes", "cpus_per_node", "mem", "gpus"]
-        places = [sbatch.place_of(self._plan, name) for name in names]
-        where = "".join(f"; {place}" for place in places if place)
-        plan, reason = self._plan, f"Slurm never starts it: {why} ({job.reason}){where}"
+        sources = [sbatch.source_of(self._plan, name) for name in names]
+        where = "".join(f"; {source}" for source in sources if source)
+        plan, reason = self._plan, f"Slurm will never start the job: {why} ({job.reason}){where}"
         failures.record_node(plan.run, plan.attempt, reason, exit_code=2)
         self.kill()
         self._cancel.unlink(missing_ok=True)
@@ -280,26 +280,27 @@ def _within_limits(
         return options, []
     cut = as_slurm_writes(int(limits_s[name]))
     note = (
-        f"partition {name} gives {cut} at a time, not {options.time}: the job goes on over as many "
-        f"attempts as it needs, at most {options.requeue + 1}"
+        f"the time limit of partition {name} is {cut}, less than {options.time}: the job continues "
+        f"in as many attempts as it needs, at most {options.requeue + 1}"
     )
     return options.model_copy(update={"time": cut}), [note]
 
 
-def _refuse_unlike(plans: Sequence[LaunchPlan]) -> None:
+def _check_shared_flags(plans: Sequence[LaunchPlan]) -> None:
     by = _submitter(plans[0])
-    first = by.alike(plans[0])
+    first = by.shared_flags(plans[0])
     for plan in plans[1:]:
-        flags = by.alike(plan)
+        flags = by.shared_flags(plan)
         if differ := [flag for flag in (*flags, *first) if (flag in flags) != (flag in first)]:
             raise PlanError(
-                f"--array: Slurm gives all elements of an array the same, but {plan.run_id} and "
-                f"{plans[0].run_id} differ in {', '.join(differ)}; launch them one by one",
+                "--array: all elements of a Slurm array have the same flags, but those of "
+                f"{plan.run_id} and {plans[0].run_id} differ in {', '.join(differ)}; launch these "
+                "runs separately",
                 code="slurm.array-differs",
             )
 
 
-def _shown(title: str, text: str) -> list[str]:
+def _indented(title: str, text: str) -> list[str]:
     return [title, *(f"  {line}" for line in text.splitlines())]
 
 
@@ -309,8 +310,8 @@ def _write(plan: LaunchPlan) -> None:
         events.note_event(plan.run, "waiting", what=note)
     folder = SlurmFiles(plan.run)
     folder.path.mkdir(parents=True, exist_ok=True)
-    for wish in folder.path.glob(folder.requeue("*").name):
-        wish.unlink(missing_ok=True)
+    for path in folder.path.glob(folder.requeue("*").name):
+        path.unlink(missing_ok=True)
     if plan.code_dir:
         prepare.keep_code(plan)
         snapshot.copy_tree(plan.job_dir, plan.run, plan.attempt)

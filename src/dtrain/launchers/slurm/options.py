@@ -11,7 +11,7 @@ from dtrain.job.launcher_options import LauncherOptions
 from dtrain.job.units import found, parse_duration
 
 _UNITS = (
-    "say it with a unit, as 90m or 20h: a bare number is minutes to Slurm and seconds elsewhere"
+    "add a unit, for example 90m or 20h: a number alone is minutes for Slurm and seconds elsewhere"
 )
 
 
@@ -19,7 +19,7 @@ def _no_line_break(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)  # an account may be a number
     if isinstance(value, str) and not value.isprintable():
-        raise ValueError("a line break or control character cannot stand in a batch script")
+        raise ValueError("a batch script cannot contain a line break or control character here")
     return value
 
 
@@ -35,7 +35,7 @@ def _time_limit(value: Any) -> Any:
         raise ValueError(f"{_UNITS}; found {found(value)}")
     seconds = int(parse_duration(value))
     if seconds < 60:
-        raise ValueError(f"Slurm counts in minutes; found {found(value)}")
+        raise ValueError(f"the minimum is one minute; found {found(value)}")
     return as_slurm_writes(seconds)
 
 
@@ -123,11 +123,11 @@ class SlurmOptions(LauncherOptions):
         return self.cpus_per_node
 
     @model_validator(mode="after")
-    def _goes_together(self) -> SlurmOptions:
+    def _check_combination(self) -> SlurmOptions:
         if self.apptainer and self.pyxis:
-            raise ValueError("apptainer and pyxis are two ways to run one container: give one")
+            raise ValueError("apptainer and pyxis are two ways to run one container: choose one")
         if self.template and self.submit == "submitit":
-            raise ValueError("template is for submit: sbatch; submitit writes a script of its own")
+            raise ValueError("template needs submit: sbatch; submitit writes its own script")
         return self
 
 
@@ -137,8 +137,8 @@ FLAGS = (
     "dependency",
 )  # fmt: skip
 
-# flags that dtrain sets itself, or that would break the job → what to use instead
-_OURS = {
+# flags that dtrain sets itself, or that would break the job → what to use instead, if anything
+_RESERVED = {
     "nodes": "--nodes",
     "ntasks": "--procs",
     "ntasks-per-node": "--procs",
@@ -146,21 +146,24 @@ _OURS = {
     "job-name": "--name",
     "output": "`dtrain logs`",
     "error": "`dtrain logs`",
-    "open-mode": "nothing: dtrain needs it so",
+    "open-mode": "",
     "requeue": "option requeue",
     "no-requeue": "option requeue: 0",
     "signal": "option signal_before",
     "array": "--array FIELD=VALUE,VALUE",
     "comment": "option comment",
     "wrap": "option setup",
-    "parsable": "nothing: dtrain needs it so",
+    "parsable": "",
     "test-only": "`dtrain plan`",
-    "wait": "nothing: without --detach the command waits",
+    "wait": "`dtrain launch` without --detach",
 }
 
 
 def own_flag_problem(flag: str) -> str | None:
     """Return why a flag cannot be among the further flags of sbatch, or None when it can."""
     if flag in FLAGS:
-        return f"is an option of its own: write {flag} instead of slurm.{flag}"
-    return f"cannot be set here; use {_OURS[flag]}" if flag in _OURS else None
+        return f"is a separate option: write {flag} instead of slurm.{flag}"
+    if flag not in _RESERVED:
+        return None
+    alternative = _RESERVED[flag]
+    return f"cannot be set here; use {alternative}" if alternative else "is always set by dtrain"

@@ -16,13 +16,13 @@ from dtrain.run.failures import Kind
 
 _STOPPED = 128 + signal.SIGTERM
 
-_OUT_OF_MEMORY = "the job used more memory than it had asked for"
-_WORDS = {
-    "TIMEOUT": "the time limit came before the workers had left; raise signal_before",
+_OUT_OF_MEMORY = "the job used more memory than it requested"
+_MESSAGES = {
+    "TIMEOUT": "the time limit came before the workers had exited; raise option signal_before",
     "DEADLINE": "the job's deadline has passed",
     "PREEMPTED": "preempted by another job, and Slurm did not start it again",
     "REVOKED": "revoked by Slurm",
-    "GONE": "Slurm has forgotten the job, and its first node has not said how it ended",
+    "GONE": "Slurm no longer knows the job, and its first node has not recorded how it ended",
 }
 _NODE_LOST = {
     "NODE_FAIL": "the node failed, and Slurm did not start the job again",
@@ -55,7 +55,7 @@ def ending_of(plan: LaunchPlan, job: Job) -> Ending:
         folder.read_end(plan.attempt),
         cancelled=was_cancelled(plan),
         recorded=bool(failures.read_all(plan.run, plan.attempt)),
-        asked_to_requeue=folder.requeue(job.restarts).exists(),
+        requeue_requested=folder.requeue(job.restarts).exists(),
         max_requeues=plan.max_requeues,
     )
 
@@ -66,14 +66,14 @@ def classify(
     *,
     cancelled: bool = False,
     recorded: bool = False,
-    asked_to_requeue: bool = False,
+    requeue_requested: bool = False,
     max_requeues: int = 0,
 ) -> Ending:
     """Interpret the end of a job, from its state, its first node's end record and files.
 
     Args:
         recorded: true if a node has left a failure record.
-        asked_to_requeue: true if the first node has left the file that requests it.
+        requeue_requested: true if the first node has left the file that requests it.
     """
     if end is not None and not end.left:
         return Ending(end.exit_code)
@@ -83,19 +83,19 @@ def classify(
     if job.state in _NODE_LOST:
         return Ending(code, _NODE_LOST[job.state], "node_lost")
     if end is not None and job.state != "FAILED":  # FAILED means that another node has failed
-        why = "the job had to leave, and Slurm did not let it requeue itself"
+        why = "the job was asked to stop, and Slurm did not let it requeue itself"
         if job.restarts >= max_requeues:
             why = (
-                f"the job had to leave and was requeued {job.restarts} times already, as often as "
-                "it may be (option requeue)"
+                f"the job was asked to stop and was already requeued {job.restarts} times, the "
+                "maximum (option requeue)"
             )
-        return Ending(code, why, wants_requeue=asked_to_requeue and job.state == "COMPLETED")
+        return Ending(code, why, wants_requeue=requeue_requested and job.state == "COMPLETED")
     if job.state == "OUT_OF_MEMORY":
         return Ending(code, _OUT_OF_MEMORY, "oom")
     if recorded:
         return Ending(code)
-    if job.state in _WORDS:
-        return Ending(code, _WORDS[job.state])
+    if job.state in _MESSAGES:
+        return Ending(code, _MESSAGES[job.state])
     return Ending(code, f"job {job.job_id} ended with code {job.exit_code}", is_unexplained=True)
 
 
@@ -121,32 +121,32 @@ def record(plan: LaunchPlan, job: Job, ending: Ending) -> None:
         if not down:
             note(f"one of {job.nodes}: {ending.message}")
     elif ending.is_unexplained:
-        note(f"{ending.message}: {_last_words(SlurmFiles(plan.run), job)}")
+        note(f"{ending.message}: {_last_line(SlurmFiles(plan.run), job)}")
     elif ending.message:
         note(ending.message)
 
 
-def _last_words(folder: SlurmFiles, job: Job) -> str:
+def _last_line(folder: SlurmFiles, job: Job) -> str:
     """Return the last line of the batch script or of the first node's process, dtrain's lines
     first.
 
-    The log of the job contains the output of every node before the node had found its own log.
+    The log of the job contains the output of every node before the node opened its own log.
     """
-    said = [
+    lines = [
         line
         for path in (folder.log, folder.submitit_log(job.job_id), folder.node_log(0))
         if path.exists()
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
         if line.strip()
     ]
-    ours = [line.removeprefix("dtrain: ") for line in said if line.startswith("dtrain: ")]
-    nothing = "it has said nothing; did a set-up line end it?"
+    by_dtrain = [line.removeprefix("dtrain: ") for line in lines if line.startswith("dtrain: ")]
+    nothing = "it has written no output; check the setup lines of the job"
     if not folder.log.exists():
         nothing = (
-            "it has said nothing; is the run directory on all nodes, at the same path? "
+            "it has written no output; check that all nodes have the run directory at this path: "
             f"{folder.path.parent}"
         )
-    return (ours or said or [nothing])[-1]
+    return (by_dtrain or lines or [nothing])[-1]
 
 
 def was_cancelled(plan: LaunchPlan) -> bool:

@@ -17,42 +17,42 @@ from dtrain.job.units import parse_duration
 _FIELDS = ("JobArrayID", "State", "Reason", "NodeList", "exit_code", "RestartCnt")
 _FORMAT = ",".join(f"{name}:|" for name in _FIELDS)
 _TIMEOUT_S = 60
-_SOONEST_S, _LATEST_S, _GROWTH = 0.5, 15.0, 1.3
+_MIN_PAUSE_S, _MAX_PAUSE_S, _PAUSE_GROWTH = 0.5, 15.0, 1.3
 
 _OVER = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "GONE", "NODE_FAIL",
     "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT",
 }  # fmt: skip
 
-# why a job waits, in words; other reasons are shown in Slurm's words
+# why a job waits; other reasons are shown as Slurm reports them
 _WAITS = {
     "Resources": "waiting for nodes to become free",
     "Priority": "waiting behind jobs of higher priority",
     "Dependency": "waiting for another job to end",
     "BeginTime": "waiting for its begin time, as after every requeue",
     "JobArrayTaskLimit": "waiting for other runs of its array to end",
-    "JobHeldUser": "held; `scontrol release` lets it go",
+    "JobHeldUser": "held; release it with `scontrol release`",
     "JobHeldAdmin": "held by an administrator",
     "ReqNodeNotAvail": "a node that it needs is down or reserved",
     "Licenses": "waiting for licenses",
     "Reservation": "waiting for its reservation to begin",
     "QOSMaxJobsPerUserLimit": "you run as many jobs as the QOS allows",
-    "AssocMaxJobsLimit": "your account runs as many jobs as it may",
+    "AssocMaxJobsLimit": "your account runs as many jobs as it is allowed",
     "None": "waiting for the scheduler",
 }
 # why a job waits forever
-_HOPELESS = {
+_UNSCHEDULABLE = {
     "PartitionTimeLimit": ("time", "the time limit is above that of the partition"),
-    "PartitionNodeLimit": ("nodes", "the partition never has so many nodes for one job"),
-    "PartitionConfig": ("", "the partition never gives so much"),
+    "PartitionNodeLimit": ("nodes", "the number of nodes is above the partition's limit"),
+    "PartitionConfig": ("", "the request is above a limit of the partition"),
     "BadConstraints": ("constraint", "no node has these features"),
-    "DependencyNeverSatisfied": ("dependency", "the job that it waits for can no longer do so"),
-    "InvalidAccount": ("account", "the account may not be used"),
-    "InvalidQOS": ("qos", "the QOS may not be used"),
+    "DependencyNeverSatisfied": ("dependency", "the dependency can no longer be satisfied"),
+    "InvalidAccount": ("account", "you are not allowed to use the account"),
+    "InvalidQOS": ("qos", "you are not allowed to use the QOS"),
     "QOSMaxWallDurationPerJobLimit": ("time", "the time limit is above that of the QOS"),
     "AssocMaxWallDurationPerJobLimit": ("time", "the time limit is above that of the account"),
-    "AccountNotAllowed": ("account", "the account may not use this partition"),
-    "QOSNotAllowed": ("qos", "the QOS may not use this partition"),
+    "AccountNotAllowed": ("account", "the account is not allowed in this partition"),
+    "QOSNotAllowed": ("qos", "the QOS is not allowed in this partition"),
 }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ class Unreachable(LaunchError):
 class Job:
     job_id: str
     state: str
-    """The state in Slurm's words: PENDING, RUNNING, COMPLETED, …; GONE when Slurm has forgotten
+    """The state by Slurm's name: PENDING, RUNNING, COMPLETED, …; GONE when Slurm has forgotten
     it."""
     reason: str = "None"
     nodes: str = ""
@@ -85,7 +85,7 @@ class Job:
 
         The option is empty when Slurm does not report which of several options is the cause.
         """
-        return _HOPELESS.get(self.reason) if self.state == "PENDING" else None
+        return _UNSCHEDULABLE.get(self.reason) if self.state == "PENDING" else None
 
     @property
     def description(self) -> str:
@@ -112,7 +112,7 @@ def run_command(*argv: str, input_text: str | None = None) -> subprocess.Complet
         )  # fmt: skip
     except FileNotFoundError:
         raise LaunchError(
-            f"there is no {argv[0]} here: launcher 'slurm' runs where Slurm's commands are",
+            f"{argv[0]} is not installed here; use launcher 'slurm' where Slurm's commands are",
             code="slurm.no-commands",
         ) from None
     except subprocess.TimeoutExpired:
@@ -149,10 +149,10 @@ def parse_accounting(text: str) -> dict[str, Job]:
         if len(fields) >= 4:
             job_id, state, code, nodes = fields[:4]
             exit_code, _, signal = code.partition(":")
-            word = (state.split() or ["UNKNOWN"])[0]  # `CANCELLED by 0`
+            name = (state.split() or ["UNKNOWN"])[0]  # `CANCELLED by 0`
             nodes = "" if nodes == "None assigned" else nodes
             status = _shell_code(_int(exit_code), _int(signal))
-            found[job_id] = Job(job_id, word, "None", nodes, status)
+            found[job_id] = Job(job_id, name, "None", nodes, status)
     return found
 
 
@@ -165,8 +165,8 @@ def query(job_ids: Iterable[str]) -> dict[str, Job]:
         Unreachable: the controller does not answer.
     """
     wanted = list(dict.fromkeys(job_ids))
-    ours = ("--noheader", "--array", "--states=all", f"--user={os.getuid()}")
-    listed = run_command("squeue", *ours, f"--Format={_FORMAT}")
+    flags = ("--noheader", "--array", "--states=all", f"--user={os.getuid()}")
+    listed = run_command("squeue", *flags, f"--Format={_FORMAT}")
     if listed.returncode != 0:
         raise Unreachable(_first_line(listed.stderr))
     known = parse_queue(listed.stdout)
@@ -240,37 +240,37 @@ class Watcher:
 
     def __init__(self) -> None:
         self._known: dict[str, Job] = {}
-        self._asked_at = 0.0
-        self._pause_s = _SOONEST_S
+        self._queried_at = 0.0
+        self._pause_s = _MIN_PAUSE_S
         self._wanted: set[str] = set()
-        self.trouble: LaunchError | None = None
+        self.error: LaunchError | None = None
         """The error of the last query of Slurm; None if it succeeded."""
 
     def job(self, job_id: str, *, now: bool = False) -> Job:
         """Return a job's last known state. With `now`, query it again, unless that was a moment
         ago."""
         self._wanted.add(job_id)
-        wait_s = _SOONEST_S if now else self._pause_s
-        if job_id not in self._known or time.monotonic() - self._asked_at >= wait_s:
-            self._ask()
+        wait_s = _MIN_PAUSE_S if now else self._pause_s
+        if job_id not in self._known or time.monotonic() - self._queried_at >= wait_s:
+            self._update()
         return self._known[job_id]
 
     def forget(self, job_id: str) -> None:
         """Forget this job's state, because it was changed. The next call queries at once."""
         self._known.pop(job_id, None)
 
-    def _ask(self) -> None:
+    def _update(self) -> None:
         before: Mapping[str, Job] = dict(self._known)
-        self._asked_at = time.monotonic()
+        self._queried_at = time.monotonic()
         try:
             self._known = query(self._wanted)
-            self.trouble = None
+            self.error = None
         except LaunchError as error:
-            self.trouble = error
+            self.error = error
             unknown = {job_id: Job(job_id, "UNKNOWN") for job_id in self._wanted}
             self._known = unknown | self._known
         same = all(self._known[job_id] == before.get(job_id) for job_id in self._wanted)
-        self._pause_s = min(self._pause_s * _GROWTH, _LATEST_S) if same else _SOONEST_S
+        self._pause_s = min(self._pause_s * _PAUSE_GROWTH, _MAX_PAUSE_S) if same else _MIN_PAUSE_S
 
 
 shared = Watcher()
@@ -286,8 +286,8 @@ def query_cached(job_id: str, *, now: bool = False) -> Job:
         LaunchError: there is no squeue here.
     """
     job = shared.job(job_id, now=now)
-    if shared.trouble is not None:
-        raise shared.trouble
+    if shared.error is not None:
+        raise shared.error
     return job
 
 

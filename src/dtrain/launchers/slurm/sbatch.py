@@ -56,7 +56,7 @@ class Sbatch:
     def files(self, plan: LaunchPlan) -> tuple[str, ...]:
         return (str(SlurmFiles(plan.run).script),)
 
-    def alike(self, plan: LaunchPlan) -> list[str]:
+    def shared_flags(self, plan: LaunchPlan) -> list[str]:
         return script.shared_options(plan)
 
     def render(self, plan: LaunchPlan) -> str:
@@ -100,44 +100,45 @@ def _submit(plan: LaunchPlan, command: list[str]) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def asked(plan: LaunchPlan, text: str) -> list[str]:
+def test_only(plan: LaunchPlan, text: str) -> list[str]:
     """Return Slurm's answer about a script without submitting it, or nothing without Slurm here."""
     if shutil.which("sbatch") is None:
         return []
     done = run_command("sbatch", "--test-only", input_text=text)
-    said = re.sub(r"^sbatch: Job \d+ ", "", done.stderr.strip())
-    told = str(refusal(plan, done.stderr)) if done.returncode else f"Slurm would take it: {said}"
-    return ["asked of Slurm", *(f"  {line}" for line in told.splitlines())]
+    start = re.sub(r"^sbatch: Job \d+ ", "", done.stderr.strip())
+    refused = done.returncode != 0
+    answer = str(refusal(plan, done.stderr)) if refused else f"Slurm would accept the job: {start}"
+    return ["Slurm's answer", *(f"  {line}" for line in answer.splitlines())]
 
 
-def refusal(plan: LaunchPlan, said: str) -> PlanError:
+def refusal(plan: LaunchPlan, stderr: str) -> PlanError:
     """Return the error with Slurm's reason, and the location of the option that it is about."""
-    lines = [re.sub(r"^(sbatch: )?(error: )?", "", line) for line in said.strip().splitlines()]
+    lines = [re.sub(r"^(sbatch: )?(error: )?", "", line) for line in stderr.strip().splitlines()]
     reasons = [line.removeprefix("Batch job submission failed: ") for line in lines if line]
     reason = "; ".join(dict.fromkeys(reasons)) or "no reason given"
     if re.search(r"resolve_ctls|fetch_config|contact slurm controller", reason, re.IGNORECASE):
         text = f"no Slurm cluster answers; run this on a login node of the cluster. Slurm: {reason}"
         return PlanError(text, code="slurm.no-cluster")
-    places = "".join(f"\n  {place}" for place in _places(plan, reason))
+    sources = "".join(f"\n  {source}" for source in _sources(plan, reason))
     codes = [code for pattern, code, _ in _ABOUT_CODES if re.search(pattern, reason, re.IGNORECASE)]
     code = codes[0] if codes else "slurm.refused"
-    return PlanError(f"Slurm refuses the job: {reason}{places}", code=code)
+    return PlanError(f"Slurm refuses the job: {reason}{sources}", code=code)
 
 
-def _places(plan: LaunchPlan, reason: str) -> list[str]:
+def _sources(plan: LaunchPlan, reason: str) -> list[str]:
     """Return `FILE:LINE:COLUMN: OPTION: VALUE` of each option that a reason may be about."""
     further = SlurmOptions.of(plan.options).slurm
-    said = [f"slurm.{flag}" for flag in further if f"--{flag.replace('_', '-')}" in reason]
+    named = [f"slurm.{flag}" for flag in further if f"--{flag.replace('_', '-')}" in reason]
     guesses = [
         options for pattern, _, options in _ABOUT_CODES if re.search(pattern, reason, re.IGNORECASE)
     ]
-    for options in (said, *guesses):
-        if named := [place for name in options if (place := place_of(plan, name))]:
-            return named
+    for options in (named, *guesses):
+        if found := [source for name in options if (source := source_of(plan, name))]:
+            return found
     return []
 
 
-def place_of(plan: LaunchPlan, name: str) -> str | None:
+def source_of(plan: LaunchPlan, name: str) -> str | None:
     """Return the location and value of an option of a plan, or None when it was not written."""
     source = plan.sources.get(name)
     if source is None or source == "default":
@@ -148,5 +149,5 @@ def place_of(plan: LaunchPlan, name: str) -> str | None:
     value = known.get(name, getattr(options, name, None))
     if value in (None, {}, []):
         return None
-    named = "" if source.endswith(f" {name}") else f"{name.removeprefix('slurm.')}: "
-    return f"{source}: {named}{shlex.quote(str(value))}"
+    label = "" if source.endswith(f" {name}") else f"{name.removeprefix('slurm.')}: "
+    return f"{source}: {label}{shlex.quote(str(value))}"

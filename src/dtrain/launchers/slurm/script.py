@@ -22,8 +22,8 @@ _OWN = ("job-name", "comment")  # flags that may differ between elements of an a
 _TEARDOWN = """\
 status=$?
 
-# The first agent leaves this file when the training is to go on in another attempt. Where another
-# node has failed, srun asks the first to leave as well: that is no reason to begin again.
+# The first agent creates this file if the training is to continue in another attempt. If another
+# node has failed, srun asks the first agent to exit too; then the job is not requeued.
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 if [ "$status" = 0 ] &&
   [ -e REQUEUE_FILE"${SLURM_RESTART_COUNT:-0}" ] &&
@@ -92,7 +92,7 @@ def flags(plan: LaunchPlan) -> list[SbatchFlag]:
     for name, value in found:
         if value is not None and not value.isprintable():
             raise PlanError(
-                f"--{name} {quoted(value)}: a line break cannot stand in a batch script",
+                f"--{name} {quoted(value)}: a batch script cannot contain a line break here",
                 code="slurm.line-break",
             )
     return found
@@ -115,7 +115,7 @@ def _further_flags(plan: LaunchPlan, options: SlurmOptions) -> list[SbatchFlag]:
         flag = name.lstrip("-").replace("_", "-")
         problem = own_flag_problem(flag)
         if not re.fullmatch(r"[a-z][a-z0-9-]*", flag):
-            problem = "not the long name of a flag of sbatch"
+            problem = "is not the long name of an sbatch flag"
         if problem:
             source = plan.sources.get(f"slurm.{name}", "option")
             raise PlanError(f"{source}: {quoted(name)} {problem}", code="slurm.flag-not-allowed")
@@ -142,7 +142,7 @@ def setup_lines(plan: LaunchPlan) -> list[str]:
         lines.append(f"conda activate {shlex.quote(options.conda)}")
     if options.venv:
         lines.append(f". {shlex.quote(options.venv + '/bin/activate')}")
-    wait = "trap : TERM USR2 # the agents leave in order, and the shell waits for them"
+    wait = "trap : TERM USR2 # the agents exit cleanly, and the shell waits for them"
     return ["set -e", *lines, "set +e", "", wait] if lines else [wait]
 
 

@@ -35,7 +35,7 @@ class Submitit:
     def files(self, plan: LaunchPlan) -> tuple[str, ...]:
         return ()
 
-    def alike(self, plan: LaunchPlan) -> list[str]:
+    def shared_flags(self, plan: LaunchPlan) -> list[str]:
         return [*script.shared_options(plan), *script.srun_arguments(plan)]
 
     def render(self, plan: LaunchPlan) -> str:
@@ -50,10 +50,10 @@ class Submitit:
 
         folder = _folder(plans[0])
         command = f"{_python(plans[0])} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-        told = parameters(plans, at_once)
+        arguments = parameters(plans, at_once)
         if len(plans) > 1:
-            told["map_count"] = len(plans)
-        return _make_sbatch_string(command=command, folder=folder, **told)
+            arguments["map_count"] = len(plans)
+        return _make_sbatch_string(command=command, folder=folder, **arguments)
 
     def submit_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
         submitit = _import()
@@ -61,7 +61,7 @@ class Submitit:
 
         if shutil.which("srun") is None:
             raise LaunchError(
-                "there is no srun here: launcher 'slurm' runs where Slurm's commands are",
+                "srun is not installed here; use launcher 'slurm' where Slurm's commands are",
                 code="slurm.no-commands",
             )
         commands = [script.agent_command(plan) for plan in plans]
@@ -72,8 +72,8 @@ class Submitit:
                 jobs = executor.map_array(serve_under_submitit, commands)
                 job_ids = [str(job.job_id) for job in jobs]
         except FailedJobError as error:
-            said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")]
-            raise sbatch.refusal(plans[0], "\n".join(said)) from None
+            stderr = [line for line in str(error).splitlines() if line.startswith("sbatch: ")]
+            raise sbatch.refusal(plans[0], "\n".join(stderr)) from None
         for plan, job_id in zip(plans[1:], job_ids[1:], strict=True):
             log = SlurmFiles(plan.run).submitit_log(job_id)
             log.symlink_to(SlurmFiles(plans[0].run).submitit_log(job_id))
@@ -125,7 +125,8 @@ def _import() -> Any:
         import submitit
     except ImportError:
         raise PlanError(
-            "submit: submitit needs it: pip install 'dtrain[slurm]'", code="plan.missing-package"
+            "submit: submitit needs package submitit: pip install 'dtrain[slurm]'",
+            code="plan.missing-package",
         ) from None
     return submitit
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from dtrain.errors import PlanError
 
-_MOST_CHARACTERS = 4_000_000  # Slurm's own limit of a script
-_MOST_TURNS = 100_000  # for all loops over numbers together
+_MAX_CHARACTERS = 4_000_000  # Slurm's own limit of a script
+_MAX_ITERATIONS = 100_000  # for all loops over numbers together
 
 
 def fill(path: Path, values: Mapping[str, Any]) -> str:
@@ -60,14 +60,14 @@ class _Range:
     """A `range` for templates in which no loop runs forever."""
 
     def __init__(self) -> None:
-        self._left = _MOST_TURNS
+        self._left = _MAX_ITERATIONS
 
     def __call__(self, *numbers: int) -> range:
         """Return Python's range, and raise once all of them together are too long."""
         found = range(*numbers)
         self._left -= len(found)
         if self._left < 0:
-            raise ValueError(f"more than {_MOST_TURNS} turns of loops")
+            raise ValueError(f"more than {_MAX_ITERATIONS} iterations of loops")
         return found
 
 
@@ -76,8 +76,8 @@ def _joined(parts: Any) -> str:
     for part in parts:
         text.append(part)
         length += len(part)
-        if length > _MOST_CHARACTERS:
-            raise ValueError(f"it makes a script of more than {_MOST_CHARACTERS} characters")
+        if length > _MAX_CHARACTERS:
+            raise ValueError(f"the script has more than {_MAX_CHARACTERS} characters")
     return "".join(text)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class Size(TypedDict, total=False):
+class ResumeArguments(TypedDict, total=False):
     """The arguments of every attempt. The last ones are sections of job.yaml."""
 
     nodes: int | str | None
@@ -40,7 +40,7 @@ class Size(TypedDict, total=False):
     launch: Mapping[str, Any]
 
 
-class Asked(Size, total=False):
+class LaunchArguments(ResumeArguments, total=False):
     """The arguments of a new run."""
 
     launcher: str
@@ -55,12 +55,12 @@ _NO_FIELD = {"set", "env", "options", "runs", "launcher", "run_id"}
 _DEFAULTS = {"launcher": "local", "script_args": ()}
 
 
-def request(function: str, asked: Size, kind: type[Any]) -> Request:
+def request(function: str, arguments: ResumeArguments, kind: type[Any]) -> Request:
     """Return the request that the keyword arguments of a call make.
 
     Args:
         function: the function that was called. Errors name it, for example `launch(procs=…)`.
-        asked: its keyword arguments.
+        arguments: its keyword arguments.
         kind: the `TypedDict` that defines these arguments.
 
     Raises:
@@ -68,7 +68,7 @@ def request(function: str, asked: Size, kind: type[Any]) -> Request:
     """
     from dtrain.planning import Request
 
-    given = cast("dict[str, Any]", asked)
+    given = cast("dict[str, Any]", arguments)
     for name in (given.keys() & _NO_FIELD) - kind.__annotations__.keys():
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
     return Request(
@@ -77,19 +77,19 @@ def request(function: str, asked: Size, kind: type[Any]) -> Request:
         run_id=given.get("run_id"),
         fields=dict(_fields(function, given)),
         options={
-            name: _written(f"{function}(options={{'{name}': …}})", value)
+            name: _located(f"{function}(options={{'{name}': …}})", value)
             for name, value in _mapping(function, "options", given).items()
         },
     )
 
 
-def sections(asked: Size) -> dict[str, Any]:
+def sections(arguments: ResumeArguments) -> dict[str, Any]:
     """Return the keyword arguments that are fields of job.yaml under the same name."""
     from dtrain.planning import FIELDS
 
     return {
         name: value
-        for name, value in asked.items()
+        for name, value in arguments.items()
         if name not in _NO_FIELD and name not in FIELDS and value is not None
     }
 
@@ -99,13 +99,13 @@ def _fields(function: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Loca
     from dtrain.job.load import flag
     from dtrain.planning import FIELDS
 
-    for name, value in sections(cast("Size", given)).items():
-        yield name, _written(f"{function}({name}=…)", value)
+    for name, value in sections(cast("ResumeArguments", given)).items():
+        yield name, _located(f"{function}({name}=…)", value)
     for field, value in _mapping(function, "set", given).items():
-        yield field, _written(f"{function}(set={{'{field}': …}})", value)
+        yield field, _located(f"{function}(set={{'{field}': …}})", value)
     for name, field in FIELDS.items():
         if given.get(name) is not None:
-            yield field, _written(f"{function}({name}=…)", given[name])
+            yield field, _located(f"{function}({name}=…)", given[name])
     for name, value in _mapping(function, "env", given).items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         yield f"launch.env.{name}", flag(f"{function}(env=…)", str(value) if number else value)
@@ -115,28 +115,28 @@ def _mapping(function: str, name: str, given: Mapping[str, Any]) -> Mapping[str,
     value = given.get(name) or {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise UsageError(
-            f"{function}({name}=…): expected a dict with texts for keys: {value!r}",
+            f"{function}({name}=…): expected a dict with strings as keys: {value!r}",
             code="api.invalid-argument",
         )
     return value
 
 
-def _written(place: str, value: Any) -> Located:
+def _located(source: str, value: Any) -> Located:
     from dtrain.job.load import flag
 
-    return flag(place, _plain(place, value))
+    return flag(source, _plain(source, value))
 
 
-def _plain(place: str, value: Any) -> Any:
+def _plain(source: str, value: Any) -> Any:
     """Return a value as job.yaml can contain it: numpy's become numbers, paths become strings.
 
     Raises:
         UsageError: job.yaml cannot contain it.
     """
     if isinstance(value, Mapping):
-        return {_key(place, name): _plain(place, part) for name, part in value.items()}
+        return {_key(source, name): _plain(source, part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(place, part) for part in value]
+        return [_plain(source, part) for part in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
@@ -145,21 +145,21 @@ def _plain(place: str, value: Any) -> Any:
         return value
     kind = type(value)
     raise UsageError(
-        f"{place}: a job holds numbers, texts, lists and dicts, and this is a "
-        f"{kind.__module__}.{kind.__qualname__}; make it inside of the task",
+        f"{source}: a job can contain numbers, strings, lists and dicts, but this is a "
+        f"{kind.__module__}.{kind.__qualname__}; create it inside the task",
         code="api.value-not-for-jobs",
     )
 
 
-def _key(place: str, name: Any) -> Any:
+def _key(source: str, name: Any) -> Any:
     if not isinstance(name, str | int | float):
         raise UsageError(
-            f"{place}: {name!r} cannot be a name in a job", code="api.value-not-for-jobs"
+            f"{source}: {name!r} cannot be a key in a job", code="api.value-not-for-jobs"
         )
     return name
 
 
-def takes(kind: type[Any]) -> Callable[[_Function], _Function]:
+def signature_from(kind: type[Any]) -> Callable[[_Function], _Function]:
     """Show the keyword arguments of a `TypedDict` in a function's signature, as `help` does."""
 
     def decorate(function: _Function) -> _Function:
