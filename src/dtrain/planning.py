@@ -28,7 +28,7 @@ from dtrain.launchers.flags import FLAGS
 from dtrain.launchers.supervise import can_detach
 from dtrain.run import code_archive, events, files, ids
 from dtrain.run.lookup import find
-from dtrain.run.remote.runs import bring_code
+from dtrain.run.remote.runs import download_code
 from dtrain.run.rundir import RunDir
 
 FIELDS = {
@@ -180,7 +180,7 @@ def _job_dir_of(before: LaunchPlan) -> Path:
     here = Path(before.job_dir)
     if here.is_dir() or not before.run_url:
         return here
-    bring_code(before.run)
+    download_code(before.run)
     kept = code_archive.unpack(before.run)
     if kept is None:
         raise UsageError(

@@ -175,17 +175,17 @@ def identity(pid: int) -> str | None:
     if not fields or fields[0] in "ZX":
         return None
     try:
-        return f"{_around()}/{pid}/{fields[19]}"
+        return f"{_boot_and_namespace()}/{pid}/{fields[19]}"
     except OSError:
         return None
 
 
-def is_here(identity: str) -> bool:
+def is_visible(identity: str) -> bool:
     """Return whether an identity is of this boot and PID namespace, so its process is visible."""
-    return identity.startswith(f"{_around()}/")
+    return identity.startswith(f"{_boot_and_namespace()}/")
 
 
-def _around() -> str:
+def _boot_and_namespace() -> str:
     """Return the boot, and the PID namespace of this process: a container has its own."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot}/{os.readlink('/proc/self/ns/pid')}"

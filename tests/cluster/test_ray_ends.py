@@ -49,7 +49,7 @@ def test_ctrl_c_ends_it_on_the_cluster_in_order(
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 130, output
-    assert "go on with: dtrain resume" in output
+    assert "continue with: dtrain resume" in output
     assert not ray.trainers()
     (saved,) = events(the_run(tmp_path), "checkpoint_saved")  # they left in order
     run = resumes_to(tmp_path, unbroken)

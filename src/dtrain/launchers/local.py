@@ -78,7 +78,7 @@ class LocalLauncher:
         handle = Handle.read(run)
         if handle is None or not handle.is_alive(run):
             return
-        if not handle.is_here:
+        if not handle.is_visible:
             raise UsageError(
                 f"run {run.id} is driven from {handle.host}; cancel it there",
                 code="run.driven-elsewhere",
@@ -160,7 +160,7 @@ class NodeProcess:
         failures.record_node(
             plan.run,
             plan.attempt,
-            f"the node process{served} {failures.how_it_ended(status)}",
+            f"the node process{served} {failures.describe_exit(status)}",
             node_rank=first,
             log=plan.run.host_log(plan.attempt, first),
             node=plan.node_names[first] or failures.node_name(),

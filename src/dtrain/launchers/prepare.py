@@ -134,7 +134,7 @@ def _refuse_existing(plan: LaunchPlan) -> None:
         exists = holder is not None or events.has_trained(run)
     if exists:
         raise UsageError(
-            f"run {run.id} exists; go on with: dtrain resume {run.id}, or give another --run-id",
+            f"run {run.id} exists; continue with: dtrain resume {run.id}, or give another --run-id",
             code="run.exists",
         )
 

@@ -75,7 +75,7 @@ def drive(
     started = time.time()
     with stop_requests() as stop:
         prepare.prepare(plan, job, job_text, Handle.of_this_process(plan.launcher, plan.attempt))
-        with remote.syncing(plan.run, console.say, only=_answered_for(launcher, plan)):
+        with remote.syncing(plan.run, console.say, include=_answered_for(launcher, plan)):
             return _drive(launcher, plan, console, stop, started, detach)
 
 
@@ -179,7 +179,7 @@ def _closing(plan: LaunchPlan, succeeded: str, seconds: float) -> str:
     text = f"{plan.run_id}: {succeeded} in {seconds:.1f} s"
     finished = _finished(plan)
     if finished is None:
-        return f"{text}{events.but_ungrouped(plan.run)}"
+        return f"{text}{events.ungrouped_suffix(plan.run)}"
     digest = f"parameters sha256 {finished['parameters_sha256']}"
     return "\n".join([f"{text}{outcome(plan)}", *_checkpoint(plan), digest])
 
@@ -214,7 +214,7 @@ def _follow_to_end(plan: LaunchPlan, launch: Launch, stop: Stop, console: Consol
     stopping = Stopping(stop, plan.stop_timeout_s, console.say)
     try:
         prepare.keep_code(plan)
-        with attempts.beating(plan.run, plan.attempt):
+        with attempts.sending_heartbeats(plan.run, plan.attempt):
             while (code := launch.poll()) is None:
                 console.tick()
                 stopping.pass_on([launch])
@@ -230,7 +230,7 @@ def _conclude(plan: LaunchPlan, code: int, stop: Stop, console: Console) -> tupl
     if stop.signal is not None:
         name = signal.Signals(stop.signal).name
         console.say(f"stopped by {name}; the run is in {plan.run_url or run.path}")
-        console.say(f"go on with: dtrain resume {run.id}")
+        console.say(f"continue with: dtrain resume {run.id}")
         return "cancelled", 128 + stop.signal
     state, code, found = _judge(plan, code)
     if state == "cancelled":
@@ -278,7 +278,7 @@ def _unexplained(plan: LaunchPlan, code: int) -> FailureRecord:
     said = [log for log, line in words.items() if line and not line.endswith(SERVER_ENDED)]
     # the log written last is that of the failed node
     log = max(said, key=lambda log: log.stat().st_mtime, default=next(iter(logs)))
-    how = f"the node process {failures.how_it_ended(code)}"
+    how = f"the node process {failures.describe_exit(code)}"
     return failures.of_node(
         f"{how}: {words[log] or 'it has said nothing'}",
         exit_code=code,
@@ -294,7 +294,7 @@ def finish(plan: LaunchPlan, result: Result, say: Callable[[str], None]) -> None
     if not plan.is_of_node_zero:
         return
     run.remove_secrets(plan.attempt)
-    failures.remove_aside(run, plan.attempt)
+    failures.remove_fallback_dir(run, plan.attempt)
     try:
         if result.write(run, plan.attempt):
             events.note_event(run, "ended", state=result.state, exit_code=result.exit_code)

@@ -34,7 +34,7 @@ def stop_message(run: RunDir, attempt: int, code: int) -> str:
     if event is None and code - 128 in {*signal.Signals}:
         who = f" by {signal.Signals(code - 128).name} to dtrain launch"
     after = "" if event is None else f" after step {event['step']}"
-    return f"{run.id} was stopped{who}{after}\ngo on with: dtrain resume {run.id}"
+    return f"{run.id} was stopped{who}{after}\ncontinue with: dtrain resume {run.id}"
 
 
 def ungrouped_warning(run: RunDir) -> str | None:
@@ -50,10 +50,10 @@ def ungrouped_warning(run: RunDir) -> str | None:
     return what
 
 
-def but_ungrouped(run: RunDir) -> str:
+def ungrouped_suffix(run: RunDir) -> str:
     """Return this warning as an addition to a message about the end, or an empty text."""
-    said = ", but without a process group: each process trained alone"
-    return "" if ungrouped_warning(run) is None else said
+    suffix = ", but without a process group: each process trained alone"
+    return "" if ungrouped_warning(run) is None else suffix
 
 
 def accepted_job(run: RunDir) -> Path:

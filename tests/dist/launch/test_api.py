@@ -98,7 +98,7 @@ def test_a_class_is_launched_and_its_run_is_read(
 
     with pytest.raises(RunNotFound, match="no such log; ranks: "):
         run.logs(rank=9)
-    with pytest.raises(UsageError, match=f"run {run.id} exists; go on with: dtrain resume"):
+    with pytest.raises(UsageError, match=f"run {run.id} exists; continue with: dtrain resume"):
         dtrain.launch(TINY, run_id=run.id)  # the driver finds that out
     with pytest.raises(UsageError, match="has finished; to train on"):
         dtrain.resume(run)
@@ -179,7 +179,7 @@ def test_ctrl_c_stops_in_order_and_is_raised(folder: Path) -> None:
     assert process.returncode == -signal.SIGINT
     assert err.rstrip().endswith("KeyboardInterrupt")
     assert "stopping at the next step" in out
-    assert f"go on with: dtrain resume {run.id}" in out
+    assert f"continue with: dtrain resume {run.id}" in out
     assert cli.status(run)["state"] == "cancelled"
     assert [*run.checkpoints.iterdir()]
 

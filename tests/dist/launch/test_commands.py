@@ -278,7 +278,7 @@ def test_launch_executes_the_plan_that_was_printed(tmp_path: Path) -> None:
     for command in (("launch",), ("plan", "--write")):
         again = dtrain(*command, "--set", "seed=5", *arguments, cwd=tmp_path)
         assert again.returncode == 2
-        advice = "go on with: dtrain resume planned, or give another --run-id"
+        advice = "continue with: dtrain resume planned, or give another --run-id"
         assert again.stderr == f"dtrain: run planned exists; {advice}  [run.exists]\n"
     assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 

@@ -132,7 +132,7 @@ def test_ctrl_c_ends_in_order_and_says_where_the_run_is(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in output
     assert f"stopped by SIGINT; the run is in {run.path}" in output
-    assert f"go on with: dtrain resume {run.id}" in output
+    assert f"continue with: dtrain resume {run.id}" in output
     assert events(run, "stopped")
     assert list(run.checkpoints.iterdir()), "the workers left without saving"
     assert "cancelled" in dtrain("status", cwd=tmp_path).stdout

@@ -93,7 +93,7 @@ def test_a_missing_node_is_named_before_and_at_the_timeout() -> None:
     head = NodeRendezvous(settings(0, port, join_timeout_s=4), notice=said.append)
     try:
         with pytest.raises(
-            RendezvousFailed, match=r"node 1 \(host-1\) never joined: 1 of 2"
+            RendezvousFailed, match=r"node 1 \(host-1\) did not join: 1 of 2"
         ) as info:
             head.next_rendezvous()
     finally:

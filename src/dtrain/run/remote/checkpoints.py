@@ -64,22 +64,22 @@ class RemoteCheckpoints:
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(put, listed.files if files is None else files))
-        there = self._store.files(folder.name)
+        uploaded = self._store.files(folder.name)
         for name, entry in listed.files.items():
-            about: Any = there.get(f"{inside}/{name}", {})
-            if about.get("size") != entry.bytes:
+            info: Any = uploaded.get(f"{inside}/{name}", {})
+            if info.get("size") != entry.bytes:
                 raise RemoteStoreError(
-                    f"{self._store.url}/{inside}/{name} has {about.get('size', 'no')} bytes "
+                    f"{self._store.url}/{inside}/{name} has {info.get('size', 'no')} bytes "
                     f"instead of {entry.bytes}",
                     code="url.incomplete-checkpoint",
                 )
         self._store.write(f"{folder.name}/{MANIFEST}", text)
-        self._clear(folder.name, there, but=inside)
+        self._clear(folder.name, uploaded, exclude=inside)
 
     def fetch(self, folder: Path) -> None:
-        """Bring a checkpoint to this host, unless exactly this one is already here.
+        """Download a checkpoint to this host, unless exactly this one is already here.
 
-        Several ranks of a host may ask at once: the first one brings it.
+        Several ranks of a host may ask at once: the first one downloads it.
 
         Raises:
             CheckpointError: it is not complete. The error names the reason.
@@ -87,9 +87,9 @@ class RemoteCheckpoints:
         text = self._store.read(f"{folder.name}/{MANIFEST}")
         if text is None:
             raise CheckpointError(f"{MANIFEST} is missing", code="checkpoint.missing-manifest")
-        with _alone(folder.parent):
-            if _bytes(folder / MANIFEST) != text:
-                self._bring(folder, text)
+        with _locked(folder.parent):
+            if _read_if_exists(folder / MANIFEST) != text:
+                self._download(folder, text)
 
     def copy(self, name: str, to: str) -> None:
         """Also keep a checkpoint under another name."""
@@ -103,7 +103,7 @@ class RemoteCheckpoints:
         for file in listed.files:
             self._store.copy(f"{name}/{inside}/{file}", f"{to}/{inside}/{file}")
         self._store.write(f"{to}/{MANIFEST}", text)
-        self._clear(to, self._store.files(to), but=f"{to}/{inside}")
+        self._clear(to, self._store.files(to), exclude=f"{to}/{inside}")
 
     def reject(self, name: str) -> None:
         """Disable a checkpoint that cannot be used. Its files remain."""
@@ -129,36 +129,38 @@ class RemoteCheckpoints:
                 whole = f"{name}/{manifest.parse(text or '').digest}"
                 self._clear(name, (file for file in found if file.startswith(f"{name}/")), whole)
 
-    def _bring(self, folder: Path, text: bytes) -> None:
+    def _download(self, folder: Path, text: bytes) -> None:
         listed = manifest.parse(text)
         inside, files = f"{folder.name}/{listed.digest}", list(listed.files)
-        aside = folder.with_name(f".{folder.name}.aside-{secrets.token_hex(4)}")
-        aside.mkdir(parents=True)
+        temporary = folder.with_name(f".{folder.name}.aside-{secrets.token_hex(4)}")
+        temporary.mkdir(parents=True)
         try:
             with ThreadPoolExecutor(_AT_ONCE) as pool:
-                got = list(pool.map(lambda n: self._store.get(f"{inside}/{n}", aside / n), files))
-            missing = [name for name, came in zip(files, got, strict=True) if not came]
+                found = list(
+                    pool.map(lambda n: self._store.get(f"{inside}/{n}", temporary / n), files)
+                )
+            missing = [name for name, exists in zip(files, found, strict=True) if not exists]
             if missing:
                 raise CheckpointError(f"{missing[0]} is missing", code="checkpoint.missing-file")
-            write_atomic(aside / MANIFEST, text)
+            write_atomic(temporary / MANIFEST, text)
             shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
+            temporary.rename(folder)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
-    def _clear(self, name: str, files: Iterable[str], but: str) -> None:
+    def _clear(self, name: str, files: Iterable[str], exclude: str) -> None:
         """Remove the files of an earlier checkpoint of the same name."""
         inside = [file for file in files if "/" in file.removeprefix(f"{name}/")]
-        self._store.remove(*(file for file in inside if not file.startswith(f"{but}/")))
+        self._store.remove(*(file for file in inside if not file.startswith(f"{exclude}/")))
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _bytes(path: Path) -> bytes | None:
+def _read_if_exists(path: Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None
