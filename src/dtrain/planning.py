@@ -184,7 +184,7 @@ def _job_dir_of(before: LaunchPlan) -> Path:
     kept = code_archive.unpack(before.run)
     if kept is None:
         raise UsageError(
-            f"the job's directory {here} is not on this host, and its code not at the URL",
+            f"the job's directory {here} is not on this host, and the URL has no copy of it",
             code="run.code-gone",
         )
     return kept
@@ -212,7 +212,7 @@ def _env_of(text: str, run: RunDir) -> dict[str, Any]:
         launch = (yaml.safe_load(text) or {}).get("launch") or {}
         return dict(launch.get("env") or {})
     except (yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError):
-        raise DamagedError(str(run.job), "it is no job file") from None
+        raise DamagedError(str(run.job), "it is not a job file") from None
 
 
 def _options_before(before: LaunchPlan) -> dict[str, Located]:
@@ -320,7 +320,7 @@ def _options(
         raise JobError(
             [
                 further[name].place.problem(
-                    "", f"{flags[name].place.file} is given too", code="option.given-twice"
+                    "", f"{flags[name].place.file} is also given", code="option.given-twice"
                 )
             ]
         )
@@ -336,10 +336,10 @@ def _options(
 
 def _refuse_flags_of_others(launcher: Launcher, name: str, given: Mapping[str, Located]) -> None:
     for each in FLAGS:
-        is_ours = each.launcher == name or each.option in launcher.options_model.model_fields
+        is_valid = each.launcher == name or each.option in launcher.options_model.model_fields
         if each.option == "after" and isinstance(launcher, Dependable):
-            is_ours = True
-        if each.option in given and not is_ours:
+            is_valid = True
+        if each.option in given and not is_valid:
             raise PlanError(
                 f"{given[each.option].place.file} needs --launcher {each.launcher}; "
                 f"the launcher here is {name!r}",

@@ -177,7 +177,7 @@ class _Interpreter:
     ) -> None:
         keep = [] if listener is None else [listener.fileno()]
         listen = [part for fd in keep for part in ("--listen-fd", str(fd))]
-        self._process = procs.start_own([*argv, *listen], env=env, log=log, pass_fds=keep)
+        self._process = procs.start_child([*argv, *listen], env=env, log=log, pass_fds=keep)
         self.poll, self.send_signal = self._process.poll, self._process.send_signal
 
     def kill(self) -> None:

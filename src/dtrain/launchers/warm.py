@@ -33,7 +33,7 @@ class WarmServer:
         self._ready = False
         argv = [sys.executable, "-P", "-m", "dtrain.node.warm", "--socket", str(theirs.fileno())]
         with contextlib.closing(theirs):
-            self._process = procs.start_own(
+            self._process = procs.start_child(
                 [*argv, *modules],
                 env={**inherited_env(), HASH_SEED: hash_seed},
                 log=None,  # a cold launch reports failed imports

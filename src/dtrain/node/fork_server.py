@@ -163,7 +163,7 @@ class ForkServer:
             stdout=log,
             stderr=log,
             keep_fds=keep,
-            hold=STOP_SIGNALS,
+            block=STOP_SIGNALS,
         )
         os.close(log)
         agent_end.close()

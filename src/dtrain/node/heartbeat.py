@@ -134,7 +134,7 @@ def send_heartbeats(channel: Channel, lost_after_s: float) -> None:
     def send() -> None:
         with contextlib.suppress(OSError):  # it has ended; the main thread detects it
             while True:
-                channel.offer({"alive": True})
+                channel.send_if_room({"alive": True})
                 time.sleep(pause_s(lost_after_s))
 
     threading.Thread(target=send, name="heartbeat", daemon=True).start()

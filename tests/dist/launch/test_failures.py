@@ -91,7 +91,7 @@ def test_a_run_that_a_worker_left_is_not_finished_and_goes_on(tmp_path: Path) ->
     assert (status["state"], status["exit_code"]) == ("cancelled", 143)
     done = dtrain("resume", "--set", "train.steps=2", cwd=tmp_path)
     assert done.returncode == 2
-    assert f"step {left['step']}, which is past train.steps=2" in done.stderr
+    assert f"step {left['step']}, which is after train.steps=2" in done.stderr
     assert "[run.end-passed]" in done.stderr
     done = dtrain("resume", "--set", "seed=5", cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr

@@ -52,7 +52,7 @@ def run_script(
     # The warning before a time limit. `dtrain.stopping()` uses it; others must not die of it.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     sys.argv[:] = [str(script), *arguments]
-    procs.offer_current_folder()
+    procs.add_current_directory()
     sys.path.insert(0, str(script.parent))
     main = ModuleType("__main__")
     main.__file__ = str(script)
