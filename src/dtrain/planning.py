@@ -177,17 +177,17 @@ def plan_attempt(run: RunDir, request: Request) -> Prepared:
 
 def _job_dir_of(before: LaunchPlan) -> Path:
     """Return the directory of a run's job, or on a host that lacks it, the copy kept at the URL."""
-    here = Path(before.job_dir)
-    if here.is_dir() or not before.run_url:
-        return here
+    job_dir = Path(before.job_dir)
+    if job_dir.is_dir() or not before.run_url:
+        return job_dir
     download_code(before.run)
-    kept = code_archive.unpack(before.run)
-    if kept is None:
+    unpacked = code_archive.unpack(before.run)
+    if unpacked is None:
         raise UsageError(
-            f"the job's directory {here} is not on this host, and the URL has no copy of it",
+            f"the job's directory {job_dir} is not on this host, and the URL has no copy of it",
             code="run.code-gone",
         )
-    return kept
+    return unpacked
 
 
 def _with_secrets(job: LoadedJob, run: RunDir) -> LoadedJob:
@@ -329,8 +329,8 @@ def _options(
         dependency = launcher.dependency_on(find(after.value, request.runs))
         if dependency:
             flags["dependency"] = flag(f"--after {after.value}", dependency)
-    here = SourceLocation(f"--launcher {profile.name}")
-    given = Located({**flags, **further}, here).merge_over(Located(dict(before), here))
+    location = SourceLocation(f"--launcher {profile.name}")
+    given = Located({**flags, **further}, location).merge_over(Located(dict(before), location))
     return checked_options(profile, given.value, launcher.options_model)
 
 

@@ -137,9 +137,7 @@ class NodeAgent(SimpleElasticAgent):
         repeated = bool(self._failed) and self._report_failure()
         self._kill(worker_group)
         if repeated:
-            raise SameFailure(
-                f"failed in the same way as before restart {self._restart}; no further restart"
-            )
+            raise SameFailure(f"failed as before restart {self._restart}; no further restart")
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         error = sys.exc_info()[1]
@@ -201,10 +199,9 @@ class NodeAgent(SimpleElasticAgent):
                 if message["code"] != 0:
                     self._failed[local_rank] = self._record_of(rank, message)
                 elif message["exit_note"]:
+                    note = json.loads(message["exit_note"])
                     where = self._location(rank, message["exited"], message["time"])
-                    self._left.append(
-                        early_exit.of_script(json.loads(message["exit_note"]), **where)
-                    )
+                    self._left.append(early_exit.of_script(note, **where))
             message = self._next_message(0.0)
         if self._server.is_silent():
             self._end_silent_server()
@@ -238,9 +235,7 @@ class NodeAgent(SimpleElasticAgent):
             **self._location(rank, message["exited"], message["time"]),
         )
         if message["code"] == -signal.SIGKILL:
-            advice = verdict.ADVICE.get(
-                record.kind, "find out what sent it, and whether for memory"
-            )
+            advice = verdict.ADVICE.get(record.kind, "find out what sent the signal")
             record = replace(record, hint=f"{advice}: {self._memory.describe(message['peak'])}")
         record.write(self.plan.run, self.plan.attempt)
         return record
@@ -265,7 +260,7 @@ class NodeAgent(SimpleElasticAgent):
         """
         ranks = self._ranks(worker_group)
         logs = {pid: self._log_of(rank) for pid, rank in ranks.items()}
-        answers = stack_dump.ask(logs.values(), lambda: self._signal(ranks, stack_dump.SIGNAL))
+        answers = stack_dump.request(logs.values(), lambda: self._signal(ranks, stack_dump.SIGNAL))
         for pid, rank in ranks.items():
             stack = answers[logs[pid]]
             record = failures.of_worker(

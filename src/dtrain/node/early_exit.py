@@ -75,12 +75,12 @@ def of_task(record: FailureRecord, how: str) -> FailureRecord:
     return replace(record, kind="left", code="", message=message, exit_code=1, type="")
 
 
-def of_script(note: dict[str, Any], **place: Any) -> FailureRecord:
+def of_script(note: dict[str, Any], **fields: Any) -> FailureRecord:
     """Return the record of a script's rank. The verdict decides whether it is the cause.
 
     Args:
         note: what `save_note` has recorded.
-        **place: `rank`, `node_rank`, `node`, `restart`, `time`, `pid`, `log`.
+        **fields: `rank`, `node_rank`, `node`, `restart`, `time`, `pid`, `log`.
     """
     return failures.of_worker(
         "left",
@@ -88,5 +88,5 @@ def of_script(note: dict[str, Any], **place: Any) -> FailureRecord:
         0,
         collateral=note["is_clean"],
         frames=[Frame(**frame) for frame in note["frames"]],
-        **place,
+        **fields,
     )

@@ -110,7 +110,7 @@ class ForkServer:
         Args:
             listen_fd: the socket on which node 0 serves the rendezvous, already listening.
         """
-        stack_dump.answer()
+        stack_dump.enable()
         for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(sig, self._ask_to_stop)
         for node_rank in self.node_ranks:
@@ -127,9 +127,7 @@ class ForkServer:
             self._handle_requests()
             self._kill_silent()
             if self._is_superseded():
-                print(
-                    "dtrain: the job was restarted on other nodes; this node exits", file=sys.stderr
-                )
+                print("dtrain: the job was restarted elsewhere; this node exits", file=sys.stderr)
                 return 1  # all that it forked dies with it
         return max(agent.status or 0 for agent in self._agents)
 

@@ -23,7 +23,9 @@ def pause_s(lost_after_s: float) -> float:
 
 
 def silence_message(who: str, seconds: float) -> str:
-    return f"{who} has not answered for {seconds:g} s: it is stopped, swapped out or cut off"
+    return (
+        f"{who} has not answered for {seconds:g} s: it may be stopped, swapped out or disconnected"
+    )
 
 
 class Silence:

@@ -45,8 +45,10 @@ def hint(error: BaseException, frames: list[Frame], run: RunDir) -> str:
         return _of_missing_file(error, plan)
     if isinstance(error, ImportError) and "no known parent package" in str(error) and frames:
         return _of_relative_import(frames[-1])
-    asks = isinstance(error, BdbQuit) or (isinstance(error, EOFError) and _NO_LINE in str(error))
-    if asks and not (sys.stdin is not None and sys.stdin.isatty()):
+    needs_terminal = isinstance(error, BdbQuit) or (
+        isinstance(error, EOFError) and _NO_LINE in str(error)
+    )
+    if needs_terminal and not (sys.stdin is not None and sys.stdin.isatty()):
         return _of_terminal(plan.get("trainer") == catalog.SCRIPT)
     return ""
 
@@ -71,10 +73,10 @@ def _of_missing_file(error: FileNotFoundError, plan: dict[str, str]) -> str:
     if name.is_absolute():
         return ""
     looked = f"relative paths are looked up in the working directory, {os.getcwd()}"
-    for folder, way in ((code_dir, f"Path(__file__).parent / {str(name)!r}"), (job_dir, "")):
+    for folder, remedy in ((code_dir, f"Path(__file__).parent / {str(name)!r}"), (job_dir, "")):
         if (folder / name).exists():
-            way = way or f"the absolute path, {job_dir / name}"
-            return f"{looked}, and {name} is in {job_dir}: write {way}"
+            remedy = remedy or f"the absolute path, {job_dir / name}"
+            return f"{looked}, and {name} is in {job_dir}: write {remedy}"
     return f"{looked}; {name} is not in the job's directory {job_dir} either"
 
 

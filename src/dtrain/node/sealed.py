@@ -113,18 +113,18 @@ class Table(Store):
 class Remote(Store):
     """The head's table, accessed from another process."""
 
-    def __init__(self, place: tuple[str, int], token: bytes, sock: socket.socket) -> None:
+    def __init__(self, address: tuple[str, int], token: bytes, sock: socket.socket) -> None:
         """Take over a connection.
 
         Args:
-            place: the host and port of the head.
+            address: the host and port of the head.
             token: the token of the attempt.
             sock: a socket connected to the head. Its timeout is for the head's greeting.
 
         Raises:
             OSError: no head answers.
         """
-        self._place = place
+        self._address = address
         self._token = token
         self._lock = threading.Lock()
         self._connection: _Connection | None = _Connection(sock, token)
@@ -142,8 +142,8 @@ class Remote(Store):
 
     def clone(self) -> Remote:
         try:
-            sock = socket.create_connection(self._place, PROVE_WITHIN_S)
-            return Remote(self._place, self._token, sock)
+            sock = socket.create_connection(self._address, PROVE_WITHIN_S)
+            return Remote(self._address, self._token, sock)
         except OSError as error:
             raise HeadGone(str(error)) from error
 
@@ -152,7 +152,7 @@ class Remote(Store):
             connection, self._connection = self._connection, None
             try:
                 if connection is None:  # a signal came before the last answer
-                    sock = socket.create_connection(self._place, PROVE_WITHIN_S)
+                    sock = socket.create_connection(self._address, PROVE_WITHIN_S)
                     connection = _Connection(sock, self._token)
                 answer = connection.ask(request)
             except OSError as error:
@@ -189,9 +189,7 @@ class _Connection:
             length, mac = FRAME.unpack(self._exactly(FRAME.size))
             text = self._exactly(min(length, MAX_BYTES))
             if not self._seal.is_valid(mac, FROM_HEAD, self._number, text):
-                raise ConnectionError(
-                    "the process at this address does not have this launch's token"
-                )
+                raise ConnectionError("the process at this address has another token")
         except BaseException:
             self._sock.close()
             raise

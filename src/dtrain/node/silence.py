@@ -40,13 +40,13 @@ class SilenceWatcher:
         """
         # half the timeout of a collective, or the report would come after the end
         self._patience_s = min(_LONGEST_S, plan.collective_timeout_s / 2)
-        self._first = _log(plan, 0)
-        self._files = {plan.run.metrics, self._first, *own.values()}
+        self._rank0_log = _log(plan, 0)
+        self._files = {plan.run.metrics, self._rank0_log, *own.values()}
         if plan.world_size <= _MOST_LOGS:
             self._files |= {_log(plan, rank) for rank in range(plan.world_size)}
         self._sizes = self._current_sizes()
         self._memory = Memory()
-        self._heard = self._checked_at = time.monotonic()
+        self._last_output_at = self._checked_at = time.monotonic()
         self._reported = False
 
     def watch(
@@ -69,13 +69,15 @@ class SilenceWatcher:
             files = {
                 pid: file for pid in ranks if (file := stack_dump.memory_file(pid)) is not None
             }
-            answers = stack_dump.ask(files.values(), lambda: send(files, stack_dump.TO_MEMORY))
+            answers = stack_dump.request(files.values(), lambda: send(files, stack_dump.TO_MEMORY))
             found = {
                 rank: answers[files[pid]] if pid in files else [] for pid, rank in ranks.items()
             }
-            what = f"no line and no metric for {self._patience_s:g} s: {describe_locations(found)}"
+            what = (
+                f"no output and no metric for {self._patience_s:g} s: {describe_locations(found)}"
+            )
             swapped = self._memory.swapped()
-            event(change, what=f"{what}; this node swaps" if swapped > _SWAPS else what)
+            event(change, what=f"{what}; this node is swapping" if swapped > _SWAPS else what)
         elif change == "heard":
             event(change)
 
@@ -86,14 +88,18 @@ class SilenceWatcher:
         self._checked_at = now
         sizes = self._current_sizes()
         if sizes != self._sizes:
-            self._sizes, self._heard, self._memory = sizes, now, Memory()
+            self._sizes, self._last_output_at, self._memory = sizes, now, Memory()
             if not self._reported:
                 return ""
             self._reported = False
             self._patience_s *= 2
             return "heard"
         # without a shared disk, the output of rank 0, which speaks for all, is not visible here
-        if self._reported or now - self._heard < self._patience_s or not self._first.exists():
+        if (
+            self._reported
+            or now - self._last_output_at < self._patience_s
+            or not self._rank0_log.exists()
+        ):
             return ""
         self._reported = True
         return "silent"

@@ -22,7 +22,7 @@ SIGNAL = signal.SIGRTMIN + 7
 """The signal that requests a worker's stack. No program is known to use it."""
 
 TO_MEMORY = signal.SIGRTMIN + 8
-"""The same signal for a worker that must continue, see `answer_to_memory`."""
+"""The same signal for a worker that must continue, see `enable_to_memory`."""
 _MEMORY_NAME = "dtrain-stack"
 
 _ANSWER_S = 2.0  # longest wait: a stopped process never answers, a busy machine is slow
@@ -31,12 +31,12 @@ _POLL_S = 0.02
 _LINE = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$', re.MULTILINE)
 
 
-def answer() -> None:
+def enable() -> None:
     """Answer requests from now on, in this process and in those that it forks."""
     faulthandler.register(SIGNAL, file=2, all_threads=False)
 
 
-def answer_to_memory() -> None:
+def enable_to_memory() -> None:
     """Answer `TO_MEMORY` too, in this process: into memory, so that no log shows it."""
     faulthandler.register(TO_MEMORY, file=os.memfd_create(_MEMORY_NAME), all_threads=False)
 
@@ -52,7 +52,7 @@ def memory_file(pid: int) -> Path | None:
     return None
 
 
-def ask(logs: Iterable[Path], send: Callable[[], None]) -> dict[Path, list[Frame]]:
+def request(logs: Iterable[Path], send: Callable[[], None]) -> dict[Path, list[Frame]]:
     """Return the stack of each of some workers, innermost call first. Empty without an answer.
 
     Args:

@@ -27,9 +27,7 @@ def main() -> None:
     """Serve the process at the other end of the socket until it is closed. Never return."""
     parser = argparse.ArgumentParser(prog="python -m dtrain.node.warm", description=main.__doc__)
     parser.add_argument("--parent", type=int, required=True, help="pid of the parent to die with")
-    parser.add_argument(
-        "--socket", type=int, required=True, help="descriptor of the socket for requests"
-    )
+    parser.add_argument("--socket", type=int, required=True, help="socket for the requests")
     parser.add_argument("modules", nargs="*", help="modules to import in addition to torch")
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)

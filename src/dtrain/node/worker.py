@@ -53,7 +53,7 @@ def run_worker(run: RunDir, ring: Ring | None = None) -> int:
     worker = _Worker(run, ring)
     faulthandler.enable()
     if worker.has_agent:
-        stack_dump.answer_to_memory()
+        stack_dump.enable_to_memory()
     worker.log_event("worker_started", process=procs.this_process())
     status = 1
     try:

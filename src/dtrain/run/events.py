@@ -63,12 +63,12 @@ def accepted_job(run: RunDir) -> Path:
     inherit its job. A batch job makes further attempts with the job that it was given.
     """
     trained = max((event["attempt"] for event in _training_events(run)), default=None)
-    kept = (
+    jobs = (
         run.resolved_of(each)
         for each in reversed(run.attempts())
         if trained is None or each <= trained
     )
-    return next((path for path in kept if path.exists()), run.resolved)
+    return next((path for path in jobs if path.exists()), run.resolved)
 
 
 def has_trained(run: RunDir) -> bool:

@@ -161,16 +161,14 @@ def _diverged(
         return []
     kind: Kind = "collectives" if found.decided else "parted"
     if found.decided:
-        what, here, there = "its collectives differ from the other ranks'", "", "elsewhere"
+        what, own, other = "its collectives differ from the other ranks'", "", "elsewhere"
     else:
-        what = (
-            f"and rank {found.other} called different collectives: no majority shows which is right"
-        )
-        here, there = f"on rank {found.rank} ", f"on rank {found.other}"
-    message = f"{what}\n{here}number {found.number} is {found.call}\n{there} it is {found.others}"
-    own = [record for record in records if record.rank == found.rank]
+        what = f"and rank {found.other} called different collectives; there is no majority"
+        own, other = f"on rank {found.rank} ", f"on rank {found.other}"
+    message = f"{what}\n{own}number {found.number} is {found.call}\n{other} it is {found.others}"
+    of_rank = [record for record in records if record.rank == found.rank]
     first = min(records, key=_cause_order)
-    base = own[0] if own else first
+    base = of_rank[0] if of_rank else first
     return [replace(base, kind=kind, code="", message=message, rank=found.rank, frames=[],
                     exit_code=first.exit_code)]  # fmt: skip
 

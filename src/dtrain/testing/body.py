@@ -53,7 +53,7 @@ class Context:
     warning_filters: list[Any]
 
     @classmethod
-    def here(cls) -> Context:
+    def current(cls) -> Context:
         filters = [entry for entry in warnings.filters if not why_not_picklable(entry)]
         return cls(dict(os.environ), os.getcwd(), list(sys.path), filters)
 
@@ -75,7 +75,7 @@ class Context:
 
 def pack(body: bytes) -> bytes:
     """Return the payload of a request: this process's context, and the pickled body."""
-    return pickle.dumps((Context.here(), body))
+    return pickle.dumps((Context.current(), body))
 
 
 def why_not_picklable(value: object) -> str:

@@ -131,13 +131,13 @@ def _leaked_processes(before: _Snapshot) -> list[str]:
     return lines
 
 
-def _after_grace(look: Callable[[], list[_Process]]) -> list[_Process]:
+def _after_grace(find: Callable[[], list[_Process]]) -> list[_Process]:
     """Return the processes that still exist after a moment, or at once if all are zombies.
 
     A zombie child of this process does not disappear without a wait.
     """
     deadline = time.monotonic() + _GRACE_S
-    while found := look():
+    while found := find():
         if all(process.state == "Z" for process in found) or time.monotonic() > deadline:
             break
         time.sleep(0.01)

@@ -202,7 +202,7 @@ def test_a_heart_that_stops_while_workers_run_is_noticed_by_the_head_and_told_to
 def test_an_elastic_run_goes_on_without_a_node_whose_end_was_seen() -> None:
     with nodes(2, min_nodes=1, max_nodes=2, last_call_s=0.1) as made:
         meet(made)
-        made[0].lose(1)
+        made[0].mark_lost(1)
         assert lost_while_training(made[0]) == 1
         assert [(rank, size) for rank, size, _ in meet(made[:1])] == [(0, 1)]
         assert made[0].num_nodes_waiting() == 0
@@ -227,7 +227,7 @@ def test_of_many_nodes_each_asks_the_head_less_often() -> None:
     with nodes(2) as made:
         meet(made)
         assert made[0].num_nodes_waiting() == 0
-        made[0]._paced.pause_s = 3600.0
+        made[0]._cache.pause_s = 3600.0
         again = threading.Thread(target=made[1].next_rendezvous)
         again.start()
         try:

@@ -28,7 +28,7 @@ def test_a_process_tells_where_it_is_unless_it_is_stopped(tmp_path: Path, stoppe
     heard, ready = os.pipe()
 
     def run() -> int:
-        stack_dump.answer()
+        stack_dump.enable()
         return busy(ready)
 
     pid = fork_child(run, stdout=file, stderr=file, keep_fds=[ready])
@@ -36,7 +36,7 @@ def test_a_process_tells_where_it_is_unless_it_is_stopped(tmp_path: Path, stoppe
         assert os.read(heard, 1) == b"x"
         if stopped:
             os.kill(pid, signal.SIGSTOP)
-        (found,) = stack_dump.ask([log], lambda: os.kill(pid, stack_dump.SIGNAL)).values()
+        (found,) = stack_dump.request([log], lambda: os.kill(pid, stack_dump.SIGNAL)).values()
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

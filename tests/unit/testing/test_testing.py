@@ -258,7 +258,7 @@ def test_misuse_is_explained(pytester: pytest.Pytester) -> None:
             "the fixture `monkeypatch` works in pytest's own process only*in the body",
             "the fixture `request` works in pytest's own process only*",
             "an async test cannot have ranks",
-            "*how many ranks? Write ranks(4), ranks(nodes=2, ranks=2)*",
+            "*the number of ranks is missing: write ranks(4) or ranks(nodes=2, ranks=2)*",
             "*3 ranks cannot be spread evenly over 2 nodes",
             "*give the world size or `ranks` per node, not both",
             "*unexpected keyword argument 'tiemout'",

@@ -95,10 +95,10 @@ class SlurmPlacement(PlacementReader):
         return 0 if stopped else status
 
     def _check_requeue_limit(self, plan: LaunchPlan) -> None:
-        most = plan.max_requeues
-        if self.restarts > most:
+        limit = plan.max_requeues
+        if self.restarts > limit:
             raise LaunchError(
-                f"the job was requeued more than {most} times (option requeue)",
+                f"the job was requeued more than {limit} times (option requeue)",
                 code="slurm.requeued-too-often",
             )
 

@@ -118,12 +118,12 @@ class RemoteCheckpoints:
 
     def remove_leftovers(self) -> None:
         found = list(self._store.files())
-        kept = {n.split("/")[0] for n in found if n.rpartition("/")[2] in (MANIFEST, _REJECTED)}
-        self._store.remove(*(name for name in found if name.split("/")[0] not in kept))
+        existing = {n.split("/")[0] for n in found if n.rpartition("/")[2] in (MANIFEST, _REJECTED)}
+        self._store.remove(*(name for name in found if name.split("/")[0] not in existing))
         inside: dict[str, set[str]] = defaultdict(set)
         for name in found:
             inside[name.split("/")[0]].add(name.rpartition("/")[0])
-        for name in (each for each in kept if len(inside[each] - {each}) > 1):
+        for name in (each for each in existing if len(inside[each] - {each}) > 1):
             text = self._store.read(f"{name}/{MANIFEST}")
             with suppress(CheckpointError):  # the files of a damaged one are not known
                 whole = f"{name}/{manifest.parse(text or '').digest}"
@@ -132,21 +132,19 @@ class RemoteCheckpoints:
     def _download(self, folder: Path, text: bytes) -> None:
         listed = manifest.parse(text)
         inside, files = f"{folder.name}/{listed.digest}", list(listed.files)
-        temporary = folder.with_name(f".{folder.name}.aside-{secrets.token_hex(4)}")
-        temporary.mkdir(parents=True)
+        tmp = folder.with_name(f".{folder.name}.aside-{secrets.token_hex(4)}")
+        tmp.mkdir(parents=True)
         try:
             with ThreadPoolExecutor(_AT_ONCE) as pool:
-                found = list(
-                    pool.map(lambda n: self._store.get(f"{inside}/{n}", temporary / n), files)
-                )
+                found = list(pool.map(lambda n: self._store.get(f"{inside}/{n}", tmp / n), files))
             missing = [name for name, exists in zip(files, found, strict=True) if not exists]
             if missing:
                 raise CheckpointError(f"{missing[0]} is missing", code="checkpoint.missing-file")
-            write_atomic(temporary / MANIFEST, text)
+            write_atomic(tmp / MANIFEST, text)
             shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            tmp.rename(folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(tmp, ignore_errors=True)
 
     def _clear(self, name: str, files: Iterable[str], exclude: str) -> None:
         """Remove the files of an earlier checkpoint of the same name."""

@@ -74,14 +74,14 @@ class RemoteStore:
 
     def files(self, below: str = "") -> dict[str, Mapping[str, Any]]:
         """Return fsspec's description of each file below a name, by name. Empty without any."""
-        none: dict[str, Any] = {}
-        found = self._run_or(lambda: self._fs.find(self._path(below), detail=True), none)
+        empty: dict[str, Any] = {}
+        found = self._run_or(lambda: self._fs.find(self._path(below), detail=True), empty)
         return {path[len(self._root) + 1 :]: info for path, info in found.items()}
 
     def matching(self, pattern: str) -> dict[str, Mapping[str, Any]]:
         """Return fsspec's description of the files that match a glob pattern, by name."""
-        none: dict[str, Any] = {}
-        found = self._run_or(lambda: self._fs.glob(self._path(pattern), detail=True), none)
+        empty: dict[str, Any] = {}
+        found = self._run_or(lambda: self._fs.glob(self._path(pattern), detail=True), empty)
         return {path[len(self._root) + 1 :]: info for path, info in found.items()}
 
     def read(self, name: str) -> bytes | None:
