@@ -141,14 +141,14 @@ AREAS = {
 
 
 def errors() -> str:
-    """Every code with its cause and cure, area by area."""
+    """Every code with its cause and remedy, area by area."""
     areas = dict.fromkeys([*AREAS, *(code.partition(".")[0] for code in CODES)])
     parts = []
     for area in areas:
         rows = [("code", "what is wrong", "what to do")]
         for code, entry in CODES.items():
             if code.startswith(f"{area}."):
-                rows.append((f'<a id="{code}"></a>`{code}`', entry.cause, entry.cure))
+                rows.append((f'<a id="{code}"></a>`{code}`', entry.cause, entry.remedy))
         parts.append(f"## {AREAS.get(area, area.capitalize())}\n\n{table(rows)}")
     return "\n\n".join(parts)
 

@@ -131,7 +131,7 @@ STRATEGIES: Mapping[str, StrategyFact] = {
     ),
     "fsdp": StrategyFact(
         f"{_STRATEGIES}.fsdp:FSDPStrategy",
-        summary="FSDP2 fully_shard: parameters, gradients and optimizer state cut over the "
+        summary="FSDP2 fully_shard: parameters, gradients and optimizer state sharded over the "
         "processes",
     ),
     "exact": StrategyFact(
@@ -215,16 +215,19 @@ def find(kind: str, name: str) -> str:
     table = _TABLES[kind]
     if name in table:
         return table[name].target
-    outside = _outside(kind)
-    if name in outside:
-        return outside[name]
+    external = _from_entry_points(kind)
+    if name in external:
+        return external[name]
     raise PlanError(
         f"unknown {kind} {name!r}; known: {', '.join(names(kind))}", code="plan.unknown-name"
     )
 
 
 def names(kind: str) -> list[str]:
-    return [*_TABLES[kind], *(name for name in _outside(kind) if name not in _TABLES[kind])]
+    return [
+        *_TABLES[kind],
+        *(name for name in _from_entry_points(kind) if name not in _TABLES[kind]),
+    ]
 
 
 def load(kind: str, name: str) -> Any:
@@ -267,7 +270,7 @@ def pair_problem(trainer: str, strategy: str, nodes: int) -> str | None:
     """
     if trainer == SCRIPT and strategy != OWN:
         return (
-            f"a script sets up DDP or FSDP by itself, so strategy {strategy!r} does not apply: "
+            f"a script sets up DDP or FSDP itself, so strategy {strategy!r} does not apply: "
             "leave the strategy out, or write the training as a task, which trainer 'native' "
             "trains under any"
         )
@@ -311,7 +314,7 @@ def shard_problem(strategy: str, virtual_shards: int, world_sizes: Iterable[int]
             near = below + [n for n in divisors if n > world_size][:1]
             multiple = -(-virtual_shards // world_size) * world_size
             return (
-                f"strategy {strategy!r} cuts every step into train.virtual_shards = "
+                f"strategy {strategy!r} splits every step into train.virtual_shards = "
                 f"{virtual_shards} parts, which {world_size} processes cannot share evenly; use "
                 f"{' or '.join(map(str, near))} processes, or --set "
                 f"train.virtual_shards={multiple} (which is another training)"
@@ -319,7 +322,7 @@ def shard_problem(strategy: str, virtual_shards: int, world_sizes: Iterable[int]
     return None
 
 
-def _outside(kind: str) -> dict[str, str]:
+def _from_entry_points(kind: str) -> dict[str, str]:
     group = ENTRY_POINT_GROUPS.get(kind)
     if group is None:
         return {}

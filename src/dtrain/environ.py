@@ -59,7 +59,7 @@ def _is_secret_argument(name: str, value: object) -> bool:
     return not (doubtful and _WORD.fullmatch(str(value)))
 
 
-def may_tell(text: str) -> bool:
+def may_contain_secret(text: str) -> bool:
     """Return whether a text written by a person, such as `{MY_TOKEN: x}`, may contain a secret."""
     names = re.findall(r"[\w.-]+(?=[\"']?\s*[:=])", text)
     return any(map(_is_secret_name, names)) or _SECRET_VALUE.search(text) is not None

@@ -2,7 +2,7 @@
 
 ::
 
-    DtrainError              exit 1   an error; the message says what, where, and what to do
+    DtrainError              exit 1   an error; the message names cause, place and remedy
     ├── UsageError           exit 2   an invalid flag or argument
     ├── JobError             exit 2   job.yaml or a profile is wrong: one or more Problems
     ├── PlanError            exit 2   the job is well formed but cannot be launched like this
@@ -193,7 +193,7 @@ class DamagedError(DtrainError):
 
     def __init__(self, where: str, why: str) -> None:
         self.why = why
-        super().__init__(f"{where} is damaged: {why}; bring it back from a copy, or remove the run")
+        super().__init__(f"{where} is damaged: {why}; restore it from a copy, or remove the run")
 
 
 class CheckpointError(DtrainError):

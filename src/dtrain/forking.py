@@ -20,12 +20,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dtrain.procs import offer_current_folder, threads_lost_by_fork
+from dtrain.procs import add_current_directory, threads_lost_by_fork
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """numpy's and torch's thread pools start at import, and a forking process must have one thread."""
 SERVER_ENDED = "the node's fork server has ended"
-"""An agent's error message when this is why it ends. The server's own message says more."""
+"""An agent's error message when this is why it ends. The server's own message has the reason."""
 _LARGEST = 1 << 20
 _MOST_FILES = 8
 
@@ -51,7 +51,7 @@ def import_once(
     for module in modules:
         between()
         if module in preload:
-            offer_current_folder()
+            add_current_directory()
         importlib.import_module(module)
     # A collection in a forked worker would write to, and so copy, every object imported
     # here: measured as 0.7-2.6 s in each of 4 ranks at once.
@@ -76,9 +76,9 @@ class Children:
     """
 
     def __init__(self) -> None:
-        self._wake, woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wake, written = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
 
     def wait(self, sources: Iterable[_HasFileno | int], wait_s: float | None = None) -> set[int]:
         """Wait for a readable source, a child's end or a signal. Return the readable sources."""
@@ -120,7 +120,7 @@ class Channel:
         """Send one message with descriptors. Raise `OSError` if the other end is closed."""
         socket.send_fds(self.sock, [json.dumps(message).encode()], files)
 
-    def offer(self, message: dict[str, Any]) -> None:
+    def send_if_room(self, message: dict[str, Any]) -> None:
         """Send one message if there is room for it now. Another thread may call this."""
         with contextlib.suppress(BlockingIOError):
             self.sock.send(json.dumps(message).encode(), socket.MSG_DONTWAIT)

@@ -222,7 +222,7 @@ def make_plan(
     """Resolve a job into a plan, without its commands, which the launcher adds.
 
     Raises:
-        PlanError: the parts do not work together. The message says which, and the closest
+        PlanError: the parts do not work together. The message names them, and the closest
             combination that works.
     """
     launch = job.launch
@@ -301,15 +301,15 @@ def _check_sizes(job: JobSpec, procs: int, attempt: int) -> None:
 def _processes(job: JobSpec) -> tuple[int, int]:
     """Return (processes per node, replicas per process) of a job."""
     launch = job.launch
-    asked = launch.procs_per_node
-    if launch.gpus_per_node and asked and asked > launch.gpus_per_node:
+    requested = launch.procs_per_node
+    if launch.gpus_per_node and requested and requested > launch.gpus_per_node:
         raise PlanError(
-            f"{asked} processes per node cannot share {launch.gpus_per_node} GPUs; "
+            f"{requested} processes per node cannot share {launch.gpus_per_node} GPUs; "
             f"use --procs {launch.gpus_per_node} or leave it out",
             _SIZES,
             code="plan.more-processes-than-gpus",
         )
-    wanted = asked or launch.gpus_per_node or 1
+    wanted = requested or launch.gpus_per_node or 1
     strategy = catalog.STRATEGIES.get(job.strategy)
     if strategy is None or not strategy.one_process:
         return wanted, 1

@@ -28,7 +28,7 @@ from dtrain.launchers.flags import FLAGS
 from dtrain.launchers.supervise import can_detach
 from dtrain.run import code_archive, events, files, ids
 from dtrain.run.lookup import find
-from dtrain.run.remote.runs import bring_code
+from dtrain.run.remote.runs import download_code
 from dtrain.run.rundir import RunDir
 
 FIELDS = {
@@ -177,17 +177,17 @@ def plan_attempt(run: RunDir, request: Request) -> Prepared:
 
 def _job_dir_of(before: LaunchPlan) -> Path:
     """Return the directory of a run's job, or on a host that lacks it, the copy kept at the URL."""
-    here = Path(before.job_dir)
-    if here.is_dir() or not before.run_url:
-        return here
-    bring_code(before.run)
-    kept = code_archive.unpack(before.run)
-    if kept is None:
+    job_dir = Path(before.job_dir)
+    if job_dir.is_dir() or not before.run_url:
+        return job_dir
+    download_code(before.run)
+    unpacked = code_archive.unpack(before.run)
+    if unpacked is None:
         raise UsageError(
-            f"the job's directory {here} is not on this host, and its code not at the URL",
+            f"the job's directory {job_dir} is not on this host, and the URL has no copy of it",
             code="run.code-gone",
         )
-    return kept
+    return unpacked
 
 
 def _with_secrets(job: LoadedJob, run: RunDir) -> LoadedJob:
@@ -212,7 +212,7 @@ def _env_of(text: str, run: RunDir) -> dict[str, Any]:
         launch = (yaml.safe_load(text) or {}).get("launch") or {}
         return dict(launch.get("env") or {})
     except (yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError):
-        raise DamagedError(str(run.job), "it is no job file") from None
+        raise DamagedError(str(run.job), "it is not a job file") from None
 
 
 def _options_before(before: LaunchPlan) -> dict[str, Located]:
@@ -320,7 +320,7 @@ def _options(
         raise JobError(
             [
                 further[name].place.problem(
-                    "", f"{flags[name].place.file} is given too", code="option.given-twice"
+                    "", f"{flags[name].place.file} is also given", code="option.given-twice"
                 )
             ]
         )
@@ -329,17 +329,17 @@ def _options(
         dependency = launcher.dependency_on(find(after.value, request.runs))
         if dependency:
             flags["dependency"] = flag(f"--after {after.value}", dependency)
-    here = SourceLocation(f"--launcher {profile.name}")
-    given = Located({**flags, **further}, here).merge_over(Located(dict(before), here))
+    location = SourceLocation(f"--launcher {profile.name}")
+    given = Located({**flags, **further}, location).merge_over(Located(dict(before), location))
     return checked_options(profile, given.value, launcher.options_model)
 
 
 def _refuse_flags_of_others(launcher: Launcher, name: str, given: Mapping[str, Located]) -> None:
     for each in FLAGS:
-        is_ours = each.launcher == name or each.option in launcher.options_model.model_fields
+        is_valid = each.launcher == name or each.option in launcher.options_model.model_fields
         if each.option == "after" and isinstance(launcher, Dependable):
-            is_ours = True
-        if each.option in given and not is_ours:
+            is_valid = True
+        if each.option in given and not is_valid:
             raise PlanError(
                 f"{given[each.option].place.file} needs --launcher {each.launcher}; "
                 f"the launcher here is {name!r}",

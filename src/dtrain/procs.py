@@ -42,7 +42,7 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(128 + signal.SIGKILL)
 
 
-def offer_current_folder() -> None:
+def add_current_directory() -> None:
     """Let the user's code import from the current directory, from which `python -P` keeps dtrain's.
 
     It comes before installed packages, as usual, but after the standard library. Any user may write
@@ -65,7 +65,7 @@ def fork_child(
     stdout: int | None = None,
     stderr: int | None = None,
     keep_fds: Iterable[int] = (),
-    hold: Iterable[int] = (),
+    block: Iterable[int] = (),
 ) -> int:
     """Fork a process that leads its own process group, dies with this one, and runs `run`.
 
@@ -79,7 +79,7 @@ def fork_child(
         keep_fds: descriptors above 2 that stay open in the child. All others are closed, so
             that a pipe of this process reports its end when *this process* ends and not when the
             child does.
-        hold: signals that wait, blocked, until `run` has handlers for them and unblocks them.
+        block: signals that wait, blocked, until `run` has handlers for them and unblocks them.
 
     Returns:
         The child's pid, which is also its process group id.
@@ -87,7 +87,7 @@ def fork_child(
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, hold)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, block)
     pid = os.fork()
     if pid:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -99,7 +99,7 @@ def fork_child(
         os.setpgid(0, 0)
         die_with_parent(parent)
         _reset_signals()
-        signal.pthread_sigmask(signal.SIG_SETMASK, (before - {*DEFERRED_SIGNALS}) | {*hold})
+        signal.pthread_sigmask(signal.SIG_SETMASK, (before - {*DEFERRED_SIGNALS}) | {*block})
         if stdout is not None:
             os.dup2(stdout, 1)
         if stderr is not None:
@@ -138,12 +138,12 @@ def shell_code(status: int) -> int:
     return status if status >= 0 else 128 - status
 
 
-def adopt_orphans() -> None:
+def become_subreaper() -> None:
     """Become the parent of all orphans below this process, so that they can be found."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def start_own(
+def start_child(
     argv: Sequence[str], *, env: Mapping[str, str], log: Path | None, pass_fds: Sequence[int] = ()
 ) -> subprocess.Popen[bytes]:
     """Start a process that runs a dtrain module and ends with this one, by its flag `--parent`."""
@@ -175,17 +175,17 @@ def identity(pid: int) -> str | None:
     if not fields or fields[0] in "ZX":
         return None
     try:
-        return f"{_around()}/{pid}/{fields[19]}"
+        return f"{_boot_and_namespace()}/{pid}/{fields[19]}"
     except OSError:
         return None
 
 
-def is_here(identity: str) -> bool:
+def is_visible(identity: str) -> bool:
     """Return whether an identity is of this boot and PID namespace, so its process is visible."""
-    return identity.startswith(f"{_around()}/")
+    return identity.startswith(f"{_boot_and_namespace()}/")
 
 
-def _around() -> str:
+def _boot_and_namespace() -> str:
     """Return the boot, and the PID namespace of this process: a container has its own."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot}/{os.readlink('/proc/self/ns/pid')}"

@@ -9,47 +9,47 @@ from dtrain.run.attempts import Handle, Held
 from dtrain.run.rundir import RunDir
 
 
-def plan_resume(run: RunDir, asked: Request) -> Prepared:
+def plan_resume(run: RunDir, request: Request) -> Prepared:
     """Plan the next attempt of a run; errors as for `plan_run`.
 
     Raises:
         UsageError: the run is running or has finished, or an option would have no effect.
     """
-    _check(run, asked)
-    _refuse_without_effect(asked)
-    prepared = plan_attempt(run, asked)
+    _check_state(run, request)
+    _refuse_without_effect(request)
+    prepared = plan_attempt(run, request)
     spec = prepared.job.spec
     _refuse_to_end_before(run, spec.train.steps if spec.script is None else None)
     return prepared
 
 
-def _check(run: RunDir, asked: Request) -> None:
+def _check_state(run: RunDir, request: Request) -> None:
     """Refuse options that make no sense for the state of this run.
 
     If there are several commands, one per node, only the one of node 0 decides.
     """
-    if (rank := asked.options.get("node_rank")) and str(rank.value) != "0":
+    if (rank := request.options.get("node_rank")) and str(rank.value) != "0":
         return
     state, _ = status.state_of(run)
     if state == "running":
         raise Held(run, Handle.read(run))
     if state == "succeeded" and not any(
-        field.partition(".")[0] == "train" for field in _fields(asked)
+        field.partition(".")[0] == "train" for field in _fields(request)
     ):
         raise UsageError(
-            f"run {run.id} has finished; to train on, give it a new end, for example "
+            f"run {run.id} has finished; to train longer, set a later end, for example "
             "--set train.epochs=20",
             code="run.finished",
         )
 
 
-def _refuse_without_effect(asked: Request) -> None:
+def _refuse_without_effect(request: Request) -> None:
     """Refuse settings that only a new run can have."""
     why = {
         "name": "a run keeps its name",
-        "checks.inject": "faults are made in a run's first attempt only",
+        "checks.inject": "faults are injected only in a run's first attempt",
     }
-    for field in _fields(asked):
+    for field in _fields(request):
         if field in why:
             raise UsageError(
                 f"--set {field} has no effect here: {why[field]}; launch a new run",
@@ -57,9 +57,9 @@ def _refuse_without_effect(asked: Request) -> None:
             )
 
 
-def _fields(asked: Request) -> set[str]:
+def _fields(request: Request) -> set[str]:
     """Return the fields of the job that the command sets."""
-    return {text.partition("=")[0].strip() for text in asked.overrides} | {*asked.fields}
+    return {text.partition("=")[0].strip() for text in request.overrides} | {*request.fields}
 
 
 def _refuse_to_end_before(run: RunDir, end: int | None) -> None:
@@ -68,7 +68,7 @@ def _refuse_to_end_before(run: RunDir, end: int | None) -> None:
     newest = max((int(name) for name in names if name.isdecimal()), default=0)
     if end is not None and end < newest:
         raise UsageError(
-            f"run {run.id} has a checkpoint of step {newest}, which is past train.steps={end}; "
-            "give it a later end",
+            f"run {run.id} has a checkpoint of step {newest}, which is after train.steps={end}; "
+            "set a later end",
             code="run.end-passed",
         )

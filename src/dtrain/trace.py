@@ -54,12 +54,12 @@ class TraceOptions:
 
     def beyond(self, usual: TraceOptions) -> str:
         """Return the difference from the usual options, for people: `again in fp64`; or empty."""
-        said = {
+        labels = {
             "fp64": "in fp64", "own_noise": "with noise fixed", "by_sample": "sample by sample",
             "batch_norm": "BatchNorm frozen", "frozen": "the task's state kept",
         }  # fmt: skip
-        mine, others = asdict(self), asdict(usual)
-        changes = [text for name, text in said.items() if mine[name] != others[name]]
+        own, other = asdict(self), asdict(usual)
+        changes = [text for name, text in labels.items() if own[name] != other[name]]
         return "" if self == usual else " ".join(["again", ", ".join(changes)]).rstrip()
 
     @classmethod
@@ -68,8 +68,8 @@ class TraceOptions:
         text = environ.get(VARIABLE)
         if not text:
             return None
-        wish = json.loads(text)
-        return cls(**{**wish, "frozen": tuple(wish.get("frozen", ()))})
+        options = json.loads(text)
+        return cls(**{**options, "frozen": tuple(options.get("frozen", ()))})
 
 
 @dataclass(frozen=True)
@@ -211,15 +211,15 @@ class Recording:
     def draws(self) -> list[str]:
         """Return the lines that drew random numbers in `loss`, on any rank in any step."""
         lines = [line for step in self.ranks for line in self.lines(step)]
-        return sorted({place for line in lines for place in line.draws})
+        return sorted({draw for line in lines for draw in line.draws})
 
     def changing_state(self) -> dict[str, str]:
         """Return the task's attributes that some step changed on some rank, with their types."""
-        begun = self.lines(0)
+        first = self.lines(0)
         return {
             name: value.split()[0]
             for step in self.steps
-            for before, after in zip(begun, self.lines(step), strict=False)
+            for before, after in zip(first, self.lines(step), strict=False)
             for name, value in before.state.items()
             if after.state.get(name) != value
         }
@@ -266,9 +266,9 @@ def read(run: rundir.RunDir) -> Recording:
             )
             ranks.setdefault(line.step, {}).setdefault(rank, []).append(line)
     evaluations = [line for line in files.read_lines(run.metrics) if line["split"] == "eval"]
-    place = ("time", "step", "epoch", "split")
+    other = ("time", "step", "epoch", "split")
     last = evaluations[-1] if evaluations else {}
-    metrics = {name: value for name, value in last.items() if name not in place}
+    metrics = {name: value for name, value in last.items() if name not in other}
     return Recording({r.step: r for r in records}, ranks, numbers(metrics))
 
 

@@ -103,5 +103,5 @@ def test_a_folder_too_large_to_travel(ray: RayCluster, tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(bytes(3 << 20))
     job = ("--launcher", "ray", "--address", ray.dashboard, "-o", "submit=job")
     stderr = refused(tmp_path, *job, "-o", "upload_limit=1MiB", job=tmp_path / "job.yaml")
-    assert "more than travels to Ray's nodes (upload_limit: 1.0 MiB)" in stderr
+    assert "more than is sent to Ray's nodes (upload_limit: 1.0 MiB)" in stderr
     assert "weights.bin (3.0 MiB)" in stderr

@@ -24,7 +24,7 @@ def test_a_channel_keeps_messages_whole_and_hands_files_over() -> None:
         file.write("read me")
         file.flush()
         theirs.send({"n": 2}, [file.fileno()])
-    theirs.offer({"n": 3})
+    theirs.send_if_room({"n": 3})
     theirs.close()
     assert ours.receive(5) == {"large": "x" * 10_000}
     message, (fd,) = ours.receive_with_files(5)
@@ -41,9 +41,9 @@ def test_a_channel_keeps_messages_whole_and_hands_files_over() -> None:
 CHILDREN = """
 import os, signal, time
 from dtrain.forking import Channel, Children
-from dtrain.procs import adopt_orphans, fork_child
+from dtrain.procs import become_subreaper, fork_child
 
-adopt_orphans()
+become_subreaper()
 children = Children()
 ours, theirs = Channel.pair()
 assert children.wait([ours], 0.01) == set()

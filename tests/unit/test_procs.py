@@ -51,7 +51,7 @@ def child():
     return len(told)
 
 for _ in range(20):
-    pid = fork_child(child, hold=STOP_SIGNALS)
+    pid = fork_child(child, block=STOP_SIGNALS)
     for number in STOP_SIGNALS:
         os.kill(pid, number)
     _, status = os.waitpid(pid, 0)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 from dtrain.errors import UsageError
-from dtrain.run.lookup import place_of_runs
+from dtrain.run.lookup import runs_location
 
 if TYPE_CHECKING:
     from dtrain.job.located import Located
@@ -73,7 +73,7 @@ def request(function: str, arguments: ResumeArguments, kind: type[Any]) -> Reque
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
     return Request(
         launcher=given.get("launcher", "local"),
-        runs=place_of_runs(given.get("runs")),
+        runs=runs_location(given.get("runs")),
         run_id=given.get("run_id"),
         fields=dict(_fields(function, given)),
         options={

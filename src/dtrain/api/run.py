@@ -71,7 +71,7 @@ class Run(AbstractContextManager["Run"]):
         Raises:
             RunNotFound: no run, or more than one, has this name.
         """
-        return cls(lookup.find(name, lookup.place_of_runs(runs)))
+        return cls(lookup.find(name, lookup.runs_location(runs)))
 
     @property
     def id(self) -> str:
@@ -227,7 +227,8 @@ class Run(AbstractContextManager["Run"]):
         """Return why the run failed; None if it has not.
 
         `print` shows the rank that caused the failure, its error and what to try, as `dtrain why`
-        does. The parts are `culprit`, `alike` and `collateral`, see `dtrain.run.verdict.Verdict`.
+        does. Its parts `culprit`, `same_failure` and `collateral` are explained in
+        `dtrain.run.verdict.Verdict`.
 
         Args:
             attempt: the number of the attempt. None means the newest.
@@ -298,4 +299,4 @@ def runs(runs: str | os.PathLike[str] | None = None) -> list[Run]:
     Example:
         >>> [run.id for run in dtrain.runs() if run.status()["state"] == "failed"]
     """
-    return [Run(each) for each in list_runs(lookup.here(lookup.place_of_runs(runs)))]
+    return [Run(each) for each in list_runs(lookup.local_directory(lookup.runs_location(runs)))]

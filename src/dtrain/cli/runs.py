@@ -8,7 +8,7 @@ import click
 
 from dtrain.cli import options as shared
 from dtrain.console import out
-from dtrain.run.lookup import here
+from dtrain.run.lookup import local_directory
 
 _LEFT_OUT = ("LAUNCHER", "STRATEGY", "RANKS", "STARTED", "SET")
 """Columns that a narrow terminal does not show, in this order."""
@@ -40,7 +40,7 @@ def command(runs: str, as_json: bool) -> None:
     from dtrain.launchers.summary import DAMAGED, row
     from dtrain.run.rundir import list_runs
 
-    rows = [row(run) for run in list_runs(here(runs))]
+    rows = [row(run) for run in list_runs(local_directory(runs))]
     if as_json:
         shared.print_json(rows)
     elif not rows:

@@ -1,4 +1,4 @@
-"""Every code of an error, problem, verdict and finding, with its cause and its cure.
+"""Every code of an error, problem, verdict and finding, with its cause and its remedy.
 
 docs/errors.md is made from these tables. A code is `area.what`, in lower case with hyphens; it
 never changes its meaning, so scripts may depend on it.

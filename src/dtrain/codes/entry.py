@@ -1,4 +1,4 @@
-"""What is known of one code."""
+"""The entry of one code in docs/errors.md."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from typing import NamedTuple
 class Entry(NamedTuple):
     cause: str
     """What is wrong, in one or two sentences."""
-    cure: str
+    remedy: str
     """What to do about it."""

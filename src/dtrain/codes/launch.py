@@ -17,7 +17,7 @@ LAUNCH: Mapping[str, Entry] = {
     ),
     "usage.missing-argument": Entry(
         "The command needs an argument that was not given.",
-        "Add the argument. `--help` shows where it stands in the command line.",
+        "Add the argument. `--help` shows its place in the command line.",
     ),
     "usage.unexpected-argument": Entry(
         "The command was given more arguments than it takes.",
@@ -25,12 +25,12 @@ LAUNCH: Mapping[str, Entry] = {
         "follow `--`.",
     ),
     "usage.option-of-script": Entry(
-        "An option of the script stands among the options of dtrain.",
+        "An option of the script is written among the options of dtrain.",
         "Put `--` before the arguments of the script.",
     ),
     "usage.not-a-job": Entry(
         "The file is neither a job file nor a Python script.",
-        "Name a `.yaml` or a `.py` file.",
+        "Give the path of a `.yaml` or a `.py` file.",
     ),
     "usage.invalid-value": Entry(
         "An option has a value that it cannot have.",
@@ -41,7 +41,7 @@ LAUNCH: Mapping[str, Entry] = {
         "Write the option as `--help` shows it.",
     ),
     "usage.flag-without-effect": Entry(
-        "A flag was given that does nothing without another one, or beside another one.",
+        "A flag has no effect, because it needs another flag or is replaced by another flag.",
         "Add the flag that the message names, or remove this one.",
     ),
     "usage.flag-of-other-launcher": Entry(
@@ -57,7 +57,7 @@ LAUNCH: Mapping[str, Entry] = {
         "Set the variable first, or give its value with `--env NAME=VALUE`.",
     ),
     "usage.run-id": Entry(
-        "The text of `--run-id` cannot be the name of a directory and of a job.",
+        "The value of `--run-id` cannot be used as the name of a directory and of a job.",
         "Use letters, digits, dots, dashes and underscores.",
     ),
     "usage.array-syntax": Entry(
@@ -73,20 +73,20 @@ LAUNCH: Mapping[str, Entry] = {
         "Use launcher slurm, or launch the runs one by one.",
     ),
     "usage.detach-unsupported": Entry(
-        "The launcher's processes end with the command, so it cannot return before them.",
-        "Use launcher slurm, or launcher ray with `-o submit=job`; or leave `--detach` out.",
+        "The launcher's processes end with the command, so the command cannot return before them.",
+        "Use launcher slurm, or launcher ray with `-o submit=job`; or leave out `--detach`.",
     ),
     "file.not-found": Entry(
         "There is no file of this name.",
         "Check the path. The message names a file of a similar name, if there is one.",
     ),
     "file.is-a-directory": Entry(
-        "The path names a directory, and a file is needed.",
-        "Name the YAML file in that directory.",
+        "The path is that of a directory, but a file is needed.",
+        "Give the path of the YAML file in that directory.",
     ),
     "file.not-regular": Entry(
-        "The path names a pipe or a device, which may never end.",
-        "Write the text to a file, and name that file.",
+        "The path is that of a pipe or a device, not of a regular file.",
+        "Write the text to a file, and give the path of that file.",
     ),
     "file.too-large": Entry(
         "The file is much larger than a job or a profile can be.",
@@ -97,68 +97,69 @@ LAUNCH: Mapping[str, Entry] = {
         "Save it as UTF-8. The message shows the line with the wrong byte.",
     ),
     "file.unreadable": Entry(
-        "The file is there, but it cannot be read.",
-        "Look at its permissions, and at those of its directories.",
+        "The file exists, but it cannot be read.",
+        "Check its permissions, and those of its directories.",
     ),
     "file.not-writable": Entry(
         "A file cannot be written.",
-        "Choose another place, make room on the disk, or change the permissions of the directory.",
+        "Choose another directory, free space on the disk, or change the permissions of "
+        "the directory.",
     ),
     "file.not-usable": Entry(
         "The system refuses to open a file or a directory.",
-        "The message has the system's reason. Check the path and its permissions.",
+        "The message gives the system's reason. Check the path and its permissions.",
     ),
     "file.console-gone": Entry(
-        "What the command prints cannot be written: its console is gone, or its disk is full.",
+        "The output of the command cannot be written: the terminal is closed, or the disk is full.",
         "Run the command again where its output can be written.",
     ),
     "file.current-directory-gone": Entry(
-        "The current directory was removed while the shell stood in it.",
+        "The current directory was removed while the shell was using it.",
         "Change to a directory that exists.",
     ),
     "yaml.syntax": Entry(
-        "The file is not YAML at this place.",
-        "Look at the line and at the one above: quotes, brackets, colons and indentation.",
+        "The file is not valid YAML at this line.",
+        "Check this line and the line above it: quotes, brackets, colons and indentation.",
     ),
     "yaml.empty": Entry(
         "The file has no content.",
         "Write at least the fields that the message names.",
     ),
     "yaml.not-a-section": Entry(
-        "The file holds a list or one value, and `name: value` lines are needed.",
+        "The file contains a list or a single value instead of `name: value` lines.",
         "Write the fields as `name: value` lines.",
     ),
     "yaml.duplicate-key": Entry(
-        "The same key is written twice in a section, and only one value can be meant.",
+        "The same key is written twice in a section, but it can have only one value.",
         "Remove one of the two lines.",
     ),
     "yaml.key-not-text": Entry(
-        "A key is not text: YAML reads some words as other things, for example `on` as true.",
+        "A key is not text: YAML reads some words as other values, for example `on` as true.",
         "Put the key in quotes.",
     ),
     "yaml.value-unsupported": Entry(
         "A value has a YAML type, a size or an escape that dtrain does not read.",
-        "Write a plain text, number, boolean, list or section.",
+        "Write plain text, a number, a boolean, a list or a section.",
     ),
     "yaml.merge-without-section": Entry(
-        "`<<` takes the lines of another section, and what follows it is no section.",
-        "Name a section with an anchor after `<<`.",
+        "`<<` copies the lines of another section, but its value is not a section.",
+        "After `<<:`, write the alias of a section, for example `*defaults`.",
     ),
     "yaml.too-deep": Entry(
         "Sections are nested too deeply, or an alias contains itself.",
-        "Write the file with fewer levels, and look at its aliases.",
+        "Write the file with fewer levels, and check its aliases.",
     ),
     "yaml.too-many-values": Entry(
-        "The file has more values than a job or a profile can mean.",
-        "Keep large data in a file of its own that the task reads.",
+        "The file has more values than a job or a profile can need.",
+        "Keep large data in a separate file that the task reads.",
     ),
     "job.unknown-field": Entry(
-        "job.yaml has no field of this name, or not in this section.",
+        "job.yaml has no field of this name, or the field belongs to another section.",
         "Use the name that the message suggests, or move the line to the section that it "
         "names. docs/job-file.md lists all fields.",
     ),
     "job.missing-field": Entry(
-        "job.yaml lacks a field that it needs.",
+        "A required field is missing in job.yaml.",
         "Add the field.",
     ),
     "job.wrong-type": Entry(
@@ -170,19 +171,20 @@ LAUNCH: Mapping[str, Entry] = {
         "Choose a number within the bounds that the message names.",
     ),
     "job.invalid-value": Entry(
-        "A field has a value that it cannot have.",
-        "Write a value of the form that the message shows.",
+        "The value of a field is not valid.",
+        "Write a value in the form that the message shows.",
     ),
     "job.unknown-name": Entry(
         "The trainer or the strategy does not exist, or its package is not installed.",
         "Use one of the names that the message lists.",
     ),
     "job.field-without-effect": Entry(
-        "A field would do nothing in this job, for example because it belongs to another trainer.",
-        "Remove the field, or set what the message names.",
+        "A field would have no effect in this job, for example because it belongs to "
+        "another trainer.",
+        "Remove the field, or set the field that the message names.",
     ),
     "job.field-decided-elsewhere": Entry(
-        "An argument of the framework's own trainer is decided by other fields of the job.",
+        "An argument of the framework's own trainer is already set by other fields of the job.",
         "Set the field that the message names, and remove the argument.",
     ),
     "job.endless-training": Entry(
@@ -198,11 +200,11 @@ LAUNCH: Mapping[str, Entry] = {
         "Set `eval.every_steps` or `eval.every_epochs`.",
     ),
     "job.fault-after-the-end": Entry(
-        "An injected fault is planned for a step that the training does not have.",
+        "An injected fault is planned for a step after the end of the training.",
         "Choose a step up to `train.steps`.",
     ),
     "job.reference-syntax": Entry(
-        "A class is not named by its file or module and its own name.",
+        "The reference to a class does not have the right form.",
         "Write `file.py:Class` or `package.module:Class`.",
     ),
     "job.code-not-found": Entry(
@@ -227,8 +229,8 @@ LAUNCH: Mapping[str, Entry] = {
         "Add it to `args`.",
     ),
     "job.relative-import": Entry(
-        "A file that is named by its path has no package, so it cannot import relatively.",
-        "Import the module by its full name, or name the class as `package.module:Class`.",
+        "A file that is given by its path has no package, so it cannot use relative imports.",
+        "Import the module by its full name, or refer to the class as `package.module:Class`.",
     ),
     "job.not-python": Entry(
         "The file is not valid Python.",
@@ -243,7 +245,7 @@ LAUNCH: Mapping[str, Entry] = {
         "Check the path; in job.yaml it is relative to job.yaml.",
     ),
     "job.script-only-defines": Entry(
-        "The script defines things and runs nothing, so launching it would do nothing.",
+        "The script only defines functions and classes, so launching it would do nothing.",
         "Launch the job.yaml that names its task.",
     ),
     "job.data-not-found": Entry(
@@ -267,7 +269,7 @@ LAUNCH: Mapping[str, Entry] = {
         "Use the name that the message suggests. Options of the launcher belong under `options:`.",
     ),
     "profile.missing-field": Entry(
-        "The profile lacks a field that it needs.",
+        "A required field is missing in the profile.",
         "Add the field.",
     ),
     "profile.wrong-type": Entry(
@@ -279,8 +281,8 @@ LAUNCH: Mapping[str, Entry] = {
         "Choose a number within the bounds that the message names.",
     ),
     "profile.invalid-value": Entry(
-        "A field of the profile has a value that it cannot have.",
-        "Write a value of the form that the message shows.",
+        "The value of a field of the profile is not valid.",
+        "Write a value in the form that the message shows.",
     ),
     "option.syntax": Entry(
         "A `-o` is not of the form NAME=VALUE.",
@@ -292,7 +294,7 @@ LAUNCH: Mapping[str, Entry] = {
     ),
     "option.conflict": Entry(
         "Two options of the launcher exclude each other, or one needs another.",
-        "Change or remove one of them, as the message says.",
+        "Change or remove one of them, as the message explains.",
     ),
     "option.unknown-field": Entry(
         "The launcher has no option of this name.",
@@ -311,40 +313,41 @@ LAUNCH: Mapping[str, Entry] = {
         "Choose a number within the bounds that the message names.",
     ),
     "option.invalid-value": Entry(
-        "An option of the launcher has a value that it cannot have.",
-        "Write a value of the form that the message shows.",
+        "The value of an option of the launcher is not valid.",
+        "Write a value in the form that the message shows.",
     ),
     "plan.unsupported-combination": Entry(
-        "This trainer does not train under this strategy, or not on so many nodes.",
-        "Use the combination that the message names. README.md has a table of all.",
+        "This trainer does not support this strategy, or not with this number of nodes.",
+        "Use the combination that the message names. README.md has a table of all combinations.",
     ),
     "plan.unknown-name": Entry(
-        "No launcher, strategy, trainer or logger has this name here.",
-        "Use one of the names that the message lists, or install the package that brings it.",
+        "No launcher, strategy, trainer or logger of this name is installed.",
+        "Use one of the names that the message lists, or install the package that provides it.",
     ),
     "plan.missing-package": Entry(
         "A package that this feature needs is not installed.",
-        "Install it with the pip command of the message.",
+        "Install it with the pip command in the message.",
     ),
     "plan.more-processes-than-gpus": Entry(
-        "More processes per node were asked for than GPUs per node.",
+        "More processes than GPUs per node were requested.",
         "Use as many processes as GPUs, or leave the number of processes out.",
     ),
     "plan.single-is-one-process": Entry(
-        "Strategy single is one process, and more were asked for.",
-        "Use strategy ddp, or leave the sizes out.",
+        "Strategy single uses one process, but more were requested.",
+        "Use strategy ddp, or leave out `--procs` and `--gpus`.",
     ),
     "plan.too-few-gpus": Entry(
         "This machine has fewer GPUs than the launch needs.",
-        "Ask for fewer GPUs, or launch where there are more.",
+        "Request fewer GPUs, or launch on a machine that has more.",
     ),
     "plan.uneven-shards": Entry(
-        "The strategy cuts each step into parts that so many processes cannot share evenly.",
+        "The strategy splits each step into parts that this number of processes cannot "
+        "share evenly.",
         "Use a number of processes that the message names.",
     ),
     "plan.sharded-stream": Entry(
-        "A stream of data that shards itself does not suit this strategy or a changing "
-        "number of processes.",
+        "A data stream that shards itself does not work with this strategy, or with a "
+        "number of processes that changes.",
         "Use what the message names: another strategy, a fixed number of nodes, or a "
         "stream that is the same on every rank.",
     ),
@@ -357,19 +360,19 @@ LAUNCH: Mapping[str, Entry] = {
         "Give a directory that all nodes share with `--runs`, or use a launcher that takes a URL.",
     ),
     "launch.not-writable": Entry(
-        "The directory of the run cannot be written.",
-        "Choose another place with `--runs`, or make room on the disk.",
+        "The run directory cannot be written.",
+        "Choose another directory with `--runs`, or free space on the disk.",
     ),
     "launch.command-not-started": Entry(
         "The system could not start the command of the launch.",
-        "The message has the system's reason. Check that the program is there and may be run.",
+        "The message gives the system's reason. Check that the program exists and is executable.",
     ),
     "launch.too-few-open-files": Entry(
         "A process may open fewer files here than the launch needs.",
         "Raise the limit, for example with `ulimit -n 4096`, and launch again.",
     ),
     "launch.port-not-opened": Entry(
-        "A port that the processes meet at cannot be opened on this host.",
+        "The port of the rendezvous cannot be opened on this host.",
         "Launch again, or choose another address with `--rdzv-endpoint`.",
     ),
     "launch.no-free-port": Entry(
@@ -377,32 +380,32 @@ LAUNCH: Mapping[str, Entry] = {
         "Wait until other programs end, or stop some of them.",
     ),
     "launch.fork-server-ended": Entry(
-        "The process that starts the workers of this comparison has ended early.",
-        "Look for an error above, or for too little memory, and try again.",
+        "The process that starts the workers of this comparison ended unexpectedly.",
+        "Look for an error above this message. Check that there is enough memory, and try again.",
     ),
     "launch.driver-ended": Entry(
-        "The process that drives the run ended before its time.",
-        "The message has its last lines. Look for too little memory.",
+        "The process that drives the run ended unexpectedly.",
+        "The message gives its last lines. Check that there is enough memory.",
     ),
     "run.not-found": Entry(
         "No run has this name.",
-        "`dtrain runs` lists them. Say where they are with `--runs`.",
+        "`dtrain runs` lists all runs. Give their directory with `--runs`.",
     ),
     "run.ambiguous": Entry(
         "Several runs begin with this text.",
-        "Write more letters of the id.",
+        "Give more letters of the id.",
     ),
     "run.empty-name": Entry(
         "The name of a run is empty.",
         "Give an id, the beginning of one, or `last`.",
     ),
     "run.no-runs": Entry(
-        "There are no runs in this place.",
-        "Say where the runs are with `--runs`.",
+        "There are no runs in this directory.",
+        "Give the directory of the runs with `--runs`.",
     ),
     "run.no-plan": Entry(
-        "The directory is not the directory of a run.",
-        "Name a run that `dtrain runs` lists.",
+        "The directory is not a run directory.",
+        "Give the id of a run that `dtrain runs` lists.",
     ),
     "run.no-such-attempt": Entry(
         "The run has no attempt of this number.",
@@ -413,19 +416,19 @@ LAUNCH: Mapping[str, Entry] = {
         "Use one that the message lists.",
     ),
     "run.exists": Entry(
-        "There is a run of this id already.",
+        "A run with this id already exists.",
         "Continue it with `dtrain resume`, or choose another `--run-id`.",
     ),
     "run.finished": Entry(
-        "The run has trained to its end.",
-        "To train on, give it a later end, for example `--set train.epochs=20`.",
+        "The run has finished.",
+        "To train longer, set a later end, for example `--set train.epochs=20`.",
     ),
     "run.end-passed": Entry(
         "The newest checkpoint is of a later step than the new end of the training.",
-        "Give a later end.",
+        "Set a later end.",
     ),
     "run.setting-without-effect": Entry(
-        "The setting only counts at the start of a run, so it would do nothing at a resume.",
+        "The setting is only used at the start of a run, so it would have no effect at a resume.",
         "Launch a new run with it.",
     ),
     "run.held": Entry(
@@ -445,15 +448,15 @@ LAUNCH: Mapping[str, Entry] = {
         "Resume on a host that has the directory.",
     ),
     "run.damaged-file": Entry(
-        "A file of the run does not hold what dtrain has written there.",
-        "Bring the file back from a copy, or remove the run.",
+        "A file of the run does not contain what dtrain wrote.",
+        "Restore the file from a copy, or remove the run.",
     ),
     "torchrun.no-node-rank": Entry(
         "Several hosts start this run, and this one does not know which node it is.",
-        "Add `--node-rank` with a number of its own on each host.",
+        "Add `--node-rank` with a different number on each host.",
     ),
     "torchrun.invalid-node-rank": Entry(
-        "The number of `--node-rank` is not that of a node of this run.",
+        "The value of `--node-rank` is not the rank of a node of this run.",
         "Count the nodes from 0.",
     ),
     "torchrun.no-endpoint": Entry(
@@ -469,12 +472,12 @@ LAUNCH: Mapping[str, Entry] = {
         "Run dtrain on a login node of the cluster.",
     ),
     "slurm.no-cluster": Entry(
-        "No Slurm cluster answers here.",
+        "No Slurm cluster answers on this machine.",
         "Run dtrain on a login node of the cluster.",
     ),
     "slurm.controller-silent": Entry(
         "Slurm's controller does not answer at the moment.",
-        "Try again. The job goes on meanwhile, if it was submitted.",
+        "Try again later. A job that was submitted is not affected.",
     ),
     "slurm.partition-invalid": Entry(
         "Slurm has no such partition, or it does not take this job.",
@@ -498,7 +501,7 @@ LAUNCH: Mapping[str, Entry] = {
     ),
     "slurm.gres-invalid": Entry(
         "The partition has no such GPUs, or fewer on each node.",
-        "Change `--gpus` or option `gres`; `sinfo -o %G` lists what there is.",
+        "Change `--gpus` or option `gres`; `sinfo -o %G` lists the GPUs.",
     ),
     "slurm.constraint-invalid": Entry(
         "No node has the feature that option `constraint` asks for.",
@@ -509,7 +512,7 @@ LAUNCH: Mapping[str, Entry] = {
         "Use one that `scontrol show reservation` lists, or remove the option.",
     ),
     "slurm.dependency-invalid": Entry(
-        "The job is to wait for another job that Slurm does not know.",
+        "Slurm does not know the job that this job must wait for.",
         "Check the number of that job in option `dependency`.",
     ),
     "slurm.node-name-invalid": Entry(
@@ -518,22 +521,22 @@ LAUNCH: Mapping[str, Entry] = {
     ),
     "slurm.nodes-not-available": Entry(
         "The partition has no nodes with so many GPUs, cores or so much memory.",
-        "Ask for fewer nodes, GPUs, cores or less memory, or for another partition.",
+        "Request fewer nodes, GPUs, cores or less memory, or use another partition.",
     ),
     "slurm.refused": Entry(
-        "Slurm refuses the job for another reason, which the message has.",
+        "Slurm rejects the job for another reason, which the message gives.",
         "Change the option that Slurm's reason names.",
     ),
     "slurm.line-break": Entry(
-        "A value for the batch script has a line break in it.",
-        "Write the value in one line.",
+        "A value for the batch script contains a line break.",
+        "Write the value on one line.",
     ),
     "slurm.flag-not-allowed": Entry(
-        "A further flag of sbatch would break what dtrain sets itself, or is no long flag.",
+        "An extra sbatch flag conflicts with one that dtrain sets, or is not a long flag.",
         "Use the option of dtrain that the message names, or the flag's long name.",
     ),
     "slurm.flag-repeated": Entry(
-        "A flag is given several times, and submitit takes it only once.",
+        "A flag is given several times, but submitit accepts it only once.",
         "Give it once, or use `submit: sbatch`.",
     ),
     "slurm.path-not-usable": Entry(
@@ -546,110 +549,112 @@ LAUNCH: Mapping[str, Entry] = {
     ),
     "slurm.template-invalid": Entry(
         "The template of the batch script has a mistake.",
-        "Correct the line that the message names. docs/slurm.md has the variables.",
+        "Correct the line that the message names. docs/slurm.md lists the variables.",
     ),
     "slurm.array-differs": Entry(
-        "The runs of an array differ in what Slurm gives to all elements alike.",
+        "The runs of an array differ in an sbatch option that must be the same for the "
+        "whole array.",
         "Launch them one by one.",
     ),
     "slurm.run-without-job": Entry(
-        "The run that this one is to wait for has no Slurm job.",
-        "Name a run that Slurm has started or will start.",
+        "The run that this run must wait for has no Slurm job.",
+        "Give a run that was launched with launcher slurm.",
     ),
     "slurm.run-will-not-succeed": Entry(
-        "The run that this one is to wait for has failed or was cancelled.",
+        "The run that this run must wait for has failed or was cancelled.",
         "Launch without `--after`, or resume the other run first.",
     ),
     "slurm.directory-not-shared": Entry(
-        "A node of the job does not see the directory of the run.",
-        "Keep the runs on a disk that all nodes have at the same path, with `--runs`.",
+        "A node of the job does not see the run directory.",
+        "With `--runs`, choose a directory that all nodes see at the same path.",
     ),
     "slurm.requeued-too-often": Entry(
         "Slurm has put the job back into the queue more often than option `requeue` allows.",
-        "Look why nodes fail, then resume the run.",
+        "Find out why nodes fail, then resume the run.",
     ),
     "slurm.no-step": Entry(
         "The agent was not started as a step of a Slurm job.",
         "Start it with `srun`, or let `dtrain launch` do so.",
     ),
     "slurm.wrong-node-count": Entry(
-        "The step of Slurm has another number of nodes than the plan.",
-        "Start it with the `srun` command of the message.",
+        "The Slurm job step has a different number of nodes than the plan.",
+        "Start it with the `srun` command in the message.",
     ),
     "slurm.head-silent": Entry(
-        "The agent of the first node has not said where the others find it.",
+        "The agent of the first node has not published its address.",
         "Look at the log of the first node; it may not have started, or may not see the "
-        "directory of the run.",
+        "run directory.",
     ),
     "slurm.names-unresolved": Entry(
-        "A node cannot find the addresses of the other nodes by their names.",
-        "Ask the administrators to let the nodes resolve one another's names.",
+        "A node cannot resolve the names of the other nodes.",
+        "Ask the administrators to make the names of all nodes resolvable on each node.",
     ),
     "ray.no-cluster": Entry(
         "No Ray cluster answers at this address.",
         "Check the address; `ray start --head` prints it.",
     ),
     "ray.not-allowed": Entry(
-        "The Ray cluster refuses this client; it may want a token.",
-        "Set RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH as the message says.",
+        "The Ray cluster rejects this client; it may require a token.",
+        "Set RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH as the message explains.",
     ),
     "ray.cannot-join": Entry(
         "The Ray cluster answers, but this client cannot join it.",
-        "The message has Ray's reason, often another version of Ray or Python. Use the "
-        "versions of the cluster.",
+        "The message gives Ray's reason, often a different version of Ray or Python. Use "
+        "the versions of the cluster.",
     ),
     "ray.no-job-server": Entry(
         "No Ray job server answers at this URL.",
         "Give the URL of the cluster's dashboard, for example `http://head:8265`.",
     ),
     "ray.job-refused": Entry(
-        "The Ray job server refuses the job.",
-        "The message has its reason.",
+        "The Ray job server rejects the job.",
+        "The message gives its reason.",
     ),
     "ray.secret-variables": Entry(
         "Variables that may be secret would be readable by others in a Ray job's files.",
-        "Set them on the cluster, or let the cluster share the directory of runs.",
+        "Set them on the cluster, or use a directory for runs that the cluster shares.",
     ),
     "ray.too-few-resources": Entry(
-        "The Ray cluster never has so many nodes, cores or GPUs, or not in time.",
-        "Ask for less, or raise option `place_timeout`.",
+        "The Ray cluster has too few nodes, cores or GPUs, or too few became free in time.",
+        "Request less, or raise option `place_timeout`.",
     ),
     "ray.node-unsuitable": Entry(
-        "A node of the Ray cluster lacks a package, has another version, or does not see "
-        "the directory of the run.",
-        "Make the nodes alike, as the message says for each of them.",
+        "A node of the Ray cluster lacks a package, has a different version, or does not "
+        "see the run directory.",
+        "Correct what the message names for each node.",
     ),
     "ray.directory-not-shared": Entry(
-        "The Ray cluster does not see the directory of the run.",
+        "The Ray cluster does not see the run directory.",
         "Set option `cluster_runs` to a directory that all nodes share, or to a URL.",
     ),
     "ray.code-too-large": Entry(
-        "The code beside the job is too large to be sent to the nodes.",
-        "Keep data elsewhere, or leave it out with option `excludes`.",
+        "The code of the job is too large to be sent to the nodes.",
+        "Keep data elsewhere, or exclude it with option `excludes`.",
     ),
     "ray.local-cluster-failed": Entry(
         "Ray could not be started on this machine.",
-        "The message has Ray's last lines. Look for other Ray processes and for too little memory.",
+        "The message gives Ray's last lines. Look for other Ray processes, and check that "
+        "there is enough memory.",
     ),
     "url.invalid": Entry(
-        "The text cannot be the URL of a place for runs.",
+        "Runs cannot be kept at this URL.",
         "Write it like `s3://bucket/runs`.",
     ),
     "url.password": Entry(
-        "The URL holds a password, which others could read in the run's files.",
-        "Leave the password out, and set the credentials as variables.",
+        "The URL contains a password, which others could read in the run's files.",
+        "Remove the password, and set the credentials as environment variables.",
     ),
     "url.in-memory": Entry(
-        "What is kept at `memory://` is gone with the process.",
+        "Files at `memory://` are lost when the process ends.",
         "Use a directory or another URL.",
     ),
     "url.not-found": Entry(
-        "The place that the URL names does not exist.",
-        "Create the bucket or the directory, or correct the URL.",
+        "The bucket or directory of the URL does not exist.",
+        "Create it, or correct the URL.",
     ),
     "url.no-access": Entry(
-        "The service at the URL refuses these credentials.",
-        "Set the credentials as variables, as the message says.",
+        "The service at the URL denies access.",
+        "Set the credentials as environment variables, as the message explains.",
     ),
     "url.unreachable": Entry(
         "The service at the URL does not answer.",
@@ -657,14 +662,14 @@ LAUNCH: Mapping[str, Entry] = {
     ),
     "url.unreliable": Entry(
         "The service does not return what was written to it.",
-        "Use another service, or look at its settings.",
+        "Use another service, or check its settings.",
     ),
     "url.incomplete-checkpoint": Entry(
-        "A checkpoint at the URL lacks files, or some have another size than was written.",
-        "Resume from an older checkpoint. Look for what removes files there.",
+        "Files of a checkpoint at the URL are missing, or have a different size than was written.",
+        "Resume from an older checkpoint. Find out what removes files there.",
     ),
     "url.secret-in-job-file": Entry(
-        "The job file holds the value of a secret variable, and would be stored at the URL.",
+        "The job file contains the value of a secret variable, which would be stored at the URL.",
         "Remove the value from the job file, and give it with `--env NAME`.",
     ),
     "node.no-node-rank": Entry(
@@ -672,40 +677,40 @@ LAUNCH: Mapping[str, Entry] = {
         "Start it with `--node-rank`.",
     ),
     "node.invalid-placement": Entry(
-        "The launcher has told the agent something that it cannot read.",
+        "The agent cannot read the arguments that the launcher gave it.",
         "Start the agent through `dtrain launch`.",
     ),
     "node.no-rank": Entry(
-        "A worker was started without the variables that say which rank it is.",
+        "A worker was started without the variables that contain its rank.",
         "Start it with torchrun, or the run with `dtrain launch`.",
     ),
     "gpu.too-few-on-node": Entry(
-        "A node shows fewer GPUs than the run needs.",
+        "A node has fewer visible GPUs than the run needs.",
         "Check `--gpus`, the request to the cluster, and CUDA_VISIBLE_DEVICES.",
     ),
     "checkpoint.missing-manifest": Entry(
-        "A checkpoint has no list of its files, so it was not written to its end.",
-        "Nothing: an older checkpoint is used.",
+        "A checkpoint has no manifest (the list of its files), so it was not written completely.",
+        "No action is needed: an older checkpoint is used.",
     ),
     "checkpoint.damaged-manifest": Entry(
-        "The list of a checkpoint's files is damaged.",
-        "Nothing, if there is an older checkpoint. Look at the disk.",
+        "The manifest of a checkpoint (the list of its files) is damaged.",
+        "No action is needed if there is an older checkpoint. Check the disk.",
     ),
     "checkpoint.missing-file": Entry(
         "A file of a checkpoint is missing.",
-        "Nothing, if there is an older checkpoint. Look for what removes files there.",
+        "No action is needed if there is an older checkpoint. Find out what removes files there.",
     ),
     "failure.exception": Entry(
-        "A worker raised an error of Python.",
+        "A worker raised a Python exception.",
         "Read the lines of your code that the verdict shows.",
     ),
     "failure.exit": Entry(
-        "A worker ended by itself with a status other than 0.",
-        "Look in its log for what called `exit`.",
+        "A worker exited with a status other than 0.",
+        "Look in its log for the call of `exit`.",
     ),
     "failure.signal": Entry(
         "A worker was killed by a signal.",
-        "Look for who sent it: the cluster, an administrator, or a crash of a library.",
+        "Find out what sent it: the cluster, an administrator, or a crash in a library.",
     ),
     "failure.out-of-memory": Entry(
         "The system killed a worker because the memory was used up.",
@@ -717,30 +722,30 @@ LAUNCH: Mapping[str, Entry] = {
     ),
     "failure.node-lost": Entry(
         "A node stopped answering during the run.",
-        "Look at that host, then resume the run.",
+        "Check that host, then resume the run.",
     ),
     "failure.agent": Entry(
-        "The agent of a node, or the launcher, failed before or beside the workers.",
-        "The message has the reason.",
+        "The agent of a node, or the launcher, failed.",
+        "The message gives the reason.",
     ),
     "failure.collectives-differ": Entry(
-        "One rank called other collectives than all others.",
+        "One rank called different collectives than all other ranks.",
         "Look for a branch in your code that only this rank takes.",
     ),
     "failure.ranks-parted": Entry(
         "Ranks called different collectives, and no majority shows which is right.",
-        "Look before the shown lines for a branch that only some ranks take.",
+        "Look for a branch before the shown lines that only some ranks take.",
     ),
     "failure.rank-absent": Entry(
-        "A rank was still busy when the others had waited too long for it.",
+        "A rank did not reach a collective before the other ranks timed out.",
         "Look at the line where it was: it may be slow, or wait for something else.",
     ),
     "failure.rank-left": Entry(
-        "A rank ended before the training did, and the others waited for it.",
+        "A rank exited before the end of the training, while the others waited for it.",
         "Leave the loop in the same step on all ranks.",
     ),
     "failure.timeout": Entry(
-        "All ranks waited for one another until the time was over.",
+        "All ranks waited for one another until the collective timed out.",
         "Look for a collective that not all ranks call, and at the network between them.",
     ),
     "verify.run-failed": Entry(
@@ -748,51 +753,51 @@ LAUNCH: Mapping[str, Entry] = {
         "Read its verdict below the line.",
     ),
     "verify.reference-failed": Entry(
-        "The job fails as one process already, so nothing can be compared.",
+        "The job already fails as one process, so nothing can be compared.",
         "Make the job run with `dtrain launch --procs 1` first.",
     ),
     "verify.nothing-recorded": Entry(
-        "The job trained, but nothing was recorded that could be compared.",
+        "The job trained, but it recorded nothing that could be compared.",
         "Use trainer native, or train for at least one step.",
     ),
     "verify.nothing-to-compare": Entry(
         "None of the chosen combinations can be run.",
-        "Choose others; the message says why each is impossible.",
+        "Choose others; the message gives the reason for each.",
     ),
     "verify.fp64-failed": Entry(
-        "A pair differs, and it cannot be run in fp64 to show whether that is rounding.",
+        "A pair differs, but it cannot be run in fp64 to show whether rounding is the cause.",
         "Make the task run in fp64: create tensors in the default dtype.",
     ),
     "verify.script": Entry(
-        "`dtrain verify` compares tasks, and a script has a loop of its own.",
+        "`dtrain verify` compares tasks, but a script has its own training loop.",
         "Write the training as a task.",
     ),
     "verify.sharded-stream": Entry(
-        "A stream that shards itself gives one process another order than several.",
+        "A stream that shards itself gives one process a different order than several processes.",
         "Compare with `data.stream: same`.",
     ),
     "verify.trainer-unsuitable": Entry(
-        "The task is of a framework that the chosen trainer cannot train.",
+        "The task belongs to a framework that the chosen trainer cannot train.",
         "Choose the trainer that the message names.",
     ),
     "verify.no-place": Entry(
         "The runs of the comparison cannot be written anywhere.",
-        "Name a directory with `--keep`.",
+        "Give a directory with `--keep`.",
     ),
     "verify.stopped": Entry(
         "The comparison was stopped before its end.",
         "Run it again.",
     ),
     "verify.other-samples": Entry(
-        "Another number of processes trains on other samples, or in another order.",
+        "A different number of processes trains on different samples, or in a different order.",
         "Draw every choice of samples from the seed and the step, never from the rank.",
     ),
     "verify.other-start": Entry(
-        "Processes begin with other parameters.",
-        "Do not seed by rank in `model()`, and read no random numbers of your own there.",
+        "Processes begin with different parameter values.",
+        "Do not seed by rank in `model()`, and use no random generator of your own there.",
     ),
     "verify.other-model": Entry(
-        "Processes build models with other parameters.",
+        "Processes build different models.",
         "Build the same model in every process.",
     ),
     "verify.other-loss": Entry(
@@ -800,15 +805,16 @@ LAUNCH: Mapping[str, Entry] = {
         "Compute the loss from the sample alone.",
     ),
     "verify.other-gradient": Entry(
-        "The gradient is not that of the whole batch.",
+        "The gradient is not the gradient of the whole batch.",
         "Return sums with weights, and leave the division to dtrain.",
     ),
     "verify.other-learning-rate": Entry(
-        "The learning rate depends on something else than the optimizer steps.",
-        "Compute it from the number of optimizer steps alone.",
+        "The learning rate depends on something other than the number of optimizer steps.",
+        "Compute it only from the number of optimizer steps.",
     ),
     "verify.other-updates": Entry(
-        "There are more or fewer updates than global batches, or an update uses another gradient.",
+        "There are more or fewer updates than global batches, or an update uses a "
+        "different gradient.",
         "Let the loop call the optimizer, once for each global batch.",
     ),
     "verify.state-outside-checkpoint": Entry(
@@ -821,7 +827,7 @@ LAUNCH: Mapping[str, Entry] = {
     ),
     "verify.clipping-order": Entry(
         "Gradients are clipped before they are reduced.",
-        "Clip through the job's own setting.",
+        "Use the job's own setting for clipping.",
     ),
     "verify.loss-scaling": Entry(
         "Gradients are used before they are divided by the scale of the loss.",
@@ -854,11 +860,11 @@ LAUNCH: Mapping[str, Entry] = {
     ),
     "export.no-directory": Entry(
         "The directory for the output does not exist.",
-        "Create it, or name another one with `--output`.",
+        "Create it, or give another one with `--output`.",
     ),
     "export.no-checkpoint": Entry(
         "The run has no checkpoint to export.",
-        "Train until one is saved; `checkpoint:` in job.yaml says when.",
+        "Train until one is saved; `checkpoint:` in job.yaml sets when.",
     ),
     "export.no-such-step": Entry(
         "The run has no checkpoint of this step.",
@@ -866,14 +872,14 @@ LAUNCH: Mapping[str, Entry] = {
     ),
     "export.no-usable-checkpoint": Entry(
         "All checkpoints of the run are damaged.",
-        "Bring the files back from a copy. The message says what is wrong with each.",
+        "Restore the files from a copy. The message names the damage of each checkpoint.",
     ),
     "export.no-average": Entry(
         "The checkpoint holds no average of the model.",
-        "Train with `dtrain.EMA`, or leave `--averaged` out.",
+        "Train with `dtrain.EMA`, or leave out `--averaged`.",
     ),
     "export.script-format": Entry(
-        "The run is of a script, of which only the parameters are known.",
+        "The run trained a script, and dtrain knows only the parameters of its model.",
         "Use `--to safetensors`.",
     ),
     "export.not-keras": Entry(
@@ -881,27 +887,27 @@ LAUNCH: Mapping[str, Entry] = {
         "Use `--to torch-export`, which takes other models.",
     ),
     "export.no-single-call": Entry(
-        "The task calls parts of the model, so there is no one call to export.",
+        "The task calls parts of the model, so there is no single call to export.",
         "Call the model itself in the task, or use `--to safetensors`.",
     ),
     "export.model-unsupported": Entry(
         "The exporter cannot write this model.",
-        "The message has its reason. `--to safetensors` writes the parameters of any model.",
+        "The message gives its reason. `--to safetensors` writes the parameters of any model.",
     ),
     "export.outputs-differ": Entry(
-        "The exported model gives other outputs than the model, so it was not kept.",
+        "The exported model gives different outputs than the model, so it was not kept.",
         "Look for code in the model that depends on Python values or on randomness.",
     ),
     "export.changed-when-read-back": Entry(
-        "A file that was written is not the same when it is read back.",
-        "Look at the disk, and export again.",
+        "A file has different contents when it is read back after writing.",
+        "Check the disk, and export again.",
     ),
     "api.invalid-argument": Entry(
         "A function of dtrain was called with an argument that it does not take.",
-        "Give what the message names.",
+        "Use the arguments that the message names.",
     ),
     "api.value-not-for-jobs": Entry(
-        "A value was given that a job file cannot hold.",
+        "A value was given that cannot be written to a job file.",
         "Give numbers, texts, lists and dicts, and create other objects inside the task.",
     ),
     "api.class-needs-notebook": Entry(

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from dtrain.environ import may_tell
+from dtrain.environ import may_contain_secret
 from dtrain.errors import Problem
 from dtrain.job.located import Keys, Located, did_you_mean, dotted, suggest
 from dtrain.job.spec import Model
@@ -205,7 +205,7 @@ def _words(detail: ErrorDetails) -> list[str]:
 
 
 def _found(written: Located) -> str:
-    if isinstance(written.value, str) and may_tell(written.value):
+    if isinstance(written.value, str) and may_contain_secret(written.value):
         return "a text that may be a secret"
     words = found(written.plain())
     if isinstance(written.value, bool) and written.raw and written.raw.lower() != words:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_origin
 
 from pydantic import ValidationError
 
-from dtrain.environ import may_tell
+from dtrain.environ import may_contain_secret
 from dtrain.errors import JobError, Problem
 from dtrain.job.errors import Area, explain, submodel
 from dtrain.job.located import Keys, Located, SourceLocation, dotted, shown_path
@@ -203,7 +203,7 @@ def _override(text: str) -> tuple[Located | None, list[Problem]]:
     keys = _keys_of(field.strip())
     if keys[0] != "args" and keys[:2] != ("launch", "env"):  # those names are the user's own
         keys = tuple(key.replace("-", "_") for key in keys)
-    secret = field.startswith("launch.env.") or may_tell(text)
+    secret = field.startswith("launch.env.") or may_contain_secret(text)
     shown = field if secret else text
     place = SourceLocation(f"--set {shown}")
     if (

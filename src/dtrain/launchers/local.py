@@ -78,7 +78,7 @@ class LocalLauncher:
         handle = Handle.read(run)
         if handle is None or not handle.is_alive(run):
             return
-        if not handle.is_here:
+        if not handle.is_visible:
             raise UsageError(
                 f"run {run.id} is driven from {handle.host}; cancel it there",
                 code="run.driven-elsewhere",
@@ -160,7 +160,7 @@ class NodeProcess:
         failures.record_node(
             plan.run,
             plan.attempt,
-            f"the node process{served} {failures.how_it_ended(status)}",
+            f"the node process{served} {failures.describe_exit(status)}",
             node_rank=first,
             log=plan.run.host_log(plan.attempt, first),
             node=plan.node_names[first] or failures.node_name(),
@@ -177,7 +177,7 @@ class _Interpreter:
     ) -> None:
         keep = [] if listener is None else [listener.fileno()]
         listen = [part for fd in keep for part in ("--listen-fd", str(fd))]
-        self._process = procs.start_own([*argv, *listen], env=env, log=log, pass_fds=keep)
+        self._process = procs.start_child([*argv, *listen], env=env, log=log, pass_fds=keep)
         self.poll, self.send_signal = self._process.poll, self._process.send_signal
 
     def kill(self) -> None:

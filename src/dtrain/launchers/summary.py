@@ -33,7 +33,7 @@ def summary(run: RunDir) -> dict[str, Any]:
     train = _metrics(progress, "train")
     started = None if handle is None else handle.started
     ended = None if result is None else result.ended
-    newest = {"running": time.time(), "lost": progress.heard}.get(state, ended)
+    newest = {"running": time.time(), "lost": progress.updated}.get(state, ended)
     lasted = None if started is None or newest is None else max(0.0, newest - started)
     return {
         "id": run.id,

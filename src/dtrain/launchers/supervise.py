@@ -75,7 +75,7 @@ def drive(
     started = time.time()
     with stop_requests() as stop:
         prepare.prepare(plan, job, job_text, Handle.of_this_process(plan.launcher, plan.attempt))
-        with remote.syncing(plan.run, console.say, only=_synced_patterns(launcher, plan)):
+        with remote.syncing(plan.run, console.say, include=_synced_patterns(launcher, plan)):
             return _drive(launcher, plan, console, stop, started, detach)
 
 
@@ -179,7 +179,7 @@ def _end_message(plan: LaunchPlan, succeeded: str, seconds: float) -> str:
     text = f"{plan.run_id}: {succeeded} in {seconds:.1f} s"
     finished = _finished(plan)
     if finished is None:
-        return f"{text}{events.but_ungrouped(plan.run)}"
+        return f"{text}{events.ungrouped_suffix(plan.run)}"
     digest = f"parameters sha256 {finished['parameters_sha256']}"
     return "\n".join([f"{text}{outcome(plan)}", *_checkpoint(plan), digest])
 
@@ -214,7 +214,7 @@ def _follow_to_end(plan: LaunchPlan, launch: Launch, stop: Stop, console: Consol
     forwarder = StopForwarder(stop, plan.stop_timeout_s, console.say)
     try:
         prepare.keep_code(plan)
-        with attempts.beating(plan.run, plan.attempt):
+        with attempts.sending_heartbeats(plan.run, plan.attempt):
             while (code := launch.poll()) is None:
                 console.tick()
                 forwarder.forward([launch])
@@ -278,7 +278,7 @@ def _unexplained(plan: LaunchPlan, code: int) -> FailureRecord:
     useful = [log for log, line in last_lines.items() if line and not line.endswith(SERVER_ENDED)]
     # the log written last is that of the failed node
     log = max(useful, key=lambda log: log.stat().st_mtime, default=next(iter(logs)))
-    how = f"the node process {failures.how_it_ended(code)}"
+    how = f"the node process {failures.describe_exit(code)}"
     return failures.of_node(
         f"{how}: {last_lines[log] or 'it has written no output'}",
         exit_code=code,
@@ -294,7 +294,7 @@ def finish(plan: LaunchPlan, result: Result, say: Callable[[str], None]) -> None
     if not plan.is_of_node_zero:
         return
     run.remove_secrets(plan.attempt)
-    failures.remove_aside(run, plan.attempt)
+    failures.remove_fallback_dir(run, plan.attempt)
     try:
         if result.write(run, plan.attempt):
             events.note_event(run, "ended", state=result.state, exit_code=result.exit_code)

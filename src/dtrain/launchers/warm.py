@@ -33,7 +33,7 @@ class WarmServer:
         self._ready = False
         argv = [sys.executable, "-P", "-m", "dtrain.node.warm", "--socket", str(child_end.fileno())]
         with contextlib.closing(child_end):
-            self._process = procs.start_own(
+            self._process = procs.start_child(
                 [*argv, *modules],
                 env={**inherited_env(), HASH_SEED: hash_seed},
                 log=None,  # a cold launch reports failed imports

@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Serve this host's nodes until they have ended; never returns."""
     parser = argparse.ArgumentParser(prog="python -m dtrain.node", description=main.__doc__)
     parser.add_argument("run_dir", help="run directory with resolved.yaml and plan.json")
-    parser.add_argument("--placement", default="argv", help="which reader says who we are")
-    parser.add_argument("--placed-as", help="what the launcher tells that reader")
+    parser.add_argument("--placement", default="argv", help="how this process finds its node rank")
+    parser.add_argument("--placement-args", help="data for that placement, as JSON")
     parser.add_argument("--node-rank", type=int, action="append")
     parser.add_argument("--parent", type=int, help="pid of the parent to die with")
     parser.add_argument("--listen-fd", type=int, help="socket on which node 0 serves the store")

@@ -19,9 +19,9 @@ from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalExce
 
 from dtrain.forking import SERVER_ENDED, Channel
 from dtrain.launch_plan import LaunchPlan
-from dtrain.node import leaving, stack_dump
+from dtrain.node import early_exit, stack_dump
 from dtrain.node.environment import worker_environment
-from dtrain.node.heartbeat import Peer, of_silence, send_heartbeats
+from dtrain.node.heartbeat import Peer, send_heartbeats, silence_message
 from dtrain.node.memory import Memory
 from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.silence import SilenceWatcher
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 # After one worker has failed, the others' work is lost: this is for their failure records.
 _COLLATERAL_GRACE_S = 0.3
-_TOLD_S = 1.0  # for the other agents to learn the reason, 20 times the interval of their queries
+_REPORT_S = 1.0  # for the other agents to learn the reason, 20 times the interval of their queries
 _DEATH_S = 5.0  # a rank that hangs in the kernel must not delay the message to the others
 
 
@@ -69,7 +69,7 @@ class NodeAgent(SimpleElasticAgent):
         self._left: list[FailureRecord] = []
         self._memory = Memory()
         self._restart = 0
-        self._before: FailureRecord | None = None
+        self._last_failure: FailureRecord | None = None
         """The failure that caused the last restart."""
 
     # -- hooks that torch's agent calls -------------------------------------------------------
@@ -82,7 +82,7 @@ class NodeAgent(SimpleElasticAgent):
         self._memory = Memory()
         workers = worker_group.workers
         logs = {worker.global_rank: self._log_of(worker.global_rank) for worker in workers}
-        asked = [
+        requests = [
             {
                 "run_dir": self.plan.run_dir,
                 "log": str(logs[worker.global_rank]),
@@ -92,7 +92,7 @@ class NodeAgent(SimpleElasticAgent):
             }
             for worker in workers
         ]
-        self._channel.send({"start": asked})
+        self._channel.send({"start": requests})
         pids = self._await_started()
         self._running = {pid: worker.local_rank for pid, worker in zip(pids, workers, strict=True)}
         self._event("workers_started", pids=pids, restart=self._restart)
@@ -100,7 +100,7 @@ class NodeAgent(SimpleElasticAgent):
         return dict(enumerate(pids))
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        self._hear(worker_group)
+        self._handle_messages(worker_group)
         if self._running and not self._failed:
             self._silence.watch(self._ranks(worker_group), self._signal, self._event)
         if self._failed:
@@ -129,7 +129,7 @@ class NodeAgent(SimpleElasticAgent):
         self._wait_for_end(worker_group, _COLLATERAL_GRACE_S)
         causes = [f for f in self._failed.values() if not failures.is_collateral(f.message)]
         if self._running and not causes:
-            self._note_absent(worker_group)
+            self._record_absent(worker_group)
         for record in [] if causes else self._left:  # the verdict decides, as for the absent ranks
             record.write(self.plan.run, self.plan.attempt)
         self._signal_all(signal.SIGKILL)
@@ -137,16 +137,16 @@ class NodeAgent(SimpleElasticAgent):
         repeated = bool(self._failed) and self._report_failure()
         self._kill(worker_group)
         if repeated:
-            raise SameFailure(f"failed as before restart {self._restart}; no other is tried")
+            raise SameFailure(f"failed as before restart {self._restart}; no further restart")
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        why = sys.exc_info()[1]
-        if isinstance(why, PeerFailed):
-            if why.signal is None:
+        error = sys.exc_info()[1]
+        if isinstance(error, PeerFailed):
+            if error.signal is None:
                 self._stop_workers(self._worker_group)
             else:
-                death_sig = signal.Signals(why.signal)  # dtrain's workers record the same reason
-        if isinstance(why, SignalException):  # so that the other nodes stop as well
+                death_sig = signal.Signals(error.signal)  # dtrain's workers record the same reason
+        if isinstance(error, SignalException):  # so that the other nodes stop as well
             self._rendezvous_handler.close_with(f"stopped by {death_sig.name}", signal=death_sig)
         if self._running:
             self._signal_all(death_sig)
@@ -187,10 +187,10 @@ class NodeAgent(SimpleElasticAgent):
         if message is not None:
             self._server.hear()
             if "lost" in message:
-                self._rendezvous_handler.lose(message["lost"])
+                self._rendezvous_handler.mark_lost(message["lost"])
         return message
 
-    def _hear(self, worker_group: WorkerGroup, wait_s: float = 0.0) -> None:
+    def _handle_messages(self, worker_group: WorkerGroup, wait_s: float = 0.0) -> None:
         message = self._next_message(wait_s)
         while message is not None:
             local_rank = self._running.pop(message.get("exited", 0), None)
@@ -198,22 +198,23 @@ class NodeAgent(SimpleElasticAgent):
                 rank = worker_group.workers[local_rank].global_rank
                 if message["code"] != 0:
                     self._failed[local_rank] = self._record_of(rank, message)
-                elif message["left"]:
-                    place = self._place(rank, message["exited"], message["time"])
-                    self._left.append(leaving.of_script(json.loads(message["left"]), **place))
+                elif message["exit_note"]:
+                    note = json.loads(message["exit_note"])
+                    where = self._location(rank, message["exited"], message["time"])
+                    self._left.append(early_exit.of_script(note, **where))
             message = self._next_message(0.0)
         if self._server.is_silent():
-            self._end_alone()
+            self._end_silent_server()
 
     def _wait_for_end(self, worker_group: WorkerGroup, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while self._running and (left := deadline - time.monotonic()) > 0:
-            self._hear(worker_group, min(left, 0.2))
+            self._handle_messages(worker_group, min(left, 0.2))
 
     def _kill(self, worker_group: WorkerGroup) -> None:
         self._signal_all(signal.SIGKILL)
         while self._running:
-            self._hear(worker_group, 0.2)
+            self._handle_messages(worker_group, 0.2)
 
     def _signal_all(self, number: int) -> None:
         self._channel.send({"signal": 0, "number": int(number)})
@@ -231,15 +232,15 @@ class NodeAgent(SimpleElasticAgent):
         record = failures.of_exit_status(
             message["code"],
             out_of_memory=self._memory.ran_out(),
-            **self._place(rank, message["exited"], message["time"]),
+            **self._location(rank, message["exited"], message["time"]),
         )
         if message["code"] == -signal.SIGKILL:
-            known = verdict.ADVICE.get(record.kind, "find out who sent it, and whether for memory")
-            record = replace(record, hint=f"{known}: {self._memory.describe(message['peak'])}")
+            advice = verdict.ADVICE.get(record.kind, "find out what sent the signal")
+            record = replace(record, hint=f"{advice}: {self._memory.describe(message['peak'])}")
         record.write(self.plan.run, self.plan.attempt)
         return record
 
-    def _place(self, rank: int, pid: int, when: float) -> dict[str, Any]:
+    def _location(self, rank: int, pid: int, when: float) -> dict[str, Any]:
         """Return the rank, location and time of a record."""
         return {
             "rank": rank,
@@ -251,7 +252,7 @@ class NodeAgent(SimpleElasticAgent):
             "log": str(self._log_of(rank)),
         }
 
-    def _note_absent(self, worker_group: WorkerGroup) -> None:
+    def _record_absent(self, worker_group: WorkerGroup) -> None:
         """Record which ranks still run now that others have given up, and where they are.
 
         The verdict decides whether one of them is the cause: one node does not know what happened
@@ -259,17 +260,17 @@ class NodeAgent(SimpleElasticAgent):
         """
         ranks = self._ranks(worker_group)
         logs = {pid: self._log_of(rank) for pid, rank in ranks.items()}
-        answers = stack_dump.ask(logs.values(), lambda: self._signal(ranks, stack_dump.SIGNAL))
+        answers = stack_dump.request(logs.values(), lambda: self._signal(ranks, stack_dump.SIGNAL))
         for pid, rank in ranks.items():
             stack = answers[logs[pid]]
             record = failures.of_worker(
                 "absent",
-                "did not come to the collective that the others waited for "
+                "did not reach the collective that the others waited for "
                 f"({self.plan.collective_timeout_s:g} s)",
                 1,
-                frames=(failures.users_own(stack) or stack[:1])[::-1],
-                collateral=stack_dump.waits_or_leaves(stack),
-                **self._place(rank, pid, time.time()),
+                frames=(failures.only_user_frames(stack) or stack[:1])[::-1],
+                collateral=stack_dump.is_waiting_or_failing(stack),
+                **self._location(rank, pid, time.time()),
             )
             record.write(self.plan.run, self.plan.attempt)
             self._absent += [] if record.collateral else [record]
@@ -282,7 +283,7 @@ class NodeAgent(SimpleElasticAgent):
         for pid in pids:
             self._channel.send({"signal": pid, "number": int(number)})
 
-    def _end_alone(self) -> NoReturn:
+    def _end_silent_server(self) -> NoReturn:
         """Report that the fork server is silent, and end it.
 
         Its forks and this agent die with it.
@@ -290,7 +291,7 @@ class NodeAgent(SimpleElasticAgent):
         record = failures.record_node(
             self.plan.run,
             self.plan.attempt,
-            of_silence("the node process", self.plan.lost_after_s),
+            silence_message("the node process", self.plan.lost_after_s),
             kind="node_lost",
             node_rank=self.node_rank,
             log=self.plan.run.agent_log(self.plan.attempt, self.node_rank),
@@ -299,7 +300,7 @@ class NodeAgent(SimpleElasticAgent):
         )
         log.error("%s", record.message)
         self._rendezvous_handler.close_with(record.message, record)
-        time.sleep(_TOLD_S)
+        time.sleep(_REPORT_S)
         os.kill(os.getppid(), signal.SIGKILL)
         sys.exit("the node's fork server was silent")
 
@@ -310,8 +311,8 @@ class NodeAgent(SimpleElasticAgent):
             Whether it repeats the failure that caused the last restart: no other would help.
         """
         first = verdict.cause_on_node([*self._failed.values()], self._absent, self._left)
-        repeated = self._before is not None and first.repeats(self._before)
-        self._before = first
+        repeated = self._last_failure is not None and first.repeats(self._last_failure)
+        self._last_failure = first
         if repeated:
             first = replace(first, repeated=True)
             first.write(self.plan.run, self.plan.attempt)
@@ -329,5 +330,5 @@ class NodeAgent(SimpleElasticAgent):
         return repeated and self._restart < self.plan.max_restarts
 
     def _event(self, event: str, **fields: Any) -> None:
-        place = {"node_rank": self.node_rank, "node": self.node}
-        events.note_event(self.plan.run, event, **place, **fields)
+        node = {"node_rank": self.node_rank, "node": self.node}
+        events.note_event(self.plan.run, event, **node, **fields)

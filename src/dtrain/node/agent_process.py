@@ -102,7 +102,7 @@ def _exit_code(plan: LaunchPlan, node_rank: int, error: Exception) -> int:
             log.error("%s", error)
             _record(plan, node_rank, str(error), error.missing)
         case _:  # for example because of a limit that this host sets
-            log.exception("the agent ends")
+            log.exception("the agent exits because of an error")
             kind = "" if isinstance(error, DtrainError) else f"{type(error).__name__}: "
             os.close(0)  # if no descriptor is left, the record needs one
             _record(plan, node_rank, f"{kind}{error}")
@@ -114,7 +114,7 @@ def _settings(plan: LaunchPlan, node_rank: int) -> RendezvousSettings:
         secret = attempts.token(plan.run, plan.attempt)
     except OSError as error:
         raise RendezvousFailed(
-            f"the launch's token cannot be had: {error.strerror}: {error.filename}"
+            f"cannot read the token of the launch: {error.strerror}: {error.filename}"
         ) from error
     return RendezvousSettings(
         run_id=f"{plan.run_id}/{plan.attempt}",
@@ -141,15 +141,15 @@ def _notice(plan: LaunchPlan, node_rank: int) -> Callable[[str], None]:
 
 def _record(plan: LaunchPlan, node_rank: int, message: str, missing: Sequence[int] = ()) -> None:
     """Write a record of each node that did not join, or of this one if all joined."""
-    for culprit in missing or [node_rank]:
-        is_ours = culprit == node_rank
+    for failed_node in missing or [node_rank]:
+        is_own = failed_node == node_rank
         failures.record_node(
             plan.run,
             plan.attempt,
             message,
-            kind="agent" if is_ours else "node_missing",
-            node_rank=culprit,
-            node=failures.node_name() if is_ours else plan.node_names[culprit],
+            kind="agent" if is_own else "node_missing",
+            node_rank=failed_node,
+            node=failures.node_name() if is_own else plan.node_names[failed_node],
             restart=0,
             log=plan.run.agent_log(plan.attempt, node_rank),
         )
@@ -157,19 +157,19 @@ def _record(plan: LaunchPlan, node_rank: int, message: str, missing: Sequence[in
 
 def _record_peer(plan: LaunchPlan, node_rank: int, error: PeerFailed) -> None:
     """Save the report of another node: its records may be on a disk that is not visible here."""
-    told = error.record
-    if told is None:
+    record = error.record
+    if record is None:
         _record(plan, node_rank, str(error))
         return
-    if told.node_rank >= plan.nodes or (told.rank or 0) >= plan.world_size:
-        _record(plan, node_rank, f"{error}: of no rank of this run")
+    if record.node_rank >= plan.nodes or (record.rank or 0) >= plan.world_size:
+        _record(plan, node_rank, f"{error} (the run has no such rank)")
         return
     known = failures.read_all(plan.run, plan.attempt)
-    place = (told.node_rank, told.rank)
-    same = [record for record in known if (record.node_rank, record.rank) == place]
+    where = (record.node_rank, record.rank)
+    same = [each for each in known if (each.node_rank, each.rank) == where]
     # a process that saw a node end knows more than one that only missed it
-    if not any(told.rank is None or record.pid == told.pid for record in same):
-        told.write(plan.run, plan.attempt)
+    if not any(record.rank is None or each.pid == record.pid for each in same):
+        record.write(plan.run, plan.attempt)
 
 
 def _raise_signal(number: int, _frame: object) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from dtrain.forking import Channel, Children, Ended, import_once
 from dtrain.launch_plan import LaunchPlan
 from dtrain.node import stack_dump
-from dtrain.node.heartbeat import Peer, of_silence, pause_s
+from dtrain.node.heartbeat import Peer, pause_s, silence_message
 from dtrain.procs import (
     DEFERRED_SIGNALS,
     STOP_SIGNALS,
@@ -72,7 +72,7 @@ class _Agent:
     status: int | None = None
 
 
-class _AskedToStop(BaseException):
+class _StopRequested(BaseException):
     """Ends the imports for workers that will not be started."""
 
 
@@ -110,7 +110,7 @@ class ForkServer:
         Args:
             listen_fd: the socket on which node 0 serves the rendezvous, already listening.
         """
-        stack_dump.answer()
+        stack_dump.enable()
         for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(sig, self._ask_to_stop)
         for node_rank in self.node_ranks:
@@ -118,16 +118,16 @@ class ForkServer:
         if listen_fd is not None:
             os.close(listen_fd)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, DEFERRED_SIGNALS)
-        with contextlib.suppress(_AskedToStop):
+        with contextlib.suppress(_StopRequested):
             self._import_for_workers()
         while any(agent.status is None for agent in self._agents):
             running = [agent.channel for agent in self._agents if agent.status is None]
             self._children.wait(running, pause_s(self.plan.lost_after_s))
             self._reap()
-            self._answer()
-            self._end_silent()
+            self._handle_requests()
+            self._kill_silent()
             if self._is_superseded():
-                print("dtrain: the job goes on elsewhere; this node ends", file=sys.stderr)
+                print("dtrain: the job was restarted elsewhere; this node exits", file=sys.stderr)
                 return 1  # all that it forked dies with it
         return max(agent.status or 0 for agent in self._agents)
 
@@ -138,7 +138,7 @@ class ForkServer:
         """
         self._is_importing = True
         if self._stop_signal is not None:
-            raise _AskedToStop
+            raise _StopRequested
         modules, preload = (*WORKER_MODULES, *self.plan.modules), self.plan.preload
         # an agent may fail during the imports, and this must not be noticed only afterwards
         threads = 1 + import_once(modules, preload, between=self._reap)
@@ -153,19 +153,19 @@ class ForkServer:
     # -- agents ------------------------------------------------------------------------------
 
     def _fork_agent(self, node_rank: int, listen_fd: int | None) -> None:
-        ours, theirs = Channel.pair()
+        server_end, agent_end = Channel.pair()
         log = _open_log(self.plan.run.agent_log(self.plan.attempt, node_rank))
-        keep = [theirs.fileno(), *([] if listen_fd is None else [listen_fd])]
+        keep = [agent_end.fileno(), *([] if listen_fd is None else [listen_fd])]
         pid = fork_child(
-            lambda: self._run_agent(self.plan, node_rank, theirs, listen_fd),
+            lambda: self._run_agent(self.plan, node_rank, agent_end, listen_fd),
             stdout=log,
             stderr=log,
             keep_fds=keep,
-            hold=STOP_SIGNALS,
+            block=STOP_SIGNALS,
         )
         os.close(log)
-        theirs.close()
-        self._agents.append(_Agent(node_rank, pid, ours, Peer(self.plan.lost_after_s)))
+        agent_end.close()
+        self._agents.append(_Agent(node_rank, pid, server_end, Peer(self.plan.lost_after_s)))
         events.note_event(self.plan.run, "agent_started", node_rank=node_rank, pid=pid)
 
     @property
@@ -180,7 +180,7 @@ class ForkServer:
                 kill_group(agent.pid, sig)
         if self._is_importing:
             self._is_importing = False
-            raise _AskedToStop
+            raise _StopRequested
 
     # -- the loop ----------------------------------------------------------------------------
 
@@ -197,9 +197,10 @@ class ForkServer:
         kill_group(ended.pid)  # data loader processes and any others that it left
         if agent.status is None:
             killed = ended.pid in agent.killed
-            told = {"exited": ended.pid, "code": ended.code, "time": time.time(), "killed": killed,
-                    "left": worker.ring.left().decode(), "peak": ended.peak}  # fmt: skip
-            _send(agent.channel, told)
+            message = {"exited": ended.pid, "code": ended.code, "time": time.time(),
+                       "killed": killed, "exit_note": worker.ring.exit_note().decode(),
+                       "peak": ended.peak}  # fmt: skip
+            _send(agent.channel, message)
         agent.killed.discard(ended.pid)
         if ended.code != 0:  # after the report to the agent, so that a restart need not wait for it
             worker.save_collectives(self.plan)
@@ -214,7 +215,7 @@ class ForkServer:
             for other in (each for each in self._agents if each.status is None):
                 _send(other.channel, {"lost": agent.node_rank})
 
-    def _end_silent(self) -> None:
+    def _kill_silent(self) -> None:
         """Kill agents that are stopped: no other process would detect that their workers fail."""
         for agent in self._agents:
             if agent.status is None and agent.peer.is_silent():
@@ -224,7 +225,7 @@ class ForkServer:
         plan = self.plan
         how = f"the node agent was killed by {failures.signal_name(-code)}"
         if agent.peer.is_silent():
-            how = of_silence("the node agent", plan.lost_after_s)
+            how = silence_message("the node agent", plan.lost_after_s)
         failures.record_node(
             plan.run,
             plan.attempt,
@@ -239,7 +240,7 @@ class ForkServer:
 
     # -- requests ----------------------------------------------------------------------------
 
-    def _answer(self) -> None:
+    def _handle_requests(self) -> None:
         for agent in self._agents:
             while agent.status is None:
                 try:
@@ -278,9 +279,9 @@ class ForkServer:
         return pid
 
 
-def _become_worker(asked: dict[str, Any], ring: Ring) -> int:
+def _become_worker(request: dict[str, Any], ring: Ring) -> int:
     os.environ.clear()
-    os.environ.update(asked["env"])
+    os.environ.update(request["env"])
     # PYTHONUNBUFFERED is read when an interpreter starts, and a fork does not start one: without
     # this a log shows what a script prints 8 KB at a time. Printing a name must not end a training
     # where the locale is not UTF-8.
@@ -291,7 +292,7 @@ def _become_worker(asked: dict[str, Any], ring: Ring) -> int:
         finalizer.atexit = False
     from dtrain.node import worker
 
-    return worker.run_worker(RunDir(asked["run_dir"]), ring)
+    return worker.run_worker(RunDir(request["run_dir"]), ring)
 
 
 def _open_log(path: Path) -> int:

@@ -34,9 +34,9 @@ def lacking(plan: LaunchPlan, environ: Mapping[str, str] = os.environ) -> str:
     because = "" if visible is None else f" with {VISIBLE}={visible!r}"
     instead = f"--gpus {found}" if found >= plan.nodes == 1 else f"--procs {plan.procs_per_node}"
     on_cpu = "" if instead.startswith("--gpus") else " and no --gpus, which trains on the CPU"
-    asked = "1 GPU is" if wanted == 1 else f"{wanted} GPUs{each} are"
+    gpus = "1 GPU is" if wanted == 1 else f"{wanted} GPUs{each} are"
     return (
-        f"{asked} asked for, but this host shows {found or 'none'}{because}; use {instead}{on_cpu}"
+        f"{gpus} asked for, but this host shows {found or 'none'}{because}; use {instead}{on_cpu}"
     )
 
 

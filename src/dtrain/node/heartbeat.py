@@ -22,34 +22,36 @@ def pause_s(lost_after_s: float) -> float:
     return min(_LONGEST_PAUSE_S, lost_after_s / 6)
 
 
-def of_silence(who: str, seconds: float) -> str:
-    return f"{who} has not answered for {seconds:g} s: it is stopped, swapped out or cut off"
+def silence_message(who: str, seconds: float) -> str:
+    return (
+        f"{who} has not answered for {seconds:g} s: it may be stopped, swapped out or disconnected"
+    )
 
 
 class Silence:
-    """The time without a new sign of another process, as far as this process could look.
+    """The time without a new sign of another process, as far as this process could observe it.
 
     This process may itself have been stopped, for example when Slurm suspends a job. That time must
     not count when it continues.
     """
 
     def __init__(self, pause_s: float) -> None:
-        """Prepare to look about every `pause_s` seconds."""
+        """Prepare to check about every `pause_s` seconds."""
         self._most_s = 2 * pause_s
         self._sign: object = None
-        self._looked_at = time.monotonic()
+        self._checked_at = time.monotonic()
         self._seconds = 0.0
 
-    def look(self, sign: object) -> float:
+    def unchanged_s(self, sign: object) -> float:
         """Return for how many seconds the sign has not changed."""
         now = time.monotonic()
-        passed, self._looked_at = now - self._looked_at, now
+        passed, self._checked_at = now - self._checked_at, now
         self._seconds = self._seconds + min(passed, self._most_s) if sign == self._sign else 0.0
         self._sign = sign
         return self._seconds
 
 
-class Hearts:
+class Heartbeats:
     """Keeps the heartbeats of all nodes in the head's store. A thread sends this node's own."""
 
     def __init__(self, store: Store, node_rank: int, lost_after_s: float) -> None:
@@ -60,13 +62,13 @@ class Hearts:
         self._gone: set[int] = set()
         self._beats = 0
         self._stopped = threading.Event()
-        self._look_at = 0.0
+        self._check_at = 0.0
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def stop(self) -> None:
         self._stopped.set()
 
-    def has_twin(self) -> bool:
+    def has_duplicate(self) -> bool:
         """Return whether another agent sends heartbeats as this node. This takes 3.5 s."""
         before = self._beats_of_others()
         time.sleep(3.5 * _BEAT_S)
@@ -75,10 +77,10 @@ class Hearts:
     def _beats_of_others(self) -> int:
         return self._store.add(f"beat/{self._node_rank}", 0) - self._beats
 
-    def lose(self, node_rank: int) -> None:
+    def mark_lost(self, node_rank: int) -> None:
         """Mark a node as lost. Its end was seen on this host."""
         self._gone.add(node_rank)
-        self._look_at = 0.0
+        self._check_at = 0.0
 
     def lost(self, node_ranks: Iterable[int]) -> list[int]:
         """Return the given nodes that have sent no heartbeat for too long."""
@@ -87,16 +89,16 @@ class Hearts:
         lost = []
         for rank, beat in zip(ranks, beats, strict=True):
             silence = self._silences.setdefault(rank, Silence(_BEAT_S))
-            if silence.look(beat) > self._lost_after_s or rank in self._gone:
+            if silence.unchanged_s(beat) > self._lost_after_s or rank in self._gone:
                 lost.append(rank)
         return lost
 
-    def lost_now_and_then(self, node_ranks: Iterable[int]) -> list[int]:
-        """Do the same at most once a second. Calls in between report no lost node."""
+    def lost_rate_limited(self, node_ranks: Iterable[int]) -> list[int]:
+        """Return the same at most once a second. Calls in between report no lost node."""
         now = time.monotonic()
-        if now < self._look_at:
+        if now < self._check_at:
             return []
-        self._look_at = now + _BEAT_S
+        self._check_at = now + _BEAT_S
         return self.lost(node_ranks)
 
     def _beat(self) -> None:
@@ -125,16 +127,16 @@ class Peer:
 
         Call this when all its messages have been received.
         """
-        return self._signs > 0 and self._silence.look(self._signs) > self._lost_after_s
+        return self._signs > 0 and self._silence.unchanged_s(self._signs) > self._lost_after_s
 
 
 def send_heartbeats(channel: Channel, lost_after_s: float) -> None:
     """Send heartbeats from a thread, even while the main thread is blocked."""
 
-    def tell() -> None:
+    def send() -> None:
         with contextlib.suppress(OSError):  # it has ended; the main thread detects it
             while True:
-                channel.offer({"alive": True})
+                channel.send_if_room({"alive": True})
                 time.sleep(pause_s(lost_after_s))
 
-    threading.Thread(target=tell, name="pulse", daemon=True).start()
+    threading.Thread(target=send, name="heartbeat", daemon=True).start()

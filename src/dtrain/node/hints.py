@@ -38,15 +38,17 @@ def hint(error: BaseException, frames: list[Frame], run: RunDir) -> str:
     if isinstance(error, OtherProcessError):
         error = _OF_LOADERS.get(error.type, Exception)(str(error))
     if _NO_ROOM in str(error) and _SHARED.search(_where(error)):
-        return "/dev/shm is full, through which loader processes send batches: make it larger " + (
-            "(of a container: --shm-size), or use fewer workers (data.workers)"
+        return "/dev/shm is full, and loader processes send batches through it: make it larger " + (
+            "(for a container: --shm-size), or use fewer workers (data.workers)"
         )
     if isinstance(error, FileNotFoundError) and plan:
         return _of_missing_file(error, plan)
     if isinstance(error, ImportError) and "no known parent package" in str(error) and frames:
         return _of_relative_import(frames[-1])
-    asks = isinstance(error, BdbQuit) or (isinstance(error, EOFError) and _NO_LINE in str(error))
-    if asks and not (sys.stdin is not None and sys.stdin.isatty()):
+    needs_terminal = isinstance(error, BdbQuit) or (
+        isinstance(error, EOFError) and _NO_LINE in str(error)
+    )
+    if needs_terminal and not (sys.stdin is not None and sys.stdin.isatty()):
         return _of_terminal(plan.get("trainer") == catalog.SCRIPT)
     return ""
 
@@ -71,11 +73,11 @@ def _of_missing_file(error: FileNotFoundError, plan: dict[str, str]) -> str:
     if name.is_absolute():
         return ""
     looked = f"relative paths are looked up in the working directory, {os.getcwd()}"
-    for folder, way in ((code_dir, f"Path(__file__).parent / {str(name)!r}"), (job_dir, "")):
+    for folder, remedy in ((code_dir, f"Path(__file__).parent / {str(name)!r}"), (job_dir, "")):
         if (folder / name).exists():
-            way = way or f"the absolute path, {job_dir / name}"
-            return f"{looked}, and {name} is in {job_dir}: write {way}"
-    return f"{looked}; {name} is not in the job's, {job_dir}, either"
+            remedy = remedy or f"the absolute path, {job_dir / name}"
+            return f"{looked}, and {name} is in {job_dir}: write {remedy}"
+    return f"{looked}; {name} is not in the job's directory {job_dir} either"
 
 
 def _of_relative_import(frame: Frame) -> str:
@@ -90,10 +92,10 @@ def _of_relative_import(frame: Frame) -> str:
 
 
 def _of_terminal(is_script: bool) -> str:
-    what = "a worker has no terminal, which breakpoint(), pdb.set_trace() and input() need"
+    what = "breakpoint(), pdb.set_trace() and input() need a terminal, and a worker has none"
     if is_script:
-        return f"{what}: run the script by itself in yours, with python, as one process"
+        return f"{what}: run the script in your own terminal with python, as one process"
     return (
         f"{what}: `dtrain plan --write --strategy single --procs 1 --run-id debug JOB`, then "
-        "`python -P -m dtrain.worker runs/debug` in yours"
+        "`python -P -m dtrain.worker runs/debug` in your terminal"
     )

@@ -28,7 +28,7 @@ from torch.distributed.elastic.rendezvous import (
 
 from dtrain import ports
 from dtrain.node import store as stores
-from dtrain.node.heartbeat import Hearts, of_silence
+from dtrain.node.heartbeat import Heartbeats, silence_message
 from dtrain.node.sealed import HeadGone, Store
 from dtrain.node.store import Member, PeerFailed, RendezvousFailed, RendezvousSettings, Round
 from dtrain.run import failures
@@ -56,7 +56,7 @@ class NodeRendezvous(RendezvousHandler):
             settings: this node, and the address of the head.
             listener: on the head, a socket that already listens on the port, so that no other
                 process can have taken it in between. None opens one.
-            notice: called with a sentence that names the nodes that are awaited.
+            notice: called with a sentence that names the missing nodes.
 
         Raises:
             RendezvousFailed: the head does not answer in time, the port is taken, or another
@@ -69,13 +69,13 @@ class NodeRendezvous(RendezvousHandler):
         self._is_head = settings.node_rank == 0
         self._worker_store: TCPStore | None = None
         self._done_round = -1
-        self._paced = stores.RateLimitedCache(settings.max_nodes)
+        self._cache = stores.RateLimitedCache(settings.max_nodes)
         self._server = stores.serve(settings, listener) if self._is_head else None
         self._store: Store = (
             stores.connect(settings, notice) if self._server is None else self._server.table
         )
         self._address = ports.address_towards(settings.host, settings.port)
-        self._hearts = Hearts(self._store, settings.node_rank, settings.lost_after_s)
+        self._heartbeats = Heartbeats(self._store, settings.node_rank, settings.lost_after_s)
 
     # -- methods that torch's agent calls ----------------------------------------------------
 
@@ -101,11 +101,11 @@ class NodeRendezvous(RendezvousHandler):
         described = Round.from_json(self._wait_for(f"{number}/members"), self.settings)
         self.members = described.members
         self.round = number
-        place = described.node_ranks.index(self.settings.node_rank)
+        group_rank = described.node_ranks.index(self.settings.node_rank)
         worker_store = RendezvousStoreInfo(self.settings.host, described.port)
         # ranks follow from the node rank, and dtrain has its own exit barrier
-        unasked = HashStore()
-        return RendezvousInfo(unasked, place, len(self.members), worker_store)
+        unused = HashStore()
+        return RendezvousInfo(unused, group_rank, len(self.members), worker_store)
 
     def num_nodes_waiting(self) -> int:
         """Return how many nodes have already joined the next round.
@@ -113,7 +113,7 @@ class NodeRendezvous(RendezvousHandler):
         Raises:
             PeerFailed: a node failed, or the head is gone.
         """
-        return self._paced(f"{self.round + 1}/count", self._ask_waiting)
+        return self._cache(f"{self.round + 1}/count", self._ask_waiting)
 
     def _ask_waiting(self) -> int:
         keys = ["closed", f"{self.round + 1}/count"]
@@ -133,7 +133,7 @@ class NodeRendezvous(RendezvousHandler):
 
     def shutdown(self) -> bool:
         """Stop the heartbeat. The store ends with the process."""
-        self._hearts.stop()
+        self._heartbeats.stop()
         return True
 
     # -- methods that dtrain's agent calls -------------------------------------------------------
@@ -154,11 +154,11 @@ class NodeRendezvous(RendezvousHandler):
             if self._store.add("closers", 1) == 1:  # the first reason is the cause
                 self._store.set("closed", why.to_json())
         except HeadGone:
-            log.info("the head is gone, nobody left to tell: %s", reason)
+            log.info("the head is gone, so this reason was not sent: %s", reason)
 
-    def lose(self, node_rank: int) -> None:
+    def mark_lost(self, node_rank: int) -> None:
         """Mark a node as lost. Its end was seen on this host."""
-        self._hearts.lose(node_rank)
+        self._heartbeats.mark_lost(node_rank)
 
     def all_done(self, *, done_here: bool) -> bool:
         """Return whether the workers of every node have succeeded in this round.
@@ -170,7 +170,7 @@ class NodeRendezvous(RendezvousHandler):
             self._done_round = self.round
             self._call(lambda: self._store.add(f"{self.round}/done", 1))
         key = f"{self.round}/done"
-        done = self._paced(key, lambda: int(self._call(lambda: self._store.add(key, 0))))
+        done = self._cache(key, lambda: int(self._call(lambda: self._store.add(key, 0))))
         return done == len(self.members)
 
     def leave(self) -> None:
@@ -178,7 +178,7 @@ class NodeRendezvous(RendezvousHandler):
 
         The head leaves last, because the others still read its store.
         """
-        self._hearts.stop()
+        self._heartbeats.stop()
         with contextlib.suppress(HeadGone):  # the head may be gone before it has answered
             self._store.add("left", 1)
             if self._is_head:
@@ -191,10 +191,14 @@ class NodeRendezvous(RendezvousHandler):
         if is_new:  # a node that comes late joins the round that is open now
             number = int(self._call(lambda: self._store.add("completed", 0)))
         me = Member(self.settings.node_rank, self.settings.node_name, self._address)
-        taken = is_new and self._has_member(number - 1, me) and self._call(self._hearts.has_twin)
+        taken = (
+            is_new
+            and self._has_member(number - 1, me)
+            and self._call(self._heartbeats.has_duplicate)
+        )
         if taken or self._call(lambda: self._store.add(f"{number}/here/{me.node_rank}", 1)) > 1:
             raise stores.NodeTaken(
-                f"another host is node {me.node_rank} already; each needs its own --node-rank"
+                f"another host already has node rank {me.node_rank}; give each its own --node-rank"
             )
         self._call(lambda: self._store.set(f"{number}/node/{me.node_rank}", me.to_json()))
         self._call(lambda: self._store.add(f"{number}/count", 1))
@@ -223,12 +227,12 @@ class NodeRendezvous(RendezvousHandler):
             elif now - started > settings.join_timeout_s:
                 missing = self._missing(number)
                 raise RendezvousFailed(
-                    f"{self._named(missing)} never joined: {count} of {settings.max_nodes} "
+                    f"{self._named(missing)} did not join: {count} of {settings.max_nodes} "
                     f"nodes after {settings.join_timeout_s:.0f} s",
                     missing,
                 )
             if now >= notice_at:
-                self._say_who_is_missing(number, count, now - started)
+                self._report_missing(number, count, now - started)
                 notice_at = now + 2 * (now - started)
             time.sleep(_POLL_S)
         keys = [f"{number}/node/{rank}" for rank in self._joined(number)]
@@ -239,7 +243,7 @@ class NodeRendezvous(RendezvousHandler):
         self._store.add("completed", 1)
         self._store.set(f"{number}/members", Round(members, port).to_json())
 
-    def _say_who_is_missing(self, number: int, count: int, waited_s: float) -> None:
+    def _report_missing(self, number: int, count: int, waited_s: float) -> None:
         joined = ", ".join(self.settings.name_of(rank) for rank in self._joined(number))
         self._notice(
             f"{count}/{self.settings.max_nodes} nodes joined ({joined}); waiting for "
@@ -259,8 +263,8 @@ class NodeRendezvous(RendezvousHandler):
         return str(text)
 
     def _raise_if_closed(self) -> None:
-        if (told := self._call(lambda: self._store.get("closed"))) is not None:
-            raise PeerFailed.from_json(told)
+        if (closed := self._call(lambda: self._store.get("closed"))) is not None:
+            raise PeerFailed.from_json(closed)
 
     def _call(self, request: Callable[[], Any]) -> Any:
         """Send a request to the store. A head that no longer answers is a peer that failed."""
@@ -284,7 +288,7 @@ class NodeRendezvous(RendezvousHandler):
 
     def _lost(self, number: int) -> list[int]:
         """Return nodes of the last round without a heartbeat that have not joined this one."""
-        lost = self._hearts.lost(member.node_rank for member in self.members)
+        lost = self._heartbeats.lost(member.node_rank for member in self.members)
         return [rank for rank in lost if self._store.get(f"{number}/node/{rank}") is None]
 
     def _without_lost(self) -> bool:
@@ -293,15 +297,15 @@ class NodeRendezvous(RendezvousHandler):
         Raises:
             PeerFailed: too few nodes are left.
         """
-        lost = self._hearts.lost_now_and_then(member.node_rank for member in self.members)
+        lost = self._heartbeats.lost_rate_limited(member.node_rank for member in self.members)
         if not lost:
             return False
         settings = self.settings
         if len(self.members) - len(lost) >= settings.min_nodes:
-            self._notice(f"{self._named(lost)} was lost; the others go on")
+            self._notice(f"{self._named(lost)} was lost; the others continue")
             return True
         record = failures.of_node(
-            of_silence("its agent", settings.lost_after_s),
+            silence_message("its agent", settings.lost_after_s),
             kind="node_lost",
             node_rank=lost[0],
             node=settings.names[lost[0]] if settings.names else "",

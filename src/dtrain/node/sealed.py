@@ -4,7 +4,7 @@ torch's TCPStore trusts any process that reaches its port. Here both sides of a 
 with a random number. Every message carries a keyed hash (BLAKE2b) of its direction, its position in
 the sequence and its text. The key comes from the token of the attempt and both numbers. So no
 message can be forged, repeated, or moved to another position or connection. No other part of a
-message is read before its hash is checked. The connection of a stranger, who does not know the
+message is read before its hash is checked. The connection of a process that does not know the
 token, is closed.
 """
 
@@ -33,13 +33,13 @@ MAGIC = b"dtrain-1"
 NONCE = 16
 GREETING = struct.Struct(f"!8s{NONCE}sH")  # and the run's id, with this number of bytes
 FRAME = struct.Struct("!I16s")  # length and hash of the text that follows
-MOST = 1 << 26
+MAX_BYTES = 1 << 26
 PROVE_WITHIN_S = 10.0
 _SILENCE_S = 30.0
 """The time after which a head that does not answer counts as gone."""
 TO_HEAD, FROM_HEAD = b">", b"<"
-_MOST_OF_A_STRANGER = 1 << 10
-_STRANGERS = 512
+_MAX_UNPROVEN_BYTES = 1 << 10
+_MAX_UNPROVEN = 512
 """The most connections that have proven nothing yet. Beyond that, the oldest is closed."""
 
 
@@ -107,26 +107,26 @@ class Table(Store):
                 return self.set(key, text)
             case ["get_all", list(keys)]:
                 return self.get_all(keys)
-        raise ValueError(f"a question that nobody asks: {request[:1]}")
+        raise ValueError(f"unknown request: {request[:1]}")
 
 
 class Remote(Store):
     """The head's table, accessed from another process."""
 
-    def __init__(self, place: tuple[str, int], token: bytes, sock: socket.socket) -> None:
+    def __init__(self, address: tuple[str, int], token: bytes, sock: socket.socket) -> None:
         """Take over a connection.
 
         Args:
-            place: the host and port of the head.
+            address: the host and port of the head.
             token: the token of the attempt.
             sock: a socket connected to the head. Its timeout is for the head's greeting.
 
         Raises:
             OSError: no head answers.
         """
-        self._place = place
+        self._address = address
         self._token = token
-        self._asking = threading.Lock()
+        self._lock = threading.Lock()
         self._connection: _Connection | None = _Connection(sock, token)
         self.run_id = self._connection.run_id
         """The run id of the process that answers, before anything is proven."""
@@ -142,17 +142,17 @@ class Remote(Store):
 
     def clone(self) -> Remote:
         try:
-            sock = socket.create_connection(self._place, PROVE_WITHIN_S)
-            return Remote(self._place, self._token, sock)
+            sock = socket.create_connection(self._address, PROVE_WITHIN_S)
+            return Remote(self._address, self._token, sock)
         except OSError as error:
             raise HeadGone(str(error)) from error
 
     def _ask(self, *request: Any) -> Any:
-        with self._asking:
+        with self._lock:
             connection, self._connection = self._connection, None
             try:
                 if connection is None:  # a signal came before the last answer
-                    sock = socket.create_connection(self._place, PROVE_WITHIN_S)
+                    sock = socket.create_connection(self._address, PROVE_WITHIN_S)
                     connection = _Connection(sock, self._token)
                 answer = connection.ask(request)
             except OSError as error:
@@ -171,25 +171,25 @@ class _Connection:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             magic, nonce, length = GREETING.unpack(self._exactly(GREETING.size))
             if magic != MAGIC:
-                raise ConnectionError("what answers there is not dtrain")
+                raise ConnectionError("the process at this address is not dtrain")
             self.run_id = self._exactly(length).decode(errors="replace")
-            mine = secrets.token_bytes(NONCE)
-            sock.sendall(mine)
+            own_nonce = secrets.token_bytes(NONCE)
+            sock.sendall(own_nonce)
             sock.settimeout(_SILENCE_S)
         except BaseException:
             sock.close()
             raise
-        self._seal = Seal(token, nonce + mine)
+        self._seal = Seal(token, nonce + own_nonce)
 
     def ask(self, request: tuple[Any, ...]) -> Any:
         """Return the answer. Without one, the connection is closed."""
         try:
             text = json.dumps(request).encode()
-            self._sock.sendall(self._seal.packed(TO_HEAD, self._number, text))
+            self._sock.sendall(self._seal.pack(TO_HEAD, self._number, text))
             length, mac = FRAME.unpack(self._exactly(FRAME.size))
-            text = self._exactly(min(length, MOST))
-            if not self._seal.fits(mac, FROM_HEAD, self._number, text):
-                raise ConnectionError("what answers there does not have this launch's token")
+            text = self._exactly(min(length, MAX_BYTES))
+            if not self._seal.is_valid(mac, FROM_HEAD, self._number, text):
+                raise ConnectionError("the process at this address has another token")
         except BaseException:
             self._sock.close()
             raise
@@ -214,11 +214,11 @@ class Server:
 
     def __init__(self, listener: socket.socket, run_id: str, token: bytes) -> None:
         self.table = Table()
-        ours, theirs = socket.socketpair()
-        loop = _Loop(listener, theirs, self.table, run_id, token)
+        own_end, loop_end = socket.socketpair()
+        loop = _Loop(listener, loop_end, self.table, run_id, token)
         self._thread = threading.Thread(target=loop.run, name="store", daemon=True)
         self._thread.start()
-        self._end = weakref.finalize(self, ours.close)
+        self._end = weakref.finalize(self, own_end.close)
 
     def close(self) -> None:
         self._end()
@@ -232,8 +232,8 @@ class _Loop:
         listener.setblocking(False)
         self._listener, self._end = listener, end
         self._table, self._run_id, self._token = table, run_id.encode(), token
-        self._strangers: dict[_Guest, None] = {}
-        self._has_told = False
+        self._unproven: dict[_Client, None] = {}
+        self._has_warned = False
         self._selector = selectors.DefaultSelector()
 
     def run(self) -> None:
@@ -248,10 +248,10 @@ class _Loop:
                 if key.fileobj is self._listener:
                     self._accept()
                 elif key.data.sock.fileno() >= 0:  # not dropped just now
-                    self._hear(key.data, ready)
+                    self._serve(key.data, ready)
             now = time.monotonic()
-            for guest in [g for g in self._strangers if now - g.since > PROVE_WITHIN_S]:
-                self._drop(guest, "nothing was proven")
+            for client in [each for each in self._unproven if now - each.since > PROVE_WITHIN_S]:
+                self._drop(client, "it did not authenticate in time")
 
     def _accept(self) -> None:
         try:
@@ -260,34 +260,34 @@ class _Loop:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(0.05)  # until one of the present connections ends
             return
-        guest = _Guest(sock, str(address[0]), self._table, self._token)
-        self._strangers[guest] = None
-        self._selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, guest)
-        guest.greet(self._run_id)
-        if len(self._strangers) > _STRANGERS:
-            self._drop(next(iter(self._strangers)), "there were too many")
+        client = _Client(sock, str(address[0]), self._table, self._token)
+        self._unproven[client] = None
+        self._selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, client)
+        client.greet(self._run_id)
+        if len(self._unproven) > _MAX_UNPROVEN:
+            self._drop(next(iter(self._unproven)), "there were too many connections")
 
-    def _hear(self, guest: _Guest, ready: int) -> None:
+    def _serve(self, client: _Client, ready: int) -> None:
         try:
-            guest.go_on(ready)
+            client.process(ready)
         except (OSError, ValueError, TypeError) as error:
-            self._drop(guest, str(error))
+            self._drop(client, str(error))
             return
-        if guest.is_proven:
-            self._strangers.pop(guest, None)
-        if bool(guest.outgoing) != guest.is_watched_for_room:
-            guest.is_watched_for_room = not guest.is_watched_for_room
-            writes = selectors.EVENT_WRITE if guest.outgoing else 0
-            self._selector.modify(guest.sock, selectors.EVENT_READ | writes, guest)
+        if client.is_proven:
+            self._unproven.pop(client, None)
+        if bool(client.outgoing) != client.waits_to_send:
+            client.waits_to_send = not client.waits_to_send
+            writes = selectors.EVENT_WRITE if client.outgoing else 0
+            self._selector.modify(client.sock, selectors.EVENT_READ | writes, client)
 
-    def _drop(self, guest: _Guest, why: str) -> None:
-        if guest in self._strangers:
-            del self._strangers[guest]
-            if guest.has_spoken and not self._has_told:
-                self._has_told = True  # once: a stranger must not fill the disk
-                log.warning("refused a connection from %s: %s", guest.address, why)
-        self._selector.unregister(guest.sock)
-        guest.sock.close()
+    def _drop(self, client: _Client, why: str) -> None:
+        if client in self._unproven:
+            del self._unproven[client]
+            if client.has_sent and not self._has_warned:
+                self._has_warned = True  # once: such a process must not fill the disk
+                log.warning("refused a connection from %s: %s", client.address, why)
+        self._selector.unregister(client.sock)
+        client.sock.close()
 
     def _close(self) -> None:
         for key in list(self._selector.get_map().values()):
@@ -295,8 +295,8 @@ class _Loop:
         self._selector.close()
 
 
-class _Guest:
-    """A connection of the server: a stranger, until its first message has proven the token."""
+class _Client:
+    """A connection of the server, unproven until its first message has proven the token."""
 
     def __init__(self, sock: socket.socket, address: str, table: Table, token: bytes) -> None:
         sock.setblocking(False)
@@ -305,8 +305,8 @@ class _Guest:
         self.address = address
         self.since = time.monotonic()
         self.outgoing = b""
-        self.has_spoken = False
-        self.is_watched_for_room = True
+        self.has_sent = False
+        self.waits_to_send = True
         """True while the loop waits until more can be sent."""
         self._incoming = bytearray()
         self._table, self._token = table, token
@@ -321,7 +321,7 @@ class _Guest:
     def greet(self, run_id: bytes) -> None:
         self.outgoing = GREETING.pack(MAGIC, self._nonce, len(run_id)) + run_id
 
-    def go_on(self, ready: int) -> None:
+    def process(self, ready: int) -> None:
         """Read what came, and send what fits.
 
         Raises:
@@ -332,7 +332,7 @@ class _Guest:
             data = self.sock.recv(1 << 16)
             if not data:
                 raise ConnectionError("it was closed at the other end")
-            self.has_spoken = True
+            self.has_sent = True
             self._incoming += data
             while self._answer_next():
                 pass
@@ -348,15 +348,15 @@ class _Guest:
         if len(self._incoming) < FRAME.size:
             return False
         length, mac = FRAME.unpack_from(self._incoming)
-        if length > (MOST if self.is_proven else _MOST_OF_A_STRANGER):
-            raise ValueError("it does not speak as an agent of this launch does")
+        if length > (MAX_BYTES if self.is_proven else _MAX_UNPROVEN_BYTES):
+            raise ValueError("its first message is too long for an agent of this launch")
         if len(self._incoming) < FRAME.size + length:
             return False
         text = self._take(FRAME.size + length)[FRAME.size :]
-        if not self._seal.fits(mac, TO_HEAD, self._number, text):
+        if not self._seal.is_valid(mac, TO_HEAD, self._number, text):
             raise ValueError("it does not have this launch's token")
         answer = json.dumps(self._table.answer(json.loads(text))).encode()
-        self.outgoing += self._seal.packed(FROM_HEAD, self._number, answer)
+        self.outgoing += self._seal.pack(FROM_HEAD, self._number, answer)
         self._number += 1
         return True
 
@@ -372,14 +372,14 @@ class Seal:
     def __init__(self, token: bytes, nonces: bytes) -> None:
         self._key = blake2b(nonces, key=token, digest_size=32).digest()
 
-    def packed(self, way: bytes, number: int, text: bytes) -> bytes:
+    def pack(self, direction: bytes, number: int, text: bytes) -> bytes:
         """Return a message in its sent form: as number N of its direction."""
-        return FRAME.pack(len(text), self._hash(way, number, text)) + text
+        return FRAME.pack(len(text), self._hash(direction, number, text)) + text
 
-    def fits(self, mac: bytes, way: bytes, number: int, text: bytes) -> bool:
+    def is_valid(self, mac: bytes, direction: bytes, number: int, text: bytes) -> bool:
         """Return whether a process with the token sent exactly this message."""
-        return hmac.compare_digest(mac, self._hash(way, number, text))
+        return hmac.compare_digest(mac, self._hash(direction, number, text))
 
-    def _hash(self, way: bytes, number: int, text: bytes) -> bytes:
-        said = way + number.to_bytes(8, "big") + text
-        return blake2b(said, key=self._key, digest_size=16).digest()
+    def _hash(self, direction: bytes, number: int, text: bytes) -> bytes:
+        data = direction + number.to_bytes(8, "big") + text
+        return blake2b(data, key=self._key, digest_size=16).digest()

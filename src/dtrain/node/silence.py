@@ -16,11 +16,11 @@ from dtrain.node import stack_dump
 from dtrain.node.memory import Memory
 from dtrain.run import failures
 from dtrain.run.failures import Frame
-from dtrain.run.verdict import place
+from dtrain.run.verdict import location
 from dtrain.words import numbered
 
 _LONGEST_S = 60.0
-_LOOKS = 20
+_CHECKS = 20
 """The number of checks within the waiting time."""
 _SWAPS = 100 << 20
 """The swapped bytes that exceed normal housekeeping."""
@@ -40,14 +40,14 @@ class SilenceWatcher:
         """
         # half the timeout of a collective, or the report would come after the end
         self._patience_s = min(_LONGEST_S, plan.collective_timeout_s / 2)
-        self._first = _log(plan, 0)
-        self._files = {plan.run.metrics, self._first, *own.values()}
+        self._rank0_log = _log(plan, 0)
+        self._files = {plan.run.metrics, self._rank0_log, *own.values()}
         if plan.world_size <= _MOST_LOGS:
             self._files |= {_log(plan, rank) for rank in range(plan.world_size)}
-        self._sizes = self._look()
+        self._sizes = self._current_sizes()
         self._memory = Memory()
-        self._heard = self._looked = time.monotonic()
-        self._told = False
+        self._last_output_at = self._checked_at = time.monotonic()
+        self._reported = False
 
     def watch(
         self,
@@ -64,43 +64,51 @@ class SilenceWatcher:
             send: sends some of them a signal.
             event: called with a kind of event and its fields.
         """
-        news = self._news()
-        if news == "silent":
-            files = {pid: file for pid in ranks if (file := stack_dump.aside(pid)) is not None}
-            answers = stack_dump.ask(files.values(), lambda: send(files, stack_dump.ASIDE))
+        change = self._change()
+        if change == "silent":
+            files = {
+                pid: file for pid in ranks if (file := stack_dump.memory_file(pid)) is not None
+            }
+            answers = stack_dump.request(files.values(), lambda: send(files, stack_dump.TO_MEMORY))
             found = {
                 rank: answers[files[pid]] if pid in files else [] for pid, rank in ranks.items()
             }
-            what = f"no line and no metric for {self._patience_s:g} s: {where(found)}"
+            what = (
+                f"no output and no metric for {self._patience_s:g} s: {describe_locations(found)}"
+            )
             swapped = self._memory.swapped()
-            event(news, what=f"{what}; this node swaps" if swapped > _SWAPS else what)
-        elif news == "heard":
-            event(news)
+            event(change, what=f"{what}; this node is swapping" if swapped > _SWAPS else what)
+        elif change == "heard":
+            event(change)
 
-    def _news(self) -> str:
+    def _change(self) -> str:
         now = time.monotonic()
-        if now - self._looked < self._patience_s / _LOOKS:
+        if now - self._checked_at < self._patience_s / _CHECKS:
             return ""
-        self._looked = now
-        sizes = self._look()
+        self._checked_at = now
+        sizes = self._current_sizes()
         if sizes != self._sizes:
-            self._sizes, self._heard, self._memory = sizes, now, Memory()
-            if not self._told:
+            self._sizes, self._last_output_at, self._memory = sizes, now, Memory()
+            if not self._reported:
                 return ""
-            self._told = False
+            self._reported = False
             self._patience_s *= 2
             return "heard"
         # without a shared disk, the output of rank 0, which speaks for all, is not visible here
-        if self._told or now - self._heard < self._patience_s or not self._first.exists():
+        if (
+            self._reported
+            or now - self._last_output_at < self._patience_s
+            or not self._rank0_log.exists()
+        ):
             return ""
-        self._told = True
+        self._reported = True
         return "silent"
 
-    def _look(self) -> list[int]:
+    def _current_sizes(self) -> list[int]:
         return [stack_dump.size(path) for path in self._files]
 
 
-def where(found: Mapping[int, list[Frame]]) -> str:
+def describe_locations(found: Mapping[int, list[Frame]]) -> str:
     """Describe where ranks are. Ranks in the same location are named together.
 
     Args:
@@ -108,10 +116,10 @@ def where(found: Mapping[int, list[Frame]]) -> str:
     """
     ranks: dict[str, list[int]] = {}
     for rank, stack in sorted(found.items()):
-        at = (failures.users_own(stack) or stack)[:1]
-        text = f"at {place(at[0])}: {at[0].code}" if at else "without an answer"
+        at = (failures.only_user_frames(stack) or stack)[:1]
+        text = f"at {location(at[0])}: {at[0].code}" if at else "without an answer"
         ranks.setdefault(text, []).append(rank)
-    return "; ".join(f"{numbered('rank', who)} {text}" for text, who in ranks.items())
+    return "; ".join(f"{numbered('rank', on)} {text}" for text, on in ranks.items())
 
 
 def _log(plan: LaunchPlan, rank: int) -> Path:

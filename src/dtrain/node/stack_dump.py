@@ -21,9 +21,9 @@ from dtrain.run.failures import Frame
 SIGNAL = signal.SIGRTMIN + 7
 """The signal that requests a worker's stack. No program is known to use it."""
 
-ASIDE = signal.SIGRTMIN + 8
-"""The same signal for a worker that must continue, see `answer_aside`."""
-_ASIDE_NAME = "dtrain-stack"
+TO_MEMORY = signal.SIGRTMIN + 8
+"""The same signal for a worker that must continue, see `enable_to_memory`."""
+_MEMORY_NAME = "dtrain-stack"
 
 _ANSWER_S = 2.0  # longest wait: a stopped process never answers, a busy machine is slow
 _QUIET_S = 0.1  # nothing more is written: the answer is complete
@@ -31,32 +31,32 @@ _POLL_S = 0.02
 _LINE = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$', re.MULTILINE)
 
 
-def answer() -> None:
+def enable() -> None:
     """Answer requests from now on, in this process and in those that it forks."""
     faulthandler.register(SIGNAL, file=2, all_threads=False)
 
 
-def answer_aside() -> None:
-    """Answer `ASIDE` too, in this process. The answer goes to memory, so that no log shows it."""
-    faulthandler.register(ASIDE, file=os.memfd_create(_ASIDE_NAME), all_threads=False)
+def enable_to_memory() -> None:
+    """Answer `TO_MEMORY` too, in this process: into memory, so that no log shows it."""
+    faulthandler.register(TO_MEMORY, file=os.memfd_create(_MEMORY_NAME), all_threads=False)
 
 
-def aside(pid: int) -> Path | None:
-    """Return where a process answers `ASIDE`. None if it does not: the signal would end it."""
+def memory_file(pid: int) -> Path | None:
+    """Return where a process answers `TO_MEMORY`. None if it does not: the signal would end it."""
     with contextlib.suppress(OSError):
         status = Path(f"/proc/{pid}/status").read_text()
         caught = int(status.partition("SigCgt:")[2].split()[0], 16)
         for file in Path(f"/proc/{pid}/fd").iterdir():
-            if caught >> (ASIDE - 1) & 1 and _ASIDE_NAME in os.readlink(file):
+            if caught >> (TO_MEMORY - 1) & 1 and _MEMORY_NAME in os.readlink(file):
                 return file
     return None
 
 
-def ask(logs: Iterable[Path], send: Callable[[], None]) -> dict[Path, list[Frame]]:
+def request(logs: Iterable[Path], send: Callable[[], None]) -> dict[Path, list[Frame]]:
     """Return the stack of each of some workers, innermost call first. Empty without an answer.
 
     Args:
-        logs: the logs of the workers, or the paths that `aside` has returned.
+        logs: the logs of the workers, or the paths that `memory_file` has returned.
         send: sends them the corresponding signal.
     """
     before = {log: size(log) for log in logs}
@@ -87,7 +87,7 @@ def frames(text: str) -> list[Frame]:
     ]
 
 
-def waits_or_leaves(stack: list[Frame]) -> bool:
+def is_waiting_or_failing(stack: list[Frame]) -> bool:
     """Return whether a rank itself waits for the others, or is about to end with an error."""
     if any(f.function == "record_failure" and f.file.endswith("/node/worker.py") for f in stack):
         return True

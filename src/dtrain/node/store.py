@@ -64,7 +64,7 @@ class PeerFailed(Exception):
         try:
             closed = checked.read(_Closed, text)
         except ValueError as error:
-            return cls(f"another node gave up, and told what makes no sense: {error}")
+            return cls(f"another node failed, and its message is not valid: {error}")
         return cls(closed.reason, closed.record, closed.signal)
 
 
@@ -145,9 +145,13 @@ class Round:
         found = _parse(cls, text)
         ranks = found.node_ranks
         if ranks != sorted(set(ranks)) or settings.node_rank not in ranks:
-            raise RendezvousFailed(f"node {settings.node_rank} is not once among nodes {ranks}")
+            raise RendezvousFailed(
+                f"the head's list of nodes is not valid for node {settings.node_rank}: {ranks}"
+            )
         if ranks[-1] >= settings.max_nodes:
-            raise RendezvousFailed(f"node {ranks[-1]} is none of {settings.max_nodes}")
+            raise RendezvousFailed(
+                f"the head's list has node {ranks[-1]}, but there are {settings.max_nodes} nodes"
+            )
         return found
 
 
@@ -155,7 +159,7 @@ def _parse(kind: type[T], text: str) -> T:
     try:
         return checked.read(kind, text)
     except ValueError as error:
-        raise RendezvousFailed(f"another node has told what makes no sense: {error}") from error
+        raise RendezvousFailed(f"the message of another node is not valid: {error}") from error
 
 
 class RateLimitedCache:
@@ -226,10 +230,10 @@ def connect(settings: RendezvousSettings, notice: Callable[[str], None]) -> seal
     """
     sock = _reach(settings, notice)
     sock.settimeout(max(settings.join_timeout_s, 1.0))
-    place = (settings.host, settings.port)
+    address = (settings.host, settings.port)
     where = f"{settings.host}:{settings.port}"
     try:
-        store = sealed.Remote(place, settings.token, sock)
+        store = sealed.Remote(address, settings.token, sock)
     except OSError as error:
         raise RendezvousFailed(
             f"{settings.name_of(0)} does not answer at {where}: {error}", [0]
@@ -243,8 +247,8 @@ def connect(settings: RendezvousSettings, notice: Callable[[str], None]) -> seal
         store.get("")
     except sealed.HeadGone as error:
         raise RendezvousFailed(
-            f"the run {settings.run_id} at {where} and this host have not the same token: do they "
-            "share the run directory? See docs/security.md"
+            f"run {settings.run_id} at {where} has another token than this host: both must use "
+            "the same run directory, see docs/security.md"
         ) from error
     return store
 
@@ -258,12 +262,12 @@ def _reach(settings: RendezvousSettings, notice: Callable[[str], None]) -> socke
             return socket.create_connection((settings.host, settings.port), timeout=5)
         except OSError as error:
             waited = time.monotonic() - started
-            place = f"{settings.name_of(0)} at {settings.host}:{settings.port}"
+            head = f"{settings.name_of(0)} at {settings.host}:{settings.port}"
             if waited > settings.join_timeout_s:
                 raise RendezvousFailed(
-                    f"{place} cannot be reached after {waited:.0f} s: {error}", [0]
+                    f"{head} cannot be reached after {waited:.0f} s: {error}", [0]
                 ) from error
             if time.monotonic() >= notice_at:
-                notice(f"waiting for {place}: {error}")
+                notice(f"waiting for {head}: {error}")
                 notice_at = time.monotonic() + 2 * waited
         time.sleep(0.1)  # between two tries to connect; bounded by the join timeout

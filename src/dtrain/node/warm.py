@@ -27,8 +27,8 @@ def main() -> None:
     """Serve the process at the other end of the socket until it is closed. Never return."""
     parser = argparse.ArgumentParser(prog="python -m dtrain.node.warm", description=main.__doc__)
     parser.add_argument("--parent", type=int, required=True, help="pid of the parent to die with")
-    parser.add_argument("--socket", type=int, required=True, help="where requests come from")
-    parser.add_argument("modules", nargs="*", help="imported besides torch")
+    parser.add_argument("--socket", type=int, required=True, help="socket for the requests")
+    parser.add_argument("modules", nargs="*", help="modules to import in addition to torch")
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
     channel = Channel(socket.socket(fileno=arguments.socket))
@@ -36,8 +36,8 @@ def main() -> None:
     from dtrain.node import agent_process  # noqa: F401  as every node process does
     from dtrain.node.fork_server import WORKER_MODULES
 
-    theirs = [module for module in arguments.modules if not module.startswith("dtrain.")]
-    if import_once((*WORKER_MODULES, *arguments.modules), preload=theirs):
+    of_user = [module for module in arguments.modules if not module.startswith("dtrain.")]
+    if import_once((*WORKER_MODULES, *arguments.modules), preload=of_user):
         sys.exit(f"{' '.join(arguments.modules)} started threads, which a fork would lose")
     channel.send({"ready": os.getpid()})
     _serve(channel)

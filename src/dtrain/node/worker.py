@@ -25,7 +25,7 @@ from dtrain.errors import DtrainError
 from dtrain.integrations.script.run import GroupWatch
 from dtrain.job.spec import JobSpec
 from dtrain.launch_plan import LaunchPlan
-from dtrain.node import hints, leaving, stack_dump
+from dtrain.node import early_exit, hints, stack_dump
 from dtrain.ranks import RankInfo
 from dtrain.run import events, failures, rundir
 from dtrain.run.failures import Frame
@@ -53,7 +53,7 @@ def run_worker(run: RunDir, ring: Ring | None = None) -> int:
     worker = _Worker(run, ring)
     faulthandler.enable()
     if worker.has_agent:
-        stack_dump.answer_aside()
+        stack_dump.enable_to_memory()
     worker.log_event("worker_started", process=procs.this_process())
     status = 1
     try:
@@ -90,10 +90,10 @@ class _Worker:
         if spec.script is not None:
             return self._run_script(plan, spec)
         try:
-            with leaving.hearing_exit(self._leave_task):
+            with early_exit.watch_exit(self._exit_task):
                 return self._train(plan, spec)
         except (Exception, SystemExit) as error:
-            failures.in_step(error, 0)  # before the first
+            failures.set_step(error, 0)  # before the first
             raise
 
     def _train(self, plan: LaunchPlan, spec: JobSpec) -> int:
@@ -134,24 +134,24 @@ class _Worker:
         run_script = catalog.load("trainer", spec.trainer)
         script = Path(plan.code_dir or plan.job_dir) / str(spec.script)
 
-        def leave(how: str, frames: list[Frame]) -> int:
+        def on_exit(how: str, frames: list[Frame]) -> int:
             group.warn_if_none("to the end")
-            leaving.keep(self.ring, how, frames, group.is_over())
+            early_exit.save_note(self.ring, how, frames, group.is_over())
             return 0
 
-        with leaving.hearing_exit(partial(leave, "os._exit(0)")):
-            run_script(script, spec.script_args, plan.run, leave)
+        with early_exit.watch_exit(partial(on_exit, "os._exit(0)")):
+            run_script(script, spec.script_args, plan.run, on_exit)
         return 0
 
     def record_failure(self, error: BaseException) -> int:
         """Print the error, and write the failure record. Return the exit status."""
-        record = failures.of_exception(error, **self._place())
+        record = failures.of_exception(error, **self._location())
         if isinstance(error, SystemExit) and not error.code:  # only a task's: a script may exit so
-            record = leaving.of_task(record, "sys.exit(0)")
+            record = early_exit.of_task(record, "sys.exit(0)")
         record = replace(record, hint=hints.hint(error, record.frames, self.run))
         if record.exit_code != 0:
             record.write(self.run, self.attempt)
-            _tell_torchrun(error)
+            _report_to_torchrun(error)
         with contextlib.suppress(OSError):  # a full disk may be the cause
             if not isinstance(error, SystemExit):
                 print(failures.FAILURE_OPEN, file=sys.stderr)
@@ -163,14 +163,14 @@ class _Worker:
             sys.stderr.flush()
         return record.exit_code
 
-    def _leave_task(self, frames: list[Frame]) -> int:
+    def _exit_task(self, frames: list[Frame]) -> int:
         """Record that a task ended the process by `os._exit(0)`. Return the exit status."""
-        record = failures.of_worker("left", "", 1, frames=frames, **self._place())
-        record = leaving.of_task(record, "os._exit(0)")
+        record = failures.of_worker("left", "", 1, frames=frames, **self._location())
+        record = early_exit.of_task(record, "os._exit(0)")
         record.write(self.run, self.attempt)
         return record.exit_code
 
-    def _place(self) -> dict[str, Any]:
+    def _location(self) -> dict[str, Any]:
         ranks = self.ranks
         return {
             "rank": ranks.rank,
@@ -220,7 +220,7 @@ def _join_process_group(plan: LaunchPlan, ranks: RankInfo, device: torch.device)
     )
 
 
-def _tell_torchrun(error: BaseException) -> None:
+def _report_to_torchrun(error: BaseException) -> None:
     """Fill the file from which torchrun takes the error that it prints."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler

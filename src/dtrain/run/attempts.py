@@ -28,7 +28,7 @@ State = Literal["running", "succeeded", "failed", "cancelled", "lost", "prepared
 """`lost` means that the driver of the run died before it could write the result."""
 
 TOKEN_BYTES = 32
-BEAT_S = 20.0
+HEARTBEAT_S = 20.0
 """The interval at which the driver of a run sends a heartbeat."""
 SILENT_S = 120.0
 """The time without a heartbeat after which a driver whose process cannot be seen counts as dead."""
@@ -44,7 +44,7 @@ class Held(UsageError):
         who = "workers that were started by hand" if holder is None else str(holder)
         text = f"run {run.id} is held by {who}; `dtrain cancel {run.id}` ends it"
         if holder is not None and Result.read(run, holder.attempt) is not None:
-            text = f"run {run.id} was held by {who}, and has ended meanwhile: look, and try again"
+            text = f"run {run.id} was held by {who}, which has ended meanwhile; try again"
         super().__init__(text)
 
 
@@ -107,7 +107,7 @@ class Handle:
         """
         newest = Handle.read(run)
         is_next = newest is None or newest.attempt + 1 == self.attempt
-        if not is_next or not files.make_once(run.handle(self.attempt), self._text()):
+        if not is_next or not files.create_exclusive(run.handle(self.attempt), self._text()):
             raise Held(run, Handle.read(run))
 
     def claim_node(self, run: RunDir, node_rank: int) -> None:
@@ -123,19 +123,19 @@ class Handle:
         number = max((int(text) + 1 for text in numbers if text.isdecimal()), default=0)
         holder = Handle._read(folder / f"handle-{number - 1}.json", self.attempt)
         free = holder is None or not holder.is_alive(run)
-        if not free or not files.make_once(folder / f"handle-{number}.json", self._text()):
+        if not free or not files.create_exclusive(folder / f"handle-{number}.json", self._text()):
             raise Held(run, holder)
 
     @property
-    def is_here(self) -> bool:
+    def is_visible(self) -> bool:
         """Return whether its process is visible here: it has the same boot and PID namespace."""
-        return self.identity is not None and procs.is_here(self.identity)
+        return self.identity is not None and procs.is_visible(self.identity)
 
     def is_alive(self, run: RunDir) -> bool:
         """Return whether the driver runs. If it cannot be seen, a recent heartbeat decides."""
         if self.identity is None:
             return False
-        if self.is_here:
+        if self.is_visible:
             return procs.identity(self.pid) == self.identity
         return not is_silent(run, self.attempt)
 
@@ -162,15 +162,15 @@ def newest_of(run: RunDir, first: int) -> int:
 
 
 @contextlib.contextmanager
-def beating(run: RunDir, attempt: int) -> Iterator[None]:
+def sending_heartbeats(run: RunDir, attempt: int) -> Iterator[None]:
     """Show hosts on the same disk, within the `with` block, that an attempt's driver is alive."""
 
-    def beat() -> None:
+    def touch() -> None:
         with contextlib.suppress(OSError):
             os.utime(run.handle(attempt))
 
     # at a URL, the mirror sends the heartbeat
-    with contextlib.nullcontext() if run.url is not None else repeating(beat, BEAT_S):
+    with contextlib.nullcontext() if run.url is not None else repeating(touch, HEARTBEAT_S):
         yield
 
 
@@ -181,10 +181,10 @@ def is_silent(run: RunDir, attempt: int) -> bool:
     At a URL, the driver's heartbeat there counts.
     """
     if run.url is not None:
-        beat = files.read_as(dict[str, float], run.beat)
-        return beat is not None and time.time() - beat.get("time", 0.0) > SILENT_S
-    told = [_changed(path) for path in (run.handle(attempt), run.events, run.metrics)]
-    return bool(told[0]) and _now(run) - max(told) > SILENT_S
+        newest = files.read_as(dict[str, float], run.heartbeat)
+        return newest is not None and time.time() - newest.get("time", 0.0) > SILENT_S
+    times = [_changed(path) for path in (run.handle(attempt), run.events, run.metrics)]
+    return bool(times[0]) and _now(run) - max(times) > SILENT_S
 
 
 def _changed(path: Path) -> float:
@@ -216,7 +216,7 @@ def token(run: RunDir, attempt: int) -> bytes:
     """
     path = run.token(attempt)
     if not path.exists():
-        files.make_once(path, secrets.token_hex(TOKEN_BYTES), mode=0o600)
+        files.create_exclusive(path, secrets.token_hex(TOKEN_BYTES), mode=0o600)
     try:
         found = bytes.fromhex(path.read_text(encoding="ascii"))
     except ValueError:

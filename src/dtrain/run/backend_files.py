@@ -23,7 +23,7 @@ class End:
     """The end of the first node's process of a batch job."""
 
     exit_code: int
-    left: bool
+    stopped: bool
     """True when it was asked to stop."""
 
 
@@ -79,11 +79,11 @@ class SlurmFiles:
     def await_endpoint(self, attempt: int, timeout_s: float) -> dict[str, Any] | None:
         """Return what the head has written to `endpoint`. None when nothing arrives in time."""
 
-        def look() -> dict[str, Any] | None:
+        def read() -> dict[str, Any] | None:
             os.listdir(self.path)  # NFS looks again for a missing file only in a new listing
             return files.read_as(dict[str, Any], self.endpoint(attempt))
 
-        return poll(look, timeout_s, longest_pause_s=_LONGEST_PAUSE_S)
+        return poll(read, timeout_s, longest_pause_s=_LONGEST_PAUSE_S)
 
 
 class RayFiles:

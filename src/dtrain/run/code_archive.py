@@ -51,16 +51,16 @@ def unpack(run: RunDir) -> Path | None:
 
     Return the job's directory, or None without a file.
     """
-    found = sorted(run.code.glob("tree-*.tar"), key=lambda path: int(path.stem.split("-")[1]))
-    if not found:
+    archives = sorted(run.code.glob("tree-*.tar"), key=lambda path: int(path.stem.split("-")[1]))
+    if not archives:
         return None
     # outside the runs directory, which every snapshot skips
     folder = run.path.parent.with_name(f"{run.path.parent.name}.code") / run.id
     shutil.rmtree(folder, ignore_errors=True)
     snapshot.make_private(folder)
-    with tarfile.open(found[-1]) as archive:
+    with tarfile.open(archives[-1]) as archive:
         archive.extractall(folder)
-    return (folder / found[-1].stem.replace("tree-", "job-")).resolve()
+    return (folder / archives[-1].stem.replace("tree-", "job-")).resolve()
 
 
 def check_size(tree: Path, limit: int, excludes: Sequence[str]) -> None:
@@ -83,9 +83,9 @@ def check_size(tree: Path, limit: int, excludes: Sequence[str]) -> None:
         largest = sorted(sizes.items(), key=lambda item: -item[1])[:_SHOWN]
         listed = ", ".join(f"{name} ({_mib(size)})" for name, size in largest)
         raise PlanError(
-            f"the code around the job is {_mib(total)}, more than travels to Ray's nodes "
-            f"(upload_limit: {_mib(limit)}); largest: {listed}; keep data elsewhere, or leave it "
-            "out with option excludes",
+            f"the code of the job has {_mib(total)}, more than is sent to Ray's nodes "
+            f"(upload_limit: {_mib(limit)}); largest: {listed}; keep data elsewhere, or exclude "
+            "it with option excludes",
             code="ray.code-too-large",
         )
 

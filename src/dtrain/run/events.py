@@ -50,10 +50,10 @@ def ungrouped_warning(run: RunDir) -> str | None:
     return what
 
 
-def but_ungrouped(run: RunDir) -> str:
+def ungrouped_suffix(run: RunDir) -> str:
     """Return this warning as an addition to a message about the end, or an empty text."""
-    said = ", but without a process group: each process trained alone"
-    return "" if ungrouped_warning(run) is None else said
+    suffix = ", but without a process group: each process trained alone"
+    return "" if ungrouped_warning(run) is None else suffix
 
 
 def accepted_job(run: RunDir) -> Path:
@@ -63,12 +63,12 @@ def accepted_job(run: RunDir) -> Path:
     inherit its job. A batch job makes further attempts with the job that it was given.
     """
     trained = max((event["attempt"] for event in _training_events(run)), default=None)
-    kept = (
+    jobs = (
         run.resolved_of(each)
         for each in reversed(run.attempts())
         if trained is None or each <= trained
     )
-    return next((path for path in kept if path.exists()), run.resolved)
+    return next((path for path in jobs if path.exists()), run.resolved)
 
 
 def has_trained(run: RunDir) -> bool:

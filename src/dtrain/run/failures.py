@@ -81,7 +81,7 @@ _TIMEOUT = re.compile(
 _MAX_MESSAGE = 4000
 _STEP = "dtrain_step"
 """The attribute of an exception that holds its step."""
-_OUR_OWN = str(Path(__file__).resolve().parent.parent)
+_PACKAGE_DIR = str(Path(__file__).resolve().parent.parent)
 
 
 @dataclass(frozen=True)
@@ -164,10 +164,10 @@ class FailureRecord:
 
     def repeats(self, before: FailureRecord) -> bool:
         """Return whether it is the same error at the same line of the same step."""
-        ours, theirs = (
+        this, previous = (
             (each.step, each.type, each.message, each.frames) for each in (self, before)
         )
-        return self.step is not None and ours == theirs
+        return self.step is not None and this == previous
 
     @classmethod
     def read(cls, path: Path) -> FailureRecord | None:
@@ -188,14 +188,14 @@ class FailureRecord:
             files.write_json(path, asdict(self))
         except OSError as error:
             with contextlib.suppress(OSError):
-                files.write_json(_made_aside(run, attempt) / path.name, asdict(self))
+                files.write_json(_make_fallback_dir(run, attempt) / path.name, asdict(self))
             with contextlib.suppress(OSError):  # stderr is a file on the same disk
                 print(f"dtrain: cannot write {path}: {error.strerror}", file=sys.stderr)
 
 
 def read_all(run: RunDir, attempt: int, rank: int | None = None) -> list[FailureRecord]:
     """Return every failure record of an attempt, or of one rank in it."""
-    folders = (run.failures(attempt), _aside(run, attempt))
+    folders = (run.failures(attempt), _fallback_dir(run, attempt))
     name = "*.json" if rank is None else run.failure(attempt, rank).name
     paths = [path for folder in folders if folder for path in sorted(folder.glob(name))]
     records = [FailureRecord.read(path) for path in paths]
@@ -205,39 +205,38 @@ def read_all(run: RunDir, attempt: int, rank: int | None = None) -> list[Failure
 # -- where records go when the run directory's disk is full, the most likely cause ------------
 
 
-def _aside(run: RunDir, attempt: int) -> Path | None:
+def _fallback_dir(run: RunDir, attempt: int) -> Path | None:
     """Return this host's directory of an attempt. None where this account has none.
 
     Any account may make a directory of that name, so one that others can write to is ignored.
     """
-    path = _path_aside(run, attempt)
+    path = _fallback_path(run, attempt)
     try:
         found = path.lstat()
     except OSError:
         return None
-    others_can = found.st_mode & 0o077
-    is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not others_can
-    return path if is_ours else None
+    is_private = found.st_uid == os.getuid() and not found.st_mode & 0o077
+    return path if stat.S_ISDIR(found.st_mode) and is_private else None
 
 
-def _made_aside(run: RunDir, attempt: int) -> Path:
-    path = _path_aside(run, attempt)
+def _make_fallback_dir(run: RunDir, attempt: int) -> Path:
+    path = _fallback_path(run, attempt)
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if _aside(run, attempt) is None:
-        raise PermissionError(f"{path} is not ours")
+    if _fallback_dir(run, attempt) is None:
+        raise PermissionError(f"{path} belongs to another user")
     return path
 
 
-def remove_aside(run: RunDir, attempt: int) -> None:
+def remove_fallback_dir(run: RunDir, attempt: int) -> None:
     """Remove the records of an attempt that this host has kept outside the run directory."""
-    found = _aside(run, attempt)
+    found = _fallback_dir(run, attempt)
     if found is not None:
         shutil.rmtree(found, ignore_errors=True)
 
 
-def _path_aside(run: RunDir, attempt: int) -> Path:
-    place = blake2b(os.path.realpath(run.attempt(attempt)).encode(), digest_size=16)
-    return Path(tempfile.gettempdir()) / f"dtrain-failures-{os.getuid()}-{place.hexdigest()}"
+def _fallback_path(run: RunDir, attempt: int) -> Path:
+    key = blake2b(os.path.realpath(run.attempt(attempt)).encode(), digest_size=16)
+    return Path(tempfile.gettempdir()) / f"dtrain-failures-{os.getuid()}-{key.hexdigest()}"
 
 
 # -- making records ------------------------------------------------------------------------------
@@ -251,17 +250,16 @@ def of_node(
     node_rank: int = 0,
     node: str | None = None,
     log: Path | str = "",
-    **place: Any,
+    **fields: Any,
 ) -> FailureRecord:
-    """The record of a node that fails now, of this one unless `node` is the name of another.
-    Return the record of a node that fails now: this node, unless `node` names another.
+    """Return the record of a node that fails now: this node, unless `node` names another.
 
-    `place` has further fields of the record: `restart`, `pid`, `code`.
+    `fields` has further fields of the record: `restart`, `pid`, `code`.
     """
     name = node_name() if node is None else node
     message, code = without_code(message)  # it may end with output of a process of the node
-    place = {"time": time.time(), "log": str(log), "code": code, **place}
-    return FailureRecord(kind, message, exit_code, node_rank, name, **place)
+    fields = {"time": time.time(), "log": str(log), "code": code, **fields}
+    return FailureRecord(kind, message, exit_code, node_rank, name, **fields)
 
 
 def record_node(
@@ -278,15 +276,15 @@ def record_node(
     """
     if restart is None:
         restart = max((known.restart for known in read_all(run, attempt)), default=0)
-    made = of_node(message, restart=restart, **fields)
-    made.write(run, attempt)
-    return made
+    record = of_node(message, restart=restart, **fields)
+    record.write(run, attempt)
+    return record
 
 
-def of_worker(kind: Kind, message: str, exit_code: int, **place: Any) -> FailureRecord:
-    """Return the record of a worker: this process, unless `place` names another."""
-    here = {"node": node_name(), "time": time.time(), "pid": os.getpid()}
-    return FailureRecord(kind, message, exit_code, **{**here, **place})
+def of_worker(kind: Kind, message: str, exit_code: int, **fields: Any) -> FailureRecord:
+    """Return the record of a worker: this process, unless `fields` name another."""
+    own = {"node": node_name(), "time": time.time(), "pid": os.getpid()}
+    return FailureRecord(kind, message, exit_code, **{**own, **fields})
 
 
 def with_log_in(run: RunDir, data: bytes) -> bytes:
@@ -325,18 +323,18 @@ def of_exception(
         traceback="".join(traceback.format_exception(error))[: checked.MOST],
         log=log,
         collateral=getattr(error, "collateral", False),
-        step=None if _may_pass(error) else getattr(error, _STEP, None),
+        step=None if _is_transient(error) else getattr(error, _STEP, None),
         code=_code(error),
     )
 
 
-def in_step(error: BaseException, step: int) -> None:
+def set_step(error: BaseException, step: int) -> None:
     """Note on an exception the optimizer step in which it was raised, unless it already has one."""
     if not hasattr(error, _STEP):
         setattr(error, _STEP, step)
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     """Return whether a retry may end differently: files, networks, devices, other ranks."""
     return (
         isinstance(error, OSError)
@@ -359,21 +357,21 @@ def _frames(error: BaseException) -> list[Frame]:
     return user_frames(error.__traceback__, blank=isinstance(error, DtrainError))
 
 
-def of_exit_status(status: int, *, out_of_memory: bool, **place: Any) -> FailureRecord:
+def of_exit_status(status: int, *, out_of_memory: bool, **fields: Any) -> FailureRecord:
     """Return the record of a worker that ended without a report: a signal, or `os._exit`.
 
     Args:
         status: the status from `os.waitstatus_to_exitcode`, negative for a signal.
         out_of_memory: whether the kernel killed processes meanwhile because memory ran out.
-        **place: `rank`, `node_rank`, `node`, `restart`, `time`, `pid`, `log`.
+        **fields: `rank`, `node_rank`, `node`, `restart`, `time`, `pid`, `log`.
     """
     if status >= 0:
-        return of_worker("exit", f"exited with code {status}", status, **place)
+        return of_worker("exit", f"exited with code {status}", status, **fields)
     name = signal_name(-status)
     if -status == signal.SIGKILL and out_of_memory:
         message = "killed by the kernel: out of memory"
-        return of_worker("oom", message, shell_code(status), **place)
-    return of_worker("signal", f"killed by {name}", shell_code(status), **place)
+        return of_worker("oom", message, shell_code(status), **fields)
+    return of_worker("signal", f"killed by {name}", shell_code(status), **fields)
 
 
 def user_frames(trace: TracebackType | None, *, blank: bool = False) -> list[Frame]:
@@ -386,12 +384,12 @@ def user_frames(trace: TracebackType | None, *, blank: bool = False) -> list[Fra
         Frame(entry.filename, entry.lineno or 0, entry.name, (entry.line or "").strip())
         for entry in traceback.extract_tb(trace)
     ]
-    return users_own(frames) or ([] if blank else frames[-1:])
+    return only_user_frames(frames) or ([] if blank else frames[-1:])
 
 
-def users_own(frames: list[Frame]) -> list[Frame]:
+def only_user_frames(frames: list[Frame]) -> list[Frame]:
     """Return the frames that are the user's own."""
-    return [frame for frame in frames if _is_users(frame.file)]
+    return [frame for frame in frames if _is_user_code(frame.file)]
 
 
 def node_name() -> str:
@@ -417,13 +415,13 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def how_it_ended(status: int) -> str:
+def describe_exit(status: int) -> str:
     """Describe a status, negative for signals: `was killed by SIGKILL` or `ended with code 3`."""
     return f"was killed by {signal_name(-status)}" if status < 0 else f"ended with code {status}"
 
 
-def _is_users(file: str) -> bool:
-    if file.startswith("<") or file.startswith(_OUR_OWN):
+def _is_user_code(file: str) -> bool:
+    if file.startswith("<") or file.startswith(_PACKAGE_DIR):
         return False
     paths = sysconfig.get_paths()
     return not any(file.startswith(paths[kind]) for kind in ("stdlib", "purelib", "platlib"))

@@ -40,14 +40,14 @@ def read_text(path: Path) -> str | None:
         try:
             return file.read().decode()
         except UnicodeDecodeError as error:
-            raise DamagedError(str(path), f"it is no text in UTF-8 (byte {error.start})") from None
+            raise DamagedError(str(path), f"it is not text in UTF-8 (byte {error.start})") from None
 
 
 def read_json(path: Path) -> Any:
     """Return the JSON in a file, which is not null. None when there is no such file.
 
     Raises:
-        DamagedError: it holds no JSON.
+        DamagedError: it is not valid JSON.
     """
     text = read_text(path)
     if text is None:
@@ -55,10 +55,10 @@ def read_json(path: Path) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise DamagedError(str(path), f"it holds no JSON: {shortened(why, 300)}") from None
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise DamagedError(str(path), f"it is not valid JSON: {shortened(why, 300)}") from None
     if value is None:
-        raise DamagedError(str(path), "it holds only null")
+        raise DamagedError(str(path), "it contains only null")
     return value
 
 
@@ -102,7 +102,9 @@ def read_lines(path: Path, **fields: type) -> Iterator[dict[str, Any]]:
     with file:
         for line in file:
             value = parse_line(line)
-            if value is not None and all(_is(value.get(n), kind) for n, kind in fields.items()):
+            if value is not None and all(
+                _has_type(value.get(n), kind) for n, kind in fields.items()
+            ):
                 yield value
 
 
@@ -139,7 +141,7 @@ def duration(seconds: float) -> str:
         return "?"
 
 
-def _is(value: Any, kind: type) -> bool:
+def _has_type(value: Any, kind: type) -> bool:
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -157,7 +159,7 @@ def _open(path: Path) -> BinaryIO | None:
         raise DamagedError(str(path), str(error.strerror)) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise DamagedError(str(path), "it is no regular file")
+        raise DamagedError(str(path), "it is not a regular file")
     return os.fdopen(fd, "rb")
 
 
@@ -174,33 +176,33 @@ def write_atomic(path: Path, data: str | bytes, mode: int = 0o644) -> None:
 @contextlib.contextmanager
 def replacing(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
     """Yield a file to write that becomes `path` at the end, as in `write_atomic`."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(fd, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
         raise
     fsync_dir(path.parent)
 
 
-def make_once(path: Path, data: str | bytes, mode: int = 0o644) -> bool:
+def create_exclusive(path: Path, data: str | bytes, mode: int = 0o644) -> bool:
     """Write a file that only one process can make. Return whether it was this process."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     make_parent(path)
-    write_atomic(aside, data, mode)
+    write_atomic(temporary, data, mode)
     try:
-        os.link(aside, path)  # a rename would replace what another process has just written
+        os.link(temporary, path)  # a rename would replace what another process has just written
     except FileExistsError:
         # NFS repeats a request whose answer was lost, and then finds its own file
-        return os.stat(aside).st_nlink == 2
+        return os.stat(temporary).st_nlink == 2
     finally:
-        aside.unlink()
+        temporary.unlink()
     fsync_dir(path.parent)
     return True
 

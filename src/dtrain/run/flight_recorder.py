@@ -38,12 +38,12 @@ class Ring:
         """Return the calls, for `read_ring`."""
         return self._memory[:_SIZE]
 
-    def leave(self, note: bytes) -> None:
+    def set_exit_note(self, note: bytes) -> None:
         """Record how the process exited, in at most `NOTE_BYTES`."""
         self._memory[_SIZE:] = note.ljust(NOTE_BYTES, b"\0")
 
-    def left(self) -> bytes:
-        """Return what `leave` has recorded. Empty if it was not called."""
+    def exit_note(self) -> bytes:
+        """Return what `set_exit_note` has recorded. Empty if it was not called."""
         return self._memory[_SIZE:].rstrip(b"\0")
 
 

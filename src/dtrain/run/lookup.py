@@ -23,15 +23,15 @@ def find(name: str, runs: str) -> RunDir:
     """
     from dtrain.run.remote.store import is_url
 
-    return find_run(name, here(runs, name), runs if is_url(runs) else "")
+    return find_run(name, local_directory(runs, name), runs if is_url(runs) else "")
 
 
-def place_of_runs(runs: str | os.PathLike[str] | None = None) -> str:
+def runs_location(runs: str | os.PathLike[str] | None = None) -> str:
     """Return the directory or URL of all runs. By default it is that of the command line."""
     return os.environ.get("DTRAIN_RUNS", "runs") if runs is None else os.fspath(runs)
 
 
-def here(runs: str, name: str | None = None) -> str:
+def local_directory(runs: str, name: str | None = None) -> str:
     """Return the directory of all runs. For runs at a URL, it is an updated one of this host.
 
     Args:
@@ -63,14 +63,16 @@ def find_run(name: str, root: str | os.PathLike[str], shown: str = "") -> RunDir
 
     if not name:  # for example an unset shell variable: it would match every run
         raise RunNotFound(
-            "RUN is empty; it is an id, the beginning of one, or `last`", code="run.empty-name"
+            "RUN is empty; give an id, the beginning of one, or `last`", code="run.empty-name"
         )
     with contextlib.suppress(OSError):  # too long for a path
         if os.sep in name and (Path(name) / "resolved.yaml").is_file():
             return RunDir(name)
     runs, where = list_runs(root), shown or str(Path(root).absolute())
     if not runs:
-        raise RunNotFound(f"no runs in {where}; say where with --runs DIR", code="run.no-runs")
+        raise RunNotFound(
+            f"no runs in {where}; give their directory with --runs", code="run.no-runs"
+        )
     if name == "last":
         # started last, not made last: a resumed run is the newest again
         return max(runs, key=lambda run: run.resolved.stat().st_mtime_ns)
@@ -82,7 +84,7 @@ def find_run(name: str, root: str | os.PathLike[str], shown: str = "") -> RunDir
     if matches:
         listed = ", ".join(run.id for run in matches[:6])
         raise RunNotFound(
-            f"{quoted(name)} could be any of {len(matches)} runs: {listed}", code="run.ambiguous"
+            f"{quoted(name)} matches {len(matches)} runs: {listed}", code="run.ambiguous"
         )
     raise RunNotFound(
         f"no run {quoted(name)} in {where}; `dtrain runs` lists them", code="run.not-found"
@@ -98,11 +100,11 @@ def attempt_of(run: RunDir, number: int | None) -> int:
     from dtrain.errors import RunNotFound
     from dtrain.words import numbered
 
-    there = run.attempts()
-    if number in there:
+    known = run.attempts()
+    if number in known:
         return number
-    if number is None and there:
-        return there[-1]
-    has = numbered("attempt", there) if there else "no attempt yet"
-    text = f"run {run.id} has no attempt {number or 0}; it has {has}"
+    if number is None and known:
+        return known[-1]
+    listed = numbered("attempt", known) if known else "no attempt yet"
+    text = f"run {run.id} has no attempt {number or 0}; it has {listed}"
     raise RunNotFound(text, code="run.no-such-attempt")

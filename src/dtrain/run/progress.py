@@ -31,7 +31,7 @@ class Progress:
     """The newest value of each metric, by split."""
     checkpoint: str | None = None
     """The name of the newest checkpoint."""
-    heard: float | None = None
+    updated: float | None = None
     """The time of the newest of these records, in seconds since the epoch."""
     seconds_per_step: float | None = None
     """Includes evaluations and checkpoints. None before the second line of metrics."""
@@ -46,14 +46,14 @@ class Progress:
     @property
     def end(self) -> float | None:
         """Return when the last step will be done at this rate, in seconds since the epoch."""
-        known = (self.step, self.total_steps, self.heard, self.seconds_per_step)
+        known = (self.step, self.total_steps, self.updated, self.seconds_per_step)
         if any(each is None for each in known):
             return None
         assert self.step is not None
         assert self.total_steps is not None
-        assert self.heard is not None
+        assert self.updated is not None
         assert self.seconds_per_step is not None
-        return self.heard + max(0, self.total_steps - self.step) * self.seconds_per_step
+        return self.updated + max(0, self.total_steps - self.step) * self.seconds_per_step
 
     @classmethod
     def read(cls, run: RunDir) -> Progress:
@@ -74,7 +74,7 @@ class Progress:
                 if record["event"] == "training_started":
                     first = None
             if isinstance(done, int):
-                found.step, found.heard = done, time
+                found.step, found.updated = done, time
                 if first is not None and done > first[1]:
                     found.seconds_per_step = (time - first[0]) / (done - first[1])
         return found

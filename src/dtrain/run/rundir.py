@@ -24,7 +24,7 @@ class RunDir:
         """The launch plan, with secrets by name only."""
         self.url_file = self.path / ".url"
         """The file that holds `url`."""
-        self.beat = self.path / "alive.json"
+        self.heartbeat = self.path / "alive.json"
         """The newest heartbeat of the driver, for a run at a URL."""
         self.unsynced = self.path / ".ahead"
         """A file that exists while this directory is ahead of its copy at the URL."""
@@ -195,7 +195,7 @@ class RunDir:
             kind = UsageError if error.errno == errno.ENAMETOOLONG else LaunchError
             raise kind(
                 f"cannot write the run directory {self.path}: {error.strerror}; "
-                "choose another place with --runs DIR",
+                "choose another directory with --runs DIR",
                 code="launch.not-writable",
             ) from error
 

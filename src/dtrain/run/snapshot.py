@@ -195,7 +195,7 @@ def _copy(top: Path, paths: Iterable[str], target: Path) -> list[dict[str, Any]]
     for size, path in sized:
         why = ""
         if path.endswith("/"):
-            why = "a repository of its own"
+            why = "a separate repository"
         elif _may_be_secret(path):
             why = _SECRET
         elif size > room or count >= _MOST_FILES:
@@ -265,6 +265,6 @@ def _git(where: Path, *arguments: str, stdout: IO[bytes] | int = subprocess.PIPE
     except subprocess.TimeoutExpired:
         raise _GitFailed(f"git {arguments[0]} took more than {_GIT_TIMEOUT_S} s") from None
     if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip().partition("\n")[0]
-        raise _GitFailed(said.removeprefix("fatal: ") or f"git {arguments[0]} failed")
+        message = done.stderr.decode(errors="replace").strip().partition("\n")[0]
+        raise _GitFailed(message.removeprefix("fatal: ") or f"git {arguments[0]} failed")
     return done.stdout or b""

@@ -23,9 +23,9 @@ from typing import Any
 
 NEVER = ("checkpoints/*", "code/tree-*/*", "code/job-*", "alive.json")
 """Files that are never copied. Hidden files are not copied either, for example secret variables."""
-_MOST_AT_ONCE = 4 << 20
-_MOST_OF_A_FILE = 64 << 20  # a larger file that is rewritten each time is no record of a run
-_NEW_S, _GONE_S = 5.0, 5.0
+_MAX_BATCH_BYTES = 4 << 20
+_MAX_FILE_BYTES = 64 << 20  # a larger file that is rewritten each time is no record of a run
+_NEW_S, _REMOVE_S = 5.0, 5.0
 
 Stat = tuple[int, int]
 """Bytes, and the time of the last change in nanoseconds."""
@@ -42,17 +42,17 @@ class ChangeScanner:
         folder: str | os.PathLike[str],
         known: dict[str, Stat] | None = None,
         *,
-        most_of_a_log: int = sys.maxsize,
+        max_log_bytes: int = sys.maxsize,
     ) -> None:
         """Prepare the scanner.
 
         Args:
             folder: the directory.
             known: the files found by the last scan, by name.
-            most_of_a_log: the bytes of a log after which the rest is left out.
+            max_log_bytes: the bytes of a log after which the rest is left out.
         """
         self._folder = os.fspath(folder)
-        self._most_of_a_log = most_of_a_log
+        self._max_log_bytes = max_log_bytes
         self.known = {} if known is None else known
 
     def skip_present(self) -> None:
@@ -60,15 +60,15 @@ class ChangeScanner:
         self.known.update({name: now for name, _, now in self.changed()})
 
     def changed(
-        self, only: Sequence[str] = (), but: Sequence[str] = ()
+        self, include: Sequence[str] = (), exclude: Sequence[str] = ()
     ) -> Iterator[tuple[str, Stat, Stat]]:
         """Yield each file that has changed: its name, its known state and its present state.
 
         Args:
-            only: patterns of the files that are wanted. Without any, all are.
-            but: patterns of files that are not wanted.
+            include: patterns of the files that are wanted. Without any, all are.
+            exclude: patterns of files that are not wanted.
         """
-        for name in _names(self._folder, only, but):
+        for name in _names(self._folder, include, exclude):
             try:
                 stat = os.stat(os.path.join(self._folder, name))
             except OSError:
@@ -77,21 +77,21 @@ class ChangeScanner:
             if now != before:
                 yield name, before, now
 
-    def changes(self, only: Sequence[str] = ()) -> Iterator[Change]:
+    def changes(self, include: Sequence[str] = ()) -> Iterator[Change]:
         """Yield all new data, in pieces that are small enough to be sent."""
-        for name, (start, _), now in self.changed(only):
+        for name, (start, _), now in self.changed(include):
             path = os.path.join(self._folder, name)
             with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                 if grows(name):
                     yield from self._grown(file, name, start, now)
                 else:
                     self.known[name] = now
-                    if now[0] <= _MOST_OF_A_FILE:
+                    if now[0] <= _MAX_FILE_BYTES:
                         yield {"name": name, "bytes": file.read(now[0])}
 
     def next_changes(self) -> list[Change]:
         """Return as much of `changes` as is sent at once. Empty when everything was sent."""
-        found, room = [], _MOST_AT_ONCE
+        found, room = [], _MAX_BATCH_BYTES
         for change in self.changes():
             found.append(change)
             room -= len(change["bytes"])
@@ -100,10 +100,10 @@ class ChangeScanner:
         return found
 
     def _grown(self, file: io.BufferedReader, name: str, at: int, now: Stat) -> Iterator[Change]:
-        end = min(now[0], self._most_of_a_log) if name.endswith(".log") else now[0]
+        end = min(now[0], self._max_log_bytes) if name.endswith(".log") else now[0]
         while at < end:
             file.seek(at)
-            data = file.read(min(_MOST_AT_ONCE, end - at))
+            data = file.read(min(_MAX_BATCH_BYTES, end - at))
             if name.endswith(".jsonl"):
                 data = data[: data.rfind(b"\n") + 1]
             if not data:
@@ -123,7 +123,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _names(folder: str, only: Sequence[str], but: Sequence[str]) -> Iterator[str]:
+def _names(folder: str, include: Sequence[str], exclude: Sequence[str]) -> Iterator[str]:
     """Yield the names of files to copy. `plan.json` and similar files come first."""
     found = []
     for here, folders, names in os.walk(folder):
@@ -131,7 +131,7 @@ def _names(folder: str, only: Sequence[str], but: Sequence[str]) -> Iterator[str
         found += [inside + name for name in names if name[0] != "."]
         folders[:] = [n for n in folders if n[0] != "." and not matches(f"{inside}{n}/x", NEVER)]
     for name in sorted(found, key=lambda name: (name.count("/"), name)):
-        if (not only or matches(name, only)) and not matches(name, (*NEVER, *but)):
+        if (not include or matches(name, include)) and not matches(name, (*NEVER, *exclude)):
             yield name
 
 
@@ -195,7 +195,7 @@ def create_local_run_dir(run_id: str, package: bytes) -> str:
 def remove_local_run_dir(folder: str) -> None:
     """Remove the directory, even if killed workers may still be writing to it."""
     own = os.path.dirname(folder)
-    deadline = time.monotonic() + _GONE_S
+    deadline = time.monotonic() + _REMOVE_S
     while os.path.exists(own) and time.monotonic() < deadline:
         shutil.rmtree(own, ignore_errors=True)
         time.sleep(0.05)

@@ -31,14 +31,14 @@ _FAILED = "FAILED: "
 _NOT_TO_RESUME = ("UsageError", "NeverMadeError")
 """Errors that a retry would repeat."""
 _FILE = re.compile(r'^  File "(.+)", line \d+, in ', re.MULTILINE)
-_MOST_PLACES = 3
-_VICTIM = 3
+_MOST_LOCATIONS = 3
+_CONSEQUENCE = 3
 """The sort key of a rank that failed because another rank did."""
 
 ADVICE = {
     "oom": "ask for more memory, or make micro_batch_size or data.workers smaller",
     "node_missing": "check that the agent was started there and that it can reach the head node",
-    "node_lost": "look at that host; `dtrain resume` goes on from the last checkpoint",
+    "node_lost": "look at that host; `dtrain resume` continues from the last checkpoint",
     "parted": "look before these lines for a branch that only some ranks take",
     "left": "leave the loop in the same step on all ranks",
     "timeout": "look for a collective that not all ranks call, and at the network between them",
@@ -53,7 +53,7 @@ Paint = Callable[[str, str | None], str]
 @dataclass(frozen=True)
 class Verdict:
     culprit: FailureRecord
-    alike: list[int] = field(default_factory=list)
+    same_failure: list[int] = field(default_factory=list)
     """Other ranks that failed in the same way, for example all of them when a disk is full."""
     collateral: list[int] = field(default_factory=list)
     """Ranks that failed because the root cause's rank did."""
@@ -70,7 +70,7 @@ class Verdict:
         return {
             "code": self.culprit.code,
             "culprit": asdict(self.culprit),
-            "alike": self.alike,
+            "same_failure": self.same_failure,
             "collateral": self.collateral,
             "exit_code": self.exit_code,
             "restarts": self.restarts,
@@ -97,30 +97,30 @@ def judge(run: RunDir, attempt: int) -> Verdict | None:
         return None
     last = max(record.restart for record in records)
     records = [record for record in records if record.restart == last]
-    records += _parted(run, attempt, last, records)
-    records = _without_bystanders(records)
-    first = min(records, key=_guilt)
+    records += _diverged(run, attempt, last, records)
+    records = _failed_themselves(records)
+    first = min(records, key=_cause_order)
     if len(records) > 1 and _only_waited(records):
-        said = ["the ranks waited for one another in a collective until it timed out"]
-        said += (places := _waits(records))
-        frames = [] if places else first.frames
-        nobody = replace(first, kind="timeout", code="", rank=None, type="", frames=frames,
-                         message="\n".join(said))  # fmt: skip
-        return Verdict(nobody, collateral=_ranks(records), restarts=last)
+        lines = ["the ranks waited for one another in a collective until it timed out"]
+        lines += (waits := _waits(records))
+        frames = [] if waits else first.frames
+        timeout = replace(first, kind="timeout", code="", rank=None, type="", frames=frames,
+                          message="\n".join(lines))  # fmt: skip
+        return Verdict(timeout, collateral=_ranks(records), restarts=last)
     error = _error_of(first)
     same = [record for record in records if _error_of(record) == error]
     others = [record for record in records if _error_of(record) != error]
     culprit = min(same, key=lambda record: -1 if record.rank is None else record.rank)
-    told = [culprit.message, *(_waits(others) if culprit.kind in ("absent", "left") else [])]
+    lines = [culprit.message, *(_waits(others) if culprit.kind in ("absent", "left") else [])]
     return Verdict(
-        replace(culprit, message="\n".join(told)),
-        alike=_ranks(record for record in same if record is not culprit),
+        replace(culprit, message="\n".join(lines)),
+        same_failure=_ranks(record for record in same if record is not culprit),
         collateral=_ranks(record for record in others if record.rank != culprit.rank),
         restarts=last,
     )
 
 
-def _without_bystanders(records: list[FailureRecord]) -> list[FailureRecord]:
+def _failed_themselves(records: list[FailureRecord]) -> list[FailureRecord]:
     """Return the records of ranks that failed themselves.
 
     Records of ranks that still ran are left out, unless the others only waited for them. Records of
@@ -141,16 +141,16 @@ def was_cut_off(record: FailureRecord) -> bool:
     that ended before.
     """
     files = _FILE.findall(record.traceback)
-    return _guilt(record)[0] >= _VICTIM and bool(files) and "/torch/" in files[-1]
+    return _cause_order(record)[0] >= _CONSEQUENCE and bool(files) and "/torch/" in files[-1]
 
 
 def _only_waited(records: list[FailureRecord]) -> bool:
     """Return whether all ranks failed because a collective was not answered in time."""
-    victims = all(_guilt(r)[0] >= _VICTIM and r.kind != "left" for r in records)
-    return victims and any(failures.is_timeout(record.message) for record in records)
+    consequences = all(_cause_order(r)[0] >= _CONSEQUENCE and r.kind != "left" for r in records)
+    return consequences and any(failures.is_timeout(record.message) for record in records)
 
 
-def _parted(
+def _diverged(
     run: RunDir, attempt: int, restart: int, records: list[FailureRecord]
 ) -> list[FailureRecord]:
     """Return a record of the rank whose collectives differed from the others', if there is one."""
@@ -161,15 +161,15 @@ def _parted(
         return []
     kind: Kind = "collectives" if found.decided else "parted"
     if found.decided:
-        what, here, there = "its collectives are not the other ranks'", "", "elsewhere"
+        what, own, other = "its collectives differ from the other ranks'", "", "elsewhere"
     else:
-        what = f"and rank {found.other} called different collectives: no majority says who is right"
-        here, there = f"on rank {found.rank} ", f"on rank {found.other}"
-    message = f"{what}\n{here}number {found.number} is {found.call}\n{there} it is {found.others}"
-    own = [record for record in records if record.rank == found.rank]
-    first = min(records, key=_guilt)
-    place = own[0] if own else first
-    return [replace(place, kind=kind, code="", message=message, rank=found.rank, frames=[],
+        what = f"and rank {found.other} called different collectives; there is no majority"
+        own, other = f"on rank {found.rank} ", f"on rank {found.other}"
+    message = f"{what}\n{own}number {found.number} is {found.call}\n{other} it is {found.others}"
+    of_rank = [record for record in records if record.rank == found.rank]
+    first = min(records, key=_cause_order)
+    base = of_rank[0] if of_rank else first
+    return [replace(base, kind=kind, code="", message=message, rank=found.rank, frames=[],
                     exit_code=first.exit_code)]  # fmt: skip
 
 
@@ -207,17 +207,17 @@ def render(
     """
     culprit = verdict.culprit
     head = [f"{_headline(culprit)}  [{culprit.code}]"]
-    tail = [f"  log: {_short(culprit.log)}"] if culprit.log else []
+    tail = [f"  log: {_relative(culprit.log)}"] if culprit.log else []
     advice = culprit.hint or ADVICE.get(culprit.kind)
     if advice:
         tail.append(f"  try: {advice}")
-    if verdict.alike:
-        tail.append(f"  {numbered('rank', verdict.alike)} failed in the same way")
+    if verdict.same_failure:
+        tail.append(f"  {numbered('rank', verdict.same_failure)} failed in the same way")
     if verdict.collateral:
         tail.append(f"  {numbered('rank', verdict.collateral)} failed as a consequence")
     if culprit.repeated:
-        place = f"in step {culprit.step}" if culprit.step else "before the first step"
-        tail.append(f"  restarts: {verdict.restarts}; it failed in the same way {place} before")
+        step = f"in step {culprit.step}" if culprit.step else "before the first step"
+        tail.append(f"  restarts: {verdict.restarts}; it had failed in the same way {step} before")
     elif verdict.restarts:
         tail.append(f"  restarts: {verdict.restarts}, all that were allowed")
     resume = "" if culprit.type in _NOT_TO_RESUME else f" · dtrain resume {run.id}"
@@ -238,13 +238,13 @@ def _waits(records: list[FailureRecord]) -> list[str]:
     """Return the user's lines where ranks waited, summarized in a few lines."""
     ranks: dict[str, list[int]] = {}
     for record in records:
-        if record.rank is not None and failures.users_own(record.frames):
-            ranks.setdefault(place(record.frames[-1]), []).append(record.rank)
-    told = [f"{numbered('rank', sorted(who))} waited at {place}" for place, who in ranks.items()]
-    return told[:_MOST_PLACES]
+        if record.rank is not None and failures.only_user_frames(record.frames):
+            ranks.setdefault(location(record.frames[-1]), []).append(record.rank)
+    lines = [f"{numbered('rank', sorted(on))} waited at {where}" for where, on in ranks.items()]
+    return lines[:_MOST_LOCATIONS]
 
 
-def place(frame: Frame) -> str:
+def location(frame: Frame) -> str:
     return f"{'/'.join(Path(frame.file).parts[-2:])}:{frame.line} in {frame.function}"
 
 
@@ -256,19 +256,19 @@ def _ranks(records: Iterable[FailureRecord]) -> list[int]:
     return sorted(record.rank for record in records if record.rank is not None)
 
 
-def _guilt(record: FailureRecord) -> tuple[int, float]:
+def _cause_order(record: FailureRecord) -> tuple[int, float]:
     """Return the sort key: a cause comes before a consequence, then the earliest failure."""
     if record.kind in ("node_missing", "node_lost"):
         return (0, record.time)
     if record.kind in ("collectives", "parted"):
         return (1, 0.0)
     if record.kind == "agent":
-        return (_VICTIM + 1, record.time)
+        return (_CONSEQUENCE + 1, record.time)
     if record.kind == "left" and record.collateral:  # cleanly: others may fail before it ends
-        return (_VICTIM - 1, record.time)
-    says_so = record.kind == "exception" and failures.is_collateral(record.message)
-    if record.collateral or says_so:
-        return (_VICTIM, record.time)
+        return (_CONSEQUENCE - 1, record.time)
+    lost_peer = record.kind == "exception" and failures.is_collateral(record.message)
+    if record.collateral or lost_peer:
+        return (_CONSEQUENCE, record.time)
     return (1, record.time)
 
 
@@ -293,7 +293,7 @@ def _frames(culprit: FailureRecord, room: int, width: int) -> list[str]:
     """Return the innermost calls that fit in the room. The last one is always included."""
     shown: list[str] = []
     for frame in reversed(culprit.frames[-3:]):
-        lines = [f"  {_short(frame.file)}:{frame.line} in {frame.function}"]
+        lines = [f"  {_relative(frame.file)}:{frame.line} in {frame.function}"]
         lines += _folded(frame.code, width, "    ") if frame.code else []
         if shown and len(shown) + len(lines) > room:
             break
@@ -303,12 +303,12 @@ def _frames(culprit: FailureRecord, room: int, width: int) -> list[str]:
 
 def _reason(culprit: FailureRecord) -> list[str]:
     """Return the parts of the reason that the first line does not contain."""
-    said = [line for line in culprit.message.splitlines() if line.strip()]
+    lines = [line for line in culprit.message.splitlines() if line.strip()]
     if culprit.kind == "left":
-        return [*said[1:], time.strftime("it left at %H:%M:%S", time.localtime(culprit.time))]
+        return [*lines[1:], time.strftime("it exited at %H:%M:%S", time.localtime(culprit.time))]
     if culprit.kind != "exception":
-        return said[1:]
-    return said or [f"{culprit.type} without a message"]
+        return lines[1:]
+    return lines or [f"{culprit.type} without a message"]
 
 
 def _first_line(text: str) -> str:
@@ -317,18 +317,18 @@ def _first_line(text: str) -> str:
 
 def _folded(text: str, width: int, indent: str = "  ") -> list[str]:
     """Fold a line without cutting any part. Further lines are indented."""
-    own = text[: len(text) - len(text.lstrip())]
+    spaces = text[: len(text) - len(text.lstrip())]
     return textwrap.wrap(
         text.strip(),
         max(width, _NARROWEST),
-        initial_indent=indent + own,
-        subsequent_indent=f"{indent}{own}  ",
+        initial_indent=indent + spaces,
+        subsequent_indent=f"{indent}{spaces}  ",
         break_long_words=False,
         break_on_hyphens=False,
     )
 
 
-def _short(path: str) -> str:
+def _relative(path: str) -> str:
     """Return a path relative to the current directory, when that is shorter."""
     try:
         relative = os.path.relpath(path)

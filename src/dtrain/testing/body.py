@@ -53,7 +53,7 @@ class Context:
     warning_filters: list[Any]
 
     @classmethod
-    def here(cls) -> Context:
+    def current(cls) -> Context:
         filters = [entry for entry in warnings.filters if not why_not_picklable(entry)]
         return cls(dict(os.environ), os.getcwd(), list(sys.path), filters)
 
@@ -75,7 +75,7 @@ class Context:
 
 def pack(body: bytes) -> bytes:
     """Return the payload of a request: this process's context, and the pickled body."""
-    return pickle.dumps((Context.here(), body))
+    return pickle.dumps((Context.current(), body))
 
 
 def why_not_picklable(value: object) -> str:
@@ -92,9 +92,9 @@ def run(
     request: Request,
     port: int,
     item: pytest.Function | None,
-    tell: Callable[[Outcome], None],
+    report: Callable[[Outcome], None],
 ) -> None:
-    """Run a request's body as `rank`. `tell` receives the outcome, again if more is known later.
+    """Run a request's body as `rank`. `report` receives the outcome, again if more is known later.
 
     A failure is reported first in plain form. pytest's form takes a while to make, and it runs the
     user's code (`__repr__`).
@@ -110,13 +110,13 @@ def run(
         if request.init:
             _join()
         returned = _call(request, body, item)
-        tell(Outcome("passed", time.monotonic(), value=_dump_returned(returned)))
+        report(Outcome("passed", time.monotonic(), value=_dump_returned(returned)))
     except BaseException as error:
         outcome = _outcome(error, time.monotonic())
-        tell(outcome)
+        report(outcome)
         if item is not None and request.is_item and not outcome.is_lost_connection:
             _show_as_pytest(outcome, error, item)
-            tell(outcome)
+            report(outcome)
 
 
 def forget_pytest_logging() -> None:

@@ -58,45 +58,45 @@ class Server:
 
         Call it before anything is computed here: threads and locks do not survive a fork.
         """
-        ours, theirs = Channel.pair()
+        client_end, server_end = Channel.pair()
         log_fd = os.memfd_create("dtrain-ranks")
         parent = os.getpid()
         # A file object whose descriptor is closed elsewhere might later write to, or close,
         # another file with the same number. So everything that is open stays open.
-        keep = open_fds() - {ours.fileno()}
+        keep = open_fds() - {client_end.fileno()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # for OpenBLAS's idle threads
             pid = fork_child(
-                lambda: serve(theirs, parent, items),
+                lambda: serve(server_end, parent, items),
                 stdout=log_fd,
                 stderr=log_fd,
                 keep_fds=keep,
             )
-        theirs.close()
-        return cls(pid, ours, log_fd)
+        server_end.close()
+        return cls(pid, client_end, log_fd)
 
     @classmethod
     def start(cls) -> Server:
         """Start a server in a new interpreter. That works from any process and in any state."""
         import subprocess
 
-        ours, theirs = Channel.pair()
+        client_end, server_end = Channel.pair()
         log_fd = os.memfd_create("dtrain-ranks")
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; from dtrain.testing import server; "
-            f"server.main({theirs.fileno()}, {os.getpid()})"
+            f"server.main({server_end.fileno()}, {os.getpid()})"
         )
         process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.DEVNULL,
             stdout=log_fd,
             stderr=log_fd,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[server_end.fileno()],
             start_new_session=True,  # ^C is for the caller, which forwards it
         )
         process.returncode = 0  # waited for in close(), by pid
-        theirs.close()
-        return cls(process.pid, ours, log_fd)
+        server_end.close()
+        return cls(process.pid, client_end, log_fd)
 
     def run(self, request: Request, main: dict[str, Any] | None = None) -> Answer:
         """Run a body on every rank, and wait until no rank is left.
@@ -160,9 +160,9 @@ class Server:
 
     def _failure(self, what: str) -> ServerError:
         size = os.fstat(self._log_fd).st_size
-        said = os.pread(self._log_fd, 4096, max(0, size - 4096)).decode(errors="replace")
+        output = os.pread(self._log_fd, 4096, max(0, size - 4096)).decode(errors="replace")
         self.close()
-        return ServerError(f"the process that forks ranks {what}\n{said}".rstrip())
+        return ServerError(f"the process that forks ranks {what}\n{output}".rstrip())
 
     def _cancel(self) -> None:
         try:

@@ -28,10 +28,10 @@ import pytest
 from dtrain.testing import client
 
 _MARK = "DTRAIN_LEAK_GUARD"
-_SETTLE_S = 2.0
+_GRACE_S = 2.0
 """The time that a process which was just killed may take to disappear."""
 _SHM = Path("/dev/shm")
-_NOT_OURS = ("PYTEST_CURRENT_TEST",)
+_IGNORED = ("PYTEST_CURRENT_TEST",)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def _own_mark() -> str:
 
 
 def _leaked_processes(before: _Snapshot) -> list[str]:
-    found = _settled(lambda: _new_processes(before))
+    found = _after_grace(lambda: _new_processes(before))
     lines = [str(process) for process in found]
     for process in found:
         with contextlib.suppress(OSError):
@@ -131,13 +131,13 @@ def _leaked_processes(before: _Snapshot) -> list[str]:
     return lines
 
 
-def _settled(look: Callable[[], list[_Process]]) -> list[_Process]:
+def _after_grace(find: Callable[[], list[_Process]]) -> list[_Process]:
     """Return the processes that still exist after a moment, or at once if all are zombies.
 
     A zombie child of this process does not disappear without a wait.
     """
-    deadline = time.monotonic() + _SETTLE_S
-    while found := look():
+    deadline = time.monotonic() + _GRACE_S
+    while found := find():
         if all(process.state == "Z" for process in found) or time.monotonic() > deadline:
             break
         time.sleep(0.01)
@@ -147,10 +147,10 @@ def _settled(look: Callable[[], list[_Process]]) -> list[_Process]:
 def _new_processes(before: _Snapshot) -> list[_Process]:
     read = (_Process.read(pid) for pid in _pids() - before.pids - client.server_pids())
     new = {process.pid: process for process in read if process}
-    return [process for process in new.values() if _is_ours(process, new)]
+    return [process for process in new.values() if _is_of_test(process, new)]
 
 
-def _is_ours(process: _Process, new: dict[int, _Process]) -> bool:
+def _is_of_test(process: _Process, new: dict[int, _Process]) -> bool:
     """Return whether the test started a process: a descendant of this one, or a marked orphan."""
     oldest = process
     while oldest.parent in new:
@@ -162,7 +162,7 @@ def _is_ours(process: _Process, new: dict[int, _Process]) -> bool:
 
 
 def _leaked_ports(before: _Snapshot) -> list[str]:
-    deadline = time.monotonic() + _SETTLE_S
+    deadline = time.monotonic() + _GRACE_S
     while found := _new_ports(before):
         if time.monotonic() > deadline:
             break
@@ -228,7 +228,7 @@ def _leaked_environment(before: _Snapshot) -> list[str]:
     lines = []
     for name in sorted(before.env.keys() | os.environ.keys()):
         was, now = before.env.get(name), os.environ.get(name)
-        if was == now or name in _NOT_OURS:
+        if was == now or name in _IGNORED:
             continue
         # Values may be secrets, so only names are shown.
         how = "set" if was is None else "removed" if now is None else "changed"

@@ -198,7 +198,8 @@ def _bind_marker(
         world_size = cast("int | None", item.funcargs.get("world_size"))
     if world_size is None:
         raise ValueError(
-            "how many ranks? Write ranks(4), ranks(nodes=2, ranks=2), or parametrize `world_size`"
+            "the number of ranks is missing: write ranks(4) or ranks(nodes=2, ranks=2), or "
+            "parametrize `world_size`"
         )
     return _Marker(Layout(world_size, nodes), float(timeout), init)
 
@@ -220,7 +221,7 @@ def _pickle_funcargs(item: pytest.Function) -> bytes:
             if why := body.why_not_picklable(value):
                 pytest.fail(
                     f"the value of `{name}`, a {type(value).__name__}, cannot be sent to the "
-                    f"ranks: {why}. Make it in the body, or let a fixture give what it is made of.",
+                    f"ranks: {why}. Create it in the body, from values of a fixture.",
                     pytrace=False,
                 )
     return pickle.dumps((funcargs, attributes))

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dtrain.forking import ONE_THREAD, Channel, Children, import_once
-from dtrain.procs import adopt_orphans
+from dtrain.procs import become_subreaper
 from dtrain.testing import body, wire
 from dtrain.testing.watch import Run
 
@@ -35,7 +35,7 @@ def serve(channel: Channel, parent: int, items: Mapping[str, pytest.Function]) -
     Returns:
         The exit status of the process.
     """
-    _settle()
+    _prepare()
     inherited = open_fds() - {channel.fileno()}
     children = Children()
     has_main = False
@@ -63,7 +63,7 @@ def main(fd: int, parent: int) -> None:
     sys.exit(serve(Channel(socket.socket(fileno=fd)), parent, {}))
 
 
-def _settle() -> None:
+def _prepare() -> None:
     """Import what ranks need, fix the standard streams, and adopt processes that ranks leave."""
     if "torch" not in sys.modules:
         for name, value in ONE_THREAD.items():
@@ -73,7 +73,7 @@ def _settle() -> None:
     streams = [open(os.devnull), *(open(fd, "w", 1, "utf-8", closefd=False) for fd in (1, 2))]  # noqa: SIM115
     os.dup2(streams[0].fileno(), 0)
     sys.stdin, sys.stdout, sys.stderr = streams
-    adopt_orphans()
+    become_subreaper()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch

@@ -46,12 +46,12 @@ class _Rank:
         """The exit status of the process, or the number of the signal that killed it, negative."""
         self.outcome: Outcome | None = None
 
-    def tell(self, outcome: Outcome) -> None:
+    def report(self, outcome: Outcome) -> None:
         """Record how the body ended. It is called in the rank, and the last call counts."""
         with open(self.result, "wb", closefd=False) as file:
             file.write(pickle.dumps(outcome))
 
-    def told(self) -> Outcome | None:
+    def reported(self) -> Outcome | None:
         """Return the last complete outcome that the rank has reported; None if there is none."""
         data = io.BytesIO(_read(self.result))
         last: Outcome | None = None
@@ -69,7 +69,7 @@ class _Rank:
             os.close(fd)
 
 
-def hold_port() -> socket.socket:
+def reserve_port() -> socket.socket:
     """Bind a port that no other process is given, and that rank 0 may bind too. It never listens.
 
     It is bound on all addresses, because torch's store listens on all. A port held on one address
@@ -101,7 +101,7 @@ class Run:
         self._first_failure: float | None = None
 
     def __enter__(self) -> Run:
-        self._port_holder = hold_port()
+        self._port_holder = reserve_port()
         self._port: int = self._port_holder.getsockname()[1]
         # the server holds it too, so that the pipe stays open when all ranks have ended
         self._done, self._done_write = os.pipe()
@@ -126,11 +126,11 @@ class Run:
     def _in_rank(self, rank: _Rank) -> int:
         faulthandler.enable(2)
         faulthandler.register(_STACK_SIGNAL, file=rank.stack, all_threads=True)
-        body.run(rank.number, self._request, self._port, self._item, rank.tell)
+        body.run(rank.number, self._request, self._port, self._item, rank.report)
         sys.stdout.flush()
         sys.stderr.flush()
         os.write(self._done_write, struct.pack("<I", rank.number))
-        outcome = rank.told()
+        outcome = rank.reported()
         while outcome and outcome.kind == "passed":
             signal.pause()  # other ranks may need this one's sockets; all are killed at the end
         return 1
@@ -170,9 +170,9 @@ class Run:
         new = []
         for rank in pending:
             if rank.code is not None:
-                rank.outcome = rank.told() or self._died(rank.code)
+                rank.outcome = rank.reported() or self._died(rank.code)
             elif rank.number in reported:
-                rank.outcome = rank.told()
+                rank.outcome = rank.reported()
             new.append(rank.outcome)
         if self._first_failure is None and any(each and each.kind != "passed" for each in new):
             self._first_failure = time.monotonic()
@@ -202,9 +202,9 @@ class Run:
 
 
 def _result(rank: _Rank) -> RankResult:
-    outcome = rank.outcome or rank.told() or Outcome("killed", time.monotonic())
-    said = [_tail(fd) for fd in (rank.stdout, rank.stderr, rank.stack)]
-    return RankResult(rank.number, outcome, *said)
+    outcome = rank.outcome or rank.reported() or Outcome("killed", time.monotonic())
+    texts = [_tail(fd) for fd in (rank.stdout, rank.stderr, rank.stack)]
+    return RankResult(rank.number, outcome, *texts)
 
 
 def _dump_stacks(ranks: list[_Rank]) -> None:

@@ -24,7 +24,7 @@ def load_class(field: str, reference: str, job_dir: str | os.PathLike[str]) -> C
         JobError: there is no such file, module or class. The error names `field`.
     """
     folder = Path(job_dir).absolute()
-    procs.offer_current_folder()
+    procs.add_current_directory()
     source, _, name = reference.rpartition(":")
     if not source or not name:
         raise job_problem(

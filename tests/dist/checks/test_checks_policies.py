@@ -415,11 +415,11 @@ def test_a_left_out_collective_ends_in_a_verdict(
     places = re.findall(r"all_reduce\(float32\[\]\) at talkative/task\.py:(\d+)", "\n".join(calls))
     if world_size == 2:
         assert head.startswith("FAILED: rank 1 on node 0 (")
-        assert ") and rank 0 called different collectives: " in head
+        assert ") and rank 0 called different collectives; " in head
         assert [call.split()[2] for call in calls] == ["1", "0"]
         assert sorted(places) == ["28", "29"]
     else:
-        assert "its collectives are not the other ranks'" in head
+        assert "its collectives differ from the other ranks'" in head
         assert head.startswith(f"FAILED: rank {culprit} on node 0 (")
         assert places == ["29", "28"]
 

@@ -63,7 +63,7 @@ def test_the_rank_that_left_is_named_and_not_who_lost_its_connection(tmp_path: P
     )
     done = dtrain("launch", "--nodes", "2", "leaves.py", cwd=tmp_path)
     assert done.returncode == 1, done.stdout
-    assert "FAILED: rank 1 on node 1 (node-1) left early, by sys.exit(0): " in done.stdout
+    assert "FAILED: rank 1 on node 1 (node-1) exited early, by sys.exit(0): " in done.stdout
     assert "leaves.py:4 in <module>" in done.stdout
     assert f"rank 0 waited at {tmp_path.name}/leaves.py:5 in <module>" in done.stdout
 
@@ -87,7 +87,7 @@ def test_a_script_that_hangs_ends_after_the_collective_timeout_with_a_verdict(
     done = dtrain("launch", "--procs", "2", *limit, "hangs.py", cwd=tmp_path)
     assert done.returncode == 1, done.stdout
     assert "FAILED: rank 1 on node 0" in done.stdout
-    assert "did not come to the collective that the others waited for (3 s)" in done.stdout
+    assert "did not reach the collective that the others waited for (3 s)" in done.stdout
     assert "hangs.py:8 in <module>" in done.stdout
     assert f"rank 0 waited at {tmp_path.name}/hangs.py:9 in <module>" in done.stdout
     silent = events(the_run(tmp_path), "silent")[0]["what"]  # on a busy machine still at the start

@@ -100,7 +100,7 @@ def test_a_class_is_launched_and_its_run_is_read(
         run.logs(rank=9)
     with pytest.raises(UsageError, match=f"run {run.id} exists; continue with: dtrain resume"):
         dtrain.launch(TINY, run_id=run.id)  # the driver finds that out
-    with pytest.raises(UsageError, match="has finished; to train on"):
+    with pytest.raises(UsageError, match="has finished; to train longer"):
         dtrain.resume(run)
 
 

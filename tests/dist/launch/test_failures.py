@@ -42,8 +42,8 @@ def block(output: str) -> list[str]:
         ("segv", "rank 3 on node 1 (node-1): killed by SIGSEGV", 139),
         ("exit", "rank 3 on node 1 (node-1): sys.exit(3)", 3),
         ("_exit", "rank 3 on node 1 (node-1): exited with code 3", 3),
-        ("leave", "rank 3 on node 1 (node-1) left early, by sys.exit(0) in step 3: ", 1),
-        ("_leave", "rank 3 on node 1 (node-1) left early, by os._exit(0): ", 1),
+        ("leave", "rank 3 on node 1 (node-1) exited early, by sys.exit(0) in step 3: ", 1),
+        ("_leave", "rank 3 on node 1 (node-1) exited early, by os._exit(0): ", 1),
     ],
 )
 def test_the_culprit_is_named(tmp_path: Path, misbehave: str, headline: str, code: int) -> None:
@@ -91,7 +91,7 @@ def test_a_run_that_a_worker_left_is_not_finished_and_goes_on(tmp_path: Path) ->
     assert (status["state"], status["exit_code"]) == ("cancelled", 143)
     done = dtrain("resume", "--set", "train.steps=2", cwd=tmp_path)
     assert done.returncode == 2
-    assert f"step {left['step']}, which is past train.steps=2" in done.stderr
+    assert f"step {left['step']}, which is after train.steps=2" in done.stderr
     assert "[run.end-passed]" in done.stderr
     done = dtrain("resume", "--set", "seed=5", cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -110,7 +110,7 @@ def test_a_rank_that_hangs_is_named_and_not_who_waited_for_it(tmp_path: Path) ->
     assert done.returncode == 1, done.stdout + done.stderr
     lines = block(done.stdout)
     assert lines[0] == (
-        "FAILED: rank 1 on node 1 (node-1) did not come to the collective that the others waited "
+        "FAILED: rank 1 on node 1 (node-1) did not reach the collective that the others waited "
         "for (10 s)  [failure.rank-absent]"
     )
     assert len(lines) <= MAX_LINES
@@ -181,7 +181,7 @@ def test_a_node_that_never_joins_is_named_before_the_timeout(tmp_path: Path) -> 
     assert "1/2 nodes joined" in output
     lines = block(output)
     assert lines[0].startswith("FAILED: node 1: node 1 ")
-    assert "never joined: 1 of 2 nodes after 8 s" in lines[0]
+    assert "did not join: 1 of 2 nodes after 8 s" in lines[0]
 
 
 def test_a_node_that_is_killed_is_named(tmp_path: Path) -> None:

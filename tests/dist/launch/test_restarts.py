@@ -63,7 +63,7 @@ def test_the_same_failure_is_not_restarted_for_ever(tmp_path: Path) -> None:
         TINY, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout
-    assert "restarts: 1; it failed in the same way in step 8 before" in done.stdout
+    assert "restarts: 1; it had failed in the same way in step 8 before" in done.stdout
     run = the_run(tmp_path)
     assert max(event["restart"] for event in events(run, "workers_started")) == 1
 

@@ -93,7 +93,7 @@ def test_a_missing_node_is_named_before_and_at_the_timeout() -> None:
     head = NodeRendezvous(settings(0, port, join_timeout_s=4), notice=said.append)
     try:
         with pytest.raises(
-            RendezvousFailed, match=r"node 1 \(host-1\) never joined: 1 of 2"
+            RendezvousFailed, match=r"node 1 \(host-1\) did not join: 1 of 2"
         ) as info:
             head.next_rendezvous()
     finally:
@@ -202,7 +202,7 @@ def test_a_heart_that_stops_while_workers_run_is_noticed_by_the_head_and_told_to
 def test_an_elastic_run_goes_on_without_a_node_whose_end_was_seen() -> None:
     with nodes(2, min_nodes=1, max_nodes=2, last_call_s=0.1) as made:
         meet(made)
-        made[0].lose(1)
+        made[0].mark_lost(1)
         assert lost_while_training(made[0]) == 1
         assert [(rank, size) for rank, size, _ in meet(made[:1])] == [(0, 1)]
         assert made[0].num_nodes_waiting() == 0
@@ -227,7 +227,7 @@ def test_of_many_nodes_each_asks_the_head_less_often() -> None:
     with nodes(2) as made:
         meet(made)
         assert made[0].num_nodes_waiting() == 0
-        made[0]._paced.pause_s = 3600.0
+        made[0]._cache.pause_s = 3600.0
         again = threading.Thread(target=made[1].next_rendezvous)
         again.start()
         try:

@@ -138,7 +138,7 @@ def test_connections_that_prove_nothing_do_not_keep_others_out(
     head: Head, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, place = head
-    monkeypatch.setattr(sealed, "_STRANGERS", 3)
+    monkeypatch.setattr(sealed, "_MAX_UNPROVEN", 3)
     idle = [socket.create_connection(place, 10) for _ in range(10)]
     try:
         assert connect(place).add("n", 1) == 1

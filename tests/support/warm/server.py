@@ -274,5 +274,5 @@ def _run_module(module: str, arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     procs.die_with_parent(int(sys.argv[2]))
     # so that what a dead command leaves is found below us, and ended
-    procs.adopt_orphans()
+    procs.become_subreaper()
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -88,7 +88,7 @@ def test_where_an_option_was_set(capsys: pytest.CaptureFixture[str]) -> None:
         (("-o", "memm=1"), "-o memm: unknown; did you mean 'mem'?"),
         (("-o", "nice=1"), "-o slurm.nice=100"),
         (("-o", "requeue=x"), "-o requeue: "),
-        (("-o", "mem=1G", "--mem", "2G"), "-o mem: --mem is given too"),
+        (("-o", "mem=1G", "--mem", "2G"), "-o mem: --mem is also given"),
         (("-o", "slurm.mem=1G"), "-o slurm.mem: "),
         (("--address", "head:6379"), "--address needs --launcher ray"),
     ],

@@ -17,7 +17,7 @@ def test_every_error_and_every_problem_has_a_code() -> None:
 
 
 def test_every_code_in_use_is_explained() -> None:
-    assert sorted(USED - CODES.keys()) == [], "write its cause and cure in dtrain/codes"
+    assert sorted(USED - CODES.keys()) == [], "write its cause and remedy in dtrain/codes"
 
 
 def test_every_explained_code_is_in_use() -> None:
@@ -29,7 +29,7 @@ def test_a_code_is_explained_once() -> None:
     assert LAUNCH.keys() & TRAINING.keys() == set()
 
 
-def test_a_code_has_its_form_a_cause_and_a_cure() -> None:
+def test_a_code_has_its_form_a_cause_and_a_remedy() -> None:
     assert [code for code in CODES if not codes.FORM.fullmatch(code)] == []
     texts = [text for entry in CODES.values() for text in entry]
     assert [text for text in texts if not text.endswith((".", "…")) or len(text) > 250] == []

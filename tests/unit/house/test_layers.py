@@ -111,7 +111,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "launcher",
     ),
     "dtrain.node": (
-        "environment gpus hashing hints leaving memory placement sealed stack_dump",
+        "early_exit environment gpus hashing hints memory placement sealed stack_dump",
         "heartbeat silence store worker",
         "fork_server rendezvous",
         "agent",

@@ -317,7 +317,7 @@ def test_what_a_constructor_takes(tmp_path: Path, text: str, expected: Arguments
     [
         ("", ""),
         ("script_args: [--lr, '0.1']\nlaunch: {nodes: 2}\n", ""),
-        ("strategy: ddp\n", "job.yaml:3:11: strategy: a script sets up DDP or FSDP by itself"),
+        ("strategy: ddp\n", "job.yaml:3:11: strategy: a script sets up DDP or FSDP itself"),
         ("trainer: native\n", "job.yaml:3:10: strategy: trainer 'native' trains a task, and a"),
         ("train: {steps: 3}\n", "job.yaml:3:1: train: does not apply to a script"),
         ("script_args: [3]\n", "job.yaml:3:15: script_args[0]: expected text; found the number 3"),

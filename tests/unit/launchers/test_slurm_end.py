@@ -60,7 +60,7 @@ def conclude(plan: LaunchPlan, job: Job) -> int:
     return ending.exit_code
 
 
-LEFT, ENDED = End(STOPPED, left=True), End(3, left=False)
+LEFT, ENDED = End(STOPPED, stopped=True), End(3, stopped=False)
 LOST = "the node failed, and Slurm did not start the job again"
 OFTEN = "the job was asked to stop and was already requeued 2 times, the maximum (option requeue)"
 
@@ -70,7 +70,7 @@ OFTEN = "the job was asked to stop and was already requeued 2 times, the maximum
     [
         (Job("7", "FAILED", exit_code=1), ENDED, {}, Ending(3)),
         (Job("7", "NODE_FAIL"), ENDED, {"cancelled": True}, Ending(3)),
-        (Job("7", "COMPLETED"), End(0, left=False), {}, Ending(0)),
+        (Job("7", "COMPLETED"), End(0, stopped=False), {}, Ending(0)),
         (Job("7", "CANCELLED"), None, {}, Ending(STOPPED)),
         (Job("7", "COMPLETED"), LEFT, {"cancelled": True}, Ending(STOPPED)),
         (Job("7", "NODE_FAIL", exit_code=9), None, {}, Ending(9, LOST, "node_lost")),
@@ -211,11 +211,13 @@ def test_a_failure_that_nobody_has_told_is_the_first_nodes(plan: LaunchPlan) -> 
 
 def test_another_nodes_failure_is_not_the_first_nodes_wish(plan: LaunchPlan) -> None:
     """srun asks the first node to leave when another has failed."""
-    SlurmFiles(plan.run).log.write_text("dtrain: n1 has no run directory\nsrun: Terminating step\n")
+    SlurmFiles(plan.run).log.write_text(
+        "dtrain: n1 cannot write to the run directory\nsrun: Terminating step\n"
+    )
     end(plan, STOPPED)
     assert conclude(plan, Job("7", "FAILED", exit_code=1)) == 1
     (record,) = failures.read_all(plan.run, 0)
-    assert "n1 has no run directory" in record.message
+    assert "n1 cannot write to the run directory" in record.message
 
 
 def test_the_first_nodes_word_is_believed(plan: LaunchPlan) -> None:
@@ -263,9 +265,9 @@ def test_a_job_that_has_said_nothing(plan: LaunchPlan, log: bool, words: str) ->
 def test_what_srun_said_under_submitit_is_read_too(plan: LaunchPlan) -> None:
     SlurmFiles(plan.run).log.write_text("srun: error: task 1 failed\n")
     SlurmFiles(plan.run).submitit_log("7_1").write_text(
-        "dtrain: n1 has no run directory  [slurm.directory-not-shared]\nbye\n"
+        "dtrain: n1 cannot write to the run directory  [slurm.directory-not-shared]\nbye\n"
     )
     conclude(plan, Job("7_1", "FAILED", exit_code=1))
     (record,) = failures.read_all(plan.run, 0)
-    assert record.message == "job 7_1 ended with code 1: n1 has no run directory"
+    assert record.message == "job 7_1 ended with code 1: n1 cannot write to the run directory"
     assert record.code == "slurm.directory-not-shared"

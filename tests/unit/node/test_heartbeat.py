@@ -26,21 +26,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_silence_grows_and_a_sign_ends_it(clock: Clock) -> None:
     silence = Silence(pause_s=1.0)
-    silence.look("1")
+    silence.unchanged_s("1")
     clock.now += 1.5
-    assert silence.look("1") == 1.5
+    assert silence.unchanged_s("1") == 1.5
     clock.now += 1.0
-    assert silence.look("2") == 0.0
+    assert silence.unchanged_s("2") == 0.0
 
 
 def test_time_in_which_we_could_not_look_ourselves_does_not_count(clock: Clock) -> None:
     """A job that Slurm suspends for an hour, all its processes at once, goes on."""
     silence = Silence(pause_s=1.0)
-    silence.look("1")
+    silence.unchanged_s("1")
     clock.now += 3600.0
-    assert silence.look("1") == 2.0
+    assert silence.unchanged_s("1") == 2.0
     clock.now += 0.1
-    assert silence.look("2") == 0.0
+    assert silence.unchanged_s("2") == 0.0
 
 
 def test_a_peer_is_missed_only_once_it_was_heard(clock: Clock) -> None:

@@ -52,7 +52,7 @@ def test_a_relative_path_says_which_folder_it_is_looked_up_in(run: RunDir, tmp_p
     assert "Path(__file__).parent / 'data/x.csv'" in found
     lost = said_of("open('lost.csv')", run)
     assert here in lost
-    assert f"lost.csv is not in the job's, {job}" in lost
+    assert f"lost.csv is not in the job's directory {job}" in lost
     wrapped = said_of("raise FileNotFoundError('in a loader: ' + repr('x') + "
                       "\" No such file or directory: 'data/x.csv'\")", run)  # fmt: skip
     assert wrapped == found

@@ -28,7 +28,7 @@ class Elsewhere(PlacementReader):
         print("begin", run.id, flush=True)
 
     def join(self, plan):
-        who, told = self.environ["ELSEWHERE_RANK"], self.arguments.placed_as
+        who, told = self.environ["ELSEWHERE_RANK"], self.arguments.placement_args
         raise LaunchError(f"node {who} of {plan.nodes}, told {told}")
 """
 
@@ -63,7 +63,7 @@ def test_a_reader_from_outside_is_found_by_its_name(plan: LaunchPlan, tmp_path: 
         "[dtrain.placements]\nelsewhere = elsewhere:Elsewhere\n"
     )
     env = {"PYTHONPATH": str(tmp_path), "ELSEWHERE_RANK": "1"}
-    done = node(plan, "--placement", "elsewhere", "--placed-as", "north", **env)
+    done = node(plan, "--placement", "elsewhere", "--placement-args", "north", **env)
     assert (done.returncode, done.stdout) == (1, "begin digits-abc\n")
     assert done.stderr == "dtrain: node 1 of 2, told north\n"
 
@@ -71,10 +71,10 @@ def test_a_reader_from_outside_is_found_by_its_name(plan: LaunchPlan, tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [
-        ((), 2, "say with --node-rank which node of the run this is"),
+        ((), 2, "give the rank of this node with --node-rank"),
         (("--placement", "mars"), 2, "unknown placement 'mars'; known: argv, slurm, ray"),
-        (("--placement", "slurm"), 1, "laptop has no run directory"),
-        (("--placement", "ray", "--node-rank", "0"), 2, "--placed-as: Expecting value"),
+        (("--placement", "slurm"), 1, "laptop cannot write to the run directory"),
+        (("--placement", "ray", "--node-rank", "0"), 2, "--placement-args: Expecting value"),
     ],
 )
 def test_who_cannot_say_who_it_is_ends(
@@ -89,7 +89,9 @@ def test_who_cannot_say_who_it_is_ends(
 def test_a_node_of_ray_is_where_it_was_placed(plan: LaunchPlan) -> None:
     arguments = Arguments()
     arguments.node_rank, arguments.listen_fd = [0], None
-    arguments.placed_as = '{"attempt": 3, "node_names": ["a"], "host": "10.0.0.7", "port": 29400}'
+    arguments.placement_args = (
+        '{"attempt": 3, "node_names": ["a"], "host": "10.0.0.7", "port": 29400}'
+    )
     environ = {"HOME": "/root", "RAY_JOB_ID": "1", "RANK": "7"}
     placed = RayPlacement(arguments, environ).join(plan)
     assert (placed.node_ranks, placed.environ) == ([0], {"HOME": "/root"})
@@ -103,6 +105,6 @@ def test_a_node_of_ray_is_where_it_was_placed(plan: LaunchPlan) -> None:
 def test_what_ray_says_is_checked(plan: LaunchPlan, wrong: dict[str, Any]) -> None:
     arguments = Arguments()
     said = {"attempt": 0, "node_names": ["a"], "host": "10.0.0.7", "port": 29400, **wrong}
-    arguments.placed_as = files.to_json(said)
-    with raises("node.invalid-placement", f"--placed-as: {next(iter(wrong))}"):
+    arguments.placement_args = files.to_json(said)
+    with raises("node.invalid-placement", f"--placement-args: {next(iter(wrong))}"):
         RayPlacement(arguments, {}).join(plan)

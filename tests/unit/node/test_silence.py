@@ -22,7 +22,7 @@ from support.launch import until
 
 def waits(ready: int, answers: bool) -> int:
     if answers:
-        stack_dump.answer_aside()
+        stack_dump.enable_to_memory()
     os.write(ready, b"x")
     while True:
         time.sleep(60)
@@ -76,7 +76,7 @@ def test_silence_is_told_once_until_something_is_said(
 
     until("silence", lambda: watched(1))
     what = told[0][1]["what"]
-    assert "no line and no metric for 0.05 s: rank 0 at node/test_silence.py:" in what
+    assert "no output and no metric for 0.05 s: rank 0 at node/test_silence.py:" in what
     assert " in waits: " in what
     assert what.endswith("; rank 1 without an answer")
     assert logs[0].read_text() == "begins\n", "no log shows that it was asked"

@@ -28,7 +28,7 @@ def test_a_process_tells_where_it_is_unless_it_is_stopped(tmp_path: Path, stoppe
     heard, ready = os.pipe()
 
     def run() -> int:
-        stack_dump.answer()
+        stack_dump.enable()
         return busy(ready)
 
     pid = fork_child(run, stdout=file, stderr=file, keep_fds=[ready])
@@ -36,7 +36,7 @@ def test_a_process_tells_where_it_is_unless_it_is_stopped(tmp_path: Path, stoppe
         assert os.read(heard, 1) == b"x"
         if stopped:
             os.kill(pid, signal.SIGSTOP)
-        (found,) = stack_dump.ask([log], lambda: os.kill(pid, stack_dump.SIGNAL)).values()
+        (found,) = stack_dump.request([log], lambda: os.kill(pid, stack_dump.SIGNAL)).values()
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -55,8 +55,8 @@ def test_who_waits_for_others_is_told_from_who_hangs() -> None:
     reducing = Frame(f"{torch}/autograd/graph.py", 979, "_engine_run_backward", "")
     own = Frame("/home/me/task.py", 3, "loss", "")
     leaving = Frame("/src/dtrain/node/worker.py", 3, "record_failure", "")
-    assert stack_dump.waits_or_leaves([waiting, own])
-    assert stack_dump.waits_or_leaves([reducing, own])
-    assert stack_dump.waits_or_leaves([own, leaving])
-    assert not stack_dump.waits_or_leaves([own, reducing])
-    assert not stack_dump.waits_or_leaves([])
+    assert stack_dump.is_waiting_or_failing([waiting, own])
+    assert stack_dump.is_waiting_or_failing([reducing, own])
+    assert stack_dump.is_waiting_or_failing([own, leaving])
+    assert not stack_dump.is_waiting_or_failing([own, reducing])
+    assert not stack_dump.is_waiting_or_failing([])

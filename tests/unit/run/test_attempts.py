@@ -91,9 +91,9 @@ def test_a_job_whose_submission_was_not_written_down_is_known_once_it_runs(run: 
 
 
 def test_a_driver_that_cannot_be_seen_lives_as_long_as_it_is_heard_of(run: RunDir) -> None:
-    assert HERE.is_here
+    assert HERE.is_visible
     assert HERE.is_alive(run)
-    assert not ELSEWHERE.is_here
+    assert not ELSEWHERE.is_visible
     assert ELSEWHERE.is_alive(run)  # nothing is known of it
     ELSEWHERE.claim(run)
     assert ELSEWHERE.is_alive(run)
@@ -105,10 +105,10 @@ def test_a_driver_that_cannot_be_seen_lives_as_long_as_it_is_heard_of(run: RunDi
 
 
 def test_a_driver_is_heard_of_while_it_drives(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempts, "BEAT_S", 0.01)
+    monkeypatch.setattr(attempts, "HEARTBEAT_S", 0.01)
     HERE.claim(run)
     os.utime(run.handle(0), (1, 1))
-    with attempts.beating(run, 0):
+    with attempts.sending_heartbeats(run, 0):
         deadline = time.monotonic() + 10
         while run.handle(0).stat().st_mtime == 1:
             assert time.monotonic() < deadline, "waited 10 s in vain for a beat"
@@ -141,11 +141,11 @@ def test_of_two_hosts_one_claims_an_attempt_of_a_run_at_a_url(tmp_path: Path) ->
 
     def claim(number: int) -> None:
         try:
-            place.make_once(name, texts[number])
+            place.create_exclusive(name, texts[number])
         except FileExistsError as error:
             raise Held(RunDir(tmp_path), None) from error
 
     (winner,) = winners(8, claim)
     assert place.read(name) == texts[winner]
-    place.make_once(name, texts[winner])  # the answer was lost, it is asked again
+    place.create_exclusive(name, texts[winner])  # the answer was lost, it is asked again
     assert sorted(place.files()) == [name]

@@ -121,7 +121,7 @@ def test_records_of_a_full_disk_are_private_and_of_one_run(tmp_path: Path, temp:
     assert folder.stat().st_mode & 0o777 == 0o700
     assert [record.rank for record in failures.read_all(run, 0)] == [3]
     assert failures.read_all(namesake, 0) == failures.read_all(run, 1) == []
-    failures.remove_aside(run, 0)
+    failures.remove_fallback_dir(run, 0)
     assert not list(temp.iterdir())
 
 
@@ -151,7 +151,7 @@ def test_a_folder_that_another_account_made_is_not_believed(
     assert failures.read_all(run, 0) == []
     replace(RECORD, rank=5).write(run, 0)
     assert not (folder / "rank-00005.json").exists()
-    failures.remove_aside(run, 0)
+    failures.remove_fallback_dir(run, 0)
     assert folder.exists()
 
 

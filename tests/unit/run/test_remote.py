@@ -158,7 +158,7 @@ def test_a_run_that_has_not_been_heard_of_for_two_minutes_is_lost(url: str, tmp_
     run = run_at(url, tmp_path / "here")
     assert not is_silent(run, 0)
     for seconds, silent in ((100, False), (130, True)):
-        write_json(run.beat, {"time": time.time() - seconds})
+        write_json(run.heartbeat, {"time": time.time() - seconds})
         assert is_silent(run, 0) == silent
 
 
@@ -177,7 +177,7 @@ def test_copies_that_nobody_has_looked_at_for_two_weeks_go(url: str, tmp_path: P
 def test_a_large_file_that_is_written_anew_stays_on_its_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sync, "_MOST_OF_A_FILE", 100)
+    monkeypatch.setattr(sync, "_MAX_FILE_BYTES", 100)
     scanner = ChangeScanner(tmp_path)
     (tmp_path / "small.bin").write_bytes(b"x" * 100)
     (tmp_path / "large.bin").write_bytes(b"x" * 101)
@@ -270,7 +270,9 @@ def test_a_stale_copy_on_a_host_is_not_taken_for_the_checkpoint(url: str, tmp_pa
     assert len(list((tmp_path / "there").rglob("model.pt"))) == 1  # the other's are gone
 
 
-def test_the_best_is_kept_under_its_name_and_replaced_as_a_whole(url: str, tmp_path: Path) -> None:
+def test_the_best_is_kept_under_its_name_and_replacement_args_a_whole(
+    url: str, tmp_path: Path
+) -> None:
     run = run_at(url, tmp_path / "a")
     for step in (2, 4):
         saved(run, step, keep=1).keep_as(run.checkpoint(step), "best")
@@ -371,8 +373,8 @@ def test_parts_of_ranks_meet_at_the_url(url: str, tmp_path: Path) -> None:
     theirs, ours = RemoteRankFiles.of(b, "predictions"), RemoteRankFiles.of(a, "predictions")
     assert theirs is not None
     assert ours is not None
-    theirs.give(part)
-    ours.take([a.predictions_part(1)])
+    theirs.upload(part)
+    ours.download([a.predictions_part(1)])
     assert (a.predictions_part(1) / "0").read_bytes() == b"rows of rank 1"
     assert not [path for path in (tmp_path / "there").rglob("*") if path.is_file()]
 

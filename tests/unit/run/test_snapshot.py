@@ -204,7 +204,7 @@ def test_submodules_do_not_break_the_patch(repo: Path, tmp_path: Path) -> None:
     record, folder = take(repo, tmp_path)
     assert [(each["path"], each["why"]) for each in record["left_out"]] == [
         ("sub mod", "changes inside a submodule"),
-        ("inner/", "a repository of its own"),
+        ("inner/", "a separate repository"),
     ]
     again = rebuilt(repo, record, folder, tmp_path / "again")
     assert (again / "jobs" / "one" / "plain.py").read_text() == "second\n"

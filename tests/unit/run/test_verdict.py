@@ -57,7 +57,7 @@ TIMEOUT = "Application timeout caused pair closure"
 
 def test_who_did_not_come_is_the_culprit_not_who_waited(run: RunDir) -> None:
     frame = Frame("/home/me/task.py", 7, "loss", "lock.acquire()")
-    message = "did not come to the collective that the others waited for (10 s)"
+    message = "did not reach the collective that the others waited for (10 s)"
     record(0, message=TIMEOUT, time=1.0).write(run, 0)
     record(1, kind="absent", type="", message=message, frames=[frame], time=2.0).write(run, 0)
     record(2, message=COLLATERAL[0], time=1.0).write(run, 0)
@@ -97,7 +97,7 @@ def test_who_left_with_status_0_is_blamed_by_those_alone_who_waited(
 ) -> None:
     line = Frame("/home/me/train.py", 7, "main", "dist.barrier()")
     record(0, message=why, traceback=trace, frames=[line], time=2.0).write(run, 0)
-    record(1, kind="left", message="left early", exit_code=0, type="", time=1.0).write(run, 0)
+    record(1, kind="left", message="exited early", exit_code=0, type="", time=1.0).write(run, 0)
     found = verdict.judge(run, 0)
     assert found is not None
     assert (found.culprit.rank, found.exit_code) == (blamed, 1)
@@ -111,11 +111,11 @@ def test_of_those_who_left_who_destroyed_its_group_is_the_last_to_be_blamed(
 ) -> None:
     left = {"kind": "left", "exit_code": 0, "type": ""}
     record(0, message=why, traceback=IN_TORCH, time=3.0).write(run, 0)
-    record(1, message="left early", collateral=True, time=1.0, **left).write(run, 0)
+    record(1, message="exited early", collateral=True, time=1.0, **left).write(run, 0)
     found = verdict.judge(run, 0)
     assert found is not None
     assert found.culprit.rank == 1
-    record(2, message="left early", time=2.0, **left).write(run, 0)
+    record(2, message="exited early", time=2.0, **left).write(run, 0)
     found = verdict.judge(run, 0)
     assert found is not None
     assert found.culprit.rank == 2
@@ -150,7 +150,7 @@ def test_when_all_fail_alike_the_lowest_rank_speaks(run: RunDir) -> None:
         record(rank, time=when).write(run, 0)
     found = verdict.judge(run, 0)
     assert found is not None
-    assert (found.culprit.rank, found.alike, found.collateral) == (0, [1, 2], [])
+    assert (found.culprit.rank, found.same_failure, found.collateral) == (0, [1, 2], [])
     assert "ranks 1, 2 failed in the same way" in verdict.render(found, run)
 
 
@@ -268,11 +268,11 @@ def test_a_kill_with_the_kernel_short_of_memory_is_oom() -> None:
 
 
 def test_words_for_a_node_without_a_name_and_for_an_end() -> None:
-    missing = record(None, kind="node_missing", node_rank=1, node="", message="node 1 never joined")
+    missing = record(None, kind="node_missing", node_rank=1, node="", message="node 1 did not join")
     head = verdict.render(verdict.Verdict(missing), RunDir("x")).splitlines()[0]
-    assert head == "FAILED: node 1: node 1 never joined  [failure.node-missing]"
-    assert failures.how_it_ended(-9) == "was killed by SIGKILL"
-    assert failures.how_it_ended(3) == "ended with code 3"
+    assert head == "FAILED: node 1: node 1 did not join  [failure.node-missing]"
+    assert failures.describe_exit(-9) == "was killed by SIGKILL"
+    assert failures.describe_exit(3) == "ended with code 3"
 
 
 def test_a_record_that_cannot_be_written_is_kept_aside(

@@ -12,7 +12,7 @@ import pytest
 
 from dtrain.forking import Channel
 from dtrain.testing import body, leaks, report, wire
-from dtrain.testing.watch import hold_port
+from dtrain.testing.watch import reserve_port
 from dtrain.testing.wire import Answer, Kind, Layout, Outcome, RankResult
 
 MISUSES = """
@@ -120,7 +120,7 @@ def test_the_plugin_imports_no_torch() -> None:
 
 
 def test_the_held_port_is_rank_0s_on_every_address() -> None:
-    with hold_port() as holder, socket.socket() as other, socket.socket() as rank_0:
+    with reserve_port() as holder, socket.socket() as other, socket.socket() as rank_0:
         port = holder.getsockname()[1]
         with pytest.raises(OSError, match="in use"):
             other.bind(("127.0.0.2", port))
@@ -258,7 +258,7 @@ def test_misuse_is_explained(pytester: pytest.Pytester) -> None:
             "the fixture `monkeypatch` works in pytest's own process only*in the body",
             "the fixture `request` works in pytest's own process only*",
             "an async test cannot have ranks",
-            "*how many ranks? Write ranks(4), ranks(nodes=2, ranks=2)*",
+            "*the number of ranks is missing: write ranks(4) or ranks(nodes=2, ranks=2)*",
             "*3 ranks cannot be spread evenly over 2 nodes",
             "*give the world size or `ranks` per node, not both",
             "*unexpected keyword argument 'tiemout'",

@@ -26,7 +26,7 @@ from dtrain import procs
 from dtrain.integrations.script.stopping import RUN_VARIABLE
 from dtrain.ranks import RankInfo
 from dtrain.run.events import note_event
-from dtrain.run.failures import Frame, user_frames, users_own
+from dtrain.run.failures import Frame, only_user_frames, user_frames
 from dtrain.run.rundir import RunDir
 
 GROUP_PATIENCE_S = 10.0
@@ -52,7 +52,7 @@ def run_script(
     # The warning before a time limit. `dtrain.stopping()` uses it; others must not die of it.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     sys.argv[:] = [str(script), *arguments]
-    procs.offer_current_folder()
+    procs.add_current_directory()
     sys.path.insert(0, str(script.parent))
     main = ModuleType("__main__")
     main.__file__ = str(script)
@@ -156,7 +156,7 @@ def _described(thread: threading.Thread) -> str:
         Frame(each.filename, each.lineno or 0, each.name, (each.line or "").strip())
         for each in traceback.extract_stack(frame)
     ]
-    at = (users_own(stack) or stack)[-1] if frame is not None and stack else None
+    at = (only_user_frames(stack) or stack)[-1] if frame is not None and stack else None
     where = "" if at is None else f" at {at.file}:{at.line} in {at.function}: {at.code}"
     return f"thread {thread.name!r}{where}"
 

@@ -23,7 +23,7 @@ from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers.ray import actor, package
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.launchers.ray.placement import Placed, ResourceRequest
-from dtrain.node.placement.ray import PlacedAs
+from dtrain.node.placement.ray import PlacementArgs
 from dtrain.plainjson import to_json
 from dtrain.run import events, failures, files, sync
 from dtrain.run.backend_files import RayFiles
@@ -93,13 +93,13 @@ class ActorGroup:
         if problems:
             raise LaunchError(problems, code="ray.node-unsuitable")
         host, port = self._rendezvous()
-        placed_as = PlacedAs(self._attempt, tuple(self.names), host, port)
+        placement_args = PlacementArgs(self._attempt, tuple(self.names), host, port)
         events.note_event(
             self._plan.run, "attempt_started", attempt=self._attempt, nodes=self.names
         )
         run_dirs = self._run_dirs()
         started = [
-            self._start(rank, report["python"], run_dirs[rank], placed_as)
+            self._start(rank, report["python"], run_dirs[rank], placement_args)
             for rank, report in enumerate(reports)
         ]
         self._get_all(started)
@@ -147,7 +147,7 @@ class ActorGroup:
             return
         rank, code = failed[0], outcome.codes[failed[0]]
         log = run.host_log(self._attempt, rank)
-        how = f"the node process {failures.how_it_ended(code)}"
+        how = f"the node process {failures.describe_exit(code)}"
         failures.record_node(
             run,
             self._attempt,
@@ -190,9 +190,9 @@ class ActorGroup:
         created = [each.create_run_dir.remote(self._plan.run_id, data) for each in self.actors]
         return [RunDir(path) for path in self._get_all(created)]
 
-    def _start(self, rank: int, python: str, run: RunDir, placed_as: PlacedAs) -> Any:
+    def _start(self, rank: int, python: str, run: RunDir, placement_args: PlacementArgs) -> Any:
         argv = [python, "-P", "-m", "dtrain.node", str(run.path), "--node-rank", str(rank)]
-        argv += ["--placement", "ray", "--placed-as", to_json(asdict(placed_as))]
+        argv += ["--placement", "ray", "--placement-args", to_json(asdict(placement_args))]
         log = run.host_log(self._attempt, rank)
         lost_after = self._options.lost_after
         return self.actors[rank].start.remote(argv, os.getcwd(), str(log), lost_after)

@@ -87,7 +87,7 @@ def _drive_as_job(folder: Path) -> int:
         return _drive(plan)
     with (
         job_output.printing(plan.run, sys.stdout),
-        syncing(plan.run, partial(_note, plan.run, "notice"), but=STARTING),
+        syncing(plan.run, partial(_note, plan.run, "notice"), exclude=STARTING),
     ):
         code = _drive(plan)
     if plan.run_url:

@@ -31,7 +31,7 @@ _FILES = (
 @contextlib.contextmanager
 def printing(run: RunDir, out: IO[str]) -> Iterator[None]:
     """Print changes in a job's run directory while the context is open."""
-    scanner = ChangeScanner(run.path, most_of_a_log=_MAX_LOG_BYTES)
+    scanner = ChangeScanner(run.path, max_log_bytes=_MAX_LOG_BYTES)
 
     def print_new() -> None:
         for change in scanner.changes(_FILES):

@@ -106,7 +106,7 @@ class DriverProcess:
         (command,) = plan.commands
         env = {**inherited_env(), "RAY_USAGE_STATS_ENABLED": "0"}
         try:
-            self._process = procs.start_own(command.argv, env=env, log=self._folder.log)
+            self._process = procs.start_child(command.argv, env=env, log=self._folder.log)
         except OSError as error:
             raise LaunchError(
                 f"cannot start {command.argv[0]}: {error.strerror}",

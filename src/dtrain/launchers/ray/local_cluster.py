@@ -26,7 +26,7 @@ import psutil
 
 from dtrain.errors import LaunchError
 from dtrain.ports import free_candidate
-from dtrain.procs import adopt_orphans
+from dtrain.procs import become_subreaper
 
 _OBJECT_STORE = 78_643_200  # the minimum of Ray; dtrain stores nothing in it
 _START_S = 180.0
@@ -105,7 +105,7 @@ def main() -> None:
     """Keep a cluster running until standard input closes."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the cluster is needed while workers exit cleanly
-    adopt_orphans()  # for Ray's processes
+    become_subreaper()  # for Ray's processes
     spec = json.loads(sys.argv[1])
     try:
         up = _start(spec)

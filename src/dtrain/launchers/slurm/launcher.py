@@ -152,7 +152,7 @@ class SlurmLauncher:
             return False
         if handle.job_id is None:  # not submitted yet, or on this machine
             return handle.is_alive(run)
-        if handle.is_here and handle.is_alive(run):
+        if handle.is_visible and handle.is_alive(run):
             return True
         ended = SlurmFiles(run).end(handle.attempt).exists()
         try:
@@ -186,7 +186,7 @@ class SlurmLauncher:
         if handle.job_id is None:
             LocalLauncher().cancel(run, timeout_s)
             return
-        if handle.is_here and handle.is_alive(run):
+        if handle.is_visible and handle.is_alive(run):
             os.kill(handle.pid, signal.SIGTERM)
             if poll(lambda: not handle.is_alive(run), timeout_s):
                 return

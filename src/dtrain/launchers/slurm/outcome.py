@@ -75,7 +75,7 @@ def classify(
         recorded: true if a node has left a failure record.
         requeue_requested: true if the first node has left the file that requests it.
     """
-    if end is not None and not end.left:
+    if end is not None and not end.stopped:
         return Ending(end.exit_code)
     if cancelled or job.state == "CANCELLED":
         return Ending(_STOPPED)

@@ -17,7 +17,7 @@ class ArgvPlacement(PlacementReader):
         node_ranks = self.arguments.node_rank
         if not node_ranks:
             raise UsageError(
-                "say with --node-rank which node of the run this is", code="node.no-node-rank"
+                "give the rank of this node with --node-rank", code="node.no-node-rank"
             )
         if len(node_ranks) == plan.nodes:  # no other node waits for a message
             signal.pthread_sigmask(signal.SIG_UNBLOCK, DEFERRED_SIGNALS)

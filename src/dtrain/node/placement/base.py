@@ -20,7 +20,7 @@ class Arguments(argparse.Namespace):
 
     run_dir: str
     placement: str
-    placed_as: str | None
+    placement_args: str | None
     node_rank: list[int] | None
     parent: int | None
     listen_fd: int | None

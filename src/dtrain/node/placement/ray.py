@@ -12,8 +12,8 @@ from dtrain.node.placement.base import NodePlacement, PlacementReader
 
 
 @dataclass(frozen=True)
-class PlacedAs:
-    """The arguments of `LaunchPlan.placed`, which `--placed-as` receives as JSON."""
+class PlacementArgs:
+    """The arguments of `LaunchPlan.placed`, which `--placement-args` receives as JSON."""
 
     __pydantic_config__ = checked.CONFIG
 
@@ -27,9 +27,9 @@ class RayPlacement(PlacementReader):
     def join(self, plan: LaunchPlan) -> NodePlacement:
         arguments = self.arguments
         try:
-            placed = checked.read(PlacedAs, arguments.placed_as or "")
+            placed = checked.read(PlacementArgs, arguments.placement_args or "")
         except ValueError as error:
-            raise UsageError(f"--placed-as: {error}", code="node.invalid-placement") from None
+            raise UsageError(f"--placement-args: {error}", code="node.invalid-placement") from None
         clean = inherited_env(self.environ)  # and without Ray's own variables
         environ = {name: clean[name] for name in clean if not name.startswith("RAY_")}
         node_ranks = arguments.node_rank or []

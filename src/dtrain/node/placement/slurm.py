@@ -20,7 +20,7 @@ from dtrain.run import attempts, events, failures, files
 from dtrain.run.backend_files import SlurmFiles
 from dtrain.run.rundir import RunDir
 
-_STOPS = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+_STOP_STATUSES = {128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
 _MOST_ENDPOINT_S = 3600.0
 
 
@@ -48,8 +48,8 @@ class SlurmPlacement(PlacementReader):
             log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             raise LaunchError(
-                f"{os.uname().nodename} has no run directory: is it on all nodes, at the same "
-                f"path? ({error.strerror}: {path})",
+                f"{os.uname().nodename} cannot write to the run directory, which all nodes must "
+                f"have at the same path ({error.strerror}: {path})",
                 code="slurm.directory-not-shared",
             ) from error
         os.dup2(log, 1)
@@ -79,26 +79,26 @@ class SlurmPlacement(PlacementReader):
         A node that was asked to stop ends with 0. With any other status srun would kill the others
         while they still save.
         """
-        left = status in _STOPS or (asked_to_stop and status != 0)
+        stopped = status in _STOP_STATUSES or (asked_to_stop and status != 0)
         if self.node_rank != 0:
-            return 0 if left else status
+            return 0 if stopped else status
         plan = self.plan
         folder = SlurmFiles(plan.run)
         if folder.is_superseded(plan.attempt):
             return status
         cancelled = folder.cancel(plan.attempt - self.restarts).exists()
-        if left and not cancelled and self.restarts < plan.max_requeues:
+        if stopped and not cancelled and self.restarts < plan.max_requeues:
             folder.requeue(self.restarts).touch()
         else:
             plan.run.remove_secrets(plan.attempt)
-        files.write_json(folder.end(plan.attempt), {"exit_code": status, "left": left})
-        return 0 if left else status
+        files.write_json(folder.end(plan.attempt), {"exit_code": status, "stopped": stopped})
+        return 0 if stopped else status
 
     def _check_requeue_limit(self, plan: LaunchPlan) -> None:
-        most = plan.max_requeues
-        if self.restarts > most:
+        limit = plan.max_requeues
+        if self.restarts > limit:
             raise LaunchError(
-                f"the job was requeued more than {most} times (option requeue)",
+                f"the job was requeued more than {limit} times (option requeue)",
                 code="slurm.requeued-too-often",
             )
 
@@ -113,7 +113,8 @@ class SlurmPlacement(PlacementReader):
         nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
         if self.node_rank < 0 or not nodelist:
             raise LaunchError(
-                "this is no step of a Slurm job: start it with srun", code="slurm.no-step"
+                "this process is not a step of a Slurm job: start it with srun",
+                code="slurm.no-step",
             )
         names = tuple(expand_nodelist(nodelist))
         if not plan.min_nodes <= len(names) <= plan.nodes:
@@ -130,7 +131,7 @@ class SlurmPlacement(PlacementReader):
         found = SlurmFiles(plan.run).await_endpoint(attempt, patience_s)
         if found is None or found["job"] != self._job_key():
             raise LaunchError(
-                f"the agent on {names[0]} has not said where it listens", code="slurm.head-silent"
+                f"the agent on {names[0]} has not published its address", code="slurm.head-silent"
             )
         self.plan = plan.placed(attempt, names, found["host"], found["port"])
         return None

@@ -64,22 +64,22 @@ class RemoteCheckpoints:
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(put, listed.files if files is None else files))
-        there = self._store.files(folder.name)
+        uploaded = self._store.files(folder.name)
         for name, entry in listed.files.items():
-            about: Any = there.get(f"{inside}/{name}", {})
-            if about.get("size") != entry.bytes:
+            info: Any = uploaded.get(f"{inside}/{name}", {})
+            if info.get("size") != entry.bytes:
                 raise RemoteStoreError(
-                    f"{self._store.url}/{inside}/{name} has {about.get('size', 'no')} bytes "
+                    f"{self._store.url}/{inside}/{name} has {info.get('size', 'no')} bytes "
                     f"instead of {entry.bytes}",
                     code="url.incomplete-checkpoint",
                 )
         self._store.write(f"{folder.name}/{MANIFEST}", text)
-        self._clear(folder.name, there, but=inside)
+        self._clear(folder.name, uploaded, exclude=inside)
 
     def fetch(self, folder: Path) -> None:
-        """Bring a checkpoint to this host, unless exactly this one is already here.
+        """Download a checkpoint to this host, unless exactly this one is already here.
 
-        Several ranks of a host may ask at once: the first one brings it.
+        Several ranks of a host may ask at once: the first one downloads it.
 
         Raises:
             CheckpointError: it is not complete. The error names the reason.
@@ -87,9 +87,9 @@ class RemoteCheckpoints:
         text = self._store.read(f"{folder.name}/{MANIFEST}")
         if text is None:
             raise CheckpointError(f"{MANIFEST} is missing", code="checkpoint.missing-manifest")
-        with _alone(folder.parent):
-            if _bytes(folder / MANIFEST) != text:
-                self._bring(folder, text)
+        with _locked(folder.parent):
+            if _read_if_exists(folder / MANIFEST) != text:
+                self._download(folder, text)
 
     def copy(self, name: str, to: str) -> None:
         """Also keep a checkpoint under another name."""
@@ -103,7 +103,7 @@ class RemoteCheckpoints:
         for file in listed.files:
             self._store.copy(f"{name}/{inside}/{file}", f"{to}/{inside}/{file}")
         self._store.write(f"{to}/{MANIFEST}", text)
-        self._clear(to, self._store.files(to), but=f"{to}/{inside}")
+        self._clear(to, self._store.files(to), exclude=f"{to}/{inside}")
 
     def reject(self, name: str) -> None:
         """Disable a checkpoint that cannot be used. Its files remain."""
@@ -118,47 +118,47 @@ class RemoteCheckpoints:
 
     def remove_leftovers(self) -> None:
         found = list(self._store.files())
-        kept = {n.split("/")[0] for n in found if n.rpartition("/")[2] in (MANIFEST, _REJECTED)}
-        self._store.remove(*(name for name in found if name.split("/")[0] not in kept))
+        existing = {n.split("/")[0] for n in found if n.rpartition("/")[2] in (MANIFEST, _REJECTED)}
+        self._store.remove(*(name for name in found if name.split("/")[0] not in existing))
         inside: dict[str, set[str]] = defaultdict(set)
         for name in found:
             inside[name.split("/")[0]].add(name.rpartition("/")[0])
-        for name in (each for each in kept if len(inside[each] - {each}) > 1):
+        for name in (each for each in existing if len(inside[each] - {each}) > 1):
             text = self._store.read(f"{name}/{MANIFEST}")
             with suppress(CheckpointError):  # the files of a damaged one are not known
                 whole = f"{name}/{manifest.parse(text or '').digest}"
                 self._clear(name, (file for file in found if file.startswith(f"{name}/")), whole)
 
-    def _bring(self, folder: Path, text: bytes) -> None:
+    def _download(self, folder: Path, text: bytes) -> None:
         listed = manifest.parse(text)
         inside, files = f"{folder.name}/{listed.digest}", list(listed.files)
-        aside = folder.with_name(f".{folder.name}.aside-{secrets.token_hex(4)}")
-        aside.mkdir(parents=True)
+        tmp = folder.with_name(f".{folder.name}.aside-{secrets.token_hex(4)}")
+        tmp.mkdir(parents=True)
         try:
             with ThreadPoolExecutor(_AT_ONCE) as pool:
-                got = list(pool.map(lambda n: self._store.get(f"{inside}/{n}", aside / n), files))
-            missing = [name for name, came in zip(files, got, strict=True) if not came]
+                found = list(pool.map(lambda n: self._store.get(f"{inside}/{n}", tmp / n), files))
+            missing = [name for name, exists in zip(files, found, strict=True) if not exists]
             if missing:
                 raise CheckpointError(f"{missing[0]} is missing", code="checkpoint.missing-file")
-            write_atomic(aside / MANIFEST, text)
+            write_atomic(tmp / MANIFEST, text)
             shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
+            tmp.rename(folder)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(tmp, ignore_errors=True)
 
-    def _clear(self, name: str, files: Iterable[str], but: str) -> None:
+    def _clear(self, name: str, files: Iterable[str], exclude: str) -> None:
         """Remove the files of an earlier checkpoint of the same name."""
         inside = [file for file in files if "/" in file.removeprefix(f"{name}/")]
-        self._store.remove(*(file for file in inside if not file.startswith(f"{but}/")))
+        self._store.remove(*(file for file in inside if not file.startswith(f"{exclude}/")))
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _bytes(path: Path) -> bytes | None:
+def _read_if_exists(path: Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None

@@ -52,49 +52,49 @@ class Mirror:
             self._index = files.read_as(_Index, run.sync_index) or self._index
         self._scanner = ChangeScanner(run.path, self._index.sent)
 
-    def push(self, only: Sequence[str] = (), but: Sequence[str] = ()) -> None:
+    def push(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
         """Copy new data from this host to the URL.
 
         Args:
-            only: patterns of the files that this process is responsible for. Without any, all are.
-            but: patterns of files that it is not responsible for.
+            include: patterns of the files that this process is responsible for. Without any, all.
+            exclude: patterns of files that it is not responsible for.
 
         Raises:
             RemoteStoreError: the URL does not answer.
         """
         try:
-            for name, (sent, _), now in self._scanner.changed(only, but):
+            for name, (sent, _), now in self._scanner.changed(include, exclude):
                 with contextlib.suppress(FileNotFoundError):
                     self._push(name, sent, now[0])
                     self._index.sent[name] = now
         finally:
             self._remember()
 
-    def pull(self, only: Sequence[str] = (), but: Sequence[str] = ()) -> None:
+    def pull(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
         """Copy new data from the URL to this host.
 
         Args:
-            only: patterns of the files that are wanted. Without any, all are.
-            but: patterns of files that are not wanted.
+            include: patterns of the files that are wanted. Without any, all are.
+            exclude: patterns of files that are not wanted.
 
         Raises:
             RemoteStoreError: the URL does not answer.
         """
         try:
-            for name, about in sorted(self._store.files().items()):
-                wanted = not only or sync.matches(name, only)
-                if not wanted or sync.matches(name, ("checkpoints/*", ".*", *but)):
+            for name, info in sorted(self._store.files().items()):
+                wanted = not include or sync.matches(name, include)
+                if not wanted or sync.matches(name, ("checkpoints/*", ".*", *exclude)):
                     continue
-                version = _version(about)
+                version = _version(info)
                 if self._index.seen.get(name) != version:
-                    self._pull(name, about)
+                    self._pull(name, info)
                     self._index.seen[name] = version
         finally:
             self._remember()
 
-    def beat(self) -> None:
+    def send_heartbeat(self) -> None:
         """Write a heartbeat with its time: a process drives the run."""
-        self._store.write(self._run.beat.name, json.dumps({"time": time.time()}).encode())
+        self._store.write(self._run.heartbeat.name, json.dumps({"time": time.time()}).encode())
 
     def _push(self, name: str, sent: int, size: int) -> None:
         path = self._run.path / name
@@ -109,7 +109,7 @@ class Mirror:
                 part = f"{name}{_MARK}{number:06d}" if number else name
                 self._store.write(part, file.read(min(PIECE, size - number * PIECE)))
 
-    def _pull(self, name: str, about: Any) -> None:
+    def _pull(self, name: str, info: Any) -> None:
         base, mark, number = name.partition(_MARK)
         path = sync.path_inside(self._run.path, base)
         data = None if path is None else self._store.read(name)
@@ -118,7 +118,7 @@ class Mirror:
         at = int(number) * PIECE if mark else 0
         change = {"name": base, "at": at if sync.grows(base) else None, "bytes": data}
         sync.apply_changes(self._run.path, [change])
-        changed = changed_at(about)
+        changed = changed_at(info)
         if changed is not None:
             os.utime(path, (changed, changed))
         stat = path.stat()
@@ -128,19 +128,19 @@ class Mirror:
         files.write_json(self._run.sync_index, asdict(self._index))
 
 
-def _version(about: Any) -> str:
+def _version(info: Any) -> str:
     """Return a value that changes with a file at a URL.
 
     Each kind of store reports it differently.
     """
-    tag = about.get("ETag") or about.get("etag") or about.get("md5Hash") or changed_at(about)
-    return f"{about.get('size')} {tag}"
+    tag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or changed_at(info)
+    return f"{info.get('size')} {tag}"
 
 
-def changed_at(about: Any) -> float | None:
+def changed_at(info: Any) -> float | None:
     """Return when a file was written, in seconds since the epoch."""
     for key in ("LastModified", "mtime", "last_modified", "updated"):
-        value = about.get(key)
+        value = info.get(key)
         if value is not None:
             if isinstance(value, (int, float)):
                 return float(value)

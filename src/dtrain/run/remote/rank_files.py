@@ -1,4 +1,4 @@
-"""Folders of several ranks, collected at a run's URL by ranks that share no disk."""
+"""Directories of several ranks, collected at a run's URL by ranks that share no disk."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class RemoteRankFiles:
         url = run.url
         return None if url is None else cls(url, purpose)
 
-    def give(self, folder: Path) -> None:
+    def upload(self, folder: Path) -> None:
         for path in folder.iterdir():
             self._store.put(path, f"{folder.name}/{path.name}")
 
-    def take(self, folders: Iterable[Path]) -> None:
+    def download(self, folders: Iterable[Path]) -> None:
         """Download the directories that other ranks have sent, and remove them at the URL."""
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)

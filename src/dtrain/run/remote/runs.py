@@ -14,7 +14,7 @@ from typing import Any
 
 from dtrain.errors import RunNotFound
 from dtrain.run import files, rundir
-from dtrain.run.attempts import BEAT_S, Handle
+from dtrain.run.attempts import HEARTBEAT_S, Handle
 from dtrain.run.remote.mirror import CODE, LAUNCH, LOGS, Mirror, changed_at
 from dtrain.run.remote.store import RemoteStore, RemoteStoreError
 from dtrain.run.rundir import RunDir
@@ -56,14 +56,14 @@ def claim(run: RunDir, path: Path) -> None:
     """
     url = run.url
     if url is not None:
-        RemoteStore(url).make_once(str(path.relative_to(run.path)), path.read_bytes())
+        RemoteStore(url).create_exclusive(str(path.relative_to(run.path)), path.read_bytes())
 
 
 def holder(run: RunDir, attempt: int) -> Handle | None:
     """Return the handle of the driver that claimed an attempt at a run's URL. None without one."""
     url = run.url
     data = None if url is None else RemoteStore(url).read(_handle_name(attempt))
-    return None if data is None else _handle_in(data, url)
+    return None if data is None else _parse_handle(data, url)
 
 
 def mark_unsynced(run: RunDir) -> None:
@@ -81,7 +81,7 @@ def attach(run: RunDir, url: str) -> None:
     RemoteStore(url.rpartition("/")[0]).check()
     files.write_atomic(run.url_file, url, mode=0o600)
     run.unsynced.touch()
-    Mirror(run, url).pull(but=(*CODE, *LOGS))
+    Mirror(run, url).pull(exclude=(*CODE, *LOGS))
 
 
 def detach(run: RunDir) -> None:
@@ -93,61 +93,61 @@ def detach(run: RunDir) -> None:
 @contextlib.contextmanager
 def syncing(
     run: RunDir,
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
     *,
-    only: Sequence[str] = (),
-    but: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> Iterator[None]:
     """Copy new data of a run's directory to its URL, if it has one, within the `with` block.
 
     Args:
         run: the run.
-        say: called with a message when not everything could be written in the end.
-        only: patterns of the files that this process is responsible for. Without any, all are.
-        but: patterns of files that it is not responsible for.
+        notify: called with a message when not everything could be copied in the end.
+        include: patterns of the files that this process is responsible for. Without any, all.
+        exclude: patterns of files that it is not responsible for.
     """
     url = run.url
     if url is None:
         yield
         return
     mirror = Mirror(run, url)
-    beat_at, trouble = 0.0, ""
+    heartbeat_at, failure = 0.0, ""
 
     def push() -> None:
-        nonlocal beat_at, trouble
+        nonlocal heartbeat_at, failure
         try:
-            if not only and time.monotonic() >= beat_at:
-                beat_at = time.monotonic() + BEAT_S
-                mirror.beat()
-            mirror.push(only, but)
-            trouble = ""
+            if not include and time.monotonic() >= heartbeat_at:
+                heartbeat_at = time.monotonic() + HEARTBEAT_S
+                mirror.send_heartbeat()
+            mirror.push(include, exclude)
+            failure = ""
         except (RemoteStoreError, OSError) as error:
-            trouble = str(error)
+            failure = str(error)
 
     try:
         with repeating(push, _PUSH_S):
             yield
     finally:
         push()
-        if trouble:
-            say(f"not all of the run could be written: {trouble}; it is in {run.path}")
+        if failure:
+            notify(f"not all files of the run were copied: {failure}; they are in {run.path}")
         else:
-            _tidy(run)
+            _remove_large_files(run)
 
 
-def bring_code(run: RunDir) -> None:
-    """Bring the copies of a run's code to this host, if the run is kept at a URL."""
+def download_code(run: RunDir) -> None:
+    """Download the copies of a run's code to this host, if the run is kept at a URL."""
     url = run.url
     if url is not None:
-        Mirror(run, url).pull(only=("code/tree-*.tar",))
+        Mirror(run, url).pull(include=("code/tree-*.tar",))
 
 
-def push(run: RunDir, only: Sequence[str] = ()) -> None:
+def push(run: RunDir, include: Sequence[str] = ()) -> None:
     """Copy new data to a run's URL, if it has one. A URL that does not answer is ignored."""
     url = run.url
     if url is not None:
         with contextlib.suppress(RemoteStoreError):
-            Mirror(run, url).push(only)
+            Mirror(run, url).push(include)
 
 
 def fetch(url: str, name: str | None = None) -> Path:
@@ -164,31 +164,31 @@ def fetch(url: str, name: str | None = None) -> Path:
     folder = staging(url)
     try:
         jobs = RemoteStore(url).matching("*/resolved.yaml")  # written again by each attempt
-        ids = {path.split("/")[0]: about for path, about in jobs.items()}
+        ids = {path.split("/")[0]: info for path, info in jobs.items()}
         for run_id in sorted(ids, key=lambda run_id: _time(ids[run_id])):
-            if name is None or _is_meant(run_id, name, ids):
-                _bring(RunDir(folder / run_id), f"{url.rstrip('/')}/{run_id}", name is None)
+            if name is None or _matches(run_id, name, ids):
+                _download(RunDir(folder / run_id), f"{url.rstrip('/')}/{run_id}", name is None)
     except RemoteStoreError as error:
         raise RunNotFound(str(error), code=error.code) from error
     for run in rundir.list_runs(folder):
-        ours = run.unsynced.exists() or is_driven_here(run)
-        if run.id not in ids and not ours:
+        is_newer = run.unsynced.exists() or is_driven_here(run)
+        if run.id not in ids and not is_newer:
             shutil.rmtree(run.path, ignore_errors=True)  # removed at the URL
     return folder
 
 
 def refresher(run: RunDir) -> Callable[[], None]:
     """Return a function that brings new data of a run to this host, at a limited rate."""
-    at = time.monotonic()
+    refreshed_at = time.monotonic()
 
     def refresh() -> None:
-        nonlocal at
+        nonlocal refreshed_at
         url = run.url
-        if url is None or time.monotonic() - at < _REFRESH_S:
+        if url is None or time.monotonic() - refreshed_at < _REFRESH_S:
             return
         with contextlib.suppress(RemoteStoreError):  # tried again later
-            _bring(run, url, False)
-        at = time.monotonic()
+            _download(run, url, False)
+        refreshed_at = time.monotonic()
 
     return refresh
 
@@ -196,10 +196,10 @@ def refresher(run: RunDir) -> Callable[[], None]:
 def is_driven_here(run: RunDir) -> bool:
     """Return whether a process of this host drives a run. Then the copy here is the newest."""
     handle = Handle.read(run)
-    return handle is not None and handle.is_here and handle.is_alive(run)
+    return handle is not None and handle.is_visible and handle.is_alive(run)
 
 
-def _bring(run: RunDir, url: str, without_logs: bool) -> None:
+def _download(run: RunDir, url: str, without_logs: bool) -> None:
     if is_driven_here(run):
         return
     if run.unsynced.exists():  # its driver was killed before everything was written
@@ -209,40 +209,39 @@ def _bring(run: RunDir, url: str, without_logs: bool) -> None:
         run.unsynced.unlink()
     run.create()
     files.write_atomic(run.url_file, url, mode=0o600)
-    Mirror(run, url).pull(but=(*CODE, *LOGS) if without_logs else CODE)
+    Mirror(run, url).pull(exclude=(*CODE, *LOGS) if without_logs else CODE)
 
 
 def _is_newest_at(url: str, handle: Handle) -> bool:
     """Return whether no other host has begun the attempt of a handle, or a later one."""
-    place = RemoteStore(url)
-    there = [int(name.split("/")[1]) for name in place.matching("attempts/*/handle.json")]
-    if max(there, default=-1) < handle.attempt:
+    store = RemoteStore(url)
+    begun = [int(name.split("/")[1]) for name in store.matching("attempts/*/handle.json")]
+    if max(begun, default=-1) < handle.attempt:
         return True
-    data = place.read(_handle_name(handle.attempt))
-    ours = data is not None and _handle_in(data, url).identity == handle.identity
-    return ours and max(there) == handle.attempt
+    data = store.read(_handle_name(handle.attempt))
+    is_same = data is not None and _parse_handle(data, url).identity == handle.identity
+    return is_same and max(begun) == handle.attempt
 
 
-def _handle_in(data: bytes, url: str | None) -> Handle:
-    where = f"a handle.json at {url}"
-    return files.parse_as(Handle, data, where)
+def _parse_handle(data: bytes, url: str | None) -> Handle:
+    return files.parse_as(Handle, data, f"a handle.json at {url}")
 
 
 def _handle_name(attempt: int) -> str:
     return f"attempts/{attempt}/handle.json"
 
 
-def _is_meant(run_id: str, name: str, ids: dict[str, Any]) -> bool:
+def _matches(run_id: str, name: str, ids: dict[str, Any]) -> bool:
     if name == "last":
         return run_id == max(ids, key=lambda each: _time(ids[each]))
     return run_id.startswith(name)
 
 
-def _time(about: Any) -> float:
-    return changed_at(about) or 0.0
+def _time(info: Any) -> float:
+    return changed_at(info) or 0.0
 
 
-def _tidy(run: RunDir) -> None:
+def _remove_large_files(run: RunDir) -> None:
     """Remove large files: everything is at the URL."""
     run.unsynced.unlink(missing_ok=True)
     for path in (*run.checkpoints.glob("*"), *run.code.glob("tree-*"), *run.code.glob("job-*")):

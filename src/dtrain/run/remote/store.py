@@ -66,7 +66,7 @@ class RemoteStore:
             self.write(name, b"dtrain")
             if self.read(name) != b"dtrain":
                 raise RemoteStoreError(
-                    f"{self.url} does not give back what was written", code="url.unreliable"
+                    f"{self.url} does not return what was written to it", code="url.unreliable"
                 )
             self.remove(name)
         except RemoteStoreError as error:
@@ -74,31 +74,31 @@ class RemoteStore:
 
     def files(self, below: str = "") -> dict[str, Mapping[str, Any]]:
         """Return fsspec's description of each file below a name, by name. Empty without any."""
-        none: dict[str, Any] = {}
-        found = self._do(lambda: self._fs.find(self._path(below), detail=True), none)
-        return {path[len(self._root) + 1 :]: about for path, about in found.items()}
+        empty: dict[str, Any] = {}
+        found = self._run_or(lambda: self._fs.find(self._path(below), detail=True), empty)
+        return {path[len(self._root) + 1 :]: info for path, info in found.items()}
 
     def matching(self, pattern: str) -> dict[str, Mapping[str, Any]]:
         """Return fsspec's description of the files that match a glob pattern, by name."""
-        none: dict[str, Any] = {}
-        found = self._do(lambda: self._fs.glob(self._path(pattern), detail=True), none)
-        return {path[len(self._root) + 1 :]: about for path, about in found.items()}
+        empty: dict[str, Any] = {}
+        found = self._run_or(lambda: self._fs.glob(self._path(pattern), detail=True), empty)
+        return {path[len(self._root) + 1 :]: info for path, info in found.items()}
 
     def read(self, name: str) -> bytes | None:
         """Return the bytes of a file. None when there is no such file."""
-        return self._do(lambda: bytes(self._fs.cat_file(self._path(name))), None)
+        return self._run_or(lambda: bytes(self._fs.cat_file(self._path(name))), None)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file. Readers see the old one or the new one."""
         path = self._path(name)
         if not self._is_local:
-            self._must(lambda: self._fs.pipe_file(path, data))
+            self._run(lambda: self._fs.pipe_file(path, data))
             return
-        aside = f"{path}.{secrets.token_hex(4)}"
-        self._must(lambda: self._fs.pipe_file(aside, data))
-        self._must(lambda: os.replace(aside, path))
+        temporary = f"{path}.{secrets.token_hex(4)}"
+        self._run(lambda: self._fs.pipe_file(temporary, data))
+        self._run(lambda: os.replace(temporary, path))
 
-    def make_once(self, name: str, data: bytes) -> None:
+    def create_exclusive(self, name: str, data: bytes) -> None:
         """Write a file that only one process can make, with a conditional request if possible.
 
         Raises:
@@ -110,25 +110,25 @@ class RemoteStore:
             if not self._is_local:
                 self._fs.pipe_file(path, data, mode="create")
                 return
-            aside = f"{path}.{secrets.token_hex(4)}"
-            self._fs.pipe_file(aside, data)
+            temporary = f"{path}.{secrets.token_hex(4)}"
+            self._fs.pipe_file(temporary, data)
             try:
-                os.link(aside, path)
+                os.link(temporary, path)
             finally:
-                os.unlink(aside)
+                os.unlink(temporary)
 
         try:
-            self._again(make)
+            self._retry(make)
         except Exception as error:  # older libraries have no specific error for this
-            there = self.read(name)
-            if there is None:
-                raise _explained(self.url, error) from error
-            if there != data:  # otherwise it is dtrain's, and only the answer was lost
+            existing = self.read(name)
+            if existing is None:
+                raise _store_error(self.url, error) from error
+            if existing != data:  # otherwise it is dtrain's, and only the answer was lost
                 raise FileExistsError(name) from error
 
     def put(self, source: Path, name: str) -> None:
         """Copy a file of this host to the URL."""
-        self._must(lambda: self._fs.put_file(str(source), self._path(name)))
+        self._run(lambda: self._fs.put_file(str(source), self._path(name)))
 
     def get(self, name: str, target: Path) -> bool:
         """Copy a file to this host. Return whether it exists at the URL."""
@@ -137,41 +137,41 @@ class RemoteStore:
             self._fs.get_file(self._path(name), str(target))
             return True
 
-        return self._do(fetch, False)
+        return self._run_or(fetch, False)
 
     def copy(self, name: str, to: str) -> None:
         if self._is_local:
             os.makedirs(os.path.dirname(self._path(to)), exist_ok=True)
-        self._must(lambda: self._fs.cp_file(self._path(name), self._path(to)))
+        self._run(lambda: self._fs.cp_file(self._path(name), self._path(to)))
 
     def remove(self, *names: str) -> None:
         """Remove files. A missing file is no error."""
         paths = [self._path(name) for name in names]
         if len(paths) == 1:
-            self._do(lambda: self._fs.rm_file(paths[0]), None)
+            self._run_or(lambda: self._fs.rm_file(paths[0]), None)
         elif paths:  # in one request, where the server supports it
-            self._do(lambda: self._fs.rm(paths), None)
+            self._run_or(lambda: self._fs.rm(paths), None)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
-    def _must(self, action: Callable[[], _Value]) -> _Value:
+    def _run(self, action: Callable[[], _Value]) -> _Value:
         try:
-            return self._again(action)
+            return self._retry(action)
         except Exception as error:  # each library behind fsspec has its own error
-            raise _explained(self.url, error) from error
+            raise _store_error(self.url, error) from error
 
-    def _do(self, action: Callable[[], _Value], missing: _Value) -> _Value:
+    def _run_or(self, action: Callable[[], _Value], missing: _Value) -> _Value:
         with contextlib.suppress(FileNotFoundError):
             try:
-                return self._again(action)
+                return self._retry(action)
             except FileNotFoundError:
                 raise
             except Exception as error:
-                raise _explained(self.url, error) from error
+                raise _store_error(self.url, error) from error
         return missing
 
-    def _again(self, action: Callable[[], _Value]) -> _Value:
+    def _retry(self, action: Callable[[], _Value]) -> _Value:
         """Run an action that a network error may interrupt, with some retries."""
         pauses = _PATIENT_S if self._patient else _PAUSES_S
         for pause_s in () if self._is_local else pauses:
@@ -180,7 +180,7 @@ class RemoteStore:
             except (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError):
                 raise
             except Exception as error:
-                if _lacks_credentials(error) or (_nobody_there(error) and not self._patient):
+                if _lacks_credentials(error) or (_is_unreachable(error) and not self._patient):
                     raise
             time.sleep(pause_s)
         return action()
@@ -190,13 +190,14 @@ def _open(url: str) -> tuple[Any, str]:
     parts = urlsplit(url)
     if "@" in parts.netloc:
         raise PlanError(
-            f"the URL of runs at {parts.hostname} holds a password; it would stand in files that "
-            "others read: leave it out, credentials are taken from the environment",
+            f"the URL of runs at {parts.hostname} contains a password, which others could read in "
+            "the files of a run; remove it: credentials are read from the environment",
             code="url.password",
         )
     if parts.scheme == "memory":
         raise PlanError(
-            "runs at memory:// would be gone with the process that wrote them", code="url.in-memory"
+            "runs at memory:// would be lost when the process that wrote them ends",
+            code="url.in-memory",
         )
     import fsspec
 
@@ -218,11 +219,11 @@ def _open(url: str) -> tuple[Any, str]:
         ) from error
     except Exception as error:
         raise PlanError(
-            f"{url} cannot be a place of runs: {first_line(error)}", code="url.invalid"
+            f"runs cannot be kept at {url}: {first_line(error)}", code="url.invalid"
         ) from error
     if not root.strip("/"):
         raise PlanError(
-            f"{url} names no place: say which bucket or directory, as s3://bucket/runs",
+            f"{url} names no bucket or directory; give one, for example s3://bucket/runs",
             code="url.invalid",
         )
     return fs, root.rstrip("/")
@@ -238,24 +239,25 @@ def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
-def _explained(url: str, error: Exception) -> RemoteStoreError:
-    said = first_line(error)
+def _store_error(url: str, error: Exception) -> RemoteStoreError:
+    reason = first_line(error)
     if isinstance(error, FileNotFoundError):
         return RemoteStoreError(
-            f"{url} is not there: {said}; make the bucket, or say another URL", code="url.not-found"
+            f"{url} does not exist: {reason}; create the bucket, or give another URL",
+            code="url.not-found",
         )
     if isinstance(error, PermissionError) or _lacks_credentials(error):
         return RemoteStoreError(
-            f"{url} does not let us in: {said}; credentials are taken from the environment, as "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
+            f"{url} denies access: {reason}; credentials are read from the environment, for "
+            "example AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
             code="url.no-access",
         )
-    return RemoteStoreError(f"{url} cannot be reached: {said}", code="url.unreachable")
+    return RemoteStoreError(f"{url} cannot be reached: {reason}", code="url.unreachable")
 
 
 def _lacks_credentials(error: Exception) -> bool:
     return "Credential" in type(error).__name__
 
 
-def _nobody_there(error: Exception) -> bool:
+def _is_unreachable(error: Exception) -> bool:
     return type(error).__name__ == "EndpointConnectionError"

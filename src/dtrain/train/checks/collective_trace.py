@@ -89,7 +89,7 @@ class Chain:
             self.ring.write(self._written, text)
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def excluded(self) -> Iterator[None]:
         """Leave out the collectives of this block of code."""
         before = getattr(self._inside, "yes", False)
         self._inside.yes = True
@@ -107,7 +107,7 @@ class Chain:
 
         def run() -> Any:
             self.add(f"{name}({_shape(args, kwargs)}) at {site}")
-            with self.apart():
+            with self.excluded():
                 return function(*args, **kwargs)
 
         site, of_task = _caller(sys._getframe(2))

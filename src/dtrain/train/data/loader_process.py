@@ -27,7 +27,7 @@ from torch.utils.data._utils import signal_handling
 
 from dtrain.errors import DtrainError
 from dtrain.procs import die_with_parent
-from dtrain.run.failures import OtherProcessError, how_it_ended
+from dtrain.run.failures import OtherProcessError, describe_exit
 
 _SLOT = 256
 """The number of bytes for the text of what one loader process is reading."""
@@ -186,7 +186,7 @@ class Watched:
             if status is not None and (status != 0 or doing):
                 when = f"while it read {doing}" if doing else "while it waited for work"
                 advice = _OUT_OF_MEMORY if status == -signal.SIGKILL else ""
-                return f"loader process {worker} {how_it_ended(status)} {when}{advice}"
+                return f"loader process {worker} {describe_exit(status)} {when}{advice}"
         return None
 
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from dtrain.run.failures import in_step
+from dtrain.run.failures import set_step
 from dtrain.train.checks.checks import Rollback
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.data import loader_process
@@ -47,7 +47,7 @@ class NativeTrainer:
                 logger.warning("%s\ngoing back to the newest checkpoint", rollback)
             except (Exception, SystemExit) as error:
                 explained = loader_process.explained(error)
-                in_step(explained or error, training.progress.step + 1)
+                set_step(explained or error, training.progress.step + 1)
                 if explained is None:
                     raise
                 raise explained from error

@@ -92,7 +92,7 @@ class Predictions:
         self._close()
         shared = RemoteRankFiles.of(self._context.run, "predictions")
         if shared is not None and self._rows:
-            shared.give(self._folder)
+            shared.upload(self._folder)
         everyone = collectives.gather_to_all((self._rows, self._columns))
         rows = {rank: rows for rank, (rows, _) in enumerate(everyone) if rows > 0}
         columns = [everyone[rank][1] for rank in rows]
@@ -106,7 +106,7 @@ class Predictions:
                 )
         if self._context.ranks.is_rank_zero:
             if shared is not None:
-                shared.take([self._context.run.predictions_part(rank) for rank in rows])
+                shared.download([self._context.run.predictions_part(rank) for rank in rows])
             self._join(rows, columns[0])
             shutil.rmtree(self._folder.parent, ignore_errors=True)
 

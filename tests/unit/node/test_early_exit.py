@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.node import leaving
+from dtrain.node import early_exit
 from dtrain.run.failures import Frame
 from dtrain.run.flight_recorder import Ring, read_ring
 
@@ -19,12 +19,12 @@ def test_an_exit_that_raises_nothing_is_heard_with_its_line(status: int, ends: i
     ring = Ring()
 
     def tell(frames: list[Frame]) -> int:
-        leaving.keep(ring, "os._exit(0)", frames, False)
+        early_exit.save_note(ring, "os._exit(0)", frames, False)
         return 7
 
     pid = os.fork()
     if pid == 0:
-        with leaving.hearing_exit(tell):
+        with early_exit.watch_exit(tell):
             child = os.fork()
             if child == 0:
                 os._exit(0)
@@ -33,20 +33,20 @@ def test_an_exit_that_raises_nothing_is_heard_with_its_line(status: int, ends: i
         os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == ends
     if status == 0:
-        note = json.loads(ring.left())
+        note = json.loads(ring.exit_note())
         assert (
             note["frames"][-1]["function"]
             == test_an_exit_that_raises_nothing_is_heard_with_its_line.__name__
         )
-        made = leaving.of_script(note, rank=1, node_rank=0, node="n", time=1.0)
+        made = early_exit.of_script(note, rank=1, node_rank=0, node="n", time=1.0)
         assert (made.kind, made.exit_code, made.frames[-1].code) == ("left", 0, "os._exit(status)")
     else:
-        assert ring.left() == b""
+        assert ring.exit_note() == b""
 
 
 def test_outside_nothing_is_changed() -> None:
     before = os._exit
-    with leaving.hearing_exit(lambda frames: 0):
+    with early_exit.watch_exit(lambda frames: 0):
         assert os._exit is not before
     assert os._exit is before
 
@@ -56,7 +56,7 @@ def test_a_note_that_is_too_long_has_fewer_lines(tmp_path: Path) -> None:
     ring.write(1, "barrier()")
     long = Frame("/deep" * 300, 1, "f", "x")
     for frames, left in (([long] * 3, 1), ([long, Frame("/deep" * 1000, 1, "f", "x")], 0)):
-        leaving.keep(ring, "sys.exit(0)", frames, True)
-        assert len(json.loads(ring.left())["frames"]) == left
+        early_exit.save_note(ring, "sys.exit(0)", frames, True)
+        assert len(json.loads(ring.exit_note())["frames"]) == left
     (tmp_path / "ring").write_bytes(ring.contents())
     assert read_ring(tmp_path / "ring") == {1: "barrier()"}
