@@ -54,12 +54,12 @@ class TraceOptions:
 
     def beyond(self, usual: TraceOptions) -> str:
         """Return the difference from the usual options, for people: `again in fp64`; or empty."""
-        said = {
-            "fp64": "in fp64", "own_noise": "with noise fixed", "by_sample": "sample by sample",
-            "batch_norm": "BatchNorm frozen", "frozen": "the task's state kept",
+        texts = {
+            "fp64": "in fp64", "own_noise": "with fixed noise", "by_sample": "sample by sample",
+            "batch_norm": "with frozen BatchNorm", "frozen": "with constant task attributes",
         }  # fmt: skip
         mine, others = asdict(self), asdict(usual)
-        changes = [text for name, text in said.items() if mine[name] != others[name]]
+        changes = [text for name, text in texts.items() if mine[name] != others[name]]
         return "" if self == usual else " ".join(["again", ", ".join(changes)]).rstrip()
 
     @classmethod
@@ -68,8 +68,8 @@ class TraceOptions:
         text = environ.get(VARIABLE)
         if not text:
             return None
-        wish = json.loads(text)
-        return cls(**{**wish, "frozen": tuple(wish.get("frozen", ()))})
+        given = json.loads(text)
+        return cls(**{**given, "frozen": tuple(given.get("frozen", ()))})
 
 
 @dataclass(frozen=True)

@@ -760,7 +760,7 @@ LAUNCH: Mapping[str, Entry] = {
         "Choose others; the message says why each is impossible.",
     ),
     "verify.fp64-failed": Entry(
-        "A pair differs, and it cannot be run in fp64 to show whether that is rounding.",
+        "A layout differs, and it cannot be run in fp64 to show whether that is rounding.",
         "Make the task run in fp64: create tensors in the default dtype.",
     ),
     "verify.script": Entry(
