@@ -89,8 +89,8 @@ class Chain:
             self.ring.write(self._written, text)
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Leave out the collectives of this block of code."""
+    def excluded(self) -> Iterator[None]:
+        """Exclude the collectives of this block of code from the hash."""
         before = getattr(self._inside, "yes", False)
         self._inside.yes = True
         try:
@@ -107,7 +107,7 @@ class Chain:
 
         def run() -> Any:
             self.add(f"{name}({_shape(args, kwargs)}) at {site}")
-            with self.apart():
+            with self.excluded():
                 return function(*args, **kwargs)
 
         site, of_task = _caller(sys._getframe(2))

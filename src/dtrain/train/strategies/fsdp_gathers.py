@@ -132,7 +132,7 @@ class Gathers:
         If they have not, the lists of these blocks become whole lists.
         """
         ends = torch.tensor([number, -number])
-        with CHAIN.apart():  # ranks may get here from different lines
+        with CHAIN.excluded():  # ranks may get here from different lines
             dist.all_reduce(ends, op=dist.ReduceOp.MAX)
         highest, lowest = int(ends[0]), -int(ends[1])
         if highest == lowest:
@@ -155,7 +155,7 @@ class Gathers:
                 unit.set_modules_to_backward_prefetch([unit])
         each.whole = True
         CHAIN.add(f"fsdp gathers all of {each.name}")
-        with CHAIN.apart():
+        with CHAIN.excluded():
             gather(each.blocks.values())
 
     def _stop_agreeing_if_chained(self) -> None:
