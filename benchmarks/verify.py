@@ -36,7 +36,7 @@ def verify(source: Path | None) -> tuple[float, float]:
         seconds = time.monotonic() - began
     report = json.loads(done.stdout)
     assert report["same"]
-    assert len(report["pairs"]) == ROWS, "another number of rows cannot be compared"
+    assert len(report["layouts"]) == ROWS, "another number of rows cannot be compared"
     return seconds, _cpu() - before
 
 

@@ -263,7 +263,7 @@ def mistakes() -> str:
     from support.mistakes import listed
 
     rows = [("rule", "mistakes")]
-    return table([*rows, *((clause, " ".join(some)) for clause, some in listed())])
+    return table([*rows, *((rule, " ".join(some)) for rule, some in listed())])
 
 
 PARTS: Mapping[str, Callable[[], str]] = {

@@ -55,8 +55,8 @@ class TraceOptions:
     def beyond(self, usual: TraceOptions) -> str:
         """Return the difference from the usual options, for people: `again in fp64`; or empty."""
         labels = {
-            "fp64": "in fp64", "own_noise": "with noise fixed", "by_sample": "sample by sample",
-            "batch_norm": "BatchNorm frozen", "frozen": "the task's state kept",
+            "fp64": "in fp64", "own_noise": "with fixed noise", "by_sample": "sample by sample",
+            "batch_norm": "with frozen BatchNorm", "frozen": "with constant task attributes",
         }  # fmt: skip
         own, other = asdict(self), asdict(usual)
         changes = [text for name, text in labels.items() if own[name] != other[name]]

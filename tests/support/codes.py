@@ -496,13 +496,13 @@ def _of_value_error(name: str, reader: Reader) -> str:
 
 
 def _of_finding(call: ast.Call, reader: Reader, *, of_case: bool) -> Made:
-    from dtrain.verification import clauses
+    from dtrain.verification import rules
 
-    given = [*call.args[2:3], *(each.value for each in call.keywords if each.arg == "clause")]
-    clause = (given[0] if given else ast.Name("GRADIENT")) if of_case else call.args[0]
-    names = [each.id for each in ast.walk(clause) if isinstance(each, ast.Name)]
-    known = [name for name in names if isinstance(getattr(clauses, name, None), str)]
-    codes = [clauses.CLAUSE_CODES[getattr(clauses, name)] for name in known]
+    given = [*call.args[2:3], *(each.value for each in call.keywords if each.arg == "rule")]
+    rule = (given[0] if given else ast.Name("GRADIENT")) if of_case else call.args[0]
+    names = [each.id for each in ast.walk(rule) if isinstance(each, ast.Name)]
+    known = [name for name in names if isinstance(getattr(rules, name, None), str)]
+    codes = [rules.RULE_CODES[getattr(rules, name)] for name in known]
     return codes, reader.texts(call.args[0 if of_case else 1]), not codes
 
 

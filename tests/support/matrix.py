@@ -28,7 +28,7 @@ def told(launcher: str) -> Rows:
 
 
 def shown(cwd: Path, launcher: str, profile: str, *, nodes: int = 2) -> Rows:
-    """What comes of trying: two ranks of each pair are compared with a single process.
+    """What comes of trying: two ranks of each layout are compared with a single process.
 
     Args:
         cwd: an empty directory.
@@ -55,19 +55,19 @@ def shown(cwd: Path, launcher: str, profile: str, *, nodes: int = 2) -> Rows:
 def verified(cwd: Path, strategies: str, *arguments: str) -> set[tuple[str, str]]:
     """The trainers and strategies that were launched and are the same training."""
     trainers = ("--trainer", "native,lightning")
-    pairs = the_same(cwd, "--strategy", strategies, *trainers, *arguments, TINY)
-    return {(pair["trainer"], pair["strategy"]) for pair in pairs}
+    layouts = the_same(cwd, "--strategy", strategies, *trainers, *arguments, TINY)
+    return {(layout["trainer"], layout["strategy"]) for layout in layouts}
 
 
 def the_same(cwd: Path, *arguments: str | Path) -> list[dict[str, Any]]:
-    """The pairs of a verify; all are the same training."""
+    """The layouts of a verify; all are the same training."""
     done = dtrain(
         "verify", "--json", "--only", "--steps", "2", *arguments,
         cwd=cwd, timeout=400, env={"TMPDIR": str(cwd)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    pairs: list[dict[str, Any]] = json.loads(done.stdout)["pairs"]
-    return pairs
+    layouts: list[dict[str, Any]] = json.loads(done.stdout)["layouts"]
+    return layouts
 
 
 def own_loops(cwd: Path, launcher: str, profile: str, nodes: int) -> list[str]:
@@ -75,8 +75,8 @@ def own_loops(cwd: Path, launcher: str, profile: str, nodes: int) -> list[str]:
     one = ("--launcher", profile, "--strategy", "single")
     several = ("--strategy", "ddp,fsdp", "--nodes", str(nodes), "--procs", str(2 // nodes))
     profiles = ("--launcher", profile)
-    pairs = the_same(cwd, *one, *PLAIN, LIT) + the_same(cwd, *profiles, *several, *PLAIN, LIT)
-    trained = {("lightning", pair["strategy"]) for pair in pairs if pair["own_loops"]}
+    layouts = the_same(cwd, *one, *PLAIN, LIT) + the_same(cwd, *profiles, *several, *PLAIN, LIT)
+    trained = {("lightning", layout["strategy"]) for layout in layouts if layout["own_loops"]}
     own = ("--set", "lightning.step=lightning")
     return [cell("lightning", each, launcher, trained, LIT, *own) for each in catalog.STRATEGIES]
 
@@ -90,11 +90,11 @@ def cell(
     *settings: str,
 ) -> str:
     """One cell; what is not `yes` must be refused with a sentence that README has."""
-    pair = ("--set", f"trainer={trainer}", "--set", f"strategy={strategy}", *settings, job)
+    layout = ("--set", f"trainer={trainer}", "--set", f"strategy={strategy}", *settings, job)
     if (trainer, strategy) not in trained:
-        return "no" if is_refused("--launcher", launcher, *pair) else "not launched, not refused"
+        return "no" if is_refused("--launcher", launcher, *layout) else "not launched, not refused"
     two = ("--nodes", "2", *(FIRST_OF_TWO if launcher == "torchrun" else ()))
-    return "one node" if is_refused("--launcher", launcher, *two, *pair) else "yes"
+    return "one node" if is_refused("--launcher", launcher, *two, *layout) else "yes"
 
 
 def is_refused(*arguments: str | Path) -> bool:

@@ -9,7 +9,8 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from dtrain.verification.clauses import (
+from dtrain.verification.layouts import Layout
+from dtrain.verification.rules import (
     BATCH_NORM,
     BUFFERS,
     CLIPPING,
@@ -25,14 +26,13 @@ from dtrain.verification.clauses import (
     STATE,
     UPDATE,
 )
-from dtrain.verification.pairs import Pair
 from support import JOBS
 
-DDP = Pair("ddp", procs=2)
-DDP3 = Pair("ddp", procs=3)
+DDP = Layout("ddp", procs=2)
+DDP3 = Layout("ddp", procs=3)
 MICRO = replace(DDP, micro_batch_size=2)
 RESUMED = replace(DDP, resume_after=3)
-EXACT = Pair("exact", procs=2)
+EXACT = Layout("exact", procs=2)
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Bug:
     """A bug and what is to be said of it."""
 
     module: str
-    clause: str
+    rule: str
     likely: str
     """A part of the likely cause."""
     step: int = 1
-    pair: Pair = DDP
+    layout: Layout = DDP
     job: tuple[str, ...] = field(default=())
     level: str | None = "L0"
     what: str = ""
@@ -66,32 +66,32 @@ FP16 = ("train.precision=fp16", "train.clip_grad_norm=null", "args.scale=0.001")
 
 BUGS = [
     Bug("mean_of_means", GRADIENT, "mean of means"),
-    Bug("mean_of_means", GRADIENT, "mean of means: ranks hold weights of 3, 2", 3, job=UNWEIGHTED),
-    Bug("sum_not_mean", GRADIENT, "added over the 2 processes and not divided"),
-    Bug("averaged_twice", GRADIENT, "divided by the 2 processes once more (wrapped twice?)"),
-    Bug("reduced_twice_in_part", GRADIENT, "not reduced, or reduced twice"),
-    Bug("weights_ignored", GRADIENT, "number of samples instead of the weights"),
+    Bug("mean_of_means", GRADIENT, "mean of means: ranks have the weights 3, 2", 3, job=UNWEIGHTED),
+    Bug("sum_not_mean", GRADIENT, "summed over the 2 processes and not divided"),
+    Bug("averaged_twice", GRADIENT, "divided by the 2 processes twice (is the model wrapped"),
+    Bug("reduced_twice_in_part", GRADIENT, "are reduced twice"),
+    Bug("weights_ignored", GRADIENT, "number of samples instead of the sum of weights"),
     Bug("missing_no_sync", GRADIENT, "accumulated gradients are reduced more than once",
-        pair=replace(DDP, micro_batch_size=2)),
+        layout=replace(DDP, micro_batch_size=2)),
     Bug("never_reduced", REPLICAS, "gradients are not reduced"),
     Bug("clipped_before_reduction", CLIPPING, "clips its own gradient"),
     Bug("scheduler_per_rank", SCHEDULE, "once per process (2)", 2),
-    Bug("rate_times_world", SCHEDULE, "multiplied by the 2 processes"),
-    Bug("update_per_micro_batch", UPDATE, "2.9 times as far from the same gradient"),
+    Bug("rate_times_world", SCHEDULE, "multiplied by the number of processes, 2"),
+    Bug("update_per_micro_batch", UPDATE, "2.9 times as much for the same gradient"),
     Bug("padded", DATA, "padded to equal length", 3, level=None),
-    Bug("dropped", DATA, "samples that do not divide are dropped", 3, level=None),
-    Bug("not_shared_out", DATA, "not shared out between the ranks", level=None),
-    Bug("dealt_in_turn", DATA, "another order", level=None),
-    Bug("forgotten_epoch", DATA, "set_epoch forgotten", 4, level=None),
-    Bug("seed_by_rank", DATA, "each rank's own", level=None),
-    Bug("wrong_resume", DATA, "wrong position", 3, pair=replace(DDP, resume_after=2), level=None),
-    Bug("momentum_lost", UPDATE, "optimizer's state was not restored", 4, pair=RESUMED),
-    Bug("schedule_lost", SCHEDULE, "scheduler's state was not restored", 4, pair=RESUMED),
-    Bug("scale_left_in", SCALER, "65536 is never taken out",
+    Bug("dropped", DATA, "the remaining samples are dropped", 3, level=None),
+    Bug("not_shared_out", DATA, "not split between the ranks", level=None),
+    Bug("dealt_in_turn", DATA, "different order", level=None),
+    Bug("forgotten_epoch", DATA, "set_epoch() is not called", 4, level=None),
+    Bug("seed_by_rank", DATA, "each rank makes the order", level=None),
+    Bug("wrong_resume", DATA, "wrong position", 3, layout=replace(DDP, resume_after=2), level=None),
+    Bug("momentum_lost", UPDATE, "optimizer's state was not restored", 4, layout=RESUMED),
+    Bug("schedule_lost", SCHEDULE, "scheduler's state was not restored", 4, layout=RESUMED),
+    Bug("scale_left_in", SCALER, "not divided by the loss scale, 65536",
         job=FP16),
-    Bug("seeded_by_rank", START, "seeded by rank", 0),
+    Bug("seeded_by_rank", START, "a seed that depends on the rank", 0),
     Bug("same_random_numbers", RANDOM, "same seed", job=("args.dropout=0.3",)),
-    Bug("reads_its_rank", LOSS, "reads its rank"),
+    Bug("reads_its_rank", LOSS, "uses the rank"),
     Bug("", BATCH_NORM, "BatchNorm (norm) normalises over each process's own samples",
         job=("args.norm=true",), what="The model has a BatchNorm."),
     Bug("stale_buffer", BUFFERS, "stale copy"),
@@ -105,19 +105,19 @@ BUGS = [
 
 @dataclass(frozen=True)
 class Mistake:
-    """A mistake, the pair that shows it, and what is to be said of it."""
+    """A mistake, the layout that shows it, and what is to be said of it."""
 
     name: str
-    clause: str
+    rule: str
     says: str
     """A part of what is found or likely."""
-    pair: Pair = DDP
+    layout: Layout = DDP
     step: int = 1
 
     @property
     def id(self) -> str:
         """For pytest."""
-        return f"{self.name}, {self.pair.name}"
+        return f"{self.name}, {self.layout.name}"
 
     @property
     def sentence(self) -> str:
@@ -126,17 +126,17 @@ class Mistake:
 
 
 MISTAKES = [
-    Mistake("StaleSample", DATA, "other data on rank 1"),
+    Mistake("StaleSample", DATA, "different data on rank 1"),
     Mistake("StaleSample", DATA, "its [0] differs", DDP3),
     Mistake("PrivateGenerator", DATA, "a generator of its own", RESUMED),
     Mistake("PrivateGenerator", DATA, "a generator of its own"),
     Mistake("PrivateGenerator", DATA, "a generator of its own", EXACT),
     Mistake("SumForMean", LOSS, "a sum, not a mean: return Loss(sum, n)"),
     Mistake("SumForMean", LOSS, "a sum, not a mean: return Loss(sum, n)", MICRO),
-    Mistake("MeanOfPositives", LOSS, "a mean of something else than samples"),
-    Mistake("InBatch", LOSS, "looks at the whole local batch"),
+    Mistake("MeanOfPositives", LOSS, "a mean of something other than samples"),
+    Mistake("InBatch", LOSS, "uses the whole local batch"),
     Mistake("BranchesOnRank", LOSS, "on rank 1"),
-    Mistake("ReadsWorldSize", LOSS, "reads its rank or world size"),
+    Mistake("ReadsWorldSize", LOSS, "uses the rank or the world size"),
     Mistake("StepsInLoss", SCHEDULE, "stepped in loss()", MICRO),
     Mistake("Updates", UPDATE, "the optimizer is stepped"),
     Mistake("Counts", STATE, "attribute calls", RESUMED, 4),
@@ -147,7 +147,7 @@ MISTAKES = [
     Mistake("Teacher", STATE, "attribute ema", RESUMED, 4),
     Mistake("OwnNoise", STATE, "a generator of its own: attribute noise"),
     Mistake("OwnRate", SCHEDULE, "of group 1 is 0.004 on rank 1, not 0.003", DDP3, 3),
-    Mistake("WritesWeights", REPLICAS, "a write to the parameters"),
+    Mistake("WritesWeights", REPLICAS, "writes to the parameters"),
     Mistake("ScaledGradient", GRADIENT, "2.weight"),
     Mistake("OwnStart", START, "rank 1 differs from the others", DDP3, 0),
     Mistake("Evaluated", EVALUATION, "", step=5),
@@ -171,15 +171,15 @@ LAUNCH = "a launch refuses these before the first step, without verify"
 
 
 def listed() -> Iterator[tuple[str, list[str]]]:
-    """Each clause, and the mistakes that break it, a sentence each."""
+    """Each rule, and the mistakes that break it, a sentence each."""
     found: dict[str, dict[str, None]] = {}
     for bug in BUGS:
-        found.setdefault(bug.clause, {})[bug.sentence] = None
-    for clause, some in ((None, MISTAKES), (LAUNCH, REFUSED)):
+        found.setdefault(bug.rule, {})[bug.sentence] = None
+    for rule, some in ((None, MISTAKES), (LAUNCH, REFUSED)):
         for mistake in some:
-            found.setdefault(clause or mistake.clause, {})[mistake.sentence] = None
-    for clause, sentences in found.items():
-        yield clause, list(sentences)
+            found.setdefault(rule or mistake.rule, {})[mistake.sentence] = None
+    for rule, sentences in found.items():
+        yield rule, list(sentences)
 
 
 def _first_line(documented: ast.Module | ast.ClassDef) -> str:

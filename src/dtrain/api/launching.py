@@ -173,7 +173,7 @@ def verify(
         >>> dtrain.verify("job.yaml", strategies=["ddp"], procs=[2]).same
         True
     """
-    from dtrain.verification.lab import Stopped
+    from dtrain.verification.runner import Stopped
     from dtrain.verification.session import Session
 
     _refuse_in_worker()

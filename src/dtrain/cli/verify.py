@@ -224,7 +224,7 @@ def _aloud(session: Session, waiting: _Waiting) -> Report:
     from dtrain.verification import text
 
     width = shutil.get_terminal_size().columns
-    table = text.Table(session.pairs, width, out.paint)
+    table = text.Table(session.layouts, width, out.paint)
     session.begin()
     waiting.echo(text.opening(session.report))
     waiting.echo("\n" + table.head())

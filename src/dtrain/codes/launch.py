@@ -765,7 +765,7 @@ LAUNCH: Mapping[str, Entry] = {
         "Choose others; the message gives the reason for each.",
     ),
     "verify.fp64-failed": Entry(
-        "A pair differs, but it cannot be run in fp64 to show whether rounding is the cause.",
+        "A layout differs, but it cannot be run in fp64 to show whether rounding is the cause.",
         "Make the task run in fp64: create tensors in the default dtype.",
     ),
     "verify.script": Entry(

@@ -18,7 +18,7 @@ _TASK = {
     ),
     "task.bad-state": Entry(
         "state_dict() of the task does not return a dict.",
-        "Return a dict of tensors, numbers, texts and containers of these.",
+        "Return a dict of tensors, numbers, strings and containers of these.",
     ),
     "task.half-a-state": Entry(
         "The task has one of the methods state_dict() and load_state_dict(), but not the other.",
@@ -30,7 +30,7 @@ _TASK = {
         "Call the model once on zeros at the end of model(), or give the layer its input size.",
     ),
     "task.log-not-a-number": Entry(
-        "session.log() of a callback received a value that cannot be made a float.",
+        "session.log() of a callback received a value that cannot be converted to a float.",
         "Log a number or a tensor with one element.",
     ),
     "task.loss-not-scalar": Entry(
@@ -39,9 +39,9 @@ _TASK = {
         "Return the mean over the batch as a scalar tensor, or Loss(sum, weight).",
     ),
     "task.loss-weights-zero": Entry(
-        "The weights of all Loss objects of one step, on all ranks together, are not positive in "
-        "sum. The loss is divided by this sum.",
-        "Return positive weights, or leave out samples that have no weight from the data set.",
+        "The sum of the weights of all Loss objects in one step, on all ranks together, is not "
+        "positive. The loss is divided by this sum.",
+        "Return positive weights, or remove samples without weight from the data set.",
     ),
     "task.loss-without-graph": Entry(
         "The tensor that loss() returns does not require a gradient, for example because it is "
@@ -67,11 +67,11 @@ _TASK = {
     ),
     "task.nothing-to-train": Entry(
         "No parameter of the model requires a gradient.",
-        "Build a model with parameters, or call requires_grad_() on those that shall be trained.",
+        "Build a model with parameters, or call requires_grad_() on the parameters to train.",
     ),
     "task.optimizer-foreign-parameters": Entry(
-        "The optimizer holds parameters that are not in the model. No rank would exchange their "
-        "gradients, and a checkpoint would have no name for their state.",
+        "The optimizer holds parameters that are not in the model. Their gradients would not be "
+        "reduced between ranks, and a checkpoint would have no name for their state.",
         "Make the parameters a part of the model in model(), and give the optimizer parameters of "
         "the model that optimizer(model) receives.",
     ),
@@ -82,11 +82,11 @@ _TASK = {
     ),
     "task.plateau-scheduler": Entry(
         "scheduler() returns ReduceLROnPlateau, which is stepped with a metric. dtrain steps the "
-        "scheduler after each optimizer step, without one.",
+        "scheduler after each optimizer step, without a metric.",
         "Use a scheduler that counts steps.",
     ),
     "task.scheduler-of-other-optimizer": Entry(
-        "The scheduler belongs to another optimizer than the one that is trained with, so the "
+        "The scheduler belongs to a different optimizer than the one of this training, so the "
         "learning rate would never change.",
         "Make the scheduler for the optimizer that scheduler(optimizer) receives.",
     ),
@@ -124,27 +124,27 @@ _DATA = {
         "or os.pread, or set data.workers: 0.",
     ),
     "data.loader-process-ended": Entry(
-        "A loader process ended by itself, for example because the system ran out of memory or "
-        "because a library crashed. The message tells which sample it was reading.",
+        "A loader process ended unexpectedly, for example because the system ran out of memory or "
+        "a library crashed. The message names the sample that it was reading.",
         "Read the log of that rank. Use fewer data.workers if memory was short, or set "
         "data.workers: 0 to see the error in the rank itself.",
     ),
     "data.no-positions": Entry(
-        "The data set has no __len__ or no __getitem__, but one with both is needed there.",
+        "The data set has no __len__ or no __getitem__, but both are needed here.",
         "Write both methods, or return a data set that can only be iterated, with __iter__, from "
         "train_dataset().",
     ),
     "data.not-a-data-set": Entry(
         "train_dataset() or eval_dataset() returns something from which no samples can be taken, "
         "for example None, a path, a DataLoader, a class or an iterator that works only once.",
-        "Return an object with __len__ and __getitem__, or one whose __iter__ begins anew each "
-        "time.",
+        "Return an object with __len__ and __getitem__, or one whose __iter__ starts from the "
+        "beginning each time.",
     ),
     "data.not-exactly-once": Entry(
-        "The ranks did not read each sample of the order exactly once. A data set or a loader that "
-        "reads other samples than it is asked for is the likely cause.",
-        "Look at the ranks, steps and samples in the message, and at what changes the samples "
-        "there. No checkpoint holds these steps.",
+        "The ranks did not read each sample of the order exactly once. The likely cause is a data "
+        "set or a loader that reads other samples than those requested.",
+        "Find what changes the samples in the steps and on the ranks that the message names. No "
+        "checkpoint contains these steps.",
     ),
     "data.not-same-on-ranks": Entry(
         "train_dataset() or its order is not the same on all ranks: its length, its fingerprint or "
@@ -153,7 +153,8 @@ _DATA = {
         "each rank its own part.",
     ),
     "data.order-length-changes": Entry(
-        "sample_order() returns another number of ids for one epoch than for the first.",
+        "sample_order() returns a different number of ids for a later epoch than for the first "
+        "one.",
         "Return the same number of ids for each epoch.",
     ),
     "data.order-of-stream": Entry(
@@ -164,7 +165,8 @@ _DATA = {
     "data.ranks-out-of-step": Entry(
         "The ranks were not at the same position of the data in one step. This is an error in "
         "dtrain or in code that changes its loaders.",
-        "Remove what changes dtrain's loaders. If nothing does, report the error.",
+        "Remove the code that changes dtrain's loaders. If there is none, report this error as a "
+        "bug in dtrain.",
     ),
     "data.sample-seed-needs-id": Entry(
         "sample_seed() or sample_rng() is called without an id in __getitems__(), which reads "
@@ -173,26 +175,27 @@ _DATA = {
     ),
     "data.stream-not-sharded": Entry(
         "The job has data.stream: sharded, but several ranks read mostly the same samples.",
-        "Remove data.stream: sharded, so that dtrain deals out the samples, or let the data set "
+        "Remove data.stream: sharded, so that dtrain distributes the samples, or let the data set "
         "shard itself by the rank.",
     ),
     "data.stream-of-map-style": Entry(
         "The job sets data.stream, which is for data sets that can only be iterated. This one has "
-        "__len__ and __getitem__, and dtrain deals out its samples.",
-        "Remove data.stream from the job, and what shards the data set by the rank.",
+        "__len__ and __getitem__, so dtrain distributes its samples.",
+        "Remove data.stream from the job, and the code that shards the data set by the rank.",
     ),
     "data.streams-differ": Entry(
         "train_dataset() can only be iterated, and it gives the ranks different samples, or the "
-        "same ones in another order.",
-        "Remove what shards or shuffles by the rank or by the loader process. If the data set "
-        "shards itself on purpose, set data.stream: sharded.",
+        "same samples in a different order.",
+        "Remove the code that shards or shuffles by the rank or the loader process. If the data "
+        "set shards itself on purpose, set data.stream: sharded.",
     ),
     "data.too-few-samples": Entry(
         "There are fewer samples in a step, or in the data set, than processes.",
         "Use a larger global batch size or fewer processes.",
     ),
     "data.two-orders": Entry(
-        "The task has sample_order() and sample_weights(), and both would decide the order.",
+        "The task has sample_order() and sample_weights(), but only one of them can decide the "
+        "order.",
         "Remove one of the two methods.",
     ),
     "data.weights-without-shuffle": Entry(
@@ -225,7 +228,7 @@ _EVALUATION = {
     ),
     "predict.files-not-shared": Entry(
         "Rank 0 does not see the predictions that another rank wrote, so the nodes do not share "
-        "the directory of the run.",
+        "the run directory.",
         "Put the runs into a directory on a file system that all nodes share.",
     ),
     "predict.not-rows": Entry(
@@ -242,11 +245,11 @@ _EVALUATION = {
         "Write dtrain.EMA(model, 0.999), or dtrain.EMA(decay=0.999) in callbacks().",
     ),
     "ema.cannot-copy": Entry(
-        "dtrain.EMA needs a copy of the model, and copy.deepcopy() does not give one.",
-        "Make the model copyable by copy.deepcopy(), or do without dtrain.EMA.",
+        "dtrain.EMA needs a copy of the model, but copy.deepcopy() does not make a complete one.",
+        "Make the model copyable by copy.deepcopy(), or do not use dtrain.EMA.",
     ),
     "ema.needs-whole-weights": Entry(
-        "dtrain.EMA averages whole parameters, but strategy 'fsdp' cuts them into parts.",
+        "dtrain.EMA averages whole parameters, but strategy 'fsdp' shards them.",
         "Use strategy 'ddp' or 'exact'.",
     ),
     "ema.no-model-yet": Entry(
@@ -254,7 +257,7 @@ _EVALUATION = {
         "Pass the model: dtrain.EMA(model, decay). Or use the average after the training began.",
     ),
     "ema.of-other-model": Entry(
-        "The task keeps a dtrain.EMA of a module that is not in the model of the training, so the "
+        "The task keeps a dtrain.EMA of a module that is not part of the trained model, so the "
         "average would never change.",
         "Make the dtrain.EMA of the model that model() returns, or of a part of it.",
     ),
@@ -275,24 +278,25 @@ _CHECKS = {
         "Lower the learning rate or scale the loss down, and look for the parameter that grows.",
     ),
     "check.initial-values-differ": Entry(
-        "model() gives parameters or buffers other values on some ranks, though all ranks have the "
-        "same seed.",
+        "model() gives parameters or buffers different initial values on some ranks, although all "
+        "ranks have the same seed.",
         "Draw initial values from the generators of torch, NumPy or Python, and not from the rank "
         "or the time. Or set checks.init: broadcast to use the values of rank 0.",
     ),
     "check.model-differs": Entry(
-        "model() builds another model on some ranks: other names, shapes, types or another order.",
+        "model() builds a different model on some ranks: names, shapes, types or their order "
+        "differ.",
         "Build the same model on each rank. It must not depend on the rank or the node.",
     ),
     "check.not-finite": Entry(
         "A loss or a gradient is NaN or infinite. The message names the rank, the micro-batch and "
-        "the sample where these can be found.",
+        "the sample, if they can be found.",
         "Look at that sample, lower the learning rate, or clip gradients with "
-        "train.clip_grad_norm. checks.on_nan: skip leaves out such steps.",
+        "train.clip_grad_norm. With checks.on_nan: skip, such steps are skipped.",
     ),
     "check.optimizer-differs": Entry(
-        "optimizer() builds another optimizer on some ranks: another class, other groups or other "
-        "options.",
+        "optimizer() builds a different optimizer on some ranks: its class, groups or options "
+        "differ.",
         "Build the same optimizer on each rank. It must not depend on the rank or the node.",
     ),
     "check.programs-differ": Entry(
@@ -310,55 +314,55 @@ _CHECKS = {
     "check.state-not-finite": Entry(
         "A parameter, a buffer or the state of the optimizer is NaN or infinite when a checkpoint "
         "is due. The checkpoint is not written.",
-        "Look at the update or the forward that made it so, for example BatchNorm statistics or "
-        "a learning rate that is too high. The checkpoints before are intact.",
+        "Look for the update or the forward that made it so, for example BatchNorm statistics or "
+        "a learning rate that is too high. Earlier checkpoints are intact.",
     ),
     "check.too-many-skipped": Entry(
-        "More steps in a row than checks.max_skipped had a loss or gradient that is not finite.",
-        "Look for the cause in the message. A later checkpoint cannot help; resume from an earlier "
-        "one with a lower learning rate.",
+        "The loss or gradient was not finite in more steps in a row than checks.max_skipped.",
+        "The message names the last cause. Resume from an earlier checkpoint, for example with a "
+        "lower learning rate.",
     ),
     "inject.impossible": Entry(
-        "The fault of --inject cannot be made in this training: there is no such tensor, element "
-        "or bit, or it would change nothing.",
+        "The fault of --inject cannot be injected in this training: there is no such tensor, "
+        "element or bit, or it would change nothing.",
         "Choose a tensor, an element or a step that the message names as possible.",
     ),
     "inject.never-made": Entry(
-        "The training ended before the fault of --inject could be made.",
+        "The training ended before the fault of --inject was injected.",
         "Choose an earlier step, or a kind of fault that occurs in this training.",
     ),
 }
 
 _CHECKPOINTS = {
     "checkpoint.bad-position": Entry(
-        "The position in the data that the checkpoint holds cannot be one.",
+        "The checkpoint contains an impossible position in the data.",
         "Resume from an earlier checkpoint: move this one away.",
     ),
     "checkpoint.cannot-write": Entry(
         "A checkpoint cannot be written, for example because the directory is read-only or the "
-        "file system failed. The checkpoints before it are intact.",
+        "file system failed. Earlier checkpoints are intact.",
         "Make the directory in the message writable for the job, then resume.",
     ),
     "checkpoint.damaged-file": Entry(
-        "A file of a checkpoint does not hold the bytes that were written there.",
-        "Nothing needs to be done while an older checkpoint is whole: dtrain uses that one. Test "
-        "the disk, or bring the file back from a copy.",
+        "The content of a checkpoint file is not what was written.",
+        "If an earlier checkpoint is intact, dtrain uses that one. Test the disk, or restore the "
+        "file from a copy.",
     ),
     "checkpoint.no-space": Entry(
-        "The disk is full, or a quota is reached, so a checkpoint cannot be written. The "
-        "checkpoints before it are intact.",
+        "The disk is full, or a quota is reached, so a checkpoint cannot be written. Earlier "
+        "checkpoints are intact.",
         "Free some space, or write less with checkpoint.keep and checkpoint.every_steps. Then "
         "resume.",
     ),
     "checkpoint.none-loads": Entry(
-        "The run has checkpoints, but none of them can be used. The message lists why. dtrain does "
-        "not begin again at step 0, as this would hide the loss.",
-        "Mend the cause, for example by resuming with the same model. To begin again on purpose, "
+        "The run has checkpoints, but none of them can be used. The message lists the reasons. "
+        "dtrain does not start again at step 0, because this would hide the problem.",
+        "Fix the cause, for example by resuming with the same model. To start again at step 0, "
         "move the checkpoints away.",
     ),
     "checkpoint.other-data": Entry(
-        "The checkpoint is of other data, or of another order of them, so its position does not "
-        "fit.",
+        "The checkpoint was made with different data, or with a different order of the data, so "
+        "its position does not apply.",
         "Resume with the same data, seed and data.shuffle, or launch a new run.",
     ),
     "checkpoint.other-format": Entry(
@@ -366,81 +370,84 @@ _CHECKPOINTS = {
         "Resume with that version of dtrain.",
     ),
     "checkpoint.other-groups": Entry(
-        "The optimizer of the checkpoint groups the parameters in another way than this one.",
-        "Make the same groups of parameters in optimizer(), or launch a new run.",
+        "The parameter groups of the optimizer in the checkpoint are not those of this optimizer.",
+        "Make the same parameter groups in optimizer(), or launch a new run.",
     ),
     "checkpoint.other-model": Entry(
-        "The names or shapes of parameters or buffers in the checkpoint are not the model's.",
+        "The names or shapes of parameters or buffers in the checkpoint differ from those of the "
+        "model.",
         "Resume with the code and args that built the model of the checkpoint, or launch a new "
         "run.",
     ),
     "checkpoint.part-of-tensor": Entry(
-        "State that is to be saved holds one rank's part of a tensor that strategy 'fsdp' has cut.",
-        "Leave the model's own parameters out of the state. Of a copy, save what full_tensor() "
-        "returns, which all ranks must call together.",
+        "The state to be saved contains one rank's shard of a tensor that strategy 'fsdp' has "
+        "sharded.",
+        "Leave the model's own parameters out of the state. For a copy of a parameter, save the "
+        "result of full_tensor(), which all ranks must call together.",
     ),
     "checkpoint.state-missing": Entry(
-        "The checkpoint holds no state of an object that is to be restored.",
-        "Resume with the objects that were there when it was saved, or launch a new run.",
+        "The checkpoint contains no state for an object that must be restored.",
+        "Resume with the objects that existed when it was saved, or launch a new run.",
     ),
     "checkpoint.state-refused": Entry(
-        "load_state_dict() of an object raises an error for the state in the checkpoint. Its code "
-        "or its settings have probably changed since.",
-        "Resume with the code as it was, or let load_state_dict() accept the older state.",
+        "load_state_dict() of an object raises an error for the state in the checkpoint. Probably "
+        "its code or its settings have changed since it was saved.",
+        "Resume with the old code, or let load_state_dict() accept the older state.",
     ),
     "checkpoint.unreadable-file": Entry(
-        "The file system gives an error when a file of a checkpoint is read.",
-        "Look at the error in the message, for example permissions or a file system that is not "
-        "mounted.",
+        "The file system reports an error when a file of a checkpoint is read.",
+        "Fix the error in the message, for example missing permissions or a file system that is "
+        "not mounted.",
     ),
     "checkpoint.unsaveable-key": Entry(
-        "A dict in the state that is to be saved has a key that is neither str nor int.",
+        "A dict in the state to be saved has a key that is neither str nor int.",
         "Use keys of these types in state_dict().",
     ),
     "checkpoint.unsaveable-value": Entry(
-        "The state that is to be saved holds an object that a checkpoint cannot give back, for "
-        "example a set, a sparse tensor or an object of a class of the task.",
+        "The state to be saved contains an object that a checkpoint cannot hold, for example a "
+        "set, a sparse tensor or an object of a class of the task.",
         "Save tensors, NumPy arrays, numbers, str and None, in dicts, lists and tuples.",
     ),
     "checkpoint.wrong-directory": Entry(
-        "The checkpoint is of another step than the name of its directory, so the directory was "
-        "renamed or copied by hand.",
-        "Give the directory the name of its own step, or move it away.",
+        "The step of the checkpoint is not the step in the name of its directory. Probably the "
+        "directory was renamed or copied.",
+        "Rename the directory to the step of the checkpoint, or move it away.",
     ),
     "resume.settings-changed": Entry(
-        "The job or the task now gives the optimizer or the scheduler other settings, but training "
-        "has changed them since the start, so neither the old nor the new value would be right.",
+        "The job or the task now gives the optimizer or the scheduler different settings, but the "
+        "training has changed these settings since its start, so neither the old nor the new "
+        "value would be right.",
         "Resume with the old settings, which the message shows, or launch a new run.",
     ),
 }
 
 _STRATEGIES = {
     "strategy.batch-cannot-be-cut": Entry(
-        "Strategy 'dp' cuts each batch into parts for the devices, but the batch holds something "
-        "that is not a tensor with one row for each sample.",
+        "Strategy 'dp' splits each batch between the devices, but the batch holds something that "
+        "is not a tensor with one row for each sample.",
         "Return tensors with the samples first from collate(), or use strategy 'ddp'.",
     ),
     "strategy.batch-cannot-be-lent": Entry(
         "A rank has no sample in a step and borrows a batch of another rank, but the batch holds "
-        "objects that ranks do not exchange.",
+        "objects that cannot be sent between ranks.",
         "Return a dict of tensors from collate(), or make the global batch at least as large as "
         "the number of processes.",
     ),
     "strategy.buffer-changes-shape": Entry(
-        "A forward changes the shape of a buffer, and strategy 'exact' cannot combine the buffers "
-        "of its virtual shards then.",
-        "Do not keep what depends on the batch in a buffer.",
+        "A forward changes the shape of a buffer. Strategy 'exact' cannot combine such a buffer "
+        "over its virtual shards.",
+        "Do not store values whose shape depends on the batch in a buffer.",
     ),
     "strategy.mixed-types": Entry(
-        "Strategy 'fsdp' needs one type for all trainable parameters of a block of the model.",
-        "Give the parameters one type, for example by model.float(), or use strategy 'ddp'.",
+        "Strategy 'fsdp' needs one dtype for all trainable parameters of a block of the model.",
+        "Give the parameters one dtype, for example by model.float(), or use strategy 'ddp'.",
     ),
     "strategy.one-process-only": Entry(
         "The strategy trains in one process, but several were started.",
         "Use strategy 'ddp', or start one process.",
     ),
     "strategy.scalar-parameter": Entry(
-        "A parameter has no dimension, and strategy 'fsdp' cannot cut it into parts.",
+        "A parameter is a scalar, which strategy 'fsdp' cannot shard.",
         "Give the parameter one dimension, or use strategy 'ddp'.",
     ),
     "strategy.sparse-gradients": Entry(
@@ -460,12 +467,12 @@ _KERAS = {
         "Use the field of the job or the callback that the message names.",
     ),
     "keras.compile-argument": Entry(
-        "model.compile() has an argument that only model.fit follows.",
-        "Leave the argument out.",
+        "model.compile() has an argument that only model.fit uses.",
+        "Remove the argument.",
     ),
     "keras.fit-argument": Entry(
-        "The function returns an argument of model.fit that dtrain does not take.",
-        "Set the field of the job that the message names, and leave the argument out.",
+        "The function returns an argument of model.fit that dtrain does not support.",
+        "Set the field of the job that the message names, and remove the argument.",
     ),
     "keras.loss-reduction": Entry(
         "A loss of the model is not a mean over samples, so it would depend on how many processes "
@@ -482,7 +489,7 @@ _KERAS = {
         "Return model, {'x': x, 'y': y}: the model, and the arguments for model.fit.",
     ),
     "keras.no-length": Entry(
-        "A PyDataset does not know its length, so that no order can be computed.",
+        "A PyDataset has no length, so no order can be computed.",
         "Give it __len__(), or return a function that makes a generator of batches.",
     ),
     "keras.no-such-monitor": Entry(
@@ -500,9 +507,9 @@ _KERAS = {
         "Return the function that makes the generator.",
     ),
     "keras.optimizer-option": Entry(
-        "The optimizer has an option that dtrain does itself or does not support: loss scaling, "
+        "The optimizer has an option that dtrain replaces or does not support: loss scaling, "
         "gradient accumulation or use_ema.",
-        "Leave the option out, and set the field of the job that the message names.",
+        "Remove the option, and set the field of the job that the message names.",
     ),
     "keras.other-backend": Entry(
         "Keras runs on another backend than torch. dtrain trains with torch.",
@@ -544,11 +551,11 @@ _LIGHTNING = {
     ),
     "lightning.given-twice": Entry(
         "An argument under lightning.trainer and a field of the job mean the same.",
-        "Leave one of them out.",
+        "Remove one of them.",
     ),
     "lightning.log-not-a-mean": Entry(
-        "self.log() has a reduce_fx other than the mean. dtrain combines the values of batches and "
-        "ranks to a mean.",
+        "self.log() has a reduce_fx other than the mean. dtrain combines the values of batches "
+        "and ranks into a mean.",
         "Log the mean over the batch, or an object of torchmetrics.",
     ),
     "lightning.log-of-two-loaders": Entry(
@@ -559,7 +566,7 @@ _LIGHTNING = {
     "lightning.manual-optimization": Entry(
         "The module has automatic_optimization = False, and a field of the job asks for something "
         "that only Lightning's own steps do.",
-        "Leave the field out, and do that in training_step().",
+        "Remove the field, and do the same in training_step().",
     ),
     "lightning.metric-on-some-ranks": Entry(
         "An object of torchmetrics was logged on some ranks only. The others had no sample to "
@@ -605,10 +612,10 @@ _LIGHTNING = {
         "Derive the class from LightningDataModule, of the same package as the module.",
     ),
     "lightning.sampler-not-replaceable": Entry(
-        "Lightning cannot put a DistributedSampler into a training loader, because it cannot make "
-        "that loader or its sampler again.",
-        "Set lightning.trainer: {use_distributed_sampler: false}, and let the loader read the part "
-        "of its own rank.",
+        "Lightning cannot put a DistributedSampler into a training loader, because it cannot "
+        "create that loader or its sampler again.",
+        "Set lightning.trainer: {use_distributed_sampler: false}, and let the loader read only "
+        "the samples of its own rank.",
     ),
     "lightning.scheduler-by-epochs": Entry(
         "The scheduler is stepped by epochs, but the length of the data is not known.",
@@ -625,8 +632,9 @@ _LIGHTNING = {
         "the job.",
     ),
     "lightning.two-intervals": Entry(
-        "The job has eval.every_steps and eval.every_epochs. Lightning's loops follow only one.",
-        "Leave one of the two out.",
+        "The job has eval.every_steps and eval.every_epochs. Lightning's loops support only one "
+        "of them.",
+        "Remove one of the two.",
     ),
     "lightning.two-packages": Entry(
         "One process uses modules of both packages of Lightning, lightning and pytorch_lightning.",
@@ -637,10 +645,11 @@ _LIGHTNING = {
 _SCRIPTS = {
     "script.no-directory": Entry(
         "dtrain.checkpoint() is called outside of a run of dtrain, and without a directory.",
-        "Give a directory: dtrain.checkpoint(…, directory=…). Or launch the script with dtrain.",
+        "Pass a directory: dtrain.checkpoint(…, directory=…). Or launch the script with dtrain.",
     ),
     "script.no-process-group": Entry(
-        "A function that speaks to the other processes is called before the process group exists.",
+        "A function that communicates with the other processes is called before the process group "
+        "exists.",
         "Call it after torch.distributed.init_process_group().",
     ),
     "script.sampler-not-stepped": Entry(

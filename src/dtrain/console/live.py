@@ -24,7 +24,7 @@ _FOLD_WINDOW_S = 0.3
 _STEP_LINES_EVERY_S = 10.0
 _SAID = r"^\d{4}-\d\d-\d\d \S+ \w+ dtrain\.train\.loop\.reporting: "
 _STEP_LINE = re.compile(_SAID + r"step (\d+)/(\d+|\?) ")
-_END_LINE = re.compile(_SAID + r"(finished: |leaving after )")
+_END_LINE = re.compile(_SAID + r"(finished: |stopping after )")
 _WIDEST_BAR = 100
 _BESIDE_TEXT = 40
 """The columns that a bar needs in addition to its text: step, bar, time left."""

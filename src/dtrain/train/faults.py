@@ -37,7 +37,7 @@ _TARGETS = {
 
 
 class NeverMadeError(BlamedError):
-    """A fault was requested, but the training had nothing to which it applies."""
+    """A fault was requested, but the training had nothing that it applies to."""
 
     code = "inject.never-made"
 
@@ -144,7 +144,7 @@ class Injector:
 
     def _done(self, fault: Injection) -> None:
         self._waiting = [each for each in self._waiting if each is not fault]
-        logger.warning("made a fault on purpose: %s in step %d", fault.kind, fault.step)
+        logger.warning("injected the fault %s in step %d", fault.kind, fault.step)
 
     def _change_tensors(self, subject: TrainState, *, gradients: bool) -> None:
         for fault in self._take(
@@ -341,12 +341,12 @@ def _is_named(name: str, param: str | None) -> bool:
 
 
 def _unmade(fault: Injection, last_step: int) -> str:
-    why = f"step {fault.step} had nothing to which it applies"
+    why = f"step {fault.step} had nothing that it applies to"
     if fault.step > last_step:
-        why = f"training ended after step {last_step}"
+        why = f"the training ended after step {last_step}"
     elif fault.kind in ("skip-collective", "swap-collectives"):
         why = f"the task called no collective itself in step {fault.step}"
-    return f"--inject {fault.kind}: never made on rank {fault.rank}: {why}"
+    return f"--inject {fault.kind}: not injected on rank {fault.rank}: {why}"
 
 
 def _error(fault: Injection, why: str, *, code: str = "inject.impossible") -> UsageError:

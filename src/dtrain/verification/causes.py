@@ -12,7 +12,8 @@ import numpy as np
 from dtrain.trace import Recording, StepRecord, Tensors, Vector
 from dtrain.verification import losses
 from dtrain.verification.case import Case
-from dtrain.verification.clauses import (
+from dtrain.verification.compare import L1, difference_norm
+from dtrain.verification.rules import (
     BUFFERS,
     CLIPPING,
     EVALUATION,
@@ -21,7 +22,6 @@ from dtrain.verification.clauses import (
     UPDATE,
     Finding,
 )
-from dtrain.verification.compare import L1, apart
 from dtrain.words import few
 
 _CLIPPED = 1 - 1e-4
@@ -37,7 +37,7 @@ _FACTOR = 1e-6
 
 
 def explain(case: Case) -> Finding:
-    """Return the clause that fails, and the likely cause."""
+    """Return the broken rule, and the likely cause."""
     what = case.excess.what
     if what in ("loss", "gradient norm", "gradients"):
         return _gradient(case)
@@ -59,9 +59,9 @@ def _gradient(case: Case) -> Finding:
 
 
 def _unknown(case: Case) -> str:
-    if case.pair.micro_batch_size is not None:
+    if case.layout.micro_batch_size is not None:
         return "accumulated gradients are reduced more than once, or divided by their number"
-    return "the ranks' gradients are added with wrong weights, or changed on one rank (a hook)"
+    return "the ranks' gradients are added with wrong weights, or a hook changes them on one rank"
 
 
 def _by_clipping(case: Case) -> Finding | None:
@@ -70,117 +70,133 @@ def _by_clipping(case: Case) -> Finding | None:
     Such a mean is shorter than a clipped mean.
     """
     limit = case.spec.train.clip_grad_norm
-    ours, theirs = (each.steps[case.step].gradients.norm() for each in (case.reference, case.other))
-    if limit is None or ours < limit * _CLIPPED or theirs >= limit * _CLIPPED:
+    expected, actual = (
+        each.steps[case.step].gradients.norm() for each in (case.reference, case.other)
+    )
+    if limit is None or expected < limit * _CLIPPED or actual >= limit * _CLIPPED:
         return None
-    found = f"the gradient, clipped to {limit:g}, has a norm of {theirs:.4g}"
-    likely = "each rank clips its own gradient before the reduction"
-    return case.finding(found, likely, CLIPPING)
+    observation = f"the gradient is clipped to a norm of {limit:g}, but its norm is {actual:.4g}"
+    cause = "each rank clips its own gradient before the reduction"
+    return case.finding(observation, cause, CLIPPING)
 
 
 def _by_factor(case: Case) -> Finding | None:
     factor = _multiple(*_side_by_side(*_gradients(case)))
     if factor is None or abs(factor - 1) < _FACTOR:
         return None
-    found = f"the gradient is {factor:.6g} times the reference's"
-    clause, likely = _meaning(factor, case)
-    return case.finding(found, likely, clause)
+    observation = f"the gradient is {factor:.6g} times the reference's"
+    rule, cause = _meaning(factor, case)
+    return case.finding(observation, cause, rule)
 
 
 def _meaning(factor: float, case: Case) -> tuple[str, str]:
-    """Return (clause, likely cause) of a gradient that is a constant multiple of the right one."""
-    parts, size = case.pair.parts, len(case.reference.ids(case.step))
+    """Return (rule, likely cause) of a gradient that is a constant multiple of the right one."""
+    parts, size = case.layout.parts, len(case.reference.ids(case.step))
     micro = max((len(line.ids) for line in case.other.lines(case.step)), default=1)
     weight = _weight(case.reference, case.step)
     known = [
-        (parts, f"gradients are added over the {parts} processes and not divided"),
-        (1 / parts, f"gradients are divided by the {parts} processes once more (wrapped twice?)"),
+        (parts, f"gradients are summed over the {parts} processes and not divided by {parts}"),
+        (
+            1 / parts,
+            f"gradients are divided by the {parts} processes twice (is the model wrapped twice?)",
+        ),
         (parts**2, f"gradients are multiplied by {parts} twice"),
-        (micro, f"the {micro} accumulated micro-batches are added and not divided"),
-        (1 / micro, f"gradients are divided by the {micro} micro-batches once more"),
-        (size, "a sum over the samples is taken for a mean"),
-        (1 / size, "a mean over the samples is divided by their number once more"),
-        (weight / size, "gradients are divided by the number of samples instead of the weights"),
-        (size / weight, "gradients are divided by the weights instead of the number of samples"),
+        (micro, f"gradients of the {micro} micro-batches are summed and not divided by {micro}"),
+        (1 / micro, f"gradients are divided by the {micro} micro-batches twice"),
+        (size, "a sum over the samples is used as if it were their mean"),
+        (1 / size, "a mean over the samples is divided by their number again"),
+        (
+            weight / size,
+            "gradients are divided by the number of samples instead of the sum of weights",
+        ),
+        (
+            size / weight,
+            "gradients are divided by the sum of weights instead of the number of samples",
+        ),
     ]
     if factor >= 256 and math.log2(factor) % 1 == 0:
-        return SCALER, f"the loss scale {factor:g} is never taken out again"
+        return SCALER, f"gradients are not divided by the loss scale, {factor:g}"
     for value, meaning in known:
         if value != 1 and abs(factor / value - 1) < _FACTOR:
             return GRADIENT, meaning
-    return GRADIENT, "one division too many, too few, or by another number"
+    return GRADIENT, "a division is missing, is done twice, or is by a wrong number"
 
 
 def _by_some_parameters(case: Case) -> Finding | None:
     """Return a finding if only some tensors differ, and the others not at all."""
-    ours, theirs = _gradients(case)
-    if ours.vectors.keys() ^ theirs.vectors.keys():
-        strangers = sorted(ours.vectors.keys() ^ theirs.vectors.keys())
-        found = f"{strangers[0]} has a gradient on one side only"
-        return Finding(GRADIENT, found, "unused parameters are treated differently", case.step)
-    bad = [name for name in ours.vectors if _is_apart(ours, theirs, name)]
-    if not 0 < len(bad) < len(ours.vectors):
+    expected, actual = _gradients(case)
+    if expected.vectors.keys() ^ actual.vectors.keys():
+        unmatched = sorted(expected.vectors.keys() ^ actual.vectors.keys())
+        observation = f"{unmatched[0]} has a gradient in only one of the two runs"
+        return Finding(
+            GRADIENT, observation, "unused parameters are treated differently", case.step
+        )
+    bad = [name for name in expected.vectors if _differs(expected, actual, name)]
+    if not 0 < len(bad) < len(expected.vectors):
         return None
-    found = f"{len(bad)} of {len(ours.vectors)} parameters have another gradient: {few(bad)}"
-    return case.finding(found, "not reduced, or reduced twice, or changed on one rank (a hook)")
+    observation = (
+        f"{len(bad)} of {len(expected.vectors)} parameters have a different gradient: {few(bad)}"
+    )
+    cause = "these gradients are not reduced, are reduced twice, or a hook changes them on one rank"
+    return case.finding(observation, cause)
 
 
 def _by_unequal_parts(case: Case) -> Finding | None:
     """Return a finding if means over unequal parts have equal weights."""
     sizes = _weights_of_ranks(case.other, case.step)
-    if sizes is None or len(set(sizes)) == 1 or case.pair.micro_batch_size is not None:
+    if sizes is None or len(set(sizes)) == 1 or case.layout.micro_batch_size is not None:
         return None
     mean = math.fsum(sizes) / len(sizes)
     if case.shown.value < _SLIGHT * max(abs(size / mean - 1) for size in sizes):
         return None
-    likely = f"a mean of means: ranks hold weights of {few(sizes)} but count alike"
-    return case.finding(str(case), likely)
+    cause = f"a mean of means: ranks have the weights {few(sizes)}, but count equally"
+    return case.finding(str(case), cause)
 
 
 def _update(case: Case) -> Finding:
-    found = str(case)
-    if case.pair.resume_after is not None and case.step == case.pair.resume_after + 1:
-        likely = "the optimizer's state was not restored with the checkpoint"
-        return case.finding(found, likely, UPDATE)
+    observation = str(case)
+    if case.layout.resume_after is not None and case.step == case.layout.resume_after + 1:
+        cause = "the optimizer's state was not restored from the checkpoint"
+        return case.finding(observation, cause, UPDATE)
     factor = _multiple(*(_moves(each, case.step) for each in (case.reference, case.other)))
-    likely = "the optimizer's settings or state depend on the number of processes"
+    cause = "the optimizer's settings or state depend on the number of processes"
     if factor is not None and abs(factor - 1) > _FACTOR:
-        likely = f"parameters move {factor:.6g} times as far from the same gradient: "
-        likely += "updated more than once, or with another learning rate"
-    return case.finding(found, likely, UPDATE)
+        cause = f"parameters change {factor:.6g} times as much for the same gradient: "
+        cause += "they are updated more than once, or with a different learning rate"
+    return case.finding(observation, cause, UPDATE)
 
 
 def _buffers(case: Case) -> Finding:
     name, step = case.excess.tensor, case.step
-    before, after, theirs = (
+    before, after, actual = (
         case.reference.steps[step - 1].buffers.vectors.get(name),
         case.reference.steps[step].buffers.vectors.get(name),
         case.other.steps[step].buffers.vectors.get(name),
     )
-    likely = "each process updates it from its own samples"
-    if before is not None and theirs is not None and after is not None:
-        stale = before.shape == theirs.shape and not np.any(before - theirs)
-        if stale and np.any(after - theirs):
-            likely = "a stale copy of the buffer is put back after the step"
-    return Finding(BUFFERS, f"buffer {name} has another value", likely, step, name)
+    cause = "each process updates it from its own samples"
+    if before is not None and actual is not None and after is not None:
+        stale = before.shape == actual.shape and not np.any(before - actual)
+        if stale and np.any(after - actual):
+            cause = "a stale copy of the buffer is restored after the step"
+    return Finding(BUFFERS, f"buffer {name} has a different value", cause, step, name)
 
 
 def _evaluation(case: Case) -> Finding:
     name = case.excess.what.removeprefix("metric ")
-    ours, theirs = case.reference.metrics.get(name), case.other.metrics.get(name)
-    found = f"{name} is {theirs}, not {ours}, of the same parameters"
-    likely = "samples are repeated or dropped to make shares equal, or ranks' means are averaged"
-    return Finding(EVALUATION, found, likely, case.step)
+    expected, actual = case.reference.metrics.get(name), case.other.metrics.get(name)
+    observation = f"{name} is {actual}, not {expected}, with the same parameters"
+    cause = "samples are repeated or dropped to make shares equal, or ranks' means are averaged"
+    return Finding(EVALUATION, observation, cause, case.step)
 
 
 # -- numbers ---------------------------------------------------------------------------------
 
 
 def _gradients(case: Case) -> tuple[Tensors, Tensors]:
-    """Return the reduced gradients of both sides, before clipping."""
+    """Return the reduced gradients of both runs, before clipping."""
     limit = case.spec.train.clip_grad_norm
-    ours, theirs = (each.steps[case.step] for each in (case.reference, case.other))
-    return _before_clipping(ours, limit), _before_clipping(theirs, limit)
+    expected, actual = (each.steps[case.step] for each in (case.reference, case.other))
+    return _before_clipping(expected, limit), _before_clipping(actual, limit)
 
 
 def _before_clipping(record: StepRecord, limit: float | None) -> Tensors:
@@ -199,16 +215,16 @@ def _before_clipping(record: StepRecord, limit: float | None) -> Tensors:
     )
 
 
-def _side_by_side(ours: Tensors, theirs: Tensors) -> tuple[Vector, Vector]:
+def _side_by_side(expected: Tensors, actual: Tensors) -> tuple[Vector, Vector]:
     names = [
         name
-        for name, vector in ours.vectors.items()
-        if name in theirs.vectors and vector.shape == theirs.vectors[name].shape
+        for name, vector in expected.vectors.items()
+        if name in actual.vectors and vector.shape == actual.vectors[name].shape
     ]
     empty: list[Vector] = [np.empty(0)]
     return (
-        np.concatenate([*(ours.vectors[name] for name in names), *empty]),
-        np.concatenate([*(theirs.vectors[name] for name in names), *empty]),
+        np.concatenate([*(expected.vectors[name] for name in names), *empty]),
+        np.concatenate([*(actual.vectors[name] for name in names), *empty]),
     )
 
 
@@ -218,19 +234,19 @@ def _moves(recording: Recording, step: int) -> Vector:
     return new - old
 
 
-def _multiple(ours: Vector, theirs: Vector) -> float | None:
-    """Return the factor by which `theirs` is a multiple of `ours`; None if it is not a multiple."""
-    size = float(ours @ ours)
-    if ours.shape != theirs.shape or size == 0 or not np.all(np.isfinite(theirs)):
+def _multiple(expected: Vector, actual: Vector) -> float | None:
+    """Return the factor by which `actual` is a multiple of `expected`; None if it is not."""
+    size = float(expected @ expected)
+    if expected.shape != actual.shape or size == 0 or not np.all(np.isfinite(actual)):
         return None
-    factor = float(ours @ theirs) / size
-    rest = apart(factor * ours, theirs)
+    factor = float(expected @ actual) / size
+    rest = difference_norm(factor * expected, actual)
     return factor if rest <= _FACTOR * abs(factor) * math.sqrt(size) else None
 
 
-def _is_apart(ours: Tensors, theirs: Tensors, name: str) -> bool:
-    difference = apart(ours.vectors[name], theirs.vectors[name])
-    return difference > L1.parameters * ours.norm()
+def _differs(expected: Tensors, actual: Tensors, name: str) -> bool:
+    difference = difference_norm(expected.vectors[name], actual.vectors[name])
+    return difference > L1.parameters * expected.norm()
 
 
 def _weights_of_ranks(recording: Recording, step: int) -> list[float] | None:

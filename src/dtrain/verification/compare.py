@@ -45,17 +45,17 @@ class Distance:
 
     @classmethod
     def between(cls, reference: Tensors, other: Tensors) -> Distance:
-        """Measure the distance. A name that only one side has makes it infinite."""
-        strangers = reference.vectors.keys() ^ other.vectors.keys()
-        if strangers:
-            return cls(math.inf, min(strangers))
+        """Measure the distance. A name that only one of them has makes it infinite."""
+        unmatched = reference.vectors.keys() ^ other.vectors.keys()
+        if unmatched:
+            return cls(math.inf, min(unmatched))
         parts: dict[str, float] = {}
         hidden = 0.0
         whole = reference.norm()
         for name, vector in reference.vectors.items():
             if reference.digests[name] == other.digests[name]:
                 continue
-            parts[name] = apart(vector, other.vectors[name])
+            parts[name] = difference_norm(vector, other.vectors[name])
             if parts[name] > _NOISE * whole:
                 hidden = max(hidden, _ratio(parts[name], reference.norms[name]))
         if not parts:
@@ -150,17 +150,17 @@ class Comparison:
 def compare(reference: Recording, other: Recording) -> Comparison:
     """Measure the difference of `other` from `reference`, with the same number of steps in both."""
     numbers = range(1, min(reference.last_step, other.last_step) + 1)
-    pairs = [(reference.steps[number], other.steps[number]) for number in numbers]
+    steps = [(reference.steps[number], other.steps[number]) for number in numbers]
     return Comparison(
-        steps=[_of_step(*pair) for pair in pairs],
+        steps=[_of_step(*records) for records in steps],
         metrics={
             name: relative(value, other.metrics.get(name, math.inf))
             for name, value in reference.metrics.items()
         },
         identical=all(
-            ours.parameters.digests == theirs.parameters.digests
-            and ours.buffers.digests == theirs.buffers.digests
-            for ours, theirs in pairs
+            expected.parameters.digests == actual.parameters.digests
+            and expected.buffers.digests == actual.buffers.digests
+            for expected, actual in steps
         ),
     )
 
@@ -185,7 +185,7 @@ def relative(reference: float | None, other: float | None) -> float:
     return _ratio(abs(other - reference), abs(reference))
 
 
-def apart(reference: Vector, other: Vector) -> float:
+def difference_norm(reference: Vector, other: Vector) -> float:
     """Return the 2-norm of the difference; inf if the shapes differ, or one is not finite."""
     if reference.shape != other.shape:
         return math.inf

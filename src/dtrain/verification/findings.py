@@ -1,4 +1,4 @@
-"""Differences that show another training without any tolerance."""
+"""Differences that no tolerance allows: names, samples, learning rates, updates, replicas."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from dtrain.trace import Recording
 from dtrain.verification import samples
-from dtrain.verification.clauses import (
+from dtrain.verification.layouts import Layout
+from dtrain.verification.rules import (
     BUFFERS,
     ENDED_EARLY,
     MODEL,
@@ -18,11 +19,10 @@ from dtrain.verification.clauses import (
     UPDATE,
     Finding,
 )
-from dtrain.verification.pairs import Pair
 from dtrain.words import numbered
 
 
-def exact_findings(reference: Recording, other: Recording, pair: Pair) -> Iterator[Finding]:
+def exact_findings(reference: Recording, other: Recording, layout: Layout) -> Iterator[Finding]:
     """Yield findings that need no tolerance: names, samples, learning rates, updates, replicas.
 
     They come step by step, so that the first finding is the earliest.
@@ -33,92 +33,98 @@ def exact_findings(reference: Recording, other: Recording, pair: Pair) -> Iterat
         if step not in other.steps:
             yield Finding(UPDATE, ENDED_EARLY, "", step)
             return
-        yield from samples.of_order(reference, other, pair, step)
-        yield from samples.of_contents(reference, other, pair, step)
-        yield from _schedule(reference, other, pair, step)
+        yield from samples.of_order(reference, other, layout, step)
+        yield from samples.of_contents(reference, other, layout, step)
+        yield from _schedule(reference, other, layout, step)
         yield from _updates(reference, other, step)
         yield from _replicas(other, step)
-        if not pair.is_exact:  # it seeds each shard again, in whichever process
+        if not layout.is_exact:  # it seeds each shard, in any process
             yield from _random(other, step)
 
 
 def _names(reference: Recording, other: Recording) -> Iterator[Finding]:
-    ours = set(reference.steps[0].parameters.vectors)
-    theirs = set(other.steps[0].parameters.vectors)
-    if ours == theirs:
+    expected = set(reference.steps[0].parameters.vectors)
+    actual = set(other.steps[0].parameters.vectors)
+    if expected == actual:
         return
-    strangers = sorted(ours ^ theirs)
+    unmatched = sorted(expected ^ actual)
     yield Finding(
         MODEL,
-        f"parameters have other names: {', '.join(strangers[:3])}",
-        "the model is built differently in several processes",
+        f"the names of parameters differ: {', '.join(unmatched[:3])}",
+        "model() builds a different model in several processes",
         0,
-        strangers[0],
+        unmatched[0],
     )
 
 
 def _start(reference: Recording, other: Recording) -> Iterator[Finding]:
-    ours, theirs = (each.steps[0].parameters.digests for each in (reference, other))
-    different = [name for name in ours if name in theirs and ours[name] != theirs[name]]
+    expected, actual = (each.steps[0].parameters.digests for each in (reference, other))
+    different = [name for name in expected if name in actual and expected[name] != actual[name]]
     if different:
         yield Finding(
             START,
-            f"{len(different)} of {len(ours)} parameters begin with other values",
-            "model() is seeded by rank or world size, or reads random numbers of its own",
+            f"{len(different)} of {len(expected)} parameters have different initial values",
+            "model() sets a seed that depends on the rank or world size, or has its own generator",
             0,
             different[0],
         )
         return
     digests = [line.parameters for line in other.lines(0)]
-    strangers = [rank for rank, each in enumerate(digests) if each != digests[0]]
-    if strangers:
+    if any(each != digests[0] for each in digests):
         yield Finding(
             START,
             f"{_differing(digests)} in initial values",
-            "model() is seeded by rank: wrapping hides it, as rank 0's values are copied over",
+            "model() sets a seed that depends on the rank; the strategy hides this by copying "
+            "rank 0's values to all ranks",
             0,
         )
 
 
-def _schedule(reference: Recording, other: Recording, pair: Pair, step: int) -> Iterator[Finding]:
-    ours = reference.lines(step)[0].lr
+def _schedule(
+    reference: Recording, other: Recording, layout: Layout, step: int
+) -> Iterator[Finding]:
+    expected = reference.lines(step)[0].lr
     lines = [(rank, line.lr) for rank, line in enumerate(other.lines(step)) if line.lr]
-    wrong = [(rank, theirs) for rank, theirs in lines if ours and theirs != ours]
+    wrong = [(rank, actual) for rank, actual in lines if expected and actual != expected]
     if not wrong:
         return
-    _, theirs = wrong[0]
-    group = next((g for g, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y), 0)
-    of_group = f" of group {group}" if len(ours) > 1 else ""
+    _, actual = wrong[0]
+    group = next((g for g, (x, y) in enumerate(zip(expected, actual, strict=False)) if x != y), 0)
+    of_group = f" of group {group}" if len(expected) > 1 else ""
     those = numbered("rank", (rank for rank, _ in wrong))
     where = "" if len(wrong) == len(lines) else f" on {those}"
-    found = f"the learning rate{of_group} is {theirs[group]:.6g}{where}, not {ours[group]:.6g}"
+    observation = (
+        f"the learning rate{of_group} is {actual[group]:.6g}{where}, not {expected[group]:.6g}"
+    )
     if where:
-        likely = f"something sets it on {those} alone"
+        cause = f"something changes it on {those} only"
     else:
-        likely = _explain_schedule(reference, other, group, pair, step)
-    yield Finding(SCHEDULE, found, likely, step)
+        cause = _explain_schedule(reference, other, group, layout, step)
+    yield Finding(SCHEDULE, observation, cause, step)
 
 
 def _explain_schedule(
-    reference: Recording, other: Recording, group: int, pair: Pair, step: int
+    reference: Recording, other: Recording, group: int, layout: Layout, step: int
 ) -> str:
     rate = other.lines(step)[0].lr[group]
     known = {s: reference.lines(s)[0].lr for s in reference.steps}
     rates = {s: each[group] for s, each in known.items() if each}
     ratio = rate / rates[step] if rates.get(step) else 0.0
-    if step == 1 and abs(ratio - pair.parts) < 1e-9:
-        return f"it is multiplied by the {pair.parts} processes (linear scaling)"
-    if pair.resume_after is not None and step == pair.resume_after + 1:
-        return "the scheduler's state was not restored with the checkpoint"
+    if step == 1 and abs(ratio - layout.parts) < 1e-9:
+        return f"it is multiplied by the number of processes, {layout.parts} (linear scaling)"
+    if layout.resume_after is not None and step == layout.resume_after + 1:
+        return "the scheduler's state was not restored from the checkpoint"
     calls = _calls(other, step)
-    alike = next((s for s in rates if s != step and _calls(reference, s) == calls), None)
-    if alike is not None and rates[alike] == rate:
+    same_calls = next((s for s in rates if s != step and _calls(reference, s) == calls), None)
+    if same_calls is not None and rates[same_calls] == rate:
         return "the scheduler is stepped in loss(), once for each of its calls"
     matches = [s for s, each in rates.items() if abs(each - rate) <= 1e-12 * abs(rate)]
-    if any(s == 1 + (step - 1) * pair.parts for s in matches) or _runs_ahead(rates, rate, step):
-        return f"the scheduler is stepped once per process ({pair.parts}) instead of once per step"
+    if any(s == 1 + (step - 1) * layout.parts for s in matches) or _runs_ahead(rates, rate, step):
+        return (
+            f"the scheduler is stepped once per process ({layout.parts}) instead of once per step"
+        )
     if matches and max(matches) < step:
-        return "the scheduler is stepped too seldom"
+        return "the scheduler is not stepped after every step"
     return "the schedule depends on the number of processes"
 
 
@@ -140,35 +146,33 @@ def _updates(reference: Recording, other: Recording, step: int) -> Iterator[Find
     if all(count == expected for count in counts):
         return
     if len(set(counts)) > 1:
-        likely = "ranks decide on their own whether to skip an overflown fp16 step"
-        yield Finding(UPDATE, f"ranks made {counts} updates", likely, step)
+        cause = "each rank decides alone whether to skip an fp16 step whose gradient overflows"
+        yield Finding(UPDATE, f"the ranks made different numbers of updates: {counts}", cause, step)
         return
-    likely = "the optimizer is stepped once per micro-batch or per process"
+    cause = "the optimizer is stepped once per micro-batch or per process"
     if counts[0] == 0:
-        likely = "the fp16 loss scale is wrong or lost: the gradient overflows"
+        cause = "the fp16 loss scale is wrong or lost: the gradient overflows"
     elif expected == 0:
-        likely = "an fp16 step that overflows is not skipped"
-    found = f"the optimizer was stepped {counts[0]} times, not {expected}"
-    yield Finding(UPDATE, found, likely, step)
+        cause = "an fp16 step that overflows is not skipped"
+    observation = f"the optimizer was stepped {counts[0]} times, not {expected}"
+    yield Finding(UPDATE, observation, cause, step)
 
 
 def _replicas(other: Recording, step: int) -> Iterator[Finding]:
     lines = other.lines(step)
-    strangers = [r for r, line in enumerate(lines) if line.parameters != lines[0].parameters]
-    if strangers:
-        alike = len({line.gradients for line in lines}) == 1
+    if any(line.parameters != lines[0].parameters for line in lines):
+        same_gradients = len({line.gradients for line in lines}) == 1
         yield Finding(
             REPLICAS,
             f"{_differing([line.parameters for line in lines])} in parameters",
-            "the same gradient is applied in another way: other settings of the optimizer, or a "
-            "write to the parameters"
-            if alike
+            "all ranks have the same gradient, but not the same update: the settings of their "
+            "optimizers differ, or something writes to the parameters"
+            if same_gradients
             else "gradients are not reduced: every rank trains on its own",
             step,
         )
     for name, digest in lines[0].buffers.items():
-        strangers = [r for r, line in enumerate(lines) if line.buffers.get(name) != digest]
-        if strangers:
+        if any(line.buffers.get(name) != digest for line in lines):
             yield Finding(
                 BUFFERS,
                 f"{_differing([line.buffers.get(name) for line in lines])} in buffer {name}",
@@ -187,7 +191,7 @@ def _random(other: Recording, step: int) -> Iterator[Finding]:
         yield Finding(
             RANDOM,
             "all ranks drew the same random numbers",
-            "every rank has the same seed: their dropout masks are copies of one another",
+            "all ranks have the same seed, so their dropout masks are the same",
             step,
         )
 

@@ -14,9 +14,9 @@ from dtrain.verification.svg import Line, Mark, chart
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #6b7280; --line: #d8dee4;
-  --paper: #ffffff; --good: #1a7f37; --bad: #cf222e; --odd: #9a6700; --ours: #0969da; }
+  --paper: #ffffff; --good: #1a7f37; --bad: #cf222e; --odd: #9a6700; --same: #0969da; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d;
-  --paper: #0d1117; --good: #3fb950; --bad: #f85149; --odd: #d29922; --ours: #58a6ff; } }
+  --paper: #0d1117; --good: #3fb950; --bad: #f85149; --odd: #d29922; --same: #58a6ff; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
@@ -29,7 +29,7 @@ th { color: var(--soft); font-weight: 500; }
 td.number { font-variant-numeric: tabular-nums; }
 .green { color: var(--good); } .red { color: var(--bad); font-weight: 600; }
 .yellow { color: var(--odd); }
-dl { display: grid; grid-template-columns: 5rem 1fr; gap: .1rem .6rem; margin: .3rem 0 1.2rem; }
+dl { display: grid; grid-template-columns: 7rem 1fr; gap: .1rem .6rem; margin: .3rem 0 1.2rem; }
 dt { color: var(--soft); } dd { margin: 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 .cards { display: flex; flex-wrap: wrap; gap: 1rem; }
@@ -42,7 +42,7 @@ svg text { fill: var(--soft); } .right { text-anchor: end; } .middle { text-anch
 .mark { stroke: var(--odd); stroke-dasharray: 4 3; }
 polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 polyline.reference { stroke: #8b949e80; stroke-width: 7; } circle.reference { fill: none; }
-polyline.good { stroke: var(--ours); } circle.good { fill: var(--ours); }
+polyline.good { stroke: var(--same); } circle.good { fill: var(--same); }
 polyline.bad { stroke: var(--bad); } circle.bad { fill: var(--bad); }
 .legend span { display: inline-block; margin-right: 1rem; }
 .legend i { display: inline-block; width: 1.2rem; height: .25rem; margin-right: .35rem;
@@ -70,9 +70,9 @@ def page(report: Report) -> str:
     count = sum(not result.passed for result in report.results)
     total = len(report.results)
     verdict = (
-        f'<span class="green">all {total} are the same training</span>'
+        f'<span class="green">all {total} layouts are the same training</span>'
         if count == 0
-        else f'<span class="red">{count} of {total} are not the same training</span>'
+        else f'<span class="red">not the same training: {count} of {total} layouts</span>'
     )
     return "\n".join(
         [
@@ -86,8 +86,8 @@ def page(report: Report) -> str:
             f"<p>{escape(text.levels(report))}.</p>",
             *(f"<p>{escape(each)}.</p>" for each in text.left_out(report)),
             *_reasons(report),
-            "<h2>Loss</h2><p>Grey and broad: the reference. Where a pair trains alike, its curve "
-            "lies in the middle.</p>",
+            "<h2>Loss</h2><p>The broad grey curve is the reference. If a layout is the same "
+            "training, its curve lies in the middle of it.</p>",
             f'<div class="cards">{"".join(_card(report, r) for r in report.results)}</div>',
             "<h2>Differences of the gradients</h2><p>Relative to the reference, step by step.</p>",
             _differences(report),
@@ -98,14 +98,14 @@ def page(report: Report) -> str:
 
 def _table(report: Report) -> str:
     rows = [
-        "<tr><th>pair</th><th>level</th><th>largest difference</th><th>first difference</th>"
+        "<tr><th>layout</th><th>level</th><th>largest difference</th><th>first difference</th>"
         "<th>verdict</th></tr>"
     ]
     for result in report.results:
         words, colour = text.verdict_of(result)
         largest = "-" if result.largest is None else text.number(result.largest.value)
         rows.append(
-            f"<tr><td>{escape(result.pair.name)}</td><td>{result.level or '-'}</td>"
+            f"<tr><td>{escape(result.layout.name)}</td><td>{result.level or '-'}</td>"
             f'<td class="number">{largest}</td><td>{escape(text.where(result))}</td>'
             f'<td class="{colour}">{escape(words)}</td></tr>'
         )
@@ -128,15 +128,15 @@ def _reasons(report: Report) -> list[str]:
 def _card(report: Report, result: Result) -> str:
     lines = [
         Line("reference", losses(report.recording), "reference"),
-        Line(result.pair.name, losses(result.recording), "good" if result.passed else "bad"),
+        Line(result.layout.name, losses(result.recording), "good" if result.passed else "bad"),
     ]
-    picture = chart(lines, title=f"loss of {result.pair.name}")
-    return f"<figure>{picture}<figcaption>{escape(result.pair.name)}</figcaption></figure>"
+    picture = chart(lines, title=f"loss of {result.layout.name}")
+    return f"<figure>{picture}<figcaption>{escape(result.layout.name)}</figcaption></figure>"
 
 
 def _differences(report: Report) -> str:
     lines = [
-        Line(result.pair.name, [at.gradients.relative for at in result.comparison.steps], f"c{k}")
+        Line(result.layout.name, [at.gradients.relative for at in result.comparison.steps], f"c{k}")
         for k, result in enumerate(report.results)
         if result.comparison is not None
     ]

@@ -1,4 +1,4 @@
-"""Judges from the recordings whether each pair is the same training."""
+"""Judges from the recordings whether each layout is the same training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from dtrain.errors import DtrainError
 from dtrain.trace import Recording, TraceOptions
 from dtrain.verification import causes, losses
 from dtrain.verification.case import Case
-from dtrain.verification.clauses import (
+from dtrain.verification.compare import L1, L2, Comparison, Excess, compare
+from dtrain.verification.findings import exact_findings
+from dtrain.verification.layouts import REFERENCE, Layout
+from dtrain.verification.rules import (
     BATCH_NORM,
     BITWISE,
     ENDED_EARLY,
@@ -19,10 +22,7 @@ from dtrain.verification.clauses import (
     SCALER,
     Finding,
 )
-from dtrain.verification.compare import L1, L2, Comparison, Excess, compare
-from dtrain.verification.findings import exact_findings
-from dtrain.verification.lab import Lab, RunFailed, Stopped
-from dtrain.verification.pairs import REFERENCE, Pair
+from dtrain.verification.runner import RunFailed, Runner, Stopped
 from dtrain.verification.samples import other_contents
 
 Verdict = Literal["same", "rounding", "different", "failed"]
@@ -33,7 +33,7 @@ _BEYOND_ROUNDING = 0.5
 
 @dataclass(frozen=True)
 class Result:
-    pair: Pair
+    layout: Layout
     verdict: Verdict
     level: str | None
     """The highest of L0 … L3 that it reached. None means that even the samples differ."""
@@ -53,12 +53,12 @@ class Result:
     """The factor by which the difference shrinks in fp64. None means that fp64 was not needed."""
     fixed_noise: bool = False
     """True if it was compared without dropout and with random numbers that belong to the samples.
-    Without that, several ranks draw other numbers than one process.
+    Otherwise several ranks would draw other numbers than one process.
     """
     draws: tuple[str, ...] = ()
     """Lines that draw random numbers in `loss`; only with `fixed_noise`."""
     bits_of: str = ""
-    """Another pair with the same bits, if that is promised."""
+    """Another layout with the same bits, if that is promised."""
     comparison: Comparison | None = field(default=None, repr=False)
     recording: Recording | None = field(default=None, repr=False)
 
@@ -73,23 +73,23 @@ class Result:
 
 
 class Judge:
-    """Compares pairs with the single-process reference of one job."""
+    """Compares layouts with the single-process reference of one job."""
 
-    def __init__(self, lab: Lab, reference: Pair = REFERENCE) -> None:
+    def __init__(self, runner: Runner, reference: Layout = REFERENCE) -> None:
         """Run the reference.
 
         Raises:
             RunFailed: the job fails even as one process.
         """
-        self.lab = lab
+        self.runner = runner
         self._reference = reference
-        self._tolerance = L1 if lab.wish.fp64 else L2
+        self._tolerance = L1 if runner.trace_options.fp64 else L2
         try:
-            self.reference = lab.record(reference)
+            self.reference = runner.record(reference)
         except RunFailed as error:
-            how = " in fp64" if lab.wish.fp64 else ""
+            how = " in fp64" if runner.trace_options.fp64 else ""
             raise RunFailed(
-                f"the job does not run as one process{how}:\n{error}",
+                f"the job fails as one process{how}:\n{error}",
                 code="verify.reference-failed",
             ) from None
         if not self.reference.steps:
@@ -97,20 +97,20 @@ class Judge:
                 "the job trained, but recorded nothing to compare with",
                 code="verify.nothing-recorded",
             )
-        self._bits: dict[Pair, tuple[Pair, Recording]] = {}
+        self._bits: dict[Layout, tuple[Layout, Recording]] = {}
 
-    def judge(self, pairs: Sequence[Pair]) -> Iterator[Result]:
-        """Yield the result of each pair as soon as it is available."""
-        for pair in pairs:
+    def judge(self, layouts: Sequence[Layout]) -> Iterator[Result]:
+        """Yield the result of each layout as soon as it is available."""
+        for layout in layouts:
             try:
-                result = self._judge(pair)
+                result = self._judge(layout)
             except Stopped:
                 raise
             except RunFailed as error:
-                result = self._failed(pair, error)
+                result = self._failed(layout, error)
             except DtrainError as error:
                 result = Result(
-                    pair,
+                    layout,
                     "failed",
                     None,
                     failure=str(error),
@@ -119,17 +119,17 @@ class Judge:
                 )
             yield self._with_bits(result)
 
-    def _judge(self, pair: Pair) -> Result:
-        other = self.lab.record(pair)
+    def _judge(self, layout: Layout) -> Result:
+        other = self.runner.record(layout)
         if not other.steps:
-            failure = f"trainer {pair.trainer!r} records nothing"
+            failure = f"trainer {layout.trainer!r} records nothing"
             return Result(
-                pair, "failed", None, failure=failure, error_code="verify.nothing-recorded"
+                layout, "failed", None, failure=failure, error_code="verify.nothing-recorded"
             )
-        finding = next(exact_findings(self.reference, other, pair), None)
+        finding = next(exact_findings(self.reference, other, layout), None)
         comparison = compare(self.reference, other)
         result = Result(
-            pair,
+            layout,
             "different",
             None,
             largest=comparison.largest if comparison.steps else None,
@@ -145,12 +145,12 @@ class Judge:
             return replace(result, verdict="same", level=level)
         if _draws(self.reference):
             return self._with_fixed_noise(result)
-        return self._in_fp64(result, self.lab.wish)
+        return self._in_fp64(result, self.runner.trace_options)
 
-    def _failed(self, pair: Pair, error: RunFailed) -> Result:
+    def _failed(self, layout: Layout, error: RunFailed) -> Result:
         """Return the result of a failed run. Its recording may show another training."""
         result = Result(
-            pair,
+            layout,
             "failed",
             None,
             failure=str(error),
@@ -160,20 +160,20 @@ class Judge:
         )
         if error.recording is None:
             return result
-        found = exact_findings(self.reference, error.recording, pair)
-        finding = next((each for each in found if each.found != ENDED_EARLY), None)
+        found = exact_findings(self.reference, error.recording, layout)
+        finding = next((each for each in found if each.observation != ENDED_EARLY), None)
         if finding is None:
             return result
         return replace(result, verdict="different", finding=finding)
 
     def _with_fixed_noise(self, result: Result) -> Result:
         """Compare again with random numbers that do not depend on the layout."""
-        wish = replace(self.lab.wish, own_noise=False)
-        draws = self.lab.record(self._reference, wish).draws()
+        options = replace(self.runner.trace_options, own_noise=False)
+        draws = self.runner.record(self._reference, options).draws()
         if any(place.startswith(OTHER_GENERATORS) for place in draws):
             # their numbers cannot be assigned to the samples of a call, so each call has one sample
-            wish = replace(wish, by_sample=True)
-        reference, other = self._both(result.pair, wish)
+            options = replace(options, by_sample=True)
+        reference, other = self._both(result.layout, options)
         comparison = compare(reference, other)
         result = replace(
             result,
@@ -186,7 +186,7 @@ class Judge:
         level = self._level(comparison)
         if level is not None:
             return replace(result, verdict="same", level=level)
-        return self._in_fp64(result, wish)
+        return self._in_fp64(result, options)
 
     def _level(self, comparison: Comparison) -> str | None:
         """Return the highest level that a comparison shows; None if it needs more runs."""
@@ -195,18 +195,18 @@ class Judge:
         within = comparison.excess(self._tolerance) is None and not comparison.suspicious
         return self._tolerance.level if within else None
 
-    def _in_fp64(self, result: Result, wish: TraceOptions) -> Result:
+    def _in_fp64(self, result: Result, options: TraceOptions) -> Result:
         """Distinguish rounding, which shrinks with the machine epsilon, from another training."""
-        wish = replace(wish, fp64=True)
+        options = replace(options, fp64=True)
         try:
-            reference, other = self._both(result.pair, wish)
+            reference, other = self._both(result.layout, options)
         except RunFailed as error:
-            text = f"it differs, and cannot be run in fp64 to see why:\n{error}"
+            text = f"the layout differs, but it cannot run in fp64, which would show why:\n{error}"
             code = "verify.fp64-failed"
             return replace(result, verdict="failed", level="L0", failure=text, error_code=code)
         exact = compare(reference, other)
         assert result.largest is not None
-        if not self.lab.wish.fp64:
+        if not self.runner.trace_options.fp64:
             result = replace(result, shrinks=_shrinks(result.largest.value, exact.largest.value))
         excess = exact.excess(L1)
         if excess is None:
@@ -217,58 +217,59 @@ class Judge:
             if within:  # only one suspicious tensor was the reason for this run
                 return replace(result, verdict="same", level="L2")
             return replace(result, verdict="rounding", level="L1")
-        case = Case(reference, other, result.pair, self.lab.spec, excess)
+        case = Case(reference, other, result.layout, self.runner.spec, excess)
         finding = (
-            self._batch_norm(case, wish)
+            self._batch_norm(case, options)
             or losses.sum_for_mean(case)
-            or self._state_in_task(case, wish)
-            or self._by_sample(case, wish)
+            or self._state_in_task(case, options)
+            or self._by_sample(case, options)
             or causes.explain(case)
         )
         return replace(result, level="L0", finding=finding)
 
     def _only_in_low_precision(self, result: Result) -> Finding | None:
         """Return a finding for a difference that fp64 lacks, but that is too large for rounding."""
-        precision = self.lab.spec.train.precision
+        precision = self.runner.spec.train.precision
         if precision == "fp32" or result.comparison is None:
             return None
         first = result.comparison.steps[0].gradients
         if first.relative <= _BEYOND_ROUNDING:
             return None
-        found = f"the first gradient is off by {first.relative:.1e}, though not in fp64"
-        return Finding(SCALER, found, f"the loss scaling or autocast of {precision}", 1)
+        observation = f"the first gradient differs by {first.relative:.1e}, but not in fp64"
+        return Finding(SCALER, observation, f"the loss scaling or autocast of {precision}", 1)
 
-    def _batch_norm(self, case: Case, wish: TraceOptions) -> Finding | None:
+    def _batch_norm(self, case: Case, options: TraceOptions) -> Finding | None:
         """Return a finding if BatchNorm is the only cause.
 
-        It is if the pair agrees without BatchNorm's batch statistics.
+        It is the cause if there is no difference without BatchNorm's batch statistics.
         """
         facts = self.reference.steps[0].facts
         names = facts.get("batch_norm") or []
         if not names:
             return None
-        reference, other = self._both(case.pair, replace(wish, batch_norm=False))
+        reference, other = self._both(case.layout, replace(options, batch_norm=False))
         of_keras = bool(facts.get("of_keras"))  # Keras takes means in fp32 for any input
         if compare(reference, other).excess(L2 if of_keras else L1) is not None:
             return None
         # torch's SyncBatchNorm works on GPUs only, and that of Keras with TensorFlow only
-        synchronized = case.pair.gpus and not of_keras
+        synchronized = case.layout.gpus and not of_keras
         instead = "SyncBatchNorm" if synchronized else "strategy 'exact'"
         norms = "LayerNormalization" if of_keras else "GroupNorm, LayerNorm"
-        likely = (
+        cause = (
             f"BatchNorm ({', '.join(names[:3])}) normalises over each process's own samples: with "
-            f"its statistics frozen all agrees. Use a norm over features ({norms}), or {instead}"
+            f"frozen statistics there is no difference. Use a norm over features ({norms}), or "
+            f"{instead}"
         )
-        return Finding(BATCH_NORM, str(case), likely, case.step, case.shown.tensor)
+        return Finding(BATCH_NORM, str(case), cause, case.step, case.shown.tensor)
 
-    def _state_in_task(self, case: Case, wish: TraceOptions) -> Finding | None:
-        """Return a finding if the task's attributes are the cause: all agrees once frozen."""
+    def _state_in_task(self, case: Case, options: TraceOptions) -> Finding | None:
+        """Return a finding if attributes of the task that change in training are the cause."""
         changing = self.reference.changing_state()
         if not changing:
             return None
         names = tuple(sorted(changing))
         try:
-            reference, other = self._both(case.pair, replace(wish, frozen=names))
+            reference, other = self._both(case.layout, replace(options, frozen=names))
         except RunFailed:
             return None
         if compare(reference, other).excess(L1) is None:
@@ -276,44 +277,44 @@ class Judge:
         generators = [name for name in names if changing[name] in GENERATORS]
         return losses.generator_in_task(case, generators) if generators else None
 
-    def _by_sample(self, case: Case, wish: TraceOptions) -> Finding | None:
+    def _by_sample(self, case: Case, options: TraceOptions) -> Finding | None:
         """Compare the losses of single samples, if losses differ: they show which rank differs."""
         if not losses.losses_differ(case):
             return None
         try:
-            reference, other = self._both(case.pair, replace(wish, by_sample=True))
+            reference, other = self._both(case.layout, replace(options, by_sample=True))
         except RunFailed:  # for example with BatchNorm, which needs two
             return None
         return losses.loss_by_sample(case, reference, other)
 
-    def _both(self, pair: Pair, wish: TraceOptions) -> tuple[Recording, Recording]:
-        return self.lab.record(self._reference, wish), self.lab.record(pair, wish)
+    def _both(self, layout: Layout, options: TraceOptions) -> tuple[Recording, Recording]:
+        return self.runner.record(self._reference, options), self.runner.record(layout, options)
 
     def _with_bits(self, result: Result) -> Result:
         """Raise the level to L3 if the same bits are promised and found.
 
         They are promised for the same processes again, and for `exact` on any number of processes.
         """
-        pair, recording = result.pair, result.recording
+        layout, recording = result.layout, result.recording
         if recording is None or not result.passed:
             return result
-        key = replace(pair.twin, title=None)
-        if pair.is_exact:
+        key = replace(layout.twin, title=None)
+        if layout.is_exact:
             key = replace(key, procs=1)
         if key not in self._bits:
-            self._bits[key] = (pair, recording)
+            self._bits[key] = (layout, recording)
             return result
-        twin, theirs = self._bits[key]
-        comparison = compare(theirs, recording)
+        twin, of_twin = self._bits[key]
+        comparison = compare(of_twin, recording)
         if comparison.identical:
             return replace(result, level="L3", bits_of=twin.name)
-        if pair.gpus:  # not promised: atomics add in any order
+        if layout.gpus:  # not promised: atomics add in any order
             return result
-        found = f"the bits differ from those of {twin.name}"
-        likely = "something depends on the launcher, on timing, or was not restored at resume"
+        observation = f"the bits differ from those of {twin.name}"
+        cause = "something depends on the launcher or on timing, or a resume did not restore it"
         first = comparison.first
         step, tensor = (first.step, first.tensor) if first else (1, "")
-        finding = Finding(BITWISE, found, likely, step, tensor)
+        finding = Finding(BITWISE, observation, cause, step, tensor)
         return replace(result, verdict="different", finding=finding)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from dtrain import catalog
 from dtrain.job.spec import JobSpec
-from dtrain.verification.pairs import ENOUGH, Pair, last_piece
+from dtrain.verification.layouts import MIN_FORWARD_SAMPLES, Layout, last_chunk
 
 
-def epoch_samples(spec: JobSpec, pairs: Sequence[Pair]) -> tuple[int, int]:
+def epoch_samples(spec: JobSpec, layouts: Sequence[Layout]) -> tuple[int, int]:
     """Return (training, evaluation) samples of an epoch.
 
     Training has two full batches and a short one, evaluation one full batch and a short one. If
@@ -18,8 +18,8 @@ def epoch_samples(spec: JobSpec, pairs: Sequence[Pair]) -> tuple[int, int]:
     the job.
     """
     batch = spec.train.global_batch_size
-    rest = _rest(batch, [_training(spec, pair) for pair in pairs], before=0)
-    seen = _rest(batch, [_evaluation(spec, pair) for pair in pairs], before=batch)
+    rest = _rest(batch, [_training(spec, layout) for layout in layouts], before=0)
+    seen = _rest(batch, [_evaluation(spec, layout) for layout in layouts], before=batch)
     return 2 * batch + rest, batch + seen
 
 
@@ -43,33 +43,35 @@ class _Cut:
 
     def _pieces(self, samples: int) -> Iterator[int]:
         yield min(samples, self._size or samples)
-        yield last_piece(samples, self._size or max(1, samples))
+        yield last_chunk(samples, self._size or max(1, samples))
 
 
-def _training(spec: JobSpec, pair: Pair) -> _Cut:
-    fact = catalog.STRATEGIES.get(pair.strategy)
+def _training(spec: JobSpec, layout: Layout) -> _Cut:
+    fact = catalog.STRATEGIES.get(layout.strategy)
     in_one = fact is not None and fact.one_process
-    parts = spec.train.virtual_shards if pair.is_exact else pair.parts
-    return _Cut(parts, pair.micro_batch_size or spec.train.micro_batch_size, size_first=in_one)
+    parts = spec.train.virtual_shards if layout.is_exact else layout.parts
+    return _Cut(parts, layout.micro_batch_size or spec.train.micro_batch_size, size_first=in_one)
 
 
-def _evaluation(spec: JobSpec, pair: Pair) -> _Cut:
+def _evaluation(spec: JobSpec, layout: Layout) -> _Cut:
     """Return the division for evaluation.
 
     Every process evaluates its share in batches. `exact` evaluates all samples, in batches of the
     size of a shard.
     """
-    parts = spec.train.virtual_shards if pair.is_exact else pair.world_size
+    parts = spec.train.virtual_shards if layout.is_exact else layout.world_size
     share = -(-spec.train.global_batch_size // parts)
-    size = spec.eval.batch_size or pair.micro_batch_size or spec.train.micro_batch_size or share
-    return _Cut(1 if pair.is_exact else parts, size)
+    size = spec.eval.batch_size or layout.micro_batch_size or spec.train.micro_batch_size or share
+    return _Cut(1 if layout.is_exact else parts, size)
 
 
 def _rest(batch: int, cuts: Sequence[_Cut], before: int) -> int:
     """Return the size of the short batch, which is cut together with `before` samples before it."""
 
     def missing(rest: int) -> int:
-        wanted = ((min(ENOUGH, cut.fewest(batch)), cut.fewest(before + rest)) for cut in cuts)
+        wanted = (
+            (min(MIN_FORWARD_SAMPLES, cut.fewest(batch)), cut.fewest(before + rest)) for cut in cuts
+        )
         return sum(max(0, enough - fewest) for enough, fewest in wanted)
 
     def evenly(rest: int) -> int:

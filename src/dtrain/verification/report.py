@@ -20,18 +20,18 @@ class Report:
     samples: int | None
     """Samples of an epoch of these runs. None means a stream, whose length is unknown."""
     reference: str
-    """The pair with which all others are compared."""
+    """The layout with which all others are compared."""
     recording: Recording
     """The recording of the reference."""
     results: list[Result] = field(default_factory=list)
     deep: bool = False
     """True if everything ran in fp64."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Additional pairs, which the user did not request and this job cannot run: name → reason."""
+    """Additional layouts, which the user did not request and this job cannot run: name → reason."""
 
     @property
     def same(self) -> bool:
-        """True if every pair is the same training."""
+        """True if every layout is the same training."""
         return all(result.passed for result in self.results)
 
     def to_json(self) -> dict[str, Any]:
@@ -42,9 +42,9 @@ class Report:
             "deep": self.deep,
             "samples_per_epoch": self.samples,
             "same": self.same,
-            "reference": {"pair": self.reference, "loss": losses(self.recording)},
-            "pairs": [_row(result) for result in self.results],
-            "left_out": [{"pair": name, "why": why} for name, why in self.left_out.items()],
+            "reference": {"layout": self.reference, "loss": losses(self.recording)},
+            "layouts": [_row(result) for result in self.results],
+            "left_out": [{"layout": name, "why": why} for name, why in self.left_out.items()],
         }
 
 
@@ -56,15 +56,15 @@ def losses(recording: Recording | None) -> list[float | None]:
 
 
 def _row(result: Result) -> dict[str, Any]:
-    pair = result.pair
+    layout = result.layout
     return {
-        "pair": pair.name,
-        "trainer": pair.trainer,
-        "strategy": pair.strategy,
-        "own_loops": pair.own_loops,
-        "launcher": pair.launcher,
-        "nodes": pair.nodes,
-        "procs": pair.procs,
+        "layout": layout.name,
+        "trainer": layout.trainer,
+        "strategy": layout.strategy,
+        "own_loops": layout.own_loops,
+        "launcher": layout.launcher,
+        "nodes": layout.nodes,
+        "procs": layout.procs,
         "verdict": result.verdict,
         "level": result.level,
         "largest_difference": _excess(result.largest),

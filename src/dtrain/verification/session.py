@@ -11,18 +11,18 @@ from types import TracebackType
 from dtrain.errors import PlanError
 from dtrain.trace import TraceOptions
 from dtrain.verification.judge import Judge, Result
-from dtrain.verification.lab import Lab
-from dtrain.verification.lengths import epoch_samples as lengths
-from dtrain.verification.pairs import (
-    ENOUGH,
+from dtrain.verification.layouts import (
+    MIN_FORWARD_SAMPLES,
     REFERENCE,
-    Pair,
-    all_pairs,
-    chosen,
-    clusters_here,
-    with_more,
+    Layout,
+    all_layouts,
+    reachable_clusters,
+    requested_layouts,
+    with_extra_layouts,
 )
+from dtrain.verification.lengths import epoch_samples as lengths
 from dtrain.verification.report import Report
+from dtrain.verification.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Progress:
     row: int
     """The row of the table, from 1 on. It is 0 while the reference runs for the first time."""
     rows: int
-    pair: str
-    """The row's pair, or the reference."""
+    layout: str
+    """The row's layout, or the reference."""
     again: str = ""
     """The run that is repeated, and the change in it; empty the first time."""
 
 
 class Session:
-    """A job and the pairs to run it as. As a context manager it removes its runs at the end.
+    """A job and the layouts to run it as. As a context manager it removes its runs at the end.
 
     Args:
         job: path of job.yaml.
@@ -78,20 +78,22 @@ class Session:
         watch: Callable[[Progress], None] | None = None,
     ) -> None:
         by_launcher = dict.fromkeys(launchers or ["local"], options)
-        self._lab = Lab(job, overrides=overrides, options=by_launcher, steps=steps, keep=keep)
-        if self._lab.spec.data.stream == "sharded":
+        self._runner = Runner(job, overrides=overrides, options=by_launcher, steps=steps, keep=keep)
+        if self._runner.spec.data.stream == "sharded":
             raise PlanError(
-                "dtrain verify compares with one process, which a stream that shards itself gives "
-                "another order than several (data.stream: sharded)",
+                "dtrain verify compares with one process, but a stream that shards itself gives "
+                "one process another order than several (data.stream: sharded)",
                 code="verify.sharded-stream",
             )
         if watch is not None:
-            self._lab.watch = lambda pair, wish: watch(self._progress(pair, wish))
-        train = self._lab.spec.train
-        self._reference = replace(self._lab.reference, gpus=gpus)
+            self._runner.watch = lambda layout, trace_options: watch(
+                self._progress(layout, trace_options)
+            )
+        train = self._runner.spec.train
+        self._reference = replace(self._runner.reference, gpus=gpus)
         trainers = self._trainers(trainers)
         if strategies or launchers or nodes or procs or gpus or only:
-            self.pairs = chosen(
+            self.layouts = requested_layouts(
                 trainers=trainers,
                 strategies=strategies,
                 launchers=launchers,
@@ -101,17 +103,21 @@ class Session:
                 reference=self._reference,
             )
         else:
-            self.pairs = all_pairs(trainers, self._reference, clusters_here(os.environ))
-        asked_for = set(self.pairs) if only or "exact" in strategies else set()
-        self._left_out: dict[Pair, str] = {}
+            self.layouts = all_layouts(trainers, self._reference, reachable_clusters(os.environ))
+        requested = set(self.layouts) if only or "exact" in strategies else set()
+        self._left_out: dict[Layout, str] = {}
         if not only:
-            self.pairs, self._left_out = with_more(self.pairs, train, steps, self._reference)
-        self._optional = {pair for pair in self.pairs if _may_be_impossible(pair)} - asked_for
+            self.layouts, self._left_out = with_extra_layouts(
+                self.layouts, train, steps, self._reference
+            )
+        self._optional = {
+            layout for layout in self.layouts if _may_be_impossible(layout)
+        } - requested
         self._done = 0
-        self._lab.wish = replace(self._lab.wish, fp64=deep)
+        self._runner.trace_options = replace(self._runner.trace_options, fp64=deep)
         self._shorten(epoch_samples)
-        for pair in self.pairs:
-            self._lab.check(pair)
+        for layout in self.layouts:
+            self._runner.check(layout)
         self._judge: Judge | None = None
         self._report: Report | None = None
 
@@ -124,7 +130,7 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._lab.__exit__(kind, error, trace)
+        self._runner.__exit__(kind, error, trace)
 
     @property
     def report(self) -> Report:
@@ -139,52 +145,52 @@ class Session:
             RunFailed: the job fails even as one process.
         """
         if self._judge is None:
-            self._lab.warm_up(self.pairs)
-            self._judge = Judge(self._lab, self._reference)
+            self._runner.warm_up(self.layouts)
+            self._judge = Judge(self._runner, self._reference)
             facts = self._judge.reference.steps[1].facts
             if facts.get("own_steps"):  # the module accumulates gradients itself, or not at all
-                self._optional |= {pair for pair in self.pairs if pair.micro_batch_size}
+                self._optional |= {layout for layout in self.layouts if layout.micro_batch_size}
             self._report = Report(
-                job=self._lab.spec.name,
-                steps=self._lab.steps,
+                job=self._runner.spec.name,
+                steps=self._runner.steps,
                 samples=facts.get("num_samples"),
                 reference=self._reference.name,
                 recording=self._judge.reference,
-                deep=self._lab.wish.fp64,
-                left_out={pair.name: why for pair, why in self._left_out.items()},
+                deep=self._runner.trace_options.fp64,
+                left_out={layout.name: why for layout, why in self._left_out.items()},
             )
 
     def results(self) -> Iterator[Result]:
-        """Run the pairs, and yield the result of each as soon as it is available."""
+        """Run the layouts, and yield the result of each as soon as it is available."""
         self.begin()
         assert self._judge is not None
-        for result in self._judge.judge(self.pairs):
+        for result in self._judge.judge(self.layouts):
             self._done += 1
-            if result.verdict == "failed" and result.pair in self._optional:
-                self.report.left_out[result.pair.name] = result.reason
+            if result.verdict == "failed" and result.layout in self._optional:
+                self.report.left_out[result.layout.name] = result.reason
                 continue
             self.report.results.append(result)
             yield result
 
-    def _progress(self, pair: Pair, wish: TraceOptions) -> Progress:
-        rows = len(self.pairs)
+    def _progress(self, layout: Layout, trace_options: TraceOptions) -> Progress:
+        rows = len(self.layouts)
         if self._judge is None:
-            return Progress(0, rows, pair.name)
-        again = wish.beyond(self._lab.wish)
-        if pair == self._reference:
+            return Progress(0, rows, layout.name)
+        again = trace_options.beyond(self._runner.trace_options)
+        if layout == self._reference:
             again = f"the reference {again}"
-        return Progress(self._done + 1, rows, self.pairs[self._done].name, again)
+        return Progress(self._done + 1, rows, self.layouts[self._done].name, again)
 
-    def _trainers(self, asked: Sequence[str]) -> Sequence[str]:
+    def _trainers(self, requested: Sequence[str]) -> Sequence[str]:
         """Return the requested trainers; for a LightningModule, the only one that can train it."""
         only = self._reference.trainer
         if only == REFERENCE.trainer:
-            return asked
-        for trainer in asked:
+            return requested
+        for trainer in requested:
             if trainer != only:
                 raise PlanError(
-                    f"{self._lab.spec.task} is a LightningModule, which trainer {trainer!r} cannot "
-                    f"train: it is compared with one process of trainer {only!r}",
+                    f"{self._runner.spec.task} is a LightningModule, which trainer {trainer!r} "
+                    f"cannot train: it is compared with one process of trainer {only!r}",
                     code="verify.trainer-unsuitable",
                 )
         return (only,)
@@ -193,17 +199,17 @@ class Session:
         """Shorten the epochs of the runs, unless all samples are requested."""
         if epoch_samples == "all":
             return
-        train, evaluated = lengths(self._lab.spec, [self._reference, *self.pairs])
-        self._lab.wish = replace(
-            self._lab.wish,
+        train, evaluated = lengths(self._runner.spec, [self._reference, *self.layouts])
+        self._runner.trace_options = replace(
+            self._runner.trace_options,
             max_train_samples=train if isinstance(epoch_samples, str) else epoch_samples,
             max_eval_samples=evaluated,
         )
 
 
-def _may_be_impossible(pair: Pair) -> bool:
-    """Return whether some jobs that train cannot be trained with this pair.
+def _may_be_impossible(layout: Layout) -> bool:
+    """Return whether some jobs that train cannot be trained with this layout.
 
     Examples are sparse gradients, and a norm over one sample.
     """
-    return pair.is_exact or (pair.micro_batch_size or ENOUGH) < ENOUGH
+    return layout.is_exact or (layout.micro_batch_size or MIN_FORWARD_SAMPLES) < MIN_FORWARD_SAMPLES

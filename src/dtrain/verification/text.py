@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from textwrap import wrap
 
 from dtrain.verification.judge import Result
-from dtrain.verification.pairs import Pair
+from dtrain.verification.layouts import Layout
 from dtrain.verification.report import Report
 from dtrain.verification.session import Progress
 from dtrain.words import few
@@ -20,7 +20,7 @@ _LEVELS = (
     "L3 same bits",
 )
 _DEEP_LEVELS = ("L0 same samples", "L1 same in fp64", "L3 same bits in fp64")
-_HEADS = ("pair", "level", "largest", "first difference", "verdict")
+_HEADS = ("layout", "level", "largest", "first difference", "verdict")
 
 Paint = Callable[[str, str], str]
 """A function (text, colour) → text."""
@@ -33,17 +33,17 @@ def plain(text: str, _colour: str) -> str:
 class Table:
     """A table whose width is known beforehand, so that each row can be shown at once."""
 
-    def __init__(self, pairs: Sequence[Pair], width: int, paint: Paint = plain) -> None:
+    def __init__(self, layouts: Sequence[Layout], width: int, paint: Paint = plain) -> None:
         """Lay out the columns.
 
         Args:
-            pairs: all pairs that will have a row.
+            layouts: all layouts that will have a row.
             width: columns of the terminal.
             paint: a function that colours a verdict.
         """
         self._paint = paint
-        left = width - len(_HEADS[1]) - 8 - len("same, noise fixed") - 2 * 4
-        longest = max([len(_HEADS[0]), *(len(pair.name) for pair in pairs)])
+        left = width - len(_HEADS[1]) - 8 - len("same, fixed noise") - 2 * 4
+        longest = max([len(_HEADS[0]), *(len(layout.name) for layout in layouts)])
         name = min(longest, max(len(_HEADS[0]), left - len(_HEADS[3])))
         where = max(len(_HEADS[3]), min(48, left - name))
         self._widths = (name, len(_HEADS[1]), 8, where)
@@ -54,7 +54,7 @@ class Table:
     def row(self, result: Result) -> str:
         text, colour = verdict_of(result)
         largest = "-" if result.largest is None else number(result.largest.value)
-        cells = [result.pair.name, result.level or "-", largest, where(result)]
+        cells = [result.layout.name, result.level or "-", largest, where(result)]
         return self._line([*cells, self._paint(text, colour)])
 
     def _line(self, cells: list[str]) -> str:
@@ -70,7 +70,7 @@ def waiting(progress: Progress, seconds: float, width: int) -> str:
     before, after = f"{place}  ", f"  {seconds:.0f} s"
     if progress.again:
         after = f"  {progress.again}{after}"
-    return f"{before}{_cut(progress.pair, max(1, width - 1 - len(before + after)))}{after}"
+    return f"{before}{_cut(progress.layout, max(1, width - 1 - len(before + after)))}{after}"
 
 
 def verdict_of(result: Result) -> tuple[str, str]:
@@ -81,7 +81,7 @@ def verdict_of(result: Result) -> tuple[str, str]:
         return "DIFFERENT", "red"
     text = "same" if result.verdict == "same" else "rounding"
     if result.fixed_noise:
-        return f"{text}, noise fixed", "green"
+        return f"{text}, fixed noise", "green"
     return (f"{text} = {result.bits_of}" if result.bits_of else text), "green"
 
 
@@ -99,9 +99,10 @@ def closing(report: Report, width: int) -> str:
     bad = [result for result in report.results if not result.passed]
     count = len(report.results)
     if not bad:
-        blocks.append(f"all {count} are the same training" if count > 1 else "the same training")
+        several = f"all {count} layouts are the same training"
+        blocks.append(several if count > 1 else "the layout is the same training")
     else:
-        blocks.append(f"{len(bad)} of {count} are not the same training")
+        blocks.append(f"not the same training: {len(bad)} of {count} layouts")
     return "\n\n".join(blocks)
 
 
@@ -138,7 +139,7 @@ def where(result: Result) -> str:
 
 @dataclass(frozen=True)
 class Remark:
-    """A remark about a pair, in addition to its row."""
+    """A remark about a layout, in addition to its row."""
 
     headline: str
     details: dict[str, str] = field(default_factory=dict)
@@ -150,17 +151,17 @@ class Remark:
     def text(self, width: int) -> str:
         lines = wrap(f"{self.headline} [{self.code}]" if self.code else self.headline, width)
         for label, value in self.details.items():
-            first, *rest = wrap(value, max(40, width - 9))
-            lines += [f"  {label:<6} {first}", *(f"         {line}" for line in rest)]
+            first, *rest = wrap(value, max(40, width - 16))
+            lines += [f"  {label:<13} {first}", *(" " * 16 + line for line in rest)]
         return "\n".join([*lines, *(f"  {line}" for line in self.raw.splitlines())])
 
 
 def remarks(results: Sequence[Result]) -> list[Remark]:
     """Return the remarks in addition to the rows. Pairs with one cause share a remark."""
-    alike: dict[object, list[Result]] = {}
+    by_cause: dict[object, list[Result]] = {}
     for result in results:
-        alike.setdefault(_cause(result), []).append(result)
-    made = [_remark(group) for group in alike.values()]
+        by_cause.setdefault(_cause(result), []).append(result)
+    made = [_remark(group) for group in by_cause.values()]
     return [each for each in made if each is not None]
 
 
@@ -169,14 +170,14 @@ def _cause(result: Result) -> object:
     if result.verdict == "failed":
         return "failed", result.failure
     if result.finding is not None:
-        return "different", result.finding.clause, result.finding.likely
+        return "different", result.finding.rule, result.finding.likely_cause
     if result.fixed_noise:
         return "noise"
     return result.verdict
 
 
 def _remark(results: Sequence[Result]) -> Remark | None:
-    first, names = results[0], few((each.pair.name for each in results), sep="; ")
+    first, names = results[0], few((each.layout.name for each in results), sep="; ")
     finding, one = first.finding, len(results) == 1
     if first.verdict == "failed":
         return Remark(f"{names} failed", code=first.code, raw=first.failure)
@@ -184,7 +185,11 @@ def _remark(results: Sequence[Result]) -> Remark | None:
         step = min(result.finding.step for result in results if result.finding is not None)
         when = "from the start" if step == 0 else f"from step {step} on"
         which = "is a different training" if one else "are different trainings"
-        details = {"broken": finding.clause, "found": finding.found, "likely": finding.likely}
+        details = {
+            "broken rule": finding.rule,
+            "observation": finding.observation,
+            "likely cause": finding.likely_cause,
+        }
         return Remark(
             f"{names} {which} {when}",
             {label: value for label, value in details.items() if value},
@@ -195,20 +200,20 @@ def _remark(results: Sequence[Result]) -> Remark | None:
         was = "was" if one else "were"
         where = f" ({', '.join(first.draws[:3])})" if first.draws else ""
         return Remark(
-            f"{names} {was} compared with noise fixed: without dropout, and with random numbers of "
-            f"loss(){where} that belong to the sample. In another layout the ranks draw other "
-            "numbers, which is no mistake. Strategy 'exact' draws the same in every layout"
+            f"{names} {was} compared with fixed noise: there is no dropout, and the random numbers "
+            f"of loss(){where} depend only on the sample. In another layout the ranks draw other "
+            "numbers, which is not a mistake. Strategy 'exact' draws the same in every layout"
         )
     if first.verdict == "rounding":
         shrinks = min(result.shrinks or 0.0 for result in results)
-        times = f"{shrinks:.0e} times" if math.isfinite(shrinks) else "to nothing"
+        size = f"{shrinks:.0e} times smaller" if math.isfinite(shrinks) else "0"
         differ = "differs" if one else "differ"
-        return Remark(f"{names} {differ} by rounding: in fp64 the difference shrinks {times}")
+        return Remark(f"{names} {differ} only by rounding: in fp64 the difference is {size}")
     return None
 
 
 def _cut(text: str, width: int) -> str:
-    """Return a pair's or parameter's name, cut in the middle so that both ends fit a cell."""
+    """Return a layout's or parameter's name, cut in the middle so that both ends fit a cell."""
     if len(text) <= width:
         return text
     return f"{text[: width // 2]}…{text[len(text) - (width - 1) // 2 :]}"[:width]

@@ -219,7 +219,7 @@ class Poisoned(Talkative):
 
 def test_the_sample_is_named(tmp_path: Path) -> None:
     results = run_ranks(trained, 2, tmp_path, Poisoned, {})
-    assert any("computed alone, sample 77 gives it" in each for each in results)
+    assert any("sample 77 gives the same when computed alone" in each for each in results)
     assert sum("own losses are finite" in each for each in results) == 1
 
 

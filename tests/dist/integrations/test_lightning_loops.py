@@ -61,7 +61,7 @@ def test_an_epoch_that_is_cut_short_is_the_beginning_of_another(tmp_path: Path) 
 def test_averaged_weights_are_what_training_ends_with(tmp_path: Path) -> None:
     mine = fit(tmp_path, "Swa", {"train": {"epochs": 3}})
     theirs = by_lightning(lightning_shapes.Swa, max_epochs=3)
-    assert mine.why == "StochasticWeightAveraging has a schedule of its own"
+    assert mine.why == "StochasticWeightAveraging changes the learning rate by its own schedule"
     for name, value in theirs.parameters.items():
         torch.testing.assert_close(mine.parameters[name], value, rtol=0, atol=2e-6)
 

@@ -106,7 +106,7 @@ def test_mlflow_in_a_folder_and_a_dead_server(tmp_path: Path) -> None:
             tmp_path, [{"mlflow": {"experiment": "digits"}}, dead], READ_MLFLOW, store
         )
     check_mlflow(found)
-    warned = re.findall(r"logger mlflow fails and is left out from here on: .*", said)
+    warned = re.findall(r"logger mlflow failed and is not used any more: .*", said)
     assert len(warned) == 2  # one a session
     assert all(str(port) in line for line in warned)
 
@@ -305,7 +305,7 @@ def test_a_faulty_logger_never_stops_training(
     assert plain.result is not None
     assert outcome.result.parameters_sha256 == plain.result.parameters_sha256
     said = [record.message for record in caplog.records if "logger" in record.message]
-    line = f"logger faulty fails and is left out from here on: RuntimeError: no luck when {when}"
+    line = f"logger faulty failed and is not used any more: RuntimeError: no luck when {when}"
     assert said == ([] if when == "never" else [line])
     assert len((tmp_path / "run" / "train.csv").read_text().splitlines()) == 11
 

@@ -261,7 +261,7 @@ def test_verify() -> None:
         TINY, strategies=["ddp"], procs=[2], only=True, steps=2, set={"train.global_batch_size": 8}
     )
     assert report.same
-    assert [result.pair.name for result in report.results]
+    assert [result.layout.name for result in report.results]
 
 
 CELLS = [

@@ -95,7 +95,9 @@ def test_a_run_that_a_worker_left_is_not_finished_and_goes_on(tmp_path: Path) ->
     assert "[run.end-passed]" in done.stderr
     done = dtrain("resume", "--set", "seed=5", cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "it is of other data (seed was 0, is 5); with --set seed=0 it fits" in done.stdout
+    assert (
+        "it was made with other data (seed was 0, is 5); with --set seed=0 it fits" in done.stdout
+    )
     done = dtrain("resume", cwd=tmp_path)  # as it was before the one that was refused
     assert done.returncode == 0, done.stdout + done.stderr
     assert [step["step"] for step in metrics(run)] == list(range(1, 13))

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from dtrain.verification.clauses import DATA
 from dtrain.verification.compare import L1, compare
 from dtrain.verification.judge import Judge
-from dtrain.verification.pairs import REFERENCE, Pair
+from dtrain.verification.layouts import REFERENCE, Layout
+from dtrain.verification.rules import DATA
 from support import JOBS
 from support.mistakes import BUGS, DDP, FP16, RESUMED, UNWEIGHTED, Bug
-from support.warm_lab import WarmLab, of_one
+from support.warm_runner import WarmRunner, of_one
 
 FOLDER = JOBS / "bugs"
 
@@ -30,14 +30,14 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     def judge(overrides: tuple[str, ...]) -> Judge:
         if overrides not in made:
-            lab = WarmLab(
+            runner = WarmRunner(
                 FOLDER / "job.yaml",
                 overrides=overrides,
                 max_train_samples=29,  # 12, 12 and 5 a step: the fourth begins a new epoch
                 max_eval_samples=17,
                 keep=tmp_path_factory.mktemp("runs"),
             )
-            made[overrides] = Judge(lab)
+            made[overrides] = Judge(runner)
         return made[overrides]
 
     return judge
@@ -46,12 +46,12 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.id)
 def test_a_bug_is_flagged_and_its_cause_named(judges: Any, bug: Bug) -> None:
     preload = (f"launch.preload=[{bug.module}]",) if bug.module else ()
-    result = of_one(judges(bug.job), replace(bug.pair, overrides=preload, title=bug.id))
+    result = of_one(judges(bug.job), replace(bug.layout, overrides=preload, title=bug.id))
     assert result.verdict == "different", result
     assert result.finding is not None
     found = result.finding
-    assert (found.clause, found.step, result.level) == (bug.clause, bug.step, bug.level), found
-    assert bug.likely in found.likely, found
+    assert (found.rule, found.step, result.level) == (bug.rule, bug.step, bug.level), found
+    assert bug.likely in found.likely_cause, found
 
 
 def test_a_run_that_stops_itself_is_explained_all_the_same(judges: Any) -> None:
@@ -59,25 +59,27 @@ def test_a_run_that_stops_itself_is_explained_all_the_same(judges: Any) -> None:
     result = of_one(judge, replace(DDP, overrides=("launch.preload=[padded]",), title="padded"))
     assert result.verdict == "different", result
     assert result.finding is not None
-    assert (result.finding.clause, result.finding.step) == (DATA, 3)
+    assert (result.finding.rule, result.finding.step) == (DATA, 3)
     assert "samples" in result.failure
 
 
 @pytest.mark.parametrize(
-    "pair",
+    "layout",
     [
-        Pair("dp", procs=3),
-        Pair("ddp", procs=3),
-        Pair("fsdp", procs=2),
-        Pair("exact", procs=2),
+        Layout("dp", procs=3),
+        Layout("ddp", procs=3),
+        Layout("fsdp", procs=2),
+        Layout("exact", procs=2),
         replace(DDP, micro_batch_size=2),
     ],
-    ids=lambda pair: pair.name,
+    ids=lambda layout: layout.name,
 )
-def test_every_strategy_agrees_in_fp64(judges: Any, pair: Pair) -> None:
+def test_every_strategy_agrees_in_fp64(judges: Any, layout: Layout) -> None:
     judge = judges(())
-    wish = replace(judge.lab.wish, fp64=True)
-    comparison = compare(judge.lab.record(REFERENCE, wish), judge.lab.record(pair, wish))
+    options = replace(judge.runner.trace_options, fp64=True)
+    comparison = compare(
+        judge.runner.record(REFERENCE, options), judge.runner.record(layout, options)
+    )
     assert comparison.excess(L1) is None, comparison.excess(L1)
     assert comparison.largest.value < 1e-13
 
@@ -90,19 +92,21 @@ def test_a_job_with_an_order_of_its_own_keeps_all_samples(judges: Any) -> None:
 
 
 CLEAN = [
-    Pair("dp", procs=2),
+    Layout("dp", procs=2),
     DDP,
-    Pair("ddp", procs=4),
+    Layout("ddp", procs=4),
     replace(DDP, micro_batch_size=2, workers=2),
     RESUMED,
     replace(DDP, overrides=("launch.preload=[handmade]",), title="by hand"),
 ]
 
 
-@pytest.mark.parametrize("pair", CLEAN, ids=lambda pair: pair.name)
+@pytest.mark.parametrize("layout", CLEAN, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("job", [(), UNWEIGHTED], ids=["weighted", "means"])
-def test_the_same_job_without_a_bug_passes(judges: Any, pair: Pair, job: tuple[str, ...]) -> None:
-    result = of_one(judges(job), pair)
+def test_the_same_job_without_a_bug_passes(
+    judges: Any, layout: Layout, job: tuple[str, ...]
+) -> None:
+    result = of_one(judges(job), layout)
     assert result.verdict in ("same", "rounding"), result
     assert result.level in ("L1", "L2", "L3")
     assert result.finding is None

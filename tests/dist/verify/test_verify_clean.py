@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.verification.clauses import BATCH_NORM
 from dtrain.verification.judge import Judge
-from dtrain.verification.pairs import Pair
+from dtrain.verification.layouts import Layout
+from dtrain.verification.rules import BATCH_NORM
 from support import JOBS
-from support.warm_lab import WarmLab
+from support.warm_runner import WarmRunner
 
-PAIRS = (
-    Pair("dp", procs=2),
-    Pair("ddp", procs=2, micro_batch_size=3, resume_after=2),
-    Pair("fsdp", procs=2),
-    Pair("exact", procs=2),
+LAYOUTS = (
+    Layout("dp", procs=2),
+    Layout("ddp", procs=2, micro_batch_size=3, resume_after=2),
+    Layout("fsdp", procs=2),
+    Layout("exact", procs=2),
 )
 NOISY = {
     "Attention", "Diffusion", "Dropout", "FunctionalDropout", "NumPyNoise",
@@ -26,14 +26,14 @@ NOISY = {
 
 
 def judge(name: str, folder: Path) -> Judge:
-    lab = WarmLab(
+    runner = WarmRunner(
         JOBS / "clean" / "job.yaml",
         overrides=(f"task=clean.py:{name}",),
         max_train_samples=65,  # 24, 24 and 17 a step: two for each of exact's shards
         max_eval_samples=41,
         keep=folder,
     )
-    return Judge(lab)
+    return Judge(runner)
 
 
 @pytest.mark.parametrize(
@@ -45,24 +45,24 @@ def judge(name: str, folder: Path) -> Judge:
     ],
 )  # fmt: skip
 def test_no_strategy_is_called_another_training(name: str, tmp_path: Path) -> None:
-    results = list(judge(name, tmp_path).judge(PAIRS))
-    wrong = [(r.pair.name, r.verdict, r.finding, r.failure) for r in results if not r.passed]
+    results = list(judge(name, tmp_path).judge(LAYOUTS))
+    wrong = [(r.layout.name, r.verdict, r.finding, r.failure) for r in results if not r.passed]
     assert wrong == []
     # under dp the replicas may draw the same numbers, one after the other
     assert any(result.fixed_noise for result in results) == (name in NOISY)
 
 
 def test_an_average_of_the_weights_is_the_same_wherever_it_can_be(tmp_path: Path) -> None:
-    results = list(judge("Averaged", tmp_path).judge(PAIRS))
-    failed = [(result.pair.strategy, result.failure) for result in results if not result.passed]
+    results = list(judge("Averaged", tmp_path).judge(LAYOUTS))
+    failed = [(result.layout.strategy, result.failure) for result in results if not result.passed]
     ((strategy, failure),) = failed
     assert strategy == "fsdp"
     assert "dtrain.EMA needs whole weights" in failure, "refused in words"
 
 
 def test_batch_norm_is_another_training_but_under_exact(tmp_path: Path) -> None:
-    for result in judge("BatchNorm", tmp_path).judge(PAIRS):
-        if result.pair.is_exact:
+    for result in judge("BatchNorm", tmp_path).judge(LAYOUTS):
+        if result.layout.is_exact:
             continue
         assert result.finding is not None, result
-        assert result.finding.clause == BATCH_NORM
+        assert result.finding.rule == BATCH_NORM

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.verification.clauses import BATCH_NORM
 from dtrain.verification.judge import Judge
-from dtrain.verification.pairs import Pair
-from support.warm_lab import WarmLab, of_one
+from dtrain.verification.layouts import Layout
+from dtrain.verification.rules import BATCH_NORM
+from support.warm_runner import WarmRunner, of_one
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 keras = pytest.importorskip("keras")  # here, so that ranks are forked with it
@@ -36,11 +36,11 @@ train: {global_batch_size: 10, steps: 4}
 def test_batch_normalization_is_named(tmp_path: Path) -> None:
     (tmp_path / "built.py").write_text(BUILD)
     (tmp_path / "job.yaml").write_text(JOB)
-    lab = WarmLab(tmp_path / "job.yaml", keep=tmp_path)
-    finding = of_one(Judge(lab), Pair("ddp", procs=2)).finding
+    runner = WarmRunner(tmp_path / "job.yaml", keep=tmp_path)
+    finding = of_one(Judge(runner), Layout("ddp", procs=2)).finding
     assert finding is not None
-    assert finding.clause == BATCH_NORM
-    assert "batch_normalization) normalises over each process's own samples" in finding.likely
-    assert "LayerNormalization" in finding.likely
+    assert finding.rule == BATCH_NORM
+    assert "batch_normalization) normalises over each process's own samples" in finding.likely_cause
+    assert "LayerNormalization" in finding.likely_cause
     said = "".join(path.read_text() for path in tmp_path.rglob("events.jsonl"))
     assert '"event": "batch_norm"' in said, "a launch by itself says it too"

@@ -14,10 +14,10 @@ import pytest
 
 from dtrain.run.rundir import list_runs
 from dtrain.trace import TraceOptions
-from dtrain.verification.clauses import GRADIENT
-from dtrain.verification.lab import Lab
+from dtrain.verification.layouts import Layout, accumulating
 from dtrain.verification.lengths import epoch_samples
-from dtrain.verification.pairs import Pair, accumulating
+from dtrain.verification.rules import GRADIENT
+from dtrain.verification.runner import Runner
 from support import ROOT
 from support.launch import (
     TINY,
@@ -59,7 +59,7 @@ def test_a_bug_that_is_launched_is_found_and_shown(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(r"^ddp ×2 +L0 .* DIFFERENT$", done.stdout, re.MULTILINE), done.stdout
     assert "ddp ×2 is a different training from step 1 on" in done.stdout
-    assert "a mean of means: ranks hold weights of" in done.stdout
+    assert "a mean of means: ranks have the weights" in done.stdout
     assert "mean of means" in (tmp_path / "page.html").read_text()
     assert runs_in(tmp_path) == []
 
@@ -77,7 +77,7 @@ def test_what_depends_on_the_order_of_a_set_is_found(
     (tmp_path / "job.yaml").write_text(TINY.read_text())
     done = dtrain("verify", *DDP_2, "--only", "job.yaml", cwd=tmp_path, timeout=TIMEOUT_S)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "holds something else on rank 0: its [1] differs" in done.stdout
+    assert "has different content on rank 0: its [1] differs" in done.stdout
     assert "PYTHONHASHSEED" in done.stdout
 
 
@@ -91,17 +91,17 @@ def test_a_pair_that_fails_is_told_with_its_verdict(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert report["same"] is False
     assert len(report["reference"]["loss"]) == 2
-    (pair,) = report["pairs"]
-    assert (pair["pair"], pair["verdict"], pair["level"]) == ("ddp ×2", "failed", None)
-    assert pair["failure"].startswith("FAILED: rank 1 on node 0")
-    assert "does not like this batch" in pair["failure"]
+    (layout,) = report["layouts"]
+    assert (layout["layout"], layout["verdict"], layout["level"]) == ("ddp ×2", "failed", None)
+    assert layout["failure"].startswith("FAILED: rank 1 on node 0")
+    assert "does not like this batch" in layout["failure"]
     assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
 def verified(cwd: Path, *arguments: str | Path) -> dict[str, dict[str, Any]]:
     """What `--json` says of each row of the job with the bugs, by name."""
     report = reported(cwd, *arguments, BUGS / "job.yaml")
-    return {pair["pair"]: pair for pair in report["pairs"]}
+    return {layout["layout"]: layout for layout in report["layouts"]}
 
 
 def reported(cwd: Path, *arguments: str | Path) -> dict[str, Any]:
@@ -129,14 +129,14 @@ def test_a_millionth_is_seen_in_fp64(tmp_path: Path) -> None:
     assert verified(tmp_path, *asked)["ddp ×2"]["verdict"] == "same"
     row = verified(tmp_path, *asked, "--deep")["ddp ×2"]
     assert (row["verdict"], row["level"], row["shrinks_in_fp64"]) == ("different", "L0", None)
-    assert row["finding"]["clause"] == GRADIENT
+    assert row["finding"]["rule"] == GRADIENT
     assert 1e-8 < row["largest_difference"]["value"] < 1e-5
 
 
 def test_a_job_without_a_bug_is_the_same_in_fp64(tmp_path: Path) -> None:
     report = reported(tmp_path, "--deep", *DDP_2, BUGS / "job.yaml")
     assert report["deep"] is True
-    levels = {row["pair"]: (row["verdict"], row["level"]) for row in report["pairs"]}
+    levels = {row["layout"]: (row["verdict"], row["level"]) for row in report["layouts"]}
     assert levels == {
         "ddp ×2": ("same", "L1"),
         "ddp ×2, micro 3, 2 loaders": ("same", "L1"),
@@ -149,24 +149,27 @@ def test_what_exact_cannot_train_is_left_out_unless_it_was_asked_for(tmp_path: P
     job = ("--set", "launch.preload=[sparse]", BUGS / "job.yaml")
     report = reported(tmp_path, "--strategy", "dp", "--procs", "2", *job)
     assert report["same"] is True
-    assert len(report["pairs"]) == 3
+    assert len(report["layouts"]) == 3
     ((left_out),) = report["left_out"]
-    assert left_out["pair"] == "exact ×2"
+    assert left_out["layout"] == "exact ×2"
     assert left_out["why"].startswith("table makes sparse gradients")
     asked_for = reported(tmp_path, "--only", "--strategy", "exact", "--procs", "2", *job)
-    assert [row["verdict"] for row in asked_for["pairs"]] == ["failed"]
+    assert [row["verdict"] for row in asked_for["layouts"]] == ["failed"]
 
 
 def test_batch_norm_trains_in_shards_and_micro_batches() -> None:
     """20 samples are 8 shards of 2 or 3; a short batch of 9 would leave one alone in most."""
     job = ("args.norm=true", "train.global_batch_size=20")
-    with Lab(BUGS / "job.yaml", overrides=job) as lab:
-        pairs = [Pair("exact", procs=2), accumulating(Pair("ddp", procs=2), lab.spec.train)]
-        train, evaluated = epoch_samples(lab.spec, pairs)
-        lab.wish = TraceOptions(max_train_samples=train, max_eval_samples=evaluated)
-        lab.warm_up(pairs)
-        for pair in pairs:
-            recording = lab.record(pair)
+    with Runner(BUGS / "job.yaml", overrides=job) as runner:
+        layouts = [
+            Layout("exact", procs=2),
+            accumulating(Layout("ddp", procs=2), runner.spec.train),
+        ]
+        train, evaluated = epoch_samples(runner.spec, layouts)
+        runner.trace_options = TraceOptions(max_train_samples=train, max_eval_samples=evaluated)
+        runner.warm_up(layouts)
+        for layout in layouts:
+            recording = runner.record(layout)
             assert recording.last_step == 5
             assert len(recording.ids(3)) < 20, "there was a short batch"
 
@@ -259,7 +262,7 @@ def shown() -> Iterator[tuple[str, str]]:
 
 
 def comparable(output: str) -> list[Any]:
-    """What is the same on every machine: pairs, verdicts, levels, causes; not how many digits.
+    """What is the same on every machine: layouts, verdicts, levels, causes; not how many digits.
 
     Whether a difference of rounding is within L2 or is shown to be rounding in fp64 depends on
     the machine's matrix library.
@@ -268,7 +271,7 @@ def comparable(output: str) -> list[Any]:
     in_table = False
     for line in output.splitlines():
         cells = re.split(r"  +", line.strip())
-        if cells[0] == "pair":
+        if cells[0] == "layout":
             in_table = True
         elif in_table and len(cells) > 1:
             level = "L1 or L2" if cells[1] in ("L1", "L2") else cells[1]

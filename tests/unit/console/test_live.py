@@ -46,7 +46,7 @@ def test_the_last_step_and_all_that_is_no_step_are_shown() -> None:
 
 
 def test_the_last_step_of_a_training_whose_end_nobody_knew() -> None:
-    left = f"{BEGIN}WARNING dtrain.train.loop.reporting: leaving after step 9: SIGTERM (on rank 0)"
+    left = f"{BEGIN}WARNING dtrain.train.loop.reporting: stopping after step 9: SIGTERM (on rank 0)"
     shown = picked((0.0, step(1, "?")), (0.1, step(8, "?")), (0.2, step(9, "?")), (0.3, left))
     assert [each.split(":")[0] for each in shown[:2]] == ["step 1/? epoch 0", "step 9/? epoch 0"]
     assert shown[2:] == [left]

@@ -202,8 +202,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "tracer",
     ),
     "dtrain.verification": (
-        "clauses compare pairs svg warmth",
-        "case lab lengths samples",
+        "compare layouts rules svg warm_servers",
+        "case lengths runner samples",
         "findings losses",
         "causes",
         "judge",

@@ -21,22 +21,22 @@ from dtrain.run.rundir import RunDir
 from dtrain.trace import RankLine, Recording, StepRecord, Tensors, TraceOptions, Writer, read
 from dtrain.train.data.placement import GlobalBatch
 from dtrain.train.tracing import digest, perturb
-from dtrain.verification import html, svg, text, warmth
-from dtrain.verification.clauses import DATA, ENDED_EARLY, Finding
+from dtrain.verification import html, svg, text, warm_servers
 from dtrain.verification.compare import L2, Comparison, compare
 from dtrain.verification.findings import exact_findings
 from dtrain.verification.judge import Result
-from dtrain.verification.lengths import epoch_samples
-from dtrain.verification.pairs import (
+from dtrain.verification.layouts import (
     REFERENCE,
-    Pair,
+    Layout,
     accumulating,
-    all_pairs,
-    chosen,
-    clusters_here,
-    with_more,
+    all_layouts,
+    reachable_clusters,
+    requested_layouts,
+    with_extra_layouts,
 )
+from dtrain.verification.lengths import epoch_samples
 from dtrain.verification.report import Report
+from dtrain.verification.rules import DATA, ENDED_EARLY, Finding
 from dtrain.verification.session import Progress, Session
 from support import ROOT
 from support.errors import raises
@@ -112,9 +112,9 @@ def test_a_recording_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read(RunDir(tmp_path / "nothing")).steps == {}
 
 
-def test_a_wish_goes_through_the_environment() -> None:
-    wish = TraceOptions(fp64=True, max_train_samples=7)
-    assert TraceOptions.from_env(wish.to_env()) == wish
+def test_options_go_through_the_environment() -> None:
+    options = TraceOptions(fp64=True, max_train_samples=7)
+    assert TraceOptions.from_env(options.to_env()) == options
     assert TraceOptions.from_env({}) is None
 
 
@@ -228,8 +228,8 @@ def test_a_tensor_that_only_one_side_has() -> None:
     assert (excess.value, excess.tensor) == (math.inf, "b")
 
 
-def first_finding(other: Recording, pair: Pair) -> Finding:
-    return next(exact_findings(ONE, other, pair))
+def first_finding(other: Recording, layout: Layout) -> Finding:
+    return next(exact_findings(ONE, other, layout))
 
 
 @pytest.mark.parametrize(
@@ -237,51 +237,51 @@ def first_finding(other: Recording, pair: Pair) -> Finding:
     [
         ([[[1], [3], [5]], [[2], [4], [5]]], 3, "padded"),
         ([[[1], [3], []], [[2], [4], []]], 3, "drop"),
-        ([[[1, 2], [3, 4], [5]], [[1, 2], [3, 4], [5]]], 1, "not shared out"),
-        ([[[2], [3], [5]], [[1], [4], []]], 1, "another order"),
-        ([[[3], [1], [5]], [[4], [2], []]], 1, "another seed"),
+        ([[[1, 2], [3, 4], [5]], [[1, 2], [3, 4], [5]]], 1, "not split between"),
+        ([[[2], [3], [5]], [[1], [4], []]], 1, "different order"),
+        ([[[3], [1], [5]], [[4], [2], []]], 1, "different seed"),
     ],
 )
 def test_what_is_wrong_with_samples(
     ranks: list[list[list[int]]], step_number: int, cause: str
 ) -> None:
-    finding = first_finding(recording(*ranks), Pair("ddp", procs=2))
-    assert (finding.clause, finding.step) == (DATA, step_number)
-    assert cause in finding.likely
+    finding = first_finding(recording(*ranks), Layout("ddp", procs=2))
+    assert (finding.rule, finding.step) == (DATA, step_number)
+    assert cause in finding.likely_cause
 
 
 def test_samples_of_another_step_are_recognised() -> None:
     other = recording([[1], [1], [5]], [[2], [2], []])
-    finding = first_finding(other, Pair("ddp", procs=2, resume_after=1))
-    assert finding.found == "the samples of step 1 were read"
-    assert "wrong position" in finding.likely
+    finding = first_finding(other, Layout("ddp", procs=2, resume_after=1))
+    assert finding.observation == "the samples of step 1 were read"
+    assert "wrong position" in finding.likely_cause
 
 
 def test_a_run_that_ended_early() -> None:
     other = recording([[1, 2], [3, 4], [5]], steps=[step(0), step(1)])
-    assert first_finding(other, Pair("dp", procs=2)).found == ENDED_EARLY
+    assert first_finding(other, Layout("dp", procs=2)).observation == ENDED_EARLY
 
 
-# -- pairs -----------------------------------------------------------------------------------
+# -- layouts -----------------------------------------------------------------------------------
 
 
 def test_everything_that_a_machine_can_run() -> None:
     with Session(TINY, trainers=["native"]) as session:
-        names = [pair.name for pair in session.pairs]
-        assert REFERENCE not in session.pairs
+        names = [layout.name for layout in session.layouts]
+        assert REFERENCE not in session.layouts
     assert len(set(names)) == len(names)
     assert {"dp ×2", "ddp ×2", "ddp ×4", "ddp 2 nodes ×2", "ddp ×2 by torchrun"} <= set(names)
     assert {"ddp ×2, micro 4, 2 loaders", "ddp ×2, resumed", "exact ×4"} <= set(names)
     with Session(TINY, trainers=["native"], steps=1) as session:
-        assert "ddp ×2, resumed" not in [pair.name for pair in session.pairs]
+        assert "ddp ×2, resumed" not in [layout.name for layout in session.layouts]
 
 
 def test_of_a_lightning_module_one_process_of_lightning_is_the_reference() -> None:
-    reference = Pair("single", trainer="lightning")
-    names = [pair.name for pair in all_pairs(["lightning"], reference)]
+    reference = Layout("single", trainer="lightning")
+    names = [layout.name for layout in all_layouts(["lightning"], reference)]
     assert reference.name not in names
     assert {"lightning ddp 2 nodes ×2", "lightning exact"} <= set(names)
-    assert "lightning ddp 2 nodes ×2" not in [p.name for p in all_pairs(["lightning"])]
+    assert "lightning ddp 2 nodes ×2" not in [p.name for p in all_layouts(["lightning"])]
     assert choose(reference=reference, strategies=["single", "fsdp"], procs=[2]) == [
         "lightning own loops single",
         "lightning fsdp ×2",
@@ -292,25 +292,25 @@ def test_of_a_lightning_module_one_process_of_lightning_is_the_reference() -> No
 def test_which_trainer_a_job_is_compared_with(tmp_path: Path) -> None:
     job = ROOT / "examples" / "lightning" / "job.yaml"
     with Session(job, strategies=["ddp"], procs=[2], only=True) as session:
-        names = [pair.name for pair in session.pairs]
+        names = [layout.name for layout in session.layouts]
         assert names == ["lightning ddp ×2", "lightning own loops ddp ×2"]
     with raises("verify.trainer-unsuitable", "LitDigits", "trainer 'native'"):
         Session(job, trainers=["lightning", "native"])
     chosen = {"strategies": ["ddp"], "procs": [2], "only": True}
     with Session(TINY, overrides=["trainer=lightning"], **chosen) as session:
-        assert [pair.name for pair in session.pairs] == ["ddp ×2"]
+        assert [layout.name for layout in session.layouts] == ["ddp ×2"]
 
 
 def test_clusters_that_are_known_here_have_a_row_each(tmp_path: Path) -> None:
-    names = [pair.name for pair in all_pairs(clusters=["slurm", "ray"])]
+    names = [layout.name for layout in all_layouts(clusters=["slurm", "ray"])]
     assert {"ddp ×2 by slurm", "ddp ×2 by ray"} <= set(names)
-    assert clusters_here({"PATH": str(tmp_path)}) == []
-    assert clusters_here({"PATH": str(tmp_path), "RAY_ADDRESS": "127.0.0.1:6379"}) == ["ray"]
+    assert reachable_clusters({"PATH": str(tmp_path)}) == []
+    assert reachable_clusters({"PATH": str(tmp_path), "RAY_ADDRESS": "127.0.0.1:6379"}) == ["ray"]
     sinfo = tmp_path / "sinfo"
     for status, found in ((1, []), (0, ["slurm"])):
         sinfo.write_text(f"#!/bin/sh\nexit {status}\n")
         sinfo.chmod(0o755)
-        assert clusters_here({"PATH": str(tmp_path)}) == found
+        assert reachable_clusters({"PATH": str(tmp_path)}) == found
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def choose(**asked: Any) -> list[str]:
     nothing: dict[str, Any] = dict.fromkeys(
         ("trainers", "strategies", "launchers", "nodes", "procs"), ()
     )
-    return [pair.name for pair in chosen(**{**nothing, "gpus": False, **asked})]
+    return [layout.name for layout in requested_layouts(**{**nothing, "gpus": False, **asked})]
 
 
 def test_every_combination_of_what_was_asked_for() -> None:
@@ -362,7 +362,7 @@ def test_what_cannot_be_is_said(asked: dict[str, Any], code: str, names: tuple[s
 
 def rows(job: Path = TINY, **asked: Any) -> list[str]:
     with Session(job, **asked) as session:
-        return [pair.name for pair in session.pairs]
+        return [layout.name for layout in session.layouts]
 
 
 def test_what_is_chosen_comes_with_what_finds_more() -> None:
@@ -390,63 +390,63 @@ def test_what_is_chosen_comes_with_what_finds_more() -> None:
 
 def test_what_exact_cannot_is_known_beforehand() -> None:
     train = TrainSpec(global_batch_size=16)
-    for pair, why in (
-        (Pair("ddp", procs=3), "which 3 processes cannot share evenly"),
-        (Pair("ddp", procs=2, gpus=True), "on GPUs bits are not promised"),
+    for layout, why in (
+        (Layout("ddp", procs=3), "which 3 processes cannot share evenly"),
+        (Layout("ddp", procs=2, gpus=True), "on GPUs the same bits are not promised"),
     ):
-        pairs, left_out = with_more([pair], train, 5)
-        assert [each.strategy for each in pairs] == ["ddp"] * 3
+        layouts, left_out = with_extra_layouts([layout], train, 5)
+        assert [each.strategy for each in layouts] == ["ddp"] * 3
         ((exact, reason),) = left_out.items()
-        assert (exact.strategy, exact.procs) == ("exact", pair.procs)
+        assert (exact.strategy, exact.procs) == ("exact", layout.procs)
         assert why in reason
-    asked_for = [Pair("ddp", procs=3), Pair("exact", procs=3)]
-    assert with_more(asked_for, train, 5)[1] == {}
+    asked_for = [Layout("ddp", procs=3), Layout("exact", procs=3)]
+    assert with_extra_layouts(asked_for, train, 5)[1] == {}
 
 
 @pytest.mark.parametrize(("batch", "micro"), [(64, 11), (16, 4), (12, 3), (8, 2), (6, 1), (2, 1)])
 def test_micro_batches_have_two_samples_where_there_are_four(batch: int, micro: int) -> None:
-    pair = accumulating(Pair("ddp", procs=2), TrainSpec(global_batch_size=batch))
-    assert pair.micro_batch_size == micro
+    layout = accumulating(Layout("ddp", procs=2), TrainSpec(global_batch_size=batch))
+    assert layout.micro_batch_size == micro
 
 
 # -- how long epochs are ---------------------------------------------------------------------
 
 ROWS = [
     REFERENCE,
-    Pair("dp", procs=2),
-    Pair("ddp", procs=2),
-    Pair("ddp", procs=4),
-    Pair("exact", procs=2),
+    Layout("dp", procs=2),
+    Layout("ddp", procs=2),
+    Layout("ddp", procs=4),
+    Layout("exact", procs=2),
 ]
 
 
-def forward_passes(start: int, stop: int, pair: Pair, spec: JobSpec) -> list[int]:
+def forward_passes(start: int, stop: int, layout: Layout, spec: JobSpec) -> list[int]:
     """How many samples each has, as the trainer places them."""
     batch = GlobalBatch(0, 0, start, stop)
-    parts = spec.train.virtual_shards if pair.is_exact else pair.world_size
+    parts = spec.train.virtual_shards if layout.is_exact else layout.world_size
     passes = [
         len(piece)
         for part in range(parts)
-        for piece in batch.micro_batches(part, parts, pair.micro_batch_size)
+        for piece in batch.micro_batches(part, parts, layout.micro_batch_size)
     ]
-    cut = pair.parts // pair.world_size
-    return [size // cut for size in passes] if pair.strategy == "dp" else passes
+    cut = layout.parts // layout.world_size
+    return [size // cut for size in passes] if layout.strategy == "dp" else passes
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 12, 16, 24, 32, 50, 64, 1000])
 def test_no_forward_pass_of_a_short_batch_has_one_sample_alone(batch: int) -> None:
     spec = JobSpec(name="n", task="t", train=TrainSpec(global_batch_size=batch, steps=5))
-    pairs = [*ROWS, accumulating(ROWS[2], spec.train)]
-    train, evaluated = epoch_samples(spec, pairs)
+    layouts = [*ROWS, accumulating(ROWS[2], spec.train)]
+    train, evaluated = epoch_samples(spec, layouts)
     assert 2 * batch <= train <= 3 * batch
     assert batch < evaluated <= 2 * batch
     if batch == 1:
         return
     assert train % batch != 0, "there is a short batch"
-    for pair in pairs:
-        enough = min(2, *forward_passes(0, batch, pair, spec))
+    for layout in layouts:
+        enough = min(2, *forward_passes(0, batch, layout, spec))
         if batch >= 24:
-            assert min(forward_passes(2 * batch, train, pair, spec)) >= enough, pair.name
+            assert min(forward_passes(2 * batch, train, layout, spec)) >= enough, layout.name
     if batch >= 12:
         assert (train - 2 * batch) % 2, "shares are unequal"
 
@@ -474,11 +474,11 @@ class FakeServer:
 def test_all_but_the_reference_are_warm_with_a_server_for_each_trainer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(warmth, "WarmServer", FakeServer)
+    monkeypatch.setattr(warm_servers, "WarmServer", FakeServer)
     with Session(TINY, trainers=["native", "lightning"]) as session:
-        plans = {pair.name: session._lab._planned(pair) for pair in session.pairs}
-        reference = session._lab._planned(REFERENCE)
-    made = warmth.Warmth(reference, plans.values())
+        plans = {layout.name: session._runner._planned(layout) for layout in session.layouts}
+        reference = session._runner._planned(REFERENCE)
+    made = warm_servers.WarmServers(reference, plans.values())
     ((imported),) = FakeServer.made
     assert len(set(imported)) == len(imported)
     assert "dtrain.train.strategies.fsdp" in imported
@@ -499,16 +499,23 @@ def test_all_but_the_reference_are_warm_with_a_server_for_each_trainer(
 def report() -> Report:
     comparison: Comparison = compare(ONE, ONE)
     good = Result(
-        Pair("ddp", procs=2), "same", "L2", comparison.largest, comparison=comparison, recording=ONE
+        Layout("ddp", procs=2),
+        "same",
+        "L2",
+        comparison.largest,
+        comparison=comparison,
+        recording=ONE,
     )
     finding = Finding(DATA, "samples <3> were read 2 times", "padding & more", 3)
     results = [
         good,
-        replace(good, pair=Pair("exact", procs=2), level="L3", bits_of="exact"),
-        replace(good, pair=Pair("dp", procs=2), verdict="rounding", level="L1", shrinks=6e8),
-        replace(good, pair=Pair("fsdp", procs=2), fixed_noise=True),
-        replace(good, pair=Pair("ddp", procs=4), verdict="different", level=None, finding=finding),
-        Result(Pair("ddp", procs=8), "failed", None, failure="FAILED: rank 7\n  no memory"),
+        replace(good, layout=Layout("exact", procs=2), level="L3", bits_of="exact"),
+        replace(good, layout=Layout("dp", procs=2), verdict="rounding", level="L1", shrinks=6e8),
+        replace(good, layout=Layout("fsdp", procs=2), fixed_noise=True),
+        replace(
+            good, layout=Layout("ddp", procs=4), verdict="different", level=None, finding=finding
+        ),
+        Result(Layout("ddp", procs=8), "failed", None, failure="FAILED: rank 7\n  no memory"),
     ]
     return Report("digits", 3, 137, "single", ONE, results)
 
@@ -516,23 +523,23 @@ def report() -> Report:
 @pytest.mark.parametrize("width", [80, 200])
 def test_the_table_fits_the_terminal(width: int) -> None:
     made = report()
-    table = text.Table([result.pair for result in made.results], width)
+    table = text.Table([result.layout for result in made.results], width)
     lines = [table.head(), *(table.row(result) for result in made.results)]
     assert max(map(len, lines)) <= width
     assert lines[1].split() == ["ddp", "×2", "L2", "0", "-", "same"]
     assert lines[2].endswith("same = exact")
     assert lines[3].endswith("rounding")
-    assert lines[4].endswith("same, noise fixed")
+    assert lines[4].endswith("same, fixed noise")
     assert lines[5].split() == ["ddp", "×4", "-", "0", "step", "3", "DIFFERENT"]
     assert lines[6].endswith("FAILED")
-    long = Pair("ddp", procs=2, trainer="lightning", micro_batch_size=11, workers=2)
+    long = Layout("ddp", procs=2, trainer="lightning", micro_batch_size=11, workers=2)
     table = text.Table([long], width)
-    assert len(table.row(replace(made.results[0], pair=long))) <= width
+    assert len(table.row(replace(made.results[0], layout=long))) <= width
 
 
 @pytest.mark.parametrize("width", [80, 200])
 def test_what_runs_fits_one_line(width: int) -> None:
-    long = replace(Pair("ddp", 2), title="a name " * 30).name
+    long = replace(Layout("ddp", 2), title="a name " * 30).name
     for progress in (Progress(3, 11, long), Progress(3, 11, long, "the reference again in fp64")):
         line = text.waiting(progress, 12.4, width)
         assert len(line) == width - 1
@@ -546,7 +553,7 @@ def test_what_runs_again_is_said() -> None:
     assert usual.beyond(usual) == ""
     assert (
         replace(usual, fp64=True, own_noise=False).beyond(usual)
-        == "again in fp64, with noise fixed"
+        == "again in fp64, with fixed noise"
     )
     deep = replace(usual, fp64=True)
     assert deep.beyond(deep) == ""
@@ -556,33 +563,33 @@ def test_what_runs_again_is_said() -> None:
 def test_a_deep_report_says_what_its_levels_mean() -> None:
     deep = replace(report(), deep=True, left_out={"exact": "no", "exact ×2": "no"})
     assert text.opening(deep).startswith("digits: 3 steps in fp64, epochs of 137")
-    said = text.closing(deep, 100)
-    assert "L3 same bits in fp64" in said
-    assert "L2" not in said
-    assert "left out: exact, exact ×2 (no)" in said
+    shown = text.closing(deep, 100)
+    assert "L3 same bits in fp64" in shown
+    assert "L2" not in shown
+    assert "left out: exact, exact ×2 (no)" in shown
     assert deep.to_json()["deep"] is True
-    assert deep.to_json()["left_out"][1] == {"pair": "exact ×2", "why": "no"}
+    assert deep.to_json()["left_out"][1] == {"layout": "exact ×2", "why": "no"}
 
 
 def test_what_is_said_below_the_table() -> None:
-    said = text.closing(report(), 80)
-    assert "ddp ×4 is a different training from step 3 on" in said
-    assert f"  broken {DATA}" in said
-    assert "  likely padding & more" in said
-    assert "dp ×2 differs by rounding: in fp64 the difference shrinks 6e+08 times" in said
-    assert "ddp ×8 failed\n  FAILED: rank 7\n    no memory" in said
-    assert said.endswith("2 of 6 are not the same training")
-    assert max(map(len, said.splitlines())) <= 80
+    shown = text.closing(report(), 80)
+    assert "ddp ×4 is a different training from step 3 on" in shown
+    assert f"  broken rule   {DATA}" in shown
+    assert "  likely cause  padding & more" in shown
+    assert "dp ×2 differs only by rounding: in fp64 the difference is 6e+08 times smaller" in shown
+    assert "ddp ×8 failed\n  FAILED: rank 7\n    no memory" in shown
+    assert shown.endswith("not the same training: 2 of 6 layouts")
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_json_has_everything_and_no_infinity() -> None:
     made = report().to_json()
     assert made["same"] is False
     assert made["reference"]["loss"] == [1.0, 2 / 3, 0.5]
-    bad = made["pairs"][4]
-    assert bad["finding"]["clause"] == DATA
+    bad = made["layouts"][4]
+    assert bad["finding"]["rule"] == DATA
     assert bad["level"] is None
-    assert made["pairs"][1]["same_bits_as"] == "exact"
+    assert made["layouts"][1]["same_bits_as"] == "exact"
 
 
 def test_the_page_is_well_formed_and_stands_alone(tmp_path: Path) -> None:

@@ -162,8 +162,8 @@ def _of_loader(loader: DataLoader[Any]) -> Any:
     ):
         return loader.dataset
     raise DtrainError(
-        "a DataLoader with a sampler or a collate_fn of its own: return its data set, and write "
-        "the order as sample_order() or sample_weights(), the batches as collate(), in a KerasTask",
+        "a DataLoader with its own sampler or collate_fn cannot be used: return its data set; in a "
+        "KerasTask, write the order as sample_order() or sample_weights(), and collate()",
         code="keras.own-loader",
     )
 

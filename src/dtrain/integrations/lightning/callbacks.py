@@ -33,7 +33,7 @@ def why_callback_needs_loops(callback: pl.Callback) -> str | None:
     """Return why a callback needs Lightning's own loops; None if dtrain's step is enough."""
     name = type(callback).__name__
     if isinstance(callback, _kinds(_SCHEDULES)):
-        return f"{name} has a schedule of its own"
+        return f"{name} changes the learning rate by its own schedule"
     for hook in _LOOP_HOOKS:
         if is_overridden(hook, callback, pl.Callback):
             return f"callback {name} overrides {hook}()"
@@ -55,8 +55,8 @@ def refuse_callbacks(callbacks: Sequence[pl.Callback], *, sharded: bool) -> None
         name = type(callback).__name__
         if isinstance(callback, _kinds(_TUNERS)):
             raise UsageError(
-                f"{name} trains before the training, which a resume could not repeat: run it "
-                "separately, with Lightning's Trainer, and write its result into the job",
+                f"{name} trains the model before the training, which a resume could not repeat: "
+                "run it separately, with Lightning's Trainer, and write its result into the job",
                 code="lightning.tuner-callback",
             )
         if sharded and isinstance(callback, _kinds(_AVERAGES)):

@@ -67,7 +67,7 @@ class _Step:
         except NeedsLoopsError as error:
             if not self._allow_loops:
                 raise UsageError(
-                    f"{error}; lightning.step: dtrain cannot train that: leave that field out",
+                    f"{error}; lightning.step: dtrain cannot train that: remove that field",
                     code="lightning.needs-own-loops",
                 ) from None
             why = str(error)
@@ -87,7 +87,7 @@ class _Loops:
         if problem is not None:
             raise UsageError(f"{self._why}; and {problem}", code="plan.unsupported-combination")
         if context.ranks.is_rank_zero:
-            logger.warning("the loops are Lightning's: %s", self._why)
+            logger.warning("using Lightning's own loops: %s", self._why)
         Events(context.run, context.ranks, context.attempt).write("own_loops", why=self._why)
         return LoopsTrainer(context).run()
 

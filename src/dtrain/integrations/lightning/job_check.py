@@ -133,8 +133,8 @@ class LightningCheck(JobCheck):
             return
         if source.sets_on_self(name, "automatic_optimization", False):
             yield named.problem(
-                f"{name} has automatic_optimization = False: it makes its own steps, and with "
-                "lightning.step: dtrain they are dtrain's; leave that field out",
+                f"{name} has automatic_optimization = False: it makes its own steps, which "
+                "lightning.step: dtrain cannot run; remove that field",
                 code="lightning.needs-own-loops",
             )
 

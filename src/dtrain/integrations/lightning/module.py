@@ -163,8 +163,8 @@ class ModuleTask(Task):
         if not isinstance(loss, torch.Tensor):
             raise DtrainError(
                 f"training_step() of {self.name} returned {type(returned).__name__}; it must "
-                "return the loss, a mean over its batch, or a dict with it; a module that skips "
-                "batches trains with lightning.step: lightning",
+                "return the loss, a mean over its batch, or a dict with the loss; a module that "
+                "skips batches trains with lightning.step: lightning",
                 code="lightning.no-loss",
             )
         return loss

@@ -58,7 +58,7 @@ def why_module_needs_loops(module: Any, data_module: Any) -> str | None:
     if _may_end_epoch(code):
         return f"on_train_batch_start() of {name} may return -1, to end an epoch"
     if any(isinstance(node, ast.Attribute) and node.attr == "all_gather" for node in code):
-        return f"{name} calls all_gather(): its loss is of the samples of all processes"
+        return f"{name} calls all_gather(): its loss uses the samples of all processes"
     return None
 
 

@@ -319,7 +319,7 @@ def _check_callbacks(callbacks: list[pl.Callback], ranks: RankInfo) -> None:
             continue
         if not is_overridden("on_save_checkpoint", each, pl.Callback):
             raise UsageError(
-                f"{why}, which dtrain's step does not follow", code="lightning.needs-own-loops"
+                f"{why}, which dtrain's step does not support", code="lightning.needs-own-loops"
             )
         if ranks.is_rank_zero:
             logger.warning(

@@ -62,7 +62,7 @@ class Checkpoint:
         directory = directory or os.environ.get(RUN_VARIABLE)
         if directory is None:
             raise UsageError(
-                "this is not a run of dtrain: give a directory, checkpoint(directory=…)",
+                "this is not a run of dtrain: pass a directory, checkpoint(directory=…)",
                 code="script.no-directory",
             )
         while isinstance(model, DistributedDataParallel):

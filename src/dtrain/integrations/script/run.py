@@ -144,7 +144,7 @@ def _report_threads(run: RunDir, ranks: RankInfo) -> None:
     if not left:
         return
     threads = "; ".join(map(_described, left))
-    what = f"rank {ranks.rank} is done except for {threads}; the run waits for it"
+    what = f"rank {ranks.rank} has finished except for {threads}; the run waits for it"
     note_event(run, "threads_left", rank=ranks.rank, what=what)
     _warn(what)
 

@@ -90,7 +90,7 @@ class Chain:
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Leave out the collectives of this block of code."""
+        """Exclude the collectives of this block of code from the hash."""
         before = getattr(self._inside, "yes", False)
         self._inside.yes = True
         try:

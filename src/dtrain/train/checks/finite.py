@@ -151,7 +151,7 @@ class FiniteGuard:
         first = (spoilt or next(filter(None, everyone)))[0]
         error = NonFiniteError(
             f"after step {step}, {first} is not finite{and_more(spoilt)}, although all losses and "
-            "gradients were: an update or a forward changed it. No checkpoint is saved; the "
+            "gradients were finite: an update or a forward changed it. No checkpoint is saved; the "
             "earlier checkpoints are intact",
             own=bool(spoilt),
             code="check.state-not-finite",
@@ -199,7 +199,7 @@ class FiniteGuard:
         if spoilt:
             what += (
                 f" ({spoilt[0]} was not finite before this step{and_more(spoilt)}, although all "
-                "gradients were: an earlier update changed it)"
+                "gradients were finite: an earlier update changed it)"
             )
         return NonFiniteError(f"{what}: rank {self._ranks.rank}'s{culprit}", own=True)
 
@@ -256,7 +256,7 @@ class _Culprit:
         text = f", micro-batch {self.number} of {self.num_micro_batches}, {samples}"
         if 0 < len(self.alone) < len(self.samples):
             gives = "gives" if len(self.alone) == 1 else "give"
-            text += f"\ncomputed alone, {numbered('sample', self.alone)} {gives} it"
+            text += f"\n{numbered('sample', self.alone)} {gives} the same when computed alone"
         return text
 
 

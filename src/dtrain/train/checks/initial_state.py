@@ -54,7 +54,7 @@ def compare_model(model: torch.nn.Module, *, broadcast: bool) -> None:
     """
     tensors = _state(model)
     _agree(
-        "model() built another model on some ranks; it must not depend on the rank",
+        "model() built a different model on some ranks; it must not depend on the rank",
         {
             name: f"{tuple(each.shape)} {each.dtype}"
             + (" trained" if each.requires_grad else "")
@@ -78,11 +78,11 @@ def compare_model(model: torch.nn.Module, *, broadcast: bool) -> None:
     where = element_difference(names[0], tensors[names[0]], ballot.reference, suspect)
     more = f", and in {len(names) - 1} more tensors" if len(names) > 1 else ""
     text = (
-        "model() made different initial values on the ranks, although all had the same seed:\n"
+        "model() made different initial values on the ranks, although all have the same seed:\n"
         f"{where}{more}"
     )
     if not broadcast:
-        hint = "build the model from torch's, NumPy's or Python's generators, not from the rank, "
+        hint = "draw them from the generators of torch, NumPy or Python, not from the rank, "
         raise ReplicaError(
             f"{text}\n{hint}or set checks.init: broadcast to use rank 0's values",
             ballot.culprits,
@@ -104,7 +104,9 @@ def compare_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
                 value = [names.get(id(parameter), "?") for parameter in value]
             facts[f"{key} of group {index}"] = str(value)
     _agree(
-        "optimizer() built another optimizer on some ranks", facts, code="check.optimizer-differs"
+        "optimizer() built a different optimizer on some ranks",
+        facts,
+        code="check.optimizer-differs",
     )
 
 

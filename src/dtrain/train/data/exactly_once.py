@@ -226,7 +226,7 @@ def _explained(proof: Proof, segment: Segment, num_read: int, num_expected: int)
             "epoch were not read once each"
         )
     lines.append(
-        "nothing of these steps was saved; the likely cause is a changed loader or data set that "
+        "no checkpoint contains these steps; the likely cause is a changed loader or data set that "
         "reads other samples than those requested"
     )
     culprits = sorted({fault.rank for fault in faults if fault.rank is not None})

@@ -165,7 +165,7 @@ class StreamFeed(Feed):
         if not resume.begins_there and self.ranks.is_rank_zero:
             logger.warning(
                 "the stream of epoch %d is read from its beginning to sample %d, where training "
-                "was; with state_dict() and load_state_dict() the data set could begin there",
+                "stopped; with state_dict() and load_state_dict() the data set could start there",
                 position.epoch, resume.position,
             )  # fmt: skip
 

@@ -129,7 +129,7 @@ class Overlap:
             here, other, there = findings[first].example  # type: ignore[misc]
             logger.warning(
                 "data.stream is sharded, but %d of %d samples compared are on several ranks: "
-                "sample %d of rank %d is also sample %d of rank %d; does the data hold duplicates?",
+                "sample %d of rank %d is also sample %d of rank %d; does the data have duplicates?",
                 shared, compared, here, first, there, other,
             )  # fmt: skip
 

@@ -84,7 +84,7 @@ class Progress:
             ]
             remedy = f"with {' '.join(back)} it fits" if back else "its position is not valid here"
             raise CheckpointError(
-                f"it is of other data ({'; '.join(changed)}); {remedy}",
+                f"it was made with other data ({'; '.join(changed)}); {remedy}",
                 code="checkpoint.other-data",
             )
         size = data.get("num_samples")

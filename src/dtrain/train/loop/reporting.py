@@ -150,7 +150,7 @@ class Report:
     def left(self, progress: Progress, reason: str, rank: int) -> None:
         self._metrics.outcome = "stopped"
         self._events.write("stopped", reason=reason, rank=rank, step=progress.step)
-        logger.warning("leaving after step %d: %s (on rank %d)", progress.step, reason, rank)
+        logger.warning("stopping after step %d: %s (on rank %d)", progress.step, reason, rank)
 
     def finished(self, result: TrainResult) -> None:
         self._metrics.outcome = "finished"

@@ -99,7 +99,7 @@ def _works(name: str, action: Callable[[], Any]) -> bool:
         action()
     except Exception as error:  # no error of a logger may end the training
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        logger.warning("logger %s fails and is left out from here on: %s", name, what)
+        logger.warning("logger %s failed and is not used any more: %s", name, what)
         return False
     finally:
         before.restore()

@@ -140,8 +140,8 @@ class Reading:
     def _accumulate(self, number: int) -> None:
         if not self._module.automatic_optimization:
             raise UsageError(
-                "train.micro_batch_size: with automatic_optimization = False a step is the "
-                "module's own, and Lightning does not accumulate; leave it out",
+                "train.micro_batch_size: with automatic_optimization = False the module makes "
+                "its own steps, and Lightning does not accumulate gradients; leave it out",
                 code="lightning.manual-optimization",
             )
         self._trainer.accumulate_grad_batches = number

@@ -59,7 +59,7 @@ def restored(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "lightning" not in tensors:
         raise CheckpointError(
-            "it was made with dtrain's step, and these are Lightning's loops: launch it with "
+            "it was made with dtrain's step, but this training uses Lightning's own loops: use "
             "--set lightning.step=dtrain",
             code="lightning.checkpoint-of-other-step",
         )

@@ -50,8 +50,8 @@ def trainer_arguments(context: TrainContext, automatic: bool) -> dict[str, Any]:
         )
     if spec.train.clip_grad_norm is not None and not automatic:
         raise UsageError(
-            "train.clip_grad_norm: with automatic_optimization = False a step is the module's own; "
-            "leave it out, and call self.clip_gradients() in training_step()",
+            "train.clip_grad_norm: with automatic_optimization = False the module makes its own "
+            "steps; leave it out, and call self.clip_gradients() in training_step()",
             code="lightning.manual-optimization",
         )
     decided: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""`verify`'s lab without the launcher, which brings a run from four seconds to under one.
+"""`verify`'s runner without the launcher, which brings a run from four seconds to under one.
 
 The trainings are real: gloo processes, dtrain's trainer, its recordings.
 """
@@ -25,8 +25,8 @@ from dtrain.train.strategies import ddp, dp, fsdp
 from dtrain.train.strategies.exact import strategy
 from dtrain.train.tracing.tracer import Recorder
 from dtrain.verification.judge import Judge, Result
-from dtrain.verification.lab import Lab
-from dtrain.verification.pairs import Pair
+from dtrain.verification.layouts import Layout
+from dtrain.verification.runner import Runner
 
 IMPORTED_ONCE = (ddp, dp, strategy, fsdp)  # not in every rank
 
@@ -52,20 +52,20 @@ def train(spec: JobSpec, folder: Path, run: Path, attempt: int, replicas: int) -
     return None
 
 
-def of_one(judge: Judge, pair: Pair) -> Result:
-    """What a judge says of one pair."""
-    (result,) = judge.judge([pair])
+def of_one(judge: Judge, layout: Layout) -> Result:
+    """The result of one layout."""
+    (result,) = judge.judge([layout])
     return result
 
 
-class WarmLab(Lab):
+class WarmRunner(Runner):
     """Runs in processes forked from the test's own server instead of being launched."""
 
     def _attempt(
         self,
         run: RunDir,
         attempt: int,
-        _pair: Pair,
+        _pair: Layout,
         spec: JobSpec,
         _text: str,
         _profile: LoadedProfile,
@@ -73,5 +73,5 @@ class WarmLab(Lab):
         run.create()
         procs = spec.launch.procs_per_node or 1
         ranks = 1 if spec.strategy == "dp" else procs
-        said = run_ranks(train, ranks, spec, self._path.parent, run.path, attempt, procs)
-        return next((each for each in said if each is not None), None)
+        tracebacks = run_ranks(train, ranks, spec, self._path.parent, run.path, attempt, procs)
+        return next((each for each in tracebacks if each is not None), None)

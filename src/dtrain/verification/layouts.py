@@ -1,4 +1,4 @@
-"""The compared pairs: each is a trainer, a strategy, a launcher and a number of processes."""
+"""The compared layouts: each is a trainer, a strategy, a launcher and a number of processes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from dtrain import catalog
 from dtrain.errors import PlanError
 from dtrain.job.spec import TrainSpec
 
-ENOUGH = 2
+MIN_FORWARD_SAMPLES = 2
 """The fewest samples that BatchNorm needs in a forward pass. Most jobs give it many more."""
-_ANSWER_S = 10.0  # Slurm's own commands try for minutes to reach a controller that does not run
+_SINFO_TIMEOUT_S = (
+    10.0  # Slurm's own commands try for minutes to reach a controller that does not run
+)
 
 
 @dataclass(frozen=True)
-class Pair:
+class Layout:
     strategy: str
     procs: int = 1
     """Processes per node; for `dp`, replicas in the one process."""
@@ -79,60 +81,60 @@ class Pair:
         return text if self.resume_after is None else f"{text}, resumed"
 
     @property
-    def twin(self) -> Pair:
-        """The same processes, started in the plainest way. This pair must have the same bits."""
+    def twin(self) -> Layout:
+        """The same processes, started in the simplest way. This layout must have the same bits."""
         return replace(self, launcher="local", nodes=1, procs=self.parts, resume_after=None)
 
 
-REFERENCE = Pair("single")
+REFERENCE = Layout("single")
 
 
-def all_pairs(
+def all_layouts(
     trainers: Sequence[str] = (),
-    reference: Pair = REFERENCE,
+    reference: Layout = REFERENCE,
     clusters: Sequence[str] = (),
-) -> list[Pair]:
-    """Return every pair that this machine can run in one attempt, except the reference.
+) -> list[Layout]:
+    """Return every layout that this machine can run in one attempt, except the reference.
 
     Args:
         trainers: use only these. Empty means every installed trainer.
-        reference: the pair with which all are compared. Its trainer is tried in more ways.
-        clusters: launchers whose cluster can be reached, see `clusters_here`.
+        reference: the layout with which all are compared. Its trainer is tried in more ways.
+        clusters: launchers whose cluster can be reached, see `reachable_clusters`.
     """
-    pairs: list[Pair] = []
+    layouts: list[Layout] = []
     for trainer, fact in catalog.TRAINERS.items():
         is_here = catalog.problem_of("trainer", trainer) is None
         if trainer in trainers or (not trainers and is_here):
             for strategy in fact.strategies:
-                pair = Pair(strategy, trainer=trainer)
-                pairs += _of_strategy(pair, whole=trainer == reference.trainer)
+                layout = Layout(strategy, trainer=trainer)
+                layouts += _of_strategy(layout, whole=trainer == reference.trainer)
     for strategy in catalog.OWN_LOOPS if reference.trainer == "lightning" else ():
-        pair = Pair(strategy, trainer="lightning", own_loops=True)
-        pairs += _of_strategy(pair, whole=False)
+        layout = Layout(strategy, trainer="lightning", own_loops=True)
+        layouts += _of_strategy(layout, whole=False)
     ddp = replace(reference, strategy="ddp", procs=2)
-    if ddp in pairs:
-        pairs += [replace(ddp, launcher=cluster) for cluster in clusters]
-    return [pair for pair in pairs if pair != reference]
+    if ddp in layouts:
+        layouts += [replace(ddp, launcher=cluster) for cluster in clusters]
+    return [layout for layout in layouts if layout != reference]
 
 
-def _of_strategy(pair: Pair, *, whole: bool) -> Iterator[Pair]:
-    strategy = pair.strategy
+def _of_strategy(layout: Layout, *, whole: bool) -> Iterator[Layout]:
+    strategy = layout.strategy
     if strategy == "single":
-        yield pair
+        yield layout
     elif strategy == "exact":
-        yield pair
-        yield replace(pair, procs=2)
-        yield replace(pair, procs=4)
+        yield layout
+        yield replace(layout, procs=2)
+        yield replace(layout, procs=4)
     elif strategy != "ddp" or not whole:
-        yield replace(pair, procs=2)
+        yield replace(layout, procs=2)
     else:
-        yield replace(pair, procs=2)
-        yield replace(pair, procs=4)
-        yield replace(pair, procs=2, nodes=2)
-        yield replace(pair, procs=2, launcher="torchrun")
+        yield replace(layout, procs=2)
+        yield replace(layout, procs=4)
+        yield replace(layout, procs=2, nodes=2)
+        yield replace(layout, procs=2, launcher="torchrun")
 
 
-def clusters_here(environ: Mapping[str, str]) -> list[str]:
+def reachable_clusters(environ: Mapping[str, str]) -> list[str]:
     """Return the launchers whose cluster is known here.
 
     For Slurm its commands must work, and for Ray its address must be set.
@@ -140,28 +142,28 @@ def clusters_here(environ: Mapping[str, str]) -> list[str]:
     found = []
     if shutil.which("sinfo", path=environ.get("PATH")):
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            asked = ["sinfo", "--noheader"]
-            told = subprocess.run(
-                asked, env=dict(environ), capture_output=True, timeout=_ANSWER_S, check=False
+            argv = ["sinfo", "--noheader"]
+            completed = subprocess.run(
+                argv, env=dict(environ), capture_output=True, timeout=_SINFO_TIMEOUT_S, check=False
             )
-            found += ["slurm"] if told.returncode == 0 else []
+            found += ["slurm"] if completed.returncode == 0 else []
     if environ.get("RAY_ADDRESS") and catalog.problem_of("launcher", "ray") is None:
         found.append("ray")
     return found
 
 
-def with_more(
-    pairs: Sequence[Pair], train: TrainSpec, steps: int, reference: Pair = REFERENCE
-) -> tuple[list[Pair], dict[Pair, str]]:
-    """Return the pairs, and variants of the smallest one that find mistakes which the pairs miss.
+def with_extra_layouts(
+    layouts: Sequence[Layout], train: TrainSpec, steps: int, reference: Layout = REFERENCE
+) -> tuple[list[Layout], dict[Layout, str]]:
+    """Return the layouts, and variants of the smallest one that find mistakes which others miss.
 
     Micro-batches and loader processes show what depends on the number of forward passes. A resume
     shows what a checkpoint lacks. `exact` shows by bits what tolerances hide.
 
     Returns:
-        The pairs, each once; and the pairs that are left out, with the reason.
+        The layouts, each once; and the layouts that are left out, with the reason.
     """
-    least = min(pairs, key=lambda pair: _plainness(pair, reference))
+    least = min(layouts, key=lambda layout: _simplicity(layout, reference))
     more = [accumulating(least, train)]
     if steps > 1:
         more.append(replace(least, resume_after=(steps + 1) // 2))
@@ -169,55 +171,55 @@ def with_more(
     problem = _exact_problem(exact, train)
     if problem is None:
         more.append(exact)
-    left_out = {} if problem is None or exact in pairs else {exact: problem}
-    return list(dict.fromkeys([*pairs, *more])), left_out
+    left_out = {} if problem is None or exact in layouts else {exact: problem}
+    return list(dict.fromkeys([*layouts, *more])), left_out
 
 
-def _plainness(pair: Pair, reference: Pair) -> tuple[object, ...]:
-    """Return a sort key. The plainest pair of several processes has the least."""
+def _simplicity(layout: Layout, reference: Layout) -> tuple[object, ...]:
+    """Return a sort key. The simplest layout of several processes has the least."""
     return (
-        pair.parts == 1,
-        pair.trainer != reference.trainer,
-        pair.own_loops,
-        pair.strategy != "ddp",
-        pair.parts,
-        pair.nodes,
-        pair.launcher != REFERENCE.launcher,
+        layout.parts == 1,
+        layout.trainer != reference.trainer,
+        layout.own_loops,
+        layout.strategy != "ddp",
+        layout.parts,
+        layout.nodes,
+        layout.launcher != REFERENCE.launcher,
     )
 
 
-def _exact_problem(pair: Pair, train: TrainSpec) -> str | None:
+def _exact_problem(layout: Layout, train: TrainSpec) -> str | None:
     """Return why `exact` cannot run this way, as far as that is known now; None if it can."""
-    if pair.gpus:
-        return "on GPUs bits are not promised"
-    return catalog.pair_problem(pair.trainer, pair.strategy, pair.nodes) or catalog.shard_problem(
-        pair.strategy, train.virtual_shards, [pair.world_size]
-    )
+    if layout.gpus:
+        return "on GPUs the same bits are not promised"
+    return catalog.pair_problem(
+        layout.trainer, layout.strategy, layout.nodes
+    ) or catalog.shard_problem(layout.strategy, train.virtual_shards, [layout.world_size])
 
 
-def accumulating(pair: Pair, train: TrainSpec) -> Pair:
-    """Return the pair with about three unequal micro-batches a step, and two loader processes.
+def accumulating(layout: Layout, train: TrainSpec) -> Layout:
+    """Return the layout with about three unequal micro-batches a step, and two loader processes.
 
     If a process has four or more samples, no micro-batch has only one.
     """
-    parts = train.virtual_shards if pair.is_exact else pair.parts
+    parts = train.virtual_shards if layout.is_exact else layout.parts
     least, most = train.global_batch_size // parts, -(-train.global_batch_size // parts)
     about = max(1, -(-most // 3))
     good = (
         size
         for shares in ((most, least, least - 1), (most, least))  # a short batch may have one less
-        for size in range(max(ENOUGH, about), most)
-        if all(last_piece(share, size) >= ENOUGH for share in shares)
+        for size in range(max(MIN_FORWARD_SAMPLES, about), most)
+        if all(last_chunk(share, size) >= MIN_FORWARD_SAMPLES for share in shares)
     )
-    return replace(pair, micro_batch_size=next(good, about), workers=2)
+    return replace(layout, micro_batch_size=next(good, about), workers=2)
 
 
-def last_piece(samples: int, size: int) -> int:
+def last_chunk(samples: int, size: int) -> int:
     """Return the size of the last piece, if `samples` are cut into pieces of `size`."""
     return samples % size or min(size, samples)
 
 
-def chosen(
+def requested_layouts(
     *,
     trainers: Sequence[str],
     strategies: Sequence[str],
@@ -225,16 +227,16 @@ def chosen(
     nodes: Sequence[int],
     procs: Sequence[int],
     gpus: bool,
-    reference: Pair = REFERENCE,
-) -> list[Pair]:
+    reference: Layout = REFERENCE,
+) -> list[Layout]:
     """Return every requested combination that is possible, except the reference.
 
     Raises:
-        PlanError: none is possible, or something requested does not exist. The message says why.
+        PlanError: none is possible, or something requested does not exist.
     """
     _check("trainer", trainers)
     _check("strategy", strategies)
-    found: dict[Pair, None] = {}
+    found: dict[Layout, None] = {}
     problems: list[str] = []
     for trainer in trainers or (reference.trainer,):
         for strategy in strategies or catalog.TRAINERS[trainer].strategies:
@@ -245,23 +247,24 @@ def chosen(
                     continue
                 for size in _sizes(strategy, procs):
                     for launcher in launchers or ("local",):
-                        pair = Pair(strategy, size, node_count, trainer, launcher, gpus)
-                        found[pair] = None
+                        layout = Layout(strategy, size, node_count, trainer, launcher, gpus)
+                        found[layout] = None
                         if reference.trainer == "lightning" and strategy in catalog.OWN_LOOPS:
-                            found[replace(pair, own_loops=True)] = None
+                            found[replace(layout, own_loops=True)] = None
     found.pop(replace(reference, gpus=gpus), None)
     if not found:
         raise PlanError(
-            "; ".join(dict.fromkeys(problems)) or "nothing to compare with itself",
+            "; ".join(dict.fromkeys(problems))
+            or "the reference is the only chosen layout, and cannot be compared with itself",
             code="verify.nothing-to-compare",
         )
     return list(found)
 
 
-def _sizes(strategy: str, asked: Sequence[int]) -> Sequence[int]:
+def _sizes(strategy: str, requested: Sequence[int]) -> Sequence[int]:
     if strategy == "single":
         return (1,)
-    return asked or ((2,) if strategy == "dp" else (2, 4))
+    return requested or ((2,) if strategy == "dp" else (2, 4))
 
 
 def _check(kind: str, names: Iterable[str]) -> None:

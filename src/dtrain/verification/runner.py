@@ -28,8 +28,8 @@ from dtrain.run import ids, verdict
 from dtrain.run.attempts import Result
 from dtrain.run.rundir import RunDir
 from dtrain.trace import Recording, TraceOptions
-from dtrain.verification.pairs import REFERENCE, Pair
-from dtrain.verification.warmth import Warmth
+from dtrain.verification.layouts import REFERENCE, Layout
+from dtrain.verification.warm_servers import WarmServers
 
 _COLLECTIVE_TIMEOUT_S = 300.0
 """In a run of a few steps, a rank that waits this long for others would wait for ever."""
@@ -64,7 +64,7 @@ class _Silent:
     """A console that keeps the launcher's messages and forwards each tick."""
 
     def __init__(self, tick: Callable[[], None]) -> None:
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self._tick = tick
 
     def begin(self, text: str) -> None:
@@ -74,7 +74,7 @@ class _Silent:
         self._tick()
 
     def say(self, text: str) -> None:
-        self.said.append(text)
+        self.messages.append(text)
 
     def close(self) -> None:
         """Do nothing."""
@@ -86,7 +86,7 @@ class _Silent:
         return text
 
 
-class Lab:
+class Runner:
     """One job, and its recordings so far. As a context manager it removes its runs at the end.
 
     Args:
@@ -117,14 +117,14 @@ class Lab:
         self._options = options or {}
         self._keep = None if keep is None else Path(keep).absolute()
         self._made: dict[str | None, Path] = {}
-        self._recordings: dict[tuple[Pair, TraceOptions], Recording | RunFailed] = {}
-        self.watch: Callable[[Pair, TraceOptions], None] = lambda _pair, _wish: None
-        """A function that is called at intervals with the pair that is running and its options."""
+        self._recordings: dict[tuple[Layout, TraceOptions], Recording | RunFailed] = {}
+        self.watch: Callable[[Layout, TraceOptions], None] = lambda _layout, _options: None
+        """A function that is called at intervals with the running layout and its options."""
         self._tick: Callable[[], None] = lambda: None
-        self._warmth: Warmth | None = None
+        self._warm_servers: WarmServers | None = None
         self._loaded: dict[tuple[str, tuple[str, ...]], tuple[LoadedJob, LoadedProfile]] = {}
         self.steps = steps
-        self.wish = TraceOptions(
+        self.trace_options = TraceOptions(
             max_train_samples=max_train_samples, max_eval_samples=max_eval_samples
         )
         """The options of all runs; a run may have more."""
@@ -132,13 +132,13 @@ class Lab:
         """The job as its reference runs it."""
         if self.spec.script is not None:
             raise UsageError(
-                "dtrain verify compares tasks; it cannot see into a script's own loop",
+                "dtrain verify compares tasks; it cannot record the steps of a script's own loop",
                 code="verify.script",
             )
         self.reference = REFERENCE if self._is_task() else replace(REFERENCE, trainer="lightning")
-        """The pair with which the others are compared."""
+        """The layout with which the others are compared."""
 
-    def __enter__(self) -> Lab:
+    def __enter__(self) -> Runner:
         return self
 
     def __exit__(
@@ -147,33 +147,33 @@ class Lab:
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        if self._warmth is not None:
-            self._warmth.close()
+        if self._warm_servers is not None:
+            self._warm_servers.close()
         for folder in self._made.values():
             shutil.rmtree(folder, ignore_errors=True)
 
-    def warm_up(self, pairs: Sequence[Pair]) -> None:
-        """Begin to import what the processes of these pairs will need, while the reference runs."""
-        own = [pair for pair in pairs if not pair.overrides]  # those may import others
-        self._warmth = Warmth(self._planned(self.reference), map(self._planned, own))
+    def warm_up(self, layouts: Sequence[Layout]) -> None:
+        """Import what the processes of these layouts will need, while the reference runs."""
+        own = [layout for layout in layouts if not layout.overrides]  # those may import others
+        self._warm_servers = WarmServers(self._planned(self.reference), map(self._planned, own))
 
-    def check(self, pair: Pair) -> None:
-        """Check that a pair can be planned. Nothing is started or written.
+    def check(self, layout: Layout) -> None:
+        """Check that a layout can be planned. Nothing is started or written.
 
         Raises:
             JobError, PlanError: it cannot be planned. The message gives the reason.
         """
-        self._planned(pair)
+        self._planned(layout)
 
-    def record(self, pair: Pair, wish: TraceOptions | None = None) -> Recording:
-        """Return the recording of a pair, from an earlier run or a new one.
+    def record(self, layout: Layout, trace_options: TraceOptions | None = None) -> Recording:
+        """Return the recording of a layout, from an earlier run or a new one.
 
         Raises:
             RunFailed: the run failed. The message is its verdict.
             Stopped: the run was asked to stop.
             JobError, PlanError: the job cannot be run in this way.
         """
-        key = (pair, wish or self.wish)
+        key = (layout, trace_options or self.trace_options)
         if key not in self._recordings:
             self._recordings[key] = self._run(*key)
         known = self._recordings[key]
@@ -186,33 +186,33 @@ class Lab:
         spec, folder = self.spec, self._path.parent
         return spec.trainer != "lightning" or task_derives(str(spec.task), "Task", folder)
 
-    def _planned(self, pair: Pair) -> LaunchPlan:
-        job, profile = self._load(pair)
-        spec = recorded(job.spec, pair, self.wish, self.steps)
-        return self._plan(pair, spec, profile, "check", "runs", 0)
+    def _planned(self, layout: Layout) -> LaunchPlan:
+        job, profile = self._load(layout)
+        spec = recorded(job.spec, layout, self.trace_options, self.steps)
+        return self._plan(layout, spec, profile, "check", "runs", 0)
 
-    def _load(self, pair: Pair) -> tuple[LoadedJob, LoadedProfile]:
-        key = (pair.launcher, pair.overrides)
+    def _load(self, layout: Layout) -> tuple[LoadedJob, LoadedProfile]:
+        key = (layout.launcher, layout.overrides)
         if key not in self._loaded:
-            profile = load_profile(pair.launcher, self._path.parent)
-            overrides = [*self._overrides, *pair.overrides]
+            profile = load_profile(layout.launcher, self._path.parent)
+            overrides = [*self._overrides, *layout.overrides]
             self._loaded[key] = load_job(self._path, overrides, profile.launch), profile
         return self._loaded[key]
 
-    def _run(self, pair: Pair, wish: TraceOptions) -> Recording | RunFailed:
-        self._tick = partial(self.watch, pair, wish)
+    def _run(self, layout: Layout, trace_options: TraceOptions) -> Recording | RunFailed:
+        self._tick = partial(self.watch, layout, trace_options)
         self._tick()
-        job, profile = self._load(pair)
-        run = RunDir(self._folder(pair) / ids.new(job.spec.name))
-        ends = [self.steps] if pair.resume_after is None else [pair.resume_after, self.steps]
+        job, profile = self._load(layout)
+        run = RunDir(self._folder(layout) / ids.new(job.spec.name))
+        ends = [self.steps] if layout.resume_after is None else [layout.resume_after, self.steps]
         try:
             for attempt, end in enumerate(ends):
-                spec = recorded(job.spec, pair, wish, end)
-                said = self._attempt(run, attempt, pair, spec, job.text, profile)
-                if said is not None:
-                    partly = trace.read(run).complete(pair.world_size)
-                    why = _reason(run, attempt) or said.splitlines()[0]
-                    return RunFailed(said, partly if 0 in partly.steps else None, why)
+                spec = recorded(job.spec, layout, trace_options, end)
+                failure = self._attempt(run, attempt, layout, spec, job.text, profile)
+                if failure is not None:
+                    partly = trace.read(run).complete(layout.world_size)
+                    why = _reason(run, attempt) or failure.splitlines()[0]
+                    return RunFailed(failure, partly if 0 in partly.steps else None, why)
             return trace.read(run)
         finally:
             if self._keep is None:
@@ -222,27 +222,27 @@ class Lab:
         self,
         run: RunDir,
         attempt: int,
-        pair: Pair,
+        layout: Layout,
         spec: JobSpec,
         text: str,
         profile: LoadedProfile,
     ) -> str | None:
         """Run to the end. Return None, or the launcher's messages if the run failed."""
-        plan = self._plan(pair, spec, profile, run.id, run.path.parent, attempt)
+        plan = self._plan(layout, spec, profile, run.id, run.path.parent, attempt)
         with contextlib.suppress(OSError):  # each run would take its own snapshot of the code
             run.code.mkdir(parents=True, exist_ok=True)
         console = _Silent(self._tick)
-        warm = None if self._warmth is None else self._warmth.launcher(plan)
+        warm = None if self._warm_servers is None else self._warm_servers.launcher(plan)
         if drive(warm or base.load(plan.launcher), plan, spec, text, console) == 0:
             return None
         result = Result.read(run, attempt)
         if result is not None and result.state == "cancelled":
-            raise Stopped("stopped")
-        return _said("\n".join(console.said), stays=self._keep is not None)
+            raise Stopped("the comparison was stopped")
+        return _verdict("\n".join(console.messages), kept=self._keep is not None)
 
     def _plan(
         self,
-        pair: Pair,
+        layout: Layout,
         spec: JobSpec,
         profile: LoadedProfile,
         run_id: str,
@@ -251,15 +251,15 @@ class Lab:
     ) -> LaunchPlan:
         imports = task_imports(str(spec.task), self._path.parent)
         facts = Facts.gather(run_id, runs, attempt, imports)
-        if replace(pair, gpus=False) == self.reference:
+        if replace(layout, gpus=False) == self.reference:
             # code that depends on the order of a set must differ here, not in another program
             facts = replace(facts, hash_seed=hash_seed(os.environ, default="1"))
         launcher = base.load(profile.spec.launcher)
-        given = parse_options(self._options.get(pair.launcher, ()), launcher.options_model)
+        given = parse_options(self._options.get(layout.launcher, ()), launcher.options_model)
         options, _ = checked_options(profile, given, launcher.options_model)
         return complete_plan(spec, profile, launcher, self._path.parent, options, facts)
 
-    def _folder(self, pair: Pair) -> Path:
+    def _folder(self, layout: Layout) -> Path:
         """Return the directory for the runs of a launcher, which is made at the first call.
 
         A temporary directory exists on this host only. A cluster's nodes see the current one, as
@@ -267,7 +267,7 @@ class Lab:
         """
         if self._keep is not None:
             return self._keep
-        fact = catalog.LAUNCHERS.get(pair.launcher)
+        fact = catalog.LAUNCHERS.get(layout.launcher)
         where = os.getcwd() if fact is None or fact.allocates else None
         if where not in self._made:
             try:
@@ -275,7 +275,8 @@ class Lab:
             except OSError as error:
                 why = f"{error.strerror}: {error.filename}"
                 raise UsageError(
-                    f"no place for the runs ({why}); say one: --keep DIR", code="verify.no-place"
+                    f"cannot make a directory for the runs ({why}); choose one with --keep DIR",
+                    code="verify.no-place",
                 ) from None
         return self._made[where]
 
@@ -286,9 +287,9 @@ def _reason(run: RunDir, attempt: int) -> str:
     return "" if found is None else found.culprit.message.strip().partition("\n")[0]
 
 
-def _said(text: str, *, stays: bool) -> str:
+def _verdict(text: str, *, kept: bool) -> str:
     """Return a verdict, without paths to a run directory that will not be kept."""
-    if stays:
+    if kept:
         return text
     lines = [line for line in text.splitlines() if not line.startswith(("  log: ", "  more: "))]
     return "\n".join([*lines, "  more: `--keep DIR` keeps the run and its logs"])
@@ -298,19 +299,19 @@ def _said(text: str, *, stays: bool) -> str:
 _QUIET = ChecksSpec(every_steps=0, on_mismatch="warn", init="broadcast", on_nan="warn")
 
 
-def recorded(spec: JobSpec, pair: Pair, wish: TraceOptions, steps: int) -> JobSpec:
-    """Return the job as a pair runs it: its training is unchanged, everything around it is not."""
+def recorded(spec: JobSpec, layout: Layout, trace_options: TraceOptions, steps: int) -> JobSpec:
+    """Return the job as a layout runs it: only settings around the training are changed."""
     train: dict[str, object] = {"epochs": None, "steps": steps, "early_stopping": None}
-    if pair.micro_batch_size is not None or wish.by_sample:
-        train["micro_batch_size"] = 1 if wish.by_sample else pair.micro_batch_size
+    if layout.micro_batch_size is not None or trace_options.by_sample:
+        train["micro_batch_size"] = 1 if trace_options.by_sample else layout.micro_batch_size
     launch = spec.launch
     return spec.model_copy(
         update={
-            "trainer": pair.trainer,
-            "strategy": pair.strategy,
+            "trainer": layout.trainer,
+            "strategy": layout.strategy,
             "train": spec.train.model_copy(update=train),
             "data": spec.data.model_copy(
-                update={} if pair.workers is None else {"workers": pair.workers}
+                update={} if layout.workers is None else {"workers": layout.workers}
             ),
             "eval": spec.eval.model_copy(update={"every_steps": None, "every_epochs": None}),
             "checkpoint": spec.checkpoint.model_copy(
@@ -318,17 +319,17 @@ def recorded(spec: JobSpec, pair: Pair, wish: TraceOptions, steps: int) -> JobSp
             ),
             "checks": _QUIET,
             "lightning": spec.lightning.model_copy(
-                update={"step": "lightning"} if pair.own_loops else {}
+                update={"step": "lightning"} if layout.own_loops else {}
             ),
             "log": spec.log.model_copy(update={"every_steps": 1, "loggers": []}),
             "launch": launch.model_copy(
                 update={
-                    "nodes": (pair.nodes, pair.nodes),
-                    "procs_per_node": pair.procs,
-                    "gpus_per_node": pair.procs if pair.gpus else 0,
+                    "nodes": (layout.nodes, layout.nodes),
+                    "procs_per_node": layout.procs,
+                    "gpus_per_node": layout.procs if layout.gpus else 0,
                     "max_restarts": 0,
                     "collective_timeout": min(launch.collective_timeout, _COLLECTIVE_TIMEOUT_S),
-                    "env": {**launch.env, **wish.to_env()},
+                    "env": {**launch.env, **trace_options.to_env()},
                 }
             ),
         }

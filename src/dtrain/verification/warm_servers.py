@@ -11,7 +11,7 @@ from dtrain.launchers.local import LocalLauncher
 from dtrain.launchers.warm import WarmServer
 
 
-class Warmth:
+class WarmServers:
     """A server for each trainer. Its modules are not imported in runs of another trainer.
 
     Only launches on this host that compute on CPUs are warm, and only if they have the server's

@@ -1,27 +1,27 @@
-"""The clauses of "the same training", and the findings when a clause does not hold."""
+"""The rules of "the same training", and the findings when a rule does not hold."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 DATA = "step s trains on the same ordered list of samples, each once"
-START = "all processes begin with the parameters that the seed gives"
+START = "all processes start with the parameters that the seed gives"
 LOSS = "a sample's loss does not depend on which process computes it"
-STATE = "what changes from step to step is in the checkpoint, and changes once a step"
+STATE = "state that changes during training is in the checkpoint, and changes once per step"
 BATCH_NORM = "BatchNorm normalises over the whole batch"
-GRADIENT = "the gradient is (sum of everyone's sums) / (sum of everyone's weights)"
+GRADIENT = "the gradient is that of (sum of all losses) / (sum of all weights)"
 CLIPPING = "clipping comes after the reduction"
 SCALER = "gradients are divided by the loss scale before anything uses them"
-SCHEDULE = "the learning rate is a function of optimizer steps alone"
+SCHEDULE = "the learning rate depends only on the number of optimizer steps"
 UPDATE = "there is one update per global batch, from that gradient and the optimizer's state"
 REPLICAS = "after a step every rank holds the same parameters"
 BUFFERS = "after a step every rank holds the buffers of one process"
 RANDOM = "ranks draw independent random numbers"
 EVALUATION = "every sample is evaluated exactly once"
-BITWISE = "what promises the same bits has the same bits"
+BITWISE = "layouts that promise the same bits have the same bits"
 MODEL = "model() gives every process the same bare model"
 
-CLAUSE_CODES = {
+RULE_CODES = {
     DATA: "verify.other-samples",
     START: "verify.other-start",
     LOSS: "verify.other-loss",
@@ -51,13 +51,12 @@ ENDED_EARLY = "the run ended before this step"
 
 @dataclass(frozen=True)
 class Finding:
-    """A clause of "the same training" that does not hold, and why."""
+    """A rule of "the same training" that does not hold, and why."""
 
-    clause: str
-    found: str
-    """The observation, in one sentence."""
-    likely: str
-    """The likely cause; empty if it is unknown."""
+    rule: str
+    observation: str
+    likely_cause: str
+    """Empty if it is unknown."""
     step: int
     """The first step in which it was observed."""
     tensor: str = ""
@@ -65,4 +64,4 @@ class Finding:
     @property
     def code(self) -> str:
         """The stable name of the finding, for example `verify.batch-norm`."""
-        return CLAUSE_CODES[self.clause]
+        return RULE_CODES[self.rule]
