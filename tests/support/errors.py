@@ -57,3 +57,15 @@ def place_of(problem: Problem) -> str:
 def assert_named(message: str, names: Sequence[str]) -> None:
     """Assert that a message has all of these names and values."""
     assert not [name for name in names if name not in message], message
+
+
+def assert_shown(output: str, code: str, *names: str) -> None:
+    """Assert that a command shows an error of dtrain, and no traceback.
+
+    Args:
+        output: what the command printed.
+        code: the error's code, which is shown in brackets.
+        names: what must be shown too: places, flags, numbers, names.
+    """
+    assert_named(output, [f"  [{code}]", *names])
+    assert "Traceback" not in output, output
