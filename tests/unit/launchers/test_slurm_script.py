@@ -26,7 +26,7 @@ from dtrain.launchers.slurm.options import SlurmOptions
 from dtrain.launchers.slurm.sbatch import Sbatch
 from dtrain.launchers.slurm.submitit import Submitit
 from dtrain.planning import Request
-from support.errors import raises
+from support.errors import assert_named, assert_problems, raises
 
 FACTS = Facts("digits-abc234", "/runs", "/usr/bin/python3", "laptop", cores=8, free_port=16000)
 JOB: dict[str, Any] = {
@@ -263,10 +263,10 @@ def test_an_elastic_job_takes_what_it_is_given() -> None:
 
 
 def test_an_elastic_job_by_submitit_leaves_the_number_of_nodes_to_slurm() -> None:
-    told = submitit.parameters([plan_of(launch={"nodes": "1:2"}, submit="submitit")])
-    assert told["additional_parameters"]["nodes"] == "1-2"
+    parameters = submitit.parameters([plan_of(launch={"nodes": "1:2"}, submit="submitit")])
+    assert parameters["additional_parameters"]["nodes"] == "1-2"
     given = '"$SLURM_JOB_NUM_NODES"'
-    assert told["setup"][-1] == f"export SLURM_NNODES={given} SLURM_NTASKS={given}"
+    assert parameters["setup"][-1] == f"export SLURM_NNODES={given} SLURM_NTASKS={given}"
 
 
 def test_a_backslash_is_refused() -> None:
@@ -484,7 +484,7 @@ def test_time_as_slurm_writes_it() -> None:
         assert SlurmOptions(time=written).time == limit
 
 
-def test_wrong_options_are_told_with_their_places(
+def test_wrong_options_are_reported_with_their_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -497,51 +497,61 @@ def test_wrong_options_are_told_with_their_places(
         planning._options(
             base.load("slurm"), profile, Request(further_options=["slurm.nice=1"]), {}
         )
-    first, second = str(caught.value).splitlines()
-    assert first == "launchers/site.yaml:4:3: partion: unknown; did you mean 'partition'?"
-    assert second.startswith("launchers/site.yaml:5:9: time: say it with a unit")
+    assert_problems(
+        caught.value.problems,
+        ("option.unknown-field", "launchers/site.yaml:4:3: partion", "'partition'"),
+        ("option.invalid-value", "launchers/site.yaml:5:9: time", "90m", "number 90"),
+    )
 
 
 @pytest.mark.parametrize(
-    ("said", "told", "code"),
+    ("printed", "code", "reason", "place"),
     [
         (
             "sbatch: error: Batch job submission failed: Invalid account or account/partition "
             "combination specified\n",
-            "Slurm refuses the job: Invalid account or account/partition combination specified"
-            "\n  -p: partition: gpu",
             "slurm.account-invalid",
+            ": Invalid account or account/partition combination specified\n",
+            "-p: partition: gpu",
         ),
         (
             "sbatch: error: Memory specification can not be satisfied\nsbatch: error: Batch job "
             "submission failed: Requested node configuration is not available\n",
-            "Slurm refuses the job: Memory specification can not be satisfied; Requested node "
-            "configuration is not available\n  launchers/site.yaml:7:8: mem: 900G",
             "slurm.memory-invalid",
+            ": Memory specification can not be satisfied; Requested node configuration is not "
+            "available\n",
+            "launchers/site.yaml:7:8: mem: 900G",
         ),
         (
             "sbatch: error: Invalid --mem specification\n",
-            "Slurm refuses the job: Invalid --mem specification"
-            "\n  launchers/site.yaml:7:8: mem: 900G",
             "slurm.memory-invalid",
+            ": Invalid --mem specification\n",
+            "launchers/site.yaml:7:8: mem: 900G",
         ),
         (
             "sbatch: unrecognized option '--no-such=1'\n",
-            "Slurm refuses the job: unrecognized option '--no-such=1'\n  -o slurm.no_such: 1",
             "slurm.refused",
+            ": unrecognized option '--no-such=1'\n",
+            "-o slurm.no_such: 1",
         ),
         (
             "sbatch: error: Invalid node name specified\n",
-            "Slurm refuses the job: Invalid node name specified\n  -o slurm.nodelist: n9",
             "slurm.node-name-invalid",
+            ": Invalid node name specified\n",
+            "-o slurm.nodelist: n9",
         ),
-        ("", "Slurm refuses the job: no reason given", "slurm.refused"),
+        ("", "slurm.refused", ": no reason", ""),
     ],
 )
-def test_a_refusal_is_told_in_slurms_words_with_the_place(said: str, told: str, code: str) -> None:
+def test_a_refusal_has_slurms_words_and_the_place(
+    printed: str, code: str, reason: str, place: str
+) -> None:
     plan = plan_of(partition="gpu", mem="900G", slurm={"no_such": "1", "nodelist": "n9"})
     further = {"slurm.no_such": "-o slurm.no_such", "slurm.nodelist": "-o slurm.nodelist"}
     places = {"partition": "-p", "mem": "launchers/site.yaml:7:8", **further}
     plan = replace(plan, sources=places)
-    refused = sbatch.refusal(plan, said)
-    assert (str(refused), refused.code) == (told, code)
+    error = sbatch.refusal(plan, printed)
+    assert error.code == code
+    assert_named(str(error), [reason])
+    _, *places = str(error).split("\n  ")
+    assert places == ([place] if place else [])
