@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support.matrix import shown, told
+from support.matrix import documented, shown
 from support.ray_cluster import RayCluster
 
 
@@ -13,4 +13,4 @@ def test_the_matrix_is_what_launches_on_ray_show(
 ) -> None:
     text = f"launcher: ray\nextends: ray\noptions:\n  address: {ray.address}\n"
     (profiles / "here.yaml").write_text(text)
-    assert shown(tmp_path, "ray", "here") == told("ray")
+    assert shown(tmp_path, "ray", "here") == documented("ray")

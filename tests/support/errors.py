@@ -1,13 +1,14 @@
-"""Errors that are expected: by their code and by what they must name, not by their sentences."""
+"""Expect errors by code, place and named values. tests/golden/messages.txt has the sentences."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
-from dtrain.errors import DtrainError
+from dtrain.errors import DtrainError, Problem
 from dtrain.testing.calls import RankError
 
 
@@ -31,5 +32,40 @@ def raises(
     error = caught.value.__cause__ if isinstance(caught.value, RankError) else caught.value
     assert isinstance(error, kind), error
     assert error.code == code, str(error)
-    missing = [name for name in names if name not in str(error)]
-    assert not missing, str(error)
+    assert_named(str(error), names)
+
+
+def assert_problems(problems: Sequence[Problem], *expected: tuple[str, ...]) -> None:
+    """Assert that these are the problems: all of them, and in this sequence.
+
+    Args:
+        problems: those of a JobError.
+        expected: of each problem its code, its place and field (`job.yaml:3:11: train.steps`), and
+            what its message must name.
+    """
+    found = [(problem.code, place_of(problem)) for problem in problems]
+    assert found == [each[:2] for each in expected], [str(problem) for problem in problems]
+    for problem, (_, _, *names) in zip(problems, expected, strict=True):
+        assert_named(problem.message, names)
+
+
+def place_of(problem: Problem) -> str:
+    """Return the place and the field of a problem, as shown before its message."""
+    return str(replace(problem, message="")).removesuffix(": ")
+
+
+def assert_named(message: str, names: Sequence[str]) -> None:
+    """Assert that a message has all of these names and values."""
+    assert not [name for name in names if name not in message], message
+
+
+def assert_shown(output: str, code: str, *names: str) -> None:
+    """Assert that a command shows an error of dtrain, and no traceback.
+
+    Args:
+        output: what the command printed.
+        code: the error's code, which is shown in brackets.
+        names: what must be shown too: places, flags, numbers, names.
+    """
+    assert_named(output, [f"  [{code}]", *names])
+    assert "Traceback" not in output, output

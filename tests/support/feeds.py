@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dtrain import Task
-from dtrain.errors import DtrainError
+from dtrain.errors import DtrainError, format_error
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.train.data.fetch import Request
@@ -134,7 +134,7 @@ def feed(
                 made.check()
         made.check()
     except DtrainError as error:
-        return Fed(str(error), step, position, {}, seen)
+        return Fed(format_error(error), step, position, {}, seen)
     finally:
         made.close()
     return Fed(None, step, position, made.state_dict(), seen)

@@ -21,8 +21,8 @@ Rows = dict[str, list[str]]
 """The cells of each trainer, in the order of the strategies."""
 
 
-def told(launcher: str) -> Rows:
-    """What README says of a launcher."""
+def documented(launcher: str) -> Rows:
+    """The rows of a launcher in README."""
     rows = [line.split("|")[1:-1] for line in README.splitlines() if f" | `{launcher}` |" in line]
     return {row[0].replace("`", "").strip(): [cell.strip() for cell in row[2:]] for row in rows}
 
@@ -104,9 +104,9 @@ def is_refused(*arguments: str | Path) -> bool:
         return False
     assert done.returncode == 2, done.stderr
     text = done.stderr.strip().removesuffix("  [plan.unsupported-combination]")
-    said = re.split(": strategy: |: lightning.step: ", text, maxsplit=1)
-    assert len(said) == 2, done.stderr
-    assert said[1] in README, done.stderr
+    parts = re.split(": strategy: |: lightning.step: ", text, maxsplit=1)
+    assert len(parts) == 2, done.stderr
+    assert parts[1] in README, done.stderr
     return True
 
 

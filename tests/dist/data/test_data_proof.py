@@ -12,6 +12,7 @@ from dtrain.testing import run_ranks
 from dtrain.train.data import exactly_once
 from dtrain.train.data.order import shuffled
 from dtrain.train.data.placement import EpochPlan, GlobalBatch, Position
+from support.errors import assert_shown
 from support.feeds import Fault, Fed, Weighted, feed, spec
 
 WORLD = 3
@@ -57,27 +58,33 @@ def test_right_data_passes_in_every_layout() -> None:
         assert all(fed.state == results[0].state for fed in results)
 
 
+TWICE, MISSING, OTHER = "too often", "did not read", "instead of"
 FAULTS = [
-    (Fault("double", 1, 7), {}, "rank 1, step 8: read sample {} once too often"),
-    (Fault("drop", 2, 30), {}, "rank 2, step 31: did not read sample {} (position {p})"),
-    (Fault("swap", 0, 0), {}, "rank 0, step 1: read sample {other} instead of sample {} "),
-    (Fault("double", 0, 60), {}, "rank 0, step 61: read sample {} once too often"),
-    (Fault("drop", 1, 40), {"job": spec(1000, 30, steps=45)}, "rank 1, step 41: did not read "),
-    (Fault("swap", 2, 14), {"check_every": 5}, "rank 2, step 15: read sample {other} instead "),
-    (Fault("drop", 1, 20), {"job": spec(1000, 30, workers=2)}, "rank 1, step 21: did not read "),
+    (Fault("double", 1, 7), {}, TWICE),
+    (Fault("drop", 2, 30), {}, MISSING),
+    (Fault("swap", 0, 0), {}, OTHER),
+    (Fault("double", 0, 60), {}, TWICE),
+    (Fault("drop", 1, 40), {"job": spec(1000, 30, steps=45)}, MISSING),
+    (Fault("swap", 2, 14), {"check_every": 5}, OTHER),
+    (Fault("drop", 1, 20), {"job": spec(1000, 30, workers=2)}, MISSING),
 ]
+CODE = "data.not-exactly-once"
 
 
 def test_faults_are_named_by_rank_step_and_sample() -> None:
     calls = [{"job": JOB, "fault": fault, **rest} for fault, rest, _ in FAULTS]
-    for results, (fault, _, message) in zip(many(WORLD, *calls), FAULTS, strict=True):
+    for results, (fault, _, how) in zip(many(WORLD, *calls), FAULTS, strict=True):
         epoch, step = divmod(fault.step, 34)
         position = 30 * step + 10 * fault.rank
         sample = at(position, epoch)
-        wanted = message.format(sample, p=position, other=(sample + 1) % 1000)
+        place = f"rank {fault.rank}, step {fault.step + 1}: "
+        names = [f"sample {sample} "]
+        if how == MISSING:
+            names.append(f"(position {position})")
+        if how == OTHER:
+            names.append(f"sample {(sample + 1) % 1000} ")
         error = the_error(results)
-        assert f"epoch {epoch}" in error
-        assert wanted in error, error
+        assert_shown(error, CODE, f"epoch {epoch}", place, how, *names)
         assert len(re.findall("rank ", error)) == 1
         # nothing later is trained on: an epoch's end, or a checkpoint, is as far as it goes
         assert all(fed.step <= 34 * (epoch + 1) for fed in results)
@@ -90,13 +97,13 @@ def test_weighted_draws_and_whole_epochs_that_are_wrong() -> None:
         {"job": JOB, "fault": Fault("epoch", 1, 34)},
         {"job": spec(1000, 3), "fault": Fault("double", 2, 300)},
     )
-    assert "rank 1, step 4: did not read sample" in the_error(weighted)
-    assert "rank 1, step 35: read the samples of epoch 0 instead of epoch 1" in the_error(stale)
+    assert_shown(the_error(weighted), CODE, "rank 1, step 4: ", MISSING)
+    assert_shown(the_error(stale), CODE, "rank 1, step 35: ", "epoch 0 instead of epoch 1")
     # 334 steps in at most 64 ranges of 8
-    assert "rank 2, steps 297 to 304: read sample" in the_error(many_steps)
+    assert_shown(the_error(many_steps), CODE, "rank 2, steps 297 to 304: ")
 
 
-def test_a_resume_on_another_world_size_goes_on_with_the_proof() -> None:
+def test_a_resume_on_another_world_size_continues_the_proof() -> None:
     parts = run_ranks(feed, 4, JOB, steps=20)
     assert parts[0].position.consumed == 600
     (rest,) = run_ranks(feed, 1, JOB, start=parts[0])
@@ -104,19 +111,19 @@ def test_a_resume_on_another_world_size_goes_on_with_the_proof() -> None:
     assert rest.step == 68
     (late,) = run_ranks(feed, 1, JOB, start=parts[0], lie=30)
     assert late.error is not None
-    assert "begins at position 630 of epoch 0, but training has consumed" in late.error
+    assert_shown(late.error, CODE, "position 630 of epoch 0")
     # a state that claims one sample fewer than were read, as after a lost step
     wrong = replace(parts[0], state={"proof": {**parts[0].state["proof"], "sums": [1, 2, 600]}})
     results = run_ranks(feed, 2, JOB, start=wrong)
-    assert "the 1000 samples of the epoch were not read once each" in the_error(results)
+    assert_shown(the_error(results), CODE, "1000 samples")
 
 
-def test_an_epoch_that_ends_too_early_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_epoch_that_ends_too_early_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `drop_last` would: the last ten samples are planned for nobody."""
     monkeypatch.setattr(EpochPlan, "batches", _without_the_tail)
     error = feed(JOB).error
     assert error is not None
-    assert "every rank read the planned samples in these steps, 990 in all" in error
+    assert_shown(error, CODE, "every rank ", "990")
 
 
 def _without_the_tail(course: EpochPlan, step: int, position: Position) -> Iterator[GlobalBatch]:
@@ -132,13 +139,13 @@ def test_long_epochs_are_checked_on_the_way(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(exactly_once, "_MAX_SAMPLES", 300)
     late = feed(JOB, Fault("drop", 0, 2))
     assert late.error is not None
-    assert "rank 0, step 3: did not read sample" in late.error
+    assert_shown(late.error, CODE, "rank 0, step 3: ", MISSING)
     assert late.step == 10
     assert feed(JOB).error is None
 
 
 @pytest.mark.ranks(2)
-def test_a_split_that_overlaps_is_told_by_its_steps(rank: int) -> None:
+def test_a_split_that_overlaps_is_reported_with_its_steps(rank: int) -> None:
     import dtrain.train.data.placement as placement
 
     whole = placement.GlobalBatch.micro_batches
@@ -149,4 +156,4 @@ def test_a_split_that_overlaps_is_told_by_its_steps(rank: int) -> None:
     placement.GlobalBatch.micro_batches = both_take_the_first  # type: ignore[method-assign]
     error = feed(JOB).error
     assert error is not None
-    assert "all ranks together, step 6: the ranks' parts of positions 150 to 179 overlap" in error
+    assert_shown(error, CODE, "all ranks together, step 6: ", "positions 150 to 179", "overlap")

@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from dtrain import Task
-from dtrain.errors import BlamedError, DtrainError
+from dtrain.errors import BlamedError, DtrainError, format_error
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.run.rundir import RunDir
@@ -25,6 +26,7 @@ from dtrain.testing import run_ranks
 from dtrain.train.context import TrainContext
 from dtrain.train.data import sample_rng
 from dtrain.train.loop.native import NativeTrainer
+from support.errors import assert_named, assert_shown
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -130,18 +132,19 @@ def train(folder: Path, how: str, **data: Any) -> Outcome:
     )
     run = RunDir(folder)
     run.create()
-    told: list[str] = []
+    warned: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("dtrain").addHandler(handler)
     context = TrainContext(job, run, RankInfo.from_env(), 0, Line(how), torch.device("cpu"))
     try:
         NativeTrainer(context).run()
     except DtrainError as error:
-        return str(error), error.culprits if isinstance(error, BlamedError) else [], told
+        culprits = error.culprits if isinstance(error, BlamedError) else []
+        return format_error(error), culprits, warned
     finally:
         logging.getLogger("dtrain").removeHandler(handler)
-    return None, [], told
+    return None, [], warned
 
 
 def each(folder: Path, calls: list[dict[str, Any]]) -> list[Outcome]:
@@ -153,7 +156,10 @@ def many(world_size: int, folder: Path, *calls: dict[str, Any]) -> list[list[Out
     return list(zip(*run_ranks(each, world_size, folder, list(calls)), strict=True))  # type: ignore[arg-type]
 
 
-def test_a_rank_that_reads_another_file_is_told(tmp_path: Path) -> None:
+CODE = "data.not-same-on-ranks"
+
+
+def test_a_rank_that_reads_another_file_is_named(tmp_path: Path) -> None:
     stale, loaders, several, fingerprint = many(
         3,
         tmp_path,
@@ -166,17 +172,18 @@ def test_a_rank_that_reads_another_file_is_told(tmp_path: Path) -> None:
         ((error, culprits),) = {(error, tuple(blamed)) for error, blamed, _ in outcomes}
         assert culprits == (1,)
         assert error is not None
-        head, _, rest = error.partition(", element ")
-        sample = int(head.removeprefix("train_dataset() differs on rank 1: sample "))
-        right = sample / 64
-        assert rest.startswith(f"[0][3] is {right + 0.25:g} there and {right:g} on rank 0\n")
+        assert_shown(error, CODE, "train_dataset() ")
+        sample = re.search(r"rank 1: sample (\d+), element \[0\]\[3\] ", error)
+        assert sample is not None, error
+        right = int(sample[1]) / 64
+        assert_named(error, [f" {right + 0.25:g} ", f" {right:g} on rank 0"])
     ((error, culprits),) = {(error, tuple(blamed)) for error, blamed, _ in fingerprint}
     assert culprits == (0,)
-    assert "train_dataset() differs on rank 0: fingerprint is old there and new on rank 1" in error
+    assert_shown(str(error), CODE, "train_dataset() ", "rank 0: fingerprint ", "new on rank 1")
     (two,) = many(2, tmp_path / "two", {"how": "stale"})
     assert [blamed for _, blamed, _ in two] == [[], []]
-    assert "train_dataset() differs between ranks 0 and 1: sample" in str(two[0][0])
-    assert "on rank 1 and" in str(two[0][0])
+    names = ("train_dataset() ", "ranks 0 and 1: sample", "on rank 1 and")
+    assert_shown(str(two[0][0]), CODE, *names)
 
 
 @pytest.fixture
@@ -187,12 +194,11 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_file_that_loader_processes_share_is_told(tmp_path: Path, rows: Path) -> None:
+def test_a_file_that_loader_processes_share_is_named(tmp_path: Path, rows: Path) -> None:
     """Where one seeks, another reads: each gets rows of the other, now and then."""
     (outcomes,) = many(2, tmp_path, {"how": "one file", "workers": 2})
     for error, culprits, _ in outcomes:
-        assert error is not None
-        assert f"{rows} (its attribute files['rows'])" in error
+        assert_shown(str(error), "data.file-position-shared", str(rows), "files['rows']")
         assert culprits == [0, 1]
 
 
@@ -221,10 +227,9 @@ def test_generators_of_its_own_are_a_warning(tmp_path: Path) -> None:
         assert first[0] is None, call
         assert [other[2] for other in others] == [[], []]
         if index < 4:
-            (told,) = first[2]
-            assert "differs when it is read again" in told
-            assert "sample_rng() or sample_seed()" in told
-            assert ("(dataset.parts['augment'][0])" in told) == (call["how"] == "private")
+            (warning,) = first[2]
+            assert_named(warning, ["sample_rng()", "sample_seed()"])
+            assert ("(dataset.parts['augment'][0])" in warning) == (call["how"] == "private")
     (alone,) = run_ranks(train, 1, tmp_path / "alone", "private")
     assert alone[0] is None
     assert "dataset.parts['augment'][0]" in alone[2][0]

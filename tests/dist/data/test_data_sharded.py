@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from dtrain import Callback, Task
-from dtrain.errors import DtrainError
+from dtrain.errors import DtrainError, format_error
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
 from dtrain.train.context import TrainContext
 from dtrain.train.loop.native import NativeTrainer
+from support.errors import assert_named, assert_shown
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -128,7 +129,7 @@ class Outcome:
     noise: list[float]
     steps: int
     digest: str | None
-    told: list[str]
+    logged: list[str]
 
 
 def train(
@@ -160,20 +161,20 @@ def train(
     task = Seen(list(range(9)) if how == "map-style" else dataset, stop_after)
     context = TrainContext(job, run, RankInfo.from_env(), 0, task, torch.device("cpu"))
     _Leave.context = context
-    told: list[str] = []
+    logged: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("dtrain")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
         result = NativeTrainer(context).run()
     except DtrainError as error:
-        return Outcome(str(error), task.seen, task.noise, 0, None, told)
+        return Outcome(format_error(error), task.seen, task.noise, 0, None, logged)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
-    return Outcome(None, task.seen, task.noise, result.steps, result.parameters_sha256, told)
+    return Outcome(None, task.seen, task.noise, result.steps, result.parameters_sha256, logged)
 
 
 def each(folder: Path, calls: list[dict[str, Any]]) -> list[Outcome]:
@@ -195,7 +196,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def test_every_sample_once_and_the_counts_are_told(tmp_path: Path) -> None:
+def test_every_sample_once_and_the_counts_are_logged(tmp_path: Path) -> None:
     calls = [
         {"strategy": strategy, "workers": workers}
         for strategy, workers in (("ddp", 0), ("ddp", 2), ("fsdp", 0))
@@ -208,7 +209,8 @@ def test_every_sample_once_and_the_counts_are_told(tmp_path: Path) -> None:
             assert outcome.steps == 12  # 17 and 16 of 3 a step
         read = events(tmp_path / str(index), "epoch_read")
         assert [line["samples"] for line in read] == [[17, 16]] * 2
-        assert "epoch 0: 33 samples, rank 0 read 17, rank 1 read 16" in outcomes[0].told
+        (line,) = [text for text in outcomes[0].logged if text.startswith("epoch 0: 33 samples")]
+        assert_named(line, ["rank 0 read 17", "rank 1 read 16"])
 
 
 def test_streams_end_when_they_end(tmp_path: Path) -> None:
@@ -230,7 +232,7 @@ def test_streams_end_when_they_end(tmp_path: Path) -> None:
             assert read["samples"] == sizes
         assert losses(tmp_path / str(fsdp)) == pytest.approx(losses(tmp_path / str(ddp)), rel=1e-5)
     (nothing,) = many(2, tmp_path / "nothing", {"how": "all empty"})
-    assert "train_dataset() gave no samples in epoch 0" in str(nothing[0].error)
+    assert_shown(str(nothing[0].error), "data.empty", "train_dataset()", "epoch 0")
 
 
 @pytest.mark.parametrize("how", ["right", "ragged"])
@@ -249,10 +251,10 @@ def test_a_resume_is_the_unbroken_run_to_the_bit(tmp_path: Path, how: str, worke
             assert before.seen + after.seen == one.seen
             assert after.digest == one.digest
         if how == "right":  # else rank 0's stream is at its end
-            assert stateful != any("is read from its beginning" in text for text in rest[0].told)
+            assert stateful != any("is read from its beginning" in text for text in rest[0].logged)
     (other,) = many(3, folder, call)
     for outcome in other:
-        assert "over 2 ranks, is a stream that shards itself over 3 ranks" in str(outcome.error)
+        assert_shown(str(outcome.error), "checkpoint.none-loads", "2 ranks", "3 ranks")
 
 
 def test_a_shuffle_is_common_and_noise_is_each_ranks_own(tmp_path: Path) -> None:
@@ -261,7 +263,7 @@ def test_a_shuffle_is_common_and_noise_is_each_ranks_own(tmp_path: Path) -> None
     assert len({round(each, 4) for each in first.noise[1:] + second.noise[1:]}) > 28
 
 
-def test_ranks_that_read_the_same_are_told(tmp_path: Path) -> None:
+def test_ranks_that_read_the_same_are_reported(tmp_path: Path) -> None:
     """In one order at once, in another at the end of the epoch; duplicates are no mistake."""
     calls = [
         {"how": how, "batch": batch}
@@ -273,24 +275,27 @@ def test_ranks_that_read_the_same_are_told(tmp_path: Path) -> None:
     same, copies, few, values, right = many(2, tmp_path, *calls)
     for outcomes in (same, copies):
         (error,) = {outcome.error for outcome in outcomes}
-        assert error is not None
-        assert "every rank reads the same samples" in error
-        assert "remove data.stream: sharded" in error
-    assert "18 of 18 compared" in str(same[0].error)
+        names = ("every rank", "data.stream: sharded")
+        assert_shown(str(error), "data.stream-not-sharded", *names)
+    assert "18 of 18 " in str(same[0].error)
     assert same[0].seen == []
     assert len(copies[0].seen) == 120
     assert [outcome.error for outcome in (*few, *values, *right)] == [None] * 6
-    (told,) = [text for text in few[0].told if "data.stream" in text]
-    assert "2 of 34 samples compared are on several ranks: sample 0 of rank 0 is also" in told
-    assert not any("data.stream" in text for text in (*values[0].told, *right[0].told))
+    (warning,) = [text for text in few[0].logged if "data.stream" in text]
+    assert_named(warning, ["2 of 34 samples", "sample 0 of rank 0"])
+    assert not any("data.stream" in text for text in (*values[0].logged, *right[0].logged))
 
 
 def test_what_cannot_be(tmp_path: Path) -> None:
     exact, small, listed = many(
         2, tmp_path, {"strategy": "exact"}, {"batch": 2, "epochs": 1}, {"how": "map-style"}
     )
-    assert "strategy 'exact' gives the same bits on any number" in str(exact[0].error)
+    assert_shown(str(exact[0].error), "plan.sharded-stream", "'exact'", "data.stream: sharded")
     assert small[0].error is None
-    assert "train_dataset() returned list\ndtrain distributes its samples" in str(listed[0].error)
+    error = str(listed[0].error)
+    assert_shown(
+        error, "data.stream-of-map-style", "data.stream: sharded", "train_dataset()", "list"
+    )
     (small,) = many(3, tmp_path / "more", {"batch": 2})
-    assert "train.global_batch_size is 2, less than the 3 processes" in str(small[0].error)
+    names = ("train.global_batch_size is 2", "3 processes")
+    assert_shown(str(small[0].error), "plan.sharded-stream", *names)

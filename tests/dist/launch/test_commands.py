@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.run.rundir import RunDir
+from support.errors import assert_named, assert_shown
 from support.launch import DIGITS, TINY, dtrain, events, metrics, started, the_run, wait_for_step
 
 DIGITS_TASK = DIGITS.with_name("task.py")
@@ -68,7 +69,7 @@ def test_status_by_any_name(folder: Path, run: RunDir, name: str) -> None:
 def test_an_unknown_run(folder: Path) -> None:
     done = dtrain("status", "nix", cwd=folder)
     assert done.returncode == 2
-    assert done.stderr.startswith("dtrain: no run 'nix' in ")
+    assert_shown(done.stderr, "run.not-found", "'nix'")
 
 
 def test_logs_fold_and_select(folder: Path, run: RunDir) -> None:
@@ -86,7 +87,7 @@ def test_logs_fold_and_select(folder: Path, run: RunDir) -> None:
     assert missing.returncode == 2
     assert missing.stderr.endswith("; ranks: [0, 1, 2, 3]  [run.no-such-log]\n")
     missing = dtrain("logs", "--node", "5", cwd=folder)
-    assert "no such log; nodes: [0, 1]; ranks: [0, 1, 2, 3]" in missing.stderr
+    assert_shown(missing.stderr, "run.no-such-log", "nodes: [0, 1]; ranks: [0, 1, 2, 3]")
 
 
 def test_logs_of_ranges_of_ranks(folder: Path) -> None:
@@ -114,7 +115,7 @@ def test_logs_of_an_attempt_that_is_not_there(folder: Path, run: RunDir) -> None
     for more in ((), ("--follow",)):
         done = dtrain("logs", "--attempt", "3", *more, cwd=folder)
         assert done.returncode == 2
-        assert "has no attempt 3; it has attempt 0  [run.no-such-attempt]\n" in done.stderr
+        assert_shown(done.stderr, "run.no-such-attempt", run.id, "attempt 3", "attempt 0")
 
 
 def test_why_of_a_run_that_did_not_fail(folder: Path, run: RunDir) -> None:
@@ -122,23 +123,23 @@ def test_why_of_a_run_that_did_not_fail(folder: Path, run: RunDir) -> None:
     assert dtrain("why", "--json", cwd=folder).stdout == "null\n"
 
 
-def test_resume_of_a_finished_run_says_what_to_do(folder: Path, run: RunDir) -> None:
+def test_resume_of_a_finished_run_is_refused(folder: Path, run: RunDir) -> None:
     longer = dtrain("resume", "--dry-run", "--set", "train.steps=20", cwd=folder)
     assert longer.stdout.startswith(f"run        {run.id} (attempt 1): "), longer.stderr
     assert run.attempts() == [0]
     done = dtrain("resume", cwd=folder)
     assert done.returncode == 2
-    assert "--set train.epochs=20" in done.stderr
+    assert_shown(done.stderr, "run.finished", run.id, "--set train.epochs=20")
 
 
 def test_gpus_that_are_not_there_are_planned_and_not_launched(tmp_path: Path) -> None:
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     done = dtrain("launch", "--gpus", "2", TINY, cwd=tmp_path, env=hidden)
     assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
-    assert done.stderr.startswith("dtrain: --gpus: 2 GPUs are asked for, but this host shows none")
+    assert_shown(done.stderr, "plan.too-few-gpus", "--gpus: 2 GPUs", "none")
     done = dtrain("plan", "--gpus", "2", TINY, cwd=tmp_path, env=hidden)
     assert done.returncode == 0
-    assert "this cannot be launched on this host: 2 GPUs are asked for" in done.stdout
+    assert "this host: 2 GPUs" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -155,9 +156,8 @@ def test_settings_that_a_resume_cannot_use_are_refused(
     new_end = [] if code == "run.finished" else ["--set", "train.steps=20"]
     done = dtrain("resume", "--dry-run", "--set", setting, *new_end, cwd=folder)
     assert done.returncode == 2
-    assert done.stderr.endswith(f"  [{code}]\n")
     named = run.id if code == "run.finished" else f"--set {setting.partition('=')[0]} "
-    assert named in done.stderr
+    assert_shown(done.stderr, code, named)
 
 
 def test_the_run_directory_has_all_of_it(run: RunDir) -> None:
@@ -278,8 +278,8 @@ def test_launch_executes_the_plan_that_was_printed(tmp_path: Path) -> None:
     for command in (("launch",), ("plan", "--write")):
         again = dtrain(*command, "--set", "seed=5", *arguments, cwd=tmp_path)
         assert again.returncode == 2
-        advice = "continue with: dtrain resume planned, or give another --run-id"
-        assert again.stderr == f"dtrain: run planned exists; {advice}  [run.exists]\n"
+        names = ("run planned ", "dtrain resume planned", "--run-id")
+        assert_shown(again.stderr, "run.exists", *names)
     assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 
 
@@ -298,16 +298,15 @@ def test_the_torchrun_line_works_as_printed(tmp_path: Path) -> None:
         followed, _ = follow.communicate(timeout=30)
     assert follow.returncode == 0, followed
     assert "step 12/12" in followed
-    told = json.loads(dtrain("status", "by-hand", "--json", cwd=tmp_path).stdout)
-    assert (told["state"], told["exit_code"], told["step"]) == ("succeeded", 0, 12)
+    status = json.loads(dtrain("status", "by-hand", "--json", cwd=tmp_path).stdout)
+    assert (status["state"], status["exit_code"], status["step"]) == ("succeeded", 0, 12)
     run = RunDir(tmp_path / "runs" / "by-hand")
     assert [step["step"] for step in metrics(run)] == list(range(1, 13))
     assert "step 12/12" in done.stdout
     assert set(run.rank_logs(0)) == {0, 1}
     mixed = dtrain("launch", "--run-id", "by-hand", TINY, cwd=tmp_path)
     assert mixed.returncode == 2
-    assert "by-hand" in mixed.stderr
-    assert "[run.exists]" in mixed.stderr
+    assert_shown(mixed.stderr, "run.exists", "by-hand")
 
 
 @pytest.mark.parametrize(
@@ -324,25 +323,23 @@ def test_the_torchrun_line_works_as_printed(tmp_path: Path) -> None:
         (["--env", "NIX_X"], "usage.variable-not-set", "--env NIX_X=VALUE"),
     ],
 )
-def test_what_cannot_be_is_told_before_anything_starts(
+def test_what_cannot_be_is_refused_before_anything_starts(
     tmp_path: Path, arguments: list[str], code: str, name: str
 ) -> None:
     done = dtrain("launch", *arguments, TINY, cwd=tmp_path)
     assert done.returncode == 2
-    assert code in done.stderr
-    assert name in done.stderr
+    assert_named(done.stderr, [code, name])
     assert "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == []
 
 
-def test_a_module_that_is_missing_here_is_told_where_the_launch_is_here(tmp_path: Path) -> None:
+def test_a_module_that_is_missing_here_is_reported_where_the_launch_is_here(tmp_path: Path) -> None:
     (tmp_path / "task.py").write_text("import torch\nimport no_such_module\nclass T: ...\n")
     job = tmp_path / "job.yaml"
     job.write_text("{name: t, task: 'task.py:T', train: {steps: 1, global_batch_size: 1}}")
     done = dtrain("launch", job, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("dtrain: task.py:2:1: imports no_such_module")
-    assert done.stderr.endswith("  [job.missing-import]\n")
+    assert_shown(done.stderr, "job.missing-import", "dtrain: task.py:2:1: ", "no_such_module")
     assert not (tmp_path / "runs").exists()
     elsewhere = dtrain("plan", "--launcher", "slurm", job, cwd=tmp_path)  # with its own Python
     assert elsewhere.returncode == 0, elsewhere.stderr
@@ -357,6 +354,6 @@ def test_usage_errors_are_2(tmp_path: Path, arguments: list[str]) -> None:
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     if arguments == ["lanch"]:
-        assert "Did you mean 'launch'?" in done.stderr
+        assert_shown(done.stderr, "usage.unknown-command", "'launch'")
     if arguments[-1] == str(DIGITS_TASK):
-        assert f": dtrain launch {DIGITS}  [job.script-only-defines]" in done.stderr
+        assert_shown(done.stderr, "job.script-only-defines", f"dtrain launch {DIGITS}")

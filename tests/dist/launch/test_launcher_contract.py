@@ -91,10 +91,9 @@ class TestOutside(LauncherContract):
 
         return Way(launch, hosts)
 
-    def test_its_flags_are_told_and_checked(self, tmp_path: Path, way: Way) -> None:
+    def test_its_flags_are_shown_and_checked(self, tmp_path: Path, way: Way) -> None:
         asked = ("launch", "--launcher", "rsh", "--dry-run")
-        told = dtrain(*asked, "--help", cwd=tmp_path).stdout
-        assert "--hosts HOST,HOST" in told
+        assert "--hosts HOST,HOST" in dtrain(*asked, "--help", cwd=tmp_path).stdout
         assert "--hosts" not in dtrain("launch", "--help", cwd=tmp_path).stdout
         refused = dtrain(*asked, "--hosts", "a", "--nodes", "2", TINY, cwd=tmp_path)
         assert refused.returncode == 2

@@ -21,6 +21,7 @@ from dtrain.node.store import (
     RendezvousFailed,
     RendezvousSettings,
 )
+from support.errors import assert_named
 
 
 def settings(node_rank: int, port: int, **changes: object) -> RendezvousSettings:
@@ -89,8 +90,8 @@ def test_a_node_that_wants_a_restart_is_seen_waiting_by_the_others() -> None:
 
 def test_a_missing_node_is_named_before_and_at_the_timeout() -> None:
     port = ports.free_candidate("127.0.0.1", "test-missing")
-    said: list[str] = []
-    head = NodeRendezvous(settings(0, port, join_timeout_s=4), notice=said.append)
+    notices: list[str] = []
+    head = NodeRendezvous(settings(0, port, join_timeout_s=4), notice=notices.append)
     try:
         with pytest.raises(
             RendezvousFailed, match=r"node 1 \(host-1\) did not join: 1 of 2"
@@ -99,7 +100,7 @@ def test_a_missing_node_is_named_before_and_at_the_timeout() -> None:
     finally:
         head.shutdown()
     assert info.value.missing == [1]
-    assert said[0].startswith("1/2 nodes joined (node 0 (host-0)); waiting for node 1 (host-1)")
+    assert_named(notices[0], ["1/2 ", "node 0 (host-0)", "waiting for node 1 (host-1)"])
 
 
 def test_a_head_that_cannot_be_reached_is_named() -> None:
@@ -109,14 +110,14 @@ def test_a_head_that_cannot_be_reached_is_named() -> None:
     assert info.value.missing == [0]
 
 
-def test_a_busy_port_says_what_to_do() -> None:
+def test_the_error_of_a_busy_port_names_what_to_do() -> None:
     with ports.listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(RendezvousFailed, match=rf"port {port}.*--rdzv-endpoint"):
             NodeRendezvous(settings(0, port))
 
 
-def test_two_agents_of_one_rank_are_told_apart() -> None:
+def test_of_two_agents_of_one_rank_one_is_refused() -> None:
     with nodes(2) as made:
         twin = NodeRendezvous(settings(1, made[0].settings.port))
         with ThreadPoolExecutor(3) as pool:
@@ -128,7 +129,7 @@ def test_two_agents_of_one_rank_are_told_apart() -> None:
         twin.shutdown()
 
 
-def test_an_agent_that_comes_as_a_node_that_lives_is_refused_and_the_others_go_on() -> None:
+def test_an_agent_that_comes_as_a_node_that_lives_is_refused_and_the_others_continue() -> None:
     with nodes(2) as made:
         meet(made)
         twin = NodeRendezvous(settings(1, made[0].settings.port))
@@ -156,11 +157,11 @@ def test_an_agent_that_comes_as_a_node_that_died_takes_its_place() -> None:
 
 
 def test_another_runs_store_is_refused() -> None:
-    with nodes(2) as made, pytest.raises(RendezvousFailed, match="run 'run/0' answers at"):
+    with nodes(2) as made, pytest.raises(RendezvousFailed, match="'run/0'"):
         NodeRendezvous(settings(1, made[0].settings.port, run_id="other/0"))
 
 
-def test_giving_up_is_heard_by_all() -> None:
+def test_giving_up_reaches_all() -> None:
     with nodes(2) as made:
         meet(made)
         made[1].close_with("rank 3 failed")
@@ -168,7 +169,7 @@ def test_giving_up_is_heard_by_all() -> None:
             made[0].num_nodes_waiting()
 
 
-def test_a_node_whose_heart_has_stopped_is_lost() -> None:
+def test_a_node_without_heartbeat_is_lost() -> None:
     with nodes(2, lost_after_s=2.0) as made:
         meet(made)
         made[1].shutdown()
@@ -178,16 +179,16 @@ def test_a_node_whose_heart_has_stopped_is_lost() -> None:
 
 
 def lost_while_training(head: NodeRendezvous) -> int:
-    """Ask as the head's agent does until there is word; how many nodes wait then."""
-    deadline = time.monotonic() + 30  # the heart has to stand still for 2 s
+    """Ask as the head's agent does until a node waits; how many wait then."""
+    deadline = time.monotonic() + 30  # without a heartbeat for 2 s
     while time.monotonic() < deadline:
         if waiting := head.num_nodes_waiting():
             return waiting
         threading.Event().wait(0.05)
-    raise AssertionError("nobody was lost in 30 s")
+    raise AssertionError("no node was lost in 30 s")
 
 
-def test_a_heart_that_stops_while_workers_run_is_noticed_by_the_head_and_told_to_all() -> None:
+def test_a_node_lost_while_workers_run_is_noticed_by_the_head_and_reported_to_all() -> None:
     with nodes(3, lost_after_s=2.0) as made:
         meet(made)
         made[2].shutdown()

@@ -244,7 +244,7 @@ def test_run_ranks_returns_by_rank() -> None:
 
 
 def test_run_ranks_names_the_rank() -> None:
-    with pytest.raises(RankError, match="rank 1 of 2 failed first") as caught:
+    with pytest.raises(RankError, match="rank 1 of 2") as caught:
         run_ranks(fail_on, 2, 1)
     assert caught.value.rank == 1
     assert isinstance(caught.value.__cause__, AssertionError)
@@ -253,7 +253,7 @@ def test_run_ranks_names_the_rank() -> None:
 
 
 def test_run_ranks_refuses_what_cannot_be_pickled() -> None:
-    with pytest.raises(RankError, match="the value returned, a generator, cannot be pickled"):
+    with pytest.raises(RankError, match=r"generator.* pickled"):
         run_ranks(returns_a_generator, 1)
 
 
@@ -262,7 +262,7 @@ def returns_a_generator() -> object:
 
 
 def test_shared_memory_of_killed_ranks_is_released() -> None:
-    with pytest.raises(RankError, match="rank 1 of 2: killed by SIGKILL"):
+    with pytest.raises(RankError, match=r"rank 1 of 2: .*SIGKILL"):
         run_ranks(leave_shared_memory, 2)
 
 

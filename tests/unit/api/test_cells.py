@@ -13,6 +13,7 @@ import pytest
 
 from dtrain.api import cells
 from dtrain.errors import LaunchError, UsageError
+from support.errors import raises
 
 NOTEBOOK = "notebook_under_test"
 Run = Callable[..., dict[str, Any]]
@@ -156,11 +157,8 @@ def test_stars_and_names_that_a_cell_took_from_elsewhere(run: Run) -> None:
 )
 def test_what_a_file_cannot_have_is_named(made: str, kind: str, run: Run) -> None:
     names = run(made, "class Task:\n    def f(self): return data")
-    with pytest.raises(
-        UsageError, match=f"Task uses 'data' of the notebook, {kind}, which"
-    ) as raised:
+    with raises("api.class-needs-notebook", "Task", "'data'", f" {kind},", kind=UsageError):
         cells.source_of(names["Task"])
-    assert "move it into a file and import it" in str(raised.value)
     getattr(names["data"], "close", lambda: None)()
 
 
@@ -169,7 +167,7 @@ def test_a_helper_of_a_helper_is_named_too(run: Run) -> None:
         "data = object()\ndef helper(): return data",
         "class Task:\n    def f(self): return helper()",
     )
-    with pytest.raises(UsageError, match="helper uses 'data'"):
+    with raises("api.class-needs-notebook", "helper", "'data'", kind=UsageError):
         cells.source_of(names["Task"])
 
 
@@ -177,12 +175,12 @@ def test_made_by_exec(run: Run) -> None:
     names = run("exec('class Task:\\n    def f(self): return 1')")
     assert not cells.is_from_cell(names["Task"])
     names = run("exec('def made(): return 1')", "class Other:\n    def f(self): return made()")
-    with pytest.raises(UsageError, match="'made' has no source that workers could import: move it"):
+    with raises("api.class-without-source", "'made'", kind=UsageError):
         cells.source_of(names["Other"])
 
 
-def test_a_folder_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
     names = run("class Task: pass")
     (tmp_path / cells.FOLDER).write_text("a file in its place")
-    with pytest.raises(LaunchError, match=f"cannot write .*{cells.FOLDER}/task_.*, for workers"):
+    with raises("file.not-writable", f"{tmp_path}/{cells.FOLDER}/task_", kind=LaunchError):
         cells.write(names["Task"])

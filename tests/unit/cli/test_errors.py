@@ -1,4 +1,4 @@
-"""What a person, and a script, are told of an error: one form for all, with a code."""
+"""How an error is shown to a person and to a script: one form for all, with a code."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ import pytest
 
 from dtrain.cli.main import main
 from dtrain.errors import DtrainError, JobError, Problem, format_error
+from support.errors import assert_shown
 from support.launch import TINY
 
-Say = Callable[..., str]
+Run = Callable[..., str]
 DTRAIN = (sys.executable, "-P", "-m", "dtrain")
 
 
 @pytest.fixture
 def refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Say:
-    """Run a command that must end with a code; what it says on stderr."""
+) -> Run:
+    """Run a command that must end with a code; its stderr."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str, code: int = 2) -> str:
         with pytest.raises(SystemExit) as end:
             main(list(arguments))
-        said = capsys.readouterr()
-        assert (end.value.code, said.out) == (code, "")
-        return said.err
+        shown = capsys.readouterr()
+        assert (end.value.code, shown.out) == (code, "")
+        return shown.err
 
     return run
 
@@ -53,7 +54,7 @@ def refused(
     ],
 )
 def test_a_mistake_in_the_command_line(
-    refused: Say, arguments: list[str], code: str, command: str
+    refused: Run, arguments: list[str], code: str, command: str
 ) -> None:
     if "--json" in arguments:
         assert json.loads(refused(*arguments))["error"]["code"] == code
@@ -64,7 +65,7 @@ def test_a_mistake_in_the_command_line(
     assert hint == f"see: {command} --help"
 
 
-def test_each_problem_of_a_job_has_a_line_and_a_code(refused: Say) -> None:
+def test_each_problem_of_a_job_has_a_line_and_a_code(refused: Run) -> None:
     flags = ("--set", "train.epoch=2", "--set", "train.steps=x", "--set", "args.nix=1")
     lines = refused("plan", *flags, str(TINY)).splitlines()
     begun = [line.split(": ")[:3] for line in lines]
@@ -75,7 +76,7 @@ def test_each_problem_of_a_job_has_a_line_and_a_code(refused: Say) -> None:
     assert codes == ["[job.unknown-argument]", "[job.unknown-field]", "[job.wrong-type]"]
 
 
-def test_an_error_as_json(refused: Say, tmp_path: Path) -> None:
+def test_an_error_as_json(refused: Run, tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text("name: a\ntask: nix.py:T\ntrain:\n  epochs: 1\n  global_batch_size: -4\n")
     error: dict[str, Any] = json.loads(refused("plan", "--json", str(job)))["error"]
@@ -90,8 +91,9 @@ def test_an_error_as_json(refused: Say, tmp_path: Path) -> None:
     assert (other["code"], other["problems"]) == ("run.no-runs", [])
 
 
-def test_arguments_of_a_script_choose_no_json(refused: Say) -> None:
-    assert refused("launch", "nix.py", "--", "--json").startswith("dtrain: there is no script")
+def test_arguments_of_a_script_choose_no_json(refused: Run) -> None:
+    shown = refused("launch", "nix.py", "--", "--json")
+    assert_shown(shown, "job.script-not-found", "dtrain: ", "nix.py")
 
 
 def test_a_long_text_has_its_code_in_the_first_line() -> None:
@@ -111,8 +113,8 @@ def test_the_code_is_dim_on_a_terminal(no_color: bool) -> None:
     variables |= {"TERM": "xterm", **({"NO_COLOR": "1"} if no_color else {})}
     done = subprocess.run([*DTRAIN, "lunch"], stderr=stderr, env=variables, check=False, timeout=60)
     os.close(stderr)
-    said = os.read(terminal, 4096)
+    shown = os.read(terminal, 4096)
     os.close(terminal)
     code = b"[usage.unknown-command]" if no_color else b"\x1b[2m[usage.unknown-command]\x1b[0m"
     assert done.returncode == 2
-    assert said.splitlines()[0].endswith(code)
+    assert shown.splitlines()[0].endswith(code)

@@ -11,12 +11,12 @@ import torch
 from scipy import stats
 
 from dtrain import Task
-from dtrain.errors import DtrainError
 from dtrain.train.data import sample_rng, sample_seed
 from dtrain.train.data.augmentation import sample_words
 from dtrain.train.data.fetch import Fetcher, Request
 from dtrain.train.data.rng_state import Generator, global_generators
 from dtrain.train.seeding import RandomState, seed_everything
+from support.errors import raises
 
 
 class Listing(Task):
@@ -149,7 +149,7 @@ def test_own_generators_of_several_samples_need_their_ids() -> None:
 
     one = fetch(Fetcher(Drawing(lambda i: sample_seed()), Listing(), 1), 4, 5)
     assert fetch(Fetcher(Several(sample_seed), Listing(), 1), 4, 5) == one
-    with pytest.raises(DtrainError, match="needs the sample's id"):
+    with raises("data.sample-seed-needs-id", "__getitems__", "sample_seed(id)"):
         fetch(Fetcher(Several(lambda i: sample_seed()), Listing(), 1), 4, 5)
 
 

@@ -10,6 +10,7 @@ from dtrain.ranks import RankInfo
 from dtrain.train import collectives
 from dtrain.train.data import overlap
 from dtrain.train.data.overlap import Overlap
+from support.errors import assert_named
 
 RANDOM = np.random.default_rng(1)
 
@@ -19,7 +20,10 @@ def words(n: int) -> list[int]:
 
 
 def compared(monkeypatch: pytest.MonkeyPatch, *ranks: list[int]) -> str:
-    """What is said of ranks that have read these; they take turns in one process."""
+    """The error for ranks that have read these: code, culprits, message.
+
+    The ranks take turns in one process.
+    """
     everyone = [Overlap(RankInfo(rank, len(ranks))) for rank in range(len(ranks))]
     for one, digests in zip(everyone, ranks, strict=True):
         one.add(dict(enumerate(digests)))
@@ -33,7 +37,7 @@ def compared(monkeypatch: pytest.MonkeyPatch, *ranks: list[int]) -> str:
         try:
             everyone[0].compare()
         except BlamedError as error:
-            return f"{error.culprits} {error}"
+            return f"{error.code} {error.culprits} {error}"
     return ""
 
 
@@ -53,14 +57,14 @@ def test_at_most_so_many_are_kept_and_they_are_the_same_everywhere() -> None:
 
 def test_ranks_that_read_the_same_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     eight, forty, long = words(8), words(40), words(300_000)
-    assert "every rank reads the same samples: 16 of 16" in compared(monkeypatch, eight, eight)
-    assert compared(monkeypatch, words(40), forty, forty[::-1]).startswith(
-        "[1, 2] data.stream is sharded, but ranks 1, 2 read the same samples: 80 of 80"
-    )
-    assert "every rank reads" in compared(monkeypatch, long, long[::-1])
+    code = "data.stream-not-sharded"
+    assert_named(compared(monkeypatch, eight, eight), [code, "every rank", "16 of 16"])
+    some = compared(monkeypatch, words(40), forty, forty[::-1])
+    assert_named(some, [f"{code} [1, 2] data.stream", "ranks 1, 2 ", "80 of 80"])
+    assert_named(compared(monkeypatch, long, long[::-1]), [code, "every rank"])
 
 
-def test_what_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Too few, in another order; a few duplicates; samples that repeat; none, or none readable."""
     eight, forty = words(8), words(40)
     assert compared(monkeypatch, eight, eight[::-1]) == ""

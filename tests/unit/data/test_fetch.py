@@ -11,10 +11,10 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from dtrain import Task
-from dtrain.errors import DtrainError
 from dtrain.train.contract import check_dataset
 from dtrain.train.data.fetch import Fetcher, Request
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
+from support.errors import raises
 
 
 class Noisy(torch.utils.data.Dataset[Any]):
@@ -144,7 +144,7 @@ def test_a_data_set_that_fetches_too_few_samples_at_once() -> None:
         def __getitems__(self, samples: list[int]) -> list[int]:
             return samples[1:]
 
-    with pytest.raises(DtrainError, match="returned 1 samples for samples 3, 4"):
+    with raises("data.wrong-number-of-samples", "__getitems__()", "1 samples", "samples 3, 4"):
         Fetcher(Short("torch"), Task(), 0)(request(3, 4))
 
 
@@ -153,11 +153,9 @@ def test_data_sets_that_have_no_positions() -> None:
         def __iter__(self) -> Any:
             return iter(range(3))
 
-    with pytest.raises(
-        DtrainError, match=r"train_dataset\(\) returned Stream, which lacks __len__"
-    ):
+    with raises("data.no-positions", "train_dataset()", "Stream", "__len__"):
         check_dataset(Stream(), "train_dataset()")
-    with pytest.raises(DtrainError, match="empty"):
+    with raises("data.empty", "eval_dataset()"):
         check_dataset([], "eval_dataset()")
     assert check_dataset([1, 2], "eval_dataset()") == 2
 

@@ -1,16 +1,17 @@
-"""Modules that a task imports and that this Python does not have are told before a launch."""
+"""Modules that a task imports and that this Python does not have are reported before a launch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dtrain.errors import JobError
+from dtrain.errors import JobError, Problem
 from dtrain.job.imports import refuse_missing
 from dtrain.job.spec import JobSpec
-from support.errors import raises
+from support.errors import assert_problems, raises
 
 
 def spec(**fields: Any) -> JobSpec:
@@ -18,30 +19,32 @@ def spec(**fields: Any) -> JobSpec:
     return JobSpec.model_validate({"name": "t", "task": "task.py:T", "train": train, **fields})
 
 
-def missing(folder: Path, text: str, **fields: Any) -> list[str]:
+def missing(folder: Path, text: str, **fields: Any) -> Sequence[Problem]:
     (folder / "task.py").write_text(text)
     try:
         refuse_missing(spec(**fields), folder)
     except JobError as error:
-        return [f"{Path(p.file).name}:{p.line}:{p.column} {p.message}" for p in error.problems]
+        return error.problems
     return []
 
 
 @pytest.mark.parametrize(
-    ("text", "place"),
+    ("text", "place", "names"),
     [
-        ("import os\nimport nowhere_x\n", "task.py:2:1 imports nowhere_x"),
-        ("import os, nowhere_x.sub as x\n", "task.py:1:1 imports nowhere_x"),
-        ("from nowhere_x.sub import name\n", "task.py:1:1 imports nowhere_x"),
-        ("import helper\n", "helper.py:2:1 imports nowhere_x"),
-        ("import helpr\n", "task.py:1:1 imports helpr"),
+        ("import os\nimport nowhere_x\n", "task.py:2:1", ["nowhere_x"]),
+        ("import os, nowhere_x.sub as x\n", "task.py:1:1", ["nowhere_x"]),
+        ("from nowhere_x.sub import name\n", "task.py:1:1", ["nowhere_x"]),
+        ("import helper\n", "helper.py:2:1", ["nowhere_x"]),
+        ("import helpr\n", "task.py:1:1", ["helpr", "'helper'"]),
     ],
 )
-def test_a_missing_module_is_told_at_its_line(text: str, place: str, tmp_path: Path) -> None:
+def test_a_missing_module_is_reported_at_its_line(
+    text: str, place: str, names: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "helper.py").write_text("import json\nimport nowhere_x\n")
-    (said,) = missing(tmp_path, text)
-    assert said.startswith(place)
-    assert ("did you mean 'helper'" in said) == ("helpr" in text)
+    (problem,) = missing(tmp_path, text)
+    assert_problems([problem], ("job.missing-import", f"{tmp_path}/{place}", *names))
+    assert ("'helper'" in problem.message) == ("helpr" in text)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +62,7 @@ def test_a_missing_module_is_told_at_its_line(text: str, place: str, tmp_path: P
         "import beside\nimport beside\n",
     ],
 )
-def test_what_may_be_there_is_not_told(text: str, tmp_path: Path) -> None:
+def test_what_may_be_there_is_not_reported(text: str, tmp_path: Path) -> None:
     (tmp_path / "tests_of_job.py").touch()
     (tmp_path / "beside.py").write_text("import task\nimport beside\n")
     (tmp_path / "folder").mkdir()
@@ -85,5 +88,7 @@ def test_a_script_and_a_data_module_are_read_too(tmp_path: Path) -> None:
     with raises("job.missing-import", "train.py:1:1: ", "nowhere_x"):
         refuse_missing(script, tmp_path)
     data = {"data_module": "train.py:Data"}
-    (said,) = missing(tmp_path, "", trainer="lightning", lightning=data)
-    assert said.startswith("train.py:1:1")
+    assert_problems(
+        missing(tmp_path, "", trainer="lightning", lightning=data),
+        ("job.missing-import", f"{tmp_path}/train.py:1:1", "nowhere_x"),
+    )

@@ -24,18 +24,18 @@ def test_every_kind_can_be_named(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "named"),
     [
-        ("rank=1,step=5,kind=flip-gradiant-bit", "did you mean 'flip-gradient-bit'?"),
-        ("rank=1,step=5", "kind missing"),
-        ("", "is not NAME=VALUE"),
-        ("rank=one,kind=lr", "rank=one is not a whole number from 0 on"),
-        ("rank=1,kind=lr,when=5", "'when' is unknown; known: kind, rank, step"),
-        ("rank=1,kind=lr,step=0", "steps are counted from 1"),
+        ("rank=1,step=5,kind=flip-gradiant-bit", "'flip-gradient-bit'"),
+        ("rank=1,step=5", "^kind missing"),
+        ("", "'' .*NAME=VALUE"),
+        ("rank=one,kind=lr", "rank=one"),
+        ("rank=1,kind=lr,when=5", "'when' .*kind, rank, step"),
+        ("rank=1,kind=lr,step=0", "from 1$"),
     ],
 )
-def test_what_is_wrong_is_said(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+def test_what_is_wrong_is_named(text: str, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         parse_injection(text)
 
 

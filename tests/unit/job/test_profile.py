@@ -1,13 +1,14 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from dtrain import catalog
 from dtrain.assets import asset_dir
-from dtrain.errors import JobError
+from dtrain.errors import JobError, Problem
 from dtrain.job.load import load_job
 from dtrain.job.profile import LoadedProfile, load_profile, profile_names, search_path
+from support.errors import assert_problems
 
 Write = Callable[[str, str], Path]
 
@@ -36,11 +37,11 @@ def load(write: Write, tmp_path: Path) -> Callable[[str], LoadedProfile]:
     return lambda name: load_profile(name, tmp_path / "job")
 
 
-def problems_of(load: Callable[[str], LoadedProfile], name: str) -> list[str]:
+def problems_of(load: Callable[[str], LoadedProfile], name: str) -> Sequence[Problem]:
     with pytest.raises(JobError) as caught:
         load(name)
     assert caught.value.exit_code == 2
-    return [str(problem) for problem in caught.value.problems]
+    return caught.value.problems
 
 
 def test_a_packaged_profile_exists_for_each_built_in_launcher_and_no_other() -> None:
@@ -112,26 +113,29 @@ def test_a_job_takes_its_defaults_from_the_profile(
 
 
 def test_an_unknown_profile(load: Callable[[str], LoadedProfile], tmp_path: Path) -> None:
-    (problem,) = problems_of(load, "locl")
     searched = (
         f"launchers, {tmp_path}/job/launchers, {tmp_path}/home/dtrain/launchers, "
         f"{asset_dir('launchers')}"
     )
-    assert problem == (
-        f"--launcher locl: there is no profile 'locl'; searched: {searched}; did you mean 'local'?"
+    assert_problems(
+        problems_of(load, "locl"),
+        ("profile.not-found", "--launcher locl", "'locl'", searched, "'local'"),
     )
     for name in ("../launchers/local", "", ".", "a/b", "local.yaml"):
-        assert "there is no profile" in problems_of(load, name)[0]
+        expected = ("profile.not-found", f"--launcher {name}", repr(name))
+        assert_problems(problems_of(load, name), expected)
 
 
 def test_an_unknown_base(load: Callable[[str], LoadedProfile], write: Write) -> None:
     write("here/site.yaml", "launcher: local\nextends: locla\n")
-    (problem,) = problems_of(load, "site")
-    assert problem.startswith("launchers/site.yaml:2:10: extends: there is no profile 'locla'; ")
-    assert problem.endswith("; did you mean 'local'?")
+    assert_problems(
+        problems_of(load, "site"),
+        ("profile.not-found", "launchers/site.yaml:2:10: extends", "'locla'", "'local'"),
+    )
     write("here/alone.yaml", "extends: alone\n")
-    assert problems_of(load, "alone")[0].startswith(
-        "launchers/alone.yaml:1:10: extends: there is no profile 'alone'; searched: "
+    assert_problems(
+        problems_of(load, "alone"),
+        ("profile.not-found", "launchers/alone.yaml:1:10: extends", "'alone'"),
     )
 
 
@@ -139,9 +143,8 @@ def test_a_circle_is_shown(load: Callable[[str], LoadedProfile], write: Write) -
     write("here/start.yaml", "extends: a\n")
     write("here/a.yaml", "extends: b\n")
     b = write("home/b.yaml", "launcher: local\nextends: a\n")
-    assert problems_of(load, "start") == [
-        f"{b}:2:10: extends: profiles extend in a circle: launchers/a.yaml → {b} → launchers/a.yaml"
-    ]
+    circle = f"launchers/a.yaml → {b} → launchers/a.yaml"
+    assert_problems(problems_of(load, "start"), ("profile.circle", f"{b}:2:10: extends", circle))
 
 
 def test_problems_have_places_as_in_jobs(
@@ -149,25 +152,27 @@ def test_problems_have_places_as_in_jobs(
 ) -> None:
     write("here/site.yaml", "extends: base\nlaunch:\n  nodez: 3\n  nodes: 4:2\nnodes: 2\n")
     write("here/base.yaml", "launcher: locla\nlaunch:\n  max_restarts: yes\n  nodes: x\n")
-    assert problems_of(load, "site") == [
-        "launchers/site.yaml:3:3: launch.nodez: unknown; did you mean 'nodes'?",
-        "launchers/site.yaml:4:10: launch.nodes: 4:2 means min:max, and 4 is more than 2",
-        "launchers/site.yaml:5:1: nodes: unknown here; it belongs under launch",
-        f"launchers/base.yaml:1:11: launcher: unknown; known: {', '.join(catalog.LAUNCHERS)}; "
-        "did you mean 'local'?",
-        "launchers/base.yaml:3:17: launch.max_restarts: expected a whole number; found yes, "
-        "which YAML reads as true",
-    ]
+    site, base = "launchers/site.yaml", "launchers/base.yaml"
+    known = ", ".join(catalog.LAUNCHERS)
+    assert_problems(
+        problems_of(load, "site"),
+        ("profile.unknown-field", f"{site}:3:3: launch.nodez", "'nodes'"),
+        ("profile.invalid-value", f"{site}:4:10: launch.nodes", "4:2", "min:max"),
+        ("profile.unknown-field", f"{site}:5:1: nodes", "under launch"),
+        ("profile.unknown-launcher", f"{base}:1:11: launcher", known, "'local'"),
+        ("profile.wrong-type", f"{base}:3:17: launch.max_restarts", "whole number", "yes", "true"),
+    )
     write("here/bare.yaml", "description: nothing else\n")
-    assert problems_of(load, "bare") == [
-        "launchers/bare.yaml:1:1: launcher: missing: The launcher that this profile is for"
-    ]
+    assert_problems(
+        problems_of(load, "bare"), ("profile.missing-field", "launchers/bare.yaml:1:1: launcher")
+    )
     write("here/odd.yaml", "extends: [a, b]\n")
-    assert problems_of(load, "odd") == [
-        "launchers/odd.yaml:1:10: extends: expected the name of a profile; found a list"
-    ]
+    assert_problems(
+        problems_of(load, "odd"),
+        ("profile.wrong-type", "launchers/odd.yaml:1:10: extends", "a list"),
+    )
     write("here/empty.yaml", "")
-    assert problems_of(load, "empty") == ["launchers/empty.yaml: empty; needed are: launcher"]
+    assert_problems(problems_of(load, "empty"), ("yaml.empty", "launchers/empty.yaml", "launcher"))
 
 
 def test_xdg_config_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -179,7 +184,7 @@ def test_xdg_config_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert tmp_path / ".config" / "dtrain" / "launchers" in search_path(tmp_path)
 
 
-def test_one_folder_is_searched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_one_directory_is_searched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", "/nowhere")
     assert len(search_path(tmp_path)) == len(search_path(Path("."))) == 3

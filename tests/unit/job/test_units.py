@@ -40,13 +40,13 @@ def test_durations_as_people_write_them(written: object, seconds: float) -> None
     ["", " ", "h", "3 fortnights", "30m1h", "1h1h", "-5s", "1:60", "1:60:00", "2-25:00:00", "1e3s"],
 )
 def test_what_is_no_duration(written: str) -> None:
-    with pytest.raises(ValueError, match=r"expected a duration.*; found the text"):
+    with pytest.raises(ValueError, match=f"duration.*{written!r}"):
         parse_duration(written)
 
 
 @pytest.mark.parametrize("value", [True, None, [], math.inf, math.nan])
 def test_other_values_are_no_durations(value: object) -> None:
-    with pytest.raises(ValueError, match="expected a duration"):
+    with pytest.raises(ValueError, match="duration"):
         parse_duration(value)
 
 
@@ -74,7 +74,7 @@ def test_duration_spellings_agree(days: int, hours: int, minutes: int, seconds: 
 )
 def test_sizes(written: object, size: int | None) -> None:
     if size is None:
-        with pytest.raises(ValueError, match="expected a size"):
+        with pytest.raises(ValueError, match="size"):
             parse_size(written)
     else:
         assert parse_size(written) == size
@@ -82,13 +82,13 @@ def test_sizes(written: object, size: int | None) -> None:
 
 @pytest.mark.parametrize("written", ["16G", "512M", "4Gi", "16 k"])
 def test_a_size_that_may_mean_two_things_is_explained(written: str) -> None:
-    with pytest.raises(ValueError, match=r"may mean two sizes; write \d+[KMG]B .* or \d+[KMG]iB"):
+    with pytest.raises(ValueError, match=rf"{written!r}.* \d+[KMG]B .* \d+[KMG]iB"):
         parse_size(written)
 
 
 @pytest.mark.parametrize("written", ["", "many", "1.5", "1.0001KB", "-3MB", True, None, 1.5])
 def test_what_is_no_size(written: object) -> None:
-    with pytest.raises(ValueError, match="expected a size"):
+    with pytest.raises(ValueError, match="size"):
         parse_size(written)
 
 
@@ -112,22 +112,22 @@ def test_nodes(written: object, nodes: tuple[int, int]) -> None:
     "written", ["", "two", "2-4", "1:2:3", [1, 2, 3], [1, "2"], 1.5, True, None]
 )
 def test_what_is_no_number_of_nodes(written: object) -> None:
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match="number"):
         parse_nodes(written)
 
 
 def test_a_range_of_nodes_is_min_to_max() -> None:
-    with pytest.raises(ValueError, match="4:2 means min:max"):
+    with pytest.raises(ValueError, match=r"4:2 .*min:max"):
         parse_nodes("4:2")
 
 
 def test_numbers_are_not_booleans_nor_text() -> None:
     assert parse_whole(1e4) == 10000
     for wrong in (True, "4", 1.5, math.inf, None):
-        with pytest.raises(ValueError, match="expected a whole number"):
+        with pytest.raises(ValueError, match="whole number"):
             parse_whole(wrong)
     for wrong in (False, "0.1", math.nan):
-        with pytest.raises(ValueError, match="expected a number"):
+        with pytest.raises(ValueError, match="a number"):
             parse_real(wrong)
 
 

@@ -26,7 +26,7 @@ from dtrain.launchers.slurm.options import SlurmOptions
 from dtrain.launchers.slurm.sbatch import Sbatch
 from dtrain.launchers.slurm.submitit import Submitit
 from dtrain.planning import Request
-from support.errors import raises
+from support.errors import assert_named, assert_problems, raises
 
 FACTS = Facts("digits-abc234", "/runs", "/usr/bin/python3", "laptop", cores=8, free_port=16000)
 JOB: dict[str, Any] = {
@@ -484,7 +484,7 @@ def test_time_as_slurm_writes_it() -> None:
         assert SlurmOptions(time=written).time == limit
 
 
-def test_wrong_options_are_told_with_their_places(
+def test_wrong_options_are_reported_with_their_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -497,51 +497,61 @@ def test_wrong_options_are_told_with_their_places(
         planning._options(
             base.load("slurm"), profile, Request(further_options=["slurm.nice=1"]), {}
         )
-    first, second = str(caught.value).splitlines()
-    assert first == "launchers/site.yaml:4:3: partion: unknown; did you mean 'partition'?"
-    assert second.startswith("launchers/site.yaml:5:9: time: add a unit")
+    assert_problems(
+        caught.value.problems,
+        ("option.unknown-field", "launchers/site.yaml:4:3: partion", "'partition'"),
+        ("option.invalid-value", "launchers/site.yaml:5:9: time", "90m", "number 90"),
+    )
 
 
 @pytest.mark.parametrize(
-    ("stderr", "message", "code"),
+    ("printed", "code", "reason", "place"),
     [
         (
             "sbatch: error: Batch job submission failed: Invalid account or account/partition "
             "combination specified\n",
-            "Slurm refuses the job: Invalid account or account/partition combination specified"
-            "\n  -p: partition: gpu",
             "slurm.account-invalid",
+            ": Invalid account or account/partition combination specified\n",
+            "-p: partition: gpu",
         ),
         (
             "sbatch: error: Memory specification can not be satisfied\nsbatch: error: Batch job "
             "submission failed: Requested node configuration is not available\n",
-            "Slurm refuses the job: Memory specification can not be satisfied; Requested node "
-            "configuration is not available\n  launchers/site.yaml:7:8: mem: 900G",
             "slurm.memory-invalid",
+            ": Memory specification can not be satisfied; Requested node configuration is not "
+            "available\n",
+            "launchers/site.yaml:7:8: mem: 900G",
         ),
         (
             "sbatch: error: Invalid --mem specification\n",
-            "Slurm refuses the job: Invalid --mem specification"
-            "\n  launchers/site.yaml:7:8: mem: 900G",
             "slurm.memory-invalid",
+            ": Invalid --mem specification\n",
+            "launchers/site.yaml:7:8: mem: 900G",
         ),
         (
             "sbatch: unrecognized option '--no-such=1'\n",
-            "Slurm refuses the job: unrecognized option '--no-such=1'\n  -o slurm.no_such: 1",
             "slurm.refused",
+            ": unrecognized option '--no-such=1'\n",
+            "-o slurm.no_such: 1",
         ),
         (
             "sbatch: error: Invalid node name specified\n",
-            "Slurm refuses the job: Invalid node name specified\n  -o slurm.nodelist: n9",
             "slurm.node-name-invalid",
+            ": Invalid node name specified\n",
+            "-o slurm.nodelist: n9",
         ),
-        ("", "Slurm refuses the job: no reason given", "slurm.refused"),
+        ("", "slurm.refused", ": no reason", ""),
     ],
 )
-def test_a_refusal_has_slurms_reason_and_the_source(stderr: str, message: str, code: str) -> None:
+def test_a_refusal_has_slurms_words_and_the_place(
+    printed: str, code: str, reason: str, place: str
+) -> None:
     plan = plan_of(partition="gpu", mem="900G", slurm={"no_such": "1", "nodelist": "n9"})
     further = {"slurm.no_such": "-o slurm.no_such", "slurm.nodelist": "-o slurm.nodelist"}
     places = {"partition": "-p", "mem": "launchers/site.yaml:7:8", **further}
     plan = replace(plan, sources=places)
-    refused = sbatch.refusal(plan, stderr)
-    assert (str(refused), refused.code) == (message, code)
+    error = sbatch.refusal(plan, printed)
+    assert error.code == code
+    assert_named(str(error), [reason])
+    _, *places = str(error).split("\n  ")
+    assert places == ([place] if place else [])

@@ -43,7 +43,7 @@ FORGED: list[tuple[str, Any]] = [
 ]
 
 
-def test_a_record_comes_back_as_it_was_told(tmp_path: Path) -> None:
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     RECORD.write(run, 0)
     (read,) = failures.read_all(run, 0)
@@ -58,7 +58,7 @@ def test_a_text_that_fills_the_disk_is_cut(tmp_path: Path) -> None:
     assert len(read.traceback) < 100_000
 
 
-def test_an_error_that_says_too_much_can_still_be_told() -> None:
+def test_an_error_with_a_long_message_can_still_be_sent() -> None:
     error = ValueError("x" * 10_000_000)
     record = failures.of_exception(error, rank=0, node_rank=0, restart=0, log="")
     assert len(PeerFailed("why", record).to_json()) < 1_000_000
@@ -72,13 +72,13 @@ def test_what_is_forged_is_no_record(tmp_path: Path, name: str, value: Any) -> N
     run = RunDir(tmp_path)
     files.write_json(run.failure(0, 3), raw)
     assert failures.read_all(run, 0) == []
-    told = PeerFailed.from_json(json.dumps({"reason": "x", "record": raw, "signal": None}))
-    assert told.record is None
-    assert name in str(told)
+    error = PeerFailed.from_json(json.dumps({"reason": "x", "record": raw, "signal": None}))
+    assert error.record is None
+    assert name in str(error)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "1", "null", '"x"', "[" * 100_000, "\x00", "{}"])
-def test_junk_is_told_as_such(tmp_path: Path, text: str) -> None:
+def test_junk_is_recognised(tmp_path: Path, text: str) -> None:
     run = RunDir(tmp_path)
     files.make_parent(run.failure(0, 0))
     run.failure(0, 0).write_text(text)
@@ -91,7 +91,7 @@ def test_junk_is_told_as_such(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", [[], [0], [1, 1], [1, 0], [0, 1, 2], [0, -1]])
-def test_a_round_without_us_or_with_strangers_is_none(ranks: list[int]) -> None:
+def test_a_round_without_this_node_or_with_others_is_none(ranks: list[int]) -> None:
     members = [{"node_rank": rank, "name": "n", "address": "10.0.0.1"} for rank in ranks]
     with pytest.raises(RendezvousFailed):
         Round.from_json(json.dumps({"members": members, "port": 5}), SETTINGS)

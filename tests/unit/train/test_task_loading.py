@@ -1,4 +1,4 @@
-"""From `task:` in job.yaml to the user's object, and what is said when there is none."""
+"""From `task:` in job.yaml to the user's object, and the errors when there is none."""
 
 from __future__ import annotations
 
@@ -90,29 +90,26 @@ def test_a_class_of_its_own_gets_the_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reference", "args", "code", "words"),
+    ("reference", "args", "code", "names"),
     [
-        ("own.py", {}, "job.reference-syntax", "'own.py'"),
-        ("gone.py:T", {}, "job.code-not-found", "gone.py"),
-        ("own.py:X", {}, "job.class-not-found", "own.py has no class 'X'; it has T, Half"),
-        ("no_such_package.x:T", {}, "job.code-not-found", "'no_such_package'"),
-        (
-            *("own.py:T", {"a": 1, "b": 1}, "task.bad-arguments"),
-            "args: T(a, b): got an unexpected keyword argument 'b'",
-        ),
-        ("own.py:T", {}, "task.bad-arguments", "T(): missing a required argument: 'a'"),
-        ("own.py:Half", {}, "job.task-incomplete", "Half lacks loss(), optimizer()"),
+        ("own.py", {}, "job.reference-syntax", ["task: ", "'own.py'"]),
+        ("gone.py:T", {}, "job.code-not-found", ["task: ", "gone.py"]),
+        ("own.py:X", {}, "job.class-not-found", ["task: ", "own.py", "'X'", "T, Half"]),
+        ("no_such_package.x:T", {}, "job.code-not-found", ["task: ", "'no_such_package'"]),
+        ("own.py:T", {"a": 1, "b": 1}, "task.bad-arguments", ["args: ", "T(a, b)", "'b'"]),
+        ("own.py:T", {}, "task.bad-arguments", ["args: ", "T()", "'a'"]),
+        ("own.py:Half", {}, "job.task-incomplete", ["task: ", "Half", "loss(), optimizer()"]),
     ],
 )
 def test_what_is_wrong_has_a_code(
-    tmp_path: Path, reference: str, args: dict[str, int], code: str, words: str
+    tmp_path: Path, reference: str, args: dict[str, int], code: str, names: list[str]
 ) -> None:
     write(
         tmp_path / "own.py",
         f"class T:\n  def __init__(self, a): pass\n{METHODS}\n"
         "class Half:\n  def model(self): pass\n  def train_dataset(self): pass\n",
     )
-    with raises(code, words, kind=JobError):
+    with raises(code, *names, kind=JobError):
         load_task(reference, args, tmp_path)
 
 

@@ -39,7 +39,7 @@ from dtrain.verification.report import Report
 from dtrain.verification.rules import DATA, ENDED_EARLY, Finding
 from dtrain.verification.session import Progress, Session
 from support import ROOT
-from support.errors import raises
+from support.errors import assert_shown, raises
 
 TINY = ROOT / "tests" / "jobs" / "tiny" / "job.yaml"
 
@@ -314,20 +314,20 @@ def test_clusters_that_are_known_here_have_a_row_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "names"),
     [
-        (["--html", "/nope/x.html", "job.yaml"], "no such directory: /nope"),
-        (["--gpus", "2", "job.yaml"], "use --gpus --procs 2"),
-        (["job.yaml", "other.yaml"], "one job at a time"),
+        (["--html", "/nope/x.html", "job.yaml"], "usage.invalid-value", ["--html", "/nope"]),
+        (["--gpus", "2", "job.yaml"], "usage.unexpected-argument", ["--gpus --procs 2"]),
+        (["job.yaml", "other.yaml"], "usage.unexpected-argument", ["job.yaml other.yaml"]),
     ],
 )
-def test_what_verify_cannot_do_is_told_before_it_trains(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+def test_what_verify_cannot_do_is_refused_before_it_trains(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], code: str, names: list[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["verify", *arguments])
     assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    assert_shown(capsys.readouterr().err, code, *names)
 
 
 def choose(**asked: Any) -> list[str]:
@@ -390,9 +390,9 @@ def test_what_is_chosen_comes_with_what_finds_more() -> None:
 
 def test_what_exact_cannot_is_known_beforehand() -> None:
     train = TrainSpec(global_batch_size=16)
-    for layout, why in (
-        (Layout("ddp", procs=3), "which 3 processes cannot share evenly"),
-        (Layout("ddp", procs=2, gpus=True), "on GPUs the same bits are not promised"),
+    for pair, why in (
+        (Pair("ddp", procs=3), "3 processes"),
+        (Pair("ddp", procs=2, gpus=True), "on GPUs"),
     ):
         layouts, left_out = with_extra_layouts([layout], train, 5)
         assert [each.strategy for each in layouts] == ["ddp"] * 3
