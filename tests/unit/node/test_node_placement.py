@@ -74,7 +74,7 @@ def test_a_reader_from_outside_is_found_by_its_name(plan: LaunchPlan, tmp_path: 
         ((), 2, ["--node-rank"]),
         (("--placement", "mars"), 2, ["'mars'", "argv, slurm, ray"]),
         (("--placement", "slurm"), 1, [f"{os.uname().nodename} ", "run directory"]),
-        (("--placement", "ray", "--node-rank", "0"), 2, ["--placed-as: Expecting value"]),
+        (("--placement", "ray", "--node-rank", "0"), 2, ["--placement-args: Expecting value"]),
     ],
 )
 def test_a_process_without_a_placement_ends(

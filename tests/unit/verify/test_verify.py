@@ -390,9 +390,9 @@ def test_what_is_chosen_comes_with_what_finds_more() -> None:
 
 def test_what_exact_cannot_is_known_beforehand() -> None:
     train = TrainSpec(global_batch_size=16)
-    for pair, why in (
-        (Pair("ddp", procs=3), "3 processes"),
-        (Pair("ddp", procs=2, gpus=True), "on GPUs"),
+    for layout, why in (
+        (Layout("ddp", procs=3), "3 processes"),
+        (Layout("ddp", procs=2, gpus=True), "on GPUs"),
     ):
         layouts, left_out = with_extra_layouts([layout], train, 5)
         assert [each.strategy for each in layouts] == ["ddp"] * 3
