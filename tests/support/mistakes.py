@@ -37,7 +37,7 @@ EXACT = Layout("exact", procs=2)
 
 @dataclass(frozen=True)
 class Bug:
-    """A bug and what is to be said of it."""
+    """A bug and a part of its finding."""
 
     module: str
     rule: str
@@ -105,12 +105,12 @@ BUGS = [
 
 @dataclass(frozen=True)
 class Mistake:
-    """A mistake, the layout that shows it, and what is to be said of it."""
+    """A mistake, the layout that shows it, and a part of its finding."""
 
     name: str
     rule: str
-    says: str
-    """A part of what is found or likely."""
+    text: str
+    """A part of the observation or of the likely cause."""
     layout: Layout = DDP
     step: int = 1
 

@@ -41,7 +41,7 @@ def test_a_mistake_is_found_and_its_cause_named(judges: Any, mistake: Mistake) -
     assert result.finding is not None
     found = result.finding
     assert (found.rule, found.step) == (mistake.rule, mistake.step), found
-    assert mistake.says in f"{found.observation} {found.likely_cause}", found
+    assert mistake.text in f"{found.observation} {found.likely_cause}", found
 
 
 @pytest.mark.parametrize("mistake", REFUSED, ids=lambda mistake: mistake.id)
@@ -50,7 +50,7 @@ def test_a_mistake_that_a_launch_refuses_is_told_in_its_words(
 ) -> None:
     result = of_one(judges(mistake.name, True), mistake.layout)
     assert result.verdict == "failed", result
-    assert mistake.says in result.failure
+    assert mistake.text in result.failure
 
 
 @pytest.mark.parametrize(
