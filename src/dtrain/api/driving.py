@@ -83,7 +83,7 @@ class Driver:
         self.console = LiveConsole(request.plan)
         try:
             self._send(request)
-            while not self._is_started and self._process.poll() is None:
+            while not self._is_started and self.is_running():
                 self._read_reports()
                 time.sleep(_POLL_S)
             self._read_reports()
@@ -106,8 +106,8 @@ class Driver:
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
             stdin.write(request.to_line())
 
-    def close(self) -> int:
-        """Wait until the driver ends, release it, and return the exit code of its run.
+    def close(self) -> None:
+        """Wait until the driver ends, and release it.
 
         Raises:
             DtrainError: the launch was refused. The error has the class that the launcher raised.
@@ -124,15 +124,10 @@ class Driver:
                 f"the driver process of the run failed:\n{output}",
                 code="launch.driver-ended",
             )
-        return procs.shell_code(code)
 
-    def poll(self) -> int | None:
-        """Return the exit code of the run, as a shell reports it; None while it runs."""
-        code = self._process.poll()
-        if code is None:
-            return None
-        self._read_reports()
-        return procs.shell_code(code)
+    def is_running(self) -> bool:
+        """Return whether the driver, and so its run, has not ended yet."""
+        return self._process.poll() is None
 
     def new_messages(self) -> list[str]:
         """Return the launcher's messages since the last call."""
@@ -142,12 +137,12 @@ class Driver:
 
     def signal(self, number: int) -> None:
         """Ask the driver to stop the run: cleanly at the first call, by force at the second."""
-        if self._process.poll() is None:
+        if self.is_running():
             self._process.send_signal(number)
 
     def kill(self) -> None:
         """Kill the driver at once, together with every process that it has started on this host."""
-        if self._process.poll() is None:
+        if self.is_running():
             procs.kill_group(self._process.pid)
         self._process.wait()
 
@@ -200,7 +195,7 @@ def _error(report: dict[str, Any]) -> DtrainError:
 def _print_stopped_runs() -> None:
     """Print which runs end because this process ends, for a script that does not call `wait`."""
     for driver in _drivers.values():
-        if driver.owner == os.getpid() and driver.plan is not None and driver.poll() is None:
+        if driver.owner == os.getpid() and driver.plan is not None and driver.is_running():
             run_id = driver.plan.run_id
             print(
                 f"run {run_id} is stopped, because the program that launched it ends; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -145,6 +146,7 @@ def verify(
     set: Mapping[str, Any] | None = None,
     options: Sequence[str] = (),
     keep: str | Path | None = None,
+    progress: bool = True,
     **fields: Any,
 ) -> Report:
     """Check that every way to run a job gives the same training, as `dtrain verify` does.
@@ -160,6 +162,7 @@ def verify(
         set: any fields of job.yaml, by dotted name.
         options: `NAME=VALUE` options of the named launchers.
         keep: directory in which the run directories are kept. None means that they are removed.
+        progress: whether to print the report, row by row.
         fields: sections of job.yaml, as for `launch`.
 
     Returns:
@@ -170,9 +173,10 @@ def verify(
         RunFailed: the job fails even as one process.
 
     Example:
-        >>> dtrain.verify("job.yaml", strategies=["ddp"], procs=[2]).same
+        >>> dtrain.verify("job.yaml", strategies=["ddp"], procs=[2], progress=False).same
         True
     """
+    from dtrain.verification import text
     from dtrain.verification.runner import Stopped
     from dtrain.verification.session import Session
 
@@ -201,8 +205,10 @@ def verify(
             keep=keep,
         )
         try:
-            for _ in stack.enter_context(session).results():
-                pass
+            stack.enter_context(session)
+            for part in text.run_and_report(session, shutil.get_terminal_size().columns):
+                if progress:
+                    print(part, flush=True)
         except Stopped:
             raise KeyboardInterrupt from None
         return session.report

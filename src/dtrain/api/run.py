@@ -260,19 +260,20 @@ class Run(AbstractContextManager["Run"]):
         finally:
             if progress:
                 console.close()
-        if driver is None:
-            return self._exit_code()
-        if progress:
-            _show_messages(driver, console)
-        return driver.close()
+        if driver is not None:
+            if progress:
+                _show_messages(driver, console)
+            driver.close()
+        return self._exit_code()
 
     def _has_ended(self, driver: Driver | None) -> bool:
         if driver is not None:
-            return driver.poll() is not None
+            return not driver.is_running()
         self._refresh()
         return status.state_of(self.directory)[0] not in ("running", "prepared")
 
     def _exit_code(self) -> int:
+        self._refresh()
         result = status.state_of(self.directory)[1]
         return 1 if result is None else result.exit_code
 

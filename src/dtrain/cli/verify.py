@@ -16,8 +16,7 @@ from dtrain.console import out
 from dtrain.errors import UsageError, quoted
 
 if TYPE_CHECKING:
-    from dtrain.verification.report import Report
-    from dtrain.verification.session import Progress, Session
+    from dtrain.verification.session import Progress
 
 
 def _list(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> list[str]:
@@ -194,6 +193,7 @@ def command(html: str | None, as_json: bool, **options: Any) -> int:  # fmt: ski
     differs is run again in fp64, where rounding differences nearly vanish and real errors stay.
     The exit code is 1 if one of them is not the same training.
     """
+    from dtrain.verification import text
     from dtrain.verification.session import Session
 
     signal.signal(
@@ -202,7 +202,10 @@ def command(html: str | None, as_json: bool, **options: Any) -> int:  # fmt: ski
     waiting = _Waiting()
     shows = not as_json and out.on_terminal()
     with Session(**options, watch=waiting.show if shows else None) as session:
-        report = _quietly(session) if as_json else _aloud(session, waiting)
+        for part in text.run_and_report(session, shutil.get_terminal_size().columns, out.paint):
+            if not as_json:
+                waiting.echo(part)
+    report = session.report
     if as_json:
         shared.print_json(report.to_json())
     if html is not None:
@@ -212,26 +215,6 @@ def command(html: str | None, as_json: bool, **options: Any) -> int:  # fmt: ski
         if not as_json:
             click.echo(f"written: {html}")
     return 0 if report.same else 1
-
-
-def _quietly(session: Session) -> Report:
-    for _ in session.results():
-        pass
-    return session.report
-
-
-def _aloud(session: Session, waiting: _Waiting) -> Report:
-    from dtrain.verification import text
-
-    width = shutil.get_terminal_size().columns
-    table = text.Table(session.layouts, width, out.paint)
-    session.begin()
-    waiting.echo(text.opening(session.report))
-    waiting.echo("\n" + table.head())
-    for result in session.results():
-        waiting.echo(table.row(result))
-    waiting.echo("\n" + text.closing(session.report, min(width, 100)))
-    return session.report
 
 
 class _Waiting:

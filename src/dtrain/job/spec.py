@@ -1,6 +1,6 @@
 """The models of job.yaml and launchers/*.yaml.
 
-A spec is plain data: frozen, JSON-able, without I/O. Whatever spelling the user chose (`30m`,
+A spec is plain data: frozen, JSON-able, without I/O. However the user wrote a value (`30m`,
 `16GB`), durations are in seconds and sizes in bytes after reading.
 """
 
@@ -343,8 +343,8 @@ def sharded_problem(job: JobSpec, world_sizes: Sequence[int]) -> str | None:
     if len(world_sizes) > 1:
         return (
             f"launch.nodes may come to {len(world_sizes)} sizes, and with data.stream: sharded a "
-            "restart needs as many processes as the start: each goes on in its own stream; give "
-            "one number of nodes"
+            "restart needs as many processes as the start, because each continues its own "
+            "stream; give one number of nodes"
         )
     batch = job.train.global_batch_size
     if world_sizes[0] > batch:

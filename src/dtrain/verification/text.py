@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from textwrap import wrap
 
 from dtrain.verification.judge import Result
 from dtrain.verification.layouts import Layout
 from dtrain.verification.report import Report
-from dtrain.verification.session import Progress
+from dtrain.verification.session import Progress, Session
 from dtrain.words import few
 
 _LEVELS = (
@@ -83,6 +83,23 @@ def verdict_of(result: Result) -> tuple[str, str]:
     if result.fixed_noise:
         return f"{text}, fixed noise", "green"
     return (f"{text} = {result.bits_of}" if result.bits_of else text), "green"
+
+
+def run_and_report(session: Session, width: int, paint: Paint = plain) -> Iterator[str]:
+    """Run a session, and yield each part of its report as soon as it is known.
+
+    Args:
+        session: the session.
+        width: the columns of the terminal. Texts take at most 100.
+        paint: a function that colours a text.
+    """
+    table = Table(session.layouts, width, paint)
+    session.begin()
+    yield opening(session.report)
+    yield f"\n{table.head()}"
+    for result in session.results():
+        yield table.row(result)
+    yield f"\n{closing(session.report, min(width, 100))}"
 
 
 def opening(report: Report) -> str:

@@ -258,12 +258,14 @@ def test_a_driver_that_breaks_is_reported(folder: Path, monkeypatch: pytest.Monk
     assert "out of cheese" in read(the_run(folder).driver_log(0, [0]))
 
 
-def test_verify() -> None:
+def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
     report = dtrain.verify(
         TINY, strategies=["ddp"], procs=[2], only=True, steps=2, set={"train.global_batch_size": 8}
     )
     assert report.same
-    assert [result.layout.name for result in report.results]
+    (result,) = report.results
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line.startswith(result.layout.name)]
 
 
 CELLS = [
