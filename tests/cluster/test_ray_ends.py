@@ -11,6 +11,7 @@ from random import Random
 import psutil
 
 from dtrain.run.rundir import RunDir
+from support.errors import assert_named
 from support.launch import (
     OFTEN,
     SLOW,
@@ -49,7 +50,7 @@ def test_ctrl_c_ends_it_on_the_cluster_in_order(
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 130, output
-    assert "continue with: dtrain resume" in output
+    assert "dtrain resume " in output
     assert not ray.trainers()
     (saved,) = events(the_run(tmp_path), "checkpoint_saved")  # they left in order
     run = resumes_to(tmp_path, unbroken)
@@ -69,18 +70,18 @@ def test_a_killed_command_takes_everything_with_it(
     resumes_to(tmp_path, unbroken)
 
 
-def test_a_killed_driver_is_told(ray: RayCluster, tmp_path: Path, unbroken: str) -> None:
+def test_a_killed_driver_is_reported(ray: RayCluster, tmp_path: Path, unbroken: str) -> None:
     with started("launch", *on(ray), *SLOW, *OFTEN, TINY, cwd=tmp_path) as process:
         wait_for_step(tmp_path, 5)
         driver_of(process).kill()
         output = process.communicate(timeout=30)[0]
     assert process.returncode == 137, output
-    assert "the driver ended with SIGKILL" in output
+    assert_named(output, ["driver", "SIGKILL"])
     until("no process of ours on any node", lambda: not ray.trainers(), 10)
     resumes_to(tmp_path, unbroken)
 
 
-def test_a_lost_head_is_told(tmp_path: Path) -> None:
+def test_a_lost_head_is_reported(tmp_path: Path) -> None:
     needs_ray()
     with RayCluster(2, 2, first=60) as cluster:
         env = {name: value for name, value in cluster.env.items() if name != "HOME"}
@@ -90,7 +91,8 @@ def test_a_lost_head_is_told(tmp_path: Path) -> None:
             cluster.kill(0)
             output = process.communicate(timeout=50)[0]  # Ray itself takes 60 s to say so
         assert process.returncode == 1, output
-        assert f"FAILED: node 0 (the cluster at {cluster.address}): the head of the Ray" in output
+        head = f"FAILED: node 0 (the cluster at {cluster.address}): "
+        assert_named(output, [head, "[failure.node-lost]"])
         until("no process of ours on any node", lambda: not cluster.trainers(), 60)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import dtrain as package
+from support.errors import assert_named, assert_shown
 from support.launch import TINY, dtrain, started, until
 from support.ray_cluster import RayCluster, on
 
@@ -35,31 +36,31 @@ def without(folder: Path) -> Sequence[str]:
 
 
 def test_a_wrong_address(ray: RayCluster, tmp_path: Path) -> None:
-    stderr = refused(tmp_path, "--launcher", "ray", "--address", "127.0.0.1:9")
-    assert "no Ray cluster answers at 127.0.0.1:9" in stderr
-    stderr = refused(tmp_path, "--launcher", "ray", "--address", ray.dashboard)
-    assert "is not HOST:PORT of the cluster's head" in stderr
+    error = refused(tmp_path, "--launcher", "ray", "--address", "127.0.0.1:9")
+    assert_shown(error, "ray.no-cluster", "127.0.0.1:9")
+    error = refused(tmp_path, "--launcher", "ray", "--address", ray.dashboard)
+    assert_shown(error, "option.conflict", ray.dashboard, "HOST:PORT")
     job = ("--launcher", "ray", "-o", "submit=job", "--address", "http://127.0.0.1:9")
-    assert "no Ray job server answers at http://127.0.0.1:9" in refused(tmp_path, *job)
+    assert_shown(refused(tmp_path, *job), "ray.no-job-server", "http://127.0.0.1:9")
 
 
 def test_a_wrong_token(ray: RayCluster, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("c" * 64)
-    stderr = refused(tmp_path, *on(ray), RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
-    assert "refuses the connection" in stderr
-    assert "RAY_AUTH_TOKEN_PATH" in stderr
+    error = refused(tmp_path, *on(ray), RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
+    assert_shown(error, "ray.not-allowed", "RAY_AUTH_TOKEN_PATH")
 
 
 def test_more_than_the_cluster_has(ray: RayCluster, tmp_path: Path) -> None:
-    stderr = refused(tmp_path, *on(ray), "--gpus", "4", "--procs", "4")
-    assert "cannot be placed: requested: 2 nodes with 4 CPU, 4 GPU each; 0 of the" in stderr
+    code = "ray.too-few-resources"
+    error = refused(tmp_path, *on(ray), "--gpus", "4", "--procs", "4")
+    assert_shown(error, code, "2 nodes with 4 CPU, 4 GPU each; 0 of ")
     for number in (0, 1):
         where = f"{ray.ip(number)} ({ray.ip(number)})"
-        assert f"{where}: free 4 of 4 CPU; 4 GPU missing" in stderr
-    stderr = refused(tmp_path, *on(ray, "3"))
-    assert "requested: 3 nodes with 2 CPU each; 2 of the cluster's 2 nodes fit" in stderr
-    stderr = refused(tmp_path, *on(ray), "-o", "labels={zone: a}")
-    assert "label zone is missing" in stderr
+        assert_named(error, [f"{where}: free 4 of 4 CPU; 4 GPU missing"])
+    error = refused(tmp_path, *on(ray, "3"))
+    assert_shown(error, code, "3 nodes with 2 CPU each; 2 of ")
+    error = refused(tmp_path, *on(ray), "-o", "labels={zone: a}")
+    assert_shown(error, code, "label zone ")
 
 
 def test_what_is_taken_is_waited_for(ray: RayCluster, tmp_path: Path) -> None:
@@ -74,34 +75,30 @@ def test_what_is_taken_is_waited_for(ray: RayCluster, tmp_path: Path) -> None:
         process.terminate()
         process.communicate(timeout=60)
     assert done.returncode == 2
-    assert "waiting for nodes for 2 s: requested: 2 nodes with 4 CPU each; 1 of" in done.stdout
-    assert "not placed within 4 s (place_timeout)" in done.stderr
-    assert "free 0 of 4 CPU; 4 CPU missing" in done.stderr
+    assert_named(done.stdout, ["waiting for nodes ", "2 nodes with 4 CPU each; 1 of "])
+    names = (" 4 s (place_timeout)", "free 0 of 4 CPU; 4 CPU missing")
+    assert_shown(done.stderr, "ray.too-few-resources", *names)
 
 
 def test_a_node_without_the_package(ray: RayCluster, tmp_path: Path) -> None:
     ray.start([5], within=without(SOURCE), gear=1)
-    stderr = refused(tmp_path, *on(ray, "1"), *GEAR)
-    assert "nodes cannot train; install it there" in stderr
-    assert f"{ray.ip(5)}: " in stderr
-    assert "has no dtrain" in stderr
+    error = refused(tmp_path, *on(ray, "1"), *GEAR)
+    assert_shown(error, "ray.node-unsuitable", f"{ray.ip(5)}: ", "no dtrain")
 
 
 def test_nodes_that_do_not_share_the_run_directory(ray: RayCluster, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     ray.start([6], within=without(tmp_path), gear=1)
-    stderr = refused(tmp_path, *on(ray, "1"), *GEAR)
-    assert "nodes do not share the run directory" in stderr
-    assert f"{ray.ip(6)} does not see it" in stderr
-    assert "--runs DIR" in stderr
+    error = refused(tmp_path, *on(ray, "1"), *GEAR)
+    assert_shown(error, "ray.node-unsuitable", f"{ray.ip(6)} ", "--runs DIR")
 
 
-def test_a_folder_too_large_to_travel(ray: RayCluster, tmp_path: Path) -> None:
+def test_a_directory_too_large_to_travel(ray: RayCluster, tmp_path: Path) -> None:
     for path in TINY.parent.iterdir():
         if path.is_file():
             shutil.copy2(path, tmp_path)
     (tmp_path / "weights.bin").write_bytes(bytes(3 << 20))
     job = ("--launcher", "ray", "--address", ray.dashboard, "-o", "submit=job")
-    stderr = refused(tmp_path, *job, "-o", "upload_limit=1MiB", job=tmp_path / "job.yaml")
-    assert "more than is sent to Ray's nodes (upload_limit: 1.0 MiB)" in stderr
-    assert "weights.bin (3.0 MiB)" in stderr
+    error = refused(tmp_path, *job, "-o", "upload_limit=1MiB", job=tmp_path / "job.yaml")
+    names = ("upload_limit: 1.0 MiB", "weights.bin (3.0 MiB)")
+    assert_shown(error, "ray.code-too-large", *names)

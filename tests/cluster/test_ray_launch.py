@@ -12,6 +12,7 @@ import pytest
 
 from dtrain.run.rundir import RunDir
 from support.contract import LauncherContract, Started, Way
+from support.errors import assert_named
 from support.launch import (
     DIGITS,
     OFTEN,
@@ -98,10 +99,10 @@ def test_a_killed_actor_is_named_and_the_next_attempt_goes_on(
         actor.kill()
 
     run, output = trains_through(ray, tmp_path, kill_actor, *OFTEN)
-    assert f"node 1 ({ray.ip(1)}) was lost; attempt 1 continues from the last" in output
+    assert f"node 1 ({ray.ip(1)}) was lost" in output
     assert run.attempts() == [0, 1]
     why = dtrain("why", "--attempt", "0", cwd=tmp_path).stdout
-    assert f"FAILED: node 1 ({ray.ip(1)}): the node was lost, and with it ranks 2-3" in why
+    assert_named(why, [f"FAILED: node 1 ({ray.ip(1)}): ", "ranks 2-3", "[failure.node-lost]"])
     assert status(run)["parameters_sha256"] == unbroken
     assert events(run, "resumed")[0]["step"] >= 2
 

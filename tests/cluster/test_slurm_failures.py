@@ -175,8 +175,8 @@ def test_a_run_folder_that_a_node_does_not_have_is_named(
     finally:
         fragile.run(["umount", str(runs)], host=node)
     assert done.returncode == 1, done.stdout
-    assert "on all nodes, at the same path?" in done.stdout
     assert node != "n1" or "n1 cannot write to the run directory" in done.stdout
+    assert "run directory" in done.stdout
     assert "Traceback" not in done.stdout
 
 
@@ -211,7 +211,7 @@ def test_a_full_disk_and_a_rank_out_of_memory_are_named(small: Path, tmp_path: P
     done = dtrain("launch", *TWO, *greedy, job, cwd=tmp_path / "here", timeout=180)
     assert done.returncode == 137, done.stdout
     assert "FAILED: rank 1 on node 0 (m" in done.stdout
-    assert "killed by the kernel: out of memory" in done.stdout
+    assert "[failure.out-of-memory]" in done.stdout
 
     endless = ("--set", "train.steps=100000", "--set", "args.pause=0.05", *OFTEN)
     with started("launch", *TWO, *endless, "--runs", small / "runs", job, cwd=tmp_path) as process:

@@ -10,15 +10,17 @@ import pytest
 import dtrain
 from cluster import Cluster
 from dtrain.errors import PlanError
+from support.errors import raises
 from support.launch import TINY, until
 
 
-def test_a_detached_run_goes_on_alone(
+def test_a_detached_run_continues_alone(
     slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is waited for and stopped as one of another program is."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(PlanError, match="Invalid partition name specified"):
+    names = ("Invalid partition name specified", "nowhere")  # Slurm's words
+    with raises("slurm.partition-invalid", *names, kind=PlanError):
         dtrain.launch(TINY, launcher="slurm", options={"partition": "nowhere"})
     run = dtrain.launch(
         TINY,

@@ -70,9 +70,9 @@ def test_one_job_on_every_kind_of_node(motley: Cluster, place: Path, tmp_path: P
 
 def test_nodes_are_chosen_by_feature_and_gpus(motley: Cluster, place: Path, tmp_path: Path) -> None:
     """Four CPUs for two processes; and what no node has is refused with its place."""
-    chosen = profile(place, constraint="a100", gres="gpu:2", cpus_per_node=4)
+    request = profile(place, constraint="a100", gres="gpu:2", cpus_per_node=4)
     seen = ("--set", f"args.env_to={tmp_path}")
-    done = dtrain("launch", *chosen, "--nodes", "2", "--procs", "2", *seen, TINY, cwd=tmp_path)
+    done = dtrain("launch", *request, "--nodes", "2", "--procs", "2", *seen, TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (started,) = events(the_run(tmp_path), "attempt_started")
     assert sorted(started["nodes"]) == ["fat3", "gpu-a01"]

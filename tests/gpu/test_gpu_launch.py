@@ -14,6 +14,7 @@ import pytest
 
 from dtrain.run.rundir import RunDir, list_runs
 from support import EXAMPLES
+from support.errors import assert_shown
 
 JOB = EXAMPLES / "digits" / "job.yaml"
 MODULE = EXAMPLES / "lightning" / "job.yaml"
@@ -156,7 +157,7 @@ def test_more_gpus_than_there_are_is_told(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert f"{asked} GPUs are asked for, but this host shows {num_gpus()}" in done.stderr
+    assert_shown(done.stderr, "plan.too-few-gpus", f"{asked} GPUs", f" {num_gpus()}")
 
 
 @pytest.mark.skipif(num_gpus() < 2, reason="needs two CUDA devices")

@@ -17,6 +17,7 @@ from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.job.faults import KINDS, TENSOR_KINDS
 from dtrain.testing import run_ranks
 from support import ROOT
+from support.errors import assert_named
 from support.faults import DATA, NAN, STEP, STRATEGIES, Case, Outcome, found, kinds_of, outcomes
 from support.trainings import Regression, job, train
 
@@ -67,7 +68,7 @@ def check(case: Case, ranks: list[Outcome]) -> None:
     undecided = compared and len(ranks) == 2
     assert blamed == ([True, True] if undecided else alone), (case, ranks)
     if undecided and case.kind != "seed":
-        assert "with two ranks there is no majority" in mine.text, (case, mine)
+        assert "no majority" in mine.text, (case, mine)
     if case.kind in TENSOR_KINDS:
         check_tensor(case, mine)
     else:
@@ -127,7 +128,7 @@ def test_a_fault_as_it_is_by_default_stays_until_the_default_comparison(tmp_path
     kinds = [kind for kind in KINDS if kind.startswith("flip-") and "buffer" not in kind]
     cases = [Case("ddp", kind, 1, 50, steps=60, place="") for kind in kinds]
     for ranks in outcomes(cases, 3, tmp_path):
-        assert "one model after step 0 and are not one model after step 50" in ranks[1].text, ranks
+        assert_named(ranks[1].text, ["after step 0 ", "after step 50:"])
         assert [each.collateral for each in ranks] == [True, False, True], ranks
         assert re.search(r"parameters: first\.weight\[\d+, \d\] is", ranks[1].text), ranks
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dtrain as package
 from dtrain import Task
+from dtrain.errors import format_error
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.run.rundir import RunDir
@@ -27,6 +28,7 @@ from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.load import load_task
 from dtrain.train.loop.native import NativeTrainer
 from support import EXAMPLES, JOBS
+from support.errors import assert_named, assert_shown
 from support.faults import STEPS, Talkative
 from support.launch import TINY, dtrain
 from support.trainings import Regression, job, lines
@@ -119,7 +121,7 @@ def trained(folder: Path, kind: type[Task], checks: dict[str, Any]) -> Any:
     try:
         return NativeTrainer(context).run()
     except (ReplicaError, NonFiniteError) as error:
-        return str(error)
+        return format_error(error)
 
 
 FLIP = "kind=flip-parameter-bit,rank=1,step=5,param=first.weight,bit=20"
@@ -184,7 +186,8 @@ def test_a_step_of_nan_is_skipped_on_all_ranks(tmp_path: Path, world_size: int) 
 def test_skipping_is_bounded(tmp_path: Path) -> None:
     checks = {"on_nan": "skip", "max_skipped": 2}
     results = run_ranks(trained, 2, tmp_path, Hopeless, checks)
-    assert all("2 steps in a row were skipped already" in each for each in results)
+    for text in results:
+        assert_shown(text, "check.too-many-skipped", "2 steps", "checks.max_skipped")
 
 
 class Hopeless(Talkative):
@@ -199,7 +202,7 @@ class Hopeless(Talkative):
         return loss * float("nan") if self.calls >= 3 and dist.get_rank() == 1 else loss
 
 
-def test_warned_of_nan_training_goes_on(tmp_path: Path) -> None:
+def test_after_a_warning_of_nan_training_continues(tmp_path: Path) -> None:
     results = run_ranks(trained, 2, tmp_path, Talkative, {"on_nan": "warn", "inject": [SPOIL]})
     assert all(isinstance(each, TrainResult) for each in results)
 
@@ -219,8 +222,8 @@ class Poisoned(Talkative):
 
 def test_the_sample_is_named(tmp_path: Path) -> None:
     results = run_ranks(trained, 2, tmp_path, Poisoned, {})
-    assert any("sample 77 gives the same when computed alone" in each for each in results)
-    assert sum("own losses are finite" in each for each in results) == 1
+    assert all("[check.not-finite]" in each for each in results)
+    assert sum("sample 77 " in each for each in results) == 1
 
 
 # -- parameters without a gradient -----------------------------------------------------------
@@ -291,14 +294,14 @@ def surroundings(folder: Path) -> str:
     try:
         compare_surroundings(load_task("written_here.py:Written", {}, file.parent), seed=0)
     except ReplicaError as error:
-        return f"{error.culprits} {error}"
+        return f"{error.culprits} {format_error(error)}"
     return ""
 
 
 def test_other_code_on_a_rank_is_named(tmp_path: Path) -> None:
     for text in run_ranks(surroundings, 3, tmp_path):
-        assert text.startswith("[1] the processes do not run the same program:\n"), text
-        assert "the task's code is" in text
+        assert text.startswith("[1] "), text
+        assert_shown(text, "check.programs-differ", "the task's code ")
 
 
 @pytest.mark.parametrize(
@@ -336,7 +339,7 @@ def own_loop(fault: str) -> str:
         try:
             package.check(wrapped, optimizer, every=2)
         except ReplicaError as error:
-            return f"{step} {error}"
+            return f"{step} {error.culprits} {format_error(error)}"
     return "sound"
 
 
@@ -344,9 +347,8 @@ def test_check_in_a_loop_of_ones_own() -> None:
     assert run_ranks(own_loop, 3, "") == ["sound"] * 3
     results = run_ranks(own_loop, 3, "parameter")
     for text in results:
-        assert text.startswith("3 the replicas were one model at call 2 and are not"), text
-        assert "rank 2 differs from the others\n" in text
-        assert "parameters: 2.weight[0, 5] is" in text
+        assert text.startswith("3 [2] "), text
+        assert_shown(text, "check.replicas-differ", "call 2 ", "parameters: 2.weight[0, 5] is")
 
 
 def test_check_costs_nothing_in_one_process() -> None:
@@ -365,19 +367,19 @@ def test_an_injected_fault_ends_in_a_verdict(tmp_path: Path) -> None:
     assert done.returncode == 1
     block = done.stdout[done.stdout.index("FAILED") :].splitlines()
     assert block[0].startswith("FAILED: rank 1 on node 1 (")
-    assert " raised ReplicaError  [" in block[0]
-    assert "one model after step 4 and are not one model after step 6" in block[1]
-    assert "rank 1 differs from the others" in block[2]
+    assert " raised ReplicaError  [check.replicas-differ]" in block[0]
+    assert_named(block[1], ["step 4 ", "step 6"])
+    assert "rank 1 " in block[2]
     assert "parameters: weight[0, 2] is" in block[3]
     assert "Traceback" not in done.stdout + done.stderr
     why = dtrain("why", cwd=tmp_path)
-    assert "rank 1 differs from the others" in why.stdout
+    assert why.stdout.splitlines()[:4] == block[:4]
     again = dtrain("resume", cwd=tmp_path)
     assert again.returncode == 0, "a fault on purpose is made in the first attempt only"
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "message"),
+    ("fault", "code", "name"),
     [
         ("rank=1,kind=flip-parameter-bitt", "job.invalid-value", "'flip-parameter-bit'?"),
         ("rank=1", "job.invalid-value", "kind missing"),
@@ -385,14 +387,12 @@ def test_an_injected_fault_ends_in_a_verdict(tmp_path: Path) -> None:
         ("rank=1,kind=lr,step=999", "job.fault-after-the-end", "lr in step 999: "),
     ],
 )
-def test_a_fault_that_cannot_be_meant_is_told_before_anything_starts(
-    tmp_path: Path, fault: str, code: str, message: str
+def test_a_fault_that_cannot_be_meant_is_refused_before_anything_starts(
+    tmp_path: Path, fault: str, code: str, name: str
 ) -> None:
     done = dtrain("launch", "--procs", "2", "--inject", fault, TINY, cwd=tmp_path)
     assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.endswith(f"  [{code}]\n")
-    assert "Traceback" not in done.stderr
+    assert_shown(done.stderr, code, name)
     assert not (tmp_path / "runs").exists()
 
 

@@ -23,7 +23,7 @@ from dtrain.train.seeding import derive_seed, seed_everything
 from support.lightning_fit import SEED, Done, InOrder, by_lightning, fit
 
 BATCH = 16
-BY_HAND = "automatic_optimization = False: it makes its own steps"
+BY_HAND = "automatic_optimization = False"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ DEMOS = {
     # dropout, and z of the GAN, are other random numbers on each rank
     "lstm": Demo(
         demos.LocalLSTM,
-        why="batches made by a SequenceSampler",
+        why="SequenceSampler",
         on_two={"lightning": {"trainer": {"use_distributed_sampler": False}}},
         reads_text=True,
         same_on_two=False,

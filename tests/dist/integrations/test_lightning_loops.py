@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def test_arguments_that_only_its_loops_follow(
     done = fit(tmp_path, "Counting", job)
     counts = done.module.trained, done.module.validated, done.module.sane
     assert counts == (trained, validated, sane)
-    assert done.why == f"lightning.trainer.{next(iter(arguments))} is about Lightning's own loops"
+    assert f"lightning.trainer.{next(iter(arguments))} " in str(done.why)
 
 
 def test_an_epoch_that_is_cut_short_is_the_beginning_of_another(tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_an_epoch_that_is_cut_short_is_the_beginning_of_another(tmp_path: Path) 
 def test_averaged_weights_are_what_training_ends_with(tmp_path: Path) -> None:
     mine = fit(tmp_path, "Swa", {"train": {"epochs": 3}})
     theirs = by_lightning(lightning_shapes.Swa, max_epochs=3)
-    assert mine.why == "StochasticWeightAveraging changes the learning rate by its own schedule"
+    assert "StochasticWeightAveraging" in str(mine.why)
     for name, value in theirs.parameters.items():
         torch.testing.assert_close(mine.parameters[name], value, rtol=0, atol=2e-6)
 
@@ -182,8 +183,9 @@ def spoilt(folder: Path, policy: str, strategy: str) -> tuple[int, float]:
 
 @on_both
 def test_a_loss_that_is_no_number_is_named(strategy: str, tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=r"the loss of step \d is nan: rank \d's.* 7[,\s]"):
+    with raises("check.not-finite", "loss", " nan") as caught:
         run_ranks(spoilt, 2, tmp_path, "stop", strategy)
+    assert re.search(r"step \d .* rank \d's.* 7[,\s]", str(caught.value))
 
 
 @on_both
@@ -194,16 +196,16 @@ def test_a_step_of_nan_is_left_out(strategy: str, tmp_path: Path) -> None:
 
 
 FAULTS = {
-    "flip-parameter-bit": "parameters: net.0.weight",
-    "flip-gradient-bit": "are not one model",
-    "flip-moment-bit": "optimizer state: ",
-    "flip-buffer-bit": "buffers: ",
-    "nan-gradient": "is nan|is not finite",
-    "duplicate-sample": "read sample",
-    "lr": "learning rate",
-    "nan-loss": "the loss of step 3 is nan",
+    "flip-parameter-bit": ("check.replicas-differ", "parameters: net.0.weight"),
+    "flip-gradient-bit": ("check.replicas-differ", "parameters: "),
+    "flip-moment-bit": ("check.replicas-differ", "optimizer state: "),
+    "flip-buffer-bit": ("check.replicas-differ", "buffers: "),
+    "nan-gradient": ("check.not-finite", "step 3"),
+    "duplicate-sample": ("data.not-exactly-once", "step 3: "),
+    "lr": ("check.replicas-differ", "learning rate"),
+    "nan-loss": ("check.not-finite", "loss of step 3 is nan"),
 }
-"""Kinds, and what is said of each."""
+"""Kinds, and the code of each with what must be named."""
 
 
 def faulty(folder: Path, kind: str, strategy: str) -> None:
@@ -221,7 +223,7 @@ OF_PARTS = ("flip-parameter-bit", "flip-moment-bit", "nan-gradient")
     [*((kind, "ddp") for kind in FAULTS), *((kind, "fsdp") for kind in OF_PARTS)],
 )
 def test_faults_are_found(kind: str, strategy: str, tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=FAULTS[kind]):
+    with raises(*FAULTS[kind]):
         run_ranks(faulty, 2, tmp_path, kind, strategy)
 
 
@@ -377,7 +379,7 @@ def unused(folder: Path, find: bool) -> int:
 
 def test_parameters_without_a_part_in_the_loss(tmp_path: Path) -> None:
     assert run_ranks(unused, 2, tmp_path / "found", True) == [8, 8]
-    with pytest.raises(RankError, match=r"lightning\.find_unused: true"):
+    with pytest.raises(RankError, match=r"lightning\.find_unused: true"):  # a note on torch's
         run_ranks(unused, 2, tmp_path / "not", False)
 
 

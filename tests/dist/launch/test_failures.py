@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.run.verdict import MAX_LINES
+from support.errors import assert_named, assert_shown
 from support.launch import (
     TINY,
     dtrain,
@@ -77,27 +78,24 @@ def test_the_culprit_is_named(tmp_path: Path, misbehave: str, headline: str, cod
     assert (status["state"], status["exit_code"]) == ("failed", code)
 
 
-def test_a_run_that_a_worker_left_is_not_finished_and_goes_on(tmp_path: Path) -> None:
+def test_a_run_that_a_worker_left_is_not_finished_and_can_be_resumed(tmp_path: Path) -> None:
     arguments = ("--set", "args.misbehave=term", "--set", "args.once=asked", TINY)
     done = dtrain("launch", "--procs", "2", *arguments, cwd=tmp_path)
     assert done.returncode == 128 + 15, done.stdout + done.stderr
     run = the_run(tmp_path)
     (left,) = events(run, "stopped")
     assert 3 <= left["step"] < 12
-    stopped = f"{run.id} was stopped by SIGTERM to rank 1 after step {left['step']}\n"
-    assert f"{stopped}continue with: dtrain resume {run.id}\n" in done.stdout
-    assert dtrain("why", cwd=tmp_path).stdout.startswith(stopped)
+    names = [run.id, "SIGTERM", "rank 1 ", f"step {left['step']}\n", f"dtrain resume {run.id}\n"]
+    assert_named(done.stdout, names)
+    assert_named(dtrain("why", cwd=tmp_path).stdout, names[:-1])
     status = json.loads(dtrain("status", "--json", cwd=tmp_path).stdout)
     assert (status["state"], status["exit_code"]) == ("cancelled", 143)
     done = dtrain("resume", "--set", "train.steps=2", cwd=tmp_path)
     assert done.returncode == 2
-    assert f"step {left['step']}, which is after train.steps=2" in done.stderr
-    assert "[run.end-passed]" in done.stderr
+    assert_shown(done.stderr, "run.end-passed", f"step {left['step']}", "train.steps=2")
     done = dtrain("resume", "--set", "seed=5", cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert (
-        "it was made with other data (seed was 0, is 5); with --set seed=0 it fits" in done.stdout
-    )
+    assert_named(done.stdout, ["[checkpoint.none-loads]", "seed was 0, is 5", "--set seed=0"])
     done = dtrain("resume", cwd=tmp_path)  # as it was before the one that was refused
     assert done.returncode == 0, done.stdout + done.stderr
     assert [step["step"] for step in metrics(run)] == list(range(1, 13))
@@ -111,10 +109,8 @@ def test_a_rank_that_hangs_is_named_and_not_who_waited_for_it(tmp_path: Path) ->
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     lines = block(done.stdout)
-    assert lines[0] == (
-        "FAILED: rank 1 on node 1 (node-1) did not reach the collective that the others waited "
-        "for (10 s)  [failure.rank-absent]"
-    )
+    assert lines[0].startswith("FAILED: rank 1 on node 1 (node-1) ")
+    assert lines[0].endswith("(10 s)  [failure.rank-absent]")
     assert len(lines) <= MAX_LINES
     assert any("task.py" in line and "in wait_forever" in line for line in lines)
     assert "  rank 0 failed as a consequence" in lines
@@ -157,7 +153,7 @@ def test_a_rank_that_the_kernel_killed_for_memory_is_told_so(tmp_path: Path) -> 
         )  # fmt: skip
         assert done.returncode == 137, done.stdout + done.stderr
         lines = block(done.stdout)
-        assert lines[0].endswith("killed by the kernel: out of memory  [failure.out-of-memory]")
+        assert lines[0].endswith("  [failure.out-of-memory]")
         assert lines[0].startswith("FAILED: rank 1 on node 0")
         (advice,) = [line for line in lines if "ask for more memory" in line]
         assert re.search(r"the rank had 1\.[0-6] GB at most, .* the limit here is 1\.6 GB", advice)
@@ -198,8 +194,9 @@ def test_a_node_that_is_killed_is_named(tmp_path: Path) -> None:
         os.kill(pid, 9)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 137
-    killed = "FAILED: node 1 (node-1): the node agent was killed by SIGKILL"
-    assert block(output)[0] == f"{killed}  [failure.node-lost]"
+    headline = block(output)[0]
+    assert headline.startswith("FAILED: node 1 (node-1): ")
+    assert headline.endswith("SIGKILL  [failure.node-lost]")
     assert len(workers) == 4
 
 
@@ -225,18 +222,14 @@ def test_a_busy_endpoint_of_the_users_is_named(tmp_path: Path) -> None:
             cwd=tmp_path,
         )  # fmt: skip
     assert done.returncode == 1
-    assert f"port {port} " in done.stderr
-    assert "[launch.port-not-opened]" in done.stderr
-    assert "--rdzv-endpoint" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert_shown(done.stderr, "launch.port-not-opened", f"port {port} ", "--rdzv-endpoint")
 
 
-def test_an_unwritable_run_folder_is_named(tmp_path: Path) -> None:
+def test_an_unwritable_run_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = dtrain("launch", "--runs", "file/runs", TINY, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.endswith("  [launch.not-writable]\n")
-    assert "--runs DIR" in done.stderr
+    assert_shown(done.stderr, "launch.not-writable", "file/runs", "--runs DIR")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from support.errors import assert_named
 from support.launch import TINY, dtrain, events, metrics, the_run
 
 TWO_BY_TWO = ("launch", "--nodes", "2", "--procs", "2")
@@ -23,13 +24,14 @@ def test_20_of_20_recoveries_on_two_nodes(tmp_path: Path) -> None:
     starts = [event["restart"] for event in events(run, "workers_started")]
     assert sorted(starts) == sorted([*range(21), *range(21)])
     assert [line["step"] for line in metrics(run)][-1] == 12
-    told = [line for line in done.stdout.splitlines() if "failed" in line]
-    cause = "rank 3 on node-1 failed: killed by SIGKILL"
-    assert told == [f"{cause}; restart {number} of 20" for number in range(1, 21)]
+    shown = [line for line in done.stdout.splitlines() if "failed" in line]
+    assert len(shown) == 20
+    for number, line in enumerate(shown, 1):
+        assert_named(line, ["rank 3 on node-1", "SIGKILL", f"restart {number} of 20"])
 
 
 @pytest.mark.parametrize("misbehave", ["raise", "kill"])
-def test_a_restart_goes_on_from_the_checkpoint(tmp_path: Path, misbehave: str) -> None:
+def test_a_restart_resumes_from_the_checkpoint(tmp_path: Path, misbehave: str) -> None:
     done = dtrain(
         *TWO_BY_TWO, "--max-restarts", "1", "--set", f"args.misbehave={misbehave}",
         "--set", "args.at=8", "--set", "checkpoint.every_steps=3",
