@@ -732,7 +732,7 @@ LAUNCH: Mapping[str, Entry] = {
         "One rank called different collectives than all other ranks.",
         "Look for a branch in your code that only this rank takes.",
     ),
-    "failure.ranks-parted": Entry(
+    "failure.collectives-undecided": Entry(
         "Ranks called different collectives, and no majority shows which is right.",
         "Look for a branch before the shown lines that only some ranks take.",
     ),
@@ -740,7 +740,7 @@ LAUNCH: Mapping[str, Entry] = {
         "A rank did not reach a collective before the other ranks timed out.",
         "Look at the line where it was: it may be slow, or wait for something else.",
     ),
-    "failure.rank-left": Entry(
+    "failure.early-exit": Entry(
         "A rank exited before the end of the training, while the others waited for it.",
         "Leave the loop in the same step on all ranks.",
     ),
@@ -780,7 +780,7 @@ LAUNCH: Mapping[str, Entry] = {
         "The task belongs to a framework that the chosen trainer cannot train.",
         "Choose the trainer that the message names.",
     ),
-    "verify.no-place": Entry(
+    "verify.no-directory": Entry(
         "The runs of the comparison cannot be written anywhere.",
         "Give a directory with `--keep`.",
     ),

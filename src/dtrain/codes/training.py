@@ -20,7 +20,7 @@ _TASK = {
         "state_dict() of the task does not return a dict.",
         "Return a dict of tensors, numbers, strings and containers of these.",
     ),
-    "task.half-a-state": Entry(
+    "task.incomplete-state": Entry(
         "The task has one of the methods state_dict() and load_state_dict(), but not the other.",
         "Write both methods, or remove the one that is there.",
     ),

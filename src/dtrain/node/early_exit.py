@@ -72,7 +72,7 @@ def of_task(record: FailureRecord, how: str) -> FailureRecord:
     """
     where = f" in step {record.step}" if record.step else ""
     message = f"exited early, by {how}{where}: training had not finished"
-    return replace(record, kind="left", code="", message=message, exit_code=1, type="")
+    return replace(record, kind="early_exit", code="", message=message, exit_code=1, type="")
 
 
 def of_script(note: dict[str, Any], **fields: Any) -> FailureRecord:
@@ -83,7 +83,7 @@ def of_script(note: dict[str, Any], **fields: Any) -> FailureRecord:
         **fields: `rank`, `node_rank`, `node`, `restart`, `time`, `pid`, `log`.
     """
     return failures.of_worker(
-        "left",
+        "early_exit",
         f"exited early, by {note['how']}: others still waited for it",
         0,
         collateral=note["is_clean"],

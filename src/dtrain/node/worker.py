@@ -165,7 +165,7 @@ class _Worker:
 
     def _exit_task(self, frames: list[Frame]) -> int:
         """Record that a task ended the process by `os._exit(0)`. Return the exit status."""
-        record = failures.of_worker("left", "", 1, frames=frames, **self._location())
+        record = failures.of_worker("early_exit", "", 1, frames=frames, **self._location())
         record = early_exit.of_task(record, "os._exit(0)")
         record.write(self.run, self.attempt)
         return record.exit_code

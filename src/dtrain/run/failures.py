@@ -38,10 +38,10 @@ Kind = Literal[
     "node_lost",
     "agent",
     "collectives",  # different from those of the other ranks
-    "parted",  # the same, but no majority shows which rank is right
+    "undecided",  # the same, but no majority shows which rank is right
     "absent",  # it still ran when the others had stopped waiting
     "timeout",  # all ranks waited for one another
-    "left",  # with status 0, before the end
+    "early_exit",  # with status 0, before the end
 ]
 
 KIND_CODES: Mapping[Kind, str] = {
@@ -53,10 +53,10 @@ KIND_CODES: Mapping[Kind, str] = {
     "node_lost": "failure.node-lost",
     "agent": "failure.agent",
     "collectives": "failure.collectives-differ",
-    "parted": "failure.ranks-parted",
+    "undecided": "failure.collectives-undecided",
     "absent": "failure.rank-absent",
     "timeout": "failure.timeout",
-    "left": "failure.rank-left",
+    "early_exit": "failure.early-exit",
 }
 """The code of a failure whose error has no code of its own in dtrain."""
 

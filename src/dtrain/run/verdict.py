@@ -39,8 +39,8 @@ ADVICE = {
     "oom": "ask for more memory, or make micro_batch_size or data.workers smaller",
     "node_missing": "check that the agent was started there and that it can reach the head node",
     "node_lost": "look at that host; `dtrain resume` continues from the last checkpoint",
-    "parted": "look before these lines for a branch that only some ranks take",
-    "left": "leave the loop in the same step on all ranks",
+    "undecided": "look before these lines for a branch that only some ranks take",
+    "early_exit": "leave the loop in the same step on all ranks",
     "timeout": "look for a collective that not all ranks call, and at the network between them",
 }
 """The remedy for each kind of failure, if the record has no hint of its own."""
@@ -111,7 +111,10 @@ def judge(run: RunDir, attempt: int) -> Verdict | None:
     same = [record for record in records if _error_of(record) == error]
     others = [record for record in records if _error_of(record) != error]
     culprit = min(same, key=lambda record: -1 if record.rank is None else record.rank)
-    lines = [culprit.message, *(_waits(others) if culprit.kind in ("absent", "left") else [])]
+    lines = [
+        culprit.message,
+        *(_waits(others) if culprit.kind in ("absent", "early_exit") else []),
+    ]
     return Verdict(
         replace(culprit, message="\n".join(lines)),
         same_failure=_ranks(record for record in same if record is not culprit),
@@ -126,7 +129,7 @@ def _failed_themselves(records: list[FailureRecord]) -> list[FailureRecord]:
     Records of ranks that still ran are left out, unless the others only waited for them. Records of
     ranks that had left with status 0 are left out, unless this cut off the others.
     """
-    left = [record for record in records if record.kind == "left" and record.exit_code == 0]
+    left = [record for record in records if record.kind == "early_exit" and record.exit_code == 0]
     ended = [record for record in records if record.kind != "absent" and record not in left]
     if not ended or _only_waited(ended):
         return records
@@ -146,7 +149,9 @@ def was_cut_off(record: FailureRecord) -> bool:
 
 def _only_waited(records: list[FailureRecord]) -> bool:
     """Return whether all ranks failed because a collective was not answered in time."""
-    consequences = all(_cause_order(r)[0] >= _CONSEQUENCE and r.kind != "left" for r in records)
+    consequences = all(
+        _cause_order(r)[0] >= _CONSEQUENCE and r.kind != "early_exit" for r in records
+    )
     return consequences and any(failures.is_timeout(record.message) for record in records)
 
 
@@ -159,7 +164,7 @@ def _diverged(
     found = first_divergence(rings)
     if found is None:
         return []
-    kind: Kind = "collectives" if found.decided else "parted"
+    kind: Kind = "collectives" if found.decided else "undecided"
     if found.decided:
         what, own, other = "its collectives differ from the other ranks'", "", "elsewhere"
     else:
@@ -260,11 +265,11 @@ def _cause_order(record: FailureRecord) -> tuple[int, float]:
     """Return the sort key: a cause comes before a consequence, then the earliest failure."""
     if record.kind in ("node_missing", "node_lost"):
         return (0, record.time)
-    if record.kind in ("collectives", "parted"):
+    if record.kind in ("collectives", "undecided"):
         return (1, 0.0)
     if record.kind == "agent":
         return (_CONSEQUENCE + 1, record.time)
-    if record.kind == "left" and record.collateral:  # cleanly: others may fail before it ends
+    if record.kind == "early_exit" and record.collateral:  # cleanly: others may fail before it ends
         return (_CONSEQUENCE - 1, record.time)
     lost_peer = record.kind == "exception" and failures.is_collateral(record.message)
     if record.collateral or lost_peer:
@@ -280,7 +285,7 @@ def _headline(culprit: FailureRecord) -> str:
     where = f"rank {culprit.rank} on {_node_of(culprit)}"
     if culprit.kind == "exception":
         return f"{_FAILED}{where} raised {culprit.type}"
-    colon = "" if culprit.kind in ("absent", "left", "parted") else ":"
+    colon = "" if culprit.kind in ("absent", "early_exit", "undecided") else ":"
     return f"{_FAILED}{where}{colon} {_first_line(culprit.message)}"
 
 
@@ -304,7 +309,7 @@ def _frames(culprit: FailureRecord, room: int, width: int) -> list[str]:
 def _reason(culprit: FailureRecord) -> list[str]:
     """Return the parts of the reason that the first line does not contain."""
     lines = [line for line in culprit.message.splitlines() if line.strip()]
-    if culprit.kind == "left":
+    if culprit.kind == "early_exit":
         return [*lines[1:], time.strftime("it exited at %H:%M:%S", time.localtime(culprit.time))]
     if culprit.kind != "exception":
         return lines[1:]

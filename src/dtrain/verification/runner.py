@@ -276,7 +276,7 @@ class Runner:
                 why = f"{error.strerror}: {error.filename}"
                 raise UsageError(
                     f"cannot make a directory for the runs ({why}); choose one with --keep DIR",
-                    code="verify.no-place",
+                    code="verify.no-directory",
                 ) from None
         return self._made[where]
 

@@ -290,8 +290,8 @@ class IsNoDict(Holds):
 def test_mistakes_are_told_before_training(tmp_path: Path) -> None:
     place = "task['list'][1]['deep']"
     for kind, code, words in (
-        (OnlySaves, "task.half-a-state", "state_dict() but no load_state_dict()"),
-        (OnlyLoads, "task.half-a-state", "load_state_dict() but no state_dict()"),
+        (OnlySaves, "task.incomplete-state", "state_dict() but no load_state_dict()"),
+        (OnlyLoads, "task.incomplete-state", "load_state_dict() but no state_dict()"),
         (HoldsSet, "checkpoint.unsaveable-value", f"{place} is a set"),
         (HoldsSparse, "checkpoint.unsaveable-value", f"{place} is a Tensor of layout torch.sparse"),
         (HoldsKey, "checkpoint.unsaveable-key", f"{place} has a key None"),
@@ -357,5 +357,5 @@ def test_a_class_of_its_own_has_both(tmp_path: Path) -> None:
             object.__setattr__(context, "task", as_task(HalfPlain(), "HalfPlain"))
             super().__init__(context)
 
-    with raises("task.half-a-state", "state_dict() but no load_state_dict()"):
+    with raises("task.incomplete-state", "state_dict() but no load_state_dict()"):
         train(job("single"), tmp_path, trainer_class=Train)

@@ -167,11 +167,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.train.data": (
         "content hashing loader_process overlap placement rng_state",
-        "permutation shared_files unlike",
+        "mismatch permutation shared_files",
         "augmentation checksum order",
         "__init__ exactly_once fetch",
         "loader samples stream",
-        "parted pipeline",
+        "out_of_step pipeline",
         "iterable_pipeline",
         "sharded_pipeline",
     ),

@@ -39,7 +39,11 @@ def test_an_exit_that_raises_nothing_is_heard_with_its_line(status: int, ends: i
             == test_an_exit_that_raises_nothing_is_heard_with_its_line.__name__
         )
         made = early_exit.of_script(note, rank=1, node_rank=0, node="n", time=1.0)
-        assert (made.kind, made.exit_code, made.frames[-1].code) == ("left", 0, "os._exit(status)")
+        assert (made.kind, made.exit_code, made.frames[-1].code) == (
+            "early_exit",
+            0,
+            "os._exit(status)",
+        )
     else:
         assert ring.exit_note() == b""
 

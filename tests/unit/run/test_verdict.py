@@ -97,7 +97,9 @@ def test_who_left_with_status_0_is_blamed_by_those_alone_who_waited(
 ) -> None:
     line = Frame("/home/me/train.py", 7, "main", "dist.barrier()")
     record(0, message=why, traceback=trace, frames=[line], time=2.0).write(run, 0)
-    record(1, kind="left", message="exited early", exit_code=0, type="", time=1.0).write(run, 0)
+    record(1, kind="early_exit", message="exited early", exit_code=0, type="", time=1.0).write(
+        run, 0
+    )
     found = verdict.judge(run, 0)
     assert found is not None
     assert (found.culprit.rank, found.exit_code) == (blamed, 1)
@@ -109,7 +111,7 @@ def test_who_left_with_status_0_is_blamed_by_those_alone_who_waited(
 def test_of_those_who_left_who_destroyed_its_group_is_the_last_to_be_blamed(
     run: RunDir, why: str
 ) -> None:
-    left = {"kind": "left", "exit_code": 0, "type": ""}
+    left = {"kind": "early_exit", "exit_code": 0, "type": ""}
     record(0, message=why, traceback=IN_TORCH, time=3.0).write(run, 0)
     record(1, message="exited early", collateral=True, time=1.0, **left).write(run, 0)
     found = verdict.judge(run, 0)

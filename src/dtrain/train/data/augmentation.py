@@ -20,9 +20,9 @@ from torch.utils.data import get_worker_info
 
 from dtrain.errors import DtrainError
 from dtrain.train.data.hashing import Words, keys, mix_all
+from dtrain.train.data.mismatch import note_samples
 from dtrain.train.data.permutation import Ids
 from dtrain.train.data.rng_state import Generator, global_generators
-from dtrain.train.data.unlike import note_samples
 from dtrain.words import numbered
 
 AUGMENTATION_VERSION = 1

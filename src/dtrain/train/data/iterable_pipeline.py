@@ -19,7 +19,7 @@ from dtrain.ranks import RankInfo
 from dtrain.task import Task
 from dtrain.train import collectives
 from dtrain.train.checkpoint.leaves import read, refuse_unreadable
-from dtrain.train.data import parted
+from dtrain.train.data import out_of_step
 from dtrain.train.data.augmentation import sample_words
 from dtrain.train.data.content import hash_of
 from dtrain.train.data.exactly_once import Split
@@ -137,7 +137,7 @@ class StreamFeed(Feed):
         if self._compares and (self.meets or not met):
             everyone = collectives.gather_numbers(int(batch.fingerprint))
             if len(set(everyone)) > 1:
-                raise self._parted(batch)
+                raise self._out_of_step(batch)
         return batch
 
     def _compared(self, epoch: int, start: int, size: int) -> Collection[int]:
@@ -151,9 +151,9 @@ class StreamFeed(Feed):
         words = sample_words("compared", self.spec.seed, epoch, some) % np.uint64(size)
         return {start + int(word) for word in words}
 
-    def _parted(self, batch: GlobalBatch) -> DtrainError:
+    def _out_of_step(self, batch: GlobalBatch) -> DtrainError:
         assert self._block is not None
-        return parted.explain(batch, self._block, self.ranks.rank)
+        return out_of_step.explain(batch, self._block, self.ranks.rank)
 
     # -- requests and results ------------------------------------------------------------------
 

@@ -71,9 +71,9 @@ class Feed(abc.ABC):
     def agree(self, batch: GlobalBatch, total: float) -> None:
         """Make sure that all ranks did the same step."""
         if total != self.ranks.world_size * batch.fingerprint:
-            raise self._parted(batch)
+            raise self._out_of_step(batch)
 
-    def _parted(self, batch: GlobalBatch) -> DtrainError:
+    def _out_of_step(self, batch: GlobalBatch) -> DtrainError:
         """Return the error for ranks that did not do the same step. All ranks must call it."""
         return DtrainError(
             f"step {batch.step + 1}: other ranks are not at positions {batch.start} to "

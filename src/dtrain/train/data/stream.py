@@ -24,8 +24,8 @@ from dtrain.task import Task
 from dtrain.train.data.augmentation import Now, seed_for
 from dtrain.train.data.content import digest
 from dtrain.train.data.fetch import Fetched, NotingCollate
+from dtrain.train.data.mismatch import note_samples
 from dtrain.train.data.rng_state import global_generators
-from dtrain.train.data.unlike import note_samples
 
 
 def is_stream(dataset: Any) -> bool:

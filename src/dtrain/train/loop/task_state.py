@@ -150,7 +150,7 @@ def _has_state(task: Task) -> bool:
         raise DtrainError(
             f"the task has {own[0]}() but no {other}(), so a resume would lose its state. Write "
             "both methods, or neither",
-            code="task.half-a-state",
+            code="task.incomplete-state",
         )
     return bool(own)
 
