@@ -24,7 +24,7 @@ _HEAD = """\
 # `cd tests && python -m support.codes` writes this file anew.
 """
 _DEEP = 4
-_PLACES = {"problem": 1, "tell": 1, "BadParameter": 0}
+_PLACES = {"problem": 1, "add_problem": 1, "BadParameter": 0}
 """Calls that make a problem → which argument is the message."""
 _RECORDS = {"record_node": 2, "of_node": 0, "of_worker": 1}
 """Calls that make a failure record → which argument is the message."""
@@ -452,7 +452,7 @@ def _name_of(call: ast.Call, reader: Reader) -> str:
 
 
 def _is_problem(call: ast.Call, name: str) -> bool:
-    if name not in ("problem", "tell") or not isinstance(call.func, ast.Attribute):
+    if name not in ("problem", "add_problem") or not isinstance(call.func, ast.Attribute):
         return False
     if all(isinstance(each, ast.Constant) and not each.value for each in call.args):
         return False  # it only makes the place into text

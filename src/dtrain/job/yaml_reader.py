@@ -239,7 +239,7 @@ class _Reader:
             if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
                 self.take(node, len(node.value) // 100)
                 if not _is_text(node.value):
-                    self.report(
+                    self.add_problem(
                         node,
                         "an escape sequence that is not a character",
                         code="yaml.value-unsupported",
@@ -247,14 +247,14 @@ class _Reader:
                     return None
                 if node.tag == _TAG + "int" and len(node.value) > _MOST_DIGITS:
                     text = f"a whole number of more than {_MOST_DIGITS} digits"
-                    self.report(node, text, code="yaml.value-unsupported")
+                    self.add_problem(node, text, code="yaml.value-unsupported")
                     return None
                 return self.loader.construct_object(node)
         except (ValueError, KeyError):
             pass
         tag = node.tag.replace(_TAG, "!!")
         text = f"a value of type {tag} is not understood here; write plain values"
-        self.report(node, text, code="yaml.value-unsupported")
+        self.add_problem(node, text, code="yaml.value-unsupported")
         return None
 
     def pairs(self, node: yaml.MappingNode) -> _Pairs:
@@ -276,15 +276,15 @@ class _Reader:
                         self.take(source, len(merged))
                     else:
                         text = "only a section can be merged with `<<`"
-                        self.report(source, text, code="yaml.merge-without-section")
+                        self.add_problem(source, text, code="yaml.merge-without-section")
                 continue
             is_text = isinstance(key, yaml.ScalarNode) and _is_text(key.value)
             if not is_text or key.tag != _TAG + "str":
-                self.report(key, self.odd_key(key), code="yaml.key-not-text")
+                self.add_problem(key, self.odd_key(key), code="yaml.key-not-text")
             elif key.value in own:
                 first = own[key.value][0].start_mark
                 text = f"{key.value!r} is given twice, first on line {first.line + 1}"
-                self.report(key, text, code="yaml.duplicate-key")
+                self.add_problem(key, text, code="yaml.duplicate-key")
             else:
                 own[key.value] = (key, part)
         return {**merged, **own}
@@ -296,5 +296,5 @@ class _Reader:
         reads = f", and YAML reads {word} as a boolean" if key.tag == _TAG + "bool" else ""
         return f'a key must be text{reads}: put it in quotes: "{word}"'
 
-    def report(self, node: yaml.Node, message: str, *, code: str) -> None:
+    def add_problem(self, node: yaml.Node, message: str, *, code: str) -> None:
         self.problems.append(self.locate(node.start_mark).problem("", message, code=code))
