@@ -247,7 +247,7 @@ class NodeRendezvous(RendezvousHandler):
         joined = ", ".join(self.settings.name_of(rank) for rank in self._joined(number))
         self._notice(
             f"{count}/{self.settings.max_nodes} nodes joined ({joined}); waiting for "
-            f"{self._named(self._missing(number))} since {waited_s:.0f} s"
+            f"{self._named(self._missing(number))}, {waited_s:.0f} s so far"
         )
 
     # -- the store ---------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class Handle:
     def __str__(self) -> str:
         since = files.local_time(self.started)
         who = f"process {self.pid} on {self.host}" if self.job_id is None else f"job {self.job_id}"
-        return f"{who}, which drives attempt {self.attempt} since {since}"
+        return f"{who}, which has driven attempt {self.attempt} since {since}"
 
     def write(self, run: RunDir) -> None:
         """Overwrite the handle. Only the process that has claimed the attempt may do this."""

@@ -83,7 +83,7 @@ def check_size(tree: Path, limit: int, excludes: Sequence[str]) -> None:
         largest = sorted(sizes.items(), key=lambda item: -item[1])[:_SHOWN]
         listed = ", ".join(f"{name} ({_mib(size)})" for name, size in largest)
         raise PlanError(
-            f"the code of the job has {_mib(total)}, more than is sent to Ray's nodes "
+            f"the code of the job is {_mib(total)}, more than is sent to Ray's nodes "
             f"(upload_limit: {_mib(limit)}); largest: {listed}; keep data elsewhere, or exclude "
             "it with option excludes",
             code="ray.code-too-large",
