@@ -117,7 +117,7 @@ def closing(report: Report, width: int) -> str:
     count = len(report.results)
     if not bad:
         several = f"all {count} layouts are the same training"
-        blocks.append(several if count > 1 else "the layout is the same training")
+        blocks.append(several if count > 1 else "this layout is the same training")
     else:
         blocks.append(f"not the same training: {len(bad)} of {count} layouts")
     return "\n\n".join(blocks)
