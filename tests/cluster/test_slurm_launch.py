@@ -284,8 +284,8 @@ def test_the_place_of_what_is_refused_is_a_line_of_the_profile(
     text = "launcher: slurm\nextends: slurm\noptions:\n  partition: nowhere\n"
     (place / "site.yaml").write_text(text)
     done = dtrain("launch", "--launcher", "site", TINY, cwd=tmp_path)
-    place = "launchers/site.yaml:4:14: partition: nowhere"
-    assert_shown(done.stderr, "slurm.partition-invalid", place)
+    where = "launchers/site.yaml:4:14: partition: nowhere"
+    assert_shown(done.stderr, "slurm.partition-invalid", where)
     done = dtrain("plan", "--launcher", "site", TINY, cwd=tmp_path)
     assert "invalid partition specified: nowhere" in done.stdout
     (place / "site.yaml").write_text(text.replace("nowhere", "main"))
