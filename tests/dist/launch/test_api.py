@@ -232,7 +232,7 @@ def test_nothing_is_started_where_the_plan_is_refused(folder: Path) -> None:
         dtrain.launch(TINY, strategy="single", procs=2)
     with raises("usage.detach-unsupported", "'local'", "--detach", kind=UsageError):
         dtrain.launch(TINY, detach=True)
-    with raises("run.no-runs", "--runs DIR", kind=RunNotFound):
+    with raises("run.no-runs", "--runs", kind=RunNotFound):
         dtrain.resume()
     assert not (folder / "runs").exists()
     with raises("launch.not-writable", "/proc/none", "--runs DIR", kind=LaunchError):
