@@ -25,7 +25,7 @@ IN_TENSORS = {kind: kind.split("-")[1] for kind in TENSOR_KINDS}
 EXPECTED = {
     "lr": r"learning rate and counters: lr is 0\.010\d+ on rank {c} and 0\.009\d+",
     "seed": r"the seed is \d on rank \d and \d on rank \d",
-    "nan-loss": r"the loss of step 5 is nan: rank {c}'s, micro-batch 1 of \d+, samples \d+",
+    "nan-loss": r"the loss of step 5 is nan: on rank {c}, micro-batch 1 of \d+, samples \d+",
     "nan-gradient": r"nearest to the loss is first\.weight: from first\.weight of rank {c}, micro",
     "duplicate-sample": r"rank {c}, step 5: read sample \d+ instead of sample \d+ \(position \d+\)",
     "drop-sample": r"rank {c}, step 5: did not read sample \d+ \(position \d+\)",

@@ -201,7 +201,7 @@ class FiniteGuard:
                 f" ({spoilt[0]} was not finite before this step{and_more(spoilt)}, although all "
                 "gradients were finite: an earlier update changed it)"
             )
-        return NonFiniteError(f"{what}: rank {self._ranks.rank}'s{culprit}", own=True)
+        return NonFiniteError(f"{what}: on rank {self._ranks.rank}{culprit}", own=True)
 
     def _gradient_error(self, norm: torch.Tensor | None) -> NonFiniteError:
         gradient = f"the gradient of step {self._step}"
