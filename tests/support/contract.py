@@ -57,6 +57,10 @@ def files_with(secret: str, run: RunDir) -> list[Path]:
     return [path for path in files if secret.encode() in path.read_bytes()]
 
 
+RUN_ID = f"contract-{os.getpid()}"
+"""Each test worker has its own: the port follows from it, and several launches run at once."""
+
+
 def printed_plan(cwd: Path, launched: subprocess.Popen[str]) -> object:
     """What `dtrain plan --json` prints where `dtrain launch` was given the same."""
     command = [str(part) for part in launched.args]  # type: ignore[union-attr]
@@ -77,7 +81,7 @@ class LauncherContract:
         secret = token_hex(16)
         arguments = (
             "--set", f"args.env_to={tmp_path}", "--env", "LEVEL=5", "--env", f"MY_TOKEN={secret}",
-            "--run-id", "contract", "--env", "PYTHONHASHSEED=77", "--env", f"DB=postgres://me:{secret}@host/x",
+            "--run-id", RUN_ID, "--env", "PYTHONHASHSEED=77", "--env", f"DB=postgres://me:{secret}@host/x",
         )  # fmt: skip
         with way.launch(tmp_path, *arguments, **foreign) as processes:
             outputs = finish(processes)

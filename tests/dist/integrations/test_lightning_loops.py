@@ -185,7 +185,7 @@ def spoilt(folder: Path, policy: str, strategy: str) -> tuple[int, float]:
 def test_a_loss_that_is_no_number_is_named(strategy: str, tmp_path: Path) -> None:
     with raises("check.not-finite", "loss", " nan") as caught:
         run_ranks(spoilt, 2, tmp_path, "stop", strategy)
-    assert re.search(r"step \d .* rank \d's.* 7[,\s]", str(caught.value))
+    assert re.search(r"step \d .* on rank \d, .* 7[,\s]", str(caught.value))
 
 
 @on_both

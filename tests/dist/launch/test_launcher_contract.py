@@ -16,7 +16,7 @@ import pytest
 
 from dtrain import catalog, ports
 from support import EXAMPLES
-from support.contract import LauncherContract, Started, Way, finish
+from support.contract import RUN_ID, LauncherContract, Started, Way, finish
 from support.launch import TINY, dtrain, metrics, started, wait_for_step
 
 ON_A_CLUSTER = {"slurm", "ray"}  # tests/cluster/test_*_launch.py
@@ -43,7 +43,7 @@ def torchrun(cwd: Path, *arguments: str, **env: str) -> Iterator[Started]:
             stack.enter_context(
                 started(
                     "launch", "--launcher", "torchrun", "--nodes", "2", "--procs", "2",
-                    "--node-rank", str(node_rank), "--run-id", "contract",
+                    "--node-rank", str(node_rank), "--run-id", RUN_ID,
                     "--rdzv-endpoint", f"127.0.0.1:{port}", *arguments, TINY, cwd=cwd, env=env,
                 )
             )
