@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import dtrain
+from dtrain.api import driving
 from dtrain.errors import JobError, LaunchError, PlanError, RunNotFound, UsageError
 from dtrain.run.rundir import RunDir, list_runs
 from support import ROOT
@@ -203,6 +204,19 @@ def test_a_program_that_is_gone_leaves_no_process(folder: Path, end: str) -> Non
         assert f"run {run.id} is stopped, because the program that launched it ends" in err
     assert cli.status(run)["state"] == "cancelled"
     assert "the process that launched this run has ended" in read(run.driver_log(0, [0]))
+
+
+def test_a_run_whose_driver_was_killed_is_lost(folder: Path) -> None:
+    before = descendants(os.getpid())
+    run = dtrain.launch(TINY, procs=2, args={"pause": 0.05}, train={"steps": 500})
+    wait_for_step(folder, 2)
+    driver = driving.driver_of(run.path)
+    assert driver is not None
+    started = [pid for pid in descendants(os.getpid()) if pid not in before]
+    driver.kill()
+    assert [run.wait(progress=False) for _ in range(2)] == [1, 1]
+    assert run.status()["state"] == "lost"
+    until("the end of all processes", lambda: not any(map(alive, started)))
 
 
 def test_a_second_interrupt_kills(folder: Path) -> None:
