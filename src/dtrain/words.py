@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun, for example `1 rank` or `2 ranks`."""
-    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+def counted(number: int, noun: str, plural: str = "", *, least: int | None = None) -> str:
+    """Return a number with its noun, for example `1 rank`, or `1 to 2 ranks` with least=1."""
+    before = "" if least in (None, number) else f"{least} to "
+    return f"{before}{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def few(items: Iterable[object], most: int = 4, *, sep: str = ", ") -> str:

@@ -152,6 +152,7 @@ def test_a_time_above_the_partitions_limit_of_a_job_without_requeue_is_refused(
 ) -> None:
     done = dtrain("launch", *once(tmp_path), "-p", "short", "-t", "5h", TINY, cwd=tmp_path)
     assert done.returncode == 2, done.stdout
+    assert "Slurm will never start the job: " in done.stdout
     # whole: the console cuts lines, and of Slurm's two reasons PartitionTimeLimit is the longer
     message = json.loads(dtrain("why", "--json", cwd=tmp_path).stdout)["culprit"]["message"]
     assert "(PartitionTimeLimit)" in message or "(PartitionConfig)" in message

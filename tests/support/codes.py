@@ -1,6 +1,6 @@
 """Every code that the sources can raise, and the messages that come with it, found by AST.
 
-`cd tests && python -m support.codes` writes tests/golden/messages.txt anew.
+`cd tests && python -m support.codes` generates tests/golden/messages.txt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FORM = re.compile(r"[a-z]+\.[a-z0-9]+(-[a-z0-9]+)*")
 _HEAD = """\
 # Each code of an error, and below it every message that comes with it, as the sources have them.
 # {…} is a value. <…> is an expression that makes the text, where the text is not written out.
-# `cd tests && python -m support.codes` writes this file anew.
+# `cd tests && python -m support.codes` generates this file.
 """
 _DEEP = 4
 _PLACES = {"problem": 1, "add_problem": 1, "BadParameter": 0}

@@ -299,7 +299,7 @@ def test_launchers_that_need_a_shared_folder_take_no_url(launcher: str) -> None:
     ("fields", "names"),
     [
         ({"strategy": "exact"}, ("strategy 'exact'", "use 'ddp'")),
-        ({"launch": {"nodes": (1, 2)}}, ("launch.nodes", "2 sizes")),
+        ({"launch": {"nodes": (1, 2)}}, ("launch.nodes", "2 different")),
         ({"launch": {"procs_per_node": 9}}, ("global_batch_size is 8", "9 processes")),
     ],
 )

@@ -68,9 +68,7 @@ def _preview(prepared: Prepared) -> list[str]:
 
 
 def _lines(plan: LaunchPlan, written: bool) -> list[str]:
-    nodes = counted(plan.nodes, "node")
-    if plan.min_nodes != plan.nodes:
-        nodes = f"{plan.min_nodes} to {nodes}"
+    nodes = counted(plan.nodes, "node", least=plan.min_nodes)
     what = f"{plan.trainer} × {plan.strategy} × {plan.launcher}"
     procs = counted(plan.procs_per_node, "process", "processes")
     ranks = counted(plan.world_size, "rank")

@@ -342,9 +342,9 @@ def sharded_problem(job: JobSpec, world_sizes: Sequence[int]) -> str | None:
         )
     if len(world_sizes) > 1:
         return (
-            f"launch.nodes may come to {len(world_sizes)} sizes, and with data.stream: sharded a "
-            "restart needs as many processes as the start, because each continues its own "
-            "stream; give one number of nodes"
+            f"launch.nodes allows {len(world_sizes)} different numbers of processes, but with "
+            "data.stream: sharded a restart needs as many as the start, because each continues "
+            "its own stream; give one number of nodes"
         )
     batch = job.train.global_batch_size
     if world_sizes[0] > batch:

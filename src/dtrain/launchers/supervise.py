@@ -27,6 +27,7 @@ from dtrain.run.progress import Progress
 from dtrain.run.remote import runs as remote
 from dtrain.run.remote.mirror import LAUNCH
 from dtrain.run.verdict import Verdict
+from dtrain.words import counted
 
 _TICK_S = 0.05
 
@@ -165,7 +166,7 @@ def record_refusal(plan: LaunchPlan, error: DtrainError, started: float) -> None
 
 
 def _start_message(plan: LaunchPlan) -> str:
-    ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
+    ranks = counted(plan.world_size, "rank")
     nodes = "" if plan.nodes == 1 else f" on {plan.nodes} nodes"
     again = f", attempt {plan.attempt}" if plan.attempt else ""
     what = plan.trainer if plan.strategy == catalog.OWN else plan.strategy
@@ -199,7 +200,7 @@ def outcome(plan: LaunchPlan) -> str:
     if finished is None:
         return ""
     metrics = ", ".join(f"{n} {value:.4g}" for n, value in numbers(finished["metrics"]).items())
-    steps = f" after {finished['steps']} step{'' if finished['steps'] == 1 else 's'}"
+    steps = f" after {counted(finished['steps'], 'step')}"
     return f"{steps}: {metrics}" if metrics else steps
 
 

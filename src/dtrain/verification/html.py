@@ -67,13 +67,8 @@ def write(report: Report, path: str | Path) -> None:
 
 def page(report: Report) -> str:
     """Return the whole page. It needs no other file and no network."""
-    count = sum(not result.passed for result in report.results)
-    total = len(report.results)
-    verdict = (
-        f'<span class="green">all {total} layouts are the same training</span>'
-        if count == 0
-        else f'<span class="red">not the same training: {count} of {total} layouts</span>'
-    )
+    colour = "green" if report.same else "red"
+    verdict = f'<span class="{colour}">{text.summary(report)}</span>'
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',

@@ -14,9 +14,8 @@ from dtrain.job.spec import TrainSpec
 
 MIN_FORWARD_SAMPLES = 2
 """The fewest samples that BatchNorm needs in a forward pass. Most jobs give it many more."""
-_SINFO_TIMEOUT_S = (
-    10.0  # Slurm's own commands try for minutes to reach a controller that does not run
-)
+# Slurm's own commands try for minutes to reach a controller that does not run
+_SINFO_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dtrain.verification.judge import Result
 from dtrain.verification.layouts import Layout
 from dtrain.verification.report import Report
 from dtrain.verification.session import Progress, Session
-from dtrain.words import few
+from dtrain.words import counted, few
 
 _LEVELS = (
     "L0 same samples",
@@ -113,14 +113,16 @@ def closing(report: Report, width: int) -> str:
     blocks = ["\n".join(wrap(levels(report), width))]
     blocks += [each.text(width) for each in remarks(report.results)]
     blocks += ["\n".join(wrap(each, width)) for each in left_out(report)]
-    bad = [result for result in report.results if not result.passed]
-    count = len(report.results)
-    if not bad:
-        several = f"all {count} layouts are the same training"
-        blocks.append(several if count > 1 else "this layout is the same training")
-    else:
-        blocks.append(f"not the same training: {len(bad)} of {count} layouts")
-    return "\n\n".join(blocks)
+    return "\n\n".join([*blocks, summary(report)])
+
+
+def summary(report: Report) -> str:
+    """Return whether all layouts are the same training, and how many are not."""
+    bad, count = sum(not result.passed for result in report.results), len(report.results)
+    if bad:
+        return f"not the same training: {bad} of {counted(count, 'layout')}"
+    same = f"all {count} layouts are" if count > 1 else "this layout is"
+    return f"{same} the same training"
 
 
 def levels(report: Report) -> str:

@@ -78,7 +78,7 @@ def test_what_depends_on_the_order_of_a_set_is_found(
     (tmp_path / "job.yaml").write_text(TINY.read_text())
     done = dtrain("verify", *DDP_2, "--only", "job.yaml", cwd=tmp_path, timeout=TIMEOUT_S)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert_named(done.stdout, ["rank 0: ", "[1]"])
+    assert_named(done.stdout, ["[verify.other-samples]", "rank 0: its [1] differs"])
     assert "PYTHONHASHSEED" in done.stdout
 
 

@@ -13,6 +13,7 @@ from dtrain.errors import PlanError
 from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.ports import is_listening
+from dtrain.words import counted
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -47,11 +48,9 @@ class ResourceRequest:
         return cls(plan.min_nodes, plan.nodes, per_node, dict(options.labels))
 
     def __str__(self) -> str:
-        least, most = self.min_nodes, self.max_nodes
-        count = str(most) if least == most else f"{least} to {most}"
+        nodes = counted(self.max_nodes, "node", least=self.min_nodes)
         labels = "".join(f", label {name}={value}" for name, value in self.labels.items())
-        nodes = "node" if most == 1 else "nodes"
-        return f"{count} {nodes} with {_amounts(self.per_node)} each{labels}"
+        return f"{nodes} with {_amounts(self.per_node)} each{labels}"
 
 
 @dataclass(frozen=True)
