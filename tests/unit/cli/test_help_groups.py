@@ -17,6 +17,7 @@ def test_help_has_groups_and_examples_within_80_columns(command: str) -> None:
     titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert titles[-1] == "Examples:"
     assert "More:" in titles
+    assert sum(line.startswith("  # ") for line in lines) >= 2, "each example has its effect above"
     assert any(line.startswith("  dtrain ") for line in lines), "an example is a command line"
 
 
