@@ -14,7 +14,7 @@ import torch
 from dtrain import EMA
 from dtrain.ranks import RankInfo
 from dtrain.run.rundir import RunDir
-from dtrain.train.checks import digest
+from dtrain.train import digest
 from dtrain.train.context import TrainContext
 from dtrain.train.loop.native import NativeTrainer
 from support import JOBS

@@ -343,6 +343,11 @@ _CHECKPOINTS = {
         "file system failed. Earlier checkpoints are intact.",
         "Make the directory in the message writable for the job, then resume.",
     ),
+    "checkpoint.copy-differs": Entry(
+        "The bytes to be written to a checkpoint are not those of the tensor in the training. They "
+        "are compared by a digest, before the checkpoint is complete. Probably memory is faulty.",
+        "Test the memory of this host. The earlier checkpoints are intact.",
+    ),
     "checkpoint.damaged-file": Entry(
         "The content of a checkpoint file is not what was written.",
         "If an earlier checkpoint is intact, dtrain uses that one. Test the disk, or restore the "
@@ -384,6 +389,11 @@ _CHECKPOINTS = {
         "sharded.",
         "Leave the model's own parameters out of the state. For a copy of a parameter, save the "
         "result of full_tensor(), which all ranks must call together.",
+    ),
+    "checkpoint.ranks-differ": Entry(
+        "The names, types or shapes of the tensors to be saved are not the same on all ranks, for "
+        "example because the optimizer of one rank has state for another parameter.",
+        "Make the ranks do the same. With checks.every_steps, they are compared before this.",
     ),
     "checkpoint.state-missing": Entry(
         "The checkpoint contains no state for an object that must be restored.",

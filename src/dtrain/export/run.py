@@ -17,7 +17,7 @@ from dtrain.launch_plan import LaunchPlan
 from dtrain.run.events import accepted_job
 from dtrain.run.remote.checkpoints import RemoteCheckpoints
 from dtrain.run.rundir import RunDir
-from dtrain.train.checkpoint.files import read_checkpoint
+from dtrain.train.checkpoint.content import read_checkpoint
 
 
 @dataclass(frozen=True)

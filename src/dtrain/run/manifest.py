@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: its files, with the size and the digest of each."""
+"""The manifest of a checkpoint: its files, with the size and the digests of each."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class Entry:
+    """A file of a checkpoint."""
+
     bytes: int
-    xxh3_128: str
+    blocks: list[str]
+    """The xxh3-128 of each block of the file. All blocks but the last have the same size."""
 
 
 @dataclass(frozen=True)
 class Manifest:
     format: int
+    save: str
+    """A random name of this save. At a URL, the files are in a directory of this name."""
     files: dict[str, Entry]
     digest: str
     """The digest of the manifest itself, without this field."""
@@ -37,7 +42,7 @@ def parse(text: str | bytes) -> Manifest:
         raise CheckpointError(
             f"{NAME} is damaged: {error.why}", code="checkpoint.damaged-manifest"
         ) from None
-    wrong = [name for name in (*manifest.files, manifest.digest) if not _is_name(name)]
+    wrong = [name for name in (*manifest.files, manifest.save) if not _is_name(name)]
     if wrong:
         raise CheckpointError(
             f"{NAME} is damaged: {wrong[0][:200]!r} is the name of no file",

@@ -14,9 +14,8 @@ import torch
 from dtrain.errors import BlamedError, UsageError
 from dtrain.job.faults import TENSOR_KINDS, Injection, parse_injection
 from dtrain.task import Loss, Task
-from dtrain.train import collectives
+from dtrain.train import collectives, digest
 from dtrain.train.checkpoint.state import plain_name
-from dtrain.train.checks import digest
 from dtrain.train.checks.collective_trace import CHAIN
 from dtrain.train.checks.train_state import BUFFERS, GRADIENTS, MOMENTS, PARAMETERS, TrainState
 from dtrain.train.context import TrainContext

@@ -14,6 +14,7 @@ import pytest
 
 from dtrain.errors import CheckpointError
 from dtrain.testing import run_ranks
+from support.checkpoints import TENSORS
 from support.errors import assert_named, raises
 from support.trainings import Outcome, job, lines, train
 
@@ -42,13 +43,13 @@ def test_a_damaged_checkpoint_is_seen_and_the_older_one_used(
     crashed: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     unbroken = run(2, tmp_path_factory.mktemp("unbroken"))
-    flip(crashed / "checkpoints" / "step-00000008" / "model.pt", 1000)
+    flip(crashed / "checkpoints" / "step-00000008" / TENSORS, 1000)
     outcomes = run(2, crashed)
     (resumed,) = [line for line in lines(crashed, "events") if line["event"] == "resumed"]
     assert resumed["step"] == 4
     ((name, reason),) = resumed["rejected"].items()
     assert name == "step-00000008"
-    assert_named(reason, ["model.pt ", "damaged", "xxh3"])
+    assert_named(reason, [f"{TENSORS} ", "damaged", "xxh3"])
     assert outcomes[0].result is not None
     assert unbroken[0].result is not None
     assert outcomes[0].result.parameters_sha256 == unbroken[0].result.parameters_sha256
@@ -59,8 +60,8 @@ def test_a_damaged_checkpoint_is_seen_and_the_older_one_used(
 
 def test_when_none_can_be_used_training_does_not_begin_again(crashed: Path) -> None:
     for folder in (crashed / "checkpoints").iterdir():
-        flip(folder / "model.pt", 1000)
-    damaged = [f"step-{step:08d}: model.pt is damaged" for step in (4, 8)]
+        flip(folder / TENSORS, 1000)
+    damaged = [f"step-{step:08d}: {TENSORS} is damaged" for step in (4, 8)]
     with raises("checkpoint.none-loads", *damaged, kind=CheckpointError):
         run(2, crashed)
     assert len(list((crashed / "checkpoints").glob("step-????????"))) == 2
@@ -85,7 +86,7 @@ def test_another_model_or_other_data_is_refused(
 def test_a_leftover_of_a_killed_writer_is_ignored_and_removed(crashed: Path) -> None:
     leftover = crashed / "checkpoints" / ".step-00000012.aside-0011"
     leftover.mkdir()
-    (leftover / "model.pt").write_bytes(b"half")
+    (leftover / TENSORS).write_bytes(b"half")
     run(2, crashed)
     assert not leftover.exists()
     (resumed,) = [line for line in lines(crashed, "events") if line["event"] == "resumed"]
@@ -117,7 +118,7 @@ def test_a_full_disk_is_one_clear_error_and_the_old_checkpoint_stays(small_disk:
     checkpoints = sorted(path.name for path in (small_disk / "checkpoints").iterdir())
     assert checkpoints
     assert all(name.startswith("step-") for name in checkpoints)  # nothing half-written
-    (small_disk / "checkpoints" / checkpoints[0] / "model.pt").read_bytes()
+    (small_disk / "checkpoints" / checkpoints[0] / TENSORS).read_bytes()
     manifest = json.loads(
         (small_disk / "checkpoints" / checkpoints[-1] / "manifest.json").read_text()
     )

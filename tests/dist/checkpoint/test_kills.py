@@ -14,8 +14,8 @@ import torch
 
 from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
-from dtrain.train.checkpoint.files import read_checkpoint
-from dtrain.train.checkpoint.store import CheckpointStore
+from dtrain.train.checkpoint.content import read_checkpoint
+from support import checkpoints
 
 _OPERATIONS = {
     "open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate",
@@ -24,13 +24,11 @@ _OPERATIONS = {
 
 
 def save(run: RunDir, step: int, keep: int = 2) -> Path:
-    store = CheckpointStore(run, 0, keep)
-    folder, _ = store.save(step, lambda: {"model": {"w": torch.arange(9)}}, {"step": step}, {})
-    return folder
+    return checkpoints.save(checkpoints.store(run, keep), step, {"w": torch.arange(9)})
 
 
 def keep_best(run: RunDir, folder: Path) -> None:
-    CheckpointStore(run, 0, 2).keep_as(folder, "best")
+    checkpoints.store(run, 2).keep_as(folder, "best")
 
 
 def scenario(run: RunDir, tell: Callable[[str], None]) -> None:
@@ -71,14 +69,14 @@ def killed_before(number: int, run: RunDir) -> tuple[bool, list[str]]:
 
 
 def newest(run: RunDir) -> int:
-    found = CheckpointStore(run, 0, 2).load_newest(lambda loaded: None)
+    found = checkpoints.store(run, 2).load_newest(lambda loaded: None)
     assert found is not None
     return int(found.progress["step"])
 
 
 def best_of(run: RunDir, folder: Path) -> int | None:
     """The step of `best`, every byte of which is looked at; None when there is none."""
-    found = CheckpointStore(run, 0, 2)
+    found = checkpoints.store(run, 2)
     if found._remote is not None:
         found._remote.fetch(folder)
     return int(read_checkpoint(folder)[1]["step"])
@@ -111,8 +109,8 @@ def kill_everywhere(folder: Path, at_url: bool) -> int:
         assert not hidden, f"{where}: {hidden}"
         assert newest(run) == 8, where
         if run.url:
-            whole = {path.parent.parent for path in root.rglob("*/model.pt")}
-            left = [path for path in whole if len([*path.glob("*/model.pt")]) > 1]
+            whole = {path.parent.parent for path in root.rglob(f"*/{checkpoints.TENSORS}")}
+            left = [path for path in whole if len([*path.glob(f"*/{checkpoints.TENSORS}")]) > 1]
             assert not left, f"{where}: {left}"
         if ended:
             return number

@@ -16,7 +16,7 @@ from dtrain.callback import Session
 from dtrain.errors import CheckpointError
 from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.testing import run_ranks
-from dtrain.train.checkpoint.files import read_checkpoint
+from dtrain.train.checkpoint.content import read_checkpoint
 from dtrain.train.checks.replicas import ReplicaError
 from dtrain.train.load import as_task
 from dtrain.train.loop.native import NativeTrainer

@@ -16,7 +16,7 @@ from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
-from dtrain.train.checkpoint.files import read_checkpoint
+from dtrain.train.checkpoint.content import read_checkpoint
 from dtrain.train.checks.finite import NonFiniteError
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.loop.native import NativeTrainer

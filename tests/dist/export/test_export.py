@@ -17,8 +17,9 @@ from dtrain.export.model import Call, Trained, called
 from dtrain.export.run import export
 from dtrain.run.rundir import RunDir
 from dtrain.task import Task
-from dtrain.train.checkpoint.files import read_checkpoint
+from dtrain.train.checkpoint.content import read_checkpoint
 from support import EXAMPLES
+from support.checkpoints import TENSORS
 from support.errors import raises
 from support.launch import dtrain
 
@@ -92,14 +93,14 @@ def test_onnx_by_the_command(trained: RunDir) -> None:
 
 def test_a_damaged_checkpoint_is_passed_over(trained: RunDir, tmp_path: Path) -> None:
     copy = RunDir(shutil.copytree(trained.path, tmp_path / "copy"))
-    weights = copy.checkpoint(20) / "model.pt"
+    weights = copy.checkpoint(20) / TENSORS
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
     pytest.importorskip("safetensors")
     done = export(copy, "safetensors")
     assert done.checkpoint == "step-00000010"
-    assert "step-00000020 is not used: model.pt is damaged" in done.lines()[0]
+    assert "step-00000020 is not used: rank-00000.safetensors is damaged" in done.lines()[0]
     with raises("export.no-usable-checkpoint", str(copy.checkpoints)):
         export(copy, "safetensors", step=20)
 

@@ -16,6 +16,7 @@ from lightning_shapes import Points
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.run.rundir import RunDir
 from dtrain.testing import RankError, run_ranks
+from dtrain.train.checkpoint.content import read_checkpoint
 from support.errors import raises
 from support.launch import events, metrics
 from support.lightning_fit import by_lightning, fit
@@ -111,7 +112,7 @@ def test_the_newest_checkpoint_that_is_whole_is_taken(tmp_path: Path) -> None:
     whole = fit(tmp_path / "whole", "Counting", job)
     fit(tmp_path / "cut", "Counting", job, stop_after=5)
     run = RunDir(tmp_path / "cut")
-    (newest,) = run.checkpoint(5).glob("model*")
+    (newest,) = run.checkpoint(5).glob("rank*")
     damaged = bytearray(newest.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     newest.write_bytes(damaged)
@@ -330,7 +331,7 @@ def test_a_training_that_was_stopped_early_stays_so(tmp_path: Path) -> None:
 def test_an_average_at_the_end_is_in_the_last_checkpoint(tmp_path: Path) -> None:
     job = {"train": {"epochs": 3}, "checkpoint": {"every_epochs": 1}}
     done = fit(tmp_path, "Swa", job)
-    state = torch.load(RunDir(tmp_path).checkpoint(12) / "model.pt")
+    state = read_checkpoint(RunDir(tmp_path).checkpoint(12))[0]["model"]
     assert all(torch.equal(state[name], value) for name, value in done.parameters.items())
 
 

@@ -16,6 +16,7 @@ import dtrain
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.integrations.script.sampler import Sampler
 from dtrain.train import collectives
+from support.checkpoints import TENSORS
 from support.errors import raises
 
 
@@ -145,7 +146,7 @@ def test_a_damaged_checkpoint_is_passed_over(rank: int, tmp_path: Path) -> None:
         kept[step] = {name: each.clone() for name, each in model.module.state_dict().items()}
         folder = saved.save(step)
     if rank == 0:
-        flip_a_bit(folder / "model.pt")
+        flip_a_bit(folder / TENSORS)
     collectives.gather_to_all(None)
     model, optimizer, sampler, saved = made()
     assert saved.load() == 1

@@ -17,7 +17,7 @@ from dtrain.errors import UsageError
 from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.run import failures
 from dtrain.testing import run_ranks
-from dtrain.train.checkpoint.files import read_checkpoint
+from dtrain.train.checkpoint.content import read_checkpoint
 from dtrain.train.loop.native import NativeTrainer
 from support.errors import raises
 from support.trainings import Regression, job, lines, losses, train

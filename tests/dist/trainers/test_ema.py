@@ -14,7 +14,7 @@ import dtrain
 from dtrain import Loss
 from dtrain.integrations.lightning.trainer import LightningTrainer
 from dtrain.testing import run_ranks
-from dtrain.train.checkpoint.files import read_checkpoint
+from dtrain.train.checkpoint.content import read_checkpoint
 from dtrain.train.loop.native import NativeTrainer
 from support.errors import raises
 from support.trainings import Outcome, Regression, job, lines, same_end, train

@@ -144,7 +144,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "__init__ plugin",
     ),
     "dtrain.train": (
-        "context importing logs packed precision seeding vote",
+        "context digest importing logs packed precision seeding vote",
         "collectives load metrics",
         "checkpoint",
         "contract ema",
@@ -155,12 +155,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "loop",
     ),
     "dtrain.train.checkpoint": (
-        "leaves state",
-        "files",
+        "blocks leaves proof",
+        "files parts tree",
+        "content state",
         "store",
     ),
     "dtrain.train.checks": (
-        "collective_trace digest train_state",
+        "collective_trace train_state",
         "notices replicas spoilt unexpected_change",
         "api finite initial_state",
         "checks",

@@ -33,8 +33,9 @@ from dtrain.run.remote.runs import create, fetch, staging, syncing
 from dtrain.run.remote.store import RemoteStore, RemoteStoreError
 from dtrain.run.rundir import RunDir, list_runs
 from dtrain.run.sync import ChangeScanner, apply_changes
-from dtrain.train.checkpoint.files import read_checkpoint
+from dtrain.train.checkpoint.content import read_checkpoint
 from dtrain.train.checkpoint.store import CheckpointStore
+from support.checkpoints import TENSORS, save, store
 from support.errors import raises
 
 
@@ -92,7 +93,7 @@ def test_both_copies_become_alike_and_only_what_is_new_travels(
     run_url = str(here.url)
     (here.path / ".env.json").write_text("hush")
     (here.checkpoint(1)).mkdir()
-    (here.checkpoint(1) / "model.pt").touch()
+    (here.checkpoint(1) / TENSORS).touch()
     (here.code / "tree-0").mkdir(parents=True)
     (here.code / "tree-0" / "task.py").touch()
     log = here.rank_log(0, 1, 3)
@@ -191,10 +192,10 @@ def test_a_large_file_that_is_written_anew_stays_on_its_node(
 
 
 def saved(run: RunDir, *steps: int, keep: int = 5) -> CheckpointStore:
-    store = CheckpointStore(run, rank=0, keep=keep)
+    checkpoints = store(run, keep)
     for step in steps:
-        store.save(step, lambda s=step: {"model": torch.full((9,), s)}, {"step": step}, {})
-    return store
+        save(checkpoints, step, torch.full((9,), step))
+    return checkpoints
 
 
 def steps_of(run: RunDir) -> list[str]:
@@ -204,7 +205,7 @@ def steps_of(run: RunDir) -> list[str]:
 
 
 def loaded(run: RunDir) -> Any:
-    return CheckpointStore(run, rank=0, keep=5).load_newest(lambda _: None)
+    return store(run).load_newest(lambda _: None, keep_open=True)
 
 
 def test_another_host_goes_on_from_the_newest(url: str, tmp_path: Path) -> None:
@@ -213,7 +214,7 @@ def test_another_host_goes_on_from_the_newest(url: str, tmp_path: Path) -> None:
     assert steps_of(other) == ["step-00000004", "step-00000006"]
     found = loaded(other)
     assert (found.progress, found.rejected) == ({"step": 6}, {})
-    assert torch.equal(found.tensors["model"], torch.full((9,), 6))
+    assert torch.equal(found.tensors["model"].read(), torch.full((9,), 6))
 
 
 def test_without_its_manifest_there_is_no_checkpoint(
@@ -226,7 +227,7 @@ def test_without_its_manifest_there_is_no_checkpoint(
         with pytest.raises(KeyboardInterrupt):
             saved(run, 4)
     left = tmp_path / "there" / "run-1" / "checkpoints" / "step-00000004"
-    assert list(left.rglob("model.pt"))
+    assert list(left.rglob(TENSORS))
     assert steps_of(run) == ["step-00000002"]
     assert loaded(run_at(url, tmp_path / "b")).progress == {"step": 2}
     saved(run, 6)
@@ -238,7 +239,7 @@ def test_damage_at_the_url_falls_back_and_is_set_aside(
     url: str, tmp_path: Path, damage: str
 ) -> None:
     saved(run_at(url, tmp_path / "a"), 2, 4)
-    (model,) = (tmp_path / "there").rglob("step-00000004/*/model.pt")
+    (model,) = (tmp_path / "there").rglob("step-00000004/*/rank-00000.safetensors")
     if damage == "flip":
         data = bytearray(model.read_bytes())
         data[len(data) // 2] ^= 1
@@ -248,13 +249,13 @@ def test_damage_at_the_url_falls_back_and_is_set_aside(
     other = run_at(url, tmp_path / "b")
     found = loaded(other)
     assert found.progress == {"step": 2}
-    assert "model.pt is" in found.rejected["step-00000004"]
+    assert "rank-00000.safetensors is" in found.rejected["step-00000004"]
     assert steps_of(other) == ["step-00000002"]
 
 
 def test_none_that_is_good_is_an_error_that_names_the_url(url: str, tmp_path: Path) -> None:
     saved(run_at(url, tmp_path / "a"), 2)
-    for model in (tmp_path / "there").rglob("model.pt"):
+    for model in (tmp_path / "there").rglob(TENSORS):
         model.unlink()
     with raises("checkpoint.none-loads", "step-00000002: ", url, kind=CheckpointError):
         loaded(run_at(url, tmp_path / "b"))
@@ -264,10 +265,9 @@ def test_a_stale_copy_on_a_host_is_not_taken_for_the_checkpoint(url: str, tmp_pa
     """A node that was lost while it uploaded comes back with files of a step that others redid."""
     a, b = run_at(url, tmp_path / "a"), run_at(url, tmp_path / "b")
     saved(a, 4)
-    store = CheckpointStore(b, rank=0, keep=5)
-    store.save(4, lambda: {"model": torch.zeros(9)}, {"step": 4}, {})
-    assert torch.equal(loaded(a).tensors["model"], torch.zeros(9))
-    assert len(list((tmp_path / "there").rglob("model.pt"))) == 1  # the other's are gone
+    save(store(b), 4, torch.zeros(9))
+    assert torch.equal(loaded(a).tensors["model"].read(), torch.zeros(9))
+    assert len(list((tmp_path / "there").rglob(TENSORS))) == 1  # the other's are gone
 
 
 def test_the_best_is_kept_under_its_name_and_replacement_args_a_whole(
@@ -281,7 +281,7 @@ def test_the_best_is_kept_under_its_name_and_replacement_args_a_whole(
     assert remote is not None
     remote.fetch(best)
     assert read_checkpoint(best)[1] == {"step": 4}
-    assert len(list((tmp_path / "there").rglob("best/*/model.pt"))) == 1
+    assert len(list((tmp_path / "there").rglob("best/*/rank-00000.safetensors"))) == 1
 
 
 def test_a_place_that_does_not_answer_is_no_reason_to_go_back(

@@ -13,9 +13,13 @@ import torch
 from torch import nn
 
 from dtrain.errors import CheckpointError
+from dtrain.run.rundir import RunDir
 from dtrain.train.checkpoint import files
-from dtrain.train.checkpoint.files import read_checkpoint, remove_leftovers, write_checkpoint
+from dtrain.train.checkpoint.content import read_checkpoint
+from dtrain.train.checkpoint.files import remove_leftovers
 from dtrain.train.checkpoint.state import load_model_state, model_state, parameters_sha256
+from support.checkpoints import TENSORS as PART
+from support.checkpoints import save, store, write_checkpoint
 from support.errors import raises
 
 TENSORS = {"model": {"w": torch.arange(1000.0)}, "extras": {"scheduler": None, "n": [1, 2.5]}}
@@ -52,11 +56,11 @@ def flip(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "code", "name"),
     [
-        (edit("model.pt", flip), "damaged-file", "model.pt"),
-        (edit("extras.pt", lambda d: d[:-1]), "damaged-file", "extras.pt"),
-        (edit("model.pt", lambda d: d + b"x"), "damaged-file", "model.pt"),
+        (edit(PART, flip), "damaged-file", PART),
+        (edit(PART, lambda d: d[:-1]), "damaged-file", PART),
+        (edit(PART, lambda d: d + b"x"), "damaged-file", PART),
         (edit("progress.json", flip), "damaged-file", "progress.json"),
-        (lambda f: (f / "extras.pt").unlink(), "missing-file", "extras.pt"),
+        (lambda f: (f / "state.json").unlink(), "missing-file", "state.json"),
         (lambda f: (f / "manifest.json").unlink(), "missing-manifest", "manifest.json"),
         (edit("manifest.json", lambda d: d[:50]), "damaged-manifest", "manifest.json"),
         (
@@ -94,27 +98,29 @@ def test_every_single_byte_of_the_manifest_counts(folder: Path) -> None:
 def test_objects_that_would_have_to_be_unpickled_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "step-00000001"
     write_checkpoint(path, {"model": Path("x")}, {}, {})
-    with raises("checkpoint.damaged-file", "model.pt", "Weights only load", kind=CheckpointError):
+    with raises("checkpoint.damaged-file", "state.json", "Weights only", kind=CheckpointError):
         read_checkpoint(path)
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_FORMAT", 2)
+    monkeypatch.setattr(files, "_FORMAT", 3)
     write_checkpoint(tmp_path / "step-00000001", {}, {}, {})
     monkeypatch.undo()
-    with raises("checkpoint.other-format", "is 2", "reads format 1", kind=CheckpointError):
+    with raises("checkpoint.other-format", "is 3", "reads format 2", kind=CheckpointError):
         read_checkpoint(tmp_path / "step-00000001")
 
 
 def test_a_failed_write_leaves_the_old_one_and_nothing_else(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    checkpoints = store(RunDir(folder.parent.parent))
+
     def full(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_checkpoint(folder, TENSORS, {"step": 9}, {})
+    with raises("checkpoint.no-space", kind=CheckpointError):
+        save(checkpoints, 8, torch.zeros(9))
     monkeypatch.undo()
     assert sorted(os.listdir(folder.parent)) == [folder.name]
     assert read_checkpoint(folder)[1] == {"step": 8}
@@ -141,9 +147,9 @@ def test_what_was_only_taken_away_comes_back(folder: Path) -> None:
 
 
 FORGED: list[Any] = [
-    {"files": None}, {"files": []}, {"files": {"model.pt": 5}}, {"files": {"model.pt": {}}},
-    {"files": {"../../x.pt": {"bytes": 0, "xxh3_128": ""}}}, {"format": "1.5"}, {"format": 7},
-    {"files": {}}, {"files": {"model.pt": {"bytes": 10**400, "xxh3_128": ""}}},
+    {"files": None}, {"files": []}, {"files": {PART: 5}}, {"files": {PART: {}}},
+    {"files": {"../../x.pt": {"bytes": 0, "blocks": []}}}, {"format": "1.5"}, {"format": 7},
+    {"files": {}}, {"files": {PART: {"bytes": 10**400, "blocks": []}}},
 ]  # fmt: skip
 
 
@@ -157,19 +163,19 @@ def test_a_forged_manifest_whose_digest_fits(folder: Path, change: dict[str, Any
 
 
 def test_a_pipe_is_not_waited_for_and_a_planted_file_is_not_read(folder: Path) -> None:
-    (folder / "planted.pt").write_bytes(b"x")
+    (folder / "planted.safetensors").write_bytes(b"x")
     assert set(read_checkpoint(folder)[0]) == {"model", "extras"}
-    (folder / "model.pt").unlink()
-    os.mkfifo(folder / "model.pt")
-    with raises("checkpoint.damaged-file", "model.pt", kind=CheckpointError):
+    (folder / PART).unlink()
+    os.mkfifo(folder / PART)
+    with raises("checkpoint.damaged-file", PART, kind=CheckpointError):
         read_checkpoint(folder)
 
 
 def test_the_manifest_is_for_people_too(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["about"] == {"world_size": 2}
-    assert set(manifest["files"]) == {"model.pt", "extras.pt", "progress.json"}
-    assert manifest["files"]["model.pt"]["bytes"] == (folder / "model.pt").stat().st_size
+    assert set(manifest["files"]) == {PART, "state.json", "progress.json"}
+    assert manifest["files"][PART]["bytes"] == (folder / PART).stat().st_size
 
 
 def test_the_digest_of_parameters_sees_names_types_shapes_and_bytes() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dtrain.train.checks import digest
+from dtrain.train import digest
 
 TRIALS = 300
 SIZE = 4096

@@ -16,9 +16,9 @@ from dtrain.integrations.script.stopping import RUN_VARIABLE, require_group
 from dtrain.run.events import note_event
 from dtrain.run.rundir import RunDir
 from dtrain.train import collectives
+from dtrain.train.checkpoint.content import contribution
 from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
 from dtrain.train.checkpoint.state import (
-    is_sharded,
     load_model_state,
     load_optimizer_state,
     model_state,
@@ -72,7 +72,7 @@ class Checkpoint:
         self._others = others
         self._run = RunDir(directory)
         self._run.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._store = CheckpointStore(self._run, self._ranks.rank, keep)
+        self._store = CheckpointStore(self._run, self._ranks, keep)
         self._spoilt = Spoilt(TrainState(model, () if optimizer is None else (optimizer,)))
 
     def load(self) -> int:
@@ -99,13 +99,15 @@ class Checkpoint:
         """
         self._refuse_spoilt(step)
         started = time.monotonic()
-        random = collectives.gather_to_zero(RandomState.capture().to_saved())
-        tensors = self._tensors(random) if is_sharded(self._model) else None
-        progress = {"step": step, "script": True}
-        about = {"time": time.time(), "torch": torch.__version__}
-        folder, size = self._store.save(
-            step, lambda: tensors or self._tensors(random), progress, about
+        content = contribution(
+            self._state(),
+            {"extras": self._extras()},
+            {"step": step, "script": True},
+            self._ranks.rank,
+            self._ranks.world_size,
         )
+        about = {"time": time.time(), "torch": torch.__version__}
+        folder, size = self._store.save(step, content, about)
         seconds = round(time.monotonic() - started, 3)
         self._report("checkpoint_saved", step, folder, bytes=size, seconds=seconds)
         return folder
@@ -120,18 +122,18 @@ class Checkpoint:
                 code="check.state-not-finite",
             )
 
-    def _tensors(self, random: list[dict[str, Any]]) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         optimizer = self._optimizer
-        others = {name: each.state_dict() for name, each in self._others.items()}
-        refuse_unreadable(others, "state_dict() of dtrain.checkpoint's")
         return {
             "model": model_state(self._model),
             "optimizer": None if optimizer is None else optimizer_state(self._model, optimizer),
-            "extras": {
-                "random": random,
-                "others": others,
-            },
         }
+
+    def _extras(self) -> dict[str, Any]:
+        others = {name: each.state_dict() for name, each in self._others.items()}
+        refuse_unreadable(others, "state_dict() of dtrain.checkpoint's")
+        random = collectives.gather_to_zero(RandomState.capture().to_saved())
+        return {"random": random, "others": others}
 
     def _apply(self, loaded: Loaded) -> None:
         try:

@@ -1,8 +1,9 @@
 """The checkpoints of a run at a URL.
 
 A checkpoint consists of `step-00000012/manifest.json` and the files that it lists. These are in a
-directory next to it, which is named by the manifest's own digest. The manifest is written last, in
-one request. It makes the checkpoint exist, and replaces another of the same name as a whole.
+directory next to it, which has the random name of the save. Every rank uploads the file that it has
+written. The manifest is written last, in one request. It makes the checkpoint exist, and replaces
+another of the same name as a whole.
 """
 
 from __future__ import annotations
@@ -48,22 +49,21 @@ class RemoteCheckpoints:
         names = [name.split("/")[0] for name in self._store.matching(f"step-*/{MANIFEST}")]
         return [self._run.checkpoints / name for name in names if _STEP.fullmatch(name)]
 
-    def upload(self, folder: Path, files: Iterable[str] | None = None) -> None:
-        """Copy a checkpoint of this host to the URL. It exists there only when this returns.
+    def upload(self, file: Path, name: str, save: str) -> None:
+        """Copy a file of a checkpoint to the URL. It is not part of the checkpoint yet.
 
         Args:
-            folder: a complete checkpoint of this host.
-            files: names of the files to copy. None means all that the manifest lists.
+            file: a file of this host.
+            name: the name of the checkpoint.
+            save: the name of the save.
         """
+        self._store.put(file, f"{name}/{save}/{file.name}")
+
+    def commit(self, folder: Path) -> None:
+        """Upload the manifest of a checkpoint, whose files are uploaded. Now it exists there."""
         text = (folder / MANIFEST).read_bytes()
         listed = manifest.parse(text)
-        inside = f"{folder.name}/{listed.digest}"
-
-        def put(name: str) -> None:
-            self._store.put(folder / name, f"{inside}/{name}")
-
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(put, listed.files if files is None else files))
+        inside = f"{folder.name}/{listed.save}"
         uploaded = self._store.files(folder.name)
         for name, entry in listed.files.items():
             info: Any = uploaded.get(f"{inside}/{name}", {})
@@ -88,7 +88,7 @@ class RemoteCheckpoints:
         if text is None:
             raise CheckpointError(f"{MANIFEST} is missing", code="checkpoint.missing-manifest")
         with _locked(folder.parent):
-            if _read_if_exists(folder / MANIFEST) != text:
+            if not _is_here(folder, text):
                 self._download(folder, text)
 
     def copy(self, name: str, to: str) -> None:
@@ -99,7 +99,7 @@ class RemoteCheckpoints:
                 f"{self._store.url}/{name} has no {MANIFEST}", code="url.incomplete-checkpoint"
             )
         listed = manifest.parse(text)
-        inside = listed.digest
+        inside = listed.save
         for file in listed.files:
             self._store.copy(f"{name}/{inside}/{file}", f"{to}/{inside}/{file}")
         self._store.write(f"{to}/{MANIFEST}", text)
@@ -126,12 +126,12 @@ class RemoteCheckpoints:
         for name in (each for each in existing if len(inside[each] - {each}) > 1):
             text = self._store.read(f"{name}/{MANIFEST}")
             with suppress(CheckpointError):  # the files of a damaged one are not known
-                whole = f"{name}/{manifest.parse(text or '').digest}"
+                whole = f"{name}/{manifest.parse(text or '').save}"
                 self._clear(name, (file for file in found if file.startswith(f"{name}/")), whole)
 
     def _download(self, folder: Path, text: bytes) -> None:
         listed = manifest.parse(text)
-        inside, files = f"{folder.name}/{listed.digest}", list(listed.files)
+        inside, files = f"{folder.name}/{listed.save}", list(listed.files)
         tmp = folder.with_name(f".{folder.name}.aside-{secrets.token_hex(4)}")
         tmp.mkdir(parents=True)
         try:
@@ -160,5 +160,12 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _read_if_exists(path: Path) -> bytes | None:
-    return path.read_bytes() if path.exists() else None
+def _is_here(folder: Path, text: bytes) -> bool:
+    """Return whether this host has all files of a manifest; it may have written only a part."""
+    try:
+        if (folder / MANIFEST).read_bytes() != text:
+            return False
+        listed = manifest.parse(text).files
+        return all((folder / name).stat().st_size == each.bytes for name, each in listed.items())
+    except OSError:
+        return False

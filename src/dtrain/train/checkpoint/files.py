@@ -1,8 +1,7 @@
 """One checkpoint on disk. It is written completely or not at all, and every byte is verified.
 
-The common formats do not notice a flipped byte: torch.save files, safetensors and DCP shards load
-it without an error. So a manifest holds the size and the xxh3-128 of every file. Both are computed
-from the bytes that were written, not from what the disk returned.
+Each rank writes its part into a temporary directory. When all have, one rank writes the manifest,
+which lists all files with their digests, and gives the directory its name.
 """
 
 from __future__ import annotations
@@ -12,115 +11,133 @@ import json
 import os
 import secrets
 import shutil
-import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 import xxhash
 
 from dtrain.errors import CheckpointError, DamagedError
-from dtrain.plainjson import to_json
 from dtrain.run import files, manifest
 from dtrain.run.files import fsync_dir, write_atomic
 from dtrain.run.manifest import NAME as MANIFEST
-from dtrain.run.manifest import Manifest
-from dtrain.train.checkpoint import leaves
+from dtrain.run.manifest import Entry, Manifest
+from dtrain.train.checkpoint.blocks import BlockFile, Cache, write_file
 
-_FORMAT = 1
-_PROGRESS = "progress.json"
-_CHUNK = 1 << 22
+_FORMAT = 2
+STATE, PROGRESS, TENSORS = "state.json", "progress.json", ".safetensors"
 _ASIDE, _OLD = ".aside-", "-old"
 
 
-def write_checkpoint(
-    final: Path, tensors: dict[str, Any], progress: dict[str, Any], about: dict[str, Any]
-) -> int:
-    """Write a checkpoint directory; it appears under its name completely or not at all.
+def part_name(rank: int) -> str:
+    return f"rank-{rank:05d}{TENSORS}"
+
+
+def aside(final: Path, save: str) -> Path:
+    """Return the temporary directory of a checkpoint. `save` is the name of the save."""
+    return final.with_name(f".{final.name}{_ASIDE}{save}")
+
+
+def new_save() -> str:
+    return secrets.token_hex(4)
+
+
+def commit(
+    final: Path,
+    save: str,
+    parts: Mapping[str, Entry],
+    texts: Mapping[str, str],
+    about: Mapping[str, Any],
+) -> Manifest:
+    """Write the manifest, and give the checkpoint its name. Every rank has written its part.
 
     Args:
         final: the directory of the checkpoint. An existing one is replaced.
-        tensors: the values of the files, by file stem. `torch.save` writes them, and
-            `weights_only` must be able to read them.
-        progress: plain JSON.
+        save: the name of the save.
+        parts: the files of all ranks.
+        texts: the other files, by name.
         about: plain JSON for people: versions, world size, time.
 
-    Returns:
-        The number of bytes written.
+    Raises:
+        OSError: the file system reported an error.
+    """
+    folder = aside(final, save)
+    listed = write_manifest(folder, save, parts, texts, about)
+    _put_in_place(folder, final)
+    return listed
+
+
+def write_manifest(
+    folder: Path,
+    save: str,
+    parts: Mapping[str, Entry],
+    texts: Mapping[str, str],
+    about: Mapping[str, Any],
+) -> Manifest:
+    """Write the files of texts, then the manifest; return it."""
+    entries = dict(parts)
+    for name, text in texts.items():
+        entries[name] = write_file(folder / name, [text.encode()])
+    plain: dict[str, Any] = {
+        "format": _FORMAT,
+        "save": save,
+        "about": dict(about),
+        "files": {name: {"bytes": e.bytes, "blocks": e.blocks} for name, e in entries.items()},
+    }
+    plain["digest"] = _manifest_digest(plain)
+    write_atomic(folder / MANIFEST, json.dumps(plain, indent=1) + "\n")
+    return Manifest(_FORMAT, save, entries, plain["digest"])
+
+
+class OpenCheckpoint:
+    """The files of a checkpoint, open to be read and verified. It is a context manager.
 
     Raises:
-        OSError: the file system reported an error; no files remain.
+        CheckpointError: the manifest or a file is missing or damaged. The message describes the
+            damage, without the path.
     """
-    aside = _aside(final)
-    aside.mkdir(parents=True)
-    try:
-        written = {}
-        for stem, value in tensors.items():
-            written[f"{stem}.pt"] = _write_tensors(aside / f"{stem}.pt", value)
-        written[_PROGRESS] = _write_text(aside / _PROGRESS, to_json(progress, indent=2) + "\n")
-        listed = {"format": _FORMAT, "about": about, "files": written}
-        listed["digest"] = _manifest_digest(listed)
-        write_atomic(aside / MANIFEST, json.dumps(listed, indent=2) + "\n")  # last, fsynced
-        _put_in_place(aside, final)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return sum(entry["bytes"] for entry in written.values())
 
-
-def _verify(folder: Path, listed: Manifest) -> None:
-    for name, entry in listed.files.items():
-        path = folder / name
+    def __init__(self, folder: Path) -> None:
+        self.manifest = _read_manifest(folder)
+        self.files: dict[str, BlockFile] = {}
+        cache = Cache()
         try:
-            about = path.stat()
-            if not stat.S_ISREG(about.st_mode):
-                raise CheckpointError(
-                    f"{name} is not a regular file", code="checkpoint.damaged-file"
-                )
-            if about.st_size != entry.bytes:
-                raise CheckpointError(
-                    f"{name} has {about.st_size} bytes instead of {entry.bytes}",
-                    code="checkpoint.damaged-file",
-                )
-            if _digest_file(path) != entry.xxh3_128:
-                raise CheckpointError(
-                    f"{name} is damaged: its xxh3 differs from the manifest",
-                    code="checkpoint.damaged-file",
-                )
-        except FileNotFoundError:
-            raise CheckpointError(f"{name} is missing", code="checkpoint.missing-file") from None
-        except OSError as error:
-            raise CheckpointError(
-                f"{name} cannot be read: {error.strerror}", code="checkpoint.unreadable-file"
-            ) from error
+            for name, entry in sorted(self.manifest.files.items()):
+                self.files[name] = BlockFile(folder / name, entry, cache)
+        except CheckpointError:
+            self.close()
+            raise
 
+    def __enter__(self) -> OpenCheckpoint:
+        return self
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Verify and read a checkpoint.
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    Returns:
-        The tensors by file stem, on the CPU, and the progress.
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
 
-    Raises:
-        CheckpointError: it is damaged. The message describes the damage, without the path.
-    """
-    listed = _read_manifest(folder)
-    _verify(folder, listed)
-    tensors = {}
-    for path in (folder / name for name in sorted(listed.files) if name.endswith(".pt")):
+    def json(self, name: str) -> dict[str, Any]:
+        """Return the JSON object in a file."""
+        if name not in self.files:
+            raise CheckpointError(f"{name} is missing", code="checkpoint.missing-file")
         try:
-            tensors[path.stem] = leaves.read(path)
-        except Exception as error:
-            first = str(error).strip().splitlines()[:1]
+            return files.parse_as(dict[str, Any], self.files[name].read_all(), name)
+        except DamagedError as error:
             raise CheckpointError(
-                f"{path.name} cannot be read: {''.join(first)}", code="checkpoint.damaged-file"
-            ) from error
-    if _PROGRESS not in listed.files:
-        raise CheckpointError(f"{_PROGRESS} is missing", code="checkpoint.missing-file")
-    with _as_checkpoint_error(_PROGRESS, code="checkpoint.damaged-file"):
-        progress = files.read_as(dict[str, Any], folder / _PROGRESS)
-    return tensors, progress or {}
+                f"{name} is damaged: {error.why}", code="checkpoint.damaged-file"
+            ) from None
+
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """Verify all files. The ranks share the work.
+
+        Raises:
+            CheckpointError: a file is damaged or cannot be read.
+        """
+        for index, file in enumerate(self.files.values()):
+            if index % world_size == rank:
+                file.verify()
 
 
 def copy_checkpoint(folder: Path, final: Path) -> None:
@@ -131,12 +148,12 @@ def copy_checkpoint(folder: Path, final: Path) -> None:
     Raises:
         OSError: the file system reported an error; an older checkpoint of that name is intact.
     """
-    aside = _aside(final)
+    temporary = aside(final, new_save())
     try:
-        shutil.copytree(folder, aside, copy_function=_link)
-        _put_in_place(aside, final)
+        shutil.copytree(folder, temporary, copy_function=_link)
+        _put_in_place(temporary, final)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -149,12 +166,12 @@ def _link(source: str, target: str) -> None:
 
 def remove_checkpoint(folder: Path) -> None:
     """Delete a checkpoint; an incomplete one is never visible under its name."""
-    aside = _aside(folder)
+    temporary = aside(folder, new_save())
     try:
-        os.rename(folder, aside)
+        os.rename(folder, temporary)
     except FileNotFoundError:
         return
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_leftovers(checkpoints: Path) -> None:
@@ -167,72 +184,16 @@ def remove_leftovers(checkpoints: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _aside(final: Path) -> Path:
-    return final.with_name(f".{final.name}{_ASIDE}{secrets.token_hex(4)}")
-
-
-class _HashingFile:
-    """A binary file that hashes what is written to it.
-
-    `check` raises the error of a failed write; later writes are dropped. The error cannot be
-    raised at once: torch's writer ends the process when the file raises while it closes.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._failure: OSError | None = None
-        self.size = 0
-        self.digest = xxhash.xxh3_128()
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self.digest.update(view)
-        self.size += len(view)
-        if self._failure is None:
-            try:
-                self._write_all(view)
-            except OSError as error:
-                self._failure = error
-        return len(view)
-
-    def _write_all(self, view: memoryview) -> None:
-        while view:  # one write(2) takes at most 2 GiB
-            view = view[self._file.write(view) :]
-
-    def flush(self) -> None:
-        """Do nothing: `check` flushes once, before the fsync."""
-
-    def check(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-
-def _write_tensors(path: Path, value: Any) -> dict[str, Any]:
-    with open(path, "wb", buffering=0) as raw:
-        file = _HashingFile(raw)
-        torch.save(value, file)
-        file.check()
-    return {"bytes": file.size, "xxh3_128": file.digest.hexdigest()}
-
-
-def _write_text(path: Path, text: str) -> dict[str, Any]:
-    write_atomic(path, text)
-    data = text.encode()
-    return {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
-
-
-def _put_in_place(aside: Path, final: Path) -> None:
-    fsync_dir(aside)
+def _put_in_place(folder: Path, final: Path) -> None:
+    fsync_dir(folder)
     if final.exists():
         # between these two lines no checkpoint has that name; `remove_leftovers` restores the old
-        os.rename(final, old := final.with_name(aside.name + _OLD))
-        os.rename(aside, final)
+        os.rename(final, old := final.with_name(folder.name + _OLD))
+        os.rename(folder, final)
         fsync_dir(final.parent)
         shutil.rmtree(old, ignore_errors=True)
     else:
-        os.rename(aside, final)
+        os.rename(folder, final)
         fsync_dir(final.parent)
 
 
@@ -246,13 +207,13 @@ def _read_manifest(folder: Path) -> Manifest:
             f"{MANIFEST} is damaged: its own digest does not match",
             code="checkpoint.damaged-manifest",
         )
-    found = manifest.parse(json.dumps(listed))
-    if found.format != _FORMAT:
+    if listed.get("format") != _FORMAT:
         raise CheckpointError(
-            f"its format is {found.format}; this version of dtrain reads format {_FORMAT}",
+            f"its format is {listed.get('format')!r:.40}; this version of dtrain reads format "
+            f"{_FORMAT}",
             code="checkpoint.other-format",
         )
-    return found
+    return manifest.parse(json.dumps(listed))
 
 
 @contextlib.contextmanager
@@ -271,11 +232,3 @@ def _as_checkpoint_error(name: str, *, code: str) -> Iterator[None]:
 def _manifest_digest(listed: dict[str, Any]) -> str:
     plain = {key: value for key, value in listed.items() if key != "digest"}
     return xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode())
-
-
-def _digest_file(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(_CHUNK):
-            digest.update(block)
-    return digest.hexdigest()

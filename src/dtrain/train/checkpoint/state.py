@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dtrain.errors import CheckpointError
+from dtrain.train.checkpoint.parts import StoredTensor, is_part, whole
 from dtrain.words import few
 
 
@@ -27,23 +28,21 @@ def plain_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Return whether the parameters are sharded: then all ranks must read its state together."""
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    return any(is_part(parameter) for parameter in model.parameters())
 
 
 def model_state(model: torch.nn.Module) -> dict[str, Any]:
-    """Return the model's state by plain name, with the model's own tensors, not copies.
-
-    Sharded tensors are gathered on rank 0, on the CPU; they are None on other ranks.
-    """
-    return {plain_name(name): gathered(value) for name, value in model.state_dict().items()}
+    """Return the model's state by plain name, with the model's own tensors, not copies."""
+    return {plain_name(name): value for name, value in model.state_dict().items()}
 
 
 def load_model_state(model: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Load the state that `model_state` returned.
+    """Load the state that `model_state` returned; its tensors may be `StoredTensor`.
+
+    Stored tensors are read straight into the model's own, so that no rank holds them twice.
 
     Raises:
-        CheckpointError: names or shapes differ; nothing was changed.
+        CheckpointError: names or shapes differ, then nothing was changed; or a file is damaged.
     """
     current = model.state_dict()
     actual = {plain_name(name): name for name in current}
@@ -57,9 +56,14 @@ def load_model_state(model: torch.nn.Module, state: dict[str, Any]) -> None:
         raise CheckpointError(
             f"it does not fit the model: {few(problems, sep='; ')}", code="checkpoint.other-model"
         )
-    model.load_state_dict(
-        {actual[name]: as_cut(value, current[actual[name]]) for name, value in state.items()}
-    )
+    for name, value in state.items():
+        mine = current[actual[name]]
+        if isinstance(value, StoredTensor) and isinstance(mine, torch.Tensor):
+            value.read_into(mine)
+        else:
+            current[actual[name]] = as_cut(whole(value), mine)
+    # most tensors are copied to themselves; but modules have hooks for this, or return copies
+    model.load_state_dict(current)
 
 
 def optimizer_state(
@@ -79,10 +83,7 @@ def optimizer_state(
     names = [name for group in groups for name in group]
     state = optimizer.state_dict() if state is None else state
     return {
-        "state": {
-            names[index]: {key: gathered(value) for key, value in values.items()}
-            for index, values in state["state"].items()
-        },
+        "state": {names[index]: dict(values) for index, values in state["state"].items()},
         "groups": [
             {**options, "params": group}
             for options, group in zip(state["param_groups"], groups, strict=True)
@@ -100,6 +101,7 @@ def load_optimizer_state(
     Raises:
         CheckpointError: the parameters are grouped differently.
     """
+    saved = {**saved, "groups": whole(saved["groups"])}
     _add_groups(model, optimizer, saved)
     groups = _group_names(model, optimizer)
     options_of = {frozenset(group["params"]): group for group in saved["groups"]}
@@ -151,23 +153,28 @@ def parameters_sha256(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _full(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a sharded tensor as a full one, and any other unchanged."""
-    full: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full
-
-
 def gathered(value: Any) -> Any:
     """Return a sharded tensor as a full one on rank 0, and None elsewhere; others unchanged."""
-    if not hasattr(value, "full_tensor"):
+    if not is_part(value):
         return value
     full = _full(value.detach())
     return full.cpu() if dist.get_rank() == 0 else None
 
 
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a sharded tensor as a full one, and any other unchanged."""
+    full: torch.Tensor = tensor.full_tensor() if is_part(tensor) else tensor
+    return full
+
+
 def as_cut(value: Any, like: Any) -> Any:
-    """Return this rank's part of a full tensor if `like` is sharded and has its shape."""
-    if not hasattr(like, "full_tensor") or getattr(value, "shape", None) != like.shape:
+    """Return a value as a tensor like another: read if stored, sharded if `like` is.
+
+    A value of another shape is not sharded.
+    """
+    if isinstance(value, StoredTensor):
+        return value.read_like(like)
+    if not is_part(like) or getattr(value, "shape", None) != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 

@@ -24,8 +24,7 @@ import torch.distributed as dist
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
-from dtrain.train import collectives
-from dtrain.train.checks import digest
+from dtrain.train import collectives, digest
 from dtrain.train.checks.collective_trace import CHAIN, AloneError
 from dtrain.train.checks.spoilt import Spoilt, all_finite, and_more
 from dtrain.train.checks.train_state import GRADIENTS, PARAMETERS, TrainState

@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 
 from dtrain.task import Task
-from dtrain.train import collectives
+from dtrain.train import collectives, digest
 from dtrain.train.checkpoint.state import plain_name, plain_parameters
-from dtrain.train.checks import digest
 from dtrain.train.checks.replicas import ReplicaError, element_difference
 from dtrain.train.vote import vote
 

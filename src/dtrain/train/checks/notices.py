@@ -11,9 +11,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 
-from dtrain.train import collectives
+from dtrain.train import collectives, digest
 from dtrain.train.checkpoint.state import plain_name
-from dtrain.train.checks import digest
 from dtrain.train.context import TrainContext
 from dtrain.train.metrics.events import Events
 from dtrain.train.tracing import perturb

@@ -19,8 +19,7 @@ import torch.distributed as dist
 import xxhash
 
 from dtrain.errors import BlamedError
-from dtrain.train import collectives
-from dtrain.train.checks import digest
+from dtrain.train import collectives, digest
 from dtrain.train.checks.collective_trace import CHAIN, first_difference
 from dtrain.train.checks.train_state import (
     BUFFERS,

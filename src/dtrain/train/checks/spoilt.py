@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dtrain.train.checks import digest
+from dtrain.train import digest
 from dtrain.train.checks.train_state import BUFFERS, MOMENTS, PARAMETERS, TrainState
 
 _KINDS = (PARAMETERS, MOMENTS, BUFFERS)

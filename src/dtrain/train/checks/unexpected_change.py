@@ -9,7 +9,7 @@ to its first forward. Callbacks may change all of them; those of the previous st
 
 from __future__ import annotations
 
-from dtrain.train.checks import digest
+from dtrain.train import digest
 from dtrain.train.checks.train_state import TrainState
 from dtrain.words import few
 

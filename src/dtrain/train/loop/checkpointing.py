@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from dtrain.train import collectives
+from dtrain.train.checkpoint.content import contribution
 from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
+from dtrain.train.checkpoint.parts import whole
 from dtrain.train.checkpoint.state import (
-    is_sharded,
     load_model_state,
     load_optimizer_state,
     model_state,
@@ -40,20 +41,21 @@ class Checkpoints:
         self._context = context
         self._events = events
         keep = context.spec.checkpoint.keep
-        self._store = CheckpointStore(context.run, context.ranks.rank, keep)
+        self._store = CheckpointStore(context.run, context.ranks, keep)
         self.saved_step: int | None = None
         """The step of the checkpoint that was written or read last."""
         self.folder: Path | None = None
         """The directory of that checkpoint."""
 
     def write(
-        self, step: int, tensors: Callable[[], dict[str, Any]], progress: dict[str, Any]
+        self, step: int, state: dict[str, Any], own: dict[str, Any], progress: dict[str, Any]
     ) -> None:
         """Write a checkpoint.
 
         Args:
             step: the number of optimizer steps done.
-            tensors: returns the contents by file stem; called on rank 0.
+            state: trees of state by name, the same on all ranks; tensors may be sharded.
+            own: more trees by name, of which those of rank 0 are saved.
             progress: the progress as plain JSON.
 
         Raises:
@@ -66,7 +68,9 @@ class Checkpoints:
             "strategy": self._context.spec.strategy,
             "world_size": self._context.ranks.world_size,
         }
-        self.folder, size = self._store.save(step, tensors, progress, about)
+        ranks = self._context.ranks
+        content = contribution(state, own, progress, ranks.rank, ranks.world_size)
+        self.folder, size = self._store.save(step, content, about)
         self.saved_step = step
         seconds = time.monotonic() - started
         logger.info("saved %s: %.1f MB in %.2f s", self.folder.name, size / 1e6, seconds)
@@ -78,13 +82,15 @@ class Checkpoints:
             seconds=round(seconds, 3),
         )
 
-    def read_newest(self, apply: Callable[[Loaded], None]) -> Loaded | None:
+    def read_newest(
+        self, apply: Callable[[Loaded], None], *, keep_open: bool = False
+    ) -> Loaded | None:
         """Return the newest intact checkpoint that `apply` accepts, or None when there is none yet.
 
         Raises:
             CheckpointError: there are checkpoints, but none can be used.
         """
-        return self._store.load_newest(apply)
+        return self._store.load_newest(apply, keep_open=keep_open)
 
     def tell_resumed(self, loaded: Loaded, progress: Progress) -> None:
         """Report which checkpoint a training resumed from."""
@@ -140,12 +146,13 @@ class Saver(Checkpoints):
         random = collectives.gather_to_zero(RandomState.capture().to_saved())
         settings = self._settings.to_saved()
         extras = {**self.small_states(), "random": random, "settings": settings}
-        tensors = self._tensors(extras) if is_sharded(self._parts.model) else None
-        self.write(
-            progress.step,
-            lambda: tensors or self._tensors(extras),
-            progress.to_saved(self._data),
-        )
+        parts = self._parts
+        state = {
+            "model": model_state(parts.model),
+            "optimizer": optimizer_state(parts.model, parts.optimizer),
+            **self._kept.to_saved(),
+        }
+        self.write(progress.step, state, {"extras": extras}, progress.to_saved(self._data))
         return True
 
     def resume(self) -> Progress | None:
@@ -183,11 +190,12 @@ class Saver(Checkpoints):
 
     def _load(self, tensors: dict[str, Any]) -> None:
         parts, extras = self._parts, tensors["extras"]
-        notes = self._settings.reconcile(extras["settings"], tensors["optimizer"]["groups"])
+        optimizer = {**tensors["optimizer"], "groups": whole(tensors["optimizer"]["groups"])}
+        notes = self._settings.reconcile(extras["settings"], optimizer["groups"])
         with restoring("the model"):
             load_model_state(parts.model, tensors["model"])
         with restoring("the optimizer"):
-            load_optimizer_state(parts.model, parts.optimizer, tensors["optimizer"])
+            load_optimizer_state(parts.model, parts.optimizer, optimizer)
         for name, part in (("scheduler", parts.scheduler), ("scaler", parts.scaler)):
             if part is not None and extras[name] is not None:
                 with restoring(f"the {name}"):
@@ -231,12 +239,3 @@ class Saver(Checkpoints):
             if not isinstance(value, torch.Tensor):
                 refuse_unreadable(value, f"get_extra_state() of the model, {name}")
         return small
-
-    def _tensors(self, extras: dict[str, Any]) -> dict[str, Any]:
-        parts = self._parts
-        return {
-            "model": model_state(parts.model),
-            "optimizer": optimizer_state(parts.model, parts.optimizer),
-            **self._kept.to_saved(),
-            "extras": extras,
-        }

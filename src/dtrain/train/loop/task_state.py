@@ -10,8 +10,8 @@ import torch
 
 from dtrain.errors import DtrainError
 from dtrain.task import Task
+from dtrain.train import digest
 from dtrain.train.checkpoint.leaves import changed, leaves, plain, restoring
-from dtrain.train.checks import digest
 from dtrain.train.context import TrainContext
 from dtrain.train.ema import EMA, averages_of
 

@@ -26,7 +26,12 @@ from dtrain.integrations.lightning.compat import (
 )
 from dtrain.integrations.lightning.environment import disable_signal_handlers
 from dtrain.integrations.lightning.loops.reading import Reading
-from dtrain.integrations.lightning.loops.state import ExactResults, dumped, restored
+from dtrain.integrations.lightning.loops.state import (
+    ExactResults,
+    dumped,
+    refuse_other_step,
+    restored,
+)
 from dtrain.integrations.lightning.loops.strategy import LoopsDDP, LoopsFSDP
 from dtrain.integrations.lightning.loops.trainer_arguments import trainer_arguments
 from dtrain.integrations.lightning.module import ModuleTask
@@ -71,7 +76,7 @@ class Fit(pl.Callback):
         self._events = Events(context.run, context.ranks, context.attempt)
         self._report = Report(context, self._events)
         self._checkpoints = Checkpoints(context, self._events)
-        self._loaded = self._checkpoints.read_newest(_check)
+        self._loaded = self._checkpoints.read_newest(_check, keep_open=True)
         self.progress = Progress()
         if self._loaded is not None:
             self.progress = Progress.from_saved(self._loaded.progress, {})
@@ -142,6 +147,8 @@ class Fit(pl.Callback):
 
     def close(self) -> None:
         """End loader processes, and release the module's wrapper."""
+        if self._loaded is not None:
+            self._loaded.close()
         self._reading.close()
         self._report.close()
         self._strategy.close()
@@ -255,6 +262,7 @@ class Fit(pl.Callback):
         known = loaded.tensors["lightning"]["callback_metrics"]
         self._trainer._logger_connector._callback_metrics.update(known)
         self._validation_pending = extras["owes_validation"]
+        loaded.close()
         loops.epoch_loop.val_loop.restarting = False
 
     def _epoch_plan(self) -> EpochPlan:
@@ -493,11 +501,11 @@ class Fit(pl.Callback):
             "owes_validation": validation_pending,
             "accumulated": self._trainer.accumulate_grad_batches,
         }
-        state = dumped(self._trainer, mid_epoch=self._mid_epoch or validation_pending)
+        with self._strategy.keeping_shards():
+            state = dumped(self._trainer, mid_epoch=self._mid_epoch or validation_pending)
+        own = {"lightning": state.pop("lightning"), "extras": extras}
         self._checkpoints.write(
-            progress.step,
-            lambda: {**state, "extras": extras},
-            progress.to_saved(self._reading.identity),
+            progress.step, state, own, progress.to_saved(self._reading.identity)
         )
         assert self._checkpoints.folder is not None
         self._callbacks.saved(self._checkpoints.folder)
@@ -619,7 +627,7 @@ class Fit(pl.Callback):
 
 def _check(found: Loaded) -> None:
     """Refuse a checkpoint that was not made with Lightning's loops."""
-    restored(found.tensors)
+    refuse_other_step(found.tensors)
 
 
 def _summed(values: list[float]) -> list[float]:

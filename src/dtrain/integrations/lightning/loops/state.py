@@ -13,6 +13,7 @@ from dtrain.integrations.lightning.loops.strategy import named_state
 from dtrain.integrations.lightning.reductions import Part, QuietResults, combined, kind_of
 from dtrain.train import collectives
 from dtrain.train.checkpoint.leaves import refuse_unreadable
+from dtrain.train.checkpoint.parts import whole
 
 _OF_RUN = ("hyper_parameters", "hparams_name", "hparams_type", "datamodule_hyper_parameters")
 """The prefixes of constructors' arguments in Lightning's checkpoints; here the job has them."""
@@ -26,7 +27,7 @@ def dumped(trainer: pl.Trainer, *, mid_epoch: bool) -> dict[str, Any]:
         mid_epoch: whether the epoch continues after this step.
 
     Returns:
-        The content of each file, by its stem. Optimizers' states are by parameter name.
+        Trees of state by name. Optimizers' states are by parameter name.
 
     Raises:
         DtrainError: a value cannot be in a checkpoint; the message names its owner and its key.
@@ -52,22 +53,25 @@ def dumped(trainer: pl.Trainer, *, mid_epoch: bool) -> dict[str, Any]:
 
 
 def restored(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inverse of `dumped`: the content of a loaded file, in Lightning's form.
+    """Return the inverse of `dumped`: the content of a checkpoint, in Lightning's form.
 
-    Raises:
-        CheckpointError: the checkpoint was made with dtrain's step.
+    The tensors of the model are read, because hooks of the module may look at them.
     """
+    return {
+        **tensors["lightning"],
+        "state_dict": whole(tensors["model"]),
+        "optimizer_states": tensors["optimizer"]["optimizers"],
+    }
+
+
+def refuse_other_step(tensors: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for a checkpoint that was made with dtrain's step."""
     if "lightning" not in tensors:
         raise CheckpointError(
             "it was made with dtrain's step, but this training uses Lightning's own loops: use "
             "--set lightning.step=dtrain",
             code="lightning.checkpoint-of-other-step",
         )
-    return {
-        **tensors["lightning"],
-        "state_dict": tensors["model"],
-        "optimizer_states": tensors["optimizer"]["optimizers"],
-    }
 
 
 def _set_position(loop: dict[str, Any], *, mid_epoch: bool) -> None:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from dtrain.integrations.lightning.compat import DDPStrategy, after, pl
 from dtrain.integrations.lightning.environment import ExternalProcesses
+from dtrain.train.checkpoint.parts import whole
 from dtrain.train.checkpoint.state import (
     as_cut,
     gathered,
@@ -53,6 +54,11 @@ class LoopsStrategy(ExternalProcesses, DDPStrategy):
     def whole(self) -> AbstractContextManager[None]:
         """Return a context in which every process holds all parameters, for evaluation."""
         return nullcontext()
+
+    @contextmanager
+    def keeping_shards(self) -> Iterator[None]:
+        """Return a context in which states have sharded tensors, as dtrain's checkpoints do."""
+        yield
 
     def close(self) -> None:
         """Release the module's wrapper."""
@@ -136,6 +142,7 @@ class LoopsFSDP(LoopsStrategy):
     _manual = False
     _reduces = True
     """True if an update follows this backward."""
+    _keeps_shards = False
     _in_step = False
     """True while a step of manual optimization runs, on whole parameters."""
 
@@ -231,14 +238,25 @@ class LoopsFSDP(LoopsStrategy):
         usage.forget_unused(flags.tolist())
         usage.clear()
 
+    @contextmanager
+    def keeping_shards(self) -> Iterator[None]:
+        self._keeps_shards = True
+        try:
+            yield
+        finally:
+            self._keeps_shards = False
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the whole state on rank 0, and an empty one elsewhere. Called by all ranks."""
-        state = model_state(self.lightning_module)
-        return state if self.is_global_zero else {}
+        return self._whole(model_state(self.lightning_module))
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        return self._whole(super().optimizer_state(optimizer))
+
+    def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return the whole state on rank 0, and an empty one elsewhere. Called by all ranks."""
-        state: dict[str, Any] = tree_map(gathered, super().optimizer_state(optimizer))
+        if self._keeps_shards:
+            return state
+        state = tree_map(gathered, state)
         return state if self.is_global_zero else {}
 
 
@@ -251,7 +269,7 @@ def named_state(module: torch.nn.Module, optimizer: Any, state: dict[str, Any]) 
 
 def load_named_state(module: torch.nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
     if "own" in state:
-        optimizer.load_state_dict(state["own"])
+        optimizer.load_state_dict(whole(state["own"]))
         for parameter, values in optimizer.state.items():
             values.update({key: as_cut(each, parameter) for key, each in values.items()})
     else:

@@ -39,6 +39,13 @@ def of_each(tensors: Iterable[torch.Tensor]) -> list[int]:
     return [xxhash.xxh3_64_intdigest(each.numpy().tobytes()) for each in sums]
 
 
+def texts_of_each(tensors: Iterable[torch.Tensor]) -> list[str]:
+    """Return the digest of each tensor as a text, with the method: xxh3, or a sum on a GPU."""
+    parts = [local(tensor) for tensor in tensors]
+    method = "xxh3" if all(part.device.type == "cpu" for part in parts) else "sum"
+    return [f"{method}:{each:016x}" for each in of_each(parts)]
+
+
 def of_all(tensors: Sequence[torch.Tensor]) -> int:
     """Return one digest of all tensors, in the given order."""
     parts = [local(tensor) for tensor in tensors]

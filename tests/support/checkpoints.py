@@ -1,0 +1,41 @@
+"""Checkpoints of one process, for tests that look at files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dtrain.ranks import RankInfo
+from dtrain.run.rundir import RunDir
+from dtrain.train.checkpoint.content import contribution
+from dtrain.train.checkpoint.files import aside, commit, new_save, part_name
+from dtrain.train.checkpoint.parts import write_part
+from dtrain.train.checkpoint.store import CheckpointStore
+
+TENSORS = part_name(0)
+"""The name of the file of tensors."""
+
+
+def write_checkpoint(
+    final: Path, state: dict[str, Any], progress: dict[str, Any], about: dict[str, Any]
+) -> None:
+    """Write a checkpoint as one rank does it; the tree `extras` of the state is its own."""
+    own = {name: tree for name, tree in state.items() if name == "extras"}
+    shared = {name: tree for name, tree in state.items() if name != "extras"}
+    content = contribution(shared, own, progress, 0, 1)
+    save = new_save()
+    folder = aside(final, save)
+    folder.mkdir(parents=True)
+    entry = write_part(folder / TENSORS, content.image)
+    commit(final, save, {TENSORS: entry}, content.texts, about)
+
+
+def store(run: RunDir, keep: int = 5) -> CheckpointStore:
+    return CheckpointStore(run, RankInfo(), keep)
+
+
+def save(checkpoints: CheckpointStore, step: int, model: Any) -> Path:
+    """Save a model, which is a tree, as the checkpoint of a step."""
+    content = contribution({"model": model}, {}, {"step": step}, 0, 1)
+    folder, _ = checkpoints.save(step, content, {})
+    return folder
