@@ -7,9 +7,10 @@ from typing import Any
 
 from dtrain.ranks import RankInfo
 from dtrain.run.rundir import RunDir
+from dtrain.train.checkpoint.blocks import write_file
 from dtrain.train.checkpoint.content import contribution
 from dtrain.train.checkpoint.files import aside, commit, new_save, part_name
-from dtrain.train.checkpoint.parts import write_part
+from dtrain.train.checkpoint.parts import buffers
 from dtrain.train.checkpoint.store import CheckpointStore
 
 TENSORS = part_name(0)
@@ -26,7 +27,7 @@ def write_checkpoint(
     save = new_save()
     folder = aside(final, save)
     folder.mkdir(parents=True)
-    entry = write_part(folder / TENSORS, content.image)
+    entry = write_file(folder / TENSORS, buffers(content.image))
     commit(final, save, {TENSORS: entry}, content.texts, about)
 
 
@@ -37,5 +38,6 @@ def store(run: RunDir, keep: int = 5) -> CheckpointStore:
 def save(checkpoints: CheckpointStore, step: int, model: Any) -> Path:
     """Save a model, which is a tree, as the checkpoint of a step."""
     content = contribution({"model": model}, {}, {"step": step}, 0, 1)
-    folder, _ = checkpoints.save(step, content, {})
-    return folder
+    saved = checkpoints.save(step, content, {})
+    assert saved is not None
+    return saved.folder

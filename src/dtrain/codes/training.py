@@ -418,6 +418,11 @@ _CHECKPOINTS = {
         "set, a sparse tensor or an object of a class of the task.",
         "Save tensors, NumPy arrays, numbers, str and None, in dicts, lists and tuples.",
     ),
+    "checkpoint.writer-ended": Entry(
+        "The process that writes the checkpoints of a rank has ended, for example because the host "
+        "has no memory left. The checkpoint that it was writing is lost.",
+        "If memory is short, set checkpoint.staging: 0, so that no copy of the state is made.",
+    ),
     "checkpoint.wrong-directory": Entry(
         "The step of the checkpoint is not the step in the name of its directory. Probably the "
         "directory was renamed or copied.",

@@ -106,6 +106,7 @@ Few = Annotated[int, Field(ge=1, le=_MOST_PROCESSES), BeforeValidator(parse_whol
 """The number of nodes, or of processes on a node, up to the largest that dtrain supports."""
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(parse_whole)]
 NonNegative = Annotated[float, Field(ge=0), BeforeValidator(parse_real)]
+Share = Annotated[float, Field(ge=0, le=0.9), BeforeValidator(parse_real)]
 Positive = Annotated[float, Field(gt=0), BeforeValidator(parse_real)]
 
 

@@ -32,6 +32,7 @@ from dtrain.job.fields import (
     NonNegative,
     Positive,
     Seed,
+    Share,
     Text,
 )
 from dtrain.job.frameworks import job_checks
@@ -143,6 +144,14 @@ class CheckpointSpec(Model):
     """Number of newest checkpoints that are kept on disk."""
     best: BestSpec | None = None
     """Also keep the checkpoint that is best by an evaluation metric, in `checkpoints/best`."""
+    staging: Share = 0.25
+    """The share of a host's memory in which its processes keep copies of their state, to write
+    checkpoints while training goes on. With 0, training waits until a checkpoint is written."""
+    busy: Literal["wait", "skip"] = "wait"
+    """What to do if a checkpoint is due while another is being written: wait for that, or skip
+    this one."""
+    on_error: Literal["stop", "warn"] = "stop"
+    """What to do if a checkpoint cannot be written: `stop` ends the training, `warn` continues."""
 
 
 class ChecksSpec(Model):

@@ -16,8 +16,8 @@ from dtrain.environ import HASH_SEED, inherited_env
 from dtrain.errors import LaunchError, UsageError
 from dtrain.job.launcher_options import LauncherOptions
 from dtrain.launch_plan import Command, Facts, LaunchPlan
+from dtrain.memory import Memory
 from dtrain.node import gpus
-from dtrain.node.memory import Memory
 from dtrain.run import failures, files
 from dtrain.run.attempts import Handle
 from dtrain.run.rundir import RunDir

@@ -19,10 +19,10 @@ from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalExce
 
 from dtrain.forking import SERVER_ENDED, Channel
 from dtrain.launch_plan import LaunchPlan
+from dtrain.memory import Memory
 from dtrain.node import early_exit, stack_dump
 from dtrain.node.environment import worker_environment
 from dtrain.node.heartbeat import Peer, send_heartbeats, silence_message
-from dtrain.node.memory import Memory
 from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.silence import SilenceWatcher
 from dtrain.node.store import PeerFailed

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from dtrain.launch_plan import LaunchPlan
+from dtrain.memory import Memory
 from dtrain.node import stack_dump
-from dtrain.node.memory import Memory
 from dtrain.run import failures
 from dtrain.run.failures import Frame
 from dtrain.run.verdict import location

@@ -15,6 +15,7 @@ import torch
 from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
 from dtrain.train.checkpoint.content import read_checkpoint
+from dtrain.train.checkpoint.directory import CheckpointDirectory
 from support import checkpoints
 
 _OPERATIONS = {
@@ -76,9 +77,7 @@ def newest(run: RunDir) -> int:
 
 def best_of(run: RunDir, folder: Path) -> int | None:
     """The step of `best`, every byte of which is looked at; None when there is none."""
-    found = checkpoints.store(run, 2)
-    if found._remote is not None:
-        found._remote.fetch(folder)
+    CheckpointDirectory(run, 2).fetch(folder)
     return int(read_checkpoint(folder)[1]["step"])
 
 

@@ -16,7 +16,7 @@ SRC = ROOT / "src"
 # from rows below its own. So no two parts import each other, whatever the way round.
 LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain": (
-        "assets callback checked codes errors plainjson procs ranks task waiting words",
+        "assets callback checked codes errors memory plainjson procs ranks task waiting words",
         "__init__ catalog environ forking ports run",
         "job testing trace",
         "launch_plan train",
@@ -111,7 +111,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "launcher",
     ),
     "dtrain.node": (
-        "early_exit environment gpus hashing hints memory placement sealed stack_dump",
+        "early_exit environment gpus hashing hints placement sealed stack_dump",
         "heartbeat silence store worker",
         "fork_server rendezvous",
         "agent",
@@ -157,7 +157,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.train.checkpoint": (
         "blocks leaves proof",
         "files parts tree",
-        "content state",
+        "content directory state",
+        "writer_process",
+        "writer",
         "store",
     ),
     "dtrain.train.checks": (

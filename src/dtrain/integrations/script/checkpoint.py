@@ -107,10 +107,11 @@ class Checkpoint:
             self._ranks.world_size,
         )
         about = {"time": time.time(), "torch": torch.__version__}
-        folder, size = self._store.save(step, content, about)
+        saved = self._store.save(step, content, about)
+        assert saved is not None
         seconds = round(time.monotonic() - started, 3)
-        self._report("checkpoint_saved", step, folder, bytes=size, seconds=seconds)
-        return folder
+        self._report("checkpoint_saved", step, saved.folder, bytes=saved.bytes, seconds=seconds)
+        return saved.folder
 
     def _refuse_spoilt(self, step: int) -> None:
         everyone = collectives.gather_to_all(self._spoilt.found())

@@ -7,20 +7,19 @@ torch.distributed.checkpoint exchanges plans between ranks as pickles.)
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dtrain.errors import CheckpointError
-from dtrain.run.manifest import Entry
 from dtrain.train import digest
-from dtrain.train.checkpoint.blocks import BlockFile, write_file
+from dtrain.train.checkpoint.blocks import BlockFile
 from dtrain.train.checkpoint.proof import require_same
 
 Shape = tuple[int, ...]
@@ -104,14 +103,16 @@ def local_box(tensor: torch.Tensor) -> tuple[torch.Tensor, Shape]:
     """Return what this rank holds of a tensor, and its offsets in the whole tensor."""
     if not is_part(tensor):
         return tensor, (0,) * tensor.ndim
-    from torch.distributed.tensor import DTensor
+    here: torch.Tensor = tensor.to_local()
+    return here, _offsets(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
+@functools.lru_cache(maxsize=1024)
+def _offsets(shape: torch.Size, mesh: Any, placements: Any) -> Shape:
+    """Return the offsets of this rank's shard. A parameter and its moments have the same."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    assert isinstance(tensor, DTensor)
-    _, offsets = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    return tensor.to_local(), tuple(offsets)
+    return tuple(compute_local_shape_and_global_offset(shape, mesh, placements)[1])
 
 
 def _is_first_copy(tensor: Any) -> bool:
@@ -168,17 +169,12 @@ def image(pieces: Iterable[Piece]) -> Image:
     return Image(len(text).to_bytes(8, "little") + text, tuple(ordered), tuple(digests))
 
 
-def write_part(path: Path, content: Image) -> Entry:
-    """Write a part's file from the live tensors.
+def buffers(content: Image) -> Iterator[Any]:
+    """Yield the bytes of a part's file, from the live tensors.
 
     Raises:
-        OSError: the file system reported an error.
         CheckpointError: a tensor differs from its digest.
     """
-    return write_file(path, _buffers(content))
-
-
-def _buffers(content: Image) -> Iterator[Any]:
     yield content.header
     for piece, live in zip(content.pieces, content.digests, strict=True):
         data = as_bytes(piece.data)

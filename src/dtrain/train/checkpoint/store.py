@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import os
-import re
-import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dtrain.errors import CheckpointError, DtrainError
+from dtrain import memory
+from dtrain.errors import CheckpointError
 from dtrain.ranks import RankInfo
 from dtrain.run.manifest import Entry
-from dtrain.run.remote.checkpoints import RemoteCheckpoints
 from dtrain.run.rundir import RunDir
 from dtrain.train import collectives
 from dtrain.train.checkpoint.content import Contribution, read
-from dtrain.train.checkpoint.files import (
-    OpenCheckpoint,
-    aside,
-    commit,
-    copy_checkpoint,
-    new_save,
-    part_name,
-    remove_checkpoint,
-    remove_leftovers,
-)
-from dtrain.train.checkpoint.parts import write_part
+from dtrain.train.checkpoint.directory import CheckpointDirectory, explained, step_of
+from dtrain.train.checkpoint.files import OpenCheckpoint, new_save, part_name
+from dtrain.train.checkpoint.parts import buffers
+from dtrain.train.checkpoint.writer import Writer
 from dtrain.train.packed import exchanged
 from dtrain.words import few
 
@@ -39,7 +29,8 @@ Value = TypeVar("Value")
 logger = logging.getLogger(__name__)
 
 exchanged(Entry)
-_NAME = re.compile(r"step-\d{8,}")
+_SMALL = 8 << 20
+"""A part with fewer bytes is written at once: that takes no longer than to hand it over."""
 
 
 @dataclass
@@ -53,110 +44,256 @@ class Loaded:
     """Closes its files. Afterwards no stored tensor can be read."""
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was saved."""
+
+    folder: Path
+    bytes: int
+    """The number of bytes of all ranks' tensors."""
+    seconds: float
+    """The time from the beginning of the save until it was on disk."""
+
+
+@exchanged
+@dataclass(frozen=True)
+class _Failure:
+    """Why a rank could not do its part of a save."""
+
+    text: str
+    code: str
+
+    def error(self) -> CheckpointError:
+        return CheckpointError(self.text, code=self.code)
+
+
+@dataclass
+class _Save:
+    """A save in progress."""
+
+    folder: Path
+    name: str
+    texts: dict[str, str]
+    about: dict[str, Any]
+    started: float
+    result: Entry | bool | _Failure | None = None
+    """The result of what this rank's writer does now: its part, then on rank 0 the manifest."""
+    bytes: int = 0
+    """The bytes of all ranks, on rank 0, once they have written their parts."""
+    parts_written: bool = False
+
+
 class CheckpointStore:
-    """The checkpoints of one run. Every method is called by every rank at the same moment."""
+    """The checkpoints of one run. Every method is called by every rank at the same moment.
 
-    def __init__(self, run: RunDir, ranks: RankInfo, keep: int) -> None:
-        self._run = run
+    Args:
+        run: the run.
+        ranks: this process.
+        keep: how many of the newest checkpoints are kept.
+        staging: the share of this host's memory in which its ranks keep copies of their state
+            while they train on. 0 means that training waits until a checkpoint is written.
+    """
+
+    def __init__(self, run: RunDir, ranks: RankInfo, keep: int, staging: float = 0.0) -> None:
         self._ranks = ranks
-        self._keep = keep
-        self._remote = RemoteCheckpoints.of(run)
+        self._directory = CheckpointDirectory(run, keep)
+        self._staging = int(staging * memory.total() / ranks.local_world_size) if staging else 0
+        self._writer: Writer | None = None
+        self._save: _Save | None = None
+        self._warned = False
 
-    def save(self, step: int, content: Contribution, about: dict[str, Any]) -> tuple[Path, int]:
-        """Write a checkpoint on all ranks; no rank continues before it is on disk.
+    def save(
+        self, step: int, content: Contribution, about: dict[str, Any], *, wait: bool = True
+    ) -> Saved | None:
+        """Save a checkpoint. No other save is in progress.
 
         Args:
             step: the number of optimizer steps done.
             content: what this rank writes.
             about: plain JSON for people; that of rank 0 is written.
+            wait: whether to return when it is on disk. Otherwise a large state is copied, and
+                written while the training goes on: then `proceed` or `finish` complete the save.
 
         Returns:
-            The directory of the checkpoint and the number of bytes written by all ranks.
+            The checkpoint; None if it is being written.
 
         Raises:
             CheckpointError: a rank could not write its part. Every rank raises it.
         """
-        folder = self._run.checkpoint(step)
-        save = self._begin(step, content)
-        written = self._attempt(folder, lambda: self._write_part(folder, save, content))
-        everyone = collectives.gather_to_zero(written)
-        size: int = 0
-        failure: _Failure | None = None
-        if self._ranks.is_rank_zero:
-            failure = next((each for each in everyone if isinstance(each, _Failure)), None)
-            if failure is None:
-                entries = dict(each for each in everyone if not isinstance(each, _Failure))
-                size = sum(entry.bytes for entry in entries.values())
-                done = self._attempt(
-                    folder, lambda: self._commit(folder, save, entries, content, about)
-                )
-                failure = done if isinstance(done, _Failure) else None
-            if failure is not None:
-                shutil.rmtree(aside(folder, save), ignore_errors=True)
-        size, failure = collectives.from_zero((size, failure))
-        if failure is not None:
-            raise failure.error()
-        return folder, size
+        assert self._save is None
+        started = time.monotonic()
+        folder = self._directory.run.checkpoint(step)
+        name, in_background = self._begin(folder, content, wait=wait)
+        save = _Save(folder, name, content.texts, about, started)
+        rank = self._ranks.rank
+        if in_background:
+            self._save = save
+            save.result = self._attempt(save, lambda: self._stage(save, content))
+            return None
+        save.result = self._attempt(
+            save, lambda: self._directory.write(folder, name, rank, buffers(content.image))
+        )
+        self._collect(save, self._commit_now)
+        return self._conclude(save)
 
-    def _begin(self, step: int, content: Contribution) -> str:
-        """Remove what killed writers have left, and return the name of the save for all ranks."""
+    @property
+    def saving(self) -> bool:
+        """Whether a save is in progress."""
+        return self._save is not None
+
+    def writing(self) -> bool:
+        """Return whether this rank's writer is busy. Only this method is not called by all."""
+        save = self._save
+        if save is None:
+            return False
+        if save.result is None:
+            save.result = self._attempt(save, self._of_writer().poll)
+        return save.result is None
+
+    def proceed(self) -> Saved | None:
+        """Go on with the save in progress; no rank's writer is busy.
+
+        Returns:
+            The checkpoint if it is complete now.
+
+        Raises:
+            CheckpointError: the save failed. Every rank raises it.
+        """
+        save = self._save
+        assert save is not None
+        if not save.parts_written:
+            self._collect(save, self._commit_later)
+            return None
+        self._save = None
+        return self._conclude(save)
+
+    def finish(self) -> Saved | None:
+        """Wait for the save in progress, if there is one. Return it.
+
+        Raises:
+            CheckpointError: the save failed. Every rank raises it.
+        """
+        saved = None
+        while (save := self._save) is not None:
+            if save.result is None:
+                save.result = self._attempt(save, self._of_writer().wait)
+            saved = self.proceed()
+        return saved
+
+    def close(self) -> None:
+        """End the writer process. A save in progress is lost."""
+        self._end_writer()
+        self._save = None
+
+    def _end_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    # -- a save ------------------------------------------------------------------------------
+
+    def _begin(self, folder: Path, content: Contribution, *, wait: bool) -> tuple[str, bool]:
+        """Agree on a save.
+
+        Returns:
+            Its name, and whether it is written in the background.
+        """
         if self._ranks.is_rank_zero:
-            with contextlib.suppress(OSError):  # a full or read-only disk: writing fails below
-                remove_leftovers(self._run.checkpoints)
-        save = new_save()
-        numbers = collectives.gather_numbers(content.structure, int(save, 16))
+            self._directory.remove_leftovers()
+        mine = (content.structure, int(new_save(), 16), content.image.bytes, self._staging)
+        numbers = collectives.gather_numbers(*mine)
         different = [rank for rank, each in enumerate(numbers) if each[0] != numbers[0][0]]
         if different:
             raise CheckpointError(
-                f"cannot write checkpoint {self._run.checkpoint(step).name}: the names, types or "
-                f"shapes of the state on {few(different)} differ from those on rank 0",
+                f"cannot write checkpoint {folder.name}: the names, types or shapes of the state "
+                f"on rank {few(different)} differ from those on rank 0",
                 code="checkpoint.ranks-differ",
             )
-        return f"{numbers[0][1]:08x}"
+        large = max(size for _, _, size, _ in numbers) >= _SMALL
+        fits = all(size <= staging for _, _, size, staging in numbers)
+        if large and not fits and not wait and self._staging:
+            self._warn_once(max(size for _, _, size, _ in numbers))
+        return f"{numbers[0][1]:08x}", large and fits and not wait
 
-    def _write_part(self, folder: Path, save: str, content: Contribution) -> tuple[str, Entry]:
-        name, temporary = part_name(self._ranks.rank), aside(folder, save)
-        temporary.mkdir(parents=True, exist_ok=True)
-        entry = write_part(temporary / name, content.image)
-        if self._remote is not None:
-            self._remote.upload(temporary / name, folder.name, save)
-        return name, entry
+    def _warn_once(self, size: int) -> None:
+        if not self._warned and self._ranks.is_rank_zero:
+            logger.warning(
+                "checkpoints are written while training waits: a copy of a rank's state takes "
+                "%.1f GB, and checkpoint.staging allows %.1f GB for each rank of this host",
+                size / 1e9,
+                self._staging / 1e9,
+            )
+        self._warned = True
 
-    def _commit(
-        self,
-        folder: Path,
-        save: str,
-        entries: dict[str, Entry],
-        content: Contribution,
-        about: dict[str, Any],
-    ) -> None:
-        commit(folder, save, entries, content.texts, about)
-        if self._remote is not None:
-            for name in content.texts:
-                self._remote.upload(folder / name, folder.name, save)
-            self._remote.commit(folder)
-        self._remove_old(folder)
+    def _stage(self, save: _Save, content: Contribution) -> None:
+        if self._writer is None:
+            self._writer = Writer(self._directory, self._ranks.rank)
+        self._writer.write(save.folder, save.name, content.image)
 
-    def _attempt(self, folder: Path, action: Callable[[], Value]) -> Value | _Failure:
+    def _collect(self, save: _Save, commit: Callable[[_Save, dict[str, Entry]], None]) -> None:
+        """Collect what all ranks have written; on rank 0, let the manifest be written."""
+        everyone = collectives.gather_to_zero(save.result)
+        save.parts_written = True
+        save.result = True
+        if not self._ranks.is_rank_zero:
+            return
+        failed = [each for each in everyone if isinstance(each, _Failure)]
+        if failed:
+            save.result = failed[0]
+            return
+        entries = {
+            part_name(rank): each for rank, each in enumerate(everyone) if isinstance(each, Entry)
+        }
+        save.bytes = sum(entry.bytes for entry in entries.values())
+        commit(save, entries)
+
+    def _commit_now(self, save: _Save, entries: dict[str, Entry]) -> None:
+        def commit() -> bool:
+            self._directory.commit(save.folder, save.name, entries, save.texts, save.about)
+            return True
+
+        save.result = self._attempt(save, commit)
+
+    def _commit_later(self, save: _Save, entries: dict[str, Entry]) -> None:
+        facts = {
+            "entries": {name: asdict(each) for name, each in entries.items()},
+            "texts": save.texts,
+            "about": save.about,
+        }
+        writer = self._of_writer()
+        save.result = self._attempt(save, lambda: writer.commit(save.folder, save.name, facts))
+
+    def _conclude(self, save: _Save) -> Saved:
+        failure = save.result if isinstance(save.result, _Failure) else None
+        size, failure = collectives.from_zero((save.bytes, failure))
+        if self._ranks.local_rank == 0:
+            self._directory.discard(save.folder, save.name)
+        if failure is not None:
+            raise failure.error()
+        return Saved(save.folder, size, time.monotonic() - save.started)
+
+    def _of_writer(self) -> Writer:
+        assert self._writer is not None
+        return self._writer
+
+    def _attempt(self, save: _Save, action: Callable[[], Value]) -> Value | _Failure:
         """Run an action of one rank. The others wait for its result, also if it fails."""
         try:
             return action()
         except Exception as error:
-            explained = _explained(folder, error)
-            return _Failure(str(explained), explained.code)
+            self._end_writer()  # the next save starts another
+            failed = explained(save.folder, error)
+            return _Failure(str(failed), failed.code)
 
     def keep_as(self, folder: Path, name: str) -> None:
         """Keep a checkpoint under a second name, which retention does not remove."""
-
-        def copy() -> None:
-            if self._remote is None:
-                copy_checkpoint(folder, folder.with_name(name))
-            else:
-                self._remote.copy(folder.name, name)
-
         failure = None
         if self._ranks.is_rank_zero:
-            failure = self._attempt(folder.with_name(name), copy)
+            try:
+                self._directory.copy(folder, name)
+            except Exception as error:
+                failed = explained(folder.with_name(name), error)
+                failure = _Failure(str(failed), failed.code)
         failure = collectives.from_zero(failure)
         if failure is not None:
             raise failure.error()
@@ -180,15 +317,14 @@ class CheckpointStore:
         rejected: dict[Path, str] = {}
         names: list[str] = []
         if self._ranks.is_rank_zero:
-            with contextlib.suppress(OSError):  # a read-only directory can still be read
-                remove_leftovers(self._run.checkpoints)
-            names = [folder.name for folder in self._candidates()]
-            if self._remote is not None:
-                self._remote.remove_leftovers()
-        for folder in (self._run.checkpoints / name for name in collectives.from_zero(names)):
+            self._directory.remove_leftovers(remote=True)
+            names = [folder.name for folder in self._directory.newest_first()]
+        checkpoints = self._directory.run.checkpoints
+        for folder in (checkpoints / name for name in collectives.from_zero(names)):
             loaded, reason = self._try(folder, apply, rejected)
             if reason is None:
-                self._set_aside(rejected)
+                if self._ranks.is_rank_zero:
+                    self._directory.set_aside(rejected)
                 if loaded is not None and not keep_open:
                     loaded.close()
                 return loaded
@@ -201,22 +337,9 @@ class CheckpointStore:
         raise CheckpointError(
             f"none of the {len(rejected)} checkpoints can be used, and starting again at step 0 "
             f"would hide that:{listed}\nto start again, move them away; they are in "
-            f"{self._location}",
+            f"{self._directory.location}",
             code="checkpoint.none-loads",
         )
-
-    @property
-    def _location(self) -> str:
-        url = self._run.url
-        return str(self._run.checkpoints) if url is None else f"{url}/checkpoints"
-
-    def _candidates(self) -> list[Path]:
-        if self._remote is not None:
-            return sorted(self._remote.folders(), key=_step_of, reverse=True)
-        if not self._run.checkpoints.is_dir():
-            return []
-        found = [path for path in self._run.checkpoints.iterdir() if _NAME.fullmatch(path.name)]
-        return sorted(found, key=_step_of, reverse=True)
 
     def _try(
         self, folder: Path, apply: Callable[[Loaded], None], rejected: dict[Path, str]
@@ -232,14 +355,13 @@ class CheckpointStore:
         loaded: list[Loaded] = []
 
         def verify() -> None:
-            if self._remote is not None:
-                self._remote.fetch(folder)
+            self._directory.fetch(folder)
             opened.append(files.enter_context(OpenCheckpoint(folder)))
             opened[0].verify(self._ranks.rank, self._ranks.world_size)
 
         def load() -> None:
             state, progress = read(opened[0])
-            if progress.get("step") != _step_of(folder):
+            if progress.get("step") != step_of(folder):
                 raise CheckpointError(
                     f"it belongs to step {progress.get('step')!r:.40}",
                     code="checkpoint.wrong-directory",
@@ -253,33 +375,6 @@ class CheckpointStore:
                 return None, reason
             loaded[0].close = files.pop_all().close
         return loaded[0], None
-
-    def _set_aside(self, rejected: dict[Path, str]) -> None:
-        """Rename rejected checkpoints; retention would count them and remove intact ones."""
-        if not self._ranks.is_rank_zero:
-            return
-        for folder in rejected:
-            if self._remote is not None:
-                self._remote.reject(folder.name)
-                continue
-            aside = folder.with_name(f"{folder.name}.rejected")
-            try:
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(folder, aside)
-            except OSError as error:
-                logger.warning("cannot rename %s: %s", folder, error.strerror)
-
-    def _remove_old(self, newest: Path) -> None:
-        """Remove old checkpoints; the one that was just written always stays."""
-        others = [folder for folder in self._candidates() if folder != newest]
-        for folder in others[self._keep - 1 :]:
-            if self._remote is not None:
-                self._remote.remove(folder.name)
-            remove_checkpoint(folder)
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
 
 
 def _reason(action: Callable[[], None], *, of_ranks: bool) -> str | None:
@@ -298,34 +393,3 @@ def _reason(action: Callable[[], None], *, of_ranks: bool) -> str | None:
     if of_ranks and len(set(everyone)) > 1:
         everyone = [text and f"rank {rank}: {text}" for rank, text in enumerate(everyone)]
     return "; ".join(text for text in dict.fromkeys(everyone) if text) or None
-
-
-@exchanged
-@dataclass(frozen=True)
-class _Failure:
-    """Why a rank could not write its part."""
-
-    text: str
-    code: str
-
-    def error(self) -> CheckpointError:
-        return CheckpointError(self.text, code=self.code)
-
-
-def _explained(folder: Path, error: Exception) -> CheckpointError:
-    """Return the error of a checkpoint that cannot be written."""
-    what, code = f"cannot write checkpoint {folder.name}: ", "checkpoint.cannot-write"
-    if isinstance(error, DtrainError):
-        return CheckpointError(what + str(error), code=error.code or code)
-    if not isinstance(error, OSError):
-        return CheckpointError(f"{what}{type(error).__name__}: {error}", code=code)
-    what += error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        code = "checkpoint.no-space"
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(folder.parent).free
-            what += (
-                f"; {free / 1e6:,.1f} MB are free there. Free some space, or write less "
-                "(checkpoint.keep, checkpoint.every_steps). The earlier checkpoints are intact"
-            )
-    return CheckpointError(f"{what}\nin {folder.parent}", code=code)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dtrain.errors import CheckpointError
 from dtrain.train import collectives
 from dtrain.train.checkpoint.content import contribution
 from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
@@ -21,7 +23,7 @@ from dtrain.train.checkpoint.state import (
     optimizer_state,
     plain_parameters,
 )
-from dtrain.train.checkpoint.store import CheckpointStore, Loaded
+from dtrain.train.checkpoint.store import CheckpointStore, Loaded, Saved
 from dtrain.train.context import TrainContext
 from dtrain.train.loop.callbacks import Callbacks
 from dtrain.train.loop.progress import Progress
@@ -40,23 +42,60 @@ class Checkpoints:
     def __init__(self, context: TrainContext, events: Events) -> None:
         self._context = context
         self._events = events
-        keep = context.spec.checkpoint.keep
-        self._store = CheckpointStore(context.run, context.ranks, keep)
+        self._spec = spec = context.spec.checkpoint
+        self._store = CheckpointStore(context.run, context.ranks, spec.keep, spec.staging)
         self.saved_step: int | None = None
-        """The step of the checkpoint that was written or read last."""
+        """The step of the checkpoint that was saved or read last; it may still be being written."""
         self.folder: Path | None = None
-        """The directory of that checkpoint."""
+        """The directory of the last checkpoint that is complete."""
+        self.on_saved: Callable[[Path], None] = lambda folder: None
+        """Called with the directory of each checkpoint once it is on disk."""
+        self._complete_step: int | None = None
+        """The step of the last checkpoint that is complete."""
+        self._best_is_due = False
+        self._stop_s = 0.0
+        """How long the training stood still for the save in progress."""
+
+    def may_begin(self, step: int, *, urgent: bool) -> bool:
+        """Make sure that no save is in progress. Return False to skip the save of this step.
+
+        Args:
+            step: the number of optimizer steps done.
+            urgent: whether to wait, also if the job says to skip.
+        """
+        if not self._store.saving:
+            return True
+        if self._spec.busy == "skip" and not urgent:
+            before = self.saved_step
+            logger.info(
+                "no checkpoint after step %d: that of step %s is being written", step, before
+            )
+            self._events.write("checkpoint_skipped", step=step, writing=before)
+            return False
+        started = time.monotonic()
+        self.finish()
+        self._events.write(
+            "checkpoint_waited", step=step, seconds=round(time.monotonic() - started, 3)
+        )
+        return True
 
     def write(
-        self, step: int, state: dict[str, Any], own: dict[str, Any], progress: dict[str, Any]
+        self,
+        step: int,
+        state: dict[str, Any],
+        own: dict[str, Any],
+        progress: dict[str, Any],
+        *,
+        wait: bool,
     ) -> None:
-        """Write a checkpoint.
+        """Write a checkpoint; a large one while the training goes on.
 
         Args:
             step: the number of optimizer steps done.
             state: trees of state by name, the same on all ranks; tensors may be sharded.
             own: more trees by name, of which those of rank 0 are saved.
             progress: the progress as plain JSON.
+            wait: whether to return when it is on disk.
 
         Raises:
             CheckpointError: it cannot be written. Then no part of it is left behind.
@@ -70,17 +109,68 @@ class Checkpoints:
         }
         ranks = self._context.ranks
         content = contribution(state, own, progress, ranks.rank, ranks.world_size)
-        self.folder, size = self._store.save(step, content, about)
         self.saved_step = step
-        seconds = time.monotonic() - started
-        logger.info("saved %s: %.1f MB in %.2f s", self.folder.name, size / 1e6, seconds)
+        with self._policy():
+            saved = self._store.save(step, content, about, wait=wait)
+            self._stop_s = time.monotonic() - started
+            self._completed(saved)
+
+    def writing(self) -> bool:
+        """Return whether this rank is still writing. Only this method is not called by all."""
+        return self._store.writing()
+
+    def proceed(self, *, busy: bool) -> None:
+        """Complete the save in progress if it is time, at a step boundary.
+
+        Args:
+            busy: whether any rank was still writing. No save has begun since that was asked.
+        """
+        if self._store.saving and not busy:
+            with self._policy():
+                self._completed(self._store.proceed())
+
+    def finish(self) -> None:
+        """Wait until the save in progress is complete."""
+        with self._policy():
+            self._completed(self._store.finish())
+
+    def close(self) -> None:
+        """End the process that writes. A save in progress is lost."""
+        self._store.close()
+
+    @contextlib.contextmanager
+    def _policy(self) -> Iterator[None]:
+        """Act as `checkpoint.on_error` says if a save fails."""
+        try:
+            yield
+        except CheckpointError as error:
+            step, self.saved_step = self.saved_step, self._complete_step
+            self._best_is_due = False
+            if self._spec.on_error == "stop":
+                raise
+            self._events.write("checkpoint_failed", step=step, code=error.code, detail=str(error))
+            if self._context.ranks.is_rank_zero:
+                logger.warning("%s\ntraining goes on without it (checkpoint.on_error)", error)
+
+    def _completed(self, saved: Saved | None) -> None:
+        """Report a checkpoint that is complete, if there is one."""
+        if saved is None:
+            return
+        self.folder, self._complete_step = saved.folder, self.saved_step
+        megabytes, seconds = saved.bytes / 1e6, saved.seconds
+        logger.info("saved %s: %.1f MB in %.2f s", saved.folder.name, megabytes, seconds)
         self._events.write(
             "checkpoint_saved",
-            step=step,
-            checkpoint=self.folder.name,
-            bytes=size,
+            step=self.saved_step,
+            checkpoint=saved.folder.name,
+            bytes=saved.bytes,
             seconds=round(seconds, 3),
+            stop_seconds=round(self._stop_s, 3),
         )
+        self.on_saved(saved.folder)
+        if self._best_is_due:
+            self._best_is_due = False
+            self._store.keep_as(saved.folder, "best")
 
     def read_newest(
         self, apply: Callable[[Loaded], None], *, keep_open: bool = False
@@ -94,7 +184,8 @@ class Checkpoints:
 
     def tell_resumed(self, loaded: Loaded, progress: Progress) -> None:
         """Report which checkpoint a training resumed from."""
-        self.saved_step, self.folder = progress.step, loaded.folder
+        self.saved_step = self._complete_step = progress.step
+        self.folder = loaded.folder
         logger.info("resumed from %s, after %d steps", loaded.folder.name, progress.step)
         self._events.write(
             "resumed",
@@ -105,10 +196,14 @@ class Checkpoints:
             rejected=loaded.rejected,
         )
 
-    def keep_best(self) -> None:
-        """Keep the checkpoint that was written or read last as the best one."""
-        assert self.folder is not None
-        self._store.keep_as(self.folder, "best")
+    def keep_best(self, step: int) -> None:
+        """Keep the checkpoint of a step, which was just saved, as the best one."""
+        if self._store.saving:
+            self._best_is_due = True
+        elif self._complete_step == step:
+            assert self.folder is not None
+            with self._policy():
+                self._store.keep_as(self.folder, "best")
 
 
 class Saver(Checkpoints):
@@ -126,6 +221,7 @@ class Saver(Checkpoints):
         super().__init__(context, events)
         self._parts = parts
         self._callbacks = callbacks
+        self.on_saved = callbacks.saved
         self._kept = kept
         self._data = data
         named = plain_parameters(parts.model).items()
@@ -136,13 +232,16 @@ class Saver(Checkpoints):
         self._not_restored: list[str] = []
         """State that only the checkpoint or only this training has, one sentence each."""
 
-    def save(self, progress: Progress) -> bool:
-        """Write a checkpoint unless this step has one. Return whether one was written.
+    def save(self, progress: Progress, *, wait: bool, urgent: bool) -> None:
+        """Save a checkpoint unless this step has one. All ranks call it.
 
-        All ranks call it.
+        Args:
+            progress: the progress to save.
+            wait: whether to return when it is on disk.
+            urgent: whether to save even if another save is in progress, and the job says to skip.
         """
-        if self.saved_step == progress.step:
-            return False
+        if self.saved_step == progress.step or not self.may_begin(progress.step, urgent=urgent):
+            return
         random = collectives.gather_to_zero(RandomState.capture().to_saved())
         settings = self._settings.to_saved()
         extras = {**self.small_states(), "random": random, "settings": settings}
@@ -152,8 +251,8 @@ class Saver(Checkpoints):
             "optimizer": optimizer_state(parts.model, parts.optimizer),
             **self._kept.to_saved(),
         }
-        self.write(progress.step, state, {"extras": extras}, progress.to_saved(self._data))
-        return True
+        saved = progress.to_saved(self._data)
+        self.write(progress.step, state, {"extras": extras}, saved, wait=wait)
 
     def resume(self) -> Progress | None:
         """Restore the newest intact checkpoint. Return None when the run has none yet.

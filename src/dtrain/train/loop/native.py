@@ -45,6 +45,7 @@ class NativeTrainer:
                 if rollbacks > self._context.spec.checks.max_rollbacks:
                     raise rollback.error from None
                 logger.warning("%s\ngoing back to the newest checkpoint", rollback)
+                training.finish_saving()
             except (Exception, SystemExit) as error:
                 explained = loader_process.explained(error)
                 set_step(explained or error, training.progress.step + 1)

@@ -39,6 +39,8 @@ class StepFlags(NamedTuple):
     """Whether a checkpoint is due by the clock of rank 0."""
     end: float
     """The number of ranks on which a callback asked for the end of training."""
+    writing: float
+    """The number of ranks that are still writing a checkpoint."""
     position: float
     """`GlobalBatch.fingerprint`, to check that all ranks did the same step."""
 

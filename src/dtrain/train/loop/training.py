@@ -127,7 +127,7 @@ class Training:
             parts, self._strategy, context.spec.train, context.device, self._checks.finite
         )
         self._saver.begin_random(self.progress)
-        self._asked = StepFlags(0.0, 0.0, 0.0, 0.0)
+        self._asked = StepFlags(*[0.0] * 5)
         """The flags of the last step, summed over all ranks."""
 
     def begin(self) -> bool:
@@ -143,7 +143,7 @@ class Training:
         if not (complete and self._evaluate_at_end()):
             return self._stop()
         self._injector.end(self._state, self.progress.step)
-        self._save()
+        self._save(wait=True)
         self.callbacks.end()
         result = self._result(parameters_sha256=parameters_sha256(self.parts.model))
         self._report.finished(result)
@@ -151,6 +151,7 @@ class Training:
 
     def close(self) -> None:
         """Release everything that holds processes, files or the wrapped model."""
+        self._saver.close()
         self._strategy.close()
         self.data.close()
         self._report.close()
@@ -199,6 +200,7 @@ class Training:
         self.data.agree(batch, outcome.flags.position)
         progress.step += 1
         progress.position = batch.after
+        self._saver.proceed(busy=outcome.flags.writing > 0)
         self._record(batch.epoch, outcome)
         if outcome.skipped:
             self._events.write("step_skipped", step=progress.step, loss=outcome.loss)
@@ -247,6 +249,7 @@ class Training:
             stop=self._context.stop.reason is not None,
             save=self._context.ranks.is_rank_zero and self._schedule.save_overdue(),
             end=self.callbacks.view.ending is not None,
+            writing=self._saver.writing(),
             position=batch.fingerprint,
         )
 
@@ -261,28 +264,36 @@ class Training:
     def save_if_due(self) -> bool:
         """Save after a step if all ranks agreed to. Return True."""
         if self._asked.save or self._schedule.save_due(self.progress):
-            self._save()
+            self._save(wait=self.callbacks.view.over)
             self._schedule.saved()
         return True
 
-    def _save(self) -> bool:
-        """Write a checkpoint after checking the data and the state that it is made of.
+    def _save(self, *, wait: bool = False, urgent: bool = False) -> bool:
+        """Save a checkpoint after checking the data and the state that it is made of.
+
+        Args:
+            wait: whether to return when it is on disk.
+            urgent: whether to save even if another save is in progress.
 
         Returns:
             False if a check found an error and the job does not ask to end training for it.
         """
+        if wait:
+            self._saver.finish()
         self.data.check()
         if not self._checks.before_save(self.progress.step):
             return False
         self.progress.feed = self.data.state_dict()
-        if self._saver.save(self.progress):
-            assert self._saver.folder is not None
-            self.callbacks.saved(self._saver.folder)
+        self._saver.save(self.progress, wait=wait, urgent=wait or urgent)
         return True
 
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint that is being written is complete."""
+        self._saver.finish()
+
     def _keep_best(self) -> None:
-        if self._save():
-            self._saver.keep_best()
+        if self._save(urgent=True):
+            self._saver.keep_best(self.progress.step)
 
     def _evaluate(self) -> bool:
         """Evaluate, and let callbacks decide whether training ends.
@@ -344,7 +355,7 @@ class Training:
 
     def _stop(self) -> TrainResult:
         """Save and stop on all ranks together, because one of them was asked to stop."""
-        self._save()
+        self._save(wait=True)
         reasons = collectives.gather_to_all(self._context.stop.reason)
         rank, reason = next((r, why) for r, why in enumerate(reasons) if why is not None)
         self._report.left(self.progress, reason, rank)

@@ -103,7 +103,7 @@ class Fit(pl.Callback):
         """The number of samples of all processes in this step so far, and of this process's
         current batch."""
         self._mid_epoch = self.progress.position.consumed > 0
-        self._flags = {"stop": False, "save": False, "end": False}
+        self._flags = {"stop": False, "save": False, "end": False, "writing": False}
         self._best_is_due = False
         self._validation_pending = False
         self._begun = False
@@ -145,8 +145,13 @@ class Fit(pl.Callback):
             more = {"return_predictions": False} if stage == "predict" else {"verbose": False}
             getattr(self._trainer, stage)(self._module, datamodule=self._data_module, **more)
 
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint that is being written is complete."""
+        self._checkpoints.finish()
+
     def close(self) -> None:
         """End loader processes, and release the module's wrapper."""
+        self._checkpoints.close()
         if self._loaded is not None:
             self._loaded.close()
         self._reading.close()
@@ -244,6 +249,7 @@ class Fit(pl.Callback):
         first = optimizers[0] if optimizers else None
         self._view = View(context, pl_module, first, self._report.note, self._keep_best)
         self._callbacks = Callbacks(context, self._view, evaluates=trainer.enable_validation)
+        self._checkpoints.on_saved = self._callbacks.saved
         if self._loaded is not None:
             self._restore(self._loaded)
         self._callbacks.start(self.progress)
@@ -395,6 +401,7 @@ class Fit(pl.Callback):
         if self._context.ranks.world_size > 1:
             broadcast_buffers(list(self._module.buffers()))
         loss = self._exchange()
+        self._checkpoints.proceed(busy=self._flags["writing"])
         self._record(epoch, loss)
         self._checks.step_ended(progress.step, ends_epoch=ends_epoch)
         self._view.batch_size = samples
@@ -412,6 +419,7 @@ class Fit(pl.Callback):
             self._context.stop.reason is not None,
             self._context.ranks.is_rank_zero and self._schedule.save_overdue(),
             self._view.ending is not None,
+            self._checkpoints.writing(),
         ]
         total, weight, *counts = _summed([total, weight, *map(float, requests)])
         self._flags = dict(zip(self._flags, (each > 0 for each in counts), strict=True))
@@ -473,21 +481,32 @@ class Fit(pl.Callback):
         best, self._best_is_due = self._best_is_due, False
         due = self._flags["save"] or self._schedule.save_due(self.progress)
         if best or due:
-            saved = self._save()
-            if best and saved:
-                self._checkpoints.keep_best()
+            if self._save(urgent=best) and best:
+                self._checkpoints.keep_best(self.progress.step)
             self._schedule.saved()
         if self._mid_epoch:
             self._checks.between_steps()
 
-    def _save(self, *, validation_pending: bool = False) -> bool:
-        """Write a checkpoint unless this step has one; return whether the state is good."""
+    def _save(
+        self, *, wait: bool = False, urgent: bool = False, validation_pending: bool = False
+    ) -> bool:
+        """Save a checkpoint unless this step has one; return whether the state is good.
+
+        Args:
+            wait: whether to return when it is on disk.
+            urgent: whether to save even if another save is in progress.
+            validation_pending: whether Lightning has to validate after a resume.
+        """
         placed, progress = self._reading.placed, self.progress
+        if wait:
+            self._checkpoints.finish()
         if placed is not None:
             placed.feed.check()
         if not self._checks.before_save(progress.step):
             return False
         if self._checkpoints.saved_step == progress.step:
+            return True
+        if not self._checkpoints.may_begin(progress.step, urgent=wait or urgent):
             return True
         if placed is not None:
             progress.feed = placed.feed.state_dict()
@@ -504,11 +523,8 @@ class Fit(pl.Callback):
         with self._strategy.keeping_shards():
             state = dumped(self._trainer, mid_epoch=self._mid_epoch or validation_pending)
         own = {"lightning": state.pop("lightning"), "extras": extras}
-        self._checkpoints.write(
-            progress.step, state, own, progress.to_saved(self._reading.identity)
-        )
-        assert self._checkpoints.folder is not None
-        self._callbacks.saved(self._checkpoints.folder)
+        saved = progress.to_saved(self._reading.identity)
+        self._checkpoints.write(progress.step, state, own, saved, wait=wait)
         return True
 
     def _keep_best(self) -> None:
@@ -516,7 +532,7 @@ class Fit(pl.Callback):
 
     def _stop(self, *, validation_pending: bool) -> None:
         self._report.last_step()
-        self._save(validation_pending=validation_pending)
+        self._save(wait=True, validation_pending=validation_pending)
         reasons = collectives.gather_to_all(self._context.stop.reason)
         rank, reason = next((r, why) for r, why in enumerate(reasons) if why is not None)
         self._report.left(self.progress, reason, rank)
@@ -530,8 +546,8 @@ class Fit(pl.Callback):
             self.progress.stopped_early = True
         self._validate_at_end()
         self._injector.end(self._state, self.progress.step)
-        if self._save() and self._best_is_due:
-            self._checkpoints.keep_best()
+        if self._save(wait=True) and self._best_is_due:
+            self._checkpoints.keep_best(self.progress.step)
         self._callbacks.end()
         self._result = self._as_result(parameters_sha256=parameters_sha256(self._module))
 

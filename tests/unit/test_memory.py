@@ -5,8 +5,8 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from dtrain.node import memory
-from dtrain.node.memory import Memory
+from dtrain import memory
+from dtrain.memory import Memory
 
 
 def test_what_is_told_is_this_hosts(monkeypatch: pytest.MonkeyPatch) -> None:

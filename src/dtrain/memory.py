@@ -1,4 +1,4 @@
-"""Facts about memory when a rank is killed: SIGKILL alone does not show why."""
+"""Facts about this host's memory: how much there is, and why a rank was killed."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ class Memory:
         if self.swapped() > peak / 10:
             text += f", and {_gb(self.swapped())} were swapped meanwhile"
         return text
+
+
+def total() -> int:
+    """Return the memory that this process can have, in bytes: the host's, or the limit below it."""
+    here = 1024 * _numbers(Path("/proc/meminfo")).get("MemTotal", 0)
+    limit = _limit()
+    return here if limit is None else min(here, limit)
 
 
 def _kills() -> int:

@@ -1,0 +1,168 @@
+"""The checkpoints of a run as files: in its directory, and at its URL. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dtrain.errors import CheckpointError, DtrainError
+from dtrain.run.manifest import Entry
+from dtrain.run.remote.checkpoints import RemoteCheckpoints
+from dtrain.run.rundir import RunDir
+from dtrain.train.checkpoint import files
+from dtrain.train.checkpoint.blocks import write_file
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-\d{8,}")
+
+
+class CheckpointDirectory:
+    """The checkpoints of one run, for one process.
+
+    Args:
+        run: the run.
+        keep: how many of the newest checkpoints are kept.
+    """
+
+    def __init__(self, run: RunDir, keep: int) -> None:
+        self.run = run
+        self.keep = keep
+        self._remote = RemoteCheckpoints.of(run)
+
+    @property
+    def location(self) -> str:
+        url = self.run.url
+        return str(self.run.checkpoints) if url is None else f"{url}/checkpoints"
+
+    def newest_first(self) -> list[Path]:
+        """Return the directories of the checkpoints of steps."""
+        if self._remote is not None:
+            found = self._remote.folders()
+        elif self.run.checkpoints.is_dir():
+            found = [path for path in self.run.checkpoints.iterdir() if _NAME.fullmatch(path.name)]
+        else:
+            found = []
+        return sorted(found, key=step_of, reverse=True)
+
+    def remove_leftovers(self, *, remote: bool = False) -> None:
+        """Remove what killed writers have left; at the URL too if `remote` is set."""
+        with contextlib.suppress(OSError):  # a read-only directory can still be read
+            files.remove_leftovers(self.run.checkpoints)
+        if remote and self._remote is not None:
+            self._remote.remove_leftovers()
+
+    def write(self, folder: Path, save: str, rank: int, pieces: Iterable[Any]) -> Entry:
+        """Write the part of a rank, and upload it.
+
+        Args:
+            folder: the directory of the checkpoint.
+            save: the name of the save.
+            rank: the rank.
+            pieces: buffers with the content of the file.
+
+        Raises:
+            OSError: the file system or the URL reported an error.
+        """
+        name, temporary = files.part_name(rank), files.aside(folder, save)
+        temporary.mkdir(parents=True, exist_ok=True)
+        entry = write_file(temporary / name, pieces)
+        if self._remote is not None:
+            self._remote.upload(temporary / name, folder.name, save)
+        return entry
+
+    def commit(
+        self,
+        folder: Path,
+        save: str,
+        entries: Mapping[str, Entry],
+        texts: Mapping[str, str],
+        about: Mapping[str, Any],
+    ) -> None:
+        """Make a checkpoint exist, of which every rank has written its part; remove old ones.
+
+        Raises:
+            OSError: the file system or the URL reported an error.
+        """
+        files.commit(folder, save, entries, texts, about)
+        if self._remote is not None:
+            for name in texts:
+                self._remote.upload(folder / name, folder.name, save)
+            self._remote.commit(folder)
+        others = [each for each in self.newest_first() if each != folder]
+        for each in others[self.keep - 1 :]:
+            if self._remote is not None:
+                self._remote.remove(each.name)
+            files.remove_checkpoint(each)
+
+    def discard(self, folder: Path, save: str) -> None:
+        """Remove the parts of a save that this host still has.
+
+        They remain if it failed; and if they are at the URL, on hosts other than rank 0's.
+        """
+        shutil.rmtree(files.aside(folder, save), ignore_errors=True)
+
+    def fetch(self, folder: Path) -> None:
+        """Make sure that a checkpoint is on this host.
+
+        Raises:
+            CheckpointError: it is not complete. The error names the reason.
+        """
+        if self._remote is not None:
+            self._remote.fetch(folder)
+
+    def copy(self, folder: Path, name: str) -> None:
+        """Keep a checkpoint under a second name, which retention does not remove."""
+        if self._remote is None:
+            files.copy_checkpoint(folder, folder.with_name(name))
+        else:
+            self._remote.copy(folder.name, name)
+
+    def set_aside(self, rejected: Iterable[Path]) -> None:
+        """Rename rejected checkpoints; retention would count them and remove intact ones."""
+        for folder in rejected:
+            if self._remote is not None:
+                self._remote.reject(folder.name)
+                continue
+            renamed = folder.with_name(f"{folder.name}.rejected")
+            try:
+                shutil.rmtree(renamed, ignore_errors=True)
+                os.rename(folder, renamed)
+            except OSError as error:
+                logger.warning("cannot rename %s: %s", folder, error.strerror)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+class WriteError(CheckpointError):
+    """A checkpoint cannot be written. The message names it."""
+
+
+def explained(folder: Path, error: Exception) -> WriteError:
+    """Return the error of a checkpoint that cannot be written, with the reason."""
+    if isinstance(error, WriteError):
+        return error
+    what, code = f"cannot write checkpoint {folder.name}: ", "checkpoint.cannot-write"
+    if isinstance(error, DtrainError):
+        return WriteError(what + str(error), code=error.code or code)
+    if not isinstance(error, OSError):
+        return WriteError(f"{what}{type(error).__name__}: {error}", code=code)
+    what += error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        code = "checkpoint.no-space"
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(folder.parent).free
+            what += (
+                f"; {free / 1e6:,.1f} MB are free there. Free some space, or write less "
+                "(checkpoint.keep, checkpoint.every_steps). The earlier checkpoints are intact"
+            )
+    return WriteError(f"{what}\nin {folder.parent}", code=code)

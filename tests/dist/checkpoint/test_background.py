@@ -1,0 +1,197 @@
+"""Checkpoints that a process of their own writes while the training goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dtrain.errors import CheckpointError
+from dtrain.integrations.lightning.trainer import LightningTrainer
+from dtrain.run.rundir import RunDir
+from dtrain.testing import run_ranks
+from dtrain.train.checkpoint import store
+from dtrain.train.checkpoint.content import read_checkpoint
+from dtrain.train.checkpoint.parts import Image
+from dtrain.train.checkpoint.writer import Staging, Writer
+from dtrain.train.loop.native import NativeTrainer
+from support.errors import raises
+from support.lightning_fit import fit
+from support.trainings import Outcome, job, lines, train
+
+ALL = [2, 4, 6, 8, 10]
+
+
+class Held(Writer):
+    """A writer whose first process stands still from its start, until `then`."""
+
+    first = True
+    then: Callable[[int], None] = staticmethod(lambda pid: None)
+    after_s = 0.5
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        if Held.first:
+            Held.first = False
+            os.kill(self._process.pid, signal.SIGSTOP)
+            threading.Timer(Held.after_s, Held.then, (self._process.pid,)).start()
+
+
+def in_background(
+    spec: Any, folder: Path, writer: type[Writer] = Writer, then: Any = None, **more: Any
+) -> Outcome:
+    """Train with the smallest state written in the background too."""
+    store._SMALL = 0
+    store.Writer = writer  # type: ignore[misc]
+    if then is not None:
+        Held.then = staticmethod(then)
+    return train(spec, folder, **more)
+
+
+def resumes(pid: int) -> None:
+    os.kill(pid, signal.SIGCONT)
+
+
+def dies(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def steps(folder: Path, event: str) -> list[int]:
+    return [line["step"] for line in lines(folder, "events") if line["event"] == event]
+
+
+def states(folder: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    for path in sorted((folder / "checkpoints").glob("step-*")):
+        state, _ = read_checkpoint(path)
+        tensors = dict(state["model"])
+        for name, values in state["optimizer"]["state"].items():
+            tensors |= {f"{name}.{key}": value for key, value in values.items()}
+        yield path.name, tensors
+
+
+@pytest.mark.parametrize("trainer", [NativeTrainer, LightningTrainer])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_they_are_those_that_training_waits_for(
+    strategy: str, trainer: type[NativeTrainer], tmp_path: Path
+) -> None:
+    """The state is that of the step, though training changes it while it is written."""
+    checkpoint = {"every_steps": 2, "keep": 9}
+    for name, staging in (("waits", 0), ("goes-on", 0.25)):
+        spec = job(strategy, {"optimizer": "adamw"}, checkpoint={**checkpoint, "staging": staging})
+        run_ranks(in_background, 2, spec, tmp_path / name, trainer_class=trainer)
+    assert steps(tmp_path / "goes-on", "checkpoint_saved") == ALL
+    pairs = zip(states(tmp_path / "waits"), states(tmp_path / "goes-on"), strict=True)
+    for (one_name, one), (other_name, other) in pairs:
+        assert one_name == other_name
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), one_name
+
+
+def test_a_run_that_is_killed_goes_on_from_one(tmp_path: Path) -> None:
+    args = {"optimizer": "adamw", "dropout": 0.2}
+    checkpoint = {"every_steps": 2}
+    unbroken = run_ranks(in_background, 2, job("ddp", args), tmp_path / "unbroken")
+    killed = job("ddp", {**args, "crash_after": 7}, checkpoint=checkpoint)
+    run_ranks(in_background, 2, killed, tmp_path / "killed")
+    resumed = run_ranks(in_background, 2, job("ddp", args), tmp_path / "killed")
+    assert steps(tmp_path / "killed", "resumed")[0] in (4, 6)
+    pairs = zip(unbroken, resumed, strict=True)
+    for one, other in pairs:
+        assert one.result is not None
+        assert other.result is not None
+        assert one.result.parameters_sha256 == other.result.parameters_sha256
+
+
+def test_one_that_is_due_meanwhile_waits(tmp_path: Path) -> None:
+    spec = job("ddp", checkpoint={"every_steps": 2, "keep": 9})
+    run_ranks(in_background, 2, spec, tmp_path, Held, resumes)
+    assert steps(tmp_path, "checkpoint_saved") == ALL
+    assert 4 in steps(tmp_path, "checkpoint_waited")
+
+
+def test_one_that_is_due_meanwhile_is_skipped_if_the_job_says_so(tmp_path: Path) -> None:
+    spec = job("ddp", checkpoint={"every_steps": 2, "keep": 9, "busy": "skip"})
+    run_ranks(in_background, 2, spec, tmp_path, Held, resumes)
+    saved, skipped = steps(tmp_path, "checkpoint_saved"), steps(tmp_path, "checkpoint_skipped")
+    assert sorted(saved + skipped) == ALL
+    assert 4 in skipped
+    assert {2, 10} <= set(saved)  # the end waits
+    assert [int(name[-8:]) for name, _ in states(tmp_path)] == saved
+
+
+def test_the_best_is_never_skipped(tmp_path: Path) -> None:
+    spec = job(
+        "ddp",
+        {"held_out": 8, "evaluations": [5.0, 1.0, 2.0, 3.0, 4.0]},
+        eval={"every_steps": 2},
+        checkpoint={"every_steps": 2, "keep": 1, "busy": "skip", "best": {"metric": "loss"}},
+    )
+    run_ranks(in_background, 2, spec, tmp_path, Held, resumes)
+    assert read_checkpoint(tmp_path / "checkpoints" / "best")[1]["step"] == 4
+
+
+def test_a_writer_that_dies_ends_the_training(tmp_path: Path) -> None:
+    spec = job("ddp", checkpoint={"every_steps": 2})
+    with raises("checkpoint.writer-ended", "step-00000002", "signal 9", kind=CheckpointError):
+        run_ranks(in_background, 2, spec, tmp_path, Held, dies)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_writer_that_dies_is_replaced_if_the_job_says_so(tmp_path: Path) -> None:
+    spec = job("ddp", checkpoint={"every_steps": 2, "keep": 9, "on_error": "warn"})
+    run_ranks(in_background, 2, spec, tmp_path, Held, dies)
+    assert steps(tmp_path, "checkpoint_failed") == [2]
+    assert steps(tmp_path, "checkpoint_saved") == ALL[1:]
+
+
+class Flips(Staging):
+    """Memory that loses a bit, on rank 1."""
+
+    def copy(self, image: Image) -> int | None:
+        fd = super().copy(image)
+        if os.environ["RANK"] == "1":
+            self._memory[image.bytes - 3] ^= 4
+        return fd
+
+
+def with_bad_memory(spec: Any, folder: Path) -> Outcome:
+    from dtrain.train.checkpoint import writer
+
+    writer.Staging = Flips  # type: ignore[misc]
+    return in_background(spec, folder)
+
+
+def test_a_copy_that_is_not_the_state_becomes_no_checkpoint(tmp_path: Path) -> None:
+    spec = job("ddp", checkpoint={"every_steps": 2})
+    with raises("checkpoint.copy-differs", "step-00000002", kind=CheckpointError):
+        run_ranks(with_bad_memory, 2, spec, tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_without_room_for_a_copy_training_waits(tmp_path: Path) -> None:
+    spec = job("ddp", checkpoint={"every_steps": 2, "keep": 9, "staging": 1e-9})
+    run_ranks(in_background, 2, spec, tmp_path, None)  # no writer can be made
+    assert steps(tmp_path, "checkpoint_saved") == ALL
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def fit_in_background(folder: Path, *given: Any, **more: Any) -> Any:
+    store._SMALL = 0
+    return fit(folder, *given, **more)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_under_the_loops_of_lightning(strategy: str, tmp_path: Path) -> None:
+    sections = {"strategy": strategy, "checkpoint": {"every_steps": 2, "keep": 9}}
+    once = run_ranks(fit_in_background, 2, tmp_path / "once", "Counting", sections)
+    run_ranks(fit_in_background, 2, tmp_path / "cut", "Counting", sections, stop_after=5)
+    resumed = run_ranks(fit_in_background, 2, tmp_path / "cut", "Counting", sections)
+    assert RunDir(tmp_path / "cut").checkpoint(4).is_dir()
+    for name, value in once[0].parameters.items():
+        assert torch.equal(resumed[0].parameters[name], value)
