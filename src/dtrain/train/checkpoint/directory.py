@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,22 @@ def step_of(folder: Path) -> int:
 
 class WriteError(CheckpointError):
     """A checkpoint cannot be written. The message names it."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A `WriteError` that one process sends to another."""
+
+    text: str
+    code: str
+
+    @classmethod
+    def of(cls, folder: Path, error: Exception) -> Failure:
+        explanation = explained(folder, error)
+        return cls(str(explanation), explanation.code)
+
+    def error(self) -> WriteError:
+        return WriteError(self.text, code=self.code)
 
 
 def explained(folder: Path, error: Exception) -> WriteError:

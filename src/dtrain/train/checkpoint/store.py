@@ -17,7 +17,7 @@ from dtrain.run.manifest import Entry
 from dtrain.run.rundir import RunDir
 from dtrain.train import collectives
 from dtrain.train.checkpoint.content import Contribution, read
-from dtrain.train.checkpoint.directory import CheckpointDirectory, explained, step_of
+from dtrain.train.checkpoint.directory import CheckpointDirectory, Failure, step_of
 from dtrain.train.checkpoint.files import OpenCheckpoint, new_save, part_name
 from dtrain.train.checkpoint.parts import buffers
 from dtrain.train.checkpoint.writer import Writer
@@ -29,6 +29,7 @@ Value = TypeVar("Value")
 logger = logging.getLogger(__name__)
 
 exchanged(Entry)
+exchanged(Failure)
 _SMALL = 8 << 20
 """A part with fewer bytes is written at once: that takes no longer than to hand it over."""
 
@@ -55,18 +56,6 @@ class Saved:
     """The time from the beginning of the save until it was on disk."""
 
 
-@exchanged
-@dataclass(frozen=True)
-class _Failure:
-    """Why a rank could not do its part of a save."""
-
-    text: str
-    code: str
-
-    def error(self) -> CheckpointError:
-        return CheckpointError(self.text, code=self.code)
-
-
 @dataclass
 class _Save:
     """A save in progress."""
@@ -76,7 +65,7 @@ class _Save:
     texts: dict[str, str]
     about: dict[str, Any]
     started: float
-    result: Entry | bool | _Failure | None = None
+    result: Entry | bool | Failure | None = None
     """The result of what this rank's writer does now: its part, then on rank 0 the manifest."""
     bytes: int = 0
     """The bytes of all ranks, on rank 0, once they have written their parts."""
@@ -237,7 +226,7 @@ class CheckpointStore:
         save.result = True
         if not self._ranks.is_rank_zero:
             return
-        failed = [each for each in everyone if isinstance(each, _Failure)]
+        failed = [each for each in everyone if isinstance(each, Failure)]
         if failed:
             save.result = failed[0]
             return
@@ -264,7 +253,7 @@ class CheckpointStore:
         save.result = self._attempt(save, lambda: writer.commit(save.folder, save.name, facts))
 
     def _conclude(self, save: _Save) -> Saved:
-        failure = save.result if isinstance(save.result, _Failure) else None
+        failure = save.result if isinstance(save.result, Failure) else None
         size, failure = collectives.from_zero((save.bytes, failure))
         if self._ranks.local_rank == 0:
             self._directory.discard(save.folder, save.name)
@@ -276,14 +265,13 @@ class CheckpointStore:
         assert self._writer is not None
         return self._writer
 
-    def _attempt(self, save: _Save, action: Callable[[], Value]) -> Value | _Failure:
+    def _attempt(self, save: _Save, action: Callable[[], Value]) -> Value | Failure:
         """Run an action of one rank. The others wait for its result, also if it fails."""
         try:
             return action()
         except Exception as error:
             self._end_writer()  # the next save starts another
-            failed = explained(save.folder, error)
-            return _Failure(str(failed), failed.code)
+            return Failure.of(save.folder, error)
 
     def keep_as(self, folder: Path, name: str) -> None:
         """Keep a checkpoint under a second name, which retention does not remove."""
@@ -292,8 +280,7 @@ class CheckpointStore:
             try:
                 self._directory.copy(folder, name)
             except Exception as error:
-                failed = explained(folder.with_name(name), error)
-                failure = _Failure(str(failed), failed.code)
+                failure = Failure.of(folder.with_name(name), error)
         failure = collectives.from_zero(failure)
         if failure is not None:
             raise failure.error()

@@ -17,7 +17,7 @@ from dtrain.errors import CheckpointError
 from dtrain.forking import Channel
 from dtrain.run.manifest import Entry
 from dtrain.train.checkpoint import writer_process
-from dtrain.train.checkpoint.directory import CheckpointDirectory, WriteError
+from dtrain.train.checkpoint.directory import CheckpointDirectory, Failure
 from dtrain.train.checkpoint.parts import Image, itemsize
 
 _MADV_POPULATE_WRITE = 23
@@ -170,8 +170,7 @@ class Writer:
         if answer is None:
             return None
         if "failed" in answer:
-            text, code = answer["failed"]
-            raise WriteError(text, code=code)
+            raise Failure(**answer["failed"]).error()
         return Entry(**answer["entry"]) if "entry" in answer else True
 
     def _ended(self) -> CheckpointError:

@@ -22,7 +22,7 @@ from dtrain.forking import Channel
 from dtrain.procs import die_with_parent, ignore_stops
 from dtrain.run.manifest import Entry
 from dtrain.run.rundir import RunDir
-from dtrain.train.checkpoint.directory import CheckpointDirectory, explained
+from dtrain.train.checkpoint.directory import CheckpointDirectory, Failure
 from dtrain.train.checkpoint.proof import require_same
 
 
@@ -77,8 +77,7 @@ class _Server:
             texts, about = request["texts"], request["about"]
             directory.commit(folder, request["save"], entries, texts, about)
         except Exception as error:  # the rank has to know of any error
-            error = explained(folder, error)
-            return {"failed": [str(error), error.code]}
+            return {"failed": asdict(Failure.of(folder, error))}
         return {}
 
     def _pieces(self, header: int, pieces: list[Any]) -> Iterator[memoryview]:

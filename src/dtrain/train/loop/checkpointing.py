@@ -157,14 +157,19 @@ class Checkpoints:
         if saved is None:
             return
         self.folder, self._complete_step = saved.folder, self.saved_step
-        megabytes, seconds = saved.bytes / 1e6, saved.seconds
-        logger.info("saved %s: %.1f MB in %.2f s", saved.folder.name, megabytes, seconds)
+        logger.info(
+            "saved %s: %.1f MB in %.2f s, for which training stopped %.2f s",
+            saved.folder.name,
+            saved.bytes / 1e6,
+            saved.seconds,
+            self._stop_s,
+        )
         self._events.write(
             "checkpoint_saved",
             step=self.saved_step,
             checkpoint=saved.folder.name,
             bytes=saved.bytes,
-            seconds=round(seconds, 3),
+            seconds=round(saved.seconds, 3),
             stop_seconds=round(self._stop_s, 3),
         )
         self.on_saved(saved.folder)
