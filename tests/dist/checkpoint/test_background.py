@@ -123,6 +123,8 @@ def test_one_that_is_due_meanwhile_is_skipped_if_the_job_says_so(tmp_path: Path)
     assert 4 in skipped
     assert {2, 10} <= set(saved)  # the end waits
     assert [int(name[-8:]) for name, _ in states(tmp_path)] == saved
+    (counts,) = [line for line in lines(tmp_path, "events") if line["event"] == "checkpoints"]
+    assert (counts["saved"], counts["skipped"]) == (len(saved), len(skipped))
 
 
 def test_the_best_is_never_skipped(tmp_path: Path) -> None:

@@ -130,17 +130,20 @@ class CheckpointStore:
         """Whether a save is in progress."""
         return self._save is not None
 
-    def writing(self) -> bool:
-        """Return whether this rank's writer is busy. Only this method is not called by all."""
+    def state(self) -> tuple[bool, bool]:
+        """Return whether this rank's writer is busy, and whether it has failed.
+
+        Only this method is not called by all ranks.
+        """
         save = self._save
         if save is None:
-            return False
+            return False, False
         if save.result is None:
             save.result = self._attempt(save, self._of_writer().poll)
-        return save.result is None
+        return save.result is None, isinstance(save.result, Failure)
 
     def proceed(self) -> Saved | None:
-        """Go on with the save in progress; no rank's writer is busy.
+        """Go on with the save in progress: no rank's writer is busy, or one has failed.
 
         Returns:
             The checkpoint if it is complete now.
@@ -150,9 +153,12 @@ class CheckpointStore:
         """
         save = self._save
         assert save is not None
+        if save.result is None:  # another rank has failed, so this part is of no use
+            self._end_writer()
         if not save.parts_written:
             self._collect(save, self._commit_later)
-            return None
+            if not collectives.from_zero(isinstance(save.result, Failure)):
+                return None
         self._save = None
         return self._conclude(save)
 

@@ -35,6 +35,8 @@ class Staging:
         self._fd = -1
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._stream: Any = None
+        self._is_pinned = False
+        """Whether a GPU can copy here at full speed."""
 
     def copy(self, image: Image) -> int | None:
         """Copy the content of a file here. Return the descriptor of the memory if it is new."""
@@ -58,6 +60,10 @@ class Staging:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._is_pinned:
+            unpin = torch.cuda.cudart().cudaHostUnregister
+            torch.cuda.check_error(int(unpin(self._memory.data_ptr())))
+            self._is_pinned = False
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def _make(self, size: int) -> None:
@@ -79,16 +85,14 @@ class Staging:
             return
         if self._stream is None:
             self._stream = torch.cuda.Stream(devices.pop())
-        _pin(self._memory)
+        if not self._is_pinned:
+            pin = torch.cuda.cudart().cudaHostRegister
+            torch.cuda.check_error(int(pin(self._memory.data_ptr(), self.size, 0)))
+            self._is_pinned = True
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
         self._stream.synchronize()
-
-
-def _pin(memory: torch.Tensor) -> None:
-    """Pin memory, so that a GPU copies to it at full speed; without effect if it is pinned."""
-    torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
 
 
 class Writer:

@@ -53,8 +53,10 @@ class Checkpoints:
         self._complete_step: int | None = None
         """The step of the last checkpoint that is complete."""
         self._best_is_due = False
-        self._stop_s = 0.0
-        """How long the training stood still for the save in progress."""
+        self._stop_s = self._stops_s = 0.0
+        """How long training stopped for the last save, and for all, in seconds."""
+        self._counts = {"saved": 0, "waited": 0, "skipped": 0, "failed": 0}
+        """The numbers of checkpoints; `waited` for another to be written."""
 
     def may_begin(self, step: int, *, urgent: bool) -> bool:
         """Make sure that no save is in progress. Return False to skip the save of this step.
@@ -71,12 +73,14 @@ class Checkpoints:
                 "no checkpoint after step %d: that of step %s is being written", step, before
             )
             self._events.write("checkpoint_skipped", step=step, writing=before)
+            self._counts["skipped"] += 1
             return False
         started = time.monotonic()
         self.finish()
-        self._events.write(
-            "checkpoint_waited", step=step, seconds=round(time.monotonic() - started, 3)
-        )
+        seconds = time.monotonic() - started
+        self._events.write("checkpoint_waited", step=step, seconds=round(seconds, 3))
+        self._counts["waited"] += 1
+        self._stops_s += seconds
         return True
 
     def write(
@@ -113,19 +117,24 @@ class Checkpoints:
         with self._policy():
             saved = self._store.save(step, content, about, wait=wait)
             self._stop_s = time.monotonic() - started
+            self._stops_s += self._stop_s
             self._completed(saved)
 
-    def writing(self) -> bool:
-        """Return whether this rank is still writing. Only this method is not called by all."""
-        return self._store.writing()
+    def state(self) -> tuple[bool, bool]:
+        """Return whether this rank is still writing, and whether that has failed.
 
-    def proceed(self, *, busy: bool) -> None:
-        """Complete the save in progress if it is time, at a step boundary.
+        Only this method is not called by all ranks.
+        """
+        return self._store.state()
+
+    def proceed(self, *, busy: bool, failed: bool) -> None:
+        """Go on with the save in progress, at a step boundary. No save has begun since `state`.
 
         Args:
-            busy: whether any rank was still writing. No save has begun since that was asked.
+            busy: whether any rank was still writing.
+            failed: whether it has failed on any rank.
         """
-        if self._store.saving and not busy:
+        if self._store.saving and (failed or not busy):
             with self._policy():
                 self._completed(self._store.proceed())
 
@@ -135,8 +144,13 @@ class Checkpoints:
             self._completed(self._store.finish())
 
     def close(self) -> None:
-        """End the process that writes. A save in progress is lost."""
+        """End the process that writes, and report. A save in progress is lost."""
         self._store.close()
+        counts, seconds = self._counts, round(self._stops_s, 3)
+        if any(number for what, number in counts.items() if what != "saved"):
+            shown = ", ".join(f"{number} {what}" for what, number in counts.items())
+            logger.info("checkpoints: %s; training stopped %.2f s for them", shown, seconds)
+            self._events.write("checkpoints", **counts, stop_seconds=seconds)
 
     @contextlib.contextmanager
     def _policy(self) -> Iterator[None]:
@@ -146,6 +160,7 @@ class Checkpoints:
         except CheckpointError as error:
             step, self.saved_step = self.saved_step, self._complete_step
             self._best_is_due = False
+            self._counts["failed"] += 1
             if self._spec.on_error == "stop":
                 raise
             self._events.write("checkpoint_failed", step=step, code=error.code, detail=str(error))
@@ -157,6 +172,7 @@ class Checkpoints:
         if saved is None:
             return
         self.folder, self._complete_step = saved.folder, self.saved_step
+        self._counts["saved"] += 1
         logger.info(
             "saved %s: %.1f MB in %.2f s, for which training stopped %.2f s",
             saved.folder.name,

@@ -41,6 +41,8 @@ class StepFlags(NamedTuple):
     """The number of ranks on which a callback asked for the end of training."""
     writing: float
     """The number of ranks that are still writing a checkpoint."""
+    write_failed: float
+    """The number of ranks on which that has failed."""
     position: float
     """`GlobalBatch.fingerprint`, to check that all ranks did the same step."""
 

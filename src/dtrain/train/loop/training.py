@@ -127,7 +127,7 @@ class Training:
             parts, self._strategy, context.spec.train, context.device, self._checks.finite
         )
         self._saver.begin_random(self.progress)
-        self._asked = StepFlags(*[0.0] * 5)
+        self._asked = StepFlags(*[0.0] * 6)
         """The flags of the last step, summed over all ranks."""
 
     def begin(self) -> bool:
@@ -200,7 +200,8 @@ class Training:
         self.data.agree(batch, outcome.flags.position)
         progress.step += 1
         progress.position = batch.after
-        self._saver.proceed(busy=outcome.flags.writing > 0)
+        flags = outcome.flags
+        self._saver.proceed(busy=flags.writing > 0, failed=flags.write_failed > 0)
         self._record(batch.epoch, outcome)
         if outcome.skipped:
             self._events.write("step_skipped", step=progress.step, loss=outcome.loss)
@@ -245,11 +246,13 @@ class Training:
 
     def _flags(self, batch: GlobalBatch) -> StepFlags:
         """Return this rank's requests for the next step boundary, and its position."""
+        writing, failed = self._saver.state()
         return StepFlags(
             stop=self._context.stop.reason is not None,
             save=self._context.ranks.is_rank_zero and self._schedule.save_overdue(),
             end=self.callbacks.view.ending is not None,
-            writing=self._saver.writing(),
+            writing=writing,
+            write_failed=failed,
             position=batch.fingerprint,
         )
 

@@ -103,7 +103,7 @@ class Fit(pl.Callback):
         """The number of samples of all processes in this step so far, and of this process's
         current batch."""
         self._mid_epoch = self.progress.position.consumed > 0
-        self._flags = {"stop": False, "save": False, "end": False, "writing": False}
+        self._flags = dict.fromkeys(("stop", "save", "end", "busy", "failed"), False)
         self._best_is_due = False
         self._validation_pending = False
         self._begun = False
@@ -401,7 +401,7 @@ class Fit(pl.Callback):
         if self._context.ranks.world_size > 1:
             broadcast_buffers(list(self._module.buffers()))
         loss = self._exchange()
-        self._checkpoints.proceed(busy=self._flags["writing"])
+        self._checkpoints.proceed(busy=self._flags["busy"], failed=self._flags["failed"])
         self._record(epoch, loss)
         self._checks.step_ended(progress.step, ends_epoch=ends_epoch)
         self._view.batch_size = samples
@@ -419,7 +419,7 @@ class Fit(pl.Callback):
             self._context.stop.reason is not None,
             self._context.ranks.is_rank_zero and self._schedule.save_overdue(),
             self._view.ending is not None,
-            self._checkpoints.writing(),
+            *self._checkpoints.state(),
         ]
         total, weight, *counts = _summed([total, weight, *map(float, requests)])
         self._flags = dict(zip(self._flags, (each > 0 for each in counts), strict=True))
