@@ -80,7 +80,10 @@ class Callback:
         """Called after an evaluation with its metrics, which are the same on all ranks."""
 
     def on_checkpoint(self, session: Session, folder: Path) -> None:
-        """Called when a checkpoint is on disk."""
+        """Called when a checkpoint is on disk.
+
+        A large one is written while training goes on, so this may be some steps after its own.
+        """
 
     def on_end(self, session: Session) -> None:
         """Called at the end of a complete training, after the last checkpoint."""
