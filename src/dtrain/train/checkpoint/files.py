@@ -123,11 +123,17 @@ class OpenCheckpoint:
         if name not in self.files:
             raise CheckpointError(f"{name} is missing", code="checkpoint.missing-file")
         try:
-            return files.parse_as(dict[str, Any], self.files[name].read_all(), name)
-        except DamagedError as error:
+            # unlike `files.parse_as`: surrogates stay as they are, and trees may be deep
+            found = json.loads(self.files[name].read_all())
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(
-                f"{name} is damaged: {error.why}", code="checkpoint.damaged-file"
+                f"{name} is damaged: {error!s:.300}", code="checkpoint.damaged-file"
             ) from None
+        if not isinstance(found, dict):
+            raise CheckpointError(
+                f"{name} is damaged: it is no object", code="checkpoint.damaged-file"
+            )
+        return found
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
         """Verify all files. The ranks share the work.

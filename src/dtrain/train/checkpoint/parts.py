@@ -62,8 +62,12 @@ def share(tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) -> li
             not sharded are the same on all ranks.
         rank: this rank.
         world_size: the number of ranks.
+
+    Returns:
+        Replicas first: every rank reads those of all files, and only its shards of the others.
     """
-    pieces = []
+    pieces: list[Piece] = []
+    shards: list[Piece] = []
     whole = [each for each in tensors.values() if not is_part(each)]
     total = sum(each.nbytes for each in whole)
     low, high = total * rank // world_size, total * (rank + 1) // world_size
@@ -72,7 +76,7 @@ def share(tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) -> li
         if is_part(tensor):
             here, offsets = local_box(tensor)
             if here.numel() and _is_first_copy(tensor):
-                pieces.append(Piece(key, shape, offsets, here))
+                shards.append(Piece(key, shape, offsets, here))
         elif tensor.numel() == 0:
             pieces += [Piece(key, shape, (0,) * tensor.ndim, tensor)] if rank == 0 else []
         else:
@@ -82,7 +86,7 @@ def share(tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) -> li
                 pieces.append(Piece(key, shape, (first, *(0,) * tensor.ndim)[: tensor.ndim], data))
             size = tensor.nbytes
             low, high = low - size, high - size
-    return pieces
+    return pieces + shards
 
 
 def _rows_before(position: int, tensor: torch.Tensor) -> int:
@@ -261,6 +265,9 @@ class StoredTensor:
         target = here if chunk.sizes else here.reshape(1)
         overlap = overlap or [(0, 1)]
         starts, origins = chunk.offsets or (0,), offsets or (0,)
+        read_as = self.dtype
+        if read_as == target.dtype and read_as.itemsize == 1:  # torch cannot copy int4
+            read_as, target = torch.uint8, target.view(torch.uint8)
         row = math.prod(sizes[1:]) * self.dtype.itemsize
         at_once = max(1, _AT_ONCE // row)
         (first, last), rest = overlap[0], overlap[1:]
@@ -270,7 +277,7 @@ class StoredTensor:
             count = min(at_once, last - low)
             begin = chunk.start + (low - starts[0]) * row
             data = torch.frombuffer(chunk.file.read(begin, begin + count * row), dtype=torch.uint8)
-            rows = data.view(self.dtype).view(count, *sizes[1:])
+            rows = data.view(read_as).view(count, *sizes[1:])
             for dim, (start, end) in enumerate(rest, start=1):
                 rows = rows.narrow(dim, start - starts[dim], end - start)
             target.narrow(0, low - origins[0], count).copy_(rows)
@@ -325,5 +332,6 @@ def _check(chunk: Chunk, tensor: StoredTensor, dtype: torch.dtype, shape: Shape,
         or not all(low >= 0 and n >= 0 and low + n <= most for low, n, most in boxes)
         or math.prod(chunk.sizes) * dtype.itemsize != size
         or chunk.start < 0
+        or chunk.start % dtype.itemsize  # processors crash on some unaligned numbers
     ):
         raise ValueError(f"the entry of {tensor.key} is impossible")

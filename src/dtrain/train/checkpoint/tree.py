@@ -112,6 +112,8 @@ class _Splitter:
 
     def _key(self, tensor: torch.Tensor, name: str) -> str:
         self.facts.append((name, str(tensor.dtype), tuple(tensor.shape)))
+        if tensor.is_conj() or tensor.is_neg():  # a view whose bytes are those of another tensor
+            tensor = tensor.resolve_conj().resolve_neg()
         here = local(tensor)
         memory = (here.untyped_storage().data_ptr(), here.storage_offset(), here.stride())
         same = (*memory, here.dtype, tensor.shape) if here.numel() else (name,)
