@@ -208,21 +208,31 @@ class Dtrain(Way):
         super().__init__(training, folder)
         self._run = RunDir(folder)
         self._run.create()
-        self._store = CheckpointStore(self._run, training.ranks, keep=1000)
-
-    # dtrain's save is synchronous today. When it is not, these three methods change.
+        self._store = CheckpointStore(self._run, training.ranks, keep=1000, staging=0.5)
+        # a training does this after its first step, so that the first save need not
+        tensors = tree.split(training.state()).tensors
+        pieces = parts.share(tensors, training.ranks.rank, training.ranks.world_size)
+        self._store.prepare(sum(each.bytes for each in pieces) + (1 << 20))
 
     def save(self, number: int) -> None:
         ranks = self.training.ranks
         state, progress = self.training.state(), {"step": number}
         content = contribution(state, {"extras": {}}, progress, ranks.rank, ranks.world_size)
-        self._store.save(number, content, {})
+        self._store.save(number, content, {}, wait=False)
 
     def done(self) -> bool:
-        return True
+        """Do what a training does at a step boundary, where this number is one of several."""
+        busy = torch.tensor(float(self._store.state()[0]))
+        dist.all_reduce(busy)
+        if self._store.saving and not busy:
+            self._store.proceed()
+        return not self._store.saving
 
     def wait(self) -> None:
-        pass
+        self._store.finish()
+
+    def close(self) -> None:
+        self._store.close()
 
     def load(self) -> None:
         assert self._store.load_newest(self._apply) is not None

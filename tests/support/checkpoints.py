@@ -10,7 +10,6 @@ from dtrain.run.rundir import RunDir
 from dtrain.train.checkpoint.blocks import write_file
 from dtrain.train.checkpoint.content import contribution
 from dtrain.train.checkpoint.files import aside, commit, new_save, part_name
-from dtrain.train.checkpoint.parts import buffers
 from dtrain.train.checkpoint.store import CheckpointStore
 
 TENSORS = part_name(0)
@@ -27,7 +26,7 @@ def write_checkpoint(
     save = new_save()
     folder = aside(final, save)
     folder.mkdir(parents=True)
-    entry = write_file(folder / TENSORS, buffers(content.image))
+    entry = write_file(folder / TENSORS, content.image.buffers())
     commit(final, save, {TENSORS: entry}, content.texts, about)
 
 

@@ -59,7 +59,7 @@ class Sharded:
             found |= {f"{name} {key}": local(each).clone() for key, each in values.items()}
         return found
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: Path, staging: float = 0.0) -> Path:
         run = RunDir(folder)
         run.create()
         state = {
@@ -68,7 +68,11 @@ class Sharded:
         }
         rank, world_size = self.ranks.rank, self.ranks.world_size
         content = contribution(state, {}, {"step": 1}, rank, world_size)
-        return CheckpointStore(run, self.ranks, 5).save(1, content, {})[0]
+        store = CheckpointStore(run, self.ranks, 5, staging)
+        saved = store.save(1, content, {}, wait=staging == 0) or store.finish()
+        store.close()
+        assert saved is not None
+        return saved.folder
 
     def load(self, folder: Path) -> None:
         found = CheckpointStore(RunDir(folder), self.ranks, 5).load_newest(self.apply)

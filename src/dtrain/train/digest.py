@@ -40,9 +40,9 @@ def of_each(tensors: Iterable[torch.Tensor]) -> list[int]:
 
 
 def texts_of_each(tensors: Iterable[torch.Tensor]) -> list[str]:
-    """Return the digest of each tensor as a text, with the method: xxh3, or a sum on a GPU."""
+    """Return the digest of each tensor as a text, with the method: xxh3, or wsum on a GPU."""
     parts = [local(tensor) for tensor in tensors]
-    method = "xxh3" if all(part.device.type == "cpu" for part in parts) else "sum"
+    method = "xxh3" if all(part.device.type == "cpu" for part in parts) else "wsum"
     return [f"{method}:{each:016x}" for each in of_each(parts)]
 
 

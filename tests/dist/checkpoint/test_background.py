@@ -155,11 +155,11 @@ def test_a_writer_that_dies_is_replaced_if_the_job_says_so(tmp_path: Path) -> No
 class Flips(Staging):
     """Memory that loses a bit, on rank 1."""
 
-    def copy(self, image: Image) -> int | None:
-        fd = super().copy(image)
+    def copy(self, image: Image) -> list[str]:
+        digests = super().copy(image)
         if os.environ["RANK"] == "1":
             self._memory[image.bytes - 3] ^= 4
-        return fd
+        return digests
 
 
 def with_bad_memory(spec: Any, folder: Path) -> Outcome:

@@ -23,11 +23,11 @@ from safetensors import safe_open
 from dtrain.errors import CheckpointError
 from dtrain.train import digest
 from dtrain.train.checkpoint import blocks, parts, proof, tree
-from dtrain.train.checkpoint.blocks import BlockFile, Cache
+from dtrain.train.checkpoint.blocks import BlockFile, Cache, write_file
 from dtrain.train.checkpoint.content import contribution, read_checkpoint
 from dtrain.train.checkpoint.files import PROGRESS, STATE, aside, commit, new_save, part_name
 from dtrain.train.checkpoint.leaves import refuse_unreadable
-from dtrain.train.checkpoint.parts import Piece, StoredTensor, image, read_header, share, write_part
+from dtrain.train.checkpoint.parts import Image, Piece, StoredTensor, read_header, share
 from support.checkpoints import TENSORS, write_checkpoint
 from support.errors import raises
 
@@ -98,7 +98,7 @@ def write(final: Path, state: Mapping[str, Any], world_size: int) -> None:
     folder = aside(final, save)
     folder.mkdir(parents=True)
     entries = {
-        part_name(rank): write_part(folder / part_name(rank), each.image)
+        part_name(rank): write_file(folder / part_name(rank), each.image.buffers())
         for rank, each in enumerate(contents)
     }
     commit(final, save, entries, contents[0].texts, {})
@@ -248,7 +248,7 @@ def stored(pieces: list[list[Piece]]) -> Iterator[dict[str, StoredTensor]]:
         cache = Cache()
         paths = [Path(name) / part_name(index) for index in range(len(pieces))]
         for path, each in zip(paths, pieces, strict=True):
-            file = BlockFile(path, write_part(path, image(each)), cache)
+            file = BlockFile(path, write_file(path, Image(each).buffers()), cache)
             stack.callback(file.close)
             read_header(file, found)
         yield found
@@ -358,7 +358,7 @@ def live_digest(tensor: torch.Tensor, method: str) -> str:
     if method == "xxh3":
         return digest.texts_of_each([tensor])[0]
     words = digest.weighted_sum(tensor).numpy().tobytes()
-    return f"sum:{xxhash.xxh3_64_intdigest(words):016x}"
+    return f"wsum:{xxhash.xxh3_64_intdigest(words):016x}"
 
 
 @pytest.mark.parametrize("method", ["xxh3", "sum"])
@@ -374,14 +374,6 @@ def test_one_flipped_bit_of_a_copy_is_found(dtype: torch.dtype, method: str) -> 
             proof.require_same(memoryview(data), size, live, "w")
         data[bit // 8] ^= 1 << bit % 8
     proof.require_same(memoryview(data), size, live, "w")
-
-
-def test_a_tensor_that_changes_before_it_is_written(tmp_path: Path) -> None:
-    weights = torch.randn(100)
-    content = contribution({"model": {"b": torch.ones(3), "w": weights}}, {}, {}, 0, 1)
-    weights.view(torch.int32)[77] ^= 1
-    with raises("checkpoint.copy-differs", "model/w", kind=CheckpointError):
-        write_part(tmp_path / TENSORS, content.image)
 
 
 # -- damage ------------------------------------------------------------------------------------

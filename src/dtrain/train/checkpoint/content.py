@@ -55,7 +55,7 @@ def contribution(
         ]
         texts[STATE] = json.dumps({**shared.described, **more.described}) + "\n"
         texts[PROGRESS] = to_json(dict(progress), indent=2) + "\n"
-    return Contribution(parts.image(pieces), shared.structure, texts)
+    return Contribution(parts.Image(pieces), shared.structure, texts)
 
 
 def read(opened: OpenCheckpoint) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,7 +11,7 @@ import functools
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,59 +131,56 @@ def _is_first_copy(tensor: Any) -> bool:
 # -- files -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Image:
     """The content of a part's file: a header, then the bytes of each piece."""
 
-    header: bytes
-    pieces: tuple[Piece, ...]
-    digests: tuple[str, ...]
-    """The digest of each piece, of the live tensor."""
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        # the largest elements first: then each piece is aligned, without gaps
+        self.pieces = sorted(pieces, key=lambda each: -each.data.element_size())
+        self.header_bytes = len(self.header([_NO_DIGEST] * len(self.pieces)))
+        self.bytes = self.header_bytes + sum(each.bytes for each in self.pieces)
+        """The size of the file."""
 
-    @property
-    def bytes(self) -> int:
-        return len(self.header) + sum(each.bytes for each in self.pieces)
+    def header(self, digests: Sequence[str]) -> bytes:
+        """Return the header, with the digest of each piece. All digests have the same length."""
+        entries: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+        start = 0
+        for piece, live in zip(self.pieces, digests, strict=True):
+            name = _name(piece)
+            while name in entries:
+                name += "'"
+            kind, sizes = _SAFETENSORS.get(piece.data.dtype), list(piece.data.shape)
+            end = start + piece.bytes
+            entries[name] = {
+                "dtype": kind or "U8",
+                "shape": sizes if kind else [piece.bytes],
+                "data_offsets": [start, end],
+            }
+            dtype = str(piece.data.dtype).removeprefix("torch.")
+            own[name] = [piece.key, dtype, piece.shape, piece.offsets, sizes, live]
+            start = end
+        metadata = {"format": "pt", _OWN: json.dumps(own)}
+        text = json.dumps({"__metadata__": metadata, **entries}).encode()
+        text += b" " * ((56 - len(text)) % 64)  # with the 8 bytes of its length, a multiple of 64
+        return len(text).to_bytes(8, "little") + text
+
+    def buffers(self) -> Iterator[Any]:
+        """Yield the bytes of the file, from the live tensors.
+
+        Raises:
+            CheckpointError: the copy of a tensor of a GPU differs from it.
+        """
+        digests = digest.texts_of_each(piece.data for piece in self.pieces)
+        yield self.header(digests)
+        for piece, live in zip(self.pieces, digests, strict=True):
+            data = as_bytes(piece.data)
+            if piece.data.device.type != "cpu":
+                require_same(data, itemsize(piece.data), live, piece.key)
+            yield data
 
 
-def image(pieces: Iterable[Piece]) -> Image:
-    """Return the content of the file of these pieces, with digests of the live tensors."""
-    # the largest elements first: then each piece is aligned, without gaps
-    ordered = sorted(pieces, key=lambda each: -each.data.element_size())
-    digests = digest.texts_of_each(each.data for each in ordered)
-    entries: dict[str, Any] = {}
-    own: dict[str, Any] = {}
-    start = 0
-    for piece, live in zip(ordered, digests, strict=True):
-        name = _name(piece)
-        while name in entries:
-            name += "'"
-        kind, sizes = _SAFETENSORS.get(piece.data.dtype), list(piece.data.shape)
-        end = start + piece.bytes
-        entries[name] = {
-            "dtype": kind or "U8",
-            "shape": sizes if kind else [piece.bytes],
-            "data_offsets": [start, end],
-        }
-        dtype = str(piece.data.dtype).removeprefix("torch.")
-        own[name] = [piece.key, dtype, piece.shape, piece.offsets, sizes, live]
-        start = end
-    metadata = {"format": "pt", _OWN: json.dumps(own)}
-    text = json.dumps({"__metadata__": metadata, **entries}).encode()
-    text += b" " * ((56 - len(text)) % 64)  # with the 8 bytes of its length, a multiple of 64
-    return Image(len(text).to_bytes(8, "little") + text, tuple(ordered), tuple(digests))
-
-
-def buffers(content: Image) -> Iterator[Any]:
-    """Yield the bytes of a part's file, from the live tensors.
-
-    Raises:
-        CheckpointError: a tensor differs from its digest.
-    """
-    yield content.header
-    for piece, live in zip(content.pieces, content.digests, strict=True):
-        data = as_bytes(piece.data)
-        require_same(data, itemsize(piece.data), live, piece.key)
-        yield data
+_NO_DIGEST = f"xxh3:{0:016x}"
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

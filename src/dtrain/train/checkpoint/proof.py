@@ -24,7 +24,7 @@ def require_same(data: memoryview, itemsize: int, live: str, name: str) -> None:
     Raises:
         CheckpointError: they are not.
     """
-    words = weighted_sum(data, itemsize).tobytes() if live.startswith("sum:") else data
+    words = weighted_sum(data, itemsize).tobytes() if live.startswith("wsum:") else data
     if f"{live.partition(':')[0]}:{xxhash.xxh3_64_intdigest(words):016x}" != live:
         raise CheckpointError(
             f"the copy of {name} differs from the tensor in the training; its memory may be faulty",

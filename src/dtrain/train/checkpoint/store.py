@@ -19,7 +19,6 @@ from dtrain.train import collectives
 from dtrain.train.checkpoint.content import Contribution, read
 from dtrain.train.checkpoint.directory import CheckpointDirectory, Failure, step_of
 from dtrain.train.checkpoint.files import OpenCheckpoint, new_save, part_name
-from dtrain.train.checkpoint.parts import buffers
 from dtrain.train.checkpoint.writer import Writer
 from dtrain.train.packed import exchanged
 from dtrain.words import few
@@ -51,7 +50,7 @@ class Saved:
 
     folder: Path
     bytes: int
-    """The number of bytes of all ranks' tensors."""
+    """The size of all ranks' files of tensors."""
     seconds: float
     """The time from the beginning of the save until it was on disk."""
 
@@ -73,7 +72,7 @@ class _Save:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Every method is called by every rank at the same moment.
+    """The checkpoints of one run. All ranks call its methods at the same moment.
 
     Args:
         run: the run.
@@ -120,10 +119,19 @@ class CheckpointStore:
             save.result = self._attempt(save, lambda: self._stage(save, content))
             return None
         save.result = self._attempt(
-            save, lambda: self._directory.write(folder, name, rank, buffers(content.image))
+            save, lambda: self._directory.write(folder, name, rank, content.image.buffers())
         )
         self._collect(save, self._commit_now)
         return self._conclude(save)
+
+    def prepare(self, size: int) -> None:
+        """Prepare for a first save in the background, of a part of about so many bytes.
+
+        Only this method and `state` are not called by all ranks.
+        """
+        if self._writer is None and _SMALL <= size <= self._staging:
+            self._writer = Writer(self._directory, self._ranks.rank)
+            self._writer.prepare(size)
 
     @property
     def saving(self) -> bool:
@@ -131,10 +139,7 @@ class CheckpointStore:
         return self._save is not None
 
     def state(self) -> tuple[bool, bool]:
-        """Return whether this rank's writer is busy, and whether it has failed.
-
-        Only this method is not called by all ranks.
-        """
+        """Return whether this rank's writer is busy, and whether it has failed."""
         save = self._save
         if save is None:
             return False, False

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from dtrain.errors import CheckpointError
 from dtrain.forking import Channel
 from dtrain.run.manifest import Entry
 from dtrain.train.checkpoint import writer_process
 from dtrain.train.checkpoint.directory import CheckpointDirectory, Failure
-from dtrain.train.checkpoint.parts import Image, itemsize
+from dtrain.train.checkpoint.parts import Image, as_bytes, itemsize
+from dtrain.train.digest import texts_of_each
 
 _MADV_POPULATE_WRITE = 23
-"""Get all pages at once: a first copy takes 1.1 s/GB instead of 1.3 (2 cores, 2026-11)."""
+_AT_ONCE = 128 << 10
+"""Bytes that are digested and then copied, while they are in the processor's cache."""
 
 
 class Staging:
@@ -32,34 +35,41 @@ class Staging:
 
     def __init__(self) -> None:
         self.size = 0
-        self._fd = -1
+        self.fd = -1
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._preparing: threading.Thread | None = None
         self._stream: Any = None
         self._is_pinned = False
         """Whether a GPU can copy here at full speed."""
 
-    def copy(self, image: Image) -> int | None:
-        """Copy the content of a file here. Return the descriptor of the memory if it is new."""
-        new = image.bytes > self.size
-        if new:
+    def prepare(self, size: int) -> None:
+        """Make the memory for a first copy, in a thread: 0.5 GB take 0.4 s."""
+        self._make(size)
+        populate = ctypes.CDLL(None, use_errno=True).madvise  # it releases the GIL
+        address, length = ctypes.c_void_p(self._memory.data_ptr()), ctypes.c_size_t(size)
+        arguments = (address, length, _MADV_POPULATE_WRITE)  # no effect before Linux 5.14
+        self._preparing = threading.Thread(target=populate, args=arguments, daemon=True)
+        self._preparing.start()
+
+    def copy(self, image: Image) -> list[str]:
+        """Copy the content of a file here. Return the digests of the live tensors."""
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
+        if image.bytes > self.size:
             self._make(image.bytes)
-        self._memory[: len(image.header)] = torch.frombuffer(
-            bytearray(image.header), dtype=torch.uint8
-        )
-        start = len(image.header)
-        with self._copying(image):
-            for piece in image.pieces:
-                end = start + piece.bytes
-                if end > start:
-                    here = self._memory[start:end].view(piece.data.dtype).view(piece.data.shape)
-                    here.copy_(piece.data, non_blocking=self._stream is not None)
-                start = end
-        return self._fd if new else None
+        on_gpu = any(piece.data.is_cuda for piece in image.pieces)
+        digests = self._copy_from_gpu(image) if on_gpu else self._copy(image)
+        header = image.header(digests)
+        self._memory.numpy().data[: len(header)] = header
+        return digests
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._preparing is not None:
+            self._preparing.join()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
         if self._is_pinned:
             unpin = torch.cuda.cudart().cudaHostUnregister
             torch.cuda.check_error(int(unpin(self._memory.data_ptr())))
@@ -68,31 +78,44 @@ class Staging:
 
     def _make(self, size: int) -> None:
         self.close()
-        self._fd = os.memfd_create("dtrain-checkpoint", os.MFD_CLOEXEC)
-        os.ftruncate(self._fd, size)
-        mapped = mmap.mmap(self._fd, size)
-        with contextlib.suppress(OSError):  # before Linux 5.14
-            mapped.madvise(_MADV_POPULATE_WRITE)
-        self._memory = torch.frombuffer(mapped, dtype=torch.uint8)
+        self.fd = os.memfd_create("dtrain-checkpoint", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, size)
+        self._memory = torch.frombuffer(mmap.mmap(self.fd, size), dtype=torch.uint8)
         self.size = size
 
-    @contextlib.contextmanager
-    def _copying(self, image: Image) -> Iterator[None]:
-        """Copy from a GPU on a stream of its own, into pinned memory; leave when it is done."""
-        devices = {piece.data.device for piece in image.pieces if piece.data.is_cuda}
-        if not devices:
-            yield
-            return
+    def _copy(self, image: Image) -> list[str]:
+        digests = []
+        memory = self._memory.numpy().data
+        start = image.header_bytes
+        for piece in image.pieces:
+            data, digest = as_bytes(piece.data), xxhash.xxh3_64()
+            for low in range(0, len(data), _AT_ONCE):
+                part = data[low : low + _AT_ONCE]
+                digest.update(part)
+                memory[start + low : start + low + len(part)] = part
+            digests.append(f"xxh3:{digest.intdigest():016x}")
+            start += len(data)
+        return digests
+
+    def _copy_from_gpu(self, image: Image) -> list[str]:
+        """Copy on a stream of its own, into pinned memory; return when that is done."""
+        digests = texts_of_each(piece.data for piece in image.pieces)
         if self._stream is None:
-            self._stream = torch.cuda.Stream(devices.pop())
+            self._stream = torch.cuda.Stream()
         if not self._is_pinned:
             pin = torch.cuda.cudart().cudaHostRegister
             torch.cuda.check_error(int(pin(self._memory.data_ptr(), self.size, 0)))
             self._is_pinned = True
         self._stream.wait_stream(torch.cuda.current_stream())
+        start = image.header_bytes
         with torch.cuda.stream(self._stream):
-            yield
+            for piece in (each for each in image.pieces if each.bytes):
+                end = start + piece.bytes
+                here = self._memory[start:end].view(piece.data.dtype).view(piece.data.shape)
+                here.copy_(piece.data, non_blocking=True)
+                start = end
         self._stream.synchronize()
+        return digests
 
 
 class Writer:
@@ -117,17 +140,20 @@ class Writer:
         )
         other.sock.close()
 
+    def prepare(self, size: int) -> None:
+        """Prepare for a first part of a size in bytes, so that training stops for less time."""
+        self._staging.prepare(size)
+
     def write(self, folder: Path, save: str, image: Image) -> None:
         """Begin to write this rank's part. The tensors may change when this returns.
 
         Raises:
             CheckpointError: the process has ended.
         """
-        fd = self._staging.copy(image)
-        digests = zip(image.pieces, image.digests, strict=True)
+        digests = zip(image.pieces, self._staging.copy(image), strict=True)
         pieces = [[each.bytes, itemsize(each.data), live, each.key] for each, live in digests]
-        request = {"rank": self._rank, "header": len(image.header), "pieces": pieces}
-        self._send(folder, save, request, *([] if fd is None else [fd]))
+        request = {"rank": self._rank, "header": image.header_bytes, "pieces": pieces}
+        self._send(folder, save, request, self._staging.fd)
 
     def commit(self, folder: Path, save: str, facts: dict[str, Any]) -> None:
         """Begin to write the manifest, of which `facts` are the arguments.

@@ -57,13 +57,13 @@ def receive(channel: Channel, wait_s: float | None) -> tuple[dict[str, Any] | No
 class _Server:
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
+        self._inode = 0
         self._directory: CheckpointDirectory | None = None
 
     def answer(self, request: dict[str, Any], files: list[int]) -> dict[str, Any]:
         """Do what the rank asks for. Return the result, or why it failed."""
-        if files:
-            self._memory = mmap.mmap(files[0], 0, prot=mmap.PROT_READ)
-            os.close(files[0])
+        for fd in files:
+            self._map(fd)
         folder = Path(request["folder"])
         try:
             if self._directory is None:
@@ -79,6 +79,13 @@ class _Server:
         except Exception as error:  # the rank has to know of any error
             return {"failed": asdict(Failure.of(folder, error))}
         return {}
+
+    def _map(self, fd: int) -> None:
+        """Map the memory with the copy, unless it is mapped already."""
+        inode = os.fstat(fd).st_ino
+        if inode != self._inode:
+            self._memory, self._inode = mmap.mmap(fd, 0, prot=mmap.PROT_READ), inode
+        os.close(fd)
 
     def _pieces(self, header: int, pieces: list[Any]) -> Iterator[memoryview]:
         """Yield the bytes of a part, each verified before it is written.

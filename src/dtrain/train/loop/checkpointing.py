@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from dtrain.errors import CheckpointError
 from dtrain.train import collectives
 from dtrain.train.checkpoint.content import contribution
 from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
-from dtrain.train.checkpoint.parts import whole
+from dtrain.train.checkpoint.parts import is_part, whole
 from dtrain.train.checkpoint.state import (
     load_model_state,
     load_optimizer_state,
@@ -25,6 +25,7 @@ from dtrain.train.checkpoint.state import (
 )
 from dtrain.train.checkpoint.store import CheckpointStore, Loaded, Saved
 from dtrain.train.context import TrainContext
+from dtrain.train.digest import local
 from dtrain.train.loop.callbacks import Callbacks
 from dtrain.train.loop.progress import Progress
 from dtrain.train.loop.settings import Settings
@@ -53,10 +54,25 @@ class Checkpoints:
         self._complete_step: int | None = None
         """The step of the last checkpoint that is complete."""
         self._best_is_due = False
+        self._is_prepared = False
         self._stop_s = self._stops_s = 0.0
         """How long training stopped for the last save, and for all, in seconds."""
         self._counts = {"saved": 0, "waited": 0, "skipped": 0, "failed": 0}
         """The numbers of checkpoints; `waited` for another to be written."""
+
+    def prepare(self, model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Prepare for the first save, after a step: before it, optimizers have no state."""
+        spec = self._spec
+        if self._is_prepared or not (spec.every_steps or spec.every_epochs or spec.every):
+            return
+        self._is_prepared = True
+        states = [state for each in optimizers for state in each.state.values()]
+        values = [*model.state_dict().values(), *(v for state in states for v in state.values())]
+        tensors = [each for each in values if isinstance(each, torch.Tensor)]
+        sharded = sum(local(each).nbytes for each in tensors if is_part(each))
+        replicas = sum(each.nbytes for each in tensors if not is_part(each))
+        size = sharded + replicas // self._context.ranks.world_size
+        self._store.prepare(int(1.02 * size) + 500 * len(tensors) + (1 << 20))
 
     def may_begin(self, step: int, *, urgent: bool) -> bool:
         """Make sure that no save is in progress. Return False to skip the save of this step.

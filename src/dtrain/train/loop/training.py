@@ -202,6 +202,7 @@ class Training:
         progress.position = batch.after
         flags = outcome.flags
         self._saver.proceed(busy=flags.writing > 0, failed=flags.write_failed > 0)
+        self._saver.prepare(self.parts.model, [self.parts.optimizer])
         self._record(batch.epoch, outcome)
         if outcome.skipped:
             self._events.write("step_skipped", step=progress.step, loss=outcome.loss)

@@ -402,6 +402,7 @@ class Fit(pl.Callback):
             broadcast_buffers(list(self._module.buffers()))
         loss = self._exchange()
         self._checkpoints.proceed(busy=self._flags["busy"], failed=self._flags["failed"])
+        self._checkpoints.prepare(self._module, self._optimizers)
         self._record(epoch, loss)
         self._checks.step_ended(progress.step, ends_epoch=ends_epoch)
         self._view.batch_size = samples
