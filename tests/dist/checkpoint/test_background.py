@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -29,37 +28,46 @@ ALL = [2, 4, 6, 8, 10]
 
 
 class Held(Writer):
-    """A writer whose first process stands still from its start, until `then`."""
+    """A writer whose first process stands still, until training waits or has polled 5 times."""
 
-    first = True
-    then: Callable[[int], None] = staticmethod(lambda pid: None)
-    after_s = 0.5
+    held: psutil.Process | None = None
+    made = polls = 0
+    then = staticmethod(psutil.Process.resume)
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        if Held.first:
-            Held.first = False
-            os.kill(self._process.pid, signal.SIGSTOP)
-            threading.Timer(Held.after_s, Held.then, (self._process.pid,)).start()
+        Held.made += 1
+        if Held.made == 1:
+            Held.held = psutil.Process(self._process.pid)
+            Held.held.suspend()
+
+    def poll(self) -> Any:
+        Held.polls += 1
+        if Held.polls == 5:
+            self._let_go()
+        return super().poll()
+
+    def wait(self) -> Any:
+        self._let_go()
+        return super().wait()
+
+    def _let_go(self) -> None:
+        if Held.held is not None:
+            self.then(Held.held)
+            Held.held = None
 
 
-def in_background(
-    spec: Any, folder: Path, writer: type[Writer] = Writer, then: Any = None, **more: Any
-) -> Outcome:
+class Killed(Held):
+    """A writer whose first process is killed while it writes."""
+
+    then = staticmethod(psutil.Process.kill)
+
+
+def in_background(spec: Any, folder: Path, writer: Any = Writer, **more: Any) -> Outcome:
     """Train with the smallest state written in the background too."""
     store._SMALL = 0
-    store.Writer = writer  # type: ignore[misc]
-    if then is not None:
-        Held.then = staticmethod(then)
+    store.Writer = writer
     return train(spec, folder, **more)
-
-
-def resumes(pid: int) -> None:
-    os.kill(pid, signal.SIGCONT)
-
-
-def dies(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
 
 
 def steps(folder: Path, event: str) -> list[int]:
@@ -110,14 +118,14 @@ def test_a_run_that_is_killed_goes_on_from_one(tmp_path: Path) -> None:
 
 def test_one_that_is_due_meanwhile_waits(tmp_path: Path) -> None:
     spec = job("ddp", checkpoint={"every_steps": 2, "keep": 9})
-    run_ranks(in_background, 2, spec, tmp_path, Held, resumes)
+    run_ranks(in_background, 2, spec, tmp_path, Held)
     assert steps(tmp_path, "checkpoint_saved") == ALL
     assert 4 in steps(tmp_path, "checkpoint_waited")
 
 
 def test_one_that_is_due_meanwhile_is_skipped_if_the_job_says_so(tmp_path: Path) -> None:
     spec = job("ddp", checkpoint={"every_steps": 2, "keep": 9, "busy": "skip"})
-    run_ranks(in_background, 2, spec, tmp_path, Held, resumes)
+    run_ranks(in_background, 2, spec, tmp_path, Held)
     saved, skipped = steps(tmp_path, "checkpoint_saved"), steps(tmp_path, "checkpoint_skipped")
     assert sorted(saved + skipped) == ALL
     assert 4 in skipped
@@ -134,20 +142,20 @@ def test_the_best_is_never_skipped(tmp_path: Path) -> None:
         eval={"every_steps": 2},
         checkpoint={"every_steps": 2, "keep": 1, "busy": "skip", "best": {"metric": "loss"}},
     )
-    run_ranks(in_background, 2, spec, tmp_path, Held, resumes)
+    run_ranks(in_background, 2, spec, tmp_path, Held)
     assert read_checkpoint(tmp_path / "checkpoints" / "best")[1]["step"] == 4
 
 
 def test_a_writer_that_dies_ends_the_training(tmp_path: Path) -> None:
     spec = job("ddp", checkpoint={"every_steps": 2})
     with raises("checkpoint.writer-ended", "step-00000002", "signal 9", kind=CheckpointError):
-        run_ranks(in_background, 2, spec, tmp_path, Held, dies)
+        run_ranks(in_background, 2, spec, tmp_path, Killed)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_a_writer_that_dies_is_replaced_if_the_job_says_so(tmp_path: Path) -> None:
     spec = job("ddp", checkpoint={"every_steps": 2, "keep": 9, "on_error": "warn"})
-    run_ranks(in_background, 2, spec, tmp_path, Held, dies)
+    run_ranks(in_background, 2, spec, tmp_path, Killed)
     assert steps(tmp_path, "checkpoint_failed") == [2]
     assert steps(tmp_path, "checkpoint_saved") == ALL[1:]
 

@@ -189,13 +189,9 @@ class Checkpoints:
             return
         self.folder, self._complete_step = saved.folder, self.saved_step
         self._counts["saved"] += 1
-        logger.info(
-            "saved %s: %.1f MB in %.2f s, for which training stopped %.2f s",
-            saved.folder.name,
-            saved.bytes / 1e6,
-            saved.seconds,
-            self._stop_s,
-        )
+        text = f"saved {saved.folder.name}: {saved.bytes / 1e6:.1f} MB in {saved.seconds:.2f} s"
+        went_on = self._stop_s < saved.seconds
+        logger.info("%s%s", text, f"; training stopped {self._stop_s:.2f} s" if went_on else "")
         self._events.write(
             "checkpoint_saved",
             step=self.saved_step,
