@@ -271,8 +271,8 @@ class Counting:
         self._patch = pytest.MonkeyPatch()
         plain = BlockFile._read_block
 
-        def counted(file: BlockFile, index: int) -> bytearray:
-            data = plain(file, index)
+        def counted(file: BlockFile, index: int, memory: Any) -> memoryview:
+            data = plain(file, index, memory)
             self.bytes[file.name] += len(data)
             return data
 

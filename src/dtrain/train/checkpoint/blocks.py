@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from dtrain.errors import CheckpointError
@@ -55,15 +56,15 @@ class Cache:
     """The blocks of several files that were read last: small tensors share blocks."""
 
     def __init__(self) -> None:
-        self._blocks: OrderedDict[tuple[str, int], bytearray] = OrderedDict()
+        self._blocks: OrderedDict[tuple[str, int], memoryview] = OrderedDict()
 
-    def get(self, key: tuple[str, int]) -> bytearray | None:
+    def get(self, key: tuple[str, int]) -> memoryview | None:
         found = self._blocks.get(key)
         if found is not None:
             self._blocks.move_to_end(key)
         return found
 
-    def put(self, key: tuple[str, int], block: bytearray) -> None:
+    def put(self, key: tuple[str, int], block: memoryview) -> None:
         self._blocks[key] = block
         if len(self._blocks) > _MOST_CACHED:
             self._blocks.popitem(last=False)
@@ -125,12 +126,12 @@ class BlockFile:
         first, last = start // BLOCK, max(start, stop - 1) // BLOCK
         if first == last:
             at = first * BLOCK
-            return memoryview(self._block(first))[start - at : stop - at]
-        joined = memoryview(bytearray(stop - start))
+            return self._block(first)[start - at : stop - at]
+        joined: memoryview = np.empty(stop - start, dtype=np.uint8).data
         for index in range(first, last + 1):
             at = index * BLOCK
             low, high = max(start, at), min(stop, at + BLOCK)
-            block = memoryview(self._block(index))
+            block = self._block(index)
             joined[low - start : high - start] = block[low - at : high - at]
         return joined
 
@@ -143,21 +144,24 @@ class BlockFile:
         Raises:
             CheckpointError: one of them is damaged or cannot be read.
         """
+        memory = bytearray(min(BLOCK, self._entry.bytes))
         for index in range(len(self._entry.blocks)):
-            self._read_block(index)
+            self._read_block(index, memory)
 
-    def _block(self, index: int) -> bytearray:
+    def _block(self, index: int) -> memoryview:
         key = (self.name, index)
         found = self._cache.get(key)
         if found is None:
-            found = self._read_block(index)
+            # not a bytearray, which is filled with zeros first
+            memory = np.empty(min(BLOCK, self._entry.bytes - index * BLOCK), dtype=np.uint8)
+            found = self._read_block(index, memory)
             self._cache.put(key, found)
         return found
 
-    def _read_block(self, index: int) -> bytearray:
+    def _read_block(self, index: int, memory: Any) -> memoryview:
+        """Read a block into memory, verify it, and return it."""
         at = index * BLOCK
-        data = bytearray(min(BLOCK, self._entry.bytes - at))
-        view = memoryview(data)
+        data = view = memoryview(memory)[: min(BLOCK, self._entry.bytes - at)]
         try:
             while view:  # a read may return fewer bytes than were asked for
                 count = os.preadv(self._fd, [view], at)
