@@ -184,6 +184,16 @@ def test_a_copy_that_is_not_the_state_becomes_no_checkpoint(tmp_path: Path) -> N
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
+def test_a_full_disk_ends_the_training_and_the_earlier_ones_stay(small_disk: Path) -> None:
+    spec = job("ddp", {"width": 3000}, checkpoint={"every_steps": 2, "keep": 5})
+    with raises("checkpoint.no-space", "MB are free", kind=CheckpointError):
+        run_ranks(in_background, 2, spec, small_disk)
+    names = [path.name for path in (small_disk / "checkpoints").iterdir()]
+    assert names
+    for name in names:
+        read_checkpoint(small_disk / "checkpoints" / name)
+
+
 def test_without_room_for_a_copy_training_waits(tmp_path: Path) -> None:
     spec = job("ddp", checkpoint={"every_steps": 2, "keep": 9, "staging": 1e-9})
     run_ranks(in_background, 2, spec, tmp_path, None)  # no writer can be made

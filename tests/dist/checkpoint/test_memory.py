@@ -83,5 +83,5 @@ def test_a_rank_needs_memory_for_its_share_alone(tmp_path: Path) -> None:
         assert 37_000_000 < share < 38_000_000
         assert seen > 90_000_000  # what is measured here
         assert saving <= SPARE
-        assert 0.9 * share <= staging <= share + SPARE  # the copy
+        assert staging <= share + SPARE  # the copy
         assert loading <= share + SPARE

@@ -130,8 +130,9 @@ class CheckpointStore:
         Only this method and `state` are not called by all ranks.
         """
         if self._writer is None and _SMALL <= size <= self._staging:
-            self._writer = Writer(self._directory, self._ranks.rank)
-            self._writer.prepare(size)
+            with contextlib.suppress(OSError):  # if it matters, the save reports it
+                self._writer = Writer(self._directory, self._ranks.rank)
+                self._writer.prepare(size)
 
     @property
     def saving(self) -> bool:

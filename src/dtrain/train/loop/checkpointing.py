@@ -66,8 +66,9 @@ class Checkpoints:
         if self._is_prepared or not (spec.every_steps or spec.every_epochs or spec.every):
             return
         self._is_prepared = True
-        states = [state for each in optimizers for state in each.state.values()]
-        values = [*model.state_dict().values(), *(v for state in states for v in state.values())]
+        states = [state for each in optimizers for state in getattr(each, "state", {}).values()]
+        values = [v for state in states if isinstance(state, dict) for v in state.values()]
+        values += [*model.parameters(), *model.buffers()]
         tensors = [each for each in values if isinstance(each, torch.Tensor)]
         sharded = sum(local(each).nbytes for each in tensors if is_part(each))
         replicas = sum(each.nbytes for each in tensors if not is_part(each))
