@@ -270,7 +270,7 @@ class CheckpointStore:
         if self._ranks.local_rank == 0:
             self._directory.discard(save.folder, save.name)
         if failure is not None:
-            raise failure.error()
+            raise CheckpointError(failure.text, code=failure.code)
         return Saved(save.folder, size, time.monotonic() - save.started)
 
     def _of_writer(self) -> Writer:
@@ -295,7 +295,7 @@ class CheckpointStore:
                 failure = Failure.of(folder.with_name(name), error)
         failure = collectives.from_zero(failure)
         if failure is not None:
-            raise failure.error()
+            raise CheckpointError(failure.text, code=failure.code)
 
     def load_newest(
         self, apply: Callable[[Loaded], None], *, keep_open: bool = False
