@@ -48,8 +48,10 @@ def commit(
     parts: Mapping[str, Entry],
     texts: Mapping[str, str],
     about: Mapping[str, Any],
-) -> Manifest:
-    """Write the manifest, and give the checkpoint its name. Every rank has written its part.
+) -> None:
+    """Write the texts and the manifest, and give the checkpoint its name.
+
+    Every rank has written its part.
 
     Args:
         final: the directory of the checkpoint. An existing one is replaced.
@@ -62,19 +64,6 @@ def commit(
         OSError: the file system reported an error.
     """
     folder = aside(final, save)
-    listed = write_manifest(folder, save, parts, texts, about)
-    _put_in_place(folder, final)
-    return listed
-
-
-def write_manifest(
-    folder: Path,
-    save: str,
-    parts: Mapping[str, Entry],
-    texts: Mapping[str, str],
-    about: Mapping[str, Any],
-) -> Manifest:
-    """Write the files of texts, then the manifest; return it."""
     entries = dict(parts)
     for name, text in texts.items():
         entries[name] = write_file(folder / name, [text.encode()])
@@ -86,7 +75,7 @@ def write_manifest(
     }
     plain["digest"] = _manifest_digest(plain)
     write_atomic(folder / MANIFEST, json.dumps(plain, indent=1) + "\n")
-    return Manifest(_FORMAT, save, entries, plain["digest"])
+    _put_in_place(folder, final)
 
 
 class OpenCheckpoint:

@@ -43,7 +43,7 @@ def refuse_unreadable(value: Any, name: str, *, parts: bool = False) -> None:
     Args:
         value: a tree; plain tensors in it are not checked.
         name: the name of the tree, for messages.
-        parts: whether sharded tensors are allowed, because they are gathered before saving.
+        parts: whether sharded tensors are allowed, because each rank saves its part.
 
     Raises:
         DtrainError: `read` could not return the value. The message names the leaf.

@@ -213,7 +213,6 @@ class Chunk:
     """The position of its first byte in the file."""
     offsets: Shape
     sizes: Shape
-    digest: str
 
 
 class StoredTensor:
@@ -309,11 +308,11 @@ def read_header(file: BlockFile, found: dict[str, StoredTensor]) -> None:
         entries = json.loads(bytes(file.read(8, 8 + length)))
         own = json.loads(entries.pop("__metadata__")[_OWN])
         for name, entry in entries.items():
-            key, kind, shape, offsets, sizes, live = own[name]
+            key, kind, shape, offsets, sizes, _ = own[name]
             dtype: torch.dtype = getattr(torch, kind)
             start, end = entry["data_offsets"]
             tensor = found.setdefault(key, StoredTensor(key, dtype, tuple(shape)))
-            chunk = Chunk(file, 8 + length + start, tuple(offsets), tuple(sizes), live)
+            chunk = Chunk(file, 8 + length + start, tuple(offsets), tuple(sizes))
             _check(chunk, tensor, dtype, tuple(shape), end - start)
             tensor.chunks.append(chunk)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
