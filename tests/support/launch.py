@@ -150,12 +150,17 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
+_PATIENCE = 3
+"""How much slower a machine may be for a while, when others use it too."""
+
+
 def wait_for(condition: Callable[[], Any], timeout: float) -> Any:
     """Poll until the condition is true; its value, or the last false one when time is up.
 
-    Looking takes at most a fifth of a core, since what is waited for needs the cores too.
+    Looking takes at most a fifth of a core, since what is waited for needs the cores too. Time is
+    up only after `_PATIENCE` times `timeout`, in seconds.
     """
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + _PATIENCE * timeout
     while True:
         began = time.monotonic()
         value = condition()

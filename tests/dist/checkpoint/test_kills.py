@@ -118,5 +118,5 @@ def kill_everywhere(folder: Path, at_url: bool) -> int:
 
 @pytest.mark.parametrize("at_url", [False, True], ids=["folder", "url"])
 def test_a_kill_before_any_file_operation_loses_nothing(tmp_path: Path, at_url: bool) -> None:
-    (operations,) = run_ranks(kill_everywhere, 1, tmp_path, at_url)
+    (operations,) = run_ranks(kill_everywhere, 1, tmp_path, at_url, timeout=300)
     assert operations > 60
