@@ -52,6 +52,7 @@ from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
 from dtrain.train.checkpoint import parts, tree
 from dtrain.train.checkpoint.content import contribution
+from dtrain.train.checkpoint.retention import Retention
 from dtrain.train.checkpoint.state import (
     load_model_state,
     load_optimizer_state,
@@ -208,7 +209,7 @@ class Dtrain(Way):
         super().__init__(training, folder)
         self._run = RunDir(folder)
         self._run.create()
-        self._store = CheckpointStore(self._run, training.ranks, keep=1000, staging=0.5)
+        self._store = CheckpointStore(self._run, training.ranks, Retention(1000), staging=0.5)
         # a training does this after its first step, so that the first save need not
         tensors = tree.split(training.state()).tensors
         pieces = parts.share(tensors, training.ranks.rank, training.ranks.world_size)

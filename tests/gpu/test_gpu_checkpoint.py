@@ -12,6 +12,7 @@ from dtrain.ranks import RankInfo
 from dtrain.run.rundir import RunDir
 from dtrain.train.checkpoint import store
 from dtrain.train.checkpoint.content import contribution, read_checkpoint
+from dtrain.train.checkpoint.retention import Retention
 from dtrain.train.checkpoint.store import CheckpointStore
 
 pytestmark = [
@@ -24,7 +25,7 @@ def test_what_was_there_when_the_save_began_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "_SMALL", 0)
-    checkpoints = CheckpointStore(RunDir(tmp_path), RankInfo(), 2, 0.25)
+    checkpoints = CheckpointStore(RunDir(tmp_path), RankInfo(), Retention(2), 0.25)
     state: dict[str, Any] = {
         "large": torch.randn(3_000_001, device="cuda"),
         "half": torch.randn(7, 5, device="cuda").bfloat16(),

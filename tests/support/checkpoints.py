@@ -10,6 +10,7 @@ from dtrain.run.rundir import RunDir
 from dtrain.train.checkpoint.blocks import write_file
 from dtrain.train.checkpoint.content import contribution
 from dtrain.train.checkpoint.files import aside, commit, new_save, part_name
+from dtrain.train.checkpoint.retention import Retention
 from dtrain.train.checkpoint.store import CheckpointStore
 
 TENSORS = part_name(0)
@@ -31,7 +32,7 @@ def write_checkpoint(
 
 
 def store(run: RunDir, keep: int = 5) -> CheckpointStore:
-    return CheckpointStore(run, RankInfo(), keep)
+    return CheckpointStore(run, RankInfo(), Retention(keep))
 
 
 def save(checkpoints: CheckpointStore, step: int, model: Any) -> Path:

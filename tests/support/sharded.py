@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from dtrain.ranks import RankInfo
 from dtrain.run.rundir import RunDir
 from dtrain.train.checkpoint.content import contribution
+from dtrain.train.checkpoint.retention import Retention
 from dtrain.train.checkpoint.state import (
     load_model_state,
     load_optimizer_state,
@@ -68,14 +69,14 @@ class Sharded:
         }
         rank, world_size = self.ranks.rank, self.ranks.world_size
         content = contribution(state, {}, {"step": 1}, rank, world_size)
-        store = CheckpointStore(run, self.ranks, 5, staging)
+        store = CheckpointStore(run, self.ranks, Retention(5), staging)
         saved = store.save(1, content, {}, wait=staging == 0) or store.finish()
         store.close()
         assert saved is not None
         return saved.folder
 
     def load(self, folder: Path) -> None:
-        found = CheckpointStore(RunDir(folder), self.ranks, 5).load_newest(self.apply)
+        found = CheckpointStore(RunDir(folder), self.ranks, Retention(5)).load_newest(self.apply)
         assert found is not None
 
     def apply(self, loaded: Loaded) -> None:

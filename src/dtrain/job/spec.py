@@ -123,12 +123,14 @@ class EvalSpec(Model):
 
 
 class BestSpec(Model):
-    """The checkpoint that is kept even when newer ones follow."""
+    """The checkpoints that are kept even when newer ones follow."""
 
     metric: Text = "loss"
     """Name of an evaluation metric that `evaluate` returns."""
     mode: Literal["min", "max"] = "min"
     """`min` if smaller values are better, `max` if larger ones are."""
+    keep: Count = 1
+    """Number of best checkpoints that are kept."""
 
 
 class CheckpointSpec(Model):
@@ -143,7 +145,8 @@ class CheckpointSpec(Model):
     keep: Count = 2
     """Number of newest checkpoints that are kept on disk."""
     best: BestSpec | None = None
-    """Also keep the checkpoint that is best by an evaluation metric, in `checkpoints/best`."""
+    """Also keep the checkpoints that are best by an evaluation metric. The best one is also in
+    `checkpoints/best`."""
     staging: Share = 0.25
     """The share of a host's memory in which its processes keep copies of their state, to write
     checkpoints while training goes on. With 0, training waits until a checkpoint is written."""

@@ -16,6 +16,7 @@ from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
 from dtrain.train.checkpoint.content import read_checkpoint
 from dtrain.train.checkpoint.directory import CheckpointDirectory
+from dtrain.train.checkpoint.retention import Retention
 from support import checkpoints
 
 _OPERATIONS = {
@@ -77,7 +78,7 @@ def newest(run: RunDir) -> int:
 
 def best_of(run: RunDir, folder: Path) -> int | None:
     """The step of `best`, every byte of which is looked at; None when there is none."""
-    CheckpointDirectory(run, 2).fetch(folder)
+    CheckpointDirectory(run, Retention(2)).fetch(folder)
     return int(read_checkpoint(folder)[1]["step"])
 
 

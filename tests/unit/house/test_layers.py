@@ -155,7 +155,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "loop",
     ),
     "dtrain.train.checkpoint": (
-        "blocks leaves proof",
+        "blocks leaves proof retention",
         "files parts tree",
         "content directory state",
         "writer_process",

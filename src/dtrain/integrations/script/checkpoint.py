@@ -18,6 +18,7 @@ from dtrain.run.rundir import RunDir
 from dtrain.train import collectives
 from dtrain.train.checkpoint.content import contribution
 from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
+from dtrain.train.checkpoint.retention import Retention
 from dtrain.train.checkpoint.state import (
     load_model_state,
     load_optimizer_state,
@@ -72,7 +73,7 @@ class Checkpoint:
         self._others = others
         self._run = RunDir(directory)
         self._run.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._store = CheckpointStore(self._run, self._ranks, keep)
+        self._store = CheckpointStore(self._run, self._ranks, Retention(keep))
         self._spoilt = Spoilt(TrainState(model, () if optimizer is None else (optimizer,)))
 
     def load(self) -> int:

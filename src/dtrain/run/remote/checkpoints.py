@@ -105,6 +105,17 @@ class RemoteCheckpoints:
         self._store.write(f"{to}/{MANIFEST}", text)
         self._clear(to, self._store.files(to), exclude=f"{to}/{inside}")
 
+    def marked(self, mark: str) -> dict[str, bytes]:
+        """Return the content of a mark of each checkpoint that has it, by the checkpoint's name."""
+        found = {name: self._store.read(name) for name in self._store.matching(f"step-*/{mark}")}
+        return {name.split("/")[0]: text for name, text in found.items() if text is not None}
+
+    def mark(self, name: str, mark: str, text: bytes) -> None:
+        self._store.write(f"{name}/{mark}", text)
+
+    def unmark(self, name: str, mark: str) -> None:
+        self._store.remove(f"{name}/{mark}")
+
     def reject(self, name: str) -> None:
         """Disable a checkpoint that cannot be used. Its files remain."""
         text = self._store.read(f"{name}/{MANIFEST}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import re
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.errors import CheckpointError, DtrainError
+from dtrain.run.files import write_atomic
 from dtrain.run.manifest import Entry
 from dtrain.run.remote.checkpoints import RemoteCheckpoints
 from dtrain.run.rundir import RunDir
 from dtrain.train.checkpoint import files
 from dtrain.train.checkpoint.blocks import write_file
+from dtrain.train.checkpoint.retention import PIN, SCORE, Marks, Retention, read_score
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +33,12 @@ class CheckpointDirectory:
 
     Args:
         run: the run.
-        keep: how many of the newest checkpoints are kept.
+        retention: which checkpoints are kept when a newer one is complete.
     """
 
-    def __init__(self, run: RunDir, keep: int) -> None:
+    def __init__(self, run: RunDir, retention: Retention) -> None:
         self.run = run
-        self.keep = keep
+        self.retention = retention
         self._remote = RemoteCheckpoints.of(run)
 
     @property
@@ -97,11 +100,50 @@ class CheckpointDirectory:
             for name in texts:
                 self._remote.upload(folder / name, folder.name, save)
             self._remote.commit(folder)
-        others = [each for each in self.newest_first() if each != folder]
-        for each in others[self.keep - 1 :]:
+        names = [folder.name, *(each.name for each in self.newest_first() if each != folder)]
+        kept = self.retention.kept(names, self.marks())
+        self.remove(name for name in names if name not in kept)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove checkpoints, here and at the URL."""
+        for name in names:
             if self._remote is not None:
-                self._remote.remove(each.name)
-            files.remove_checkpoint(each)
+                self._remote.remove(name)
+            files.remove_checkpoint(self.run.checkpoints / name)
+
+    def marks(self) -> dict[str, Marks]:
+        """Return the marks of the checkpoints that have any, by name."""
+        pinned, scores = self._marked(PIN), self._marked(SCORE)
+        return {
+            name: Marks(name in pinned, read_score(scores[name]) if name in scores else None)
+            for name in {*pinned, *scores}
+        }
+
+    def _marked(self, mark: str) -> dict[str, bytes]:
+        """Return the content of a mark of each checkpoint that has it, by the checkpoint's name."""
+        if self._remote is not None:
+            return self._remote.marked(mark)
+        found = self.run.checkpoints.glob(f"step-*/{mark}")
+        return {path.parent.name: path.read_bytes() for path in found}
+
+    def mark(self, folder: Path, mark: str, content: Mapping[str, Any]) -> None:
+        """Mark a checkpoint, which exists.
+
+        Raises:
+            OSError: the file system or the URL reported an error.
+        """
+        text = json.dumps(dict(content)) + "\n"
+        if self._remote is not None:
+            self._remote.mark(folder.name, mark, text.encode())
+        else:
+            write_atomic(folder / mark, text)
+
+    def unmark(self, folder: Path, mark: str) -> None:
+        """Remove a mark of a checkpoint, if it has that."""
+        if self._remote is not None:
+            self._remote.unmark(folder.name, mark)
+        else:
+            (folder / mark).unlink(missing_ok=True)
 
     def discard(self, folder: Path, save: str) -> None:
         """Remove the parts of a save that this host still has.

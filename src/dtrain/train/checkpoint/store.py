@@ -19,6 +19,7 @@ from dtrain.train import collectives
 from dtrain.train.checkpoint.content import Contribution, read
 from dtrain.train.checkpoint.directory import CheckpointDirectory, Failure, step_of
 from dtrain.train.checkpoint.files import OpenCheckpoint, new_save, part_name
+from dtrain.train.checkpoint.retention import SCORE, Retention
 from dtrain.train.checkpoint.writer import Writer
 from dtrain.train.packed import exchanged
 from dtrain.words import few
@@ -77,14 +78,16 @@ class CheckpointStore:
     Args:
         run: the run.
         ranks: this process.
-        keep: how many of the newest checkpoints are kept.
+        retention: which checkpoints are kept when a newer one is complete.
         staging: the share of this host's memory in which its ranks keep copies of their state
             while they train on. 0 means that training waits until a checkpoint is written.
     """
 
-    def __init__(self, run: RunDir, ranks: RankInfo, keep: int, staging: float = 0.0) -> None:
+    def __init__(
+        self, run: RunDir, ranks: RankInfo, retention: Retention, staging: float = 0.0
+    ) -> None:
         self._ranks = ranks
-        self._directory = CheckpointDirectory(run, keep)
+        self._directory = CheckpointDirectory(run, retention)
         self._staging = int(staging * memory.total() / ranks.local_world_size) if staging else 0
         self._writer: Writer | None = None
         self._save: _Save | None = None
@@ -287,12 +290,21 @@ class CheckpointStore:
 
     def keep_as(self, folder: Path, name: str) -> None:
         """Keep a checkpoint under a second name, which retention does not remove."""
+        self._on_rank_zero(folder.with_name(name), lambda: self._directory.copy(folder, name))
+
+    def score(self, folder: Path, metric: str, value: float) -> None:
+        """Record the value of a metric, by which retention finds the best checkpoints."""
+        content = {"metric": metric, "value": value}
+        self._on_rank_zero(folder, lambda: self._directory.mark(folder, SCORE, content))
+
+    def _on_rank_zero(self, folder: Path, action: Callable[[], None]) -> None:
+        """Write something on rank 0. Every rank raises the error of a checkpoint's directory."""
         failure = None
         if self._ranks.is_rank_zero:
             try:
-                self._directory.copy(folder, name)
+                action()
             except Exception as error:
-                failure = Failure.of(folder.with_name(name), error)
+                failure = Failure.of(folder, error)
         failure = collectives.from_zero(failure)
         if failure is not None:
             raise CheckpointError(failure.text, code=failure.code)

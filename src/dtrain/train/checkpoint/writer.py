@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +186,9 @@ class Writer:
         self._staging.close()
 
     def _send(self, folder: Path, save: str, request: dict[str, Any], *files: int) -> None:
-        run, keep = str(self._directory.run.path), self._directory.keep
-        request = {"run": run, "keep": keep, "folder": str(folder), "save": save, **request}
+        directory = self._directory
+        where = {"run": str(directory.run.path), "retention": asdict(directory.retention)}
+        request = {**where, "folder": str(folder), "save": save, **request}
         try:
             writer_process.send(self._channel, request, *files)
         except OSError:

@@ -24,6 +24,7 @@ from dtrain.run.manifest import Entry
 from dtrain.run.rundir import RunDir
 from dtrain.train.checkpoint.directory import CheckpointDirectory, Failure
 from dtrain.train.checkpoint.proof import require_same
+from dtrain.train.checkpoint.retention import Retention
 
 
 def send(channel: Channel, message: dict[str, Any], *files: int) -> None:
@@ -67,7 +68,8 @@ class _Server:
         folder = Path(request["folder"])
         try:
             if self._directory is None:
-                self._directory = CheckpointDirectory(RunDir(request["run"]), request["keep"])
+                retention = Retention(**request["retention"])
+                self._directory = CheckpointDirectory(RunDir(request["run"]), retention)
             directory = self._directory
             if "pieces" in request:
                 pieces = self._pieces(request["header"], request["pieces"])

@@ -14,7 +14,7 @@ from dtrain.errors import DtrainError, UsageError
 from dtrain.train import collectives
 from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
 from dtrain.train.context import TrainContext
-from dtrain.train.loop.metric_callbacks import EarlyStopping, KeepBest
+from dtrain.train.loop.metric_callbacks import EarlyStopping, Keep, KeepBest
 from dtrain.train.loop.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class View:
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         log: Callable[[str, float], None],
-        keep_best: Callable[[], None],
+        keep: Callable[[Keep], None],
     ) -> None:
         self.rank = context.ranks.rank
         self.run_dir = context.run.path
@@ -47,7 +47,7 @@ class View:
         self._log = log
         self.batch_size = 0
         self.evaluation_follows = self.over = False
-        self.keep_best = keep_best
+        self.keep = keep
         self.ending: str | None = None
         """The reason why this process asks for the end of training; None if it does not."""
 
@@ -67,6 +67,9 @@ class View:
                 f"session.log({name!r}, {value!r}): it takes a number",
                 code="task.log-not-a-number",
             ) from None
+
+    def keep_best(self) -> None:
+        self.keep(Keep())
 
     def stop(self, reason: str) -> None:
         self.ending = self.ending or reason
@@ -100,7 +103,7 @@ class Callbacks:
                 )
             self._all["early_stopping"] = EarlyStopping(spec.train.early_stopping)
         if spec.checkpoint.best is not None:
-            self._all["best"] = KeepBest(spec.checkpoint.best)
+            self._all["best"] = KeepBest(spec.checkpoint.best, view.keep)
         needing = {"early_stopping": "train.early_stopping", "best": "checkpoint.best"}
         for name, field in needing.items():
             if name in self._all and not evaluates:

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from dtrain.errors import CheckpointError
+from dtrain.job.spec import CheckpointSpec
 from dtrain.train import collectives
 from dtrain.train.checkpoint.content import contribution
 from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
 from dtrain.train.checkpoint.parts import is_part, whole
+from dtrain.train.checkpoint.retention import Retention
 from dtrain.train.checkpoint.state import (
     load_model_state,
     load_optimizer_state,
@@ -27,6 +29,7 @@ from dtrain.train.checkpoint.store import CheckpointStore, Loaded, Saved
 from dtrain.train.context import TrainContext
 from dtrain.train.digest import local
 from dtrain.train.loop.callbacks import Callbacks
+from dtrain.train.loop.metric_callbacks import Keep
 from dtrain.train.loop.progress import Progress
 from dtrain.train.loop.settings import Settings
 from dtrain.train.loop.step import Parts
@@ -44,7 +47,7 @@ class Checkpoints:
         self._context = context
         self._events = events
         self._spec = spec = context.spec.checkpoint
-        self._store = CheckpointStore(context.run, context.ranks, spec.keep, spec.staging)
+        self._store = CheckpointStore(context.run, context.ranks, _retention(spec), spec.staging)
         self.saved_step: int | None = None
         """The step of the checkpoint that was saved or read last; it may still be being written."""
         self.folder: Path | None = None
@@ -53,7 +56,8 @@ class Checkpoints:
         """Called with the directory of each checkpoint once it is on disk."""
         self._complete_step: int | None = None
         """The step of the last checkpoint that is complete."""
-        self._best_is_due = False
+        self._to_keep: list[Keep] = []
+        """The requests for the checkpoint that is being written."""
         self._is_prepared = False
         self._stop_s = self._stops_s = 0.0
         """How long training stopped for the last save, and for all, in seconds."""
@@ -176,7 +180,7 @@ class Checkpoints:
             yield
         except CheckpointError as error:
             step, self.saved_step = self.saved_step, self._complete_step
-            self._best_is_due = False
+            self._to_keep = []
             self._counts["failed"] += 1
             if self._spec.on_error == "stop":
                 raise
@@ -202,9 +206,8 @@ class Checkpoints:
             stop_seconds=round(self._stop_s, 3),
         )
         self.on_saved(saved.folder)
-        if self._best_is_due:
-            self._best_is_due = False
-            self._store.keep_as(saved.folder, "best")
+        to_keep, self._to_keep = self._to_keep, []
+        self._keep(saved.folder, to_keep)
 
     def read_newest(
         self, apply: Callable[[Loaded], None], *, keep_open: bool = False
@@ -230,14 +233,29 @@ class Checkpoints:
             rejected=loaded.rejected,
         )
 
-    def keep_best(self, step: int) -> None:
-        """Keep the checkpoint of a step, which was just saved, as the best one."""
+    def keep(self, step: int, *asked: Keep) -> None:
+        """Keep the checkpoint of a step, which was just saved, as callbacks have asked."""
         if self._store.saving:
-            self._best_is_due = True
+            self._to_keep += asked
         elif self._complete_step == step:
             assert self.folder is not None
             with self._policy():
-                self._store.keep_as(self.folder, "best")
+                self._keep(self.folder, asked)
+
+    def _keep(self, folder: Path, asked: Iterable[Keep]) -> None:
+        for each in asked:
+            if each.score is not None:
+                self._store.score(folder, *each.score)
+            if each.as_best:
+                self._store.keep_as(folder, "best")
+
+
+def _retention(spec: CheckpointSpec) -> Retention:
+    best = spec.best
+    if best is None:
+        return Retention(spec.keep)
+    # one is kept as `best`, which at a URL is a copy
+    return Retention(spec.keep, 0 if best.keep == 1 else best.keep, best.metric, best.mode)
 
 
 class Saver(Checkpoints):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dtrain.callback import Callback, Session
@@ -84,23 +85,42 @@ class EarlyStopping(Callback):
         return gain > self._spec.min_delta
 
 
-class KeepBest(Callback):
-    """Keeps the checkpoint with the best value of a metric."""
+@dataclass(frozen=True)
+class Keep:
+    """A request to keep the checkpoint of a step when newer ones follow."""
 
-    def __init__(self, spec: BestSpec) -> None:
+    as_best: bool = True
+    """Whether it becomes `checkpoints/best`."""
+    score: tuple[str, float] | None = None
+    """The metric that the request depends on, and its value."""
+
+
+class KeepBest(Callback):
+    """Keeps the checkpoints with the best values of a metric.
+
+    Args:
+        spec: the metric, and how many are kept.
+        keep: keeps the checkpoint of the current step. All ranks call it.
+    """
+
+    def __init__(self, spec: BestSpec, keep: Callable[[Keep], None]) -> None:
         self._spec = spec
-        self._best: float | None = None
+        self._keep = keep
+        self._best: list[float] = []
+        """The values of the checkpoints that are kept, the best first."""
 
     def on_eval(self, session: Session, metrics: Mapping[str, float]) -> None:
         name = self._spec.metric
         if name not in metrics:
             raise no_such_metric("checkpoint.best.metric", name, metrics)
-        sign = 1 if self._spec.mode == "max" else -1
+        sign = -1 if self._spec.mode == "max" else 1
         value = metrics[name]
-        if math.isnan(value) or (self._best is not None and sign * value <= sign * self._best):
+        better_or_equal = sum(sign * other <= sign * value for other in self._best)
+        if math.isnan(value) or better_or_equal >= self._spec.keep:
             return
-        self._best = value
-        session.keep_best()
+        self._best.insert(better_or_equal, value)
+        del self._best[self._spec.keep :]
+        self._keep(Keep(as_best=better_or_equal == 0, score=(name, value)))
 
     def state_dict(self) -> dict[str, Any]:
         return {"of": [self._spec.metric, self._spec.mode], "best": self._best}
@@ -109,4 +129,4 @@ class KeepBest(Callback):
         if "best" not in state:
             raise CheckpointError("it holds no best value", code="checkpoint.state-missing")
         if state["of"] == [self._spec.metric, self._spec.mode]:
-            self._best = state["best"]
+            self._best = state["best"][: self._spec.keep]

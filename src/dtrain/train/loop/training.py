@@ -23,6 +23,7 @@ from dtrain.train.loop import build
 from dtrain.train.loop.added_groups import watch_groups
 from dtrain.train.loop.callbacks import Callbacks, View
 from dtrain.train.loop.checkpointing import Saver
+from dtrain.train.loop.metric_callbacks import Keep
 from dtrain.train.loop.predictions import Predictions, predicts
 from dtrain.train.loop.progress import Progress, Schedule, refuse_to_end_before
 from dtrain.train.loop.reporting import Report
@@ -73,9 +74,7 @@ class Training:
         self._schedule = Schedule(context.spec)
         self._report = Report(context, self._events)
         self.keep_names = self._report.keep_names
-        view = View(
-            context, self.parts.model, self.parts.optimizer, self._report.note, self._keep_best
-        )
+        view = View(context, self.parts.model, self.parts.optimizer, self._report.note, self._keep)
         self.callbacks = Callbacks(context, view, evaluates=self._evaluator is not None)
         self._kept.begin(self.parts.model, self.callbacks.each)
 
@@ -295,9 +294,9 @@ class Training:
         """Wait until the checkpoint that is being written is complete."""
         self._saver.finish()
 
-    def _keep_best(self) -> None:
+    def _keep(self, asked: Keep) -> None:
         if self._save(urgent=True):
-            self._saver.keep_best(self.progress.step)
+            self._saver.keep(self.progress.step, asked)
 
     def _evaluate(self) -> bool:
         """Evaluate, and let callbacks decide whether training ends.

@@ -47,6 +47,7 @@ from dtrain.train.data.placement import EpochPlan, Position
 from dtrain.train.faults import Injector
 from dtrain.train.loop.callbacks import Callbacks, View
 from dtrain.train.loop.checkpointing import Checkpoints
+from dtrain.train.loop.metric_callbacks import Keep
 from dtrain.train.loop.progress import Progress, Schedule, refuse_to_end_before
 from dtrain.train.loop.reporting import Report
 from dtrain.train.metrics.events import Events
@@ -104,7 +105,7 @@ class Fit(pl.Callback):
         current batch."""
         self._mid_epoch = self.progress.position.consumed > 0
         self._flags = dict.fromkeys(("stop", "save", "end", "busy", "failed"), False)
-        self._best_is_due = False
+        self._to_keep: list[Keep] = []
         self._validation_pending = False
         self._begun = False
         self._whole = contextlib.ExitStack()
@@ -247,7 +248,7 @@ class Fit(pl.Callback):
         )
         self._checks.begin(self.progress.step)
         first = optimizers[0] if optimizers else None
-        self._view = View(context, pl_module, first, self._report.note, self._keep_best)
+        self._view = View(context, pl_module, first, self._report.note, self._keep)
         self._callbacks = Callbacks(context, self._view, evaluates=trainer.enable_validation)
         self._checkpoints.on_saved = self._callbacks.saved
         if self._loaded is not None:
@@ -479,11 +480,10 @@ class Fit(pl.Callback):
     def _boundary(self) -> None:
         if self._flags["stop"]:
             self._stop(validation_pending=False)
-        best, self._best_is_due = self._best_is_due, False
-        due = self._flags["save"] or self._schedule.save_due(self.progress)
-        if best or due:
-            if self._save(urgent=best) and best:
-                self._checkpoints.keep_best(self.progress.step)
+        to_keep, self._to_keep = self._to_keep, []
+        if to_keep or self._flags["save"] or self._schedule.save_due(self.progress):
+            if self._save(urgent=bool(to_keep)):
+                self._checkpoints.keep(self.progress.step, *to_keep)
             self._schedule.saved()
         if self._mid_epoch:
             self._checks.between_steps()
@@ -528,8 +528,8 @@ class Fit(pl.Callback):
         self._checkpoints.write(progress.step, state, own, saved, wait=wait)
         return True
 
-    def _keep_best(self) -> None:
-        self._best_is_due = True
+    def _keep(self, asked: Keep) -> None:
+        self._to_keep.append(asked)
 
     def _stop(self, *, validation_pending: bool) -> None:
         self._report.last_step()
@@ -547,8 +547,8 @@ class Fit(pl.Callback):
             self.progress.stopped_early = True
         self._validate_at_end()
         self._injector.end(self._state, self.progress.step)
-        if self._save(wait=True) and self._best_is_due:
-            self._checkpoints.keep_best(self.progress.step)
+        if self._save(wait=True):
+            self._checkpoints.keep(self.progress.step, *self._to_keep)
         self._callbacks.end()
         self._result = self._as_result(parameters_sha256=parameters_sha256(self._module))
 
