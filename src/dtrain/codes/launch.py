@@ -199,6 +199,11 @@ LAUNCH: Mapping[str, Entry] = {
         "`train.early_stopping` needs evaluations during the training, and there are none.",
         "Set `eval.every_steps` or `eval.every_epochs`.",
     ),
+    "job.no-mtbf": Entry(
+        "With `checkpoint.every: auto`, the best time between checkpoints depends on the mean time "
+        "between failures, which is not given.",
+        "Set `checkpoint.mtbf`, for example to `12h`, or give a time in `checkpoint.every`.",
+    ),
     "job.fault-after-the-end": Entry(
         "An injected fault is planned for a step after the end of the training.",
         "Choose a step up to `train.steps`.",

@@ -86,10 +86,7 @@ def load_job(
     root = numbers_as_text(root)
     spec, wrong = validate(root, JobSpec)
     problems += wrong
-    problems += [
-        root.place_of(keys).problem(dotted(keys), message, code=code)
-        for keys, message, code in cross_problems(root.plain())
-    ]
+    problems += _between_fields(root)
     problems += outside_problems(root, job_dir or path.parent)
     if problems or spec is None:
         raise JobError(sort_problems(problems, shown))
@@ -110,8 +107,15 @@ def read_job(path: Path) -> JobSpec:
     root, problems = read_root(files.read_text(path) or "", shown, JobSpec)
     spec, wrong = validate(root, JobSpec)
     if problems or spec is None:
-        raise JobError(sort_problems([*problems, *wrong], shown))
+        raise JobError(sort_problems([*problems, *wrong, *_between_fields(root)], shown))
     return spec
+
+
+def _between_fields(root: Located) -> list[Problem]:
+    return [
+        root.place_of(keys).problem(dotted(keys), message, code=code)
+        for keys, message, code in cross_problems(root.plain())
+    ]
 
 
 def read_root(

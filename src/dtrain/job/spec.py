@@ -140,8 +140,12 @@ class CheckpointSpec(Model):
     """The number of optimizer steps between checkpoints."""
     every_epochs: Count | None = None
     """The number of epochs between checkpoints."""
-    every: Duration | None = None
-    """The time between checkpoints. Each is saved at the first step boundary after it."""
+    every: Duration | Literal["auto"] | None = None
+    """The time between checkpoints. Each is saved at the first step boundary after it. `auto`
+    chooses the time with which the least training is lost: it measures how long training stops for
+    a checkpoint, and needs `mtbf`."""
+    mtbf: Duration | None = None
+    """The mean time between failures of all machines of the run together, for `every: auto`."""
     keep: Count = 2
     """Number of newest checkpoints that are kept on disk."""
     best: BestSpec | None = None
@@ -330,6 +334,11 @@ def cross_problems(job: Mapping[str, Any]) -> list[FieldProblem]:
         text = f"{micro} samples per forward pass are more than global_batch_size, {batch}"
         problems.append((("train", "micro_batch_size"), text, "job.micro-batch-too-large"))
     problems += late_faults(job)
+    checkpoint = job.get("checkpoint")
+    checkpoint = checkpoint if isinstance(checkpoint, Mapping) else {}
+    if checkpoint.get("every") == "auto" and checkpoint.get("mtbf") is None:
+        text = "auto needs checkpoint.mtbf, the mean time between failures, for example 12h"
+        problems.append((("checkpoint", "every"), text, "job.no-mtbf"))
     during = [evaluation.get("every_steps"), evaluation.get("every_epochs")]
     if train.get("early_stopping") is not None and during == [None, None]:
         text = "needs evaluations during training; give eval.every_steps or eval.every_epochs"

@@ -230,7 +230,8 @@ def _report_end(plan: LaunchPlan, code: int, stop: Stop, console: Console) -> tu
     run = plan.run
     if stop.signal is not None:
         name = signal.Signals(stop.signal).name
-        console.say(f"stopped by {name}; the run is in {plan.run_url or run.path}")
+        lost = events.unsaved_text(run, plan.attempt)
+        console.say(f"stopped by {name}{lost}; the run is in {plan.run_url or run.path}")
         console.say(f"continue with: dtrain resume {run.id}")
         return "cancelled", 128 + stop.signal
     state, code, found = _judge(plan, code)

@@ -34,7 +34,19 @@ def stop_message(run: RunDir, attempt: int, code: int) -> str:
     if event is None and code - 128 in {*signal.Signals}:
         who = f" by {signal.Signals(code - 128).name} to dtrain launch"
     after = "" if event is None else f" after step {event['step']}"
-    return f"{run.id} was stopped{who}{after}\ncontinue with: dtrain resume {run.id}"
+    lost = unsaved_text(run, attempt)
+    return f"{run.id} was stopped{who}{after}{lost}\ncontinue with: dtrain resume {run.id}"
+
+
+def unsaved_text(run: RunDir, attempt: int) -> str:
+    """Return what is lost if an attempt was ended before it could save; otherwise an empty text."""
+    trained = [each["event"] for each in _training_events(run) if each["attempt"] == attempt]
+    if trained[-1:] != ["training_started"]:
+        return ""
+    lines = files.read_lines(run.events, event=str)
+    steps = [each.get("step") for each in lines if each["event"] == "checkpoint_saved"]
+    last = f"the last one is that of step {steps[-1]}" if steps else "there is none"
+    return f" before it could save a checkpoint; {last}"
 
 
 def ungrouped_warning(run: RunDir) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,15 +21,18 @@ if TYPE_CHECKING:
 class StopFlag:
     """A request to stop at the next step boundary.
 
-    `request` only sets an attribute, so a signal handler may call it at any moment.
+    `request` only sets attributes, so a signal handler may call it at any moment.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
         """The reason for the request, in words; None if there is no request."""
+        self.since = 0.0
+        """When it came, by the monotonic clock."""
 
     def request(self, reason: str) -> None:
         if self.reason is None:
+            self.since = time.monotonic()
             self.reason = reason
 
 

@@ -20,6 +20,7 @@ from dtrain.train.checkpoint.content import read_checkpoint
 from dtrain.train.checkpoint.parts import Image
 from dtrain.train.checkpoint.writer import Staging, Writer
 from dtrain.train.loop.native import NativeTrainer
+from dtrain.train.loop.progress import best_interval
 from support.errors import raises
 from support.lightning_fit import fit
 from support.trainings import Outcome, job, lines, train
@@ -144,6 +145,24 @@ def test_the_best_is_never_skipped(tmp_path: Path) -> None:
     )
     run_ranks(in_background, 2, spec, tmp_path, Held)
     assert read_checkpoint(tmp_path / "checkpoints" / "best")[1]["step"] == 4
+
+
+def test_a_grace_that_is_too_short_is_reported_at_once_and_at_the_stop(tmp_path: Path) -> None:
+    short = {"stop_timeout": 1e-6}
+    spec = job("ddp", {"stop_after": 4}, checkpoint={"every_steps": 2}, launch=short)
+    run_ranks(in_background, 2, spec, tmp_path)
+    assert steps(tmp_path, "grace_short") == [2, 5]
+    assert steps(tmp_path, "checkpoint_saved") == [2, 4, 5]
+
+
+def test_the_time_between_checkpoints_is_chosen(tmp_path: Path) -> None:
+    """With a cost of a second, which is presumed first, it would be 0.05 s."""
+    spec = job("ddp", checkpoint={"every": "auto", "mtbf": 0.05})
+    run_ranks(in_background, 2, spec, tmp_path)
+    (chosen,) = [e for e in lines(tmp_path, "events") if e["event"] == "checkpoint_interval"]
+    expected = best_interval(chosen["stop_seconds"], 0.05)
+    assert chosen["seconds"] == pytest.approx(expected, abs=0.001)
+    assert len(steps(tmp_path, "checkpoint_saved")) > 1
 
 
 def test_a_writer_that_dies_ends_the_training(tmp_path: Path) -> None:

@@ -123,6 +123,26 @@ def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
     assert (progress["step"], progress["metrics"]) == (4, {"loss": 3.0})
 
 
+@pytest.mark.parametrize("trainer", [NativeTrainer, LightningTrainer])
+def test_the_best_three_stay_also_over_a_resume(
+    tmp_path: Path, trainer: type[NativeTrainer]
+) -> None:
+    def spec(**args: Any) -> Any:
+        return job(
+            "single",
+            {"held_out": 5, "evaluations": [5.0, 3.0, 4.0, 3.5, 6.0], **args},
+            eval={"every_steps": 2},
+            checkpoint={"every_steps": 2, "keep": 1, "best": {"metric": "loss", "keep": 3}},
+        )
+
+    train(spec(stop_after=5), tmp_path, trainer_class=trainer)
+    train(spec(evaluations=[3.5, 6.0, 4.0]), tmp_path, trainer_class=trainer)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["best", *(f"step-{step:08d}" for step in (4, 6, 8, 10))]
+    _, progress = read_checkpoint(tmp_path / "checkpoints" / "best")
+    assert progress["step"] == 4
+
+
 def test_the_best_of_all_attempts_is_kept(tmp_path: Path) -> None:
     def spec(**args: Any) -> Any:
         return job(

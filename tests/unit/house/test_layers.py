@@ -179,7 +179,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "sharded_pipeline",
     ),
     "dtrain.train.loop": (
-        "added_groups metric_callbacks predictions progress step task_state",
+        "added_groups grace metric_callbacks predictions progress step task_state",
         "callbacks evaluation reporting settings",
         "build checkpointing",
         "training",

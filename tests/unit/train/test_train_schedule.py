@@ -9,10 +9,18 @@ from typing import Any
 import pytest
 
 from dtrain.errors import CheckpointError, UsageError
-from dtrain.job.spec import EarlyStoppingSpec, JobSpec
+from dtrain.job.spec import CheckpointSpec, EarlyStoppingSpec, JobSpec, cross_problems
+from dtrain.train.checkpoint.retention import Marks, Retention, read_score
 from dtrain.train.data.placement import EpochPlan, Position
 from dtrain.train.loop.metric_callbacks import EarlyStopping
-from dtrain.train.loop.progress import Progress, Schedule, data_identity, refuse_to_end_before
+from dtrain.train.loop.progress import (
+    Progress,
+    SaveClock,
+    Schedule,
+    best_interval,
+    data_identity,
+    refuse_to_end_before,
+)
 from support.errors import raises
 
 
@@ -38,12 +46,6 @@ def test_steps_and_epochs() -> None:
     assert due_steps(spec(checkpoint={"every_epochs": 2}), "save_due") == [8]
     both = {"every_epochs": 2, "every_steps": 5}
     assert due_steps(spec(checkpoint=both), "save_due") == [5, 8, 10]
-
-
-def test_time() -> None:
-    assert not Schedule(spec()).save_overdue()
-    assert not Schedule(spec(checkpoint={"every": "1h"})).save_overdue()
-    assert Schedule(spec(checkpoint={"every": "0.000000001s"})).save_overdue()
 
 
 @pytest.mark.parametrize(
@@ -115,3 +117,77 @@ def test_a_data_set_may_identify_itself() -> None:
     assert data_identity(spec(), Named(), 1)["fingerprint"] == "v2"
     assert data_identity(spec(), Computed(), 1)["fingerprint"] == "v3"
     assert data_identity(spec(), [1], 1)["fingerprint"] is None
+
+
+@pytest.mark.parametrize("cost", [0.05, 4.0, 600.0])
+@pytest.mark.parametrize("mtbf", [3600.0, 86400.0])
+def test_the_best_time_between_checkpoints_loses_least(cost: float, mtbf: float) -> None:
+    """The time of a whole training as in Daly's equation 20, for failures at random moments."""
+
+    def time_for_a_second(every: float) -> float:
+        return mtbf * math.expm1((every + cost) / mtbf) / every
+
+    best = best_interval(cost, mtbf)
+    least = min(time_for_a_second(best * 1.02**n) for n in range(-100, 100))
+    assert time_for_a_second(best) <= 1.0001 * least
+    young = math.sqrt(2 * cost * mtbf)
+    assert best == pytest.approx(young, rel=max(0.01, 2 * cost / young))
+
+
+def test_a_checkpoint_that_costs_more_than_two_failures() -> None:
+    assert best_interval(100.0, 40.0) == 40.0
+
+
+def test_the_clock_of_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 50.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    assert not SaveClock(CheckpointSpec()).overdue
+    given = SaveClock(CheckpointSpec.model_validate({"every": "90s"}))
+    chosen = SaveClock(CheckpointSpec.model_validate({"every": "auto", "mtbf": "10h"}))
+    for clock, cost, before, after in ((given, 0.1, 90, 90), (chosen, 0.1, 267, 85)):
+        now = 50.0
+        clock.restart(None)
+        assert clock.every_s == pytest.approx(before, rel=0.01)
+        now = 49.0 + before
+        assert not clock.overdue
+        now = 51.0 + before
+        assert clock.overdue
+        clock.restart(cost)
+        assert not clock.overdue
+        assert clock.every_s == pytest.approx(after, rel=0.01)
+
+
+def test_a_chosen_time_needs_the_time_between_failures() -> None:
+    (problem,) = cross_problems({**spec().to_plain(), "checkpoint": {"every": "auto"}})
+    assert (problem[0], problem[2]) == (("checkpoint", "every"), "job.no-mtbf")
+
+
+MARKS = {
+    "step-00000002": Marks(score=("loss", 0.5)),
+    "step-00000004": Marks(score=("accuracy", 0.1)),
+    "step-00000006": Marks(pinned=True, score=("loss", 0.9)),
+    "step-00000008": Marks(score=("loss", 0.7)),
+}
+
+
+@pytest.mark.parametrize(
+    ("retention", "kept"),
+    [
+        (Retention(2), [12, 10, 6]),
+        (Retention(1, 1, "loss"), [12, 6, 2]),
+        (Retention(1, 2, "loss"), [12, 8, 6, 2]),
+        (Retention(1, 1, "loss", "max"), [12, 6]),
+        (Retention(1, 9, "accuracy"), [12, 6, 4]),
+        (Retention(9), [12, 10, 8, 6, 4, 2]),
+    ],
+)
+def test_which_checkpoints_are_kept(retention: Retention, kept: list[int]) -> None:
+    names = [f"step-{step:08d}" for step in range(12, 0, -2)]
+    found = retention.kept(names, MARKS)
+    assert sorted(found, reverse=True) == [f"step-{step:08d}" for step in kept]
+
+
+def test_a_damaged_score_is_none() -> None:
+    assert read_score(b'{"metric": "loss", "value": 0.5}') == ("loss", 0.5)
+    for text in (b"", b"{", b"[]", b'{"metric": "loss"}', b'{"metric": "a", "value": "b"}'):
+        assert read_score(text) is None

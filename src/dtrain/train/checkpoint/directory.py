@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,15 @@ from dtrain.train.checkpoint.retention import PIN, SCORE, Marks, Retention, read
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-\d{8,}")
+
+
+@dataclass(frozen=True)
+class Written:
+    """The part of a rank that is written, and uploaded."""
+
+    entry: Entry
+    seconds: float
+    """The time that it took."""
 
 
 class CheckpointDirectory:
@@ -63,7 +73,7 @@ class CheckpointDirectory:
         if remote and self._remote is not None:
             self._remote.remove_leftovers()
 
-    def write(self, folder: Path, save: str, rank: int, pieces: Iterable[Any]) -> Entry:
+    def write(self, folder: Path, save: str, rank: int, pieces: Iterable[Any]) -> Written:
         """Write the part of a rank, and upload it.
 
         Args:
@@ -75,12 +85,13 @@ class CheckpointDirectory:
         Raises:
             OSError: the file system or the URL reported an error.
         """
+        started = time.monotonic()
         name, temporary = files.part_name(rank), files.aside(folder, save)
         temporary.mkdir(parents=True, exist_ok=True)
         entry = write_file(temporary / name, pieces)
         if self._remote is not None:
             self._remote.upload(temporary / name, folder.name, save)
-        return entry
+        return Written(entry, time.monotonic() - started)
 
     def commit(
         self,

@@ -17,7 +17,7 @@ from dtrain.run.manifest import Entry
 from dtrain.run.rundir import RunDir
 from dtrain.train import collectives
 from dtrain.train.checkpoint.content import Contribution, read
-from dtrain.train.checkpoint.directory import CheckpointDirectory, Failure, step_of
+from dtrain.train.checkpoint.directory import CheckpointDirectory, Failure, Written, step_of
 from dtrain.train.checkpoint.files import OpenCheckpoint, new_save, part_name
 from dtrain.train.checkpoint.retention import SCORE, Retention
 from dtrain.train.checkpoint.writer import Writer
@@ -29,6 +29,7 @@ Value = TypeVar("Value")
 logger = logging.getLogger(__name__)
 
 exchanged(Entry)
+exchanged(Written)
 exchanged(Failure)
 _SMALL = 8 << 20
 """A part with fewer bytes is written at once: that takes no longer than to hand it over."""
@@ -54,6 +55,8 @@ class Saved:
     """The size of all ranks' files of tensors."""
     seconds: float
     """The time from the beginning of the save until it was on disk."""
+    write_seconds: float
+    """The time that the slowest rank needed to write its part."""
 
 
 @dataclass
@@ -65,10 +68,12 @@ class _Save:
     texts: dict[str, str]
     about: dict[str, Any]
     started: float
-    result: Entry | bool | Failure | None = None
+    result: Written | bool | Failure | None = None
     """The result of what this rank's writer does now: its part, then on rank 0 the manifest."""
     bytes: int = 0
     """The bytes of all ranks, on rank 0, once they have written their parts."""
+    write_seconds: float = 0.0
+    """The time of the slowest rank, on rank 0, likewise."""
     parts_written: bool = False
 
 
@@ -245,10 +250,10 @@ class CheckpointStore:
         if failed:
             save.result = failed[0]
             return
-        entries = {
-            part_name(rank): each for rank, each in enumerate(everyone) if isinstance(each, Entry)
-        }
+        parts = {rank: each for rank, each in enumerate(everyone) if isinstance(each, Written)}
+        entries = {part_name(rank): each.entry for rank, each in parts.items()}
         save.bytes = sum(entry.bytes for entry in entries.values())
+        save.write_seconds = max(each.seconds for each in parts.values())
         commit(save, entries)
 
     def _commit_now(self, save: _Save, entries: dict[str, Entry]) -> None:
@@ -269,12 +274,13 @@ class CheckpointStore:
 
     def _conclude(self, save: _Save) -> Saved:
         failure = save.result if isinstance(save.result, Failure) else None
-        size, failure = collectives.from_zero((save.bytes, failure))
+        known = collectives.from_zero((save.bytes, save.write_seconds, failure))
+        size, write_seconds, failure = known
         if self._ranks.local_rank == 0:
             self._directory.discard(save.folder, save.name)
         if failure is not None:
             raise CheckpointError(failure.text, code=failure.code)
-        return Saved(save.folder, size, time.monotonic() - save.started)
+        return Saved(save.folder, size, time.monotonic() - save.started, write_seconds)
 
     def _of_writer(self) -> Writer:
         assert self._writer is not None

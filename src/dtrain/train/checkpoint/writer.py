@@ -19,7 +19,7 @@ from dtrain.errors import CheckpointError
 from dtrain.forking import Channel
 from dtrain.run.manifest import Entry
 from dtrain.train.checkpoint import writer_process
-from dtrain.train.checkpoint.directory import CheckpointDirectory, Failure
+from dtrain.train.checkpoint.directory import CheckpointDirectory, Failure, Written
 from dtrain.train.checkpoint.parts import Image, as_bytes, itemsize
 from dtrain.train.digest import texts_of_each
 
@@ -164,15 +164,15 @@ class Writer:
         """
         self._send(folder, save, facts)
 
-    def poll(self) -> Entry | bool | None:
-        """Return the result of the request: the entry of the file, or True; None until it is done.
+    def poll(self) -> Written | bool | None:
+        """Return the result of the request: the part, or True; None until it is done.
 
         Raises:
             CheckpointError: the request failed, or the process has ended.
         """
         return self._result(0.0)
 
-    def wait(self) -> Entry | bool:
+    def wait(self) -> Written | bool:
         """Wait for the result of the request, and return it as `poll` does."""
         result = self._result(None)
         assert result is not None
@@ -194,7 +194,7 @@ class Writer:
         except OSError:
             raise self._ended() from None
 
-    def _result(self, wait_s: float | None) -> Entry | bool | None:
+    def _result(self, wait_s: float | None) -> Written | bool | None:
         try:
             answer, _ = writer_process.receive(self._channel, wait_s)
         except EOFError:
@@ -203,7 +203,10 @@ class Writer:
             return None
         if "failed" in answer:
             raise Failure(**answer["failed"]).error()
-        return Entry(**answer["entry"]) if "entry" in answer else True
+        if "written" not in answer:
+            return True
+        written = answer["written"]
+        return Written(Entry(**written["entry"]), written["seconds"])
 
     def _ended(self) -> CheckpointError:
         code = self._process.wait()

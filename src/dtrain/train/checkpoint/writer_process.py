@@ -73,8 +73,8 @@ class _Server:
             directory = self._directory
             if "pieces" in request:
                 pieces = self._pieces(request["header"], request["pieces"])
-                entry = directory.write(folder, request["save"], request["rank"], pieces)
-                return {"entry": asdict(entry)}
+                written = directory.write(folder, request["save"], request["rank"], pieces)
+                return {"written": asdict(written)}
             entries = {name: Entry(**each) for name, each in request["entries"].items()}
             texts, about = request["texts"], request["about"]
             directory.commit(folder, request["save"], entries, texts, about)

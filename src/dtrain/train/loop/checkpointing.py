@@ -29,8 +29,9 @@ from dtrain.train.checkpoint.store import CheckpointStore, Loaded, Saved
 from dtrain.train.context import TrainContext
 from dtrain.train.digest import local
 from dtrain.train.loop.callbacks import Callbacks
+from dtrain.train.loop.grace import Grace
 from dtrain.train.loop.metric_callbacks import Keep
-from dtrain.train.loop.progress import Progress
+from dtrain.train.loop.progress import Progress, SaveClock
 from dtrain.train.loop.settings import Settings
 from dtrain.train.loop.step import Parts
 from dtrain.train.loop.task_state import Kept
@@ -61,6 +62,10 @@ class Checkpoints:
         self._is_prepared = False
         self._stop_s = self._stops_s = 0.0
         """How long training stopped for the last save, and for all, in seconds."""
+        self._clock = SaveClock(spec)
+        self._begun = 0
+        """The number of saves that were begun."""
+        self._grace = Grace(context, events)
         self._counts = {"saved": 0, "waited": 0, "skipped": 0, "failed": 0}
         """The numbers of checkpoints; `waited` for another to be written."""
 
@@ -95,6 +100,7 @@ class Checkpoints:
             )
             self._events.write("checkpoint_skipped", step=step, writing=before)
             self._counts["skipped"] += 1
+            self._restart_clock()
             return False
         started = time.monotonic()
         self.finish()
@@ -139,7 +145,9 @@ class Checkpoints:
             saved = self._store.save(step, content, about, wait=wait)
             self._stop_s = time.monotonic() - started
             self._stops_s += self._stop_s
+            self._begun += 1
             self._completed(saved)
+        self._restart_clock()
 
     def state(self) -> tuple[bool, bool]:
         """Return whether this rank is still writing, and whether that has failed.
@@ -163,6 +171,24 @@ class Checkpoints:
         """Wait until the save in progress is complete."""
         with self._policy():
             self._completed(self._store.finish())
+
+    @property
+    def overdue(self) -> bool:
+        """Whether a checkpoint is due by this process's clock. Only that of rank 0 counts."""
+        return self._clock.overdue
+
+    def _restart_clock(self) -> None:
+        self._clock.restart(self._stops_s / self._begun if self._begun else None)
+        if self._clock.chooses and self._begun == 1:
+            every, cost = self._clock.every_s or 0.0, self._stop_s
+            self._events.write(
+                "checkpoint_interval", seconds=round(every, 3), stop_seconds=round(cost, 3)
+            )
+            logger.info("a checkpoint every %.3g s: each stops training for %.2g s", every, cost)
+
+    def stopping(self, step: int) -> None:
+        """Report if the time may not suffice for the checkpoint of a training that has to stop."""
+        self._grace.stopping(step, int(self._store.saving) + int(self.saved_step != step))
 
     def close(self) -> None:
         """End the process that writes, and report. A save in progress is lost."""
@@ -196,6 +222,7 @@ class Checkpoints:
         self._counts["saved"] += 1
         text = f"saved {saved.folder.name}: {saved.bytes / 1e6:.1f} MB in {saved.seconds:.2f} s"
         went_on = self._stop_s < saved.seconds
+        self._grace.measured(self.saved_step, saved.write_seconds, in_background=went_on)
         logger.info("%s%s", text, f"; training stopped {self._stop_s:.2f} s" if went_on else "")
         self._events.write(
             "checkpoint_saved",

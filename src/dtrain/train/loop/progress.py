@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import TensorDataset
 
 from dtrain.errors import CheckpointError, DamagedError, DtrainError
-from dtrain.job.spec import JobSpec
+from dtrain.job.spec import CheckpointSpec, JobSpec
 from dtrain.run import files
 from dtrain.train.data.permutation import PERMUTATION_VERSION
 from dtrain.train.data.placement import Position
@@ -163,7 +163,6 @@ def data_identity(
 class Schedule:
     def __init__(self, spec: JobSpec) -> None:
         self._spec = spec
-        self._last_save = time.monotonic()
 
     def evaluation_due(self, progress: Progress) -> bool:
         spec = self._spec.eval
@@ -173,14 +172,64 @@ class Schedule:
         spec = self._spec.checkpoint
         return _due(progress, spec.every_steps, spec.every_epochs)
 
-    def save_overdue(self) -> bool:
-        """Return whether a checkpoint is due by this process's clock. Only rank 0 calls it."""
-        every = self._spec.checkpoint.every
-        return every is not None and time.monotonic() - self._last_save >= every
 
-    def saved(self) -> None:
-        """Restart the clock of `save_overdue`."""
-        self._last_save = time.monotonic()
+class SaveClock:
+    """Says when a checkpoint is due by this process's clock.
+
+    Args:
+        spec: the time between checkpoints.
+    """
+
+    def __init__(self, spec: CheckpointSpec) -> None:
+        self._mtbf_s = spec.mtbf if spec.every == "auto" else None
+        self.every_s = None if spec.every == "auto" else spec.every
+        """The training time between checkpoints in seconds, if there is one."""
+        if self._mtbf_s is not None:
+            self.every_s = best_interval(_PRESUMED_COST_S, self._mtbf_s)
+        self._started = time.monotonic()
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the time depends on the measured cost."""
+        return self._mtbf_s is not None
+
+    @property
+    def overdue(self) -> bool:
+        return self.every_s is not None and time.monotonic() - self._started >= self.every_s
+
+    def restart(self, cost_s: float | None) -> None:
+        """Restart it after a checkpoint.
+
+        Args:
+            cost_s: how long training has stopped for a checkpoint until now, on average; None if
+                that is not known.
+        """
+        self._started = time.monotonic()
+        if self._mtbf_s is not None and cost_s is not None:
+            self.every_s = best_interval(cost_s, self._mtbf_s)
+
+
+_PRESUMED_COST_S = 1.0
+"""How long a checkpoint is presumed to stop training until one is measured."""
+
+
+def best_interval(cost_s: float, mtbf_s: float) -> float:
+    """Return the training time between checkpoints with which the least time is lost, in seconds.
+
+    Time is lost to checkpoints, and after a failure to the steps since the last one. The estimate
+    is of J. T. Daly, A higher order estimate of the optimum checkpoint interval for restart dumps,
+    Future Generation Computer Systems 22 (2006), equation 37. Its first term is that of
+    J. W. Young, A first order approximation to the optimum checkpoint interval, Communications of
+    the ACM 17 (1974).
+
+    Args:
+        cost_s: how long training stops for a checkpoint, in seconds.
+        mtbf_s: the mean time between failures, in seconds.
+    """
+    if cost_s >= 2 * mtbf_s:
+        return mtbf_s
+    ratio = math.sqrt(cost_s / (2 * mtbf_s))
+    return math.sqrt(2 * cost_s * mtbf_s) * (1 + ratio / 3 + ratio**2 / 9) - cost_s
 
 
 def _due(progress: Progress, every_steps: int | None, every_epochs: int | None) -> bool:

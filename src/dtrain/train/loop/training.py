@@ -249,7 +249,7 @@ class Training:
         writing, failed = self._saver.state()
         return StepFlags(
             stop=self._context.stop.reason is not None,
-            save=self._context.ranks.is_rank_zero and self._schedule.save_overdue(),
+            save=self._context.ranks.is_rank_zero and self._saver.overdue,
             end=self.callbacks.view.ending is not None,
             writing=writing,
             write_failed=failed,
@@ -268,7 +268,6 @@ class Training:
         """Save after a step if all ranks agreed to. Return True."""
         if self._asked.save or self._schedule.save_due(self.progress):
             self._save(wait=self.callbacks.view.over)
-            self._schedule.saved()
         return True
 
     def _save(self, *, wait: bool = False, urgent: bool = False) -> bool:
@@ -358,6 +357,7 @@ class Training:
 
     def _stop(self) -> TrainResult:
         """Save and stop on all ranks together, because one of them was asked to stop."""
+        self._saver.stopping(self.progress.step)
         self._save(wait=True)
         reasons = collectives.gather_to_all(self._context.stop.reason)
         rank, reason = next((r, why) for r, why in enumerate(reasons) if why is not None)

@@ -419,7 +419,7 @@ class Fit(pl.Callback):
         total, weight = map(float, self._sums) if is_used else (0.0, 0.0)
         requests = [
             self._context.stop.reason is not None,
-            self._context.ranks.is_rank_zero and self._schedule.save_overdue(),
+            self._context.ranks.is_rank_zero and self._checkpoints.overdue,
             self._view.ending is not None,
             *self._checkpoints.state(),
         ]
@@ -481,10 +481,9 @@ class Fit(pl.Callback):
         if self._flags["stop"]:
             self._stop(validation_pending=False)
         to_keep, self._to_keep = self._to_keep, []
-        if to_keep or self._flags["save"] or self._schedule.save_due(self.progress):
-            if self._save(urgent=bool(to_keep)):
-                self._checkpoints.keep(self.progress.step, *to_keep)
-            self._schedule.saved()
+        due = to_keep or self._flags["save"] or self._schedule.save_due(self.progress)
+        if due and self._save(urgent=bool(to_keep)):
+            self._checkpoints.keep(self.progress.step, *to_keep)
         if self._mid_epoch:
             self._checks.between_steps()
 
@@ -533,6 +532,7 @@ class Fit(pl.Callback):
 
     def _stop(self, *, validation_pending: bool) -> None:
         self._report.last_step()
+        self._checkpoints.stopping(self.progress.step)
         self._save(wait=True, validation_pending=validation_pending)
         reasons = collectives.gather_to_all(self._context.stop.reason)
         rank, reason = next((r, why) for r, why in enumerate(reasons) if why is not None)
