@@ -110,7 +110,7 @@ class Training:
     def state(self) -> dict[str, Any]:
         """As dtrain's trainer makes it; the tensors are not copied."""
         return {
-            "model": model_state(self.plain),
+            "model": model_state(self.plain, keep_vars=True),
             "optimizer": optimizer_state(self.plain, self.optimizer),
         }
 

@@ -127,7 +127,7 @@ class Checkpoint:
     def _state(self) -> dict[str, Any]:
         optimizer = self._optimizer
         return {
-            "model": model_state(self._model),
+            "model": model_state(self._model, keep_vars=True),
             "optimizer": None if optimizer is None else optimizer_state(self._model, optimizer),
         }
 

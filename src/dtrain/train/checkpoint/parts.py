@@ -78,11 +78,12 @@ def share(tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) -> li
             if here.numel() and _is_first_copy(tensor):
                 shards.append(Piece(key, shape, offsets, here))
         elif tensor.numel() == 0:
-            pieces += [Piece(key, shape, (0,) * tensor.ndim, tensor)] if rank == 0 else []
+            data = tensor.detach()
+            pieces += [Piece(key, shape, (0,) * tensor.ndim, data)] if rank == 0 else []
         else:
             first, last = _rows_before(low, tensor), _rows_before(high, tensor)
             if last > first:
-                data = tensor[first:last] if tensor.ndim else tensor
+                data = tensor.detach()[first:last] if tensor.ndim else tensor.detach()
                 pieces.append(Piece(key, shape, (first, *(0,) * tensor.ndim)[: tensor.ndim], data))
             size = tensor.nbytes
             low, high = low - size, high - size
@@ -107,8 +108,7 @@ def local_box(tensor: torch.Tensor) -> tuple[torch.Tensor, Shape]:
     """Return what this rank holds of a tensor, and its offsets in the whole tensor."""
     if not is_part(tensor):
         return tensor, (0,) * tensor.ndim
-    here: torch.Tensor = tensor.to_local()
-    return here, _offsets(tensor.shape, tensor.device_mesh, tensor.placements)
+    return digest.local(tensor), _offsets(tensor.shape, tensor.device_mesh, tensor.placements)
 
 
 @functools.lru_cache(maxsize=1024)

