@@ -107,8 +107,12 @@ def read(folder: Path) -> Manifest:
             f"{NAME} cannot be read: {error.strerror}", code="checkpoint.unreadable-file"
         ) from error
     if text is None:
-        raise CheckpointError(f"{NAME} is missing", code="checkpoint.missing-manifest")
+        raise missing_manifest()
     return parse(text)
+
+
+def missing_manifest() -> CheckpointError:
+    return CheckpointError(f"{NAME} is missing", code="checkpoint.missing-manifest")
 
 
 def _is_name(text: str) -> bool:

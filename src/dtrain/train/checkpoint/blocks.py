@@ -139,6 +139,10 @@ class BlockFile:
         return bytes(self.read(0, self._entry.bytes)) if self._entry.bytes else b""
 
     @property
+    def size(self) -> int:
+        return self._entry.bytes
+
+    @property
     def num_blocks(self) -> int:
         return len(self._entry.blocks)
 

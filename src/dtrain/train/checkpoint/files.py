@@ -34,6 +34,11 @@ def aside(final: Path, save: str) -> Path:
     return final.with_name(f".{final.name}{_ASIDE}{save}")
 
 
+def is_aside(name: str) -> bool:
+    """Return whether it is the name of a temporary directory of a checkpoint."""
+    return name.startswith(".") and _ASIDE in name
+
+
 def new_save() -> str:
     return secrets.token_hex(4)
 

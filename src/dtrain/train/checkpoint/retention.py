@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from dtrain.job.spec import CheckpointSpec
 
 SCORE, PIN = "score.json", "pinned.json"
 """The files that mark a checkpoint, in its directory. They are not part of it."""
@@ -36,6 +39,15 @@ class Retention:
     best: int = 0
     metric: str = ""
     mode: Literal["min", "max"] = "min"
+
+    @classmethod
+    def of(cls, spec: CheckpointSpec) -> Retention:
+        """Return what a job says."""
+        best = spec.best
+        if best is None:
+            return cls(spec.keep)
+        # one is kept as `best`, which at a URL is a copy
+        return cls(spec.keep, 0 if best.keep == 1 else best.keep, best.metric, best.mode)
 
     def kept(self, newest_first: Sequence[str], marks: Mapping[str, Marks]) -> dict[str, str]:
         """Return the names of the checkpoints that are kept, each with the reason.
