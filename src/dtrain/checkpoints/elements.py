@@ -37,7 +37,7 @@ class Distance:
 def different(itemsize: int, one: Bytes, other: Bytes) -> Array:
     """Return for each element whether its bits differ."""
     words = f"u{min(itemsize, 8)}"
-    unequal = np.asarray(one.view(words) != other.view(words))
+    unequal: Any = one.view(words) != other.view(words)
     mask: Array = unequal.reshape(-1, itemsize // min(itemsize, 8)).any(axis=1)
     return mask
 

@@ -72,7 +72,7 @@ def rows(run: RunDir) -> list[Row]:
         names = [folder.name for folder in directory.newest_first()]
         kept = retention.kept(names, marks)
         for row in found:
-            row.kept = "pinned" if row.pinned else kept.get(row.name)
+            row.kept = kept.get(row.name)
     return sorted(found, key=lambda row: (row.name == BEST, row.step or 0, row.name))
 
 

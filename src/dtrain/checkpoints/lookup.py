@@ -87,7 +87,8 @@ def find_all(text: str, runs: str) -> list[Found]:
         )
     wanted = [each for each in names if not colon or _short(each) == _short(which)]
     if not wanted:
-        known = numbered("checkpoint", [_short(each) for each in reversed(names)])
+        in_order = sorted(names, key=lambda each: (each == BEST, each))
+        known = numbered("checkpoint", map(_short, in_order))
         raise UsageError(
             f"run {run_id} has no checkpoint {quoted(which)}; it has {known}",
             code="checkpoint.not-found",

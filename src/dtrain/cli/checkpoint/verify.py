@@ -39,7 +39,7 @@ def command(checkpoints: tuple[str, ...], runs: str, as_json: bool) -> int:
 
     found = [each for text in checkpoints or ("last",) for each in find_all(text, runs)]
     done = []
-    for each in reversed(found):
+    for each in found:
         done.append(verify(each))
         if not as_json:
             click.echo("\n".join(lines(done[-1])))

@@ -52,6 +52,8 @@ class Retention:
     def kept(self, newest_first: Sequence[str], marks: Mapping[str, Marks]) -> dict[str, str]:
         """Return the names of the checkpoints that are kept, each with the reason.
 
+        If there are several, it is the one that lasts longest.
+
         Args:
             newest_first: the names of all checkpoints.
             marks: the marks of those that have any.
@@ -62,9 +64,9 @@ class Retention:
             if name in newest_first and mark.score is not None and mark.score[0] == self.metric
         }
         best_first = sorted(scores, key=scores.__getitem__, reverse=self.mode == "max")
-        reasons = {name: "pinned" for name in newest_first if marks.get(name, Marks()).pinned}
-        reasons |= {name: "best" for name in best_first[: self.best]}
-        reasons |= {name: "newest" for name in newest_first[: self.newest]}
+        reasons = dict.fromkeys(newest_first[: self.newest], "newest")
+        reasons |= dict.fromkeys(best_first[: self.best], "best")
+        reasons |= {name: "pinned" for name in newest_first if marks.get(name, Marks()).pinned}
         return reasons
 
 
