@@ -8,8 +8,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dtrain.checkpoints.lookup import Found
 from dtrain.errors import CheckpointError
@@ -42,6 +43,9 @@ class Verified:
     @property
     def intact(self) -> bool:
         return not self.damage
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "intact": self.intact}
 
 
 def verify(found: Found) -> Verified:

@@ -33,14 +33,14 @@ def command(run: str, keep: int | None, runs: str, dry_run: bool, as_json: bool)
     The newest stay, those that the job keeps as the best, `best` itself, and pinned ones. They are
     verified first: if none of them is intact, the newest intact one stays too.
     """
-    from dataclasses import asdict
-
     from dtrain.checkpoints.pruning import prune
     from dtrain.words import counted, size
 
     done = prune(find(run, runs), keep, dry_run=dry_run)
     if as_json:
-        shared.print_json({"dry_run": dry_run, **asdict(done)})
+        verified = {name: each.to_json() for name, each in done.verified.items()}
+        facts = {"dry_run": dry_run, "kept": done.kept, "removed": done.removed}
+        shared.print_json({**facts, "verified": verified})
         return
     for name, reason in done.kept.items():
         result = done.verified[name]

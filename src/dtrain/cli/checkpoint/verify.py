@@ -32,8 +32,6 @@ def command(checkpoints: tuple[str, ...], runs: str, as_json: bool) -> int:
     of the newest run. Of a run at a URL, the files are downloaded. The exit code is 1 if any is
     damaged.
     """
-    from dataclasses import asdict
-
     from dtrain.checkpoints.lookup import find_all
     from dtrain.checkpoints.verifying import verify
 
@@ -44,7 +42,7 @@ def command(checkpoints: tuple[str, ...], runs: str, as_json: bool) -> int:
         if not as_json:
             click.echo("\n".join(lines(done[-1])))
     if as_json:
-        shared.print_json([{**asdict(each), "intact": each.intact} for each in done])
+        shared.print_json([each.to_json() for each in done])
     return 0 if all(each.intact for each in done) else 1
 
 
