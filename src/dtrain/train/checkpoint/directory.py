@@ -164,8 +164,11 @@ class CheckpointDirectory:
         """Return the content of a mark of each checkpoint that has it, by the checkpoint's name."""
         if self._remote is not None:
             return self._remote.marked(mark)
-        found = self.run.checkpoints.glob(f"step-*/{mark}")
-        return {path.parent.name: path.read_bytes() for path in found}
+        found: dict[str, bytes] = {}
+        for path in self.run.checkpoints.glob(f"step-*/{mark}"):
+            with contextlib.suppress(FileNotFoundError):  # the training has just removed it
+                found[path.parent.name] = path.read_bytes()
+        return found
 
     def mark(self, folder: Path, mark: str, content: Mapping[str, Any]) -> None:
         """Mark a checkpoint, which exists.
