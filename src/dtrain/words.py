@@ -23,3 +23,13 @@ def numbered(noun: str, which: Iterable[object], most: int = 12) -> str:
     """Return a noun with numbers or names, for example `rank 1` or `ranks 1, 2`."""
     listed = list(which)
     return f"{noun}{'s' if len(listed) > 1 else ''} {few(listed, most)}"
+
+
+def size(number: int) -> str:
+    """Return a number of bytes for people, for example `1.2 MB`."""
+    value, units = float(number), ["kB", "MB", "GB", "TB"]
+    if value < 1000:
+        return f"{number} B"
+    while value >= 999.95 and units:
+        value, unit = value / 1000, units.pop(0)
+    return f"{value:.1f} {unit}"

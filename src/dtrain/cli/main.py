@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import importlib
 import os
-import signal
 import sys
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
 
+from dtrain.cli.lazy import LazyGroup, nearest
 from dtrain.console import out
 from dtrain.errors import DtrainError, UsageError, printable
 
@@ -38,6 +35,10 @@ _COMMANDS = {
         "Check that a job is the same training under every strategy and size.",
     ),
     "export": ("dtrain.cli.export", "Write a run's model for other programs, and check it."),
+    "checkpoint": (
+        "dtrain.cli.checkpoint.group",
+        "List, verify, compare, export, remove or pin the checkpoints of a run.",
+    ),
     "launchers": ("dtrain.cli.launchers", "List launchers, profiles and their options."),
     "completion": ("dtrain.cli.completion", "Print the script that completes commands in a shell."),
     "schema": ("dtrain.cli.schema", "Print the JSON Schema of job.yaml, for editors."),
@@ -45,6 +46,7 @@ _COMMANDS = {
 
 
 _MEANT = {
+    "checkpoints": "checkpoint",
     "help": "--help",
     "info": "status",
     "kill": "cancel",
@@ -63,66 +65,6 @@ _MEANT = {
 """Names of commands in other tools, and dtrain's names for them."""
 
 
-def _nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word that is most similar to one, ignoring leading dashes."""
-    from difflib import get_close_matches
-
-    bare = {name.lstrip("-"): name for name in known}
-    near = get_close_matches(word.lstrip("-"), bare, n=1)
-    return bare[near[0]] if near else None
-
-
-class _LazyGroup(click.Group):
-    """A group that imports a command when it is called."""
-
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with _readers_may_leave():
-            return super().make_context(*args, **kwargs)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        with _readers_may_leave():
-            return super().invoke(ctx)
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        command: click.Command = importlib.import_module(_COMMANDS[cmd_name][0]).command
-        return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError:
-            near = _MEANT.get(args[0]) or _nearest(args[0], _COMMANDS)
-            hint = f" Did you mean {near!r}?" if near else ""
-            text = f"No command {args[0]!r}.{hint}"
-            raise UsageError(text, code="usage.unknown-command") from None
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
-
-
-@contextlib.contextmanager
-def _readers_may_leave() -> Iterator[None]:
-    """Exit like other programs whose reader has closed, as in `dtrain logs | head -1`.
-
-    click itself would exit with 1.
-    """
-    try:
-        yield
-    except BrokenPipeError as error:
-        if not out.is_gone(error):
-            raise
-        out.give_up()
-        raise click.exceptions.Exit(128 + signal.SIGPIPE) from None
-
-
 def _version(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
     if asked:
         import platform
@@ -135,7 +77,9 @@ def _version(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
 
 
 @click.group(
-    cls=_LazyGroup,
+    cls=LazyGroup,
+    table=_COMMANDS,
+    meant=_MEANT,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda name: name.replace("_", "-"),
@@ -176,10 +120,25 @@ def main(argv: list[str] | None = None) -> Any:
             raise
         words = sys.argv[1:] if argv is None else argv
         words = words[: words.index("--")] if "--" in words else words
-        command = next((word for word in words if word in _COMMANDS), "")
+        command = _named(words)
         out.complain(known, command, as_json="--json" in words)
         sys.exit(known.exit_code)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _named(words: list[str]) -> str:
+    """Return the command that a line names, for example `checkpoint list`. Empty without one."""
+    named: list[str] = []
+    group: click.Command | None = cli
+    while isinstance(group, LazyGroup):
+        known = group.list_commands(click.Context(group))
+        word = next((word for word in words if word in known), None)
+        if word is None:
+            break
+        named.append(word)
+        words = words[words.index(word) + 1 :]
+        group = group.get_command(click.Context(group), word)
+    return " ".join(named)
 
 
 _CLICK_CODES = {
@@ -198,7 +157,7 @@ def _as_dtrain_error(error: click.ClickException | DtrainError | OSError) -> Dtr
         return error
     if isinstance(error, click.ClickException):
         if isinstance(error, click.NoSuchOption):
-            near = _nearest(error.option_name, error.possibilities or ())
+            near = nearest(error.option_name, error.possibilities or ())
             error.possibilities = [near] if near else None  # type: ignore[misc]
         names = (each.__name__ for each in type(error).__mro__)
         name = next(name for name in names if name in _CLICK_CODES)

@@ -106,6 +106,7 @@ option_option = option(
 )
 script_arguments = click.argument("script_args", nargs=-1, type=click.UNPROCESSED, metavar="[-- …]")
 run_argument = click.argument("run", default="last", shell_complete=completers.runs)
+checkpoint_argument = click.argument("checkpoint", default="last", shell_complete=completers.runs)
 job_argument = click.argument("job", shell_complete=completers.files)
 
 _SIZE_OPTIONS = (

@@ -859,6 +859,48 @@ LAUNCH: Mapping[str, Entry] = {
         "Look for something that depends on time, on the launcher, or that a resume does "
         "not restore.",
     ),
+    "checkpoint.none-saved": Entry(
+        "The run has no checkpoint yet.",
+        "Train until one is saved; `checkpoint:` in job.yaml sets when.",
+    ),
+    "checkpoint.not-found": Entry(
+        "The run has no checkpoint of this name.",
+        "Use a step that the message lists, or `best` if it is there; `dtrain checkpoint list` "
+        "shows more.",
+    ),
+    "checkpoint.not-of-a-step": Entry(
+        "`best`, and a directory that is in no run, cannot be pinned. Nothing removes them.",
+        "Pin the checkpoint of a step, for example RUN:200.",
+    ),
+    "checkpoint.none-intact": Entry(
+        "All checkpoints of the run are damaged, so `dtrain checkpoint prune` removes none.",
+        "Restore the files from a copy. `dtrain checkpoint verify` names what is damaged.",
+    ),
+    "checkpoint.keep-unknown": Entry(
+        "A script decides how many of its checkpoints it keeps, and `dtrain checkpoint prune` does "
+        "not know that number.",
+        "Give it with `--keep N`.",
+    ),
+    "export.file-exists": Entry(
+        "The output file exists already.",
+        "Choose another one with `--output`, or replace it with `--force`.",
+    ),
+    "export.no-space": Entry(
+        "The disk is full, or a limit of its size is reached, so the file was not written.",
+        "Free some space, or write to another disk with `--output`.",
+    ),
+    "export.cannot-write": Entry(
+        "The file system reports an error when the file is written.",
+        "Fix the error in the message, or write to another directory with `--output`.",
+    ),
+    "export.unsupported-type": Entry(
+        "A tensor has a type that the format does not have, for example a complex one.",
+        "Use `--to torch`, which has all types.",
+    ),
+    "export.torch-failed": Entry(
+        "torch ended with an error when it should write the structure of the file.",
+        "The message gives its reason. `--to safetensors` works without torch.",
+    ),
     "export.unknown-format": Entry(
         "There is no export format of this name.",
         "Use one of the formats that the message lists.",

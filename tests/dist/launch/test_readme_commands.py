@@ -21,6 +21,7 @@ from support import ROOT, warm
 DOCUMENTS = (
     "README.md",
     "docs/callbacks.md",
+    "docs/checkpoints.md",
     "docs/job-file.md",
     "docs/launching.md",
     "docs/lightning.md",
@@ -40,6 +41,7 @@ NOT_RUN = {
 }
 TIMEOUT_S = 120
 EXIT_CODES = {
+    "checkpoint diff": 1,
     "--set args.misbehave=raise": 1,
     "--set train.epoch=5": 2,
 }

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 from click.testing import CliRunner
 
+from dtrain.cli.checkpoint.group import COMMANDS
 from dtrain.cli.main import _COMMANDS, cli
 
 
-@pytest.mark.parametrize("command", list(_COMMANDS))
+@pytest.mark.parametrize("command", [*_COMMANDS, *(f"checkpoint {name}" for name in COMMANDS)])
 def test_help_has_groups_and_examples_within_80_columns(command: str) -> None:
-    done = CliRunner().invoke(cli, [command, "--help"], terminal_width=80, prog_name="dtrain")
+    done = CliRunner().invoke(
+        cli, [*command.split(), "--help"], terminal_width=80, prog_name="dtrain"
+    )
     assert done.exit_code == 0
     lines = done.output.splitlines()
     assert not [line for line in lines if len(line) > 80]

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from dtrain.cli.checkpoint.group import COMMANDS
 from dtrain.cli.main import _COMMANDS
 
 HEAVY = {"torch", "ray", "lightning", "pytorch_lightning", "keras", "numpy", "pydantic", "rich"}
@@ -39,9 +40,9 @@ def test_group_help_loads_nothing_heavy() -> None:
         assert f"  {command}" in text
 
 
-@pytest.mark.parametrize("command", _COMMANDS)
+@pytest.mark.parametrize("command", [*_COMMANDS, "checkpoint diff"])
 def test_command_help_loads_nothing_heavy(command: str) -> None:
-    names, text = loaded(command, "--help")
+    names, text = loaded(*command.split(), "--help")
     assert not names & HEAVY
     assert text.startswith("Usage:")
 
@@ -50,7 +51,7 @@ def test_summaries_say_what_the_commands_say() -> None:
     """The one-line summaries stand in the table so that no command is imported for them."""
     import importlib
 
-    for module, summary in _COMMANDS.values():
+    for module, summary in (*_COMMANDS.values(), *COMMANDS.values()):
         assert summary.endswith(".")
         assert importlib.import_module(module).command.help
 

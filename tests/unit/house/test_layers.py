@@ -23,7 +23,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "console export integrations",
         "keras node",
         "launchers worker",
-        "planning",
+        "checkpoints planning",
         "resuming verification",
         "api cli",
         "__main__",
@@ -33,12 +33,21 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "run task_class",
         "launching",
     ),
+    "dtrain.checkpoints": (
+        "elements lookup torch_file",
+        "contents exporting listing pinning verifying",
+        "differences pruning",
+    ),
     "dtrain.cli": (
-        "completers main",
-        "options",
-        "array cancel completion export launchers logs plan schema status verify why",
+        "completers lazy",
+        "main options",
+        "array cancel checkpoint completion export launchers logs plan schema status verify why",
         "launch runs",
         "resume",
+    ),
+    "dtrain.cli.checkpoint": (
+        "export group pin prune table unpin verify",
+        "diff listing show",
     ),
     "dtrain.codes": ("entry", "launch training", "__init__"),
     "dtrain.console": (
@@ -156,7 +165,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.train.checkpoint": (
         "blocks leaves proof retention",
-        "files parts tree",
+        "files headers tree",
+        "parts",
         "content directory state",
         "writer_process",
         "writer",
@@ -226,9 +236,11 @@ LAUNCH_PLANE = tuple(
     for row in (
         "errors procs plainjson checked environ waiting forking ports assets ranks task callback",
         "words catalog run job plan planning resuming trace console launchers verify api cli",
+        "checkpoints",
     )
     for part in row.split()
 )
+TORCH_FILE = "dtrain.checkpoints.torch_file"
 _IN_DRIVER = ("driver", "job", "attempt", "placement")
 RAY_DRIVER = tuple(f"dtrain.launchers.ray.{part}" for part in _IN_DRIVER)
 HEAVY = {"torch", "ray", "lightning", "pytorch_lightning", "keras", "submitit"}
@@ -333,7 +345,8 @@ def test_launch_plane_never_imports_torch(module: str) -> None:
         # task.collate is called by workers only, the next by who says `submit: submitit`; both
         # imports stand inside, as that of Ray jobs does. The driver of launcher `ray` is a process
         # of its own.
-        inside = ("dtrain.task", "dtrain.launchers.slurm.submitit", *RAY_DRIVER)
+        # `checkpoints.torch_file` is a process of its own too.
+        inside = ("dtrain.task", "dtrain.launchers.slurm.submitit", *RAY_DRIVER, TORCH_FILE)
         assert not heavy or current in inside, f"{module} reaches {heavy} through {current}"
         todo += [name for name in found if name in MODULES]
 

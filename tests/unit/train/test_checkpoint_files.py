@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dtrain.errors import CheckpointError
+from dtrain.run import manifest as manifests
 from dtrain.run.rundir import RunDir
 from dtrain.train.checkpoint import files
 from dtrain.train.checkpoint.content import read_checkpoint
@@ -103,7 +104,7 @@ def test_objects_that_would_have_to_be_unpickled_are_refused(tmp_path: Path) -> 
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_FORMAT", 3)
+    monkeypatch.setattr(manifests, "FORMAT", 3)
     write_checkpoint(tmp_path / "step-00000001", {}, {}, {})
     monkeypatch.undo()
     with raises("checkpoint.other-format", "is 3", "reads format 2", kind=CheckpointError):
@@ -156,7 +157,7 @@ FORGED: list[Any] = [
 @pytest.mark.parametrize("change", FORGED, ids=range(len(FORGED)))
 def test_a_forged_manifest_whose_digest_fits(folder: Path, change: dict[str, Any]) -> None:
     manifest = {**json.loads((folder / "manifest.json").read_text()), **change}
-    manifest["digest"] = files._manifest_digest(manifest)
+    manifest["digest"] = manifests.digest_of(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError):
         read_checkpoint(folder)

@@ -23,6 +23,7 @@ from dtrain.errors import CheckpointError
 from dtrain.run import manifest
 from dtrain.run.files import write_atomic
 from dtrain.run.manifest import NAME as MANIFEST
+from dtrain.run.manifest import Manifest
 from dtrain.run.remote.store import RemoteStore, RemoteStoreError
 from dtrain.run.rundir import RunDir
 
@@ -34,20 +35,45 @@ _AT_ONCE = 4
 class RemoteCheckpoints:
     """The checkpoints of a run at its URL. Directories of this host hold copies."""
 
-    def __init__(self, run: RunDir, url: str) -> None:
+    def __init__(self, run: RunDir, url: str, *, patient: bool = True) -> None:
         self._run = run
-        self._store = RemoteStore(f"{url}/checkpoints", patient=True)
+        self._store = RemoteStore(f"{url}/checkpoints", patient=patient)
 
     @classmethod
-    def of(cls, run: RunDir) -> RemoteCheckpoints | None:
+    def of(cls, run: RunDir, *, patient: bool = True) -> RemoteCheckpoints | None:
         """Return the checkpoints of a run at its URL. None when it is kept only in a directory."""
         url = run.url
-        return None if url is None else cls(run, url)
+        return None if url is None else cls(run, url, patient=patient)
 
     def folders(self) -> list[Path]:
         """Return the directories of this host for the checkpoints of steps, in no order."""
         names = [name.split("/")[0] for name in self._store.matching(f"step-*/{MANIFEST}")]
         return [self._run.checkpoints / name for name in names if _STEP.fullmatch(name)]
+
+    def exists(self, name: str) -> bool:
+        return bool(self._store.matching(f"{name}/{MANIFEST}"))
+
+    def manifests(self) -> dict[str, bytes | None]:
+        """Return the text of each manifest by the checkpoint's name; None for one without.
+
+        The name of a rejected one ends in `.rejected`.
+        """
+        found = self._store.files()
+        texts: dict[str, bytes | None] = {}
+        for name in sorted({each.split("/")[0] for each in found}):
+            if f"{name}/{MANIFEST}" not in found and f"{name}/{_REJECTED}" in found:
+                texts[f"{name}.rejected"] = self._store.read(f"{name}/{_REJECTED}")
+            else:
+                texts[name] = self._store.read(f"{name}/{MANIFEST}")
+        return texts
+
+    def small_file(self, name: str, listed: Manifest, file: str) -> bytes | None:
+        """Return the bytes of a small file of a checkpoint. None without it."""
+        return self._store.read(f"{name}/{listed.save}/{file}")
+
+    def size(self, name: str) -> int:
+        """Return the bytes of all files of a checkpoint."""
+        return sum(int(info.get("size") or 0) for info in self._store.files(name).values())
 
     def upload(self, file: Path, name: str, save: str) -> None:
         """Copy a file of a checkpoint to the URL. It is not part of the checkpoint yet.
@@ -84,12 +110,24 @@ class RemoteCheckpoints:
         Raises:
             CheckpointError: it is not complete. The error names the reason.
         """
-        text = self._store.read(f"{folder.name}/{MANIFEST}")
-        if text is None:
-            raise CheckpointError(f"{MANIFEST} is missing", code="checkpoint.missing-manifest")
+        text = self._text(folder.name)
         with _locked(folder.parent):
             if not _is_here(folder, text):
-                self._download(folder, text)
+                self._replace(folder, text)
+
+    def download(self, name: str, target: Path) -> None:
+        """Download a checkpoint into a directory.
+
+        Raises:
+            CheckpointError: it is not complete. The error names the reason.
+        """
+        self._download(name, self._text(name), target)
+
+    def _text(self, name: str) -> bytes:
+        text = self._store.read(f"{name}/{MANIFEST}")
+        if text is None:
+            raise manifest.missing_manifest()
+        return text
 
     def copy(self, name: str, to: str) -> None:
         """Also keep a checkpoint under another name."""
@@ -140,22 +178,25 @@ class RemoteCheckpoints:
                 whole = f"{name}/{manifest.parse(text or '').save}"
                 self._clear(name, (file for file in found if file.startswith(f"{name}/")), whole)
 
-    def _download(self, folder: Path, text: bytes) -> None:
-        listed = manifest.parse(text)
-        inside, files = f"{folder.name}/{listed.save}", list(listed.files)
+    def _replace(self, folder: Path, text: bytes) -> None:
         tmp = folder.with_name(f".{folder.name}.aside-{secrets.token_hex(4)}")
         tmp.mkdir(parents=True)
         try:
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
-                found = list(pool.map(lambda n: self._store.get(f"{inside}/{n}", tmp / n), files))
-            missing = [name for name, exists in zip(files, found, strict=True) if not exists]
-            if missing:
-                raise CheckpointError(f"{missing[0]} is missing", code="checkpoint.missing-file")
-            write_atomic(tmp / MANIFEST, text)
+            self._download(folder.name, text, tmp)
             shutil.rmtree(folder, ignore_errors=True)
             tmp.rename(folder)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
+
+    def _download(self, name: str, text: bytes, target: Path) -> None:
+        listed = manifest.parse(text)
+        inside, files = f"{name}/{listed.save}", list(listed.files)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = list(pool.map(lambda n: self._store.get(f"{inside}/{n}", target / n), files))
+        missing = [each for each, exists in zip(files, found, strict=True) if not exists]
+        if missing:
+            raise CheckpointError(f"{missing[0]} is missing", code="checkpoint.missing-file")
+        write_atomic(target / MANIFEST, text)
 
     def _clear(self, name: str, files: Iterable[str], exclude: str) -> None:
         """Remove the files of an earlier checkpoint of the same name."""

@@ -138,6 +138,14 @@ class BlockFile:
     def read_all(self) -> bytes:
         return bytes(self.read(0, self._entry.bytes)) if self._entry.bytes else b""
 
+    @property
+    def size(self) -> int:
+        return self._entry.bytes
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._entry.blocks)
+
     def verify(self) -> None:
         """Verify every block.
 
@@ -145,8 +153,20 @@ class BlockFile:
             CheckpointError: one of them is damaged or cannot be read.
         """
         memory = bytearray(min(BLOCK, self._entry.bytes))
-        for index in range(len(self._entry.blocks)):
-            self._read_block(index, memory)
+        for index in range(self.num_blocks):
+            self.verify_block(index, memory)
+
+    def verify_block(self, index: int, memory: Any) -> None:
+        """Verify one block. Several threads may do this at the same time.
+
+        Args:
+            index: the number of the block.
+            memory: memory for the block, which is overwritten.
+
+        Raises:
+            CheckpointError: it is damaged or cannot be read.
+        """
+        self._read_block(index, memory)
 
     def _block(self, index: int) -> memoryview:
         key = (self.name, index)
@@ -171,7 +191,11 @@ class BlockFile:
         except OSError as error:
             raise self._unreadable(error) from error
         if xxhash.xxh3_128_hexdigest(data) != self._entry.blocks[index]:
-            raise self._damaged("is damaged: its xxh3 differs from the manifest")
+            first = index * BLOCK
+            raise self._damaged(
+                f"is damaged in bytes {first} to {first + len(data) - 1}: their xxh3 differs from "
+                "the manifest"
+            )
         return data
 
     def _damaged(self, what: str) -> CheckpointError:

@@ -11,7 +11,8 @@ from typing import Any
 from dtrain.errors import CheckpointError
 from dtrain.plainjson import to_json
 from dtrain.train.checkpoint import parts, tree
-from dtrain.train.checkpoint.files import PROGRESS, STATE, TENSORS, OpenCheckpoint
+from dtrain.train.checkpoint.files import PROGRESS, STATE, OpenCheckpoint
+from dtrain.train.checkpoint.headers import read_headers
 
 _IN_PLACE = ("model", "optimizer")
 """The parts of the state whose tensors are read when they are loaded, straight to their place."""
@@ -67,10 +68,8 @@ def read(opened: OpenCheckpoint) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         CheckpointError: it is damaged.
     """
-    found: dict[str, parts.StoredTensor] = {}
-    for name, file in opened.files.items():
-        if name.endswith(TENSORS):
-            parts.read_header(file, found)
+    stored = read_headers(opened.parts())
+    found = {key: parts.StoredTensor(each) for key, each in stored.items()}
     described = opened.json(STATE)
     state: dict[str, Any] = {}
     try:

@@ -9,15 +9,18 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dtrain.errors import CheckpointError, DtrainError
+from dtrain.run import manifest
 from dtrain.run.files import write_atomic
-from dtrain.run.manifest import Entry
+from dtrain.run.manifest import Entry, Manifest, missing_manifest
 from dtrain.run.remote.checkpoints import RemoteCheckpoints
 from dtrain.run.rundir import RunDir
 from dtrain.train.checkpoint import files
@@ -44,12 +47,13 @@ class CheckpointDirectory:
     Args:
         run: the run.
         retention: which checkpoints are kept when a newer one is complete.
+        patient: whether to wait for a server that is away for a minute.
     """
 
-    def __init__(self, run: RunDir, retention: Retention) -> None:
+    def __init__(self, run: RunDir, retention: Retention, *, patient: bool = True) -> None:
         self.run = run
         self.retention = retention
-        self._remote = RemoteCheckpoints.of(run)
+        self._remote = RemoteCheckpoints.of(run, patient=patient)
 
     @property
     def location(self) -> str:
@@ -61,10 +65,47 @@ class CheckpointDirectory:
         if self._remote is not None:
             found = self._remote.folders()
         elif self.run.checkpoints.is_dir():
-            found = [path for path in self.run.checkpoints.iterdir() if _NAME.fullmatch(path.name)]
+            found = [path for path in self.run.checkpoints.iterdir() if is_step(path.name)]
         else:
             found = []
         return sorted(found, key=step_of, reverse=True)
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is a checkpoint of that name, for example `best`."""
+        if self._remote is not None:
+            return self._remote.exists(name)
+        return (self.run.checkpoints / name / manifest.NAME).exists()
+
+    def manifests(self) -> dict[str, Manifest | CheckpointError]:
+        """Return the manifest of everything here by its name, or why there is none.
+
+        Besides the checkpoints of steps this is `best`, those that were rejected, whose names end
+        in `.rejected`, and saves that are not complete. Only manifests are read.
+        """
+        if self._remote is not None:
+            texts = self._remote.manifests()
+            return {name: _or_error(partial(_parse, text)) for name, text in texts.items()}
+        names = [each.name for each in os.scandir(self.run.checkpoints) if each.is_dir()]
+        return {
+            name: _or_error(partial(manifest.read, self.run.checkpoints / name)) for name in names
+        }
+
+    def small_file(self, name: str, listed: Manifest, file: str) -> bytes | None:
+        """Return the bytes of a small file of a checkpoint, not verified. None without it."""
+        if self._remote is not None:
+            return self._remote.small_file(name, listed, file)
+        try:
+            return (self.run.checkpoints / name / file).read_bytes()
+        except OSError:
+            return None
+
+    def occupied(self, name: str) -> int:
+        """Return how many bytes become free when a checkpoint is removed."""
+        if self._remote is not None:
+            return self._remote.size(name)
+        found = [path.lstat() for path in (self.run.checkpoints / name).rglob("*")]
+        # a file with another link is also in `best`
+        return sum(each.st_size for each in found if each.st_nlink == 1)
 
     def remove_leftovers(self, *, remote: bool = False) -> None:
         """Remove what killed writers have left; at the URL too if `remote` is set."""
@@ -134,8 +175,11 @@ class CheckpointDirectory:
         """Return the content of a mark of each checkpoint that has it, by the checkpoint's name."""
         if self._remote is not None:
             return self._remote.marked(mark)
-        found = self.run.checkpoints.glob(f"step-*/{mark}")
-        return {path.parent.name: path.read_bytes() for path in found}
+        found: dict[str, bytes] = {}
+        for path in self.run.checkpoints.glob(f"step-*/{mark}"):
+            with contextlib.suppress(FileNotFoundError):  # the training has just removed it
+                found[path.parent.name] = path.read_bytes()
+        return found
 
     def mark(self, folder: Path, mark: str, content: Mapping[str, Any]) -> None:
         """Mark a checkpoint, which exists.
@@ -172,6 +216,24 @@ class CheckpointDirectory:
         if self._remote is not None:
             self._remote.fetch(folder)
 
+    @contextlib.contextmanager
+    def present(self, folder: Path) -> Iterator[Path]:
+        """Yield the directory of a checkpoint; of one at a URL, a copy that is downloaded now.
+
+        The copy is removed afterwards. `fetch` instead uses an earlier one, which may be intact
+        where that at the URL is not.
+
+        Raises:
+            CheckpointError: it is not complete. The error names the reason.
+        """
+        if self._remote is None:
+            yield folder
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".verify-") as copy:
+            self._remote.download(folder.name, Path(copy))
+            yield Path(copy)
+
     def copy(self, folder: Path, name: str) -> None:
         """Keep a checkpoint under a second name, which retention does not remove."""
         if self._remote is None:
@@ -193,8 +255,30 @@ class CheckpointDirectory:
                 logger.warning("cannot rename %s: %s", folder, error.strerror)
 
 
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+def _parse(text: bytes | None) -> Manifest:
+    if text is None:
+        raise missing_manifest()
+    return manifest.parse(text)
+
+
+def _or_error(read: Callable[[], Manifest]) -> Manifest | CheckpointError:
+    try:
+        return read()
+    except CheckpointError as error:
+        return error
+
+
+def is_step(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
+
+
+def step_of(folder: Path | str) -> int:
+    return int(Path(folder).name.removeprefix("step-"))
+
+
+def of_other_step(step: object) -> CheckpointError:
+    """Return the error of a checkpoint in the directory of another step."""
+    return CheckpointError(f"it belongs to step {step!r:.40}", code="checkpoint.wrong-directory")
 
 
 class WriteError(CheckpointError):

@@ -6,25 +6,21 @@ which lists all files with their digests, and gives the directory its name.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from dtrain.errors import CheckpointError, DamagedError
-from dtrain.run import files, manifest
+from dtrain.errors import CheckpointError
+from dtrain.run import manifest
 from dtrain.run.files import fsync_dir, write_atomic
 from dtrain.run.manifest import NAME as MANIFEST
-from dtrain.run.manifest import Entry, Manifest
+from dtrain.run.manifest import Entry
 from dtrain.train.checkpoint.blocks import BlockFile, Cache, write_file
 
-_FORMAT = 2
 STATE, PROGRESS, TENSORS = "state.json", "progress.json", ".safetensors"
 _ASIDE, _OLD = ".aside-", "-old"
 
@@ -36,6 +32,11 @@ def part_name(rank: int) -> str:
 def aside(final: Path, save: str) -> Path:
     """Return the temporary directory of a checkpoint. `save` is the name of the save."""
     return final.with_name(f".{final.name}{_ASIDE}{save}")
+
+
+def is_aside(name: str) -> bool:
+    """Return whether it is the name of a temporary directory of a checkpoint."""
+    return name.startswith(".") and _ASIDE in name
 
 
 def new_save() -> str:
@@ -67,14 +68,7 @@ def commit(
     entries = dict(parts)
     for name, text in texts.items():
         entries[name] = write_file(folder / name, [text.encode()])
-    plain: dict[str, Any] = {
-        "format": _FORMAT,
-        "save": save,
-        "about": dict(about),
-        "files": {name: {"bytes": e.bytes, "blocks": e.blocks} for name, e in entries.items()},
-    }
-    plain["digest"] = _manifest_digest(plain)
-    write_atomic(folder / MANIFEST, json.dumps(plain, indent=1) + "\n")
+    write_atomic(folder / MANIFEST, manifest.text_of(save, about, entries))
     _put_in_place(folder, final)
 
 
@@ -87,7 +81,7 @@ class OpenCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.manifest = _read_manifest(folder)
+        self.manifest = manifest.read(folder)
         self.files: dict[str, BlockFile] = {}
         cache = Cache()
         try:
@@ -106,6 +100,10 @@ class OpenCheckpoint:
     def close(self) -> None:
         for file in self.files.values():
             file.close()
+
+    def parts(self) -> list[BlockFile]:
+        """Return the files of tensors."""
+        return [file for name, file in self.files.items() if name.endswith(TENSORS)]
 
     def json(self, name: str) -> dict[str, Any]:
         """Return the JSON object in a file."""
@@ -190,40 +188,3 @@ def _put_in_place(folder: Path, final: Path) -> None:
     else:
         os.rename(folder, final)
         fsync_dir(final.parent)
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    with _as_checkpoint_error(MANIFEST, code="checkpoint.damaged-manifest"):
-        listed = files.read_as(dict[str, Any], folder / MANIFEST)
-    if listed is None:
-        raise CheckpointError(f"{MANIFEST} is missing", code="checkpoint.missing-manifest")
-    if listed.get("digest") != _manifest_digest(listed):
-        raise CheckpointError(
-            f"{MANIFEST} is damaged: its own digest does not match",
-            code="checkpoint.damaged-manifest",
-        )
-    if listed.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"its format is {listed.get('format')!r:.40}; this version of dtrain reads format "
-            f"{_FORMAT}",
-            code="checkpoint.other-format",
-        )
-    return manifest.parse(json.dumps(listed))
-
-
-@contextlib.contextmanager
-def _as_checkpoint_error(name: str, *, code: str) -> Iterator[None]:
-    """Raise `CheckpointError` for a file that is unreadable or damaged: older ones can be used."""
-    try:
-        yield
-    except DamagedError as error:
-        raise CheckpointError(f"{name} is damaged: {error.why}", code=code) from None
-    except OSError as error:
-        raise CheckpointError(
-            f"{name} cannot be read: {error.strerror}", code="checkpoint.unreadable-file"
-        ) from error
-
-
-def _manifest_digest(listed: dict[str, Any]) -> str:
-    plain = {key: value for key, value in listed.items() if key != "digest"}
-    return xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode())

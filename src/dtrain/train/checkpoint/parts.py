@@ -19,23 +19,18 @@ import torch
 
 from dtrain.errors import CheckpointError
 from dtrain.train import digest
-from dtrain.train.checkpoint.blocks import BlockFile
+from dtrain.train.checkpoint.headers import (
+    OWN,
+    SAFETENSORS,
+    Chunk,
+    Shape,
+    StoredBytes,
+    elements_missing,
+)
 from dtrain.train.checkpoint.proof import require_same
-
-Shape = tuple[int, ...]
 
 _SPLIT_FROM = 1 << 20
 """Replicas with fewer bytes are written by one rank, because each chunk costs 0.1 ms."""
-_OWN = "dtrain"
-"""The entry of a file's metadata with what safetensors has no field for."""
-_MOST_HEADER = 100_000_000  # safetensors' own limit
-_SAFETENSORS = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
-    torch.uint16: "U16", torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64",
-    torch.uint64: "U64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
-    torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-"""The names of types in safetensors. Any other type is stored as bytes."""
 
 
 @dataclass(frozen=True)
@@ -150,17 +145,17 @@ class Image:
             name = _name(piece)
             while name in entries:
                 name += "'"
-            kind, sizes = _SAFETENSORS.get(piece.data.dtype), list(piece.data.shape)
+            dtype = str(piece.data.dtype).removeprefix("torch.")
+            kind, sizes = SAFETENSORS.get(dtype), list(piece.data.shape)
             end = start + piece.bytes
             entries[name] = {
                 "dtype": kind or "U8",
                 "shape": sizes if kind else [piece.bytes],
                 "data_offsets": [start, end],
             }
-            dtype = str(piece.data.dtype).removeprefix("torch.")
             own[name] = [piece.key, dtype, piece.shape, piece.offsets, sizes, live]
             start = end
-        metadata = {"format": "pt", _OWN: json.dumps(own)}
+        metadata = {"format": "pt", OWN: json.dumps(own)}
         text = json.dumps({"__metadata__": metadata, **entries}).encode()
         text += b" " * ((56 - len(text)) % 64)  # with the 8 bytes of its length, a multiple of 64
         return len(text).to_bytes(8, "little") + text
@@ -204,25 +199,20 @@ def _name(piece: Piece) -> str:
     return f"{piece.key}[{','.join(f'{low}:{low + size}' for low, size in pairs)}]"
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A box of a tensor in a file."""
-
-    file: BlockFile
-    start: int
-    """The position of its first byte in the file."""
-    offsets: Shape
-    sizes: Shape
-
-
 class StoredTensor:
     """A tensor in the files of a checkpoint. It is read in parts, and every byte is verified."""
 
-    def __init__(self, key: str, dtype: torch.dtype, shape: Shape) -> None:
-        self.key = key
+    def __init__(self, stored: StoredBytes) -> None:
+        dtype = getattr(torch, stored.dtype, None)
+        if not isinstance(dtype, torch.dtype) or stored.itemsize not in (0, dtype.itemsize):
+            raise CheckpointError(
+                f"the type of {stored.key} is damaged: {stored.dtype!r:.40}",
+                code="checkpoint.damaged-file",
+            )
+        self.key = stored.key
         self.dtype = dtype
-        self.shape = torch.Size(shape)
-        self.chunks: list[Chunk] = []
+        self.shape = torch.Size(stored.shape)
+        self.chunks = stored.chunks
 
     def read(self) -> torch.Tensor:
         """Return the whole tensor, on the CPU."""
@@ -246,9 +236,7 @@ class StoredTensor:
         for chunk in self.chunks:
             missing -= self._copy(chunk, here, offsets)
         if missing:
-            raise CheckpointError(
-                f"{missing} elements of {self.key} are in no file", code="checkpoint.damaged-file"
-            )
+            raise elements_missing(self.key, missing)
         return target
 
     def _copy(self, chunk: Chunk, here: torch.Tensor, offsets: Shape) -> int:
@@ -293,41 +281,3 @@ def whole(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(whole(each) for each in value)
     return value
-
-
-def read_header(file: BlockFile, found: dict[str, StoredTensor]) -> None:
-    """Add the chunks in a part's file to the tensors of a checkpoint.
-
-    Raises:
-        CheckpointError: it is not such a file.
-    """
-    try:
-        length = int.from_bytes(file.read(0, 8), "little")
-        if length > _MOST_HEADER:
-            raise ValueError(f"its header has {length} bytes")
-        entries = json.loads(bytes(file.read(8, 8 + length)))
-        own = json.loads(entries.pop("__metadata__")[_OWN])
-        for name, entry in entries.items():
-            key, kind, shape, offsets, sizes, _ = own[name]
-            dtype: torch.dtype = getattr(torch, kind)
-            start, end = entry["data_offsets"]
-            tensor = found.setdefault(key, StoredTensor(key, dtype, tuple(shape)))
-            chunk = Chunk(file, 8 + length + start, tuple(offsets), tuple(sizes))
-            _check(chunk, tensor, dtype, tuple(shape), end - start)
-            tensor.chunks.append(chunk)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file.name} is damaged: {error!r:.200}", code="checkpoint.damaged-file"
-        ) from error
-
-
-def _check(chunk: Chunk, tensor: StoredTensor, dtype: torch.dtype, shape: Shape, size: int) -> None:
-    boxes = zip(chunk.offsets, chunk.sizes, shape, strict=True)
-    if (
-        (dtype, shape) != (tensor.dtype, tuple(tensor.shape))
-        or not all(low >= 0 and n >= 0 and low + n <= most for low, n, most in boxes)
-        or math.prod(chunk.sizes) * dtype.itemsize != size
-        or chunk.start < 0
-        or chunk.start % dtype.itemsize  # processors crash on some unaligned numbers
-    ):
-        raise ValueError(f"the entry of {tensor.key} is impossible")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from dtrain.job.spec import CheckpointSpec
 
 SCORE, PIN = "score.json", "pinned.json"
 """The files that mark a checkpoint, in its directory. They are not part of it."""
@@ -37,8 +40,19 @@ class Retention:
     metric: str = ""
     mode: Literal["min", "max"] = "min"
 
+    @classmethod
+    def of(cls, spec: CheckpointSpec) -> Retention:
+        """Return what a job says."""
+        best = spec.best
+        if best is None:
+            return cls(spec.keep)
+        # one is kept as `best`, which at a URL is a copy
+        return cls(spec.keep, 0 if best.keep == 1 else best.keep, best.metric, best.mode)
+
     def kept(self, newest_first: Sequence[str], marks: Mapping[str, Marks]) -> dict[str, str]:
         """Return the names of the checkpoints that are kept, each with the reason.
+
+        If there are several, it is the one that lasts longest.
 
         Args:
             newest_first: the names of all checkpoints.
@@ -50,9 +64,9 @@ class Retention:
             if name in newest_first and mark.score is not None and mark.score[0] == self.metric
         }
         best_first = sorted(scores, key=scores.__getitem__, reverse=self.mode == "max")
-        reasons = {name: "pinned" for name in newest_first if marks.get(name, Marks()).pinned}
-        reasons |= {name: "best" for name in best_first[: self.best]}
-        reasons |= {name: "newest" for name in newest_first[: self.newest]}
+        reasons = dict.fromkeys(newest_first[: self.newest], "newest")
+        reasons |= dict.fromkeys(best_first[: self.best], "best")
+        reasons |= {name: "pinned" for name in newest_first if marks.get(name, Marks()).pinned}
         return reasons
 
 

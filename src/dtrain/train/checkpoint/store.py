@@ -17,7 +17,13 @@ from dtrain.run.manifest import Entry
 from dtrain.run.rundir import RunDir
 from dtrain.train import collectives
 from dtrain.train.checkpoint.content import Contribution, read
-from dtrain.train.checkpoint.directory import CheckpointDirectory, Failure, Written, step_of
+from dtrain.train.checkpoint.directory import (
+    CheckpointDirectory,
+    Failure,
+    Written,
+    of_other_step,
+    step_of,
+)
 from dtrain.train.checkpoint.files import OpenCheckpoint, new_save, part_name
 from dtrain.train.checkpoint.retention import SCORE, Retention
 from dtrain.train.checkpoint.writer import Writer
@@ -379,10 +385,7 @@ class CheckpointStore:
         def load() -> None:
             state, progress = read(opened[0])
             if progress.get("step") != step_of(folder):
-                raise CheckpointError(
-                    f"it belongs to step {progress.get('step')!r:.40}",
-                    code="checkpoint.wrong-directory",
-                )
+                raise of_other_step(progress.get("step"))
             loaded.append(Loaded(folder, state, progress, why))
             apply(loaded[0])
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from dtrain.errors import CheckpointError
-from dtrain.job.spec import CheckpointSpec
 from dtrain.train import collectives
 from dtrain.train.checkpoint.content import contribution
 from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring
@@ -48,7 +47,8 @@ class Checkpoints:
         self._context = context
         self._events = events
         self._spec = spec = context.spec.checkpoint
-        self._store = CheckpointStore(context.run, context.ranks, _retention(spec), spec.staging)
+        retention = Retention.of(spec)
+        self._store = CheckpointStore(context.run, context.ranks, retention, spec.staging)
         self.saved_step: int | None = None
         """The step of the checkpoint that was saved or read last; it may still be being written."""
         self.folder: Path | None = None
@@ -275,14 +275,6 @@ class Checkpoints:
                 self._store.score(folder, *each.score)
             if each.as_best:
                 self._store.keep_as(folder, "best")
-
-
-def _retention(spec: CheckpointSpec) -> Retention:
-    best = spec.best
-    if best is None:
-        return Retention(spec.keep)
-    # one is kept as `best`, which at a URL is a copy
-    return Retention(spec.keep, 0 if best.keep == 1 else best.keep, best.metric, best.mode)
 
 
 class Saver(Checkpoints):
