@@ -36,6 +36,12 @@ _SAFETENSORS = {
     torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 """The names of types in safetensors. Any other type is stored as bytes."""
+_TYPES = {name: dtype for dtype, name in _SAFETENSORS.items()}
+
+
+def dtype_of(name: str) -> torch.dtype | None:
+    """Return the type that has a name in safetensors. None if torch has none."""
+    return _TYPES.get(name)
 
 
 @dataclass(frozen=True)
