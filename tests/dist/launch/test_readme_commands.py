@@ -21,6 +21,7 @@ from support import ROOT, warm
 DOCUMENTS = (
     "README.md",
     "docs/callbacks.md",
+    "docs/checkpoints.md",
     "docs/job-file.md",
     "docs/launching.md",
     "docs/lightning.md",

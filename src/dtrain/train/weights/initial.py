@@ -52,7 +52,7 @@ class Report:
         listed = {
             "not in the file": self.missing,
             "only in the file": self.unexpected,
-            "other shape": self.other,
+            "other shape or type": self.other,
         }
         return "; ".join(f"{what}: {few(names)}" for what, names in listed.items() if names)
 
@@ -80,15 +80,20 @@ class InitialWeights:
         Raises:
             CheckpointError: they cannot be read, none fits, or with `init_strict` not all do.
         """
-        context = self._context
-        location, strict = context.spec.checkpoint.init_from, context.spec.checkpoint.init_strict
-        store = CheckpointStore(context.run, context.ranks, Retention(1))
-        if location is None or store.has_any():
+        context, spec = self._context, self._context.spec.checkpoint
+        recorder, location = context.recorder, spec.init_from
+        if location is None:
+            return
+        if CheckpointStore(context.run, context.ranks, Retention(1)).has_any():
+            if recorder is not None:
+                recorder.resumes()
             return
         with opened(location, context) as source:
             report = Report(location, 0, source.checkpoint, source.rejected)
-            _load(model, source.tensors, report, strict=strict)
+            _load(model, source.tensors, report, strict=spec.init_strict)
         self._report = report
+        if recorder is not None:
+            recorder.loaded(model)
 
     def tell(self, events: Events) -> None:
         """Report what was loaded, if anything was."""
