@@ -38,6 +38,11 @@ from support.trainings import Outcome, Regression, job, lines, same_end, train
 State = dict[str, torch.Tensor]
 
 
+@pytest.fixture(autouse=True)
+def _caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # torch sets it for good
+
+
 class Tied(nn.Module):
     """Has a tensor with two names, buffers, and one of two bytes."""
 
