@@ -15,10 +15,11 @@ from dtrain.errors import DamagedError, JobError, PlanError, UsageError, quoted
 from dtrain.job.imports import refuse_missing
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.load import LoadedJob, flag, load_job
-from dtrain.job.located import Located, SourceLocation
+from dtrain.job.located import Located, SourceLocation, shown_path
 from dtrain.job.profile import LoadedProfile, checked_options, load_profile, parse_options
 from dtrain.job.script import job_of_script
 from dtrain.job.spec import JobSpec
+from dtrain.job.static_check import similar
 from dtrain.job.static_source import task_imports
 from dtrain.job.yaml_reader import dump_yaml
 from dtrain.launch_plan import Facts, LaunchPlan, make_plan
@@ -29,6 +30,7 @@ from dtrain.launchers.supervise import can_detach
 from dtrain.run import code_archive, events, files, ids
 from dtrain.run.lookup import find
 from dtrain.run.remote.runs import download_code
+from dtrain.run.remote.store import is_url
 from dtrain.run.rundir import RunDir
 
 FIELDS = {
@@ -244,8 +246,10 @@ def _planned(
     set_before: Mapping[str, Any] | None = None,
 ) -> Prepared:
     launcher = base.load(profile.spec.launcher)
-    if isinstance(launcher, HostChecking):  # others may have another Python
+    if isinstance(launcher, HostChecking):  # others may have another Python, and other files
         refuse_missing(job.spec, job_dir)
+        if attempt == 0:  # later ones may have checkpoints of their own
+            _refuse_missing_weights(job)
     options, sources = _options(launcher, profile, request, before)
     sources |= _sizes_from(job)
     imports = task_imports(job.spec.script or job.spec.task, job_dir)
@@ -256,6 +260,18 @@ def _planned(
         raise error.placed(job.sources) from None
     plan = replace(plan, set_by_flags={**(set_before or {}), **_set_by_flags(job)})
     return Prepared(plan, launcher, job, profile)
+
+
+def _refuse_missing_weights(job: LoadedJob) -> None:
+    given = job.spec.checkpoint.init_from
+    if given is None or is_url(given) or os.path.lexists(given):
+        return
+    path = Path(given)
+    raise PlanError(
+        f"no such file or directory: {shown_path(path)}{similar(path)}",
+        ("checkpoint.init_from",),
+        code="job.data-not-found",
+    ).placed(job.sources)
 
 
 def _set_by_flags(job: LoadedJob) -> dict[str, Any]:

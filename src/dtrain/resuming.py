@@ -6,6 +6,7 @@ from dtrain.errors import UsageError
 from dtrain.launchers import status
 from dtrain.planning import Prepared, Request, plan_attempt
 from dtrain.run.attempts import Handle, Held
+from dtrain.run.remote.checkpoints import RemoteCheckpoints
 from dtrain.run.rundir import RunDir
 
 
@@ -16,7 +17,7 @@ def plan_resume(run: RunDir, request: Request) -> Prepared:
         UsageError: the run is running or has finished, or an option would have no effect.
     """
     _check_state(run, request)
-    _refuse_without_effect(request)
+    _refuse_without_effect(run, request)
     prepared = plan_attempt(run, request)
     spec = prepared.job.spec
     _refuse_to_end_before(run, spec.train.steps if spec.script is None else None)
@@ -43,18 +44,27 @@ def _check_state(run: RunDir, request: Request) -> None:
         )
 
 
-def _refuse_without_effect(request: Request) -> None:
+def _refuse_without_effect(run: RunDir, request: Request) -> None:
     """Refuse settings that only a new run can have."""
     why = {
         "name": "a run keeps its name",
         "checks.inject": "faults are injected only in a run's first attempt",
     }
+    if {"checkpoint.init_from", "checkpoint.init_strict"} & _fields(request) and _has_any(run):
+        of_start = "the run has a checkpoint, and continues from that"
+        why |= {"checkpoint.init_from": of_start, "checkpoint.init_strict": of_start}
     for field in _fields(request):
         if field in why:
             raise UsageError(
                 f"--set {field} has no effect here: {why[field]}; launch a new run",
                 code="run.setting-without-effect",
             )
+
+
+def _has_any(run: RunDir) -> bool:
+    """Return whether the run has a checkpoint."""
+    remote = RemoteCheckpoints.of(run)
+    return any(run.checkpoints.glob("step-*") if remote is None else remote.folders())
 
 
 def _fields(request: Request) -> set[str]:

@@ -62,6 +62,14 @@ class Plain(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
+class Zeros(Plain):
+    """Trains like `Plain` only if it is given those weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.net[0].weight)
+
+
 class Manual(Plain):
     """One optimizer, stepped by hand, with a scheduler by hand and clipping."""
 
@@ -421,6 +429,18 @@ class LateLayers(Plain):
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.net(x) + self.more(x)
+
+
+class LateZeros(LateLayers):
+    """Trains like `LateLayers` only if it is given those weights."""
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        nn.init.zeros_(self.net[0].weight)
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        nn.init.zeros_(self.more.weight)
 
 
 class Ready(Dataset[Any]):

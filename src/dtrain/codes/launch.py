@@ -254,7 +254,7 @@ LAUNCH: Mapping[str, Entry] = {
         "Launch the job.yaml that names its task.",
     ),
     "job.data-not-found": Entry(
-        "A path of `data.paths` does not exist.",
+        "A path of `data.paths`, or that of `checkpoint.init_from`, does not exist.",
         "Check the path; it is relative to job.yaml.",
     ),
     "profile.not-found": Entry(

@@ -353,6 +353,46 @@ _CHECKPOINTS = {
         "If an earlier checkpoint is intact, dtrain uses that one. Test the disk, or restore the "
         "file from a copy.",
     ),
+    "checkpoint.init-bad-index": Entry(
+        "An index of several files with weights (*.index.json) is damaged, or a file that it names "
+        "is missing or is not in the directory of the index.",
+        "Copy or download the directory again, with all its files.",
+    ),
+    "checkpoint.init-differs": Entry(
+        "checkpoint.init_from names weights that do not fit the model. The message lists the names "
+        "that only one of the two has, and those with other shapes.",
+        "Change the arguments of the model, or set checkpoint.init_strict: false to use what fits.",
+    ),
+    "checkpoint.init-no-match": Entry(
+        "No tensor that checkpoint.init_from names has the name and the shape of a tensor of the "
+        "model.",
+        "Compare the names in the message, and use the weights of this kind of model.",
+    ),
+    "checkpoint.init-none-intact": Entry(
+        "checkpoint.init_from names a run, but none of its checkpoints is complete and intact.",
+        "Name another run, or one of its checkpoints that you have restored from a copy.",
+    ),
+    "checkpoint.init-not-found": Entry(
+        "checkpoint.init_from names a path that does not exist on a host, or a run without a "
+        "checkpoint.",
+        "Check the path; it is relative to job.yaml, and must exist on all hosts.",
+    ),
+    "checkpoint.init-other-format": Entry(
+        "checkpoint.init_from names something that does not contain weights in a format that "
+        "dtrain reads.",
+        "Name a run or a checkpoint of dtrain, a file of safetensors, a directory of Hugging Face, "
+        "or a file that torch.save wrote from a state_dict.",
+    ),
+    "checkpoint.init-unreadable": Entry(
+        "A file with weights is damaged or incomplete, or does not have the format that its name "
+        "shows.",
+        "Copy or download the file again.",
+    ),
+    "checkpoint.init-unsafe": Entry(
+        "The file contains objects of other classes than tensors and plain values, so that loading "
+        "it could run any code. dtrain never does that.",
+        "If you trust the file, load it yourself, and write the state_dict alone to a new file.",
+    ),
     "checkpoint.no-space": Entry(
         "The disk is full, or a quota is reached, so a checkpoint cannot be written. Earlier "
         "checkpoints are intact.",

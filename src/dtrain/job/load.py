@@ -20,6 +20,7 @@ from dtrain.job.references import outside_problems
 from dtrain.job.spec import JobSpec, Model, cross_problems
 from dtrain.job.yaml_reader import in_file, read_text, read_yaml
 from dtrain.run import files
+from dtrain.run.remote.store import is_url
 
 AnyModel = TypeVar("AnyModel", bound=Model)
 
@@ -58,8 +59,8 @@ def load_job(
         overrides: `FIELD=VALUE` texts of `--set`, values read as YAML.
         profile_launch: the profile's `launch:` section (`LoadedProfile.launch`).
         flags: the dotted name of each field → `flag(spelling, value)`.
-        job_dir: the directory that `task` and `data.paths` are relative to. None means that of
-            the job file.
+        job_dir: the directory that `task`, `data.paths` and `checkpoint.init_from` are relative
+            to. None means that of the job file.
         text: the text of the job, where there is no such file.
         root: the parsed text, with locations that the user knows. None means that it is read from
             the text.
@@ -90,10 +91,20 @@ def load_job(
     problems += outside_problems(root, job_dir or path.parent)
     if problems or spec is None:
         raise JobError(sort_problems(problems, shown))
+    spec = _with_absolute_path(spec, job_dir or path.parent)
     values = spec.to_plain()
     sources = sources_of(spec, root)
     sources = {name: source for name, source in sources.items() if name.split(".")[0] in values}
     return LoadedJob(spec, text, path, sources)
+
+
+def _with_absolute_path(spec: JobSpec, folder: Path) -> JobSpec:
+    """Return the job with a path that workers find, wherever they are started."""
+    given = spec.checkpoint.init_from
+    if given is None or is_url(given):
+        return spec
+    checkpoint = spec.checkpoint.model_copy(update={"init_from": str(folder.absolute() / given)})
+    return spec.model_copy(update={"checkpoint": checkpoint})
 
 
 def read_job(path: Path) -> JobSpec:

@@ -159,6 +159,13 @@ class CheckpointSpec(Model):
     this one."""
     on_error: Literal["stop", "warn"] = "stop"
     """What to do if a checkpoint cannot be written: `stop` ends the training, `warn` continues."""
+    init_from: Text | None = None
+    """Start a new run with the weights of another training: a run or a checkpoint of dtrain, or a
+    file or directory of another program; see docs/checkpoints.md. A path is relative to job.yaml.
+    A resume continues from the run's own checkpoint."""
+    init_strict: bool = True
+    """With `init_from`: end with an error unless exactly the weights of the model are there. With
+    `false`, those that fit by name and shape are used, and the others are reported."""
 
 
 class ChecksSpec(Model):

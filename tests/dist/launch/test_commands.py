@@ -147,6 +147,7 @@ def test_gpus_that_are_not_there_are_planned_and_not_launched(tmp_path: Path) ->
     [
         ("name=other", "run.setting-without-effect"),
         ("checks.inject=[]", "run.setting-without-effect"),
+        ("checkpoint.init_from=runs/one", "run.setting-without-effect"),
         ("args.lr=0.5", "run.finished"),
     ],
 )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from dtrain.train.load import load_task
 from dtrain.verification.judge import Judge
 from dtrain.verification.layouts import Layout
 from dtrain.verification.rules import BATCH_NORM
@@ -26,10 +28,10 @@ NOISY = {
 """Tasks whose loss draws random numbers."""
 
 
-def judge(name: str, folder: Path) -> Judge:
+def judge(name: str, folder: Path, *overrides: str) -> Judge:
     runner = WarmRunner(
         JOBS / "clean" / "job.yaml",
-        overrides=(f"task=clean.py:{name}",),
+        overrides=(f"task=clean.py:{name}", *overrides),
         max_train_samples=65,  # 24, 24 and 17 a step: two for each of exact's shards
         max_eval_samples=41,
         keep=folder,
@@ -51,6 +53,14 @@ def test_no_strategy_is_called_another_training(name: str, tmp_path: Path) -> No
     assert wrong == []
     # under dp the replicas may draw the same numbers, one after the other
     assert any(result.fixed_noise for result in results) == (name in NOISY)
+
+
+def test_stored_weights_are_the_start_of_a_resumed_training_too(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    source = tmp_path / "weights.pt"
+    torch.save(load_task("clean.py:Plain", {}, JOBS / "clean").model().state_dict(), source)
+    judged = judge("Plain", tmp_path, f"checkpoint.init_from={source}").judge(LAYOUTS[1:2])
+    assert [(each.verdict, each.finding, each.failure) for each in judged] == [("same", None, "")]
 
 
 def test_an_average_of_the_weights_is_the_same_wherever_it_can_be(tmp_path: Path) -> None:

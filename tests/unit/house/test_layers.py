@@ -156,7 +156,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "context digest importing logs packed precision seeding vote",
         "collectives load metrics",
         "checkpoint",
-        "contract ema",
+        "contract ema weights",
         "data loss",
         "tracing",
         "checks",
@@ -209,6 +209,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "buffers flat_buffer tree",
         "exchange shards",
         "strategy",
+    ),
+    "dtrain.train.weights": (
+        "formats matching",
+        "source",
+        "initial",
     ),
     "dtrain.train.tracing": (
         "attributes digest noise perturb",

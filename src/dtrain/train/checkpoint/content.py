@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,21 +69,42 @@ def read(opened: OpenCheckpoint) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         CheckpointError: it is damaged.
     """
-    stored = read_headers(opened.parts())
-    found = {key: parts.StoredTensor(each) for key, each in stored.items()}
-    described = opened.json(STATE)
+    found, described = _stored(opened), opened.json(STATE)
     state: dict[str, Any] = {}
-    try:
+    with _damaged_state():
         for name, each in described.items():
             in_place = name in _IN_PLACE
             state[name] = tree.join(each, found.__getitem__ if in_place else _reader(found))
+    return state, opened.json(PROGRESS)
+
+
+def read_model(opened: OpenCheckpoint) -> dict[str, parts.StoredTensor]:
+    """Return the tensors of the model in a checkpoint by name. No other state is read.
+
+    Raises:
+        CheckpointError: it is damaged, or has no model.
+    """
+    found, described = _stored(opened), opened.json(STATE).get("model")
+    with _damaged_state():
+        model = tree.join(described, found.__getitem__)
+        return {name: each for name, each in model.items() if isinstance(each, parts.StoredTensor)}
+
+
+def _stored(opened: OpenCheckpoint) -> dict[str, parts.StoredTensor]:
+    stored = read_headers(opened.parts())
+    return {key: parts.StoredTensor(each) for key, each in stored.items()}
+
+
+@contextlib.contextmanager
+def _damaged_state() -> Iterator[None]:
+    try:
+        yield
     except CheckpointError:
         raise
     except Exception as error:  # torch raises errors of any type for bytes that are not its own
         raise CheckpointError(
             f"{STATE} is damaged: {error!r:.300}", code="checkpoint.damaged-file"
         ) from error
-    return state, opened.json(PROGRESS)
 
 
 def _reader(found: Mapping[str, parts.StoredTensor]) -> Any:

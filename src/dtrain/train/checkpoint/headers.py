@@ -23,6 +23,8 @@ SAFETENSORS = {
     "float32": "F32", "float64": "F64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
 """The names of torch's types in safetensors."""
+DTYPES = {name: dtype for dtype, name in SAFETENSORS.items()}
+"""The names in torch of the types of safetensors."""
 OWN = "dtrain"
 """The entry of a file's metadata with what safetensors has no field for."""
 _MOST_HEADER = 100_000_000  # safetensors' own limit

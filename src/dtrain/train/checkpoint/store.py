@@ -338,12 +338,8 @@ class CheckpointStore:
             CheckpointError: there are checkpoints, but none can be used. The message lists why.
         """
         rejected: dict[Path, str] = {}
-        names: list[str] = []
-        if self._ranks.is_rank_zero:
-            self._directory.remove_leftovers(remote=True)
-            names = [folder.name for folder in self._directory.newest_first()]
         checkpoints = self._directory.run.checkpoints
-        for folder in (checkpoints / name for name in collectives.from_zero(names)):
+        for folder in (checkpoints / name for name in self._names()):
             loaded, reason = self._try(folder, apply, rejected)
             if reason is None:
                 if self._ranks.is_rank_zero:
@@ -363,6 +359,18 @@ class CheckpointStore:
             f"{self._directory.location}",
             code="checkpoint.none-loads",
         )
+
+    def has_any(self) -> bool:
+        """Return whether the run has a checkpoint, intact or not."""
+        return bool(self._names())
+
+    def _names(self) -> list[str]:
+        """Return the names of the checkpoints that rank 0 sees, newest first."""
+        names: list[str] = []
+        if self._ranks.is_rank_zero:
+            self._directory.remove_leftovers(remote=True)
+            names = [folder.name for folder in self._directory.newest_first()]
+        return collectives.from_zero(names)
 
     def _try(
         self, folder: Path, apply: Callable[[Loaded], None], rejected: dict[Path, str]
@@ -390,14 +398,14 @@ class CheckpointStore:
             apply(loaded[0])
 
         with files:
-            reason = _reason(verify, of_ranks=False) or _reason(load, of_ranks=True)
+            reason = agreed_reason(verify, of_ranks=False) or agreed_reason(load, of_ranks=True)
             if reason is not None:
                 return None, reason
             loaded[0].close = files.pop_all().close
         return loaded[0], None
 
 
-def _reason(action: Callable[[], None], *, of_ranks: bool) -> str | None:
+def agreed_reason(action: Callable[[], None], *, of_ranks: bool) -> str | None:
     """Run an action on every rank. Return why it failed on some of them; None if on none.
 
     Args:

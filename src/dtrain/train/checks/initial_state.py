@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dtrain.job.spec import JobSpec
 from dtrain.task import Task
 from dtrain.train import collectives, digest
 from dtrain.train.checkpoint.state import plain_name, plain_parameters
@@ -40,12 +41,13 @@ def compare_surroundings(task: Task, seed: int) -> None:
     )
 
 
-def compare_model(model: torch.nn.Module, *, broadcast: bool) -> None:
+def compare_model(model: torch.nn.Module, spec: JobSpec) -> None:
     """Make sure that all ranks start from the same model.
 
     Args:
         model: the model as the task built it, on its device, not yet sharded or wrapped.
-        broadcast: if values differ, log a warning and use the first rank's values.
+        spec: the job. With `checks.init: broadcast`, log a warning if values differ, and use the
+            first rank's values.
 
     Raises:
         ReplicaError: names, shapes, types, their order or requires_grad differ. Without
@@ -80,8 +82,10 @@ def compare_model(model: torch.nn.Module, *, broadcast: bool) -> None:
         "model() made different initial values on the ranks, although all have the same seed:\n"
         f"{where}{more}"
     )
-    if not broadcast:
+    if spec.checks.init == "same":
         hint = "draw them from the generators of torch, NumPy or Python, not from the rank, "
+        if spec.checkpoint.init_from is not None:
+            hint = f"make sure that {spec.checkpoint.init_from} is the same on all hosts, {hint}"
         raise ReplicaError(
             f"{text}\n{hint}or set checks.init: broadcast to use rank 0's values",
             ballot.culprits,

@@ -21,12 +21,15 @@ from dtrain.train.metrics.events import Events
 from dtrain.train.seeding import derive_seed, seed_everything
 from dtrain.train.strategies.base import Strategy
 from dtrain.train.vote import vote
+from dtrain.train.weights.initial import InitialWeights
 
 logger = logging.getLogger(__name__)
 
 
-def build_parts(context: TrainContext, strategy: Strategy) -> Parts:
+def build_parts(context: TrainContext, strategy: Strategy, initial: InitialWeights) -> Parts:
     """Return the model on its device, with loss, optimizer, scheduler and scaler.
+
+    Its weights are those that `initial` has for it, or the ones that the task gave it.
 
     Every method of the task runs with its own seed, which is the same on all ranks. So no method
     changes what another draws.
@@ -36,8 +39,9 @@ def build_parts(context: TrainContext, strategy: Strategy) -> Parts:
     model = task.model()
     contract.check_model(model, task)
     model.to(context.device).train()
+    initial.load(model)
     if collectives.in_group():
-        compare_model(model, broadcast=context.spec.checks.init == "broadcast")
+        compare_model(model, context.spec)
     loss = LossModule(model, task)
     strategy.shard(loss)
     seed_everything(derive_seed("optimizer", seed))

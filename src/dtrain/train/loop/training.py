@@ -31,6 +31,7 @@ from dtrain.train.loop.step import StepFlags, StepOutcome, TrainStep
 from dtrain.train.loop.task_state import Kept
 from dtrain.train.metrics.events import Events
 from dtrain.train.strategies.base import Strategy
+from dtrain.train.weights.initial import InitialWeights
 
 Metrics = dict[str, float]
 EvaluationWrapper = Callable[[Callable[[], Metrics | None]], Metrics | None]
@@ -59,6 +60,7 @@ class Training:
         resumed = self._restore()
         self._wrap()
         self._arm()
+        self._initial.tell(self._events)
         self._report.started(self.progress, self.course, resumed=resumed)
 
     def _build(self) -> None:
@@ -66,7 +68,8 @@ class Training:
         context = self._context
         initial_state.compare_surroundings(context.task, context.spec.seed)
         self._strategy: Strategy = catalog.load("strategy", context.spec.strategy)(context)
-        self.parts = build.build_parts(context, self._strategy)
+        self._initial = InitialWeights(context)
+        self.parts = build.build_parts(context, self._strategy, self._initial)
         self.data = build.train_feed(context)
         self.data.meets = self._strategy.meets_in_forward
         self.course = self.data.course

@@ -51,6 +51,8 @@ class Recorder:
         """The digest of the gradients that this rank's optimizer received."""
         self._lr: list[float] = []
         self._stepped = 0
+        self._begins = True
+        """Whether the initial state is written."""
         self._random = ""
         self._attributes = Attributes(task, options.frozen)
         self._noise = None if options.own_noise else FixedNoise(by_sample=options.by_sample)
@@ -95,6 +97,14 @@ class Recorder:
         self._random = random
         self._ids, self._contents, self._losses, self._lr = [], [], [], []
         self._gradients, self._given, self._stepped = Tensors(), None, 0
+
+    def loaded(self, model: torch.nn.Module) -> None:
+        """Record the initial values that have replaced those of `model()`."""
+        self._begun = digest.of_tensors(model.parameters())
+
+    def resumes(self) -> None:
+        """Leave out the initial state: an earlier attempt has written it, and it is loaded once."""
+        self._begins = False
 
     # -- for a trainer with its own steps ----------------------------------------------------
 
@@ -187,6 +197,8 @@ class Recorder:
 
     def _begin_lines(self) -> None:
         self._attributes.keep()
+        if not self._begins:
+            return
         self._write_line(0, epoch=0, ids=[], random=digest.of_random_state(), drew=False)
         self._write_record(0, loss=None, grad_norm=None)
 

@@ -37,7 +37,7 @@ from dtrain.integrations.lightning.loops.trainer_arguments import trainer_argume
 from dtrain.integrations.lightning.module import ModuleTask
 from dtrain.integrations.lightning.state import Metrics
 from dtrain.train import collectives
-from dtrain.train.checkpoint.state import parameters_sha256
+from dtrain.train.checkpoint.state import is_sharded, parameters_sha256
 from dtrain.train.checkpoint.store import Loaded
 from dtrain.train.checks.checks import Checks
 from dtrain.train.checks.initial_state import compare_surroundings
@@ -53,6 +53,7 @@ from dtrain.train.loop.reporting import Report
 from dtrain.train.metrics.events import Events
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 from dtrain.train.strategies.base import broadcast_buffers
+from dtrain.train.weights.initial import InitialWeights
 
 
 class _Loss:
@@ -78,6 +79,7 @@ class Fit(pl.Callback):
         self._report = Report(context, self._events)
         self._checkpoints = Checkpoints(context, self._events)
         self._loaded = self._checkpoints.read_newest(_check, keep_open=True)
+        self._initial = InitialWeights(context)
         self.progress = Progress()
         if self._loaded is not None:
             self.progress = Progress.from_saved(self._loaded.progress, {})
@@ -190,6 +192,8 @@ class Fit(pl.Callback):
         advance = steps.advance
         after(trainer._callback_connector, "_attach_model_callbacks", self._check_callbacks)
         after(data, "prepare_data", self._seed_data)
+        # here Lightning has made all layers, and restores a checkpoint if there is one
+        after(trainer._checkpoint_connector, "_restore_modules_and_callbacks", self._load_initial)
         self._reading.join(trainer)
         steps.advance = lambda fetcher: self._advance(fetcher, advance)
         after(steps, "on_advance_end", self._after_batch)
@@ -210,6 +214,15 @@ class Fit(pl.Callback):
     def _seed_data(self) -> None:
         """Seed after `prepare_data`, which runs on one process per node: `setup` draws the same."""
         seed_everything(derive_seed("train_dataset", self._context.spec.seed))
+
+    def _load_initial(self) -> None:
+        """Load the initial weights for a fit, and for a validation before it.
+
+        A fit may make the layers again in `setup`, but not after they were sharded.
+        """
+        is_before = not self._begun and self._trainer.state.fn in ("fit", "validate")
+        if is_before and not is_sharded(self._module):
+            self._initial.load(self._module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep a training stopped that was stopped early."""
@@ -254,6 +267,7 @@ class Fit(pl.Callback):
         if self._loaded is not None:
             self._restore(self._loaded)
         self._callbacks.start(self.progress)
+        self._initial.tell(self._events)
         self._report.started(self.progress, plan, resumed=self._loaded is not None)
         if self._validated:
             self._report.measured("validate", self.progress, self._validated)

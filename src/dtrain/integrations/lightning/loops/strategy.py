@@ -97,7 +97,7 @@ class LoopsStrategy(ExternalProcesses, DDPStrategy):
         module = self.lightning_module
         if is_sharded(module) or self._context.shards_model:  # DDP within DDP is the module's own
             refuse_wrapped(module, type(module).__name__)
-        compare_model(module, broadcast=self._context.spec.checks.init == "broadcast")
+        compare_model(module, self._context.spec)
 
 
 class LoopsDDP(LoopsStrategy):
