@@ -260,7 +260,7 @@ def stored(pieces: list[list[Piece]]) -> Iterator[dict[str, StoredBytes]]:
     st.sampled_from([torch.float32, torch.uint8, torch.complex128]),
     st.integers(1, 3),
     st.sampled_from([64, 1024, blocks.BLOCK]),
-    st.sampled_from([1, 100, parts._AT_ONCE]),
+    st.sampled_from([1, 100, headers._AT_ONCE]),
 )
 @settings(max_examples=60)
 def test_a_box_is_read_from_any_other_boxes(
@@ -274,7 +274,7 @@ def test_a_box_is_read_from_any_other_boxes(
         pieces[index % files].append(Piece("t", shape, offsets, tensor[slices(box)]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK", block)
-        patch.setattr(parts, "_AT_ONCE", at_once)
+        patch.setattr(parts, "BLOCK", block)
         patch.setattr(headers, "_AT_ONCE", max(16, at_once))  # at least an element
         with stored(pieces) as found:
             assert b"".join(map(bytes, found["t"].pieces())) == bits(tensor)

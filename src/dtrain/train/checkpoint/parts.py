@@ -19,6 +19,7 @@ import torch
 
 from dtrain.errors import CheckpointError
 from dtrain.train import digest
+from dtrain.train.checkpoint.blocks import BLOCK
 from dtrain.train.checkpoint.headers import (
     OWN,
     SAFETENSORS,
@@ -253,23 +254,21 @@ class StoredTensor:
         if read_as == target.dtype and read_as.itemsize == 1:  # torch cannot copy int4
             read_as, target = torch.uint8, target.view(torch.uint8)
         row = math.prod(sizes[1:]) * self.dtype.itemsize
-        at_once = max(1, _AT_ONCE // row)
         (first, last), rest = overlap[0], overlap[1:]
         for dim, (low, high) in enumerate(rest, start=1):
             target = target.narrow(dim, low - origins[dim], high - low)
-        for low in range(first, last, at_once):
-            count = min(at_once, last - low)
+        low = first
+        while low < last:
             begin = chunk.start + (low - starts[0]) * row
+            # rows of one block are read without a copy; one that lies in two comes alone
+            count = min(max(1, (BLOCK - begin % BLOCK) // row), last - low)
             data = torch.frombuffer(chunk.file.read(begin, begin + count * row), dtype=torch.uint8)
             rows = data.view(read_as).view(count, *sizes[1:])
             for dim, (start, end) in enumerate(rest, start=1):
                 rows = rows.narrow(dim, start - starts[dim], end - start)
             target.narrow(0, low - origins[0], count).copy_(rows)
+            low += count
         return math.prod(high - low for low, high in overlap)
-
-
-_AT_ONCE = 4 << 20
-"""The number of bytes that are copied at a time; more if a row is larger."""
 
 
 def whole(value: Any) -> Any:
