@@ -8,6 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -80,9 +81,19 @@ class RemoteStore:
 
     def matching(self, pattern: str) -> dict[str, Mapping[str, Any]]:
         """Return fsspec's description of the files that match a glob pattern, by name."""
-        empty: dict[str, Any] = {}
-        found = self._run_or(lambda: self._fs.glob(self._path(pattern), detail=True), empty)
-        return {path[len(self._root) + 1 :]: info for path, info in found.items()}
+        # fsspec's `glob` leaves out what it cannot list: a checkpoint would seem not to exist
+        found: dict[str, Mapping[str, Any]] = {"": {"type": "directory"}}
+        for part in pattern.split("/"):
+            folders = [name for name, info in found.items() if info["type"] == "directory"]
+            inside = {name: info for folder in folders for name, info in self._list(folder).items()}
+            found = {n: info for n, info in inside.items() if fnmatchcase(n.split("/")[-1], part)}
+        return {name: info for name, info in found.items() if info["type"] != "directory"}
+
+    def _list(self, name: str) -> dict[str, Mapping[str, Any]]:
+        """Return what is in a directory, by name."""
+        empty: list[Any] = []
+        found = self._run_or(lambda: self._fs.ls(self._path(name), detail=True), empty)
+        return {info["name"].rstrip("/")[len(self._root) + 1 :]: info for info in found}
 
     def read(self, name: str) -> bytes | None:
         """Return the bytes of a file. None when there is no such file."""
