@@ -9,12 +9,12 @@ another of the same name as a whole.
 from __future__ import annotations
 
 import fcntl
+import logging
 import re
 import secrets
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from dtrain.run.manifest import NAME as MANIFEST
 from dtrain.run.remote.store import RemoteStore, RemoteStoreError
 from dtrain.run.rundir import RunDir
 
+logger = logging.getLogger(__name__)
+
 _REJECTED = "manifest.rejected.json"
 _STEP = re.compile(r"step-\d{8,}")
-_AT_ONCE = 4
 
 
 class RemoteCheckpoints:
@@ -139,18 +140,21 @@ class RemoteCheckpoints:
             with suppress(CheckpointError):  # the files of a damaged one are not known
                 whole = f"{name}/{manifest.parse(text or '').save}"
                 self._clear(name, (file for file in found if file.startswith(f"{name}/")), whole)
+        try:
+            self._store.remove_unfinished()
+        except RemoteStoreError as error:  # not every key may list them
+            logger.warning("uploads that were not finished may remain: %s", error)
 
     def _download(self, folder: Path, text: bytes) -> None:
         listed = manifest.parse(text)
-        inside, files = f"{folder.name}/{listed.save}", list(listed.files)
+        inside = f"{folder.name}/{listed.save}"
         tmp = folder.with_name(f".{folder.name}.aside-{secrets.token_hex(4)}")
         tmp.mkdir(parents=True)
         try:
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
-                found = list(pool.map(lambda n: self._store.get(f"{inside}/{n}", tmp / n), files))
-            missing = [name for name, exists in zip(files, found, strict=True) if not exists]
+            missing = self._store.get({f"{inside}/{name}": tmp / name for name in listed.files})
             if missing:
-                raise CheckpointError(f"{missing[0]} is missing", code="checkpoint.missing-file")
+                name = missing[0].rpartition("/")[2]
+                raise CheckpointError(f"{name} is missing", code="checkpoint.missing-file")
             write_atomic(tmp / MANIFEST, text)
             shutil.rmtree(folder, ignore_errors=True)
             tmp.rename(folder)
