@@ -2,58 +2,18 @@
 
 from __future__ import annotations
 
-import gc
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from dtrain.testing import run_ranks
+from support.growth import growth
 from support.sharded import Sharded
 
 LAYERS, WIDTH = 4, 1768  # 12.5 million parameters; with Adam's moments 150 MB
 SPARE = 60_000_000
 """What a rank may need besides: blocks of files, what sums and sockets need, unused memory."""
-
-
-def in_use(field: str) -> int:
-    """Return a field of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith(f"{field}:")]
-    return int(line.split()[1]) * 1024
-
-
-def growth(action: Callable[[], object]) -> int:
-    """Return by how many bytes the memory of this process grew, at most, during a call."""
-    gc.collect()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the most ever in use
-    except OSError:
-        return _polled(action)
-    before = in_use("VmRSS")
-    action()
-    return in_use("VmHWM") - before
-
-
-def _polled(action: Callable[[], object]) -> int:
-    before = most = in_use("RssAnon")
-    over = threading.Event()
-
-    def poll() -> None:
-        nonlocal most
-        while not over.wait(0.002):
-            most = max(most, in_use("RssAnon"))
-
-    thread = threading.Thread(target=poll)
-    thread.start()
-    try:
-        action()
-    finally:
-        over.set()
-        thread.join()
-    return most - before
 
 
 def saved_and_loaded(folder: Path) -> tuple[int, ...]:

@@ -139,6 +139,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "code_archive lookup",
     ),
     "dtrain.run.remote": (
+        "chunks",
         "store",
         "checkpoints mirror rank_files",
         "runs",

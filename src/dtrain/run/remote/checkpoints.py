@@ -9,12 +9,12 @@ another of the same name as a whole.
 from __future__ import annotations
 
 import fcntl
+import logging
 import re
 import secrets
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from dtrain.run.manifest import Manifest
 from dtrain.run.remote.store import RemoteStore, RemoteStoreError
 from dtrain.run.rundir import RunDir
 
+logger = logging.getLogger(__name__)
+
 _REJECTED = "manifest.rejected.json"
 _STEP = re.compile(r"step-\d{8,}")
-_AT_ONCE = 4
 
 
 class RemoteCheckpoints:
@@ -177,6 +178,10 @@ class RemoteCheckpoints:
             with suppress(CheckpointError):  # the files of a damaged one are not known
                 whole = f"{name}/{manifest.parse(text or '').save}"
                 self._clear(name, (file for file in found if file.startswith(f"{name}/")), whole)
+        try:
+            self._store.remove_unfinished()
+        except RemoteStoreError as error:  # not every key may list them
+            logger.warning("uploads that were not finished may remain: %s", error)
 
     def _replace(self, folder: Path, text: bytes) -> None:
         tmp = folder.with_name(f".{folder.name}.aside-{secrets.token_hex(4)}")
@@ -190,12 +195,11 @@ class RemoteCheckpoints:
 
     def _download(self, name: str, text: bytes, target: Path) -> None:
         listed = manifest.parse(text)
-        inside, files = f"{name}/{listed.save}", list(listed.files)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            found = list(pool.map(lambda n: self._store.get(f"{inside}/{n}", target / n), files))
-        missing = [each for each, exists in zip(files, found, strict=True) if not exists]
+        inside = f"{name}/{listed.save}"
+        missing = self._store.get({f"{inside}/{each}": target / each for each in listed.files})
         if missing:
-            raise CheckpointError(f"{missing[0]} is missing", code="checkpoint.missing-file")
+            file = missing[0].rpartition("/")[2]
+            raise CheckpointError(f"{file} is missing", code="checkpoint.missing-file")
         write_atomic(target / MANIFEST, text)
 
     def _clear(self, name: str, files: Iterable[str], exclude: str) -> None:

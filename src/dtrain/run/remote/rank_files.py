@@ -29,6 +29,6 @@ class RemoteRankFiles:
         """Download the directories that other ranks have sent, and remove them at the URL."""
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in self._store.files(folder.name):
-                self._store.get(name, folder / Path(name).name)
-                self._store.remove(name)
+            names = self._store.files(folder.name)
+            self._store.get({name: folder / Path(name).name for name in names})
+            self._store.remove(*names)

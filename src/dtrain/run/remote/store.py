@@ -8,19 +8,22 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from dtrain.errors import DtrainError, PlanError, first_line
+from dtrain.run.remote.chunks import CHUNK, NUM_AT_ONCE, ChunkedUpload, abort, at_once, unfinished
 
 _Value = TypeVar("_Value")
 
 _PAUSES_S = (0.5, 2.0, 5.0)
 _PATIENT_S = (*_PAUSES_S, 15.0, 30.0)
+_NUM_DOWNLOADS = 4
 _EXTRAS = {"s3fs": "pip install 'dtrain[s3]'"}
-# A missing server is detected in seconds, not in botocore's minutes.
-_S3_OPTIONS = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 3}}
+# A missing server is detected in seconds. botocore repeats nothing: s3fs does, for 2 s, then we.
+_S3_OPTIONS = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 0}}
 
 
 class RemoteStoreError(DtrainError, OSError):
@@ -54,6 +57,7 @@ class RemoteStore:
         self._fs, self._root = _open(self.url)
         self._patient = patient
         self._is_local = "file" in _protocols(self._fs)
+        self._is_s3 = "s3" in _protocols(self._fs)
 
     def check(self) -> None:
         """Check that files can be written, read and removed there.
@@ -80,9 +84,19 @@ class RemoteStore:
 
     def matching(self, pattern: str) -> dict[str, Mapping[str, Any]]:
         """Return fsspec's description of the files that match a glob pattern, by name."""
-        empty: dict[str, Any] = {}
-        found = self._run_or(lambda: self._fs.glob(self._path(pattern), detail=True), empty)
-        return {path[len(self._root) + 1 :]: info for path, info in found.items()}
+        # fsspec's `glob` leaves out what it cannot list: a checkpoint would seem not to exist
+        found: dict[str, Mapping[str, Any]] = {"": {"type": "directory"}}
+        for part in pattern.split("/"):
+            folders = [name for name, info in found.items() if info["type"] == "directory"]
+            inside = {name: info for folder in folders for name, info in self._list(folder).items()}
+            found = {n: info for n, info in inside.items() if fnmatchcase(n.split("/")[-1], part)}
+        return {name: info for name, info in found.items() if info["type"] != "directory"}
+
+    def _list(self, name: str) -> dict[str, Mapping[str, Any]]:
+        """Return what is in a directory, by name."""
+        empty: list[Any] = []
+        found = self._run_or(lambda: self._fs.ls(self._path(name), detail=True), empty)
+        return {info["name"].rstrip("/")[len(self._root) + 1 :]: info for info in found}
 
     def read(self, name: str) -> bytes | None:
         """Return the bytes of a file. None when there is no such file."""
@@ -127,17 +141,61 @@ class RemoteStore:
                 raise FileExistsError(name) from error
 
     def put(self, source: Path, name: str) -> None:
-        """Copy a file of this host to the URL."""
-        self._run(lambda: self._fs.put_file(str(source), self._path(name)))
+        """Copy a file of this host to the URL, with little of it in memory at once."""
+        path = self._path(name)
+        with source.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if self._is_s3 and size > CHUNK:
+                self._put_in_chunks(file.fileno(), path, size)
+            else:
+                self._run(lambda: self._fs.put_file(str(source), path))
 
-    def get(self, name: str, target: Path) -> bool:
-        """Copy a file to this host. Return whether it exists at the URL."""
+    def _put_in_chunks(self, fd: int, path: str, size: int) -> None:
+        with self._run(lambda: ChunkedUpload(self._fs, path, size)) as upload:
 
-        def fetch() -> bool:
-            self._fs.get_file(self._path(name), str(target))
+            def send(number: int) -> None:
+                data = os.pread(fd, upload.chunk, number * upload.chunk)
+                self._run(lambda: upload.send(number, data))
+
+            at_once(upload.num_at_once, send, range(upload.num_chunks))
+            self._run(upload.complete)
+
+    def get(self, files: Mapping[str, Path]) -> list[str]:
+        """Copy files to this host, with little of them in memory at once.
+
+        Args:
+            files: the path of each copy, by the name of the file.
+
+        Returns:
+            The names of those that do not exist at the URL.
+        """
+        missing: list[str] = []
+        # s3fs then streams, and continues what was cut; else it holds several chunks of 50 MB
+        options = {"max_concurrency": 1} if self._is_s3 else {}
+
+        def download(name: str) -> bool:
+            self._fs.get_file(self._path(name), str(files[name]), **options)
             return True
 
-        return self._run_or(fetch, False)
+        def fetch(name: str) -> None:
+            if not self._run_or(lambda: download(name), False):
+                missing.append(name)
+
+        at_once(_NUM_DOWNLOADS, fetch, files)
+        return missing
+
+    def remove_unfinished(self) -> None:
+        """Remove what killed processes have uploaded of large files: it costs money at S3.
+
+        Nothing is being uploaded.
+        """
+        if self._is_s3:
+
+            def remove(upload: dict[str, str]) -> None:
+                self._run_or(lambda: abort(self._fs, upload), None)
+
+            found = self._run(lambda: unfinished(self._fs, self._root))
+            at_once(NUM_AT_ONCE, remove, found)
 
     def copy(self, name: str, to: str) -> None:
         if self._is_local:
@@ -180,7 +238,7 @@ class RemoteStore:
             except (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError):
                 raise
             except Exception as error:
-                if _lacks_credentials(error) or (_is_unreachable(error) and not self._patient):
+                if _lacks_credentials(error):
                     raise
             time.sleep(pause_s)
         return action()
@@ -257,7 +315,3 @@ def _store_error(url: str, error: Exception) -> RemoteStoreError:
 
 def _lacks_credentials(error: Exception) -> bool:
     return "Credential" in type(error).__name__
-
-
-def _is_unreachable(error: Exception) -> bool:
-    return type(error).__name__ == "EndpointConnectionError"
