@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from dtrain.run.files import append_line, write_json
 from dtrain.run.remote import mirror
 from dtrain.run.remote import store as place_module
 from dtrain.run.remote.checkpoints import RemoteCheckpoints
+from dtrain.run.remote.chunks import at_once
 from dtrain.run.remote.mirror import Mirror
 from dtrain.run.remote.rank_files import RemoteRankFiles
 from dtrain.run.remote.runs import create, fetch, staging, syncing
@@ -419,3 +422,17 @@ def test_a_checkpoint_waits_longer_for_a_place_that_is_away_than_a_command(
     with raises("url.unreachable", "nobody listens"):
         place.write("x", b"")
     assert len(asked) == tries
+
+
+def test_none_of_several_actions_begins_after_one_has_failed() -> None:
+    begun: list[int] = []
+    both = threading.Barrier(2, timeout=30)
+
+    def action(number: int) -> None:
+        begun.append(number)
+        both.wait()  # the first two run at the same time
+        raise RemoteStoreError(str(number))
+
+    with pytest.raises(RemoteStoreError):
+        at_once(2, action, itertools.count())
+    assert sorted(begun) == [0, 1]
