@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, cycle, repeat
 from pathlib import Path
 
@@ -136,6 +136,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
 
 
+def listing_fails(number: int) -> Callable[[Seen, int], Fault | None]:
+    """Answer one request that lists with an error, after `number` others."""
+    kinds: Iterator[Fault | None] = chain([None] * number, ["500"], repeat(None))
+    return lambda request, _: next(kinds) if request.lists else None
+
+
 def test_a_listing_that_fails_does_not_hide_a_checkpoint(
     proxy: Proxy, impatient: None, url: str, tmp_path: Path
 ) -> None:
@@ -143,8 +149,7 @@ def test_a_listing_that_fails_does_not_hide_a_checkpoint(
     save(store(run_in(tmp_path, url)), 2, torch.ones(9))
     checkpoints = RemoteCheckpoints(run_in(tmp_path, url), url)
     for failing in range(5):
-        kinds: Iterator[Fault | None] = chain([None] * failing, ["500"], repeat(None))
-        proxy.fault = lambda request, _, kinds=kinds: next(kinds) if request.lists else None
+        proxy.fault = listing_fails(failing)
         assert [path.name for path in checkpoints.folders()] == ["step-00000002"]
 
 
