@@ -79,7 +79,6 @@ def test_while_the_controller_is_away_the_run_ends_and_following_waits(
     fragile: Cluster, tmp_path: Path
 ) -> None:
     """It comes back after the end; a step that could not tell it of its end tries again in 60 s."""
-    log = fragile.files.log / "slurmd-n0.log"
 
     def messages() -> list[str]:
         words = [event["what"] for event in events(run, "waiting")]
@@ -97,7 +96,6 @@ def test_while_the_controller_is_away_the_run_ends_and_following_waits(
                 assert (now["state"], launch.poll(), follower.poll()) == ("running", None, None)
                 assert "Unable to contact slurm controller" in now["slurm"]
                 until("the end of training", SlurmFiles(run).end(0).exists, 90)
-                until("the step to fail", lambda: "failed sending step compl" in log.read_text())
                 assert (launch.poll(), follower.poll()) == (None, None)
             finally:
                 fragile.start_ctl()

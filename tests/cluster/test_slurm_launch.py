@@ -108,11 +108,10 @@ def test_a_run_that_is_requeued_by_hand_goes_on(
     assert sha(run) == unbroken
 
 
-@pytest.mark.parametrize("by", ["sbatch", "submitit"])
 def test_an_elastic_run_takes_what_is_free_and_goes_on_at_another_size(
-    slurm: Cluster, tmp_path: Path, by: str
+    slurm: Cluster, tmp_path: Path
 ) -> None:
-    way = ("--launcher", "slurm" if by == "sbatch" else by_submitit())
+    way = ("--launcher", by_submitit())
     blocker = submit(slurm, "-N2", "--exclusive", "--wrap", "sleep 600")
     slurm.wait_job(blocker, ["RUNNING"])
 
@@ -399,8 +398,8 @@ def test_hostile_names(slurm: Cluster, tmp_path: Path) -> None:
 
 
 def test_many_jobs_are_shown_by_one_command(slurm: Cluster, tmp_path: Path) -> None:
-    """Thirty, submitted in a row; `dtrain runs` asks Slurm once for all of them."""
-    count = 30
+    """Eight, submitted in a row; `dtrain runs` asks Slurm once for all of them."""
+    count = 8
     for number in range(count):
         arguments = ("--detach", "-o", "slurm.hold", "--run-id", f"run-{number}")
         assert not dtrain(

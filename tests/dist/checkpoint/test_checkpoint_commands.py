@@ -360,10 +360,9 @@ def test_export_bit_for_bit(
     assert command("export", "--to", "torch", "-o", "a b.pt", "--force").code == 0
     assert torch.load("a b.pt", weights_only=True)["c"].tolist() == [1, 1]
     flip(folder / TENSORS)
-    for to in ("safetensors", "torch"):
-        done = command("export", "--to", to, "-o", "d")
-        assert done.code == 1
-        assert_shown(done.err, "checkpoint.damaged-file", TENSORS, "digits-abc234:7")
+    done = command("export", "--to", "torch", "-o", "d")
+    assert done.code == 1
+    assert_shown(done.err, "checkpoint.damaged-file", TENSORS, "digits-abc234:7")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "a b.pt",
         "digits-abc234-7.safetensors",
