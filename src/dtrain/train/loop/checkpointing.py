@@ -63,6 +63,7 @@ class Checkpoints:
         self._stop_s = self._stops_s = 0.0
         """How long training stopped for the last save, and for all, in seconds."""
         self._clock = SaveClock(spec)
+        self._is_interval_told = False
         self._begun = 0
         """The number of saves that were begun."""
         self._grace = Grace(context, events)
@@ -179,7 +180,8 @@ class Checkpoints:
 
     def _restart_clock(self) -> None:
         self._clock.restart(self._stops_s / self._begun if self._begun else None)
-        if self._clock.chooses and self._begun == 1:
+        if self._clock.chooses and self._begun == 1 and not self._is_interval_told:
+            self._is_interval_told = True
             every, cost = self._clock.every_s or 0.0, self._stop_s
             self._events.write(
                 "checkpoint_interval", seconds=round(every, 3), stop_seconds=round(cost, 3)
