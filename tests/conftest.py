@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from dtrain.testing import plugin, run_ranks
 from dtrain.testing.leaks import watching
 
 pytest.register_assert_rewrite("support")  # before anything of it is imported
@@ -34,6 +35,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Threads that wait for others of a parallel region sleep. With more processes than cores, those
 # that turn in a loop instead take the cores from whom they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# At times a machine of CI is four times slower than one on which ranks need up to 30 s.
+for called in (run_ranks, plugin._bind_marker):
+    assert called.__kwdefaults__["timeout"] == 60.0
+    called.__kwdefaults__["timeout"] = 240.0
 
 pytest_plugins = ["pytester"]
 

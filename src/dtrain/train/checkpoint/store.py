@@ -259,7 +259,7 @@ class CheckpointStore:
         parts = {rank: each for rank, each in enumerate(everyone) if isinstance(each, Written)}
         entries = {part_name(rank): each.entry for rank, each in parts.items()}
         save.bytes = sum(entry.bytes for entry in entries.values())
-        save.write_seconds = max(each.seconds for each in parts.values())
+        save.write_seconds = max((each.seconds for each in parts.values()), default=0.0)
         commit(save, entries)
 
     def _commit_now(self, save: _Save, entries: dict[str, Entry]) -> None:
