@@ -60,15 +60,6 @@ class Mean(Plain):
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=40)
 
 
-class Dropout(Plain):
-    """Drops."""
-
-    def model(self) -> nn.Module:
-        return nn.Sequential(
-            nn.Linear(SIZE, 16), nn.Dropout(0.3), nn.ReLU(), nn.Linear(16, CLASSES)
-        )
-
-
 class FunctionalDropout(Plain):
     """Drops in a function, with a rate that no module shows."""
 
@@ -87,15 +78,6 @@ class BatchNorm(Plain):
         )
 
 
-class LayerNorm(Plain):
-    """Normalises over features."""
-
-    def model(self) -> nn.Module:
-        return nn.Sequential(
-            nn.Linear(SIZE, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, CLASSES)
-        )
-
-
 class Convolution(Plain):
     """A convolution, with group norm."""
 
@@ -108,32 +90,6 @@ class Convolution(Plain):
             nn.Flatten(),
             nn.Linear(4 * (SIZE - 2), CLASSES),
         )
-
-
-class Encoder(nn.Module):
-    """Codes a sample as a normal distribution, and back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encode, self.decode = nn.Linear(SIZE, 6), nn.Linear(3, SIZE)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean, log = self.encode(x).chunk(2, dim=1)
-        code = mean + torch.randn_like(mean) * (0.5 * log).exp()
-        return self.decode(code), mean, log
-
-
-class VAE(Plain):
-    """A variational autoencoder."""
-
-    def model(self) -> nn.Module:
-        return Encoder()
-
-    def loss(self, model: nn.Module, batch: Any) -> Loss:
-        x, _ = batch
-        made, mean, log = model(x)
-        divergence = -0.5 * (1 + log - mean.square() - log.exp()).sum()
-        return Loss((made - x).square().sum() + divergence, len(x))
 
 
 class Diffusion(Plain):
