@@ -15,7 +15,7 @@ from dtrain.run.rundir import RunDir, list_runs
 from support import warm
 from support.launch import OFTEN, SLOW, TINY, dtrain, events, metrics, started, until
 from support.ray_cluster import RayCluster, on
-from support.s3 import BUCKET, S3, make_bucket
+from support.s3 import BUCKET, S3, with_bucket
 
 RUNS = f"s3://{BUCKET}/ray"
 GEAR = ("-o", "resources={gear: 1}")
@@ -23,11 +23,7 @@ GEAR = ("-o", "resources={gear: 1}")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    with S3(tmp_path_factory.mktemp("s3")) as server:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in server.env.items():
-                patch.setenv(name, value)
-            make_bucket()
+    with with_bucket(tmp_path_factory.mktemp("s3")) as server:
         yield server
 
 

@@ -78,7 +78,7 @@ def saved(cluster: Cluster, run: RunDir) -> bool:
 def test_while_the_controller_is_away_the_run_ends_and_following_waits(
     fragile: Cluster, tmp_path: Path
 ) -> None:
-    """It comes back after the end; a step that could not tell it of its end tries again in 60 s."""
+    """The controller comes back after the end of training."""
 
     def messages() -> list[str]:
         words = [event["what"] for event in events(run, "waiting")]

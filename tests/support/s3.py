@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 from urllib.error import URLError
 from urllib.request import urlopen
+
+import pytest
 
 from dtrain.ports import free_candidate
 from dtrain.run.remote.store import RemoteStore
@@ -57,6 +61,17 @@ class S3:
             return bool(urlopen(f"{self.endpoint}/moto-api/", timeout=10).status == 200)
         except (URLError, OSError):
             return False
+
+
+@contextmanager
+def with_bucket(folder: Path) -> Iterator[S3]:
+    """Run a server that has the bucket. Its variables are not set afterwards."""
+    with S3(folder) as server:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in server.env.items():
+                patch.setenv(name, value)
+            make_bucket()
+        yield server
 
 
 def make_bucket() -> None:

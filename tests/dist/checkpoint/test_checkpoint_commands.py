@@ -152,6 +152,7 @@ def test_list_says_why_each_is_kept_and_marks_what_is_none(run: RunDir, command:
 def test_a_run_without_checkpoints(tmp_path: Path, command: Command) -> None:
     make_run(tmp_path / "runs")
     assert command("list").code == 0
+    (tmp_path / "runs" / "digits-abc234" / "checkpoints").rmdir()
     assert command("list", "--json").json == []
     assert_shown(command("show").err, "checkpoint.none-saved", "digits-abc234")
 

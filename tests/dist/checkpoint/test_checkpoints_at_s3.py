@@ -26,7 +26,7 @@ from support.checkpoints import save, store
 from support.errors import raises
 from support.growth import growth, in_use
 from support.proxy import Fault, Proxy, Seen
-from support.s3 import BUCKET, S3, make_bucket
+from support.s3 import BUCKET, S3, with_bucket
 
 LARGE = 150_000_000
 MEMORY = 64_000_000
@@ -35,11 +35,7 @@ MEMORY = 64_000_000
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    with S3(tmp_path_factory.mktemp("s3")) as server:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in server.env.items():
-                patch.setenv(name, value)
-            make_bucket()
+    with with_bucket(tmp_path_factory.mktemp("s3")) as server:
         yield server
 
 

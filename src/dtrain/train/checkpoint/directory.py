@@ -85,7 +85,7 @@ class CheckpointDirectory:
         if self._remote is not None:
             texts = self._remote.manifests()
             return {name: _or_error(partial(_parse, text)) for name, text in texts.items()}
-        names = [each.name for each in os.scandir(self.run.checkpoints) if each.is_dir()]
+        names = [each.name for each in self.run.checkpoints.glob("*") if each.is_dir()]
         return {
             name: _or_error(partial(manifest.read, self.run.checkpoints / name)) for name in names
         }

@@ -180,7 +180,7 @@ class Checkpoints:
 
     def _restart_clock(self) -> None:
         self._clock.restart(self._stops_s / self._begun if self._begun else None)
-        if self._clock.chooses and self._begun == 1 and not self._is_interval_told:
+        if self._clock.chooses and self._begun and not self._is_interval_told:
             self._is_interval_told = True
             every, cost = self._clock.every_s or 0.0, self._stop_s
             self._events.write(
