@@ -165,8 +165,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "loop",
     ),
     "dtrain.train.checkpoint": (
-        "blocks leaves proof retention",
+        "blocks leaves retention",
         "files headers tree",
+        "proof",
         "parts",
         "content directory state",
         "writer_process",

@@ -348,14 +348,14 @@ def test_the_library_of_safetensors_reads_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, 1, 5, proof._CHUNK, proof._CHUNK + 1, 2 * proof._CHUNK + 3])
 def test_the_sum_of_the_bytes_is_that_of_the_tensor(size: int, dtype: torch.dtype) -> None:
     tensor = random_bits(dtype, size)
-    mine = proof.weighted_sum(parts.as_bytes(tensor), parts.itemsize(tensor))
+    mine = proof.weighted_sum(parts.as_bytes(tensor), tensor.element_size())
     assert mine.tolist() == digest.weighted_sum(tensor).tolist()
 
 
 def test_the_sum_of_a_device_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = random_bits(torch.int16, proof._CHUNK + 9)
     monkeypatch.setattr(digest, "_CHUNK", 1000)
-    mine = proof.weighted_sum(parts.as_bytes(tensor), parts.itemsize(tensor))
+    mine = proof.weighted_sum(parts.as_bytes(tensor), tensor.element_size())
     assert mine.tolist() == digest.weighted_sum(tensor).tolist()
 
 
@@ -371,15 +371,15 @@ def live_digest(tensor: torch.Tensor, method: str) -> str:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float32, torch.complex128])
 def test_one_flipped_bit_of_a_copy_is_found(dtype: torch.dtype, method: str) -> None:
     tensor = random_bits(dtype, 33)
-    live, size = live_digest(tensor, method), parts.itemsize(tensor)
+    piece = parts.Piece("w", (33,), (0,), tensor).described(live_digest(tensor, method))
     data = bytearray(parts.as_bytes(tensor))
-    proof.require_same(memoryview(data), size, live, "w")
+    proof.require_same(memoryview(data), piece)
     for bit in range(8 * len(data)):
         data[bit // 8] ^= 1 << bit % 8
         with raises("checkpoint.copy-differs", "copy of w ", kind=CheckpointError):
-            proof.require_same(memoryview(data), size, live, "w")
+            proof.require_same(memoryview(data), piece)
         data[bit // 8] ^= 1 << bit % 8
-    proof.require_same(memoryview(data), size, live, "w")
+    proof.require_same(memoryview(data), piece)
 
 
 # -- damage ------------------------------------------------------------------------------------

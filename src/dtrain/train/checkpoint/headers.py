@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,56 @@ OWN = "dtrain"
 """The entry of a file's metadata with what safetensors has no field for."""
 _MOST_HEADER = 100_000_000  # safetensors' own limit
 _AT_ONCE = 1 << 20
+
+
+class Described(NamedTuple):
+    """A box of a tensor that is written into a file, without its bytes."""
+
+    key: str
+    dtype: str
+    """The name of its type in torch."""
+    shape: Shape
+    """The shape of the whole tensor."""
+    offsets: Shape
+    sizes: Shape
+    bytes: int
+    itemsize: int
+    """The size of a number in bytes: half that of an element if it is complex."""
+    digest: str
+    """The digest of the live tensor."""
+
+
+def header(pieces: Sequence[Described]) -> bytes:
+    """Return the header of a safetensors file in which the bytes of these pieces follow."""
+    entries: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    start = 0
+    for piece in pieces:
+        name = _name(piece)
+        while name in entries:
+            name += "'"
+        kind = SAFETENSORS.get(piece.dtype)
+        end = start + piece.bytes
+        entries[name] = {
+            "dtype": kind or "U8",
+            "shape": piece.sizes if kind else [piece.bytes],
+            "data_offsets": [start, end],
+        }
+        own[name] = [
+            piece.key, piece.dtype, piece.shape, piece.offsets, piece.sizes, piece.digest
+        ]  # fmt: skip
+        start = end
+    metadata = {"format": "pt", OWN: json.dumps(own)}
+    text = json.dumps({"__metadata__": metadata, **entries}).encode()
+    text += b" " * ((56 - len(text)) % 64)  # with the 8 bytes of its length, a multiple of 64
+    return len(text).to_bytes(8, "little") + text
+
+
+def _name(piece: Described) -> str:
+    if tuple(piece.sizes) == tuple(piece.shape):
+        return piece.key
+    pairs = zip(piece.offsets, piece.sizes, strict=True)
+    return f"{piece.key}[{','.join(f'{low}:{low + size}' for low, size in pairs)}]"
 
 
 @dataclass(frozen=True)

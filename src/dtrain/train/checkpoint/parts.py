@@ -8,7 +8,6 @@ torch.distributed.checkpoint exchanges plans between ranks as pickles.)
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,12 +20,12 @@ from dtrain.errors import CheckpointError
 from dtrain.train import digest
 from dtrain.train.checkpoint.blocks import BLOCK
 from dtrain.train.checkpoint.headers import (
-    OWN,
-    SAFETENSORS,
     Chunk,
+    Described,
     Shape,
     StoredBytes,
     elements_missing,
+    header,
 )
 from dtrain.train.checkpoint.proof import require_same
 
@@ -48,6 +47,18 @@ class Piece:
     @property
     def bytes(self) -> int:
         return int(self.data.nbytes)
+
+    def described(self, live: str) -> Described:
+        """Return what the header of a file says about it, with the digest of its live tensor."""
+        dtype = str(self.data.dtype).removeprefix("torch.")
+        sizes, itemsize = tuple(self.data.shape), _itemsize(self.data)
+        return Described(
+            self.key, dtype, self.shape, self.offsets, sizes, self.bytes, itemsize, live
+        )
+
+
+def _itemsize(tensor: torch.Tensor) -> int:
+    return int(tensor.element_size()) // (2 if tensor.is_complex() else 1)
 
 
 def share(tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) -> list[Piece]:
@@ -79,7 +90,9 @@ def share(tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) -> li
         else:
             first, last = _rows_before(low, tensor), _rows_before(high, tensor)
             if last > first:
-                data = tensor.detach()[first:last] if tensor.ndim else tensor.detach()
+                data = tensor.detach()
+                if last - first < (data.shape[0] if data.ndim else 1):
+                    data = data[first:last]
                 pieces.append(Piece(key, shape, (first, *(0,) * tensor.ndim)[: tensor.ndim], data))
             size = tensor.nbytes
             low, high = low - size, high - size
@@ -133,33 +146,13 @@ class Image:
     def __init__(self, pieces: Iterable[Piece]) -> None:
         # the largest elements first: then each piece is aligned, without gaps
         self.pieces = sorted(pieces, key=lambda each: -each.data.element_size())
-        self.header_bytes = len(self.header([_NO_DIGEST] * len(self.pieces)))
-        self.bytes = self.header_bytes + sum(each.bytes for each in self.pieces)
-        """The size of the file."""
+        self.bytes = sum(each.bytes for each in self.pieces)
+        """The size of the file without its header."""
 
-    def header(self, digests: Sequence[str]) -> bytes:
-        """Return the header, with the digest of each piece. All digests have the same length."""
-        entries: dict[str, Any] = {}
-        own: dict[str, Any] = {}
-        start = 0
-        for piece, live in zip(self.pieces, digests, strict=True):
-            name = _name(piece)
-            while name in entries:
-                name += "'"
-            dtype = str(piece.data.dtype).removeprefix("torch.")
-            kind, sizes = SAFETENSORS.get(dtype), list(piece.data.shape)
-            end = start + piece.bytes
-            entries[name] = {
-                "dtype": kind or "U8",
-                "shape": sizes if kind else [piece.bytes],
-                "data_offsets": [start, end],
-            }
-            own[name] = [piece.key, dtype, piece.shape, piece.offsets, sizes, live]
-            start = end
-        metadata = {"format": "pt", OWN: json.dumps(own)}
-        text = json.dumps({"__metadata__": metadata, **entries}).encode()
-        text += b" " * ((56 - len(text)) % 64)  # with the 8 bytes of its length, a multiple of 64
-        return len(text).to_bytes(8, "little") + text
+    def described(self, digests: Sequence[str]) -> list[Described]:
+        """Return what the header says about each piece, with the digest of its live tensor."""
+        pairs = zip(self.pieces, digests, strict=True)
+        return [piece.described(live) for piece, live in pairs]
 
     def buffers(self) -> Iterator[Any]:
         """Yield the bytes of the file, from the live tensors.
@@ -167,16 +160,13 @@ class Image:
         Raises:
             CheckpointError: the copy of a tensor of a GPU differs from it.
         """
-        digests = digest.texts_of_each(piece.data for piece in self.pieces)
-        yield self.header(digests)
-        for piece, live in zip(self.pieces, digests, strict=True):
+        described = self.described(digest.texts_of_each(piece.data for piece in self.pieces))
+        yield header(described)
+        for piece, about in zip(self.pieces, described, strict=True):
             data = as_bytes(piece.data)
             if piece.data.device.type != "cpu":
-                require_same(data, itemsize(piece.data), live, piece.key)
+                require_same(data, about)
             yield data
-
-
-_NO_DIGEST = f"xxh3:{0:016x}"
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -185,19 +175,6 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     view: memoryview = flat.numpy().data
     return view
-
-
-def itemsize(tensor: torch.Tensor) -> int:
-    """Return the size of a number in bytes: half that of an element if it is complex."""
-    return int(tensor.element_size()) // (2 if tensor.is_complex() else 1)
-
-
-def _name(piece: Piece) -> str:
-    sizes = piece.data.shape
-    if tuple(sizes) == piece.shape:
-        return piece.key
-    pairs = zip(piece.offsets, sizes, strict=True)
-    return f"{piece.key}[{','.join(f'{low}:{low + size}' for low, size in pairs)}]"
 
 
 class StoredTensor:

@@ -6,28 +6,29 @@ import numpy as np
 import xxhash
 
 from dtrain.errors import CheckpointError
+from dtrain.train.checkpoint.headers import Described
 
 _CHUNK = 1 << 20
 _GOLDEN, _MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
 _BITS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
-def require_same(data: memoryview, itemsize: int, live: str, name: str) -> None:
+def require_same(data: memoryview, piece: Described) -> None:
     """Make sure that bytes are those of the live tensor.
 
     Args:
         data: the bytes to write.
-        itemsize: the size of a number in bytes, half that of an element if it is complex.
-        live: the digest of the live tensor, as `dtrain.train.digest.texts_of_each` returns it.
-        name: the name of the tensor, for the message.
+        piece: what they are, with a digest that `dtrain.train.digest.texts_of_each` made.
 
     Raises:
         CheckpointError: they are not.
     """
-    words = weighted_sum(data, itemsize).tobytes() if live.startswith("wsum:") else data
+    live = piece.digest
+    words = weighted_sum(data, piece.itemsize).tobytes() if live.startswith("wsum:") else data
     if f"{live.partition(':')[0]}:{xxhash.xxh3_64_intdigest(words):016x}" != live:
         raise CheckpointError(
-            f"the copy of {name} differs from the tensor in the training; its memory may be faulty",
+            f"the copy of {piece.key} differs from the tensor in the training; its memory may be "
+            "faulty",
             code="checkpoint.copy-differs",
         )
 

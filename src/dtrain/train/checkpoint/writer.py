@@ -20,7 +20,7 @@ from dtrain.forking import Channel
 from dtrain.run.manifest import Entry
 from dtrain.train.checkpoint import writer_process
 from dtrain.train.checkpoint.directory import CheckpointDirectory, Failure, Written
-from dtrain.train.checkpoint.parts import Image, as_bytes, itemsize
+from dtrain.train.checkpoint.parts import Image, as_bytes
 from dtrain.train.digest import texts_of_each
 
 _MADV_POPULATE_WRITE = 23
@@ -53,17 +53,14 @@ class Staging:
         self._preparing.start()
 
     def copy(self, image: Image) -> list[str]:
-        """Copy the content of a file here. Return the digests of the live tensors."""
+        """Copy the pieces of a file here. Return the digests of the live tensors."""
         if self._preparing is not None:
             self._preparing.join()
             self._preparing = None
-        if image.bytes > self.size:
-            self._make(image.bytes)
+        if self.fd < 0 or image.bytes > self.size:
+            self._make(max(1, image.bytes))  # no memory has 0 bytes
         on_gpu = any(piece.data.is_cuda for piece in image.pieces)
-        digests = self._copy_from_gpu(image) if on_gpu else self._copy(image)
-        header = image.header(digests)
-        self._memory.numpy().data[: len(header)] = header
-        return digests
+        return self._copy_from_gpu(image) if on_gpu else self._copy(image)
 
     def close(self) -> None:
         if self._preparing is not None:
@@ -87,7 +84,7 @@ class Staging:
     def _copy(self, image: Image) -> list[str]:
         digests = []
         memory = self._memory.numpy().data
-        start = image.header_bytes
+        start = 0
         for piece in image.pieces:
             data, digest = as_bytes(piece.data), xxhash.xxh3_64()
             for low in range(0, len(data), _AT_ONCE):
@@ -108,7 +105,7 @@ class Staging:
             torch.cuda.check_error(int(pin(self._memory.data_ptr(), self.size, 0)))
             self._is_pinned = True
         self._stream.wait_stream(torch.cuda.current_stream())
-        start = image.header_bytes
+        start = 0
         with torch.cuda.stream(self._stream):
             for piece in (each for each in image.pieces if each.bytes):
                 end = start + piece.bytes
@@ -151,9 +148,8 @@ class Writer:
         Raises:
             CheckpointError: the process has ended.
         """
-        digests = zip(image.pieces, self._staging.copy(image), strict=True)
-        pieces = [[each.bytes, itemsize(each.data), live, each.key] for each, live in digests]
-        request = {"rank": self._rank, "header": image.header_bytes, "pieces": pieces}
+        digests = self._staging.copy(image)
+        request = {"rank": self._rank, "pieces": image.described(digests)}
         self._send(folder, save, request, self._staging.fd)
 
     def commit(self, folder: Path, save: str, facts: dict[str, Any]) -> None:

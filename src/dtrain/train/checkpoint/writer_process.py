@@ -23,6 +23,7 @@ from dtrain.procs import die_with_parent, ignore_stops
 from dtrain.run.manifest import Entry
 from dtrain.run.rundir import RunDir
 from dtrain.train.checkpoint.directory import CheckpointDirectory, Failure
+from dtrain.train.checkpoint.headers import Described, header
 from dtrain.train.checkpoint.proof import require_same
 from dtrain.train.checkpoint.retention import Retention
 
@@ -72,8 +73,9 @@ class _Server:
                 self._directory = CheckpointDirectory(RunDir(request["run"]), retention)
             directory = self._directory
             if "pieces" in request:
-                pieces = self._pieces(request["header"], request["pieces"])
-                written = directory.write(folder, request["save"], request["rank"], pieces)
+                pieces = [Described(*each) for each in request["pieces"]]
+                content = self._content(pieces)
+                written = directory.write(folder, request["save"], request["rank"], content)
                 return {"written": asdict(written)}
             entries = {name: Entry(**each) for name, each in request["entries"].items()}
             texts, about = request["texts"], request["about"]
@@ -89,22 +91,17 @@ class _Server:
             self._memory, self._inode = mmap.mmap(fd, 0, prot=mmap.PROT_READ), inode
         os.close(fd)
 
-    def _pieces(self, header: int, pieces: list[Any]) -> Iterator[memoryview]:
-        """Yield the bytes of a part, each verified before it is written.
-
-        Args:
-            header: the number of bytes of the header.
-            pieces: for each piece its bytes, the bytes of a number, its digest and its name.
-        """
+    def _content(self, pieces: list[Described]) -> Iterator[Any]:
+        """Yield the bytes of a part's file. Each piece is verified before it is written."""
         assert self._memory is not None
         memory = memoryview(self._memory)
-        yield memory[:header]
-        at = header
-        for size, itemsize, digest, name in pieces:
-            data = memory[at : at + size]
-            require_same(data, itemsize, digest, name)
+        yield header(pieces)
+        start = 0
+        for piece in pieces:
+            data = memory[start : start + piece.bytes]
+            require_same(data, piece)
             yield data
-            at += size
+            start += piece.bytes
 
 
 def main() -> None:

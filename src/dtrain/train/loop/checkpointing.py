@@ -83,7 +83,7 @@ class Checkpoints:
         sharded = sum(local(each).nbytes for each in tensors if is_part(each))
         replicas = sum(each.nbytes for each in tensors if not is_part(each))
         size = sharded + replicas // self._context.ranks.world_size
-        self._store.prepare(int(1.02 * size) + 500 * len(tensors) + (1 << 20))
+        self._store.prepare(int(1.02 * size) + (1 << 20))
 
     def may_begin(self, step: int, *, urgent: bool) -> bool:
         """Make sure that no save is in progress. Return False to skip the save of this step.
