@@ -608,6 +608,11 @@ _LIGHTNING = {
         "An argument under lightning.trainer and a field of the job mean the same.",
         "Remove one of them.",
     ),
+    "lightning.layers-made-again": Entry(
+        "A LightningModule makes its layers again in setup(), after strategy 'fsdp' has sharded "
+        "those of the first call.",
+        "Make them in configure_model(), or in setup() only if they do not exist yet.",
+    ),
     "lightning.log-not-a-mean": Entry(
         "self.log() has a reduce_fx other than the mean. dtrain combines the values of batches "
         "and ranks into a mean.",

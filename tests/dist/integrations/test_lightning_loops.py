@@ -350,6 +350,16 @@ def also_run(folder: Path, strategy: str) -> tuple[dict[str, torch.Tensor], int]
     return done.parameters, done.steps
 
 
+def makes_layers_again(folder: Path) -> None:
+    job = {"lightning": {"also_run": ["validate"]}, "strategy": "fsdp"}
+    with raises("lightning.layers-made-again", "LateLayers", "net.0.weight", kind=UsageError):
+        fit(folder, "LateLayers", job)
+
+
+def test_layers_that_are_made_again_after_they_were_sharded(tmp_path: Path) -> None:
+    run_ranks(makes_layers_again, 2, tmp_path)
+
+
 @on_both
 def test_validates_before_and_tests_and_predicts_after(strategy: str, tmp_path: Path) -> None:
     """Over uneven ranks each sample is tested once, and predicted once."""

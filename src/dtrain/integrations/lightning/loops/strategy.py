@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
+from dtrain.errors import UsageError
 from dtrain.integrations.lightning.compat import DDPStrategy, after, pl
 from dtrain.integrations.lightning.environment import ExternalProcesses
-from dtrain.train.checkpoint.parts import whole
+from dtrain.train.checkpoint.parts import is_part, whole
 from dtrain.train.checkpoint.state import (
     as_cut,
     gathered,
@@ -26,6 +27,7 @@ from dtrain.train.context import TrainContext
 from dtrain.train.contract import refuse_wrapped
 from dtrain.train.seeding import derive_seed, seed_everything
 from dtrain.train.strategies.fsdp_sharded import Sharded
+from dtrain.words import few
 
 
 class LoopsStrategy(ExternalProcesses, DDPStrategy):
@@ -176,7 +178,21 @@ class LoopsFSDP(LoopsStrategy):
             if self._manual:
                 for name in ("toggle_optimizer", "untoggle_optimizer"):
                     after(module, name, self._made.toggled)
+        self._refuse_whole_parameters()
         return model if self._manual else self._made.root
+
+    def _refuse_whole_parameters(self) -> None:
+        """Raise if layers were made after the module was sharded: ranks would drift apart."""
+        named = self.lightning_module.named_parameters()
+        whole = [name for name, parameter in named if not is_part(parameter)]
+        if whole:
+            raise UsageError(
+                f"{type(self.lightning_module).__name__} makes layers again in setup(), which "
+                f"Lightning calls for each of fit and lightning.also_run: {few(whole)}; strategy "
+                "'fsdp' has sharded the layers of the first call; make them only if they do not "
+                "exist yet",
+                code="lightning.layers-made-again",
+            )
 
     def teardown(self) -> None:
         """Leave the parts on their device."""
