@@ -600,18 +600,19 @@ RATIOS = (
 def ratios(found: dict[str, Figures]) -> list[str]:
     """Return dtrain's figures beside those of others, as `RATIOS` names them."""
     ours, machine = found["dtrain"], found["machine"]
+
+    def beside(name: str, figure: str) -> str:
+        return ratio(ours[figure], found[name][figure]) if name in found else ""
+
     return [
         ratio(ours["stop"], machine["copy"]),
-        *(
-            ratio(ours["stop"], found[name]["stop"]) if name in found else ""
-            for name in ("thread", "kept", "process")
-        ),
-        ratio(ours["disk"], found["dcp"]["disk"]),
-        ratio(ours["disk"], found["torch"]["disk"]),
+        *(beside(name, "stop") for name in ("thread", "kept", "process")),
+        beside("dcp", "disk"),
+        beside("torch", "disk"),
         ratio(ours["disk"], machine["write"]),
         f"{max(ours['memory']) / machine['share'][0]:.2f} ×",
         rates(machine["held"][0], ours["load"]),
-        ratio(ours["load"], found["dcp"]["load"]),
+        beside("dcp", "load"),
     ]
 
 
@@ -635,6 +636,8 @@ def main() -> None:
     parser.add_argument("--size", type=float, nargs="+", default=[0.5], help="of the state, in GB")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--strategy", nargs="+", default=["ddp", "fsdp"], choices=("ddp", "fsdp"))
+    others = [name for name in WAYS if name != "dtrain"]
+    parser.add_argument("--beside", nargs="+", default=others, choices=others, help="other ways")
     parser.add_argument("--rounds", type=int, default=5, help="after a first one")
     parser.add_argument("--directory", type=Path, default=Path(), help="where files are written")
     options = parser.parse_args()
@@ -644,7 +647,8 @@ def main() -> None:
             for ranks in options.ranks:
                 title = f"{size:g} GB, {strategy}, {ranks} rank{'s' * (ranks > 1)}"
                 print(f"\n### {title}, load {os.getloadavg()[0]:.1f}\n", flush=True)
-                names = choose(strategy, 1e9 * size, ranks)
+                possible = choose(strategy, 1e9 * size, ranks)
+                names = [name for name in possible if name in ("dtrain", *options.beside)]
                 if not names:
                     print("Not measured: this machine has too little memory.", flush=True)
                     continue
