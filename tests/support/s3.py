@@ -65,7 +65,7 @@ class S3:
 
 @contextmanager
 def with_bucket(folder: Path) -> Iterator[S3]:
-    """Run a server that has the bucket. Its variables are not set afterwards."""
+    """Run a server that has the bucket. The environment of this process stays as it was."""
     with S3(folder) as server:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in server.env.items():

@@ -13,11 +13,13 @@ import torch
 
 from dtrain.errors import CheckpointError
 from dtrain.integrations.lightning.trainer import LightningTrainer
+from dtrain.ranks import RankInfo
 from dtrain.run.rundir import RunDir
 from dtrain.testing import run_ranks
 from dtrain.train.checkpoint import store
-from dtrain.train.checkpoint.content import read_checkpoint
+from dtrain.train.checkpoint.content import contribution, read_checkpoint
 from dtrain.train.checkpoint.parts import Image
+from dtrain.train.checkpoint.retention import Retention
 from dtrain.train.checkpoint.writer import Staging, Writer
 from dtrain.train.loop.native import NativeTrainer
 from dtrain.train.loop.progress import best_interval
@@ -202,6 +204,27 @@ def test_a_copy_that_is_not_the_state_becomes_no_checkpoint(tmp_path: Path) -> N
     with raises("checkpoint.copy-differs", "step-00000002", kind=CheckpointError):
         run_ranks(with_bad_memory, 2, spec, tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def save_one_row(folder: Path) -> int:
+    """Save a tensor of one row, which one rank writes. Return the size of this rank's part."""
+    ranks, run = RankInfo.from_env(), RunDir(folder)
+    checkpoints = store.CheckpointStore(run, ranks, Retention(1), staging=0.5)
+    model = {"w": torch.arange(3.0 * (1 << 20)).reshape(1, -1)}
+    content = contribution({"model": model}, {}, {"step": 1}, ranks.rank, ranks.world_size)
+    assert checkpoints.save(1, content, {}, wait=False) is None  # it is written in the background
+    checkpoints.finish()
+    checkpoints.close()
+    state, _ = read_checkpoint(run.checkpoint(1))
+    assert torch.equal(state["model"]["w"], model["w"])
+    return content.image.bytes
+
+
+def test_a_rank_that_has_nothing_to_write(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.create()
+    sizes = run_ranks(save_one_row, 2, tmp_path)
+    assert sorted(sizes) == [0, 12 << 20]
 
 
 def test_a_full_disk_ends_the_training_and_the_earlier_ones_stay(small_disk: Path) -> None:

@@ -58,7 +58,7 @@ class Staging:
             self._preparing.join()
             self._preparing = None
         if self.fd < 0 or image.bytes > self.size:
-            self._make(max(1, image.bytes))  # no memory has 0 bytes
+            self._make(max(1, image.bytes))  # mmap refuses 0 bytes
         on_gpu = any(piece.data.is_cuda for piece in image.pieces)
         return self._copy_from_gpu(image) if on_gpu else self._copy(image)
 
@@ -148,8 +148,8 @@ class Writer:
         Raises:
             CheckpointError: the process has ended.
         """
-        digests = self._staging.copy(image)
-        request = {"rank": self._rank, "pieces": image.described(digests)}
+        pieces = image.described(self._staging.copy(image))
+        request = {"rank": self._rank, "pieces": pieces}
         self._send(folder, save, request, self._staging.fd)
 
     def commit(self, folder: Path, save: str, facts: dict[str, Any]) -> None:

@@ -178,19 +178,19 @@ class LoopsFSDP(LoopsStrategy):
             if self._manual:
                 for name in ("toggle_optimizer", "untoggle_optimizer"):
                     after(module, name, self._made.toggled)
-        self._refuse_whole_parameters()
+        self._refuse_unsharded()
         return model if self._manual else self._made.root
 
-    def _refuse_whole_parameters(self) -> None:
+    def _refuse_unsharded(self) -> None:
         """Raise if layers were made after the module was sharded: ranks would drift apart."""
         named = self.lightning_module.named_parameters()
-        whole = [name for name, parameter in named if not is_part(parameter)]
-        if whole:
+        unsharded = [name for name, parameter in named if not is_part(parameter)]
+        if unsharded:
             raise UsageError(
                 f"{type(self.lightning_module).__name__} makes layers again in setup(), which "
-                f"Lightning calls for each of fit and lightning.also_run: {few(whole)}; strategy "
-                "'fsdp' has sharded the layers of the first call; make them only if they do not "
-                "exist yet",
+                f"Lightning calls for each of fit and lightning.also_run: {few(unsharded)}; "
+                "strategy 'fsdp' has sharded the layers of the first call; make them only if they "
+                "do not exist yet",
                 code="lightning.layers-made-again",
             )
 
