@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,28 @@ def test_a_copy_that_is_not_the_state_becomes_no_checkpoint(tmp_path: Path) -> N
     with raises("checkpoint.copy-differs", "step-00000002", kind=CheckpointError):
         run_ranks(with_bad_memory, 2, spec, tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def save_without_files(folder: Path) -> None:
+    """Save when this process may open no more files, which ends the save but not the writer."""
+    checkpoints = store.CheckpointStore(RunDir(folder), RankInfo(), Retention(1), staging=0.5)
+    content = contribution({"model": {"w": torch.ones(3 << 20)}}, {}, {"step": 1}, 0, 1)
+    checkpoints.prepare(content.image.bytes)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        assert checkpoints.save(1, content, {}, wait=False) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with raises("checkpoint.cannot-write", "Too many open files", kind=CheckpointError):
+        checkpoints.finish()
+    assert checkpoints.save(1, content, {}) is not None
+    checkpoints.close()
+
+
+def test_a_process_that_may_open_no_more_files(tmp_path: Path) -> None:
+    RunDir(tmp_path).create()
+    run_ranks(save_without_files, 1, tmp_path)
 
 
 def save_one_row(folder: Path) -> int:

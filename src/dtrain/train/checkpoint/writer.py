@@ -187,7 +187,7 @@ class Writer:
         request = {**where, "folder": str(folder), "save": save, **request}
         try:
             writer_process.send(self._channel, request, *files)
-        except OSError:
+        except ConnectionError:  # the process lives if it is any other OSError
             raise self._ended() from None
 
     def _result(self, wait_s: float | None) -> Written | bool | None:

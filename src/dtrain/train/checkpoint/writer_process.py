@@ -32,7 +32,8 @@ def send(channel: Channel, message: dict[str, Any], *files: int) -> None:
     """Send a message of any length, in a file in memory, and other descriptors.
 
     Raises:
-        OSError: the other process has ended.
+        ConnectionError: the other process has ended.
+        OSError: the message cannot be sent for another reason.
     """
     fd = os.memfd_create("dtrain-message", os.MFD_CLOEXEC)
     with os.fdopen(fd, "wb") as file:
@@ -119,7 +120,7 @@ def main() -> None:
             request, files = receive(channel, None)
             if request is not None:
                 send(channel, server.answer(request, files))
-        except (EOFError, BrokenPipeError):
+        except (EOFError, ConnectionError):
             sys.exit(0)
 
 
