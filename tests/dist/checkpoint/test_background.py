@@ -267,6 +267,23 @@ def test_without_room_for_a_copy_training_waits(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+def save_with_room_on_one_rank(folder: Path) -> None:
+    ranks, run = RankInfo.from_env(), RunDir(folder)
+    staging = 0.5 if ranks.is_rank_zero else 1e-9
+    checkpoints = store.CheckpointStore(run, ranks, Retention(1), staging)
+    model = {"w": torch.arange(5.0 * (1 << 20)).reshape(-1, 64)}
+    content = contribution({"model": model}, {}, {"step": 1}, ranks.rank, ranks.world_size)
+    assert checkpoints.save(1, content, {}, wait=False) is not None
+    checkpoints.close()
+    state, _ = read_checkpoint(run.checkpoint(1))
+    assert torch.equal(state["model"]["w"], model["w"])
+
+
+def test_where_one_rank_has_no_room_all_wait(tmp_path: Path) -> None:
+    RunDir(tmp_path).create()
+    run_ranks(save_with_room_on_one_rank, 2, tmp_path)
+
+
 def fit_in_background(folder: Path, *given: Any, **more: Any) -> Any:
     store._SMALL = 0
     return fit(folder, *given, **more)

@@ -8,10 +8,13 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 
@@ -20,21 +23,27 @@ from dtrain.forking import Channel
 from dtrain.run.manifest import Entry
 from dtrain.train.checkpoint import writer_process
 from dtrain.train.checkpoint.directory import CheckpointDirectory, Failure, Written
-from dtrain.train.checkpoint.parts import Image, as_bytes
+from dtrain.train.checkpoint.headers import Described
+from dtrain.train.checkpoint.parts import Image, Piece, as_bytes
 from dtrain.train.digest import texts_of_each
 
 _MADV_POPULATE_WRITE = 23
-_AT_ONCE = 128 << 10
-"""Bytes that are digested and then copied, while they are in the processor's cache."""
+_AT_ONCE = 1 << 20
+"""Bytes that are digested and then copied, while they are in the processor's cache. For fewer than
+100 KB xxhash keeps the GIL, so that threads wait for one another."""
 
 
 class Staging:
     """Memory that this rank shares with its writer process. It is kept, because new memory is slow.
 
     It is a file without a name, so that nothing of it is left when both processes have ended.
+
+    Args:
+        threads: the number of threads that copy.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
         self.size = 0
         self.fd = -1
         self._memory = torch.empty(0, dtype=torch.uint8)
@@ -82,18 +91,29 @@ class Staging:
         self.size = size
 
     def _copy(self, image: Image) -> list[str]:
-        digests = []
-        memory = self._memory.numpy().data
-        start = 0
-        for piece in image.pieces:
-            data, digest = as_bytes(piece.data), xxhash.xxh3_64()
-            for low in range(0, len(data), _AT_ONCE):
-                part = data[low : low + _AT_ONCE]
-                digest.update(part)
-                memory[start + low : start + low + len(part)] = part
-            digests.append(f"xxh3:{digest.intdigest():016x}")
-            start += len(data)
+        digests = [""] * len(image.pieces)
+        starts = accumulate((piece.bytes for piece in image.pieces), initial=0)
+        # the threads share this iterator: a pool's task for each piece would take longer
+        pieces = iter(list(zip(range(len(digests)), image.pieces, starts, strict=False)))
+
+        def copy() -> None:
+            for index, piece, start in pieces:
+                digests[index] = self._copy_piece(piece, start)
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            for done in [pool.submit(copy) for _ in range(self._threads)]:
+                done.result()
         return digests
+
+    def _copy_piece(self, piece: Piece, start: int) -> str:
+        source = np.frombuffer(as_bytes(piece.data), dtype=np.uint8)
+        target = self._memory.numpy()[start : start + len(source)]
+        digest = xxhash.xxh3_64()
+        for low in range(0, len(source), _AT_ONCE):
+            part = source[low : low + _AT_ONCE]
+            digest.update(part.data)
+            target[low : low + len(part)] = part
+        return f"xxh3:{digest.intdigest():016x}"
 
     def _copy_from_gpu(self, image: Image) -> list[str]:
         """Copy on a stream of its own, into pinned memory; return when that is done."""
@@ -120,12 +140,17 @@ class Writer:
     """A process that writes what this rank stages, while this rank trains.
 
     One request is in progress at a time. `poll` or `wait` return its result.
+
+    Args:
+        directory: the checkpoints of the run.
+        rank: this rank.
+        threads: the number of threads that copy the state.
     """
 
-    def __init__(self, directory: CheckpointDirectory, rank: int) -> None:
+    def __init__(self, directory: CheckpointDirectory, rank: int, threads: int) -> None:
         self._directory = directory
         self._rank = rank
-        self._staging = Staging()
+        self._staging = Staging(threads)
         self._channel, other = Channel.pair()
         fd = other.fileno()
         name = writer_process.__name__
@@ -142,13 +167,20 @@ class Writer:
         """Prepare for a first part of a size in bytes, so that training stops for less time."""
         self._staging.prepare(size)
 
-    def write(self, folder: Path, save: str, image: Image) -> None:
-        """Begin to write this rank's part. The tensors may change when this returns.
+    def copy(self, image: Image) -> list[Described]:
+        """Copy the content of this rank's part. Then the tensors may change.
+
+        Returns:
+            What `write` has to write.
+        """
+        return image.described(self._staging.copy(image))
+
+    def write(self, folder: Path, save: str, pieces: list[Described]) -> None:
+        """Begin to write this rank's part, which was copied.
 
         Raises:
             CheckpointError: the process has ended.
         """
-        pieces = image.described(self._staging.copy(image))
         request = {"rank": self._rank, "pieces": pieces}
         self._send(folder, save, request, self._staging.fd)
 
