@@ -115,11 +115,16 @@ class Training:
         }
 
     def spoil(self) -> Callable[[], bool]:
-        """Overwrite a parameter. Return a check that loading has restored it."""
+        """Make it a training that has just started, without moments, and with another parameter.
+
+        Return a check that loading has restored them.
+        """
         here = parts.local_box(self.first.detach())[0]
-        before = here.clone()
+        before, states = here.clone(), len(self.optimizer.state)
         here.zero_()
-        return lambda: torch.equal(here, before)
+        self.optimizer.state.clear()
+        self.optimizer.zero_grad(set_to_none=True)  # DCP loads no moments if there are gradients
+        return lambda: torch.equal(here, before) and len(self.optimizer.state) == states
 
 
 class Limits:
@@ -403,9 +408,11 @@ WAYS: dict[str, type[Way]] = {
 }
 
 COPIES = {
-    "dtrain": 0, "torch": 0, "dcp": 0, "thread": 1, "kept": 1, "process": 2, "lightning": 2,
+    "dtrain": 0, "torch": 0, "dcp": 0, "thread": 1, "kept": 1, "process": 4, "lightning": 2,
 }  # fmt: skip
-"""How often all ranks hold the state once more while they save. That of `kept` stays."""
+"""How often all ranks hold the state once more while they save or load. That of `kept` stays."""
+PROCESS = 0.5e9
+"""The memory of a process that has imported torch."""
 
 
 # -- in each rank --------------------------------------------------------------------------------
@@ -618,13 +625,17 @@ def ratios(found: dict[str, Figures]) -> list[str]:
 
 def choose(strategy: str, size: float, ranks: int) -> list[str]:
     """Return the ways for which this machine has the memory; none if it has too little."""
-    free = 0.95 * psutil.virtual_memory().available - 0.5e9 * ranks
+    free = 0.95 * psutil.virtual_memory().available - PROCESS * ranks
     state = size * (ranks if strategy == "ddp" else 1)
-    free -= state * 4 / 3 + size  # parameters, moments and gradients; the shares' kept copy
+    free -= state * 4 / 3 + 2 * size  # parameters, moments, gradients; the copies that are kept
+    if strategy == "fsdp":
+        free -= 1.1 * size * ranks  # malloc keeps the memory of layers that were gathered
     if free < size:  # with FSDP, torch.save gathers the state on rank 0
         return []
-    names = [name for name, copies in COPIES.items() if copies * state <= free]
-    if "kept" in names and max(COPIES[name] for name in names) * state + state > free:
+    needed = {name: copies * state for name, copies in COPIES.items()}
+    needed["process"] += PROCESS * ranks
+    names = [name for name, each in needed.items() if each <= free]
+    if "kept" in names and max(needed[name] for name in names) + state > free:
         names.remove("kept")
     if strategy != "ddp" or ranks > 1:
         names = [name for name in names if name != "lightning"]

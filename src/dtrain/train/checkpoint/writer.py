@@ -101,8 +101,10 @@ class Staging:
                 digests[index] = self._copy_piece(piece, start)
 
         with ThreadPoolExecutor(self._threads) as pool:
-            for done in [pool.submit(copy) for _ in range(self._threads)]:
-                done.result()
+            others = [pool.submit(copy) for _ in range(self._threads - 1)]
+            copy()
+            for each in others:
+                each.result()
         return digests
 
     def _copy_piece(self, piece: Piece, start: int) -> str:
