@@ -22,6 +22,7 @@ from dtrain.train.checkpoint.content import contribution, read_checkpoint
 from dtrain.train.checkpoint.parts import Image
 from dtrain.train.checkpoint.retention import Retention
 from dtrain.train.checkpoint.writer import Staging, Writer
+from dtrain.train.digest import texts_of_each
 from dtrain.train.loop.native import NativeTrainer
 from dtrain.train.loop.progress import best_interval
 from support.errors import raises
@@ -207,6 +208,18 @@ def test_a_copy_that_is_not_the_state_becomes_no_checkpoint(tmp_path: Path) -> N
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
+def test_threads_share_the_copy() -> None:
+    sizes = [0, 1, 5, 300_000, 1 << 18, (1 << 19) + 3, 1, 700_001]
+    tensors = {str(index): torch.randn(size) for index, size in enumerate(sizes)}
+    image = contribution({"model": tensors}, {}, {}, 0, 1).image
+    staging = Staging(threads=3)
+    live = [piece.data for piece in image.pieces]
+    assert staging.copy(image) == texts_of_each(live)
+    copied = os.pread(staging.fd, image.bytes, 0)
+    staging.close()
+    assert copied == torch.cat([each.reshape(-1) for each in live]).numpy().tobytes()
+
+
 def save_without_files(folder: Path) -> None:
     """Save when this process may open no more files, which ends the save but not the writer."""
     checkpoints = store.CheckpointStore(RunDir(folder), RankInfo(), Retention(1), staging=0.5)
@@ -273,9 +286,10 @@ def save_with_room_on_one_rank(folder: Path) -> None:
     checkpoints = store.CheckpointStore(run, ranks, Retention(1), staging)
     model = {"w": torch.arange(5.0 * (1 << 20)).reshape(-1, 64)}
     content = contribution({"model": model}, {}, {"step": 1}, ranks.rank, ranks.world_size)
-    assert checkpoints.save(1, content, {}, wait=False) is not None
+    for step in (1, 2):
+        assert checkpoints.save(step, content, {}, wait=False) is not None
     checkpoints.close()
-    state, _ = read_checkpoint(run.checkpoint(1))
+    state, _ = read_checkpoint(run.checkpoint(2))
     assert torch.equal(state["model"]["w"], model["w"])
 
 

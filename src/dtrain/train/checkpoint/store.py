@@ -107,7 +107,8 @@ class CheckpointStore:
         self._staging = int(staging * memory.total() / ranks.local_world_size) if staging else 0
         self._writer: Writer | None = None
         self._save: _Save | None = None
-        self._warned = False
+        self._lacks_room = False
+        """Whether any rank has had no room for a copy; then a warning was given."""
 
     def save(
         self, step: int, content: Contribution, about: dict[str, Any], *, wait: bool = True
@@ -131,7 +132,8 @@ class CheckpointStore:
         started = time.monotonic()
         folder = self._directory.run.checkpoint(step)
         copied: list[Described] | Failure | None = None
-        if not wait and _SMALL <= content.image.bytes <= self._staging:
+        fits = _SMALL <= content.image.bytes <= self._staging
+        if fits and not wait and not self._lacks_room:
             # already now, so that no rank waits for another before it copies
             copied = self._copy(folder, content.image)
         name, in_background = self._begin(folder, content, wait=wait)
@@ -241,14 +243,14 @@ class CheckpointStore:
         return f"{numbers[0][1]:08x}", large and fits and not wait
 
     def _warn_once(self, size: int) -> None:
-        if not self._warned and self._ranks.is_rank_zero:
+        if not self._lacks_room and self._ranks.is_rank_zero:
             logger.warning(
                 "checkpoints are written while training waits: a copy of a rank's state takes "
                 "%.1f GB, and checkpoint.staging allows %.1f GB for each rank of this host",
                 size / 1e9,
                 self._staging / 1e9,
             )
-        self._warned = True
+        self._lacks_room = True
 
     def _copy(self, folder: Path, image: Image) -> list[Described] | Failure:
         def copy() -> list[Described]:
