@@ -137,8 +137,9 @@ class LaunchPlan:
     """The directory in which workers find the task, if it is a copy of `job_dir`."""
     sources: dict[str, str] = field(default_factory=dict)
     """The origin of each of the launcher's settings: `launchers/slurm.yaml:9:14`, or a flag."""
-    script: tuple[str, ...] = ()
-    """Path of the script and its arguments, with secret ones masked; empty for a task."""
+    program: tuple[str, ...] = ()
+    """The script, `-m` and the module, or the command, and the arguments, with secret ones masked.
+    It is empty for a task."""
     set_by_flags: dict[str, Any] = field(default_factory=dict)
     """Fields of the job that flags have set, at the first launch and at each resume. Values of
     secret names are masked.
@@ -273,7 +274,7 @@ def make_plan(
             **masked(launch.env),
         },
         options=options,
-        script=_script(job, job_dir),
+        program=_program(job, job_dir),
         sources=dict(sources or {}),
         files=tuple(
             str(path)
@@ -336,10 +337,15 @@ def _threads(launcher: str, options: AnyOptions, cores_here: int, nodes: int, pe
     return max(1, cores_here // (per_node * (nodes if fact.simulates else 1)))
 
 
-def _script(job: JobSpec, job_dir: str) -> tuple[str, ...]:
-    if job.script is None:
-        return ()
-    return (os.path.join(job_dir, job.script), *shown("script_args", list(job.script_args)))
+def _program(job: JobSpec, job_dir: str) -> tuple[str, ...]:
+    own: list[str] = []
+    if job.script is not None:
+        own = [os.path.join(job_dir, job.script)]
+    elif job.module is not None:
+        own = ["-m", job.module]
+    elif job.command is not None:
+        own = shown("command", list(job.command))
+    return (*own, *shown("script_args", list(job.script_args)))
 
 
 def _preload(job: JobSpec, facts: Facts) -> tuple[str, ...]:

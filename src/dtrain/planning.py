@@ -6,21 +6,20 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from dtrain import environ
 from dtrain.errors import DamagedError, JobError, PlanError, UsageError, quoted
-from dtrain.job.imports import refuse_missing
+from dtrain.job.imports import installed_imports, refuse_missing
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.load import LoadedJob, flag, load_job
 from dtrain.job.located import Located, SourceLocation, shown_path
 from dtrain.job.profile import LoadedProfile, checked_options, load_profile, parse_options
-from dtrain.job.script import job_of_script
+from dtrain.job.script import PROGRAMS, job_of_script
 from dtrain.job.spec import JobSpec
 from dtrain.job.static_check import similar
-from dtrain.job.static_source import task_imports
 from dtrain.job.yaml_reader import dump_yaml
 from dtrain.launch_plan import Facts, LaunchPlan, make_plan
 from dtrain.launchers import base, status
@@ -69,18 +68,19 @@ class Request:
 
 
 @dataclass(frozen=True)
-class JobOfClass:
-    """The job of a Python class, for which there is no job.yaml."""
+class JobWithoutFile:
+    """The job of a Python class, a module or a command, for which there is no job.yaml."""
 
     values: Mapping[str, Any]
     """Fields of job.yaml. The fields of the request are among them, with their own locations."""
     folder: Path
     """The directory that replaces that of job.yaml."""
     place: str
-    """The name of the job in errors: `launch(Digits)`."""
+    """The name of the job in errors: `launch(Digits)` or `-m`."""
 
     def load(self, request: Request, profile: LoadedProfile) -> LoadedJob:
-        own = {name: self.values[name] for name in ("name", "task")}
+        given = ("name", "task", *PROGRAMS)
+        own = {name: self.values[name] for name in given if name in self.values}
         root = Located.of(own, SourceLocation(self.place))
         return load_job(
             self.place,
@@ -91,6 +91,19 @@ class JobOfClass:
             text=dump_yaml(self.values),
             root=root,
         )
+
+
+def job_of_program(kind: Literal["module", "command"], name: str) -> JobWithoutFile:
+    """Return the job of a module, or of a program that need not be Python.
+
+    Args:
+        kind: the field of job.yaml that names it.
+        name: the module's dotted name, or the program's name or path from the current directory.
+    """
+    title = Path(name).stem if kind == "command" else name.removesuffix(".__main__")
+    value = name if kind == "module" else [name]
+    place = "-m" if kind == "module" else "--no-python"
+    return JobWithoutFile({"name": title.rpartition(".")[2], kind: value}, Path.cwd(), place)
 
 
 @dataclass(frozen=True)
@@ -126,18 +139,18 @@ class Prepared:
             )
 
 
-def plan_run(job: str | JobOfClass, request: Request) -> Prepared:
+def plan_run(job: str | JobWithoutFile, request: Request) -> Prepared:
     """Plan a new run.
 
     Args:
-        job: path of a job file or a script, or the job of a class.
+        job: path of a job file or a script, or a job for which there is no file.
         request: the options that are not in the job.
 
     Raises:
         JobError: job, profile or flags are wrong.
         PlanError: they do not work together.
     """
-    if isinstance(job, JobOfClass):
+    if isinstance(job, JobWithoutFile):
         profile = load_profile(request.launcher, job.folder)
         return _new_run(job.load(request, profile), profile, request, job.folder)
     job_dir = Path(job).absolute().parent
@@ -252,7 +265,7 @@ def _planned(
             _refuse_missing_weights(job)
     options, sources = _options(launcher, profile, request, before)
     sources |= _sizes_from(job)
-    imports = task_imports(job.spec.script or job.spec.task, job_dir)
+    imports = installed_imports(job.spec, job_dir)
     facts = Facts.gather(run_id, runs, attempt, imports)
     try:
         plan = complete_plan(job.spec, profile, launcher, job_dir, options, facts, sources)

@@ -20,7 +20,7 @@ def plan_resume(run: RunDir, request: Request) -> Prepared:
     _refuse_without_effect(run, request)
     prepared = plan_attempt(run, request)
     spec = prepared.job.spec
-    _refuse_to_end_before(run, spec.train.steps if spec.script is None else None)
+    _refuse_to_end_before(run, spec.train.steps if spec.program is None else None)
     return prepared
 
 

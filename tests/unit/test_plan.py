@@ -263,13 +263,17 @@ def test_safe_imports_of_the_task_are_done_once_per_node() -> None:
 
 
 def test_the_imports_of_a_task_are_read_without_importing_it(tmp_path: Path) -> None:
-    from dtrain.job.static_source import task_imports
+    from dtrain.job.imports import installed_imports
 
     text = "import torch, os.path as p\nfrom sklearn.datasets import a\nfrom . import b\n1/0\n"
     text += "try:\n    import no_such_package\nexcept ImportError: ...\n"
     (tmp_path / "task.py").write_text(text + "try:\n    import numpy\nexcept ImportError: ...\n")
-    assert task_imports("task.py:T", tmp_path) == ("torch", "os.path", "sklearn.datasets", "numpy")
-    assert task_imports("package.module:T", tmp_path) == ()
+    found = ("torch", "os.path", "sklearn.datasets", "numpy")
+    assert installed_imports(job(), tmp_path) == found
+    program = JobSpec.model_validate({"name": "p", "module": "task"})
+    assert installed_imports(program, tmp_path) == found
+    command = JobSpec.model_validate({"name": "p", "command": ["task.py"]})
+    assert installed_imports(command, tmp_path) == ()
 
 
 def test_a_run_directory_may_be_moved(tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ from dtrain.api import cells
 from dtrain.errors import UsageError
 from dtrain.job.located import shown_path
 from dtrain.job.static_source import Definition, Source, parsed
-from dtrain.planning import JobOfClass
+from dtrain.planning import JobWithoutFile
 
 _INSTALLED = ("site-packages", "dist-packages")
 _STARTS = ("launch", "resume", "verify")
 
 
-def job_of_class(function: str, task: Any, fields: Mapping[str, Any]) -> JobOfClass:
+def job_of_class(function: str, task: Any, fields: Mapping[str, Any]) -> JobWithoutFile:
     """Return the job of a task's class, or of a function that makes one.
 
     A class in a file is named by its file, and one in a package by its module. A class in the cells
@@ -48,7 +48,7 @@ def job_of_class(function: str, task: Any, fields: Mapping[str, Any]) -> JobOfCl
         )
     folder, reference = _reference(task, function)
     values = {"name": name.lower(), "task": f"{reference}:{name}", **fields}
-    return JobOfClass(values, folder, f"{function}({name})")
+    return JobWithoutFile(values, folder, f"{function}({name})")
 
 
 def _described(value: Any) -> str:

@@ -66,11 +66,12 @@ def prepare(
         raise UsageError(
             f"--array: a value is given twice: {', '.join(fields)}", code="usage.array-repeats"
         )
+    program = shared.job_of(job, options)
     asked, found = shared.request(options), list[Element]()
     launcher: Any = None
     for index, chosen in enumerate(choices):
         overrides = (*asked.overrides, *chosen)
-        prepared = plan_run(job, replace(asked, overrides=overrides, suffix=f"-{index}"))
+        prepared = plan_run(program, replace(asked, overrides=overrides, suffix=f"-{index}"))
         launcher, plan = prepared.launcher, prepared.plan
         if not isinstance(launcher, ArrayCapable):
             raise UsageError(

@@ -80,7 +80,7 @@ def command(
         return arrays.launch(job, array, options, at_once=at_once, detach=detach, quiet=quiet)
     if at_once:
         raise UsageError("--at-once needs --array", code="usage.flag-without-effect")
-    prepared = plan_run(job, shared.request(options))
+    prepared = plan_run(shared.job_of(job, options), shared.request(options))
     if dry_run:
         show(prepared, as_json, explain)
         return 0

@@ -16,7 +16,7 @@ from dtrain.launchers.flags import Flag
 
 if TYPE_CHECKING:
     from dtrain.job.located import Located
-    from dtrain.planning import Request
+    from dtrain.planning import JobWithoutFile, Request
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -109,10 +109,19 @@ run_argument = click.argument("run", default="last", shell_complete=completers.r
 checkpoint_argument = click.argument("checkpoint", default="last", shell_complete=completers.runs)
 job_argument = click.argument("job", shell_complete=completers.files)
 
+_PROGRAM_OPTIONS = (
+    option(WHAT, "-m", "--module", is_flag=True,
+           help="JOB is a module, to be run as `python -m` would."),
+    option(WHAT, "--no-python", is_flag=True,
+           help="JOB is a program that need not be Python."),
+    option(MORE, "--standalone", is_flag=True,
+           help="As in torchrun: all nodes are on this host. It is the default."),
+)  # fmt: skip
 _SIZE_OPTIONS = (
     option(SIZE, "-N", "--nodes", "--nnodes", metavar="N|MIN:MAX", help="Number of nodes."),
-    option(SIZE, "--procs", "--nproc-per-node", "--ntasks-per-node", metavar="N",
-           help="Processes per node.  [default: one per GPU, or one]"),
+    option(SIZE, "--procs", "--nproc-per-node", "--ntasks-per-node", metavar="N|gpu|cpu|auto",
+           help="Processes per node: a number, or that of the GPUs or cores of this host.  "
+                "[default: one per GPU, or one]"),
     option(SIZE, "--gpus", "--gpus-per-node", metavar="N",
            help="GPUs per node; 0 trains on the CPU."),
     option(SIZE, "--strategy", metavar="NAME", shell_complete=completers.strategies,
@@ -165,6 +174,11 @@ class LaunchCommand(Command):
     They are looked up only for an unknown flag or for help: that takes 0.1 s.
     """
 
+    def __init__(self, *args: Any, **more: Any) -> None:
+        """Take click's arguments. As with torchrun, `--nproc_per_node` is `--nproc-per-node`."""
+        super().__init__(*args, **more)
+        self.context_settings["token_normalize_func"] = lambda name: name.replace("_", "-")
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         given = list(args)
         if {"--help", "-h"} & {*args} and "--launcher" in " ".join(args):
@@ -173,11 +187,11 @@ class LaunchCommand(Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             if not self._add_outside():
-                raise _of_script(error, given) from None
+                raise self._answer(error, given) from None
         try:
             return super().parse_args(ctx, given)
         except click.NoSuchOption as error:
-            raise _of_script(error, given) from None
+            raise self._answer(error, given) from None
 
     def _add_outside(self) -> bool:
         known = {param.name for param in self.params}
@@ -186,20 +200,40 @@ class LaunchCommand(Command):
                 _click_option(each)(self)
         return len(self.params) > len(known)
 
+    def _answer(
+        self, error: click.NoSuchOption, given: list[str]
+    ) -> click.NoSuchOption | UsageError:
+        """Return the error for an option of the script or of torchrun, with what to write."""
+        from dtrain.cli import torchrun
 
-def _of_script(error: click.NoSuchOption, given: list[str]) -> click.NoSuchOption | UsageError:
-    """Return the error for an option of the script, with the correct command line."""
-    scripts = [number for number, text in enumerate(given) if text.endswith(".py")]
-    name = error.option_name
-    found = [n for n, text in enumerate(given) if text.replace("_", "-").startswith(name)]
-    if not scripts or not found or found[0] < scripts[0] or error.ctx is None:
-        return error
-    line = shlex.join([*given[: found[0]], "--", *given[found[0] :]])
-    return UsageError(
-        f"{name} is not an option of dtrain. Put -- before the arguments of the script:\n"
-        f"  {error.ctx.command_path} {line}",
-        code="usage.option-of-script",
-    )
+        job, name, ctx = self._job_at(given), error.option_name, error.ctx
+        found = [n for n, text in enumerate(given) if text.replace("_", "-").startswith(name)]
+        if not found or ctx is None:
+            return error
+        if job is None or found[0] < job:
+            return torchrun.answer(name, given, job, ctx.command_path) or error
+        if not given[job].endswith(".py") and not {"-m", "--module", "--no-python"} & {*given}:
+            return error
+        line = shlex.join([*given[: found[0]], "--", *given[found[0] :]])
+        return UsageError(
+            f"{name} is not an option of dtrain. Put -- before the arguments of the script:\n"
+            f"  {ctx.command_path} {line}",
+            code="usage.option-of-script",
+        )
+
+    def _job_at(self, given: list[str]) -> int | None:
+        """Return the position of JOB: the first word that is no option and no option's value."""
+        from dtrain.cli import torchrun
+
+        options = [each for each in self.params if isinstance(each, click.Option)]
+        with_value = {name for each in options if not each.is_flag for name in each.opts}
+        with_value |= {name for name, each in torchrun.ANSWERS.items() if each.has_value}
+        is_value = False
+        for number, text in enumerate(given):
+            if not is_value and not text.startswith("-"):
+                return number
+            is_value = not is_value and text.replace("_", "-") in with_value
+        return None
 
 
 def size_options(function: _Function) -> _Function:
@@ -211,15 +245,30 @@ def size_options(function: _Function) -> _Function:
 
 def job_options(function: _Function) -> _Function:
     """Add the options that only a new run has, used by launch and plan."""
-    for each in reversed(_JOB_OPTIONS):
+    for each in reversed((*_PROGRAM_OPTIONS, *_JOB_OPTIONS)):
         function = each(function)
     return size_options(function)
+
+
+def job_of(job: str, options: dict[str, Any]) -> str | JobWithoutFile:
+    """Return the job that JOB names: a path, or with -m or --no-python a job without a file."""
+    from dtrain.planning import job_of_program
+
+    if options["module"] and options["no_python"]:
+        text = "-m and --no-python cannot be used together: a module is Python"
+        raise UsageError(text, code="usage.flag-without-effect")
+    if options["module"]:
+        return job_of_program("module", job)
+    return job_of_program("command", job) if options["no_python"] else job
 
 
 def request(options: dict[str, Any]) -> Request:
     """Return the request of a command: all options except the job."""
     from dtrain.planning import Request
 
+    if options.get("standalone") and options["launcher"] != "local":
+        text = f"--standalone is launcher local, and the launcher here is {options['launcher']!r}"
+        raise UsageError(text, code="usage.flag-without-effect")
     return Request(
         launcher=options.get("launcher", ""),
         runs=options["runs"],
@@ -246,6 +295,7 @@ def written_flags(options: dict[str, Any]) -> dict[str, Any]:
     from dtrain.job.load import flag
     from dtrain.planning import FIELDS
 
+    options = _counted(options)
     written = {
         field: flag(f"--{name.replace('_', '-')}", _number(options[name]))
         for name, field in FIELDS.items()
@@ -264,6 +314,28 @@ def written_flags(options: dict[str, Any]) -> dict[str, Any]:
             value = os.environ[name]
         written[f"launch.env.{name}"] = flag(f"--env {name}", value)
     return written
+
+
+def _counted(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with the number of processes that `--procs auto` means on this host.
+
+    With one process per GPU, it is the number of GPUs. The words are those of torchrun.
+    """
+    word = options.get("procs")
+    if word not in ("gpu", "cpu", "auto"):
+        return options
+    if options.get("launcher") not in ("local", "torchrun"):
+        text = f"--procs {word} counts what this host has; give the number for the nodes of others"
+        raise UsageError(text, code="usage.invalid-value")
+    from dtrain.node import gpus
+
+    found = gpus.usable(os.environ.get(gpus.VISIBLE), gpus.installed())
+    if word == "cpu" or (word == "auto" and not found):
+        return {**options, "procs": str(len(os.sched_getaffinity(0)))}
+    if not found:
+        text = f"--procs gpu: this host shows {'no' if found == 0 else 'no known number of'} GPUs"
+        raise UsageError(f"{text}; give a number of processes", code="plan.too-few-gpus")
+    return {**options, "procs": None, "gpus": options.get("gpus") or str(found)}
 
 
 def _number(text: str) -> Any:

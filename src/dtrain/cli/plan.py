@@ -35,7 +35,7 @@ def command(job: str, explain: bool, write: bool, as_json: bool, **options: Any)
     """Show every command, variable and file of a launch of JOB; start nothing."""
     from dtrain.planning import plan_run
 
-    prepared = plan_run(job, shared.request(options))
+    prepared = plan_run(shared.job_of(job, options), shared.request(options))
     if write:
         from dtrain.launchers import prepare
 
@@ -77,8 +77,8 @@ def _lines(plan: LaunchPlan, written: bool) -> list[str]:
         f"run        {plan.run_id} (attempt {plan.attempt}): {what}",
         f"size       {nodes} × {procs} = {ranks} on {plan.device}, {plan.backend}, {threads} each",
     ]
-    if plan.script:
-        lines.insert(1, f"script     {shlex.join(plan.script)}")
+    if plan.program:
+        lines.insert(1, f"program    {shlex.join(plan.program)}")
     if plan.replicas > 1:
         lines.append(f"replicas   {plan.replicas} in the one process")
     for node_rank, name in enumerate(plan.node_names):

@@ -28,6 +28,10 @@ LAUNCH: Mapping[str, Entry] = {
         "An option of the script is written among the options of dtrain.",
         "Put `--` before the arguments of the script.",
     ),
+    "usage.option-of-torchrun": Entry(
+        "The command line has an option of torchrun that dtrain does not have.",
+        "Write the command line that the message shows. docs/script.md lists torchrun's options.",
+    ),
     "usage.not-a-job": Entry(
         "The file is neither a job file nor a Python script.",
         "Give the path of a `.yaml` or a `.py` file.",
@@ -252,6 +256,22 @@ LAUNCH: Mapping[str, Entry] = {
     "job.script-only-defines": Entry(
         "The script only defines functions and classes, so launching it would do nothing.",
         "Launch the job.yaml that names its task.",
+    ),
+    "job.module-not-found": Entry(
+        "`python -m` would not find this module, or it is a package without a `__main__.py`.",
+        "Give the dotted name of a module in the directory of job.yaml, or of an installed one.",
+    ),
+    "job.accelerate-config": Entry(
+        "A setting in the config file of Accelerate cannot be followed.",
+        "Change it, or leave `accelerate_config` out and give the number of processes in `launch`.",
+    ),
+    "job.command-not-found": Entry(
+        "There is no program at this path.",
+        "Check the path; in job.yaml it is relative to job.yaml.",
+    ),
+    "job.command-not-executable": Entry(
+        "The program's file may not be executed.",
+        "Run `chmod +x` on it, or name its interpreter first: `[bash, train.sh]`.",
     ),
     "job.data-not-found": Entry(
         "A path of `data.paths`, or that of `checkpoint.init_from`, does not exist.",

@@ -707,6 +707,14 @@ _SCRIPTS = {
         "dtrain.checkpoint() is called outside of a run of dtrain, and without a directory.",
         "Pass a directory: dtrain.checkpoint(…, directory=…). Or launch the script with dtrain.",
     ),
+    "script.accelerate-config": Entry(
+        "Accelerate does not accept its config file.",
+        "Write the file again with `accelerate config`, or change what the message names.",
+    ),
+    "script.command-not-started": Entry(
+        "The program of a job with a `command` cannot be started on a node.",
+        "Install it on all nodes, or give its path.",
+    ),
     "script.no-process-group": Entry(
         "A function that communicates with the other processes is called before the process group "
         "exists.",

@@ -14,10 +14,13 @@ from dtrain.console.notebook import NotebookBar
 from dtrain.console.tail import Follower
 from dtrain.launch_plan import LaunchPlan
 from dtrain.plainjson import numbers
-from dtrain.run import files
+from dtrain.run import files, progress_bars
 from dtrain.run.failures import FAILURE_CLOSE, FAILURE_OPEN, is_collateral
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.live import Live
     from rich.progress import Progress, TaskID
 
 _FOLD_WINDOW_S = 0.3
@@ -50,6 +53,7 @@ class LiveConsole:
         self._records.add("events", plan.run.events)
         self._records.add("metrics", plan.run.metrics)
         self._known: set[tuple[int, int]] = set()
+        self._rank0_log: Path | None = None
         self._failing: set[int] = set()
         self._failures: list[dict[str, Any]] = []
         self._restart = 0
@@ -81,6 +85,8 @@ class LiveConsole:
         now = time.monotonic()
         self._feed(self._logs.poll(), now)
         self._folder.flush(now)
+        if self._bar is not None and self._rank0_log is not None:
+            self._bar.show(progress_bars.live(self._rank0_log))
 
     def _feed(self, logged: Iterable[tuple[tuple[int, int], str]], now: float) -> None:
         for (_, rank), line in logged:
@@ -106,6 +112,7 @@ class LiveConsole:
             for rank in sorted(logs):
                 if (attempt, rank) not in self._known:
                     self._known.add((attempt, rank))
+                    self._rank0_log = logs[0][1] if 0 in logs else self._rank0_log
                     self._logs.add((attempt, rank), logs[rank][1])
 
     def say(self, text: str) -> None:
@@ -215,6 +222,8 @@ class _Bar:
             self._console.width = _WIDEST_BAR  # lines above it are not wrapped, see `print`
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._live: Live | None = None
+        self._shown = ""
 
     def start(self, total_steps: int | None) -> None:
         """Begin, or begin again after a restart."""
@@ -222,6 +231,7 @@ class _Bar:
         from rich.progress import TimeRemainingColumn as Remaining
 
         if self._progress is None:
+            self.show("")
             self._progress = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -248,9 +258,25 @@ class _Bar:
             self._text = text + speed if room >= 0 else text
         self._progress.update(self._task, completed=line["step"], text=self._text)
 
+    def show(self, bars: str) -> None:
+        """Show the bars that rank 0 draws itself, unless there is that of the training."""
+        from rich.live import Live
+        from rich.text import Text
+
+        if self._live is not None and not bars:
+            self._live.stop()
+            self._live = None
+        elif bars != self._shown and bars and self._progress is None:
+            if self._live is None:
+                self._live = Live(console=self._console, transient=True, auto_refresh=False)
+                self._live.start()
+            self._shown = bars
+            self._live.update(Text(bars, no_wrap=True, overflow="ellipsis"), refresh=True)
+
     def print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
+        self.show("")
         if self._progress is not None:
             self._progress.stop()

@@ -17,8 +17,8 @@ from pathlib import Path
 from dtrain.errors import JobError, Problem
 from dtrain.job.located import SourceLocation, did_you_mean, shown_path
 from dtrain.job.spec import JobSpec
-from dtrain.job.static_check import file_of
-from dtrain.job.static_source import parsed
+from dtrain.job.static_check import file_of, main_file
+from dtrain.job.static_source import Source, is_installed, parsed
 
 _CHANGES_THE_PATH = {
     "addsitedir",
@@ -46,16 +46,28 @@ def refuse_missing(job: JobSpec, folder: Path) -> None:
         return  # preloaded modules may change the module search path
     python_path = job.launch.env.get("PYTHONPATH", "").split(os.pathsep)
     extra = [str(folder.absolute()), os.getcwd(), *filter(None, python_path)]
-    data_module = job.lightning.data_module if job.lightning else None
     seen: set[Path] = set()
     problems = [
-        problem
-        for named in (job.script or job.task, data_module)
-        if named and (file := file_of(named, folder)) is not None
-        for problem in _missing(file, extra, seen)
+        problem for file in _own_files(job, folder) for problem in _missing(file, extra, seen)
     ]
     if problems:
         raise JobError(problems)
+
+
+def installed_imports(job: JobSpec, folder: Path) -> tuple[str, ...]:
+    """Return the modules that the job's task or program imports and that are installed here."""
+    files = [file for file in _own_files(job, folder) if file.suffix == ".py" and file.is_file()]
+    names = Source(files[0]).modules if files else []
+    return tuple(name for name in names if is_installed(name))
+
+
+def _own_files(job: JobSpec, folder: Path) -> list[Path]:
+    """Return the files of the user's code that a job names, where they are known."""
+    named = [each for each in (job.script, job.task, job.lightning.data_module) if each]
+    found = [file_of(each, folder) for each in named]
+    if job.module is not None:
+        found.append(main_file(job.module, folder))
+    return [file for file in found if file is not None]
 
 
 def _missing(file: Path, extra: Sequence[str], seen: set[Path]) -> Iterator[Problem]:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from dtrain.environ import may_contain_secret
 from dtrain.errors import JobError, Problem
+from dtrain.job import accelerate
 from dtrain.job.errors import Area, explain, submodel
 from dtrain.job.located import Keys, Located, SourceLocation, dotted, shown_path
 from dtrain.job.references import outside_problems
@@ -54,6 +55,8 @@ def load_job(
 ) -> LoadedJob:
     """Read and check a job. The precedence is flag > --set > job.yaml > profile > default.
 
+    The config file of Accelerate that a job names comes between job.yaml and the profile.
+
     Args:
         path: the job file.
         overrides: `FIELD=VALUE` texts of `--set`, values read as YAML.
@@ -74,16 +77,16 @@ def load_job(
     problems: list[Problem] = []
     if root is None:
         root, problems = read_root(text, shown, JobSpec)
-    base = Located({}, root.place)
-    if profile_launch:
-        base = Located(dict(profile_launch), root.place).nest(("launch",))
-    root = root.merge_over(base)
     for override in overrides:
         written, bad = _override(override)
         problems += bad
         root = written.merge_over(root) if written else root
     for field, value in (flags or {}).items():
         root = value.nest(_keys_of(field)).merge_over(root)
+    config, bad = accelerate.launch_section(root, job_dir or path.parent)
+    problems += bad
+    profile = Located(dict(profile_launch or {}), root.place).nest(("launch",))
+    root = root.merge_over(config.merge_over(profile) if config else profile)
     root = numbers_as_text(root)
     spec, wrong = validate(root, JobSpec)
     problems += wrong

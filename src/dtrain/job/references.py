@@ -7,15 +7,17 @@ No code of the user is imported or run, and nothing is started.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from dtrain import catalog
-from dtrain.errors import Problem
+from dtrain.errors import Problem, quoted
 from dtrain.job.frameworks import job_checks
 from dtrain.job.located import Located, did_you_mean, dotted, shown_path
+from dtrain.job.script import program_of
 from dtrain.job.spec import JobSpec
-from dtrain.job.static_check import class_problems, readable, similar
+from dtrain.job.static_check import class_problems, main_file, module_file, readable, similar
 from dtrain.job.units import parse_nodes
 
 
@@ -33,22 +35,22 @@ def outside_problems(root: Located, folder: Path) -> list[Problem]:
         *(problem for check in job_checks() for problem in check.references(root)),
         *_path_problems(root, folder),
         *class_problems(root, folder, _text(root, "trainer")),
-        *_script_problems(root, folder),
+        *_program_problems(root, folder),
     ]
 
 
 def _text(root: Located, field: str) -> str | None:
     """Return a top-level text field or its default, or None when it is not text."""
     written = root.get((field,))
-    of_script = {"trainer": catalog.SCRIPT, "strategy": catalog.OWN} if _has_script(root) else {}
+    of_script = {"trainer": catalog.SCRIPT, "strategy": catalog.OWN} if _program(root) else {}
     default = of_script.get(field, JobSpec.model_fields[field].default)
     value = default if written is None else written.value
     return value if isinstance(value, str) else None
 
 
-def _has_script(root: Located) -> bool:
-    written = root.get(("script",))
-    return written is not None and written.value is not None
+def _program(root: Located) -> str | None:
+    """Return which field names the program of the job; None if it has a task."""
+    return program_of({name: part.value for name, part in root.value.items()})
 
 
 def _name_problems(root: Located) -> Iterator[Problem]:
@@ -79,30 +81,76 @@ def _pair_problems(root: Located) -> Iterator[Problem]:
 
 
 def _pair_problem(root: Located, trainer: str, strategy: str, nodes: int) -> str | None:
-    if _has_script(root) and trainer != catalog.SCRIPT:
+    program = _program(root)
+    if program and trainer != catalog.SCRIPT:
         return (
-            f"trainer {trainer!r} trains a task, and a script has a loop of its own: leave the "
+            f"trainer {trainer!r} trains a task, and a {program} has a loop of its own: leave the "
             "trainer out, or write the training as a task"
         )
-    if trainer == catalog.SCRIPT and not _has_script(root):
+    if trainer == catalog.SCRIPT and not program:
         return "trainer 'script' runs a script; name it as script: train.py instead of a task"
     return catalog.pair_problem(trainer, strategy, nodes)
 
 
-def _script_problems(root: Located, folder: Path) -> Iterator[Problem]:
-    """Check that the file exists and is Python. Any other script would fail on every node."""
-    script, place = _text(root, "script"), root.place_of(("script",))
-    if script is None:
+def _program_problems(root: Located, folder: Path) -> Iterator[Problem]:
+    """Check that the program's file exists, and can be run. It would fail on every node."""
+    script, module = _text(root, "script"), _text(root, "module")
+    if script is not None:
+        place, file = root.place_of(("script",)), folder / script
+        if os.path.isfile(file):
+            yield from readable(file, place, "script", alone=True)[1]
+        else:
+            yield _not_found(root, "script", file, code="job.script-not-found")
+    elif module is not None:
+        yield from _module_problems(root, module, folder)
+    elif (command := root.get(("command",))) is not None:
+        yield from _command_problems(root, command, folder)
+
+
+def _not_found(root: Located, kind: str, file: Path, *, code: str) -> Problem:
+    message = f"no such file: {shown_path(file)}{similar(file)}"
+    return root.place_of((kind,)).problem(kind, message, code=code)
+
+
+def _module_problems(root: Located, module: str, folder: Path) -> Iterator[Problem]:
+    """Check that `python -m` would find the module. No package is imported."""
+    place = root.place_of(("module",))
+    if not all(part.isidentifier() for part in module.split(".")):
+        name = module.removesuffix(".py").replace("/", ".").lstrip(".")
+        instead = f"a script is given by its path: script: {module}"
+        if all(part.isidentifier() for part in name.split(".")):
+            instead = f"write {name}, or script: {module}"
+        message = f"{quoted(module)} is not the dotted name of a module; {instead}"
+        yield place.problem("module", message, code="job.module-not-found")
         return
-    file = folder / script
-    if not os.path.isfile(file):
-        yield place.problem(
-            "script",
-            f"no such file: {shown_path(file)}{similar(file)}",
-            code="job.script-not-found",
+    file = main_file(module, folder)
+    if file is None:
+        message = (
+            f"no module {module} here: looked in {shown_path(folder)}, and in the packages of "
+            f"{sys.executable}"
         )
+        if module_file(module, folder) is not None:
+            message = f"{module} is a package without a __main__.py, which -m would run"
+        yield place.problem("module", message, code="job.module-not-found")
+    elif file.suffix == ".py":
+        yield from readable(file, place, "module", alone=False)[1]
+
+
+def _command_problems(root: Located, command: Located, folder: Path) -> Iterator[Problem]:
+    """Check a program that is given by its path. Others are looked for where the workers run."""
+    words = command.plain()
+    if not isinstance(words, list) or not words or not isinstance(words[0], str):
         return
-    yield from readable(file, place, "script", alone=True)[1]
+    file = folder / words[0]
+    if os.sep not in words[0]:
+        return
+    if not os.path.isfile(file):
+        yield _not_found(root, "command", file, code="job.command-not-found")
+    elif not os.access(file, os.X_OK):
+        message = f"{shown_path(file)} may not be executed; run chmod +x on it, or name its " + (
+            "interpreter first, for example [bash, train.sh]"
+        )
+        yield command.place.problem("command", message, code="job.command-not-executable")
 
 
 def _logger_problems(root: Located) -> Iterator[Problem]:

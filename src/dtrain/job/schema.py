@@ -7,6 +7,7 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema
 
 from dtrain import catalog
+from dtrain.job.script import PROGRAMS
 from dtrain.job.spec import JobSpec
 
 
@@ -26,5 +27,6 @@ def job_schema() -> dict[str, Any]:
     for kind in ("trainer", "strategy"):
         schema["properties"][kind]["enum"] = catalog.names(kind)
     schema["required"] = ["name"]
-    schema["oneOf"] = [{"required": ["task", "train"]}, {"required": ["script"]}]
+    schema["oneOf"] = [{"required": ["task", "train"]}]
+    schema["oneOf"] += [{"required": [program]} for program in PROGRAMS]
     return {"$schema": _Generator.schema_dialect, **schema, "title": "job.yaml of dtrain"}

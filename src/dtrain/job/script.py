@@ -1,4 +1,7 @@
-"""Jobs with a script: the fields they have, and the settings that the script decides."""
+"""Jobs with a program of the user's own instead of a task: a script, a module or a command.
+
+Their fields, and the settings that the program itself decides.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,30 @@ from dtrain.job.located import FieldProblem
 from dtrain.job.static_source import Definition, parsed
 from dtrain.job.yaml_reader import dump_yaml
 
-SCRIPT_FIELDS = ("name", "script", "script_args", "launch")
+PROGRAMS = ("script", "module", "command")
+"""The fields that name a program. A job has a task, or one of them."""
+SCRIPT_FIELDS = ("name", *PROGRAMS, "script_args", "accelerate_config", "launch")
 """All fields of such a job."""
 
 _ALLOWED = (*SCRIPT_FIELDS, "trainer", "strategy")  # the last two have their own messages
 _UP_TO_THE_SCRIPT = (
-    "does not apply to a script: remove it and do it inside the script, or write the training as "
+    "does not apply to a {kind}: remove it and do it inside the {kind}, or write the training as "
     "a task"
 )
 
 
+def program_of(job: Any) -> str | None:
+    """Return which of `PROGRAMS` a job has, as plain data. None if it has a task."""
+    given = job if isinstance(job, Mapping) else {}
+    return next((each for each in PROGRAMS if given.get(each) is not None), None)
+
+
 def completed(job: Any) -> Any:
-    """Fill in the fields that only a task needs, in a job with a script.
+    """Fill in the fields that only a task needs, in a job with a program.
 
     Other code then finds every field filled in.
     """
-    if not isinstance(job, dict) or job.get("script") is None:
+    if program_of(job) is None:
         return job
     train = {"steps": 1, "global_batch_size": 1}
     return {
@@ -41,10 +52,19 @@ def completed(job: Any) -> Any:
     }
 
 
-def meaningless(job: Mapping[str, Any]) -> list[FieldProblem]:
-    """Return the fields of a job with a script that would have no effect."""
+def meaningless(job: Mapping[str, Any], kind: str) -> list[FieldProblem]:
+    """Return the fields of a job with a program that would have no effect.
+
+    Args:
+        job: the job, as plain data.
+        kind: the program that it has, one of `PROGRAMS`.
+    """
     code = "job.field-without-effect"
-    return [((field,), _UP_TO_THE_SCRIPT, code) for field in job if field not in _ALLOWED]
+    text = _UP_TO_THE_SCRIPT.format(kind=kind)
+    problems = [((field,), text, code) for field in job if field not in _ALLOWED]
+    others = [each for each in PROGRAMS if each != kind and job.get(each) is not None]
+    either = f"the job has a {kind} too: give only one of {', '.join(PROGRAMS)}"
+    return [*problems, *(((each,), either, code) for each in others)]
 
 
 _NO_JOBS = (".sh", ".ipynb", ".sbatch", ".slurm")

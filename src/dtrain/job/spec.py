@@ -37,7 +37,7 @@ from dtrain.job.fields import (
 )
 from dtrain.job.frameworks import job_checks
 from dtrain.job.located import FieldProblem
-from dtrain.job.script import SCRIPT_FIELDS, completed, meaningless
+from dtrain.job.script import PROGRAMS, SCRIPT_FIELDS, completed, meaningless, program_of
 from dtrain.job.units import parse_nodes
 
 
@@ -277,8 +277,19 @@ class JobSpec(Model):
     script: Text | None = None
     """Instead of a task: a Python file, relative to job.yaml, that every process runs as `torchrun`
     would. Such a job has only a name, `script_args` and `launch` in addition."""
+    module: Text | None = None
+    """Instead of a script: a module that every process runs as `python -m` would. It is looked for
+    in the directory of job.yaml first."""
+    command: Annotated[list[Text], Field(min_length=1)] | None = None
+    """Instead of a script: a program that every process starts, with its arguments, for example
+    `[./train.sh, --fast]`. A path is relative to job.yaml. It need not be Python."""
     script_args: list[Text] = Field(default_factory=list)
-    """Command line of the script; `-- …` after `dtrain launch` replaces it."""
+    """Command line of the script or module, or further arguments of the command; `-- …` after
+    `dtrain launch` replaces it."""
+    accelerate_config: Text | None = None
+    """For a script of Hugging Face Accelerate: its config file, relative to job.yaml. The number of
+    processes is taken from it where the job gives none, and all other settings too, for example the
+    mixed precision."""
     seed: Seed = 0
     """The seed of the initial weights, the data order and every random number of the training."""
     trainer: Text = "native"
@@ -304,14 +315,22 @@ class JobSpec(Model):
 
     _complete = model_validator(mode="before")(staticmethod(completed))
 
+    @property
+    def program(self) -> str | None:
+        """Return which of `script`, `module` and `command` it has; None if it has a task."""
+        return program_of(vars(self))
+
     def to_plain(self) -> dict[str, Any]:
         """Return the fields that apply to this job as plain JSON, for `resolved.yaml`."""
-        included = set(SCRIPT_FIELDS) if self.script is not None else None
-        return self.model_dump(mode="json", include=included)
+        if self.program is None:
+            return self.model_dump(mode="json", exclude={*SCRIPT_FIELDS} - {"name", "launch"})
+        others = {each for each in PROGRAMS if each != self.program}
+        return self.model_dump(mode="json", include={*SCRIPT_FIELDS} - others)
 
     @model_validator(mode="after")
     def _fields_fit(self) -> JobSpec:
-        problems = cross_problems(self.to_plain())
+        own = self.model_dump(mode="json", include={*SCRIPT_FIELDS})
+        problems = cross_problems(self.to_plain() | own)
         if problems:
             raise ValueError("; ".join(f"{'.'.join(keys)}: {text}" for keys, text, _ in problems))
         return self
@@ -323,11 +342,15 @@ def cross_problems(job: Mapping[str, Any]) -> list[FieldProblem]:
     The argument is plain data in which single fields may be wrong too. Both kinds of problem can
     therefore be reported at once. Checks that depend on a wrong field are skipped.
     """
-    if job.get("script") is not None:
-        return meaningless(job)
-    if job.get("script_args"):
-        text = "only a script has a command line; a task has args"
-        return [(("script_args",), text, "job.field-without-effect")]
+    if (program := program_of(job)) is not None:
+        return meaningless(job, program)
+    texts = {
+        "script_args": "only a script, a module or a command has a command line; a task has args",
+        "accelerate_config": "Accelerate's config is for a script, a module or a command",
+    }
+    without = [name for name in texts if job.get(name)]
+    if without:
+        return [((name,), texts[name], "job.field-without-effect") for name in without]
     problems = [each for check in job_checks() for each in check.between_fields(job)]
     train, evaluation = job.get("train"), job.get("eval", {})
     if not isinstance(train, Mapping) or not isinstance(evaluation, Mapping):

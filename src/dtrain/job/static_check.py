@@ -160,10 +160,20 @@ def file_of(reference: str, folder: Path) -> Path | None:
     """Return the file that a task's or script's reference names, or None when there is no such
     module."""
     target = reference if reference.endswith(".py") else reference.rpartition(":")[0]
-    return folder / target if target.endswith(".py") else _module_file(target, folder)
+    return folder / target if target.endswith(".py") else module_file(target, folder)
 
 
-def _module_file(module: str, folder: Path) -> Path | None:
+def main_file(module: str, folder: Path) -> Path | None:
+    """Return the file that `python -m` runs for a module; None if there is none.
+
+    For a package, it is that of its module `__main__`.
+    """
+    file = module_file(module, folder)
+    is_package = file is not None and file.stem == "__init__"
+    return module_file(f"{module}.__main__", folder) if file is None or is_package else file
+
+
+def module_file(module: str, folder: Path) -> Path | None:
     """Return the file of a dotted module, found by its path alone. No parent package is
     imported."""
     where: Sequence[str] | None = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -302,17 +301,6 @@ def _field_options(value: ast.expr | None) -> frozenset[str]:
     if isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "dataclasses.field"):
         return frozenset(keyword.arg for keyword in value.keywords if keyword.arg)
     return _NO_FIELD
-
-
-def task_imports(reference: str, job_dir: Path) -> tuple[str, ...]:
-    """Return the modules that a task's or script's file imports and that are installed here.
-
-    Where the reference names a module, return none.
-    """
-    file = reference if reference.endswith(".py") else reference.rpartition(":")[0]
-    path = job_dir / file
-    names = Source(path).modules if file.endswith(".py") and os.path.isfile(path) else []
-    return tuple(name for name in names if is_installed(name))
 
 
 def is_installed(module: str) -> bool:

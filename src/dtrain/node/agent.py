@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -81,6 +82,9 @@ class NodeAgent(SimpleElasticAgent):
         self._left.clear()
         self._memory = Memory()
         workers = worker_group.workers
+        errors = self.plan.run.error_file(self.plan.attempt, self._restart, 0).parent
+        with contextlib.suppress(OSError):  # a program that finds no directory prints its error
+            errors.mkdir(parents=True, exist_ok=True)
         logs = {worker.global_rank: self._log_of(worker.global_rank) for worker in workers}
         requests = [
             {
@@ -229,12 +233,13 @@ class NodeAgent(SimpleElasticAgent):
         for own in failures.read_all(self.plan.run, self.plan.attempt, rank):
             if own.pid == message["exited"]:
                 return own
-        record = failures.of_exit_status(
-            message["code"],
-            out_of_memory=self._memory.ran_out(),
-            **self._location(rank, message["exited"], message["time"]),
+        where = self._location(rank, message["exited"], message["time"])
+        reported = self.plan.run.error_file(self.plan.attempt, self._restart, rank)
+        status = message["code"]
+        record = failures.of_error_file(reported, status, **where) or failures.of_exit_status(
+            status, out_of_memory=self._memory.ran_out(), **where
         )
-        if message["code"] == -signal.SIGKILL:
+        if status == -signal.SIGKILL:
             advice = verdict.ADVICE.get(record.kind, "find out what sent the signal")
             record = replace(record, hint=f"{advice}: {self._memory.describe(message['peak'])}")
         record.write(self.plan.run, self.plan.attempt)

@@ -43,6 +43,7 @@ def worker_environment(
         "TORCHELASTIC_MAX_RESTARTS": plan.max_restarts,
         "TORCHELASTIC_RUN_ID": plan.run_id,
         "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_ERROR_FILE": plan.run.error_file(plan.attempt, restart, worker.global_rank),
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1,
         rundir.ATTEMPT_VARIABLE: plan.attempt,
         "DTRAIN_NODE_NAME": failures.node_name(),

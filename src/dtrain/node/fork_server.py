@@ -34,7 +34,7 @@ from dtrain.procs import (
     shell_code,
 )
 from dtrain.ranks import RankInfo
-from dtrain.run import events, failures
+from dtrain.run import events, failures, progress_bars
 from dtrain.run.flight_recorder import Ring
 from dtrain.run.rundir import RunDir
 
@@ -48,6 +48,7 @@ class _Worker:
 
     ranks: RankInfo
     ring: Ring
+    log: Path
 
     def save_collectives(self, plan: LaunchPlan) -> None:
         """Save its last collectives for the verdict."""
@@ -195,6 +196,7 @@ class ForkServer:
     def _worker_ended(self, agent: _Agent, ended: Ended) -> None:
         worker = agent.workers.pop(ended.pid)
         kill_group(ended.pid)  # data loader processes and any others that it left
+        progress_bars.settle(worker.log)
         if agent.status is None:
             killed = ended.pid in agent.killed
             message = {"exited": ended.pid, "code": ended.code, "time": time.time(),
@@ -275,7 +277,7 @@ class ForkServer:
         ring = Ring()
         pid = fork_child(lambda: _become_worker(worker, ring), stdout=log, stderr=log)
         os.close(log)
-        agent.workers[pid] = _Worker(RankInfo.from_env(worker["env"]), ring)
+        agent.workers[pid] = _Worker(RankInfo.from_env(worker["env"]), ring, Path(worker["log"]))
         return pid
 
 
@@ -283,16 +285,18 @@ def _become_worker(request: dict[str, Any], ring: Ring) -> int:
     os.environ.clear()
     os.environ.update(request["env"])
     # PYTHONUNBUFFERED is read when an interpreter starts, and a fork does not start one: without
-    # this a log shows what a script prints 8 KB at a time. Printing a name must not end a training
-    # where the locale is not UTF-8.
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    # these a log would show what a script prints 8 KB at a time.
+    streams = progress_bars.replace_streams(Path(request["log"]))
     # What the imports above registered for exit (174 op libraries of torch) is the server's task,
     # not each worker's: it takes 0.2 s. What the worker registers itself still runs.
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         finalizer.atexit = False
     from dtrain.node import worker
 
-    return worker.run_worker(RunDir(request["run_dir"]), ring)
+    status = worker.run_worker(RunDir(request["run_dir"]), ring)
+    for stream in streams:
+        stream.finish()
+    return status
 
 
 def _open_log(path: Path) -> int:

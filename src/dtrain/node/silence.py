@@ -14,7 +14,7 @@ from pathlib import Path
 from dtrain.launch_plan import LaunchPlan
 from dtrain.memory import Memory
 from dtrain.node import stack_dump
-from dtrain.run import failures
+from dtrain.run import failures, progress_bars
 from dtrain.run.failures import Frame
 from dtrain.run.verdict import location
 from dtrain.words import numbered
@@ -44,7 +44,9 @@ class SilenceWatcher:
         self._files = {plan.run.metrics, self._rank0_log, *own.values()}
         if plan.world_size <= _MOST_LOGS:
             self._files |= {_log(plan, rank) for rank in range(plan.world_size)}
-        self._sizes = self._current_sizes()
+        bars = {progress_bars.live_file(path) for path in {self._rank0_log, *own.values()}}
+        self._files |= bars
+        self._states = self._current_states()
         self._memory = Memory()
         self._last_output_at = self._checked_at = time.monotonic()
         self._reported = False
@@ -86,9 +88,9 @@ class SilenceWatcher:
         if now - self._checked_at < self._patience_s / _CHECKS:
             return ""
         self._checked_at = now
-        sizes = self._current_sizes()
-        if sizes != self._sizes:
-            self._sizes, self._last_output_at, self._memory = sizes, now, Memory()
+        states = self._current_states()
+        if states != self._states:
+            self._states, self._last_output_at, self._memory = states, now, Memory()
             if not self._reported:
                 return ""
             self._reported = False
@@ -104,8 +106,17 @@ class SilenceWatcher:
         self._reported = True
         return "silent"
 
-    def _current_sizes(self) -> list[int]:
-        return [stack_dump.size(path) for path in self._files]
+    def _current_states(self) -> list[tuple[int, int]]:
+        return [_state(path) for path in self._files]
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Return the size and the time of the last change: a bar keeps its size."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 def describe_locations(found: Mapping[int, list[Frame]]) -> str:

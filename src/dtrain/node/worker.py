@@ -22,6 +22,8 @@ import yaml
 
 from dtrain import catalog, procs
 from dtrain.errors import DtrainError
+from dtrain.integrations.script.accelerate import set_environment
+from dtrain.integrations.script.command import run_command
 from dtrain.integrations.script.run import GroupWatch
 from dtrain.job.spec import JobSpec
 from dtrain.launch_plan import LaunchPlan
@@ -87,7 +89,11 @@ class _Worker:
         spec = JobSpec.model_validate(yaml.safe_load(self.run.resolved.read_text(encoding="utf-8")))
         self.attempt = int(os.environ.get(rundir.ATTEMPT_VARIABLE, plan.attempt))
         torch.set_num_threads(plan.threads_per_proc)
-        if spec.script is not None:
+        if spec.accelerate_config is not None:
+            set_environment(Path(plan.code_dir or plan.job_dir) / spec.accelerate_config)
+        if spec.command is not None:
+            return self._run_command(plan, [*spec.command, *spec.script_args])
+        if spec.program is not None:
             return self._run_script(plan, spec)
         try:
             with early_exit.watch_exit(self._exit_task):
@@ -132,7 +138,7 @@ class _Worker:
         collective_trace.install(self.ring)
         group = GroupWatch(plan.run, plan.collective_timeout_s)
         run_script = catalog.load("trainer", spec.trainer)
-        script = Path(plan.code_dir or plan.job_dir) / str(spec.script)
+        folder = Path(plan.code_dir or plan.job_dir)
 
         def on_exit(how: str, frames: list[Frame]) -> int:
             group.warn_if_none("to the end")
@@ -140,8 +146,20 @@ class _Worker:
             return 0
 
         with early_exit.watch_exit(partial(on_exit, "os._exit(0)")):
-            run_script(script, spec.script_args, plan.run, on_exit)
+            run_script(spec, folder, plan.run, on_exit)
         return 0
+
+    def _run_command(self, plan: LaunchPlan, command: list[str]) -> int:
+        ended = run_command(command, Path(plan.code_dir or plan.job_dir), plan.run)
+        if ended.status == 0:
+            return 0
+        record = failures.of_error_file(self._error_file, ended.status, **self._location())
+        if record is None:
+            kind, message = ended.describe()
+            status = procs.shell_code(ended.status)
+            record = failures.of_worker(kind, message, status, **self._location())
+        record.write(self.run, self.attempt)
+        return record.exit_code
 
     def record_failure(self, error: BaseException) -> int:
         """Print the error, and write the failure record. Return the exit status."""
@@ -151,7 +169,8 @@ class _Worker:
         record = replace(record, hint=hints.hint(error, record.frames, self.run))
         if record.exit_code != 0:
             record.write(self.run, self.attempt)
-            _report_to_torchrun(error)
+            if not self.has_agent:
+                _report_to_torchrun(error)
         with contextlib.suppress(OSError):  # a full disk may be the cause
             if not isinstance(error, SystemExit):
                 print(failures.FAILURE_OPEN, file=sys.stderr)
@@ -169,6 +188,10 @@ class _Worker:
         record = early_exit.of_task(record, "os._exit(0)")
         record.write(self.run, self.attempt)
         return record.exit_code
+
+    @property
+    def _error_file(self) -> Path:
+        return self.run.error_file(self.attempt, self.ranks.restart, self.ranks.rank)
 
     def _location(self) -> dict[str, Any]:
         ranks = self.ranks

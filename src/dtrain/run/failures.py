@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -76,6 +77,12 @@ _COLLATERAL = re.compile(
 _TIMEOUT = re.compile(
     r"timed out|(wait|socket|operation) timeout|application timeout caused pair closure",
     re.IGNORECASE,
+)
+
+_TRACE_LINE = re.compile(
+    r'^ *File "(?P<file>.+)", line (?P<line>\d{1,9}), in (?P<function>.+)'
+    r"(?:\n {4}(?P<code>\S.*))?$",
+    re.MULTILINE,
 )
 
 _MAX_MESSAGE = 4000
@@ -326,6 +333,46 @@ def of_exception(
         step=None if _is_transient(error) else getattr(error, _STEP, None),
         code=_code(error),
     )
+
+
+def of_error_file(path: Path, status: int, **fields: Any) -> FailureRecord | None:
+    """Return the record of an error that a program itself has reported, as `record` of torch does.
+
+    Args:
+        path: the file that `TORCHELASTIC_ERROR_FILE` names. Any program may have written it.
+        status: the exit status of the program. A program that a signal ended reported another
+            error, which it has survived.
+        **fields: `rank`, `node_rank`, `restart`, `log` and others.
+
+    Returns:
+        The record. None if there is no file, or it holds something else.
+    """
+    if status < 0:
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8", errors="replace")[: checked.MOST])
+    except (OSError, ValueError, RecursionError):
+        return None
+    found, trace = _value(data, "message"), ""
+    if isinstance(found, dict):
+        trace = str(_value(found.get("extraInfo"), "py_callstack") or "")
+        found = found.get("message")
+    if not isinstance(found, str) or not found.strip():
+        return None
+    type_, colon, message = found.partition(": ")
+    if not colon or not type_.isidentifier():
+        type_, message = "an error", found
+    frames = [
+        Frame(each["file"], int(each["line"]), each["function"], each["code"] or "")
+        for each in _TRACE_LINE.finditer(trace)
+    ]
+    kept = only_user_frames(frames) or frames[-1:]
+    fields = {"type": type_, "frames": kept, "traceback": trace, **fields}
+    return of_worker("exception", message[:_MAX_MESSAGE], status, **fields)
+
+
+def _value(data: Any, name: str) -> Any:
+    return data.get(name) if isinstance(data, dict) else None
 
 
 def set_step(error: BaseException, step: int) -> None:

@@ -164,6 +164,10 @@ class RunDir:
     def failure(self, attempt: int, rank: int) -> Path:
         return self.failures(attempt) / f"rank-{rank:05d}.json"
 
+    def error_file(self, attempt: int, restart: int, rank: int) -> Path:
+        """Return the file in which a rank's program may report its error, as under torchrun."""
+        return self.attempt(attempt) / "errors" / f"restart-{restart}" / f"rank-{rank:05d}.json"
+
     def collectives(self, attempt: int, restart: int) -> Path:
         """Return the directory of the last collectives of every rank that failed in one restart."""
         return self.attempt(attempt) / "collectives" / f"restart-{restart}"

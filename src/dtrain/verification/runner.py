@@ -15,11 +15,11 @@ from types import TracebackType
 from dtrain import catalog, trace
 from dtrain.environ import hash_seed
 from dtrain.errors import DtrainError, UsageError
+from dtrain.job.imports import installed_imports
 from dtrain.job.load import LoadedJob, load_job
 from dtrain.job.profile import LoadedProfile, checked_options, load_profile, parse_options
 from dtrain.job.spec import ChecksSpec, JobSpec
 from dtrain.job.static_check import task_derives
-from dtrain.job.static_source import task_imports
 from dtrain.launch_plan import Facts, LaunchPlan
 from dtrain.launchers import base
 from dtrain.launchers.supervise import drive
@@ -130,9 +130,9 @@ class Runner:
         """The options of all runs; a run may have more."""
         self.spec: JobSpec = self._load(REFERENCE)[0].spec
         """The job as its reference runs it."""
-        if self.spec.script is not None:
+        if self.spec.program is not None:
             raise UsageError(
-                "dtrain verify compares tasks; it cannot record the steps of a script's own loop",
+                "dtrain verify compares tasks; it cannot record the steps of a program's own loop",
                 code="verify.script",
             )
         self.reference = REFERENCE if self._is_task() else replace(REFERENCE, trainer="lightning")
@@ -249,7 +249,7 @@ class Runner:
         runs: str | Path,
         attempt: int,
     ) -> LaunchPlan:
-        imports = task_imports(str(spec.task), self._path.parent)
+        imports = installed_imports(spec, self._path.parent)
         facts = Facts.gather(run_id, runs, attempt, imports)
         if replace(layout, gpus=False) == self.reference:
             # code that depends on the order of a set must differ here, not in another program

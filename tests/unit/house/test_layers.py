@@ -39,7 +39,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "differences pruning",
     ),
     "dtrain.cli": (
-        "completers lazy",
+        "completers lazy torchrun",
         "main options",
         "array cancel checkpoint completion export launchers logs plan schema status verify why",
         "launch runs",
@@ -85,13 +85,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "trainer",
     ),
     "dtrain.integrations.script": (
-        "sampler stopping",
-        "checkpoint run",
+        "accelerate sampler stopping",
+        "checkpoint command run",
     ),
     "dtrain.job": (
         "located static_source units",
         "faults frameworks yaml_reader",
-        "fields script static_check",
+        "accelerate fields script static_check",
         "spec",
         "errors imports references schema",
         "launcher_options",
@@ -133,7 +133,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "argv ray slurm",
     ),
     "dtrain.run": (
-        "files flight_recorder ids rundir",
+        "files flight_recorder ids progress_bars rundir",
         "attempts backend_files events failures manifest progress sync",
         "remote snapshot verdict",
         "code_archive lookup",

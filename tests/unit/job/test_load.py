@@ -182,7 +182,7 @@ def test_every_leaf_has_a_source(load: Load) -> None:
         return {leaf for name in value for leaf in leaves(value[name], f"{above}{name}.")}
 
     spec = load(HEAD).spec
-    assert set(sources) == leaves(spec.model_dump())
+    assert set(sources) == leaves(spec.to_plain())
 
 
 # -- problems, one by one ----------------------------------------------------------------------

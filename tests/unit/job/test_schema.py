@@ -44,5 +44,6 @@ def test_units_and_bounds_are_known_to_editors() -> None:
 def test_required_fields() -> None:
     schema = job_schema()
     assert schema["required"] == ["name"]
-    assert schema["oneOf"] == [{"required": ["task", "train"]}, {"required": ["script"]}]
+    kinds = [["task", "train"], ["script"], ["module"], ["command"]]
+    assert schema["oneOf"] == [{"required": kind} for kind in kinds]
     assert schema["$defs"]["TrainSpec"]["required"] == ["global_batch_size"]

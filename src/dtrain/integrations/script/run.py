@@ -1,4 +1,4 @@
-"""Running a script in a worker, like `python train.py` under torchrun.
+"""Running a script or a module in a worker, like `python train.py` under torchrun.
 
 dtrain warns of two mistakes that raise no error: several processes without a process group, each
 of which trains alone, and threads that keep a script from ending.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
+import runpy
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ from torch.distributed import constants, distributed_c10d
 
 from dtrain import procs
 from dtrain.integrations.script.stopping import RUN_VARIABLE
+from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.run.events import note_event
 from dtrain.run.failures import Frame, only_user_frames, user_frames
@@ -36,30 +38,37 @@ _THREAD_PATIENCE_S = 5.0
 
 
 def run_script(
-    script: Path, arguments: Sequence[str], run: RunDir, leave: Callable[[str, list[Frame]], object]
+    spec: JobSpec, folder: Path, run: RunDir, leave: Callable[[str, list[Frame]], object]
 ) -> None:
-    """Run a file as the main program of this process; return when it and its threads have ended.
+    """Run a script or a module as the main program of this process.
 
-    Only the environment is set up for it: no process group, no logging, no signals.
+    Return when it and its threads have ended. Only the environment is set up for it: no process
+    group, no logging, no signals.
 
     Args:
-        script: the file.
-        arguments: its command line.
+        spec: the job.
+        folder: the directory of its script or module.
         run: the run directory, where `dtrain.checkpoint` saves.
-        leave: called with a text that names how the script has ended, and the lines it ended in.
+        leave: called with a text that names how the program has ended, and the lines it ended in.
     """
     os.environ[RUN_VARIABLE] = str(run.path)
     # The warning before a time limit. `dtrain.stopping()` uses it; others must not die of it.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    sys.argv[:] = [str(script), *arguments]
     procs.add_current_directory()
-    sys.path.insert(0, str(script.parent))
     main = ModuleType("__main__")
-    main.__file__ = str(script)
     sys.modules["__main__"] = main  # pickle and spawned processes look there
-    how, frames = f"the end of {script.name}", list[Frame]()
+    how, frames = f"the end of {spec.module or Path(spec.script or '').name}", list[Frame]()
     try:
-        exec(compile(script.read_bytes(), str(script), "exec"), vars(main))
+        if spec.module is not None:
+            sys.path.insert(0, str(folder))
+            sys.argv[:] = ["-m", *spec.script_args]
+            runpy._run_module_as_main(spec.module)  # type: ignore[attr-defined]  # of python -m
+        else:
+            script = folder / str(spec.script)
+            sys.path.insert(0, str(script.parent))
+            sys.argv[:] = [str(script), *spec.script_args]
+            main.__file__ = str(script)
+            exec(compile(script.read_bytes(), str(script), "exec"), vars(main))
     except SystemExit as end:
         if end.code not in (None, 0):
             raise
@@ -93,11 +102,19 @@ class GroupWatch:
                 setattr(module, name, limit)
         dist.init_process_group = distributed_c10d.init_process_group = self._watched()
         if self._warns:
-            timer = threading.Timer(
-                GROUP_PATIENCE_S, self.warn_if_none, (f"after {GROUP_PATIENCE_S:g} s",)
-            )
-            timer.daemon = True
-            timer.start()
+            self._start_timer()
+
+    def _start_timer(self) -> None:
+        timer = threading.Timer(GROUP_PATIENCE_S, self._warn_after_imports)
+        timer.daemon = True
+        timer.start()
+
+    def _warn_after_imports(self) -> None:
+        """Warn, unless the script still imports modules: transformers alone takes 4 to 8 s."""
+        if _is_importing(threading.main_thread()):
+            self._start_timer()
+        else:
+            self.warn_if_none(f"after {GROUP_PATIENCE_S:g} s")
 
     def _watched(self) -> Callable[..., None]:
         make = dist.init_process_group
@@ -127,6 +144,12 @@ class GroupWatch:
         if not self._warned:
             _warn(what)
         self._warned = True
+
+
+def _is_importing(thread: threading.Thread) -> bool:
+    frame = sys._current_frames().get(thread.ident or 0)
+    names = (each.f_code.co_filename for each, _ in traceback.walk_stack(frame))
+    return "<frozen importlib._bootstrap>" in names
 
 
 def _wait_for_threads(run: RunDir) -> None:
