@@ -15,6 +15,7 @@ from typing import Any
 
 from dtrain import catalog
 from dtrain.cli.main import _COMMANDS
+from dtrain.cli.torchrun import ANSWERS
 from dtrain.codes import CODES
 from dtrain.job.schema import job_schema
 
@@ -28,6 +29,7 @@ FILES = (
     "docs/extending.md",
     "docs/job-file.md",
     "docs/same-training.md",
+    "docs/script.md",
 )
 
 
@@ -266,7 +268,17 @@ def mistakes() -> str:
     return table([*rows, *((rule, " ".join(some)) for rule, some in listed())])
 
 
+def torchrun() -> str:
+    """The options of torchrun that dtrain answers, each with the answer."""
+    rows = ["| torchrun | dtrain launch |", "| --- | --- |"]
+    for name, answer in ANSWERS.items():
+        instead = f"`{answer.instead.format('X')}`: " if answer.instead else ""
+        rows.append(f"| `{name}` | {instead}{answer.why} |")
+    return "\n".join(rows)
+
+
 PARTS: Mapping[str, Callable[[], str]] = {
+    "torchrun": torchrun,
     "example": example,
     "matrix": matrix,
     "refusals": refusals,

@@ -270,8 +270,8 @@ def pair_problem(trainer: str, strategy: str, nodes: int) -> str | None:
     """
     if trainer == SCRIPT and strategy != OWN:
         return (
-            f"a script sets up DDP or FSDP itself, so strategy {strategy!r} does not apply: "
-            "leave the strategy out, or write the training as a task, which trainer 'native' "
+            "a program of your own sets up DDP or FSDP itself, so strategy "
+            f"{strategy!r} does not apply: leave the strategy out, or write the training as a task, which trainer 'native' "
             "trains under any"
         )
     trainer_fact = TRAINERS.get(trainer)

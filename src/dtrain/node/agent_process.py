@@ -70,7 +70,7 @@ def run_agent(
 
 def _worker_spec(plan: LaunchPlan, handler: NodeRendezvous) -> WorkerSpec:
     return WorkerSpec(
-        role="worker",
+        role="default",
         local_world_size=plan.procs_per_node,
         rdzv_handler=handler,
         entrypoint="dtrain.worker",

@@ -89,7 +89,7 @@ class Screen:
 
     def _is_drawn(self, text: str) -> bool:
         """Return whether a text changes the lines here. Otherwise it is a print in between."""
-        if text[0] in "\r\n\x08\x1b":
+        if text[0] in "\r\n\x08\x1b" or _REDRAWS.search(text):
             return True
         return self._column == 0 and bool(self._rows[self._row].strip())
 
@@ -255,7 +255,7 @@ class _LiveFile:
         """Replace the content, at most five times a second."""
         if text == self._shown or (text and time.monotonic() < self._next):
             return
-        self._shown, self._next = text, time.monotonic() + _LIVE_EVERY_S
+        self._shown, self._next = text, time.monotonic() + _LIVE_EVERY_S if text else 0.0
         with contextlib.suppress(OSError):  # a full disk must not end the training
             if self._fd is None:
                 self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)

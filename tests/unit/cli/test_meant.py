@@ -96,14 +96,14 @@ def test_plan_shows_a_script_and_its_arguments(
         assert "s3cret-s3cret" not in text
         if more:
             plan = json.loads(text)["plan"]
-            assert plan["script"][:3] == [str(tmp_path / "train.py"), "--lr", "3"]
+            assert plan["program"][:3] == [str(tmp_path / "train.py"), "--lr", "3"]
             assert plan["worker_env"]["CITY"] == "Delft"
         else:
-            assert f"\nscript     {tmp_path}/train.py --lr 3 --api-key " in text
+            assert f"\nprogram    {tmp_path}/train.py --lr 3 --api-key " in text
             assert "\n  CITY=Delft\n" in text
     with pytest.raises(SystemExit):
         main(["plan", str(TINY)])
-    assert "\nscript " not in capsys.readouterr().out
+    assert "\nprogram " not in capsys.readouterr().out
 
 
 def test_what_is_no_job(

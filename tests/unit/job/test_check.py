@@ -318,38 +318,6 @@ def test_what_a_constructor_takes(tmp_path: Path, text: str, expected: Arguments
 # -- scripts -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("lines", "expected"),
-    [
-        ("", None),
-        ("script_args: [--lr, '0.1']\nlaunch: {nodes: 2}\n", None),
-        ("strategy: ddp\n",
-         ("plan.unsupported-combination", "job.yaml:3:11: strategy", "'ddp'", "script")),
-        ("trainer: native\n",
-         ("plan.unsupported-combination", "job.yaml:3:10: strategy", "'native'", "script")),
-        ("train: {steps: 3}\n", ("job.field-without-effect", "job.yaml:3:1: train", "script")),
-        ("script_args: [3]\n", ("job.wrong-type", "job.yaml:3:15: script_args[0]", "number 3")),
-    ],
-)  # fmt: skip
-def test_a_script_has_few_fields(
-    lines: str,
-    expected: tuple[str, ...] | None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "train.py").write_text("print('hello')\n")
-    (tmp_path / "job.yaml").write_text(f"name: mine\nscript: train.py\n{lines}")
-    if not expected:
-        job = load_job("job.yaml")
-        assert (job.spec.trainer, job.spec.strategy) == ("script", catalog.OWN)
-        assert set(job.spec.to_plain()) == {"name", "script", "script_args", "launch"}
-        return
-    with pytest.raises(JobError) as caught:
-        load_job("job.yaml")
-    assert_problems(caught.value.problems[:1], expected)
-
-
 def test_a_script_is_there_and_is_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text("print('hello'\n")
