@@ -270,9 +270,9 @@ def pair_problem(trainer: str, strategy: str, nodes: int) -> str | None:
     """
     if trainer == SCRIPT and strategy != OWN:
         return (
-            "a program of your own sets up DDP or FSDP itself, so strategy "
-            f"{strategy!r} does not apply: leave the strategy out, or write the training as a task, which trainer 'native' "
-            "trains under any"
+            f"a program of your own sets up DDP or FSDP itself, so strategy {strategy!r} does not "
+            "apply: leave the strategy out, or write the training as a task, which trainer "
+            "'native' trains under any"
         )
     trainer_fact = TRAINERS.get(trainer)
     if trainer_fact is not None and strategy in STRATEGIES:

@@ -30,6 +30,7 @@ from support.launch import (
     worker_pids,
 )
 from support.lightning_kill import in_both_ways, killed_in_mid_epoch
+from support.programs import KINDS, restarts_on
 from support.ray_cluster import RayCluster, on
 
 
@@ -56,6 +57,13 @@ def test_digits_on_two_nodes_is_the_training_of_one_machine(
     assert local.last_step == remote.last_step == 20
     assert [local.ids(step) for step in range(1, 21)] == [remote.ids(s) for s in range(1, 21)]
     assert status(here)["parameters_sha256"] == status(there)["parameters_sha256"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_and_a_program_that_is_not_python(
+    ray: RayCluster, tmp_path: Path, kind: str
+) -> None:
+    restarts_on(on(ray, procs=1), tmp_path, kind)
 
 
 # ---------------------------------------------------------------------- failures

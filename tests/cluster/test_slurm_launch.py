@@ -39,6 +39,7 @@ from support.launch import (
     wait_for_step,
 )
 from support.lightning_kill import in_both_ways, killed_in_mid_epoch
+from support.programs import KINDS, restarts_on
 from support.slurm_cluster import TWO, by_submitit, goes_on, job_of, once, sha, submit
 
 
@@ -69,6 +70,14 @@ def test_digits_on_two_nodes_is_the_training_of_one_machine(slurm: Cluster, tmp_
         assert local.last_step == remote.last_step == 20
         assert [local.ids(step) for step in range(1, 21)] == [remote.ids(s) for s in range(1, 21)]
         assert status(here)["parameters_sha256"] == status(there)["parameters_sha256"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_and_a_program_that_is_not_python(
+    slurm: Cluster, tmp_path: Path, kind: str
+) -> None:
+    where = ("--launcher", "slurm", "--nodes", "2", "--procs", "1")
+    restarts_on(where, tmp_path, kind)
 
 
 @in_both_ways

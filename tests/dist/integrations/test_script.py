@@ -109,12 +109,6 @@ def test_processes_that_make_no_group_are_told_that_each_trains_alone(tmp_path: 
         assert (warning is not None) == bool(times)
 
 
-def test_an_accelerate_script(tmp_path: Path) -> None:
-    done = dtrain("launch", *TWO_BY_TWO, SCRIPTS / "with_accelerate.py", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
-    assert "accelerate 4 processes, 2 batches each, one model True" in log_of(tmp_path, 0)
-
-
 def test_a_lightning_script_that_steps_two_optimizers_by_itself(tmp_path: Path) -> None:
     sizes = ("--", "--devices", "2", "--nodes", "2")
     script = SCRIPTS / "with_lightning.py"
