@@ -316,7 +316,7 @@ def relative_import_advice(file: str, statement: ast.ImportFrom) -> str:
     if statement.level > 1:
         return (
             f"{what}: write the package's name instead of the dots, or name a task by its package, "
-            "as `task: package.module:Class`"
+            "as `task: package.module:Class`, or a script as `module: package.module`"
         )
     names = ast.unparse(ast.Import(statement.names)).removeprefix("import ")
     way = f"from {statement.module} import" if statement.module else "import"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from dtrain.integrations.script.command import run_command
 from dtrain.launch_plan import LaunchPlan
 from dtrain.memory import Memory
 from dtrain.node import stack_dump
@@ -129,6 +130,8 @@ def describe_locations(found: Mapping[int, list[Frame]]) -> str:
     for rank, stack in sorted(found.items()):
         at = (failures.only_user_frames(stack) or stack)[:1]
         text = f"at {location(at[0])}: {at[0].code}" if at else "without an answer"
+        if any(each.function == run_command.__name__ for each in stack):
+            text = "in the command"
         ranks.setdefault(text, []).append(rank)
     return "; ".join(f"{numbered('rank', on)} {text}" for text, on in ranks.items())
 

@@ -12,11 +12,9 @@ import os
 import re
 import sys
 import threading
-import time
 from pathlib import Path
 
 _LIVE_BYTES = 1024
-_LIVE_EVERY_S = 0.2
 _MOST_ROWS = 20
 _MOST_COLUMNS = 4096
 _TOKEN = re.compile(r"\r|\n|\x08|\x1b\[[0-9;?]*[A-Za-z]|[^\r\n\x08\x1b]+|\x1b")
@@ -91,7 +89,8 @@ class Screen:
         """Return whether a text changes the lines here. Otherwise it is a print in between."""
         if text[0] in "\r\n\x08\x1b" or _REDRAWS.search(text):
             return True
-        return self._column == 0 and bool(self._rows[self._row].strip())
+        has_returned = self._column == 0 and not self._has_moved
+        return has_returned and bool(self._rows[self._row].strip())
 
     def _plain(self, text: str, stream: str) -> str:
         whole, newline, rest = text.rpartition("\n")
@@ -249,13 +248,12 @@ class _LiveFile:
         self._path = live_file(log)
         self._fd: int | None = None
         self._shown = ""
-        self._next = 0.0
 
     def show(self, text: str) -> None:
-        """Replace the content, at most five times a second."""
-        if text == self._shown or (text and time.monotonic() < self._next):
+        """Replace the content. This takes some microseconds; tqdm redraws ten times a second."""
+        if text == self._shown:
             return
-        self._shown, self._next = text, time.monotonic() + _LIVE_EVERY_S if text else 0.0
+        self._shown = text
         with contextlib.suppress(OSError):  # a full disk must not end the training
             if self._fd is None:
                 self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -72,3 +72,27 @@ def test_a_failure_and_states_have_colours_and_fit(tmp_path: Path) -> None:
         assert max(len(line) for line in lines if "/" not in line) <= 80, lines
         _, raw = on_a_terminal(80, command, cwd=tmp_path, NO_COLOR="1")
         assert "\x1b" not in raw, command
+
+
+@pytest.mark.parametrize("columns", [40, 200])
+def test_bars_that_a_script_draws_move_and_are_one_line_in_the_end(
+    tmp_path: Path, columns: int
+) -> None:
+    (tmp_path / "train.py").write_text(
+        "import time\n"
+        "from tqdm import tqdm\n"
+        "for epoch in range(2):\n"
+        "    for _ in tqdm(range(20), desc=f'epoch {epoch} of a training'):\n"
+        "        time.sleep(0.1)\n"
+        "    print('loss', epoch)\n"
+    )
+    code, raw = on_a_terminal(columns, "launch", "train.py", cwd=tmp_path)
+    assert code == 0, raw
+    drawn = [ESCAPES.sub("", each) for each in re.split(r"[\r\n]+", raw)]
+    drawn = [line for line in drawn if line]
+    moving = {line for line in drawn if re.match(r"epoch 0 of a training: ", line)}
+    assert len(moving) > 3, "it moves"
+    assert [line for line in moving if " 100%" not in line and len(line) > columns] == []
+    done = [line for line in drawn if re.search(r"100%\|.*\| 20/20 ", line)]
+    assert [line.split()[1] for line in done] == ["0", "1"]
+    assert drawn.index("loss 0") > drawn.index(done[0])

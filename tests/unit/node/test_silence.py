@@ -15,8 +15,10 @@ from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
 from dtrain.launch_plan import Facts, LaunchPlan, make_plan
 from dtrain.node import stack_dump
-from dtrain.node.silence import SilenceWatcher
+from dtrain.node.silence import SilenceWatcher, describe_locations
 from dtrain.procs import fork_child
+from dtrain.run import progress_bars
+from dtrain.run.failures import Frame
 from support.launch import until
 
 
@@ -99,3 +101,26 @@ def test_a_node_that_does_not_see_rank_0_says_nothing(plan: LaunchPlan) -> None:
         ),
     )
     assert told == []
+
+
+def test_a_progress_bar_that_moves_is_output(plan: LaunchPlan) -> None:
+    log = plan.run.rank_log(0, 0, 0)
+    log.parent.mkdir(parents=True)
+    log.write_text("begins\n")
+    bar = progress_bars.live_file(log)
+    bar.write_text(" 10%")
+    silence, told = SilenceWatcher(plan, {0: log}), list[str]()
+
+    def watched(count: int) -> bool:
+        silence.watch({}, lambda *_: None, lambda kind, **_: told.append(kind))
+        return len(told) == count
+
+    until("silence", lambda: watched(1))
+    bar.write_text(" 20%")  # as long as before
+    until("the end of it", lambda: watched(2))
+    assert told == ["silent", "heard"]
+
+
+def test_a_rank_that_runs_a_command_is_there() -> None:
+    stack = [Frame("lib/subprocess.py", 5, "wait", ""), Frame("x.py", 7, "run_command", "")]
+    assert describe_locations({0: stack, 1: stack}) == "ranks 0, 1 in the command"
