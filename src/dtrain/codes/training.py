@@ -521,6 +521,10 @@ _KERAS = {
         "A callback of Keras cannot do in dtrain what it does in model.fit.",
         "Use the field of the job or the callback that the message names.",
     ),
+    "keras.class-weight": Entry(
+        "class_weight is given for data for which model.fit does not accept it.",
+        "Give a weight for each sample as the third part of the data.",
+    ),
     "keras.compile-argument": Entry(
         "model.compile() has an argument that only model.fit uses.",
         "Remove the argument.",
@@ -534,10 +538,11 @@ _KERAS = {
         "share a batch.",
         "Use reduction='sum_over_batch_size', which is the default.",
     ),
-    "keras.metric-not-a-mean": Entry(
-        "A compiled metric is not a mean over samples, so it cannot be computed from the parts of "
-        "several processes.",
-        "Write predict(), and compute the metric from predictions.npz.",
+    "keras.metric-not-additive": Entry(
+        "A metric of Keras has variables that cannot be added up over the parts of a batch, for "
+        "example a maximum, so it cannot be computed from the parts of several processes.",
+        "Keep sums over samples in its variables, and divide in result(). Or write predict(), and "
+        "compute the metric from predictions.npz.",
     ),
     "keras.no-data": Entry(
         "The function returns a Keras model, but no data to train on.",
@@ -562,8 +567,7 @@ _KERAS = {
         "Return the function that makes the generator.",
     ),
     "keras.optimizer-option": Entry(
-        "The optimizer has an option that dtrain replaces or does not support: loss scaling, "
-        "gradient accumulation or use_ema.",
+        "The optimizer has an option that dtrain replaces: loss scaling or gradient accumulation.",
         "Remove the option, and set the field of the job that the message names.",
     ),
     "keras.other-backend": Entry(
@@ -579,6 +583,13 @@ _KERAS = {
         "validation_split is given, but the data are not arrays x and y, so they cannot be split.",
         "Give validation_data instead.",
     ),
+    "keras.train-step": Entry(
+        "The model has its own train_step() or training loop, and dtrain cannot do the backward "
+        "and the update for it: it is no single loss, backward and update of all weights.",
+        "Write compute_loss(), or a train_step() that computes one loss, calls its backward() and "
+        "passes the gradients on to optimizer.apply(). Write several optimizers as a "
+        "LightningModule with manual optimization, or as a script.",
+    ),
     "keras.unequal-arrays": Entry(
         "The arrays of the data do not have the same number of samples.",
         "Give arrays of the same length.",
@@ -587,6 +598,11 @@ _KERAS = {
         "The batches of a PyDataset do not have the same number of samples. Only the last may be "
         "smaller.",
         "Make all batches but the last of the same size.",
+    ),
+    "keras.value-not-a-metric": Entry(
+        "train_step(), test_step() or compute_metrics() returns a value that is not the result of "
+        "one of the model's metrics, so it cannot be combined from several processes.",
+        "Keep the value in a keras.metrics.Mean that is an attribute of the model.",
     ),
 }
 

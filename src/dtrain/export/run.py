@@ -18,6 +18,7 @@ from dtrain.run.events import accepted_job
 from dtrain.run.remote.checkpoints import RemoteCheckpoints
 from dtrain.run.rundir import RunDir
 from dtrain.train.checkpoint.content import read_checkpoint
+from dtrain.train.loop.task_state import FINAL
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def export(
             f"--output: there is no directory {target.parent}", code="export.no-directory"
         )
     about = {"run": run.id, "step": str(number)}
-    state = _averaged(tensors) if averaged else tensors["model"]
+    state = _averaged(tensors) if averaged else _final(tensors)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
         written = Path(aside) / target.name
         if to == "safetensors":
@@ -87,6 +88,15 @@ def export(
         for path in Path(aside).iterdir():  # ONNX keeps large weights in a second file
             shutil.move(path, target.parent / path.name)
     return Exported(target, folder.name, proof, rejected)
+
+
+def _final(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return the weights as training would leave them if it ended with this checkpoint.
+
+    Keras may then replace them by averages or by the best ones.
+    """
+    final = tensors.get("kept", {"states": {}})["states"].get(FINAL, {"weights": {}})
+    return {**tensors["model"], **final["weights"]}
 
 
 def _averaged(tensors: dict[str, Any]) -> dict[str, Any]:

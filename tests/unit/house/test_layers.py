@@ -62,7 +62,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.integrations": ("keras lightning script",),
     "dtrain.integrations.keras": (
-        "callbacks data job_check optimizer variables",
+        "data job_check metrics optimizer train_step variables",
+        "callbacks",
         "task",
         "compiled_model",
         "adapter",
@@ -154,7 +155,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "__init__ plugin",
     ),
     "dtrain.train": (
-        "context digest importing logs packed precision seeding vote",
+        "context digest importing logs packed precision seeding sums vote",
         "collectives load metrics",
         "checkpoint",
         "contract ema weights",

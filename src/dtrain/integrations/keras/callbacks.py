@@ -8,9 +8,11 @@ from typing import Any
 
 import keras
 import numpy as np
+import torch
 
 from dtrain.callback import Callback, Session
 from dtrain.errors import DtrainError
+from dtrain.integrations.keras.metrics import EpochMetrics
 from dtrain.train.seeding import RandomState
 
 _INSTEAD = {
@@ -18,7 +20,8 @@ _INSTEAD = {
     "OrbaxCheckpoint": "the job's checkpoint: section",
     "TensorBoard": "log.loggers: [tensorboard] of the job",
     "RemoteMonitor": "log.loggers of the job",
-    "SwapEMAWeights": "nothing yet: dtrain evaluates the weights that it trains",
+    "SwapEMAWeights": "nothing: as in fit without it, the weights that are trained are evaluated, "
+    "and with use_ema the averages replace them at the end",
     "ProgbarLogger": "nothing: the console shows the progress",
     "History": "metrics.jsonl in the run directory",
 }
@@ -34,24 +37,36 @@ _DERIVED = {"min_delta"}
 
 
 class KerasCallbacks(Callback):
-    """Calls Keras's callbacks in turn, in the way that `fit` calls them.
+    """Does what `fit` does between steps: it counts metrics, and calls Keras's callbacks in turn.
 
     Losses and metrics are those of all processes together, so the callbacks decide the same on
     all processes. Callbacks that write files are called on rank 0 alone. Checkpoints contain the
-    attributes (numbers and strings) that a callback has changed.
+    attributes (numbers and strings) that a callback has changed, and the best weights that
+    `EarlyStopping` keeps.
+
+    At the end, `fit` may change the weights: to the averages of `use_ema`, or to the best ones of
+    `EarlyStopping`. The weights in a checkpoint are those that a resumed training needs. `kept`
+    returns the weights that `fit` would leave if it ended now.
 
     Args:
         given: callbacks of Keras.
+        metrics: the metrics of the training.
 
     Raises:
         DtrainError: one of them cannot work here as in `fit`; the message names a replacement.
     """
 
-    def __init__(self, given: list[Any]) -> None:
+    def __init__(self, given: list[Any], metrics: EpochMetrics) -> None:
         for each in given:
             _refuse(each)
         self._all = given
         self._called = given
+        self._metrics = metrics
+        self._restoring = _restoring(given)
+        self._takes_batches = any(_takes_batches(each) for each in given)
+        self._session: Session | None = None
+        self._best: dict[str, Any] = {}
+        """The best weights by name that a checkpoint had, until training starts."""
         self._epoch: int | None = None
         """The epoch whose begin was reported to the callbacks, but not its end."""
         self._evaluation_pending = False
@@ -61,6 +76,7 @@ class KerasCallbacks(Callback):
         self._initial: list[dict[str, Any]] = []
 
     def on_start(self, session: Session) -> None:
+        self._session = session
         session.model.stop_training = False
         for each in self._all:
             each.set_params({"verbose": 0})
@@ -70,19 +86,22 @@ class KerasCallbacks(Callback):
             self._called = [each for each in self._all if _file_attribute(each) is None]
         self._initial = [_plain(each) for each in self._all]
         self._call(session, "on_train_begin")
-        self._restore()
+        self._restore(session)
         if not session.over and self._epoch is None:
             self._begin_epoch(session)
 
     def on_step(self, session: Session, loss: float) -> None:
         self._sum += loss * session.batch_size
         self._weight += session.batch_size
-        self._call(session, "on_train_batch_end", self._batch, self._mean())
+        self._metrics.step_done(session.batch_size)
+        logs = self._logs() if self._takes_batches else self._mean()
+        self._call(session, "on_train_batch_end", self._batch, logs)
         self._batch += 1
         if session.epoch == self._epoch and not session.over:
             self._call(session, "on_train_batch_begin", self._batch, {})
 
     def on_epoch(self, session: Session) -> None:
+        self._metrics.epoch_done()
         self._evaluation_pending = session.evaluation_follows
         if not self._evaluation_pending:
             self._end_epoch(session, {})
@@ -92,7 +111,8 @@ class KerasCallbacks(Callback):
             self._end_epoch(session, {f"val_{name}": value for name, value in metrics.items()})
 
     def on_end(self, session: Session) -> None:
-        self._call(session, "on_train_end", self._mean())
+        session.optimizer.finalize()
+        self._call(session, "on_train_end", self._logs())
 
     def state_dict(self) -> dict[str, Any]:
         pairs = zip(self._all, self._initial, strict=True)
@@ -102,16 +122,39 @@ class KerasCallbacks(Callback):
             "batch": [self._batch, self._sum, self._weight],
             "kinds": [type(each).__name__ for each in self._all],
             "changed": [_changed(each, initial) for each, initial in pairs],
+            "metrics": self._metrics.state_dict(),
         }
+
+    def kept(self) -> dict[str, Any]:
+        """Return the weights that `fit` would leave if it ended now, where it changes them."""
+        if self._session is None:
+            return {"of": "best", "weights": self._best} if self._best else {}
+        model, best = self._session.model, getattr(self._restoring, "best_weights", None)
+        if best is not None:
+            arrays = [torch.from_numpy(each) for each in best]
+            return {"of": "best", "weights": _by_name(model, model.weights, arrays)}
+        pairs = self._session.optimizer.averages()
+        variables, averages = [each for each, _ in pairs], [each.value for _, each in pairs]
+        return {"of": "averages", "weights": _by_name(model, variables, averages)} if pairs else {}
+
+    def load_kept(self, state: Mapping[str, Any]) -> None:
+        """Load what `kept` returned; the optimizer has the averages."""
+        self._best = dict(state["weights"]) if state["of"] == "best" else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._loaded = state
 
-    def _restore(self) -> None:
+    def _restore(self, session: Session) -> None:
         """Continue from a checkpoint; callbacks that are not in it start from their beginning."""
         state = self._loaded
         if not state:
             return
+        self._metrics.load_state_dict(state["metrics"], first=session.rank == 0)
+        if self._best and self._restoring is not None:
+            names = _names(session.model)
+            best = [self._best[names[id(v.value)][0]] for v in session.model.weights]
+            self._restoring.best_weights = [each.numpy() for each in best]
+        self._best = {}
         self._epoch, self._evaluation_pending = state["begun"], state["waits"]
         self._batch, self._sum, self._weight = state["batch"]
         pairs = zip(self._all, state["kinds"], state["changed"], strict=False)
@@ -127,7 +170,7 @@ class KerasCallbacks(Callback):
 
     def _end_epoch(self, session: Session, metrics: dict[str, float]) -> None:
         self._evaluation_pending = False
-        logs = {**self._mean(), **metrics}
+        logs = {**self._logs(), **metrics}
         epoch, self._epoch = session.epoch - 1, None
         _check_monitors(self._all, logs, epoch)
         self._call(session, "on_epoch_end", epoch, logs)
@@ -141,8 +184,14 @@ class KerasCallbacks(Callback):
         """
         return {"loss": self._sum / self._weight} if self._weight else {}
 
+    def _logs(self) -> dict[str, float]:
+        """Return loss and metrics of the epoch so far. All ranks call it."""
+        return {**self._mean(), **self._metrics.results()}
+
     def _call(self, session: Session, method: str, *args: Any) -> None:
         """Call a method of each callback; apply its learning rate and its request to stop."""
+        if not self._called:
+            return
         random, model = RandomState.capture(), session.model
         for each in self._called:
             try:
@@ -156,11 +205,11 @@ class KerasCallbacks(Callback):
         session.optimizer.note()
 
 
-def adapted(given: list[Any]) -> list[Any]:
+def adapted(given: list[Any], metrics: EpochMetrics) -> list[Any]:
     """Return a task's callbacks, with those of Keras combined into one dtrain callback."""
     of_keras = [each for each in given if isinstance(each, keras.callbacks.Callback)]
     others = [each for each in given if not isinstance(each, keras.callbacks.Callback)]
-    return [*others, KerasCallbacks(of_keras)] if of_keras else others
+    return [*others, KerasCallbacks(of_keras, metrics)]
 
 
 def _refuse(each: Any) -> None:
@@ -171,12 +220,6 @@ def _refuse(each: Any) -> None:
                 f"Keras's callback {name} is not used here; instead: {_INSTEAD[name]}",
                 code="keras.callback-unsupported",
             )
-    if getattr(each, "restore_best_weights", False):
-        raise DtrainError(
-            "EarlyStopping(restore_best_weights=True) would change the weights after the last "
-            "checkpoint; use checkpoint.best of the job, which keeps the best as a checkpoint",
-            code="keras.callback-unsupported",
-        )
     base = keras.callbacks.Callback
     own = [
         method
@@ -189,6 +232,45 @@ def _refuse(each: Any) -> None:
             "evaluates; use on_epoch_end, or on_eval of a dtrain.Callback",
             code="keras.callback-unsupported",
         )
+
+
+def _restoring(given: list[Any]) -> Any:
+    """Return the callback that restores the best weights at the end; None without one."""
+    found = [each for each in given if getattr(each, "restore_best_weights", False)]
+    if len(found) > 1:
+        raise DtrainError(
+            f"{len(found)} callbacks have restore_best_weights=True, but only the last one would "
+            "have an effect; leave it out of the others",
+            code="keras.callback-unsupported",
+        )
+    return found[0] if found else None
+
+
+def _takes_batches(each: Any) -> bool:
+    """Return whether a callback may read metrics after a step, which all ranks must add up."""
+    if isinstance(each, keras.callbacks.TerminateOnNaN):
+        return False  # it reads the loss
+    if isinstance(each, keras.callbacks.ModelCheckpoint) and each.save_freq == "epoch":
+        return False
+    base = keras.callbacks.Callback
+    return any(
+        getattr(getattr(each, method), "__func__", None) is not getattr(base, method)
+        for method in ("on_train_batch_end", "on_batch_end")
+    )
+
+
+def _names(model: Any) -> dict[int, list[str]]:
+    """Return the names in checkpoints of each tensor of a model, by identity."""
+    names: dict[int, list[str]] = {}
+    for name, each in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(each), []).append(name)
+    return names
+
+
+def _by_name(model: Any, variables: list[Any], values: list[torch.Tensor]) -> dict[str, Any]:
+    """Return values for some variables of a model by the names of these in checkpoints."""
+    names, pairs = _names(model), zip(variables, values, strict=True)
+    return {name: each for variable, each in pairs for name in names[id(variable.value)]}
 
 
 def _file_attribute(each: Any) -> str | None:
@@ -216,8 +298,7 @@ def _check_monitors(callbacks: list[Any], logs: Mapping[str, float], epoch: int)
             raise DtrainError(
                 f"{type(each).__name__} monitors {monitor!r}, but after epoch {epoch + 1} there "
                 f"are only: {', '.join(sorted(logs))}. Values that begin with val_ need data for "
-                "evaluation, and eval.every_epochs: 1 in the job. Of the training data only the "
-                "loss is computed, no other metric",
+                "evaluation, and eval.every_epochs: 1 in the job",
                 code="keras.no-such-monitor",
             )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dtrain.errors import DtrainError
+from dtrain.integrations.keras.data import weighted
 from dtrain.integrations.keras.task import KerasTask
 from dtrain.train.importing import job_problem
 from dtrain.train.seeding import RandomState
@@ -14,6 +15,7 @@ _ACCEPTED = (
     "x",
     "y",
     "sample_weight",
+    "class_weight",
     "validation_data",
     "validation_split",
     "callbacks",
@@ -28,7 +30,6 @@ _DECIDED_BY_JOB = {
     "shuffle": "data.shuffle of the job",
     "initial_epoch": "the checkpoint's: dtrain resume continues where a run ended",
     "verbose": "log.every_steps of the job",
-    "class_weight": "sample_weight here: a weight for each sample",
 }
 
 
@@ -64,8 +65,9 @@ class CompiledModelTask(KerasTask):
         return model
 
     def train_data(self) -> Any:
-        """Return `x`, `y` and `sample_weight` without the part held out by `validation_split`."""
-        return self._split()[0]
+        """Return `x`, `y` and weights without the part held out by `validation_split`."""
+        data, weights = self._split()[0], self._fit.get("class_weight")
+        return data if weights is None else weighted(data, weights)
 
     def eval_data(self) -> Any:
         """Return `validation_data`, or the last part of the arrays, held out by
@@ -90,7 +92,10 @@ class CompiledModelTask(KerasTask):
             return (x, None)
         import keras
 
-        parts = tuple(p for p in (x, y, self._fit.get("sample_weight")) if p is not None)
+        weight = self._fit.get("sample_weight")
+        if weight is not None and keras.tree.is_nested(y) and not keras.tree.is_nested(weight):
+            weight = keras.tree.map_structure(lambda _: weight, y)  # as in fit
+        parts = (x, y) if weight is None else (x, y, weight)
         if not fraction:
             return parts, None
         at = int(len(keras.tree.flatten(x)[0]) * (1 - fraction))
@@ -120,6 +125,12 @@ def _checked(made: Any, name: str) -> tuple[Any, Mapping[str, Any]]:
                 f"{name} returned {argument!r} for fit; it may return {', '.join(_ACCEPTED)}",
                 code="keras.fit-argument",
             )
+    if fit.get("class_weight") is not None and fit.get("sample_weight") is not None:
+        raise job_problem(
+            "task",
+            f"{name} returned both class_weight and sample_weight, which fit does not take either",
+            code="keras.fit-argument",
+        )
     if fit.get("x") is None:
         raise job_problem("task", f"{name} returned no x for fit", code="keras.no-data")
     return model, fit

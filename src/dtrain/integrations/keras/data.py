@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,32 @@ def as_dataset(data: Any, steps_per_epoch: int | None = None) -> Any:
     return data
 
 
+def weighted(data: Any, class_weight: Mapping[int, float]) -> Any:
+    """Return arrays `(x, y)` or a PyDataset with a third part: the weight of each sample's class.
+
+    Raises:
+        DtrainError: `fit` does not accept `class_weight` for this data either.
+    """
+    import keras
+
+    if isinstance(data, keras.utils.PyDataset):
+        return WeightedRows(data, class_weight)
+    x, y = data[:2] if isinstance(data, tuple) else (data, None)
+    if y is None or keras.tree.is_nested(y):
+        raise DtrainError(
+            "class_weight needs arrays x and y with one output, or a PyDataset, as in fit; for "
+            "other data, give a weight for each sample as the third part",
+            code="keras.class-weight",
+        )
+    return x, y, _class_weights(y, class_weight)
+
+
+def _class_weights(y: Any, class_weight: Mapping[int, float]) -> Any:
+    from keras.src.trainers.data_adapters import data_adapter_utils
+
+    return data_adapter_utils.class_weight_to_sample_weights(y, class_weight)
+
+
 class Samples(Dataset[Any]):
     """A data set of arrays: sample i is element i of each array, in the same nesting."""
 
@@ -65,7 +91,7 @@ class Samples(Dataset[Any]):
         import keras
 
         self._map = keras.tree.map_structure
-        self._parts = self._map(_tensor, parts)
+        self._parts = self._map(_array, parts)
         lengths = {len(leaf) for leaf in keras.tree.flatten(self._parts)}
         if len(lengths) != 1:
             raise DtrainError(
@@ -128,11 +154,32 @@ class Rows(Dataset[Any]):
         if number not in self._cache:
             while len(self._cache) >= _MAX_CACHED:
                 self._cache.popitem(last=False)
-            self._cache[number] = _tensors(self._batches[number])
+            self._cache[number] = _tensors(self._read(number))
         return self._cache[number]
+
+    def _read(self, number: int) -> Any:
+        return self._batches[number]
 
     def _num_rows(self, number: int) -> int:
         return _num_rows(self._batch(number))
+
+
+class WeightedRows(Rows):
+    """The samples of a `keras.utils.PyDataset`, with the weight of each sample's class."""
+
+    def __init__(self, batches: Any, class_weight: Mapping[int, float]) -> None:
+        self._class_weight = class_weight
+        super().__init__(batches)
+
+    def _read(self, number: int) -> Any:
+        batch = tuple(self._batches[number])
+        if len(batch) != 2:
+            raise DtrainError(
+                f"class_weight needs items (x, y) of {type(self._batches).__name__}, but item "
+                f"{number} has {len(batch)} parts; fit does not accept it either",
+                code="keras.class-weight",
+            )
+        return (*batch, _class_weights(batch[1], self._class_weight))
 
 
 class Stream(IterableDataset[Any]):
@@ -152,7 +199,7 @@ class Stream(IterableDataset[Any]):
 def _of_arrays(parts: tuple[Any, ...]) -> Any:
     if any(isinstance(part, dict | tuple | list) for part in parts):
         return Samples(parts)
-    return TensorDataset(*map(_tensor, parts))
+    return TensorDataset(*map(_array, parts))
 
 
 def _of_loader(loader: DataLoader[Any]) -> Any:
@@ -166,6 +213,15 @@ def _of_loader(loader: DataLoader[Any]) -> Any:
         "KerasTask, write the order as sample_order() or sample_weights(), and collate()",
         code="keras.own-loader",
     )
+
+
+def _array(part: Any) -> torch.Tensor:
+    """Return an array as a tensor; floats have Keras's `floatx`, as in `fit`."""
+    import keras
+
+    tensor = _tensor(part)
+    floatx = getattr(torch, keras.config.floatx())
+    return tensor.to(floatx) if tensor.is_floating_point() else tensor
 
 
 def _tensor(part: Any) -> torch.Tensor:

@@ -29,6 +29,17 @@ class KerasOptimizer(torch.optim.Optimizer):
             self._keras.apply(gradients, self._variables)
             self.note()
 
+    def averages(self) -> list[tuple[Any, Any]]:
+        """Return each variable with its moving average; none without `use_ema`."""
+        if not self._keras.use_ema:
+            return []
+        pairs = zip(self._variables, self._keras._model_variables_moving_average, strict=True)
+        return [(variable, average) for variable, average in pairs if average is not None]
+
+    def finalize(self) -> None:
+        """Copy the averages into the variables, as `fit` does at its end."""
+        self._keras.finalize_variable_values(self._variables)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy a state into the variables of Keras, which hold it."""
         for index, values in state_dict["state"].items():

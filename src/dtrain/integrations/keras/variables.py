@@ -6,6 +6,7 @@ Keras gives torch all variables of a model as parameters, also those that a forw
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,25 @@ def as_buffers(model: Any) -> None:
             if variable.path in parameters:
                 parameters.pop(variable.path)
         model.register_buffer(name, variable._value)
+
+
+def with_plain_replicas(model: Any) -> None:
+    """Let replicas of the model have the same attributes as the model.
+
+    torch assigns the attributes of a replica, and Keras wraps each dict and list that is assigned
+    to a layer. A model with a dict of outputs would then return another kind of dict.
+    """
+    for module in model.modules():
+        vars(module)["_replicate_for_data_parallel"] = functools.partial(_plain_replica, module)
+
+
+def _plain_replica(module: torch.nn.Module) -> torch.nn.Module:
+    """Do what torch's method does, without Keras's `__setattr__`."""
+    replica = module.__new__(type(module))
+    copied = {"_buffers": module._buffers.copy(), "_modules": module._modules.copy()}
+    attributes = {**vars(module), **copied, "_parameters": {}, "_is_replica": True}
+    object.__setattr__(replica, "__dict__", attributes)
+    return replica
 
 
 def _buffers_of(model: Any) -> list[tuple[Any, torch.Tensor]]:

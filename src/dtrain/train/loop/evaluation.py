@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from dtrain.train.loop.predictions import Predictions
 from dtrain.train.loss import in_fp64, read_loss
 from dtrain.train.precision import Precision
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
+from dtrain.train.sums import Sums
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,32 @@ class _Tally:
 
     totals: list[float | torch.Tensor] = field(default_factory=list)
     weights: list[float | torch.Tensor] = field(default_factory=list)
+
+
+class _Pass:
+    """What one rank has computed of the metrics of all its batches."""
+
+    def __init__(self) -> None:
+        self.tallies: dict[str, _Tally] = {}
+        self.states = Sums()
+        self.state: MetricState | None = None
+        """One of the states in `states`."""
+
+    def add_state(self, state: MetricState) -> None:
+        self.state = state
+        self.states.add(state.sizes, state.sums)
+
+
+@dataclass(frozen=True)
+class MetricState:
+    """What a metric of a library holds after one batch. States of batches are added up."""
+
+    sizes: Mapping[str, int]
+    """The name of each part of `sums`, and its number of elements."""
+    sums: torch.Tensor
+    """A vector in fp64."""
+    results: Callable[[Mapping[str, torch.Tensor]], dict[str, float]]
+    """Returns metrics by name for the sums of all batches by name."""
 
 
 class Sections:
@@ -134,7 +161,7 @@ class Evaluator:
 
     def _run_isolated(
         self, model: torch.nn.Module, predictions: Predictions | None, measure: bool
-    ) -> dict[str, _Tally] | None:
+    ) -> _Pass | None:
         """Run one pass, then restore the model's mode and the random number generators."""
         before = RandomState.capture()
         was_training = model.training
@@ -150,8 +177,8 @@ class Evaluator:
 
     def _run(
         self, model: torch.nn.Module, predictions: Predictions | None, measure: bool
-    ) -> dict[str, _Tally] | None:
-        tallies: dict[str, _Tally] = {}
+    ) -> _Pass | None:
+        done = _Pass()
         batches = self._loader.batches(self._requests)
         for request, batch in zip(self._requests, batches, strict=True):
             if self._context.stop.reason is not None:
@@ -161,15 +188,13 @@ class Evaluator:
                 first = int(request.samples[0])
                 seed_everything(derive_seed("evaluation", self._context.spec.seed, "at", first))
             if measure:
-                self._add(tallies, model, request, batch)
+                self._add(done, model, request, batch)
             if predictions is not None:
                 with self._precision():
                     predictions.add(model, batch, len(request.samples))
-        return tallies
+        return done
 
-    def _add(
-        self, tallies: dict[str, _Tally], model: torch.nn.Module, request: Request, batch: Any
-    ) -> None:
+    def _add(self, done: _Pass, model: torch.nn.Module, request: Request, batch: Any) -> None:
         with self._precision():
             metrics = self._context.task.evaluate(model, batch)
         if not isinstance(metrics, Mapping):
@@ -178,28 +203,34 @@ class Evaluator:
                 code="eval.not-metrics",
             )
         for name, value in metrics.items():
+            if isinstance(value, MetricState):
+                done.add_state(value)
+                continue
             total, weight = read_loss(value, len(request.samples), f"{self._origin}[{name!r}]")
-            tally = tallies.setdefault(name, _Tally())
+            tally = done.tallies.setdefault(name, _Tally())
             tally.totals.append(in_fp64(total))
             tally.weights.append(in_fp64(weight))
 
-    def _combine(self, tallies: dict[str, _Tally] | None) -> dict[str, float] | None:
+    def _combine(self, done: _Pass | None) -> dict[str, float] | None:
         """Exchange the sums once; every rank then adds the same numbers in the same order."""
         mine = None
-        if tallies is not None:
-            mine = {
+        if done is not None:
+            sums = {
                 name: (self._sums(tally.totals), self._sums(tally.weights))
-                for name, tally in tallies.items()
+                for name, tally in done.tallies.items()
             }
+            mine = sums, done.states.parts()
         everyone = collectives.gather_to_all((mine, len(self._requests)))
         shares: dict[int, dict[str, tuple[list[float], list[float]]]] = {}
+        states = Sums()
         for rank, (share, num_batches) in enumerate(everyone):
             if share is None:
                 return None
             if num_batches > 0:  # a rank without samples has no names to agree on
-                shares[rank] = share
+                shares[rank] = share[0]
+            states.merge(share[1])
         _check_names(shares)
-        return {
+        found = {
             name: _quotient(
                 name,
                 _sum([x for share in shares.values() for x in share[name][0]]),
@@ -207,6 +238,23 @@ class Evaluator:
             )
             for name in shares[0]
         }
+        idle = any(num_batches == 0 for _, num_batches in everyone)
+        return found | self._of_states(done, states, idle=idle)
+
+    def _of_states(self, done: _Pass | None, total: Sums, *, idle: bool) -> dict[str, float]:
+        """Return the metrics of states that were added up over all ranks.
+
+        Args:
+            done: what this rank has computed.
+            total: the sums over all ranks.
+            idle: whether a rank has no samples; it gets the metrics from another.
+        """
+        state = None if done is None else done.state
+        mine = None if state is None else state.results(total.totals())
+        if total and idle:
+            everyone = collectives.gather_to_all(mine)
+            mine = next((each for each in everyone if each is not None), None)
+        return mine or {}
 
     def _sums(self, values: list[float | torch.Tensor]) -> list[float]:
         """Return what the other ranks need: under `exact` every value, otherwise their sum."""

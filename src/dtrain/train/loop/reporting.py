@@ -109,7 +109,7 @@ class Report:
         self._samples, self._since = 0, now
 
     def epoch_ended(self, progress: Progress, metrics: dict[str, float]) -> None:
-        """Write the metrics that a LightningModule logged for the epoch that has just ended."""
+        """Write the metrics of a library, for the epoch that has just ended."""
         if self._active and metrics:
             epoch = _epoch_of(progress)
             self._metrics.write("train", progress.step, epoch, metrics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,8 +15,20 @@ from dtrain.train.checkpoint.leaves import changed, leaves, plain, restoring
 from dtrain.train.context import TrainContext
 from dtrain.train.ema import EMA, averages_of
 
+FINAL = "final"
+"""The owner of weights that replace the model's at the end of training, in checkpoints."""
 _TASK = "task"
 _FILE = "kept"
+
+
+class _Keeper(Protocol):
+    """What keeps weights of its own: an average, or a callback of a library."""
+
+    def kept(self) -> dict[str, Any]:
+        """Return the state for checkpoints."""
+
+    def load_kept(self, state: Mapping[str, Any]) -> None:
+        """Load a state that `kept` returned."""
 
 
 class Kept:
@@ -27,6 +39,8 @@ class Kept:
         self._device = context.device
         self._has_state = _has_state(self._task)
         self._averages: dict[str, EMA] = {}
+        self._keepers: dict[str, _Keeper] = {}
+        """Everything that keeps weights: the averages, and one callback of a library at most."""
         self._evaluated: EMA | None = None
         self._rolls_back = context.spec.checks.on_mismatch == "rollback"
         self._first: dict[str, Any] | None = None
@@ -34,12 +48,17 @@ class Kept:
 
     def begin(self, model: torch.nn.Module, callbacks: Iterable[Any]) -> None:
         """Find the averages of a model that was just built, and set the initial state."""
+        callbacks = list(callbacks)
         listed = [each for each in callbacks if isinstance(each, EMA)]
         for each in listed:
             each.attach(model)
         found = averages_of(model)
         self._refuse_other_models(found)
         self._averages = {f"EMA.{index}": each for index, each in enumerate(found)}
+        self._keepers = dict(self._averages)
+        for each in callbacks:
+            if hasattr(each, "kept") and each not in listed:
+                self._keepers[FINAL] = each
         self._evaluated = _evaluated(listed)
         for each in found:
             each.start()
@@ -60,7 +79,7 @@ class Kept:
 
     def state(self) -> dict[str, Any]:
         """Return the state of each owner that has state; the tensors are not copied."""
-        states: dict[str, Any] = {name: each.kept() for name, each in self._averages.items()}
+        states: dict[str, Any] = {name: each.kept() for name, each in self._keepers.items()}
         if self._has_state:
             given = self._task.state_dict()
             if not isinstance(given, Mapping):
@@ -111,7 +130,7 @@ class Kept:
             if owner not in states:
                 average.start()
         for owner, state in states.items():
-            if owner not in mine and not (owner == _TASK and self._has_state):
+            if owner not in self._keepers and not (owner == _TASK and self._has_state):
                 notes.append(f"it holds state of {_described(owner)}, which has no state now")
             else:
                 notes += self._load(owner, state)
@@ -121,7 +140,7 @@ class Kept:
         """Load the state of one owner. Return one sentence for each value that it did not load."""
         wanted = digest.of_leaves(leaves(state, owner))  # before the task can change it
         if owner != _TASK:
-            self._averages[owner].load_kept(state)
+            self._keepers[owner].load_kept(state)
             return []
         with restoring("the task"):
             self._task.load_state_dict(state)

@@ -51,6 +51,8 @@ class Training:
         self._started = time.monotonic()
         self.logged: Callable[[], Metrics] = dict
         """Returns what a LightningModule logged in the last step; all ranks call it."""
+        self._of_epoch: Callable[[], Metrics] = getattr(context.task, "training_metrics", dict)
+        """Returns what a library's task has computed of the epoch so far; all ranks call it."""
         self._context = context
         self._injector = injector
         self._kept = kept
@@ -216,13 +218,15 @@ class Training:
         ends = self.callbacks.step(outcome.loss, ends_epoch=batch.ends_epoch)
         metrics = functools.partial(self._metrics_of, outcome, lr)
         self._report.step(progress.step, batch.epoch, batch.size, metrics)
+        if batch.ends_epoch:
+            self._report.epoch_ended(progress, self._of_epoch())
         self._asked = outcome.flags._replace(end=float(outcome.flags.end or ends))
 
     def _metrics_of(self, outcome: StepOutcome, lr: float) -> Metrics:
         """Return the values of the line of metrics after a step. All ranks call it."""
         logged, metrics = self.logged(), outcome.metrics(lr)
         self.keep_names("train", logged.keys() - metrics.keys())
-        return {**logged, **metrics}
+        return {**self._of_epoch(), **logged, **metrics}
 
     def epoch_ended(self, metrics: Metrics) -> None:
         """Write the metrics that were logged for the epoch that has just ended."""
