@@ -497,6 +497,21 @@ _STRATEGIES = {
         "Strategy 'fsdp' needs one dtype for all trainable parameters of a block of the model.",
         "Give the parameters one dtype, for example by model.float(), or use strategy 'ddp'.",
     ),
+    "strategy.no-blocks": Entry(
+        "`train.activation_checkpointing: true` means the blocks of the model, but it has none: no "
+        "ModuleList or Sequential holds its layers.",
+        "Name the classes of the modules instead, for example [Block].",
+    ),
+    "strategy.no-compiler": Entry(
+        "torch.compile makes code that a compiler of the system must translate, and there is none.",
+        "Install a C++ compiler (g++) on the machines that train, or name one with the variable "
+        "CXX; on GPUs, install triton. Or leave `train.compile` out.",
+    ),
+    "strategy.no-such-class": Entry(
+        "`fsdp.wrap` or `train.activation_checkpointing` names a class of which the model has no "
+        "module with parameters.",
+        "Use the names that the message lists.",
+    ),
     "strategy.one-process-only": Entry(
         "The strategy trains in one process, but several were started.",
         "Use strategy 'ddp', or start one process.",
