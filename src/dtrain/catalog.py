@@ -330,6 +330,17 @@ def replicas_problem(strategy: str, replicas: int, world_sizes: Iterable[int]) -
     return None
 
 
+def own_loops_setting_problem(train: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return a setting of `train` that Lightning's own loops do not have, and what to do."""
+    for name, instead in (
+        ("compile", "call self.layer.compile() for the layers in configure_model()"),
+        ("activation_checkpointing", "call torch.utils.checkpoint.checkpoint in the module"),
+    ):
+        if train.get(name):
+            return name, f"is for dtrain's step, and Lightning's own loops train here: {instead}"
+    return None
+
+
 def shard_problem(strategy: str, virtual_shards: int, world_sizes: Iterable[int]) -> str | None:
     """Return why some number of processes cannot share the virtual shards evenly; None if all can.
 

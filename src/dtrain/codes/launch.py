@@ -845,6 +845,12 @@ LAUNCH: Mapping[str, Entry] = {
         "BatchNorm normalises over the samples of each process, not over the whole batch.",
         "Use a norm over features, SyncBatchNorm on GPUs, or strategy exact.",
     ),
+    "verify.compiled-differs": Entry(
+        "With `train.compile`, the training differs from the same one that is not compiled by more "
+        "than rounding.",
+        "Leave `train.compile` out, and report the difference to PyTorch, or find the layer with "
+        "TORCH_LOGS=graph_code.",
+    ),
     "verify.clipping-order": Entry(
         "Gradients are clipped before they are reduced.",
         "Use the job's own setting for clipping.",

@@ -532,6 +532,11 @@ _STRATEGIES = {
 }
 
 _KERAS = {
+    "keras.calls-no-forward": Entry(
+        "`train.compile` and `train.activation_checkpointing` change the forward of torch modules, "
+        "but Keras calls its layers in its own way.",
+        "Leave the setting out, or write the model with torch.",
+    ),
     "keras.callback-unsupported": Entry(
         "A callback of Keras cannot do in dtrain what it does in model.fit.",
         "Use the field of the job or the callback that the message names.",

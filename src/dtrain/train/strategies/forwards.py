@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch.nn import Module
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
 from dtrain.train.strategies.fsdp_wrapping import contains, of_classes, outermost, units
+from dtrain.train.tracing.perturb import is_of_keras
 
 
 def change_forwards(model: Module, spec: JobSpec, device: torch.device) -> None:
@@ -31,6 +33,13 @@ def change_forwards(model: Module, spec: JobSpec, device: torch.device) -> None:
         DtrainError: the model has no such modules, or nothing can be compiled here.
     """
     asked = spec.train.activation_checkpointing
+    if (asked or spec.train.compile) and is_of_keras(model):
+        name = "activation_checkpointing" if asked else "compile"
+        raise DtrainError(
+            f"train.{name} changes the forward of torch modules, which Keras does not call: leave "
+            "it out, or write the model with torch",
+            code="keras.calls-no-forward",
+        )
     blocks = units(model, spec.fsdp.wrap)
     if asked:
         field = "train.activation_checkpointing"
@@ -43,7 +52,7 @@ def change_forwards(model: Module, spec: JobSpec, device: torch.device) -> None:
                 code="strategy.no-blocks",
             )
         for module in chosen:
-            _become(module, _checkpointed)
+            _become(module, _checkpointed_eager if _counts_batches(module) else _checkpointed)
     if spec.train.compile:
         _require_compiler(device)
         # DDP's optimizer of graphs raises an error for one with a checkpoint
@@ -96,12 +105,27 @@ def _checkpointed(kind: type[Module]) -> type[Module]:
         if not torch.is_grad_enabled():
             return kind.forward(self, *args, **kwargs)
         contexts = noop_context_fn
-        if not torch.compiler.is_compiling():  # compiled code writes buffers in forward only
+        if not torch.compiler.is_compiling():
             contexts = functools.partial(_contexts, self)
         compute = functools.partial(kind.forward, self)
         return checkpoint(compute, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return _subclass(kind, forward)
+
+
+@functools.cache
+def _checkpointed_eager(kind: Any) -> type[Module]:
+    """Return a checkpointed class that is never compiled.
+
+    torch cannot compile a checkpoint whose forward writes a buffer.
+    """
+    return _subclass(kind, torch._dynamo.disable(_checkpointed(kind).forward))
+
+
+def _counts_batches(module: Module) -> bool:
+    """Return whether a forward of a module may change running statistics."""
+    norms = (each for each in module.modules() if isinstance(each, _NormBase))
+    return any(each.track_running_stats for each in norms)
 
 
 def _subclass(kind: type[Module], forward: Callable[..., Any]) -> type[Module]:

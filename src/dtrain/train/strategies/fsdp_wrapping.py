@@ -10,6 +10,9 @@ from torch import nn
 
 from dtrain.errors import DtrainError
 
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+"""Modules that nobody calls."""
+
 
 def units(model: nn.Module, wrap: Sequence[str] | None = None) -> list[nn.Module]:
     """Return the blocks of a model: the children of its outermost `ModuleList`s and `Sequential`s.
@@ -41,7 +44,12 @@ def of_classes(model: nn.Module, names: Sequence[str], field: str) -> list[nn.Mo
     Raises:
         DtrainError: no such module is of one of the classes. `field` is the field that names it.
     """
-    inside = [each for each in model.modules() if next(each.parameters(), None) is not None][1:]
+    inside = [
+        each
+        for each in model.modules()
+        if each is not model and not isinstance(each, _LISTS)
+        if next(each.parameters(), None) is not None
+    ]
     kinds = {each: {kind.__name__ for kind in type(each).__mro__} for each in inside}
     missing = [name for name in names if not any(name in kind for kind in kinds.values())]
     if missing:
@@ -61,7 +69,7 @@ def outermost(model: nn.Module, blocks: Collection[nn.Module]) -> Iterator[nn.Mo
     them.
     """
     for child in model.children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict) or contains(child, blocks):
+        if isinstance(child, _LISTS) or contains(child, blocks):
             yield from outermost(child, blocks)
         elif next(child.parameters(), None) is not None:
             yield child
