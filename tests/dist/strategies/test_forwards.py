@@ -113,7 +113,10 @@ def test_activations_computed_again_are_the_same_bits(
         assert one.random == other.random
 
 
-def test_a_checkpointed_module_keeps_names_class_and_copies() -> None:
+def test_a_checkpointed_module_keeps_names_class_and_copies(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # torch sets it for good
     torch.manual_seed(0)
     model, plain = Chain(0.3), Chain(0.3)
     plain.load_state_dict(model.state_dict())
@@ -223,7 +226,8 @@ def test_the_speed_is_that_of_steps_that_did_not_compile(tmp_path: Path) -> None
     # 20 samples: the second step has four, for which torch compiles again
     args, log = {"n": 20, "dropout": 0.3}, {"log": {"every_steps": 3}}
     (eager,) = run(1, tmp_path / "eager", "single", args, train={"steps": 6})
-    (compiled,) = run(1, tmp_path, "single", args, train={"steps": 6, "compile": True}, **log)
+    both = {"steps": 6, "compile": True, "activation_checkpointing": True}
+    (compiled,) = run(1, tmp_path, "single", args, train=both, **log)
     first, third, sixth = (each for each in lines(tmp_path, "metrics") if each["split"] == "train")
     assert "samples_per_second" not in first
     passed = third["time"] - first["time"]  # of step 2, which compiles, and step 3

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from dtrain.errors import DtrainError
 from dtrain.job.spec import JobSpec
@@ -104,10 +104,10 @@ def _checkpointed(kind: type[Module]) -> type[Module]:
     def forward(self: Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return kind.forward(self, *args, **kwargs)
-        contexts = noop_context_fn
-        if not torch.compiler.is_compiling():
-            contexts = functools.partial(_contexts, self)
         compute = functools.partial(kind.forward, self)
+        if torch.compiler.is_compiling():  # torch refuses any context_fn
+            return checkpoint(compute, *args, use_reentrant=False, **kwargs)
+        contexts = functools.partial(_contexts, self)
         return checkpoint(compute, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return _subclass(kind, forward)
