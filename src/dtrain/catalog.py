@@ -59,6 +59,8 @@ class StrategyFact(Fact):
     one_process: bool = False
     """True if there is one process in all (`single`) or per node (`dp`), independent of --procs."""
     multi_node: bool = True
+    compiles: bool = False
+    """True if it can train a model that torch.compile has compiled."""
     virtual_shards: bool = False
     """True if it distributes `train.virtual_shards`, which the number of processes must divide."""
 
@@ -118,6 +120,7 @@ STRATEGIES: Mapping[str, StrategyFact] = {
         summary="one process, the reference for all others",
         one_process=True,
         multi_node=False,
+        compiles=True,
     ),
     "dp": StrategyFact(
         f"{_STRATEGIES}.dp:DataParallelStrategy",
@@ -128,11 +131,13 @@ STRATEGIES: Mapping[str, StrategyFact] = {
     "ddp": StrategyFact(
         f"{_STRATEGIES}.ddp:DDPStrategy",
         summary="DistributedDataParallel: one process per device, gradients all-reduced",
+        compiles=True,
     ),
     "fsdp": StrategyFact(
         f"{_STRATEGIES}.fsdp:FSDPStrategy",
         summary="FSDP2 fully_shard: parameters, gradients and optimizer state sharded over the "
         "processes",
+        compiles=True,
     ),
     "exact": StrategyFact(
         f"{_STRATEGIES}.exact.strategy:ExactStrategy",
@@ -294,6 +299,46 @@ def own_loops_problem(strategy: str, nodes: int = 1) -> str | None:
             f"{', '.join(OWN_LOOPS)}"
         )
     return pair_problem("lightning", strategy, nodes)
+
+
+def compile_problem(strategy: Any) -> str | None:
+    """Return why a strategy cannot train a compiled model; None if it can, or is not known."""
+    fact = STRATEGIES.get(strategy) if isinstance(strategy, str) else None
+    if fact is None or fact.compiles:
+        return None
+    able = ", ".join(name for name, each in STRATEGIES.items() if each.compiles)
+    return f"strategy {strategy!r} {_NOT_COMPILED[strategy]}; these compile: {able}"
+
+
+_NOT_COMPILED: Mapping[str, str] = {
+    "dp": "copies the model in each step, and would compile each copy",
+    "exact": "promises the same bits on any number of processes, but the bits of compiled code "
+    "depend on the sizes of the batches that each process has seen before",
+}
+
+
+def replicas_problem(strategy: str, replicas: int, world_sizes: Iterable[int]) -> str | None:
+    """Return why some number of processes cannot share `fsdp.replicas` copies; None if all can."""
+    if strategy != "fsdp":
+        return None
+    for world_size in world_sizes:
+        if world_size % replicas:
+            return (
+                f"fsdp.replicas is {replicas}, but {world_size} processes cannot form that many "
+                f"groups of equal size; use a multiple of {replicas} processes"
+            )
+    return None
+
+
+def own_loops_setting_problem(train: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return a setting of `train` that Lightning's own loops do not have, and what to do."""
+    for name, instead in (
+        ("compile", "call self.layer.compile() for the layers in configure_model()"),
+        ("activation_checkpointing", "call torch.utils.checkpoint.checkpoint in the module"),
+    ):
+        if train.get(name):
+            return name, f"is for dtrain's step, and Lightning's own loops train here: {instead}"
+    return None
 
 
 def shard_problem(strategy: str, virtual_shards: int, world_sizes: Iterable[int]) -> str | None:

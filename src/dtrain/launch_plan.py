@@ -292,6 +292,15 @@ def _check_sizes(job: JobSpec, procs: int, attempt: int) -> None:
     world_sizes = [procs * count for count in range(min_nodes, nodes + 1)]
     if problem := catalog.shard_problem(job.strategy, job.train.virtual_shards, world_sizes):
         raise PlanError(problem, (*_SIZES, "strategy"), code="plan.uneven-shards")
+    if problem := catalog.replicas_problem(job.strategy, job.fsdp.replicas, world_sizes):
+        raise PlanError(problem, (*_SIZES, "fsdp.replicas"), code="plan.uneven-replicas")
+    if job.strategy == "fsdp" and job.fsdp.cpu_offload and not job.launch.gpus_per_node:
+        raise PlanError(
+            "fsdp.cpu_offload moves parameters from GPUs to the host, and this launch has no GPUs; "
+            "use --gpus, or leave it out",
+            ("fsdp.cpu_offload", "launch.gpus_per_node"),
+            code="plan.offload-without-gpus",
+        )
     if problem := sharded_problem(job, world_sizes):
         raise PlanError(problem, ("data.stream", "strategy", *_SIZES), code="plan.sharded-stream")
     inject = [] if attempt else job.checks.inject  # only the first attempt has injected faults

@@ -203,6 +203,11 @@ LAUNCH: Mapping[str, Entry] = {
         "`train.early_stopping` needs evaluations during the training, and there are none.",
         "Set `eval.every_steps` or `eval.every_epochs`.",
     ),
+    "job.two-precisions": Entry(
+        "`fsdp.param_dtype` and `train.precision` ask for two ways to compute with 16 bits.",
+        "Keep `train.precision` for autocast, which is the same under every strategy, or "
+        "`fsdp.param_dtype` with `train.precision: fp32`.",
+    ),
     "job.no-mtbf": Entry(
         "With `checkpoint.every: auto`, the best time between checkpoints depends on the mean time "
         "between failures, which is not given.",
@@ -342,7 +347,8 @@ LAUNCH: Mapping[str, Entry] = {
         "Write a value in the form that the message shows.",
     ),
     "plan.unsupported-combination": Entry(
-        "This trainer does not support this strategy, or not with this number of nodes.",
+        "This trainer does not support this strategy, or not with this number of nodes, or the "
+        "strategy does not support a setting of the job.",
         "Use the combination that the message names. README.md has a table of all combinations.",
     ),
     "plan.unknown-name": Entry(
@@ -369,6 +375,15 @@ LAUNCH: Mapping[str, Entry] = {
         "The strategy splits each step into parts that this number of processes cannot "
         "share evenly.",
         "Use a number of processes that the message names.",
+    ),
+    "plan.uneven-replicas": Entry(
+        "`fsdp.replicas` does not divide the number of processes.",
+        "Use a multiple of `fsdp.replicas` processes, also for each number of nodes that "
+        "`launch.nodes` allows.",
+    ),
+    "plan.offload-without-gpus": Entry(
+        "`fsdp.cpu_offload` is for GPUs, and the launch has none.",
+        "Leave it out, or launch with `--gpus`.",
     ),
     "plan.sharded-stream": Entry(
         "A data stream that shards itself does not work with this strategy, or with a "
@@ -849,6 +864,12 @@ LAUNCH: Mapping[str, Entry] = {
     "verify.batch-norm": Entry(
         "BatchNorm normalises over the samples of each process, not over the whole batch.",
         "Use a norm over features, SyncBatchNorm on GPUs, or strategy exact.",
+    ),
+    "verify.compiled-differs": Entry(
+        "With `train.compile`, the training differs from the same one that is not compiled by more "
+        "than rounding.",
+        "Leave `train.compile` out, and report the difference to PyTorch, or find the layer with "
+        "TORCH_LOGS=graph_code.",
     ),
     "verify.clipping-order": Entry(
         "Gradients are clipped before they are reduced.",

@@ -497,6 +497,21 @@ _STRATEGIES = {
         "Strategy 'fsdp' needs one dtype for all trainable parameters of a block of the model.",
         "Give the parameters one dtype, for example by model.float(), or use strategy 'ddp'.",
     ),
+    "strategy.no-blocks": Entry(
+        "`train.activation_checkpointing: true` means the blocks of the model, but it has none: no "
+        "ModuleList or Sequential holds its layers.",
+        "Name the classes of the modules instead, for example [Block].",
+    ),
+    "strategy.no-compiler": Entry(
+        "torch.compile makes code that a compiler of the system must translate, and there is none.",
+        "Install a C++ compiler (g++) on the machines that train, or name one with the variable "
+        "CXX; on GPUs, install triton. Or leave `train.compile` out.",
+    ),
+    "strategy.no-such-class": Entry(
+        "`fsdp.wrap` or `train.activation_checkpointing` names a class of which the model has no "
+        "module with parameters.",
+        "Use the names that the message lists.",
+    ),
     "strategy.one-process-only": Entry(
         "The strategy trains in one process, but several were started.",
         "Use strategy 'ddp', or start one process.",
@@ -517,6 +532,11 @@ _STRATEGIES = {
 }
 
 _KERAS = {
+    "keras.calls-no-forward": Entry(
+        "`train.compile` and `train.activation_checkpointing` change the forward of torch modules, "
+        "but Keras calls its layers in its own way.",
+        "Leave the setting out, or write the model with torch.",
+    ),
     "keras.callback-unsupported": Entry(
         "A callback of Keras cannot do in dtrain what it does in model.fit.",
         "Use the field of the job or the callback that the message names.",

@@ -253,7 +253,9 @@ class _Bar:
         values = numbers(line)
         if "loss" in values:
             text = f"epoch {line['epoch']}  loss {values['loss']:.4f}"
-            speed = f"  {values.get('samples_per_second', 0.0):,.0f} samples/s"
+            speed = ""
+            if "samples_per_second" in values:  # not after a step that only compiled
+                speed = f"  {values['samples_per_second']:,.0f} samples/s"
             room = self._console.width - len(text) - len(speed) - _BESIDE_TEXT
             self._text = text + speed if room >= 0 else text
         self._progress.update(self._task, completed=line["step"], text=self._text)

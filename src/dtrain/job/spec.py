@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from dtrain import catalog
 from dtrain.job.faults import late_faults
 from dtrain.job.fields import (
     Count,
@@ -84,8 +85,38 @@ class TrainSpec(Model):
     """Autocast type of the forward and backward pass; fp16 scales the loss."""
     clip_grad_norm: Positive | None = None
     """The maximum 2-norm of the whole reduced gradient."""
+    compile: bool = False
+    """Compile the model with torch.compile; see docs/compile.md. Strategies `single`, `ddp` and
+    `fsdp` can do that."""
+    activation_checkpointing: bool | Annotated[list[Text], Field(min_length=1)] = False
+    """Keep no activations inside blocks of the model, and compute them again in backward, which
+    needs less memory. `true` means the blocks that strategy `fsdp` gathers; or names of classes.
+    The results are the same bits as without."""
     early_stopping: EarlyStoppingSpec | None = None
     """Stop early when an evaluation metric no longer improves."""
+
+
+class FsdpSpec(Model):
+    """Settings that apply only to strategy `fsdp`; see docs/fsdp.md."""
+
+    wrap: Annotated[list[Text], Field(min_length=1)] | None = None
+    """Names of classes. Each module of one of them is gathered as one block. None means the members
+    of the outermost `ModuleList`s and `Sequential`s."""
+    reshard_after_forward: bool = True
+    """Free the gathered parameters of a block after its forward, and gather them again for its
+    backward. `false` needs more memory, and less communication."""
+    param_dtype: Literal["fp32", "bf16"] | None = None
+    """The type in which parameters are gathered and computed with, instead of autocast. `bf16` is
+    another training: forward and backward see rounded parameters. None means their own type."""
+    reduce_dtype: Literal["fp32", "bf16"] | None = None
+    """The type in which gradients are added. None means fp32 if they have 16 bits, otherwise their
+    own type."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and the optimizer's state in host memory, and update there. Needs
+    GPUs."""
+    replicas: Few = 1
+    """The number of copies of the model (HSDP). Each group of processes / `replicas` neighbours
+    shards one copy, and gradients are added over the copies."""
 
 
 class DataSpec(Model):
@@ -298,6 +329,8 @@ class JobSpec(Model):
     """The strategy: how the processes share the work."""
     train: TrainSpec
     """How the task is trained."""
+    fsdp: FsdpSpec = FsdpSpec()
+    """Settings that apply only to strategy `fsdp`."""
     data: DataSpec = DataSpec()
     """Settings for reading samples."""
     eval: EvalSpec = EvalSpec()
@@ -364,6 +397,7 @@ def cross_problems(job: Mapping[str, Any]) -> list[FieldProblem]:
         text = f"{micro} samples per forward pass are more than global_batch_size, {batch}"
         problems.append((("train", "micro_batch_size"), text, "job.micro-batch-too-large"))
     problems += late_faults(job)
+    problems += _strategy_problems(job, train)
     checkpoint = job.get("checkpoint")
     checkpoint = checkpoint if isinstance(checkpoint, Mapping) else {}
     if checkpoint.get("every") == "auto" and checkpoint.get("mtbf") is None:
@@ -373,6 +407,31 @@ def cross_problems(job: Mapping[str, Any]) -> list[FieldProblem]:
     if train.get("early_stopping") is not None and during == [None, None]:
         text = "needs evaluations during training; give eval.every_steps or eval.every_epochs"
         problems.append((("train", "early_stopping"), text, "job.no-evaluation-to-stop-by"))
+    return problems
+
+
+def _strategy_problems(job: Mapping[str, Any], train: Mapping[str, Any]) -> list[FieldProblem]:
+    """Return the settings that the strategy does not have, or that exclude one another."""
+    problems: list[FieldProblem] = []
+    strategy, section = job.get("strategy", "ddp"), job.get("fsdp")
+    if train.get("compile") is True and (problem := catalog.compile_problem(strategy)):
+        problems.append((("train", "compile"), problem, "plan.unsupported-combination"))
+    if not isinstance(section, Mapping):
+        return problems
+    if strategy != "fsdp":
+        defaults = FsdpSpec().model_dump()
+        text = "is for strategy fsdp; set that, or leave this out"
+        return problems + [
+            (("fsdp", name), text, "job.field-without-effect")
+            for name, value in section.items()
+            if name in defaults and value != defaults[name]
+        ]
+    if section.get("param_dtype") and train.get("precision", "fp32") != "fp32":
+        text = (
+            f"replaces autocast, which train.precision: {train['precision']} asks for; leave one "
+            "of them out"
+        )
+        problems.append((("fsdp", "param_dtype"), text, "job.two-precisions"))
     return problems
 
 

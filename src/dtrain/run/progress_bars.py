@@ -69,7 +69,7 @@ class Screen:
             return self._plain("\n", stream) + self.feed(text[1:], stream)
         if self._is_drawn(text):
             return self._draw(text)
-        above = "" if self._rows[self._row].strip() else self.finish()
+        above = "" if self._rows[self._row].strip() or self._are_cleared() else self.finish()
         return above + self._plain(text, stream)
 
     def flush(self, stream: str = "") -> str:
@@ -91,6 +91,10 @@ class Screen:
             return True
         has_returned = self._column == 0 and not self._has_moved
         return has_returned and bool(self._rows[self._row].strip())
+
+    def _are_cleared(self) -> bool:
+        """Return whether there are several bars, cleared for a text that comes above them."""
+        return len(self._rows) > 1 and not self.live
 
     def _plain(self, text: str, stream: str) -> str:
         whole, newline, rest = text.rpartition("\n")

@@ -16,6 +16,7 @@ from dtrain.verification.layouts import REFERENCE, Layout
 from dtrain.verification.rules import (
     BATCH_NORM,
     BITWISE,
+    COMPILED,
     ENDED_EARLY,
     GENERATORS,
     OTHER_GENERATORS,
@@ -144,6 +145,9 @@ class Judge:
         if level is not None:
             return replace(result, verdict="same", level=level)
         if _draws(self.reference):
+            finding = self._compiled_differs(layout) if layout.compiled else None
+            if finding is not None:
+                return replace(result, level="L0", finding=finding)
             return self._with_fixed_noise(result)
         return self._in_fp64(result, self.runner.trace_options)
 
@@ -188,6 +192,23 @@ class Judge:
             return replace(result, verdict="same", level=level)
         return self._in_fp64(result, options)
 
+    def _compiled_differs(self, layout: Layout) -> Finding | None:
+        """Compare with the same layout, not compiled, which draws the same random numbers.
+
+        While noise is fixed, torch compiles nothing: that comparison alone would prove nothing.
+        """
+        eager = replace(layout, compiled=False)
+        options = self.runner.trace_options
+        if self._level(compare(self.runner.record(eager), self.runner.record(layout))):
+            return None
+        options = replace(options, fp64=True)
+        exact = compare(*(self.runner.record(each, options) for each in (eager, layout)))
+        excess = exact.excess(L1)
+        if excess is None:
+            return None
+        observation = f"the relative difference from {eager.name} is {excess.value:.1e} in fp64"
+        return Finding(COMPILED, observation, "", excess.step, excess.tensor)
+
     def _level(self, comparison: Comparison) -> str | None:
         """Return the highest level that a comparison shows; None if it needs more runs."""
         if comparison.identical and comparison.excess(L1) is None:
@@ -219,7 +240,8 @@ class Judge:
             return replace(result, verdict="rounding", level="L1")
         case = Case(reference, other, result.layout, self.runner.spec, excess)
         finding = (
-            self._batch_norm(case, options)
+            (self._compiled_differs(case.layout) if case.layout.compiled else None)
+            or self._batch_norm(case, options)
             or losses.sum_for_mean(case)
             or self._state_in_task(case, options)
             or self._by_sample(case, options)
@@ -308,7 +330,7 @@ class Judge:
         comparison = compare(of_twin, recording)
         if comparison.identical:
             return replace(result, level="L3", bits_of=twin.name)
-        if layout.gpus:  # not promised: atomics add in any order
+        if not layout.repeats_bits:
             return result
         observation = f"the bits differ from those of {twin.name}"
         cause = "something depends on the launcher or on timing, or a resume did not restore it"

@@ -36,6 +36,8 @@ class Layout:
     """Stop after so many steps, and continue in a second attempt. None means one attempt."""
     own_loops: bool = False
     """True if Lightning's own loops train a LightningModule. Otherwise the job decides."""
+    compiled: bool = False
+    """True if torch.compile compiles the model."""
     overrides: tuple[str, ...] = ()
     """Further settings of the job, as `--set` takes them."""
     title: str | None = None
@@ -57,6 +59,15 @@ class Layout:
         return self.strategy == "exact"
 
     @property
+    def repeats_bits(self) -> bool:
+        """True if the same processes, started again or resumed, must have the same bits.
+
+        On GPUs, atomics add in any order. Compiled code depends on the sizes of the batches that
+        this process has seen.
+        """
+        return not self.gpus and not self.compiled
+
+    @property
     def name(self) -> str:
         """A name for people: `ddp ×4`, `lightning ddp 2 nodes ×2 by slurm`."""
         if self.title is not None:
@@ -72,6 +83,7 @@ class Layout:
             words.append("GPU")
         if self.launcher != "local":
             words.append(f"by {self.launcher}")
+        words += ["compiled"] if self.compiled else []
         text = " ".join(words)
         if self.micro_batch_size is not None:
             text += f", micro {self.micro_batch_size}"
@@ -172,6 +184,22 @@ def with_extra_layouts(
         more.append(exact)
     left_out = {} if problem is None or exact in layouts else {exact: problem}
     return list(dict.fromkeys([*layouts, *more])), left_out
+
+
+def compiled_layouts(layouts: Sequence[Layout], reference: Layout = REFERENCE) -> list[Layout]:
+    """Return the layouts of a job with `train.compile`. The reference is not compiled.
+
+    The first one is the reference compiled. Those that cannot be compiled are as without.
+    """
+    return [
+        replace(reference, compiled=True),
+        *(
+            layout
+            if layout.own_loops or catalog.compile_problem(layout.strategy)
+            else replace(layout, compiled=True)
+            for layout in layouts
+        ),
+    ]
 
 
 def _simplicity(layout: Layout, reference: Layout) -> tuple[object, ...]:

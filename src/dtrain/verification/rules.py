@@ -19,6 +19,7 @@ BUFFERS = "after a step every rank holds the buffers of one process"
 RANDOM = "ranks draw independent random numbers"
 EVALUATION = "every sample is evaluated exactly once"
 BITWISE = "layouts that promise the same bits have the same bits"
+COMPILED = "compiled code computes the same as the code that it is made of"
 MODEL = "model() gives every process the same bare model"
 
 RULE_CODES = {
@@ -37,6 +38,7 @@ RULE_CODES = {
     RANDOM: "verify.same-random-numbers",
     EVALUATION: "verify.evaluation-differs",
     BITWISE: "verify.bits-differ",
+    COMPILED: "verify.compiled-differs",
     MODEL: "verify.other-model",
 }
 """Clause → the code of the finding that it does not hold."""

@@ -301,7 +301,9 @@ _QUIET = ChecksSpec(every_steps=0, on_mismatch="warn", init="broadcast", on_nan=
 
 def recorded(spec: JobSpec, layout: Layout, trace_options: TraceOptions, steps: int) -> JobSpec:
     """Return the job as a layout runs it: only settings around the training are changed."""
-    train: dict[str, object] = {"epochs": None, "steps": steps, "early_stopping": None}
+    train: dict[str, object] = {
+        "epochs": None, "steps": steps, "early_stopping": None, "compile": layout.compiled,
+    }  # fmt: skip
     if layout.micro_batch_size is not None or trace_options.by_sample:
         train["micro_batch_size"] = 1 if trace_options.by_sample else layout.micro_batch_size
     launch = spec.launch
@@ -310,6 +312,9 @@ def recorded(spec: JobSpec, layout: Layout, trace_options: TraceOptions, steps: 
             "trainer": layout.trainer,
             "strategy": layout.strategy,
             "train": spec.train.model_copy(update=train),
+            "fsdp": spec.fsdp.model_copy(
+                update={"param_dtype": None, "reduce_dtype": None} if trace_options.fp64 else {}
+            ),
             "data": spec.data.model_copy(
                 update={} if layout.workers is None else {"workers": layout.workers}
             ),

@@ -16,6 +16,7 @@ from dtrain.verification.layouts import (
     REFERENCE,
     Layout,
     all_layouts,
+    compiled_layouts,
     reachable_clusters,
     requested_layouts,
     with_extra_layouts,
@@ -110,6 +111,8 @@ class Session:
             self.layouts, self._left_out = with_extra_layouts(
                 self.layouts, train, steps, self._reference
             )
+        if train.compile:
+            self.layouts = compiled_layouts(self.layouts, self._reference)
         self._optional = {
             layout for layout in self.layouts if _may_be_impossible(layout)
         } - requested

@@ -82,6 +82,10 @@ def test_averaged_weights_are_what_training_ends_with(tmp_path: Path) -> None:
             "train.clip_grad_norm",
         ),
         ("Manual", {"strategy": "exact"}, "plan.unsupported-combination", "'exact'"),
+        *(
+            ("Manual", {"train": {name: True}}, "plan.unsupported-combination", f"train.{name}")
+            for name in ("compile", "activation_checkpointing")
+        ),
         (
             *("Counting", {"eval": {"every_epochs": 1, "every_steps": 1}}),
             *("lightning.two-intervals", "eval.every_steps"),

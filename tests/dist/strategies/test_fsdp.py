@@ -233,7 +233,7 @@ def test_blocks_are_what_lists_and_sequences_hold() -> None:
 @pytest.mark.parametrize("kind", ["scalar", "types"])
 def test_what_cannot_be_cut_is_named(kind: str) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    check_shardable(model)
+    check_shardable(model, units(model))
     if kind == "scalar":
         model[1].gain = nn.Parameter(torch.tensor(1.5))
         code, words = "strategy.scalar-parameter", ("1.gain", "torch.tensor([1.5])")
@@ -241,7 +241,7 @@ def test_what_cannot_be_cut_is_named(kind: str) -> None:
         model[1].bias = nn.Parameter(torch.zeros(2, dtype=torch.float64))
         code, words = "strategy.mixed-types", ("1.weight is float32", "1.bias is float64")
     with raises(code, *words):
-        check_shardable(model)
+        check_shardable(model, units(model))
 
 
 class Tied(DeepRegression):

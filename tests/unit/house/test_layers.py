@@ -204,7 +204,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.train.strategies": (
         "base fsdp_wrapping lent parameters",
-        "ddp dp exact fsdp_gathers",
+        "ddp dp exact forwards fsdp_gathers",
         "fsdp_sharded",
         "fsdp",
     ),

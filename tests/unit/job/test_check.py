@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from dtrain import catalog
 from dtrain.errors import JobError, Problem
 from dtrain.job.load import flag, load_job
 from dtrain.job.script import does_nothing
+from dtrain.job.spec import cross_problems
 from dtrain.job.static_source import Arguments, Source
 from dtrain.task import REQUIRED
 from support.errors import assert_problems, raises
@@ -58,6 +60,35 @@ def test_pairs_that_cannot_work(check: Check) -> None:
         check(extra="strategy: single\nlaunch: {nodes: many}\n"),
         ("job.invalid-value", "job.yaml:7:17: launch.nodes", "'many'"),
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"train": {"compile": True}}, []),
+        ({"strategy": "fsdp", "fsdp": {"param_dtype": "bf16"}}, []),
+        ({"fsdp": {"replicas": 1, "cpu_offload": False}}, []),  # the defaults
+        ({"strategy": "exact", "train": {"compile": True}},
+         [("train.compile", "plan.unsupported-combination", "single, ddp, fsdp")]),
+        ({"strategy": "dp", "train": {"compile": True}},
+         [("train.compile", "plan.unsupported-combination", "'dp'")]),
+        ({"fsdp": {"replicas": 2, "reshard_after_forward": False}},
+         [(f"fsdp.{name}", "job.field-without-effect", "strategy fsdp")
+          for name in ("replicas", "reshard_after_forward")]),
+        ({"strategy": "fsdp", "fsdp": {"param_dtype": "bf16"}, "train": {"precision": "bf16"}},
+         [("fsdp.param_dtype", "job.two-precisions", "train.precision: bf16")]),
+        ({"trainer": "lightning", "lightning": {"step": "lightning"}, "train": {"compile": True}},
+         [("train.compile", "plan.unsupported-combination", "configure_model()")]),
+    ],
+)  # fmt: skip
+def test_settings_that_a_strategy_does_not_have(
+    fields: dict[str, Any], expected: list[tuple[str, str, str]]
+) -> None:
+    train = {"steps": 2, "global_batch_size": 4, **fields.get("train", {})}
+    found = cross_problems({"name": "t", "task": "t:T", **fields, "train": train})
+    assert [(".".join(keys), code) for keys, _, code in found] == [each[:2] for each in expected]
+    for (_, text, _), (_, _, word) in zip(found, expected, strict=True):
+        assert word in text
 
 
 def test_paths_must_exist(check: Check, tmp_path: Path) -> None:

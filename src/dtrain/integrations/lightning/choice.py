@@ -6,7 +6,7 @@ import functools
 import logging
 from typing import Any
 
-from dtrain.catalog import own_loops_problem
+from dtrain.catalog import own_loops_problem, own_loops_setting_problem
 from dtrain.errors import DtrainError, UsageError
 from dtrain.integrations.lightning.compat import PACKAGE, pl
 from dtrain.integrations.lightning.job_check import LOOPS_ARGUMENTS
@@ -86,6 +86,10 @@ class _Loops:
         problem = own_loops_problem(context.spec.strategy)
         if problem is not None:
             raise UsageError(f"{self._why}; and {problem}", code="plan.unsupported-combination")
+        setting = own_loops_setting_problem(context.spec.train.model_dump())
+        if setting is not None:
+            text = f"{self._why}; and train.{setting[0]} {setting[1]}"
+            raise UsageError(text, code="plan.unsupported-combination")
         if context.ranks.is_rank_zero:
             logger.warning("using Lightning's own loops: %s", self._why)
         Events(context.run, context.ranks, context.attempt).write("own_loops", why=self._why)

@@ -86,6 +86,11 @@ class LightningCheck(JobCheck):
             problem = catalog.own_loops_problem(strategy)
             if problem is not None:
                 return [(("lightning", "step"), problem, "plan.unsupported-combination")]
+        train = job.get("train")
+        if section.get("step") == "lightning" and isinstance(train, Mapping):
+            found = catalog.own_loops_setting_problem(train)
+            if found is not None:
+                return [(("train", found[0]), found[1], "plan.unsupported-combination")]
         if section.get("step") == "dtrain" and section.get("also_run"):
             text = "is for Lightning's own loops, not step: dtrain"
             return [(("lightning", "also_run"), text, "job.field-without-effect")]

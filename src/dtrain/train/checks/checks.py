@@ -11,7 +11,12 @@ import torch.distributed as dist
 from dtrain.train import collectives
 from dtrain.train.checks.collective_trace import CHAIN
 from dtrain.train.checks.finite import FiniteGuard
-from dtrain.train.checks.notices import BufferWrites, Unused, warn_of_batch_norm
+from dtrain.train.checks.notices import (
+    BufferWrites,
+    Unused,
+    warn_of_batch_norm,
+    warn_of_param_dtype,
+)
 from dtrain.train.checks.replicas import Ledger, ReplicaError
 from dtrain.train.checks.train_state import BUFFERS, MOMENTS, PARAMETERS, TrainState
 from dtrain.train.checks.unexpected_change import UnexpectedChangeDetector
@@ -91,6 +96,7 @@ class Checks:
         """
         CHAIN.reset()
         warn_of_batch_norm(self._subject.model, self._context, self._events)
+        warn_of_param_dtype(self._context, self._events)
         self._compare(step)
         self._first_steps_end = step + _FIRST_STEPS
         watched = self._unchanged_state is not None or self._writes is not None

@@ -43,6 +43,21 @@ def warn_of_batch_norm(model: torch.nn.Module, context: TrainContext, events: Ev
     )  # fmt: skip
 
 
+def warn_of_param_dtype(context: TrainContext, events: Events) -> None:
+    """Warn if FSDP rounds parameters, which no other strategy does."""
+    dtype = context.spec.fsdp.param_dtype
+    if not context.shards_model or dtype in (None, "fp32"):
+        return
+    events.write("param_dtype", dtype=dtype)
+    if context.ranks.is_rank_zero:
+        logger.warning(
+            "fsdp.param_dtype: %s rounds parameters, inputs and gradients in forward and backward, "
+            "so it is another training than under other strategies. train.precision: bf16 is "
+            "(nearly) the same under all",
+            dtype,
+        )
+
+
 def remedy(strategy: str, device: str, *, of_keras: bool = False) -> str:
     if of_keras:  # Keras's `synchronized=True` is for TensorFlow only
         return (

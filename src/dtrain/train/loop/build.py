@@ -20,6 +20,7 @@ from dtrain.train.loss import LossModule
 from dtrain.train.metrics.events import Events
 from dtrain.train.seeding import derive_seed, seed_everything
 from dtrain.train.strategies.base import Strategy
+from dtrain.train.strategies.forwards import change_forwards, graphs
 from dtrain.train.vote import vote
 from dtrain.train.weights.initial import InitialWeights
 
@@ -42,6 +43,7 @@ def build_parts(context: TrainContext, strategy: Strategy, initial: InitialWeigh
     initial.load(model)
     if collectives.in_group():
         compare_model(model, context.spec)
+    change_forwards(model, context.spec, context.device)
     loss = LossModule(model, task)
     strategy.shard(loss)
     seed_everything(derive_seed("optimizer", seed))
@@ -78,6 +80,20 @@ def warn_about_parts(
     if context.ranks.is_rank_zero:
         for warning in warnings:
             logger.warning("%s", warning)
+
+
+def warn_of_nothing_compiled(context: TrainContext, events: Events) -> None:
+    """Warn after the first step if `train.compile` has had no effect."""
+    if graphs():
+        return
+    events.write("nothing_compiled")
+    if context.ranks.is_rank_zero:
+        logger.warning(
+            "train.compile has compiled nothing: %s calls no module of the model that torch could "
+            "compile (it calls modules, for example model(x); torch.compile is also off with "
+            "TORCH_COMPILE_DISABLE=1)",
+            contract.named(context.task, "loss"),
+        )
 
 
 def train_feed(context: TrainContext) -> Feed:

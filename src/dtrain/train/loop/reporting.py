@@ -32,7 +32,9 @@ class Report:
         """The step, epoch and metrics of the last step; None once its line is written."""
         self._noted: dict[str, float] = {}
         self._samples = 0
-        self._since = time.monotonic()
+        self._since = self._step_ended = time.monotonic()
+        """When the measured time began, without that of steps that compiled; the last step's end.
+        """
 
     def started(self, progress: Progress, course: EpochPlan, *, resumed: bool) -> None:
         """Report the start, before the first step."""
@@ -47,7 +49,7 @@ class Report:
             resumed_from=progress.step if resumed else None,
         )
         self._metrics.begin(progress.step)
-        self._since = time.monotonic()
+        self._since = self._step_ended = time.monotonic()
         logger.info(
             "rank %d of %d, %s: %s, batch %d, %s",
             ranks.rank, ranks.world_size, spec.strategy, _length(course, progress.step + 1),
@@ -71,7 +73,13 @@ class Report:
         return self._first or step % every == 0 or step == self._total_steps
 
     def step(
-        self, step: int, epoch: int, samples: int, values: Callable[[], dict[str, float]]
+        self,
+        step: int,
+        epoch: int,
+        samples: int,
+        values: Callable[[], dict[str, float]],
+        *,
+        compiled: bool = False,
     ) -> None:
         """Write a line of metrics when one is due. All ranks call it after every step.
 
@@ -81,8 +89,15 @@ class Report:
             samples: the number of samples of all ranks in the step.
             values: returns the metrics; loss and lr are shown first. All ranks call it when a line
                 is due, so it may gather values from all ranks.
+            compiled: whether a rank compiled code since the last step. The time since then, and the
+                samples of this step, do not count for the speed.
         """
-        self._samples += samples
+        now = time.monotonic()
+        if compiled:
+            self._since += now - self._step_ended
+        else:
+            self._samples += samples
+        self._step_ended = now
         self._without_line = step, epoch, values
         if self.due(step):
             self.last_step()
@@ -97,7 +112,10 @@ class Report:
         if not self._active:
             return
         now = time.monotonic()
-        speed = {"samples_per_second": round(self._samples / max(now - self._since, 1e-9), 1)}
+        speed: dict[str, float] = {}
+        if self._samples:
+            rate = self._samples / max(now - self._since, 1e-9)
+            speed = {"samples_per_second": round(rate, 1)}
         head: dict[str, float] = {n: metrics.pop(n) for n in ("loss", "lr") if n in metrics}
         metrics = {**head, **speed, **metrics, **self._noted}
         self._noted.clear()

@@ -15,6 +15,7 @@ from dtrain.train.data.loader import to_device
 from dtrain.train.loss import LossModule, in_fp64
 from dtrain.train.precision import Precision
 from dtrain.train.strategies.base import Pending, Strategy
+from dtrain.train.strategies.forwards import graphs
 
 
 @dataclass
@@ -45,6 +46,8 @@ class StepFlags(NamedTuple):
     """The number of ranks on which that has failed."""
     position: float
     """`GlobalBatch.fingerprint`, to check that all ranks did the same step."""
+    compiled: float = 0.0
+    """The number of ranks that compiled code since the forwards of the last step."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,9 @@ class TrainStep:
         self._loss_scale = strategy.gradient_scale if early else 1.0
         self._gradient_scale = 1.0 if early else strategy.gradient_scale
         self._all = list(parts.model.parameters())
+        self._compiles = spec.compile
+        self._graphs = graphs() if spec.compile else 0
+        """The number of compiled graphs when it was last looked up."""
 
     def __call__(
         self,
@@ -147,12 +153,21 @@ class TrainStep:
             weight_so_far = weight_so_far + in_fp64(weight)
             self._guard.note(loss_sum)
             if last:
-                pending = self._strategy.start_sum((sum_so_far, weight_so_far, *flags))
+                pending = self._strategy.start_sum(
+                    (sum_so_far, weight_so_far, *self._with_compiled(flags))
+                )
             if self._parts.scaler is not None:
                 loss_sum = self._parts.scaler.scale(loss_sum)
             # the scale is the initial gradient: 25 µs cheaper than a product in the graph
             loss_sum.backward(torch.full_like(loss_sum, scale))
-        return pending or self._strategy.start_sum((0.0, 0.0, *flags))
+        return pending or self._strategy.start_sum((0.0, 0.0, *self._with_compiled(flags)))
+
+    def _with_compiled(self, flags: StepFlags) -> StepFlags:
+        """Return the flags of this rank after the last forward of a step."""
+        if not self._compiles:
+            return flags
+        before, self._graphs = self._graphs, graphs()
+        return flags._replace(compiled=float(self._graphs > before))
 
     def _update(self, correction: float, loss: float) -> tuple[torch.Tensor | None, bool]:
         """Clip and step. Return the norm before clipping and whether the step was skipped."""

@@ -194,7 +194,7 @@ class Training:
         self, batch: GlobalBatch, micro_batches: Iterator[tuple[int, Any]], num_micro_batches: int
     ) -> None:
         """Do one optimizer step. The caller then calls `evaluate_if_due` and `save_if_due`."""
-        progress = self.progress
+        context, progress = self._context, self.progress
         lr = float(self.parts.optimizer.param_groups[0]["lr"])
         self._strategy.start_step(batch)
         self._checks.step_begins(batch.step + 1, batch.epoch, idle=num_micro_batches == 0)
@@ -210,6 +210,8 @@ class Training:
         self._record(batch.epoch, outcome)
         if outcome.skipped:
             self._events.write("step_skipped", step=progress.step, loss=outcome.loss)
+        if progress.step == 1 and context.spec.train.compile:
+            build.warn_of_nothing_compiled(context, self._events)
         if batch.ends_epoch:
             self.data.check()
             self._report.epoch_read(batch, self.data.samples_read())
@@ -217,7 +219,8 @@ class Training:
         self._update_session(batch.size)
         ends = self.callbacks.step(outcome.loss, ends_epoch=batch.ends_epoch)
         metrics = functools.partial(self._metrics_of, outcome, lr)
-        self._report.step(progress.step, batch.epoch, batch.size, metrics)
+        compiled = flags.compiled > 0
+        self._report.step(progress.step, batch.epoch, batch.size, metrics, compiled=compiled)
         if batch.ends_epoch:
             self._report.epoch_ended(progress, self._of_epoch())
         self._asked = outcome.flags._replace(end=float(outcome.flags.end or ends))

@@ -57,7 +57,8 @@ class FSDPStrategy(Strategy):
         """Replace the model's parameters by this rank's parts."""
         if self.world_size == 1:
             return
-        self._sharded = Sharded(module.model, module, self.context.device, self.world_size)
+        options = self.context.spec.fsdp
+        self._sharded = Sharded(module.model, module, self.context.device, self.world_size, options)
         self._buffers = list(module.model.buffers())
 
     def start_step(self, batch: GlobalBatch) -> None:
@@ -106,9 +107,11 @@ class FSDPStrategy(Strategy):
         squares = torch.zeros((), dtype=torch.float64, device=self.context.device)
         for norm in torch._foreach_norm(parts):
             squares += norm.double().square()
-        dist.all_reduce(squares)
+        dist.all_reduce(squares, group=self._sharded.shard_group)
         total = squares.sqrt()
-        torch._foreach_mul_(parts, torch.clamp(max_norm / (known_norm(total) + 1e-6), max=1.0))
+        scale = torch.clamp(max_norm / (known_norm(total) + 1e-6), max=1.0)
+        for part in parts[:1]:  # with fsdp.cpu_offload they are on the CPU
+            torch._foreach_mul_(parts, scale.to(part.device))
         return total
 
     def finish_step(self) -> None:

@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_leaves
 
 from dtrain.train.checkpoint.state import plain_name
 from dtrain.train.checks.collective_trace import CHAIN
-from dtrain.train.strategies.fsdp_wrapping import units
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +63,21 @@ class BlockList:
 
 
 class Gathers:
-    """Keeps the gathers of a sharded model in one order."""
+    """Keeps the gathers of a sharded model in one order.
 
-    def __init__(self, model: nn.Module, root: FSDPModule) -> None:
-        self._lists = _lists(model)
+    Args:
+        model: the model.
+        blocks: the blocks that are gathered one at a time.
+        root: the module that holds the rest of the parameters.
+        reshards: whether a block is freed after its forward, and gathered again for its backward.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Iterable[nn.Module], root: FSDPModule, *, reshards: bool
+    ) -> None:
+        self._lists = _lists(model, set(blocks))
+        self._reshards = reshards
+        """Whether a block is freed after its forward."""
         self._everything = [root, *(b for each in self._lists for b in each.blocks.values())]
         self._meets = bool(self._lists)
         """Whether ranks agree on each block before they gather it."""
@@ -95,14 +105,23 @@ class Gathers:
 
     def finish_backward(self) -> None:
         for each in self._whole():
-            reduce(each.blocks.values())
+            self.reduce(each.blocks.values())
         if self._learns:
             self._learns = False
             self._stop_agreeing_if_chained()
 
     def streams(self, block: nn.Module) -> bool:
         """Return whether a block is gathered for its own forward only."""
-        return any(block in each.blocks.values() for each in self._lists if not each.whole)
+        listed = (each for each in self._lists if not each.whole)
+        return self._reshards and any(block in each.blocks.values() for each in listed)
+
+    def reduce(self, blocks: Iterable[FSDPModule]) -> None:
+        """Sum the gradients of blocks over the ranks, block by block, and cut the parameters."""
+        for block in blocks:
+            _set_streaming(block, True, reshards=self._reshards)
+            for group in _groups(block):
+                group.post_backward()
+                group.finalize_backward()
 
     def _whole(self) -> Iterable[BlockList]:
         return (each for each in self._lists if each.whole)
@@ -167,40 +186,32 @@ class Gathers:
 
 
 def gather(blocks: Iterable[FSDPModule]) -> None:
-    """Gather blocks. They stay gathered until `reduce`, and no backward reduces them."""
+    """Gather blocks. They stay gathered until `Gathers.reduce`, and no backward reduces them."""
     for block in blocks:
-        _set_streaming(block, False)
+        _set_streaming(block, False, reshards=False)
         block.unshard()
 
 
-def reduce(blocks: Iterable[FSDPModule]) -> None:
-    """Sum the gradients of blocks over the ranks, block by block, and cut the parameters again."""
-    for block in blocks:
-        _set_streaming(block, True)
-        for group in _groups(block):
-            group.post_backward()
-            group.finalize_backward()
-
-
-def _lists(model: nn.Module) -> list[BlockList]:
-    blocks = set(units(model))
+def _lists(model: nn.Module, blocks: set[nn.Module]) -> list[BlockList]:
+    """Return the blocks by the module that holds them: first those in lists and sequences."""
     found = []
-    for name, container in model.named_modules():
-        if isinstance(container, nn.ModuleList | nn.Sequential):
-            name = plain_name(name)
-            held = {
-                f"{name}.{key}" if name else key: child
-                for key, child in container.named_children()
-                if child in blocks
-            }
-            blocks -= set(held.values())
-            if held:
-                found.append(BlockList(name or "the model", held))
+    holders = list(model.named_modules())
+    holders.sort(key=lambda each: not isinstance(each[1], nn.ModuleList | nn.Sequential))
+    for name, holder in holders:
+        name = plain_name(name)
+        held = {
+            f"{name}.{key}" if name else key: child
+            for key, child in holder.named_children()
+            if child in blocks
+        }
+        blocks -= set(held.values())
+        if held:
+            found.append(BlockList(name or "the model", held))
     return found
 
 
-def _set_streaming(block: FSDPModule, streams: bool) -> None:
-    block.set_reshard_after_forward(streams, recurse=False)
+def _set_streaming(block: FSDPModule, streams: bool, *, reshards: bool) -> None:
+    block.set_reshard_after_forward(streams and reshards, recurse=False)
     block.set_reshard_after_backward(streams, recurse=False)
     block.set_requires_gradient_sync(streams, recurse=False)
 

@@ -8,13 +8,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.utils._pytree import tree_map_only
 
+from dtrain import catalog
+from dtrain.errors import UsageError
+from dtrain.job.spec import FsdpSpec
 from dtrain.train.strategies.base import refuse_sparse
-from dtrain.train.strategies.fsdp_gathers import Gathers, gather, reduce
-from dtrain.train.strategies.fsdp_wrapping import check_shardable, units
+from dtrain.train.strategies.fsdp_gathers import Gathers, gather
+from dtrain.train.strategies.fsdp_wrapping import check_shardable, outermost, units
 from dtrain.train.strategies.parameters import Usage
 
 _NOTHING = object()
@@ -35,6 +44,7 @@ class Sharded:
             that holds it. The step may call any method of the model.
         device: the device of the model.
         world_size: the number of processes.
+        options: section `fsdp` of the job.
         divide_by: the number that the sum of the processes' gradients is divided by.
         manual: whether backwards and updates run inside a step.
 
@@ -48,25 +58,37 @@ class Sharded:
         step: torch.nn.Module,
         device: torch.device,
         world_size: int,
+        options: FsdpSpec,
         *,
         divide_by: float = 1.0,
         manual: bool = False,
     ) -> None:
         refuse_sparse(model, "fsdp")
-        check_shardable(model)
-        mesh = init_device_mesh(device.type, (world_size,))
+        blocks = units(model, options.wrap)
+        check_shardable(model, blocks)
+        mesh = _mesh(device, world_size, options.replicas)
+        self.shard_group = mesh.get_group("shard")
+        """The processes that hold the parts of one copy of the model."""
         self.root: Any = _Root(step)
         """The step as a module, which the caller runs inside `forward`."""
+        if options.param_dtype is not None:
+            _cast(model, blocks, _DTYPES[options.param_dtype])
         self._units: list[FSDPModule] = []
         """Every block, then the root."""
-        for unit in [*units(model), self.root]:
+        for unit in [*blocks, self.root]:
             unit.register_forward_hook(_own_outputs)
-            fully_shard(unit, mesh=mesh, mp_policy=_policy(unit))
+            fully_shard(
+                unit,
+                mesh=mesh,
+                mp_policy=_policy(unit, options, casts_inputs=unit is not self.root),
+                reshard_after_forward=options.reshard_after_forward,
+                offload_policy=CPUOffloadPolicy() if options.cpu_offload else OffloadPolicy(),
+            )
             assert isinstance(unit, FSDPModule)
             unit.set_gradient_divide_factor(divide_by)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
             self._units.append(unit)
-        self._gathers = Gathers(model, self.root)
+        self._gathers = Gathers(model, blocks, self.root, reshards=options.reshard_after_forward)
         self._become_root()
         self._model = model
         self._parts = dict(model.named_parameters())
@@ -125,7 +147,7 @@ class Sharded:
         for parameter, by_any in zip(parameters, used.tolist(), strict=True):
             if by_any and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        reduce(self._units)
+        self._gathers.reduce(self._units)
         self.unshard()
 
     @contextmanager
@@ -185,12 +207,56 @@ def _forget_forwards(sharded: list[FSDPModule]) -> None:
             state._fsdp_param_group._post_forward_indices.clear()
 
 
-def _policy(unit: torch.nn.Module) -> MixedPrecisionPolicy:
-    """Return the policy: gradients of 16-bit parameters are added in fp32, autocast does the rest.
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-    With `param_dtype`, FSDP would gather in 16 bits, at half the traffic. But then parameters that
-    autocast keeps in fp32 would have 16 bits too. A norm on fp32 inputs would raise (on the CPU),
-    and elsewhere the training would differ from that under `ddp`.
+
+def _mesh(device: torch.device, world_size: int, replicas: int) -> DeviceMesh:
+    """Return the processes as copies of the model by parts of a copy."""
+    problem = catalog.replicas_problem("fsdp", replicas, [world_size])
+    if problem:
+        raise UsageError(problem, code="plan.uneven-replicas")
+    if replicas == 1:
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    shape = (replicas, world_size // replicas)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _policy(
+    unit: torch.nn.Module, options: FsdpSpec, *, casts_inputs: bool
+) -> MixedPrecisionPolicy:
+    """Return the policy. Gradients that have 16 bits are added in fp32, unless the job says else.
+
+    The root is not a module of the model but the whole step: its inputs are the batch, with targets
+    and weights, which nothing may round.
     """
-    low = any(p.dtype in (torch.float16, torch.bfloat16) for p in unit.parameters())
-    return MixedPrecisionPolicy(reduce_dtype=torch.float32 if low else None)
+    given = options.param_dtype and _DTYPES[options.param_dtype]
+    kinds = {given or parameter.dtype for parameter in unit.parameters()}
+    low = not kinds.isdisjoint((torch.float16, torch.bfloat16))
+    reduced = torch.float32 if low else None
+    if options.reduce_dtype is not None:
+        reduced = _DTYPES[options.reduce_dtype]
+    return MixedPrecisionPolicy(
+        param_dtype=given, reduce_dtype=reduced, cast_forward_inputs=casts_inputs
+    )
+
+
+def _cast(model: torch.nn.Module, blocks: list[torch.nn.Module], dtype: torch.dtype) -> None:
+    """Give each module outside the blocks its inputs in a type, and let the model return fp32.
+
+    FSDP does so for the blocks. Modules are cast one by one, because the step may call any method
+    of the model.
+    """
+
+    def cast(tensor: torch.Tensor, to: torch.dtype = dtype) -> torch.Tensor:
+        return tensor.to(to) if tensor.is_floating_point() else tensor
+
+    def before(_: Any, args: Any, kwargs: Any) -> Any:
+        return tree_map_only(torch.Tensor, cast, (args, kwargs))
+
+    def after(_module: Any, _args: Any, outputs: Any) -> Any:
+        return tree_map_only(torch.Tensor, lambda each: cast(each, torch.float32), outputs)
+
+    for module in outermost(model, blocks):
+        if module not in blocks:
+            module.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after)

@@ -173,7 +173,13 @@ class LoopsFSDP(LoopsStrategy):
             self._manual = not module.automatic_optimization
             size = self.world_size
             self._made = Sharded(
-                module, module, self.root_device, size, divide_by=size, manual=self._manual
+                module,
+                module,
+                self.root_device,
+                size,
+                self._context.spec.fsdp,
+                divide_by=size,
+                manual=self._manual,
             )
             if self._manual:
                 for name in ("toggle_optimizer", "untoggle_optimizer"):
