@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test unit fuzz check format clean help slurm slurm-cluster
+.PHONY: demo test unit fuzz check format clean help compiler slurm slurm-cluster
 
 help:
 	@echo "make demo           install into $(VENV), then train the digits example on 2 nodes x 2 ranks"
@@ -21,7 +21,7 @@ demo: $(VENV)/.demo
 # More workers than cores: many tests wait, for a cluster or for time to pass.
 WORKERS ?= 5
 # Compiled, since PYTHONDONTWRITEBYTECODE may be set: each cold node would compile dtrain, for 0.4 s.
-test: $(VENV)/.dev slurm
+test: $(VENV)/.dev slurm compiler
 	@$(BIN)/python -m compileall -q src slurm/cluster
 	@rm -f $(VENV)/.pytest-exit
 	$(BIN)/python -m pytest $(or $(TESTS),-n $(WORKERS) tests) || \
@@ -33,6 +33,13 @@ unit: $(VENV)/.dev
 # Until Ctrl-C: other examples each time, and more of them.
 fuzz: $(VENV)/.dev
 	while $(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=fuzz tests; do :; done
+
+# For torch.compile on the CPU.
+PYTHON_H = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
+compiler:
+	@{ command -v g++ && test -e "$(PYTHON_H)"; } >/dev/null || { \
+	  echo "installing g++ and Python's headers, from Debian's packages"; \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ python3-dev; }
 
 # What of Slurm cannot be installed is told, and its tests are skipped.
 slurm:

@@ -504,8 +504,9 @@ _STRATEGIES = {
     ),
     "strategy.no-compiler": Entry(
         "torch.compile makes code that a compiler of the system must translate, and there is none.",
-        "Install a C++ compiler (g++) on the machines that train, or name one with the variable "
-        "CXX; on GPUs, install triton. Or leave `train.compile` out.",
+        "Install a C++ compiler (g++) and the headers of Python (python3-dev) on the machines that "
+        "train, or name a compiler with the variable CXX; on GPUs, install triton. Or leave "
+        "`train.compile` out.",
     ),
     "strategy.no-such-class": Entry(
         "`fsdp.wrap` or `train.activation_checkpointing` names a class of which the model has no "

@@ -163,9 +163,13 @@ def test_a_missing_compiler_is_reported_before_the_first_step(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # torch sets it for good
     from torch._inductor import config, cpp_builder
 
+    spec = job("single", train={"compile": True})
+    with monkeypatch.context() as only:
+        only.setattr(forwards.sysconfig, "get_path", lambda _: str(tmp_path))
+        with raises("strategy.no-compiler", "Python.h", str(tmp_path)):
+            forwards.change_forwards(Chain(), spec, torch.device("cpu"))
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     cpp_builder.cpp_compiler_search.cache_clear()
-    spec = job("single", train={"compile": True})
     with raises("strategy.no-compiler", "g++", "CXX"):
         forwards.change_forwards(Chain(), spec, torch.device("cpu"))
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import sysconfig
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -164,9 +166,12 @@ def _require_compiler(device: torch.device) -> None:
     if device.type == "cpu":
         from torch._inductor import cpp_builder, exc
 
+        headers = sysconfig.get_path("include")
         try:
             cpp_builder.get_cpp_compiler()
-            return
+            if os.path.isfile(f"{headers}/Python.h"):
+                return
+            lacks = f"Python.h in {headers}: install the headers of Python, for example python3-dev"
         except exc.InvalidCxxCompiler:
             lacks = "a C++ compiler, and finds none: install g++, or set CXX to another one"
     else:
