@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dtrain.run.rundir import RunDir
+from support import EXAMPLES
 from support.contract import LauncherContract, Started, Way
 from support.errors import assert_named
 from support.launch import (
@@ -30,7 +31,7 @@ from support.launch import (
     worker_pids,
 )
 from support.lightning_kill import in_both_ways, killed_in_mid_epoch
-from support.programs import KINDS, restarts_on
+from support.programs import KINDS, restarts_on, trains_as_one_process
 from support.ray_cluster import RayCluster, on
 
 
@@ -64,6 +65,13 @@ def test_a_module_and_a_program_that_is_not_python(
     ray: RayCluster, tmp_path: Path, kind: str
 ) -> None:
     restarts_on(on(ray, procs=1), tmp_path, kind)
+
+
+def test_a_keras_model_with_its_metrics_is_the_same_training(
+    ray: RayCluster, tmp_path: Path
+) -> None:
+    job = EXAMPLES / "keras" / "job.yaml"
+    trains_as_one_process(on(ray, procs=1), tmp_path, job, ("loss", "accuracy"))
 
 
 # ---------------------------------------------------------------------- failures

@@ -39,7 +39,7 @@ from support.launch import (
     wait_for_step,
 )
 from support.lightning_kill import in_both_ways, killed_in_mid_epoch
-from support.programs import KINDS, restarts_on
+from support.programs import KINDS, restarts_on, trains_as_one_process
 from support.slurm_cluster import TWO, by_submitit, goes_on, job_of, once, sha, submit
 
 
@@ -78,6 +78,15 @@ def test_a_module_and_a_program_that_is_not_python(
 ) -> None:
     where = ("--launcher", "slurm", "--nodes", "2", "--procs", "1")
     restarts_on(where, tmp_path, kind)
+
+
+def test_a_compiled_model_in_two_copies_of_two_parts_is_the_same_training(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    settings = ("train.compile=true", "train.activation_checkpointing=true", "fsdp.replicas=2")
+    sets = [word for setting in settings for word in ("--set", setting)]
+    where = (*TWO, "--strategy", "fsdp", *sets)
+    trains_as_one_process(where, tmp_path, DIGITS, ("loss",))
 
 
 @in_both_ways

@@ -1,4 +1,4 @@
-"""Programs of a user's own on a cluster: a module, and one that is not Python."""
+"""What users bring, on a cluster: a module, a program that is not Python, and their settings."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
+
 from support import JOBS
-from support.launch import dtrain, status, the_run
+from support.launch import dtrain, metrics, status, the_run
 
 KINDS = ("module", "command")
 _FLAGS = {"module": ("-m", "package.train"), "command": ("--no-python", "./train.sh")}
@@ -30,3 +32,19 @@ def restarts_on(where: tuple[str, ...], folder: Path, kind: str) -> None:
         logs = [path.read_text() for _, path in run.rank_logs(0).values()]
         assert [log.count("loading: 100%") for log in logs] == [2, 2], "a bar is one line"
         assert sum("no such file: corpus.txt" in log for log in logs) == 1
+
+
+def trains_as_one_process(
+    where: tuple[str, ...], folder: Path, job: Path, names: tuple[str, ...]
+) -> None:
+    """Train a few steps on a cluster, and in one process here: these metrics are the same."""
+    few = ("--set", "train.steps=8", "--set", "log.every_steps=1", job)
+    made = []
+    for name, how in {"there": where, "here": ("--strategy", "single")}.items():
+        (folder / name).mkdir()
+        done = dtrain("launch", *how, *few, cwd=folder / name, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = metrics(the_run(folder / name))
+        made.append([line[name] for line in lines for name in ("step", *names)])
+    assert len(made[0]) >= 8 * (1 + len(names))
+    assert made[0] == pytest.approx(made[1], abs=1e-5)

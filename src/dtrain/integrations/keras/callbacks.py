@@ -13,6 +13,7 @@ import torch
 from dtrain.callback import Callback, Session
 from dtrain.errors import DtrainError
 from dtrain.integrations.keras.metrics import EpochMetrics
+from dtrain.train.loop.task_state import FinalWeights
 from dtrain.train.seeding import RandomState
 
 _INSTEAD = {
@@ -36,7 +37,7 @@ _DERIVED = {"min_delta"}
 """Attributes that a callback computes again itself: Keras changes the sign by the mode."""
 
 
-class KerasCallbacks(Callback):
+class KerasCallbacks(Callback, FinalWeights):
     """Does what `fit` does between steps: it counts metrics, and calls Keras's callbacks in turn.
 
     Losses and metrics are those of all processes together, so the callbacks decide the same on

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +22,14 @@ _TASK = "task"
 _FILE = "kept"
 
 
-class _Keeper(Protocol):
-    """What keeps weights of its own: an average, or a callback of a library."""
+class FinalWeights(ABC):
+    """A callback of a library that may replace the model's weights at the end of training."""
 
+    @abstractmethod
     def kept(self) -> dict[str, Any]:
         """Return the state for checkpoints."""
 
+    @abstractmethod
     def load_kept(self, state: Mapping[str, Any]) -> None:
         """Load a state that `kept` returned."""
 
@@ -39,7 +42,7 @@ class Kept:
         self._device = context.device
         self._has_state = _has_state(self._task)
         self._averages: dict[str, EMA] = {}
-        self._keepers: dict[str, _Keeper] = {}
+        self._keepers: dict[str, EMA | FinalWeights] = {}
         """Everything that keeps weights: the averages, and one callback of a library at most."""
         self._evaluated: EMA | None = None
         self._rolls_back = context.spec.checks.on_mismatch == "rollback"
@@ -55,9 +58,9 @@ class Kept:
         found = averages_of(model)
         self._refuse_other_models(found)
         self._averages = {f"EMA.{index}": each for index, each in enumerate(found)}
-        self._keepers = dict(self._averages)
+        self._keepers = {**self._averages}
         for each in callbacks:
-            if hasattr(each, "kept") and each not in listed:
+            if isinstance(each, FinalWeights):
                 self._keepers[FINAL] = each
         self._evaluated = _evaluated(listed)
         for each in found:
