@@ -40,7 +40,7 @@ def trains_as_one_process(
     """Train a few steps on a cluster, and in one process here: these metrics are the same."""
     few = ("--set", "train.steps=8", "--set", "log.every_steps=1", job)
     made = []
-    for name, how in {"there": where, "here": ("--strategy", "single")}.items():
+    for name, how in {"there": where, "here": ("--strategy", "single", "--procs", "1")}.items():
         (folder / name).mkdir()
         done = dtrain("launch", *how, *few, cwd=folder / name, timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
