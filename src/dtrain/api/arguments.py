@@ -37,6 +37,7 @@ class ResumeArguments(TypedDict, total=False):
     checks: Mapping[str, Any]
     log: Mapping[str, Any]
     lightning: Mapping[str, Any]
+    fsdp: Mapping[str, Any]
     launch: Mapping[str, Any]
 
 
@@ -48,6 +49,7 @@ class LaunchArguments(ResumeArguments, total=False):
     seed: int | None
     name: str | None
     script_args: Sequence[str]
+    accelerate_config: str | None
     run_id: str | None
 
 

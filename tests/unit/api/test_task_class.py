@@ -197,6 +197,7 @@ def test_a_worker_does_not_launch(folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_signature_shows_all_arguments() -> None:
     import inspect
 
+    from dtrain.job.script import PROGRAMS
     from dtrain.job.spec import JobSpec
     from dtrain.planning import FIELDS
 
@@ -204,7 +205,7 @@ def test_a_signature_shows_all_arguments() -> None:
     assert {"nodes", "set", "launcher", "train", "detach"} <= shown.keys()
     assert shown["launcher"].default == "local"
     # every section of a job is an argument, and every argument is documented
-    documented = set(JobSpec.model_fields) - {"task", "script"}
+    documented = set(JobSpec.model_fields) - {"task", *PROGRAMS}
     assert documented <= {*shown} | {field for field in FIELDS.values() if "." not in field}
     assert dtrain.launch.__doc__ is not None
     assert all(f" {name}:" in dtrain.launch.__doc__ or f"`{name}`" in dtrain.launch.__doc__
