@@ -24,7 +24,7 @@ def on_a_terminal(columns: int, *arguments: str, cwd: Path, **env: str) -> tuple
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = subprocess.Popen(
         [*DTRAIN, *arguments], cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs,
-        env={**os.environ, "TERM": "xterm-256color", **env},
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), **env},
     )  # fmt: skip
     os.close(theirs)
     chunks = []
