@@ -262,13 +262,13 @@ class _Bar:
 
     def show(self, bars: str) -> None:
         """Show the bars that rank 0 draws itself, unless there is that of the training."""
-        from rich.live import Live
-        from rich.text import Text
-
         if self._live is not None and not bars:
             self._live.stop()
             self._live = None
         elif bars != self._shown and bars and self._progress is None:
+            from rich.live import Live
+            from rich.text import Text
+
             if self._live is None:
                 self._live = Live(console=self._console, transient=True, auto_refresh=False)
                 self._live.start()

@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dtrain.integrations.script.command import _copy
 from dtrain.run import failures
 from support import JOBS, ROOT
 from support.errors import assert_named
@@ -164,6 +166,20 @@ def test_a_late_import_of_torch_is_as_quick_as_an_early_one(tmp_path: Path) -> N
     done = dtrain("launch", "late.py", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert "had torch True" in done.stdout
+
+
+def test_the_last_lines_of_stderr_are_whole_however_they_were_written() -> None:
+    """Python writes a traceback in many small parts."""
+    reads, writes = os.pipe()
+    tail, text = bytearray(), b"a line\n" * 20
+    with os.fdopen(reads, "rb") as stderr:
+        reader = threading.Thread(target=_copy, args=(stderr, tail))
+        reader.start()
+        for at in range(len(text)):
+            os.write(writes, text[at : at + 1])
+        os.close(writes)
+        reader.join(30)
+    assert bytes(tail) == text
 
 
 def test_what_an_error_file_may_hold(tmp_path: Path) -> None:

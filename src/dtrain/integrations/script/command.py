@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import IO
 
 from dtrain import procs
 from dtrain.errors import UsageError
-from dtrain.integrations.script.stopping import RUN_VARIABLE
+from dtrain.integrations.script.stopping import prepare
 from dtrain.run import failures
 from dtrain.run.failures import Kind
 from dtrain.run.rundir import RunDir
@@ -63,11 +62,9 @@ def run_command(command: Sequence[str], folder: Path, run: RunDir) -> Ended:
     Raises:
         UsageError: there is no such program, or it may not be executed.
     """
-    os.environ[RUN_VARIABLE] = str(run.path)
+    prepare(run)
     signal.signal(_PARENT_ENDED, lambda *_: os.killpg(0, signal.SIGKILL))
     procs.die_with_parent(os.getppid(), _PARENT_ENDED)
-    # The warning before a time limit. `dtrain.stopping()` uses it; others must not die of it.
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     program = command[0]
     argv = [str(folder / program) if os.sep in program else program, *command[1:]]
     try:
@@ -81,14 +78,14 @@ def run_command(command: Sequence[str], folder: Path, run: RunDir) -> Ended:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, _pass_on)
     assert process.stderr is not None
-    tail: deque[bytes] = deque(maxlen=_TAIL_BYTES // 1024)
+    tail = bytearray()
     reader = threading.Thread(target=_copy, args=(process.stderr, tail), daemon=True)
     reader.start()
     status = process.wait()
     reader.join(_STDERR_S)
     if status == -signal.SIGKILL:  # the agent finds out whether memory ran out
         os.kill(os.getpid(), signal.SIGKILL)
-    return Ended(program, status, _lines(b"".join(tail)))
+    return Ended(program, status, _lines(tail))
 
 
 def _pass_on(number: int, _frame: FrameType | None) -> None:
@@ -98,14 +95,16 @@ def _pass_on(number: int, _frame: FrameType | None) -> None:
     signal.signal(number, before)
 
 
-def _copy(stderr: IO[bytes], tail: deque[bytes]) -> None:
+def _copy(stderr: IO[bytes], tail: bytearray) -> None:
+    """Copy all that comes to this process's stderr, and keep the last bytes of it."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     while chunk := os.read(stderr.fileno(), 1024):
         sys.stderr.write(decoder.decode(chunk))
-        tail.append(chunk)
+        tail += chunk
+        del tail[:-_TAIL_BYTES]
 
 
-def _lines(raw: bytes) -> list[str]:
+def _lines(raw: bytearray) -> list[str]:
     text = raw.decode(errors="replace")
     lines = (line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n"))
     return [line for line in lines if line][-_TAIL_LINES:]

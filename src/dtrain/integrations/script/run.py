@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import runpy
-import signal
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed import constants, distributed_c10d
 
 from dtrain import procs
-from dtrain.integrations.script.stopping import RUN_VARIABLE
+from dtrain.integrations.script.stopping import prepare
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.run.events import note_event
@@ -51,9 +50,7 @@ def run_script(
         run: the run directory, where `dtrain.checkpoint` saves.
         leave: called with a text that names how the program has ended, and the lines it ended in.
     """
-    os.environ[RUN_VARIABLE] = str(run.path)
-    # The warning before a time limit. `dtrain.stopping()` uses it; others must not die of it.
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    prepare(run)
     procs.add_current_directory()
     main = ModuleType("__main__")
     sys.modules["__main__"] = main  # pickle and spawned processes look there

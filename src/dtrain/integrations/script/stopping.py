@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from dtrain.errors import UsageError
 from dtrain.ranks import RankInfo
+from dtrain.run.rundir import RunDir
 from dtrain.train import collectives
 from dtrain.train.context import StopFlag
 
@@ -17,6 +19,16 @@ RUN_VARIABLE = "DTRAIN_RUN_DIR"
 
 _STOP = StopFlag()
 _listening = False
+
+
+def prepare(run: RunDir) -> None:
+    """Prepare this process for a script, or for a program that it starts.
+
+    `dtrain.checkpoint` finds the run, and the warning before a time limit ends only those that
+    listen to it.
+    """
+    os.environ[RUN_VARIABLE] = str(run.path)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def require_group(what: str) -> RankInfo:
