@@ -54,6 +54,23 @@ def total() -> int:
     return here if limit is None else min(here, limit)
 
 
+def available() -> int:
+    """Return how much of `total` is not in use, in bytes."""
+    free = 1024 * _numbers(Path("/proc/meminfo")).get("MemAvailable", 0)
+    limit = _limit()
+    return free if limit is None else max(0, min(free, limit - _in_use()))
+
+
+def _in_use() -> int:
+    """Return what the processes below the memory limit use together, without the page cache."""
+    for group in _groups():
+        for name in ("memory.current", "memory.usage_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):
+                used = int((group / name).read_text())
+                return used - _numbers(group / "memory.stat").get("inactive_file", 0)
+    return 0
+
+
 def _kills() -> int:
     for group in _groups():
         for name in ("memory.events", "memory.oom_control"):

@@ -29,6 +29,7 @@ _COMMANDS = {
     "status": ("dtrain.cli.status", "Show a run's state, progress and newest metrics."),
     "logs": ("dtrain.cli.logs", "Show what the ranks of a run wrote, and follow it."),
     "why": ("dtrain.cli.why", "Why a run failed: the culprit, its error, what to try."),
+    "report": ("dtrain.cli.report", "Write an HTML page about the course of runs."),
     "cancel": ("dtrain.cli.cancel", "Stop a run: its workers save a checkpoint, then exit."),
     "verify": (
         "dtrain.cli.verify",

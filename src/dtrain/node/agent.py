@@ -27,6 +27,7 @@ from dtrain.node.heartbeat import Peer, send_heartbeats, silence_message
 from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.silence import SilenceWatcher
 from dtrain.node.store import PeerFailed
+from dtrain.node.usage import UsageLog
 from dtrain.procs import ignore_stops
 from dtrain.run import events, failures, verdict
 from dtrain.run.failures import FailureRecord
@@ -101,12 +102,15 @@ class NodeAgent(SimpleElasticAgent):
         self._running = {pid: worker.local_rank for pid, worker in zip(pids, workers, strict=True)}
         self._event("workers_started", pids=pids, restart=self._restart)
         self._silence = SilenceWatcher(self.plan, logs)
+        self._usage = UsageLog(self.plan.run, self.plan.attempt, self.node_rank)
         return dict(enumerate(pids))
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._handle_messages(worker_group)
         if self._running and not self._failed:
-            self._silence.watch(self._ranks(worker_group), self._signal, self._event)
+            ranks = self._ranks(worker_group)
+            self._silence.watch(ranks, self._signal, self._event)
+            self._usage.record(ranks)
         if self._failed:
             if self._restart >= self.plan.max_restarts:
                 self._remaining_restarts = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,11 +64,34 @@ def installed() -> int | None:
     """Return the number of GPUs that the driver knows. None if it cannot be asked."""
     if not any(Path(path).exists() for path in _DRIVERS):
         return 0
+    import pynvml
+
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        count = ctypes.c_uint()
-        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
-            return None
-    except (OSError, AttributeError):
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
         return None
-    return count.value
+
+
+def readings() -> list[dict[str, float]]:
+    """Return what each GPU of this host is doing now; none where the driver cannot be asked.
+
+    A reading has `utilization` (the percentage of time in which a kernel ran), `memory_used` and
+    `memory_total` (bytes) and `power` (watts), each only where the GPU has it.
+    """
+    count = installed()
+    if not count:
+        return []
+    import pynvml
+
+    found: list[dict[str, float]] = []
+    for index in range(count):
+        reading: dict[str, float] = {}
+        with contextlib.suppress(pynvml.NVMLError):  # a partition of a GPU lacks some of them
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+            reading |= {"memory_used": memory.used, "memory_total": memory.total}
+            reading["utilization"] = pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu
+            reading["power"] = pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000
+        found.append(reading)
+    return found

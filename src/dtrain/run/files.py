@@ -102,19 +102,33 @@ def read_lines(path: Path, **fields: type) -> Iterator[dict[str, Any]]:
     with file:
         for line in file:
             value = parse_line(line)
-            if value is not None and all(
-                _has_type(value.get(n), kind) for n, kind in fields.items()
-            ):
+            if value is None:
+                continue
+            for name, kind in fields.items():
+                found = type(value.get(name))
+                if found is not kind and not (kind is float and found is int):
+                    break
+            else:
                 yield value
 
 
 def parse_line(line: str | bytes) -> dict[str, Any] | None:
     """Return the JSON object of one line. None when it is not one, for example a truncated line."""
+    from pydantic_core import from_json  # 3 times as fast as json
+
     try:
-        value = json.loads(line)
+        value = from_json(line)
+    except ValueError:
+        value = _by_json(line)
+    return value if isinstance(value, dict) else None
+
+
+def _by_json(line: str | bytes) -> Any:
+    """Return the value of a line that pydantic refuses, for example one half of a surrogate."""
+    try:
+        return json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
 
 
 def last_line(log: Path) -> str:
@@ -139,12 +153,6 @@ def duration(seconds: float) -> str:
         return str(timedelta(seconds=round(max(0.0, seconds))))
     except (OverflowError, ValueError):
         return "?"
-
-
-def _has_type(value: Any, kind: type) -> bool:
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _open(path: Path) -> BinaryIO | None:

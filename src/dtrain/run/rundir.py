@@ -143,6 +143,14 @@ class RunDir:
         """Return the log with stdout and stderr of one worker, over all restarts of the attempt."""
         return self.node(attempt, node_rank) / f"rank-{rank:05d}.log"
 
+    def phases(self, attempt: int, node_rank: int, rank: int) -> Path:
+        """Return the record of one rank's time in each phase, see `dtrain.run.phases`."""
+        return self.node(attempt, node_rank) / f"rank-{rank:05d}.phases.jsonl"
+
+    def usage(self, attempt: int, node_rank: int) -> Path:
+        """Return the record of what the ranks of a node use, see `dtrain.node.usage`."""
+        return self.node(attempt, node_rank) / "usage.jsonl"
+
     def rank_logs(self, attempt: int) -> dict[int, tuple[int, Path]]:
         """Return rank → (node_rank, log path) for every worker log that exists."""
         found: dict[int, tuple[int, Path]] = {}

@@ -20,11 +20,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "__init__ catalog environ forking ports run",
         "job testing trace",
         "launch_plan train",
-        "console export integrations",
+        "console export integrations page",
         "keras node",
         "launchers worker",
         "checkpoints planning",
-        "resuming verification",
+        "report resuming verification",
         "api cli",
         "__main__",
     ),
@@ -41,7 +41,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.cli": (
         "completers lazy torchrun",
         "main options",
-        "array cancel checkpoint completion export launchers logs plan schema status verify why",
+        "array cancel checkpoint completion export launchers logs plan report schema status verify why",
         "launch runs",
         "resume",
     ),
@@ -122,7 +122,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.node": (
         "early_exit environment gpus hashing hints placement sealed stack_dump",
-        "heartbeat silence store worker",
+        "heartbeat silence store usage worker",
         "fork_server rendezvous",
         "agent",
         "agent_process",
@@ -133,9 +133,15 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "base",
         "argv ray slurm",
     ),
+    "dtrain.page": ("chart document",),
+    "dtrain.report": (
+        "phase_grid timeline",
+        "history",
+        "page",
+    ),
     "dtrain.run": (
         "files flight_recorder ids progress_bars rundir",
-        "attempts backend_files events failures manifest progress sync",
+        "attempts backend_files events failures manifest phases progress sync",
         "remote snapshot verdict",
         "code_archive lookup",
     ),
@@ -199,7 +205,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "native",
     ),
     "dtrain.train.metrics": (
-        "events loggers",
+        "events loggers phases",
         "writer",
     ),
     "dtrain.train.strategies": (
@@ -223,7 +229,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "tracer",
     ),
     "dtrain.verification": (
-        "compare layouts rules svg warm_servers",
+        "compare layouts rules warm_servers",
         "case lengths runner samples",
         "findings losses",
         "causes",

@@ -30,6 +30,7 @@ from dtrain.train.loop.reporting import Report
 from dtrain.train.loop.step import StepFlags, StepOutcome, TrainStep
 from dtrain.train.loop.task_state import Kept
 from dtrain.train.metrics.events import Events
+from dtrain.train.metrics.phases import PhaseClock
 from dtrain.train.strategies.base import Strategy
 from dtrain.train.weights.initial import InitialWeights
 
@@ -78,6 +79,7 @@ class Training:
         self._evaluator = build.make_evaluators(context)
         self._schedule = Schedule(context.spec)
         self._report = Report(context, self._events)
+        self._phases = PhaseClock(context.run, context.ranks, context.attempt, context.device)
         self.keep_names = self._report.keep_names
         view = View(context, self.parts.model, self.parts.optimizer, self._report.note, self._keep)
         self.callbacks = Callbacks(context, view, evaluates=self._evaluator is not None)
@@ -128,7 +130,12 @@ class Training:
         )
         self._checks.begin(self.progress.step)
         self._step = TrainStep(
-            parts, self._strategy, context.spec.train, context.device, self._checks.finite
+            parts,
+            self._strategy,
+            context.spec.train,
+            context.device,
+            self._checks.finite,
+            self._phases,
         )
         self._saver.begin_random(self.progress)
         self._asked = StepFlags(*[0.0] * 6)
@@ -158,6 +165,7 @@ class Training:
         self._saver.close()
         self._strategy.close()
         self.data.close()
+        self._phases.close()
         self._report.close()
         if self._evaluator is not None:
             self._evaluator.close()
@@ -176,7 +184,9 @@ class Training:
         watch = self._injector.requests(self.data, progress.step, progress.position, split)
         batches = self.data.batches(progress.step, progress.position, split, watch)
         while not progress.stopped_early:  # a batch that is taken is trained on
+            self._phases.enter("data")
             step = next(batches, None)
+            self._phases.enter("other")
             if step is None:
                 return
             yield step
@@ -198,14 +208,18 @@ class Training:
         lr = float(self.parts.optimizer.param_groups[0]["lr"])
         self._strategy.start_step(batch)
         self._checks.step_begins(batch.step + 1, batch.epoch, idle=num_micro_batches == 0)
-        outcome = self._step(micro_batches, num_micro_batches, batch.size, self._flags(batch))
+        flags = self._flags(batch)
+        self._phases.enter("data")
+        outcome = self._step(micro_batches, num_micro_batches, batch.size, flags)
         if not outcome.skipped:
             self._kept.update()
         self.data.agree(batch, outcome.flags.position)
         progress.step += 1
         progress.position = batch.after
         flags = outcome.flags
+        self._phases.enter("checkpoint")
         self._saver.proceed(busy=flags.writing > 0, failed=flags.write_failed > 0)
+        self._phases.enter("other")
         self._saver.prepare(self.parts.model, [self.parts.optimizer])
         self._record(batch.epoch, outcome)
         if outcome.skipped:
@@ -224,6 +238,7 @@ class Training:
         if batch.ends_epoch:
             self._report.epoch_ended(progress, self._of_epoch())
         self._asked = outcome.flags._replace(end=float(outcome.flags.end or ends))
+        self._phases.step_done(progress.step)
 
     def _metrics_of(self, outcome: StepOutcome, lr: float) -> Metrics:
         """Return the values of the line of metrics after a step. All ranks call it."""
@@ -290,13 +305,14 @@ class Training:
         Returns:
             False if a check found an error and the job does not ask to end training for it.
         """
-        if wait:
-            self._saver.finish()
-        self.data.check()
-        if not self._checks.before_save(self.progress.step):
-            return False
-        self.progress.feed = self.data.state_dict()
-        self._saver.save(self.progress, wait=wait, urgent=wait or urgent)
+        with self._phases.within("checkpoint"):
+            if wait:
+                self._saver.finish()
+            self.data.check()
+            if not self._checks.before_save(self.progress.step):
+                return False
+            self.progress.feed = self.data.state_dict()
+            self._saver.save(self.progress, wait=wait, urgent=wait or urgent)
         return True
 
     def finish_saving(self) -> None:
@@ -318,7 +334,7 @@ class Training:
         progress = self.progress
         last = self.course.over(progress.step, progress.position.epoch)
         predictions = self._predictions() if last else None
-        with self._strategy.whole():
+        with self._phases.within("evaluation"), self._strategy.whole():
             evaluate = functools.partial(self._evaluator, self._evaluated, predictions)
             metrics = self._evaluation_wrapper(evaluate)
         if metrics is None:
@@ -345,7 +361,8 @@ class Training:
         if predictions is None or progress.predicted_step == progress.step:
             return True
         assert self._evaluator is not None
-        with self._strategy.whole():  # after an early stop: the last step was not known before
+        # after an early stop: the last step was not known before
+        with self._phases.within("evaluation"), self._strategy.whole():
             if self._evaluator(self._evaluated, predictions, measure=False) is None:
                 return False
         self._predicted()

@@ -51,6 +51,7 @@ from dtrain.train.loop.metric_callbacks import Keep
 from dtrain.train.loop.progress import Progress, Schedule, refuse_to_end_before
 from dtrain.train.loop.reporting import Report
 from dtrain.train.metrics.events import Events
+from dtrain.train.metrics.phases import PhaseClock
 from dtrain.train.seeding import RandomState, derive_seed, seed_everything
 from dtrain.train.strategies.base import broadcast_buffers
 from dtrain.train.weights.initial import InitialWeights
@@ -77,6 +78,7 @@ class Fit(pl.Callback):
         self._see_losses(self._module)
         self._events = Events(context.run, context.ranks, context.attempt)
         self._report = Report(context, self._events)
+        self._phases = PhaseClock(context.run, context.ranks, context.attempt, context.device)
         self._checkpoints = Checkpoints(context, self._events)
         self._loaded = self._checkpoints.read_newest(_check, keep_open=True)
         self._initial = InitialWeights(context)
@@ -158,6 +160,7 @@ class Fit(pl.Callback):
         if self._loaded is not None:
             self._loaded.close()
         self._reading.close()
+        self._phases.close()
         self._report.close()
         self._strategy.close()
 
@@ -364,11 +367,21 @@ class Fit(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batch_size = _size(batch) if self._reading.placed is None else 0
+        self._phases.enter("forward")
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor
+    ) -> None:
+        self._phases.enter("backward")
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._phases.enter("forward")
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
         """Refuse a gradient that is not finite; with `on_nan: skip`, drop it."""
+        self._phases.enter("optimizer")
         if optimizer.param_groups and not self._rate_known:
             # the first optimizer's, before its scheduler changes it
             self._rate, self._rate_known = float(optimizer.param_groups[0]["lr"]), True
@@ -391,6 +404,7 @@ class Fit(pl.Callback):
         self._read += self._samples() * self._context.ranks.world_size
         if not trainer.fit_loop.epoch_loop._should_accumulate():
             self._stepped()
+        self._phases.enter("data")
 
     def _samples(self) -> int:
         """Return the number of this process's samples in the current micro-batch."""
@@ -413,9 +427,11 @@ class Fit(pl.Callback):
         if ends_epoch:
             progress.position = Position(epoch + 1, 0)
         self._mid_epoch, self._in_step = not ends_epoch, False
+        self._phases.enter("reduction")
         if self._context.ranks.world_size > 1:
             broadcast_buffers(list(self._module.buffers()))
         loss = self._exchange()
+        self._phases.enter("other")
         self._checkpoints.proceed(busy=self._flags["busy"], failed=self._flags["failed"])
         self._checkpoints.prepare(self._module, self._optimizers)
         self._record(epoch, loss)
@@ -426,6 +442,7 @@ class Fit(pl.Callback):
         values = functools.partial(self._values, loss, self._sums)
         self._report.step(progress.step, epoch, samples, values)
         self._sums, self._rate_known = [0.0, 0.0], False
+        self._phases.step_done(progress.step)
 
     def _exchange(self) -> float | None:
         """Exchange requests, and losses if they are used; return the mean loss."""
@@ -496,8 +513,9 @@ class Fit(pl.Callback):
             self._stop(validation_pending=False)
         to_keep, self._to_keep = self._to_keep, []
         due = to_keep or self._flags["save"] or self._schedule.save_due(self.progress)
-        if due and self._save(urgent=bool(to_keep)):
-            self._checkpoints.keep(self.progress.step, *to_keep)
+        with self._phases.within("checkpoint"):
+            if due and self._save(urgent=bool(to_keep)):
+                self._checkpoints.keep(self.progress.step, *to_keep)
         if self._mid_epoch:
             self._checks.between_steps()
 
@@ -579,6 +597,7 @@ class Fit(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make parameters whole before other callbacks: ranks may have unequally many batches."""
+        self._whole.enter_context(self._phases.within("evaluation"))
         self._whole.enter_context(self._strategy.whole())
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

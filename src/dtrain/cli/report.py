@@ -1,0 +1,47 @@
+"""`dtrain report`: a page about one or several runs."""
+
+from __future__ import annotations
+
+import click
+
+from dtrain.cli import completers
+from dtrain.cli import options as shared
+from dtrain.run.lookup import find
+
+
+@click.command(
+    "report",
+    cls=shared.Command,
+    examples=(
+        ("dtrain report last -o report.html", "A page about the run that was started last."),
+        ("dtrain report digits-4f digits-k3 -o both.html", "Two runs, laid over one another."),
+    ),
+)
+@click.argument("names", metavar="[RUN]...", nargs=-1, shell_complete=completers.runs)
+@shared.option(
+    shared.WHAT,
+    "--output",
+    "-o",
+    metavar="FILE",
+    help="The page to write.  [default: report-RUN.html]",
+    type=click.Path(dir_okay=False),
+)
+@shared.runs_option
+@shared.json_option
+def command(names: tuple[str, ...], output: str | None, runs: str, as_json: bool) -> None:
+    """Write one HTML page about each RUN (an id, a unique prefix, or `last`) and its course.
+
+    It shows metrics, phases, checkpoints, failures and what the time went to. The page needs no
+    network. Several runs are laid over one another.
+    """
+    from dtrain.page.document import write
+    from dtrain.report.history import read
+    from dtrain.report.page import page
+
+    histories = [read(find(name, runs)) for name in dict.fromkeys(names or ("last",))]
+    if as_json:
+        shared.print_json([each.to_json() for each in histories])
+        return
+    path = output or f"report-{histories[0].id}.html"
+    write(page(histories), path)
+    click.echo(f"report: {path}")

@@ -1,0 +1,1 @@
+"""Pages of one HTML file each, which need no network: style, charts, and their hover values."""

@@ -1,0 +1,1 @@
+"""What `dtrain report` shows: the whole course of one or several runs."""
