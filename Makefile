@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test unit fuzz check format clean help compiler slurm slurm-cluster
+.PHONY: demo test unit fuzz check format clean help browser compiler slurm slurm-cluster
 
 help:
 	@echo "make demo           install into $(VENV), then train the digits example on 2 nodes x 2 ranks"
@@ -21,7 +21,7 @@ demo: $(VENV)/.demo
 # More workers than cores: many tests wait, for a cluster or for time to pass.
 WORKERS ?= 5
 # Compiled, since PYTHONDONTWRITEBYTECODE may be set: each cold node would compile dtrain, for 0.4 s.
-test: $(VENV)/.dev slurm compiler
+test: $(VENV)/.dev slurm compiler browser
 	@$(BIN)/python -m compileall -q src slurm/cluster
 	@rm -f $(VENV)/.pytest-exit
 	$(BIN)/python -m pytest $(or $(TESTS),-n $(WORKERS) tests) || \
@@ -40,6 +40,11 @@ compiler:
 	@{ command -v g++ && test -e "$(PYTHON_H)"; } >/dev/null || { \
 	  echo "installing g++ and Python's headers, from Debian's packages"; \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ python3-dev; }
+
+# For the pages of `dtrain report` and `dtrain verify`.
+browser:
+	@command -v chromium >/dev/null || { echo "installing chromium, from Debian's packages"; \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
 
 # What of Slurm cannot be installed is told, and its tests are skipped.
 slurm:

@@ -24,12 +24,12 @@ import dtrain
 ROOT = Path(__file__).parents[1]
 STEP_S = 0.1
 """How long a step takes. The records of phases and of nodes are written by time."""
-EVERY = 10_000
-"""The steps between two checkpoints and evaluations."""
 
 
 def write_run(run: Path, steps: int, ranks: int, *, procs_per_node: int = 8) -> None:
     """Write the files of a run that has succeeded, with one failure and restart at half time.
+
+    A tenth of the steps is between two checkpoints, and between two evaluations.
 
     Args:
         run: the run directory to make.
@@ -78,7 +78,7 @@ def _metrics(start: float, steps: int, draw: random.Random) -> Iterable[dict[str
         line: dict[str, Any] = {"time": start + 30 + step * STEP_S, "step": step, "epoch": 0}
         loss = 2 / math.sqrt(step) + 0.01 * draw.random()
         yield {**line, "split": "train", "loss": loss, "lr": 0.1, "samples_per_second": 1e4}
-        if step % EVERY == 0:
+        if step % (steps // 10) == 0:
             yield {**line, "split": "eval", "loss": loss, "accuracy": 1 - loss}
 
 
@@ -87,13 +87,13 @@ def _events(start: float, steps: int, ranks: int) -> Iterable[dict[str, Any]]:
     began = {"event": "training_started", "world_size": ranks, "total_steps": steps}
     yield {"time": start + 5, "event": "workers_started", "restart": 0}
     yield {"time": start + 30, **began, "resumed_from": None, "attempt": 0}
-    for step in range(EVERY, steps + 1, EVERY):
+    for step in range(steps // 10, steps + 1, steps // 10):
         when = start + 30 + step * STEP_S
         saved = {"event": "checkpoint_saved", "step": step, "checkpoint": f"step-{step:08d}"}
         yield {"time": when, **saved, "attempt": 0, "seconds": 1.0, "stop_seconds": 0.1}
     failed = {"event": "worker_failed", "rank": 1, "what": "a fault", "restart": 0}
     yield {"time": half, **failed}
-    yield {"time": half + 1, **began, "resumed_from": steps // 2 // EVERY * EVERY, "attempt": 0}
+    yield {"time": half, **began, "resumed_from": steps // 2, "attempt": 0}
 
 
 def _phases(

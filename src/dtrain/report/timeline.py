@@ -156,15 +156,13 @@ def _with_repeated(
     spans: list[Span], resumed: list[tuple[float, int]], steps: list[tuple[float, int]]
 ) -> list[Span]:
     """Mark the training of steps that a later training did again."""
-    times = [when for when, _ in steps]
+    marks = sorted([*resumed, *steps])
     for began, step in resumed:
-        first = bisect.bisect_left(times, began)
-        lost = next((when for when, done in steps[:first] if done > step), None)
-        # steps after that time, until this training began, were done in vain
-        while first > 0 and lost is not None and steps[first - 1][1] > step:
-            lost, first = times[first - 1], first - 1
-        if lost is not None and first < bisect.bisect_left(times, began):
-            start = times[first - 1] if first else lost
+        first = last = bisect.bisect_left(marks, (began, -1))
+        while first and marks[first - 1][1] > step:
+            first -= 1
+        if first < last:
+            start = marks[max(0, first - 1)][0]  # when the step that was kept was done
             spans = [part for span in spans for part in _cut(span, start, began)]
     return spans
 

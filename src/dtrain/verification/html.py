@@ -53,7 +53,7 @@ def _table(report: Report) -> str:
             [
                 escape(result.layout.name),
                 result.level or "-",
-                f'<td class="number">{largest}</td>',
+                largest,
                 escape(text.where(result)),
                 f'<td class="{colour}">{escape(words)}</td>',
             ]

@@ -41,7 +41,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.cli": (
         "completers lazy torchrun",
         "main options",
-        "array cancel checkpoint completion export launchers logs plan report schema status verify why",
+        "array cancel checkpoint completion export launchers logs plan report schema status verify "
+        "why",
         "launch runs",
         "resume",
     ),

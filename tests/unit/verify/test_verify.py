@@ -21,7 +21,7 @@ from dtrain.run.rundir import RunDir
 from dtrain.trace import RankLine, Recording, StepRecord, Tensors, TraceOptions, Writer, read
 from dtrain.train.data.placement import GlobalBatch
 from dtrain.train.tracing import digest, perturb
-from dtrain.verification import html, svg, text, warm_servers
+from dtrain.verification import html, text, warm_servers
 from dtrain.verification.compare import L2, Comparison, compare
 from dtrain.verification.findings import exact_findings
 from dtrain.verification.judge import Result
@@ -39,6 +39,7 @@ from dtrain.verification.report import Report
 from dtrain.verification.rules import DATA, ENDED_EARLY, Finding
 from dtrain.verification.session import Progress, Session
 from support import ROOT
+from support.browser import hover, opened
 from support.errors import assert_shown, raises
 
 TINY = ROOT / "tests" / "jobs" / "tiny" / "job.yaml"
@@ -597,23 +598,14 @@ def test_the_page_is_well_formed_and_stands_alone(tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text()
     assert "samples &lt;3&gt; were read 2 times" in page
     assert "src=" not in page
-    assert "<script" not in page
     pictures = page.split("<svg")[1:]
     assert len(pictures) == 7
     for picture in pictures:
         ElementTree.fromstring("<svg" + picture.partition("</svg>")[0] + "</svg>")
+    with opened(tmp_path / "page.html") as shown:
+        assert hover(shown, ".plot").split("\n")[0] == "step 2"
     with raises("file.not-writable"):
         html.write(report(), tmp_path / "no" / "page.html")
-
-
-@pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("values", [[], [1.0], [2.0, 2.0, 2.0], [None, math.nan, 0.0, 1e-9, 1e300]])
-def test_any_values_can_be_drawn(values: list[float | None], log: bool) -> None:
-    marks = [svg.Mark("limit", 1e-5)]
-    picture = svg.chart([svg.Line("a", values, "good")], title="<t>", log=log, marks=marks)
-    ElementTree.fromstring(picture)
-    assert "nan" not in picture
-    assert "inf" not in picture
 
 
 def test_a_stream_that_shards_itself_has_no_reference() -> None:
