@@ -27,6 +27,7 @@ _COMMANDS = {
     "resume": ("dtrain.cli.resume", "Continue a run from its newest intact checkpoint."),
     "runs": ("dtrain.cli.runs", "List the runs."),
     "status": ("dtrain.cli.status", "Show a run's state, progress and newest metrics."),
+    "top": ("dtrain.cli.top", "Watch a run: progress, metrics, ranks, nodes, warnings."),
     "logs": ("dtrain.cli.logs", "Show what the ranks of a run wrote, and follow it."),
     "why": ("dtrain.cli.why", "Why a run failed: the culprit, its error, what to try."),
     "report": ("dtrain.cli.report", "Write an HTML page about the course of runs."),

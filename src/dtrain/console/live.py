@@ -15,7 +15,7 @@ from dtrain.console.tail import Follower
 from dtrain.launch_plan import LaunchPlan
 from dtrain.plainjson import numbers
 from dtrain.run import files, progress_bars
-from dtrain.run.failures import FAILURE_CLOSE, FAILURE_OPEN, is_collateral
+from dtrain.run.failures import FAILURE_CLOSE, FAILURE_OPEN, first_cause
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -166,7 +166,7 @@ class LiveConsole:
         failures = [each for each in self._failures if each["restart"] == self._restart - 1]
         if not failures:
             return
-        cause = min(failures, key=lambda each: (is_collateral(each["what"]), each["time"]))
+        cause = first_cause(failures)
         self.say(
             f"rank {cause['rank']} on {cause['node']} failed: {cause['what'].splitlines()[0]}; "
             f"restart {self._restart} of {cause['max_restarts']}"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from statistics import median
 from typing import Any
 
-from dtrain.run.phases import OWN, PHASES
+from dtrain.run.phases import OWN, PHASES, straggler
 
 NUM_COLUMNS = 120
-_SLOWER = 1.2
-"""A rank whose steps take this many times the median is a straggler."""
 
 
 class PhaseGrid:
@@ -87,12 +84,7 @@ class PhaseGrid:
             spent = self.rank_seconds(rank)
             if spent.get("steps"):
                 own[rank] = sum(spent.get(phase, 0.0) for phase in OWN) / spent["steps"]
-        if len(own) < 2:
-            return None
-        slowest = max(own, key=lambda rank: own[rank])
-        usual = median(own.values())
-        ratio = own[slowest] / usual if usual else 1.0
-        return (slowest, ratio) if ratio >= _SLOWER else None
+        return straggler(own)
 
     def to_json(self) -> dict[str, dict[str, float]]:
         """Return rank → phase → seconds over the whole run, and `steps`."""

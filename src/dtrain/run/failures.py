@@ -15,7 +15,7 @@ import sysconfig
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -447,6 +447,14 @@ def node_name() -> str:
 def is_collateral(message: str) -> bool:
     """Return whether an error only reports that another rank disappeared."""
     return _COLLATERAL.search(message[: checked.MOST]) is not None
+
+
+def first_cause(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return which of the `worker_failed` events of one restart reports its cause.
+
+    Every node has reported the first failure that it saw.
+    """
+    return min(events, key=lambda each: (is_collateral(each["what"]), each["time"]))
 
 
 def is_timeout(message: str) -> bool:

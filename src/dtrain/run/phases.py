@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, get_args
 
 from dtrain.run import files
@@ -44,6 +45,26 @@ class Pace:
 
 
 _SHORTEST_S, _LONGEST_S = 1.0, 60.0
+
+
+def straggler(own_seconds: Mapping[int, float]) -> tuple[int, float] | None:
+    """Return the slowest rank, and how many times the median it takes.
+
+    Args:
+        own_seconds: rank → the seconds of a step in the phases `OWN`.
+
+    Returns:
+        None if no rank is much slower than the others.
+    """
+    if len(own_seconds) < 2:
+        return None
+    slowest = max(own_seconds, key=lambda rank: own_seconds[rank])
+    usual = median(own_seconds.values())
+    ratio = own_seconds[slowest] / usual if usual else 1.0
+    return (slowest, ratio) if ratio >= _SLOWER else None
+
+
+_SLOWER = 1.2
 
 
 def read_phases(run: RunDir, attempt: int) -> Iterator[tuple[int, dict[str, Any]]]:

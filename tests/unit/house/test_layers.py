@@ -24,7 +24,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "keras node",
         "launchers worker",
         "checkpoints planning",
-        "report resuming verification",
+        "report resuming top verification",
         "api cli",
         "__main__",
     ),
@@ -41,8 +41,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.cli": (
         "completers lazy torchrun",
         "main options",
-        "array cancel checkpoint completion export launchers logs plan report schema status verify "
-        "why",
+        "array cancel checkpoint completion export launchers logs plan report schema status top "
+        "verify why",
         "launch runs",
         "resume",
     ),
@@ -161,6 +161,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "calls leaks",
         "__init__ plugin",
     ),
+    "dtrain.top": ("keys watch", "view"),
     "dtrain.train": (
         "context digest importing logs packed precision seeding sums vote",
         "collectives load metrics",

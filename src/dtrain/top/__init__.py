@@ -1,0 +1,1 @@
+"""What `dtrain top` shows: a run while it runs."""
