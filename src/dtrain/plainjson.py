@@ -26,9 +26,15 @@ def _without_nan(value: Any) -> Any:
 
 def numbers(line: Any) -> dict[str, float]:
     """Return the numbers of an object as they were before `to_json`: null becomes NaN again."""
-    values = line.items() if isinstance(line, Mapping) else ()
-    restored = ((name, math.nan if value is None else value) for name, value in values)
-    return {name: _float(value) for name, value in restored if isinstance(value, int | float)}
+    found: dict[str, float] = {}
+    for name, value in line.items() if isinstance(line, Mapping) else ():
+        if isinstance(value, float):
+            found[name] = value
+        elif value is None:
+            found[name] = math.nan
+        elif isinstance(value, int):
+            found[name] = _float(value)
+    return found
 
 
 def _float(value: float) -> float:

@@ -18,6 +18,7 @@ from secrets import token_hex
 import pytest
 
 from cluster import Cluster
+from dtrain.report import history as report
 from dtrain.run import failures
 from dtrain.run.attempts import Handle
 from dtrain.run.rundir import RunDir
@@ -124,6 +125,12 @@ def test_a_run_that_is_requeued_by_hand_goes_on(
     run, _ = goes_on(tmp_path, lambda run: void(slurm, "scontrol", "requeue", job_of(run)))
     left_and_resumed(run, "SIGTERM")
     assert sha(run) == unbroken
+    history = report.read(run)
+    kinds = [span.kind for span in history.timeline.spans]
+    first, second = (k for k, kind in enumerate(kinds) if kind == "training")
+    assert "queued" in kinds[:first]
+    assert "queued" in kinds[first:second]  # a job that is requeued waits at least its BeginTime
+    assert history.phases.ranks == [0, 1, 2, 3]
 
 
 def test_an_elastic_run_takes_what_is_free_and_goes_on_at_another_size(

@@ -165,3 +165,16 @@ def test_simulated_nodes_have_gpus_of_their_own(tmp_path: Path) -> None:
     run = train(tmp_path, "--nodes", "2", *ONE_GPU)
     assert plan(run)["world_size"] == 2
     assert metrics(run, "eval")[-1]["accuracy"] >= 0.9
+
+
+def test_phases_of_a_gpu_add_up(tmp_path: Path) -> None:
+    dtrain("launch", *ONE_GPU, "--set", "train.epochs=40", JOB, cwd=tmp_path)
+    (report,) = json.loads(dtrain("report", "--json", cwd=tmp_path))
+    spent = report["phases"]["0"]
+    steps = spent.pop("steps")
+    assert steps == report["step"]
+    assert min(spent["forward"], spent["backward"], spent["optimizer"]) > 0
+    assert 0.5 * report["seconds"]["steps"] < sum(spent.values()) <= report["duration"]
+    found = json.loads(dtrain("top", "--json", cwd=tmp_path))
+    (gpu, *_) = found["nodes"]["0"]["gpus"]
+    assert 0 < gpu["memory_used"] < gpu["memory_total"]

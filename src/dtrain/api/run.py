@@ -20,6 +20,9 @@ from dtrain.console.live import LiveConsole
 from dtrain.errors import DtrainError, RunNotFound
 from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import status, stopping, summary
+from dtrain.page import document
+from dtrain.report import history
+from dtrain.report.page import page
 from dtrain.run import lookup, verdict
 from dtrain.run.remote.runs import refresher
 from dtrain.run.rundir import RunDir, list_runs
@@ -241,6 +244,26 @@ class Run(AbstractContextManager["Run"]):
         if found is None:
             return None
         return RunVerdict(**vars(found), text=verdict.render(found, self.directory))
+
+    def report(self, output: str | os.PathLike[str], *others: Run) -> Path:
+        """Write one HTML page about the course of the run, as `dtrain report` does.
+
+        Args:
+            output: the page to write.
+            others: further runs, which are laid over this one.
+
+        Returns:
+            The path of the page.
+
+        Raises:
+            UsageError: the page cannot be written to this path.
+        """
+        histories = []
+        for run in (self, *others):
+            run._refresh()
+            histories.append(history.read(run.directory))
+        document.write(page(histories), Path(output))
+        return Path(output)
 
     # -- internal ------------------------------------------------------------------------
 

@@ -27,17 +27,17 @@ class PhaseGrid:
         cells = self._cells.get(rank)
         if cells is None:
             cells = self._cells[rank] = [{} for _ in range(NUM_COLUMNS)]
-        phases = {**line["phases"], "steps": line["steps"]}
-        seconds = sum(line["phases"].values())
-        first, last = self._column(line["time"] - seconds), self._column(line["time"])
-        columns = range(int(first), int(last) + 1)
-        for column in columns:
-            cell = cells[column]
+        phases = line["phases"]
+        last = self._column(line["time"])
+        first = self._column(line["time"] - sum(phases.values()))
+        for column in range(int(first), int(last) + 1):
             share = 1.0
-            if len(columns) > 1:
+            if int(first) < int(last):
                 share = (min(last, column + 1) - max(first, column)) / (last - first)
-            for phase, amount in phases.items():
-                cell[phase] = cell.get(phase, 0.0) + share * amount
+            cell = cells[column]
+            cell["steps"] = cell.get("steps", 0.0) + share * line["steps"]
+            for phase, seconds in phases.items():
+                cell[phase] = cell.get(phase, 0.0) + share * seconds
 
     def _column(self, when: float) -> float:
         place = NUM_COLUMNS * (when - self.start) / (self.end - self.start)
