@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.run.phases import read_phases, read_usage
 from dtrain.run.remote.runs import staging
 from dtrain.run.remote.store import RemoteStore
 from dtrain.run.rundir import RunDir, list_runs
@@ -87,6 +88,10 @@ def test_nodes_that_share_no_folder_train_are_killed_and_go_on(
     assert [line["step"] for line in metrics(run_here())][-1] == 60
     placed = [event["nodes"] for event in events(run_here(), "attempt_started")]
     assert placed == [[ray.ip(7), ray.ip(8)]] * 3
+    report = dtrain("report", "--runs", RUNS, "-o", "page.html", cwd=tmp_path)
+    assert report.returncode == 0, report.stderr
+    assert {rank for rank, _ in read_phases(run_here(), 2)} == {0, 1, 2, 3}
+    assert {node_rank for node_rank, _ in read_usage(run_here(), 2)} == {0, 1}
     for folder in folders[:2]:
         assert not list(folder.rglob("model.pt"))  # cleared away, also by those that were killed
     place = RemoteStore(RUNS)

@@ -27,7 +27,7 @@ STARTING = ("job.yaml", "resolved.yaml", "plan.json")
 """Files that only the launching side writes."""
 LAUNCH = (*STARTING, *(f"attempts/*/{name}.json" for name in ("handle", "result", "verdict")))
 """Files that the launching side writes of a run that continues without it."""
-LOGS = ("*.log*",)
+LOGS = ("*.log*", "attempts/*/node-*/*.jsonl")
 CODE = ("code/*",)
 
 
