@@ -49,8 +49,8 @@ FIELDS = {
 class Request:
     """The options of a launch that are not in the job: from flags, or from a caller."""
 
-    launcher: str = "local"
-    """The name of a profile."""
+    launcher: str | None = None
+    """The name of a profile. None means `local`, or of a run that exists its own."""
     runs: str = "runs"
     """The directory or URL of all runs."""
     run_id: str | None = None
@@ -139,55 +139,118 @@ class Prepared:
             )
 
 
-def plan_run(job: str | JobWithoutFile, request: Request) -> Prepared:
+def plan_run(job: str | JobWithoutFile | RunDir, request: Request) -> Prepared:
     """Plan a new run.
 
     Args:
-        job: path of a job file or a script, or a job for which there is no file.
+        job: path of a job file or a script, a job for which there is no file, or a run whose job
+            and options are used again, with the code as it is now.
         request: the options that are not in the job.
 
     Raises:
         JobError: job, profile or flags are wrong.
         PlanError: they do not work together.
     """
+    if isinstance(job, RunDir):
+        again = _Again.of(job, request)
+        return _new_run(
+            again.job, again.profile, request, again.job_dir, again.options, again.set_before
+        )
+    launcher = request.launcher or "local"
     if isinstance(job, JobWithoutFile):
-        profile = load_profile(request.launcher, job.folder)
+        profile = load_profile(launcher, job.folder)
         return _new_run(job.load(request, profile), profile, request, job.folder)
     job_dir = Path(job).absolute().parent
-    profile = load_profile(request.launcher, job_dir)
+    profile = load_profile(launcher, job_dir)
     text = job_of_script(job)
     loaded = load_job(job, request.overrides, profile.launch, request.fields, text=text)
     return _new_run(loaded, profile, request, job_dir)
 
 
-def _new_run(job: LoadedJob, profile: LoadedProfile, request: Request, job_dir: Path) -> Prepared:
+def _new_run(
+    job: LoadedJob,
+    profile: LoadedProfile,
+    request: Request,
+    job_dir: Path,
+    before: Mapping[str, Located] | None = None,
+    set_before: Mapping[str, Any] | None = None,
+) -> Prepared:
     run_id = ids.new(job.spec.name) if request.run_id is None else request.run_id
     run_id += request.suffix
     if problem := ids.problem(run_id):
         raise UsageError(
             f"--run-id {quoted(run_id)} cannot be the id of a run: {problem}", code="usage.run-id"
         )
-    return _planned(job, profile, request, {}, run_id, request.runs, job_dir)
+    runs = request.runs
+    return _planned(job, profile, request, before or {}, run_id, runs, job_dir, 0, set_before)
 
 
 def plan_attempt(run: RunDir, request: Request) -> Prepared:
     """Plan the next attempt of a run; errors as for `plan_run`."""
-    before = LaunchPlan.read(run)
-    job_dir = _job_dir_of(before)
-    profile = load_profile(before.profile, job_dir, f"run {run.id}")
-    inherited = events.accepted_job(run)
-    job = load_job(inherited, request.overrides, {}, request.fields, job_dir=job_dir)
+    again = _Again.of(run, request)
     return _planned(
-        _with_secrets(job, run),
-        profile,
+        again.job,
+        again.profile,
         request,
-        _options_before(before),
+        again.options,
         run.id,
-        before.run_url.rpartition("/")[0] or run.path.parent,
-        job_dir,
+        again.runs,
+        again.job_dir,
         status.next_attempt(run),
-        before.set_by_flags,
+        again.set_before,
     )
+
+
+@dataclass(frozen=True)
+class _Again:
+    """What a launch takes over from a run."""
+
+    job: LoadedJob
+    profile: LoadedProfile
+    options: Mapping[str, Located]
+    """The launcher's options that flags have set."""
+    set_before: Mapping[str, Any]
+    job_dir: Path
+    runs: str | Path
+
+    @classmethod
+    def of(cls, run: RunDir, request: Request) -> _Again:
+        """Read a run, and change what the request says. Another profile brings its own defaults."""
+        before = LaunchPlan.read(run)
+        job_dir = _job_dir_of(before)
+        moves = request.launcher not in (None, before.profile)
+        source = None if moves else f"run {run.id}"
+        profile = load_profile(request.launcher or before.profile, job_dir, source)
+        job = load_job(
+            events.accepted_job(run),
+            request.overrides,
+            profile.launch if moves else {},
+            request.fields,
+            job_dir=job_dir,
+            text=_without_profile(run, before) if moves else None,
+        )
+        stays = profile.spec.launcher == before.launcher
+        return cls(
+            _with_secrets(job, run),
+            profile,
+            _options_before(before) if stays else {},
+            before.set_by_flags,
+            job_dir,
+            before.run_url.rpartition("/")[0] or run.path.parent,
+        )
+
+
+def _without_profile(run: RunDir, before: LaunchPlan) -> str:
+    """Return the job of a run without what the profile of its launcher has set.
+
+    It keeps what job.yaml and flags have set in section `launch`.
+    """
+    job = _section(files.read_text(events.accepted_job(run)) or "", run)
+    own = _section(files.read_text(run.job) or "", run).get("launch") or {}
+    flags = {name.split(".")[1] for name in before.set_by_flags if name.startswith("launch.")}
+    kept = {*own, *flags}
+    launch = {name: value for name, value in (job.get("launch") or {}).items() if name in kept}
+    return dump_yaml({**job, "launch": launch})
 
 
 def _job_dir_of(before: LaunchPlan) -> Path:
@@ -223,11 +286,20 @@ def _with_secrets(job: LoadedJob, run: RunDir) -> LoadedJob:
 
 
 def _env_of(text: str, run: RunDir) -> dict[str, Any]:
+    launch = _section(text, run).get("launch") or {}
+    env = launch.get("env") if isinstance(launch, dict) else None
+    return dict(env) if isinstance(env, dict) else {}
+
+
+def _section(text: str, run: RunDir) -> dict[str, Any]:
+    """Return the content of a run's job file."""
     try:
-        launch = (yaml.safe_load(text) or {}).get("launch") or {}
-        return dict(launch.get("env") or {})
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError):
-        raise DamagedError(str(run.job), "it is not a job file") from None
+        found = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise DamagedError(str(run.job), "it is not a job file")
+    return found
 
 
 def _options_before(before: LaunchPlan) -> dict[str, Located]:

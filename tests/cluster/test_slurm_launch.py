@@ -18,6 +18,7 @@ from secrets import token_hex
 import pytest
 
 from cluster import Cluster
+from dtrain.launch_plan import LaunchPlan
 from dtrain.report import history as report
 from dtrain.run import failures
 from dtrain.run.attempts import Handle
@@ -32,6 +33,7 @@ from support.launch import (
     TINY,
     dtrain,
     events,
+    metrics,
     recorded,
     started,
     status,
@@ -131,6 +133,30 @@ def test_a_run_that_is_requeued_by_hand_goes_on(
     assert "queued" in kinds[:first]
     assert "queued" in kinds[first:second]  # a job that is requeued waits at least its BeginTime
     assert history.phases.ranks == [0, 1, 2, 3]
+
+
+def test_a_run_moves_from_this_machine_to_the_cluster_and_back(
+    slurm: Cluster, tmp_path: Path, unbroken: str
+) -> None:
+    """Stopped here after step 5, and on the cluster after step 15; it ends here."""
+    size = ("--nodes", "2", "--procs", "2")
+    with started("launch", *size, *SLOW, TINY, cwd=tmp_path) as process:
+        run = wait_for_step(tmp_path, 5)
+        process.terminate()
+        process.communicate(timeout=60)
+    here = LaunchPlan.read(run)
+    with started("resume", run.id, "--launcher", "slurm", cwd=tmp_path) as process:
+        wait_for_step(tmp_path, 15, 120)
+        assert status(run)["launcher"] == "slurm"
+        assert LaunchPlan.read(run).options.model_dump()["requeue"] > 0  # the profile's own
+        assert dtrain("cancel", run.id, cwd=tmp_path).returncode == 0
+        process.communicate(timeout=60)
+    done = dtrain("resume", run.id, "--launcher", "local", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    back = LaunchPlan.read(run)
+    assert (back.attempt, back.launcher, back.options) == (2, "local", here.options)
+    assert sorted({line["step"] for line in metrics(run)}) == list(range(1, 61))
+    assert sha(run) == unbroken
 
 
 def test_an_elastic_run_takes_what_is_free_and_goes_on_at_another_size(

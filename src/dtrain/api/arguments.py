@@ -20,6 +20,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class ResumeArguments(TypedDict, total=False):
     """The arguments of every attempt. The last ones are sections of job.yaml."""
 
+    launcher: str | None
     nodes: int | str | None
     gpus: int | None
     procs: int | None
@@ -44,7 +45,6 @@ class ResumeArguments(TypedDict, total=False):
 class LaunchArguments(ResumeArguments, total=False):
     """The arguments of a new run."""
 
-    launcher: str
     trainer: str | None
     seed: int | None
     name: str | None
@@ -54,7 +54,7 @@ class LaunchArguments(ResumeArguments, total=False):
 
 
 _NO_FIELD = {"set", "env", "options", "runs", "launcher", "run_id"}
-_DEFAULTS = {"launcher": "local", "script_args": ()}
+_DEFAULTS = {"script_args": ()}
 
 
 def request(function: str, arguments: ResumeArguments, kind: type[Any]) -> Request:
@@ -74,7 +74,7 @@ def request(function: str, arguments: ResumeArguments, kind: type[Any]) -> Reque
     for name in (given.keys() & _NO_FIELD) - kind.__annotations__.keys():
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
     return Request(
-        launcher=given.get("launcher", "local"),
+        launcher=given.get("launcher"),
         runs=runs_location(given.get("runs")),
         run_id=given.get("run_id"),
         fields=dict(_fields(function, given)),

@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, cast
 
 from dtrain.api.arguments import (
     LaunchArguments,
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from dtrain.planning import Prepared
     from dtrain.verification.report import Report
 
-Job = str | os.PathLike[str] | Callable[..., Any]
-"""A path, or a class or function that makes a task."""
+Job: TypeAlias = "str | os.PathLike[str] | Callable[..., Any] | Run"
+"""A path, a class or function that makes a task, or a run whose job is used again."""
 
 
 @signature_from(LaunchArguments)
@@ -65,6 +65,7 @@ def launch(job: Job, *, detach: bool = False, **arguments: Unpack[LaunchArgument
         job: path of a job.yaml or of a script, or the class of a task, a LightningModule, or a
             function that returns a compiled Keras model and its data. A class can be in a file or
             in a cell of a notebook. The sections below are its job, which needs at least `train`.
+            Or a `Run`: its job and options are used again, with the code as it is now.
         detach: return as soon as the run is submitted. It then continues without this process.
             Launchers slurm and ray support this.
         nodes: number of nodes, or a range such as "2:4". `local` simulates them on this machine.
@@ -76,7 +77,8 @@ def launch(job: Job, *, detach: bool = False, **arguments: Unpack[LaunchArgument
         env: variables for every worker. Values that look secret are never shown.
         options: options of the launcher's profile, by name.
         runs: directory or URL of all runs. None means DTRAIN_RUNS, or else `runs`.
-        launcher: a profile: your own launchers/NAME.yaml, or the packaged one.
+        launcher: a profile: your own launchers/NAME.yaml, or the packaged one. None means
+            `local`, or of a `Run` its own.
         trainer: the trainer whose training loop is used.
         seed: the seed of the whole training.
         name: the name of the run.
@@ -217,9 +219,12 @@ def verify(
 
 
 def _planned(function: str, job: Job, arguments: LaunchArguments) -> Prepared:
+    from dtrain.api.run import Run
     from dtrain.planning import plan_run
 
     given = request(function, arguments, LaunchArguments)
+    if isinstance(job, Run):
+        return plan_run(job.directory, given)
     if isinstance(job, str | os.PathLike):
         return plan_run(os.fspath(job), given)
     from dtrain.api.task_class import job_of_class

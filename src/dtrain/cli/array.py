@@ -20,7 +20,7 @@ _VALUE = re.compile(r"""(?:[^,\[\]{}"']|\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*')+""
 
 
 def launch(
-    job: str,
+    job: str | None,
     fields: tuple[str, ...],
     options: dict[str, Any],
     *,
@@ -37,7 +37,9 @@ def launch(
     )
 
 
-def show(job: str, fields: tuple[str, ...], at_once: int | None, options: dict[str, Any]) -> None:
+def show(
+    job: str | None, fields: tuple[str, ...], at_once: int | None, options: dict[str, Any]
+) -> None:
     """Print the planned launch: each run's values, and the script."""
     launcher, elements = prepare(job, fields, options)
     for element in elements:
@@ -49,7 +51,7 @@ def show(job: str, fields: tuple[str, ...], at_once: int | None, options: dict[s
 
 
 def prepare(
-    job: str, fields: tuple[str, ...], options: dict[str, Any]
+    job: str | None, fields: tuple[str, ...], options: dict[str, Any]
 ) -> tuple[ArrayCapable, list[Element]]:
     """Return a plan for each combination of values. Errors are those of `plan_run`.
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
             "dtrain launch --nodes 2 --procs 2 job.yaml",
             "Two nodes simulated on this machine, with two processes each.",
         ),
+        ("dtrain launch --copy last --set train.lr=0.01", "A run again, with another value."),
         (
             "dtrain launch --launcher slurm --nodes 2 --gpus 4 job.yaml",
             "A batch job of two nodes with four GPUs each.",
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     help="How many runs of an --array may run at a time.",
 )
 def command(
-    job: str,
+    job: str | None,
     dry_run: bool,
     explain: bool,
     as_json: bool,

@@ -13,10 +13,12 @@ from dtrain.cli import completers
 from dtrain.errors import UsageError
 from dtrain.launchers import flags
 from dtrain.launchers.flags import Flag
+from dtrain.run.lookup import find
 
 if TYPE_CHECKING:
     from dtrain.job.located import Located
     from dtrain.planning import JobWithoutFile, Request
+    from dtrain.run.rundir import RunDir
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -107,7 +109,7 @@ option_option = option(
 script_arguments = click.argument("script_args", nargs=-1, type=click.UNPROCESSED, metavar="[-- …]")
 run_argument = click.argument("run", default="last", shell_complete=completers.runs)
 checkpoint_argument = click.argument("checkpoint", default="last", shell_complete=completers.runs)
-job_argument = click.argument("job", shell_complete=completers.files)
+job_argument = click.argument("job", required=False, shell_complete=completers.files)
 
 _PROGRAM_OPTIONS = (
     option(WHAT, "-m", "--module", is_flag=True,
@@ -139,9 +141,11 @@ _JOB_OPTIONS = (
            help="Training loop: native (dtrain's), or lightning."),
     option(WHAT, "--seed", metavar="N", help="Seed of the whole training."),
     option(WHAT, "--name", metavar="TEXT", help="Name of the run."),
-    option(WHERE, "--launcher", default="local", show_default=True, metavar="NAME",
+    option(WHERE, "--launcher", show_default="local", metavar="NAME",
            shell_complete=completers.profiles,
            help="Where processes start: local, torchrun, slurm, ray, or a profile of your own."),
+    option(WHAT, "--copy", metavar="RUN", shell_complete=completers.runs,
+           help="Instead of JOB: the job and options of a run, changed by flags."),
     option(MORE, "--inject", "inject", multiple=True, metavar="RANK,STEP,KIND",
            help="Cause a fault, for example rank=1,step=5,kind=flip-gradient-bit."),
     option(MORE, "--run-id", metavar="ID",
@@ -250,10 +254,21 @@ def job_options(function: _Function) -> _Function:
     return size_options(function)
 
 
-def job_of(job: str, options: dict[str, Any]) -> str | JobWithoutFile:
-    """Return the job that JOB names: a path, or with -m or --no-python a job without a file."""
+def job_of(job: str | None, options: dict[str, Any]) -> str | JobWithoutFile | RunDir:
+    """Return the job that JOB or `--copy` names.
+
+    It is a path, a run, or with -m or --no-python a job without a file.
+    """
     from dtrain.planning import job_of_program
 
+    copied = options["copy"]
+    if copied is not None:
+        if job is not None or options["module"] or options["no_python"]:
+            text = f"--copy {copied} stands for JOB, but JOB is also given"
+            raise UsageError(text, code="usage.unexpected-argument")
+        return find(copied, options["runs"])
+    if job is None:
+        raise click.MissingParameter(param_type="argument", param_hint="JOB")
     if options["module"] and options["no_python"]:
         text = "-m and --no-python cannot be used together: a module is Python"
         raise UsageError(text, code="usage.flag-without-effect")
@@ -266,11 +281,11 @@ def request(options: dict[str, Any]) -> Request:
     """Return the request of a command: all options except the job."""
     from dtrain.planning import Request
 
-    if options.get("standalone") and options["launcher"] != "local":
+    if options.get("standalone") and options["launcher"] not in (None, "local"):
         text = f"--standalone is launcher local, and the launcher here is {options['launcher']!r}"
         raise UsageError(text, code="usage.flag-without-effect")
     return Request(
-        launcher=options.get("launcher", ""),
+        launcher=options.get("launcher"),
         runs=options["runs"],
         run_id=options.get("run_id"),
         overrides=options["overrides"],
@@ -324,7 +339,7 @@ def _counted(options: dict[str, Any]) -> dict[str, Any]:
     word = options.get("procs")
     if word not in ("gpu", "cpu", "auto"):
         return options
-    if options.get("launcher") not in ("local", "torchrun"):
+    if options.get("launcher") not in (None, "local", "torchrun"):
         text = f"--procs {word} counts what this host has; give the number for the nodes of others"
         raise UsageError(text, code="usage.invalid-value")
     from dtrain.node import gpus

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     shared.MORE, "--write", is_flag=True, help="Write the run directory, to start workers by hand."
 )
 @shared.json_option
-def command(job: str, explain: bool, write: bool, as_json: bool, **options: Any) -> None:
+def command(job: str | None, explain: bool, write: bool, as_json: bool, **options: Any) -> None:
     """Show every command, variable and file of a launch of JOB; start nothing."""
     from dtrain.planning import plan_run
 

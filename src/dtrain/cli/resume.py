@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from dtrain.cli import completers
 from dtrain.cli import options as shared
 from dtrain.errors import UsageError
 from dtrain.run.lookup import find
@@ -17,9 +18,17 @@ from dtrain.run.lookup import find
     examples=(
         ("dtrain resume", "Continue the run that was started last."),
         ("dtrain resume digits-4f --procs 4", "Continue a run with four processes per node."),
+        ("dtrain resume last --launcher slurm --gpus 4", "Continue a run on another launcher."),
     ),
 )
 @shared.run_argument
+@shared.option(
+    shared.WHERE,
+    "--launcher",
+    metavar="NAME",
+    shell_complete=completers.profiles,
+    help="Continue the run there.  [default: where it was launched]",
+)
 @shared.size_options
 @shared.quiet_option
 @shared.detach_option

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.run.rundir import RunDir
+from dtrain.launch_plan import LaunchPlan
+from dtrain.run.rundir import RunDir, list_runs
 from support.errors import assert_named, assert_shown
 from support.launch import DIGITS, TINY, dtrain, events, metrics, started, the_run, wait_for_step
 
@@ -121,6 +122,48 @@ def test_logs_of_an_attempt_that_is_not_there(folder: Path, run: RunDir) -> None
 def test_why_of_a_run_that_did_not_fail(folder: Path, run: RunDir) -> None:
     assert dtrain("why", cwd=folder).stdout == f"run {run.id} has not failed: it succeeded\n"
     assert dtrain("why", "--json", cwd=folder).stdout == "null\n"
+
+
+def test_a_copy_has_the_job_and_the_options_of_a_run(folder: Path, run: RunDir) -> None:
+    planned = dtrain("plan", "--copy", run.id, "--set", "seed=7", "--json", cwd=folder)
+    assert planned.returncode == 0, planned.stderr
+    plan, before = json.loads(planned.stdout)["plan"], LaunchPlan.read(run)
+    assert plan["run_id"] != run.id
+    assert plan["attempt"] == 0
+    same = ("nodes", "procs_per_node", "launcher", "strategy", "world_size")
+    assert [plan[name] for name in same] == [getattr(before, name) for name in same]
+    assert plan["set_by_flags"] == {**before.set_by_flags, "seed": 7}
+
+
+def test_a_copy_is_trained_alone(folder: Path, run: RunDir) -> None:
+    again = ("--runs", "copies", "--set", "train.steps=3", "-q")
+    copied = dtrain("launch", "--copy", str(run.path), *again, cwd=folder)
+    assert copied.returncode == 0, copied.stderr
+    (copy,) = list_runs(folder / "copies")
+    assert copy.id != run.id
+    assert [line["step"] for line in metrics(copy)] == [1, 2, 3]
+    assert copy.job.read_text() == run.job.read_text()
+    (line,) = json.loads(dtrain("runs", "--runs", "copies", "--json", cwd=folder).stdout)
+    assert line["set"]["train.steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["launch"], "usage.missing-argument"),
+        (["plan"], "usage.missing-argument"),
+        (["launch", "--copy", "last", str(TINY)], "usage.unexpected-argument"),
+        (["launch", "--copy", "last", "-m", "pkg"], "usage.unexpected-argument"),
+        (["launch", "--copy", "nothing"], "run.not-found"),
+        (["launch", "--copy", "last", "--launcher", "nope"], "profile.not-found"),
+        (["launch", "--copy", "last", "--account", "a"], "usage.flag-of-other-launcher"),
+    ],
+)
+def test_what_cannot_be_copied(folder: Path, run: RunDir, words: list[str], code: str) -> None:
+    done = dtrain(*words, cwd=folder)
+    assert done.returncode == 2
+    assert_shown(done.stderr, code)
+    assert list_runs(folder / "runs")[-1].id == run.id
 
 
 def test_resume_of_a_finished_run_is_refused(folder: Path, run: RunDir) -> None:
