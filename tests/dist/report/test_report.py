@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from support import EXAMPLES
 from support.errors import assert_shown
 from support.launch import TINY, dtrain, the_run
 
@@ -84,6 +85,25 @@ def test_a_run_that_failed_and_a_script_are_shown_too(tmp_path: Path) -> None:
     text = (tmp_path / "page.html").read_text()
     assert "FAILED" in text
     assert "script.py" in text
+
+
+def test_lightnings_own_loops_have_phases_too(tmp_path: Path) -> None:
+    job = EXAMPLES / "lightning" / "job.yaml"
+    own = ("--set", "lightning.step=lightning", "--set", "train.epochs=1")
+    done = dtrain("launch", "-q", "--procs", "2", *own, job, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (report,) = reported(cwd=tmp_path)
+    for spent in report["phases"].values():
+        assert spent.pop("steps") == report["step"]
+        assert {"data", "forward", "backward", "reduction", "optimizer", "evaluation"} <= {*spent}
+        assert sum(spent.values()) <= report["duration"]
+
+
+def test_a_run_that_was_only_planned(tmp_path: Path) -> None:
+    assert dtrain("plan", "--write", TINY, cwd=tmp_path).returncode == 0
+    (report,) = reported(cwd=tmp_path)
+    assert (report["state"], report["goodput"]) == ("prepared", None)
+    assert dtrain("report", "-o", "page.html", cwd=tmp_path).returncode == 0
 
 
 def test_bad_input(tmp_path: Path) -> None:

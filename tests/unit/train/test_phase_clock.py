@@ -15,7 +15,9 @@ from dtrain.train.metrics.phases import PhaseClock
 
 
 def clock(run: RunDir) -> PhaseClock:
-    return PhaseClock(run, RankInfo.from_env(), 0, torch.device("cpu"))
+    made = PhaseClock(run, RankInfo.from_env(), 0, torch.device("cpu"))
+    made.begin()
+    return made
 
 
 def lines(run: RunDir) -> list[dict[str, Any]]:

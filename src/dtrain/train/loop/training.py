@@ -143,6 +143,7 @@ class Training:
 
     def begin(self) -> bool:
         """Run the evaluation that an interrupted process skipped. Return False to stop."""
+        self._phases.begin()
         self._update_session()
         self.callbacks.start(self.progress)
         self._saver.small_states()  # raises now rather than at the first save

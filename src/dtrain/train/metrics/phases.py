@@ -34,6 +34,10 @@ class PhaseClock:
         self._seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self._step = self._steps = 0
         self._phase: Phase = "other"
+
+    def begin(self) -> None:
+        """Begin to measure. The set-up before it is in no phase."""
+        self._marks.clear()
         self.enter("other")
 
     def enter(self, phase: Phase) -> None:
@@ -64,6 +68,8 @@ class PhaseClock:
 
     def close(self) -> None:
         """Write the rest."""
+        if not self._marks:
+            return
         self.enter("other")
         if self._is_cuda:
             torch.cuda.synchronize()

@@ -233,6 +233,7 @@ class Fit(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prepare for the first step; everything is made and restored."""
+        self._phases.begin()
         context = self._context
         optimizers = list(trainer.strategy.optimizers)
         schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
