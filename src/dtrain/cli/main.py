@@ -25,7 +25,7 @@ _COMMANDS = {
         "Show every command, variable and file of a launch; start nothing.",
     ),
     "resume": ("dtrain.cli.resume", "Continue a run from its newest intact checkpoint."),
-    "runs": ("dtrain.cli.runs", "List the runs."),
+    "runs": ("dtrain.cli.runs", "List the runs: all, or those that match, in any order."),
     "status": ("dtrain.cli.status", "Show a run's state, progress and newest metrics."),
     "logs": ("dtrain.cli.logs", "Show what the ranks of a run wrote, and follow it."),
     "why": ("dtrain.cli.why", "Why a run failed: the culprit, its error, what to try."),

@@ -64,6 +64,15 @@ LAUNCH: Mapping[str, Entry] = {
         "The value of `--run-id` cannot be used as the name of a directory and of a job.",
         "Use letters, digits, dots, dashes and underscores.",
     ),
+    "usage.where-syntax": Entry(
+        "A `--where` is not a name, an operator and a value, or it compares a text as a number.",
+        "Write it in quotes, like `--where 'train.loss<0.1'`. Operators are = != < <= > and >=.",
+    ),
+    "usage.unknown-name": Entry(
+        "No run has a column, a field of its job or a metric of this name.",
+        "Take the name that the message suggests, or one of `dtrain status --json`. A metric is "
+        "written with its split, like `eval.accuracy`.",
+    ),
     "usage.array-syntax": Entry(
         "An `--array` is not of the form FIELD=VALUE,VALUE,…",
         "Write it like `--array train.lr=0.1,0.01`.",

@@ -10,14 +10,11 @@ from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import base, status
 from dtrain.plainjson import numbers
 from dtrain.run import events, files, verdict
-from dtrain.run.attempts import Handle, Result, State
+from dtrain.run.attempts import DAMAGED, Handle, Result, State
 from dtrain.run.lookup import attempt_of
 from dtrain.run.progress import Progress
 from dtrain.run.rundir import RunDir
 from dtrain.run.verdict import Verdict
-
-DAMAGED = "damaged"
-"""The state of a run whose directory cannot be read."""
 
 
 def summary(run: RunDir) -> dict[str, Any]:
@@ -31,7 +28,8 @@ def summary(run: RunDir) -> dict[str, Any]:
     if failed_in and (progress.step or 0) < failed_in - 1:
         progress.step = failed_in - 1
     train = _metrics(progress, "train")
-    started = None if handle is None else handle.started
+    begun = handle or result
+    started = None if begun is None else begun.started
     ended = None if result is None else result.ended
     newest = {"running": time.time(), "lost": progress.updated}.get(state, ended)
     lasted = None if started is None or newest is None else max(0.0, newest - started)

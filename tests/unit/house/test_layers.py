@@ -23,7 +23,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "console export integrations",
         "keras node",
         "launchers worker",
-        "checkpoints planning",
+        "checkpoints planning searching",
         "resuming verification",
         "api cli",
         "__main__",
@@ -145,6 +145,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "checkpoints mirror rank_files",
         "runs",
     ),
+    "dtrain.searching": (
+        "index",
+        "fields",
+        "query",
+    ),
     "dtrain.testing": (
         "wire",
         "body",
@@ -244,7 +249,7 @@ LAUNCH_PLANE = tuple(
     for row in (
         "errors procs plainjson checked environ waiting forking ports assets ranks task callback",
         "words catalog run job plan planning resuming trace console launchers verify api cli",
-        "checkpoints",
+        "checkpoints searching",
     )
     for part in row.split()
 )

@@ -1,0 +1,163 @@
+"""What is known of every run, remembered once a run has ended.
+
+To summarize a run, all of its metrics and events are read, and pydantic is imported. So the row of
+a run that has ended is kept in a hidden file beside the runs, with a digest of the state of the
+files that it was made from. When one of these has changed, for example by a resume, the row is made
+again. Each user has a file of their own, which only they can read. If it is damaged, or cannot be
+written, rows are made again too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dtrain import __version__
+from dtrain.errors import DamagedError
+from dtrain.plainjson import to_json
+from dtrain.run import files
+from dtrain.run.rundir import RunDir, list_runs
+
+SPLITS = ("train", "eval", "validate", "test")
+_FORMAT = f"1 {__version__}"
+_IN_RUN = ("attempts", "plan.json", "resolved.yaml", "events.jsonl", "metrics.jsonl")
+_IN_ATTEMPT = ("handle.json", "result.json", "verdict.json", "failures")
+_RACY_NS = 2_000_000_000
+"""A file that was changed less than 2 s ago may change again without another time of change."""
+_MOST_FIELDS = 20_000
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of the file: what is remembered of a run."""
+
+    id: str
+    attempt: str
+    """The number of the newest attempt."""
+    row: str
+    job: str
+    digest: str
+
+    @classmethod
+    def of(cls, run: RunDir) -> tuple[_Line, bool]:
+        """Read a run. Return whether it can be remembered too."""
+        from dtrain.launchers.summary import row
+
+        attempt = str(max(run.attempts(), default=""))
+        stats, has_ended = _stats(str(run.path), attempt)
+        texts = to_json(row(run)), to_json(_job_of(run))
+        return cls(run.id, attempt, *texts, _digest(stats, *texts)), has_ended
+
+    def is_current(self, path: str) -> bool:
+        return self.digest == _digest(_stats(path, self.attempt)[0], self.row, self.job)
+
+
+@dataclass
+class Entry:
+    """A run, and what is known of it."""
+
+    run: RunDir
+    row: dict[str, Any]
+    """The run as `dtrain status --json` prints it."""
+    _job: str
+
+    @cached_property
+    def job(self) -> dict[str, Any]:
+        """The fields of the resolved job by their dotted names; empty if it cannot be read."""
+        found: dict[str, Any] = json.loads(self._job)
+        return found
+
+
+def entries(root: str | os.PathLike[str]) -> list[Entry]:
+    """Return what is known of every run below `root`, the oldest first."""
+    file = Path(root).absolute() / f".index-{os.geteuid()}"
+    known = _read(file)
+    found, kept = [], {}
+    for run in list_runs(root):
+        line, path = known.get(run.id), str(run.path)
+        if line is not None and line.is_current(path):
+            has_ended = True
+        else:
+            line, has_ended = _Line.of(run)
+        if has_ended and run.id.isprintable():  # it fits on a line
+            kept[run.id] = line
+        row = json.loads(line.row)
+        row["path"] = path
+        found.append(Entry(run, row, line.job))
+    if kept != known:
+        with contextlib.suppress(OSError):  # of another user, or read-only
+            _write(file, kept.values())
+    return found
+
+
+def _stats(path: str, attempt: str) -> tuple[str, bool]:
+    """Return the state of the files that a row is made from, and whether the run has ended.
+
+    The times of change are those of the file system, which no user can set.
+    """
+    found: list[tuple[int, ...] | None] = []
+    newest = 0
+    for name in (*_IN_RUN, *(f"attempts/{attempt}/{name}" for name in _IN_ATTEMPT)):
+        try:
+            now = os.stat(f"{path}/{name}")
+        except OSError:
+            found.append(None)
+            continue
+        found.append((now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns))
+        newest = max(newest, now.st_ctime_ns)
+    handle, result = found[len(_IN_RUN) :][:2]
+    has_ended = handle is not None and result is not None
+    return str(found), has_ended and newest < time.time_ns() - _RACY_NS
+
+
+def _digest(*texts: str) -> str:
+    return blake2b("\n".join(texts).encode(errors="replace"), digest_size=16).hexdigest()
+
+
+def _read(file: Path) -> dict[str, _Line]:
+    """Return what is remembered, by the id of the run."""
+    try:
+        about = file.lstat()
+        if about.st_uid != os.geteuid() or not stat.S_ISREG(about.st_mode):
+            return {}
+        head, *lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return {}
+    parts = (line.split("\t") for line in lines if head == _FORMAT)
+    return {each[0]: _Line(*each) for each in parts if len(each) == len(fields(_Line))}
+
+
+def _write(file: Path, kept: Iterable[_Line]) -> None:
+    """Remember runs: a line for each. JSON contains neither a line break nor a tab."""
+    lines = ["\t".join((each.id, each.attempt, each.row, each.job, each.digest)) for each in kept]
+    files.write_atomic(file, "\n".join([_FORMAT, *lines, ""]), mode=0o600)
+
+
+def _job_of(run: RunDir) -> dict[str, Any]:
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        job = yaml.load(files.read_text(run.resolved) or "", loader)
+        return dict(islice(_flat(job, ""), _MOST_FIELDS))
+    except (DamagedError, OSError, yaml.YAMLError, ValueError, RecursionError):
+        return {}
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a job. The value of `launch.nodes` is the largest number of nodes."""
+    if isinstance(value, dict) and (value or not name):
+        for key, part in value.items():
+            yield from _flat(part, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value[-1] if name == "launch.nodes" and isinstance(value, list) else value
