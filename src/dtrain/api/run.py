@@ -15,6 +15,7 @@ from typing import Any, Self
 from dtrain.api import driving
 from dtrain.api.driving import Driver
 from dtrain.api.metrics import Metrics
+from dtrain.comparing.compare import Comparison, compare
 from dtrain.console.fold import LineFolder
 from dtrain.console.history import merged
 from dtrain.console.live import LiveConsole
@@ -244,6 +245,19 @@ class Run(AbstractContextManager["Run"]):
         if found is None:
             return None
         return RunVerdict(**vars(found), text=verdict.render(found, self.directory))
+
+    def compare(self, *others: Run) -> Comparison:
+        """Return what differs between this run and others, as `dtrain compare --json` prints it.
+
+        Args:
+            others: the runs that are compared with this one.
+
+        Raises:
+            DamagedError: a file of a run is damaged.
+        """
+        for run in (self, *others):
+            run._refresh()
+        return compare([self.directory, *(run.directory for run in others)])
 
     # -- internal ------------------------------------------------------------------------
 

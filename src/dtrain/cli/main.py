@@ -26,6 +26,7 @@ _COMMANDS = {
     ),
     "resume": ("dtrain.cli.resume", "Continue a run from its newest intact checkpoint."),
     "runs": ("dtrain.cli.runs", "List the runs: all, or those that match, in any order."),
+    "compare": ("dtrain.cli.compare", "What differs between runs, and where their losses part."),
     "status": ("dtrain.cli.status", "Show a run's state, progress and newest metrics."),
     "logs": ("dtrain.cli.logs", "Show what the ranks of a run wrote, and follow it."),
     "why": ("dtrain.cli.why", "Why a run failed: the culprit, its error, what to try."),
@@ -47,6 +48,7 @@ _COMMANDS = {
 
 _MEANT = {
     "checkpoints": "checkpoint",
+    "diff": "compare",
     "help": "--help",
     "info": "status",
     "kill": "cancel",

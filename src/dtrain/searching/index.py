@@ -14,8 +14,8 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
 from functools import cached_property
 from hashlib import blake2b
 from itertools import islice
@@ -80,24 +80,37 @@ class Entry:
 
 def entries(root: str | os.PathLike[str]) -> list[Entry]:
     """Return what is known of every run below `root`, the oldest first."""
-    file = Path(root).absolute() / f".index-{os.geteuid()}"
+    file = _file(Path(root).absolute())
     known = _read(file)
-    found, kept = [], {}
-    for run in list_runs(root):
-        line, path = known.get(run.id), str(run.path)
-        if line is not None and line.is_current(path):
-            has_ended = True
-        else:
-            line, has_ended = _Line.of(run)
-        if has_ended and run.id.isprintable():  # it fits on a line
-            kept[run.id] = line
-        row = json.loads(line.row)
-        row["path"] = path
-        found.append(Entry(run, row, line.job))
-    if kept != known:
-        with contextlib.suppress(OSError):  # of another user, or read-only
-            _write(file, kept.values())
-    return found
+    lines = [(run, *_current(run, known)) for run in list_runs(root)]
+    _remember(file, known, {line.id: line for _, line, has_ended in lines if has_ended})
+    return [_entry(run, line) for run, line, _ in lines]
+
+
+def entry(run: RunDir) -> Entry:
+    """Return what is known of one run."""
+    file = _file(run.path.parent)
+    known = _read(file)
+    line, has_ended = _current(run, known)
+    if has_ended:
+        _remember(file, known, {**known, run.id: line})
+    return _entry(run, line)
+
+
+def _file(root: Path) -> Path:
+    return root / f".index-{os.geteuid()}"
+
+
+def _current(run: RunDir, known: dict[str, _Line]) -> tuple[_Line, bool]:
+    """Return what is remembered of a run, or else what is read now, and whether it has ended."""
+    line = known.get(run.id)
+    return (line, True) if line is not None and line.is_current(str(run.path)) else _Line.of(run)
+
+
+def _entry(run: RunDir, line: _Line) -> Entry:
+    row = json.loads(line.row)
+    row["path"] = str(run.path)
+    return Entry(run, row, line.job)
 
 
 def _stats(path: str, attempt: str) -> tuple[str, bool]:
@@ -137,10 +150,14 @@ def _read(file: Path) -> dict[str, _Line]:
     return {each[0]: _Line(*each) for each in parts if len(each) == len(fields(_Line))}
 
 
-def _write(file: Path, kept: Iterable[_Line]) -> None:
-    """Remember runs: a line for each. JSON contains neither a line break nor a tab."""
-    lines = ["\t".join((each.id, each.attempt, each.row, each.job, each.digest)) for each in kept]
-    files.write_atomic(file, "\n".join([_FORMAT, *lines, ""]), mode=0o600)
+def _remember(file: Path, known: dict[str, _Line], lines: dict[str, _Line]) -> None:
+    """Write what is remembered, if it has changed. JSON has neither a line break nor a tab."""
+    kept = {name: line for name, line in lines.items() if name.isprintable()}
+    if kept == known:
+        return
+    texts = ("\t".join(astuple(line)) for line in kept.values())
+    with contextlib.suppress(OSError):  # of another user, or read-only
+        files.write_atomic(file, "\n".join([_FORMAT, *texts, ""]), mode=0o600)
 
 
 def _job_of(run: RunDir) -> dict[str, Any]:
@@ -156,7 +173,7 @@ def _job_of(run: RunDir) -> dict[str, Any]:
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Yield the fields of a job. The value of `launch.nodes` is the largest number of nodes."""
-    if isinstance(value, dict) and (value or not name):
+    if isinstance(value, dict):
         for key, part in value.items():
             yield from _flat(part, f"{name}.{key}" if name else str(key))
     else:

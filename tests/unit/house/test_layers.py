@@ -24,7 +24,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "keras node",
         "launchers worker",
         "checkpoints planning searching",
-        "resuming verification",
+        "comparing resuming verification",
         "api cli",
         "__main__",
     ),
@@ -41,8 +41,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.cli": (
         "completers lazy torchrun",
         "main options",
-        "array cancel checkpoint completion export launchers logs plan schema status verify why",
-        "launch runs",
+        "array cancel checkpoint compare completion export launchers logs plan schema status",
+        "launch runs verify why",
         "resume",
     ),
     "dtrain.cli.checkpoint": (
@@ -50,6 +50,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "diff listing show",
     ),
     "dtrain.codes": ("entry", "launch training", "__init__"),
+    "dtrain.comparing": ("code losses", "compare"),
     "dtrain.console": (
         "fold history notebook out tail",
         "live",
@@ -249,7 +250,7 @@ LAUNCH_PLANE = tuple(
     for row in (
         "errors procs plainjson checked environ waiting forking ports assets ranks task callback",
         "words catalog run job plan planning resuming trace console launchers verify api cli",
-        "checkpoints searching",
+        "checkpoints comparing searching",
     )
     for part in row.split()
 )

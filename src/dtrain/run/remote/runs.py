@@ -15,7 +15,7 @@ from typing import Any
 from dtrain.errors import RunNotFound
 from dtrain.run import files, rundir
 from dtrain.run.attempts import HEARTBEAT_S, Handle
-from dtrain.run.remote.mirror import CODE, LAUNCH, LOGS, Mirror, changed_at
+from dtrain.run.remote.mirror import CODE, LAUNCH, LOGS, SNAPSHOT, Mirror, changed_at
 from dtrain.run.remote.store import RemoteStore, RemoteStoreError
 from dtrain.run.rundir import RunDir
 from dtrain.waiting import repeating
@@ -140,6 +140,13 @@ def download_code(run: RunDir) -> None:
     url = run.url
     if url is not None:
         Mirror(run, url).pull(include=("code/tree-*.tar",))
+
+
+def download_snapshot(run: RunDir) -> None:
+    """Download the record of a run's code to this host, if the run is kept at a URL."""
+    url = run.url
+    if url is not None:
+        Mirror(run, url).pull(include=SNAPSHOT)
 
 
 def push(run: RunDir, include: Sequence[str] = ()) -> None:
