@@ -27,6 +27,7 @@ _COMMANDS = {
     "resume": ("dtrain.cli.resume", "Continue a run from its newest intact checkpoint."),
     "runs": ("dtrain.cli.runs", "List the runs: all, or those that match, in any order."),
     "compare": ("dtrain.cli.compare", "What differs between runs, and where their losses part."),
+    "clean": ("dtrain.cli.clean", "Remove leftovers, old checkpoints and old runs, after asking."),
     "status": ("dtrain.cli.status", "Show a run's state, progress and newest metrics."),
     "logs": ("dtrain.cli.logs", "Show what the ranks of a run wrote, and follow it."),
     "why": ("dtrain.cli.why", "Why a run failed: the culprit, its error, what to try."),
@@ -48,6 +49,7 @@ _COMMANDS = {
 
 _MEANT = {
     "checkpoints": "checkpoint",
+    "delete": "clean",
     "diff": "compare",
     "help": "--help",
     "info": "status",
@@ -56,6 +58,8 @@ _MEANT = {
     "log": "logs",
     "ls": "runs",
     "ps": "runs",
+    "prune": "clean",
+    "rm": "clean",
     "run": "launch",
     "show": "status",
     "start": "launch",

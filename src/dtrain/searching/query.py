@@ -107,7 +107,13 @@ def time_of(text: str) -> float:
     try:
         return datetime.fromisoformat(text.strip()).timestamp()
     except (ValueError, OverflowError, OSError):
+        pass
+    try:
         return time.time() - seconds_of(text)
+    except UsageError as error:
+        raise UsageError(
+            f"{error}; or give a date, 2026-11-30", code="usage.invalid-value"
+        ) from None
 
 
 def seconds_of(text: str) -> float:
@@ -124,8 +130,7 @@ def seconds_of(text: str) -> float:
     except ValueError:
         pass
     raise UsageError(
-        f"expected a duration of at most a year such as 30m, 12h or 2d, or for --since a date such "
-        f"as 2026-11-30; found {quoted(text)}",
+        f"expected a duration of at most a year, such as 30m, 12h or 2d; found {quoted(text)}",
         code="usage.invalid-value",
     )
 

@@ -24,7 +24,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "keras node",
         "launchers worker",
         "checkpoints planning searching",
-        "comparing resuming verification",
+        "cleaning comparing resuming verification",
         "api cli",
         "__main__",
     ),
@@ -38,11 +38,16 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "contents exporting listing pinning verifying",
         "differences pruning",
     ),
+    "dtrain.cleaning": (
+        "claim leftovers",
+        "finding",
+        "removing",
+    ),
     "dtrain.cli": (
         "completers lazy torchrun",
         "main options",
         "array cancel checkpoint compare completion export launchers logs plan schema status",
-        "launch runs verify why",
+        "clean launch runs verify why",
         "resume",
     ),
     "dtrain.cli.checkpoint": (
@@ -250,7 +255,7 @@ LAUNCH_PLANE = tuple(
     for row in (
         "errors procs plainjson checked environ waiting forking ports assets ranks task callback",
         "words catalog run job plan planning resuming trace console launchers verify api cli",
-        "checkpoints comparing searching",
+        "checkpoints cleaning comparing searching",
     )
     for part in row.split()
 )

@@ -59,6 +59,28 @@ def claim(run: RunDir, path: Path) -> None:
         RemoteStore(url).create_exclusive(str(path.relative_to(run.path)), path.read_bytes())
 
 
+def release(run: RunDir, path: Path) -> None:
+    """Remove a file of a run's directory at its URL, if it has one; the opposite of `claim`.
+
+    Raises:
+        RemoteStoreError: the URL does not answer.
+    """
+    url = run.url
+    if url is not None:
+        RemoteStore(url).remove(str(path.relative_to(run.path)))
+
+
+def send_heartbeat(run: RunDir) -> None:
+    """Show other hosts that a process holds a run, if it is kept at a URL.
+
+    Raises:
+        RemoteStoreError: the URL does not answer.
+    """
+    url = run.url
+    if url is not None:
+        Mirror(run, url).send_heartbeat()
+
+
 def holder(run: RunDir, attempt: int) -> Handle | None:
     """Return the handle of the driver that claimed an attempt at a run's URL. None without one."""
     url = run.url
