@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     shared.WHAT,
     "--older-than",
     metavar="TIME",
-    help="Also whole runs that ended before, for example 30d; with --failed, only failed ones.",
+    help="Also whole runs that ended more than, for example, 30d ago; with --failed, failed ones.",
 )
 @shared.runs_option
 @shared.option(shared.WATCH, "--dry-run", "--dryrun", is_flag=True, help="Remove nothing.")
@@ -80,16 +80,15 @@ def _lines(found: Found, width: int | None) -> list[str]:
     from dtrain.cli.checkpoint import table
     from dtrain.words import size
 
+    items = found.items
     stays = [f"{name} stays: {reason}" for name, reason in found.stays.items()]
-    if not found.items:
+    if not items:
         return ["nothing to remove", *stays]
-    rows = [
-        (each.run or "-", each.name or "the run", size(each.bytes), each.why)
-        for each in found.items
-    ]
-    cells = [(*row[:2], row[2].rjust(max(len(each[2]) for each in rows)), row[3]) for row in rows]
-    lines = table.lines(("RUN", "WHAT", "SIZE", "WHY"), cells, width, left=4)
-    return [*lines, f"in total: {_total(found.items)}", *stays]
+    rows = [(f"{each.run}/{each.name}".strip("/"), size(each.bytes), each.why) for each in items]
+    widest = max(len(text) for _, text, _ in rows)
+    cells = [(what, text.rjust(widest), why) for what, text, why in rows]
+    lines = table.lines(("WHAT", "SIZE", "WHY"), cells, width, left=3)
+    return [*lines, f"in total: {_total(items)}", *stays]
 
 
 def _total(items: list[Item]) -> str:

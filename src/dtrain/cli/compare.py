@@ -57,8 +57,10 @@ def _lines(result: Comparison, width: int | None) -> list[str]:
             rows.append((title, []))
             rows += [(f"  {name}", [_text(name, each) for each in v]) for name, v in values.items()]
     texts = [_parting(each, of_runs[0]["id"]) for each in result.losses]
-    same = [title for title, values in result.sections.items() if not values]
+    unknown = result.unknown
+    same = [title for title, v in result.sections.items() if not v and title not in unknown]
     texts += [f"the same: {', '.join(same)}"] if same else []
+    texts += [f"not recorded of all: {', '.join(unknown)}"] if unknown else []
     texts += [f"note: {each}" for each in result.notes]
     return [*_table(rows, width), *(line for text in texts for line in _folded(text, width))]
 

@@ -58,8 +58,10 @@ class Comparison:
     """The newest value of each metric."""
     losses: list[Parting]
     """For each run after the first one: where its training losses part from the first one's."""
+    unknown: list[str] = field(default_factory=list)
+    """The parts of which some run has no record, so that they may differ."""
     notes: list[str] = field(default_factory=list)
-    """What is not known."""
+    """More about what is not known."""
 
     @property
     def sections(self) -> dict[str, Values]:
@@ -93,9 +95,11 @@ def compare(runs: Sequence[RunDir]) -> Comparison:
     options = [_prefixed("options", plan.get("options")) for plan in plans]
     first, *others = [losses.losses_of(run) for run in runs]
     pairs = zip(runs[1:], others, strict=True)
-    for run, known in zip(runs, environments, strict=True):
-        if not any(name.startswith("version ") for name in known):
-            notes.append(f"the versions of packages of {run.id} are not recorded")
+    recorded = {
+        "code": of_code["commit"],
+        "environment": [known.get("version python") for known in environments],
+        "data": data,
+    }
     return Comparison(
         runs=[{name: entry.row.get(name) for name in _ABOUT} for entry in entries],
         job={n: values for n, values in fields.items() if not n.startswith(_PLACEMENT)},
@@ -107,6 +111,7 @@ def compare(runs: Sequence[RunDir]) -> Comparison:
         data=_different(data),
         metrics=_different([_metrics(entry.row) for entry in entries]),
         losses=[losses.parting(run.id, first, other) for run, other in pairs],
+        unknown=[name for name, values in recorded.items() if not all(values)],
         notes=notes,
     )
 

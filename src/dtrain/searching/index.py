@@ -31,7 +31,8 @@ from dtrain.run.rundir import RunDir, list_runs
 SPLITS = ("train", "eval", "validate", "test")
 _FORMAT = f"1 {__version__}"
 _IN_RUN = ("attempts", "plan.json", "resolved.yaml", "events.jsonl", "metrics.jsonl")
-_IN_ATTEMPT = ("handle.json", "result.json", "verdict.json", "failures")
+_IN_ATTEMPT = (".", "result.json")
+"""The directory changes when a file in it is replaced, as all of dtrain's are."""
 _RACY_NS = 2_000_000_000
 """A file that was changed less than 2 s ago may change again without another time of change."""
 _MOST_FIELDS = 20_000
@@ -126,11 +127,10 @@ def _stats(path: str, attempt: str) -> tuple[str, bool]:
         except OSError:
             found.append(None)
             continue
-        found.append((now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns))
+        found.append((now.st_ino, now.st_size, now.st_ctime_ns))
         newest = max(newest, now.st_ctime_ns)
-    handle, result = found[len(_IN_RUN) :][:2]
-    has_ended = handle is not None and result is not None
-    return str(found), has_ended and newest < time.time_ns() - _RACY_NS
+    has_result = found[-1] is not None
+    return str(found), has_result and newest < time.time_ns() - _RACY_NS
 
 
 def _digest(*texts: str) -> str:

@@ -115,11 +115,13 @@ def test_files_that_changed_between_commits(repository: Path) -> None:
     assert not [*repository.glob("x*")]
 
 
-def test_what_is_not_recorded_is_said(tmp_path: Path) -> None:
-    one, two = write_run(tmp_path, "a"), write_run(tmp_path, "b")
-    notes = compare([one, two]).notes
-    assert len([note for note in notes if "code of a" in note]) == 1
-    assert len([note for note in notes if "versions of packages of b" in note]) == 1
+def test_what_is_not_recorded_is_said(tmp_path: Path, repository: Path) -> None:
+    found = compare([write_run(tmp_path, "a"), write_run(tmp_path, "b")])
+    assert found.unknown == ["code", "environment", "data"]
+    assert len([note for note in found.notes if "code of a" in note]) == 1
+    lines = "\n".join(_lines(found, None))
+    assert "the same: job, launch, metrics\n" in lines
+    assert compare([write(repository, "a"), write(repository, "b")]).unknown == ["data"]
 
 
 def test_other_versions_hosts_and_data(repository: Path) -> None:

@@ -137,3 +137,18 @@ def test_a_run_that_is_gone_is_forgotten(run: RunDir, tmp_path: Path) -> None:
     other.resolved.unlink()
     assert [entry.run.id for entry in entries(tmp_path)] == ["digits-abc"]
     assert "digits-def" not in remembered(tmp_path).read_text()
+
+
+def test_several_processes_may_remember_at_once(run: RunDir, tmp_path: Path) -> None:
+    for number in range(20):
+        write_run(tmp_path, f"digits-{number}")
+    probe = PROBE.replace(
+        "rows = ", "from dtrain.searching import index; index._RACY_NS = 0; rows = "
+    )
+    command = [sys.executable, "-c", probe, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
+    outputs = [json.loads(each.communicate(timeout=60)[0])[0] for each in processes]
+    assert [each.returncode for each in processes] == [0] * 4
+    assert all(output == outputs[0] for output in outputs)
+    assert len(remembered(tmp_path).read_text().splitlines()) == 1 + 21
+    assert not [*tmp_path.glob("..index*")]
