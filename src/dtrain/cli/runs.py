@@ -126,7 +126,7 @@ def _cell(entry: Entry, name: str) -> str:
         return "-"
     if name in ("ended", "eta"):
         return local_time(value)
-    return f"{value:.6g}" if isinstance(value, float) else as_text(value)
+    return f"{value:.6g}" if isinstance(value, float) else as_text(value).replace("\n", " ")
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from dtrain import __version__
 from dtrain.errors import DamagedError
 from dtrain.plainjson import to_json
 from dtrain.run import files
+from dtrain.run.attempts import DAMAGED
 from dtrain.run.rundir import RunDir, list_runs
 
 SPLITS = ("train", "eval", "validate", "test")
@@ -33,8 +34,9 @@ _FORMAT = f"1 {__version__}"
 _IN_RUN = ("attempts", "plan.json", "resolved.yaml", "events.jsonl", "metrics.jsonl")
 _IN_ATTEMPT = (".", "result.json")
 """The directory changes when a file in it is replaced, as all of dtrain's are."""
-_RACY_NS = 2_000_000_000
-"""A file that was changed less than 2 s ago may change again without another time of change."""
+_SETTLED_NS = 60 * 1_000_000_000
+"""For a minute after a change, rows are not remembered: a file may change again without another
+time of change, and a queue may still say something else of a job that has ended."""
 _MOST_FIELDS = 20_000
 
 
@@ -54,10 +56,14 @@ class _Line:
         """Read a run. Return whether it can be remembered too."""
         from dtrain.launchers.summary import row
 
-        attempt = str(max(run.attempts(), default=""))
+        attempt = ""
+        with contextlib.suppress(OSError):
+            attempt = str(max(run.attempts(), default=""))
         stats, has_ended = _stats(str(run.path), attempt)
-        texts = to_json(row(run)), to_json(_job_of(run))
-        return cls(run.id, attempt, *texts, _digest(stats, *texts)), has_ended
+        found = row(run)
+        texts = to_json(found), to_json(_job_of(run))
+        line = cls(run.id, attempt, *texts, _digest(stats, *texts))
+        return line, has_ended and found["state"] != DAMAGED
 
     def is_current(self, path: str) -> bool:
         return self.digest == _digest(_stats(path, self.attempt)[0], self.row, self.job)
@@ -130,7 +136,7 @@ def _stats(path: str, attempt: str) -> tuple[str, bool]:
         found.append((now.st_ino, now.st_size, now.st_ctime_ns))
         newest = max(newest, now.st_ctime_ns)
     has_result = found[-1] is not None
-    return str(found), has_result and newest < time.time_ns() - _RACY_NS
+    return str(found), has_result and newest < time.time_ns() - _SETTLED_NS
 
 
 def _digest(*texts: str) -> str:
