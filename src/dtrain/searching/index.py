@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ _SETTLED_NS = 60 * 1_000_000_000
 """For a minute after a change, rows are not remembered: a file may change again without another
 time of change, and a queue may still say something else of a job that has ended."""
 _MOST_FIELDS = 20_000
+_INDENTED = re.compile(r"^[ \t?:-]{200}", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,13 @@ def _remember(file: Path, known: dict[str, _Line], lines: dict[str, _Line]) -> N
 def _job_of(run: RunDir) -> dict[str, Any]:
     import yaml
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        job = yaml.load(files.read_text(run.resolved) or "", loader)
-        return dict(islice(_flat(job, ""), _MOST_FIELDS))
+        text = files.read_text(run.resolved) or ""
+        # libyaml is ten times faster, but crashes if values are nested thousands of times
+        may_be_deep = text.count("[") + text.count("{") > 200 or _INDENTED.search(text) is not None
+        loader = yaml.SafeLoader if may_be_deep else getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        job = yaml.load(text, loader)
+        return dict(islice(_flat(job, ""), _MOST_FIELDS)) if isinstance(job, dict) else {}
     except (DamagedError, OSError, yaml.YAMLError, ValueError, RecursionError):
         return {}
 

@@ -119,6 +119,25 @@ def test_damage_of_what_is_remembered_has_no_effect(run: RunDir, damage: Any) ->
     assert "0.5" in file.read_text()  # written again
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "{a: " * 100_000,
+        "- " * 100_000,
+        "[\n" * 100_000,
+        "? " * 100_000,
+        "a: *b",
+        "3",
+    ],
+)
+def test_a_job_that_cannot_be_read_has_no_fields(run: RunDir, text: str) -> None:
+    run.resolved.write_text(text)
+    (entry,) = entries(run.path.parent)
+    assert entry.job == {}
+    assert entry.row["state"] == "succeeded"
+
+
 def test_a_directory_that_cannot_be_written_to_is_read(run: RunDir) -> None:
     remembered(run.path.parent).mkdir()
     assert row(run)["eval"] == {"accuracy": 0.5}
