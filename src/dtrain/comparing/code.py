@@ -34,7 +34,8 @@ def differences(runs: Sequence[RunDir], job_dir: str) -> tuple[dict[str, list[An
         if not record.get("git")
     ]
     for run, record in zip(runs, records, strict=True):
-        left_out = [str(each.get("path")) for each in record.get("left_out", [])]
+        listed = record.get("left_out")
+        left_out = [each.get("path") for each in listed or () if isinstance(each, dict)]
         if left_out:
             notes.append(f"not recorded of {run.id}: {numbered('file', left_out)}")
     known = [_changed(run) for run in runs]

@@ -85,14 +85,13 @@ def compare(runs: Sequence[RunDir]) -> Comparison:
         RemoteStoreError: the URL of a run does not answer.
     """
     entries = [index.entry(run) for run in runs]
-    plans = [files.read_json(run.plan) for run in runs]
-    plans = [plan if isinstance(plan, dict) else {} for plan in plans]
+    plans = [_section(files.read_json(run.plan)) for run in runs]
     jobs = [entry.job for entry in entries]
     environments, data = zip(*map(_recorded, runs, plans), strict=True)
     of_code, notes = code.differences(runs, str(plans[0].get("job_dir", "")))
     fields = _different(jobs)
     of_plan = [{name: plan.get(name) for name in _OF_PLAN} for plan in plans]
-    options = [_prefixed("options", plan.get("options")) for plan in plans]
+    options = [_prefixed("options.", plan.get("options")) for plan in plans]
     first, *others = [losses.losses_of(run) for run in runs]
     pairs = zip(runs[1:], others, strict=True)
     recorded = {
@@ -118,20 +117,22 @@ def compare(runs: Sequence[RunDir]) -> Comparison:
 
 def _recorded(run: RunDir, plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what is recorded of the environment and of the data, by the newest attempt."""
-    hosts: dict[int, Any] = {}
+    hosts: dict[str, str] = {}
     environment: dict[str, Any] = {}
     data: dict[str, Any] = {}
-    for event in files.read_lines(run.events, event=str):
+    for event in files.read_lines(run.events, event=str, node=str, versions=dict):
         if event["event"] == "environment":
-            hosts[event.get("node_rank", 0)] = event.get("node")
-            environment |= _prefixed("version", event.get("versions"), " ")
-        elif event["event"] == "training_started":
-            environment["device"] = event.get("device")
-            data = event.get("data") or data
-    commands = [each.get("argv") or [None] for each in plan.get("commands") or []]
-    environment["hosts"] = ", ".join(dict.fromkeys(map(str, hosts.values()))) or None
-    environment["python"] = commands[0][0] if commands else None
-    return environment | _prefixed("$", plan.get("worker_env"), ""), data
+            hosts[str(event.get("node_rank"))] = event["node"]
+            environment |= _prefixed("version ", event["versions"])
+    for event in files.read_lines(run.events, event=str, device=str):
+        if event["event"] == "training_started":
+            environment["device"] = event["device"]
+            data = _section(event.get("data")) or data
+    commands = plan.get("commands")
+    argv = _section(commands[0]).get("argv") if isinstance(commands, list) and commands else None
+    environment["python"] = argv[0] if isinstance(argv, list) and argv else None
+    environment["hosts"] = ", ".join(dict.fromkeys(hosts.values())) or None
+    return environment | _prefixed("$", plan.get("worker_env")), data
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, Any]:
@@ -140,9 +141,13 @@ def _metrics(row: dict[str, Any]) -> dict[str, Any]:
     return {name: "nan" if v is None else v for name, v in known.items()}  # as JSON has no NaN
 
 
-def _prefixed(prefix: str, values: Any, separator: str = ".") -> dict[str, Any]:
-    known = values if isinstance(values, dict) else {}
-    return {f"{prefix}{separator}{name}": value for name, value in known.items()}
+def _prefixed(prefix: str, values: Any) -> dict[str, Any]:
+    return {f"{prefix}{name}": value for name, value in _section(values).items()}
+
+
+def _section(value: Any) -> dict[str, Any]:
+    """Return an object of a file that other programs may have changed; empty if it is none."""
+    return value if isinstance(value, dict) else {}
 
 
 def _different(of_runs: Sequence[dict[str, Any]]) -> Values:

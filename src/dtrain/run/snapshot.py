@@ -102,7 +102,7 @@ def changed_between(folder: Path, commits: Sequence[str]) -> list[str] | None:
                 folder, "diff", "--no-ext-diff", "--name-only", "-z", commits[0], commit, "--"
             )
             found |= {os.fsdecode(name) for name in names.split(b"\0") if name}
-    except (_GitFailed, OSError):
+    except (_GitFailed, OSError, ValueError):  # for example a path with a null byte
         return None
     return sorted(found)
 
