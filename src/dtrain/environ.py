@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +16,10 @@ would number labels differently.
 """
 MASK = "(set, not shown)"
 """The text that is shown in place of a secret value."""
+_PACKAGES = (
+    "dtrain", "torch", "numpy", "lightning", "pytorch-lightning", "keras", "transformers",
+    "accelerate", "ray",
+)  # fmt: skip
 _NO_SECRETS = ("PWD", "OLDPWD")
 _SECRET_WORD = re.compile(
     r"SECRET\w*|PASSW\w*|PASSPHRASE|CREDENTIAL\w*|CREDS?|AUTH|AUTHORIZATION|PRIVATE|BEARER|COOKIES?"
@@ -121,3 +126,15 @@ def hash_seed(environ: Mapping[str, str], default: str = "0") -> str:
     """
     own = environ.get(HASH_SEED, "")
     return own if own.isascii() and own.isdigit() else default
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages here that a training may depend on."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Self
 from dtrain.api import driving
 from dtrain.api.driving import Driver
 from dtrain.api.metrics import Metrics
+from dtrain.comparing.compare import Comparison, compare
 from dtrain.console.fold import LineFolder
 from dtrain.console.history import merged
 from dtrain.console.live import LiveConsole
@@ -24,9 +26,11 @@ from dtrain.page import document
 from dtrain.report import history
 from dtrain.report.page import page
 from dtrain.run import lookup, verdict
+from dtrain.run.attempts import DAMAGED
 from dtrain.run.remote.runs import refresher
 from dtrain.run.rundir import RunDir, list_runs
 from dtrain.run.verdict import Verdict
+from dtrain.searching import index, query
 
 _TICK_S = 0.05
 _FOREIGN_TICK_S = 0.2
@@ -95,7 +99,7 @@ class Run(AbstractContextManager["Run"]):
         try:
             state: str = status.state_of(self.directory)[0]
         except (DtrainError, OSError):
-            state = summary.DAMAGED
+            state = DAMAGED
         return f"<dtrain.Run {self.id}: {state}>"
 
     # -- control -------------------------------------------------------------------------
@@ -265,6 +269,19 @@ class Run(AbstractContextManager["Run"]):
         document.write(page(histories), Path(output))
         return Path(output)
 
+    def compare(self, *others: Run) -> Comparison:
+        """Return what differs between this run and others, as `dtrain compare --json` prints it.
+
+        Args:
+            others: the runs that are compared with this one.
+
+        Raises:
+            DamagedError: a file of a run is damaged.
+        """
+        for run in (self, *others):
+            run._refresh()
+        return compare([self.directory, *(run.directory for run in others)])
+
     # -- internal ------------------------------------------------------------------------
 
     def _follow(self, driver: Driver | None, deadline: float, progress: bool) -> int:
@@ -314,13 +331,45 @@ def _interrupt(driver: Driver, times: int) -> None:
         driver.kill()
 
 
-def runs(runs: str | os.PathLike[str] | None = None) -> list[Run]:
-    """Return all runs, the oldest first, including damaged ones.
+def runs(
+    runs: str | os.PathLike[str] | None = None,
+    *,
+    state: str | Sequence[str] = (),
+    since: str | None = None,
+    where: str | Sequence[str] = (),
+    sort: str | None = None,
+    reverse: bool = False,
+    last: int | None = None,
+) -> list[Run]:
+    """Return the runs, the oldest first, including damaged ones; or only those that match.
+
+    The arguments mean what the options of `dtrain runs` mean.
 
     Args:
         runs: directory or URL of all runs. None means DTRAIN_RUNS, or else `runs`.
+        state: states of wanted runs, for example `failed`.
+        since: a date, or a duration such as `2d`: only runs that were started since then.
+        where: conditions on fields of the job and metrics, for example `args.lr<0.01`.
+        sort: a field, a metric or a column to sort by; with a `-` before it, the largest first.
+        reverse: whether to reverse the order.
+        last: how many at most, the newest ones.
+
+    Raises:
+        UsageError: a name is unknown, or an argument has no meaning.
 
     Example:
-        >>> [run.id for run in dtrain.runs() if run.status()["state"] == "failed"]
+        >>> best = dtrain.runs(state="succeeded", sort="-eval.accuracy")[0]
     """
-    return [Run(each) for each in list_runs(lookup.local_directory(lookup.runs_location(runs)))]
+    root = lookup.local_directory(lookup.runs_location(runs))
+    if not (state or since or where or sort or reverse or last is not None):
+        return [Run(each) for each in list_runs(root)]
+    found = query.select(
+        index.entries(root),
+        states=[state] if isinstance(state, str) else state,
+        since=since,
+        where=[where] if isinstance(where, str) else where,
+        sort=sort,
+        reverse=reverse,
+        last=last,
+    )
+    return [Run(each.run) for each in found]

@@ -28,13 +28,16 @@ class Pruned:
     """The result for each that was verified."""
 
 
-def prune(run: RunDir, keep: int | None = None, *, dry_run: bool = False) -> Pruned:
+def prune(
+    run: RunDir, keep: int | None = None, *, dry_run: bool = False, is_held: bool = False
+) -> Pruned:
     """Remove the checkpoints of steps that retention does not keep.
 
     Args:
         run: the run.
         keep: how many of the newest stay. None means as many as the job says.
         dry_run: whether to remove nothing.
+        is_held: whether this process holds the run.
 
     Raises:
         Held: the run is running.
@@ -42,7 +45,7 @@ def prune(run: RunDir, keep: int | None = None, *, dry_run: bool = False) -> Pru
         CheckpointError: no checkpoint is intact. Nothing was removed.
         OSError: the file system or the URL reported an error.
     """
-    if status.state_of(run)[0] == "running":
+    if not is_held and status.state_of(run)[0] == "running":
         raise Held(run, Handle.read(run))
     retention = retention_of(run)
     if retention is None and keep is None:

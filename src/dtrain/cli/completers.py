@@ -47,6 +47,39 @@ def runs(context: click.Context) -> list[str]:
     return ["last", *(run.id for run in reversed(list_runs(folder)))]
 
 
+def _offers_list(names: Callable[[click.Context], Iterable[str]]) -> Completer:
+    """Offer the names for the last part of a list such as `run,state`."""
+
+    @functools.wraps(names)
+    def complete(
+        context: click.Context, parameter: click.Parameter, written: str
+    ) -> list[CompletionItem]:
+        before, comma, last = written.rpartition(",")
+        found = _offers(names)(context, parameter, last)
+        return [CompletionItem(f"{before}{comma}{item.value}") for item in found]
+
+    return complete
+
+
+@_offers_list
+def states(_context: click.Context) -> Iterable[str]:
+    from dtrain.searching.query import STATES
+
+    return STATES
+
+
+@_offers_list
+def columns(context: click.Context) -> list[str]:
+    from dtrain.run.remote.store import is_url
+    from dtrain.run.rundir import list_runs
+    from dtrain.searching.fields import known
+    from dtrain.searching.index import entry
+
+    folder = context.params.get("runs") or "runs"
+    newest = [] if is_url(folder) else list_runs(folder)[-1:]  # all are too slow for a key press
+    return known(map(entry, newest))
+
+
 @_offers
 def profiles(_context: click.Context) -> list[str]:
     from pathlib import Path

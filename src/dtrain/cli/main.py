@@ -25,7 +25,9 @@ _COMMANDS = {
         "Show every command, variable and file of a launch; start nothing.",
     ),
     "resume": ("dtrain.cli.resume", "Continue a run from its newest intact checkpoint."),
-    "runs": ("dtrain.cli.runs", "List the runs."),
+    "runs": ("dtrain.cli.runs", "List the runs: all, or those that match, in any order."),
+    "compare": ("dtrain.cli.compare", "What differs between runs, and where their losses part."),
+    "clean": ("dtrain.cli.clean", "Remove leftovers, old checkpoints and old runs, after asking."),
     "status": ("dtrain.cli.status", "Show a run's state, progress and newest metrics."),
     "top": ("dtrain.cli.top", "Watch a run: progress, metrics, ranks, nodes, warnings."),
     "logs": ("dtrain.cli.logs", "Show what the ranks of a run wrote, and follow it."),
@@ -49,6 +51,8 @@ _COMMANDS = {
 
 _MEANT = {
     "checkpoints": "checkpoint",
+    "delete": "clean",
+    "diff": "compare",
     "help": "--help",
     "info": "status",
     "kill": "cancel",
@@ -56,6 +60,8 @@ _MEANT = {
     "log": "logs",
     "ls": "runs",
     "ps": "runs",
+    "prune": "clean",
+    "rm": "clean",
     "run": "launch",
     "show": "status",
     "start": "launch",

@@ -64,6 +64,19 @@ LAUNCH: Mapping[str, Entry] = {
         "The value of `--run-id` cannot be used as the name of a directory and of a job.",
         "Use letters, digits, dots, dashes and underscores.",
     ),
+    "usage.where-syntax": Entry(
+        "A `--where` is not a name, an operator and a value, or it compares a text as a number.",
+        "Write it in quotes, like `--where 'train.loss<0.1'`. Operators are = != < <= > and >=.",
+    ),
+    "usage.unknown-name": Entry(
+        "No run has a column, a field of its job or a metric of this name.",
+        "Take the name that the message suggests, or one of `dtrain status --json`. A metric is "
+        "written with its split, like `eval.accuracy`.",
+    ),
+    "usage.not-confirmed": Entry(
+        "A command that removes something cannot ask, because its input is no terminal.",
+        "Look at the list with `--dry-run`, then run the command with `--yes`.",
+    ),
     "usage.array-syntax": Entry(
         "An `--array` is not of the form FIELD=VALUE,VALUE,…",
         "Write it like `--array train.lr=0.1,0.01`.",
@@ -482,6 +495,11 @@ LAUNCH: Mapping[str, Entry] = {
     "run.driven-elsewhere": Entry(
         "The command that drives the run is on another host.",
         "Cancel the run on that host.",
+    ),
+    "run.changed-meanwhile": Entry(
+        "A run has changed between the list of what would be removed and the removal, for example "
+        "because it was resumed or one of its checkpoints was pinned.",
+        "Run `dtrain clean` again: it shows what would be removed now.",
     ),
     "run.code-gone": Entry(
         "The directory with the job's code is not on this host, and no copy of it was kept.",

@@ -10,28 +10,31 @@ from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import base, status
 from dtrain.plainjson import numbers
 from dtrain.run import events, files, verdict
-from dtrain.run.attempts import Handle, Result, State
+from dtrain.run.attempts import DAMAGED, Handle, Result, State
 from dtrain.run.lookup import attempt_of
 from dtrain.run.progress import Progress
 from dtrain.run.rundir import RunDir
 from dtrain.run.verdict import Verdict
 
-DAMAGED = "damaged"
-"""The state of a run whose directory cannot be read."""
 
+def summary(run: RunDir, *, recent: bool = False) -> dict[str, Any]:
+    """Return a summary of a run: its state, location, progress and newest metrics.
 
-def summary(run: RunDir) -> dict[str, Any]:
-    """Return a summary of a run: its state, location, progress and newest metrics."""
+    Args:
+        run: the run.
+        recent: whether to read only recent metrics, if it is running.
+    """
     plan = LaunchPlan.read(run)
     handle = Handle.read(run)
     state, result = status.state_of(run)
     attempt = handle.attempt if handle else plan.attempt
-    progress = Progress.read(run)
+    progress = Progress.read(run, recent=recent and state == "running")
     why, failed_in = _why(run, state, attempt)
     if failed_in and (progress.step or 0) < failed_in - 1:
         progress.step = failed_in - 1
     train = _metrics(progress, "train")
-    started = None if handle is None else handle.started
+    begun = handle or result
+    started = None if begun is None else begun.started
     ended = None if result is None else result.ended
     newest = {"running": time.time(), "lost": progress.updated}.get(state, ended)
     lasted = None if started is None or newest is None else max(0.0, newest - started)
@@ -68,9 +71,9 @@ def summary(run: RunDir) -> dict[str, Any]:
 
 
 def row(run: RunDir) -> dict[str, Any]:
-    """Return the summary of a run, or the reason why it cannot be read."""
+    """Return the summary of a run in a list of many, or the reason why it cannot be read."""
     try:
-        return summary(run)
+        return summary(run, recent=True)
     except (DtrainError, OSError) as error:
         unknown = dict.fromkeys(("step", "world_size", "strategy", "launcher", "started"))
         path = {"url": run.url, "path": str(run.path)}

@@ -18,6 +18,7 @@ from torch.distributed.elastic.agent.server import SimpleElasticAgent, WorkerGro
 from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalException
 
+from dtrain import environ
 from dtrain.forking import SERVER_ENDED, Channel
 from dtrain.launch_plan import LaunchPlan
 from dtrain.memory import Memory
@@ -101,6 +102,8 @@ class NodeAgent(SimpleElasticAgent):
         pids = self._await_started()
         self._running = {pid: worker.local_rank for pid, worker in zip(pids, workers, strict=True)}
         self._event("workers_started", pids=pids, restart=self._restart)
+        if self._restart == 0:  # now, because to read them takes 0.05 s, and the workers are busy
+            self._event("environment", versions=environ.versions())
         self._silence = SilenceWatcher(self.plan, logs)
         self._usage = UsageLog(self.plan.run, self.plan.attempt, self.node_rank)
         return dict(enumerate(pids))

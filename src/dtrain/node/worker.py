@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import os
 import signal
+import socket
 import sys
 import traceback
 from dataclasses import replace
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from dtrain import catalog, procs
+from dtrain import catalog, environ, procs
 from dtrain.errors import DtrainError
 from dtrain.integrations.script.accelerate import set_environment
 from dtrain.integrations.script.command import run_command
@@ -57,6 +58,7 @@ def run_worker(run: RunDir, ring: Ring | None = None) -> int:
     if worker.has_agent:
         stack_dump.enable_to_memory()
     worker.log_event("worker_started", process=procs.this_process())
+    worker.log_event("environment", versions=environ.versions(), node=socket.gethostname())
     status = 1
     try:
         status = worker.work()

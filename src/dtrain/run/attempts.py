@@ -26,6 +26,8 @@ from dtrain.waiting import repeating
 
 State = Literal["running", "succeeded", "failed", "cancelled", "lost", "prepared"]
 """`lost` means that the driver of the run died before it could write the result."""
+DAMAGED = "damaged"
+"""The state of a run whose directory cannot be read."""
 
 TOKEN_BYTES = 32
 HEARTBEAT_S = 20.0

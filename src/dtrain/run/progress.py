@@ -18,6 +18,8 @@ _STEPS_DONE = {
     "finished": "steps",
 }
 """Events of a training, and the field of each that has the number of optimizer steps done."""
+_SPLITS = ("train", "eval", "validate", "test")
+_RECENT_BYTES = 1 << 20
 _NOT_METRICS = ("time", "step", "epoch", "split")
 
 
@@ -56,14 +58,19 @@ class Progress:
         return self.updated + max(0, self.total_steps - self.step) * self.seconds_per_step
 
     @classmethod
-    def read(cls, run: RunDir) -> Progress:
+    def read(cls, run: RunDir, *, recent: bool = False) -> Progress:
         """Read the progress over all attempts.
 
         Steps trained twice count once, with the newest values.
+
+        Args:
+            run: the run.
+            recent: whether to parse only the newest MiB of metrics, and of earlier ones the newest
+                line of each split that has none there.
         """
         found = cls()
         first: tuple[float, int] | None = None
-        for time, record in sorted(_records(run), key=lambda each: each[0]):
+        for time, record in sorted(_records(run, recent), key=lambda each: each[0]):
             if "split" in record:
                 found._take_metrics(record)
                 done = record["step"]
@@ -94,7 +101,7 @@ class Progress:
         return event.get(_STEPS_DONE[event["event"]])
 
 
-def _records(run: RunDir) -> Iterator[tuple[float, dict[str, Any]]]:
+def _records(run: RunDir, recent: bool) -> Iterator[tuple[float, dict[str, Any]]]:
     """Yield events and metrics with their times.
 
     Records of one file with equal times keep their order.
@@ -102,5 +109,11 @@ def _records(run: RunDir) -> Iterator[tuple[float, dict[str, Any]]]:
     for event in files.read_lines(run.events, event=str, time=float):
         if event["event"] in _STEPS_DONE:
             yield event["time"], event
-    for line in files.read_lines(run.metrics, split=str, step=int, time=float):
+    fields: dict[str, type] = {"split": str, "step": int, "time": float}
+    if not recent:
+        lines = files.read_lines(run.metrics, **fields)
+    else:
+        marks = [f'"split": "{split}"'.encode() for split in _SPLITS]
+        lines = files.read_newest_lines(run.metrics, _RECENT_BYTES, marks, **fields)
+    for line in lines:
         yield line["time"], line

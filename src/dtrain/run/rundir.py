@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,37 +14,48 @@ from dtrain.errors import LaunchError, UsageError
 ATTEMPT_VARIABLE = "DTRAIN_ATTEMPT"
 
 
+class _Inside:
+    """A path in a run directory. It is made when it is used: thousands of runs have many."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: RunDir, _kind: type[RunDir]) -> Path:
+        return run.path / self._name
+
+
 class RunDir:
     """One run's directory. Both planes meet here, and no other module spells a path in it."""
 
+    job = _Inside("job.yaml")
+    resolved = _Inside("resolved.yaml")
+    """The job with every default and override filled in."""
+    plan = _Inside("plan.json")
+    """The launch plan, with secrets by name only."""
+    url_file = _Inside(".url")
+    """The file that holds `url`."""
+    heartbeat = _Inside("alive.json")
+    """The newest heartbeat of the driver, for a run at a URL."""
+    unsynced = _Inside(".ahead")
+    """A file that exists while this directory is ahead of its copy at the URL."""
+    sync_index = _Inside(".mirror.json")
+    """The known state of both copies, see `dtrain.run.remote.mirror`."""
+    code = _Inside("code")
+    """The code snapshot: git SHA, patch, untracked files."""
+    metrics = _Inside("metrics.jsonl")
+    """Metrics, one JSON object per line, written by rank 0."""
+    events = _Inside("events.jsonl")
+    """Events of the run, one JSON object per line: started, saved, restarted, ended."""
+    checkpoints = _Inside("checkpoints")
+    slurm = _Inside("slurm")
+    """The files of the batch job, see `dtrain.run.backend_files`."""
+    recording = _Inside("recording")
+    """A record of each step, in a run of `dtrain verify`."""
+    predictions = _Inside("predictions.npz")
+    """Predictions of the trained model. Row i of each array is sample i of the eval data."""
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
-        self.job = self.path / "job.yaml"
-        self.resolved = self.path / "resolved.yaml"
-        """The job with every default and override filled in."""
-        self.plan = self.path / "plan.json"
-        """The launch plan, with secrets by name only."""
-        self.url_file = self.path / ".url"
-        """The file that holds `url`."""
-        self.heartbeat = self.path / "alive.json"
-        """The newest heartbeat of the driver, for a run at a URL."""
-        self.unsynced = self.path / ".ahead"
-        """A file that exists while this directory is ahead of its copy at the URL."""
-        self.sync_index = self.path / ".mirror.json"
-        """The known state of both copies, see `dtrain.run.remote.mirror`."""
-        self.code = self.path / "code"
-        """The code snapshot: git SHA, patch, untracked files."""
-        self.metrics = self.path / "metrics.jsonl"
-        """Metrics, one JSON object per line, written by rank 0."""
-        self.events = self.path / "events.jsonl"
-        """Events of the run, one JSON object per line: started, saved, restarted, ended."""
-        self.checkpoints = self.path / "checkpoints"
-        self.slurm = self.path / "slurm"
-        """The files of the batch job, see `dtrain.run.backend_files`."""
-        self.recording = self.path / "recording"
-        """A record of each step, in a run of `dtrain verify`."""
-        self.predictions = self.path / "predictions.npz"
-        """Predictions of the trained model. Row i of each array is sample i of the eval data."""
 
     def __repr__(self) -> str:
         return f"RunDir({str(self.path)!r})"
@@ -213,9 +226,16 @@ class RunDir:
 
 
 def list_runs(root: str | os.PathLike[str]) -> list[RunDir]:
-    """Return every run below `root`, oldest first."""
+    """Return every run below `root`, the one that was started last at the end."""
     folder = Path(root).absolute()  # this also detects that the current directory is gone
-    if not folder.is_dir():
+    try:
+        names = [name for name in os.listdir(folder) if not name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [path for path in folder.iterdir() if (path / "resolved.yaml").is_file()]
-    return [RunDir(path) for path in sorted(found, key=lambda path: path.stat().st_ctime_ns)]
+    found: list[tuple[int, str]] = []
+    for name in names:
+        with contextlib.suppress(OSError):
+            job = os.stat(f"{folder}/{name}/resolved.yaml")  # written again by each attempt
+            if stat.S_ISREG(job.st_mode):
+                found.append((job.st_mtime_ns, name))
+    return [RunDir(folder / name) for _, name in sorted(found)]

@@ -9,7 +9,7 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
@@ -91,6 +91,20 @@ def _may_be_secret(path: str) -> bool:
     parts = path.lower().split("/")
     steps = [*parts, "/".join(parts[-2:])]
     return any(fnmatch(step, pattern) for step in steps for pattern in _SECRET_FILES)
+
+
+def changed_between(folder: Path, commits: Sequence[str]) -> list[str] | None:
+    """Return the files in which commits differ from the first one. None if git has no answer."""
+    found: set[str] = set()
+    try:
+        for commit in commits[1:]:
+            names = _git(
+                folder, "diff", "--no-ext-diff", "--name-only", "-z", commits[0], commit, "--"
+            )
+            found |= {os.fsdecode(name) for name in names.split(b"\0") if name}
+    except (_GitFailed, OSError, ValueError):  # for example a path with a null byte
+        return None
+    return sorted(found)
 
 
 def copy_tree(job_dir: str | os.PathLike[str], run: RunDir, attempt: int) -> None:

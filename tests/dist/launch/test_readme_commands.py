@@ -25,6 +25,7 @@ DOCUMENTS = (
     "docs/job-file.md",
     "docs/launching.md",
     "docs/lightning.md",
+    "docs/runs.md",
     "docs/script.md",
     "docs/testing.md",
 )
@@ -42,6 +43,7 @@ NOT_RUN = {
 TIMEOUT_S = 120
 EXIT_CODES = {
     "checkpoint diff": 1,
+    "dtrain compare": 1,
     "--set args.misbehave=raise": 1,
     "--set train.epoch=5": 2,
 }

@@ -23,8 +23,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "console export integrations page",
         "keras node",
         "launchers worker",
-        "checkpoints planning",
-        "report resuming top verification",
+        "checkpoints planning searching",
+        "cleaning comparing resuming top verification",
+        "report",
         "api cli",
         "__main__",
     ),
@@ -38,12 +39,17 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "contents exporting listing pinning verifying",
         "differences pruning",
     ),
+    "dtrain.cleaning": (
+        "claim leftovers",
+        "finding",
+        "removing",
+    ),
     "dtrain.cli": (
         "completers lazy torchrun",
         "main options",
-        "array cancel checkpoint completion export launchers logs plan report schema status top "
-        "verify why",
-        "launch runs",
+        "array cancel checkpoint compare completion export launchers logs plan report schema "
+        "status top",
+        "clean launch runs verify why",
         "resume",
     ),
     "dtrain.cli.checkpoint": (
@@ -51,6 +57,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "diff listing show",
     ),
     "dtrain.codes": ("entry", "launch training", "__init__"),
+    "dtrain.comparing": ("code losses", "compare"),
     "dtrain.console": (
         "fold history notebook out tail",
         "live",
@@ -152,6 +159,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "checkpoints mirror rank_files",
         "runs",
     ),
+    "dtrain.searching": (
+        "index",
+        "fields",
+        "query",
+    ),
     "dtrain.testing": (
         "wire",
         "body",
@@ -252,7 +264,7 @@ LAUNCH_PLANE = tuple(
     for row in (
         "errors procs plainjson checked environ waiting forking ports assets ranks task callback",
         "words catalog run job plan planning resuming trace console launchers verify api cli",
-        "checkpoints",
+        "checkpoints cleaning comparing searching",
     )
     for part in row.split()
 )

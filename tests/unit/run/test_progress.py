@@ -69,3 +69,21 @@ def test_damaged_and_unfinished_files(run: RunDir) -> None:
     run.metrics.write_text('[]\n{"time": "x", "split": "train", "step": 3}\n')
     found = Progress.read(run)
     assert (found.step, found.percent, found.end) == (None, None, None)
+
+
+def test_recent_lines_are_enough_for_the_newest_values(run: RunDir) -> None:
+    early = [
+        line(1.0, 1, "eval", acc=0.1),
+        line(2.0, 2, "eval", acc=0.2),
+        line(3.0, 3, "test", b=1),
+    ]
+    many = [line(10.0 + step, step, loss=1 / step) for step in range(1, 30_000)]
+    whole = write(run, started(0.5), *early, *many)
+    recent = Progress.read(run, recent=True)
+    assert recent.metrics == whole.metrics
+    assert (recent.step, recent.end) == (whole.step, whole.end)
+    text = run.metrics.read_text()
+    run.metrics.write_text(text.replace('"acc": 0.1', '"acc": 0.1}'))  # not parsed
+    assert Progress.read(run, recent=True) == recent
+    short = write(run, started(0.5), *early)
+    assert Progress.read(run, recent=True) == short

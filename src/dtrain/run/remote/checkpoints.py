@@ -166,9 +166,19 @@ class RemoteCheckpoints:
         self._store.remove(f"{name}/{MANIFEST}")  # first: from now on the checkpoint does not exist
         self._store.remove(*self._store.files(name))
 
+    def leftovers(self) -> dict[str, int]:
+        """Return the names of checkpoints that were not finished, each with its bytes."""
+        found = self._store.files()
+        existing = _existing(found)
+        sizes: dict[str, int] = defaultdict(int)
+        for name, info in found.items():
+            if name.split("/")[0] not in existing:
+                sizes[name.split("/")[0]] += int(info.get("size") or 0)
+        return dict(sizes)
+
     def remove_leftovers(self) -> None:
         found = list(self._store.files())
-        existing = {n.split("/")[0] for n in found if n.rpartition("/")[2] in (MANIFEST, _REJECTED)}
+        existing = _existing(found)
         self._store.remove(*(name for name in found if name.split("/")[0] not in existing))
         inside: dict[str, set[str]] = defaultdict(set)
         for name in found:
@@ -206,6 +216,11 @@ class RemoteCheckpoints:
         """Remove the files of an earlier checkpoint of the same name."""
         inside = [file for file in files if "/" in file.removeprefix(f"{name}/")]
         self._store.remove(*(file for file in inside if not file.startswith(f"{exclude}/")))
+
+
+def _existing(files: Iterable[str]) -> set[str]:
+    """Return the names of the checkpoints, also of rejected ones, that have these files."""
+    return {n.split("/")[0] for n in files if n.rpartition("/")[2] in (MANIFEST, _REJECTED)}
 
 
 @contextmanager

@@ -29,6 +29,7 @@ LAUNCH = (*STARTING, *(f"attempts/*/{name}.json" for name in ("handle", "result"
 """Files that the launching side writes of a run that continues without it."""
 LOGS = ("*.log*", "attempts/*/node-*/*.jsonl")
 CODE = ("code/*",)
+SNAPSHOT = ("code/git.json", "code/changes.patch", "code/untracked/*")
 
 
 @dataclass

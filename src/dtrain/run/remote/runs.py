@@ -15,7 +15,7 @@ from typing import Any
 from dtrain.errors import RunNotFound
 from dtrain.run import files, rundir
 from dtrain.run.attempts import HEARTBEAT_S, Handle
-from dtrain.run.remote.mirror import CODE, LAUNCH, LOGS, Mirror, changed_at
+from dtrain.run.remote.mirror import CODE, LAUNCH, LOGS, SNAPSHOT, Mirror, changed_at
 from dtrain.run.remote.store import RemoteStore, RemoteStoreError
 from dtrain.run.rundir import RunDir
 from dtrain.waiting import repeating
@@ -57,6 +57,28 @@ def claim(run: RunDir, path: Path) -> None:
     url = run.url
     if url is not None:
         RemoteStore(url).create_exclusive(str(path.relative_to(run.path)), path.read_bytes())
+
+
+def release(run: RunDir, path: Path) -> None:
+    """Remove a file of a run's directory at its URL, if it has one; the opposite of `claim`.
+
+    Raises:
+        RemoteStoreError: the URL does not answer.
+    """
+    url = run.url
+    if url is not None:
+        RemoteStore(url).remove(str(path.relative_to(run.path)))
+
+
+def send_heartbeat(run: RunDir) -> None:
+    """Show other hosts that a process holds a run, if it is kept at a URL.
+
+    Raises:
+        RemoteStoreError: the URL does not answer.
+    """
+    url = run.url
+    if url is not None:
+        Mirror(run, url).send_heartbeat()
 
 
 def holder(run: RunDir, attempt: int) -> Handle | None:
@@ -140,6 +162,13 @@ def download_code(run: RunDir) -> None:
     url = run.url
     if url is not None:
         Mirror(run, url).pull(include=("code/tree-*.tar",))
+
+
+def download_snapshot(run: RunDir) -> None:
+    """Download the record of a run's code to this host, if the run is kept at a URL."""
+    url = run.url
+    if url is not None:
+        Mirror(run, url).pull(include=SNAPSHOT)
 
 
 def push(run: RunDir, include: Sequence[str] = ()) -> None:

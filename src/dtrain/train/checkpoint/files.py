@@ -169,12 +169,20 @@ def remove_checkpoint(folder: Path) -> None:
 
 def remove_leftovers(checkpoints: Path) -> None:
     """Delete temporary directories of killed writers; restore checkpoints that they had moved."""
-    for path in checkpoints.glob(f".*{_ASIDE}*"):
-        final = checkpoints / path.name[1:].partition(_ASIDE)[0]
-        if path.name.endswith(_OLD) and not final.exists():
-            os.rename(path, final)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+    for path in unfinished(checkpoints):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in checkpoints.glob(f".*{_ASIDE}*{_OLD}"):
+        os.rename(path, _final(path))
+
+
+def unfinished(checkpoints: Path) -> list[Path]:
+    """Return temporary directories of writers, without checkpoints that they had moved."""
+    found = checkpoints.glob(f".*{_ASIDE}*")
+    return [path for path in found if not path.name.endswith(_OLD) or _final(path).exists()]
+
+
+def _final(temporary: Path) -> Path:
+    return temporary.with_name(temporary.name[1:].partition(_ASIDE)[0])
 
 
 def _put_in_place(folder: Path, final: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
 
 from dtrain.train.context import TrainContext, TrainResult
 from dtrain.train.data.placement import EpochPlan, GlobalBatch
@@ -36,9 +39,23 @@ class Report:
         """When the measured time began, without that of steps that compiled; the last step's end.
         """
 
-    def started(self, progress: Progress, course: EpochPlan, *, resumed: bool) -> None:
-        """Report the start, before the first step."""
-        spec, ranks = self._context.spec, self._context.ranks
+    def started(
+        self,
+        progress: Progress,
+        course: EpochPlan,
+        *,
+        resumed: bool,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Report the start, before the first step.
+
+        Args:
+            progress: the progress so far.
+            course: the steps of all epochs.
+            resumed: whether the training continues from a checkpoint.
+            data: the identity of the training data, where it is known already.
+        """
+        spec, ranks, device = self._context.spec, self._context.ranks, self._context.device
         self._total_steps = course.total_steps
         self._events.write(
             "training_started",
@@ -47,6 +64,8 @@ class Report:
             world_size=ranks.world_size,
             strategy=spec.strategy,
             resumed_from=progress.step if resumed else None,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            data=data,
         )
         self._metrics.begin(progress.step)
         self._since = self._step_ended = time.monotonic()

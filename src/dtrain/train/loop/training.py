@@ -64,7 +64,8 @@ class Training:
         self._wrap()
         self._arm()
         self._initial.tell(self._events)
-        self._report.started(self.progress, self.course, resumed=resumed)
+        data = self._data_identity
+        self._report.started(self.progress, self.course, resumed=resumed, data=data)
 
     def _build(self) -> None:
         """Make the parts, the data and the callbacks from the task, the same on every rank."""
@@ -91,7 +92,7 @@ class Training:
         This comes before wrapping: wrappers copy weights, and register the parameters that are
         not frozen.
         """
-        identity = build.feed_identity(self.data)
+        identity = self._data_identity = build.feed_identity(self.data)
         self._saver = Saver(
             self._context, self.parts, self.callbacks, self._kept, identity, self._events
         )

@@ -1,0 +1,1 @@
+"""Comparing runs: what differs in job, code, environment, data and metrics, and from which step."""
