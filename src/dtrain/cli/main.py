@@ -24,6 +24,10 @@ _COMMANDS = {
         "dtrain.cli.plan",
         "Show every command, variable and file of a launch; start nothing.",
     ),
+    "doctor": (
+        "dtrain.cli.doctor",
+        "Check this machine, a job and a cluster: what is wrong, and what mends it.",
+    ),
     "resume": ("dtrain.cli.resume", "Continue a run from its newest intact checkpoint."),
     "runs": ("dtrain.cli.runs", "List the runs."),
     "status": ("dtrain.cli.status", "Show a run's state, progress and newest metrics."),
@@ -46,7 +50,10 @@ _COMMANDS = {
 
 
 _MEANT = {
+    "check": "doctor",
     "checkpoints": "checkpoint",
+    "diagnose": "doctor",
+    "env": "doctor",
     "help": "--help",
     "info": "status",
     "kill": "cancel",

@@ -94,6 +94,12 @@ explain_option = option(
 detach_option = option(
     WATCH, "--detach", is_flag=True, help="Submit and return; launchers slurm and ray."
 )
+preflight_option = option(
+    MORE,
+    "--preflight",
+    is_flag=True,
+    help="First let the nodes check themselves and one another, as `dtrain doctor` does.",
+)
 option_option = option(
     WHERE,
     "-o",
@@ -277,6 +283,7 @@ def request(options: dict[str, Any]) -> Request:
         fields=written_flags(options),
         options=_launcher_options(options),
         further_options=options["options"],
+        preflight=options.get("preflight", False),
     )
 
 
@@ -327,7 +334,7 @@ def _counted(options: dict[str, Any]) -> dict[str, Any]:
     if options.get("launcher") not in ("local", "torchrun"):
         text = f"--procs {word} counts what this host has; give the number for the nodes of others"
         raise UsageError(text, code="usage.invalid-value")
-    from dtrain.node import gpus
+    from dtrain.doctor import gpus
 
     found = gpus.usable(os.environ.get(gpus.VISIBLE), gpus.installed())
     if word == "cpu" or (word == "auto" and not found):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @shared.job_argument
 @shared.script_arguments
 @shared.job_options
+@shared.preflight_option
 @shared.explain_option
 @shared.option(
     shared.MORE, "--write", is_flag=True, help="Write the run directory, to start workers by hand."

@@ -21,6 +21,7 @@ from dtrain.run.lookup import find
 )
 @shared.run_argument
 @shared.size_options
+@shared.preflight_option
 @shared.quiet_option
 @shared.detach_option
 @shared.dry_run_option

@@ -16,15 +16,16 @@ SRC = ROOT / "src"
 # from rows below its own. So no two parts import each other, whatever the way round.
 LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain": (
-        "assets callback checked codes errors memory plainjson procs ranks task waiting words",
-        "__init__ catalog environ forking ports run",
+        "assets callback cgroups checked codes errors plainjson procs ranks task waiting words",
+        "__init__ catalog environ forking memory ports run",
         "job testing trace",
         "launch_plan train",
+        "doctor",
         "console export integrations",
         "keras node",
         "launchers worker",
         "checkpoints planning",
-        "resuming verification",
+        "diagnosing resuming verification",
         "api cli",
         "__main__",
     ),
@@ -41,7 +42,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.cli": (
         "completers lazy torchrun",
         "main options",
-        "array cancel checkpoint completion export launchers logs plan schema status verify why",
+        "array cancel checkpoint completion doctor export launchers logs plan schema status verify "
+        "why",
         "launch runs",
         "resume",
     ),
@@ -53,6 +55,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.console": (
         "fold history notebook out tail",
         "live",
+    ),
+    "dtrain.doctor": (
+        "asked diagnosis",
+        "network versions",
+        "compared gpus",
+        "host",
+        "checks explained",
     ),
     "dtrain.export": (
         "model",
@@ -111,19 +120,21 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "attempt",
         "driver",
         "job",
+        "cluster",
         "launcher",
     ),
     "dtrain.launchers.slurm": (
         "options queue templates",
         "outcome script",
         "sbatch",
-        "submitit",
+        "cluster submitit",
         "launcher",
     ),
     "dtrain.node": (
-        "early_exit environment gpus hashing hints placement sealed stack_dump",
+        "early_exit environment hashing hints placement sealed stack_dump",
         "heartbeat silence store worker",
         "fork_server rendezvous",
+        "preflight",
         "agent",
         "agent_process",
         "__main__",
@@ -157,7 +168,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.train": (
         "context digest importing logs packed precision seeding sums vote",
         "collectives load metrics",
-        "checkpoint",
+        "checkpoint doctor",
         "contract ema weights",
         "data loss",
         "tracing",
@@ -244,12 +255,12 @@ LAUNCH_PLANE = tuple(
     for row in (
         "errors procs plainjson checked environ waiting forking ports assets ranks task callback",
         "words catalog run job plan planning resuming trace console launchers verify api cli",
-        "checkpoints",
+        "checkpoints cgroups diagnosing doctor",
     )
     for part in row.split()
 )
 TORCH_FILE = "dtrain.checkpoints.torch_file"
-_IN_DRIVER = ("driver", "job", "attempt", "placement")
+_IN_DRIVER = ("driver", "job", "attempt", "placement", "cluster")
 RAY_DRIVER = tuple(f"dtrain.launchers.ray.{part}" for part in _IN_DRIVER)
 HEAVY = {"torch", "ray", "lightning", "pytorch_lightning", "keras", "submitit"}
 

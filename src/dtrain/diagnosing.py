@@ -1,0 +1,147 @@
+"""What `dtrain doctor` finds: the checks of this host, of a job and of its cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dtrain.codes import CODES
+from dtrain.doctor.asked import Asked, checkpoint_bytes
+from dtrain.doctor.checks import ALONE_CHECKS, HOST_CHECKS, data, run_checks
+from dtrain.doctor.diagnosis import OK, PROBLEM, WARNING, Diagnosis
+from dtrain.environ import inherited_env
+from dtrain.errors import JobError, PlanError
+from dtrain.job.located import shown_path
+from dtrain.launchers.base import Diagnosing, HostChecking
+from dtrain.planning import JobWithoutFile, Prepared, Request, job_of_program, plan_run
+from dtrain.run.remote.runs import staging
+from dtrain.run.remote.store import is_url
+from dtrain.run.rundir import list_runs
+
+_IMPORT_S = 120
+_OF_TRAINING = {"cores", "numa", "gpus", "driver", "shm", "ulimits"}
+"""Checks of a host that trains. A login node needs none of this."""
+
+
+def diagnose(job: str | JobWithoutFile | None, request: Request) -> Iterator[Diagnosis]:
+    """Yield what each check finds, as soon as it is known.
+
+    Args:
+        job: the job, as for `plan_run`. None checks this host, or the cluster of a profile.
+        request: the options of its launch.
+
+    Raises:
+        UsageError: an option is unknown or has an invalid value.
+    """
+    prepared, found = _plan(job, request)
+    trains_here = prepared is None or isinstance(prepared.launcher, HostChecking)
+    with _importing(prepared) as process:
+        yield from found
+        runs = staging(request.runs) if is_url(request.runs) else Path(request.runs).absolute()
+        asked = Asked(runs)
+        if prepared is not None:
+            spec = prepared.job.spec
+            asked = replace(
+                Asked.of(prepared.plan, spec),
+                checkpoint_bytes=_earlier_checkpoint(runs, spec.name),
+            )
+            if spec.data.paths:
+                yield data(spec, Path(prepared.plan.job_dir))
+        checks = {**HOST_CHECKS, **ALONE_CHECKS}
+        kept = [name for name in checks if trains_here or name not in _OF_TRAINING]
+        yield from run_checks({name: checks[name] for name in kept}, asked)
+        if prepared is not None and isinstance(prepared.launcher, Diagnosing):
+            yield prepared.launcher.diagnose(prepared.plan)
+        yield from _imports(process, trains_here)
+
+
+def _plan(
+    job: str | JobWithoutFile | None, request: Request
+) -> tuple[Prepared | None, list[Diagnosis]]:
+    """Return the plan of a launch, and what was found while it was made.
+
+    Without a job it is that of a command, to ask a cluster about. This host alone needs none.
+    """
+    if job is None and request.launcher == "local" and not request.fields:
+        return None, []
+    try:
+        prepared = plan_run(job or job_of_program("command", "true"), request)
+    except (JobError, PlanError) as error:
+        return None, [
+            Diagnosis("plan", PROBLEM, message, CODES[code].remedy if code in CODES else "")
+            for message, code in error.parts()
+        ]
+    plan = prepared.plan
+    if short := prepared.lacking:
+        return prepared, [Diagnosis("plan", PROBLEM, short, CODES["plan.too-few-gpus"].remedy)]
+    what = f"{plan.trainer} × {plan.strategy} × {plan.launcher}, world size {plan.world_size}"
+    return prepared, [Diagnosis("plan", OK, what)] if job else []
+
+
+def _earlier_checkpoint(runs: Path, name: str) -> int:
+    """Return the size of the newest checkpoint of an earlier run of the same job; 0 without one."""
+    same = [run for run in list_runs(runs) if run.id.startswith(f"{name}-")]
+    return next(filter(None, map(checkpoint_bytes, reversed(same))), 0)
+
+
+@contextlib.contextmanager
+def _importing(prepared: Prepared | None) -> Iterator[subprocess.Popen[str]]:
+    """Import torch and the job's classes in a process of their own, beside the other checks."""
+    command = [sys.executable, "-P", "-m", "dtrain.train.doctor"]
+    env = inherited_env()
+    if prepared is None:
+        command += ["."]
+    else:
+        spec = prepared.job.spec
+        named = [spec.task, spec.lightning.data_module] if spec.program is None else []
+        command += [prepared.plan.job_dir, *filter(None, named)]
+        env |= spec.launch.env
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, errors="replace"
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _imports(process: subprocess.Popen[str], trains_here: bool) -> Iterator[Diagnosis]:
+    """Yield the result of each import."""
+    try:
+        output, errors = process.communicate(timeout=_IMPORT_S)
+    except subprocess.TimeoutExpired:
+        fact = f"the import has not ended after {_IMPORT_S} s"
+        yield Diagnosis("task", PROBLEM, fact, "move what takes long into the methods of the task")
+        return
+    found = [json.loads(line) for line in output.splitlines()]
+    for each in found:
+        yield _of_import(each, trains_here)
+    if not found or (process.returncode and "error" not in found[-1]):
+        last = (errors.strip().splitlines() or ["it has written nothing"])[-1]
+        remedy = f"{sys.executable} -c 'import torch' shows more"
+        yield Diagnosis("torch", PROBLEM, f"the process of the import ended: {last}", remedy)
+
+
+def _of_import(found: dict[str, Any], trains_here: bool) -> Diagnosis:
+    check = "torch" if found["name"] == "torch" else "task"
+    if "error" not in found:
+        what = found["name"]
+        if check == "torch":
+            what = f"torch {found['version']} sees {found['gpus'] or 'no'} GPUs"
+            return Diagnosis(check, OK, f"{what}; imported in {found['seconds']:.1f} s")
+        return Diagnosis(check, OK, f"{what} was imported in {found['seconds']:.1f} s")
+    file, _, line = found["where"].rpartition(":")
+    where = f"{shown_path(Path(file))}:{line}: " if file else ""
+    remedy = "correct the file at this line"
+    if found["is_missing_module"]:
+        remedy = f"install the module for {sys.executable}: it is the Python of this command"
+    # the nodes of a cluster may have another Python
+    is_certain = trains_here or not found["is_missing_module"]
+    return Diagnosis(check, PROBLEM if is_certain else WARNING, where + found["error"], remedy)

@@ -1,0 +1,125 @@
+"""Checks of the network of a host: names, the interface that leads to the others, ports."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+
+import psutil
+
+from dtrain import ports
+from dtrain.doctor.asked import Asked
+from dtrain.doctor.diagnosis import OK, PROBLEM, WARNING, Diagnosis
+
+_ELSEWHERE = ("203.0.113.1", 9)
+"""An address that no host has (RFC 5737). It only selects the route to other networks."""
+_SLOW_S = 1.0
+_RESOLVE_S = 3.0
+_CONNECT_S = 3.0
+_SELECTED = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
+
+
+def names(_asked: Asked) -> Diagnosis:
+    """Return whether this host's own name can be resolved."""
+    own = socket.gethostname()
+    found = resolve(own)
+    if isinstance(found, str):
+        return Diagnosis("names", OK, f"{own} is {found}")
+    return name_not_known(own, own, found)
+
+
+def name_not_known(host: str, name: str, error: object) -> Diagnosis:
+    """Return the finding of a host that cannot resolve a name. dtrain itself uses addresses."""
+    remedy = f"add {name} to the name server, or to /etc/hosts of {host}"
+    return Diagnosis("names", WARNING, f"{host} cannot resolve {name}: {error}", remedy)
+
+
+def resolve(name: str) -> str | OSError:
+    """Return the address of a name, or the error. It never takes longer than a few seconds."""
+    answer: list[str | OSError] = []
+
+    def ask() -> None:
+        try:
+            answer.append(str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]))
+        except (OSError, UnicodeError) as error:
+            answer.append(error if isinstance(error, OSError) else OSError(str(error)))
+
+    began = time.monotonic()
+    thread = threading.Thread(target=ask, daemon=True)  # libc has no time limit of ours
+    thread.start()
+    thread.join(_RESOLVE_S)
+    if not answer:
+        return OSError(f"the name servers have not answered for {_RESOLVE_S:.0f} s")
+    if isinstance(answer[0], str) and (took := time.monotonic() - began) > _SLOW_S:
+        return f"{answer[0]}, which took {took:.1f} s"
+    return answer[0]
+
+
+def interface(asked: Asked) -> Diagnosis:
+    """Return the interface on which this host reaches the head, or other networks."""
+    known = psutil.net_if_addrs()
+    for variable in _SELECTED:
+        wanted = asked.env.get(variable, os.environ.get(variable))
+        if wanted and not _is_there(wanted, list(known)):
+            fact = f"{variable}={wanted}, and this host has {', '.join(known)}"
+            return Diagnosis("interface", PROBLEM, fact, f"unset {variable}; dtrain sets it itself")
+    host, port = asked.head or _ELSEWHERE
+    try:
+        address = ports.address_towards(host, port)
+    except OSError as error:
+        fact = f"there is no route to {host if asked.head else 'other networks'}: {error.strerror}"
+        status = WARNING if asked.hosts > 1 else OK
+        return Diagnosis("interface", status, fact, "ip route" if status == WARNING else "")
+    found = ports.interface_of(address)
+    towards = f"the head at {host}" if asked.head else "other hosts"
+    return Diagnosis("interface", OK, f"{found} ({address}) leads to {towards}")
+
+
+def _is_there(wanted: str, known: list[str]) -> bool:
+    """Return whether an interface exists. NCCL takes several, `=` for exact names, `^` for not."""
+    if wanted.startswith("^"):
+        return True
+    prefixes = wanted.lstrip("=").split(",")
+    return any(name.startswith(prefix) for prefix in prefixes for name in known)
+
+
+def own_ports(_asked: Asked) -> Diagnosis:
+    """Return whether this host can connect to a port that it opens on its own address."""
+    try:
+        address = ports.address_towards(*_ELSEWHERE)
+    except OSError:
+        address = "127.0.0.1"
+    try:
+        with ports.listen(address, 0) as listener:
+            port = int(listener.getsockname()[1])
+            began = time.perf_counter()
+            socket.create_connection((address, port), _CONNECT_S).close()
+    except OSError as error:
+        fact = f"{address} cannot be reached from this host itself: {error}"
+        return Diagnosis("ports", PROBLEM, fact, open_ports())
+    took = time.perf_counter() - began
+    return Diagnosis(
+        "ports", OK, f"{address}:{port} was opened and reached in {1000 * took:.1f} ms"
+    )
+
+
+def open_ports() -> str:
+    """Return what to do where a firewall is between two hosts."""
+    return "allow all TCP ports between the nodes, for example `ufw allow from ADDRESS` on each"
+
+
+def why_unreachable(host: str, port: int, error: OSError) -> str:
+    """Return what to do when a node cannot reach the head, in one sentence."""
+    own = socket.gethostname()
+    if isinstance(error, socket.gaierror):
+        return (
+            f"{own} cannot resolve the name {host}: add it to the name server or to /etc/hosts "
+            f"there, or give an address; `getent hosts {host}` checks it"
+        )
+    if isinstance(error, ConnectionRefusedError):
+        return f"{host} answers {own}, but nothing listens on port {port}: was node 0 started?"
+    if isinstance(error, TimeoutError):
+        return f"{own} gets no answer from {host}:{port}, as from behind a firewall: {open_ports()}"
+    return f"{own} has no connection to {host}; `ip route get {host}` shows the route"
