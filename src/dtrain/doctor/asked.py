@@ -33,7 +33,7 @@ class Asked:
     loaders: int = 0
     """The loader processes of each rank."""
     hosts: int = 1
-    """The number of hosts that take part."""
+    """The number of hosts that use the directory of the run."""
     checkpoint_bytes: int = 0
     """The size of a checkpoint; 0 if it is not known."""
     kept: int = 1
@@ -46,9 +46,11 @@ class Asked:
     @classmethod
     def of(cls, plan: LaunchPlan, spec: JobSpec) -> Asked:
         """Return what a plan asks of each of its hosts."""
-        simulates = catalog.launcher(plan.launcher).simulates
-        nodes_here = plan.nodes if simulates else 1
-        hosts = 1 if simulates else plan.nodes
+        launcher = catalog.launcher(plan.launcher)
+        nodes_here = plan.nodes if launcher.simulates else 1
+        hosts = plan.nodes + launcher.allocates  # and the one where the command runs
+        if launcher.simulates or plan.options.is_here:
+            hosts = 1
         best = spec.checkpoint.best
         return cls(
             directory=plan.run.path,

@@ -119,7 +119,9 @@ def _line(found: Mapping[int, Diagnosis], names: Mapping[int, str]) -> Merged:
 
 
 def _named(ranks: Sequence[int], names: Mapping[int, str]) -> str:
-    return few(names[rank] or f"node {rank}" for rank in ranks)
+    """Return names of nodes. Those of simulated nodes on one host may be the same."""
+    same = Counter(names.values())
+    return few(names[rank] if same[names[rank]] == 1 else f"node {rank}" for rank in ranks)
 
 
 def _of_versions(rank: int, reports: Mapping[int, NodeReport]) -> Iterable[Diagnosis]:

@@ -62,8 +62,8 @@ def _if_full(directory: Path) -> str:
     place = existing(directory)
     found = os.statvfs(place)
     free = found.f_bavail * found.f_frsize
-    if free > _FULL_BYTES and found.f_favail:
+    has_inode = found.f_favail > 0 or not found.f_files
+    if (free > _FULL_BYTES and has_inode) or not found.f_blocks:  # /proc has no blocks
         return ""
     total = size(found.f_blocks * found.f_frsize)
-    inodes = "" if found.f_favail or not found.f_files else ", and no inode"
-    return f"{place} has {size(free)} free of {total}{inodes}"
+    return f"{place} has {size(free)} free of {total}{'' if has_inode else ', and no inode'}"

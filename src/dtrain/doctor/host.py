@@ -245,7 +245,7 @@ def shared(asked: Asked) -> Diagnosis:
         return Diagnosis("shared", OK, f"{place} is on {kind}; one host needs no more")
     if kind.startswith(_SHARED_TYPES):
         return Diagnosis("shared", OK, f"{place} is on {kind}, which hosts can share")
-    fact = f"{place} is on {kind}, and {asked.hosts} hosts write to it: is it one disk for all?"
+    fact = f"{place} is on {kind}: is it the same disk on all {asked.hosts} hosts?"
     remedy = "--runs DIR on a shared file system; `dtrain launch --preflight` proves that it is"
     return Diagnosis("shared", WARNING, fact, remedy)
 
