@@ -20,6 +20,7 @@ from dtrain.errors import JobError, PlanError
 from dtrain.job.located import shown_path
 from dtrain.launchers.base import Diagnosing, HostChecking
 from dtrain.planning import JobWithoutFile, Prepared, Request, job_of_program, plan_run
+from dtrain.run.failures import describe_exit
 from dtrain.run.remote.runs import staging
 from dtrain.run.remote.store import is_url
 from dtrain.run.rundir import list_runs
@@ -58,7 +59,7 @@ def diagnose(job: str | JobWithoutFile | None, request: Request) -> Iterator[Dia
         yield from run_checks({name: checks[name] for name in kept}, asked)
         if prepared is not None and isinstance(prepared.launcher, Diagnosing):
             yield prepared.launcher.diagnose(prepared.plan)
-        yield from _imports(process, trains_here)
+        yield from _imports(process, _classes(prepared), trains_here)
 
 
 def _plan(
@@ -90,18 +91,20 @@ def _earlier_checkpoint(runs: Path, name: str) -> int:
     return next(filter(None, map(checkpoint_bytes, reversed(same))), 0)
 
 
+def _classes(prepared: Prepared | None) -> list[str]:
+    """Return the references of the classes that the job names. A script is not imported."""
+    if prepared is None or prepared.job.spec.program is not None:
+        return []
+    spec = prepared.job.spec
+    return [each for each in (spec.task, spec.lightning.data_module) if each]
+
+
 @contextlib.contextmanager
 def _importing(prepared: Prepared | None) -> Iterator[subprocess.Popen[str]]:
     """Import torch and the job's classes in a process of their own, beside the other checks."""
-    command = [sys.executable, "-P", "-m", "dtrain.train.doctor"]
-    env = inherited_env()
-    if prepared is None:
-        command += ["."]
-    else:
-        spec = prepared.job.spec
-        named = [spec.task, spec.lightning.data_module] if spec.program is None else []
-        command += [prepared.plan.job_dir, *filter(None, named)]
-        env |= spec.launch.env
+    folder = "." if prepared is None else prepared.plan.job_dir
+    command = [sys.executable, "-P", "-m", "dtrain.train.doctor", folder, *_classes(prepared)]
+    env = inherited_env() | ({} if prepared is None else prepared.job.spec.launch.env)
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, env=env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, errors="replace"
@@ -112,7 +115,9 @@ def _importing(prepared: Prepared | None) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def _imports(process: subprocess.Popen[str], trains_here: bool) -> Iterator[Diagnosis]:
+def _imports(
+    process: subprocess.Popen[str], classes: list[str], trains_here: bool
+) -> Iterator[Diagnosis]:
     """Yield the result of each import."""
     try:
         output, errors = process.communicate(timeout=_IMPORT_S)
@@ -121,12 +126,16 @@ def _imports(process: subprocess.Popen[str], trains_here: bool) -> Iterator[Diag
         yield Diagnosis("task", PROBLEM, fact, "move what takes long into the methods of the task")
         return
     found = [json.loads(line) for line in output.splitlines()]
-    for each in found:
-        yield _of_import(each, trains_here)
-    if not found or (process.returncode and "error" not in found[-1]):
+    yield from (_of_import(each, trains_here) for each in found)
+    if len(found) <= len(classes) and not any("error" in each for each in found):
+        ended = describe_exit(process.returncode)
         last = (errors.strip().splitlines() or ["it has written nothing"])[-1]
+        what = classes[len(found) - 1] if found else "torch"
+        fact = f"the process that imports {what} {ended}: {last}"
         remedy = f"{sys.executable} -c 'import torch' shows more"
-        yield Diagnosis("torch", PROBLEM, f"the process of the import ended: {last}", remedy)
+        if found:
+            remedy = "remove from its module what ends the process"
+        yield Diagnosis("task" if found else "torch", PROBLEM, fact, remedy)
 
 
 def _of_import(found: dict[str, Any], trains_here: bool) -> Diagnosis:

@@ -107,8 +107,8 @@ def _line(found: Mapping[int, Diagnosis], names: Mapping[int, str]) -> Merged:
     facts: dict[str, list[int]] = {}
     for rank, each in (bad or found).items():
         facts.setdefault(each.fact, []).append(rank)
-    if len(facts) == 1 and len(bad or found) == len(names) > 1:
-        text = f"{first.fact}; on all nodes"
+    if len(facts) == 1 and len(bad or found) == len(names):
+        text = first.fact if len(names) == 1 else f"{first.fact}; on all nodes"
     else:
         parts = [f"{_named(ranks, names)}: {fact}" for fact, ranks in facts.items()]
         most = _MOST_BAD if bad else _MOST_OK

@@ -34,7 +34,7 @@ def explain(text: str, directories: Iterable[Path] = ()) -> str:
     """
     node = node_name()
     if _BUS_ERROR.search(text) or (_NO_ROOM in text and _SHARED.search(text)):
-        return f"{of_shm(SHM)}; {LARGER_SHM}, or use fewer workers (data.workers)"
+        return f"{of_shm(SHM)}: {LARGER_SHM}, or use fewer workers (data.workers)"
     if _NO_FILES.search(text):
         soft, hard = open_files_limit()
         return (
