@@ -31,7 +31,6 @@ def test_the_cluster_is_asked(slurm: Cluster, tmp_path: Path) -> None:
     for arguments, named in (
         (("--nodes", "7"), "--nodes: nodes: 7"),
         (("-p", "no-such-partition"), "no-such-partition"),
-        (("--gpus", "64"), "--gpus"),
     ):
         refused = doctor(tmp_path, *arguments, TINY)["slurm"]
         assert refused["status"] == "problem"
