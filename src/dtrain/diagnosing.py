@@ -24,6 +24,7 @@ from dtrain.run.failures import describe_exit
 from dtrain.run.remote.runs import staging
 from dtrain.run.remote.store import is_url
 from dtrain.run.rundir import list_runs
+from dtrain.words import counted
 
 _IMPORT_S = 120
 _OF_TRAINING = {"cores", "numa", "gpus", "driver", "shm", "ulimits"}
@@ -55,8 +56,11 @@ def diagnose(job: str | JobWithoutFile | None, request: Request) -> Iterator[Dia
             if spec.data.paths:
                 yield data(spec, Path(prepared.plan.job_dir))
         checks = {**HOST_CHECKS, **ALONE_CHECKS}
-        kept = [name for name in checks if trains_here or name not in _OF_TRAINING]
-        yield from run_checks({name: checks[name] for name in kept}, asked)
+        left_out = set() if trains_here else _OF_TRAINING
+        if is_url(request.runs):
+            left_out = left_out | {"shared"}
+        kept = {name: check for name, check in checks.items() if name not in left_out}
+        yield from run_checks(kept, asked)
         if prepared is not None and isinstance(prepared.launcher, Diagnosing):
             yield prepared.launcher.diagnose(prepared.plan)
         yield from _imports(process, _classes(prepared), trains_here)
@@ -143,7 +147,8 @@ def _of_import(found: dict[str, Any], trains_here: bool) -> Diagnosis:
     if "error" not in found:
         what = found["name"]
         if check == "torch":
-            what = f"torch {found['version']} sees {found['gpus'] or 'no'} GPUs"
+            gpus = counted(found["gpus"], "GPU") if found["gpus"] else "no GPU"
+            what = f"torch {found['version']} sees {gpus}"
             return Diagnosis(check, OK, f"{what}; imported in {found['seconds']:.1f} s")
         return Diagnosis(check, OK, f"{what} was imported in {found['seconds']:.1f} s")
     file, _, line = found["where"].rpartition(":")

@@ -90,6 +90,7 @@ def _lines(plan: LaunchPlan, written: bool) -> list[str]:
     lines += [
         f"rendezvous {_endpoint(plan)}; nodes wait {plan.join_timeout_s:.0f} s for one another",
         f"restarts   {f'at most {plan.max_restarts}' if plan.max_restarts else 'none'}",
+        *(["preflight  all nodes, before the workers start"] if plan.preflight else []),
         "files",
         *(f"  {path}" for path in plan.files),
         "environment of every worker, in addition to RANK, WORLD_SIZE and the like",

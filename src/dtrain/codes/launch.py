@@ -809,9 +809,9 @@ LAUNCH: Mapping[str, Entry] = {
         "Choose a directory on a file system that all nodes share, with `--runs`.",
     ),
     "doctor.names": Entry(
-        "A host cannot resolve its own name, or that of another node. It is a warning: dtrain "
-        "uses addresses, other programs may not.",
-        "Add the name to the name server, or to /etc/hosts.",
+        "A host cannot resolve its own name or that of another node, or its name servers take "
+        "over 1 s. It is a warning: dtrain uses addresses, but torch asks for names.",
+        "Add the name to the name server or to /etc/hosts, or set RES_OPTIONS as shown.",
     ),
     "doctor.interface": Entry(
         "A variable such as GLOO_SOCKET_IFNAME names an interface that the host does not have.",

@@ -25,7 +25,6 @@ class NodeReport:
 
     __pydantic_config__ = checked.CONFIG
 
-    node_rank: checked.Rank
     node: checked.Name
     """Its name in the launch."""
     host: checked.Name
@@ -78,7 +77,7 @@ def merge(
     by_check: dict[str, dict[int, Diagnosis]] = {name: {} for name in CHECK_CODES}
     for rank, report in reports.items():
         for diagnosis in (*report.diagnoses, *_of_versions(rank, reports)):
-            _keep_worst(by_check[diagnosis.check], rank, diagnosis)
+            _keep_worst(by_check.setdefault(diagnosis.check, {}), rank, diagnosis)
     for rank, found in reached.items():
         for diagnosis in _of_reached(found):
             _keep_worst(by_check[diagnosis.check], rank, diagnosis)

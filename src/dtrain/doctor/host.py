@@ -56,7 +56,8 @@ def cores(asked: Asked) -> Diagnosis:
         fact += f" and {counted(asked.all_loaders, 'loader process', 'loader processes')}"
     if granted >= needed:
         return Diagnosis("cores", OK, fact)
-    remedy = f"--procs {max(1, int(granted // asked.threads))}, or request more CPUs for each node"
+    fewer = max(1, int(granted // asked.threads))
+    remedy = f"--procs {fewer}, or on a cluster more CPUs for each node, -o cpus_per_node={needed}"
     return Diagnosis("cores", WARNING, f"{fact}: they take turns", remedy)
 
 
@@ -124,7 +125,8 @@ def ulimits(asked: Asked) -> Diagnosis:
     tasks = _free_tasks()
     space = resource.getrlimit(resource.RLIMIT_AS)[0]
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    fact = f"{_count(files)} open files, {_count(tasks)} more processes, {_size(locked)} locked"
+    more = "any number of" if tasks is None else f"{tasks} more"
+    fact = f"{_count(files)} open files, {more} processes, {_size(locked)} of locked memory"
     raise_files = f"ulimit -n {max(4096, asked.open_files)}"
     if most != resource.RLIM_INFINITY and most < asked.open_files:
         raise_files += f" (the hard limit is {most}: raise nofile in /etc/security/limits.conf)"
@@ -169,8 +171,8 @@ def _tasks_of_user() -> int:
     return total
 
 
-def _count(number: int | None) -> str:
-    return "unlimited" if number in (None, resource.RLIM_INFINITY) else str(number)
+def _count(number: int) -> str:
+    return "unlimited" if number == resource.RLIM_INFINITY else str(number)
 
 
 def _size(number: int) -> str:

@@ -6,6 +6,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import psutil
 
@@ -21,40 +23,79 @@ _CONNECT_S = 3.0
 _SELECTED = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 
 
+@dataclass(frozen=True)
+class Answer:
+    """The answer to a query of a name or an address."""
+
+    text: str
+    """The address or the name; or why there is none."""
+    is_known: bool
+    seconds: float
+
+
 def names(_asked: Asked) -> Diagnosis:
-    """Return whether this host's own name can be resolved."""
+    """Return whether this host's name and its address are resolved, and without delay."""
     own = socket.gethostname()
-    found = resolve(own)
-    if isinstance(found, str):
-        return Diagnosis("names", OK, f"{own} is {found}")
-    return name_not_known(own, own, found)
+    forward, back = resolve(own), name_of(own_address())
+    if not forward.is_known:
+        return name_not_known(own, own, forward)
+    named = f", and {own_address()} is {back.text}" if back.is_known else ""
+    return slow_names(own, forward, back) or Diagnosis(
+        "names", OK, f"{own} is {forward.text}{named}"
+    )
 
 
-def name_not_known(host: str, name: str, error: object) -> Diagnosis:
+def name_not_known(host: str, name: str, answer: Answer) -> Diagnosis:
     """Return the finding of a host that cannot resolve a name. dtrain itself uses addresses."""
     remedy = f"add {name} to the name server, or to /etc/hosts of {host}"
-    return Diagnosis("names", WARNING, f"{host} cannot resolve {name}: {error}", remedy)
+    return Diagnosis("names", WARNING, f"{host} cannot resolve {name}: {answer.text}", remedy)
 
 
-def resolve(name: str) -> str | OSError:
-    """Return the address of a name, or the error. It never takes longer than a few seconds."""
-    answer: list[str | OSError] = []
+def slow_names(host: str, *answers: Answer) -> Diagnosis | None:
+    """Return the finding of a host whose name servers are slow; None if they are not."""
+    slowest = max(answer.seconds for answer in answers)
+    if slowest <= _SLOW_S:
+        return None
+    fact = f"a name takes {host} {slowest:.1f} s, and torch asks for one with each connection"
+    remedy = "--env RES_OPTIONS='timeout:1 attempts:1', or correct /etc/resolv.conf there"
+    return Diagnosis("names", WARNING, fact, remedy)
+
+
+def resolve(name: str) -> Answer:
+    """Return the address of a name."""
+    return _ask(lambda: socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+
+
+def name_of(address: str) -> Answer:
+    """Return the name of an address."""
+    return _ask(lambda: socket.getnameinfo((address, 0), socket.NI_NAMEREQD)[0])
+
+
+def _ask(query: Callable[[], object]) -> Answer:
+    """Make a query in a thread, because the library has no time limit."""
+    answers: list[Answer] = []
+    began = time.monotonic()
 
     def ask() -> None:
         try:
-            answer.append(str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]))
+            text, is_known = str(query()), True
         except (OSError, UnicodeError) as error:
-            answer.append(error if isinstance(error, OSError) else OSError(str(error)))
+            text, is_known = str(error), False
+        answers.append(Answer(text, is_known, time.monotonic() - began))
 
-    began = time.monotonic()
-    thread = threading.Thread(target=ask, daemon=True)  # libc has no time limit of ours
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_RESOLVE_S)
-    if not answer:
-        return OSError(f"the name servers have not answered for {_RESOLVE_S:.0f} s")
-    if isinstance(answer[0], str) and (took := time.monotonic() - began) > _SLOW_S:
-        return f"{answer[0]}, which took {took:.1f} s"
-    return answer[0]
+    silent = Answer(f"no answer within {_RESOLVE_S:.0f} s", False, _RESOLVE_S)
+    return answers[0] if answers else silent
+
+
+def own_address() -> str:
+    """Return the address of this host on the way to other networks, or that of loopback."""
+    try:
+        return ports.address_towards(*_ELSEWHERE)
+    except OSError:
+        return "127.0.0.1"
 
 
 def interface(asked: Asked) -> Diagnosis:
@@ -87,10 +128,7 @@ def _is_there(wanted: str, known: list[str]) -> bool:
 
 def own_ports(_asked: Asked) -> Diagnosis:
     """Return whether this host can connect to a port that it opens on its own address."""
-    try:
-        address = ports.address_towards(*_ELSEWHERE)
-    except OSError:
-        address = "127.0.0.1"
+    address = own_address()
     try:
         with ports.listen(address, 0) as listener:
             port = int(listener.getsockname()[1])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
-from collections.abc import Iterator
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ from dtrain.doctor.diagnosis import OK, PROBLEM, Diagnosis
 
 _CUDA = re.compile(r"^cuda\b.*?=\s*'([\d.]+)'", re.MULTILINE)
 _SKIPPED = {"__pycache__", "node_modules", "site-packages", "venv", "runs"}
-_MOST_FILES = 5_000
+_MOST_ENTRIES = 50_000
 
 
 def versions(_asked: Asked) -> Diagnosis:
@@ -54,13 +54,14 @@ def torch_cuda() -> str | None:
 
 def fingerprint(directory: Path) -> str:
     """Return a short text that is the same where all Python files of a directory are the same."""
+    files = _python_files(directory)
+    if files is None:
+        return "not compared, there are too many files"
     digest = blake2b(digest_size=6)
-    for number, path in enumerate(_python_files(directory)):
-        if number >= _MOST_FILES:
-            break
-        digest.update(str(path.relative_to(directory)).encode() + b"\0")
+    for path in sorted(files):
+        digest.update(path.encode() + b"\0")
         try:
-            digest.update(path.read_bytes() + b"\0")
+            digest.update((directory / path).read_bytes() + b"\0")
         except OSError as error:
             digest.update(str(error.errno).encode())
     return digest.hexdigest()
@@ -71,7 +72,20 @@ def own_fingerprint() -> str:
     return fingerprint(Path(__file__).resolve().parents[1])
 
 
-def _python_files(directory: Path) -> Iterator[Path]:
-    for folder, inside, names in os.walk(directory):
-        inside[:] = sorted(name for name in inside if name not in _SKIPPED and name[0] != ".")
-        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
+def _python_files(directory: Path) -> list[str] | None:
+    """Return relative paths. None if there are too many files: data may be beside the code."""
+    found: list[str] = []
+    todo, seen = [""], 0
+    while todo:
+        folder = todo.pop()
+        with contextlib.suppress(OSError), os.scandir(directory / folder) as entries:
+            for entry in entries:
+                path, seen = os.path.join(folder, entry.name), seen + 1
+                if entry.is_dir(follow_symlinks=False):
+                    if entry.name not in _SKIPPED and not entry.name.startswith("."):
+                        todo.append(path)
+                elif entry.name.endswith(".py"):
+                    found.append(path)
+                if seen > _MOST_ENTRIES:
+                    return None
+    return found

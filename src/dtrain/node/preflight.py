@@ -25,7 +25,7 @@ from dtrain.doctor import checks, versions
 from dtrain.doctor.asked import Asked
 from dtrain.doctor.compared import Merged, NodeReport, Reached, merge
 from dtrain.doctor.diagnosis import OK, PROBLEM, Diagnosis
-from dtrain.doctor.network import name_not_known, resolve
+from dtrain.doctor.network import name_not_known, name_of, resolve, slow_names
 from dtrain.job.spec import JobSpec
 from dtrain.launch_plan import LaunchPlan
 from dtrain.node import store as stores
@@ -34,6 +34,7 @@ from dtrain.node.store import PeerFailed
 from dtrain.plainjson import to_json
 from dtrain.run import events, failures
 from dtrain.waiting import poll
+from dtrain.words import few
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def run_preflight(plan: LaunchPlan, node_rank: int, rendezvous: NodeRendezvous) 
         _take_part(plan, node_rank, rendezvous, listener)
 
 
-def _report(plan: LaunchPlan, node_rank: int) -> NodeReport:
+def _report(plan: LaunchPlan) -> NodeReport:
     """Make the checks of this node."""
     spec = JobSpec.model_validate(yaml.safe_load(plan.run.resolved.read_text(encoding="utf-8")))
     folder = Path(plan.code_dir or plan.job_dir)
@@ -76,7 +77,6 @@ def _report(plan: LaunchPlan, node_rank: int) -> NodeReport:
     code = {"dtrain": versions.own_fingerprint(), "the job": versions.fingerprint(folder)}
     found.append(Diagnosis("code", OK, ", ".join(f"{of}: {text}" for of, text in code.items())))
     return NodeReport(
-        node_rank=node_rank,
         node=failures.node_name(),
         host=socket.gethostname(),
         diagnoses=found,
@@ -91,10 +91,10 @@ def _take_part(
     plan: LaunchPlan, node_rank: int, rendezvous: NodeRendezvous, listener: socket.socket
 ) -> None:
     """Send the report of this node, and answer the head until it has decided."""
-    report = _report(plan, node_rank)
+    report = _report(plan)
     head = poll(lambda: rendezvous.ask([_HEAD])[0], _ANSWER_S)
-    if head is not None and isinstance(error := resolve(head), OSError):
-        report.diagnoses.append(name_not_known(report.host, head, error))
+    if head is not None and not (answer := resolve(head)).is_known:
+        report.diagnoses.append(name_not_known(report.host, head, answer))
     address, port = listener.getsockname()[:2]
     nonce = secrets.token_hex(8)
     report = replace(report, address=address, port=port, nonce=nonce)
@@ -120,13 +120,13 @@ def _lead(plan: LaunchPlan, rendezvous: NodeRendezvous) -> None:
     """Gather the reports, look at each of the other nodes, and decide for all."""
     began = time.monotonic()
     rendezvous.tell(_HEAD, socket.gethostname())
-    reports = {0: _report(plan, 0)}
+    reports = {0: _report(plan)}
     ranks = [member.node_rank for member in rendezvous.members]
     _gather(rendezvous, ranks, reports)
-    others = [report for rank, report in reports.items() if rank != 0]
+    others = [rank for rank in reports if rank != 0]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        found = [*pool.map(lambda other: _reach(plan, other), others)]
-    reached = {other.node_rank: each for other, each in zip(others, found, strict=True)}
+        found = pool.map(lambda rank: _reach(plan, rank, reports[rank]), others)
+        reached = dict(zip(others, found, strict=True))
     names = {rank: _name(plan, rank, reports) for rank in ranks}
     merged = merge(reports, reached, names)
     for line in merged:
@@ -164,7 +164,7 @@ def _name(plan: LaunchPlan, rank: int, reports: Mapping[int, NodeReport]) -> str
     return reports[rank].node if rank in reports else plan.node_names[rank]
 
 
-def _reach(plan: LaunchPlan, other: NodeReport) -> Reached:
+def _reach(plan: LaunchPlan, rank: int, other: NodeReport) -> Reached:
     """Connect to another node, read its clock, and look for its log in the run's directory."""
     error, ahead_s, within_s = "", 0.0, 0.0
     try:
@@ -173,13 +173,16 @@ def _reach(plan: LaunchPlan, other: NodeReport) -> Reached:
         error = f"{other.address}:{other.port}: {failure}"
     seen = None
     if not plan.run_url:
-        its_log = plan.run.agent_log(plan.attempt, other.node_rank)
-        seen = poll(its_log.exists, _SEEN_S)
-    resolved = resolve(other.host)
-    unknown = name_not_known(socket.gethostname(), other.host, resolved)
-    return Reached(
-        error, ahead_s, within_s, seen, unknown if isinstance(resolved, OSError) else None
-    )
+        seen = poll(plan.run.agent_log(plan.attempt, rank).exists, _SEEN_S)
+    return Reached(error, ahead_s, within_s, seen, _names(other))
+
+
+def _names(other: NodeReport) -> Diagnosis | None:
+    """Return what is wrong with the name of a node, as the head sees it. None if nothing is."""
+    own, forward, back = socket.gethostname(), resolve(other.host), name_of(other.address)
+    if not forward.is_known:
+        return name_not_known(own, other.host, forward)
+    return slow_names(own, forward, back)
 
 
 def _clock_of(other: NodeReport) -> tuple[float, float]:
@@ -211,10 +214,13 @@ def _failure(
     ]
     if not problems:
         return None
-    (rank, first), *others = problems
-    also = [f"also {names[rank]}: {each.check}: {each.fact}" for rank, each in others[:_MOST_SHOWN]]
+    rank, first = problems[0]
+    others = [(names[other], each) for other, each in problems[1:]]
+    same = [name for name, each in others if each == first]
+    also = [f"also on {few(same)}"] if same else []
+    also += [f"{name}: {each.check}: {each.fact}" for name, each in others if each != first]
     record = failures.of_node(
-        "\n".join([f"{first.check}: {first.fact}", *also]),
+        "\n".join([f"{first.check}: {first.fact}", *also[:_MOST_SHOWN]]),
         node_rank=rank,
         node=names[rank],
         restart=0,

@@ -15,11 +15,11 @@ FINE = Reached(shares_directory=True)
 
 
 def report(rank: int, *found: Diagnosis, **versions: str) -> NodeReport:
-    return NodeReport(rank, NAMES[rank], NAMES[rank], list(found), {**SAME, **versions})
+    return NodeReport(NAMES[rank], NAMES[rank], list(found), {**SAME, **versions})
 
 
 def merged(*reports: NodeReport, reached: dict[int, Reached] | None = None) -> dict[str, Merged]:
-    given = {each.node_rank: each for each in reports or map(report, NAMES)}
+    given = dict(enumerate(reports or map(report, NAMES)))
     others = {rank: FINE for rank in given if rank} | (reached or {})
     return {each.diagnosis.check: each for each in merge(given, others, NAMES)}
 

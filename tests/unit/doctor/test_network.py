@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,17 +15,32 @@ import pytest
 from dtrain.doctor import network
 from dtrain.doctor.asked import Asked
 from dtrain.doctor.diagnosis import Diagnosis
+from dtrain.doctor.network import Answer
 
 ASKED = Asked(Path("runs"))
 
 
 def test_names() -> None:
-    assert network.resolve("localhost") in ("127.0.0.1", "::1")
-    assert isinstance(network.resolve("no-such-host.invalid"), OSError)
-    assert isinstance(network.resolve("a" * 300), OSError)
+    known = network.resolve("localhost")
+    assert (known.is_known, known.text in ("127.0.0.1", "::1")) == (True, True)
+    assert network.name_of("127.0.0.1").text == "localhost"
+    for name in ("no-such-host.invalid", "a" * 300):
+        assert not network.resolve(name).is_known
+    assert not network.name_of("not an address").is_known
     assert network.names(ASKED).check == "names"
-    found = network.name_not_known("here", "there", OSError("unknown"))
+    found = network.name_not_known("here", "there", Answer("unknown", False, 0.0))
     assert (found.status, found.remedy.count("there")) == ("warning", 1)
+
+
+def test_name_servers_that_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick, slow = Answer("here", True, 0.2), Answer("here", True, 1.2)
+    assert network.slow_names("here", quick, quick) is None
+    found = network.slow_names("here", quick, slow)
+    assert found is not None
+    assert (found.status, "RES_OPTIONS" in found.remedy) == ("warning", True)
+    monkeypatch.setattr(network, "_RESOLVE_S", 0.05)
+    silent = network._ask(lambda: time.sleep(0.3))  # a name server that drops queries
+    assert (silent.is_known, silent.seconds) == (False, 0.05)
 
 
 @pytest.mark.parametrize(
