@@ -79,12 +79,13 @@ def _plan(
         prepared = plan_run(job or job_of_program("command", "true"), request)
     except (JobError, PlanError) as error:
         return None, [
-            Diagnosis("plan", PROBLEM, message, CODES[code].remedy if code in CODES else "")
+            Diagnosis("plan", PROBLEM, message, CODES[code].remedy if code in CODES else "", code)
             for message, code in error.parts()
         ]
     plan = prepared.plan
     if short := prepared.lacking:
-        return prepared, [Diagnosis("plan", PROBLEM, short, CODES["plan.too-few-gpus"].remedy)]
+        code = "plan.too-few-gpus"
+        return prepared, [Diagnosis("plan", PROBLEM, short, CODES[code].remedy, code)]
     what = f"{plan.trainer} × {plan.strategy} × {plan.launcher}, world size {plan.world_size}"
     return prepared, [Diagnosis("plan", OK, what)] if job else []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -40,7 +41,7 @@ def command(job: str | None, as_json: bool, **options: Any) -> int:
             click.echo("\n".join(diagnosis.lines(each, out.width(), out.paint)))
     worst = diagnosis.worst(found)
     if as_json:
-        shared.print_json({"status": worst, "checks": [each.to_json() for each in found]})
+        shared.print_json({"status": worst, "checks": [asdict(each) for each in found]})
     else:
         click.echo(diagnosis.summary(found))
     return int(worst == diagnosis.PROBLEM)

@@ -163,7 +163,7 @@ class LiveConsole:
             self._announce_restart()
 
     def _preflight(self, event: dict[str, Any]) -> None:
-        names = ("check", "status", "fact", "remedy")
+        names = ("check", "status", "fact", "remedy", "code")
         found = Diagnosis(*(str(event.get(name, "")) for name in names))  # type: ignore[arg-type]
         for line in diagnosis.lines(found, self.width(), self.paint):
             self.say(line)

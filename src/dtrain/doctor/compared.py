@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dtrain import checked
 from dtrain.doctor.diagnosis import CHECK_CODES, OK, PROBLEM, SEVERITY, WARNING, Diagnosis, Status
@@ -114,7 +114,7 @@ def _line(found: Mapping[int, Diagnosis], names: Mapping[int, str]) -> Merged:
         more = [f"and {len(parts) - most} more"] if len(parts) > most else []
         text = "\n".join([*parts[:most], *more])
     not_ok = {rank: each for rank, each in found.items() if each.status != OK}
-    return Merged(Diagnosis(first.check, worst, text, first.remedy), not_ok)
+    return Merged(replace(first, fact=text), not_ok)
 
 
 def _named(ranks: Sequence[int], names: Mapping[int, str]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from dtrain import checked
 from dtrain.words import counted
@@ -59,15 +59,12 @@ class Diagnosis:
     """What was measured."""
     remedy: checked.Text = ""
     """For a warning or a problem: the command or the edit that mends it."""
+    code: checked.Text = ""
+    """For a warning or a problem: the stable name, as in docs/errors.md."""
 
-    @property
-    def code(self) -> str:
-        """Return the stable name, as in docs/errors.md."""
-        return CHECK_CODES.get(self.check, "doctor.answer")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the values for `--json`."""
-        return {**asdict(self), "code": None if self.status == OK else self.code}
+    def __post_init__(self) -> None:
+        if not self.code and self.status != OK:
+            object.__setattr__(self, "code", CHECK_CODES[self.check])
 
 
 def worst(diagnoses: Iterable[Diagnosis]) -> Status:
@@ -88,8 +85,11 @@ def lines(
         paint: a function that gives a text a colour.
     """
     head = f"{diagnosis.status:<8} {diagnosis.check:<10}"
-    first, *rest = _folded(diagnosis.fact, " " * _INDENT, width)
+    code = f"  [{diagnosis.code}]" if diagnosis.code else ""
+    first, *rest = _folded(diagnosis.fact + code, " " * _INDENT, width)
     found = [head + first[_INDENT:], *rest]
+    if code:
+        found[-1] = found[-1].replace(code.strip(), paint(code.strip(), "dim"))
     if diagnosis.remedy:
         found += _folded(f"try: {diagnosis.remedy}", " " * _INDENT, width)
     colour = _COLOURS.get(diagnosis.status)

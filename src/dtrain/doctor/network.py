@@ -110,9 +110,12 @@ def interface(asked: Asked) -> Diagnosis:
     try:
         address = ports.address_towards(host, port)
     except OSError as error:
-        fact = f"there is no route to {host if asked.head else 'other networks'}: {error.strerror}"
-        status = WARNING if asked.hosts > 1 else OK
-        return Diagnosis("interface", status, fact, "ip route" if status == WARNING else "")
+        if asked.head:
+            fact = f"the head at {host} cannot be reached: {error.strerror or error}"
+            return Diagnosis("interface", PROBLEM, fact, why_unreachable(host, port, error))
+        if asked.hosts > 1:
+            return Diagnosis("interface", WARNING, "there is no route to other hosts", "ip route")
+        return Diagnosis("interface", OK, "there is no route to other hosts; one host needs none")
     found = ports.interface_of(address)
     towards = f"the head at {host}" if asked.head else "other hosts"
     return Diagnosis("interface", OK, f"{found} ({address}) leads to {towards}")

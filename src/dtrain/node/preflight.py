@@ -130,7 +130,7 @@ def _lead(plan: LaunchPlan, rendezvous: NodeRendezvous) -> None:
     names = {rank: _name(plan, rank, reports) for rank in ranks}
     merged = merge(reports, reached, names)
     for line in merged:
-        events.note_event(plan.run, "preflight", **line.diagnosis.to_json())
+        events.note_event(plan.run, "preflight", **asdict(line.diagnosis))
     log.info("preflight: %d checks in %.1f s", len(merged), time.monotonic() - began)
     failed = _failure(plan, merged, names)
     rendezvous.tell(_DECISION, "" if failed is None else failed.to_json())

@@ -62,6 +62,8 @@ def test_an_interface_that_is_not_there(variable: str, value: str, status: str) 
 def test_the_interface_that_leads_to_the_head() -> None:
     found = network.interface(replace(ASKED, head=("127.0.0.1", 29400), hosts=2))
     assert found.fact == "lo (127.0.0.1) leads to the head at 127.0.0.1"
+    lost = network.interface(replace(ASKED, head=("no-such-host.invalid", 29400), hosts=2))
+    assert (lost.status, "no-such-host.invalid" in lost.remedy) == ("problem", True)
 
 
 def in_a_network_of_its_own(call: str, *, up: bool) -> Diagnosis:

@@ -39,7 +39,8 @@ def check(plan: LaunchPlan) -> Diagnosis:
         nodes = _nodes(options.address)
     except DtrainError as error:
         entry = CODES.get(error.code)
-        return Diagnosis("ray", PROBLEM, str(error), entry.remedy if entry else "")
+        remedy = entry.remedy if entry else ""
+        return Diagnosis("ray", PROBLEM, str(error), remedy, error.code)
     request = ResourceRequest.of(plan)
     able = [sum(not node.lacks(request, now=now) for node in nodes) for now in (False, True)]
     fact = f"{counted(len(nodes), 'node')} at {options.address}; asked for: {request}"

@@ -39,7 +39,8 @@ def check(plan: LaunchPlan, render: Callable[[LaunchPlan], str]) -> Diagnosis:
         states = node_states(SlurmOptions.of(plan.options).partition)
     except DtrainError as error:
         entry = CODES.get(error.code)
-        return Diagnosis("slurm", PROBLEM, str(error), entry.remedy if entry else "")
+        remedy = entry.remedy if entry else ""
+        return Diagnosis("slurm", PROBLEM, str(error), remedy, error.code)
     shown = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     fact = f"it would accept the job: {start}; nodes: {shown}"
     usable = sum(count for state, count in states.items() if not _NOT_USABLE.search(state))
