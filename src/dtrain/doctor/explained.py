@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from dtrain.doctor.asked import open_files_limit
-from dtrain.doctor.host import LARGER_SHM, SHM, existing
+from dtrain.doctor.host import ENOUGH_SHM, LARGER_SHM, SHM, existing
 from dtrain.run.failures import node_name
 from dtrain.words import size
 
@@ -33,7 +33,9 @@ def explain(text: str, directories: Iterable[Path] = ()) -> str:
         directories: further directories to which the process may have written.
     """
     node = node_name()
-    if _BUS_ERROR.search(text) or (_NO_ROOM in text and _SHARED.search(text)):
+    # with much room, a bus error has another cause, for example a file that was cut while mapped
+    bus_error = _BUS_ERROR.search(text) and psutil.disk_usage(str(SHM)).free <= ENOUGH_SHM
+    if bus_error or (_NO_ROOM in text and _SHARED.search(text)):
         return f"{of_shm(SHM)}: {LARGER_SHM}, or use fewer workers (data.workers)"
     if _NO_FILES.search(text):
         soft, hard = open_files_limit()

@@ -26,7 +26,7 @@ LARGER_SHM = "mount -o remount,size=8G /dev/shm (for a container: --shm-size=8g)
 NODES = Path("/sys/devices/system/node")
 _CONTAINER_SHM = 64 << 20
 """What a container gets unless it asks for more. NVIDIA's guide of NCCL asks for 1 GB."""
-_ENOUGH_SHM = 1 << 30
+ENOUGH_SHM = 1 << 30
 _ENOUGH_FILES = 1024
 _LITTLE_DISK = 1 << 30
 _FEW_INODES = 1000
@@ -113,7 +113,7 @@ def shm(asked: Asked, directory: Path = SHM) -> Diagnosis:
     if not users:
         return Diagnosis("shm", OK, fact)
     fact += f", for {' and '.join(users)}"
-    if usage.free > _ENOUGH_SHM:
+    if usage.free > ENOUGH_SHM:
         return Diagnosis("shm", OK, fact)
     remedy = LARGER_SHM + (", or fewer data.workers" if asked.all_loaders else "")
     return Diagnosis("shm", PROBLEM if usage.free <= _CONTAINER_SHM else WARNING, fact, remedy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,33 +12,51 @@ import pytest
 from dtrain.doctor import explained
 from dtrain.doctor.explained import explain
 
+Mount = Callable[[str], Path]
+
 
 @pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system without room."""
+def small(tmp_path: Path) -> Iterator[Mount]:
+    """Mounts a file system of the size given."""
     folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "dtrain-test", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("no right to mount a small file system here")
+
+    def mount(size: str) -> Path:
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "dtrain-test", str(folder)]
+        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip("no right to mount a small file system here")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def full_disk(small: Mount) -> Path:
+    """A file system without room."""
+    folder = small("1m")
     (folder / "filler").write_bytes(bytes(1 << 20))
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    return folder
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "size", "is_explained"),
     [
-        "was killed by SIGBUS",
-        "DataLoader worker (pid 7) is killed by signal: Bus error.",
-        "unable to write to file </torch_7>: No space left on device (28)",
+        ("was killed by SIGBUS", "1m", True),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error.", "1m", True),
+        ("was killed by SIGBUS", "1100m", False),  # it was another memory
+        ("unable to write to file </torch_7>: No space left on device (28)", "1100m", True),
     ],
 )
-def test_shared_memory(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_memory(
+    text: str, size: str, is_explained: bool, small: Mount, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DTRAIN_NODE_NAME", "gpu-b")
+    monkeypatch.setattr(explained, "SHM", small(size))
     found = explain(text)
-    assert "/dev/shm, which on gpu-b has " in found
-    assert "--shm-size" in found
+    assert (f"{explained.SHM}, which on gpu-b has " in found) == is_explained
+    assert ("--shm-size" in found) == is_explained
 
 
 @pytest.mark.parametrize(
