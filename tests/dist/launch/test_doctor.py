@@ -33,9 +33,7 @@ def checks(cwd: Path, *arguments: str | Path, code: int) -> dict[str, dict[str, 
 def test_this_host(tmp_path: Path) -> None:
     found = checks(tmp_path, code=0)
     assert [*found] == [*HOST_CHECKS, *ALONE_CHECKS, "torch"]
-    assert {name: each["code"] for name, each in found.items() if each["status"] == "ok"} == (
-        dict.fromkeys((name for name, each in found.items() if each["status"] == "ok"))
-    )
+    assert all(bool(each["code"]) == (each["status"] != "ok") for each in found.values())
     assert list(tmp_path.iterdir()) == []  # nothing was made
 
 
@@ -68,8 +66,8 @@ def test_a_task_that_cannot_be_imported(code: str, fact: str, remedy: str, tmp_p
 
 
 def test_what_a_plan_finds_is_found_too(tmp_path: Path) -> None:
-    found = checks(tmp_path, "--set", "train.epochs=x", "--strategy", "ddpp", TINY, code=1)
-    assert found["plan"]["code"] == "doctor.plan"
+    found = checks(tmp_path, "--strategy", "ddpp", TINY, code=1)
+    assert found["plan"]["code"] == "job.unknown-name"
     assert {*found} >= {*HOST_CHECKS}
     few = checks(tmp_path, "--gpus", "99", TINY, code=1)
     assert {name for name, each in few.items() if each["status"] == "problem"} == {"plan", "gpus"}
