@@ -27,6 +27,7 @@ from dtrain.run.rundir import list_runs
 from dtrain.words import counted
 
 _IMPORT_S = 120
+_MOST_RUNS = 10
 _OF_TRAINING = {"cores", "numa", "gpus", "driver", "shm", "ulimits"}
 """Checks of a host that trains. A login node needs none of this."""
 
@@ -73,7 +74,8 @@ def _plan(
 
     Without a job it is that of a command, to ask a cluster about. This host alone needs none.
     """
-    if job is None and request.launcher == "local" and not request.fields:
+    flags = (request.fields, request.overrides, request.options, request.further_options)
+    if job is None and request.launcher == "local" and not any(flags):
         return None, []
     try:
         prepared = plan_run(job or job_of_program("command", "true"), request)
@@ -92,8 +94,8 @@ def _plan(
 
 def _earlier_checkpoint(runs: Path, name: str) -> int:
     """Return the size of the newest checkpoint of an earlier run of the same job; 0 without one."""
-    same = [run for run in list_runs(runs) if run.id.startswith(f"{name}-")]
-    return next(filter(None, map(checkpoint_bytes, reversed(same))), 0)
+    same = [run for run in list_runs(runs) if run.id.rpartition("-")[0] == name]
+    return next(filter(None, map(checkpoint_bytes, same[: -_MOST_RUNS - 1 : -1])), 0)
 
 
 def _classes(prepared: Prepared | None) -> list[str]:

@@ -56,8 +56,6 @@ def data(spec: JobSpec, folder: Path) -> Diagnosis:
         folder: the directory to which `data.paths` are relative.
     """
     paths = [folder / path for path in spec.data.paths]
-    if not paths:
-        return Diagnosis("data", OK, "the job names no data.paths")
     missing = [str(path) for path in paths if not path.exists()]
     closed = [str(path) for path in paths if path.exists() and not os.access(path, os.R_OK)]
     empty = [str(path) for path in paths if path.is_dir() and not any(path.iterdir())]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,6 +31,13 @@ def explain(text: str, directories: Iterable[Path] = ()) -> str:
         text: the message of an error, and the files of its traceback.
         directories: further directories to which the process may have written.
     """
+    try:
+        return _explained(text, directories)
+    except OSError:  # the current directory is gone, for example
+        return ""
+
+
+def _explained(text: str, directories: Iterable[Path]) -> str:
     node = node_name()
     # with much room, a bus error has another cause, for example a file that was cut while mapped
     bus_error = _BUS_ERROR.search(text) and psutil.disk_usage(str(SHM)).free <= ENOUGH_SHM
@@ -44,7 +50,8 @@ def explain(text: str, directories: Iterable[Path] = ()) -> str:
             f"`ulimit -n {max(soft, min(65536, hard))}` before the launch, or use fewer workers"
         )
     if _NO_ROOM in text:
-        places = (*directories, Path.cwd(), Path(tempfile.gettempdir()), Path.home())
+        # tempfile would look for another directory where that one is full
+        places = (*directories, Path.cwd(), Path(os.environ.get("TMPDIR", "/tmp")))
         full = dict.fromkeys(filter(None, map(_if_full, places)))
         return f"on {node}, {', '.join(full)}: free space there" if full else ""
     return ""

@@ -100,7 +100,7 @@ def test_shared_memory(
     ("limit", "asked", "status", "remedy"),
     [
         ("NOFILE, (60, 60)", "procs=8", "problem", "ulimit -n 4096 (the hard limit is 60"),
-        ("NOFILE, (300, 5000)", "procs=2, loaders=16", "problem", "ulimit -n 4096"),
+        ("NOFILE, (300, 5000)", "procs=2, loaders=40", "problem", "ulimit -n 4096"),
         ("NOFILE, (300, 5000)", "procs=2", "warning", "ulimit -n 4096"),
         ("NOFILE, (5000, 5000)", "procs=2", "ok", ""),
         ("AS, (1 << 33, 1 << 33)", "procs=2", "warning", "ulimit -v unlimited"),
