@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -110,11 +111,16 @@ def _classes(prepared: Prepared | None) -> list[str]:
 def _importing(prepared: Prepared | None) -> Iterator[subprocess.Popen[str]]:
     """Import torch and the job's classes in a process of their own, beside the other checks."""
     folder = "." if prepared is None else prepared.plan.job_dir
-    command = [sys.executable, "-P", "-m", "dtrain.train.doctor", folder, *_classes(prepared)]
+    own = [sys.executable, "-P", "-m", "dtrain.train.doctor", str(os.getpid())]
     env = inherited_env() | ({} if prepared is None else prepared.job.spec.launch.env)
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, env=env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, errors="replace"
+        [*own, folder, *_classes(prepared)],
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        errors="replace",
     ) as process:
         try:
             yield process

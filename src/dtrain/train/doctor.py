@@ -1,7 +1,7 @@
-"""`python -P -m dtrain.train.doctor FOLDER [REFERENCE …]`: import torch and a job's classes.
+"""`python -P -m dtrain.train.doctor PARENT FOLDER [REFERENCE …]`: import torch and a job's classes.
 
 `dtrain doctor` starts it, because only a process of the training plane imports these. It prints one
-line of JSON for each import.
+line of JSON for each import, and ends with the process PARENT.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 from dtrain.errors import DtrainError
-from dtrain.procs import add_current_directory
+from dtrain.procs import add_current_directory, die_with_parent
 from dtrain.run import failures
 
 
 def main() -> None:
     """Import what the command line names, and print the result of each import."""
+    parent, folder, *references = sys.argv[1:]
+    die_with_parent(int(parent))
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the user's code prints is not the answer
-    folder, *references = sys.argv[1:]
     add_current_directory()
     steps = [("torch", _torch), *((each, _load_of(each, folder)) for each in references)]
     for name, step in steps:

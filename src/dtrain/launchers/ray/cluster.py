@@ -7,6 +7,7 @@ arguments and prints the result as JSON.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers.ray import driver, job
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.launchers.ray.placement import NodeView, ResourceRequest, cluster_nodes, shortage
+from dtrain.procs import die_with_parent
 from dtrain.words import counted
 
 _ANSWER_S = 60
@@ -60,7 +62,7 @@ def _nodes(address: str) -> list[NodeView]:
     """
     if address != "auto":
         driver.check_listening(address)
-    command = [sys.executable, "-P", "-m", __name__, address]
+    command = [sys.executable, "-P", "-m", __name__, str(os.getpid()), address]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_ANSWER_S, env=inherited_env(),
@@ -75,10 +77,11 @@ def _nodes(address: str) -> list[NodeView]:
 
 
 def main() -> None:
-    """Print the nodes of the cluster at the address that is the argument."""
+    """Print the nodes of the cluster at the address that is the second argument."""
+    parent, address = sys.argv[1:]
+    die_with_parent(int(parent))
     import ray
 
-    address = sys.argv[1]
     try:
         ray.init(address=address, namespace="dtrain", log_to_driver=False, logging_level="ERROR")
         print(json.dumps({"nodes": [asdict(node) for node in cluster_nodes()]}))
