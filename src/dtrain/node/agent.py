@@ -18,14 +18,12 @@ from torch.distributed.elastic.agent.server import SimpleElasticAgent, WorkerGro
 from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing import ProcessFailure, SignalException
 
-from dtrain.doctor.explained import explain
 from dtrain.forking import SERVER_ENDED, Channel
 from dtrain.launch_plan import LaunchPlan
 from dtrain.memory import Memory
 from dtrain.node import early_exit, stack_dump
 from dtrain.node.environment import worker_environment
 from dtrain.node.heartbeat import Peer, send_heartbeats, silence_message
-from dtrain.node.preflight import run_preflight
 from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.silence import SilenceWatcher
 from dtrain.node.store import PeerFailed
@@ -80,6 +78,8 @@ class NodeAgent(SimpleElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._restart = self._rendezvous_handler.round
         if self.plan.preflight and self._restart == 0:
+            from dtrain.node.preflight import run_preflight  # no other launch needs its imports
+
             run_preflight(self.plan, self.node_rank, self._rendezvous_handler)
         self._failed.clear()
         self._absent.clear()
@@ -247,6 +247,8 @@ class NodeAgent(SimpleElasticAgent):
             advice = verdict.ADVICE.get(record.kind, "find out what sent the signal")
             record = replace(record, hint=f"{advice}: {self._memory.describe(message['peak'])}")
         elif status < 0 and not record.hint:
+            from dtrain.doctor.explained import explain
+
             record = replace(record, hint=explain(record.message))
         record.write(self.plan.run, self.plan.attempt)
         return record

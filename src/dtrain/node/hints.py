@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeGuard
 
 from dtrain import catalog
-from dtrain.doctor.explained import explain
 from dtrain.job.static_source import relative_import_advice
 from dtrain.run import files
 from dtrain.run.failures import Frame, OtherProcessError
@@ -35,6 +34,8 @@ def hint(error: BaseException, frames: list[Frame], run: RunDir) -> str:
     plan = files.read_json(run.plan) or {}
     if isinstance(error, OtherProcessError):
         error = _OF_LOADERS.get(error.type, Exception)(str(error))
+    from dtrain.doctor.explained import explain  # only a failure needs its imports
+
     places = [run.path, *([Path(error.filename).parent] if _names_file(error) else [])]
     if lacking := explain(_where(error), places):
         return lacking

@@ -11,7 +11,6 @@ from typing import TypeVar
 from torch.distributed import TCPStore
 
 from dtrain import checked, ports
-from dtrain.doctor.network import why_unreachable
 from dtrain.node import sealed
 from dtrain.plainjson import to_json
 from dtrain.run.failures import FailureRecord
@@ -267,6 +266,8 @@ def _reach(settings: RendezvousSettings, notice: Callable[[str], None]) -> socke
             waited = time.monotonic() - started
             head = f"{settings.name_of(0)} at {settings.host}:{settings.port}"
             if waited > settings.join_timeout_s:
+                from dtrain.doctor.network import why_unreachable
+
                 raise RendezvousFailed(
                     f"{head} cannot be reached after {waited:.0f} s: {error}",
                     [0],
