@@ -17,6 +17,7 @@ from dtrain import catalog
 from dtrain.cli.main import _COMMANDS
 from dtrain.cli.torchrun import ANSWERS
 from dtrain.codes import CODES
+from dtrain.doctor.diagnosis import CHECK_CODES
 from dtrain.job.schema import job_schema
 
 Problem = Callable[[str, int], str | None]
@@ -25,6 +26,7 @@ Problem = Callable[[str, int], str | None]
 ROOT = Path(__file__).resolve().parents[1]
 FILES = (
     "README.md",
+    "docs/doctor.md",
     "docs/errors.md",
     "docs/extending.md",
     "docs/job-file.md",
@@ -133,6 +135,7 @@ AREAS = {
     "url": "Runs at a URL",
     "node": "Nodes and workers",
     "gpu": "GPUs",
+    "doctor": "dtrain doctor",
     "checkpoint": "Checkpoints",
     "failure": "Failures of a run",
     "verify": "dtrain verify",
@@ -153,6 +156,17 @@ def errors() -> str:
                 rows.append((f'<a id="{code}"></a>`{code}`', entry.cause, entry.remedy))
         parts.append(f"## {AREAS.get(area, area.capitalize())}\n\n{table(rows)}")
     return "\n\n".join(parts)
+
+
+# -- docs/doctor.md ----------------------------------------------------------------------------
+
+
+def checks() -> str:
+    """The checks of dtrain doctor, and what a problem of each is."""
+    rows = [("check", "a warning or a problem", "what to do")]
+    for name, code in CHECK_CODES.items():
+        rows.append((f"`{name}`", CODES[code].cause, CODES[code].remedy))
+    return table(rows)
 
 
 # -- docs/extending.md -------------------------------------------------------------------------
@@ -285,6 +299,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "strategies": strategies,
     "commands": commands,
     "errors": errors,
+    "checks": checks,
     "launcher": launcher,
     "fields": fields,
     "mistakes": mistakes,

@@ -151,6 +151,8 @@ class LaunchPlan:
     """Files that the launch writes before it starts anything."""
     run_url: str = ""
     """The URL of the run, if it has one. `run_dir` is then a copy, one on each host."""
+    preflight: bool = False
+    """Whether the nodes check themselves and one another before the workers start."""
 
     @cached_property
     def run(self) -> RunDir:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 
+from dtrain import cgroups
+
 _PAGE = resource.getpagesize()
-_GROUPS = Path("/sys/fs/cgroup")
 
 
 class Memory:
@@ -63,7 +63,7 @@ def available() -> int:
 
 def _in_use() -> int:
     """Return what the processes below the memory limit use together, without the page cache."""
-    for group in _groups():
+    for group in cgroups.directories("memory"):
         for name in ("memory.current", "memory.usage_in_bytes"):
             with contextlib.suppress(OSError, ValueError):
                 used = int((group / name).read_text())
@@ -72,7 +72,7 @@ def _in_use() -> int:
 
 
 def _kills() -> int:
-    for group in _groups():
+    for group in cgroups.directories("memory"):
         for name in ("memory.events", "memory.oom_control"):
             if (kills := _numbers(group / name).get("oom_kill")) is not None:
                 return kills
@@ -86,21 +86,8 @@ def _swapped() -> int:
 
 def _limit() -> int | None:
     """Return the memory limit of this process and its forks together. None without a limit."""
-    for group in _groups():
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            with contextlib.suppress(OSError, ValueError):  # "max"
-                return int((group / name).read_text())
-    return None
-
-
-def _groups() -> Iterator[Path]:
-    """Yield possible paths of the control group: version 2, version 1, and a container's."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            if kinds in ("", "memory"):
-                yield _GROUPS / kinds / path.lstrip("/")
-                yield _GROUPS / kinds
+    limits = cgroups.numbers("memory", "memory.max", "memory.limit_in_bytes")
+    return limits[0] if limits else None
 
 
 def _numbers(path: Path) -> dict[str, int]:

@@ -65,6 +65,8 @@ class Request:
     """Options of the launcher that have their own flag, and `after`, with the flag's spelling."""
     further_options: Sequence[str] = ()
     """Values of -o: `NAME=VALUE` of any options of the launcher."""
+    preflight: bool = False
+    """Whether the nodes check themselves and one another before the workers start."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,11 @@ class Prepared:
             )
 
 
-def plan_run(job: str | JobWithoutFile | RunDir, request: Request) -> Prepared:
+Job = str | JobWithoutFile | RunDir
+"""The path of a job file or a script, a job for which there is no file, or a run to copy."""
+
+
+def plan_run(job: Job, request: Request) -> Prepared:
     """Plan a new run.
 
     Args:
@@ -343,7 +349,8 @@ def _planned(
         plan = complete_plan(job.spec, profile, launcher, job_dir, options, facts, sources)
     except PlanError as error:
         raise error.placed(job.sources) from None
-    plan = replace(plan, set_by_flags={**(set_before or {}), **_set_by_flags(job)})
+    set_by_flags = {**(set_before or {}), **_set_by_flags(job)}
+    plan = replace(plan, set_by_flags=set_by_flags, preflight=request.preflight)
     return Prepared(plan, launcher, job, profile)
 
 

@@ -30,6 +30,7 @@ class ResumeArguments(TypedDict, total=False):
     env: Mapping[str, str] | None
     options: Mapping[str, Any] | None
     runs: str | os.PathLike[str] | None
+    preflight: bool
     args: Mapping[str, Any]
     train: Mapping[str, Any]
     data: Mapping[str, Any]
@@ -53,7 +54,7 @@ class LaunchArguments(ResumeArguments, total=False):
     run_id: str | None
 
 
-_NO_FIELD = {"set", "env", "options", "runs", "launcher", "run_id"}
+_NO_FIELD = {"set", "env", "options", "runs", "launcher", "run_id", "preflight"}
 _DEFAULTS = {"script_args": ()}
 
 
@@ -77,6 +78,7 @@ def request(function: str, arguments: ResumeArguments, kind: type[Any]) -> Reque
         launcher=given.get("launcher"),
         runs=runs_location(given.get("runs")),
         run_id=given.get("run_id"),
+        preflight=given.get("preflight", False),
         fields=dict(_fields(function, given)),
         options={
             name: _located(f"{function}(options={{'{name}': …}})", value)

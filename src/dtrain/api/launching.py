@@ -77,6 +77,7 @@ def launch(job: Job, *, detach: bool = False, **arguments: Unpack[LaunchArgument
         env: variables for every worker. Values that look secret are never shown.
         options: options of the launcher's profile, by name.
         runs: directory or URL of all runs. None means DTRAIN_RUNS, or else `runs`.
+        preflight: let the nodes check themselves and one another before the workers start.
         launcher: a profile: your own launchers/NAME.yaml, or the packaged one. None means
             `local`, or of a `Run` its own.
         trainer: the trainer whose training loop is used.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @shared.job_argument
 @shared.script_arguments
 @shared.job_options
+@shared.preflight_option
 @shared.quiet_option
 @shared.detach_option
 @shared.dry_run_option

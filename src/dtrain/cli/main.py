@@ -24,6 +24,10 @@ _COMMANDS = {
         "dtrain.cli.plan",
         "Show every command, variable and file of a launch; start nothing.",
     ),
+    "doctor": (
+        "dtrain.cli.doctor",
+        "Check this machine, a job and a cluster: what is wrong, and what mends it.",
+    ),
     "resume": ("dtrain.cli.resume", "Continue a run from its newest intact checkpoint."),
     "runs": ("dtrain.cli.runs", "List the runs: all, or those that match, in any order."),
     "compare": ("dtrain.cli.compare", "What differs between runs, and where their losses part."),
@@ -50,9 +54,12 @@ _COMMANDS = {
 
 
 _MEANT = {
+    "check": "doctor",
     "checkpoints": "checkpoint",
     "delete": "clean",
+    "diagnose": "doctor",
     "diff": "compare",
+    "env": "doctor",
     "help": "--help",
     "info": "status",
     "kill": "cancel",

@@ -17,8 +17,7 @@ from dtrain.run.lookup import find
 
 if TYPE_CHECKING:
     from dtrain.job.located import Located
-    from dtrain.planning import JobWithoutFile, Request
-    from dtrain.run.rundir import RunDir
+    from dtrain.planning import Job, Request
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -95,6 +94,12 @@ explain_option = option(
 )
 detach_option = option(
     WATCH, "--detach", is_flag=True, help="Submit and return; launchers slurm and ray."
+)
+preflight_option = option(
+    MORE,
+    "--preflight",
+    is_flag=True,
+    help="First let the nodes check themselves and one another, as `dtrain doctor` does.",
 )
 option_option = option(
     WHERE,
@@ -254,7 +259,7 @@ def job_options(function: _Function) -> _Function:
     return size_options(function)
 
 
-def job_of(job: str | None, options: dict[str, Any]) -> str | JobWithoutFile | RunDir:
+def job_of(job: str | None, options: dict[str, Any]) -> Job:
     """Return the job that JOB or `--copy` names.
 
     It is a path, a run, or with -m or --no-python a job without a file.
@@ -292,6 +297,7 @@ def request(options: dict[str, Any]) -> Request:
         fields=written_flags(options),
         options=_launcher_options(options),
         further_options=options["options"],
+        preflight=options.get("preflight", False),
     )
 
 
@@ -342,7 +348,7 @@ def _counted(options: dict[str, Any]) -> dict[str, Any]:
     if options.get("launcher") not in (None, "local", "torchrun"):
         text = f"--procs {word} counts what this host has; give the number for the nodes of others"
         raise UsageError(text, code="usage.invalid-value")
-    from dtrain.node import gpus
+    from dtrain.doctor import gpus
 
     found = gpus.usable(os.environ.get(gpus.VISIBLE), gpus.installed())
     if word == "cpu" or (word == "auto" and not found):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @shared.job_argument
 @shared.script_arguments
 @shared.job_options
+@shared.preflight_option
 @shared.explain_option
 @shared.option(
     shared.MORE, "--write", is_flag=True, help="Write the run directory, to start workers by hand."
@@ -89,6 +90,7 @@ def _lines(plan: LaunchPlan, written: bool) -> list[str]:
     lines += [
         f"rendezvous {_endpoint(plan)}; nodes wait {plan.join_timeout_s:.0f} s for one another",
         f"restarts   {f'at most {plan.max_restarts}' if plan.max_restarts else 'none'}",
+        *(["preflight  all nodes, before the workers start"] if plan.preflight else []),
         "files",
         *(f"  {path}" for path in plan.files),
         "environment of every worker, in addition to RANK, WORLD_SIZE and the like",

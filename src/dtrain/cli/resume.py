@@ -30,6 +30,7 @@ from dtrain.run.lookup import find
     help="Continue the run there.  [default: where it was launched]",
 )
 @shared.size_options
+@shared.preflight_option
 @shared.quiet_option
 @shared.detach_option
 @shared.dry_run_option

@@ -758,6 +758,104 @@ LAUNCH: Mapping[str, Entry] = {
         "A file of a checkpoint is missing.",
         "No action is needed if there is an older checkpoint. Find out what removes files there.",
     ),
+    "doctor.plan": Entry(
+        "The job, the profile and the flags cannot be planned.",
+        "Follow the message. It is the same as that of `dtrain plan`.",
+    ),
+    "doctor.versions": Entry(
+        "torch is missing, or nodes have different versions of Python, torch or dtrain. Only the "
+        "last part of Python's version may differ, with a warning.",
+        "Install the same versions there, or use one environment on a shared file system.",
+    ),
+    "doctor.torch": Entry(
+        "torch cannot be imported in a process of its own.",
+        "Run the `python -c` line of the message, and install torch again if it fails.",
+    ),
+    "doctor.task": Entry(
+        "The task cannot be imported, or a module that its files import is missing on a node.",
+        "Correct the file at the line of the message, or install the module there.",
+    ),
+    "doctor.code": Entry(
+        "The Python files of the job or of dtrain differ between nodes.",
+        "Copy the code to the node of the message, or keep it on a shared file system.",
+    ),
+    "doctor.data": Entry(
+        "A path of `data.paths` is missing, empty or not readable on a host.",
+        "Copy or mount the data there, change its permissions, or correct `data.paths`.",
+    ),
+    "doctor.cores": Entry(
+        "A host grants fewer cores, by its affinity or the quota of its control group, than its "
+        "ranks have threads. It is a warning: they take turns.",
+        "Use fewer processes, or request more CPUs for each node.",
+    ),
+    "doctor.numa": Entry(
+        "The cores that are bound are on another NUMA node than a GPU. It is a warning: copies to "
+        "that GPU are slower.",
+        "Bind the ranks to the cores of their GPUs, as the message shows.",
+    ),
+    "doctor.gpus": Entry(
+        "A host shows fewer GPUs than were asked for, or they are already in use.",
+        "Use fewer with `--gpus`, correct CUDA_VISIBLE_DEVICES, or end the other program.",
+    ),
+    "doctor.driver": Entry(
+        "The driver of the GPUs is older than the major version of CUDA for which torch is built, "
+        "or torch is built for the CPU alone.",
+        "Update the driver, or install a torch for the CUDA that the driver supports.",
+    ),
+    "doctor.shm": Entry(
+        "/dev/shm has little room: loader processes send batches through it, and NCCL uses it. "
+        "Up to 64 MB, the default of a container, is a problem; up to 1 GB is a warning.",
+        "Make it larger, in a container with `--shm-size`, or use fewer loader processes.",
+    ),
+    "doctor.ulimits": Entry(
+        "A limit of this account is too low for the ranks: open files, processes, address space, "
+        "or locked memory for InfiniBand.",
+        "Raise it with `ulimit`, or in the settings of the container or the batch system.",
+    ),
+    "doctor.disk": Entry(
+        "The disk of the run's directory is not writable, or has less room than a checkpoint "
+        "takes. Below the room for all checkpoints that are kept, it is a warning.",
+        "Free space there, or choose another directory with `--runs`.",
+    ),
+    "doctor.fsync": Entry(
+        "It takes over 50 ms to write a few bytes safely to the disk of the run's directory. It is "
+        "a warning: each checkpoint does it several times.",
+        "Choose a faster disk with `--runs`.",
+    ),
+    "doctor.shared": Entry(
+        "The nodes of a launch do not write to the same directory.",
+        "Choose a directory on a file system that all nodes share, with `--runs`.",
+    ),
+    "doctor.names": Entry(
+        "A host cannot resolve its own name or that of another node, or its name servers take "
+        "over 1 s. It is a warning: dtrain uses addresses, but torch asks for names.",
+        "Add the name to the name server or to /etc/hosts, or set RES_OPTIONS as shown.",
+    ),
+    "doctor.interface": Entry(
+        "A variable such as GLOO_SOCKET_IFNAME names an interface that the host does not have.",
+        "Remove the variable. dtrain sets it to the interface that leads to the head.",
+    ),
+    "doctor.ports": Entry(
+        "A host cannot be reached on a port that it has opened: a firewall is in between.",
+        "Allow all TCP ports between the nodes. torch uses any of them.",
+    ),
+    "doctor.clock": Entry(
+        "The clock of a node is over 1 s away from that of the head (a warning), or over 60 s "
+        "(a problem). Before a launch: no NTP keeps the clock.",
+        "Run `timedatectl set-ntp true` on each host.",
+    ),
+    "doctor.slurm": Entry(
+        "Slurm does not answer, would refuse the job, or has too few nodes that are up.",
+        "Follow Slurm's reason in the message; the option it is about is named.",
+    ),
+    "doctor.ray": Entry(
+        "The Ray cluster does not answer, or never has what the job asks for.",
+        "Correct the address, ask for less, or add nodes.",
+    ),
+    "doctor.answer": Entry(
+        "A node has not answered its checks within 30 s.",
+        "Look at that host: a disk or a name server that hangs stops every process.",
+    ),
     "failure.exception": Entry(
         "A worker raised a Python exception.",
         "Read the lines of your code that the verdict shows.",

@@ -12,6 +12,8 @@ from dtrain.console import notebook, out
 from dtrain.console.fold import LineFolder
 from dtrain.console.notebook import NotebookBar
 from dtrain.console.tail import Follower
+from dtrain.doctor import diagnosis
+from dtrain.doctor.diagnosis import Diagnosis
 from dtrain.launch_plan import LaunchPlan
 from dtrain.plainjson import numbers
 from dtrain.run import files, progress_bars
@@ -150,6 +152,8 @@ class LiveConsole:
             self._bar.start(event.get("total_steps"))
         elif kind in ("waiting", "notice", "silent"):
             self.say(f"{event['what']}")
+        elif kind == "preflight":
+            self._preflight(event)
         elif kind == "secrets_left_out":
             self.say(f"not copied, may hold secrets: {', '.join(event['files'])}")
         elif kind == "worker_failed":
@@ -157,6 +161,12 @@ class LiveConsole:
         elif kind == "workers_started" and event["restart"] > self._restart:
             self._restart = event["restart"]
             self._announce_restart()
+
+    def _preflight(self, event: dict[str, Any]) -> None:
+        names = ("check", "status", "fact", "remedy", "code")
+        found = Diagnosis(*(str(event.get(name, "")) for name in names))  # type: ignore[arg-type]
+        for line in diagnosis.lines(found, self.width(), self.paint):
+            self.say(line)
 
     def _announce_restart(self) -> None:
         """Announce a restart.

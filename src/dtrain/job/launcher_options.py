@@ -22,6 +22,11 @@ class AnyOptions(Model):
         """The number of CPUs assigned to a node. None means that the launcher does not know."""
         return None
 
+    @property
+    def is_here(self) -> bool:
+        """Whether a launcher of a cluster uses one that it starts on this host."""
+        return False
+
 
 class LauncherOptions(AnyOptions):
     """The base class of a launcher's options. It has no options itself."""

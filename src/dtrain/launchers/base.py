@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from dtrain import catalog
+from dtrain.doctor.diagnosis import Diagnosis
 from dtrain.job.launcher_options import AnyOptions, LauncherOptions
 from dtrain.launch_plan import Facts, LaunchPlan
 from dtrain.run.rundir import RunDir
@@ -75,6 +76,14 @@ class HostChecking(Protocol):
 
     def lacking(self, plan: LaunchPlan) -> str:
         """Return a sentence about what this host lacks for the plan, or an empty text."""
+
+
+@runtime_checkable
+class Diagnosing(Protocol):
+    """A launcher that can check its cluster before a launch."""
+
+    def diagnose(self, plan: LaunchPlan) -> Diagnosis:
+        """Return what `dtrain doctor` reports of the cluster for this plan."""
 
 
 @runtime_checkable

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dtrain import ports, procs
+from dtrain.doctor import gpus
+from dtrain.doctor.asked import open_files_limit, open_files_of_agents
 from dtrain.environ import HASH_SEED, inherited_env
 from dtrain.errors import LaunchError, UsageError
 from dtrain.job.launcher_options import LauncherOptions
 from dtrain.launch_plan import Command, Facts, LaunchPlan
 from dtrain.memory import Memory
-from dtrain.node import gpus
 from dtrain.run import failures, files
 from dtrain.run.attempts import Handle
 from dtrain.run.rundir import RunDir
@@ -197,8 +197,8 @@ def node_command(plan: LaunchPlan, facts: Facts, node_ranks: Iterable[int]) -> C
 
 def _refuse_few_files(plan: LaunchPlan) -> None:
     """Refuse to start where the limit of open files would make torch's store wait forever."""
-    needed = 32 + 4 * plan.procs_per_node * (len(plan.node_ranks))
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = open_files_of_agents(plan.procs_per_node * len(plan.node_ranks))
+    limit, _ = open_files_limit()
     if limit < needed:
         raise LaunchError(
             f"this host allows {limit} open files per process, and this launch needs {needed}: "

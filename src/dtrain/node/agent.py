@@ -79,6 +79,10 @@ class NodeAgent(SimpleElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._restart = self._rendezvous_handler.round
+        if self.plan.preflight and self._restart == 0:
+            from dtrain.node.preflight import run_preflight  # no other launch needs its imports
+
+            run_preflight(self.plan, self.node_rank, self._rendezvous_handler)
         self._failed.clear()
         self._absent.clear()
         self._left.clear()
@@ -249,6 +253,10 @@ class NodeAgent(SimpleElasticAgent):
         if status == -signal.SIGKILL:
             advice = verdict.ADVICE.get(record.kind, "find out what sent the signal")
             record = replace(record, hint=f"{advice}: {self._memory.describe(message['peak'])}")
+        elif status < 0 and not record.hint:
+            from dtrain.doctor.explained import explain
+
+            record = replace(record, hint=explain(record.message))
         record.write(self.plan.run, self.plan.attempt)
         return record
 

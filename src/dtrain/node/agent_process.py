@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
 
+from dtrain.doctor import gpus
 from dtrain.errors import EXIT_USAGE, DtrainError
 from dtrain.forking import Channel
 from dtrain.launch_plan import LaunchPlan
-from dtrain.node import gpus
 from dtrain.node.agent import NodeAgent, SameFailure
 from dtrain.node.rendezvous import NodeRendezvous
 from dtrain.node.store import NodeTaken, PeerFailed, RendezvousFailed, RendezvousSettings
@@ -100,7 +100,7 @@ def _exit_code(plan: LaunchPlan, node_rank: int, error: Exception) -> int:
             log.error("%s", error)
         case RendezvousFailed():
             log.error("%s", error)
-            _record(plan, node_rank, str(error), error.missing)
+            _record(plan, node_rank, str(error), error.missing, error.hint)
         case _:  # for example because of a limit that this host sets
             log.exception("the agent exits because of an error")
             kind = "" if isinstance(error, DtrainError) else f"{type(error).__name__}: "
@@ -139,7 +139,9 @@ def _notice(plan: LaunchPlan, node_rank: int) -> Callable[[str], None]:
     return notice
 
 
-def _record(plan: LaunchPlan, node_rank: int, message: str, missing: Sequence[int] = ()) -> None:
+def _record(
+    plan: LaunchPlan, node_rank: int, message: str, missing: Sequence[int] = (), hint: str = ""
+) -> None:
     """Write a record of each node that did not join, or of this one if all joined."""
     for failed_node in missing or [node_rank]:
         is_own = failed_node == node_rank
@@ -152,6 +154,7 @@ def _record(plan: LaunchPlan, node_rank: int, message: str, missing: Sequence[in
             node=failures.node_name() if is_own else plan.node_names[failed_node],
             restart=0,
             log=plan.run.agent_log(plan.attempt, node_rank),
+            hint=hint,
         )
 
 

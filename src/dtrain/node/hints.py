@@ -9,6 +9,7 @@ import sys
 import traceback
 from bdb import BdbQuit
 from pathlib import Path
+from typing import TypeGuard
 
 from dtrain import catalog
 from dtrain.job.static_source import relative_import_advice
@@ -17,10 +18,6 @@ from dtrain.run.failures import Frame, OtherProcessError
 from dtrain.run.rundir import RunDir
 
 _MISSING_FILE = re.compile(r"No such file or directory: '(.+?)'")
-_NO_ROOM = "No space left on device"
-_SHARED = re.compile(
-    r"shared memory\(shm\)|</torch_|multiprocessing/(synchronize|shared_memory)\.py"
-)
 _NO_LINE = "EOF when reading a line"
 _OF_LOADERS = {kind.__name__: kind for kind in (FileNotFoundError, ImportError, BdbQuit, EOFError)}
 """Errors whose text a loader process may send."""
@@ -37,10 +34,11 @@ def hint(error: BaseException, frames: list[Frame], run: RunDir) -> str:
     plan = files.read_json(run.plan) or {}
     if isinstance(error, OtherProcessError):
         error = _OF_LOADERS.get(error.type, Exception)(str(error))
-    if _NO_ROOM in str(error) and _SHARED.search(_where(error)):
-        return "/dev/shm is full, and loader processes send batches through it: make it larger " + (
-            "(for a container: --shm-size), or use fewer workers (data.workers)"
-        )
+    from dtrain.doctor.explained import explain  # only a failure needs its imports
+
+    places = [run.path, *([Path(error.filename).parent] if _names_file(error) else [])]
+    if lacking := explain(_where(error), places):
+        return lacking
     if isinstance(error, FileNotFoundError) and plan:
         return _of_missing_file(error, plan)
     if isinstance(error, ImportError) and "no known parent package" in str(error) and frames:
@@ -51,6 +49,10 @@ def hint(error: BaseException, frames: list[Frame], run: RunDir) -> str:
     if needs_terminal and not (sys.stdin is not None and sys.stdin.isatty()):
         return _of_terminal(plan.get("trainer") == catalog.SCRIPT)
     return ""
+
+
+def _names_file(error: BaseException) -> TypeGuard[OSError]:
+    return isinstance(error, OSError) and isinstance(error.filename, str)
 
 
 def _where(error: BaseException) -> str:

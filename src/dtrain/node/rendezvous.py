@@ -16,7 +16,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.distributed import HashStore, TCPStore
@@ -172,6 +172,25 @@ class NodeRendezvous(RendezvousHandler):
         key = f"{self.round}/done"
         done = self._cache(key, lambda: int(self._call(lambda: self._store.add(key, 0))))
         return done == len(self.members)
+
+    def tell(self, key: str, text: str) -> None:
+        """Set a text of this round for the other nodes."""
+        self._call(lambda: self._store.set(f"{self.round}/{key}", text))
+
+    def ask(self, keys: Sequence[str]) -> list[str | None]:
+        """Return texts of this round. None for each that is not there yet.
+
+        Raises:
+            PeerFailed: a node failed meanwhile.
+        """
+        self._raise_if_closed()
+        named = [f"{self.round}/{key}" for key in keys]
+        found: list[str | None] = self._call(lambda: self._store.get_all(named))
+        return found
+
+    def add(self, key: str, amount: int = 1) -> int:
+        """Add to a counter of this round. Return its new value."""
+        return int(self._call(lambda: self._store.add(f"{self.round}/{key}", amount)))
 
     def leave(self) -> None:
         """Leave the rendezvous for ever.

@@ -30,11 +30,13 @@ class RendezvousFailed(Exception):
 
     Attributes:
         missing: node ranks that did not join.
+        hint: the remedy, where this node knows one.
     """
 
-    def __init__(self, message: str, missing: list[int] | None = None) -> None:
+    def __init__(self, message: str, missing: list[int] | None = None, hint: str = "") -> None:
         super().__init__(message)
         self.missing = missing or []
+        self.hint = hint
 
 
 class NodeTaken(Exception):
@@ -264,8 +266,12 @@ def _reach(settings: RendezvousSettings, notice: Callable[[str], None]) -> socke
             waited = time.monotonic() - started
             head = f"{settings.name_of(0)} at {settings.host}:{settings.port}"
             if waited > settings.join_timeout_s:
+                from dtrain.doctor.network import why_unreachable
+
                 raise RendezvousFailed(
-                    f"{head} cannot be reached after {waited:.0f} s: {error}", [0]
+                    f"{head} cannot be reached after {waited:.0f} s: {error}",
+                    [0],
+                    why_unreachable(settings.host, settings.port, error),
                 ) from error
             if time.monotonic() >= notice_at:
                 notice(f"waiting for {head}: {error}")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import psutil
 
 from dtrain import memory
-from dtrain.node import gpus
+from dtrain.doctor import gpus
 from dtrain.run.files import append_line
 from dtrain.run.phases import Pace
 from dtrain.run.rundir import RunDir

@@ -22,6 +22,7 @@ DOCUMENTS = (
     "README.md",
     "docs/callbacks.md",
     "docs/checkpoints.md",
+    "docs/doctor.md",
     "docs/job-file.md",
     "docs/launching.md",
     "docs/lightning.md",
@@ -45,6 +46,7 @@ EXIT_CODES = {
     "checkpoint diff": 1,
     "dtrain compare": 1,
     "--set args.misbehave=raise": 1,
+    "NCCL_SOCKET_IFNAME=ib7": 1,
     "--set train.epoch=5": 2,
 }
 """Of commands that are meant to fail, by a part of them; all others end with 0."""

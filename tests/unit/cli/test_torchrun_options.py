@@ -14,7 +14,7 @@ from torch.distributed.run import get_args_parser
 
 from dtrain.cli import launch, torchrun
 from dtrain.cli.main import main
-from dtrain.node import gpus
+from dtrain.doctor import gpus
 from support import ROOT
 from support.errors import assert_shown
 

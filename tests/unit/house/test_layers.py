@@ -16,15 +16,16 @@ SRC = ROOT / "src"
 # from rows below its own. So no two parts import each other, whatever the way round.
 LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain": (
-        "assets callback checked codes errors memory plainjson procs ranks task waiting words",
-        "__init__ catalog environ forking ports run",
+        "assets callback cgroups checked codes errors plainjson procs ranks task waiting words",
+        "__init__ catalog environ forking memory ports run",
         "job testing trace",
         "launch_plan train",
+        "doctor",
         "console export integrations page",
         "keras node",
         "launchers worker",
         "checkpoints planning searching",
-        "cleaning comparing resuming top verification",
+        "cleaning comparing diagnosing resuming top verification",
         "report",
         "api cli",
         "__main__",
@@ -47,8 +48,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.cli": (
         "completers lazy torchrun",
         "main options",
-        "array cancel checkpoint compare completion export launchers logs plan report schema "
-        "status top",
+        "array cancel checkpoint compare completion doctor export launchers logs plan report "
+        "schema status top",
         "clean launch runs verify why",
         "resume",
     ),
@@ -61,6 +62,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.console": (
         "fold history notebook out tail",
         "live",
+    ),
+    "dtrain.doctor": (
+        "asked diagnosis",
+        "network versions",
+        "compared gpus",
+        "host",
+        "checks explained",
     ),
     "dtrain.export": (
         "model",
@@ -119,19 +127,21 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "attempt",
         "driver",
         "job",
+        "cluster",
         "launcher",
     ),
     "dtrain.launchers.slurm": (
         "options queue templates",
         "outcome script",
         "sbatch",
-        "submitit",
+        "cluster submitit",
         "launcher",
     ),
     "dtrain.node": (
-        "early_exit environment gpus hashing hints placement sealed stack_dump",
+        "early_exit environment hashing hints placement sealed stack_dump",
         "heartbeat silence store usage worker",
         "fork_server rendezvous",
+        "preflight",
         "agent",
         "agent_process",
         "__main__",
@@ -177,7 +187,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.train": (
         "context digest importing logs packed precision seeding sums vote",
         "collectives load metrics",
-        "checkpoint",
+        "checkpoint doctor",
         "contract ema weights",
         "data loss",
         "tracing",
@@ -264,12 +274,12 @@ LAUNCH_PLANE = tuple(
     for row in (
         "errors procs plainjson checked environ waiting forking ports assets ranks task callback",
         "words catalog run job plan planning resuming trace console launchers verify api cli",
-        "checkpoints cleaning comparing searching",
+        "checkpoints cgroups cleaning comparing diagnosing doctor searching page report top",
     )
     for part in row.split()
 )
 TORCH_FILE = "dtrain.checkpoints.torch_file"
-_IN_DRIVER = ("driver", "job", "attempt", "placement")
+_IN_DRIVER = ("driver", "job", "attempt", "placement", "cluster")
 RAY_DRIVER = tuple(f"dtrain.launchers.ray.{part}" for part in _IN_DRIVER)
 HEAVY = {"torch", "ray", "lightning", "pytorch_lightning", "keras", "submitit"}
 

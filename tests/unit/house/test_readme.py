@@ -39,6 +39,7 @@ def filler() -> ModuleType:
     "name",
     [
         "README.md",
+        "docs/doctor.md",
         "docs/errors.md",
         "docs/extending.md",
         "docs/job-file.md",

@@ -214,7 +214,7 @@ class Driver:
                     runtime_env={"env_vars": {"RAY_worker_niceness": "0"}},  # Ray's own is 15
                 )
         except Exception as error:
-            raise _connection_error(address, error) from error
+            raise connection_error(address, error) from error
         for number in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own handlers
             signal.signal(number, self._on_signal)
         events.note_event(self._plan.run, "connected", seconds=time.monotonic() - started)
@@ -344,7 +344,7 @@ def check_listening(address: str) -> None:
         ) from error
 
 
-def _connection_error(address: str, error: Exception) -> LaunchError:
+def connection_error(address: str, error: Exception) -> LaunchError:
     text = str(error).strip()
     if "oken" in text or "uthenticat" in text or isinstance(error, ConnectionError):
         mode = os.environ.get("RAY_AUTH_MODE", "not set")

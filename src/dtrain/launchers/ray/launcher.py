@@ -8,13 +8,14 @@ import time
 from dataclasses import replace
 
 from dtrain import catalog, ports, procs
+from dtrain.doctor.diagnosis import Diagnosis
 from dtrain.environ import inherited_env
 from dtrain.errors import LaunchError, PlanError
 from dtrain.launch_plan import Command, Facts, LaunchPlan
 from dtrain.launchers import prepare
 from dtrain.launchers.base import Launch
 from dtrain.launchers.local import LocalLauncher
-from dtrain.launchers.ray import driver, job
+from dtrain.launchers.ray import cluster, driver, job
 from dtrain.launchers.ray.options import RayOptions
 from dtrain.launchers.ray.placement import ResourceRequest
 from dtrain.run import attempts, code_archive, failures, files, snapshot
@@ -56,6 +57,9 @@ class RayLauncher:
             f"  cluster: {where}",
             f"  a placement group, STRICT_SPREAD: {ResourceRequest.of(plan)}",
         ]
+
+    def diagnose(self, plan: LaunchPlan) -> Diagnosis:
+        return cluster.check(plan)
 
     def can_detach(self, plan: LaunchPlan) -> bool:
         """Return whether the launch continues without this command."""

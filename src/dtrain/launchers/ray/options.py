@@ -57,6 +57,10 @@ class RayOptions(LauncherOptions):
     def cores_per_node(self) -> int | None:
         return self.cpus_per_node
 
+    @property
+    def is_here(self) -> bool:
+        return self.address is None
+
     @model_validator(mode="after")
     def _check_submit_mode(self) -> RayOptions:
         if self.submit == "job" and not self.address:

@@ -120,6 +120,14 @@ def views(nodes: Iterable[Mapping[str, Any]], free: Mapping[str, Any]) -> list[N
     return sorted(found, key=lambda view: (_sortable(view.address), view.id))
 
 
+def cluster_nodes() -> list[NodeView]:
+    """Return the living nodes of the cluster to which this process is connected."""
+    import ray
+    from ray._private import state
+
+    return views(ray.nodes(), state.available_resources_per_node())
+
+
 def _sortable(address: str) -> tuple[int, int | str]:
     try:
         return 0, int(ipaddress.ip_address(address))
@@ -270,10 +278,7 @@ class Placer:
 
     def _query_nodes(self, after_loss: bool) -> tuple[list[NodeView], list[NodeView]]:
         """Return the nodes of the cluster, and those that Ray lists although they do not answer."""
-        import ray
-        from ray._private import state
-
-        nodes = views(ray.nodes(), state.available_resources_per_node())
+        nodes = cluster_nodes()
         if not after_loss:
             return nodes, []
         with ThreadPoolExecutor(32) as pool:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from dtrain.doctor.diagnosis import Diagnosis
 from dtrain.errors import LaunchError, PlanError
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.units import parse_duration
@@ -15,7 +16,7 @@ from dtrain.launch_plan import Command, Facts, LaunchPlan
 from dtrain.launchers import prepare, status, supervise
 from dtrain.launchers.base import Launch
 from dtrain.launchers.local import LocalLauncher
-from dtrain.launchers.slurm import outcome, queue, sbatch, script
+from dtrain.launchers.slurm import cluster, outcome, queue, sbatch, script
 from dtrain.launchers.slurm.options import SlurmOptions, as_slurm_writes
 from dtrain.launchers.slurm.queue import Job, Unreachable, Watcher
 from dtrain.launchers.slurm.sbatch import Sbatch
@@ -95,6 +96,9 @@ class SlurmLauncher:
         available."""
         text = _submitter(plan).render(plan)
         return [*_indented("script", text), *sbatch.test_only(plan, text)]
+
+    def diagnose(self, plan: LaunchPlan) -> Diagnosis:
+        return cluster.check(plan, _submitter(plan).render)
 
     def can_detach(self, plan: LaunchPlan) -> bool:
         return True

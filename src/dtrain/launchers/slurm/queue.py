@@ -196,6 +196,22 @@ def nodes_down(job: Job) -> dict[str, str]:
     return dict(line.strip().split("|", 1) for line in listed.stdout.splitlines() if "|" in line)
 
 
+def node_states(partition: str | None) -> dict[str, int]:
+    """Return how many nodes of a partition are in each state, for example `{"idle": 3}`.
+
+    Args:
+        partition: partitions with commas. None means the default one.
+    """
+    names = [f"--partition={partition}"] if partition else []
+    shown = ("--noheader", "--format=%P|%T|%D")
+    found: dict[str, int] = {}
+    for line in run_command("sinfo", *shown, *names).stdout.splitlines():
+        name, state, count = line.strip().split("|")
+        if partition or name.endswith("*"):  # Slurm marks the default one
+            found[state] = found.get(state, 0) + _int(count)
+    return found
+
+
 def time_limits(wanted: str | None) -> dict[str, float]:
     """Return seconds that a job may take in each partition that it may use.
 

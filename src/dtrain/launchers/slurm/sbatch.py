@@ -104,11 +104,23 @@ def test_only(plan: LaunchPlan, text: str) -> list[str]:
     """Return Slurm's answer about a script without submitting it, or nothing without Slurm here."""
     if shutil.which("sbatch") is None:
         return []
-    done = run_command("sbatch", "--test-only", input_text=text)
-    start = re.sub(r"^sbatch: Job \d+ ", "", done.stderr.strip())
-    refused = done.returncode != 0
-    answer = str(refusal(plan, done.stderr)) if refused else f"Slurm would accept the job: {start}"
+    try:
+        answer = f"Slurm would accept the job: {tested(plan, text)}"
+    except PlanError as error:
+        answer = str(error)
     return ["Slurm's answer", *(f"  {line}" for line in answer.splitlines())]
+
+
+def tested(plan: LaunchPlan, text: str) -> str:
+    """Return when and where Slurm would start a script. Nothing is submitted.
+
+    Raises:
+        PlanError: Slurm would refuse it.
+    """
+    done = run_command("sbatch", "--test-only", input_text=text)
+    if done.returncode != 0:
+        raise refusal(plan, done.stderr)
+    return re.sub(r"^sbatch: Job \d+ ", "", done.stderr.strip())
 
 
 def refusal(plan: LaunchPlan, stderr: str) -> PlanError:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.doctor import gpus
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.spec import JobSpec
 from dtrain.launch_plan import Facts, make_plan
 from dtrain.launchers import base
-from dtrain.node import gpus
 
 
 @pytest.mark.parametrize(

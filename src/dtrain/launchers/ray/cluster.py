@@ -1,0 +1,94 @@
+"""`python -P -m dtrain.launchers.ray.cluster`: the nodes of a Ray cluster, for `dtrain doctor`.
+
+`check` starts it, because only a process of its own imports Ray. It reads the address from its
+arguments and prints the result as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+from dtrain import catalog
+from dtrain.codes import CODES
+from dtrain.doctor.diagnosis import OK, PROBLEM, WARNING, Diagnosis
+from dtrain.environ import inherited_env
+from dtrain.errors import DtrainError
+from dtrain.launch_plan import LaunchPlan
+from dtrain.launchers.ray import driver, job
+from dtrain.launchers.ray.options import RayOptions
+from dtrain.launchers.ray.placement import NodeView, ResourceRequest, cluster_nodes, shortage
+from dtrain.procs import die_with_parent
+from dtrain.words import counted
+
+_ANSWER_S = 60
+
+
+def check(plan: LaunchPlan) -> Diagnosis:
+    """Return whether the cluster answers and has what a plan asks for."""
+    options = RayOptions.of(plan.options)
+    if missing := catalog.problem_of("launcher", "ray"):
+        return Diagnosis("ray", PROBLEM, missing, "pip install 'dtrain[ray]'")
+    if options.address is None:
+        return Diagnosis("ray", OK, "each launch starts a cluster on this machine")
+    try:
+        if options.submit == "job":
+            job.client(options)
+            return Diagnosis("ray", OK, f"the dashboard at {job.url(options)} takes jobs")
+        nodes = _nodes(options.address)
+    except DtrainError as error:
+        entry = CODES.get(error.code)
+        remedy = entry.remedy if entry else ""
+        return Diagnosis("ray", PROBLEM, str(error), remedy, error.code)
+    request = ResourceRequest.of(plan)
+    able = [sum(not node.lacks(request, now=now) for node in nodes) for now in (False, True)]
+    fact = f"{counted(len(nodes), 'node')} at {options.address}; asked for: {request}"
+    if able[0] < request.min_nodes and not options.autoscale:
+        remedy = "ask for less with --nodes, --procs or --gpus, or add nodes: ray start --address"
+        return Diagnosis("ray", PROBLEM, shortage(request, nodes), remedy)
+    if able[1] < request.min_nodes:
+        return Diagnosis("ray", WARNING, f"{fact}; they are in use, so it waits", "ray status")
+    return Diagnosis("ray", OK, fact)
+
+
+def _nodes(address: str) -> list[NodeView]:
+    """Return the nodes of a cluster.
+
+    Raises:
+        DtrainError: it does not answer, or refuses the connection.
+    """
+    if address != "auto":
+        driver.check_listening(address)
+    command = [sys.executable, "-P", "-m", __name__, str(os.getpid()), address]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_ANSWER_S, env=inherited_env(),
+            check=False,
+        )  # fmt: skip
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
+        raise driver.connection_error(address, error) from None
+    if "error" in answer:
+        raise DtrainError(answer["error"], code=answer["code"])
+    return [NodeView(**each) for each in answer["nodes"]]
+
+
+def main() -> None:
+    """Print the nodes of the cluster at the address that is the second argument."""
+    parent, address = sys.argv[1:]
+    die_with_parent(int(parent))
+    import ray
+
+    try:
+        ray.init(address=address, namespace="dtrain", log_to_driver=False, logging_level="ERROR")
+        print(json.dumps({"nodes": [asdict(node) for node in cluster_nodes()]}))
+    except Exception as error:
+        found = driver.connection_error(address, error)
+        print(json.dumps({"error": str(found), "code": found.code}))
+
+
+if __name__ == "__main__":
+    main()
