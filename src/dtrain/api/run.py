@@ -23,8 +23,7 @@ from dtrain.errors import DtrainError, RunNotFound
 from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import status, stopping, summary
 from dtrain.page import document
-from dtrain.report import history
-from dtrain.report.page import page
+from dtrain.report.page import page_of
 from dtrain.run import lookup, verdict
 from dtrain.run.attempts import DAMAGED
 from dtrain.run.remote.runs import refresher
@@ -262,11 +261,9 @@ class Run(AbstractContextManager["Run"]):
         Raises:
             UsageError: the page cannot be written to this path.
         """
-        histories = []
         for run in (self, *others):
             run._refresh()
-            histories.append(history.read(run.directory))
-        document.write(page(histories), Path(output))
+        document.write(page_of([run.directory for run in (self, *others)]), Path(output))
         return Path(output)
 
     def compare(self, *others: Run) -> Comparison:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,7 +14,6 @@ from dtrain.run.lookup import find
 
 if TYPE_CHECKING:
     from dtrain.comparing.compare import Comparison
-    from dtrain.comparing.losses import Difference, Parting
 
 _MOST_NAME, _LEAST_VALUE, _MOST_VALUE = 30, 8, 60
 
@@ -49,14 +48,18 @@ def command(first: str, others: tuple[str, ...], runs: str, as_json: bool) -> in
 
 
 def _lines(result: Comparison, width: int | None) -> list[str]:
+    from dtrain.comparing.text import parting_text, value_text
+
     of_runs = result.runs
     rows = [("", [run["id"] for run in of_runs]), ("state", [run["state"] for run in of_runs])]
     rows.append(("step", [f"{run['step'] or 0} of {run['total_steps']}" for run in of_runs]))
     for title, values in result.sections.items():
         if values:
             rows.append((title, []))
-            rows += [(f"  {name}", [_text(name, each) for each in v]) for name, v in values.items()]
-    texts = [_parting(each, of_runs[0]["id"]) for each in result.losses]
+            rows += [
+                (f"  {name}", [value_text(name, each) for each in v]) for name, v in values.items()
+            ]
+    texts = [parting_text(each, of_runs[0]["id"]) for each in result.losses]
     unknown = result.unknown
     same = [title for title, v in result.sections.items() if not v and title not in unknown]
     texts += [f"the same: {', '.join(same)}"] if same else []
@@ -98,35 +101,3 @@ def _table(rows: list[tuple[str, list[str]]], width: int | None) -> list[str]:
         ]
         lines.append("  ".join([shortened(name, most).ljust(most), *cells]).rstrip())
     return lines
-
-
-def _text(name: str, value: Any) -> str:
-    from dtrain.searching.query import as_text
-
-    if value is None:
-        return "-"
-    if name == "commit":
-        return str(value)[:12]
-    return f"{value:.9g}" if isinstance(value, float) else as_text(value)
-
-
-def _parting(found: Parting, first: str) -> str:
-    """Say where the losses of a run part from those of the first one."""
-    from dtrain.words import counted
-
-    text, steps = f"losses of {first} and {found.run}: ", counted(found.steps, "logged step")
-    if found.steps == 0:
-        return f"{text}no logged step in common"
-    if found.first is None:
-        return f"{text}the same bits in {steps}"
-    if found.beyond_rounding is None:
-        return f"{text}other bits from {_at(found.first)} on, within rounding in {steps}"
-    text += f"they part at {_at(found.beyond_rounding)}"
-    if found.first.step < found.beyond_rounding.step:
-        text += f"; other bits from step {found.first.step} on"
-    return f"{text}; {steps} in common"
-
-
-def _at(found: Difference) -> str:
-    one, other = found.losses
-    return f"step {found.step} ({one!r} and {other!r}, relative {found.relative:.2g})"

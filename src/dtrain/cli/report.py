@@ -36,12 +36,12 @@ def command(names: tuple[str, ...], output: str | None, runs: str, as_json: bool
     """
     from dtrain.page.document import write
     from dtrain.report.history import read
-    from dtrain.report.page import page
+    from dtrain.report.page import page_of
 
-    histories = [read(find(name, runs)) for name in dict.fromkeys(names or ("last",))]
+    found = [find(name, runs) for name in dict.fromkeys(names or ("last",))]
     if as_json:
-        shared.print_json([each.to_json() for each in histories])
+        shared.print_json([read(run).to_json() for run in found])
         return
-    path = output or f"report-{histories[0].id}.html"
-    write(page(histories), path)
+    path = output or f"report-{found[0].id}.html"
+    write(page_of(found), path)
     click.echo(f"report: {path}")

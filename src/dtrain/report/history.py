@@ -33,8 +33,6 @@ class History:
     """What `dtrain status --json` prints."""
     job: dict[str, Any]
     """The resolved job. Values that may be secrets are masked."""
-    code: dict[str, Any]
-    """What is known of the job's code: `commit` and `changed`."""
     series: Series
     timeline: Timeline
     phases: PhaseGrid
@@ -100,7 +98,6 @@ def read(run: RunDir) -> History:
     return History(
         summary=row,
         job=_job(run),
-        code=_code(run),
         series=series,
         timeline=timeline,
         phases=grid,
@@ -185,17 +182,3 @@ def _job(run: RunDir) -> dict[str, Any]:
     job = yaml.safe_load(text)
     masked = shown("", job) if isinstance(job, dict) else {}
     return masked if isinstance(masked, dict) else {}
-
-
-def _code(run: RunDir) -> dict[str, Any]:
-    git = files.read_json(run.code / "git.json") or {}
-    return git if isinstance(git, dict) else {}
-
-
-def flat(value: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the fields of a job with their whole names: `train.epochs`."""
-    if isinstance(value, dict) and value:
-        for name, part in value.items():
-            yield from flat(part, f"{above}.{name}" if above else str(name))
-    else:
-        yield above, value

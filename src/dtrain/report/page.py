@@ -10,14 +10,17 @@ from typing import Any
 
 import yaml
 
+from dtrain.comparing.compare import Comparison, compare
+from dtrain.comparing.text import parting_text, value_text
 from dtrain.page.chart import Line, chart, number, safe
 from dtrain.page.document import document, folded, legend, table
 from dtrain.plainjson import to_json
-from dtrain.report.history import History, flat
+from dtrain.report.history import History, read
 from dtrain.report.phase_grid import NUM_COLUMNS, PhaseGrid
 from dtrain.report.timeline import KIND_TEXTS, KINDS
 from dtrain.run.files import duration, local_time
 from dtrain.run.phases import PHASES
+from dtrain.run.rundir import RunDir
 
 _NUM_STYLES = 8
 _MOST_ROWS = 128
@@ -37,8 +40,23 @@ _SHARES = {
 }
 
 
-def page(histories: Sequence[History]) -> str:
-    """Return the whole page. It needs no other file and no network."""
+def page_of(runs: Sequence[RunDir]) -> str:
+    """Return a page about the course of one or several runs.
+
+    Raises:
+        DamagedError: a file of a run cannot be read.
+    """
+    comparison = compare(runs) if len(runs) > 1 else None
+    return page([read(run) for run in runs], comparison)
+
+
+def page(histories: Sequence[History], comparison: Comparison | None = None) -> str:
+    """Return the whole page. It needs no other file and no network.
+
+    Args:
+        histories: the courses of the runs.
+        comparison: what differs between them.
+    """
     names = ", ".join(each.id for each in histories)
     parts = [
         f"<h1>{escape(names)}</h1>",
@@ -53,6 +71,7 @@ def page(histories: Sequence[History]) -> str:
         *_shares(histories),
         *_phases(histories),
         *_usage(histories),
+        *_differences(comparison),
         "<h2>Job</h2>",
         *_jobs(histories),
     ]
@@ -414,28 +433,30 @@ def _usage(histories: Sequence[History]) -> Iterator[str]:
     yield f'<div class="cards">{"".join(charts)}</div>'
 
 
+def _differences(comparison: Comparison | None) -> Iterator[str]:
+    if comparison is None:
+        return
+    names = [str(run["id"]) for run in comparison.runs]
+    yield "<h2>What differs</h2>"
+    for each in comparison.losses:
+        yield f"<p>{escape(parting_text(each, names[0]))}.</p>"
+    rows = [
+        [
+            title,
+            escape(name),
+            *(f'<td class="long">{escape(value_text(name, each))}</td>' for each in values),
+        ]
+        for title, section in comparison.sections.items()
+        for name, values in section.items()
+    ]
+    yield table(["", "", *names], rows)
+    if comparison.unknown:
+        yield f'<p class="note">Not recorded of all runs: {", ".join(comparison.unknown)}.</p>'
+    for note in comparison.notes:
+        yield f'<p class="note">{escape(note)}.</p>'
+
+
 def _jobs(histories: Sequence[History]) -> Iterator[str]:
-    if len(histories) > 1:
-        fields = [dict(flat(each.job)) for each in histories]
-        fields = [
-            {**each, "the commit of the code": history.code.get("sha") or "-"}
-            for each, history in zip(fields, histories, strict=True)
-        ]
-        names = dict.fromkeys(name for each in fields for name in each)
-        rows = [
-            [escape(name), *(f'<td class="long">{escape(_value(e, name))}</td>' for e in fields)]
-            for name in names
-            if any(_value(each, name) != _value(fields[0], name) for each in fields)
-        ]
-        yield (
-            table(["what differs", *(each.id for each in histories)], rows)
-            if rows
-            else '<p class="note">The jobs are the same.</p>'
-        )
     for each in histories:
         text = yaml.safe_dump(each.job, sort_keys=False, allow_unicode=True)
         yield folded(f"The job of {each.id}", f"<pre>{escape(text)}</pre>")
-
-
-def _value(fields: Mapping[str, Any], name: str) -> str:
-    return str(fields[name]) if name in fields else "-"

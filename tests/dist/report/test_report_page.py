@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dtrain.report.history import read
-from dtrain.report.page import page
+from dtrain.report.page import page, page_of
 from dtrain.run.rundir import RunDir
 from support import ROOT
 from support.browser import hover, opened
@@ -33,7 +33,7 @@ def written(benchmark: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     benchmark.write_run(runs[0], 4000, 8)
     benchmark.write_run(runs[1], 4000, 12)
     file = folder / "page.html"
-    file.write_text(page([read(RunDir(run)) for run in runs]), encoding="utf-8")
+    file.write_text(page_of([RunDir(run) for run in runs]), encoding="utf-8")
     return file
 
 

@@ -58,7 +58,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "diff listing show",
     ),
     "dtrain.codes": ("entry", "launch training", "__init__"),
-    "dtrain.comparing": ("code losses", "compare"),
+    "dtrain.comparing": ("code losses", "compare text"),
     "dtrain.console": (
         "fold history notebook out tail",
         "live",
