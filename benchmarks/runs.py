@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import shlex
 import shutil
 import subprocess
 import time
@@ -35,8 +37,8 @@ def main() -> None:
     with scratch() as folder:
         make_runs(folder / "runs", given.runs)
         time.sleep(SETTLED_S)
-        rows = [[f"{given.runs} runs", "seconds: median (min - max)"]]
-        rows.append(["`dtrain runs`, the first time", spread([seconds(folder)])])
+        rows = [[f"{given.runs} runs", "seconds: median (min - max)", "of CPU"]]
+        rows.append(["`dtrain runs`, the first time", *spreads([seconds(folder)])])
         for options in (
             [],
             ["--state", "failed", "--since", "2d"],
@@ -44,9 +46,9 @@ def main() -> None:
             ["--sort", "-eval.accuracy", "--columns", "run,args.lr,eval.accuracy"],
             ["--json"],
         ):
-            shown = " ".join(["dtrain runs", *options]).replace("<", "'<").replace(">", "'>")
+            shown = shlex.join(["dtrain", "runs", *options])
             found = [seconds(folder, *options) for _ in range(given.rounds)]
-            rows.append([f"`{shown}`".replace("'", ""), spread(found)])
+            rows.append([f"`{shown}`", *spreads(found)])
     print(aligned(rows))
 
 
@@ -80,12 +82,18 @@ def metrics(chance: random.Random) -> list[str]:
     return [json.dumps(line) + "\n" for line in lines]
 
 
-def seconds(folder: Path, *options: str) -> float:
-    """The time of one command."""
-    started = time.monotonic()
+def seconds(folder: Path, *options: str) -> tuple[float, float]:
+    """The time of one command, and that of the CPU."""
+    started, before = time.monotonic(), os.times()
     command = [BIN / "dtrain", "runs", *options]
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    return time.monotonic() - started
+    now = os.times()
+    cpu = now.children_user + now.children_system - before.children_user - before.children_system
+    return time.monotonic() - started, cpu
+
+
+def spreads(found: list[tuple[float, float]]) -> list[str]:
+    return [spread([each[k] for each in found]) for k in range(2)]
 
 
 if __name__ == "__main__":
