@@ -23,6 +23,7 @@ def made_late(path: Path) -> tuple[str | None, ...]:
     dist.init_process_group("gloo")
     until("the news", lambda: events_of(run, "group_made"))
     over.append(watched.is_over())
+    dist.barrier()  # the other rank may still be connecting
     dist.destroy_process_group()
     over.append(watched.is_over())
     watched.warn_if_none("to the end")
