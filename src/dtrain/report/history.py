@@ -15,11 +15,12 @@ from dtrain.plainjson import numbers
 from dtrain.report.phase_grid import PhaseGrid
 from dtrain.report.timeline import Timeline, read_timeline
 from dtrain.run import files, verdict
+from dtrain.run.events import resumed_step
 from dtrain.run.phases import read_phases, read_usage
+from dtrain.run.progress import NOT_METRICS
 from dtrain.run.rundir import RunDir
 
 _USAGE_PARTS = 200
-_NOT_METRICS = {"time", "step", "epoch", "split"}
 
 Series = dict[tuple[str, str], dict[int, float]]
 """(split, metric) → step → value."""
@@ -83,7 +84,7 @@ def read(run: RunDir) -> History:
     """
     row = summary.summary(run)
     rollbacks = [
-        (event["time"], event.get("resumed_from") or 0)
+        (event["time"], resumed_step(event))
         for event in files.read_lines(run.events, event=str, time=float)
         if event["event"] == "training_started"
     ]
@@ -122,7 +123,7 @@ def _series(
         if split == "train":
             steps.append((line["time"], step))
         for name, value in numbers(line).items():
-            if name not in _NOT_METRICS:
+            if name not in NOT_METRICS:
                 found.setdefault((split, name), {})[step] = value
     return found
 

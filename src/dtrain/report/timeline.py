@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from dtrain.run import files
 from dtrain.run.attempts import Handle, Result
+from dtrain.run.events import resumed_step
 from dtrain.run.rundir import RunDir
 
 Kind = Literal["training", "repeated", "starting", "queued", "stopped"]
@@ -129,7 +130,7 @@ class _Sweep:
             self._switch("queued", when)
         elif kind == self._starts_with:
             if self._kind != "training" or kind == "training_started":
-                self.resumed.append((when, event.get("resumed_from") or 0))
+                self.resumed.append((when, resumed_step(event)))
                 self._switch("training", when)
         elif kind in ("claimed", "attempt_started", "agent_started", "workers_started"):
             if self._kind != "training":

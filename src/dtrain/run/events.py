@@ -49,6 +49,12 @@ def unsaved_text(run: RunDir, attempt: int) -> str:
     return f" before it could save a checkpoint; {last}"
 
 
+def resumed_step(event: dict[str, Any]) -> int:
+    """Return the step that a `training_started` event continues from; 0 for one from the start."""
+    step = event.get("resumed_from")
+    return step if isinstance(step, int) else 0
+
+
 def ungrouped_warning(run: RunDir) -> str | None:
     """Return the warning that a script's processes train independently, while this is the case."""
     what, pid = None, None

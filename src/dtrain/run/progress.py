@@ -20,7 +20,8 @@ _STEPS_DONE = {
 """Events of a training, and the field of each that has the number of optimizer steps done."""
 _SPLITS = ("train", "eval", "validate", "test")
 _RECENT_BYTES = 1 << 20
-_NOT_METRICS = ("time", "step", "epoch", "split")
+NOT_METRICS = ("time", "step", "epoch", "split")
+"""The fields that every line of metrics.jsonl has."""
 
 
 @dataclass
@@ -87,7 +88,7 @@ class Progress:
         return found
 
     def _take_metrics(self, line: dict[str, Any]) -> None:
-        values = {name: value for name, value in line.items() if name not in _NOT_METRICS}
+        values = {name: value for name, value in line.items() if name not in NOT_METRICS}
         self.metrics.setdefault(line["split"], {}).update(values)
 
     def _take_event(self, event: dict[str, Any]) -> Any:

@@ -15,8 +15,10 @@ from dtrain.launchers import status
 from dtrain.plainjson import numbers
 from dtrain.run import files
 from dtrain.run.attempts import Handle, State
+from dtrain.run.events import resumed_step
 from dtrain.run.failures import first_cause
 from dtrain.run.phases import OWN, straggler
+from dtrain.run.progress import NOT_METRICS
 from dtrain.run.remote.runs import refresher
 from dtrain.run.rundir import RunDir
 
@@ -30,7 +32,6 @@ _LOG_BYTES = 256 << 10
 _MOST_LOGS = 64
 """The most ranks whose logs are searched for warnings; all ranks mostly warn of the same."""
 _WARNING = re.compile(r"^(?:\d{4}-\d\d-\d\d \S+ )?((?:WARNING|ERROR|CRITICAL) .*|.*Warning: .*)")
-_NOT_METRICS = {"time", "step", "epoch", "split"}
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Watch:
         for (kind, owner, node_rank), line in self._follower.poll():
             if kind == "log":
                 self._warn(owner, line)
-            elif (record := files.parse_line(line)) is not None:
+            elif (record := files.parse_line(line)) and isinstance(record.get("time"), int | float):
                 self._take(kind, owner, node_rank, record)
 
     @property
@@ -174,23 +175,23 @@ class Watch:
             self._metrics(record)
         elif kind == "usage":
             self.nodes[node_rank] = record
-        elif isinstance(record.get("phases"), dict):
+        elif isinstance(record.get("phases"), dict) and isinstance(record.get("steps"), int):
             phases = numbers(record["phases"])
-            now, steps = float(record.get("time") or 0), int(record.get("steps") or 0)
-            self.ranks[owner] = RankNow(owner, node_rank, now, steps, phases)
+            self.ranks[owner] = RankNow(owner, node_rank, record["time"], record["steps"], phases)
 
     def _event(self, event: dict[str, Any]) -> None:
         kind = event.get("event")
         if kind == "training_started":
-            self.total_steps = event.get("total_steps")
-            self.step = event.get("resumed_from") or 0
+            total = event.get("total_steps")
+            self.total_steps = total if isinstance(total, int) else None
+            self.step = resumed_step(event)
             self._marks.clear()
             self.ranks.clear()
             for values in self.metrics.values():
                 while values and values[-1][0] > self.step:
                     values.pop()
         elif kind == "checkpoint_saved":
-            self.checkpoint = str(event.get("checkpoint")), float(event.get("time") or 0)
+            self.checkpoint = str(event.get("checkpoint")), event["time"]
         elif kind == "worker_failed" and isinstance(event.get("what"), str):
             key = self.attempt, event.get("restart", 0)
             self._failures.setdefault(key, []).append(event)
@@ -201,9 +202,9 @@ class Watch:
             return
         if split == "train":
             self.step = step
-            self._marks.append((float(line.get("time") or 0), step))
+            self._marks.append((line["time"], step))
         for name, value in numbers(line).items():
-            if name not in _NOT_METRICS:
+            if name not in NOT_METRICS:
                 values = self.metrics.setdefault((str(split), name), deque())
                 values.append((step, value))
                 if len(values) > _MOST_POINTS:

@@ -51,7 +51,12 @@ def test_damaged_lines_are_passed_over(run: RunDir) -> None:
     watch = Watch(run)
     run.node(0, 0).mkdir()
     for path in (run.events, run.metrics, run.usage(0, 0), run.phases(0, 0, 2)):
-        path.write_text('{"event": "worker_failed"}\n{"step": "x"}\n[1]\n{"phases": 3}\nnonsense\n')
+        path.write_text(
+            '{"event": "worker_failed"}\n{"step": "x"}\n[1]\n{"phases": 3}\nnonsense\n'
+            '{"time": "x", "steps": 1, "phases": {}, "step": 1, "split": "train"}\n'
+            '{"time": 1, "steps": "x", "phases": {"data": 1}}\n'
+            '{"time": 1, "event": "training_started", "total_steps": "y", "resumed_from": "x"}\n'
+        )
     watch.update()
     assert (watch.step, watch.ranks, watch.failures) == (0, {}, [])
 
