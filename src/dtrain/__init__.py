@@ -31,6 +31,7 @@ __all__ = [
     "runs",
     "sampler",
     "stopping",
+    "sweep",
     "verify",
     "world_size",
 ]
@@ -48,6 +49,7 @@ _LAZY = {
     "runs": "dtrain.api.run:runs",
     "sampler": "dtrain.integrations.script.sampler:Sampler",
     "stopping": "dtrain.integrations.script.stopping:stopping",
+    "sweep": "dtrain.api.launching:sweep",
     "verify": "dtrain.api.launching:verify",
 }
 

@@ -60,7 +60,9 @@ class Facts:
         runs: str | os.PathLike[str],
         attempt: int = 0,
         task_imports: tuple[str, ...] = (),
+        cores: int | None = None,
     ) -> Facts:
+        """Look at this host. `cores` is how many of its cores the run may use; None means all."""
         url = os.fspath(runs).rstrip("/") if is_url(runs) else ""
         folder = str(staging(url)) if url else os.path.abspath(runs)
         before = files.read_json(RunDir(os.path.join(folder, run_id)).plan) if attempt else None
@@ -70,7 +72,7 @@ class Facts:
             runs_url=url,
             python=sys.executable,
             host=socket.gethostname(),
-            cores=len(os.sched_getaffinity(0)),
+            cores=cores or len(os.sched_getaffinity(0)),
             free_port=ports.free_candidate("127.0.0.1", f"{run_id}/{attempt}"),
             attempt=attempt,
             task_imports=task_imports,
@@ -91,6 +93,23 @@ class Command:
     """True if it is only printed for a person to run. `launch` does not start it."""
     node_ranks: tuple[int, ...] = ()
     """The nodes that it serves; none if the command requests them from a cluster."""
+
+
+@dataclass(frozen=True)
+class Element:
+    """The place of a run in a sweep."""
+
+    sweep: str
+    """The id of the sweep."""
+    index: int
+    """The number of the run in the sweep, from 0."""
+    count: int
+    """The number of runs in the sweep."""
+    values: dict[str, Any]
+    """The swept fields, with this run's values. Values of secret names are masked."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{field}={value}" for field, value in self.values.items())
 
 
 @dataclass(frozen=True)
@@ -153,6 +172,8 @@ class LaunchPlan:
     """The URL of the run, if it has one. `run_dir` is then a copy, one on each host."""
     preflight: bool = False
     """Whether the nodes check themselves and one another before the workers start."""
+    sweep: Element | None = None
+    """The place of the run in its sweep, if it has one."""
 
     @cached_property
     def run(self) -> RunDir:

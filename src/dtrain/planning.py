@@ -21,7 +21,7 @@ from dtrain.job.script import PROGRAMS, job_of_script
 from dtrain.job.spec import JobSpec
 from dtrain.job.static_check import similar
 from dtrain.job.yaml_reader import dump_yaml
-from dtrain.launch_plan import Facts, LaunchPlan, make_plan
+from dtrain.launch_plan import Element, Facts, LaunchPlan, make_plan
 from dtrain.launchers import base, status
 from dtrain.launchers.base import Dependable, HostChecking, Launcher, Surveying
 from dtrain.launchers.flags import FLAGS
@@ -67,6 +67,10 @@ class Request:
     """Values of -o: `NAME=VALUE` of any options of the launcher."""
     preflight: bool = False
     """Whether the nodes check themselves and one another before the workers start."""
+    sweep: Element | None = None
+    """The place of a new run in its sweep."""
+    cores: int | None = None
+    """The number of this host's cores that the run may use. None means all."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ def plan_attempt(run: RunDir, request: Request) -> Prepared:
     return _planned(
         again.job,
         again.profile,
-        request,
+        replace(request, sweep=again.sweep),
         again.options,
         run.id,
         again.runs,
@@ -218,6 +222,7 @@ class _Again:
     set_before: Mapping[str, Any]
     job_dir: Path
     runs: str | Path
+    sweep: Element | None
 
     @classmethod
     def of(cls, run: RunDir, request: Request) -> _Again:
@@ -243,6 +248,7 @@ class _Again:
             before.set_by_flags,
             job_dir,
             before.run_url.rpartition("/")[0] or run.path.parent,
+            before.sweep,
         )
 
 
@@ -344,13 +350,15 @@ def _planned(
     options, sources = _options(launcher, profile, request, before)
     sources |= _sizes_from(job)
     imports = installed_imports(job.spec, job_dir)
-    facts = Facts.gather(run_id, runs, attempt, imports)
+    facts = Facts.gather(run_id, runs, attempt, imports, request.cores)
     try:
         plan = complete_plan(job.spec, profile, launcher, job_dir, options, facts, sources)
     except PlanError as error:
         raise error.placed(job.sources) from None
     set_by_flags = {**(set_before or {}), **_set_by_flags(job)}
-    plan = replace(plan, set_by_flags=set_by_flags, preflight=request.preflight)
+    plan = replace(
+        plan, set_by_flags=set_by_flags, preflight=request.preflight, sweep=request.sweep
+    )
     return Prepared(plan, launcher, job, profile)
 
 

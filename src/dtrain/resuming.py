@@ -35,7 +35,7 @@ def _check_state(run: RunDir, request: Request) -> None:
     if state == "running":
         raise Held(run, Handle.read(run))
     if state == "succeeded" and not any(
-        field.partition(".")[0] == "train" for field in _fields(request)
+        field.partition(".")[0] == "train" for field in fields_of(request)
     ):
         raise UsageError(
             f"run {run.id} has finished; to train longer, set a later end, for example "
@@ -50,10 +50,10 @@ def _refuse_without_effect(run: RunDir, request: Request) -> None:
         "name": "a run keeps its name",
         "checks.inject": "faults are injected only in a run's first attempt",
     }
-    if {"checkpoint.init_from", "checkpoint.init_strict"} & _fields(request) and _has_any(run):
+    if {"checkpoint.init_from", "checkpoint.init_strict"} & fields_of(request) and _has_any(run):
         of_start = "the run has a checkpoint, and continues from that"
         why |= {"checkpoint.init_from": of_start, "checkpoint.init_strict": of_start}
-    for field in _fields(request):
+    for field in fields_of(request):
         if field in why:
             raise UsageError(
                 f"--set {field} has no effect here: {why[field]}; launch a new run",
@@ -67,7 +67,7 @@ def _has_any(run: RunDir) -> bool:
     return any(run.checkpoints.glob("step-*") if remote is None else remote.folders())
 
 
-def _fields(request: Request) -> set[str]:
+def fields_of(request: Request) -> set[str]:
     """Return the fields of the job that the command sets."""
     return {text.partition("=")[0].strip() for text in request.overrides} | {*request.fields}
 

@@ -1,4 +1,4 @@
-"""Commands as functions: `plan`, `launch`, `resume`, `verify`.
+"""Commands as functions: `plan`, `launch`, `resume`, `sweep`, `verify`.
 
 They import what they need after a driver has been started, which imports the same in parallel.
 """
@@ -22,11 +22,12 @@ from dtrain.api.arguments import (
     sections,
     signature_from,
 )
-from dtrain.api.driving import Driver
-from dtrain.errors import UsageError
+from dtrain.driving import Driver
+from dtrain.errors import DtrainError, UsageError
 from dtrain.run.rundir import ATTEMPT_VARIABLE
 
 if TYPE_CHECKING:
+    from dtrain import planning
     from dtrain.api.run import Run
     from dtrain.launch_plan import LaunchPlan
     from dtrain.planning import Prepared
@@ -73,7 +74,7 @@ def launch(job: Job, *, detach: bool = False, **arguments: Unpack[LaunchArgument
         procs: processes per node.
         strategy: how the processes share the work.
         max_restarts: restarts of failed workers.
-        set: any fields of job.yaml, by dotted name: `{"train.lr": 0.1}`.
+        set: any fields of job.yaml, by dotted name: `{"args.lr": 0.1}`.
         env: variables for every worker. Values that look secret are never shown.
         options: options of the launcher's profile, by name.
         runs: directory or URL of all runs. None means DTRAIN_RUNS, or else `runs`.
@@ -97,7 +98,7 @@ def launch(job: Job, *, detach: bool = False, **arguments: Unpack[LaunchArgument
         LaunchError: the launcher cannot start it.
 
     Example:
-        >>> run = dtrain.launch("job.yaml", nodes=2, procs=2, set={"train.lr": 0.1})
+        >>> run = dtrain.launch("job.yaml", nodes=2, procs=2, set={"args.lr": 0.1})
         >>> run.wait()
         0
     """
@@ -133,6 +134,57 @@ def resume(
         given = request("resume", arguments, ResumeArguments)
         found = run if isinstance(run, Run) else Run.find(run, runs=given.runs)
         return _launch(driver, plan_resume(found.directory, given), detach)
+
+
+@signature_from(LaunchArguments)
+def sweep(
+    job: Job,
+    fields: Mapping[str, Sequence[Any]],
+    *,
+    sample: int | None = None,
+    at_once: int | None = None,
+    progress: bool = True,
+    **arguments: Unpack[LaunchArguments],
+) -> list[Run]:
+    """Launch a run for each combination of values, as `dtrain launch --sweep`, and wait for all.
+
+    Args:
+        job: as for `launch`; all other arguments are those of `launch` too. `run_id` is the id of
+            the sweep.
+        fields: the values of each field of job.yaml, by its dotted name.
+        sample: take this many random combinations. None means all.
+        at_once: how many runs may run at the same time. None means as many as find place.
+        progress: whether to print how the runs start and end.
+
+    Returns:
+        The runs, the last field changing fastest. `Run.status` tells how each has ended.
+
+    Raises:
+        JobError, PlanError, LaunchError: as for `launch`.
+        UsageError: the values make no sweep, or this is not the main thread.
+
+    Example:
+        >>> runs = dtrain.sweep("job.yaml", {"args.lr": [0.1, 0.01], "seed": range(3)})
+        >>> best = min(runs, key=lambda run: run.metrics["loss"][-1])
+    """
+    _refuse_in_worker()
+    _refuse_in_thread("sweep")
+    from dtrain.api.run import Run
+    from dtrain.sweeping import making
+    from dtrain.sweeping.drive import Console, drive, of_launch
+    from dtrain.sweeping.values import choices_of
+
+    given = request("sweep", arguments, LaunchArguments)
+    if twice := [name for name in fields if name in given.fields]:
+        raise UsageError(f"{twice[0]} is given twice", code="usage.sweep-repeats")
+    chosen = choices_of(fields, sample, "sweep(fields={…})")
+    made = making.write(making.plan(_job_of("sweep", job, arguments), chosen, given), False)
+    try:
+        drive(made, of_launch(given), at_once, Console(print, quiet=not progress))
+    except DtrainError:
+        making.remove(made.runs)
+        raise
+    return [Run(run) for run in made.runs]
 
 
 def verify(
@@ -186,11 +238,7 @@ def verify(
     from dtrain.verification.session import Session
 
     _refuse_in_worker()
-    if threading.current_thread() is not threading.main_thread():
-        raise UsageError(
-            "verify() handles Ctrl-C, so it can only run in the main thread",
-            code="api.main-thread-only",
-        )
+    _refuse_in_thread("verify")
     given = request("verify", cast("ResumeArguments", {"set": set, **fields}), ResumeArguments)
     with contextlib.ExitStack() as stack:
         session = Session(
@@ -220,17 +268,23 @@ def verify(
 
 
 def _planned(function: str, job: Job, arguments: LaunchArguments) -> Prepared:
-    from dtrain.api.run import Run
     from dtrain.planning import plan_run
 
     given = request(function, arguments, LaunchArguments)
+    return plan_run(_job_of(function, job, arguments), given)
+
+
+def _job_of(function: str, job: Job, arguments: LaunchArguments) -> planning.Job:
+    """Return the job that a caller has given as a run, a path or a class."""
+    from dtrain.api.run import Run
+
     if isinstance(job, Run):
-        return plan_run(job.directory, given)
+        return job.directory
     if isinstance(job, str | os.PathLike):
-        return plan_run(os.fspath(job), given)
+        return os.fspath(job)
     from dtrain.api.task_class import job_of_class
 
-    return plan_run(job_of_class(function, job, sections(arguments)), given)
+    return job_of_class(function, job, sections(arguments))
 
 
 @contextlib.contextmanager
@@ -253,6 +307,14 @@ def _launch(driver: Driver, prepared: Prepared, detach: bool) -> Run:
     plan, job = prepared.plan, prepared.job
     driver.launch(LaunchRequest(plan, job.spec.to_plain(), job.text, detach))
     return Run(plan.run)
+
+
+def _refuse_in_thread(function: str) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        raise UsageError(
+            f"{function}() handles Ctrl-C, so it can only run in the main thread",
+            code="api.main-thread-only",
+        )
 
 
 def _refuse_in_worker() -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dtrain.api import driving
-from dtrain.api.driving import Driver
+from dtrain import driving
 from dtrain.api.metrics import Metrics
 from dtrain.comparing.compare import Comparison, compare
 from dtrain.console.fold import LineFolder
 from dtrain.console.history import merged
 from dtrain.console.live import LiveConsole
+from dtrain.driving import Driver
 from dtrain.errors import DtrainError, RunNotFound
 from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import status, stopping, summary

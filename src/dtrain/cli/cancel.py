@@ -22,10 +22,19 @@ from dtrain.run.lookup import find
 @shared.runs_option
 @shared.json_option
 def command(run: str, runs: str, as_json: bool) -> None:
-    """Stop RUN (an id, a unique prefix, or `last`): its workers save a checkpoint, then exit."""
+    """Stop RUN (an id, a unique prefix, or `last`): its workers save a checkpoint, then exit.
+
+    The id of a sweep stops all of its runs, and those that wait do not start.
+    """
     from dtrain.launchers import status
     from dtrain.launchers.stopping import cancel
+    from dtrain.sweeping.sweep import find_sweep
 
+    if (sweep := find_sweep(run, runs)) is not None:
+        from dtrain.cli import sweep as sweeps
+
+        sweeps.cancel(sweep, as_json)
+        return
     found = find(run, runs)
     was, _ = status.state_of(found)
     if was == "running":

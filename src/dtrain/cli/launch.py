@@ -21,7 +21,8 @@ if TYPE_CHECKING:
             "dtrain launch --nodes 2 --procs 2 job.yaml",
             "Two nodes simulated on this machine, with two processes each.",
         ),
-        ("dtrain launch --copy last --set train.lr=0.01", "A run again, with another value."),
+        ("dtrain launch --sweep args.lr=0.1,0.01 --sweep seed=0..4 job.yaml", "Ten runs."),
+        ("dtrain launch --copy last --set args.lr=0.01", "A run again, with another value."),
         (
             "dtrain launch --launcher slurm --nodes 2 --gpus 4 job.yaml",
             "A batch job of two nodes with four GPUs each.",
@@ -38,19 +39,29 @@ if TYPE_CHECKING:
 @shared.explain_option
 @shared.json_option
 @shared.option(
-    shared.MORE,
-    "--array",
+    shared.SWEEP,
+    "--sweep",
     multiple=True,
     metavar="FIELD=V,V,…",
-    help="Start a run for each value, as one array of launcher slurm; repeatable.",
+    help="Start a run for each value, or for each whole number of a range such as seed=0..4; "
+    "repeated, for each combination.",
 )
 @shared.option(
-    shared.MORE,
-    "--at-once",
+    shared.SWEEP,
+    "--sweep-file",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Start a run for each item of this YAML list, for example {args.lr: 0.1, seed: 3}.",
+)
+@shared.option(
+    shared.SWEEP,
+    "--sample",
     type=click.IntRange(min=1),
     metavar="N",
-    help="How many runs of an --array may run at a time.",
+    help="Of all combinations, take N random ones. Ranges may then be of any numbers: "
+    "args.lr=log(1e-5..1e-1).",
 )
+@shared.at_once_option
 def command(
     job: str | None,
     dry_run: bool,
@@ -58,7 +69,9 @@ def command(
     as_json: bool,
     detach: bool,
     quiet: bool,
-    array: tuple[str, ...],
+    sweep: tuple[str, ...],
+    sweep_file: str | None,
+    sample: int | None,
     at_once: int | None,
     **options: Any,
 ) -> int:
@@ -70,18 +83,21 @@ def command(
     from dtrain.cli.plan import show
     from dtrain.planning import plan_run
 
-    if (explain or as_json) and (array or not dry_run):
-        text = "--explain and --json need --dry-run, and no --array"
+    is_sweep = bool(sweep or sweep_file)
+    if (explain or as_json) and (is_sweep or not dry_run):
+        text = "--explain and --json need --dry-run, and no --sweep"
         raise UsageError(text, code="usage.flag-without-effect")
-    if array:
-        from dtrain.cli import array as arrays
+    if is_sweep:
+        from dtrain.cli import sweep as sweeps
 
+        chosen = sweeps.choices(sweep, sweep_file, sample, options)
         if dry_run:
-            arrays.show(job, array, at_once, options)
+            sweeps.show(job, chosen, at_once, options)
             return 0
-        return arrays.launch(job, array, options, at_once=at_once, detach=detach, quiet=quiet)
-    if at_once:
-        raise UsageError("--at-once needs --array", code="usage.flag-without-effect")
+        return sweeps.launch(job, chosen, options, at_once=at_once, detach=detach, quiet=quiet)
+    if at_once or sample:
+        given = "--at-once" if at_once else "--sample"
+        raise UsageError(f"{given} needs --sweep", code="usage.flag-without-effect")
     prepared = plan_run(shared.job_of(job, options), shared.request(options))
     if dry_run:
         show(prepared, as_json, explain)

@@ -24,6 +24,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 WHAT = "What"
 SIZE = "How many processes"
 WHERE = "Where"
+SWEEP = "Several runs"
 WATCH = "Watching"
 MORE = "More"
 _WIDEST = 26
@@ -56,7 +57,7 @@ class Command(click.Command):
             record = param.get_help_record(ctx)
             if record is not None and isinstance(param, click.Option):
                 groups.setdefault(getattr(param, "group", MORE), []).append(record)
-        for last in (WATCH, MORE):
+        for last in (SWEEP, WATCH, MORE):
             groups[last] = groups.pop(last, [])
         width = min(_WIDEST, max(len(name) for part in groups.values() for name, _ in part))
         for title, records in groups.items():
@@ -100,6 +101,13 @@ preflight_option = option(
     "--preflight",
     is_flag=True,
     help="First let the nodes check themselves and one another, as `dtrain doctor` does.",
+)
+at_once_option = option(
+    SWEEP,
+    "--at-once",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="How many runs of a sweep may run at a time.  [default: as many as find place]",
 )
 option_option = option(
     WHERE,

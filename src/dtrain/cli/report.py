@@ -6,7 +6,6 @@ import click
 
 from dtrain.cli import completers
 from dtrain.cli import options as shared
-from dtrain.run.lookup import find
 
 
 @click.command(
@@ -32,13 +31,14 @@ def command(names: tuple[str, ...], output: str | None, runs: str, as_json: bool
     """Write one HTML page about each RUN (an id, a unique prefix, or `last`) and its course.
 
     It shows metrics, phases, checkpoints, failures and what the time went to. The page needs no
-    network. Several runs are laid over one another.
+    network. Several runs are laid over one another; the id of a sweep stands for all of its runs.
     """
     from dtrain.page.document import write
     from dtrain.report.history import read
     from dtrain.report.page import page_of
+    from dtrain.sweeping.sweep import find_runs
 
-    found = [find(name, runs) for name in dict.fromkeys(names or ("last",))]
+    found = find_runs(names or ("last",), runs)
     if as_json:
         shared.print_json([read(run).to_json() for run in found])
         return

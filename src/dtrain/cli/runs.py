@@ -122,7 +122,7 @@ def _cell(entry: Entry, name: str) -> str:
     from dtrain.searching.query import as_text
 
     if name.lower() in _WRITTEN:
-        return _cells(entry.row)[name.upper()]
+        return cells(entry.row)[name.upper()]
     value = fields.value(entry, name)
     if value is None:
         return "-"
@@ -131,7 +131,7 @@ def _cell(entry: Entry, name: str) -> str:
     return f"{value:.6g}" if isinstance(value, float) else as_text(value).replace("\n", " ")
 
 
-def _cells(row: dict[str, Any]) -> dict[str, str]:
+def cells(row: dict[str, Any]) -> dict[str, str]:
     """Return a row of the table, by heading."""
     from dtrain.run.files import duration, local_time
     from dtrain.searching.fields import metric_of, set_of
@@ -161,8 +161,8 @@ def table(rows: list[dict[str, Any]], width: int | None) -> list[str]:
         width: the columns that a line may have. None means any number. If there are too few, SET is
             shortened, then LAUNCHER, STRATEGY, RANKS and STARTED are left out, then SET.
     """
-    cells = [_cells(row) for row in rows]
-    widths = {name: max(len(name), *(len(each[name]) for each in cells)) for name in cells[0]}
+    filled = [cells(row) for row in rows]
+    widths = {name: max(len(name), *(len(each[name]) for each in filled)) for name in filled[0]}
     if width is not None:
         wanted = widths["SET"]
         widths["SET"] = min(wanted, _SHORTEST_SET)
@@ -172,7 +172,7 @@ def table(rows: list[dict[str, Any]], width: int | None) -> list[str]:
         if "SET" in widths:
             widths["SET"] = min(wanted, widths["SET"] + width - _total(widths))
     lines = ["  ".join(name.ljust(size) for name, size in widths.items()).rstrip()]
-    for each in cells:
+    for each in filled:
         parts = [_padded(name, each[name], size) for name, size in widths.items()]
         lines.append("  ".join(parts).rstrip())
     return lines

@@ -18,6 +18,7 @@ from dtrain.run.lookup import find
     cls=shared.Command,
     examples=(
         ("dtrain status", "The run that was started last."),
+        ("dtrain status digits-k3", "All runs of a sweep, by its id."),
         ("dtrain status digits-4f --json", "A run by the beginning of its id, as JSON."),
     ),
 )
@@ -25,9 +26,18 @@ from dtrain.run.lookup import find
 @shared.runs_option
 @shared.json_option
 def command(run: str, runs: str, as_json: bool) -> None:
-    """Show the state, progress and newest metrics of RUN (an id, a unique prefix, or `last`)."""
-    from dtrain.launchers.summary import summary
+    """Show the state, progress and newest metrics of RUN (an id, a unique prefix, or `last`).
 
+    The id of a sweep shows a table of its runs.
+    """
+    from dtrain.launchers.summary import summary
+    from dtrain.sweeping.sweep import find_sweep
+
+    if (sweep := find_sweep(run, runs)) is not None:
+        from dtrain.cli import sweep as sweeps
+
+        sweeps.status(sweep, as_json)
+        return
     row = summary(find(run, runs))
     if as_json:
         shared.print_json(row)

@@ -77,17 +77,42 @@ LAUNCH: Mapping[str, Entry] = {
         "A command that removes something cannot ask, because its input is no terminal.",
         "Look at the list with `--dry-run`, then run the command with `--yes`.",
     ),
-    "usage.array-syntax": Entry(
-        "An `--array` is not of the form FIELD=VALUE,VALUE,…",
-        "Write it like `--array train.lr=0.1,0.01`.",
+    "usage.sweep-syntax": Entry(
+        "A `--sweep` is not of the form FIELD=VALUE,VALUE,… or FIELD=FIRST..LAST.",
+        "Write it like `--sweep args.lr=0.1,0.01`, `--sweep seed=0..4`, or with `--sample` "
+        "`--sweep 'args.lr=log(1e-5..1e-1)'`.",
     ),
-    "usage.array-repeats": Entry(
-        "An `--array` has the same value twice, so two runs would be the same.",
-        "Remove one of the two values.",
+    "usage.sweep-range": Entry(
+        "A range is not of whole numbers, so it has no list of values.",
+        "Add `--sample N`, which takes random values of it, or list the values.",
     ),
-    "usage.array-unsupported": Entry(
-        "The launcher cannot start an array of runs.",
-        "Use launcher slurm, or launch the runs one by one.",
+    "usage.sweep-repeats": Entry(
+        "A field of a sweep is given twice, or two of its runs would be the same.",
+        "Remove one of the two.",
+    ),
+    "usage.sweep-too-few": Entry(
+        "There are fewer combinations of values than `--sample` asks for.",
+        "Ask for fewer, or leave out `--sample`, which takes all.",
+    ),
+    "usage.sweep-too-many": Entry(
+        "A sweep would have more runs than dtrain starts at once.",
+        "Take random ones with `--sample N`, or make several sweeps.",
+    ),
+    "usage.sweep-secret": Entry(
+        "A sweep sets a variable whose values are secret, and which is kept nowhere on a disk.",
+        "Launch these runs one by one with `--env NAME=VALUE`.",
+    ),
+    "usage.sweep-unsupported": Entry(
+        "The launcher cannot start several runs.",
+        "Use launcher local, slurm or ray, or launch the runs one by one.",
+    ),
+    "sweep.file-shape": Entry(
+        "The file of `--sweep-file` is not a list with the values of each run.",
+        "Write it like `- {args.lr: 0.1, seed: 3}`, with a line for each run.",
+    ),
+    "sweep.finished": Entry(
+        "All runs of the sweep have succeeded, or are running.",
+        "To train longer, set a later end, for example `--set train.epochs=20`.",
     ),
     "usage.detach-unsupported": Entry(
         "The launcher's processes end with the command, so the command cannot return before them.",
@@ -613,6 +638,10 @@ LAUNCH: Mapping[str, Entry] = {
         "The runs of an array differ in an sbatch option that must be the same for the "
         "whole array.",
         "Launch them one by one.",
+    ),
+    "slurm.array-of-some": Entry(
+        "submitit cannot submit some runs of a sweep as one array.",
+        "Leave out `--at-once`, or use `submit: sbatch`.",
     ),
     "slurm.run-without-job": Entry(
         "The run that this run must wait for has no Slurm job.",

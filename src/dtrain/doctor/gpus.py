@@ -73,6 +73,26 @@ def usable(visible: str | None, count: int | None) -> int | None:
     return found if count is not None or not found else None
 
 
+def split(
+    size: int, environ: Mapping[str, str] = os.environ, count: int | None = None
+) -> list[str | None]:
+    """Return the GPUs of this host in groups, each as CUDA_VISIBLE_DEVICES names them.
+
+    Where the number of GPUs is not known, or too small, there is one group of all, which is None.
+
+    Args:
+        size: the GPUs of a group.
+        environ: the environment of this process.
+        count: the GPUs that the driver knows. None means to ask it.
+    """
+    count = installed() if count is None else count
+    visible = environ.get(VISIBLE)
+    found = usable(visible, count) or 0
+    names = [str(number) for number in range(found)] if visible is None else visible.split(",")
+    groups = [names[first : first + size] for first in range(0, found - size + 1, size)]
+    return [",".join(name.strip() for name in group) for group in groups] or [None]
+
+
 def installed() -> int | None:
     """Return the number of GPUs that the driver knows. None if it cannot be asked."""
     if not any(Path(path).exists() for path in _DRIVERS):

@@ -218,9 +218,7 @@ def _open_empty_sections(root: Located, model: type[Model]) -> Located:
 def _override(text: str) -> tuple[Located | None, list[Problem]]:
     """Parse `train.epochs=3` into a value nested at its field."""
     field, equals, value = text.partition("=")
-    keys = _keys_of(field.strip())
-    if keys[0] != "args" and keys[:2] != ("launch", "env"):  # those names are the user's own
-        keys = tuple(key.replace("-", "_") for key in keys)
+    keys = field_keys(field.strip())
     secret = field.startswith("launch.env.") or may_contain_secret(text)
     shown = field if secret else text
     place = SourceLocation(f"--set {shown}")
@@ -240,6 +238,14 @@ def _override(text: str) -> tuple[Located | None, list[Problem]]:
         return None, problems
     written = written or Located(None, place)
     return replace(written, key=place).nest(keys), []
+
+
+def field_keys(field: str) -> tuple[str, ...]:
+    """Split the name of a field as a user writes it. `virtual-shards` is `virtual_shards`."""
+    keys = _keys_of(field)
+    if keys[0] == "args" or keys[:2] == ("launch", "env"):  # those names are the user's own
+        return keys
+    return tuple(key.replace("-", "_") for key in keys)
 
 
 def _keys_of(field: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from dtrain import catalog
@@ -122,12 +123,36 @@ class Submitted(Launch, Protocol):
     """The state of the launch, for users. It is empty until it is known."""
 
 
+@dataclass(frozen=True)
+class Slot:
+    """The part of a launcher's machines that one run of a sweep has while it runs."""
+
+    cores: int | None = None
+    """The number of this host's cores. None means all."""
+    gpus: str | None = None
+    """The GPUs of this host, as CUDA_VISIBLE_DEVICES names them. None means all."""
+
+
+@runtime_checkable
+class Shareable(Protocol):
+    """A launcher whose machines can train several runs side by side."""
+
+    def slots(self, plan: LaunchPlan, runs: int, at_once: int | None) -> list[Slot]:
+        """Return a slot for each run that can run at the same time.
+
+        Args:
+            plan: the plan of a run that needs as much as any other.
+            runs: how many runs there are.
+            at_once: how many the user wants at the same time. None means as many as find place.
+        """
+
+
 @runtime_checkable
 class ArrayCapable(Protocol):
     """A launcher that can submit several runs as one array."""
 
     def preview_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
-        """Return lines for `dtrain launch --array --dry-run`."""
+        """Return lines for `dtrain launch --sweep --dry-run`."""
 
     def start_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> Sequence[Submitted]:
         """Submit runs whose directories are written, as one array. Return a launch for each.

@@ -15,16 +15,20 @@ import argparse
 import json
 import os
 import signal
+import socket
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dtrain import checked, errors
 from dtrain.errors import DtrainError
+from dtrain.forking import Channel
 from dtrain.job.spec import JobSpec
 from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import base
+from dtrain.launchers.local import LocalLauncher
 from dtrain.launchers.supervise import drive
+from dtrain.launchers.warm import WarmClient
 from dtrain.plainjson import to_json
 from dtrain.run import files
 
@@ -98,16 +102,19 @@ def main() -> int:
     """Drive the launch that stdin requests. Return the exit code of the run."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--parent", type=int, required=True)
-    parent = parser.parse_args().parent
+    parser.add_argument("--warm", type=int, help="socket of the warm server that forks the nodes")
+    arguments = parser.parse_args()
     line = sys.stdin.buffer.readline()
     if not line.endswith(b"\n"):  # the job was refused, or the requesting process was killed
         return 0
     request = checked.read(LaunchRequest, line)
     launcher = base.load(request.plan.launcher)
+    if arguments.warm is not None:
+        launcher = LocalLauncher(WarmClient(Channel(socket.socket(fileno=arguments.warm))).spawn)
     options = launcher.options_model.of(request.plan.options)
     plan = replace(request.plan, options=options)
     job = JobSpec.model_validate(request.job)
-    reports = Reports(plan, parent)
+    reports = Reports(plan, arguments.parent)
     try:
         code = drive(launcher, plan, job, request.job_text, reports, detach=request.detach)
         report(ended=code)

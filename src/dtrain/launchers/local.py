@@ -17,6 +17,7 @@ from dtrain.environ import HASH_SEED, inherited_env
 from dtrain.errors import LaunchError, UsageError
 from dtrain.job.launcher_options import LauncherOptions
 from dtrain.launch_plan import Command, Facts, LaunchPlan
+from dtrain.launchers.base import Slot
 from dtrain.memory import Memory
 from dtrain.run import failures, files
 from dtrain.run.attempts import Handle
@@ -68,6 +69,20 @@ class LocalLauncher:
 
     def lacking(self, plan: LaunchPlan) -> str:
         return gpus.lacking(plan)
+
+    def slots(self, plan: LaunchPlan, runs: int, at_once: int | None) -> list[Slot]:
+        """See `Shareable.slots`. Each process has a core or a GPU of its own, if there are as many.
+
+        If there are fewer runs than cores, a run has several.
+        """
+        cores = len(os.sched_getaffinity(0))
+        if plan.gpus_per_node:
+            shared = gpus.split(plan.gpus_per_node * plan.nodes)
+            shared = shared[: min(runs, at_once or runs)]
+            return [Slot(max(1, cores // len(shared)), names) for names in shared]
+        count = at_once or max(1, cores // (plan.world_size * plan.replicas))
+        count = min(count, runs)
+        return [Slot(max(1, cores // count))] * count
 
     def is_running(self, run: RunDir) -> bool:
         handle = Handle.read(run)

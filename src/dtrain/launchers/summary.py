@@ -50,6 +50,7 @@ def summary(run: RunDir, *, recent: bool = False) -> dict[str, Any]:
         "nodes": plan.nodes,
         "world_size": plan.world_size,
         "set": plan.set_by_flags,
+        "sweep": None if plan.sweep is None else plan.sweep.sweep,
         "started": started,
         "ended": ended,
         "duration": lasted,

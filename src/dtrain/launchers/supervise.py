@@ -93,7 +93,7 @@ def _drive(
     try:
         code = _follow_to_end(plan, launch, stop, console)
     except DtrainError as error:  # found by the launcher's own process
-        record_refusal(plan, error, started)
+        record_refusal(plan, error, started, keep=plan.sweep is not None)
         raise
     plan = replace(plan, attempt=attempts.newest_of(plan.run, plan.attempt))
     state, code = _report_end(plan, code, stop, console)
@@ -139,11 +139,13 @@ def _start(launcher: Launcher, plan: LaunchPlan, started: float) -> Launch:
     try:
         return launcher.start(plan)
     except DtrainError as error:
-        record_refusal(plan, error, started)
+        record_refusal(plan, error, started, keep=plan.sweep is not None)
         raise
 
 
-def record_refusal(plan: LaunchPlan, error: DtrainError, started: float) -> None:
+def record_refusal(
+    plan: LaunchPlan, error: DtrainError, started: float, *, keep: bool = False
+) -> None:
     """Remove a new run that was refused before a worker started. The error explains why.
 
     A further attempt of a run is recorded as failed. So is a launch that others may know of: one
@@ -153,9 +155,10 @@ def record_refusal(plan: LaunchPlan, error: DtrainError, started: float) -> None
         plan: the launch.
         error: the reason.
         started: the start time of the launch.
+        keep: whether a new run stays too, because a sweep has it.
     """
     is_shared = bool(plan.run_url) or 0 < len(plan.node_ranks) < plan.nodes
-    if plan.attempt == 0 and not is_shared and not plan.run.rank_logs(0):
+    if plan.attempt == 0 and not is_shared and not keep and not plan.run.rank_logs(0):
         shutil.rmtree(plan.run.path, ignore_errors=True)
         return
     if plan.is_of_node_zero and not failures.read_all(plan.run, plan.attempt):

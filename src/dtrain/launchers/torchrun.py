@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dtrain import ports
-from dtrain.errors import PlanError
+from dtrain.errors import PlanError, UsageError
 from dtrain.job.fields import Text
 from dtrain.job.launcher_options import LauncherOptions
 from dtrain.job.units import is_number
 from dtrain.launch_plan import Command, Facts, LaunchPlan
+from dtrain.launchers.base import Slot
 from dtrain.launchers.local import LocalLauncher, NodeProcess, node_command
 
 
@@ -47,6 +48,20 @@ class TorchrunLauncher(LocalLauncher):
         )
         by_hand = tuple(_torchrun(plan, facts, rank) for rank in range(plan.nodes))
         return replace(plan, commands=(node_command(plan, facts, [node_rank]), *by_hand))
+
+    def slots(self, plan: LaunchPlan, runs: int, at_once: int | None) -> list[Slot]:
+        """See `Shareable.slots`.
+
+        Raises:
+            UsageError: a run needs a command on each of its hosts.
+        """
+        if plan.nodes > 1:
+            raise UsageError(
+                "a sweep starts its runs by one command, and launcher 'torchrun' needs one on each "
+                "host; launchers local, slurm and ray have --sweep",
+                code="usage.sweep-unsupported",
+            )
+        return super().slots(plan, runs, at_once)
 
     def start(self, plan: LaunchPlan) -> NodeProcess:
         listen = ports.to_listen_on(plan.rdzv_host) if plan.is_of_node_zero else None

@@ -16,36 +16,14 @@ from dtrain.errors import LaunchError
 from dtrain.forking import Channel
 
 
-class WarmServer:
-    """A `python -m dtrain.node.warm` process, which imports while this process does other work."""
+class WarmClient:
+    """The end of a socket to a `python -m dtrain.node.warm`, over which it is asked to fork."""
 
-    def __init__(self, modules: Sequence[str], hash_seed: str = "0") -> None:
-        """Start it. It ends with this process, and with the thread that calls this.
-
-        Args:
-            modules: the modules that it imports in addition to torch. None of them may start a
-                thread.
-            hash_seed: the hash seed of everything that it forks. A launch with another one is not
-                warm.
-        """
-        self._channel, child_end = Channel.pair()
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
         self._exited: dict[int, int] = {}
         self._ready = False
-        argv = [sys.executable, "-P", "-m", "dtrain.node.warm", "--socket", str(child_end.fileno())]
-        with contextlib.closing(child_end):
-            self._process = procs.start_child(
-                [*argv, *modules],
-                env={**inherited_env(), HASH_SEED: hash_seed},
-                log=None,  # a cold launch reports failed imports
-                pass_fds=[child_end.fileno()],
-            )
-
-    def is_ready(self) -> bool:
-        """Wait until it has imported everything. Return False if it has ended, or cannot fork
-        safely."""
-        while not self._ready and self._receive() is not None:
-            pass
-        return self._ready and self._process.poll() is None
+        self._ended = False
 
     def spawn(
         self, argv: Sequence[str], env: Mapping[str, str], log: Path, listener: socket.socket | None
@@ -81,9 +59,59 @@ class WarmServer:
         """
         while pid not in self._exited and self._receive(wait_s) is not None:
             pass
-        if pid not in self._exited and self._process.poll() is not None:
+        if pid not in self._exited and self._ended:
             return -signal.SIGKILL  # it died with the server
         return self._exited.get(pid)
+
+    def _receive(self, wait_s: float | None = None) -> dict[str, Any] | None:
+        """Read the next message. Return None when there is none, or when there will be none."""
+        try:
+            message = self._channel.receive(wait_s)
+        except EOFError:
+            self._ended = True
+            return None
+        if message is not None and "exited" in message:
+            self._exited[message["exited"]] = message["code"]
+        self._ready = self._ready or (message is not None and "ready" in message)
+        return message
+
+
+class WarmServer(WarmClient):
+    """A `python -m dtrain.node.warm` process, which imports while this process does other work."""
+
+    def __init__(self, modules: Sequence[str], hash_seed: str = "0") -> None:
+        """Start it. It ends with this process, once the last one of its clients has ended.
+
+        Args:
+            modules: the modules that it imports in addition to torch. None of them may start a
+                thread.
+            hash_seed: the hash seed of everything that it forks. A launch with another one is not
+                warm.
+        """
+        channel, child_end = Channel.pair()
+        super().__init__(channel)
+        argv = [sys.executable, "-P", "-m", "dtrain.node.warm", "--socket", str(child_end.fileno())]
+        with contextlib.closing(child_end):
+            self._process = procs.start_child(
+                [*argv, *modules],
+                env={**inherited_env(), HASH_SEED: hash_seed},
+                log=None,  # a cold launch reports failed imports
+                pass_fds=[child_end.fileno()],
+            )
+
+    def is_ready(self) -> bool:
+        """Wait until it has imported everything. Return False if it has ended, or cannot fork
+        safely."""
+        while not self._ready and self._receive() is not None:
+            pass
+        return self._ready and self._process.poll() is None
+
+    def connect(self) -> Channel:
+        """Return a socket for another process, whose nodes end with it and not with this one."""
+        ours, theirs = Channel.pair()
+        with contextlib.closing(theirs), contextlib.suppress(OSError):
+            self._channel.send({"client": True}, [theirs.fileno()])
+        return ours
 
     def close(self) -> None:
         """End it, and everything that it has forked."""
@@ -92,23 +120,11 @@ class WarmServer:
             procs.kill_group(self._process.pid)
         self._process.wait()
 
-    def _receive(self, wait_s: float | None = None) -> dict[str, Any] | None:
-        """Read the next message. Return None when there is none, or when there will be none."""
-        try:
-            message = self._channel.receive(wait_s)
-        except EOFError:
-            self._process.wait()
-            return None
-        if message is not None and "exited" in message:
-            self._exited[message["exited"]] = message["code"]
-        self._ready = self._ready or (message is not None and "ready" in message)
-        return message
-
 
 class WarmNode:
     """A node process that the server has forked, with the interface of `subprocess.Popen`."""
 
-    def __init__(self, server: WarmServer, pid: int) -> None:
+    def __init__(self, server: WarmClient, pid: int) -> None:
         self._server = server
         self._pid = pid
 

@@ -7,12 +7,14 @@ launch: its arguments, environment, log and descriptors, its agents and workers,
 This process always has one thread, so that it may fork. It trains nothing, so that no state of one
 launch comes into the next.
 
-It ends with the process that started it, and all that it forked ends with it.
+Another process can be a client too: the driver of one run of a sweep. The nodes that it asked for
+end with it. This process ends with the last client, and all that it forked ends with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import socket
@@ -20,7 +22,7 @@ import sys
 
 from dtrain.forking import ONE_THREAD, Channel, Children, import_once
 from dtrain.node import __main__ as node
-from dtrain.procs import die_with_parent, fork_child, kill_group
+from dtrain.procs import die_with_parent, fork_child, kill_group, outlive_parent
 
 
 def main() -> None:
@@ -39,31 +41,43 @@ def main() -> None:
     of_user = [module for module in arguments.modules if not module.startswith("dtrain.")]
     if import_once((*WORKER_MODULES, *arguments.modules), preload=of_user):
         sys.exit(f"{' '.join(arguments.modules)} started threads, which a fork would lose")
+    outlive_parent()  # the sockets tell from now on: drivers have to end their runs first
     channel.send({"ready": os.getpid()})
     _serve(channel)
     os._exit(0)  # the kernel kills all that it forked
 
 
 def _serve(channel: Channel) -> None:
-    """Fork processes, pass signals on, and report how each ended, until the socket closes."""
+    """Fork processes, pass signals on, and report how each ended, until every socket closes."""
     children = Children()
-    nodes: set[int] = set()
-    while True:
-        children.wait([channel])
+    clients = {channel}
+    nodes: dict[int, Channel] = {}
+    while clients:
+        ready = children.wait(clients)
         for ended in children.reap():
-            nodes.discard(ended.pid)
-            channel.send({"exited": ended.pid, "code": ended.code})
-        try:
-            request, files = channel.receive_with_files()
-        except EOFError:
-            return
-        if request is None:
-            continue
-        if "start" in request:
-            nodes.add(pid := _fork_node(request["start"], request["env"], *files))
-            channel.send({"started": pid})
-        elif request["pid"] in nodes:
-            kill_group(request["pid"], request["signal"])
+            if (client := nodes.pop(ended.pid, None)) is not None:
+                with contextlib.suppress(OSError):  # it has ended too
+                    client.send({"exited": ended.pid, "code": ended.code})
+        for client in [each for each in clients if each.fileno() in ready]:
+            try:
+                request, files = client.receive_with_files()
+            except EOFError:
+                clients.remove(client)
+                client.close()
+                for pid in [pid for pid, owner in nodes.items() if owner is client]:
+                    kill_group(pid)
+                continue
+            if request is None:
+                continue
+            if "client" in request:
+                clients.update(Channel(socket.socket(fileno=fd)) for fd in files)
+            elif "start" in request:
+                pid = _fork_node(request["start"], request["env"], *files)
+                nodes[pid] = client
+                with contextlib.suppress(OSError):
+                    client.send({"started": pid})
+            elif nodes.get(request["pid"]) is client:
+                kill_group(request["pid"], request["signal"])
 
 
 def _fork_node(argv: list[str], env: dict[str, str], log: int, *listener: int) -> int:

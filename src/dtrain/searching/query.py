@@ -32,7 +32,7 @@ _CONDITION = re.compile(r"\s*([^<>=!]+?)\s*(<=|>=|!=|==|=|<|>)\s*(.*?)\s*")
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition such as `train.lr<0.01`."""
+    """A condition such as `args.lr<0.01`."""
 
     name: str
     operator: str
@@ -151,7 +151,7 @@ def select(
         found: all runs, the oldest first.
         states: the states of wanted runs. None means any.
         since: a date or a duration: only runs that were started since then.
-        where: conditions, for example `train.lr<0.01`. All must hold.
+        where: conditions, for example `args.lr<0.01`. All must hold.
         sort: the name of a column, a field or a metric. With a `-` before it, the largest value
             comes first. Runs without a value come last.
         reverse: whether to reverse the order.

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import dtrain
-from dtrain.api import driving
+from dtrain import driving
 from dtrain.errors import JobError, LaunchError, PlanError, RunNotFound, UsageError
 from dtrain.run.rundir import RunDir, list_runs
 from support import ROOT

@@ -34,6 +34,7 @@ def test_options_of_a_launcher_stand_in_a_group_of_their_own() -> None:
         "Launcher torchrun:",
         "Launcher slurm:",
         "Launcher ray:",
+        "Several runs:",
         "Watching:",
         "More:",
         "Examples:",

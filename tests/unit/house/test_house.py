@@ -42,6 +42,7 @@ def test_public_names() -> None:
         "runs",
         "sampler",
         "stopping",
+        "sweep",
         "verify",
         "world_size",
     ]

@@ -24,14 +24,15 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "console export integrations page",
         "keras node",
         "launchers worker",
-        "checkpoints planning searching",
+        "checkpoints driving planning searching",
         "cleaning comparing diagnosing resuming top verification",
+        "sweeping",
         "report",
         "api cli",
         "__main__",
     ),
     "dtrain.api": (
-        "arguments cells driving metrics",
+        "arguments cells metrics",
         "run task_class",
         "launching",
     ),
@@ -48,10 +49,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.cli": (
         "completers lazy torchrun",
         "main options",
-        "array cancel checkpoint compare completion doctor export launchers logs plan report "
-        "schema status top",
-        "clean launch runs verify why",
-        "resume",
+        "checkpoint compare completion doctor export launchers logs plan report schema top",
+        "clean runs",
+        "sweep",
+        "cancel launch status",
+        "resume verify why",
     ),
     "dtrain.cli.checkpoint": (
         "export group pin prune table unpin verify",
@@ -116,10 +118,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "profile",
     ),
     "dtrain.launchers": (
-        "base flags local prepare warm",
+        "base flags prepare warm",
+        "local",
         "listing status stopping torchrun",
         "summary supervise",
-        "array driver ray slurm",
+        "driver ray slurm",
     ),
     "dtrain.launchers.ray": (
         "actor job_output local_cluster options",
@@ -173,6 +176,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "index",
         "fields",
         "query",
+    ),
+    "dtrain.sweeping": (
+        "sweep values work",
+        "array cancelling making queue",
+        "drive",
     ),
     "dtrain.testing": (
         "wire",

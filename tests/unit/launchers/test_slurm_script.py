@@ -13,7 +13,6 @@ import pytest
 
 from dtrain import planning
 from dtrain.assets import asset_dir
-from dtrain.cli import array as cli_array
 from dtrain.errors import JobError, PlanError
 from dtrain.job.launcher_options import AnyOptions
 from dtrain.job.profile import load_profile, parse_options
@@ -346,6 +345,8 @@ def test_the_script_of_an_array() -> None:
     plans = [plan_of(replace(FACTS, run_id=f"it's-{n}"), slurm={"nice": "100"}) for n in range(3)]
     _check_shared_flags(plans)
     assert Sbatch().render_array(plans, 2) == ARRAY
+    assert "#SBATCH --array=0,2%2\n" in Sbatch().render_array([plans[0], plans[2]], 2)
+    assert "#SBATCH --array=1-2\n" in Sbatch().render_array(plans[1:], None)
     with raises("slurm.array-differs", "--nice=100"):
         _check_shared_flags([*plans, plan_of()])
 
@@ -404,6 +405,8 @@ def test_the_script_of_an_array_by_submitit() -> None:
     assert Submitit().render_array(plans, 2) == BY_SUBMITIT.rstrip("\n")
     assert "#SBATCH --array=0-2%3\n" in Submitit().render_array(plans, None)
     assert "--array" not in Submitit().render_array(plans[:1], 2)  # submitit makes none of one
+    with raises("slurm.array-of-some", "--at-once"):
+        Submitit().submit_array(plans[1:], 2)
     slower = plan_of(launch={"nodes": 2, "stop_timeout": "50s"}, **setup)
     with raises("slurm.array-differs", "--wait=60, --wait=40"):
         _check_shared_flags([*plans, slower])
@@ -420,25 +423,6 @@ def test_a_path_that_submitit_cannot_use_is_refused(runs: str) -> None:
 def test_a_template_is_refused_with_submitit() -> None:
     with raises("option.invalid-value", "template", "submit: sbatch"):
         plan_of(submit="submitit", template="own.j2")
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("a.b=1,2", ["a.b=1", "a.b=2"]),
-        ("a=[1, 2],[3]", ["a=[1, 2]", "a=[3]"]),
-        ("a='x,y',\"z, w\",{k: 1, l: 2}", ["a='x,y'", 'a="z, w"', "a={k: 1, l: 2}"]),
-        ("a=b=c", ["a=b=c"]),
-    ],
-)
-def test_the_values_of_an_array(text: str, found: list[str]) -> None:
-    assert cli_array.values(text) == found
-
-
-@pytest.mark.parametrize("text", ["a", "a=", "=1", "a=1,,2", "a=1,", "a=[1", "a='1,2"])
-def test_wrong_values_of_an_array(text: str) -> None:
-    with raises("usage.array-syntax", f"--array {text}"):
-        cli_array.values(text)
 
 
 def test_a_flag_of_sbatch_that_is_given_twice_is_passed_on_twice() -> None:

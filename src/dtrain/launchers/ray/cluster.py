@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from dtrain import catalog
@@ -38,7 +39,7 @@ def check(plan: LaunchPlan) -> Diagnosis:
         if options.submit == "job":
             job.client(options)
             return Diagnosis("ray", OK, f"the dashboard at {job.url(options)} takes jobs")
-        nodes = _nodes(options.address)
+        nodes = nodes_of(options.address)
     except DtrainError as error:
         entry = CODES.get(error.code)
         remedy = entry.remedy if entry else ""
@@ -54,7 +55,24 @@ def check(plan: LaunchPlan) -> Diagnosis:
     return Diagnosis("ray", OK, fact)
 
 
-def _nodes(address: str) -> list[NodeView]:
+def most_at_once(plan: LaunchPlan, nodes: Sequence[NodeView], runs: int) -> int:
+    """Return how many of `runs` runs like a plan the whole cluster has place for; 0 for none.
+
+    Each run needs its nodes on different nodes of the cluster.
+    """
+    request = ResourceRequest.of(plan)
+    able = [node for node in nodes if not node.lacks(request, now=False)]
+    needs = {name: need for name, need in request.per_node.items() if need}
+    places = [min(int(node.total[name] / need) for name, need in needs.items()) for node in able]
+    fitting = (
+        count
+        for count in range(runs, 0, -1)
+        if sum(min(place, count) for place in places) >= count * request.min_nodes
+    )
+    return next(fitting, 0)
+
+
+def nodes_of(address: str) -> list[NodeView]:
     """Return the nodes of a cluster.
 
     Raises:

@@ -13,7 +13,7 @@ from dtrain.environ import inherited_env
 from dtrain.errors import LaunchError, PlanError
 from dtrain.launch_plan import Command, Facts, LaunchPlan
 from dtrain.launchers import prepare
-from dtrain.launchers.base import Launch
+from dtrain.launchers.base import Launch, Slot
 from dtrain.launchers.local import LocalLauncher
 from dtrain.launchers.ray import cluster, driver, job
 from dtrain.launchers.ray.options import RayOptions
@@ -64,6 +64,17 @@ class RayLauncher:
     def can_detach(self, plan: LaunchPlan) -> bool:
         """Return whether the launch continues without this command."""
         return RayOptions.of(plan.options).submit == "job"
+
+    def slots(self, plan: LaunchPlan, runs: int, at_once: int | None) -> list[Slot]:
+        """See `Shareable.slots`. By default, as many runs as the cluster has place for.
+
+        One at a time if each starts a cluster on this machine, or is a Ray job.
+        """
+        options = RayOptions.of(plan.options)
+        count = at_once
+        if count is None and options.address and options.submit == "driver":
+            count = cluster.most_at_once(plan, cluster.nodes_of(options.address), runs)
+        return [Slot()] * min(runs, count or 1)
 
     def start(self, plan: LaunchPlan) -> Launch:
         if problem := catalog.problem_of("launcher", "ray"):

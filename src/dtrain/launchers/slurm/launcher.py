@@ -297,7 +297,7 @@ def _check_shared_flags(plans: Sequence[LaunchPlan]) -> None:
         flags = by.shared_flags(plan)
         if differ := [flag for flag in (*flags, *first) if (flag in flags) != (flag in first)]:
             raise PlanError(
-                "--array: all elements of a Slurm array have the same flags, but those of "
+                "--sweep: all elements of a Slurm array have the same flags, but those of "
                 f"{plan.run_id} and {plans[0].run_id} differ in {', '.join(differ)}; launch these "
                 "runs separately",
                 code="slurm.array-differs",

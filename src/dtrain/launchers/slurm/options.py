@@ -150,7 +150,7 @@ _RESERVED = {
     "requeue": "option requeue",
     "no-requeue": "option requeue: 0",
     "signal": "option signal_before",
-    "array": "--array FIELD=VALUE,VALUE",
+    "array": "--sweep FIELD=VALUE,VALUE",
     "comment": "option comment",
     "wrap": "option setup",
     "parsable": "",

@@ -71,7 +71,7 @@ class Sbatch:
         own = [
             ("job-name", script.array_id(plans)),
             ("comment", f"dtrain runs {runs}"),
-            ("array", f"0-{len(plans) - 1}" + (f"%{at_once}" if at_once else "")),
+            ("array", script.array_spec(plans, at_once)),
         ]
         options = [script.sbatch_option(*flag) for flag in own] + script.shared_options(plans[0])
         lines = [f"#SBATCH {option}" for option in options]
@@ -86,7 +86,7 @@ class Sbatch:
         files.write_atomic(path, self.render_array(plans, at_once), mode=0o755)
         output = f"--output={script.array_logs(plans)}"
         array = _submit(plans[0], ["sbatch", "--parsable", output, str(path)])
-        return [f"{array}_{index}" for index in range(len(plans))]
+        return [f"{array}_{number}" for number in script.array_numbers(plans)]
 
 
 def _write(plan: LaunchPlan) -> None:

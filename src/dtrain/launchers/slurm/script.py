@@ -14,6 +14,7 @@ from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers.slurm import templates
 from dtrain.launchers.slurm.options import FLAGS, SlurmOptions, own_flag_problem
 from dtrain.run.backend_files import SlurmFiles
+from dtrain.words import few
 
 _WAIT_S = 10
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]-]*")
@@ -231,11 +232,29 @@ def sbatch_option(name: str, value: str | None) -> str:
 
 def array_id(plans: Sequence[LaunchPlan]) -> str:
     """Return the common prefix of the ids of all runs of an array: element k is `ID-k`."""
-    return plans[0].run_id.removesuffix("-0")
+    return plans[0].run_id.rpartition("-")[0]
+
+
+def array_numbers(plans: Sequence[LaunchPlan]) -> list[int]:
+    """Return the number of each element, which its run's id ends with."""
+    return [int(plan.run_id.rpartition("-")[2]) for plan in plans]
 
 
 def array_runs(plans: Sequence[LaunchPlan]) -> str:
-    return f"{array_id(plans)}-0 to {array_id(plans)}-{len(plans) - 1}"
+    ids = [plan.run_id for plan in plans]
+    return f"{ids[0]} to {ids[-1]}" if _is_unbroken(array_numbers(plans)) else few(ids)
+
+
+def array_spec(plans: Sequence[LaunchPlan], at_once: int | None) -> str:
+    """Return the value of `--array`: `0-2%2`, or `0,2,5` where some runs of a sweep have ended."""
+    numbers = array_numbers(plans)
+    listed = ",".join(map(str, numbers))
+    spec = f"{numbers[0]}-{numbers[-1]}" if _is_unbroken(numbers) else listed
+    return spec + (f"%{at_once}" if at_once else "")
+
+
+def _is_unbroken(numbers: Sequence[int]) -> bool:
+    return len(numbers) > 1 and list(numbers) == list(range(numbers[0], numbers[-1] + 1))
 
 
 def array_logs(plans: Sequence[LaunchPlan]) -> str:

@@ -42,7 +42,7 @@ class Submitit:
         return self.render_array([plan], None)
 
     def submit(self, plan: LaunchPlan) -> str:
-        return self.submit_array([plan], None)[0]
+        return self._submit([plan], None)[0]
 
     def render_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> str:
         _import()
@@ -56,6 +56,24 @@ class Submitit:
         return _make_sbatch_string(command=command, folder=folder, **arguments)
 
     def submit_array(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
+        """Submit runs as one array; each alone where some runs of a sweep have ended already.
+
+        submitit numbers the elements of an array from 0, and their directories end with it.
+
+        Raises:
+            PlanError: there are not all runs, and `at_once` needs an array.
+        """
+        if len(plans) == 1 or script.array_numbers(plans) == list(range(len(plans))):
+            return self._submit(plans, at_once)
+        if at_once:
+            raise PlanError(
+                "--at-once needs an array, and submitit makes none of some runs of a sweep; leave "
+                "it out, or use submit: sbatch",
+                code="slurm.array-of-some",
+            )
+        return [self._submit([plan], None)[0] for plan in plans]
+
+    def _submit(self, plans: Sequence[LaunchPlan], at_once: int | None) -> list[str]:
         submitit = _import()
         from submitit.core.utils import FailedJobError
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from dtrain.run import files
 
 if TYPE_CHECKING:
     from dtrain.console.live import LiveConsole
+    from dtrain.forking import Channel
     from dtrain.launch_plan import LaunchPlan
     from dtrain.launchers.driver import LaunchRequest
 
@@ -41,8 +43,13 @@ class Driver:
     thread that called `launch` ends.
     """
 
-    def __init__(self) -> None:
-        """Start the driver. It imports what it needs while the launch is planned here."""
+    def __init__(self, env: Mapping[str, str] | None = None, warm: Channel | None = None) -> None:
+        """Start the driver. It imports what it needs while the launch is planned here.
+
+        Args:
+            env: its environment. None means that of this process.
+            warm: a socket of the warm server that forks its nodes. None means that it starts them.
+        """
         self.owner = os.getpid()
         self.console: LiveConsole | None = None
         self.plan: LaunchPlan | None = None
@@ -52,6 +59,8 @@ class Driver:
         self._has_ended = False
         self._offset = 0
         argv = [sys.executable, "-P", "-m", "dtrain.launchers.driver", "--parent", str(self.owner)]
+        keep = () if warm is None else (warm.fileno(),)
+        argv += [part for fd in keep for part in ("--warm", str(fd))]
         self._reports, self._stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
@@ -59,6 +68,8 @@ class Driver:
                 stdin=subprocess.PIPE,
                 stdout=self._reports,
                 stderr=self._stderr,
+                env=env,
+                pass_fds=keep,
                 start_new_session=True,
             )
         except OSError as error:
@@ -79,10 +90,9 @@ class Driver:
         """
         from dtrain.console.live import LiveConsole
 
-        self.plan = request.plan
         self.console = LiveConsole(request.plan)
         try:
-            self._send(request)
+            self.send(request)
             while not self._is_started and self.is_running():
                 self._read_reports()
                 time.sleep(_POLL_S)
@@ -101,7 +111,9 @@ class Driver:
             self.close()
             raise
 
-    def _send(self, request: LaunchRequest) -> None:
+    def send(self, request: LaunchRequest) -> None:
+        """Send the plan to start, and do not wait for the answer."""
+        self.plan = request.plan
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
             stdin.write(request.to_line())

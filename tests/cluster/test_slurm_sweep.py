@@ -1,7 +1,8 @@
-"""`dtrain launch --array`: runs as the elements of one Slurm array, each a run of its own."""
+"""`dtrain launch --sweep` on Slurm: the elements of an array, each a run of its own."""
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from support.launch import SLOW, TINY, dtrain, events, metrics, started, status,
 from support.slurm_cluster import by_submitit, job_of, sha
 
 ONE = ("--launcher", "slurm")
-SEEDS = ("--array", "seed=1,2,3", "--run-id", "sweep")
+SEEDS = ("--sweep", "seed=1,2,3", "--run-id", "sweep")
 
 
 @pytest.fixture(params=["sbatch", "submitit"])
@@ -87,32 +88,33 @@ def test_one_element_is_cancelled_and_then_all(slurm: Cluster, tmp_path: Path) -
     assert "sweep-1 (seed=2): cancelled" in output
 
 
-def test_a_failed_element_fails_the_command_and_is_resumed_alone(
+def test_failed_elements_fail_the_command_and_are_resumed_together(
     slurm: Cluster, tmp_path: Path, by: tuple[str, ...]
 ) -> None:
-    wrong = ("--array", "args.misbehave=null,raise", "--set", "args.rank=0", "--run-id", "sweep")
-    done = dtrain("launch", *by, *wrong, TINY, cwd=tmp_path)
+    swept = ("--sweep", "seed=1,2", "--sweep", "args.misbehave=raise,null", "--run-id", "sweep")
+    done = dtrain("launch", *by, *swept, "--set", "args.rank=0", TINY, cwd=tmp_path)
     assert done.returncode == 1, done.stdout
-    assert "sweep-1 (args.misbehave=raise): failed; dtrain why sweep-1" in done.stdout
-    assert "FAILED: rank 0" in dtrain("why", "sweep-1", cwd=tmp_path).stdout
-    again = ("resume", "sweep-1", "--set", "args.misbehave=null")
-    assert dtrain(*again, cwd=tmp_path).returncode == 0
-    assert status(RunDir(tmp_path / "runs" / "sweep-0"))["attempt"] == 0
+    assert "sweep-2 (seed=2, args.misbehave=raise): failed; dtrain why sweep-2" in done.stdout
+    assert "FAILED: rank 0" in dtrain("why", "sweep-2", cwd=tmp_path).stdout
+    done = dtrain("resume", "sweep", "--set", "args.misbehave=null", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [RunDir(tmp_path / "runs" / f"sweep-{index}") for index in range(4)]
+    assert [status(run)["attempt"] for run in runs] == [1, 0, 1, 0]
+    if by == ONE:
+        array = job_of(runs[0]).removesuffix("_0")
+        assert job_of(runs[2]) == f"{array}_2"
+    listed = json.loads(dtrain("status", "sweep", "--json", cwd=tmp_path).stdout)
+    assert [row["state"] for row in listed["runs"]] == ["succeeded"] * 4
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "names"),
     [
-        (("--array", "seed=1,2", "-p", "nowhere"), "slurm.partition-invalid", ["nowhere"]),
-        (("--array", "launch.nodes=1,2"), "slurm.array-differs", ["--nodes=2", "--nodes=1"]),
-        (("--array", "seed"), "usage.array-syntax", ["--array seed: "]),
-        (("--array", "seed=1,1"), "usage.array-repeats", ["seed=1,1"]),
-        (("--array", "no.such=1"), "job.unknown-field", ["no"]),
-        (
-            ("--array", "seed=1,2", "--launcher", "local"),
-            "usage.array-unsupported",
-            ["'local'", "--array"],
-        ),
+        (("--sweep", "seed=1,2", "-p", "nowhere"), "slurm.partition-invalid", ["nowhere"]),
+        (("--sweep", "launch.nodes=1,2"), "slurm.array-differs", ["--nodes=2", "--nodes=1"]),
+        (("--sweep", "seed"), "usage.sweep-syntax", ["--sweep seed: "]),
+        (("--sweep", "seed=1,1"), "usage.sweep-repeats", ["seed=1"]),
+        (("--sweep", "no.such=1"), "job.unknown-field", ["no"]),
     ],
 )
 def test_what_cannot_be_an_array_is_refused(
@@ -121,12 +123,12 @@ def test_what_cannot_be_an_array_is_refused(
     done = dtrain("launch", *ONE, *arguments, TINY, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert_shown(done.stderr, code, *names)
-    assert "running" not in dtrain("runs", cwd=tmp_path).stdout
+    assert "no runs" in dtrain("runs", cwd=tmp_path).stdout
 
 
 def test_an_array_of_twelve(slurm: Cluster, tmp_path: Path) -> None:
     """As one array; each is held, so that none costs more than its submission."""
-    many = ("--array", "seed=" + ",".join(map(str, range(12))), "--run-id", "many")
+    many = ("--sweep", "seed=" + ",".join(map(str, range(12))), "--run-id", "many")
     shown = dtrain("launch", *ONE, *many, "--dry-run", "--at-once", "4", TINY, cwd=tmp_path).stdout
     assert "#SBATCH --array=0-11%4" in shown
     assert "Slurm would accept the job" in shown
