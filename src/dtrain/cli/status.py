@@ -70,7 +70,7 @@ def _text(name: str, value: Any, row: dict[str, Any]) -> str:
         return f"{value:.6g}"
     if name == "train":
         value = {key: number for key, number in value.items() if key != "samples_per_second"}
-    if name == "set":
+    if name in ("set", "sweep_values"):
         return "  ".join(f"{key}={each}" for key, each in value.items())
     if isinstance(value, dict):
         return "  ".join(f"{key} {number:.6g}" for key, number in value.items())

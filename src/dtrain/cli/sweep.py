@@ -84,15 +84,15 @@ def _planned(job: str | None, chosen: Sequence[Values], options: dict[str, Any])
 
 def status(sweep: Sweep, as_json: bool) -> None:
     """Print a table of the runs of a sweep, and how many are in each state."""
-    from dtrain.sweeping.sweep import rows
+    from dtrain.launchers.summary import row
     from dtrain.words import counted
 
-    found = rows(sweep)
+    found = [row(run) for run in sweep.runs]
     if as_json:
         shared.print_json({"id": sweep.id, "missing": sweep.missing, "runs": found})
         return
     click.echo("\n".join(_table(sweep.fields, found)))
-    counts = Counter(row["state"] for row in found)
+    counts = Counter(each["state"] for each in found)
     parts = [f"{number} {out.state(state)}" for state, number in counts.items()]
     parts += [f"{len(sweep.missing)} removed"] if sweep.missing else []
     click.echo(f"{counted(sweep.elements[0].count, 'run')}: {', '.join(parts)}")
@@ -122,6 +122,7 @@ def _table(fields: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
     heads = ["RUN", *fields, "STATE", "STEP", "DURATION", "METRIC"]
     lines = []
     for row in rows:
-        values = {name: str(row["sweep_values"].get(name, "-")) for name in fields}
+        own = row.get("sweep_values", {})  # a damaged run has none
+        values = {name: str(own.get(name, "-")) for name in fields}
         lines.append([{**cells(row), **values}[head] for head in heads])
     return table.lines(heads, lines, out.width(), left=len(heads))

@@ -51,6 +51,7 @@ def summary(run: RunDir, *, recent: bool = False) -> dict[str, Any]:
         "world_size": plan.world_size,
         "set": plan.set_by_flags,
         "sweep": None if plan.sweep is None else plan.sweep.sweep,
+        "sweep_values": {} if plan.sweep is None else plan.sweep.values,
         "started": started,
         "ended": ended,
         "duration": lasted,

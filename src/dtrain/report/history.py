@@ -46,6 +46,13 @@ class History:
     def id(self) -> str:
         return str(self.summary["id"])
 
+    @property
+    def label(self) -> str:
+        """The id, and for a run of a sweep its values."""
+        values = self.summary.get("sweep_values") or {}
+        listed = ", ".join(f"{field}={value}" for field, value in values.items())
+        return f"{self.id} ({listed})" if listed else self.id
+
     def shares(self) -> dict[str, float]:
         """Return what the wall time went to, in seconds.
 

@@ -57,7 +57,7 @@ def page(histories: Sequence[History], comparison: Comparison | None = None) -> 
         histories: the courses of the runs.
         comparison: what differs between them.
     """
-    names = ", ".join(each.id for each in histories)
+    names = _title(histories)
     parts = [
         f"<h1>{escape(names)}</h1>",
         _overview(histories),
@@ -78,6 +78,13 @@ def page(histories: Sequence[History], comparison: Comparison | None = None) -> 
     return document(f"dtrain report: {names}", parts)
 
 
+def _title(histories: Sequence[History]) -> str:
+    sweeps = {each.summary.get("sweep") for each in histories}
+    if len(histories) > 1 and len(sweeps) == 1 and (sweep := sweeps.pop()):
+        return f"{sweep} ({len(histories)} runs)"
+    return ", ".join(each.id for each in histories)
+
+
 def _style(index: int) -> str:
     return f"run{index % _NUM_STYLES}"
 
@@ -85,7 +92,7 @@ def _style(index: int) -> str:
 def _legend(histories: Sequence[History]) -> str:
     if len(histories) == 1:
         return ""
-    return legend((_style(k), each.id) for k, each in enumerate(histories))
+    return legend((_style(k), each.label) for k, each in enumerate(histories))
 
 
 # -- the top ---------------------------------------------------------------------------------
@@ -98,7 +105,7 @@ def _overview(histories: Sequence[History]) -> str:
         colour = {"succeeded": "green", "failed": "red", "lost": "red"}.get(row["state"], "yellow")
         rows.append(
             [
-                f'<i class="swatch {_style(k)}"></i>{escape(each.id)}',
+                f'<i class="swatch {_style(k)}"></i>{escape(each.label)}',
                 f'<td class="{colour}">{escape(row["state"])}</td>',
                 escape(f"{row['launcher']}, {row['strategy']}, {row['world_size']} ranks"),
                 local_time(row["started"]) if row["started"] else "-",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dtrain.errors import DtrainError
 from dtrain.launch_plan import Element, LaunchPlan
@@ -84,13 +84,3 @@ def element_of(run: RunDir) -> Element | None:
         return LaunchPlan.read(run).sweep
     except DtrainError:
         return None
-
-
-def rows(sweep: Sweep) -> list[dict[str, Any]]:
-    """Return the summary of each run, with the values of its swept fields in `sweep_values`."""
-    from dtrain.launchers.summary import row
-
-    return [
-        {**row(run), "sweep_values": element.values}
-        for run, element in zip(sweep.runs, sweep.elements, strict=True)
-    ]
