@@ -1,6 +1,7 @@
 """What is installed is what was written: sdist → wheel → a fresh environment, and the profiles."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dtrain import catalog
-from support import ROOT
+from support import JOBS, ROOT
 
 LOAD = """\
 import sys
@@ -49,6 +50,57 @@ def test_the_sdist_can_be_tested_and_read(built: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"README.md", "LICENSE", "pyproject.toml", "tests/unit/house/test_wheel.py"} <= names
+
+
+def test_the_package_index_would_take_both(built: Path) -> None:
+    command = [sys.executable, "-m", "twine", "check", "--strict", *built.iterdir()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASSED") == 2
+
+
+def test_the_image_passes_its_linter() -> None:
+    """The image is not built: that needs a container engine."""
+    hadolint = Path(sys.executable).with_name("hadolint")
+    command = [hadolint, "--failure-threshold", "style", ROOT / "Dockerfile"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def interpreter(minor: int) -> str | None:
+    """A Python that works: on the PATH, or one of pyenv's."""
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    found = [shutil.which(f"python3.{minor}"), *versions.glob(f"3.{minor}.*/bin/python3.{minor}")]
+    for python in filter(None, found):
+        if subprocess.run([python, "--version"], capture_output=True, check=False).returncode == 0:
+            return str(python)
+    return None
+
+
+@pytest.mark.parametrize("minor", [11, 12, 13])
+def test_a_bare_environment_gets_all_that_a_launch_needs(
+    built: Path, tmp_path: Path, minor: int
+) -> None:
+    """As a user installs it, with all dependencies: a second environment of 5 GB."""
+    python = interpreter(minor)
+    if python is None:
+        pytest.skip(f"for want of Python 3.{minor}")
+    (wheel,) = built.glob("*.whl")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    venv = tmp_path / "venv"
+    try:
+        subprocess.run([python, "-m", "venv", venv], check=True, env=env)
+        pip = [venv / "bin" / "pip", "install", "--quiet", "--no-compile"]
+        subprocess.run([*pip, "-c", ROOT / "constraints.txt", wheel], check=True, env=env)
+        shutil.copytree(JOBS / "tiny", tmp_path / "job")
+        done = subprocess.run(
+            [venv / "bin" / "dtrain", "launch", "--procs", "2", "job.yaml"],
+            cwd=tmp_path / "job", env=env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(venv, ignore_errors=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
 
 
 def test_every_profile_loads_from_an_installed_wheel(built: Path, tmp_path: Path) -> None:
