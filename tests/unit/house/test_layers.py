@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "keras node",
         "launchers worker",
         "checkpoints planning searching",
-        "cleaning comparing diagnosing resuming top verification",
+        "cleaning comparing diagnosing initializing resuming top verification",
         "report",
         "api cli",
         "__main__",
@@ -48,7 +48,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.cli": (
         "completers lazy torchrun",
         "main options",
-        "array cancel checkpoint compare completion doctor export launchers logs plan report "
+        "array cancel checkpoint compare completion doctor export init launchers logs plan report "
         "schema status top",
         "clean launch runs verify why",
         "resume",
@@ -75,6 +75,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "formats",
         "run",
         "__main__",
+    ),
+    "dtrain.initializing": (
+        "existing place shell",
+        "launch_line lightning_script proposal",
+        "script_file writing",
+        "reading",
     ),
     "dtrain.integrations": ("keras lightning script",),
     "dtrain.integrations.keras": (
@@ -116,7 +122,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "profile",
     ),
     "dtrain.launchers": (
-        "base flags local prepare warm",
+        "base flags local prepare torchrun_options warm",
         "listing status stopping torchrun",
         "summary supervise",
         "array driver ray slurm",
@@ -132,7 +138,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.launchers.slurm": (
         "options queue templates",
-        "outcome script",
+        "outcome partitions script",
         "sbatch",
         "cluster submitit",
         "launcher",
@@ -275,6 +281,7 @@ LAUNCH_PLANE = tuple(
         "errors procs plainjson checked environ waiting forking ports assets ranks task callback",
         "words catalog run job plan planning resuming trace console launchers verify api cli",
         "checkpoints cgroups cleaning comparing diagnosing doctor searching page report top",
+        "initializing",
     )
     for part in row.split()
 )

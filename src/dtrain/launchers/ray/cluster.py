@@ -11,8 +11,9 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
-from dtrain import catalog
+from dtrain import catalog, ports
 from dtrain.codes import CODES
 from dtrain.doctor.diagnosis import OK, PROBLEM, WARNING, Diagnosis
 from dtrain.environ import inherited_env
@@ -38,7 +39,7 @@ def check(plan: LaunchPlan) -> Diagnosis:
         if options.submit == "job":
             job.client(options)
             return Diagnosis("ray", OK, f"the dashboard at {job.url(options)} takes jobs")
-        nodes = _nodes(options.address)
+        nodes = nodes_of(options.address)
     except DtrainError as error:
         entry = CODES.get(error.code)
         remedy = entry.remedy if entry else ""
@@ -54,7 +55,7 @@ def check(plan: LaunchPlan) -> Diagnosis:
     return Diagnosis("ray", OK, fact)
 
 
-def _nodes(address: str) -> list[NodeView]:
+def nodes_of(address: str) -> list[NodeView]:
     """Return the nodes of a cluster.
 
     Raises:
@@ -74,6 +75,22 @@ def _nodes(address: str) -> list[NodeView]:
     if "error" in answer:
         raise DtrainError(answer["error"], code=answer["code"])
     return [NodeView(**each) for each in answer["nodes"]]
+
+
+def found_address() -> str | None:
+    """Return RAY_ADDRESS, or the address of the head that `ray start` has started on this host.
+
+    Ray keeps that address in a file, which stays there after the end of the head.
+    """
+    given = os.environ.get("RAY_ADDRESS", "")
+    if given and given != "auto":
+        return given
+    temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    try:
+        written = Path(temporary, "ray", "ray_current_cluster").read_text().strip()
+    except OSError:
+        return None
+    return written if ports.is_listening(written) else None
 
 
 def main() -> None:
