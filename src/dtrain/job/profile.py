@@ -22,7 +22,8 @@ from dtrain.job.load import (
     validate,
 )
 from dtrain.job.located import Located, SourceLocation, did_you_mean, shown_path
-from dtrain.job.spec import Model, ProfileSpec
+from dtrain.job.model import Model
+from dtrain.job.spec import ProfileSpec
 from dtrain.job.units import found
 from dtrain.job.yaml_reader import Locate, read_text, read_yaml
 

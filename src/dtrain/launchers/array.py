@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dtrain.errors import DtrainError
-from dtrain.job.spec import JobSpec
 from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import prepare, status, supervise
 from dtrain.launchers.base import ArrayCapable, Submitted
 from dtrain.launchers.stopping import Stop, StopForwarder, stop_requests
 from dtrain.run.attempts import Handle
+
+if TYPE_CHECKING:
+    from dtrain.job.spec import JobSpec
 
 _TICK_S = 0.2
 

@@ -112,7 +112,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "checkpoint command run",
     ),
     "dtrain.job": (
-        "located static_source units",
+        "located model static_source units",
         "faults frameworks yaml_reader",
         "accelerate fields script static_check",
         "spec",
