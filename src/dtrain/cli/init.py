@@ -101,7 +101,7 @@ def command(
     chosen = launcher or (existing.launcher if existing else None)
     if not force:
         writing.refuse_existing(writing.targets(folder, chosen or "local", existing)[:-1])
-    place = find_place(chosen)
+    place = find_place(chosen, given.get("address"))
     click.echo("\n".join(place.lines()))
     wants = Wants(launcher, nodes, procs, gpus, given)
     if not yes and sys.stdin.isatty() and sys.stdout.isatty():
@@ -111,6 +111,9 @@ def command(
         writing.refuse_existing(writing.targets(folder, proposal.launcher, existing))
     written = writing.write(folder, writing.name_of(folder, existing), proposal, existing)
     click.echo(f"wrote {', '.join(map(str, written))}")
+    if existing and existing.options and existing.launcher != proposal.launcher:
+        names = ", ".join(existing.options)
+        existing.leave_out("--from", names, f"options of launcher {existing.launcher}")
     for line in existing.left_out if existing else ():
         click.echo(f"not carried over: {line}")
     _check(folder, proposal)

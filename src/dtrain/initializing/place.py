@@ -82,11 +82,12 @@ def of_partition(partition: Partition) -> Size:
     return Size(partition.nodes, partition.cores, partition.gpus, partition.alike)
 
 
-def find_place(launcher: str | None = None) -> Place:
+def find_place(launcher: str | None = None, address: str | None = None) -> Place:
     """Look at this machine, at Slurm and at Ray.
 
     Args:
         launcher: the launcher that is already chosen. The cluster of another one is not asked.
+        address: the address of a Ray cluster. None means that it is looked for.
     """
     shown = gpus.usable(os.environ.get(gpus.VISIBLE), gpus.installed()) or 0
     host = Size(1, len(os.sched_getaffinity(0)), shown)
@@ -98,7 +99,7 @@ def find_place(launcher: str | None = None) -> Place:
             found = tuple(partitions())
         except DtrainError as error:
             missing.append(str(error))
-    if launcher in (None, "ray") and (address := ray_cluster.found_address()):
+    if launcher in (None, "ray") and (address := address or ray_cluster.found_address()):
         try:
             ray_size = _ray_size(address)
             ray = address

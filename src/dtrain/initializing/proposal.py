@@ -67,9 +67,10 @@ def propose(place: Place, existing: Existing | None, wants: Wants) -> Proposal:
     site = place.site.get(launcher, {})
     if launcher == "slurm" and existing is None:
         options = _chosen(place, wants.gpus or 0, site) | options
-    if launcher == "ray" and place.ray and "address" not in {*options, *site}:
-        options["address"] = place.ray
-        options |= {"submit": "job"} if is_dashboard(place.ray) else {}
+    if launcher == "ray" and place.ray and "address" not in site:
+        options.setdefault("address", place.ray)
+    if launcher == "ray" and is_dashboard(options.get("address", "")):
+        options["submit"] = "job"
     about, size = _about(place, launcher, {**site, **options})
     if launcher == "local":
         size = replace(size, cores=size.cores // most, gpus=size.gpus // most)

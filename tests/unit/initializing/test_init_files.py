@@ -199,6 +199,12 @@ def test_a_silent_cluster_is_told_and_not_chosen(
     assert written() == FILES
 
 
+def test_the_address_of_a_dashboard_submits_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no dashboard answers" in init(capsys, "--address", "http://127.0.0.1:1")
+    options = yaml.safe_load(Path("launchers/ray.yaml").read_text())["options"]
+    assert options == {"address": "http://127.0.0.1:1", "submit": "job"}
+
+
 def test_a_stale_address_of_ray_is_passed_over(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -212,6 +218,8 @@ def test_a_batch_script_chooses_slurm_where_there_is_none(
 ) -> None:
     Path("train.py").write_text("print(1)\n")
     Path("a.sbatch").write_text("#SBATCH -N 2 -t 1-0\nsrun torchrun --tee 1 train.py\n")
+    text = init(capsys, "--from", "a.sbatch", "--launcher", "local", "out")
+    assert "not carried over: --from: time: " in text
     text = init(capsys, "--from", "a.sbatch")
     assert "not carried over: a.sbatch:2: --tee 1: " in text
     assert slurm_profile()["nodes"] == 2
