@@ -120,49 +120,47 @@ class _Reader:
         """
         fit = self._call_of(trainer, "fit")
         self._refuse_run_at_import(fit)
-        model, args = self._given(fit, 0, "model"), dict[str, Any]()
-        if model is None:
-            classes = [
-                name
-                for name in self._source.classes()
-                if self._source.derives(name, "LightningModule")
-            ]
-            if len(classes) != 1:
-                raise _CannotBeTask("it does not show which LightningModule is trained")
-            module, of = f"{self._path.name}:{classes[0]}", self._source
-        else:
-            module, args, of = self._made(model)
-        data = self._given(fit, 3, "datamodule") or self._given(fit, 1, "train_dataloaders")
-        section: dict[str, Any] = {}
-        data_args: dict[str, Any] = {}
-        data_source = of
-        if data is not None:
-            if not isinstance(data, ast.Call) or ast.unparse(data.func).endswith("DataLoader"):
-                raise _CannotBeTask(_LOADERS)
-            reference, data_args, data_source = self._made(data)
-            if not data_source.derives(reference.rpartition(":")[2], "LightningDataModule"):
-                raise _CannotBeTask(_LOADERS)
-            section["data_module"] = self._from_folder(reference)
-            section |= {"data_args": data_args} if data_args else {}
+        module, args, source = self._module(fit)
+        data, data_args, data_source = self._data(fit) or (None, {}, source)
         self._found.batch_per_process = self._batch(data_source, data_args or args)
-        job = {"task": self._from_folder(module), "args": args, "trainer": "lightning"}
-        self._found.job = {name: value for name, value in job.items() if value}
-        self._found.job["train"] = {}
-        members = {
-            node.name
-            for definition in of.definitions.get(module.rpartition(":")[2], [])
-            for node in ast.walk(definition)
-            if isinstance(node, ast.FunctionDef)
-        }
-        if "validation_step" in members:
-            self._found.job["eval"] = {"every_epochs": 1}
-        self._found.job["lightning"] = section
+        section = {"data_module": data, "data_args": data_args}
+        job: dict[str, Any] = {"task": module, "args": args, "trainer": "lightning"}
+        job = {name: value for name, value in job.items() if value}
+        job["train"] = {}
+        if source.has_method(module.rpartition(":")[2], "validation_step"):
+            job["eval"] = {"every_epochs": 1}
+        job["lightning"] = {name: value for name, value in section.items() if value}
+        self._found.job = job
         for keyword in trainer.keywords if trainer else ():
             self._argument(keyword, _constant(keyword.value))
         for each in trainer.args if trainer else ():
             self._leave_out(each, ast.unparse(each), "write it with its name")
         self._further_calls(trainer, fit)
-        self._complete()
+        if not {"epochs", "steps"} & {*job["train"]}:
+            job["train"]["epochs"] = _EPOCHS
+
+    def _module(self, fit: ast.Call | None) -> tuple[str, dict[str, Any], Source]:
+        """Return the reference of the LightningModule, its arguments, and its file."""
+        model = self._given(fit, 0, "model")
+        if model is not None:
+            return self._made(model)
+        names = self._source.classes()
+        modules = [name for name in names if self._source.derives(name, "LightningModule")]
+        if len(modules) != 1:
+            raise _CannotBeTask("it does not show which LightningModule is trained")
+        return self._from_folder(f"{self._path.name}:{modules[0]}"), {}, self._source
+
+    def _data(self, fit: ast.Call | None) -> tuple[str, dict[str, Any], Source] | None:
+        """Return the same of the data module; None if fit() gets no data."""
+        data = self._given(fit, 3, "datamodule") or self._given(fit, 1, "train_dataloaders")
+        if data is None:
+            return None
+        if not isinstance(data, ast.Call) or ast.unparse(data.func).endswith("DataLoader"):
+            raise _CannotBeTask(_LOADERS)
+        made = self._made(data)
+        if not made[2].derives(made[0].rpartition(":")[2], "LightningDataModule"):
+            raise _CannotBeTask(_LOADERS)
+        return made
 
     def _further_calls(self, trainer: ast.Call | None, fit: ast.Call | None) -> None:
         """Take the seed; note what else the script does with the Trainer."""
@@ -246,7 +244,7 @@ class _Reader:
                 raise _CannotBeTask(f"the file of {ast.unparse(node.func)} was not found")
             source = Source(file)
         takes = source.arguments(name)
-        return reference, self._constants(node, takes), source
+        return self._from_folder(reference), self._constants(node, takes), source
 
     def _constants(self, call: ast.Call, takes: Arguments | None) -> dict[str, Any]:
         """Return the arguments of a call that are constants, by name; note the others."""
@@ -335,13 +333,6 @@ class _Reader:
             self._leave_out(keyword, _shown(keyword), f"{_PRECISIONS[word]} autocast is taken")
         if word != "32":
             self._found.job["train"]["precision"] = _PRECISIONS[word]
-
-    def _complete(self) -> None:
-        job = self._found.job
-        if not {"epochs", "steps"} & {*job["train"]}:
-            job["train"]["epochs"] = _EPOCHS
-        if not job["lightning"]:
-            del job["lightning"]
 
     # -- helpers -----------------------------------------------------------------------------------
 

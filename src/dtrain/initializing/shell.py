@@ -103,7 +103,7 @@ def expanded(command: Command, variables: Mapping[str, str]) -> list[str]:
         value = _VARIABLE.sub(lambda each: _value(each, variables), word)
         is_whole = value != word and _VARIABLE.fullmatch(word)
         if is_whole and "[@]" in word:
-            found += shlex.split(value)
+            found += _split(value)
         elif is_whole and f'"{word}"' not in command.raw:
             found += value.split()
         else:

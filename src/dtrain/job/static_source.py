@@ -126,6 +126,18 @@ class Source:
                 assert isinstance(node, ast.Call)
                 yield node
 
+    def has_method(self, name: str, method: str) -> bool:
+        """Return whether a class of this file, or a base of it there, has a method itself."""
+        found = [each for each in self.definitions.get(name, []) if isinstance(each, ast.ClassDef)]
+        return any(
+            method in _names_in(each)
+            or any(
+                self._is_before(base, each) and self.has_method(base, method)
+                for base in map(ast.unparse, each.bases)
+            )
+            for each in found
+        )
+
     def keywords_of(self, called: str, argument: str) -> Iterator[ast.keyword]:
         """Yield an argument, by its name, of each call of what ends with `called`."""
         for node in ast.walk(self._tree):
