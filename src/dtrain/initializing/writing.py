@@ -78,12 +78,10 @@ def refuse_existing(files: list[Path]) -> None:
 
 def write(folder: Path, name: str, proposal: Proposal, existing: Existing | None) -> list[Path]:
     """Write the files, and return their paths."""
-    task = [(asset_dir("examples") / "start" / TASK).read_text(encoding="utf-8")]
-    texts = [
-        *(task if existing is None else []),
-        _job(name, proposal, existing),
-        _profile(proposal),
-    ]
+    texts = [_job(name, proposal, existing), _profile(proposal)]
+    if existing is None:
+        task = asset_dir("examples") / "start" / TASK
+        texts.insert(0, task.read_text(encoding="utf-8"))
     files = targets(folder, proposal.launcher, existing)
     for path, text in zip(files, texts, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,10 +100,9 @@ def _job(name: str, proposal: Proposal, existing: Existing | None) -> str:
     if existing and existing.batch_per_process is not None:
         batch = existing.batch_per_process * proposal.processes
         job["train"] = {**job["train"], "global_batch_size": batch}
+    what = "How the task is trained" if "task" in job else "What every process runs"
     head = [
-        "How the task is trained. `dtrain schema` prints all fields."
-        if "task" in job
-        else "What every process runs.",
+        f"{what}. `dtrain schema` prints all fields.",
         f"Where it runs, and on how many processes, is in launchers/{proposal.launcher}.yaml.",
     ]
     return _text(head, job)

@@ -127,7 +127,7 @@ class Source:
                 yield node
 
     def has_method(self, name: str, method: str) -> bool:
-        """Return whether a class of this file, or a base of it there, has a method itself."""
+        """Return whether a class, or a base of it in this file, has a member of that name."""
         found = [each for each in self.definitions.get(name, []) if isinstance(each, ast.ClassDef)]
         return any(
             method in _names_in(each)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import pytest
@@ -89,11 +88,11 @@ def test_the_questions_on_a_terminal(tmp_path: Path) -> None:
     assert profile["launch"]["procs_per_node"] >= 1
 
 
-def test_yes_asks_nothing_and_ctrl_c_writes_nothing(tmp_path: Path) -> None:
+def test_yes_asks_nothing_and_ctrl_d_writes_nothing(tmp_path: Path) -> None:
     with terminal("init", "--yes", "first", cwd=tmp_path) as shown:
         assert shown.wait() == 0
     with terminal("init", "second", cwd=tmp_path) as shown:
         shown.until("a question", lambda lines: any("Nodes [1]:" in line for line in lines))
-        shown.process.send_signal(signal.SIGINT)
+        shown.press("\x04")
         assert shown.wait() == 130
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
