@@ -15,10 +15,10 @@ from typing import Any
 
 from dtrain import catalog
 from dtrain.cli.main import _COMMANDS
-from dtrain.cli.torchrun import ANSWERS
 from dtrain.codes import CODES
 from dtrain.doctor.diagnosis import CHECK_CODES
 from dtrain.job.schema import job_schema
+from dtrain.launchers.torchrun_options import ANSWERS
 
 Problem = Callable[[str, int], str | None]
 """Why a strategy cannot run on a number of nodes; None if it can."""
@@ -135,6 +135,7 @@ AREAS = {
     "url": "Runs at a URL",
     "node": "Nodes and workers",
     "gpu": "GPUs",
+    "init": "dtrain init",
     "doctor": "dtrain doctor",
     "checkpoint": "Checkpoints",
     "failure": "Failures of a run",

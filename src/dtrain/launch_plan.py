@@ -13,18 +13,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dtrain import catalog, ports
 from dtrain.environ import HASH_SEED, hash_seed, masked, shown
 from dtrain.errors import PlanError
-from dtrain.job.faults import absent_rank
 from dtrain.job.launcher_options import AnyOptions
-from dtrain.job.spec import JobSpec, sharded_problem
 from dtrain.run import files
 from dtrain.run.remote.runs import staging
 from dtrain.run.remote.store import is_url
 from dtrain.run.rundir import RunDir
+
+if TYPE_CHECKING:
+    from dtrain.job.spec import JobSpec
 
 # Imports of a task's file that may be done once per node, before the fork: they start no thread
 # and do not look at RANK. Four ranks that import scikit-learn at once take 4 s on 2 cores.
@@ -311,6 +312,9 @@ _SIZES = ("launch.procs_per_node", "launch.gpus_per_node", "launch.nodes")
 
 def _check_sizes(job: JobSpec, procs: int, attempt: int) -> None:
     """Refuse a number of processes that the strategy, the data or an injected fault cannot have."""
+    from dtrain.job.faults import absent_rank
+    from dtrain.job.spec import sharded_problem  # commands that only read a plan do not need it
+
     min_nodes, nodes = job.launch.nodes
     world_sizes = [procs * count for count in range(min_nodes, nodes + 1)]
     if problem := catalog.shard_problem(job.strategy, job.train.virtual_shards, world_sizes):

@@ -16,6 +16,7 @@ from dtrain.errors import DtrainError, UsageError, printable
 # name → (module, one line of help). The lines are here so that `dtrain --help` imports no command,
 # no pydantic and no torch: it is the first command that most users try.
 _COMMANDS = {
+    "init": ("dtrain.cli.init", "Write a first job, with a profile that fits this place."),
     "launch": (
         "dtrain.cli.launch",
         "Train a job on one or more processes: on this machine, other hosts, Slurm or Ray.",
@@ -56,6 +57,7 @@ _COMMANDS = {
 _MEANT = {
     "check": "doctor",
     "checkpoints": "checkpoint",
+    "create": "init",
     "delete": "clean",
     "diagnose": "doctor",
     "diff": "compare",
@@ -66,6 +68,7 @@ _MEANT = {
     "list": "runs",
     "log": "logs",
     "ls": "runs",
+    "new": "init",
     "ps": "runs",
     "prune": "clean",
     "rm": "clean",

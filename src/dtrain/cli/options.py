@@ -240,17 +240,29 @@ class LaunchCommand(Command):
 
     def _job_at(self, given: list[str]) -> int | None:
         """Return the position of JOB: the first word that is no option and no option's value."""
-        from dtrain.cli import torchrun
+        from dtrain.launchers.torchrun_options import ANSWERS
 
         options = [each for each in self.params if isinstance(each, click.Option)]
         with_value = {name for each in options if not each.is_flag for name in each.opts}
-        with_value |= {name for name, each in torchrun.ANSWERS.items() if each.has_value}
+        with_value |= {name for name, each in ANSWERS.items() if each.has_value}
         is_value = False
         for number, text in enumerate(given):
             if not is_value and not text.startswith("-"):
                 return number
             is_value = not is_value and text.replace("_", "-") in with_value
         return None
+
+
+def launcher_flags(*names: str) -> Callable[[_Function], _Function]:
+    """Add the flags of these options of launchers."""
+
+    def added(function: _Function) -> _Function:
+        for each in reversed(flags.FLAGS):
+            if each.option in names:
+                function = _click_option(each)(function)
+        return function
+
+    return added
 
 
 def size_options(function: _Function) -> _Function:
@@ -309,14 +321,20 @@ def request(options: dict[str, Any]) -> Request:
     )
 
 
-def _launcher_options(options: dict[str, Any]) -> dict[str, Located]:
-    from dtrain.job.load import flag
-
+def given_launcher_options(options: dict[str, Any]) -> dict[str, str]:
+    """Return the options of launchers that flags have given, by name."""
     return {
-        option: flag(f"--{option.replace('_', '-')}", value)
+        option: value
         for name, value in options.items()
         if value and (option := name.removeprefix(_OF_LAUNCHER)) != name
     }
+
+
+def _launcher_options(options: dict[str, Any]) -> dict[str, Located]:
+    from dtrain.job.load import flag
+
+    given = given_launcher_options(options)
+    return {name: flag(f"--{name.replace('_', '-')}", value) for name, value in given.items()}
 
 
 def written_flags(options: dict[str, Any]) -> dict[str, Any]:

@@ -77,6 +77,26 @@ LAUNCH: Mapping[str, Entry] = {
         "A command that removes something cannot ask, because its input is no terminal.",
         "Look at the list with `--dry-run`, then run the command with `--yes`.",
     ),
+    "init.files-exist": Entry(
+        "`dtrain init` would overwrite files.",
+        "Give another directory, or `--force` to overwrite the files that the message names.",
+    ),
+    "init.no-file": Entry(
+        "`--from` names a file that is not there, or a directory.",
+        "Give the path of a script, or a command line in quotes.",
+    ),
+    "init.no-command": Entry(
+        "What `--from` names has no command that starts a training.",
+        "Give a script or a line with `torchrun SCRIPT`, `srun PROGRAM` or `python SCRIPT`.",
+    ),
+    "init.several-commands": Entry(
+        "A script for `--from` starts several trainings, and a job is one of them.",
+        "Give one of the lines that the message lists, in quotes, to `--from`.",
+    ),
+    "init.unknown-option": Entry(
+        "A torchrun line for `--from` has an option that torchrun does not have.",
+        "Correct the option, or remove it from the line.",
+    ),
     "usage.sweep-syntax": Entry(
         "A `--sweep` is not of the form FIELD=VALUE,VALUE,… or FIELD=FIRST..LAST.",
         "Write it like `--sweep args.lr=0.1,0.01`, `--sweep seed=0..4`, or with `--sample` "

@@ -6,11 +6,14 @@ import resource
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dtrain import catalog
-from dtrain.job.spec import JobSpec
 from dtrain.launch_plan import LaunchPlan
 from dtrain.run.rundir import RunDir
+
+if TYPE_CHECKING:
+    from dtrain.job.spec import JobSpec
 
 _FEW_FILES = 32
 _FILES_PER_RANK = 4

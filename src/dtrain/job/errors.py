@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from dtrain.environ import may_contain_secret
 from dtrain.errors import Problem
 from dtrain.job.located import Keys, Located, did_you_mean, dotted, suggest
-from dtrain.job.spec import Model
+from dtrain.job.model import Model
 from dtrain.job.units import WrongTypeError, found
 
 Area = Literal["job", "profile", "option"]

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, ValidationError
 from dtrain.errors import PlanError
 from dtrain.job.errors import code_of
 from dtrain.job.located import did_you_mean
-from dtrain.job.spec import Model
+from dtrain.job.model import Model
 
 
 class AnyOptions(Model):

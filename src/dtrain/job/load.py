@@ -17,8 +17,9 @@ from dtrain.errors import JobError, Problem
 from dtrain.job import accelerate
 from dtrain.job.errors import Area, explain, submodel
 from dtrain.job.located import Keys, Located, SourceLocation, dotted, shown_path
+from dtrain.job.model import Model
 from dtrain.job.references import outside_problems
-from dtrain.job.spec import JobSpec, Model, cross_problems
+from dtrain.job.spec import JobSpec, cross_problems
 from dtrain.job.yaml_reader import in_file, read_text, read_yaml
 from dtrain.run import files
 from dtrain.run.remote.store import is_url

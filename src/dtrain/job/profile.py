@@ -22,7 +22,8 @@ from dtrain.job.load import (
     validate,
 )
 from dtrain.job.located import Located, SourceLocation, did_you_mean, shown_path
-from dtrain.job.spec import Model, ProfileSpec
+from dtrain.job.model import Model
+from dtrain.job.spec import ProfileSpec
 from dtrain.job.units import found
 from dtrain.job.yaml_reader import Locate, read_text, read_yaml
 
@@ -47,7 +48,11 @@ class LoadedProfile:
 
 
 def load_profile(
-    name: str, job_dir: str | os.PathLike[str], asked_by: str | None = None
+    name: str,
+    job_dir: str | os.PathLike[str],
+    asked_by: str | None = None,
+    *,
+    of_project: bool = True,
 ) -> LoadedProfile:
     """Find a profile by name, and merge it over those it extends.
 
@@ -57,11 +62,12 @@ def load_profile(
         name: the name given with `--launcher`.
         job_dir: the job file's directory.
         asked_by: the source of the name, for errors. None means `--launcher`.
+        of_project: whether profiles of the current and of the job's directory count.
 
     Raises:
         JobError: there is no such profile, or its files have problems, sorted by location.
     """
-    folders = search_path(Path(job_dir))
+    folders = search_path(Path(job_dir))[0 if of_project else -2 :]
     layers = list(
         _layers(name, SourceLocation(asked_by or f"--launcher {name}"), folders, folders, [])
     )

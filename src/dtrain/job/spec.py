@@ -10,9 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     WithJsonSchema,
     model_validator,
@@ -38,17 +36,9 @@ from dtrain.job.fields import (
 )
 from dtrain.job.frameworks import job_checks
 from dtrain.job.located import FieldProblem
+from dtrain.job.model import Model
 from dtrain.job.script import PROGRAMS, SCRIPT_FIELDS, completed, meaningless, program_of
 from dtrain.job.units import parse_nodes
-
-
-class Model(BaseModel):
-    """The base class of every spec: unknown keys are errors, values never change, types are
-    strict."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
-    )
 
 
 class EarlyStoppingSpec(Model):

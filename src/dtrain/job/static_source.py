@@ -126,6 +126,33 @@ class Source:
                 assert isinstance(node, ast.Call)
                 yield node
 
+    def has_method(self, name: str, method: str) -> bool:
+        """Return whether a class, or a base of it in this file, has a member of that name."""
+        found = [each for each in self.definitions.get(name, []) if isinstance(each, ast.ClassDef)]
+        return any(
+            method in _names_in(each)
+            or any(
+                self._is_before(base, each) and self.has_method(base, method)
+                for base in map(ast.unparse, each.bases)
+            )
+            for each in found
+        )
+
+    def keywords_of(self, called: str, argument: str) -> Iterator[ast.keyword]:
+        """Yield an argument, by its name, of each call of what ends with `called`."""
+        for node in ast.walk(self._tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(called):
+                yield from (each for each in node.keywords if each.arg == argument)
+
+    def defaults_of(self, argument: str) -> Iterator[ast.expr]:
+        """Yield the default of an argument of that name, of each constructor."""
+        for node in ast.walk(self._tree):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                names = [each.arg for each in (*node.args.posonlyargs, *node.args.args)]
+                defaults = node.args.defaults
+                pairs = zip(names[len(names) - len(defaults) :], defaults, strict=True)
+                yield from (default for name, default in pairs if name == argument)
+
     def sets_on_self(self, name: str, attribute: str, value: object) -> bool:
         """Return whether a method of this class sets an attribute to a constant:
         `self.a = False`."""

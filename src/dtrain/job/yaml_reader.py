@@ -7,6 +7,7 @@ where text is needed, the code that reads the value explains this.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -99,6 +100,15 @@ _Dumper.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+0123456789."))
 def dump_yaml(data: Any) -> str:
     """Return plain data as YAML that `read_yaml` and PyYAML both read back unchanged."""
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False))
+
+
+def inline_yaml(value: Any) -> str:
+    """Return a value as YAML in one line."""
+    is_flow = isinstance(value, list | dict)
+    settings: Any = {"sort_keys": False, "default_flow_style": is_flow, "width": 10**6}
+    text = str(yaml.dump([value], Dumper=_Dumper, **settings))
+    line = text[1:-2] if is_flow else text[2:-1]
+    return json.dumps(value) if "\n" in line else line
 
 
 def read_text(path: Path, shown: str) -> str:

@@ -12,6 +12,7 @@ from dtrain import catalog
 from dtrain.assets import asset_dir
 from dtrain.errors import DtrainError, first_line
 from dtrain.job.located import Located, shown_path
+from dtrain.job.model import Model
 from dtrain.job.profile import (
     LoadedProfile,
     load_profile,
@@ -19,7 +20,7 @@ from dtrain.job.profile import (
     profile_names,
     search_path,
 )
-from dtrain.job.spec import LaunchSpec, Model
+from dtrain.job.spec import LaunchSpec
 from dtrain.launchers import base
 from dtrain.launchers.flags import FLAGS, external_flags
 

@@ -6,15 +6,18 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from dtrain import environ
 from dtrain.errors import DtrainError, LaunchError, PlanError, UsageError
-from dtrain.job.spec import JobSpec
 from dtrain.job.yaml_reader import dump_yaml
 from dtrain.launch_plan import LaunchPlan
 from dtrain.run import attempts, events, files, snapshot
 from dtrain.run.attempts import Handle, Held, Result
 from dtrain.run.remote import runs as remote
+
+if TYPE_CHECKING:
+    from dtrain.job.spec import JobSpec
 
 
 def prepare(plan: LaunchPlan, job: JobSpec, job_text: str, handle: Handle | None = None) -> None:

@@ -8,12 +8,11 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dtrain import catalog
 from dtrain.errors import DtrainError
 from dtrain.forking import SERVER_ENDED
-from dtrain.job.spec import JobSpec
 from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers import prepare
 from dtrain.launchers.base import Detachable, Launch, Launcher
@@ -28,6 +27,9 @@ from dtrain.run.remote import runs as remote
 from dtrain.run.remote.mirror import LAUNCH
 from dtrain.run.verdict import Verdict
 from dtrain.words import counted
+
+if TYPE_CHECKING:
+    from dtrain.job.spec import JobSpec
 
 _TICK_S = 0.05
 

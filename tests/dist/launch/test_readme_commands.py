@@ -23,6 +23,7 @@ DOCUMENTS = (
     "docs/callbacks.md",
     "docs/checkpoints.md",
     "docs/doctor.md",
+    "docs/init.md",
     "docs/job-file.md",
     "docs/launching.md",
     "docs/lightning.md",

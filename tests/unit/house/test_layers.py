@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "keras node",
         "launchers worker",
         "checkpoints driving planning searching",
-        "cleaning comparing diagnosing resuming top verification",
+        "cleaning comparing diagnosing initializing resuming top verification",
         "sweeping",
         "report",
         "api cli",
@@ -49,7 +49,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.cli": (
         "completers lazy torchrun",
         "main options",
-        "checkpoint compare completion doctor export launchers logs plan report schema top",
+        "checkpoint compare completion doctor export init launchers logs plan report schema top",
         "clean runs",
         "sweep",
         "cancel launch status",
@@ -77,6 +77,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "formats",
         "run",
         "__main__",
+    ),
+    "dtrain.initializing": (
+        "existing place shell",
+        "launch_line lightning_script proposal",
+        "script_file writing",
+        "reading",
     ),
     "dtrain.integrations": ("keras lightning script",),
     "dtrain.integrations.keras": (
@@ -108,7 +114,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "checkpoint command run",
     ),
     "dtrain.job": (
-        "located static_source units",
+        "located model static_source units",
         "faults frameworks yaml_reader",
         "accelerate fields script static_check",
         "spec",
@@ -118,7 +124,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "profile",
     ),
     "dtrain.launchers": (
-        "base flags prepare warm",
+        "base flags prepare torchrun_options warm",
         "local",
         "listing status stopping torchrun",
         "summary supervise",
@@ -135,7 +141,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.launchers.slurm": (
         "options queue templates",
-        "outcome script",
+        "outcome partitions script",
         "sbatch",
         "cluster submitit",
         "launcher",
@@ -283,6 +289,7 @@ LAUNCH_PLANE = tuple(
         "errors procs plainjson checked environ waiting forking ports assets ranks task callback",
         "words catalog run job plan planning resuming trace console launchers verify api cli",
         "checkpoints cgroups cleaning comparing diagnosing doctor searching page report top",
+        "initializing",
     )
     for part in row.split()
 )

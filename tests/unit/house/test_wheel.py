@@ -20,6 +20,7 @@ from dtrain.assets import asset_dir
 from dtrain.job.profile import load_profile
 print(asset_dir("launchers"))
 assert (asset_dir("slurm") / "job.sbatch.j2").is_file()
+assert (asset_dir("examples") / "start" / "task.py").is_file()
 for name in sys.argv[1:]:
     assert load_profile(name, ".").spec.launcher == name
 """

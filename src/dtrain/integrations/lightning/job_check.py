@@ -18,7 +18,7 @@ from dtrain.job.static_source import Source, is_installed
 _STRATEGIES = catalog.TRAINERS["lightning"].strategies
 _LAUNCH = "use --nodes, --procs and --gpus"
 _CHECKPOINT = "use the checkpoint: section; a ModelCheckpoint of your own is kept too"
-_DECIDED_BY_JOB = {
+DECIDED_BY_JOB = {
     "accelerator": _LAUNCH,
     "devices": _LAUNCH,
     "num_nodes": _LAUNCH,
@@ -53,7 +53,7 @@ _DECIDED_BY_JOB = {
 }
 """Arguments that dtrain's step cannot follow, each with its replacement."""
 
-_DECIDED_FOR_LOOPS = (
+DECIDED_FOR_LOOPS = (
     "accelerator",
     "devices",
     "num_nodes",
@@ -68,7 +68,7 @@ _DECIDED_FOR_LOOPS = (
 )
 """Arguments that the job decides under Lightning's own loops too."""
 
-LOOPS_ARGUMENTS = tuple(name for name in _DECIDED_BY_JOB if name not in _DECIDED_FOR_LOOPS)
+LOOPS_ARGUMENTS = tuple(name for name in DECIDED_BY_JOB if name not in DECIDED_FOR_LOOPS)
 """Arguments that only Lightning's own loops follow."""
 
 
@@ -96,11 +96,11 @@ class LightningCheck(JobCheck):
             return [(("lightning", "also_run"), text, "job.field-without-effect")]
         given, code = section.get("trainer"), "job.field-decided-elsewhere"
         by_step = section.get("step") == "dtrain"
-        refused = _DECIDED_BY_JOB if by_step else _DECIDED_FOR_LOOPS
+        refused = DECIDED_BY_JOB if by_step else DECIDED_FOR_LOOPS
         return [
             (
                 ("lightning", "trainer", name),
-                f"is decided by the job: {_DECIDED_BY_JOB[name]}",
+                f"is decided by the job: {DECIDED_BY_JOB[name]}",
                 code,
             )
             for name in (given if isinstance(given, Mapping) else ())
@@ -112,9 +112,9 @@ class LightningCheck(JobCheck):
         field = ("lightning", "trainer")
         written = root.get(field)
         given = written.value if written and isinstance(written.value, dict) else {}
-        known = _trainer_arguments() if given else []
+        known = trainer_arguments() if given else []
         for name in given:
-            if known and name not in known and name not in _DECIDED_BY_JOB:
+            if known and name not in known and name not in DECIDED_BY_JOB:
                 message = f"Lightning's Trainer has no such argument{did_you_mean(name, known)}"
                 location = given[name].key or given[name].place
                 yield location.problem(
@@ -144,7 +144,7 @@ class LightningCheck(JobCheck):
             )
 
 
-def _trainer_arguments() -> list[str]:
+def trainer_arguments() -> list[str]:
     """Return the arguments of Lightning's Trainer, read from its file; empty without that file."""
     spec = importlib.util.find_spec(catalog.LIGHTNING[0])
     if spec is None or spec.origin is None:

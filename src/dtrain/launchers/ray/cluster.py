@@ -12,8 +12,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
-from dtrain import catalog
+from dtrain import catalog, ports
 from dtrain.codes import CODES
 from dtrain.doctor.diagnosis import OK, PROBLEM, WARNING, Diagnosis
 from dtrain.environ import inherited_env
@@ -92,6 +93,22 @@ def nodes_of(address: str) -> list[NodeView]:
     if "error" in answer:
         raise DtrainError(answer["error"], code=answer["code"])
     return [NodeView(**each) for each in answer["nodes"]]
+
+
+def found_address() -> str | None:
+    """Return RAY_ADDRESS, or the address of the head that `ray start` has started on this host.
+
+    Ray keeps that address in a file, which stays there after the end of the head.
+    """
+    given = os.environ.get("RAY_ADDRESS", "")
+    if given and given != "auto":
+        return given
+    temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    try:
+        written = Path(temporary, "ray", "ray_current_cluster").read_text().strip()
+    except OSError:
+        return None
+    return written if ports.is_listening(written) else None
 
 
 def main() -> None:

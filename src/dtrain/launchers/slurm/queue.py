@@ -98,7 +98,9 @@ class Job:
         return f"{text} on {self.nodes}" if self.nodes and not self.is_over else text
 
 
-def run_command(*argv: str, input_text: str | None = None) -> subprocess.CompletedProcess[str]:
+def run_command(
+    *argv: str, input_text: str | None = None, timeout_s: float = _TIMEOUT_S
+) -> subprocess.CompletedProcess[str]:
     """Run one of Slurm's commands, with the environment of a process outside any job.
 
     Raises:
@@ -107,7 +109,7 @@ def run_command(*argv: str, input_text: str | None = None) -> subprocess.Complet
     """
     try:
         return subprocess.run(
-            argv, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT_S,
+            argv, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout_s,
             env=slurm_env(), input=input_text, check=False,
         )  # fmt: skip
     except FileNotFoundError:
@@ -116,7 +118,7 @@ def run_command(*argv: str, input_text: str | None = None) -> subprocess.Complet
             code="slurm.no-commands",
         ) from None
     except subprocess.TimeoutExpired:
-        raise Unreachable(f"{argv[0]} has not answered for {_TIMEOUT_S} s") from None
+        raise Unreachable(f"{argv[0]} has not answered for {timeout_s:g} s") from None
 
 
 def slurm_env() -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""What `dtrain init` does: find what the place has, read an existing script, write the files."""
