@@ -160,6 +160,18 @@ class RunDir:
         """Return the record of one rank's time in each phase, see `dtrain.run.phases`."""
         return self.node(attempt, node_rank) / f"rank-{rank:05d}.phases.jsonl"
 
+    def step_profile(self, attempt: int, node_rank: int, rank: int) -> Path:
+        """Return the summary of what one rank recorded, see `dtrain.run.step_profile`."""
+        return self.node(attempt, node_rank) / f"rank-{rank:05d}.profile.json"
+
+    def trace(self, attempt: int, node_rank: int, rank: int) -> Path:
+        """Return the trace of torch.profiler of one rank."""
+        return self.node(attempt, node_rank) / f"rank-{rank:05d}.trace.json.gz"
+
+    def memory_snapshot(self, attempt: int, node_rank: int, rank: int) -> Path:
+        """Return torch's record of the memory of one rank's GPU."""
+        return self.node(attempt, node_rank) / f"rank-{rank:05d}.memory.pickle"
+
     def usage(self, attempt: int, node_rank: int) -> Path:
         """Return the record of what the ranks of a node use, see `dtrain.node.usage`."""
         return self.node(attempt, node_rank) / "usage.jsonl"

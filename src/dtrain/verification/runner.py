@@ -327,6 +327,7 @@ def recorded(spec: JobSpec, layout: Layout, trace_options: TraceOptions, steps: 
                 update={"step": "lightning"} if layout.own_loops else {}
             ),
             "log": spec.log.model_copy(update={"every_steps": 1, "loggers": []}),
+            "profile": None,
             "launch": launch.model_copy(
                 update={
                     "nodes": (layout.nodes, layout.nodes),

@@ -102,7 +102,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "trainer",
     ),
     "dtrain.integrations.script": (
-        "accelerate sampler stopping",
+        "accelerate sampler step_count stopping",
         "checkpoint command run",
     ),
     "dtrain.job": (
@@ -159,7 +159,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.run": (
         "files flight_recorder ids progress_bars rundir",
-        "attempts backend_files events failures manifest phases progress sync",
+        "attempts backend_files events failures manifest phases progress step_profile sync",
         "remote snapshot verdict",
         "code_archive lookup",
     ),
@@ -229,8 +229,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "native",
     ),
     "dtrain.train.metrics": (
-        "events loggers phases",
-        "writer",
+        "events loggers profiler",
+        "phases writer",
     ),
     "dtrain.train.strategies": (
         "base fsdp_wrapping lent parameters",
