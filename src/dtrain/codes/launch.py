@@ -420,6 +420,10 @@ LAUNCH: Mapping[str, Entry] = {
         "This launcher cannot keep its runs at a URL.",
         "Give a directory that all nodes share with `--runs`, or use a launcher that takes a URL.",
     ),
+    "bench.failed": Entry(
+        "A run that `dtrain bench` has launched failed.",
+        "The message has the error of the run. `dtrain why RUN` shows it again.",
+    ),
     "launch.not-writable": Entry(
         "The run directory cannot be written.",
         "Choose another directory with `--runs`, or free space on the disk.",

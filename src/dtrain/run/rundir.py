@@ -51,6 +51,8 @@ class RunDir:
     """The files of the batch job, see `dtrain.run.backend_files`."""
     recording = _Inside("recording")
     """A record of each step, in a run of `dtrain verify`."""
+    bench = _Inside("bench.json")
+    """What a run of `dtrain bench` has measured, see `dtrain.bench.results`."""
     predictions = _Inside("predictions.npz")
     """Predictions of the trained model. Row i of each array is sample i of the eval data."""
 

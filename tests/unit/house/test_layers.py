@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "keras node",
         "launchers worker",
         "checkpoints planning searching",
-        "cleaning comparing diagnosing resuming top verification",
+        "bench cleaning comparing diagnosing resuming top verification",
         "report",
         "api cli",
         "__main__",
@@ -35,6 +35,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "run task_class",
         "launching",
     ),
+    "dtrain.bench": ("results", "session text"),
     "dtrain.checkpoints": (
         "elements lookup torch_file",
         "contents exporting listing pinning verifying",
@@ -48,7 +49,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.cli": (
         "completers lazy torchrun",
         "main options",
-        "array cancel checkpoint compare completion doctor export launchers logs plan report "
+        "array bench cancel checkpoint compare completion doctor export launchers logs plan report "
         "schema status top",
         "clean launch runs verify why",
         "resume",
@@ -194,6 +195,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "checks",
         "faults strategies",
         "loop",
+        "bench",
     ),
     "dtrain.train.checkpoint": (
         "blocks leaves retention",
@@ -274,7 +276,7 @@ LAUNCH_PLANE = tuple(
     for row in (
         "errors procs plainjson checked environ waiting forking ports assets ranks task callback",
         "words catalog run job plan planning resuming trace console launchers verify api cli",
-        "checkpoints cgroups cleaning comparing diagnosing doctor searching page report top",
+        "bench checkpoints cgroups cleaning comparing diagnosing doctor searching page report top",
     )
     for part in row.split()
 )
