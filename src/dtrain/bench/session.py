@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dtrain.bench.results import Bench, Measured, Step, read_step
+from dtrain.bench.results import Bench, Measured, read_step
+from dtrain.console.silent import Silent
 from dtrain.errors import DtrainError, UsageError
 from dtrain.job.load import flag
 from dtrain.job.spec import JobSpec
@@ -35,32 +36,13 @@ _NOTHING_ELSE: dict[str, Any] = {
 """The fields of a job of which only the steps are measured."""
 
 
-class _Silent:
-    """A console that keeps the launcher's messages, which explain a failure."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def begin(self, text: str) -> None:
-        """Show nothing."""
-
-    def tick(self) -> None:
-        """Show nothing."""
-
-    def say(self, text: str) -> None:
-        self.messages.append(text)
-
-    def close(self) -> None:
-        """Do nothing."""
-
-    def width(self) -> int | None:
-        return None
-
-    def paint(self, text: str, _colour: str | None) -> str:
-        return text
-
-
-def bench(job: Job | None, request: Request, parts: Sequence[str], steps: int) -> Bench:
+def bench(
+    job: Job | None,
+    request: Request,
+    parts: Sequence[str],
+    steps: int,
+    say: Callable[[str], None],
+) -> Bench:
     """Measure, with a launch for the nodes and the loader, and one for the steps of the job.
 
     Args:
@@ -68,6 +50,7 @@ def bench(job: Job | None, request: Request, parts: Sequence[str], steps: int) -
         request: the options of the launches.
         parts: the parts of `PARTS` to measure. Those of a job are left out without one.
         steps: the number of steps to train.
+        say: called with the name of each run before it is launched.
 
     Raises:
         JobError, PlanError, UsageError: as for `plan_run`.
@@ -82,20 +65,21 @@ def bench(job: Job | None, request: Request, parts: Sequence[str], steps: int) -
     elif "loader" in wanted and asked is not None and asked.job.spec.trainer != "native":
         problems["loader"] = f"it is measured for trainer native, not {asked.job.spec.trainer}"
     wanted = [part for part in wanted if part not in problems]
-    runs: list[str] = []
-    measured: Measured | None = None
-    step: Step | None = None
+    nodes = trained = None
     if of_nodes := [part for part in wanted if part != "step"]:
-        prepared = _plan_of_nodes(asked, request, of_nodes)
-        runs.append(_run(prepared))
-        measured = files.read_as(Measured, prepared.plan.run.bench)
+        nodes = _plan_of_nodes(asked, request, of_nodes)
     if "step" in wanted and job is not None:
-        fields = {**request.fields, **_located({**_NOTHING_ELSE, "train.steps": steps})}
-        prepared = plan_run(job, replace(request, fields=fields))
-        runs.append(_run(prepared))
-        step = read_step(prepared.plan.run)
-    workers = None if asked is None else asked.job.spec.data.workers
-    return Bench(runs, measured, step, workers, problems)
+        changed = {**_NOTHING_ELSE, "train.steps": steps}
+        fields = {name: flag("bench", value) for name, value in changed.items()}
+        trained = plan_run(job, replace(request, fields={**request.fields, **fields}))
+    runs = [_run(prepared, say) for prepared in (nodes, trained) if prepared is not None]
+    return Bench(
+        runs,
+        measured=None if nodes is None else files.read_as(Measured, nodes.plan.run.bench),
+        step=None if trained is None else read_step(trained.plan.run),
+        workers=None if asked is None else asked.job.spec.data.workers,
+        problems=problems,
+    )
 
 
 def _plan_of_nodes(asked: Prepared | None, request: Request, parts: Sequence[str]) -> Prepared:
@@ -111,8 +95,8 @@ def _plan_of_nodes(asked: Prepared | None, request: Request, parts: Sequence[str
         order["job"] = _endless(spec) if "loader" in parts else None
     own = {name: each for name, each in request.fields.items() if name.startswith("launch.")}
     request = replace(request, run_id=None, overrides=overrides, fields={**fields, **own})
-    gpus = _gpus(request, folder, fields)
-    order["device"] = "cuda" if gpus else "cpu"
+    # a profile may set the GPUs too
+    order["device"] = _program(request, folder, []).plan.device
     return _program(request, folder, [to_json(order)])
 
 
@@ -122,11 +106,6 @@ def _program(request: Request, folder: Path, arguments: list[str]) -> Prepared:
     return plan_run(job, replace(request, fields=fields))
 
 
-def _gpus(request: Request, folder: Path, fields: Mapping[str, Any]) -> int:
-    """Return the GPUs per node of the launch, which a profile may set too."""
-    return _program(request, folder, []).plan.gpus_per_node
-
-
 def _endless(spec: JobSpec) -> dict[str, Any]:
     """Return a job whose data do not end while they are read."""
     train = spec.train.model_copy(update={"epochs": None, "steps": 10**9})
@@ -134,14 +113,11 @@ def _endless(spec: JobSpec) -> dict[str, Any]:
     return {name: value for name, value in own.to_plain().items() if name != "launch"}
 
 
-def _located(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: flag("bench", value) for name, value in values.items()}
-
-
-def _run(prepared: Prepared) -> str:
+def _run(prepared: Prepared, say: Callable[[str], None]) -> str:
     """Launch, wait for the end, and return the run's id."""
     prepared.refuse_unlaunchable(detach=False)
-    plan, job, console = prepared.plan, prepared.job, _Silent()
+    plan, job, console = prepared.plan, prepared.job, Silent()
+    say(f"measuring, with run {plan.run_id} by {plan.launcher}")
     if drive(prepared.launcher, plan, job.spec, job.text, console) != 0:
         why = "\n".join(console.messages)
         raise DtrainError(f"run {plan.run_id} of dtrain bench failed:\n{why}", code="bench.failed")

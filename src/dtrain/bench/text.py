@@ -65,7 +65,7 @@ def _measured(found: Measured, workers: int | None) -> Iterator[RenderableType]:
         yield _slowest(found)
     if found.store is not None:
         yield _title("store, with all ranks at once")
-        table = _table("", "µs", "calls/s of a rank")
+        table = _table("", "µs a call", "calls/s of a rank")
         for name, seconds in (("set", found.store.set_s), ("get", found.store.get_s)):
             table.add_row(name, _micro(seconds), f"{1 / seconds:,.0f}")
         yield table

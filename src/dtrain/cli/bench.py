@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import click
@@ -53,7 +54,7 @@ def command(
 
     parts = chosen(only)
     given = shared.job_of(job, options) if job or options["copy"] else None
-    found = bench(given, shared.request(options), parts, steps)
+    found = bench(given, shared.request(options), parts, steps, partial(click.echo, err=True))
     if as_json:
         shared.print_json({**asdict(found), "advice": advice(found)})
         return

@@ -12,6 +12,8 @@ from pathlib import Path
 from dtrain.errors import LaunchError, UsageError
 
 ATTEMPT_VARIABLE = "DTRAIN_ATTEMPT"
+RUN_VARIABLE = "DTRAIN_RUN_DIR"
+"""The variable in a script's environment that names its run directory."""
 
 
 class _Inside:

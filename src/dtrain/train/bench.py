@@ -21,12 +21,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from dtrain.integrations.script.stopping import RUN_VARIABLE
 from dtrain.job.spec import JobSpec
 from dtrain.ranks import RankInfo
 from dtrain.run import files
 from dtrain.run.failures import node_name
-from dtrain.run.rundir import RunDir
+from dtrain.run.rundir import RUN_VARIABLE, RunDir
 from dtrain.train import collectives
 from dtrain.train.context import TrainContext
 from dtrain.train.data.placement import Position

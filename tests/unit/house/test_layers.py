@@ -61,7 +61,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.codes": ("entry", "launch training", "__init__"),
     "dtrain.comparing": ("code losses", "compare text"),
     "dtrain.console": (
-        "fold history notebook out tail",
+        "fold history notebook out silent tail",
         "live",
     ),
     "dtrain.doctor": (
