@@ -307,8 +307,10 @@ def _check_sizes(job: JobSpec, procs: int, attempt: int) -> None:
         raise PlanError(problem, ("data.stream", "strategy", *_SIZES), code="plan.sharded-stream")
     absent = [rank for rank in _profiled(job) if rank >= procs * nodes]
     if absent:
+        last = procs * nodes - 1
+        ranks = f"ranks 0 to {last}" if last else "rank 0"
         raise PlanError(
-            f"rank {absent[0]} is to be profiled, but the ranks are 0 to {procs * nodes - 1}",
+            f"rank {absent[0]} is to be profiled: there will be only {ranks}",
             ("profile.ranks", *_SIZES),
             code="plan.profile-of-absent-rank",
         )

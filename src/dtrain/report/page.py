@@ -425,8 +425,8 @@ def _profiles(histories: Sequence[History]) -> Iterator[str]:
         if len(histories) > 1:
             yield f"<h3>{escape(each.id)}</h3>"
         shown = each.profiles[:_MOST_ROWS]
-        head = ("", "steps", "ms a step", "communication", "overlapped", "trace")
-        yield table(head, map(_profile_row, shown), numbers=1)
+        head = ("", "trace", "steps", "ms a step", "communication", "overlapped")
+        yield table(head, map(_profile_row, shown), numbers=2)
         for profile in shown:
             title = f"The slowest operators of {_of_rank(profile)}"
             yield folded(title, _operators(profile))
@@ -446,11 +446,11 @@ def _profile_row(profile: StepProfile) -> list[str]:
     files = [profile.trace, *([profile.memory] if profile.memory else [])]
     return [
         _of_rank(profile),
+        f'<td class="long">{escape(", ".join(files))}</td>',
         f"{profile.first_step}-{profile.last_step}",
         f"{1000 * profile.seconds / profile.num_steps:.4g}",
         _percent(part.share),
         _percent(part.overlapped) if part.seconds else "-",
-        f'<td class="long">{escape(", ".join(files))}</td>',
     ]
 
 
