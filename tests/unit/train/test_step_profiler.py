@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,12 @@ from dtrain.ranks import RankInfo
 from dtrain.run.rundir import RunDir
 from dtrain.run.step_profile import StepProfile, read_step_profiles
 from dtrain.train.metrics.phases import PhaseClock
-from dtrain.train.metrics.profiler import Span, StepProfiler, communication
+from dtrain.train.metrics.profiler import (
+    Span,
+    StepProfiler,
+    _without_calls,
+    communication,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +46,14 @@ def test_the_share_of_communication() -> None:
     assert found.share == pytest.approx(0.5)
     assert found.overlapped == pytest.approx(2 / 4)  # 1 to 2, 3.5 to 4, 6 to 6.5
     assert found.calls == {"gloo:all_reduce": 2, "gloo:send": 1}
+
+
+def test_an_operator_computes_where_it_calls_no_other() -> None:
+    def event(start: float, end: float, *calls: SimpleNamespace) -> SimpleNamespace:
+        return SimpleNamespace(time_range=SimpleNamespace(start=start, end=end), cpu_children=calls)
+
+    assert list(_without_calls(event(1, 9, event(5, 7), event(2, 4)))) == [(1, 2), (4, 5), (7, 9)]
+    assert list(_without_calls(event(1, 4, event(1, 4)))) == []
 
 
 def test_without_communication() -> None:

@@ -180,9 +180,24 @@ def _spans(events: Iterable[Any]) -> Iterator[Span]:
         exchanges = name.startswith("gloo:") or (on_device and "nccl" in name.lower())
         if not exchanges and (on_device != has_device or event.is_async):
             continue
-        is_wait = "c10d" in name  # it starts an exchange, or waits for one
-        if exchanges or not (is_wait or event.is_user_annotation):
-            yield Span(name, event.time_range.start / 1e6, event.time_range.end / 1e6, exchanges)
+        times = event.time_range
+        if exchanges:
+            yield Span(name, times.start / 1e6, times.end / 1e6, True)
+        elif not (event.is_user_annotation or "c10d" in name or name == "PythonSubclass"):
+            # these may wait for an exchange, also where another operator calls them
+            for start, end in _without_calls(event):
+                yield Span(name, start / 1e6, end / 1e6, False)
+
+
+def _without_calls(event: Any) -> Iterator[tuple[float, float]]:
+    """Yield the times of an operator in which it calls no other operator."""
+    at = event.time_range.start
+    for call in sorted(event.cpu_children, key=lambda each: each.time_range.start):
+        if call.time_range.start > at:
+            yield at, call.time_range.start
+        at = max(at, call.time_range.end)
+    if event.time_range.end > at:
+        yield at, event.time_range.end
 
 
 def slowest(averages: Iterable[Any], seconds: float, *, on_device: bool) -> list[Operator]:
