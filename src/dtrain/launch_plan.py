@@ -330,9 +330,23 @@ def _check_sizes(job: JobSpec, procs: int, attempt: int) -> None:
         )
     if problem := sharded_problem(job, world_sizes):
         raise PlanError(problem, ("data.stream", "strategy", *_SIZES), code="plan.sharded-stream")
+    absent = [rank for rank in _profiled(job) if rank >= procs * nodes]
+    if absent:
+        last = procs * nodes - 1
+        ranks = f"ranks 0 to {last}" if last else "rank 0"
+        raise PlanError(
+            f"rank {absent[0]} is to be profiled: there will be only {ranks}",
+            ("profile.ranks", *_SIZES),
+            code="plan.profile-of-absent-rank",
+        )
     inject = [] if attempt else job.checks.inject  # only the first attempt has injected faults
     if problem := absent_rank(inject, procs * nodes):
         raise PlanError(problem, ("checks.inject",), code="plan.absent-rank")
+
+
+def _profiled(job: JobSpec) -> list[int]:
+    """Return the ranks that the job names to be profiled."""
+    return [] if job.profile is None or job.profile.ranks == "all" else job.profile.ranks
 
 
 def _processes(job: JobSpec) -> tuple[int, int]:

@@ -21,6 +21,8 @@ def plan_resume(run: RunDir, request: Request) -> Prepared:
     prepared = plan_attempt(run, request)
     spec = prepared.job.spec
     _refuse_to_end_before(run, spec.train.steps if spec.program is None else None)
+    if spec.profile is not None and any(f.startswith("profile") for f in _fields(request)):
+        _refuse_passed(run, spec.profile.steps)
     return prepared
 
 
@@ -74,11 +76,27 @@ def fields_of(request: Request) -> set[str]:
 
 def _refuse_to_end_before(run: RunDir, end: int | None) -> None:
     """Refuse an end before the newest checkpoint. The workers check an end given in epochs."""
-    names = (path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*"))
-    newest = max((int(name) for name in names if name.isdecimal()), default=0)
+    newest = _newest_step(run)
     if end is not None and end < newest:
         raise UsageError(
             f"run {run.id} has a checkpoint of step {newest}, which is after train.steps={end}; "
             "set a later end",
             code="run.end-passed",
         )
+
+
+def _refuse_passed(run: RunDir, steps: tuple[int, int]) -> None:
+    first, last = steps
+    newest = _newest_step(run)
+    if last <= newest:
+        raise UsageError(
+            f"run {run.id} continues after step {newest}, so steps {first}:{last} will not be "
+            "trained again; profile later ones",
+            code="run.profile-passed",
+        )
+
+
+def _newest_step(run: RunDir) -> int:
+    """Return the step of the newest checkpoint; 0 if there is none."""
+    names = (path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)

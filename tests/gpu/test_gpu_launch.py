@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from dtrain.run.rundir import RunDir, list_runs
+from dtrain.run.step_profile import read_step_profiles
 from support import EXAMPLES
 from support.errors import assert_shown
 
@@ -178,3 +180,16 @@ def test_phases_of_a_gpu_add_up(tmp_path: Path) -> None:
     found = json.loads(dtrain("top", "--json", cwd=tmp_path))
     (gpu, *_) = found["nodes"]["0"]["gpus"]
     assert 0 < gpu["memory_used"] < gpu["memory_total"]
+
+
+def test_a_profile_has_kernels_and_a_memory_snapshot(tmp_path: Path) -> None:
+    run = train(tmp_path, *ONE_GPU, "--profile", "steps=5:7", epochs=1)
+    (found,) = read_step_profiles(run)
+    assert (found.first_step, found.last_step) == (5, 7)
+    assert found.memory is not None
+    assert (run.path / found.memory).stat().st_size > 0
+    assert found.operators[0].device_s > 0
+    assert found.operators[0].share == max(each.share for each in found.operators)
+    with gzip.open(run.path / found.trace) as file:
+        kinds = {event.get("cat") for event in json.load(file)["traceEvents"]}
+    assert {"kernel", "cpu_op", "user_annotation"} <= kinds

@@ -40,6 +40,7 @@ class ResumeArguments(TypedDict, total=False):
     log: Mapping[str, Any]
     lightning: Mapping[str, Any]
     fsdp: Mapping[str, Any]
+    profile: Mapping[str, Any]
     launch: Mapping[str, Any]
 
 

@@ -88,8 +88,8 @@ def launch(job: Job, *, detach: bool = False, **arguments: Unpack[LaunchArgument
         accelerate_config: the config file of Accelerate, for a script.
         run_id: the id of the run. None means the name and some letters.
         args: arguments of the task's class, which override those in job.yaml. `train`, `data`,
-            `eval`, `checkpoint`, `checks`, `log`, `lightning`, `fsdp` and `launch` are its other
-            sections.
+            `eval`, `checkpoint`, `checks`, `log`, `lightning`, `fsdp`, `profile` and `launch` are
+            its other sections.
 
     Raises:
         JobError: the job is wrong. The error lists every problem with its location.

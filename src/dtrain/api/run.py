@@ -28,6 +28,7 @@ from dtrain.run import lookup, verdict
 from dtrain.run.attempts import DAMAGED
 from dtrain.run.remote.runs import refresher
 from dtrain.run.rundir import RunDir, list_runs
+from dtrain.run.step_profile import StepProfile, read_step_profiles
 from dtrain.run.verdict import Verdict
 from dtrain.searching import index, query
 
@@ -265,6 +266,16 @@ class Run(AbstractContextManager["Run"]):
             run._refresh()
         document.write(page_of([run.directory for run in (self, *others)]), Path(output))
         return Path(output)
+
+    def profiles(self) -> list[StepProfile]:
+        """Return what `--profile` has recorded: the slowest operators, the communication, the
+        trace.
+
+        Returns:
+            One for each rank that recorded, of the newest attempt first.
+        """
+        self._refresh()
+        return list(read_step_profiles(self.directory))
 
     def compare(self, *others: Run) -> Comparison:
         """Return what differs between this run and others, as `dtrain compare --json` prints it.

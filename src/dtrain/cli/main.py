@@ -39,6 +39,10 @@ _COMMANDS = {
     "why": ("dtrain.cli.why", "Why a run failed: the culprit, its error, what to try."),
     "report": ("dtrain.cli.report", "Write an HTML page about the course of runs."),
     "cancel": ("dtrain.cli.cancel", "Stop a run: its workers save a checkpoint, then exit."),
+    "bench": (
+        "dtrain.cli.bench",
+        "Measure collectives, links, loader and steps; say what to change.",
+    ),
     "verify": (
         "dtrain.cli.verify",
         "Check that a job is the same training under every strategy and size.",
@@ -55,6 +59,7 @@ _COMMANDS = {
 
 
 _MEANT = {
+    "benchmark": "bench",
     "check": "doctor",
     "checkpoints": "checkpoint",
     "create": "init",

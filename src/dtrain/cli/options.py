@@ -148,6 +148,8 @@ _SIZE_OPTIONS = (
     option(WHERE, "-e", "--env", "environment", multiple=True, metavar="NAME[=VALUE]",
            help="Set a variable for every worker; repeatable."),
     option(MORE, "--max-restarts", metavar="N", help="Restarts of failed workers."),
+    option(MORE, "--profile", metavar="steps=A:B[,ranks=N]",
+           help="Record these steps with torch.profiler on these ranks, by default rank 0."),
 )  # fmt: skip
 _JOB_OPTIONS = (
     option(WHAT, "--trainer", metavar="NAME", shell_complete=completers.trainers,
@@ -352,6 +354,8 @@ def written_flags(options: dict[str, Any]) -> dict[str, Any]:
         written["script_args"] = flag("--", list(options["script_args"]))
     if options.get("inject"):
         written["checks.inject"] = flag("--inject", list(options["inject"]))
+    if options.get("profile"):
+        written |= _profile_fields(options["profile"])
     for text in options["environment"]:
         name, equals, value = text.partition("=")
         if not equals:
@@ -361,6 +365,27 @@ def written_flags(options: dict[str, Any]) -> dict[str, Any]:
             value = os.environ[name]
         written[f"launch.env.{name}"] = flag(f"--env {name}", value)
     return written
+
+
+def _profile_fields(text: str) -> dict[str, Any]:
+    """Return the fields that `--profile` sets. A part without a name is a further rank."""
+    from dtrain.job.load import flag
+
+    parts: dict[str, list[str]] = {}
+    name = ""
+    for part in text.split(","):
+        before, equals, value = part.partition("=")
+        name = before.strip() if equals else name
+        if name not in ("steps", "ranks") or (name == "steps" and name in parts):
+            example = "write it like steps=10:15,ranks=0,1"
+            raise UsageError(f"--profile {text}: {example}", code="usage.invalid-value")
+        parts.setdefault(name, []).append((value if equals else part).strip())
+    fields: dict[str, Any] = {f"profile.{name}": list(map(_number, parts[name])) for name in parts}
+    if "profile.steps" in fields:
+        (fields["profile.steps"],) = fields["profile.steps"]
+    if fields.get("profile.ranks") == ["all"]:
+        fields["profile.ranks"] = "all"
+    return {field: flag(f"--profile {text}", value) for field, value in fields.items()}
 
 
 def _counted(options: dict[str, Any]) -> dict[str, Any]:

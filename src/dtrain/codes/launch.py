@@ -275,6 +275,10 @@ LAUNCH: Mapping[str, Entry] = {
         "An injected fault is planned for a step after the end of the training.",
         "Choose a step up to `train.steps`.",
     ),
+    "job.profile-after-the-end": Entry(
+        "A step after the end of the training is to be profiled.",
+        "Choose steps up to `train.steps`.",
+    ),
     "job.reference-syntax": Entry(
         "The reference to a class does not have the right form.",
         "Write `file.py:Class` or `package.module:Class`.",
@@ -453,9 +457,17 @@ LAUNCH: Mapping[str, Entry] = {
         "A fault is to be injected on a rank that the launch does not have.",
         "Choose a rank that exists, or launch more processes.",
     ),
+    "plan.profile-of-absent-rank": Entry(
+        "A rank is to be profiled that the launch does not have.",
+        "Choose a rank that exists, or launch more processes.",
+    ),
     "plan.launcher-needs-directory": Entry(
         "This launcher cannot keep its runs at a URL.",
         "Give a directory that all nodes share with `--runs`, or use a launcher that takes a URL.",
+    ),
+    "bench.failed": Entry(
+        "A run that `dtrain bench` has launched failed.",
+        "The message has the error of the run. `dtrain why RUN` shows it again.",
     ),
     "launch.not-writable": Entry(
         "The run directory cannot be written.",
@@ -524,6 +536,10 @@ LAUNCH: Mapping[str, Entry] = {
     "run.end-passed": Entry(
         "The newest checkpoint is of a later step than the new end of the training.",
         "Set a later end.",
+    ),
+    "run.profile-passed": Entry(
+        "The steps to be profiled were trained before the checkpoint from which the run continues.",
+        "Choose later steps.",
     ),
     "run.setting-without-effect": Entry(
         "The setting is only used at the start of a run, so it would have no effect at a resume.",

@@ -22,7 +22,7 @@ _PLACEMENT = (
     "data.exactly_once", "train.micro_batch_size", "train.activation_checkpointing",
     "train.compile", "fsdp.wrap", "fsdp.reshard", "fsdp.cpu_offload", "fsdp.replicas",
     "checks.every_steps", "checkpoint.every", "checkpoint.mtbf", "checkpoint.keep",
-    "checkpoint.best", "checkpoint.staging", "checkpoint.busy", "checkpoint.on_error",
+    "checkpoint.best", "checkpoint.staging", "checkpoint.busy", "checkpoint.on_error", "profile",
 )  # fmt: skip
 """Beginnings of the fields that do not change the training, except for rounding."""
 _OF_PLAN = (

@@ -34,6 +34,8 @@ _WIDEST_BAR = 100
 _BESIDE_TEXT = 40
 """The columns that a bar needs in addition to its text: step, bar, time left."""
 _SERIOUS = re.compile(r"^\d{4}-\d\d-\d\d \S+ (WARNING|ERROR|CRITICAL) ")
+_OF_PROFILER = "USDT:"
+"""The beginning of lines that torch.profiler prints, without a way to prevent it."""
 # On a console the time is now, and an INFO message needs no level and no module.
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\d \S+ (INFO \S+: )?")
 
@@ -144,6 +146,8 @@ class LiveConsole:
             if line == FAILURE_CLOSE:
                 self._failing.discard(rank)
             return False
+        if line.startswith(_OF_PROFILER):
+            return False
         return rank == 0 or _SERIOUS.match(line) is not None
 
     def _event(self, event: dict[str, Any]) -> None:
@@ -154,6 +158,10 @@ class LiveConsole:
             self.say(f"{event['what']}")
         elif kind == "preflight":
             self._preflight(event)
+        elif kind == "profiled":
+            path = self._plan.run.path / event["trace"]
+            steps = f"steps {event['first']}-{event['last']} of rank {event['rank']}"
+            self.say(f"profile of {steps}, for https://ui.perfetto.dev: {path}")
         elif kind == "secrets_left_out":
             self.say(f"not copied, may hold secrets: {', '.join(event['files'])}")
         elif kind == "worker_failed":

@@ -19,7 +19,7 @@ from dtrain.job.yaml_reader import dump_yaml
 
 PROGRAMS = ("script", "module", "command")
 """The fields that name a program. A job has a task, or one of them."""
-SCRIPT_FIELDS = ("name", *PROGRAMS, "script_args", "accelerate_config", "launch")
+SCRIPT_FIELDS = ("name", *PROGRAMS, "script_args", "accelerate_config", "profile", "launch")
 """All fields of such a job."""
 
 _ALLOWED = (*SCRIPT_FIELDS, "trainer", "strategy")  # the last two have their own messages
@@ -62,6 +62,10 @@ def meaningless(job: Mapping[str, Any], kind: str) -> list[FieldProblem]:
     code = "job.field-without-effect"
     text = _UP_TO_THE_SCRIPT.format(kind=kind)
     problems = [((field,), text, code) for field in job if field not in _ALLOWED]
+    if kind == "command" and job.get("profile") is not None:
+        problems.append(
+            (("profile",), "needs a script or a module, in whose process it runs", code)
+        )
     others = [each for each in PROGRAMS if each != kind and job.get(each) is not None]
     either = f"the job has a {kind} too: give only one of {', '.join(PROGRAMS)}"
     return [*problems, *(((each,), either, code) for each in others)]

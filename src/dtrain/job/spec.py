@@ -38,7 +38,7 @@ from dtrain.job.frameworks import job_checks
 from dtrain.job.located import FieldProblem
 from dtrain.job.model import Model
 from dtrain.job.script import PROGRAMS, SCRIPT_FIELDS, completed, meaningless, program_of
-from dtrain.job.units import parse_nodes
+from dtrain.job.units import parse_nodes, parse_steps
 
 
 class EarlyStoppingSpec(Model):
@@ -222,6 +222,32 @@ class LogSpec(Model):
     options; see docs/loggers.md."""
 
 
+class StepProfileSpec(Model):
+    """The steps to record with torch.profiler, and the ranks that do; see docs/profiling.md."""
+
+    steps: Annotated[
+        tuple[Count, Count],
+        BeforeValidator(parse_steps),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "integer", "minimum": 1},
+                    {"type": "string", "pattern": r"^\d+(:\d+)?$"},
+                    {"type": "array", "items": {"type": "integer", "minimum": 1}},
+                ],
+                "examples": ["10:15"],
+            }
+        ),
+    ]
+    """The first and the last step, `first:last`, counted from 1; or one step."""
+    ranks: Annotated[list[Natural], Field(min_length=1)] | Literal["all"] = [0]
+    """The ranks that record, or `all`."""
+
+    def includes(self, rank: int) -> bool:
+        """Return whether a rank records."""
+        return self.ranks == "all" or rank in self.ranks
+
+
 class LightningSpec(Model):
     """Settings that apply only to trainer `lightning`."""
 
@@ -333,6 +359,8 @@ class JobSpec(Model):
     """Output during training."""
     lightning: LightningSpec = LightningSpec()
     """Settings that apply only to trainer `lightning`."""
+    profile: StepProfileSpec | None = None
+    """Record some steps with torch.profiler; `--profile` sets it."""
     launch: LaunchSpec = LaunchSpec()
     """The number of processes, and the way they are supervised."""
 
@@ -346,7 +374,8 @@ class JobSpec(Model):
     def to_plain(self) -> dict[str, Any]:
         """Return the fields that apply to this job as plain JSON, for `resolved.yaml`."""
         if self.program is None:
-            return self.model_dump(mode="json", exclude={*SCRIPT_FIELDS} - {"name", "launch"})
+            only_of_scripts = {*SCRIPT_FIELDS} - {"name", "profile", "launch"}
+            return self.model_dump(mode="json", exclude=only_of_scripts)
         others = {each for each in PROGRAMS if each != self.program}
         return self.model_dump(mode="json", include={*SCRIPT_FIELDS} - others)
 
@@ -386,7 +415,7 @@ def cross_problems(job: Mapping[str, Any]) -> list[FieldProblem]:
     if isinstance(micro, int | float) and isinstance(batch, int | float) and micro > batch:
         text = f"{micro} samples per forward pass are more than global_batch_size, {batch}"
         problems.append((("train", "micro_batch_size"), text, "job.micro-batch-too-large"))
-    problems += late_faults(job)
+    problems += late_faults(job) + _late_profile(job, train)
     problems += _strategy_problems(job, train)
     checkpoint = job.get("checkpoint")
     checkpoint = checkpoint if isinstance(checkpoint, Mapping) else {}
@@ -398,6 +427,19 @@ def cross_problems(job: Mapping[str, Any]) -> list[FieldProblem]:
         text = "needs evaluations during training; give eval.every_steps or eval.every_epochs"
         problems.append((("train", "early_stopping"), text, "job.no-evaluation-to-stop-by"))
     return problems
+
+
+def _late_profile(job: Mapping[str, Any], train: Mapping[str, Any]) -> list[FieldProblem]:
+    """Return the problem of a profile of steps that the training does not have."""
+    profile, end = job.get("profile"), train.get("steps")
+    try:
+        last = parse_steps(profile["steps"])[1] if isinstance(profile, Mapping) else 0
+    except (KeyError, ValueError):  # reported where the field is checked
+        return []
+    if not isinstance(end, int) or last <= end:
+        return []
+    text = f"step {last} is after the last one, {end}, of train.steps"
+    return [(("profile", "steps"), text, "job.profile-after-the-end")]
 
 
 def _strategy_problems(job: Mapping[str, Any], train: Mapping[str, Any]) -> list[FieldProblem]:

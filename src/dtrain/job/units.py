@@ -137,6 +137,15 @@ def parse_nodes(value: Any) -> tuple[int, int]:
 
     YAML 1.1 reads a bare `2:4` as 124 (base 60). The job loader reads it as text instead.
     """
+    return _range(value, "a number of nodes, or min:max, for example 2:4", "min:max")
+
+
+def parse_steps(value: Any) -> tuple[int, int]:
+    """Return (first, last) step, from `10`, `10:15` or `[10, 15]`."""
+    return _range(value, "a step, or first:last, for example 10:15", "first:last")
+
+
+def _range(value: Any, expected: str, meaning: str) -> tuple[int, int]:
     if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*(:\s*[0-9]{1,9}\s*)?", value):
         parts = [int(part) for part in value.split(":")]
     elif isinstance(value, list | tuple) and len(value) == 2:
@@ -145,12 +154,10 @@ def parse_nodes(value: Any) -> tuple[int, int]:
         try:
             parts = [parse_whole(value)]
         except ValueError:
-            raise ValueError(
-                f"expected a number of nodes, or min:max, for example 2:4; found {found(value)}"
-            ) from None
+            raise ValueError(f"expected {expected}; found {found(value)}") from None
     low, high = parts[0], parts[-1]
     if low > high:
-        raise ValueError(f"{low}:{high} means min:max, and {low} is more than {high}")
+        raise ValueError(f"{low}:{high} means {meaning}, and {low} is more than {high}")
     return low, high
 
 

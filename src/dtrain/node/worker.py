@@ -26,6 +26,7 @@ from dtrain.errors import DtrainError
 from dtrain.integrations.script.accelerate import set_environment
 from dtrain.integrations.script.command import run_command
 from dtrain.integrations.script.run import GroupWatch
+from dtrain.integrations.script.step_count import StepCount
 from dtrain.job.spec import JobSpec
 from dtrain.launch_plan import LaunchPlan
 from dtrain.node import early_exit, hints, stack_dump
@@ -142,14 +143,25 @@ class _Worker:
         run_script = catalog.load("trainer", spec.trainer)
         folder = Path(plan.code_dir or plan.job_dir)
 
+        count = self._step_count(plan, spec)
+
         def on_exit(how: str, frames: list[Frame]) -> int:
             group.warn_if_none("to the end")
+            if count is not None:
+                count.close()
             early_exit.save_note(self.ring, how, frames, group.is_over())
             return 0
 
         with early_exit.watch_exit(partial(on_exit, "os._exit(0)")):
             run_script(spec, folder, plan.run, on_exit)
         return 0
+
+    def _step_count(self, plan: LaunchPlan, spec: JobSpec) -> StepCount | None:
+        """Return the count of a script's steps, if this rank is to profile some of them."""
+        if spec.profile is None or not spec.profile.includes(self.ranks.rank):
+            return None
+        device = torch.device(plan.device, self.ranks.local_rank if plan.device == "cuda" else None)
+        return StepCount(spec.profile, self.run, self.ranks, self.attempt, device)
 
     def _run_command(self, plan: LaunchPlan, command: list[str]) -> int:
         ended = run_command(command, Path(plan.code_dir or plan.job_dir), plan.run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import yaml
@@ -19,6 +19,7 @@ from dtrain.run.events import resumed_step
 from dtrain.run.phases import read_phases, read_usage
 from dtrain.run.progress import NOT_METRICS
 from dtrain.run.rundir import RunDir
+from dtrain.run.step_profile import StepProfile, read_step_profiles
 
 _USAGE_PARTS = 200
 
@@ -41,6 +42,8 @@ class History:
     """What was used over time, as (seconds since the start, value)."""
     verdicts: list[tuple[int, str]] = field(default_factory=list)
     """The attempts that failed, with the text of `dtrain why`."""
+    profiles: list[StepProfile] = field(default_factory=list)
+    """What `--profile` has recorded."""
 
     @property
     def id(self) -> str:
@@ -80,6 +83,7 @@ class History:
             "seconds": {name: round(value, 3) for name, value in self.shares().items()},
             "phases": self.phases.to_json(),
             "failed_attempts": [attempt for attempt, _ in self.verdicts],
+            "profiles": [asdict(each) for each in self.profiles],
         }
 
 
@@ -111,6 +115,7 @@ def read(run: RunDir) -> History:
         phases=grid,
         usage=_usage(run, timeline.start, timeline.end),
         verdicts=list(_verdicts(run)),
+        profiles=list(read_step_profiles(run)),
     )
 
 

@@ -21,6 +21,7 @@ from dtrain.report.timeline import KIND_TEXTS, KINDS
 from dtrain.run.files import duration, local_time
 from dtrain.run.phases import PHASES
 from dtrain.run.rundir import RunDir
+from dtrain.run.step_profile import StepProfile
 
 _NUM_STYLES = 8
 _MOST_ROWS = 128
@@ -70,6 +71,7 @@ def page(histories: Sequence[History], comparison: Comparison | None = None) -> 
         "<h2>What the time went to</h2>",
         *_shares(histories),
         *_phases(histories),
+        *_profiles(histories),
         *_usage(histories),
         *_differences(comparison),
         "<h2>Job</h2>",
@@ -415,6 +417,59 @@ def _phase_table(grid: PhaseGrid, rows: Sequence[int]) -> str:
         for rank, spent in seconds
     ]
     return table(["", "steps", *used], cells, numbers=1)
+
+
+# -- profiles --------------------------------------------------------------------------------
+
+
+def _profiles(histories: Sequence[History]) -> Iterator[str]:
+    """Yield what `--profile` recorded of each rank: a line, and its slowest operators."""
+    known = [each for each in histories if each.profiles]
+    if not known:
+        return
+    yield "<h2>Profile</h2>"
+    for each in known:
+        if len(histories) > 1:
+            yield f"<h3>{escape(each.id)}</h3>"
+        shown = each.profiles[:_MOST_ROWS]
+        head = ("", "trace", "steps", "ms a step", "communication", "overlapped")
+        yield table(head, map(_profile_row, shown), numbers=2)
+        for profile in shown:
+            title = f"The slowest operators of {_of_rank(profile)}"
+            yield folded(title, _operators(profile))
+    yield (
+        '<p class="note">Open a trace at <a href="https://ui.perfetto.dev">ui.perfetto.dev</a>. '
+        "Its path is in the run directory. Communication includes waiting for slower ranks; "
+        "overlapped is the part of it during which the rank also computed.</p>"
+    )
+
+
+def _of_rank(profile: StepProfile) -> str:
+    return f"rank {profile.rank}, attempt {profile.attempt}"
+
+
+def _profile_row(profile: StepProfile) -> list[str]:
+    part = profile.communication
+    files = [profile.trace, *([profile.memory] if profile.memory else [])]
+    return [
+        _of_rank(profile),
+        f'<td class="long">{escape(", ".join(files))}</td>',
+        f"{profile.first_step}-{profile.last_step}",
+        f"{1000 * profile.seconds / profile.num_steps:.4g}",
+        _percent(part.share),
+        _percent(part.overlapped) if part.seconds else "-",
+    ]
+
+
+def _operators(profile: StepProfile) -> str:
+    rows = [
+        [escape(each.name), str(each.calls), f"{1000 * each.cpu_s:.3f}"]
+        + ([] if profile.memory is None else [f"{1000 * each.device_s:.3f}"])
+        + [_percent(each.share)]
+        for each in profile.operators
+    ]
+    device = [] if profile.memory is None else ["GPU ms"]
+    return table(["operator", "calls", "CPU ms", *device, "share"], rows, numbers=1)
 
 
 # -- use and job -----------------------------------------------------------------------------

@@ -28,6 +28,7 @@ _LISTED = {
     "checkpoint_failed": "the checkpoint of step {step} failed: {detail}",
     "ended": "{state}, exit code {exit_code}",
     "finished": "finished after step {steps}",
+    "profiled": "profile of steps {first}-{last} of rank {rank}",
     "resumed": "resumed from step {step}",
     "stopped": "stopped after step {step}: {reason}",
     "submitted": "submitted as job {job_id}",

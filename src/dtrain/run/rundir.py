@@ -12,6 +12,8 @@ from pathlib import Path
 from dtrain.errors import LaunchError, UsageError
 
 ATTEMPT_VARIABLE = "DTRAIN_ATTEMPT"
+RUN_VARIABLE = "DTRAIN_RUN_DIR"
+"""The variable in a script's environment that names its run directory."""
 
 
 class _Inside:
@@ -51,6 +53,8 @@ class RunDir:
     """The files of the batch job, see `dtrain.run.backend_files`."""
     recording = _Inside("recording")
     """A record of each step, in a run of `dtrain verify`."""
+    bench = _Inside("bench.json")
+    """What a run of `dtrain bench` has measured, see `dtrain.bench.results`."""
     predictions = _Inside("predictions.npz")
     """Predictions of the trained model. Row i of each array is sample i of the eval data."""
 
@@ -159,6 +163,18 @@ class RunDir:
     def phases(self, attempt: int, node_rank: int, rank: int) -> Path:
         """Return the record of one rank's time in each phase, see `dtrain.run.phases`."""
         return self.node(attempt, node_rank) / f"rank-{rank:05d}.phases.jsonl"
+
+    def step_profile(self, attempt: int, node_rank: int, rank: int) -> Path:
+        """Return the summary of what one rank recorded, see `dtrain.run.step_profile`."""
+        return self.node(attempt, node_rank) / f"rank-{rank:05d}.profile.json"
+
+    def trace(self, attempt: int, node_rank: int, rank: int) -> Path:
+        """Return the trace of torch.profiler of one rank."""
+        return self.node(attempt, node_rank) / f"rank-{rank:05d}.trace.json.gz"
+
+    def memory_snapshot(self, attempt: int, node_rank: int, rank: int) -> Path:
+        """Return torch's record of the memory of one rank's GPU."""
+        return self.node(attempt, node_rank) / f"rank-{rank:05d}.memory.pickle"
 
     def usage(self, attempt: int, node_rank: int) -> Path:
         """Return the record of what the ranks of a node use, see `dtrain.node.usage`."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from dtrain import catalog, trace
+from dtrain.console.silent import Silent
 from dtrain.environ import hash_seed
 from dtrain.errors import DtrainError, UsageError
 from dtrain.job.imports import installed_imports
@@ -58,32 +59,6 @@ class RunFailed(DtrainError):
 class Stopped(DtrainError):
     exit_code = 130
     code = "verify.stopped"
-
-
-class _Silent:
-    """A console that keeps the launcher's messages and forwards each tick."""
-
-    def __init__(self, tick: Callable[[], None]) -> None:
-        self.messages: list[str] = []
-        self._tick = tick
-
-    def begin(self, text: str) -> None:
-        """Show nothing."""
-
-    def tick(self) -> None:
-        self._tick()
-
-    def say(self, text: str) -> None:
-        self.messages.append(text)
-
-    def close(self) -> None:
-        """Do nothing."""
-
-    def width(self) -> int | None:
-        return None
-
-    def paint(self, text: str, _colour: str | None) -> str:
-        return text
 
 
 class Runner:
@@ -231,7 +206,7 @@ class Runner:
         plan = self._plan(layout, spec, profile, run.id, run.path.parent, attempt)
         with contextlib.suppress(OSError):  # each run would take its own snapshot of the code
             run.code.mkdir(parents=True, exist_ok=True)
-        console = _Silent(self._tick)
+        console = Silent(self._tick)
         warm = None if self._warm_servers is None else self._warm_servers.launcher(plan)
         if drive(warm or base.load(plan.launcher), plan, spec, text, console) == 0:
             return None
@@ -327,6 +302,7 @@ def recorded(spec: JobSpec, layout: Layout, trace_options: TraceOptions, steps: 
                 update={"step": "lightning"} if layout.own_loops else {}
             ),
             "log": spec.log.model_copy(update={"every_steps": 1, "loggers": []}),
+            "profile": None,
             "launch": launch.model_copy(
                 update={
                     "nodes": (layout.nodes, layout.nodes),

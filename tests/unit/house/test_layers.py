@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "keras node",
         "launchers worker",
         "checkpoints driving planning searching",
-        "cleaning comparing diagnosing initializing resuming top verification",
+        "bench cleaning comparing diagnosing initializing resuming top verification",
         "sweeping",
         "report",
         "api cli",
@@ -36,6 +36,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "run task_class",
         "launching",
     ),
+    "dtrain.bench": ("results", "session text"),
     "dtrain.checkpoints": (
         "elements lookup torch_file",
         "contents exporting listing pinning verifying",
@@ -49,7 +50,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.cli": (
         "completers lazy torchrun",
         "main options",
-        "checkpoint compare completion doctor export init launchers logs plan report schema top",
+        "bench checkpoint compare completion doctor export init launchers logs plan report schema "
+        "top",
         "clean runs",
         "sweep",
         "cancel launch status",
@@ -62,7 +64,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "dtrain.codes": ("entry", "launch training", "__init__"),
     "dtrain.comparing": ("code losses", "compare text"),
     "dtrain.console": (
-        "fold history notebook out tail",
+        "fold history notebook out silent tail",
         "live",
     ),
     "dtrain.doctor": (
@@ -110,7 +112,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "trainer",
     ),
     "dtrain.integrations.script": (
-        "accelerate sampler stopping",
+        "accelerate sampler step_count stopping",
         "checkpoint command run",
     ),
     "dtrain.job": (
@@ -168,7 +170,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "dtrain.run": (
         "files flight_recorder ids progress_bars rundir",
-        "attempts backend_files events failures manifest phases progress sync",
+        "attempts backend_files events failures manifest phases progress step_profile sync",
         "remote snapshot verdict",
         "code_archive lookup",
     ),
@@ -208,6 +210,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "checks",
         "faults strategies",
         "loop",
+        "bench",
     ),
     "dtrain.train.checkpoint": (
         "blocks leaves retention",
@@ -243,8 +246,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "native",
     ),
     "dtrain.train.metrics": (
-        "events loggers phases",
-        "writer",
+        "events loggers profiler",
+        "phases writer",
     ),
     "dtrain.train.strategies": (
         "base fsdp_wrapping lent parameters",
@@ -288,7 +291,7 @@ LAUNCH_PLANE = tuple(
     for row in (
         "errors procs plainjson checked environ waiting forking ports assets ranks task callback",
         "words catalog run job plan planning resuming trace console launchers verify api cli",
-        "checkpoints cgroups cleaning comparing diagnosing doctor searching page report top",
+        "bench checkpoints cgroups cleaning comparing diagnosing doctor searching page report top",
         "initializing",
     )
     for part in row.split()

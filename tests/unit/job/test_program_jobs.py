@@ -29,7 +29,8 @@ def test_a_program_has_few_fields(kind: str) -> None:
     Path("job.yaml").write_text(f"{job}script_args: [--lr, '0.1']\nlaunch: {{nodes: 2}}\n")
     spec = load_job("job.yaml").spec
     assert (spec.program, spec.trainer, spec.strategy) == (kind, "script", catalog.OWN)
-    assert set(spec.to_plain()) == {"name", kind, "script_args", "accelerate_config", "launch"}
+    fields = {"name", "script_args", "accelerate_config", "profile", "launch"}
+    assert {*spec.to_plain()} == {*fields, kind}
     for lines, expected in (
         (
             "strategy: ddp\n",

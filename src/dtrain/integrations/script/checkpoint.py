@@ -12,9 +12,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.errors import CheckpointError, UsageError
-from dtrain.integrations.script.stopping import RUN_VARIABLE, require_group
+from dtrain.integrations.script.stopping import require_group
 from dtrain.run.events import note_event
-from dtrain.run.rundir import RunDir
+from dtrain.run.rundir import RUN_VARIABLE, RunDir
 from dtrain.train import collectives
 from dtrain.train.checkpoint.content import contribution
 from dtrain.train.checkpoint.leaves import refuse_unreadable, restoring

@@ -10,12 +10,9 @@ import torch.distributed as dist
 
 from dtrain.errors import UsageError
 from dtrain.ranks import RankInfo
-from dtrain.run.rundir import RunDir
+from dtrain.run.rundir import RUN_VARIABLE, RunDir
 from dtrain.train import collectives
 from dtrain.train.context import StopFlag
-
-RUN_VARIABLE = "DTRAIN_RUN_DIR"
-"""The variable in a script's environment that names its run directory."""
 
 _STOP = StopFlag()
 _listening = False

@@ -199,6 +199,9 @@ class Report:
             stopped_early=result.stopped_early,
             parameters_sha256=result.parameters_sha256,
         )
+        profile = self._context.spec.profile
+        if profile is not None and result.steps < profile.steps[0]:
+            logger.warning("profile: step %d was not reached", profile.steps[0])
         logger.info("finished: %d steps, %.1f s in this process", result.steps, result.seconds)
 
     def close(self) -> None:

@@ -80,7 +80,7 @@ class Training:
         self._evaluator = build.make_evaluators(context)
         self._schedule = Schedule(context.spec)
         self._report = Report(context, self._events)
-        self._phases = PhaseClock(context.run, context.ranks, context.attempt, context.device)
+        self._phases = PhaseClock.of(context)
         self.keep_names = self._report.keep_names
         view = View(context, self.parts.model, self.parts.optimizer, self._report.note, self._keep)
         self.callbacks = Callbacks(context, view, evaluates=self._evaluator is not None)
@@ -144,7 +144,7 @@ class Training:
 
     def begin(self) -> bool:
         """Run the evaluation that an interrupted process skipped. Return False to stop."""
-        self._phases.begin()
+        self._phases.begin(self.progress.step)
         self._update_session()
         self.callbacks.start(self.progress)
         self._saver.small_states()  # raises now rather than at the first save

@@ -14,6 +14,8 @@ from dtrain.ranks import RankInfo
 from dtrain.run.files import append_line, make_parent
 from dtrain.run.phases import PHASES, Pace, Phase
 from dtrain.run.rundir import RunDir
+from dtrain.train.context import TrainContext
+from dtrain.train.metrics.profiler import StepProfiler
 
 
 class PhaseClock:
@@ -24,9 +26,17 @@ class PhaseClock:
     On the CPU, a step of eight phases takes 4 µs.
     """
 
-    def __init__(self, run: RunDir, ranks: RankInfo, attempt: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        ranks: RankInfo,
+        attempt: int,
+        device: torch.device,
+        profiler: StepProfiler | None = None,
+    ) -> None:
         self._path = run.phases(attempt, ranks.node_rank, ranks.rank)
         self._restart = ranks.restart
+        self._profiler = profiler
         self._is_cuda = device.type == "cuda"
         self._pace = Pace()
         self._marks: deque[tuple[Phase, Any]] = deque()
@@ -35,15 +45,31 @@ class PhaseClock:
         self._step = self._steps = 0
         self._phase: Phase = "other"
 
-    def begin(self) -> None:
-        """Begin to measure. The set-up before it is in no phase."""
+    @classmethod
+    def of(cls, context: TrainContext) -> PhaseClock:
+        """Return the clock of a training, with the profiler that its job asks for."""
+        spec = context.spec.profile
+        rank = (context.run, context.ranks, context.attempt, context.device)
+        wanted = spec is not None and spec.includes(context.ranks.rank)
+        return cls(*rank, StepProfiler(spec, *rank) if spec is not None and wanted else None)
+
+    def begin(self, step: int = 0) -> None:
+        """Begin to measure. The set-up before it is in no phase.
+
+        Args:
+            step: the number of optimizer steps done.
+        """
         self._marks.clear()
+        if self._profiler is not None:
+            self._profiler.step_begins(step)
         self.enter("other")
 
     def enter(self, phase: Phase) -> None:
         """End the phase that this rank is in, and begin another."""
         self._phase = phase
         self._marks.append((phase, self._now()))
+        if self._profiler is not None:
+            self._profiler.enter(phase)
 
     @contextlib.contextmanager
     def within(self, phase: Phase) -> Iterator[None]:
@@ -65,9 +91,13 @@ class PhaseClock:
         self._add_up()
         if self._pace.due():
             self._write()
+        if self._profiler is not None:
+            self._profiler.step_begins(step)
 
     def close(self) -> None:
         """Write the rest."""
+        if self._profiler is not None:
+            self._profiler.close()
         if not self._marks:
             return
         self.enter("other")

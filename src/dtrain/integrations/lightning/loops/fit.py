@@ -78,7 +78,7 @@ class Fit(pl.Callback):
         self._see_losses(self._module)
         self._events = Events(context.run, context.ranks, context.attempt)
         self._report = Report(context, self._events)
-        self._phases = PhaseClock(context.run, context.ranks, context.attempt, context.device)
+        self._phases = PhaseClock.of(context)
         self._checkpoints = Checkpoints(context, self._events)
         self._loaded = self._checkpoints.read_newest(_check, keep_open=True)
         self._initial = InitialWeights(context)
@@ -233,7 +233,7 @@ class Fit(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prepare for the first step; everything is made and restored."""
-        self._phases.begin()
+        self._phases.begin(self.progress.step)
         context = self._context
         optimizers = list(trainer.strategy.optimizers)
         schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
