@@ -21,7 +21,7 @@ def plan_resume(run: RunDir, request: Request) -> Prepared:
     prepared = plan_attempt(run, request)
     spec = prepared.job.spec
     _refuse_to_end_before(run, spec.train.steps if spec.program is None else None)
-    if spec.profile is not None and any(f.startswith("profile") for f in _fields(request)):
+    if spec.profile is not None and any(f.startswith("profile") for f in fields_of(request)):
         _refuse_passed(run, spec.profile.steps)
     return prepared
 
