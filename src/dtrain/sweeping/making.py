@@ -70,6 +70,7 @@ def write(planned: Sequence[Prepared], detach: bool) -> Sweep:
         for each in planned:
             written.append(each.plan.run)
             prepare.prepare(each.plan, each.job.spec, each.job.text)
+            each.plan.run.remove_secrets(each.plan.attempt)  # written again when the run starts
             if each.plan.run_url:
                 remote.push(each.plan.run, LAUNCH)
     except BaseException:

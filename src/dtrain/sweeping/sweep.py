@@ -53,7 +53,7 @@ def find_sweep(name: str, runs: str) -> Sweep | None:
     if not name or any(run.id == name for run in found):
         return None
     elements = [(element, run) for run in found if (element := element_of(run)) is not None]
-    ids = {element.sweep for element, _ in elements}
+    ids = {element.sweep for element, _ in elements if element.sweep.startswith(name)}
     chosen = name if name in ids else next(iter(ids), None)
     if chosen is None or (chosen != name and (len(ids) > 1 or len(elements) < len(found))):
         return None

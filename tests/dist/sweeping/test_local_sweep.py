@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,20 @@ def test_a_sweep_whose_command_is_killed_is_resumed_as_a_whole(tmp_path: Path, a
 
 def test_ctrl_c_saves_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
     swept = ("--sweep", "seed=1..3", "--at-once", "1", *NAMED)
-    first, *_ = runs_of(tmp_path, 3)
+    secret = uuid.uuid4().hex
+    swept = (*swept, "--env", f"API_KEY={secret}")
+    first, second, _ = runs_of(tmp_path, 3)
     with started("launch", *swept, *SLOW, TINY, cwd=tmp_path) as process:
         until("step 2", lambda: any(line["step"] >= 2 for line in metrics(first)), 60)
+        assert not second.secret_env(0).exists()
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGINT, output
     assert states(tmp_path) == ["cancelled", "prepared", "prepared"]
     assert "continue with: dtrain resume sweep" in output
     assert list(first.checkpoints.glob("step-*"))
+    texts = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(secret.encode() in text for text in texts)
 
 
 def test_cancel_stops_all_runs_also_those_that_wait(tmp_path: Path) -> None:
