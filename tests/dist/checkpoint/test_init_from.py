@@ -450,7 +450,7 @@ def trainings(folder: Path) -> list[Outcome]:
 
 
 def test_it_trains_like_a_task_that_loads_the_weights(tmp_path: Path) -> None:
-    for ddp, loads_ddp, fsdp, loads_fsdp in run_ranks(trainings, 2, tmp_path):
+    for ddp, loads_ddp, fsdp, loads_fsdp in run_ranks(trainings, 2, tmp_path, timeout=300):
         same_end([ddp], [loads_ddp])
         same_end([fsdp], [loads_fsdp])
 
