@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections import Counter
 from importlib.metadata import version
 
 import dtrain
@@ -17,6 +18,12 @@ def test_every_test_file_is_collected(request) -> None:  # type: ignore[no-untyp
         kind, *folders = path.relative_to(ROOT / "tests").parts[:-1]
         assert kind in {"unit", "dist", "gpu", "cluster"}, path
         assert not {kind, *folders} & set(recursed), path
+
+
+def test_no_two_test_files_have_the_same_name() -> None:
+    """A rank that imports a test's function by the name of its module would get the other's."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_one_version() -> None:

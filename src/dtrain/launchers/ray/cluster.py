@@ -74,7 +74,7 @@ def most_at_once(plan: LaunchPlan, nodes: Sequence[NodeView], runs: int) -> int:
 
 
 def nodes_of(address: str) -> list[NodeView]:
-    """Return the nodes of a cluster.
+    """Return the nodes of a cluster that answer. Ray lists a dead one for a while.
 
     Raises:
         DtrainError: it does not answer, or refuses the connection.
@@ -92,7 +92,8 @@ def nodes_of(address: str) -> list[NodeView]:
         raise driver.connection_error(address, error) from None
     if "error" in answer:
         raise DtrainError(answer["error"], code=answer["code"])
-    return [NodeView(**each) for each in answer["nodes"]]
+    nodes = [NodeView(**each) for each in answer["nodes"]]
+    return [node for node in nodes if node.answers()]
 
 
 def found_address() -> str | None:
