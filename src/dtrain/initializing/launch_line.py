@@ -88,7 +88,7 @@ def _is_program(word: str) -> bool:
 
 def _after_options_of_python(words: list[str]) -> list[str]:
     rest = list(words)
-    while rest and rest[0].startswith("-") and rest[0] not in ("-m", "-c"):
+    while rest and rest[0].startswith("-") and rest[0] not in ("-c", "-m"):
         rest = rest[2:] if rest[0] in _OF_PYTHON_WITH_VALUE else rest[1:]
     return rest
 
