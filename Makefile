@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo           install into $(VENV), then train the digits example on 2 nodes x 2 ranks"
 	@echo "make test           install into $(VENV), then run all tests"
-	@echo "make unit           the tests of one process each, in a minute"
+	@echo "make unit           the tests of one process each, in a few minutes"
 	@echo "make fuzz           try the tests that draw their examples on others, until Ctrl-C"
 	@echo "make check          format, lint, types"
 	@echo "make slurm-cluster  start a real Slurm cluster on this machine, until Ctrl-C"

@@ -71,9 +71,9 @@ class LocalLauncher:
         return gpus.lacking(plan)
 
     def slots(self, plan: LaunchPlan, runs: int, at_once: int | None) -> list[Slot]:
-        """See `Shareable.slots`. Each process has a core or a GPU of its own, if there are as many.
+        """See `Shareable.slots`. By default, there are no more processes than cores.
 
-        If there are fewer runs than cores, a run has several.
+        No GPU is in two slots. If there are fewer runs than cores, a run has several.
         """
         cores = len(os.sched_getaffinity(0))
         if plan.gpus_per_node:

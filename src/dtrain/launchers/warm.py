@@ -14,6 +14,14 @@ from dtrain import procs
 from dtrain.environ import HASH_SEED, inherited_env
 from dtrain.errors import LaunchError
 from dtrain.forking import Channel
+from dtrain.launch_plan import LaunchPlan
+
+Kind = tuple[str, str]
+"""What all launches of one warm server share: the trainer, and the hash seed."""
+
+
+def kind_of(plan: LaunchPlan) -> Kind:
+    return plan.trainer, plan.worker_env[HASH_SEED]
 
 
 class WarmClient:

@@ -10,12 +10,11 @@ from dataclasses import replace
 
 from dtrain.doctor.gpus import VISIBLE
 from dtrain.driving import Driver
-from dtrain.environ import HASH_SEED
 from dtrain.errors import DtrainError, format_error
 from dtrain.launch_plan import LaunchPlan
 from dtrain.launchers.base import Slot
 from dtrain.launchers.driver import LaunchRequest
-from dtrain.launchers.warm import WarmServer
+from dtrain.launchers.warm import Kind, WarmServer, kind_of
 from dtrain.planning import Request
 from dtrain.resuming import plan_resume
 from dtrain.run.attempts import Handle
@@ -23,8 +22,6 @@ from dtrain.run.rundir import RunDir
 from dtrain.sweeping.work import Change
 
 _KILL_S = 5.0
-_Kind = tuple[str, str]
-"""The trainer, and the hash seed."""
 
 
 class Queue:
@@ -89,7 +86,7 @@ class Queue:
         prepared = plan_resume(run, replace(self._request, cores=slot.cores))
         plan, job = prepared.plan, prepared.job
         env = None if slot.gpus is None else {**os.environ, VISIBLE: slot.gpus}
-        server = self._server if _kind(plan) == self._kind else None
+        server = self._server if kind_of(plan) == self._kind else None
         if server is None or not server.is_ready():
             driver = Driver(env)
         else:
@@ -138,17 +135,13 @@ def _newest(run: RunDir) -> int | None:
     return None if handle is None else handle.attempt
 
 
-def _server(plans: Sequence[LaunchPlan]) -> tuple[WarmServer | None, _Kind]:
+def _server(plans: Sequence[LaunchPlan]) -> tuple[WarmServer | None, Kind]:
     """Import once for all runs that launcher `local` starts, in the time that one needs.
 
     Runs with another trainer or another PYTHONHASHSEED than the first one import themselves.
     """
-    kind = _kind(plans[0])
+    kind = kind_of(plans[0])
     if plans[0].launcher != "local" or len(plans) == 1:
         return None, kind
-    modules = [name for plan in plans if _kind(plan) == kind for name in plan.modules]
+    modules = [name for plan in plans if kind_of(plan) == kind for name in plan.modules]
     return WarmServer(list(dict.fromkeys(modules)), hash_seed=kind[1]), kind
-
-
-def _kind(plan: LaunchPlan) -> _Kind:
-    return plan.trainer, plan.worker_env[HASH_SEED]

@@ -1,7 +1,6 @@
 """What is installed is what was written: sdist → wheel → a fresh environment, and the profiles."""
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dtrain import catalog
-from support import JOBS, ROOT
+from support import ROOT
+from support.package import built_in
 
 LOAD = """\
 import sys
@@ -29,11 +29,7 @@ for name in sys.argv[1:]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory with an sdist and the wheel built from it, without the network."""
-    folder = tmp_path_factory.mktemp("built")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    return built_in(tmp_path_factory.mktemp("built"))
 
 
 def test_the_wheel_has_every_shipped_file_and_nothing_of_the_checkout(built: Path) -> None:
@@ -66,42 +62,6 @@ def test_the_image_passes_its_linter() -> None:
     command = [hadolint, "--failure-threshold", "style", ROOT / "Dockerfile"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def interpreter(minor: int) -> str | None:
-    """A Python that works: on the PATH, or one of pyenv's."""
-    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
-    found = [shutil.which(f"python3.{minor}"), *versions.glob(f"3.{minor}.*/bin/python3.{minor}")]
-    for python in filter(None, found):
-        if subprocess.run([python, "--version"], capture_output=True, check=False).returncode == 0:
-            return str(python)
-    return None
-
-
-@pytest.mark.parametrize("minor", [11, 12, 13])
-def test_a_bare_environment_gets_all_that_a_launch_needs(
-    built: Path, tmp_path: Path, minor: int
-) -> None:
-    """As a user installs it, with all dependencies: a second environment of 5 GB."""
-    python = interpreter(minor)
-    if python is None:
-        pytest.skip(f"for want of Python 3.{minor}")
-    (wheel,) = built.glob("*.whl")
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    venv = tmp_path / "venv"
-    try:
-        subprocess.run([python, "-m", "venv", venv], check=True, env=env)
-        pip = [venv / "bin" / "pip", "install", "--quiet", "--no-compile"]
-        subprocess.run([*pip, "-c", ROOT / "constraints.txt", wheel], check=True, env=env)
-        shutil.copytree(JOBS / "tiny", tmp_path / "job")
-        done = subprocess.run(
-            [venv / "bin" / "dtrain", "launch", "--procs", "2", "job.yaml"],
-            cwd=tmp_path / "job", env=env, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    finally:
-        shutil.rmtree(venv, ignore_errors=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "succeeded" in done.stdout
 
 
 def test_every_profile_loads_from_an_installed_wheel(built: Path, tmp_path: Path) -> None:
